@@ -1,0 +1,27 @@
+# Everything runs in .venv, which these targets make by themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: run test check clean
+
+run: $(INSTALLED)  ## The quickstart: real text from this installation, seed, experts, baseline, verdict.
+	$(BIN)/python jobs/quickstart_text.py forests/quickstart-text
+	$(BIN)/btm run jobs/plans/quickstart.yaml
+
+test: $(INSTALLED)  ## All tests.
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)  ## Style, types and the direction of imports.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,182 @@
+"""Branch-Train-Merge itself. The driver is the paper: prepare the texts, plant a seed, branch, train, merge.
+
+Source: Li, Gururangan et al., 2022, section 3. Asks the workers for everything that takes time, and reads and appends
+the forest log.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from btm_cluster.driver import Driver
+from btm_cluster.equations.averaging import posterior_weights, uniform_weights
+from btm_cluster.errors import StoreError, TextError
+from btm_cluster.evaluation import fit_text
+from btm_cluster.forest import Expert, Forest, Parent, check_foundation, merge_into
+from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.plan import Plan
+from btm_cluster.recipes import (
+    Ground,
+    PreparedText,
+    average_request,
+    block_requests,
+    expert_request,
+    founders_of,
+    ground_of,
+    read_requests,
+    seed_request,
+    seed_start,
+    tokenizer_request,
+    transformer_lm_request,
+)
+from btm_cluster.workers import Failure, Resources, Start, Tokenize, TrainRequest
+
+MERGE_ATTEMPTS = 100
+
+
+@dataclass(frozen=True)
+class Grown:
+    """What a run of a plan ends in: the forest, the baseline where it was asked for, and what failed."""
+
+    ground: Ground
+    forest: Forest
+    baseline: Ref | None
+    failures: tuple[Failure, ...]
+
+
+def grow(plan: Plan, driver: Driver) -> Grown:
+    """Branch-Train-Merge: from a plan to a forest with an expert for each of its domains."""
+    ground = prepare(plan, driver)
+    forest = plant(ground, driver)
+    branches = branch(ground, forest, driver)
+    experts, failures = train(branches, driver)
+    forest = merge(forest, experts, driver.ledger)
+    baseline, failed = train_baseline(ground, driver)
+    return Grown(ground, forest, baseline, (*failures, *failed))
+
+
+def prepare(plan: Plan, driver: Driver) -> Ground:
+    """Texts to documents, documents to token blocks, and the configuration that all models share."""
+    workers = driver.workers
+    read = driver.require(workers.prepare, read_requests(plan))
+    identities = {text.name: memo.facts["text"] for text, memo in zip(plan.texts, read, strict=True)}
+    founders = founders_of(plan, identities, driver.ledger.forest(0))
+    tokenizer = driver.require(workers.prepare, [tokenizer_request(plan, founders)])[0]
+    facts = {name: driver.ledger.get(Ref("text", identity)).facts for name, identity in identities.items()}
+    skipped = {text.name: memo.facts["skipped"] for text, memo in zip(plan.texts, read, strict=True)}
+    ground = ground_of(plan, identities, facts, skipped, founders, tokenizer.facts["vocabulary"])
+    _tokenize(block_requests(ground), driver)
+    return ground
+
+
+def plant(ground: Ground, driver: Driver) -> Forest:
+    """Version 0: the seed, and what all later versions inherit from it. A plan that changes that is refused."""
+    request = seed_request(ground)
+    foundation = ground.foundation(request.ref.identity)
+    forest = driver.ledger.forest()
+    if forest is not None:
+        check_foundation(forest, foundation)
+        return forest
+    seed = driver.require(driver.workers.train, [resumed(request, driver.ledger)])[0]
+    manifests = {seed.identity: seed.manifest_hash}
+    driver.ledger.append(Forest(0, foundation, (), manifests, reason=f"planted by {ground.plan.name}"))
+    planted = driver.ledger.forest()  # ours, or that of whoever was first
+    assert planted is not None
+    check_foundation(planted, foundation)
+    return planted
+
+
+def branch(ground: Ground, forest: Forest, driver: Driver) -> list[TrainRequest]:
+    """Where each domain's expert starts: the first batch from the seed, later ones as the plan says, all from one forest."""
+    new = new_domains(ground, forest)
+    if branches_from_seed(ground, forest):
+        start = seed_start(ground, Ref("model", forest.foundation.seed))
+        return [expert_request(ground, domain, start) for domain in new]
+    starts = _averaged_starts(ground, forest, new, driver)
+    return [expert_request(ground, domain, start) for domain, start in zip(new, starts, strict=True)]
+
+
+def new_domains(ground: Ground, forest: Forest) -> list[PreparedText]:
+    """The plan's domains that have no expert yet."""
+    texts = {expert.domain: expert.text for expert in forest.experts}
+    return [domain for domain in ground.domains if texts.get(domain.name) != domain.identity]
+
+
+def branches_from_seed(ground: Ground, forest: Forest | None) -> bool:
+    """Whether new experts start from the seed itself: the first batch does, later ones where the plan says so."""
+    return forest is None or not forest.experts or ground.plan.branching.start == "seed"
+
+
+def train(branches: Sequence[TrainRequest], driver: Driver) -> tuple[list[Expert], list[Failure]]:
+    """The experts, in parallel and without communication. One that fails does not stop the others."""
+    outcomes = driver.obtain(driver.workers.train, [resumed(request, driver.ledger) for request in branches])
+    pairs = list(zip(branches, outcomes, strict=True))
+    experts = [_expert(request, outcome) for request, outcome in pairs if isinstance(outcome, Artifact)]
+    return experts, [outcome for outcome in outcomes if isinstance(outcome, Failure)]
+
+
+def merge(forest: Forest, experts: Sequence[Expert], ledger: Ledger) -> Forest:
+    """The next version of the forest. Who loses the race for a number reads again and tries the next one."""
+    if not experts:
+        return forest
+    manifests = {e.identity: ledger.get(Ref("model", e.identity)).manifest_hash for e in experts}
+    for _ in range(MERGE_ATTEMPTS):
+        merged = merge_into(forest, experts, manifests, reason="added " + ", ".join(e.domain for e in experts))
+        if merged.experts == forest.experts:
+            return forest
+        ledger.append(merged)
+        newest = ledger.forest()
+        assert newest is not None
+        if set(experts) <= set(newest.experts):
+            return newest
+        forest = newest
+    raise StoreError("could not append to the forest log", found=f"{MERGE_ATTEMPTS} lost races", remedy="try again")
+
+
+def train_baseline(ground: Ground, driver: Driver) -> tuple[Ref | None, list[Failure]]:
+    """The compute-matched Transformer-LM, where the plan asks for it."""
+    if "transformer-lm" not in ground.plan.baselines:
+        return None, []
+    request = transformer_lm_request(ground, seed_request(ground).ref)
+    outcome = driver.obtain(driver.workers.train, [resumed(request, driver.ledger)])[0]
+    return (None, [outcome]) if isinstance(outcome, Failure) else (outcome.ref, [])
+
+
+def resumed(request: TrainRequest, ledger: Ledger) -> TrainRequest:
+    """The request with the resources of its first start, where it was started before: results depend on them."""
+    saved = ledger.latest_training(request.ref.identity)
+    return request if saved is None else replace(request, how=Resources(**saved.facts["how"]))
+
+
+def _tokenize(requests: Sequence[Tokenize], driver: Driver) -> None:
+    tokenized = driver.require(driver.workers.prepare, requests)
+    blocks: dict[tuple[str, str], int] = {}
+    for request, artifact in zip(requests, tokenized, strict=True):
+        key = (request.label, request.split)
+        blocks[key] = blocks.get(key, 0) + artifact.facts["blocks"]
+    for (name, split), count in blocks.items():
+        if count == 0:
+            raise TextError(
+                f"the {split} text of {name!r} fills no block",
+                expected=f"at least {requests[0].block_tokens} tokens",
+                remedy="give more text or lower training.block_tokens",
+            )
+
+
+def _averaged_starts(ground: Ground, forest: Forest, new: Sequence[PreparedText], driver: Driver) -> list[Start]:
+    """The average of the forest's experts for each new domain, by its posterior on the domain's text or uniformly."""
+    weights = [uniform_weights(len(forest.experts))] * len(new)
+    if ground.plan.branching.start == "posterior":
+        fits = [fit_text(ground, forest, domain, driver) for domain in new]
+        weights = [posterior_weights(fit.planned.log_prior_E.exp()) for fit in fits]
+    requests = [
+        average_request(ground, f"start of {domain.name}", forest, w) for domain, w in zip(new, weights, strict=True)
+    ]
+    averages = driver.require(driver.workers.average, requests)
+    return [Start(a.ref, r.parents, keep_optimizer=False) for a, r in zip(averages, requests, strict=True)]
+
+
+def _expert(request: TrainRequest, model: Artifact) -> Expert:
+    assert request.start is not None
+    parents = tuple(Parent(parent.identity, parent.weight) for parent in request.start.parents)
+    weights = model.blob("model.safetensors").sha256
+    return Expert(request.label, model.identity, weights, request.texts[0].identity, parents)

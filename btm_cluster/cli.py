@@ -1,0 +1,234 @@
+"""The command line, thin: reads arguments, calls, shows. What is heavy is imported once arguments are parsed."""
+
+import json
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from btm_cluster.errors import BtmError, UserError
+from btm_cluster.plan import Plan, read_plan
+
+if TYPE_CHECKING:
+    from btm_cluster.driver import Driver
+    from btm_cluster.ledger import Ledger
+
+app = typer.Typer(
+    help="Branch-Train-Merge: grow a forest of expert language models on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+forest_app = typer.Typer(help="Look at a forest and its history.", no_args_is_help=True)
+app.add_typer(forest_app, name="forest")
+
+PlanPath = Annotated[Path, typer.Argument(help="The plan, a YAML file.", show_default=False)]
+Store = Annotated[str, typer.Option("--store", help="The store: a folder or URL.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, progress on standard error.")]
+Address = Annotated[
+    str | None,
+    typer.Option(envvar="RAY_ADDRESS", help="A Ray cluster to join, or auto; without it a local one is started."),
+]
+InProcess = Annotated[bool, typer.Option("--in-process", help="Without Ray, one step after the other.")]
+Dashboard = Annotated[bool, typer.Option("--dashboard", help="Serve the Ray dashboard of a local cluster.")]
+
+
+def main() -> None:
+    """The `btm` command. Exit codes: 0 done, 1 some experts failed and are named, 2 the plan or the call is wrong."""
+    sys.exit(run_command(app))
+
+
+def run_command(command: Callable[[], Any]) -> int:
+    """Runs a command and words its errors; returns the exit code."""
+    try:
+        command()
+    except BtmError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        return exc.exit_code
+    except SystemExit as exc:
+        return exc.code if isinstance(exc.code, int) else 0
+    return 0
+
+
+@app.command()
+def init(path: Annotated[Path, typer.Argument(help="Where to write the plan.")] = Path("plan.yaml")) -> None:
+    """Write a commented starter plan."""
+    from btm_cluster.starter import STARTER_PLAN
+
+    if path.exists():
+        raise UserError(f"{path} already exists", remedy="choose another name")
+    path.write_text(STARTER_PLAN, encoding="utf-8")
+    print(f"wrote {path}; next: edit its texts, then `btm plan {path}`")
+
+
+@app.command("plan")
+def show_plan(plan_path: PlanPath, json_output: Json = False) -> None:
+    """Say what a run would do, what is done already, and what the rest would cost. Starts nothing."""
+    plan = read_plan(plan_path)
+    from btm_cluster.display import consoles, preview_table
+    from btm_cluster.ledger import Ledger
+    from btm_cluster.preview import preview
+
+    seen = preview(plan, Ledger.open(plan.store))
+    if json_output:
+        print(json.dumps(seen.to_json(), indent=1))
+    else:
+        preview_table(seen, consoles(False)[0])
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a plan, for editors."""
+    from btm_cluster.plan import plan_schema
+
+    print(json.dumps(plan_schema(), indent=1))
+
+
+@app.command()
+def run(
+    plan_path: PlanPath,
+    json_output: Json = False,
+    address: Address = None,
+    in_process: InProcess = False,
+    dashboard: Dashboard = False,
+) -> None:
+    """Grow the forest: seed, experts, merge, and the verdict. Run again, it goes on where it was."""
+    grow_forest(read_plan(plan_path), json_output, address, in_process, dashboard, evaluate_only=False)
+
+
+@app.command()
+def evaluate(
+    plan_path: PlanPath, json_output: Json = False, address: Address = None, in_process: InProcess = False
+) -> None:
+    """Evaluate the forest as it stands on the plan's domains and targets."""
+    grow_forest(read_plan(plan_path), json_output, address, in_process, dashboard=False, evaluate_only=True)
+
+
+@app.command()
+def merge(
+    plan_path: PlanPath,
+    to: Annotated[Path, typer.Option(help="Folder for the Hugging Face model.", show_default=False)],
+    weights: Annotated[str, typer.Option(help="uniform, argmax or posterior.")] = "posterior",
+    target: Annotated[str | None, typer.Option("--for", help="Text to merge for; uniform needs none.")] = None,
+    address: Address = None,
+    in_process: InProcess = False,
+) -> None:
+    """Average the experts into one model and write it as a Hugging Face folder."""
+    plan = read_plan(plan_path)
+    from btm_cluster.merged_model import check_merge_call, write_merged_model
+
+    check_merge_call(plan, weights, target, to)
+    with driving(plan, address, in_process, dashboard=False, json_output=False) as driver:
+        write_merged_model(plan, weights, target, to, driver)
+    print(f"wrote {to}")
+
+
+@forest_app.command("show")
+def forest_show(
+    store: Store,
+    version: Annotated[int | None, typer.Option(help="A version; without it, the newest.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Show a version of the forest: its experts and what they descend from."""
+    from btm_cluster.display import consoles, forest_table
+    from btm_cluster.forest import describe_forest
+    from btm_cluster.ledger import Ledger
+
+    forest = Ledger.open(store).forest(version)
+    if forest is None:
+        raise UserError(f"no forest in {store}", found="no version" + (f" {version}" if version is not None else ""))
+    if json_output:
+        print(json.dumps(describe_forest(forest), indent=1))
+    else:
+        consoles(False)[0].print(forest_table(forest))
+
+
+@forest_app.command("log")
+def forest_log(store: Store, json_output: Json = False) -> None:
+    """Show the versions of the forest, the newest first."""
+    from btm_cluster.display import consoles, plain_table
+    from btm_cluster.ledger import Ledger
+
+    ledger = Ledger.open(store)
+    entries = [_log_entry(ledger, version) for version in reversed(ledger.versions())]
+    if json_output:
+        print(json.dumps(entries, indent=1))
+    else:
+        rows = [[str(value) for value in entry.values()] for entry in entries]
+        consoles(False)[0].print(
+            plain_table(f"Forest log of {store}", ["version", "experts", "when", "by", "why"], rows)
+        )
+
+
+def _log_entry(ledger: "Ledger", version: int) -> dict[str, Any]:
+    forest, note = ledger.forest(version), ledger.version_note(version)
+    assert forest is not None
+    return {
+        "version": version,
+        "experts": len(forest.experts),
+        "created": note.get("created"),
+        "by": note.get("by"),
+        "reason": forest.reason,
+    }
+
+
+def grow_forest(
+    plan: Plan, json_output: bool, address: str | None, in_process: bool, dashboard: bool, evaluate_only: bool
+) -> None:
+    """Runs a plan and shows the verdict. Raises StepError at the end if some experts failed."""
+    from btm_cluster.display import show_run
+    from btm_cluster.run import run_plan
+
+    with driving(plan, address, in_process, dashboard, json_output) as driver:
+        result = run_plan(plan, driver, evaluate_only)
+    show_run(result, json_output)
+    if result.failures:
+        from btm_cluster.driver import step_error
+
+        raise step_error(result.failures)
+
+
+@contextmanager
+def driving(
+    plan: Plan, address: str | None, in_process: bool, dashboard: bool, json_output: bool
+) -> Iterator["Driver"]:
+    """A driver for the plan's store. Ray is joined or started only once there is something to do.
+
+    SIGTERM and Ctrl-C ask the trainings to save first, and end in Stopped.
+    """
+    from btm_cluster.display import ProgressView, consoles
+    from btm_cluster.driver import Driver
+    from btm_cluster.ledger import Ledger
+
+    ledger = Ledger.open(plan.store)
+    stop = threading.Event()
+    with ProgressView(consoles(json_output)[1]) as view, _stop_on_signals(stop):
+        if in_process:
+            from btm_cluster.in_process import InProcess, LocalControl
+
+            yield Driver(ledger, InProcess(ledger, LocalControl(view, stop)))
+        else:
+            from btm_cluster.on_ray.lazily import LazyRayWorkers
+
+            with LazyRayWorkers(ledger.storage.location, view, stop, plan.cluster, address, dashboard) as workers:
+                yield Driver(ledger, workers)
+
+
+@contextmanager
+def _stop_on_signals(stop: threading.Event) -> Iterator[None]:
+    def ask(*_: object) -> None:
+        if stop.is_set():  # asked twice: do not save, go
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

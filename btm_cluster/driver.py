@@ -1,0 +1,69 @@
+"""What the driver works with: the ledger, the workers, and a tally of what was made and what was there already.
+
+Running a plan again is the resume path: whatever the ledger has is not asked for again.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from btm_cluster.errors import StepError
+from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.workers import Failure, Outcome, Request, Workers
+
+AnyRequest = TypeVar("AnyRequest", bound=Request)
+
+
+class Driver:
+    """Asks the workers for what the ledger lacks."""
+
+    def __init__(self, ledger: Ledger, workers: Workers) -> None:
+        self.ledger = ledger
+        self.workers = workers
+        self.made: Counter[str] = Counter()
+        self.reused: Counter[str] = Counter()
+
+    def obtain(
+        self, verb: Callable[[Sequence[AnyRequest]], list[Outcome]], requests: Sequence[AnyRequest]
+    ) -> list[Outcome]:
+        """An outcome for each request, in order: from the ledger, or from the workers. A request made twice runs once."""
+        outcomes: dict[str, Outcome] = {}
+        missing: dict[str, AnyRequest] = {}
+        for request in requests:
+            identity = request.ref.identity
+            if identity in outcomes or identity in missing:
+                continue
+            found = self.ledger.find(request.ref)
+            if found is None:
+                missing[identity] = request
+            else:
+                outcomes[identity] = found
+                self.reused[request.kind] += 1
+        if missing:
+            made = verb(list(missing.values()))
+            outcomes |= dict(zip(missing, made, strict=True))
+            self.made.update(request.kind for request in missing.values())
+        return [outcomes[request.ref.identity] for request in requests]
+
+    def require(
+        self, verb: Callable[[Sequence[AnyRequest]], list[Outcome]], requests: Sequence[AnyRequest]
+    ) -> list[Artifact]:
+        """Like `obtain`, where nothing can go on without every one of them.
+
+        Raises:
+            StepError: naming what failed, attempts and cause.
+        """
+        outcomes = self.obtain(verb, requests)
+        failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
+        if failures:
+            raise step_error(failures)
+        return [outcome for outcome in outcomes if isinstance(outcome, Artifact)]
+
+
+def step_error(failures: Sequence[Failure]) -> StepError:
+    """One error for several failed requests."""
+    lines = [f"{f.label}: {f.attempts} attempt(s), {f.where}: {f.cause}" for f in failures]
+    return StepError(
+        f"{len(failures)} step(s) failed\n" + "\n".join(f"- {line}" for line in lines),
+        remedy="the same command tries only these again",
+    )

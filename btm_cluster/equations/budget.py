@@ -1,0 +1,11 @@
+"""What a recipe costs. Plain arithmetic, no torch."""
+
+
+def device_hours(tokens: int, tokens_per_device_second: float) -> float:
+    """Hours of one device to train on `tokens`."""
+    return tokens / tokens_per_device_second / 3600
+
+
+def stored_bytes(parameters: int, with_optimizer: bool) -> int:
+    """Bytes of a model in float32, with Adam's two moments where a branch needs them."""
+    return parameters * 4 * (3 if with_optimizer else 1)

@@ -1,0 +1,172 @@
+"""The domain posterior p(D=j | x_<t), and the prior p(D=j) estimated on a target's development blocks.
+
+    p(x_t | x_<t)    = Σ_j p_j(x_t | x_<t) · p(D=j | x_<t)
+    p(D=j | x_<t)    ∝ p_j(x_<t) · p(D=j)                                   paper, section 2
+
+What the posterior sees of x_<t is its evidence: all of it (the equation), the last token (the released scorer), the last w
+tokens, or all of it, discounted and weighed (calibrated). Everything is in log space. `logp_EBT` holds each expert's
+log-probability of each actual token; padding tokens have log-probability 0 under every expert, and `mask_BT` leaves
+them out of what is estimated.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Kind = Literal["calibrated", "full", "last-token", "window"]
+PriorKind = Literal["fitted", "ema", "mean", "uniform"]
+
+EMA_RATE = 0.3
+"""λ of the paper's running estimate of the prior: the weight of the newest block."""
+EM_TOLERANCE = 1e-11
+EM_STEPS = 5000
+DEFAULT_EVIDENCE_WEIGHT = 0.22
+"""β where nothing can be fitted: what a prototype fitted over sixteen domains."""
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """How evidence is gathered: over which tokens, how fast it is forgotten, and how much it counts."""
+
+    kind: Kind
+    window_tokens: int = 32
+    discount: float = 0.97
+    weight: float = 1.0
+    """β, by which evidence is multiplied; 1 for the paper's."""
+
+
+def evidence(logp_EBT: torch.Tensor, posterior: Posterior) -> torch.Tensor:
+    """What is known of each expert before token t: Σ_{u<t} of its log-probabilities, as `posterior` says. [E, B, T]."""
+    shifted_EBT = torch.cat([torch.zeros_like(logp_EBT[..., :1]), logp_EBT[..., :-1]], dim=-1)
+    if posterior.kind == "last-token":
+        summed_EBT = shifted_EBT
+    elif posterior.kind == "full":
+        summed_EBT = shifted_EBT.cumsum(-1)
+    elif posterior.kind == "window":
+        summed_EBT = _windowed_sum(shifted_EBT, posterior.window_tokens)
+    else:
+        summed_EBT = _discounted_sum(shifted_EBT, posterior.discount)
+    return posterior.weight * summed_EBT
+
+
+def log_posterior(logp_EBT: torch.Tensor, log_prior_E: torch.Tensor, posterior: Posterior) -> torch.Tensor:
+    """log p(D=j | x_<t) for every token: [E, B, T]. At position 0 it is the prior."""
+    return torch.log_softmax(log_prior_E[:, None, None] + evidence(logp_EBT, posterior), dim=0)
+
+
+def log_prior(kind: PriorKind, logp_EBT: torch.Tensor, mask_BT: torch.Tensor, posterior: Posterior) -> torch.Tensor:
+    """log p(D=j) estimated on development blocks in hash order: [E]. Without a block it is uniform."""
+    experts, blocks = logp_EBT.shape[:2]
+    if kind == "uniform" or blocks == 0:
+        return torch.full((experts,), 1.0 / experts, dtype=logp_EBT.dtype).log()
+    if kind == "ema":
+        return ema_prior(logp_EBT)
+    if kind == "mean":
+        return mean_prior(logp_EBT, mask_BT, posterior)
+    return fitted_prior(logp_EBT, mask_BT)
+
+
+def ema_prior(logp_EBT: torch.Tensor, rate: float = EMA_RATE) -> torch.Tensor:
+    """The paper's: q_1 = post_1, q_i = (1-λ) q_{i-1} + λ post_i, with post_i the end-of-block posterior under q_{i-1}.
+
+    In log space throughout, since q_1 rounds to one-hot as a probability and could never leave it. [E].
+    """
+    experts, blocks, _ = logp_EBT.shape
+    block_logp_EB = logp_EBT.sum(-1)
+    log_q_E = torch.full((experts,), 1.0 / experts, dtype=logp_EBT.dtype).log()
+    log_keep = torch.log1p(torch.tensor(-rate, dtype=logp_EBT.dtype))
+    log_take = torch.log(torch.tensor(rate, dtype=logp_EBT.dtype))
+    for i in range(blocks):
+        log_post_E = torch.log_softmax(log_q_E + block_logp_EB[:, i], dim=0)
+        log_q_E = log_post_E if i == 0 else torch.logaddexp(log_keep + log_q_E, log_take + log_post_E)
+    return torch.log_softmax(log_q_E, dim=0)
+
+
+def mean_prior(logp_EBT: torch.Tensor, mask_BT: torch.Tensor, posterior: Posterior) -> torch.Tensor:
+    """Average responsibility over tokens, under a uniform prior: [E]."""
+    uniform_E = torch.zeros(logp_EBT.shape[0], dtype=logp_EBT.dtype)
+    responsibility_EBT = responsibilities(logp_EBT, uniform_E, posterior)
+    return (responsibility_EBT * mask_BT).sum((1, 2)).div(mask_BT.sum()).log()
+
+
+def fitted_prior(logp_EBT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """The mixture weights, fixed over all tokens, that maximise the likelihood of the blocks, by EM: [E].
+
+    The likelihoods are scaled per token by their maximum, so that nothing under- or overflows and a step needs no exp.
+    """
+    logp_EN = logp_EBT[:, mask_BT].double()
+    scaled_EN = (logp_EN - logp_EN.max(dim=0).values).exp()
+    experts, tokens = scaled_EN.shape
+    w_E = torch.full((experts,), 1.0 / experts, dtype=torch.float64)
+    before = -math.inf
+    for _ in range(EM_STEPS):
+        mixture_N = w_E @ scaled_EN
+        after = float(mixture_N.log().mean())
+        if after - before < EM_TOLERANCE:
+            break
+        before = after
+        w_E = w_E * (scaled_EN @ mixture_N.reciprocal()) / tokens
+    return torch.log(w_E / w_E.sum()).to(logp_EBT.dtype)
+
+
+def calibrate(
+    logp_EBT: torch.Tensor, mask_BT: torch.Tensor, posterior: Posterior, log_prior_E: torch.Tensor | None = None
+) -> tuple[torch.Tensor, Posterior]:
+    """Fits the log-prior [E] and the weight β of discounted evidence to blocks, by maximum likelihood of the mixture.
+
+    With `log_prior_E` given, only β is fitted. L-BFGS over E+1 numbers; β = exp(·) stays positive.
+    """
+    unit = Posterior("calibrated", posterior.window_tokens, posterior.discount, weight=1.0)
+    evidence_EN = evidence(logp_EBT, unit)[:, mask_BT]
+    logp_EN = logp_EBT[:, mask_BT]
+    start_E = torch.zeros(logp_EN.shape[0], dtype=logp_EN.dtype) if log_prior_E is None else log_prior_E
+    bias_E = start_E.detach().clone().requires_grad_(log_prior_E is None)
+    log_weight = torch.tensor(DEFAULT_EVIDENCE_WEIGHT, dtype=logp_EN.dtype).log().requires_grad_(True)
+    fitted = [log_weight] if log_prior_E is not None else [bias_E, log_weight]
+    optimizer = torch.optim.LBFGS(fitted, max_iter=100, line_search_fn="strong_wolfe", tolerance_grad=1e-7)
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        log_post_EN = torch.log_softmax(bias_E[:, None] + log_weight.exp() * evidence_EN, dim=0)
+        value = -torch.logsumexp(log_post_EN + logp_EN, dim=0).mean()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)  # type: ignore[no-untyped-call]
+    weight = float(log_weight.detach().exp())
+    return torch.log_softmax(bias_E.detach(), dim=0), Posterior(
+        "calibrated", posterior.window_tokens, posterior.discount, weight
+    )
+
+
+def responsibilities(logp_EBT: torch.Tensor, log_prior_E: torch.Tensor, posterior: Posterior) -> torch.Tensor:
+    """p(D=j | x_≤t): each expert's share in explaining each token once it is seen. [E, B, T]."""
+    return torch.softmax(log_posterior(logp_EBT, log_prior_E, posterior) + logp_EBT, dim=0)
+
+
+def keep_top(log_prior_E: torch.Tensor, k: int | None) -> torch.Tensor:
+    """The prior with all but its k largest entries at -inf, renormalised: [E]. Dropped experts need not run."""
+    if k is None or k >= len(log_prior_E):
+        return log_prior_E
+    kept = torch.full_like(log_prior_E, -torch.inf)
+    best = log_prior_E.topk(k).indices
+    kept[best] = log_prior_E[best]
+    return torch.log_softmax(kept, dim=0)
+
+
+def _windowed_sum(shifted_EBT: torch.Tensor, window: int) -> torch.Tensor:
+    total_EBT = shifted_EBT.cumsum(-1)
+    total_EBT[..., window:] = total_EBT[..., window:] - total_EBT[..., :-window].clone()
+    return total_EBT
+
+
+def _discounted_sum(shifted_EBT: torch.Tensor, discount: float) -> torch.Tensor:
+    sums_EBT = torch.empty_like(shifted_EBT)
+    running_EB = torch.zeros_like(shifted_EBT[..., 0])
+    for t in range(shifted_EBT.shape[-1]):
+        running_EB = discount * running_EB + shifted_EBT[..., t]
+        sums_EBT[..., t] = running_EB
+    return sums_EBT

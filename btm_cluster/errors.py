@@ -1,0 +1,90 @@
+"""Every exception that the package raises on purpose.
+
+    BtmError                  exit 1   something failed while running
+    ├── UserError             exit 2   the plan, the call or the text is wrong; nothing was spent
+    │   ├── PlanError                  one or more fields of a plan
+    │   ├── TextError                  a source that cannot be used
+    │   ├── IncompatibleError          models that cannot be averaged or ensembled
+    │   ├── FoundationError            a plan that changes what this store's forest was founded on
+    │   └── ResourcesError             an ask that the cluster can never meet
+    ├── StoreError                     the store did not do what was asked
+    │   ├── MissingError               an object or artifact that should be there
+    │   └── IntegrityError             bytes that are not those that were written
+    ├── TrainingError                  training that cannot go on, such as a loss that is not finite
+    ├── StepError                      steps that failed on the cluster, by name, attempts and cause
+    └── Stopped               exit 130 the user or the cluster asked to stop; everything was saved
+
+Each carries four parts: what failed, what was found, what was expected, the remedy. All of them survive pickling,
+since Ray carries them between processes.
+"""
+
+
+class BtmError(Exception):
+    """Base of the tree: ``what`` failed, ``found`` against ``expected``, and the ``remedy``."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, found: str = "", expected: str = "", remedy: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.found = found
+        self.expected = expected
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        parts = [self.what]
+        if self.found:
+            parts.append(f"  found:    {self.found}")
+        if self.expected:
+            parts.append(f"  expected: {self.expected}")
+        if self.remedy:
+            parts.append(f"  remedy:   {self.remedy}")
+        return "\n".join(parts)
+
+
+class UserError(BtmError):
+    exit_code = 2
+
+
+class PlanError(UserError):
+    pass
+
+
+class TextError(UserError):
+    pass
+
+
+class IncompatibleError(UserError):
+    pass
+
+
+class FoundationError(UserError):
+    pass
+
+
+class ResourcesError(UserError):
+    pass
+
+
+class StoreError(BtmError):
+    pass
+
+
+class MissingError(StoreError):
+    pass
+
+
+class IntegrityError(StoreError):
+    pass
+
+
+class TrainingError(BtmError):
+    pass
+
+
+class StepError(BtmError):
+    pass
+
+
+class Stopped(BtmError):
+    exit_code = 130

@@ -1,0 +1,224 @@
+"""Scores once, then arithmetic: every model's token log-probabilities, and what ensembles and averages make of them.
+
+Asks the workers for scores and averages. Everything fitted is fitted on development text; `report.py` makes the tables.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from btm_cluster.driver import Driver, step_error
+from btm_cluster.equations.averaging import argmax_weights, posterior_weights, uniform_weights
+from btm_cluster.equations.posterior import Posterior, calibrate, keep_top, log_prior
+from btm_cluster.forest import Forest
+from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.plan import MergingPlan
+from btm_cluster.recipes import HELD_OUT, Ground, PreparedText, average_request, score_request
+from btm_cluster.report import CALIBRATED_ENSEMBLE, PAPER_ENSEMBLE, SEED, TRANSFORMER_LM, SplitResult
+from btm_cluster.scores import ScoreStack
+from btm_cluster.workers import Failure
+
+FULL = Posterior("full")
+ModelScores = Mapping[tuple[str, str, str], Artifact]
+"""Scores by model identity, text name and split."""
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How one target mixes the experts: a log-prior [E] and a posterior, fitted on its development blocks."""
+
+    log_prior_E: torch.Tensor
+    posterior: Posterior
+
+
+@dataclass(frozen=True)
+class TargetFit:
+    """Everything fitted for one text."""
+
+    paper: Mixing
+    calibrated: Mixing
+    planned: Mixing
+    development_blocks: int
+
+    @property
+    def average_weights(self) -> list[float]:
+        """Of the posterior-weighted average."""
+        return posterior_weights(self.planned.log_prior_E.exp())
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Every system's result on every text, what was fitted for each, and the averaged models by label."""
+
+    results: tuple[SplitResult, ...]
+    fits: Mapping[str, TargetFit]
+    averages: Mapping[str, Ref]
+
+
+def evaluate(ground: Ground, forest: Forest, baseline: Ref | None, driver: Driver) -> Evaluation:
+    """Scores seed, experts, baseline and averages on every held-out text, and combines them."""
+    ledger = driver.ledger
+    experts = [Ref("model", expert.identity) for expert in forest.experts]
+    single = [Ref("model", forest.foundation.seed), *experts, *([baseline] if baseline else [])]
+    scores = score_models(ground, [(model, text) for model in single for text in ground.texts], driver)
+    stacks = {
+        (text.name, split): _stack(ledger, scores, experts, text, split)
+        for text in ground.texts
+        for split in HELD_OUT
+        if text.tokens[split]
+    }
+    fits = fit_targets(ground, stacks)
+    averages = average_models(ground, forest, fits, driver)
+    scored_on = [(averages["uniform"], text) for text in ground.texts]
+    scored_on += [(averages[f"posterior for {text.name}"], text) for text in ground.texts]
+    scores = scores | score_models(ground, scored_on, driver)
+    results = tuple(
+        _split_result(ledger, forest, text, split, stacks, fits[text.name], scores, averages, baseline)
+        for split in HELD_OUT
+        for text in ground.texts
+        if text.tokens[split]
+    )
+    return Evaluation(results, fits, averages)
+
+
+def score_models(
+    ground: Ground, pairs: Sequence[tuple[Ref, PreparedText]], driver: Driver, splits: Sequence[str] = HELD_OUT
+) -> dict[tuple[str, str, str], Artifact]:
+    """Scores of each (model, text) pair on the splits, made or reused."""
+    keys = [(model, text, split) for model, text in pairs for split in splits if text.tokens[split]]
+    requests = [score_request(ground, model, text, split) for model, text, split in keys]
+    scored = driver.require(driver.workers.score, requests)
+    return {(m.identity, text.name, split): s for (m, text, split), s in zip(keys, scored, strict=True)}
+
+
+def average_models(ground: Ground, forest: Forest, fits: Mapping[str, TargetFit], driver: Driver) -> dict[str, Ref]:
+    """The uniform average, and a posterior-weighted one for each text. (An argmax average is an expert.)"""
+    weights = {"uniform": uniform_weights(len(forest.experts))}
+    weights |= {f"posterior for {name}": fit.average_weights for name, fit in fits.items()}
+    requests = [average_request(ground, label, forest, w) for label, w in weights.items()]
+    outcomes = driver.obtain(driver.workers.average, requests)
+    failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
+    if failures:
+        raise step_error(failures)
+    return {label: request.ref for label, request in zip(weights, requests, strict=True)}
+
+
+def fit_targets(ground: Ground, stacks: Mapping[tuple[str, str], ScoreStack]) -> dict[str, TargetFit]:
+    """Fits each text's mixing on its development blocks; texts without any get the calibrated default of the others."""
+    merging = ground.plan.merging
+    samples = {
+        text.name: stacks[text.name, "development"].take(0, merging.development_blocks)
+        for text in ground.texts
+        if (text.name, "development") in stacks
+    }
+    fits = {name: fit_target(*sample, merging) for name, sample in samples.items()}
+    missing = [text for text in ground.texts if text.name not in fits]
+    if missing:
+        domains = {text.name for text in ground.domains}
+        default = default_fit([sample for name, sample in samples.items() if name in domains], merging)
+        fits |= {text.name: default for text in missing}
+    return fits
+
+
+def fit_text(ground: Ground, forest: Forest, text: PreparedText, driver: Driver) -> TargetFit:
+    """Fits one text alone, scoring what it takes: its development text, or the domains' where it has none."""
+    experts = [Ref("model", expert.identity) for expert in forest.experts]
+    needed = [text] if text.tokens["development"] else list(ground.domains)
+    pairs = [(model, one) for one in needed for model in experts]
+    scores = score_models(ground, pairs, driver, splits=["development"])
+    samples = [
+        _stack(driver.ledger, scores, experts, one, "development").take(0, ground.plan.merging.development_blocks)
+        for one in needed
+    ]
+    if text.tokens["development"]:
+        return fit_target(*samples[0], ground.plan.merging)
+    return default_fit(samples, ground.plan.merging)
+
+
+def fit_target(logp_EBT: torch.Tensor, mask_BT: torch.Tensor, merging: MergingPlan) -> TargetFit:
+    """Everything fitted for a text, from its development blocks in hash order."""
+    calibrated_form = Posterior("calibrated", merging.window_tokens, merging.discount)
+    paper = Mixing(log_prior("ema", logp_EBT, mask_BT, FULL), FULL)
+    calibrated = Mixing(*calibrate(logp_EBT, mask_BT, calibrated_form))
+    if merging.posterior == "calibrated":
+        planned = calibrated
+        if merging.prior != "fitted":
+            given_E = log_prior(merging.prior, logp_EBT, mask_BT, FULL)
+            planned = Mixing(*calibrate(logp_EBT, mask_BT, calibrated_form, given_E))
+    else:
+        form = Posterior(merging.posterior, merging.window_tokens)
+        planned = Mixing(log_prior(merging.prior, logp_EBT, mask_BT, form), form)
+    kept = Mixing(keep_top(planned.log_prior_E, merging.top_k), planned.posterior)
+    return TargetFit(paper, calibrated, kept, len(mask_BT))
+
+
+def default_fit(samples: Sequence[tuple[torch.Tensor, torch.Tensor]], merging: MergingPlan) -> TargetFit:
+    """For a text without development text: a uniform prior, and the evidence weight fitted on the domains' together."""
+    logp_EBT = torch.cat([logp for logp, _ in samples], dim=1)
+    mask_BT = torch.cat([mask for _, mask in samples])
+    uniform_E = log_prior("uniform", logp_EBT, mask_BT, FULL)
+    form = Posterior("calibrated", merging.window_tokens, merging.discount)
+    calibrated = Mixing(*calibrate(logp_EBT, mask_BT, form, uniform_E))
+    planned = calibrated
+    if merging.posterior != "calibrated":
+        planned = Mixing(uniform_E, Posterior(merging.posterior, merging.window_tokens))
+    kept = Mixing(keep_top(planned.log_prior_E, merging.top_k), planned.posterior)
+    return TargetFit(Mixing(uniform_E, FULL), calibrated, kept, 0)
+
+
+def _stack(ledger: Ledger, scores: ModelScores, models: Sequence[Ref], text: PreparedText, split: str) -> ScoreStack:
+    return ScoreStack(ledger, [scores[m.identity, text.name, split] for m in models], text.tokens[split])
+
+
+def _split_result(
+    ledger: Ledger,
+    forest: Forest,
+    text: PreparedText,
+    split: str,
+    stacks: Mapping[tuple[str, str], ScoreStack],
+    fit: TargetFit,
+    scores: ModelScores,
+    averages: Mapping[str, Ref],
+    baseline: Ref | None,
+) -> SplitResult:
+    """Every system's sums by document on one split."""
+
+    def single(model: Ref) -> torch.Tensor:
+        return _stack(ledger, scores, [model], text, split).sums()[0]
+
+    stack = stacks[text.name, split]
+    experts_ED = stack.sums()
+    prior_E = fit.planned.log_prior_E.exp()
+    logp = {SEED: single(Ref("model", forest.foundation.seed))}
+    if baseline is not None:
+        logp[TRANSFORMER_LM] = single(baseline)
+    logp["best single expert"] = experts_ED[_best_expert(stacks, text, fit)]
+    if text.name in forest.domains:
+        logp["the domain's own expert"] = experts_ED[forest.domains.index(text.name)]
+    logp["average, uniform"] = single(averages["uniform"])
+    logp["average, argmax"] = experts_ED[argmax_weights(prior_E).index(1.0)]
+    logp["average, posterior"] = single(averages[f"posterior for {text.name}"])
+    logp |= _ensembles(stack, fit)
+    return SplitResult(text.name, text.is_target, split, logp, stack.tokens())
+
+
+def _ensembles(stack: ScoreStack, fit: TargetFit) -> dict[str, torch.Tensor]:
+    half = max(1, len(fit.calibrated.log_prior_E) // 2)
+    top = Mixing(keep_top(fit.calibrated.log_prior_E, half), fit.calibrated.posterior)
+    mixings = {PAPER_ENSEMBLE: fit.paper, CALIBRATED_ENSEMBLE: fit.calibrated, f"ensemble, top-{half}": top}
+    if fit.planned is not fit.calibrated and not _same(fit.planned, fit.calibrated):
+        mixings["ensemble, as planned"] = fit.planned
+    return {name: stack.mixture_sums(m.log_prior_E, m.posterior) for name, m in mixings.items()}
+
+
+def _same(one: Mixing, other: Mixing) -> bool:
+    return one.posterior == other.posterior and torch.equal(one.log_prior_E, other.log_prior_E)
+
+
+def _best_expert(stacks: Mapping[tuple[str, str], ScoreStack], text: PreparedText, fit: TargetFit) -> int:
+    """The expert with the lowest development perplexity; without development text, the one the prior favours."""
+    development = stacks.get((text.name, "development"))
+    if development is None:
+        return int(fit.planned.log_prior_E.argmax())
+    return int(development.sums().sum(1).argmax())

@@ -1,0 +1,138 @@
+"""Values: identities, experts, and the forest they form.
+
+Knows nothing of where they are stored or how experts are trained. A forest never changes: adding and removing domains
+make a new version of it, and what a version inherits from the first one, its foundation, stays.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from btm_cluster.errors import FoundationError, UserError
+
+
+def canonical_json(value: Any) -> bytes:
+    """One byte string per value: sorted keys, no spaces, floats as Python writes them."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def identity_of(recipe: Mapping[str, Any]) -> str:
+    """SHA-256 of a recipe: what something is made from, never where, when or by how many machines."""
+    return hashlib.sha256(canonical_json(recipe)).hexdigest()
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A model that another one starts from, and its weight in that start."""
+
+    identity: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A domain's expert as a forest version lists it: the same for equal runs, whatever the machine or the hour."""
+
+    domain: str
+    identity: str
+    weights_sha256: str
+    text: str
+    parents: tuple[Parent, ...]
+
+
+@dataclass(frozen=True)
+class Foundation:
+    """What every version of a forest shares: frozen by version 0."""
+
+    seed: str
+    tokenizer: str
+    model: str
+    block_tokens: int
+    domains: tuple[tuple[str, str], ...]
+    """Name and text identity of the founding domains, by name: the text the seed and the tokenizer have seen."""
+
+
+@dataclass(frozen=True)
+class Forest:
+    """One version of a forest."""
+
+    version: int
+    foundation: Foundation
+    experts: tuple[Expert, ...]
+    """By domain name."""
+    manifests: Mapping[str, str]
+    """Manifest hash of every model that this version names, by identity: the seed's too."""
+    reason: str
+    parent: str | None = None
+    """Hash of the version before."""
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the domains that have an expert."""
+        return tuple(expert.domain for expert in self.experts)
+
+    def expert(self, domain: str) -> Expert:
+        """The expert of `domain`."""
+        for expert in self.experts:
+            if expert.domain == domain:
+                return expert
+        raise UserError(f"the forest has no domain {domain!r}", expected=", ".join(self.domains))
+
+
+def merge_into(forest: Forest, experts: Sequence[Expert], manifests: Mapping[str, str], reason: str) -> Forest:
+    """The next version: the forest's experts and the new ones, a set insertion.
+
+    Raises:
+        UserError: if a new expert's domain already stands in the forest with another expert.
+    """
+    merged = {expert.domain: expert for expert in forest.experts}
+    for expert in experts:
+        known = merged.setdefault(expert.domain, expert)
+        if known.identity != expert.identity:
+            raise UserError(
+                f"the domain {expert.domain!r} already stands in forest version {forest.version}",
+                found=f"text {expert.text[:12]}",
+                expected=f"text {known.text[:12]}, on which its expert was trained",
+                remedy="give the new text a name of its own",
+            )
+    return dataclasses.replace(
+        forest,
+        version=forest.version + 1,
+        experts=tuple(merged[domain] for domain in sorted(merged)),
+        manifests={**forest.manifests, **manifests},
+        reason=reason,
+    )
+
+
+def check_foundation(forest: Forest, wanted: Foundation) -> None:
+    """Refuses a plan whose foundation is not the forest's.
+
+    Raises:
+        FoundationError: naming every part that differs.
+    """
+    have, want = dataclasses.asdict(forest.foundation), dataclasses.asdict(wanted)
+    differing = [name for name in ("tokenizer", "model", "block_tokens", "seed") if have[name] != want[name]]
+    if differing:
+        raise FoundationError(
+            "the plan changes what this store's forest was founded on",
+            found="another " + ", ".join(differing) + _training_hint(differing),
+            expected="the tokenizer, model, block length and seed recipe of version 0",
+            remedy="take another `store` for this plan, or restore those fields",
+        )
+
+
+def _training_hint(differing: Sequence[str]) -> str:
+    return " (a field of `training`)" if list(differing) == ["seed"] else ""
+
+
+def describe_forest(forest: Forest) -> dict[str, Any]:
+    """A version as plain values. An expert's entry is the same for equal runs: no times, machines or transactions."""
+    return {
+        "version": forest.version,
+        "reason": forest.reason,
+        "foundation": dataclasses.asdict(forest.foundation),
+        "experts": [dataclasses.asdict(expert) for expert in forest.experts],
+    }

@@ -1,0 +1,68 @@
+"""The workers in this process: one step after the other, for debugging and for machines without Ray."""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from btm_cluster.errors import BtmError, Stopped, UserError
+from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.steps.average import average
+from btm_cluster.steps.prepare import prepare
+from btm_cluster.steps.score import score
+from btm_cluster.steps.train import train
+from btm_cluster.workers import (
+    AverageRequest,
+    Control,
+    Failure,
+    Outcome,
+    PrepareRequest,
+    Progress,
+    Request,
+    ScoreRequest,
+    TrainRequest,
+    Watcher,
+)
+
+AnyRequest = TypeVar("AnyRequest", bound=Request)
+
+
+class LocalControl:
+    """A step's line to its driver, in one process."""
+
+    def __init__(self, watcher: Watcher, stop: threading.Event) -> None:
+        self._watcher, self._stop = watcher, stop
+
+    def report(self, progress: Progress) -> None:
+        self._watcher(progress)
+
+    def stopping(self) -> bool:
+        return self._stop.is_set()
+
+
+class InProcess:
+    """The port, without a cluster: one worker, on the GPU or the CPUs of this machine."""
+
+    def __init__(self, ledger: Ledger, control: Control) -> None:
+        self._ledger, self._control = ledger, control
+
+    def prepare(self, requests: Sequence[PrepareRequest]) -> list[Outcome]:
+        return [self._attempt(request, lambda r: prepare(r, self._ledger, self._control)) for request in requests]
+
+    def train(self, requests: Sequence[TrainRequest]) -> list[Outcome]:
+        return [self._attempt(request, lambda r: train(r, self._ledger, self._control)) for request in requests]
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Outcome]:
+        return [self._attempt(request, lambda r: score([r], self._ledger, self._control)[0]) for request in requests]
+
+    def average(self, requests: Sequence[AverageRequest]) -> list[Outcome]:
+        return [self._attempt(request, lambda r: average(r, self._ledger, self._control)) for request in requests]
+
+    def _attempt(self, request: AnyRequest, step: Callable[[AnyRequest], Artifact]) -> Outcome:
+        if self._control.stopping():
+            raise Stopped("the run was stopped", remedy="the same command goes on from here")
+        try:
+            return step(request)
+        except (UserError, Stopped):
+            raise
+        except BtmError as exc:
+            return Failure(request.label, 1, "in this process", str(exc))

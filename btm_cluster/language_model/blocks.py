@@ -1,0 +1,78 @@
+"""Token blocks: documents packed without padding into rows of `block_tokens`, and the order in which training takes them.
+
+Every document ends with the end-of-text token. Training drops what does not fill a block; held-out splits keep it,
+padded, so that every token counts. A model reads a block with an end-of-text token before it and predicts all of it.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+BATCH_DOCUMENTS = 512
+PADDING_DOCUMENT = -1
+
+
+def pack_blocks(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, block_tokens: int, keep_rest: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [blocks, block_tokens] in the smallest unsigned type, and each token's document number, int32, -1 for padding."""
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    end = tokenizer.eos_token_id
+    pieces = [np.array([*ids, end], dtype=dtype) for ids in _encode(documents, tokenizer)]
+    lengths = [len(piece) for piece in pieces]
+    tokens = np.concatenate(pieces) if pieces else np.zeros(0, dtype=dtype)
+    owners = np.repeat(np.arange(len(pieces), dtype=np.int32), lengths)
+    rest = len(tokens) % block_tokens
+    if rest and keep_rest:
+        missing = block_tokens - rest
+        tokens = np.concatenate([tokens, np.full(missing, end, dtype=dtype)])
+        owners = np.concatenate([owners, np.full(missing, PADDING_DOCUMENT, dtype=np.int32)])
+    elif rest:
+        tokens, owners = tokens[:-rest], owners[:-rest]
+    return tokens.reshape(-1, block_tokens), owners.reshape(-1, block_tokens)
+
+
+def _encode(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[list[int]]:
+    remaining = iter(documents)
+    while batch := list(islice(remaining, BATCH_DOCUMENTS)):
+        for encoding in tokenizer.backend_tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+            yield encoding.ids
+
+
+class Blocks:
+    """The blocks of several shard files as one array that is memory-mapped: int64 [n, block_tokens] by indices."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._shards = [shard for shard in (np.load(file, mmap_mode="r") for file in files) if len(shard)]
+        self._ends = np.cumsum([len(shard) for shard in self._shards])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """Blocks at `indices` [n], as int64 [n, block_tokens]."""
+        shards = np.searchsorted(self._ends, indices, side="right")
+        starts = np.concatenate([[0], self._ends[:-1]])
+        rows = [self._shards[s][i - starts[s]] for s, i in zip(shards, indices, strict=True)]
+        return np.stack(rows).astype(np.int64)
+
+
+def block_order(seed: int, text: str, blocks: int, first: int, count: int) -> np.ndarray:
+    """Indices of the blocks that training takes at positions first … first+count-1 of its endless pass over a text.
+
+    Each epoch is a fresh permutation, a pure function of (seed, text, epoch), so that resuming costs nothing.
+    """
+    positions = np.arange(first, first + count)
+    epochs, offsets = positions // blocks, positions % blocks
+    return np.array([_permutation(seed, text, blocks, int(e))[o] for e, o in zip(epochs, offsets, strict=True)])
+
+
+@lru_cache(maxsize=64)
+def _permutation(seed: int, text: str, blocks: int, epoch: int) -> np.ndarray:
+    digest = hashlib.sha256(f"{seed}/{text}/{epoch}".encode()).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big"))).permutation(blocks)

@@ -1,0 +1,113 @@
+"""Model and optimiser state to files and back, and training checkpoints written in the background.
+
+Training stops only for the copy out of the model; hashing and storing overlap with it. A failed intermediate checkpoint
+warns: the next one is due soon. The final one is stored by the caller, and fails loudly.
+"""
+
+import logging
+import tempfile
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from btm_cluster.errors import StoreError
+from btm_cluster.language_model.model import load_weights, save_weights, weights_of
+from btm_cluster.ledger import Artifact, Ledger
+
+log = logging.getLogger(__name__)
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
+    """Adam's moments by parameter name, and its step count: what a branch continues from."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in sorted(model.named_parameters()):
+        state = optimizer.state.get(parameter)
+        if state:
+            tensors |= {f"{moment}.{name}": state[moment] for moment in _MOMENTS}
+            tensors["step"] = torch.as_tensor(state["step"], dtype=torch.float32)
+    return tensors
+
+
+def load_training(
+    model: PreTrainedModel, optimizer: torch.optim.AdamW, ledger: Ledger, source: Artifact, keep_optimizer: bool
+) -> None:
+    """Puts a stored model's weights, and its optimiser where asked, into `model` and `optimizer`."""
+    load_weights(model, ledger.open_file(source, MODEL_FILE))
+    if not keep_optimizer or not source.has(OPTIMIZER_FILE):
+        return
+    tensors = load_file(ledger.open_file(source, OPTIMIZER_FILE))
+    for name, parameter in model.named_parameters():
+        if f"exp_avg.{name}" in tensors:
+            moments = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in _MOMENTS}
+            fused_device = parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")
+            optimizer.state[parameter] = {"step": tensors["step"].clone().to(fused_device), **moments}
+
+
+def write_state(model: PreTrainedModel, optimizer: torch.optim.AdamW | None, folder: Path) -> dict[str, Path]:
+    """Writes weights, and the optimiser's state if given, as files below `folder`."""
+    files = {MODEL_FILE: folder / MODEL_FILE}
+    save_weights(weights_of(model), files[MODEL_FILE])
+    if optimizer is not None:
+        files[OPTIMIZER_FILE] = folder / OPTIMIZER_FILE
+        save_weights(optimizer_tensors(model, optimizer), files[OPTIMIZER_FILE])
+    return files
+
+
+class TrainingCheckpoints:
+    """Saves a model in the making, at most one save under way at a time."""
+
+    def __init__(self, ledger: Ledger, identity: str, label: str) -> None:
+        self.stall_seconds = 0.0
+        self._ledger, self._identity, self._label = ledger, identity, label
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._saving: Future[None] | None = None
+
+    def save(
+        self, update: int, model: PreTrainedModel, optimizer: torch.optim.AdamW, facts: Mapping[str, Any], wait: bool
+    ) -> None:
+        """Copies the state out and stores it in the background; with `wait`, only returns once it is stored.
+
+        Raises:
+            StoreError: only with `wait`; without, a failure is logged and the next save tries again.
+        """
+        started = time.monotonic()
+        self._finish_previous()
+        weights = {name: t.to("cpu", copy=True) for name, t in weights_of(model).items()}
+        moments = {name: t.to("cpu", copy=True) for name, t in optimizer_tensors(model, optimizer).items()}
+        self.stall_seconds += time.monotonic() - started
+        self._saving = self._pool.submit(self._store, update, weights, moments, dict(facts))
+        if wait:
+            saving, self._saving = self._saving, None
+            saving.result()
+
+    def close(self) -> None:
+        """Waits for the save under way."""
+        self._finish_previous()
+        self._pool.shutdown()
+
+    def _finish_previous(self) -> None:
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        try:
+            saving.result()
+        except (StoreError, OSError) as exc:
+            log.warning("%s: a training checkpoint was not stored, the next one will be tried: %s", self._label, exc)
+
+    def _store(
+        self, update: int, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], facts: dict[str, Any]
+    ) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            files = {MODEL_FILE: Path(scratch, MODEL_FILE), OPTIMIZER_FILE: Path(scratch, OPTIMIZER_FILE)}
+            save_weights(weights, files[MODEL_FILE])
+            save_weights(moments, files[OPTIMIZER_FILE])
+            self._ledger.save_training(self._identity, update, files, facts)

@@ -1,0 +1,32 @@
+"""The README.md of a merged model: what it is made of, in words and for the hub."""
+
+from pathlib import Path
+
+from btm_cluster.workers import AverageRequest
+
+
+def write_card(request: AverageRequest, file: Path) -> None:
+    """Writes the card of an average: its plan, its parents and their weights."""
+    rows = [
+        f"| {request.card.get(parent.identity, '')} | `{parent.identity}` | {parent.weight:.6f} |"
+        for parent in sorted(request.parents, key=lambda p: -p.weight)
+    ]
+    file.write_text(
+        f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [branch-train-merge]
+---
+
+# {request.card.get("plan", "forest")}: {request.label}
+
+A parameter average of experts that branched from one seed model, after Branch-Train-Merge (Li et al., 2022). Weights
+were summed in float32. The identity of this average is `{request.ref.identity}`.
+
+| domain | expert | weight |
+|---|---|---|
+"""
+        + "\n".join(rows)
+        + "\n",
+        encoding="utf-8",
+    )

@@ -1,0 +1,290 @@
+"""The train loop: from update n to update m on token blocks, in one process or in one process group.
+
+AdamW, gradient clipping, accumulation, bf16 and torch.compile on a GPU. Block order and learning rate are functions of
+the update alone, so a run that was killed continues at the exact update; on CPU, in the same numerics profile, bit for bit.
+Knows nothing of Ray: a process group, where there is one, was set up by the caller.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from btm_cluster.equations.schedule import learning_rate, rewarmed_learning_rate
+from btm_cluster.errors import Stopped, TrainingError
+from btm_cluster.language_model.blocks import Blocks, block_order
+from btm_cluster.language_model.checkpoint import TrainingCheckpoints, load_training
+from btm_cluster.language_model.model import build_model
+from btm_cluster.ledger import Ledger
+from btm_cluster.workers import Control, Progress, Resources, TrainRequest
+
+REPORT_SECONDS = 1.0
+AGREE_EVERY = 8
+"""Updates between two agreements of a process group on whether to stop: each one waits for the device."""
+
+
+class NextTokenLoss(torch.nn.Module):
+    """Summed negative log-likelihood of blocks [B, T], each read after an end-of-text token."""
+
+    def __init__(self, model: PreTrainedModel, end_of_text: int) -> None:
+        super().__init__()
+        self.model = model
+        self.end_of_text = end_of_text
+
+    def forward(self, blocks_BT: torch.Tensor) -> torch.Tensor:
+        logits = self.model(input_ids=read_after_end(blocks_BT, self.end_of_text), use_cache=False).logits
+        return functional.cross_entropy(logits.flatten(0, 1).float(), blocks_BT.flatten(), reduction="sum")
+
+
+def read_after_end(blocks_BT: torch.Tensor, end_of_text: int) -> torch.Tensor:
+    """What a model reads to predict blocks [B, T]: an end-of-text token, then all tokens but the last."""
+    first = torch.full_like(blocks_BT[:, :1], end_of_text)
+    return torch.cat([first, blocks_BT[:, :-1]], dim=1)
+
+
+def device_of(how: Resources) -> torch.device:
+    """The device that the caller's resources mean."""
+    return torch.device("cuda" if how.gpus_per_worker > 0 else "cpu")
+
+
+def autocast(how: Resources) -> AbstractContextManager[Any]:
+    """The forward pass's arithmetic."""
+    if how.precision == "bfloat16":
+        return torch.autocast(device_of(how).type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+@dataclass
+class Trained:
+    """What training ended in. `optimizer` continues where a branch keeps it."""
+
+    model: PreTrainedModel
+    optimizer: torch.optim.AdamW
+    facts: dict[str, Any]
+    note: dict[str, Any]
+
+
+@dataclass
+class _Pace:
+    """Measured while running, for progress and for estimates; no result depends on it."""
+
+    started: float = field(default_factory=time.monotonic)
+    tokens: int = 0
+    reported: float = field(default_factory=time.monotonic)
+    reported_tokens: int = 0
+
+    def is_due(self) -> bool:
+        return time.monotonic() - self.reported >= REPORT_SECONDS
+
+    def lap(self) -> float:
+        """Tokens per second since the last lap."""
+        now = time.monotonic()
+        rate = (self.tokens - self.reported_tokens) / max(now - self.reported, 1e-9)
+        self.reported, self.reported_tokens = now, self.tokens
+        return rate
+
+
+def train(
+    request: TrainRequest, ledger: Ledger, control: Control, texts: Sequence[Blocks], end_of_text: int
+) -> Trained:
+    """Trains as `request` says, from its start or from its last training checkpoint.
+
+    Raises:
+        Stopped: `control` asked to stop; the state was saved.
+        TrainingError: the loss is not finite; the last training checkpoint is kept.
+    """
+    run = _TrainingRun(request, ledger, control, texts, end_of_text)
+    return run.run()
+
+
+class _TrainingRun:
+    """The state of one training: model, optimiser, counter."""
+
+    def __init__(
+        self, request: TrainRequest, ledger: Ledger, control: Control, texts: Sequence[Blocks], end_of_text: int
+    ) -> None:
+        self.request, self.ledger, self.control, self.texts = request, ledger, control, texts
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.device = device_of(request.how)
+        if self.device.type == "cpu":
+            torch.set_num_threads(request.how.cpus_per_worker)
+        else:
+            torch.set_float32_matmul_precision("high")
+        self.model = build_model(request.model, request.training.random_seed).to(self.device)
+        self.optimizer = build_optimizer(self.model, request)
+        self.update = self._restore()
+        self.forward = self._wrap(NextTokenLoss(self.model, end_of_text))
+        self.checkpoints = TrainingCheckpoints(ledger, request.ref.identity, request.label)
+        self.pace = _Pace()
+        self.loss = torch.zeros((), device=self.device)
+
+    def run(self) -> Trained:
+        self.model.train()
+        last_saved = time.monotonic()
+        try:
+            while self.update < self.request.last_update:
+                self._stop_if_agreed()
+                self.loss = self._one_update()
+                self.update += 1
+                self.pace.tokens += self.request.blocks_per_update * self.request.training.block_tokens
+                if self.pace.is_due() or self.update == self.request.last_update:
+                    self._report()
+                if self.rank == 0 and time.monotonic() - last_saved >= self.request.checkpoint_seconds:
+                    self._save(wait=False)
+                    last_saved = time.monotonic()
+            self._check_finite()
+        finally:
+            self.checkpoints.close()
+        return Trained(self.model, self.optimizer, self._facts(), self._note())
+
+    def _restore(self) -> int:
+        """Loads the last training checkpoint, or the start; returns the update to go on from."""
+        request = self.request
+        saved = self.ledger.latest_training(request.ref.identity)
+        if saved is not None:
+            load_training(self.model, self.optimizer, self.ledger, saved, keep_optimizer=True)
+            return int(saved.recipe["update"])
+        if request.start is not None:
+            start = self.ledger.get(request.start.model)
+            load_training(self.model, self.optimizer, self.ledger, start, request.start.keep_optimizer)
+        return request.first_update
+
+    def _wrap(self, loss: NextTokenLoss) -> torch.nn.Module:
+        wrapped: torch.nn.Module = loss
+        if self.world > 1:
+            wrapped = DistributedDataParallel(loss, device_ids=[self.device] if self.device.type == "cuda" else None)
+        if self.request.how.compile:
+            wrapped.compile(dynamic=False)
+        return wrapped
+
+    def _one_update(self) -> torch.Tensor:
+        """One optimiser step; returns this rank's mean loss per token, still on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(self.update, self.request)
+        blocks = self._blocks_of(self.update)
+        tokens = self.request.blocks_per_update * self.request.training.block_tokens
+        micro_batches = torch.split(blocks, self.request.how.micro_batch_blocks)
+        total = torch.zeros((), device=self.device)
+        for i, micro_batch in enumerate(micro_batches):
+            is_last = i == len(micro_batches) - 1
+            no_sync = nullcontext() if is_last or self.world == 1 else self.forward.no_sync()  # type: ignore[operator]
+            with no_sync:
+                with autocast(self.request.how):
+                    loss = self.forward(micro_batch)
+                (loss * (self.world / tokens)).backward()  # DDP averages over ranks; the loss is a sum over all of them
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.request.training.gradient_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total / (blocks.numel())
+
+    def _blocks_of(self, update: int) -> torch.Tensor:
+        """This rank's blocks of an update, int64 [blocks, block_tokens], equally many of each text over all ranks."""
+        request = self.request
+        count = request.training.blocks_per_domain_update
+        position = (update - request.first_update if request.restart_data else update) * count
+        # An expert's order must not repeat the seed's: it would see the same blocks first, twice.
+        seed = request.training.random_seed + (1 if request.restart_data else 0)
+        taken = [
+            blocks.take(block_order(seed, text.identity, len(blocks), position, count))
+            for text, blocks in zip(request.texts, self.texts, strict=True)
+        ]
+        mine = torch.from_numpy(np.concatenate(taken)[self.rank :: self.world])
+        if self.device.type == "cuda":
+            return mine.pin_memory().to(self.device, non_blocking=True)
+        return mine
+
+    def _stop_if_agreed(self) -> None:
+        """Saves and raises where the driver asked to stop: on all ranks of a group at the same update, or on none."""
+        stop = self.control.stopping()
+        if self.world > 1:
+            if self.update % AGREE_EVERY:
+                return
+            self._check_finite()
+            stop = bool(self._largest(float(stop)))
+        if stop:
+            self._save(wait=True)
+            raise Stopped(f"{self.request.label} was stopped", found=f"saved at update {self.update}")
+
+    def _largest(self, value: float) -> float:
+        """The largest value over the ranks of the group."""
+        tensor = torch.tensor(value, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return float(tensor)
+
+    def _check_finite(self) -> None:
+        """Raises on all ranks, or on none, since a rank that left alone would leave the others waiting for it."""
+        if self._largest(float(not math.isfinite(self.loss.item()))):
+            raise TrainingError(
+                f"{self.request.label}: the loss is not finite at update {self.update}",
+                found=f"{self.loss.item()}",
+                remedy="lower training.learning_rate or gradient_clip; the last training checkpoint is kept",
+            )
+
+    def _report(self) -> None:
+        rate = self.pace.lap()
+        if self.world == 1:
+            self._check_finite()
+        if self.rank == 0:
+            request = self.request
+            tokens_left = (
+                (request.last_update - self.update) * request.blocks_per_update * request.training.block_tokens
+            )
+            span = (self.update, request.first_update, request.last_update)
+            self.control.report(
+                Progress(request.label, "training", *span, self.loss.item(), rate, tokens_left / max(rate, 1e-9))
+            )
+
+    def _save(self, wait: bool) -> None:
+        if self.rank == 0 and math.isfinite(self.loss.item()):
+            facts = {"how": dataclasses.asdict(self.request.how)}
+            self.checkpoints.save(self.update, self.model, self.optimizer, facts, wait)
+
+    def _facts(self) -> dict[str, Any]:
+        profile = dataclasses.asdict(self.request.how) | {"torch": torch.__version__, "device": self.device.type}
+        return {"role": self.request.role, "tokens": self.request.tokens, "profile": profile}
+
+    def _note(self) -> dict[str, Any]:
+        seconds = time.monotonic() - self.pace.started
+        gpus = self.request.how.workers * self.request.how.gpus_per_worker
+        return {
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(self.pace.tokens / max(seconds, 1e-9), 1),
+            "gpus": gpus,
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
+            "checkpoint_stall_seconds": round(self.checkpoints.stall_seconds, 3),
+        }
+
+
+def build_optimizer(model: PreTrainedModel, request: TrainRequest) -> torch.optim.AdamW:
+    """AdamW over all parameters; weight decay on matrices only."""
+    training = request.training
+    parameters = [p for _, p in sorted(model.named_parameters())]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": training.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=training.betas, eps=training.epsilon, fused=True)
+
+
+def learning_rate_at(update: int, request: TrainRequest) -> float:
+    """Of an update of this request: the seed's line, or a fresh warm-up where the branch has no optimiser to continue."""
+    training = request.training
+    peak, updates = training.learning_rate, training.updates
+    warmup = round(training.warmup_share * updates)
+    if request.start is not None and not request.start.keep_optimizer:
+        branch = request.first_update
+        return rewarmed_learning_rate(update, branch=branch, peak=peak, updates=updates, warmup_updates=warmup)
+    return learning_rate(update, peak=peak, updates=updates, warmup_updates=warmup)

@@ -1,0 +1,56 @@
+"""`btm merge`: one averaged model as a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` opens."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from btm_cluster.driver import Driver
+from btm_cluster.equations.averaging import argmax_weights, posterior_weights, uniform_weights
+from btm_cluster.errors import UserError
+from btm_cluster.evaluation import fit_text
+from btm_cluster.plan import Plan
+from btm_cluster.recipes import average_request
+from btm_cluster.run import find_grown
+
+FOLDER_FILES = ("README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
+
+def check_merge_call(plan: Plan, weights: str, target: str | None, to: Path) -> None:
+    """Refuses a call that cannot be met, before anything starts.
+
+    Raises:
+        UserError: saying what is wrong with it.
+    """
+    known = ("uniform", "argmax", "posterior")
+    names = [text.name for text in plan.texts]
+    if weights not in known:
+        raise UserError("--weights is unknown", found=weights, expected=", ".join(known))
+    if weights != "uniform" and target not in names:
+        raise UserError(
+            f"--weights {weights} needs a text to merge for",
+            found=f"--for {target}",
+            expected=f"one of {', '.join(names)}",
+        )
+    if to.exists():
+        raise UserError(f"{to} already exists", remedy="choose another folder")
+
+
+def write_merged_model(plan: Plan, weights: str, target: str | None, to: Path, driver: Driver) -> None:
+    """Averages the forest's experts (by the merge actor, if that was not done) and writes the model to the folder `to`."""
+    grown = find_grown(plan, driver)
+    forest, ground = grown.forest, grown.ground
+    if weights == "uniform":
+        chosen = uniform_weights(len(forest.experts))
+    else:
+        text = next(text for text in ground.texts if text.name == target)
+        prior_E = fit_text(ground, forest, text, driver).planned.log_prior_E.exp()
+        chosen = argmax_weights(prior_E) if weights == "argmax" else posterior_weights(prior_E)
+    label = weights if weights == "uniform" else f"{weights} for {target}"
+    average = driver.require(driver.workers.average, [average_request(ground, label, forest, chosen)])[0]
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}-") as scratch:
+        folder = Path(scratch, to.name)
+        folder.mkdir()
+        for name in FOLDER_FILES:
+            shutil.copyfile(driver.ledger.open_file(average, name), folder / name)
+        folder.rename(to)

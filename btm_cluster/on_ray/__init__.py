@@ -1,0 +1,1 @@
+"""The workers on a Ray cluster: the only package that imports ray."""

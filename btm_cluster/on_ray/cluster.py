@@ -1,0 +1,67 @@
+"""Joining a Ray cluster, or starting a local one, and whether an ask can ever be met.
+
+Ray supervises, schedules and retries; what it leaves to its caller, a clear word on an ask that cannot be placed, is here.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import ray
+
+from btm_cluster.errors import ResourcesError
+from btm_cluster.workers import Resources
+
+NAMESPACE = "btm"
+
+
+@contextmanager
+def connected(address: str | None, dashboard: bool) -> Iterator[None]:
+    """Joins the cluster at `address` (`auto`: the one this machine belongs to), or starts a local one, and leaves it."""
+    options = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "WARNING"}
+    if address is None:
+        ray.init("local", include_dashboard=dashboard, **options)
+    else:
+        ray.init(address, **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def bundle(how: Resources) -> dict[str, float]:
+    """What one worker of a group holds."""
+    asked: dict[str, float] = {"CPU": float(how.cpus_per_worker)}
+    if how.gpus_per_worker:
+        asked["GPU"] = float(how.gpus_per_worker)
+    return asked
+
+
+def check_feasible(label: str, how: Resources) -> bool:
+    """Whether the cluster as it stands can place the group; False if it cannot yet, but its autoscaler may.
+
+    Raises:
+        ResourcesError: it never can.
+    """
+    asked = bundle(how)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if sum(_fitting(node, asked) for node in nodes) >= how.workers:
+        return True
+    ceiling = ray._private.state.state.get_max_resources_from_cluster_config()
+    if ceiling and all(ceiling.get(name, 0) >= amount * how.workers for name, amount in asked.items()):
+        return False
+    raise ResourcesError(
+        f"the cluster can never train {label}",
+        found="nodes with " + "; ".join(_words(node) for node in nodes),
+        expected=f"{how.workers} worker(s) with {_words(asked)} each, a worker on one node",
+        remedy="lower seed_gpus, seed_cpus, gpus_per_expert or cpus_per_expert in the plan's `cluster`, or add nodes",
+    )
+
+
+def _fitting(node: Mapping[str, float], asked: Mapping[str, float]) -> int:
+    """How many bundles a node can hold."""
+    return min(math.floor(node.get(name, 0) / amount + 1e-9) for name, amount in asked.items())
+
+
+def _words(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU"))

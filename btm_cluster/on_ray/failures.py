@@ -1,0 +1,38 @@
+"""Ray's exceptions, translated once: to the package's own where a step raised one, to a Failure otherwise."""
+
+import ray.exceptions
+import ray.train
+
+from btm_cluster.errors import BtmError, Stopped, UserError
+from btm_cluster.workers import Failure
+
+
+def failure_of(label: str, error: Exception, retries: int) -> Failure:
+    """What became of a request whose result raised `error`.
+
+    Raises:
+        UserError, Stopped: a step raised it; these are the user's to know, not a failure among others.
+    """
+    cause = root_cause(error)
+    if isinstance(cause, UserError | Stopped):
+        raise cause from None
+    died = isinstance(
+        cause, ray.exceptions.RayActorError | ray.exceptions.WorkerCrashedError | ray.exceptions.NodeDiedError
+    )
+    where = "its process or node died" if died else "in its process"
+    words = str(cause) if isinstance(cause, BtmError) else f"{type(cause).__name__}: {cause}"
+    return Failure(label, retries + 1 if died else 1, where, words)
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The exception that a step raised, out of what Ray and Ray Train wrapped around it."""
+    if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, BaseException):
+        return root_cause(error.cause)
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        causes = [root_cause(failure) for failure in failures.values()]
+        return next((cause for cause in causes if isinstance(cause, BtmError)), causes[0])
+    inner = getattr(error, "_base_exc", None) or error.__cause__
+    if isinstance(inner, BaseException) and isinstance(error, ray.train.TrainingFailedError | RuntimeError):
+        return root_cause(inner)
+    return error

@@ -1,0 +1,79 @@
+"""The workers' port, joined to a cluster at the first request: a run with nothing to do starts no Ray."""
+
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from types import TracebackType
+
+from btm_cluster.plan import ClusterPlan
+from btm_cluster.workers import (
+    AverageRequest,
+    Outcome,
+    PrepareRequest,
+    ScoreRequest,
+    TrainRequest,
+    Watcher,
+    Workers,
+)
+
+# Ray reads these once, when it is imported, so they are set before.
+_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # Train polls its workers; its default of 2 s costs a small run much
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # shows Train's runs in the dashboard
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # groups queue for GPUs
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+_LOCAL_ENVIRONMENT = {"RAY_AUTH_MODE": "token"}  # what Ray does by itself for a local cluster, without its warning
+
+
+class LazyRayWorkers:
+    """RayWorkers, connected when first asked for something, disconnected on exit."""
+
+    def __init__(
+        self,
+        store: str,
+        watcher: Watcher,
+        stop: threading.Event,
+        cluster: ClusterPlan,
+        address: str | None,
+        dashboard: bool,
+    ) -> None:
+        self._arguments = (store, watcher, stop, cluster)
+        self._address, self._dashboard = address, dashboard
+        self._stack = ExitStack()
+        self._workers: Workers | None = None
+
+    def __enter__(self) -> "LazyRayWorkers":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def prepare(self, requests: Sequence[PrepareRequest]) -> list[Outcome]:
+        return self._connected().prepare(requests)
+
+    def train(self, requests: Sequence[TrainRequest]) -> list[Outcome]:
+        return self._connected().train(requests)
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Outcome]:
+        return self._connected().score(requests)
+
+    def average(self, requests: Sequence[AverageRequest]) -> list[Outcome]:
+        return self._connected().average(requests)
+
+    def _connected(self) -> Workers:
+        if self._workers is None:
+            for name, value in (_ENVIRONMENT | (_LOCAL_ENVIRONMENT if self._address is None else {})).items():
+                os.environ.setdefault(name, value)
+            from btm_cluster.on_ray.cluster import connected
+            from btm_cluster.on_ray.workers import RayWorkers
+
+            handler = signal.getsignal(signal.SIGTERM)
+            self._stack.enter_context(connected(self._address, self._dashboard))
+            signal.signal(signal.SIGTERM, handler)  # ray.init puts its own in place, which exits at once
+            self._workers = RayWorkers(*self._arguments)
+        return self._workers

@@ -1,0 +1,112 @@
+"""One training on the cluster: an actor that runs Ray Train, in its own process or over a group of workers.
+
+A group of one runs in Train's local mode: the actor holds the GPU (a fraction will do) and Ray restarts it. A larger group
+has a placement group of its own, the actor holds nothing, and Train restarts the workers. Either way a restarted
+training goes on from its last checkpoint in the store.
+"""
+
+import tempfile
+import threading
+import uuid
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchTrainer
+
+from btm_cluster.errors import BtmError, Stopped, TrainingError, UserError
+from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.on_ray.cluster import bundle
+from btm_cluster.on_ray.progress import RayControl, StopPoll
+from btm_cluster.workers import Progress, Resources, TrainRequest
+
+
+class Trainer:
+    """Trains one model. `stop` and `stopping` answer while it does."""
+
+    def __init__(self) -> None:
+        self._stop = threading.Event()
+
+    def train(self, request: TrainRequest, store: str, retries: int, board: Any) -> Artifact:
+        """The committed model."""
+        control = RayControl(board, self._stop.is_set)
+        control.report(Progress(request.label, "starting"))
+        if request.how.workers == 1:
+
+            def loop() -> Artifact | BtmError:
+                return _step(request, store, control)
+        else:
+            trainer = ray.get_runtime_context().current_actor
+
+            def loop() -> Artifact | BtmError:
+                return _step(request, store, RayControl(board, StopPoll(trainer)))
+
+        result = TorchTrainer(
+            loop, scaling_config=_scaling(request.how), run_config=_run_config(request, retries)
+        ).fit()
+        if isinstance(result.return_value, BtmError):
+            raise result.return_value
+        if not isinstance(result.return_value, Artifact):
+            raise TrainingError(f"{request.label}: Ray Train ended without a model", found=str(result))
+        return result.return_value
+
+    @ray.method(concurrency_group="control")
+    def stop(self) -> None:
+        """Save at the next update, and stop."""
+        self._stop.set()
+
+    @ray.method(concurrency_group="control")
+    def stopping(self) -> bool:
+        """Whether `stop` was called: the workers of a group ask."""
+        return self._stop.is_set()
+
+
+TrainerActor: Any = ray.remote(concurrency_groups={"control": 2})(Trainer)
+
+
+def _step(request: TrainRequest, store: str, control: RayControl) -> Artifact | BtmError:
+    """The train loop of one worker; in a group, the process group was set up by Ray Train.
+
+    What trying again cannot mend is returned and not raised, since Train tries again whatever is raised.
+    """
+    from btm_cluster.steps.train import train
+
+    ray.train.get_context()  # raises where Train is not in charge: no training runs outside it
+    try:
+        return train(request, Ledger.open(store), control)
+    except (UserError, Stopped, TrainingError) as exc:
+        return exc
+
+
+def trainer_options(request: TrainRequest, retries: int) -> dict[str, Any]:
+    """Options of the actor: its name in the dashboard, what it holds, how often it is restarted."""
+    alone = request.how.workers == 1
+    held = bundle(request.how) if alone else {"CPU": 0.0}
+    threads = str(request.how.cpus_per_worker)
+    return {
+        "name": f"{request.role}-{request.label}-{request.ref.identity[:8]}-{uuid.uuid4().hex[:6]}",
+        "num_cpus": held["CPU"],
+        "num_gpus": held.get("GPU", 0.0),
+        "max_restarts": retries,
+        "max_task_retries": retries,
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads}} if alone else None,
+    }
+
+
+def _scaling(how: Resources) -> ray.train.ScalingConfig:
+    if how.workers == 1:
+        return ray.train.ScalingConfig(num_workers=0, use_gpu=how.gpus_per_worker > 0)
+    return ray.train.ScalingConfig(
+        num_workers=how.workers, use_gpu=how.gpus_per_worker > 0, resources_per_worker=bundle(how)
+    )
+
+
+def _run_config(request: TrainRequest, retries: int) -> ray.train.RunConfig:
+    # A name used before would resume that run's state; ours lives in the store.
+    name = f"{request.role}-{request.label}-{request.ref.identity[:8]}-{uuid.uuid4().hex[:6]}"
+    return ray.train.RunConfig(
+        name=name,
+        storage_path=str(Path(tempfile.gettempdir(), "btm-cluster-train")),
+        failure_config=ray.train.FailureConfig(max_failures=retries),
+    )

@@ -1,0 +1,190 @@
+"""The workers' port on Ray: tasks for preparing and scoring, a named actor for each training, one for averaging.
+
+Admission is `concurrent_experts` and `ray.wait`; everything else is Ray's. A failed request never cancels its siblings.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from btm_cluster.errors import Stopped
+from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.on_ray.cluster import bundle, check_feasible
+from btm_cluster.on_ray.failures import failure_of
+from btm_cluster.on_ray.progress import ProgressBoardActor, RayControl
+from btm_cluster.on_ray.training import TrainerActor, trainer_options
+from btm_cluster.plan import ClusterPlan
+from btm_cluster.workers import (
+    AverageRequest,
+    Failure,
+    Outcome,
+    PrepareRequest,
+    Progress,
+    ScoreRequest,
+    TrainRequest,
+    Watcher,
+)
+
+POLL_SECONDS = 0.25
+WAITING_SECONDS = 60.0
+"""Between two words on a training that waits for room."""
+
+
+@ray.remote
+def _prepare(request: PrepareRequest, store: str, board: Any) -> Artifact:
+    from btm_cluster.steps.prepare import prepare
+
+    return prepare(request, Ledger.open(store), RayControl(board, lambda: False))
+
+
+@ray.remote
+def _score(requests: Sequence[ScoreRequest], store: str, board: Any) -> list[Artifact]:
+    from btm_cluster.steps.score import score
+
+    return score(requests, Ledger.open(store), RayControl(board, lambda: False))
+
+
+class Merger:
+    """The merge actor: averages models, one after the other."""
+
+    def average(self, request: AverageRequest, store: str, board: Any) -> Artifact:
+        """The committed average."""
+        from btm_cluster.steps.average import average
+
+        return average(request, Ledger.open(store), RayControl(board, lambda: False))
+
+
+_MergerActor: Any = ray.remote(Merger)
+
+
+@dataclass
+class _Running:
+    """Something under way: what it is called, its result to come, and the trainer actor where it has one."""
+
+    label: str
+    result: Any
+    trainer: Any = None
+    last_word: float = field(default_factory=time.monotonic)
+    has_room: bool = True
+
+
+class RayWorkers:
+    """The port for a connected Ray cluster. `stop` is set when the driver was asked to stop."""
+
+    def __init__(self, store: str, watcher: Watcher, stop: threading.Event, cluster: ClusterPlan) -> None:
+        self._store, self._watcher, self._stop, self._cluster = store, watcher, stop, cluster
+        self._board = ProgressBoardActor.options(name=f"progress-{time.time_ns()}").remote()
+        self._retried = {"max_restarts": cluster.retries, "max_task_retries": cluster.retries}
+
+    def prepare(self, requests: Sequence[PrepareRequest]) -> list[Outcome]:
+        task = _prepare.options(num_cpus=1, max_retries=self._cluster.retries)
+
+        def start(request: PrepareRequest) -> _Running:
+            return _Running(request.label, task.remote(request, self._store, self._board))
+
+        return self._run(start, requests)
+
+    def train(self, requests: Sequence[TrainRequest]) -> list[Outcome]:
+        room = {request.label: check_feasible(request.label, request.how) for request in requests}
+
+        def start(request: TrainRequest) -> _Running:
+            trainer = TrainerActor.options(**trainer_options(request, self._cluster.retries)).remote()
+            result = trainer.train.remote(request, self._store, self._cluster.retries, self._board)
+            return _Running(request.label, result, trainer, has_room=room[request.label])
+
+        return self._run(start, requests, self._cluster.concurrent_experts)
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Outcome]:
+        groups: dict[str, list[ScoreRequest]] = {}
+        for request in requests:
+            groups.setdefault(request.model.identity, []).append(request)
+
+        def start(group: list[ScoreRequest]) -> _Running:
+            held = bundle(group[0].how)
+            task = _score.options(num_cpus=held["CPU"], num_gpus=held.get("GPU", 0), max_retries=self._cluster.retries)
+            return _Running(group[0].label, task.remote(group, self._store, self._board))
+
+        outcomes = self._run(start, list(groups.values()))
+        by_request: dict[str, Outcome] = {}
+        for group, outcome in zip(groups.values(), outcomes, strict=True):
+            each = [outcome] * len(group) if isinstance(outcome, Failure) else outcome
+            by_request |= {r.ref.identity: o for r, o in zip(group, each, strict=True)}
+        return [by_request[request.ref.identity] for request in requests]
+
+    def average(self, requests: Sequence[AverageRequest]) -> list[Outcome]:
+        merger = _MergerActor.options(name=f"merge-{time.time_ns()}", num_cpus=1, **self._retried).remote()
+
+        def start(request: AverageRequest) -> _Running:
+            return _Running(request.label, merger.average.remote(request, self._store, self._board))
+
+        try:
+            return self._run(start, requests)
+        finally:
+            ray.kill(merger)
+
+    def _run(self, start: Callable[[Any], _Running], requests: Sequence[Any], at_once: int | None = None) -> list[Any]:
+        """Starts what there is room for, waits for all of it, and returns results or Failures in order."""
+        outcomes: dict[int, Any] = {}
+        waiting = dict(enumerate(requests))
+        running: dict[Any, tuple[int, _Running]] = {}
+        try:
+            while waiting or running:
+                if self._stop.is_set():
+                    self._stop_all([one for _, one in running.values()])
+                    raise Stopped("the run was stopped", remedy="the same command goes on from here")
+                while waiting and len(running) < (at_once or len(requests)):
+                    index = next(iter(waiting))
+                    started = start(waiting.pop(index))
+                    running[started.result] = (index, started)
+                done, _ = ray.wait(list(running), timeout=POLL_SECONDS)
+                self._relay([one for _, one in running.values()])
+                for result in done:
+                    index, finished = running.pop(result)
+                    outcomes[index] = self._collect(finished)
+        finally:
+            for _, one in running.values():
+                _end(one)
+        return [outcomes[i] for i in range(len(requests))]
+
+    def _collect(self, finished: _Running) -> Any:
+        """The result, or the Failure that it ended in; a trainer's process goes with it."""
+        try:
+            return ray.get(finished.result)
+        except ray.exceptions.RayError as exc:
+            return failure_of(finished.label, exc, self._cluster.retries)
+        finally:
+            _end(finished)
+
+    def _relay(self, running: Sequence[_Running]) -> None:
+        """Passes progress on to the watcher, and says every minute what waits for room."""
+        fresh = {progress.label: progress for progress in ray.get(self._board.take.remote())}
+        for progress in fresh.values():
+            self._watcher(progress)
+        now = time.monotonic()
+        for one in running:
+            if one.label in fresh:
+                one.last_word, one.has_room = now, True
+            elif not one.has_room and now - one.last_word >= WAITING_SECONDS:
+                one.last_word = now
+                self._watcher(Progress(one.label, "waiting for the cluster to grow"))
+
+    def _stop_all(self, running: Sequence[_Running]) -> None:
+        """Asks every trainer to save and stop, and waits for them as long as the plan allows."""
+        trainings = [one for one in running if one.trainer is not None]
+        for one in trainings:
+            self._watcher(Progress(one.label, "saving, to stop"))
+            one.trainer.stop.remote()
+        if trainings:
+            results = [one.result for one in trainings]
+            ray.wait(results, num_returns=len(results), timeout=self._cluster.stop_grace_seconds)
+
+
+def _end(one: _Running) -> None:
+    if one.trainer is not None:
+        ray.kill(one.trainer)
+    else:
+        ray.cancel(one.result, force=False)

@@ -1,0 +1,256 @@
+"""From a plan to requests: what each step of growing and evaluating a forest asks of the workers.
+
+Pure but for reading what a plan points to (file stamps, a pretrained model's files). The driver, and `btm plan`, which
+must name the same artifacts without making them, share these functions.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from btm_cluster.forest import Forest, Foundation, Parent, identity_of
+from btm_cluster.language_model.model import full_config
+from btm_cluster.language_model.pretrained import (
+    pretrained_config,
+    pretrained_model,
+    pretrained_tokenizer_hash,
+    resolve,
+)
+from btm_cluster.language_model.sources import fingerprint
+from btm_cluster.ledger import Ref
+from btm_cluster.plan import Plan
+from btm_cluster.workers import (
+    AverageRequest,
+    FindOverlap,
+    ImportTokenizer,
+    Pretrained,
+    ReadText,
+    Resources,
+    ScoreRequest,
+    Start,
+    Tokenize,
+    TrainingText,
+    TrainRequest,
+    TrainTokenizer,
+)
+
+HELD_OUT = ("development", "test")
+
+
+@dataclass(frozen=True)
+class PreparedText:
+    """A domain's or target's text once it is read: its identity, its counts and its token blocks by split."""
+
+    name: str
+    is_target: bool
+    identity: str
+    facts: Mapping[str, Any]
+    skipped: Mapping[str, int]
+    tokens: Mapping[str, tuple[Ref, ...]]
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What all steps of a plan stand on: its texts as blocks, its tokenizer, and its model's configuration."""
+
+    plan: Plan
+    texts: tuple[PreparedText, ...]
+    founders: tuple[tuple[str, str], ...]
+    """Name and text identity of the domains that the seed learns from."""
+    tokenizer: Ref
+    model: Mapping[str, Any]
+    pretrained: Pretrained | None
+
+    @property
+    def domains(self) -> tuple[PreparedText, ...]:
+        return tuple(text for text in self.texts if not text.is_target)
+
+    def foundation(self, seed: str) -> Foundation:
+        """What version 0 freezes."""
+        return Foundation(
+            seed, self.tokenizer.identity, identity_of(self.model), self.plan.training.block_tokens, self.founders
+        )
+
+
+def read_requests(plan: Plan) -> list[ReadText]:
+    """One for each domain and target."""
+    targets = {target.name for target in plan.targets}
+    return [
+        ReadText(source.name, source, plan.reading, source.name in targets, fingerprint(source))
+        for source in plan.texts
+    ]
+
+
+def founders_of(plan: Plan, texts: Mapping[str, str], forest: Forest | None) -> tuple[tuple[str, str], ...]:
+    """The founding domains: version 0's where there is one, else the plan's."""
+    if forest is not None:
+        return forest.foundation.domains
+    return tuple(sorted((domain.name, texts[domain.name]) for domain in plan.domains))
+
+
+def tokenizer_request(plan: Plan, founders: Sequence[tuple[str, str]]) -> TrainTokenizer | ImportTokenizer:
+    """Train one on the founding domains, or import the pretrained one."""
+    if plan.tokenizer.train is not None:
+        return TrainTokenizer("tokenizer", tuple(text for _, text in founders), plan.tokenizer.train)
+    assert plan.tokenizer.pretrained is not None
+    folder = resolve(plan.tokenizer.pretrained)
+    return ImportTokenizer("tokenizer", str(folder), pretrained_tokenizer_hash(folder))
+
+
+def tokenize_requests(
+    name: str, text: str, facts: Mapping[str, Any], tokenizer: Ref, block_tokens: int
+) -> dict[str, tuple[Tokenize, ...]]:
+    """One for each shard of a text, by split."""
+    return {
+        split: tuple(Tokenize(name, text, split, shard, tokenizer, block_tokens) for shard in counts["shards"])
+        for split, counts in facts["splits"].items()
+    }
+
+
+def ground_of(
+    plan: Plan,
+    identities: Mapping[str, str],
+    facts: Mapping[str, Mapping[str, Any]],
+    skipped: Mapping[str, Mapping[str, int]],
+    founders: tuple[tuple[str, str], ...],
+    vocabulary: int,
+) -> Ground:
+    """The ground of a plan whose texts are read: identities, counts and skipped documents by text name."""
+    tokenizer = tokenizer_request(plan, founders).ref
+    targets = {target.name for target in plan.targets}
+    texts = []
+    for source in plan.texts:
+        shards = tokenize_requests(
+            source.name, identities[source.name], facts[source.name], tokenizer, plan.training.block_tokens
+        )
+        tokens = {split: tuple(request.ref for request in requests) for split, requests in shards.items()}
+        is_target = source.name in targets
+        texts.append(
+            PreparedText(
+                source.name, is_target, identities[source.name], facts[source.name], skipped[source.name], tokens
+            )
+        )
+    model, pretrained = model_config(plan, vocabulary)
+    return Ground(plan, tuple(texts), founders, tokenizer, model, pretrained)
+
+
+def block_requests(ground: Ground) -> list[Tokenize]:
+    """Every shard of every text that is trained or evaluated on."""
+    return [
+        request
+        for text in ground.texts
+        for split, requests in tokenize_requests(
+            text.name, text.identity, text.facts, ground.tokenizer, ground.plan.training.block_tokens
+        ).items()
+        for request in requests
+        if not text.is_target or split != "train"
+    ]
+
+
+def overlap_requests(texts: Sequence[PreparedText]) -> list[FindOverlap]:
+    """Each training text against all test texts."""
+    tests = tuple(sorted(text.identity for text in texts if text.facts["splits"]["test"]["documents"]))
+    return [FindOverlap(text.name, text.identity, tests) for text in texts if not text.is_target]
+
+
+def model_config(plan: Plan, vocabulary: int) -> tuple[Mapping[str, Any], Pretrained | None]:
+    """The model's full configuration, and where it comes from if it is pretrained."""
+    if plan.model.pretrained is not None:
+        pretrained = pretrained_model(plan.model.pretrained, plan.model.trust_remote_code)
+        return pretrained_config(pretrained, vocabulary, plan.training.block_tokens), pretrained
+    return full_config(plan.model, vocabulary, plan.training.block_tokens), None
+
+
+def seed_request(ground: Ground) -> TrainRequest:
+    """The seed: s·U updates on the mix of all founding domains; a pretrained model is one already."""
+    updates = 0 if ground.pretrained is not None else ground.plan.training.seed_updates
+    return _train_request(ground, "seed", "seed", _founding_texts(ground), (0, updates), None)
+
+
+def transformer_lm_request(ground: Ground, seed: Ref) -> TrainRequest:
+    """The compute-matched dense baseline. Its first half is the seed run; the second goes on with the mix."""
+    training = ground.plan.training
+    start = Start(seed, (Parent(seed.identity, 1.0),), keep_optimizer=ground.pretrained is None)
+    span = (training.seed_updates, training.updates)
+    return _train_request(ground, "transformer-lm", "transformer-lm", _founding_texts(ground), span, start)
+
+
+def expert_request(ground: Ground, domain: PreparedText, start: Start) -> TrainRequest:
+    """An expert: (1-s)·U updates on its domain alone."""
+    training = ground.plan.training
+    text = TrainingText(domain.identity, domain.tokens["train"])
+    return _train_request(ground, domain.name, "expert", (text,), (training.seed_updates, training.updates), start)
+
+
+def seed_start(ground: Ground, seed: Ref) -> Start:
+    """Branching from the seed, with its optimiser unless the plan resets it or it has none."""
+    keep = ground.plan.branching.optimizer == "keep" and ground.pretrained is None
+    return Start(seed, (Parent(seed.identity, 1.0),), keep)
+
+
+def average_request(ground: Ground, label: str, forest: Forest, weights: Sequence[float]) -> AverageRequest:
+    """An average of the forest's experts; those of weight zero are left out."""
+    parents = tuple(Parent(e.identity, w) for e, w in zip(forest.experts, weights, strict=True) if w)
+    card = {"plan": ground.plan.name} | {expert.identity: expert.domain for expert in forest.experts}
+    return AverageRequest(label, parents, card)
+
+
+def score_request(ground: Ground, model: Ref, text: PreparedText, split: str) -> ScoreRequest:
+    """One split of a text under a model, computed as an expert is trained."""
+    return ScoreRequest(
+        f"{text.name} under {model.identity[:8]}", model, text.tokens[split], expert_resources(ground.plan)
+    )
+
+
+def expert_resources(plan: Plan) -> Resources:
+    """The group of one expert."""
+    cluster = plan.cluster
+    return _resources(plan, cluster.gpus_per_expert, cluster.cpus_per_expert)
+
+
+def seed_resources(plan: Plan) -> Resources:
+    """The group of the seed and of the Transformer-LM."""
+    return _resources(plan, plan.cluster.seed_gpus, plan.cluster.seed_cpus)
+
+
+def _resources(plan: Plan, gpus: float, cpus: int) -> Resources:
+    workers = max(1, int(gpus))
+    cluster = plan.cluster
+    on_gpu = gpus > 0
+    precision = cluster.precision if cluster.precision != "auto" else "bfloat16" if on_gpu else "float32"
+    compiles = on_gpu if cluster.compile == "auto" else cluster.compile == "on"
+    return Resources(workers, gpus / workers, max(1, cpus // workers), cluster.micro_batch_blocks, precision, compiles)
+
+
+def _founding_texts(ground: Ground) -> tuple[TrainingText, ...]:
+    """By text identity, so that the order of domains in a plan changes nothing."""
+    known = {text.identity: text for text in ground.domains}
+    return tuple(
+        TrainingText(text, known[text].tokens["train"]) for text in sorted(text for _, text in ground.founders)
+    )
+
+
+def _train_request(
+    ground: Ground,
+    label: str,
+    role: str,
+    texts: tuple[TrainingText, ...],
+    span: tuple[int, int],
+    start: Start | None,
+) -> TrainRequest:
+    plan = ground.plan
+    return TrainRequest(
+        label=label,
+        role=role,
+        model=ground.model,
+        tokenizer=ground.tokenizer,
+        texts=texts,
+        training=plan.training,
+        first_update=span[0],
+        last_update=span[1],
+        start=start,
+        pretrained=ground.pretrained if role == "seed" else None,
+        restart_data=role == "expert",
+        how=expert_resources(plan) if role == "expert" else seed_resources(plan),
+        checkpoint_seconds=60 * plan.cluster.checkpoint_minutes,
+    )

@@ -1,0 +1,161 @@
+"""The verdict: perplexities of every system with intervals over documents, set beside the baseline, and a plain sentence.
+
+Pure: takes sums of log-probabilities by document and returns numbers and words. How they are shown is `display.py`'s.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from btm_cluster.equations.mixture import interval, perplexity, resampled_perplexity
+
+RESAMPLES = 1000
+TRANSFORMER_LM = "Transformer-LM"
+SEED = "seed"
+PAPER_ENSEMBLE = "ensemble, paper's posterior"
+CALIBRATED_ENSEMBLE = "ensemble, calibrated"
+GROUPS = ("domains", "targets", "all")
+
+
+@dataclass(frozen=True)
+class SplitResult:
+    """All systems on one split of one text: summed log-probability [D] by system, and tokens [D], by document."""
+
+    text: str
+    is_target: bool
+    split: str
+    logp: Mapping[str, torch.Tensor]
+    tokens_D: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A perplexity, its 95 % interval, and its relative difference to the baseline with the paired interval."""
+
+    perplexity: float
+    interval: tuple[float, float]
+    difference: float | None = None
+    difference_interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A system on one split: a cell for each text, and for the means over domains, targets and all."""
+
+    system: str
+    cells: Mapping[str, Cell]
+    means: Mapping[str, Cell]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Rows by split, the baseline that they are held against, and what it comes to."""
+
+    baseline: str
+    rows: Mapping[str, tuple[Row, ...]]
+    sentence: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for machines."""
+        return {
+            "baseline": self.baseline,
+            "sentence": self.sentence,
+            "splits": {
+                split: [
+                    {
+                        "system": row.system,
+                        "means": {group: vars(cell) for group, cell in row.means.items()},
+                        "texts": {text: vars(cell) for text, cell in row.cells.items()},
+                    }
+                    for row in rows
+                ]
+                for split, rows in self.rows.items()
+            },
+        }
+
+
+def verdict(results: Sequence[SplitResult], random_seed: int = 0) -> Verdict:
+    """Tables for each split, and whether the forest beat the Transformer-LM (or the seed, where there is none)."""
+    systems = list(dict.fromkeys(system for result in results for system in result.logp))
+    baseline = TRANSFORMER_LM if TRANSFORMER_LM in systems else SEED
+    splits = dict.fromkeys(result.split for result in results)
+    rows = {
+        split: _rows([result for result in results if result.split == split], systems, baseline, random_seed)
+        for split in splits
+    }
+    return Verdict(baseline, rows, _sentence(rows["test"], baseline))
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    """A perplexity and its resamples [R]."""
+
+    value: float
+    resamples_R: torch.Tensor
+
+
+def _rows(results: Sequence[SplitResult], systems: Sequence[str], baseline: str, random_seed: int) -> tuple[Row, ...]:
+    sampled: dict[str, dict[str, _Sampled]] = {system: {} for system in systems}
+    for number, result in enumerate(results):
+        logp_SD = torch.stack(list(result.logp.values()))
+        values_S = perplexity(logp_SD, result.tokens_D)
+        # A seed of its own for each text: documents of different texts are drawn independently.
+        resamples_SR = resampled_perplexity(logp_SD, result.tokens_D, RESAMPLES, random_seed + number)
+        for system, value, resamples_R in zip(result.logp, values_S, resamples_SR, strict=True):
+            sampled[system][result.text] = _Sampled(float(value), resamples_R)
+    groups = {
+        "domains": [result.text for result in results if not result.is_target],
+        "targets": [result.text for result in results if result.is_target],
+        "all": [result.text for result in results],
+    }
+    return tuple(
+        Row(
+            system,
+            {text: _cell(value, reference.get(text)) for text, value in sampled[system].items()},
+            {
+                group: _cell(_mean(sampled[system], texts), _mean(reference, texts) if reference else None)
+                for group, texts in groups.items()
+                if texts and all(text in sampled[system] for text in texts)
+            },
+        )
+        for system in systems
+        for reference in [{} if system == baseline else sampled[baseline]]
+    )
+
+
+def _mean(sampled: Mapping[str, _Sampled], texts: Sequence[str]) -> _Sampled:
+    """The mean of perplexities over texts, as the paper's tables take it."""
+    values = [sampled[text].value for text in texts]
+    return _Sampled(sum(values) / len(values), torch.stack([sampled[text].resamples_R for text in texts]).mean(0))
+
+
+def _cell(system: _Sampled, baseline: _Sampled | None) -> Cell:
+    if baseline is None:
+        return Cell(system.value, interval(system.resamples_R))
+    return Cell(
+        system.value,
+        interval(system.resamples_R),
+        system.value / baseline.value - 1,
+        interval(system.resamples_R / baseline.resamples_R - 1),
+    )
+
+
+def _sentence(rows: Sequence[Row], baseline: str) -> str:
+    """Whether the forest beat the baseline on test text, and where it did not."""
+    return " ".join(_judge(row, baseline) for row in rows if row.system in (CALIBRATED_ENSEMBLE, PAPER_ENSEMBLE))
+
+
+def _judge(row: Row, baseline: str) -> str:
+    mean = row.means["all"]
+    assert mean.difference is not None
+    assert mean.difference_interval is not None
+    low, high = mean.difference_interval
+    outcome = "beat" if high < 0 else "lost to" if low > 0 else "can not be told apart from"
+    lost = [text for text, cell in row.cells.items() if cell.difference is not None and cell.difference >= 0]
+    where = f" It was no better on: {', '.join(lost)}." if lost else " It was better on every text."
+    return (
+        f"The {row.system}, {outcome} the {baseline}: test perplexity {mean.perplexity:.2f}, "
+        f"{mean.difference:+.1%} (95 % interval {low:+.1%} to {high:+.1%}) over all texts.{where}"
+    )

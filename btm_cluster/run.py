@@ -1,0 +1,100 @@
+"""A whole run of a plan, from texts to verdict: grow the forest, evaluate it, report. What `btm run` and the jobs call."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from btm_cluster.algorithm import Grown, grow, prepare
+from btm_cluster.driver import Driver
+from btm_cluster.errors import MissingError, StepError
+from btm_cluster.evaluation import evaluate
+from btm_cluster.forest import Forest, check_foundation, describe_forest
+from btm_cluster.plan import Plan
+from btm_cluster.recipes import seed_request, transformer_lm_request
+from btm_cluster.report import Verdict, verdict
+from btm_cluster.texts import TextReport, report_texts
+from btm_cluster.workers import Failure
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run ended in."""
+
+    forest: Forest
+    texts: tuple[TextReport, ...]
+    wanted_development_blocks: int
+    priors: Mapping[str, Mapping[str, float]]
+    """The fitted prior of each expert's domain, by text."""
+    evidence_weights: Mapping[str, float]
+    """β of the calibrated posterior, by text."""
+    verdict: Verdict
+    failures: tuple[Failure, ...]
+    made: Mapping[str, int]
+    reused: Mapping[str, int]
+
+    @property
+    def steps_line(self) -> str:
+        """How many steps ran, and how many were there already."""
+        kinds = sorted({*self.made, *self.reused})
+        return "steps run (and reused): " + ", ".join(
+            f"{kind} {self.made.get(kind, 0)} ({self.reused.get(kind, 0)})" for kind in kinds
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for machines."""
+        return {
+            "forest": describe_forest(self.forest),
+            "texts": [asdict(text) for text in self.texts],
+            "priors": {text: dict(prior) for text, prior in self.priors.items()},
+            "evidence_weights": dict(self.evidence_weights),
+            "verdict": self.verdict.to_json(),
+            "failures": [asdict(failure) for failure in self.failures],
+            "steps": {"run": dict(self.made), "reused": dict(self.reused)},
+        }
+
+
+def run_plan(plan: Plan, driver: Driver, evaluate_only: bool = False) -> Run:
+    """Grows the forest (or takes it as it stands) and evaluates it.
+
+    Raises:
+        StepError: not one expert could be trained.
+    """
+    grown = find_grown(plan, driver) if evaluate_only else grow(plan, driver)
+    if not grown.forest.experts:
+        causes = "\n".join(f"- {failure.label}: {failure.cause}" for failure in grown.failures)
+        raise StepError(f"no expert could be trained\n{causes}", remedy="mend the causes and run the plan again")
+    evaluation = evaluate(grown.ground, grown.forest, grown.baseline, driver)
+    texts = report_texts(grown.ground, driver)
+    domains = grown.forest.domains
+    fits = evaluation.fits
+    return Run(
+        forest=grown.forest,
+        texts=tuple(texts),
+        wanted_development_blocks=plan.merging.development_blocks,
+        priors={
+            text: dict(zip(domains, fit.calibrated.log_prior_E.exp().tolist(), strict=True))
+            for text, fit in fits.items()
+        },
+        evidence_weights={text: fit.calibrated.posterior.weight for text, fit in fits.items()},
+        verdict=verdict(evaluation.results),
+        failures=grown.failures,
+        made=driver.made,
+        reused=driver.reused,
+    )
+
+
+def find_grown(plan: Plan, driver: Driver) -> Grown:
+    """The forest as it stands, with the plan's texts prepared.
+
+    Raises:
+        MissingError: there is none yet.
+    """
+    forest = driver.ledger.forest()
+    if forest is None:
+        raise MissingError(f"there is no forest in {plan.store} yet", remedy="`btm run` grows one")
+    ground = prepare(plan, driver)
+    seed = seed_request(ground).ref
+    check_foundation(forest, ground.foundation(seed.identity))
+    baseline = transformer_lm_request(ground, seed).ref
+    wanted = "transformer-lm" in plan.baselines and driver.ledger.find(baseline) is not None
+    return Grown(ground, forest, baseline if wanted else None, ())

@@ -1,0 +1,63 @@
+"""Stored token log-probabilities as arrays: several models on one split of one text, streamed by blocks."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from btm_cluster.equations.mixture import document_sums, document_tokens, log_mixture
+from btm_cluster.equations.posterior import Posterior
+from btm_cluster.ledger import Artifact, Ledger, Ref
+
+BLOCKS_AT_ONCE = 64
+
+
+class ScoreStack:
+    """E models' scores on B blocks of T tokens, memory-mapped; taken as float64, a few blocks at a time."""
+
+    def __init__(self, ledger: Ledger, scores: Sequence[Artifact], tokens: Sequence[Ref]) -> None:
+        self._scores = [np.load(ledger.open_file(artifact, "logp.npy"), mmap_mode="r") for artifact in scores]
+        self.documents_BT = _documents(ledger, tokens)
+
+    def __len__(self) -> int:
+        return len(self.documents_BT)
+
+    def take(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Blocks start … stop-1: log-probabilities [E, B, T], 0 at padding, and the mask [B, T] of real tokens."""
+        mask_BT = self.documents_BT[start:stop] >= 0
+        stacked = np.stack([scores[start:stop] for scores in self._scores]).astype(np.float64)
+        return torch.from_numpy(stacked) * mask_BT, mask_BT
+
+    def tokens(self) -> torch.Tensor:
+        """Tokens of each document: [D]."""
+        return document_tokens(self.documents_BT)
+
+    def sums(self) -> torch.Tensor:
+        """Each model's summed log-probability by document: [E, D]."""
+        return self._by_document(lambda logp_EBT: logp_EBT)
+
+    def mixture_sums(self, log_prior_E: torch.Tensor, posterior: Posterior) -> torch.Tensor:
+        """The ensemble's summed log-probability by document: [D]."""
+        return self._by_document(lambda logp_EBT: log_mixture(logp_EBT, log_prior_E, posterior)[None])[0]
+
+    def _by_document(self, values_of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        parts = []
+        for start in range(0, len(self), BLOCKS_AT_ONCE):
+            logp_EBT, _ = self.take(start, start + BLOCKS_AT_ONCE)
+            owners_BT = self.documents_BT[start : start + BLOCKS_AT_ONCE]
+            parts.append(torch.stack([document_sums(values_BT, owners_BT) for values_BT in values_of(logp_EBT)]))
+        # A document's number is its place in the text, so each part is as long as the last document it reaches.
+        total_SD = torch.zeros(parts[0].shape[0], max(part.shape[1] for part in parts), dtype=torch.float64)
+        for part in parts:
+            total_SD[:, : part.shape[1]] += part
+        return total_SD
+
+
+def _documents(ledger: Ledger, tokens: Sequence[Ref]) -> torch.Tensor:
+    """The document of each token over all shards of a split, numbered through: int64 [B, T], -1 for padding."""
+    shards, before = [], 0
+    for ref in tokens:
+        owners = np.load(ledger.open_file(ledger.get(ref), "documents.npy")).astype(np.int64)
+        shards.append(np.where(owners >= 0, owners + before, owners))
+        before += int(owners.max(initial=-1)) + 1
+    return torch.from_numpy(np.concatenate(shards))

@@ -1,0 +1,84 @@
+"""The verb *average*: models to one model, as a Hugging Face folder whose card says what it is made of."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from btm_cluster.errors import IncompatibleError
+from btm_cluster.language_model.averaging import average_files
+from btm_cluster.language_model.model_card import write_card
+from btm_cluster.language_model.tokenizer import TOKENIZER_FILES
+from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.workers import AverageRequest, Control, Progress
+
+
+def average(request: AverageRequest, ledger: Ledger, control: Control) -> Artifact:
+    """Averages the parents with their weights.
+
+    Raises:
+        IncompatibleError: parents without a common ancestor, or of other shapes or tokenizers; before a weight is read.
+    """
+    control.report(Progress(request.label, "averaging"))
+    parents = [ledger.get(Ref("model", parent.identity)) for parent in request.parents]
+    check_compatible(ledger, parents)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        files = {"model.safetensors": folder / "model.safetensors", "README.md": folder / "README.md"}
+        weights = [parent.weight for parent in request.parents]
+        average_files(
+            [ledger.open_file(parent, "model.safetensors") for parent in parents], weights, files["model.safetensors"]
+        )
+        write_card(request, files["README.md"])
+        for name in ("config.json", *TOKENIZER_FILES):
+            files[name] = ledger.open_file(parents[0], name)
+        return ledger.commit(request.ref, request.recipe, files, {"role": "average"})
+
+
+def open_config(ledger: Ledger, model: Artifact) -> dict[str, Any]:
+    """A stored model's configuration."""
+    return dict(json.loads(ledger.open_file(model, "config.json").read_text(encoding="utf-8")))
+
+
+def check_compatible(ledger: Ledger, models: list[Artifact]) -> None:
+    """Refuses models whose average would be noise: their configurations, tokenizers and ancestor must be the same."""
+    first = models[0]
+    for other in models[1:]:
+        for name, remedy in (
+            ("config.json", "average only models of one architecture"),
+            ("tokenizer.json", "average only models that share a tokenizer"),
+        ):
+            if other.blob(name).sha256 != first.blob(name).sha256:
+                raise _incompatible(first, other, f"another {name}", f"the same {name}", remedy)
+        if ancestor(ledger, other) != ancestor(ledger, first):
+            raise _incompatible(
+                first,
+                other,
+                f"branched from {ancestor(ledger, other)[:12]}",
+                f"branched from {ancestor(ledger, first)[:12]}",
+                "average only experts that branched from one seed; experts without a common ancestor can be ensembled",
+            )
+
+
+def ancestor(ledger: Ledger, model: Artifact) -> str:
+    """Identity of the seed that a model descends from; its own, if it has no parents."""
+    seen = model
+    while parents := parents_of(seen):
+        seen = ledger.get(Ref("model", parents[0]))
+    return seen.identity
+
+
+def parents_of(model: Artifact) -> list[str]:
+    """Identities of the models that a model was made from."""
+    start = model.recipe.get("start") or {}
+    given = model.recipe.get("average") or start.get("parents") or []
+    return [parent["identity"] for parent in given]
+
+
+def _incompatible(first: Artifact, other: Artifact, found: str, expected: str, remedy: str) -> IncompatibleError:
+    return IncompatibleError(
+        f"the models {first.identity[:12]} and {other.identity[:12]} cannot be averaged",
+        found=found,
+        expected=expected,
+        remedy=remedy,
+    )

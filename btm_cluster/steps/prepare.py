@@ -1,0 +1,115 @@
+"""The verb *prepare*: sources to texts, texts to tokenizers and token blocks, and what texts have in common."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from btm_cluster.language_model.blocks import pack_blocks
+from btm_cluster.language_model.corpus import read_shard, write_text
+from btm_cluster.language_model.overlap import TestText, mark_seen
+from btm_cluster.language_model.tokenizer import (
+    TOKENIZER_FILES,
+    import_tokenizer,
+    load_tokenizer,
+    take_characters,
+    train_tokenizer,
+)
+from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.workers import (
+    Control,
+    FindOverlap,
+    ImportTokenizer,
+    PrepareRequest,
+    Progress,
+    ReadText,
+    Tokenize,
+    TrainTokenizer,
+)
+
+
+def prepare(request: PrepareRequest, ledger: Ledger, control: Control) -> Artifact:
+    """Does what the request asks and commits it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        match request:
+            case ReadText():
+                control.report(Progress(request.label, "reading"))
+                return _read_text(request, ledger, folder)
+            case TrainTokenizer():
+                control.report(Progress(request.label, "training the tokenizer"))
+                return _train_tokenizer(request, ledger, folder)
+            case ImportTokenizer():
+                found = import_tokenizer(request.folder, folder)
+                return _commit_tokenizer(request, ledger, folder, found)
+            case Tokenize():
+                control.report(Progress(request.label, "tokenising"))
+                return _tokenize(request, ledger, folder)
+            case FindOverlap():
+                control.report(Progress(request.label, "comparing"))
+                return _find_overlap(request, ledger, folder)
+
+
+def _read_text(request: ReadText, ledger: Ledger, folder: Path) -> Artifact:
+    text = write_text(request.source, request.reading, request.is_target, folder)
+    # The text first, its memo last: a memo must never name a text that is not there.
+    ledger.commit(Ref("text", text.identity), {"documents": text.identity}, text.files, text.facts)
+    facts = {"text": text.identity, "skipped": dict(sorted(text.bad.items()))}
+    return ledger.commit(request.ref, request.recipe, {}, facts)
+
+
+def documents_of(ledger: Ledger, text: str, split: str) -> Iterator[str]:
+    """The documents of one split of a stored text, streaming, in hash order."""
+    artifact = ledger.get(Ref("text", text))
+    for shard in artifact.facts["splits"][split]["shards"]:
+        yield from read_shard(ledger.open_file(artifact, shard))
+
+
+def open_tokenizer(ledger: Ledger, ref: Ref) -> PreTrainedTokenizerFast:
+    """A stored tokenizer."""
+    artifact = ledger.get(ref)
+    return load_tokenizer({name: ledger.open_file(artifact, name) for name in TOKENIZER_FILES})
+
+
+def _train_tokenizer(request: TrainTokenizer, ledger: Ledger, folder: Path) -> Artifact:
+    limit = request.settings.characters_per_domain
+    documents = (
+        document for text in request.texts for document in take_characters(documents_of(ledger, text, "train"), limit)
+    )
+    found = train_tokenizer(documents, request.settings.vocabulary, folder)
+    return _commit_tokenizer(request, ledger, folder, found)
+
+
+def _commit_tokenizer(
+    request: TrainTokenizer | ImportTokenizer, ledger: Ledger, folder: Path, vocabulary: int
+) -> Artifact:
+    files = {name: folder / name for name in TOKENIZER_FILES}
+    return ledger.commit(request.ref, request.recipe, files, {"vocabulary": vocabulary})
+
+
+def _tokenize(request: Tokenize, ledger: Ledger, folder: Path) -> Artifact:
+    text = ledger.get(Ref("text", request.text))
+    tokenizer = open_tokenizer(ledger, request.tokenizer)
+    documents = read_shard(ledger.open_file(text, request.shard))
+    held_out = request.split != "train"
+    tokens, owners = pack_blocks(documents, tokenizer, request.block_tokens, keep_rest=held_out)
+    files = {"tokens.npy": folder / "tokens.npy"}
+    np.save(files["tokens.npy"], tokens)
+    if held_out:
+        files["documents.npy"] = folder / "documents.npy"
+        np.save(files["documents.npy"], owners)
+    real = int((owners >= 0).sum())
+    return ledger.commit(request.ref, request.recipe, files, {"blocks": len(tokens), "tokens": real})
+
+
+def _find_overlap(request: FindOverlap, ledger: Ledger, folder: Path) -> Artifact:
+    tests = {text: TestText(documents_of(ledger, text, "test")) for text in request.tests}
+    mark_seen(list(tests.values()), documents_of(ledger, request.text, "train"))
+    files: dict[str, Path] = {}
+    for text, test in tests.items():
+        for name, seen in (("documents", test.seen_documents), ("windows", test.seen_windows)):
+            files[f"{text}-{name}.npy"] = folder / f"{text}-{name}.npy"
+            np.save(files[f"{text}-{name}.npy"], seen)
+    return ledger.commit(request.ref, request.recipe, files, {})

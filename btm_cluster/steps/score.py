@@ -1,0 +1,30 @@
+"""The verb *score*: a model and token blocks to one log-probability per token. One model, loaded once, many texts."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from btm_cluster.language_model.blocks import Blocks
+from btm_cluster.language_model.model import load_model
+from btm_cluster.language_model.scoring import score_blocks
+from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.steps.average import open_config
+from btm_cluster.workers import Control, Progress, ScoreRequest
+
+
+def score(requests: Sequence[ScoreRequest], ledger: Ledger, control: Control) -> list[Artifact]:
+    """Scores each requested text; all requests name the same model."""
+    source = ledger.get(requests[0].model)
+    config = open_config(ledger, source)
+    model = load_model(config, ledger.open_file(source, "model.safetensors"))
+    committed = []
+    for i, request in enumerate(requests):
+        assert request.model == source.ref, "one model at a time"
+        control.report(Progress(request.label, "scoring", i, 0, len(requests)))
+        blocks = Blocks([ledger.open_file(ledger.get(ref), "tokens.npy") for ref in request.tokens])
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch, "logp.npy")
+            total = score_blocks(model, blocks, config["eos_token_id"], request.how, file)
+            facts = {"blocks": len(blocks), "logp": total}
+            committed.append(ledger.commit(request.ref, request.recipe, {"logp.npy": file}, facts))
+    return committed

@@ -1,0 +1,111 @@
+"""A store in a local folder.
+
+Objects appear whole or not at all: a temporary file beside the target, flushed to disk, then linked (create) or renamed
+(upload) into place. Both are atomic on a POSIX file system, and a link to an existing name fails, which decides races.
+"""
+
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from btm_cluster.errors import MissingError, StoreError
+from btm_cluster.storage.port import Entry
+
+_TEMPORARY = ".writing-"
+Result = TypeVar("Result")
+
+
+class LocalFolder:
+    """Adapter of the storage port for a folder."""
+
+    def __init__(self, location: str) -> None:
+        self.location = str(Path(location).expanduser().absolute())
+        self._root = Path(self.location)
+
+    def create(self, key: str, data: bytes) -> bool:
+        def write(target: Path) -> bool:
+            temporary = _temporary_beside(target)
+            try:
+                with temporary.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                try:
+                    os.link(temporary, target)
+                except FileExistsError:
+                    return False
+                _flush_folder(target.parent)
+                return True
+            finally:
+                temporary.unlink(missing_ok=True)
+
+        return self._attempt("create", key, write)
+
+    def upload(self, key: str, path: Path) -> None:
+        def write(target: Path) -> None:
+            temporary = _temporary_beside(target)
+            try:
+                shutil.copyfile(path, temporary)
+                with temporary.open("rb+") as file:
+                    os.fsync(file.fileno())
+                temporary.replace(target)
+                _flush_folder(target.parent)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+        self._attempt("upload", key, write)
+
+    def read(self, key: str) -> bytes:
+        return self._attempt("read", key, Path.read_bytes)
+
+    def download(self, key: str) -> Path:
+        def stat(path: Path) -> Path:
+            path.stat()
+            return path
+
+        return self._attempt("download", key, stat)
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        # Only the folder that the prefix names is walked, not the whole store.
+        start = self._root / prefix.rpartition("/")[0]
+        paths = (Path(folder) / name for folder, _, names in os.walk(start) for name in names)
+        keys = {path.relative_to(self._root).as_posix(): path for path in paths if not path.name.startswith(_TEMPORARY)}
+        for key in sorted(keys):
+            if key.startswith(prefix):
+                try:
+                    yield Entry(key, keys[key].stat().st_size)
+                except FileNotFoundError:
+                    continue  # deleted while we listed
+
+    def delete(self, key: str) -> None:
+        self._attempt("delete", key, lambda path: path.unlink(missing_ok=True))
+
+    def _attempt(self, verb: str, key: str, act: Callable[[Path], Result]) -> Result:
+        if key.startswith("/") or ".." in key.split("/"):
+            raise StoreError(f"cannot {verb} {key!r}", expected="a relative key without ..")
+        try:
+            return act(self._root / key)
+        except FileNotFoundError as exc:
+            raise MissingError(
+                f"cannot {verb} {key}", found="no such object", expected=f"one in {self.location}"
+            ) from exc
+        except OSError as exc:
+            remedy = "free some disk space" if exc.errno == errno.ENOSPC else "check the folder and its permissions"
+            raise StoreError(f"cannot {verb} {key} in {self.location}", found=str(exc), remedy=remedy) from exc
+
+
+def _temporary_beside(target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
