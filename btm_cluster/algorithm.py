@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from btm_cluster.driver import Driver
-from btm_cluster.equations.averaging import posterior_weights, uniform_weights
+from btm_cluster.equations.averaging import uniform_weights
 from btm_cluster.errors import StoreError, TextError
 from btm_cluster.evaluation import fit_text
 from btm_cluster.forest import Expert, Forest, Parent, check_foundation, merge_into
@@ -63,7 +63,8 @@ def prepare(plan: Plan, driver: Driver) -> Ground:
     tokenizer = driver.require(workers.prepare, [tokenizer_request(plan, founders)])[0]
     facts = {name: driver.ledger.get(Ref("text", identity)).facts for name, identity in identities.items()}
     skipped = {text.name: memo.facts["skipped"] for text, memo in zip(plan.texts, read, strict=True)}
-    ground = ground_of(plan, identities, facts, skipped, founders, tokenizer.facts["vocabulary"])
+    founding_facts = {text: driver.ledger.get(Ref("text", text)).facts for _, text in founders}
+    ground = ground_of(plan, identities, facts, skipped, founders, founding_facts, tokenizer.facts["vocabulary"])
     _tokenize(block_requests(ground), driver)
     return ground
 
@@ -167,7 +168,7 @@ def _averaged_starts(ground: Ground, forest: Forest, new: Sequence[PreparedText]
     weights = [uniform_weights(len(forest.experts))] * len(new)
     if ground.plan.branching.start == "posterior":
         fits = [fit_text(ground, forest, domain, driver) for domain in new]
-        weights = [posterior_weights(fit.planned.log_prior_E.exp()) for fit in fits]
+        weights = [fit.average_weights for fit in fits]
     requests = [
         average_request(ground, f"start of {domain.name}", forest, w) for domain, w in zip(new, weights, strict=True)
     ]

@@ -107,7 +107,9 @@ def _perplexity(cell: Cell | None) -> str:
 
 def _intervals(row: Row) -> tuple[str, str]:
     """Of the widest group that the system has a result on: the perplexity's, and the difference's."""
-    cell = row.means.get("all") or row.means["domains"]
+    cell = row.means.get("all") or row.means.get("domains")
+    if cell is None:
+        return "–", "–"
     interval = f"{cell.interval[0]:.2f}–{cell.interval[1]:.2f}"
     if cell.difference is None or cell.difference_interval is None:
         return interval, "–"

@@ -39,12 +39,19 @@ class TargetFit:
     paper: Mixing
     calibrated: Mixing
     planned: Mixing
+    average_prior_E: torch.Tensor
+    """By which averages are weighted."""
     development_blocks: int
 
     @property
     def average_weights(self) -> list[float]:
         """Of the posterior-weighted average."""
-        return posterior_weights(self.planned.log_prior_E.exp())
+        return posterior_weights(self.average_prior_E)
+
+    @property
+    def argmax_weights(self) -> list[float]:
+        """Of the average that is the one expert with the largest prior."""
+        return argmax_weights(self.average_prior_E)
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,8 @@ def fit_target(logp_EBT: torch.Tensor, mask_BT: torch.Tensor, merging: MergingPl
         form = Posterior(merging.posterior, merging.window_tokens)
         planned = Mixing(log_prior(merging.prior, logp_EBT, mask_BT, form), form)
     kept = Mixing(keep_top(planned.log_prior_E, merging.top_k), planned.posterior)
-    return TargetFit(paper, calibrated, kept, len(mask_BT))
+    average_E = log_prior(merging.average_prior, logp_EBT, mask_BT, FULL).exp()
+    return TargetFit(paper, calibrated, kept, average_E, len(mask_BT))
 
 
 def default_fit(samples: Sequence[tuple[torch.Tensor, torch.Tensor]], merging: MergingPlan) -> TargetFit:
@@ -164,7 +172,7 @@ def default_fit(samples: Sequence[tuple[torch.Tensor, torch.Tensor]], merging: M
     if merging.posterior != "calibrated":
         planned = Mixing(uniform_E, Posterior(merging.posterior, merging.window_tokens))
     kept = Mixing(keep_top(planned.log_prior_E, merging.top_k), planned.posterior)
-    return TargetFit(Mixing(uniform_E, FULL), calibrated, kept, 0)
+    return TargetFit(Mixing(uniform_E, FULL), calibrated, kept, uniform_E.exp(), 0)
 
 
 def _stack(ledger: Ledger, scores: ModelScores, models: Sequence[Ref], text: PreparedText, split: str) -> ScoreStack:
@@ -189,7 +197,6 @@ def _split_result(
 
     stack = stacks[text.name, split]
     experts_ED = stack.sums()
-    prior_E = fit.planned.log_prior_E.exp()
     logp = {SEED: single(Ref("model", forest.foundation.seed))}
     if baseline is not None:
         logp[TRANSFORMER_LM] = single(baseline)
@@ -197,7 +204,7 @@ def _split_result(
     if text.name in forest.domains:
         logp["the domain's own expert"] = experts_ED[forest.domains.index(text.name)]
     logp["average, uniform"] = single(averages["uniform"])
-    logp["average, argmax"] = experts_ED[argmax_weights(prior_E).index(1.0)]
+    logp["average, argmax"] = experts_ED[fit.argmax_weights.index(1.0)]
     logp["average, posterior"] = single(averages[f"posterior for {text.name}"])
     logp |= _ensembles(stack, fit)
     return SplitResult(text.name, text.is_target, split, logp, stack.tokens())

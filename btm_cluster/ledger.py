@@ -6,6 +6,7 @@ exist. Knows the layout of the store and how to check what it reads; knows nothi
     blobs/<sha256>                     bytes
     artifacts/<kind>/<identity>.json   manifest of something made for good
     training/<identity>/<update>.json  manifest of a training checkpoint, gone once its model is committed
+    training/<identity>/blobs/<sha256> its bytes: what is dropped some day shares no object with what is kept
     forest/<n>.json                    version n
 """
 
@@ -130,7 +131,7 @@ class Ledger:
             IntegrityError: the bytes are not those that were written, even when read a second time.
         """
         blob = artifact.blob(name)
-        key = f"blobs/{blob.sha256}"
+        key = _blob_key(artifact.ref, blob.sha256)
         for _ in range(2):  # a mismatch is read once more from the source before it fails
             path = self.storage.download(key)
             found = describe_file(name, path)
@@ -145,34 +146,28 @@ class Ledger:
 
     def save_training(self, identity: str, update: int, files: Mapping[str, Path], facts: Mapping[str, Any]) -> None:
         """Commits a training checkpoint at `update`, then drops the older ones."""
-        ref = Ref("training", identity)
-        self._commit(_training_key(identity, update), ref, {"update": update}, files, facts, {})
-        self._drop_training(identity, keep=update)
+        ref, key = Ref("training", identity), _training_key(identity, update)
+        self._commit(key, ref, {"update": update}, files, facts, {})
+        manifests = {k: manifest for k in self._training_keys(identity) if (manifest := self._read_manifest(k))}
+        kept = {blob.sha256 for k, manifest in manifests.items() if k >= key for blob in manifest.blobs}
+        for older in sorted(k for k in manifests if k < key):
+            self.storage.delete(older)
+            for sha256 in {blob.sha256 for blob in manifests[older].blobs} - kept:
+                self.storage.delete(_blob_key(ref, sha256))
 
     def latest_training(self, identity: str) -> Artifact | None:
         """The training checkpoint with the most updates."""
-        keys = [entry.key for entry in self.storage.list(f"training/{identity}/")]
+        keys = self._training_keys(identity)
         return self._read_manifest(keys[-1]) if keys else None
 
     def clear_training(self, identity: str) -> None:
-        """Drops every training checkpoint of a model that is committed."""
-        self._drop_training(identity, keep=None)
+        """Drops every training checkpoint of a model that is committed, and what was left of unfinished ones."""
+        for entry in list(self.storage.list(_training_folder(identity))):  # by key: manifests before their blobs
+            self.storage.delete(entry.key)
 
-    def _drop_training(self, identity: str, keep: int | None) -> None:
-        kept: set[str] = set()
-        dropped: set[str] = set()
-        for entry in self.storage.list(f"training/{identity}/"):
-            manifest = self._read_manifest(entry.key)
-            if manifest is None:
-                continue
-            stays = keep is not None and manifest.recipe["update"] >= keep
-            (kept if stays else dropped).update(blob.sha256 for blob in manifest.blobs)
-            if not stays:
-                self.storage.delete(entry.key)
-        # The final model's weights can be the last checkpoint's: blobs that a manifest still names stay.
-        committed = {b.sha256 for a in [self.find(Ref("model", identity))] if a for b in a.blobs}
-        for sha256 in dropped - kept - committed:
-            self.storage.delete(f"blobs/{sha256}")
+    def _training_keys(self, identity: str) -> list[str]:
+        """Of the manifests of training checkpoints, by update."""
+        return [e.key for e in self.storage.list(_training_folder(identity)) if e.key.endswith(".json")]
 
     def forest(self, version: int | None = None) -> Forest | None:
         """A version of the forest, the newest by default; None where there is none."""
@@ -209,7 +204,7 @@ class Ledger:
     ) -> Artifact:
         blobs = [describe_file(name, path) for name, path in sorted(files.items())]
         for blob in blobs:
-            self.storage.upload(f"blobs/{blob.sha256}", files[blob.name])
+            self.storage.upload(_blob_key(ref, blob.sha256), files[blob.name])
         body = {
             "kind": ref.kind,
             "identity": ref.identity,
@@ -250,7 +245,8 @@ class Ledger:
             claimed = document.pop("hash")
             found = hashlib.sha256(canonical_json(document)).hexdigest()
         except (ValueError, KeyError, TypeError) as exc:
-            raise IntegrityError(f"{key} is not a document of this store", found=str(exc)) from exc
+            found = f"{len(data)} bytes: {exc}"
+            raise IntegrityError(f"{key} is damaged", found=found, expected="JSON with its own hash") from exc
         if found != claimed:
             raise IntegrityError(f"{key} does not match its own hash", found=found, expected=claimed)
         return document | {"hash": claimed}
@@ -281,8 +277,17 @@ def _artifact_key(ref: Ref) -> str:
     return f"artifacts/{ref.kind}/{ref.identity}.json"
 
 
+def _blob_key(ref: Ref, sha256: str) -> str:
+    folder = _training_folder(ref.identity) if ref.kind == "training" else ""
+    return f"{folder}blobs/{sha256}"
+
+
+def _training_folder(identity: str) -> str:
+    return f"training/{identity}/"
+
+
 def _training_key(identity: str, update: int) -> str:
-    return f"training/{identity}/{update:09d}.json"
+    return f"{_training_folder(identity)}{update:09d}.json"
 
 
 def _forest_key(version: int) -> str:

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from btm_cluster.driver import Driver
-from btm_cluster.equations.averaging import argmax_weights, posterior_weights, uniform_weights
+from btm_cluster.equations.averaging import uniform_weights
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation import fit_text
 from btm_cluster.plan import Plan
@@ -43,8 +43,8 @@ def write_merged_model(plan: Plan, weights: str, target: str | None, to: Path, d
         chosen = uniform_weights(len(forest.experts))
     else:
         text = next(text for text in ground.texts if text.name == target)
-        prior_E = fit_text(ground, forest, text, driver).planned.log_prior_E.exp()
-        chosen = argmax_weights(prior_E) if weights == "argmax" else posterior_weights(prior_E)
+        fit = fit_text(ground, forest, text, driver)
+        chosen = fit.argmax_weights if weights == "argmax" else fit.average_weights
     label = weights if weights == "uniform" else f"{weights} for {target}"
     average = driver.require(driver.workers.average, [average_request(ground, label, forest, chosen)])[0]
     to.parent.mkdir(parents=True, exist_ok=True)

@@ -5,52 +5,73 @@ refused in a fraction of a second. `read_plan` is the only way in; `plan_problem
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
 
+from btm_cluster import plan_rules
 from btm_cluster.errors import PlanError
-from btm_cluster.plan_problems import describe_problems, name_problems, unique_key_loader
-
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[int, Field(ge=1)]
-
-
-def _as_tuple(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
-
-
-Files = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+from btm_cluster.plan_file import read_plan_file
+from btm_cluster.plan_problems import describe_problems
+from btm_cluster.plan_values import (
+    Config,
+    Files,
+    Location,
+    Name,
+    Positive,
+    PositiveReal,
+    Real,
+    Share,
+    Switch,
+    Text,
+    Whole,
+)
 
 
 class Section(BaseModel):
     """A part of the plan: frozen, and closed to unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+    rules: ClassVar[plan_rules.Rules] = plan_rules.no_rules
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _check(cls, given: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        # Not a validator after the fields: pydantic skips those while a field is wrong, and all problems are shown at once.
+        return plan_rules.check_section(cls, given, validate, cls.rules)
 
 
 class DatasetPlan(Section):
     """A Hugging Face data set, by hub name or local folder, streamed through `datasets`."""
 
-    name: str
+    rules: ClassVar = plan_rules.dataset_rules
+    name: Location
     """Hub name, or the path of a local folder."""
-    configuration: str | None = None
+    configuration: Text | None = None
     """The data set's configuration, where it has several."""
-    revision: str | None = None
+    revision: Text | None = None
     """Commit or tag on the hub; state it to keep the text from changing under you."""
-    split: str = "train"
+    split: Text = "train"
     """Split that is the text."""
-    development_split: str | None = None
+    development_split: Text | None = None
     """Split that is development text; without it, a share of the text is."""
-    test_split: str | None = None
+    test_split: Text | None = None
     """Split that is test text; without it, a share of the text is."""
 
 
 class TextPlan(Section):
     """A named text. A document is a JSON or Parquet row, or a text file (or its parts, by a delimiter)."""
 
+    rules: ClassVar = plan_rules.text_rules
     name: Name
     """Stands once in a forest: lower-case letters, digits, - and _."""
     text: Files = ()
@@ -61,37 +82,27 @@ class TextPlan(Section):
     """Test text from given files; without it, a share of `text` by content hash."""
     dataset: DatasetPlan | None = None
     """A Hugging Face data set instead of files."""
-    field: str = "text"
+    field: Text = "text"
     """Field of a JSON or Parquet row that holds the document."""
-    delimiter: str | None = None
+    delimiter: Text | None = None
     """Cuts text files into documents; without it, a file is a document."""
-
-    @model_validator(mode="after")
-    def _has_one_source(self) -> "TextPlan":
-        given = bool(self.text or self.development or self.test)
-        if given == (self.dataset is not None):
-            raise ValueError("needs either files (`text`) or a `dataset`, and not both")
-        return self
 
 
 class DomainPlan(TextPlan):
     """A text that gets an expert of its own."""
 
-    @model_validator(mode="after")
-    def _has_training_text(self) -> "DomainPlan":
-        if self.dataset is None and not self.text:
-            raise ValueError("a domain needs training text: give `text`")
-        return self
+    rules: ClassVar = plan_rules.domain_rules
 
 
 class ReadingPlan(Section):
     """How texts become documents. Part of a text's identity through the documents that result."""
 
+    rules: ClassVar = plan_rules.reading_rules
     development_share: Share = 0.02
     """Share of documents held out for everything that is fitted."""
     test_share: Share = 0.02
     """Share of documents held out for what is reported."""
-    longest_document_characters: Positive = 1_000_000
+    longest_document_characters: Annotated[Positive, Field(le=10**9)] = 1_000_000
     """Longer documents are bad documents: one such line is more often a mistake than a text."""
     bad_documents: Literal["refuse", "skip"] = "refuse"
     """A line that is not JSON, lacks the field, is not UTF-8, or is too long: refuse the text, or skip, count and report."""
@@ -100,7 +111,7 @@ class ReadingPlan(Section):
 class TrainedTokenizerPlan(Section):
     """A byte-level BPE trained on the founding domains' training text."""
 
-    vocabulary: Annotated[int, Field(ge=300, le=1_000_000)] = 8192
+    vocabulary: Annotated[Positive, Field(ge=300, le=1_000_000)] = 8192
     """Number of tokens, the end-of-text token included."""
     characters_per_domain: Positive = 20_000_000
     """Training text taken from each domain, so that large domains do not own the vocabulary."""
@@ -109,15 +120,11 @@ class TrainedTokenizerPlan(Section):
 class TokenizerPlan(Section):
     """Exactly one of `train` and `pretrained`."""
 
+    rules: ClassVar = plan_rules.tokenizer_rules
     train: TrainedTokenizerPlan | None = None
-    pretrained: str | None = None
+    """Train one on the text of the founding domains."""
+    pretrained: Location | None = None
     """Hub name or local folder."""
-
-    @model_validator(mode="after")
-    def _is_one(self) -> "TokenizerPlan":
-        if (self.train is None) == (self.pretrained is None):
-            raise ValueError("needs exactly one of `train` and `pretrained`")
-        return self
 
 
 Preset = Literal["gpt3-125m", "gpt3-350m", "gpt3-750m", "gpt3-1.3b"]
@@ -126,28 +133,22 @@ Preset = Literal["gpt3-125m", "gpt3-350m", "gpt3-750m", "gpt3-1.3b"]
 class ModelPlan(Section):
     """Exactly one of `preset`, `config` and `pretrained`."""
 
+    rules: ClassVar = plan_rules.model_rules
     preset: Preset | None = None
     """A size of the paper: GPT-3 architecture, no dropout, tied embeddings."""
-    config: dict[str, Any] | None = None
+    config: Config | None = None
     """Fields of a transformers configuration, such as {model_type: gpt2, n_layer: 4, n_embd: 256, n_head: 4}."""
-    pretrained: str | None = None
+    pretrained: Location | None = None
     """Hub name or local folder of a causal language model, which then is the seed."""
     trust_remote_code: bool = False
     """Run code that comes with a pretrained model. Off, since it is somebody else's code."""
-
-    @model_validator(mode="after")
-    def _is_one(self) -> "ModelPlan":
-        if sum(x is not None for x in (self.preset, self.config, self.pretrained)) != 1:
-            raise ValueError("needs exactly one of `preset`, `config` and `pretrained`")
-        if self.config is not None and "model_type" not in self.config:
-            raise ValueError("`config` needs a `model_type`, such as gpt2 or llama")
-        return self
 
 
 class TrainingPlan(Section):
     """The recipe shared by seed, experts and Transformer-LM. Defaults are the paper's 125M recipe."""
 
-    block_tokens: Annotated[int, Field(ge=8)] = 1024
+    rules: ClassVar = plan_rules.training_rules
+    block_tokens: Annotated[Positive, Field(ge=8, le=2**24)] = 1024
     """Tokens per block, packed without padding."""
     updates: Positive = 80_000
     """Whole budget: seed updates and then expert updates."""
@@ -155,19 +156,19 @@ class TrainingPlan(Section):
     """Share of `updates` that the seed takes. The paper: 0.5, robust for ensembles from 0.2 to 0.8; averages want 0.5 to 0.75."""
     blocks_per_domain_update: Positive = 128
     """Blocks an expert takes per update; seed and Transformer-LM take this times the number of founding domains."""
-    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    learning_rate: PositiveReal = 5e-4
     """Peak, reached after the warm-up."""
     warmup_share: Share = 0.08
     """Share of the whole budget over which the learning rate rises; afterwards it falls linearly to 0."""
     betas: tuple[Share, Share] = (0.9, 0.95)
     """AdamW's."""
-    epsilon: Annotated[float, Field(gt=0)] = 1e-7
+    epsilon: PositiveReal = 1e-7
     """AdamW's."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    weight_decay: Real = 0.1
     """Decoupled, on matrices only."""
-    gradient_clip: Annotated[float, Field(gt=0)] = 1.0
+    gradient_clip: PositiveReal = 1.0
     """Largest gradient norm. The paper's released recipe clips at 0.1; 1.0 is the field's habit."""
-    random_seed: int = 0
+    random_seed: Annotated[Whole, Field(lt=2**63)] = 0
     """Initial weights and block order."""
 
     @property
@@ -192,22 +193,25 @@ class MergingPlan(Section):
     """What the posterior sees: `full` is the paper's equation, `last-token` its scorer, `calibrated` weighs the evidence."""
     prior: Literal["fitted", "ema", "mean", "uniform"] = "fitted"
     """`ema` is the paper's estimate; `fitted` maximises the likelihood of the development text."""
+    average_prior: Literal["ema", "fitted", "mean", "uniform"] = "ema"
+    """By which averages are weighted. The paper's `ema` is near one-hot at home; a `fitted` one is softer, and worse here."""
     development_blocks: Positive = 100
     """Development blocks used for everything fitted, in hash order. The paper: 100."""
     top_k: Positive | None = None
     """Keep only the k experts with the largest prior."""
     window_tokens: Positive = 32
     """Context of the `window` posterior."""
-    discount: Annotated[float, Field(ge=0, le=1)] = 0.97
+    discount: Annotated[Real, Field(le=1)] = 0.97
     """How much a token of evidence still counts one token later, in the `calibrated` posterior."""
 
 
 class ClusterPlan(Section):
     """How the work is done. Nothing here is part of an identity."""
 
-    seed_gpus: Annotated[int, Field(ge=0)] = 0
+    rules: ClassVar = plan_rules.cluster_rules
+    seed_gpus: Whole = 0
     """GPUs of the seed's and the Transformer-LM's group; 0 trains on CPU."""
-    gpus_per_expert: Annotated[float, Field(ge=0)] = 0
+    gpus_per_expert: Real = 0
     """GPUs of an expert's group. A fraction lets several experts share a GPU."""
     seed_cpus: Positive = 2
     """CPUs, and so threads, of the seed's whole group."""
@@ -215,50 +219,52 @@ class ClusterPlan(Section):
     """CPUs, and so threads, of an expert's whole group."""
     concurrent_experts: Positive | None = None
     """Experts trained at once; without it, as many as there is room for."""
-    retries: Annotated[int, Field(ge=0)] = 3
+    retries: Whole = 3
     """Times a step is tried again after its process or node died."""
     micro_batch_blocks: Positive = 16
     """Blocks per forward pass; an update accumulates as many as it needs."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward pass; `auto` is bfloat16 on a GPU, float32 on CPU. Weights stay float32."""
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Switch = "auto"
     """torch.compile; `auto` is on for a GPU, off on CPU."""
-    checkpoint_minutes: Annotated[float, Field(gt=0)] = 15
+    checkpoint_minutes: PositiveReal = 15
     """Most training time that a lost machine can cost."""
-    stop_grace_seconds: Annotated[float, Field(gt=0)] = 120
+    stop_grace_seconds: PositiveReal = 120
     """Time a stopped run has to save its training checkpoints."""
-    price_per_gpu_hour: Annotated[float, Field(ge=0)] | None = None
+    price_per_gpu_hour: Real | None = None
     """For `btm plan`."""
-    tokens_per_gpu_second: Annotated[float, Field(gt=0)] | None = None
+    tokens_per_gpu_second: PositiveReal | None = None
     """For `btm plan`; without it, the rate of earlier runs in the store."""
-
-    @model_validator(mode="after")
-    def _whole_groups(self) -> "ClusterPlan":
-        if self.gpus_per_expert > 1 and self.gpus_per_expert != int(self.gpus_per_expert):
-            raise ValueError("`gpus_per_expert` above 1 must be a whole number: a group's GPUs are whole")
-        return self
 
 
 class Plan(Section):
     """One forest: its texts, model, recipe and how it is grown."""
 
+    rules: ClassVar = plan_rules.plan_rules
     name: Name
     """Shown in the dashboard and in reports."""
-    store: str
+    store: Location
     """Folder, or s3://bucket/prefix. Relative paths are relative to the current folder."""
     domains: Annotated[tuple[DomainPlan, ...], Field(min_length=1)]
     """Texts that get an expert each."""
     targets: tuple[TextPlan, ...] = ()
     """Texts that are evaluated and never trained on."""
     reading: ReadingPlan = ReadingPlan()
+    """How texts become documents."""
     tokenizer: TokenizerPlan
+    """Trained or pretrained; one for the whole forest."""
     model: ModelPlan
+    """Architecture and size; one for the whole forest."""
     training: TrainingPlan = TrainingPlan()
+    """The recipe shared by seed, experts and Transformer-LM."""
     branching: BranchingPlan = BranchingPlan()
+    """Where the experts of later domains start."""
     merging: MergingPlan = MergingPlan()
+    """How experts are combined."""
     baselines: tuple[Literal["transformer-lm"], ...] = ()
     """Rivals trained with the same compute on the same text."""
     cluster: ClusterPlan = ClusterPlan()
+    """How the work is done."""
 
     @property
     def texts(self) -> tuple[TextPlan, ...]:
@@ -273,25 +279,10 @@ def read_plan(path: str | Path) -> Plan:
         PlanError: naming every field that is wrong, what was found, what is expected and the remedy.
     """
     try:
-        document = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise PlanError(f"cannot read the plan {path}", found=str(exc), remedy="`btm init` writes a starter") from exc
-    try:
-        raw = yaml.load(document, Loader=unique_key_loader())
-    except yaml.YAMLError as exc:
-        raise PlanError(f"the plan {path} is not YAML", found=" ".join(str(exc).split())) from exc
-    if not isinstance(raw, dict):
-        raise PlanError(
-            f"the plan {path} is not a plan", found=type(raw).__name__, expected="fields such as name, store, domains"
-        )
-    problems = name_problems(raw)
-    try:
-        plan = Plan.model_validate(raw)
+        return Plan.model_validate(read_plan_file(Path(path)))
     except ValidationError as exc:
-        problems = describe_problems(exc, Plan) + problems
-    if problems:
-        raise PlanError(f"the plan {path} has {len(problems)} problem(s)\n" + "\n".join(problems))
-    return plan
+        problems = describe_problems(exc, Plan)
+    raise PlanError(f"the plan {path} has {len(problems)} problem(s)\n" + "\n".join(problems))
 
 
 def plan_schema() -> dict[str, Any]:

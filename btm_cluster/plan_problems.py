@@ -1,61 +1,127 @@
 """Words for what is wrong in a plan: field, found, expected, remedy, one entry per problem.
 
-Knows pydantic's error records and YAML; knows nothing of what the fields mean.
+Knows pydantic's error records; of what the fields mean it knows only what their descriptions say.
 """
 
 import difflib
+import reprlib
 import types
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from btm_cluster.plan_rules import BROKEN_RULE
+
+Location = Sequence[str | int]
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
 
 
 def describe_problems(error: ValidationError, root: type[BaseModel]) -> list[str]:
     """One text per problem in `error`, for a plan of the class `root`."""
-    return [_describe(dict(record), root) for record in error.errors(include_url=False)]
+    records = [dict(record) for record in error.errors(include_url=False)]
+    # A list whose entries are all wrong counts as empty for pydantic; only one that was written empty is.
+    records = [r for r in records if not (r["type"] == "too_short" and isinstance(r["input"], list) and r["input"])]
+    return list(dict.fromkeys(_describe(record, root) for record in records))
 
 
-def _describe(record: dict[str, Any], root: type[BaseModel]) -> str:
-    location = record["loc"]
-    field = _path(location) or "(the plan)"
-    if record["type"] == "extra_forbidden":
-        known = _known_names(root, location[:-1])
-        nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        remedy = f"did you mean `{nearest[0]}`?" if nearest else f"known here: {', '.join(known)}"
-        return _entry(field, "an unknown key", "a known key", remedy)
-    if record["type"] == "missing":
-        return _entry(field, "nothing", "a value", f"add `{location[-1]}`")
-    expected = record["msg"].removeprefix("Value error, ")
+def _describe(record: Mapping[str, Any], root: type[BaseModel]) -> str:
+    location, kind = record["loc"], record["type"]
+    where, section = _path(location) or "(the plan)", _section_at(root, location[:-1])
+    if kind == BROKEN_RULE:
+        parts = record["ctx"]
+        return _entry(where, parts["found"], parts["expected"], parts["remedy"])
+    if kind == "extra_forbidden":
+        remedy = _nearest(str(location[-1]), section.model_fields) or f"known here: {', '.join(section.model_fields)}"
+        return _entry(where, "an unknown key", "a known key", remedy)
+    if kind == "invalid_key":
+        return _entry(where, f"the key {_shown(location[-1])}", "a name", "write the key in quotes, or correct it")
+    names = [part for part in location if isinstance(part, str)]
+    field = _section_at(root, names[:-1]).model_fields.get(names[-1]) if names else None
+    if kind == "missing" and isinstance(location[-1], int):
+        return _entry(where, "nothing", "a value", "add one to the list")
+    if kind == "missing":
+        return _entry(where, "nothing", _description(field) or "a value", f"add `{location[-1]}: …`")
+    return _entry(where, _shown(record["input"]), _expectation(record, root), _remedy(record, field))
+
+
+def _entry(where: str, found: str, expected: str, remedy: str) -> str:
+    return f"- {where}\n    found:    {found}\n    expected: {expected}\n    remedy:   {remedy}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "keys " + ", ".join(map(_SHORT.repr, value)) if value else "no keys"
+    return "nothing" if value is None else _SHORT.repr(value)
+
+
+def _expectation(record: Mapping[str, Any], root: type[BaseModel]) -> str:
+    """Pydantic's words, but for what it says in Python's."""
+    kind, location = record["type"], record["loc"]
+    if kind in ("model_type", "model_attributes_type"):
+        return "keys such as " + ", ".join(list(_section_at(root, location).model_fields)[:4])
+    plain = {
+        "tuple_type": "a list",
+        "dict_type": "keys and values",
+        "string_type": "text",
+        "too_short": "at least one entry",
+        "string_too_short": "text that is not empty",
+        "finite_number": "a finite number",
+    }
+    words = str(record["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+    return plain.get(kind, words[:1].lower() + words[1:])
+
+
+def _remedy(record: Mapping[str, Any], field: FieldInfo | None) -> str:
+    """What to do about a wrong value, with what its field is for."""
     found = record["input"]
-    shown = "keys " + ", ".join(map(str, found)) if isinstance(found, dict) else repr(found)
-    return _entry(field, _short(shown), expected[:1].lower() + expected[1:], "change the value")
+    if record["type"] == "string_type" and found is not None and not isinstance(found, Mapping | list):
+        return f'for YAML this is no text; write it in quotes: "{found}"'
+    if record["type"] == "literal_error" and (nearest := _nearest(_shown(found), _choices(field))):
+        return nearest
+    default, description = "", _description(field)
+    if field is not None and not field.is_required():
+        shown = isinstance(field.default, str | int | float)
+        default = ", or leave it out" + (f" for {field.default!r}" if shown else "")
+    return ("give a value" if found is None else "correct it") + default + (f" ({description})" if description else "")
 
 
-def _entry(field: str, found: str, expected: str, remedy: str) -> str:
-    return f"- {field}\n    found:    {found}\n    expected: {expected}\n    remedy:   {remedy}"
+def _choices(field: FieldInfo | None) -> list[str]:
+    return [] if field is None else [choice for choice in _leaves(field.annotation) if isinstance(choice, str)]
 
 
-def _short(text: str, longest: int = 120) -> str:
-    return text if len(text) <= longest else text[: longest - 1] + "…"
+def _leaves(annotation: Any) -> Iterator[Any]:
+    for argument in get_args(annotation):
+        yield argument
+        yield from _leaves(argument)
 
 
-def _path(location: Sequence[str | int]) -> str:
+def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str | None:
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean `{nearest[0]}`?" if nearest else None
+
+
+def _description(field: FieldInfo | None) -> str:
+    return (field.description or "").strip().rstrip(".") if field is not None else ""
+
+
+def _path(location: Location) -> str:
     path = ""
     for part in location:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
     return path
 
 
-def _known_names(root: type[BaseModel], location: Sequence[str | int]) -> list[str]:
-    """Field names of the section at `location`."""
+def _section_at(root: type[BaseModel], location: Location) -> type[BaseModel]:
+    """The section at `location`, or the nearest above it."""
     section = root
     for part in location:
         if isinstance(part, str) and part in section.model_fields:
             section = next(_sections(section.model_fields[part].annotation), section)
-    return list(section.model_fields)
+    return section
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -65,34 +131,3 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
     elif get_origin(annotation) in (Union, types.UnionType, tuple) or get_args(annotation):
         for argument in get_args(annotation):
             yield from _sections(argument)
-
-
-def name_problems(raw: dict[str, Any]) -> list[str]:
-    """Names used twice over domains and targets; works on plans with other errors too, so all are shown at once."""
-    texts = [text for part in ("domains", "targets") for text in _entries(raw.get(part))]
-    counts = Counter(text["name"] for text in texts if isinstance(text, dict) and isinstance(text.get("name"), str))
-    return [
-        _entry("domains, targets", f"the name {name!r} {count} times", "every name once", "rename all but one")
-        for name, count in counts.items()
-        if count > 1
-    ]
-
-
-def _entries(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def unique_key_loader() -> type[yaml.SafeLoader]:
-    """A YAML loader that refuses a key written twice, which plain YAML loaders let the later one win."""
-
-    class UniqueKeyLoader(yaml.SafeLoader):
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            twice = [str(key) for key, count in Counter(map(str, keys)).items() if count > 1]
-            if twice:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key `{twice[0]}` stands twice", node.start_mark
-                )
-            return super().construct_mapping(node, deep)
-
-    return UniqueKeyLoader

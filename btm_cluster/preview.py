@@ -1,9 +1,10 @@
 """`btm plan`: what a run would do, what is done already, and what the rest would cost. Starts nothing, spends nothing.
 
-Walks the same requests as `algorithm.py` and asks the ledger which of them exist; a text not read yet hides what follows.
+Walks the same requests as `algorithm.py` and asks the ledger which of them exist. A text not read yet hides what depends
+on it: every training while no forest is founded, its own expert afterwards.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ from btm_cluster.recipes import (
 )
 from btm_cluster.workers import Request, TrainRequest
 
-DONE, NEW, UNKNOWN = "done", "new", "new, its text is not read yet"
+DONE, NEW, UNREAD = "done", "new", "unknown until its text is read"
 
 
 @dataclass(frozen=True)
@@ -82,16 +83,18 @@ def preview(plan: Plan, ledger: Ledger) -> Preview:
     vocabulary = _vocabulary(plan)
     model, _ = model_config(plan, vocabulary)
     parameters, non_embedding = count_parameters(model)
-    reads = read_requests(plan)
-    memos = {request.label: ledger.find(request.ref) for request in reads}
-    steps = [Step(f"read {name}", DONE if memo else NEW) for name, memo in memos.items()]
+    memos = {request.label: ledger.find(request.ref) for request in read_requests(plan)}
     known = {name: memo for name, memo in memos.items() if memo is not None}
-    if len(known) == len(memos):
+    steps = [_reading(name, memo, ledger) for name, memo in memos.items()]
+    rate = _rate(plan, ledger)
+    if ledger.forest(0) is not None or len(known) == len(memos):  # then all founding texts are known
         ground = _ground(plan, ledger, known, vocabulary)
-        steps += _preparation(ground, ledger) + _trainings(ground, ledger, parameters)
+        steps += _preparation(ground, ledger) + _trainings(ground, ledger, parameters, rate)
+        unread = [domain.name for domain in plan.domains if domain.name not in known]
+        steps += _unread_experts(plan, unread, parameters, rate)
     else:
-        steps += [Step(name, UNKNOWN) for name in ("tokenizer", "token blocks")]
-        steps += _unread_trainings(plan, ledger, parameters)
+        steps += [Step("tokenizer", UNREAD), Step("token blocks", UNREAD)]
+        steps += _unread_trainings(plan, parameters, rate)
     return Preview(
         tuple(steps), parameters, non_embedding, plan.cluster.gpus_per_expert > 0, plan.cluster.price_per_gpu_hour
     )
@@ -104,23 +107,38 @@ def _vocabulary(plan: Plan) -> int:
     return pretrained_vocabulary(resolve(plan.tokenizer.pretrained))
 
 
-def _ground(plan: Plan, ledger: Ledger, memos: Mapping[str, Artifact], vocabulary: int) -> Ground:
-    identities = {name: str(memo.facts["text"]) for name, memo in memos.items()}
+def _reading(name: str, memo: Artifact | None, ledger: Ledger) -> Step:
+    if memo is None:
+        return Step(f"read {name}", NEW)
+    text = ledger.get(Ref("text", str(memo.facts["text"])))
+    return Step(f"read {name}", DONE, stored_bytes=sum(blob.size_bytes for blob in text.blobs))
+
+
+def _ground(plan: Plan, ledger: Ledger, known: Mapping[str, Artifact], vocabulary: int) -> Ground:
+    """Of the texts that are read."""
+    identities = {name: str(memo.facts["text"]) for name, memo in known.items()}
     facts = {name: ledger.get(Ref("text", identity)).facts for name, identity in identities.items()}
-    skipped = {name: memo.facts["skipped"] for name, memo in memos.items()}
+    skipped = {name: memo.facts["skipped"] for name, memo in known.items()}
+    parts = {part: tuple(t for t in getattr(plan, part) if t.name in known) for part in ("domains", "targets")}
     founders = founders_of(plan, identities, ledger.forest(0))
-    return ground_of(plan, identities, facts, skipped, founders, vocabulary)
+    founding_facts = {text: ledger.get(Ref("text", text)).facts for _, text in founders}
+    read = plan.model_copy(update=parts)
+    return ground_of(read, identities, facts, skipped, founders, founding_facts, vocabulary)
 
 
 def _preparation(ground: Ground, ledger: Ledger) -> list[Step]:
     blocks = block_requests(ground)
-    missing = sum(ledger.find(request.ref) is None for request in blocks)
+    found = [artifact for artifact in (ledger.find(request.ref) for request in blocks) if artifact is not None]
+    size = sum(blob.size_bytes for artifact in found for blob in artifact.blobs)
     tokenizer = _state(ledger, tokenizer_request(ground.plan, ground.founders))
-    state = DONE if not missing else NEW if missing == len(blocks) else f"{missing} of {len(blocks)} shards new"
-    return [Step("tokenizer", tokenizer), Step("token blocks", state)]
+    return [Step("tokenizer", tokenizer), Step("token blocks", _share_done(len(found), len(blocks)), stored_bytes=size)]
 
 
-def _trainings(ground: Ground, ledger: Ledger, parameters: int) -> list[Step]:
+def _share_done(found: int, all_of_them: int) -> str:
+    return DONE if found == all_of_them else NEW if not found else f"{all_of_them - found} of {all_of_them} new"
+
+
+def _trainings(ground: Ground, ledger: Ledger, parameters: int, rate: float | None) -> list[Step]:
     forest = ledger.forest()
     seed = seed_request(ground)
     if forest is not None:
@@ -128,7 +146,6 @@ def _trainings(ground: Ground, ledger: Ledger, parameters: int) -> list[Step]:
     start = seed_start(ground, seed.ref)
     experts = [expert_request(ground, domain, start) for domain in ground.domains]
     baselines = [transformer_lm_request(ground, seed.ref)] if ground.plan.baselines else []
-    rate = _rate(ground.plan, ledger)
     steps = [_training(seed, _state(ledger, seed), parameters, rate)]
     steps += [_training(e, _expert_state(ground, ledger, forest, e), parameters, rate) for e in experts]
     return steps + [_training(b, _state(ledger, b), parameters, rate) for b in baselines]
@@ -152,26 +169,28 @@ def _training(request: TrainRequest, state: str, parameters: int, rate: float | 
         state,
         updates,
         request.tokens,
-        stored_bytes(parameters, with_optimizer=request.role == "seed"),
+        stored_bytes(parameters, request.role == "seed" and request.pretrained is None),
         rate,
     )
 
 
-def _unread_trainings(plan: Plan, ledger: Ledger, parameters: int) -> list[Step]:
+def _unread_trainings(plan: Plan, parameters: int, rate: float | None) -> list[Step]:
     """Sizes follow from the plan alone; identities do not."""
-    training, rate = plan.training, _rate(plan, ledger)
-    seed = 0 if plan.model.pretrained else training.seed_updates
-    later = training.updates - training.seed_updates
-    whole, own = len(plan.domains) * training.blocks_per_domain_update, training.blocks_per_domain_update
-    rows = [("seed", seed, whole, True)]
-    rows += [(f"expert {domain.name}", later, own, False) for domain in plan.domains]
-    rows += [(name, later, whole, False) for name in plan.baselines]
-    return [
-        _training_step(
-            name, UNKNOWN, n, n * blocks * training.block_tokens, stored_bytes(parameters, with_optimizer), rate
-        )
-        for name, n, blocks, with_optimizer in rows
-    ]
+    training, pretrained = plan.training, plan.model.pretrained is not None
+    tokens = len(plan.domains) * training.blocks_per_domain_update * training.block_tokens
+    seed, later = 0 if pretrained else training.seed_updates, training.updates - training.seed_updates
+    size, with_optimizer = stored_bytes(parameters, False), stored_bytes(parameters, not pretrained)
+    steps = [_training_step("seed", UNREAD, seed, seed * tokens, with_optimizer, rate)]
+    steps += _unread_experts(plan, [domain.name for domain in plan.domains], parameters, rate)
+    return steps + [_training_step(name, UNREAD, later, later * tokens, size, rate) for name in plan.baselines]
+
+
+def _unread_experts(plan: Plan, names: Sequence[str], parameters: int, rate: float | None) -> list[Step]:
+    training = plan.training
+    updates = training.updates - training.seed_updates
+    tokens = updates * training.blocks_per_domain_update * training.block_tokens
+    size = stored_bytes(parameters, False)
+    return [_training_step(f"expert {name}", UNREAD, updates, tokens, size, rate) for name in names]
 
 
 def _training_step(name: str, state: str, updates: int, tokens: int, size: int, rate: float | None) -> Step:
@@ -183,8 +202,8 @@ def _rate(plan: Plan, ledger: Ledger) -> float | None:
     if plan.cluster.tokens_per_gpu_second is not None:
         return plan.cluster.tokens_per_gpu_second
     on_gpus = plan.cluster.gpus_per_expert > 0
-    notes = [m.note for m in ledger.list_artifacts("model") if m.note.get("tokens_per_second")]
-    alike = [note for note in notes if (note["gpus"] > 0) == on_gpus]
+    notes = [model.note for model in ledger.list_artifacts("model")]
+    alike = [note for note in notes if note.get("tokens_per_second") and (note["gpus"] > 0) == on_gpus]
     if not alike:
         return None
     newest = max(alike, key=lambda note: note["created"])

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from btm_cluster.errors import FoundationError
 from btm_cluster.forest import Forest, Foundation, Parent, identity_of
 from btm_cluster.language_model.model import full_config
 from btm_cluster.language_model.pretrained import (
@@ -57,6 +58,8 @@ class Ground:
     texts: tuple[PreparedText, ...]
     founders: tuple[tuple[str, str], ...]
     """Name and text identity of the domains that the seed learns from."""
+    founding_texts: tuple[TrainingText, ...]
+    """Their token blocks, by text identity, so that the order of domains in a plan changes nothing."""
     tokenizer: Ref
     model: Mapping[str, Any]
     pretrained: Pretrained | None
@@ -82,10 +85,22 @@ def read_requests(plan: Plan) -> list[ReadText]:
 
 
 def founders_of(plan: Plan, texts: Mapping[str, str], forest: Forest | None) -> tuple[tuple[str, str], ...]:
-    """The founding domains: version 0's where there is one, else the plan's."""
-    if forest is not None:
-        return forest.foundation.domains
-    return tuple(sorted((domain.name, texts[domain.name]) for domain in plan.domains))
+    """The founding domains: version 0's where there is one, else the plan's.
+
+    Raises:
+        FoundationError: a domain of the plan has a founding domain's name and another text.
+    """
+    if forest is None:
+        return tuple(sorted((domain.name, texts[domain.name]) for domain in plan.domains))
+    for name, text in forest.foundation.domains:
+        if texts.get(name, text) != text:
+            raise FoundationError(
+                f"the forest in this store was founded on another text of {name!r}",
+                found=f"text {texts[name][:12]}",
+                expected=f"text {text[:12]}; documents, splits and `reading` decide it",
+                remedy="restore the text and `reading`, rename the domain to add it, or take another `store`",
+            )
+    return forest.foundation.domains
 
 
 def tokenizer_request(plan: Plan, founders: Sequence[tuple[str, str]]) -> TrainTokenizer | ImportTokenizer:
@@ -113,9 +128,13 @@ def ground_of(
     facts: Mapping[str, Mapping[str, Any]],
     skipped: Mapping[str, Mapping[str, int]],
     founders: tuple[tuple[str, str], ...],
+    founding_facts: Mapping[str, Mapping[str, Any]],
     vocabulary: int,
 ) -> Ground:
-    """The ground of a plan whose texts are read: identities, counts and skipped documents by text name."""
+    """The ground of a plan whose texts are read: identities, counts and skipped documents by text name.
+
+    `founding_facts` are the founding texts' counts by text identity: a plan need not name all founding domains again.
+    """
     tokenizer = tokenizer_request(plan, founders).ref
     targets = {target.name for target in plan.targets}
     texts = []
@@ -131,7 +150,11 @@ def ground_of(
             )
         )
     model, pretrained = model_config(plan, vocabulary)
-    return Ground(plan, tuple(texts), founders, tokenizer, model, pretrained)
+    founding = []
+    for name, text in sorted(founders, key=lambda founder: founder[1]):
+        shards = tokenize_requests(name, text, founding_facts[text], tokenizer, plan.training.block_tokens)
+        founding.append(TrainingText(text, tuple(request.ref for request in shards["train"])))
+    return Ground(plan, tuple(texts), founders, tuple(founding), tokenizer, model, pretrained)
 
 
 def block_requests(ground: Ground) -> list[Tokenize]:
@@ -164,7 +187,7 @@ def model_config(plan: Plan, vocabulary: int) -> tuple[Mapping[str, Any], Pretra
 def seed_request(ground: Ground) -> TrainRequest:
     """The seed: s·U updates on the mix of all founding domains; a pretrained model is one already."""
     updates = 0 if ground.pretrained is not None else ground.plan.training.seed_updates
-    return _train_request(ground, "seed", "seed", _founding_texts(ground), (0, updates), None)
+    return _train_request(ground, "seed", "seed", ground.founding_texts, (0, updates), None)
 
 
 def transformer_lm_request(ground: Ground, seed: Ref) -> TrainRequest:
@@ -172,7 +195,7 @@ def transformer_lm_request(ground: Ground, seed: Ref) -> TrainRequest:
     training = ground.plan.training
     start = Start(seed, (Parent(seed.identity, 1.0),), keep_optimizer=ground.pretrained is None)
     span = (training.seed_updates, training.updates)
-    return _train_request(ground, "transformer-lm", "transformer-lm", _founding_texts(ground), span, start)
+    return _train_request(ground, "transformer-lm", "transformer-lm", ground.founding_texts, span, start)
 
 
 def expert_request(ground: Ground, domain: PreparedText, start: Start) -> TrainRequest:
@@ -220,14 +243,6 @@ def _resources(plan: Plan, gpus: float, cpus: int) -> Resources:
     precision = cluster.precision if cluster.precision != "auto" else "bfloat16" if on_gpu else "float32"
     compiles = on_gpu if cluster.compile == "auto" else cluster.compile == "on"
     return Resources(workers, gpus / workers, max(1, cpus // workers), cluster.micro_batch_blocks, precision, compiles)
-
-
-def _founding_texts(ground: Ground) -> tuple[TrainingText, ...]:
-    """By text identity, so that the order of domains in a plan changes nothing."""
-    known = {text.identity: text for text in ground.domains}
-    return tuple(
-        TrainingText(text, known[text].tokens["train"]) for text in sorted(text for _, text in ground.founders)
-    )
 
 
 def _train_request(

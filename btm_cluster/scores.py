@@ -26,7 +26,7 @@ class ScoreStack:
         """Blocks start … stop-1: log-probabilities [E, B, T], 0 at padding, and the mask [B, T] of real tokens."""
         mask_BT = self.documents_BT[start:stop] >= 0
         stacked = np.stack([scores[start:stop] for scores in self._scores]).astype(np.float64)
-        return torch.from_numpy(stacked) * mask_BT, mask_BT
+        return torch.from_numpy(stacked).masked_fill(~mask_BT, 0.0), mask_BT
 
     def tokens(self) -> torch.Tensor:
         """Tokens of each document: [D]."""

@@ -15,6 +15,9 @@ domains:                              # an expert each
 targets:                              # evaluated, never trained on: half development, half test text
   - {name: blog, text: ./text/blog.jsonl}
 
+reading:
+  bad_documents: refuse               # or skip: leave out, count and report lines that are broken or too long
+
 tokenizer: {train: {vocabulary: 8192}}        # or {pretrained: name-or-folder}
 model: {preset: gpt3-125m}                    # or {config: {model_type: gpt2, n_layer: 4, n_embd: 256, n_head: 4}}
                                               # or {pretrained: name-or-folder}, which then is the seed

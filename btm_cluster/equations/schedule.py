@@ -20,12 +20,12 @@ def decay_line(update: int, *, peak: float, updates: int, warmup_updates: int) -
 
 
 def rewarmed_learning_rate(update: int, *, branch: int, peak: float, updates: int, warmup_updates: int) -> float:
-    """After a branch at update `branch` with fresh Adam moments: a rise to the line's value, then the line.
+    """After a branch at update `branch` with fresh Adam moments: a rise to the line's value there, then the line.
 
     For averages and pretrained seeds, which have no optimiser to continue.
     """
     rewarm = max(1, round(REWARM_SHARE * (updates - branch)))
     if update - branch < rewarm:
-        target = decay_line(branch + rewarm, peak=peak, updates=updates, warmup_updates=warmup_updates)
+        target = decay_line(branch, peak=peak, updates=updates, warmup_updates=warmup_updates)
         return target * (update - branch + 1) / rewarm
     return decay_line(update, peak=peak, updates=updates, warmup_updates=warmup_updates)

@@ -1,8 +1,8 @@
 """A source's documents become a text: split, without duplicates, in hash order, cut into shards by content.
 
 A document's content hash (of its text without case and spacing) decides its split, its order and what is a duplicate,
-so the result does not depend on file order. Memory: the documents pass through 256 spool files, of which one is held at
-a time, so a text of 100 GB needs about 0.4 GB.
+so the result does not depend on file order. Memory: the documents pass through 256 spool files, of which the distinct
+documents of one are held at a time, so a text of 100 GB needs about 0.4 GB.
 """
 
 import hashlib
@@ -10,8 +10,8 @@ import json
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ SPLITS = ("train", "development", "test")
 SHARD_CHARACTERS = 32_000_000
 _HELD_OUT_FIRST = {"test": 0, "development": 1, "train": 2}
 _RECORD = struct.Struct("<32sBI")
+_SPOOL_BUFFER_BYTES = 1 << 17
 
 
 @dataclass
@@ -100,14 +101,24 @@ def _usable(
 def _spool(documents: Iterable[Document], shares: tuple[float, float], folder: Path) -> list[Path]:
     """Spreads the documents over 256 files by the first byte of their content hash."""
     paths = [folder / f"spool-{i:03d}" for i in range(256)]
-    with ExitStack() as stack:
-        files = [stack.enter_context(path.open("wb")) for path in paths]
-        for document in documents:
-            key = content_hash(document.text)
-            split = document.split or _split_by_hash(key, *shares)
-            data = document.text.encode()
-            files[key[0]].write(_RECORD.pack(key, _HELD_OUT_FIRST[split], len(data)) + data)
+    waiting = [bytearray() for _ in paths]
+    for document in documents:
+        key = content_hash(document.text)
+        split = document.split or _split_by_hash(key, *shares)
+        data = document.text.encode()
+        waiting[key[0]] += _RECORD.pack(key, _HELD_OUT_FIRST[split], len(data)) + data
+        if len(waiting[key[0]]) >= _SPOOL_BUFFER_BYTES:
+            _append(paths[key[0]], waiting[key[0]])
+    for path, rest in zip(paths, waiting, strict=True):
+        _append(path, rest)
     return paths
+
+
+def _append(path: Path, waiting: bytearray) -> None:
+    # Opened for each piece: 256 open files are all that some machines allow.
+    with path.open("ab") as file:
+        file.write(waiting)
+    waiting.clear()
 
 
 def _split_by_hash(key: bytes, development_share: float, test_share: float) -> str:
@@ -120,15 +131,16 @@ def _split_by_hash(key: bytes, development_share: float, test_share: float) -> s
 
 def _unspool(path: Path) -> tuple[list[tuple[bytes, int, bytes]], int]:
     """The spool's documents (content hash, split, UTF-8), one per hash, held-out splits first; and how many it held."""
-    data = path.read_bytes()
+    best: dict[bytes, tuple[int, bytes]] = {}
+    count = 0
+    with path.open("rb") as file:
+        while header := file.read(_RECORD.size):
+            key, split, size = _RECORD.unpack(header)
+            found = (split, file.read(size))
+            best[key] = min(best.get(key, found), found)
+            count += 1
     path.unlink()
-    records, position = [], 0
-    while position < len(data):
-        key, split, size = _RECORD.unpack_from(data, position)
-        position += _RECORD.size + size
-        records.append((key, split, data[position - size : position]))
-    records.sort()
-    return [r for i, r in enumerate(records) if i == 0 or r[0] != records[i - 1][0]], len(records)
+    return [(key, *best[key]) for key in sorted(best)], count
 
 
 def _write_shards(spools: list[Path], folder: Path) -> Text:
@@ -196,11 +208,13 @@ def _check_splits(name: str, text: Text, is_target: bool) -> None:
     empty = [split for split in needed if not text.facts["splits"][split]["documents"]]
     if empty:
         counts = ", ".join(f"{split} {text.facts['splits'][split]['documents']}" for split in SPLITS)
+        skipped = ", ".join(f"{count} × {reason}" for reason, count in sorted(text.bad.items())) or "none"
+        shares = "" if is_target else "raise `reading.development_share` and `reading.test_share`, "
         raise TextError(
             f"the text of {name!r} has no document for: {', '.join(empty)}",
-            found=f"documents: {counts}; skipped: {dict(text.bad) or 'none'}",
+            found=f"distinct documents: {counts}; duplicates: {text.facts['duplicates']}; skipped: {skipped}",
             expected="at least one document in each",
-            remedy="give more text, raise `reading.development_share` and `reading.test_share`, or name files for the splits",
+            remedy=f"give more text, {shares}or name files for the splits",
         )
 
 
@@ -216,5 +230,6 @@ def word_windows(text: str, words: int = 20) -> np.ndarray:
     return windows
 
 
+@lru_cache(maxsize=1 << 16)
 def _word_hash(word: str) -> int:
     return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")

@@ -1,6 +1,6 @@
 """How much of a test text also stands in a training text: whole documents, and 20-word windows of them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -20,28 +20,42 @@ class TestText:
         self.seen_windows = np.zeros(len(self.windows), dtype=bool)
 
 
-def mark_seen(tests: Sequence[TestText], training: Iterable[str], batch_words: int = 2_000_000) -> None:
+def mark_seen(tests: Sequence[TestText], training: Iterable[str], batch_windows: int = 2_000_000) -> None:
     """Marks in every test text what stands in the training documents. Memory: the tests, and one batch of windows."""
-    places: dict[bytes, list[tuple[TestText, int]]] = {}
+    documents: dict[bytes, list[tuple[TestText, int]]] = {}
     for test in tests:
         for i, key in enumerate(test.documents):
-            places.setdefault(key, []).append((test, i))
-    batch: list[np.ndarray] = []
+            documents.setdefault(key, []).append((test, i))
+    every_window = np.unique(np.concatenate([test.windows for test in tests]))
+    seen = np.zeros(len(every_window), dtype=bool)
+    for texts in _batches(training, batch_windows):
+        for text in texts:
+            for test, i in documents.get(content_hash(text), ()):
+                test.seen_documents[i] = True
+        _mark(every_window, seen, np.concatenate([word_windows(text) for text in texts]))
+    for test in tests:
+        test.seen_windows |= seen[np.searchsorted(every_window, test.windows)]
+
+
+def _batches(training: Iterable[str], windows: int) -> Iterator[list[str]]:
+    """Documents together until they hold about `windows` words."""
+    batch: list[str] = []
     held = 0
     for text in training:
-        for test, i in places.get(content_hash(text), ()):
-            test.seen_documents[i] = True
-        windows = word_windows(text)
-        batch.append(windows)
-        held += len(windows)
-        if held > batch_words:
-            _mark_windows(tests, np.concatenate(batch))
+        batch.append(text)
+        held += len(text) // 6  # about a word
+        if held >= windows:
+            yield batch
             batch, held = [], 0
     if batch:
-        _mark_windows(tests, np.concatenate(batch))
+        yield batch
 
 
-def _mark_windows(tests: Sequence[TestText], windows: np.ndarray) -> None:
-    windows = np.unique(windows)
-    for test in tests:
-        test.seen_windows |= np.isin(test.windows, windows, assume_unique=True)
+def _mark(every_window: np.ndarray, seen: np.ndarray, windows: np.ndarray) -> None:
+    """Marks those of `every_window`, which is sorted, that stand in `windows`."""
+    if not len(every_window):
+        return
+    windows = np.sort(windows)  # ascending look-ups stay in the cache
+    places = np.searchsorted(every_window, windows)
+    places[places == len(every_window)] = 0
+    seen[places[every_window[places] == windows]] = True

@@ -1,59 +1,80 @@
-"""Models and tokenizers from elsewhere: found on disk or on the hub, identified by content, brought into a store."""
+"""Models and tokenizers from elsewhere: found on disk or on the hub, identified by content, brought into a store.
+
+Code that comes with a model is neither downloaded nor run, unless the plan trusts it.
+"""
 
 import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from btm_cluster.errors import UserError
 from btm_cluster.language_model.model import check_fits, plain_config, save_weights, weights_of
+from btm_cluster.language_model.tokenizer import open_pretrained_tokenizer
 from btm_cluster.workers import Pretrained, TrainRequest
 
-_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.py"]
-_TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+_TOKENIZER_PATTERNS = ("*.json", "*.txt", "*.model")
+_MODEL_PATTERNS = ("*.json", "*.safetensors")
+_TOKENIZER_NAMES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt")  # fmt: skip
 
 
-def resolve(source: str) -> Path:
-    """The local folder of a pretrained model or tokenizer: `source` itself, or a snapshot of the hub's.
+def resolve(source: str, patterns: Sequence[str] = _TOKENIZER_PATTERNS) -> Path:
+    """The local folder of a pretrained model or tokenizer: `source` itself, or the hub's files that match `patterns`.
 
     Raises:
         UserError: neither is there.
     """
-    if Path(source).is_dir():
-        return Path(source).absolute()
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder.absolute()
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, allow_patterns=_PATTERNS))
+        return Path(snapshot_download(source, allow_patterns=list(patterns)))
     except (OSError, ValueError) as exc:  # the hub's errors are one or the other
         raise UserError(
             f"cannot find the pretrained {source}",
-            found=f"no such folder, and from the hub: {' '.join(str(exc).split())[:200]}",
-            remedy="give a local folder, or a hub name that this machine can reach",
+            found=f"no such folder, and from the hub: {_one_line(exc)}",
+            expected="a local folder, or a name on the hub",
+            remedy="check the path or name, and whether this machine reaches the hub",
         ) from exc
 
 
 def pretrained_tokenizer_hash(folder: Path) -> str:
     """Identifies a tokenizer by the content of its files."""
-    return _hash_files([folder / name for name in _TOKENIZER_NAMES if (folder / name).is_file()])
+    names = [folder / name for name in _TOKENIZER_NAMES if (folder / name).is_file()]
+    return _hash_files([*names, *sorted(folder.glob("*.model"))])
 
 
 def pretrained_vocabulary(folder: Path) -> int:
-    """Number of tokens of a pretrained tokenizer."""
-    return len(AutoTokenizer.from_pretrained(str(folder)))
+    """Number of tokens of a pretrained tokenizer.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    return len(open_pretrained_tokenizer(str(folder)))
 
 
 def pretrained_model(source: str, trust_remote_code: bool) -> Pretrained:
-    """Locates a pretrained model, identified by the content of its configuration and weights."""
-    folder = resolve(source)
+    """Locates a pretrained model, identified by the content of its configuration and weights.
+
+    Raises:
+        UserError: no model is there.
+    """
+    folder = resolve(source, (*_MODEL_PATTERNS, "*.py") if trust_remote_code else _MODEL_PATTERNS)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights or not (folder / "config.json").is_file():
         raise UserError(
-            f"{folder} is no model folder", found=str(sorted(p.name for p in folder.iterdir()))[:200],
-            expected="config.json and *.safetensors", remedy="save it with save_pretrained",
-        )  # fmt: skip
+            f"{folder} is no model folder",
+            found=", ".join(sorted(p.name for p in folder.iterdir()))[:200] or "nothing in it",
+            expected="config.json and *.safetensors",
+            remedy="save it with save_pretrained",
+        )
     return Pretrained(str(folder), _hash_files([folder / "config.json", *weights]), trust_remote_code)
 
 
@@ -61,30 +82,99 @@ def pretrained_config(pretrained: Pretrained, vocabulary: int, block_tokens: int
     """The configuration of a pretrained model, in full.
 
     Raises:
-        UserError: it cannot be read, or the model fits neither the tokenizer nor the blocks.
+        UserError: it is none of a causal language model, or the model fits neither the tokenizer nor the blocks.
     """
+    trusted = pretrained.trust_remote_code
     try:
-        config = AutoConfig.from_pretrained(pretrained.folder, trust_remote_code=pretrained.trust_remote_code)
-    except (OSError, ValueError) as exc:
-        raise UserError(f"cannot read the configuration in {pretrained.folder}", found=str(exc)) from exc
+        config = AutoConfig.from_pretrained(pretrained.folder, trust_remote_code=trusted)
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+    except Exception as exc:  # transformers raises anything from KeyError to ImportError on what it does not know
+        raise UserError(
+            f"{pretrained.folder} is no causal language model",
+            found=_one_line(exc),
+            expected="a config.json that AutoModelForCausalLM knows without code of its own",
+            remedy="give a model of another architecture, or save this one again with save_pretrained",
+        ) from exc
     check_fits(config, vocabulary, block_tokens)
     return plain_config(config)
 
 
 def import_model(request: TrainRequest, folder: Path) -> tuple[dict[str, Path], dict[str, Any], dict[str, Any]]:
-    """Writes a pretrained model as the seed below `folder`: files, facts and note for its commit."""
+    """Writes a pretrained model as the seed below `folder`: files, facts and note for its commit.
+
+    Raises:
+        UserError: weights that cannot be read, do not match the configuration, or see later tokens.
+    """
     assert request.pretrained is not None
-    model = AutoModelForCausalLM.from_pretrained(
-        request.pretrained.folder, dtype=torch.float32, trust_remote_code=request.pretrained.trust_remote_code
-    )
+    model = _load(request.pretrained)
+    _check_causal(model, request.pretrained.folder)
     files = {"model.safetensors": folder / "model.safetensors"}
     save_weights(weights_of(model), files["model.safetensors"])
     return files, {"role": request.role, "tokens": 0}, {"from": request.pretrained.folder}
 
 
-def _hash_files(paths: list[Path]) -> str:
+def _load(pretrained: Pretrained) -> PreTrainedModel:
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            pretrained.folder,
+            dtype=torch.float32,
+            trust_remote_code=pretrained.trust_remote_code,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except Exception as exc:  # safetensors has an error of its own, beside those of transformers
+        raise UserError(
+            f"cannot read the weights in {pretrained.folder}",
+            found=_one_line(exc),
+            expected="whole *.safetensors files",
+            remedy="copy or save the model again",
+        ) from exc
+    # Transformers starts what is missing at random, and drops what is too much.
+    names = {kind: loading[f"{kind}_keys"] for kind in ("missing", "mismatched", "unexpected")}
+    wrong = {kind: sorted(key if isinstance(key, str) else key[0] for key in keys) for kind, keys in names.items()}
+    if any(wrong.values()):
+        raise UserError(
+            f"the weights in {pretrained.folder} do not match its config.json",
+            found="; ".join(
+                f"{kind}: {', '.join(keys[:3])}{' …' * (len(keys) > 3)}" for kind, keys in wrong.items() if keys
+            ),
+            expected="exactly the tensors of the configuration",
+            remedy="restore its config.json, or save the model again with save_pretrained",
+        )
+    return model
+
+
+def _check_causal(model: PreTrainedModel, name: str) -> None:
+    """Refuses a model whose first tokens see the last one, such as BERT: it would read what it is asked to predict."""
+    tokens = torch.arange(8).remainder(model.config.vocab_size)[None]
+    changed = tokens.clone()
+    changed[0, -1] = 0
+    with torch.inference_mode():
+        one, other = (model.eval()(input_ids=ids).logits[0, :-1] for ids in (tokens, changed))
+    if not torch.allclose(one, other, rtol=1e-3, atol=1e-5):
+        raise UserError(
+            f"{name} is no causal language model",
+            found="predictions that depend on later tokens",
+            expected="a model that reads from left to right",
+            remedy="give a decoder, such as gpt2 or llama",
+        )
+
+
+def _hash_files(paths: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        status = path.stat()
+        digest.update(path.name.encode() + _hash_file(path, status.st_size, status.st_mtime_ns))
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=1024)
+def _hash_file(path: Path, size: int, modified_ns: int) -> bytes:  # noqa: ARG001 (they tell when to read it again)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _one_line(exc: Exception) -> str:
+    return " ".join(str(exc).split())[:300] or type(exc).__name__

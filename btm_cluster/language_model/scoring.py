@@ -1,5 +1,6 @@
 """Token log-probabilities of blocks under one model: float32 [blocks, tokens], each block on its own."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from btm_cluster.errors import TrainingError
 from btm_cluster.language_model.blocks import Blocks
 from btm_cluster.language_model.training import autocast, device_of, read_after_end
 from btm_cluster.workers import Resources
@@ -16,6 +18,9 @@ def score_blocks(model: PreTrainedModel, blocks: Blocks, end_of_text: int, how: 
     """Writes log p(x_t | x_<t) of every token to `file` as .npy, streaming; returns the sum over all tokens.
 
     The log-softmax is taken in float32 whatever the arithmetic of the forward pass.
+
+    Raises:
+        TrainingError: the model gives log-probabilities that are not finite.
     """
     device = device_of(how)
     model = model.to(device).eval()
@@ -27,6 +32,12 @@ def score_blocks(model: PreTrainedModel, blocks: Blocks, end_of_text: int, how: 
         logp_BT = token_log_probabilities(model, torch.from_numpy(blocks.take(rows)).to(device), end_of_text, how)
         scores[rows] = logp_BT.cpu().numpy()
         total += float(logp_BT.double().sum())
+    if not math.isfinite(total):
+        raise TrainingError(
+            "the model gives log-probabilities that are not finite",
+            found=f"a sum of {total} over {len(blocks)} blocks",
+            remedy="its training diverged: lower training.learning_rate or gradient_clip",
+        )
     scores.flush()
     return total
 

@@ -1,27 +1,28 @@
 """Sources of text: files and data sets, read as a stream of documents.
 
-Local and s3:// files go through `pyarrow.fs`, which opens both alike and undoes .gz and .zst; data sets go through
-`datasets`, streaming. JSON lines are read here, one by one, since a bad or monstrous line must cost only itself.
-Knows nothing of splits, duplicates or tokens.
+Files are found and opened by `files.py`; data sets are read by `datasets`, streaming. JSON lines are read here, one by
+one, since a bad or monstrous line must cost only itself. Knows nothing of splits, duplicates or tokens.
 """
 
-import fnmatch
-import glob
 import io
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow
-import pyarrow.fs
 import pyarrow.parquet
 
 from btm_cluster.errors import TextError
+from btm_cluster.language_model.files import SourceFile, ending, find_below, find_files, open_random, open_stream
 from btm_cluster.plan import DatasetPlan, ReadingPlan, TextPlan
 
 _CHUNK_CHARACTERS = 1 << 20
+_PARQUET_ROWS = 64
+_JSON_LINES = {".jsonl", ".ndjson", ".json"}
+_UNREAD = {".7z", ".docx", ".lz", ".lzma", ".pdf", ".rar", ".tar", ".tgz", ".xz", ".z", ".zip"}
 
 
 @dataclass(frozen=True)
@@ -44,96 +45,80 @@ def fingerprint(source: TextPlan) -> dict[str, Any]:
     """What tells that a source has changed: path, size and modification time of its files; revision of a data set.
 
     Raises:
-        TextError: a pattern that matches no file, or files that cannot be listed.
+        TextError: a pattern that matches no file, files that cannot be listed, a data set that is not there.
     """
-    if source.dataset is not None:
-        folder = Path(source.dataset.name)
-        files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
-        return {"dataset": source.dataset.model_dump(), "files": [_stamp(str(path)) for path in files]}
-    return {split: [_stamp(path) for path in paths] for split, paths in source_files(source).items()}
+    if source.dataset is None:
+        return {split: [list(file) for file in files] for split, files in source_files(source).items()}
+    folder, described = Path(source.dataset.name), {"dataset": source.dataset.model_dump()}
+    if folder.is_dir():
+        return described | {"files": [list(file) for file in find_below(folder)]}
+    return described | {"files": [], "revision": source.dataset.revision or _hub_revision(source.name, source.dataset)}
 
 
-def source_files(source: TextPlan) -> dict[str, list[str]]:
+def source_files(source: TextPlan) -> dict[str, list[SourceFile]]:
     """The files of a source by the split they are given for; `text` is split by content hash."""
     patterns = {"text": source.text, "development": source.development, "test": source.test}
     return {
-        split: sorted({path for pattern in given for path in _expand(source.name, pattern)})
+        split: sorted({file for pattern in given for file in _expand(source.name, pattern)})
         for split, given in patterns.items()
     }
 
 
 def read_documents(source: TextPlan, reading: ReadingPlan) -> Iterator[Document | BadDocument]:
-    """The documents of a source, in the order of its files; never more than one of them in memory."""
+    """The documents of a source, in the order of its files; never more than one of them in memory.
+
+    Raises:
+        TextError: a file or data set that cannot be read to its end.
+    """
     longest = reading.longest_document_characters
     if source.dataset is not None:
         yield from _read_dataset(source.name, source.dataset, source.field, longest)
         return
-    for split, paths in source_files(source).items():
-        for path in paths:
-            for item in _read_file(path, source, longest):
+    for split, files in source_files(source).items():
+        for file in files:
+            for item in _read_file(file.path, source, longest):
                 yield item if isinstance(item, BadDocument) else Document(item, None if split == "text" else split)
 
 
-def _expand(name: str, pattern: str) -> list[str]:
-    if "://" not in pattern:
-        found = [path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
-    else:
-        found = _expand_remote(name, pattern)
+def _expand(name: str, pattern: str) -> list[SourceFile]:
+    try:
+        found = find_files(pattern)
+    except (OSError, pyarrow.ArrowException) as exc:
+        raise TextError(
+            f"cannot list the text of {name!r}",
+            found=f"{pattern}: {_one_line(exc)}",
+            remedy="check the address, and AWS_ENDPOINT_URL, AWS_REGION and the credentials in the environment",
+        ) from exc
     if not found:
-        raise TextError(f"the text of {name!r} matches no file", found=pattern, remedy="check the path or glob")
+        is_folder = os.path.isdir(os.path.expanduser(pattern))
+        remedy = f"name its files, such as {pattern.rstrip('/')}/*.jsonl" if is_folder else "check the path or glob"
+        found_there = f"{pattern}{', a folder' if is_folder else ''}"
+        raise TextError(
+            f"the text of {name!r} matches no file", found=found_there, expected="at least one file", remedy=remedy
+        )
     return found
 
 
-def _expand_remote(name: str, pattern: str) -> list[str]:
-    scheme, _, path = pattern.partition("://")
-    folder = _fixed_part(path) if glob.has_magic(path) else path
-    try:
-        system, root = pyarrow.fs.FileSystem.from_uri(f"{scheme}://{folder}")
-        infos = system.get_file_info(pyarrow.fs.FileSelector(root, recursive=True) if glob.has_magic(path) else [root])
-    except (OSError, pyarrow.ArrowException) as exc:
-        raise TextError(f"cannot list the text of {name!r}", found=f"{pattern}: {exc}", remedy="check access") from exc
-    files = [info.path for info in infos if info.type == pyarrow.fs.FileType.File]
-    return [f"{scheme}://{found}" for found in files if found == path or fnmatch.fnmatchcase(found, path)]
-
-
-def _fixed_part(path: str) -> str:
-    """The folders before the first one with a wildcard."""
-    parts = path.split("/")
-    first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-    return "/".join(parts[:first])
-
-
-def _open_system(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    if "://" in path:
-        system, inner = pyarrow.fs.FileSystem.from_uri(path)
-        return system, inner
-    return pyarrow.fs.LocalFileSystem(), str(Path(path).absolute())
-
-
-def _stamp(path: str) -> list[Any]:
-    system, inner = _open_system(path)
-    info = system.get_file_info(inner)
-    return [path, info.size, info.mtime_ns]
-
-
 def _read_file(path: str, source: TextPlan, longest: int) -> Iterator[str | BadDocument]:
-    bare = path.removesuffix(".gz").removesuffix(".zst")
-    system, inner = _open_system(path)
+    kind = ending(path)
+    if kind in _UNREAD:
+        yield BadDocument(path, f"a {kind} file, which is not read: unpack or convert it")
+        return
     try:
-        if bare.endswith(".parquet"):
-            yield from _read_parquet(path, system, inner, source.field, longest)
+        if kind == ".parquet":
+            yield from _read_parquet(path, source.field, longest)
         else:
-            with (
-                system.open_input_stream(inner, compression="detect") as raw,
-                io.BufferedReader(raw, 1 << 20) as stream,
-            ):
-                if bare.endswith((".jsonl", ".ndjson", ".json")):
+            with open_stream(path) as stream:
+                if kind in _JSON_LINES:
                     yield from _read_json_lines(path, stream, source.field, longest)
                 else:
                     yield from _read_plain(path, stream, source.delimiter, longest)
     except (OSError, EOFError, pyarrow.ArrowException) as exc:
         raise TextError(
-            f"cannot read the text of {source.name!r}", found=f"{path}: {exc}", remedy="check or replace the file"
+            f"cannot read the text of {source.name!r}",
+            found=f"{path}: {_one_line(exc)}",
+            expected="a whole file of the kind that its name says",
+            remedy="mend or replace the file",
         ) from exc
 
 
@@ -146,7 +131,7 @@ def _read_json_lines(path: str, stream: io.BufferedReader, field: str, longest: 
         where = f"{path}:{number}"
         if len(line) > longest_bytes:
             while line and not line.endswith(b"\n"):
-                line = stream.readline(longest_bytes)
+                line = stream.readline(1 << 20)
             yield BadDocument(where, f"a line longer than {longest_bytes} bytes")
         elif line.strip():
             yield _document_of(where, line, field, longest)
@@ -154,10 +139,10 @@ def _read_json_lines(path: str, stream: io.BufferedReader, field: str, longest: 
 
 def _document_of(where: str, line: bytes, field: str, longest: int) -> str | BadDocument:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode().removeprefix("\ufeff"))
     except (ValueError, RecursionError):
         return BadDocument(where, "a line that is not JSON in UTF-8")
-    if not isinstance(row, Mapping):
+    if not isinstance(row, dict):
         return BadDocument(where, "a line that is not a JSON object")
     return _checked(where, row.get(field), field, longest)
 
@@ -170,48 +155,57 @@ def _checked(where: str, text: Any, field: str, longest: int) -> str | BadDocume
     try:
         text.encode()
     except UnicodeEncodeError:
-        return BadDocument(where, "a document with half of a surrogate pair")
+        return BadDocument(where, "a document that is not UTF-8")
     return text
 
 
 def _read_plain(
     path: str, stream: io.BufferedReader, delimiter: str | None, longest: int
 ) -> Iterator[str | BadDocument]:
-    text = io.TextIOWrapper(stream, encoding="utf-8")
+    """Whole files, or their parts; line ends become \\n."""
+    # What is not UTF-8 becomes surrogates, so that it costs only the document that it stands in.
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
+    cut = delimiter.replace("\r\n", "\n") if delimiter else None
     held, too_long, part = "", False, 0
 
     def finish(piece: str) -> str | BadDocument:
         nonlocal part, too_long
-        part += 1
-        bad = too_long or len(piece) > longest
-        too_long = False
-        return BadDocument(f"{path}, document {part}", f"a document longer than {longest} characters") if bad else piece
+        part, was_too_long, too_long = part + 1, too_long, False
+        where = f"{path}, document {part}" if cut else path
+        if was_too_long:
+            return BadDocument(where, f"a document longer than {longest} characters")
+        return BadDocument(where, "a binary file") if "\0" in piece else _checked(where, piece, "", longest)
 
-    try:
-        while chunk := text.read(_CHUNK_CHARACTERS):
-            *whole, held = (held + chunk).split(delimiter) if delimiter else [held + chunk]
-            for piece in whole:
-                yield finish(piece)
-            if len(held) > longest + len(delimiter or ""):
-                # Kept short, but long enough that a delimiter across two chunks is still seen.
-                held, too_long = held[-len(delimiter or " ") :], True
-        yield finish(held)
-    except UnicodeDecodeError:
-        yield BadDocument(path, "a text file that is not UTF-8")
+    while chunk := text.read(_CHUNK_CHARACTERS):
+        *whole, held = (held + chunk).split(cut) if cut else [held + chunk]
+        for piece in whole:
+            yield finish(piece)
+        if len(held) > longest + len(cut or ""):
+            # Kept short, but long enough that a delimiter across two chunks is still seen.
+            held, too_long = held[-len(cut or " ") :], True
+    yield finish(held)
 
 
-def _read_parquet(
-    path: str, system: pyarrow.fs.FileSystem, inner: str, field: str, longest: int
-) -> Iterator[str | BadDocument]:
-    with pyarrow.parquet.ParquetFile(system.open_input_file(inner)) as file:
+def _read_parquet(path: str, field: str, longest: int) -> Iterator[str | BadDocument]:
+    stream, ahead = open_random(path)
+    # Buffered in pieces: by default pyarrow holds the whole column of a row group, which may be the whole file.
+    with stream, pyarrow.parquet.ParquetFile(stream, buffer_size=ahead, pre_buffer=False) as file:
         if field not in file.schema_arrow.names:
             yield BadDocument(path, f"a Parquet file without the field {field!r}")
             return
         number = 0
-        for batch in file.iter_batches(batch_size=256, columns=[field]):
-            for value in batch.column(0).to_pylist():
+        for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[field]):
+            for cell in batch.column(0):
                 number += 1
-                yield _checked(f"{path}, row {number}", value, field, longest)
+                yield _checked(f"{path}, row {number}", _plain(cell, longest), field, longest)
+
+
+def _plain(cell: pyarrow.Scalar, longest: int) -> Any:
+    """A cell as a Python value: no more of a monstrous one than shows that it is too long."""
+    if not isinstance(cell, pyarrow.BinaryScalar) or not cell.is_valid:
+        return cell.as_py()
+    data = cell.as_buffer()
+    return data[: 4 * longest + 1].to_pybytes().decode(errors="surrogateescape")  # a character takes at most 4 bytes
 
 
 def _read_dataset(name: str, dataset: DatasetPlan, field: str, longest: int) -> Iterator[Document | BadDocument]:
@@ -228,9 +222,28 @@ def _read_dataset(name: str, dataset: DatasetPlan, field: str, longest: int) -> 
             for number, row in enumerate(rows, start=1):
                 checked = _checked(f"{dataset.name}, {given}, row {number}", row.get(field), field, longest)
                 yield checked if isinstance(checked, BadDocument) else Document(checked, split)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as exc:
-            raise TextError(
-                f"cannot read the data set of {name!r}",
-                found=f"{dataset.name}, split {given}: {exc}",
-                remedy="check its name, configuration, split and that the hub can be reached",
-            ) from exc
+        except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as exc:
+            raise _dataset_error(name, f"{dataset.name}, split {given}", exc) from exc
+
+
+def _hub_revision(name: str, dataset: DatasetPlan) -> str:
+    """The commit that a data set on the hub is at."""
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(dataset.name, timeout=30).sha)
+    except Exception as exc:  # the hub's own errors, and those of whatever HTTP library it uses
+        raise _dataset_error(name, f"no folder {dataset.name}, and from the hub", exc) from exc
+
+
+def _dataset_error(name: str, where: str, exc: Exception) -> TextError:
+    return TextError(
+        f"cannot read the data set of {name!r}",
+        found=f"{where}: {_one_line(exc)}",
+        expected="a local folder that `datasets` reads, or a name on a hub that can be reached",
+        remedy="check name, configuration, split and network; files with bad lines can be read as `text`",
+    )
+
+
+def _one_line(exc: Exception) -> str:
+    return " ".join(str(exc).split())[:300] or type(exc).__name__

@@ -1,6 +1,7 @@
 """Tokenizers: trained on text or brought from elsewhere, kept as a Hugging Face folder."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from btm_cluster.errors import TextError, UserError
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+_LONGEST_RUN = 1000
+_LONG_RUN = re.compile(rf"(?<!\S)\S{{{_LONGEST_RUN + 1},}}|(?<!\s)\s{{{_LONGEST_RUN + 1},}}")
 
 
 def train_tokenizer(documents: Iterable[str], vocabulary: int, folder: Path) -> int:
@@ -28,7 +31,7 @@ def train_tokenizer(documents: Iterable[str], vocabulary: int, folder: Path) -> 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(documents, trainer)
+    tokenizer.train_from_iterator(_cut_long_runs(documents), trainer)
     found = tokenizer.get_vocab_size()
     if found < vocabulary:
         raise TextError(
@@ -42,30 +45,61 @@ def train_tokenizer(documents: Iterable[str], vocabulary: int, folder: Path) -> 
     return found
 
 
+def _cut_long_runs(documents: Iterable[str]) -> Iterator[str]:
+    """The documents, cut within long runs without (or of) white space: a run of n takes the trainer n² steps."""
+    for text in documents:
+        rest = 0
+        for run in _LONG_RUN.finditer(text):
+            yield text[rest : run.start()]
+            yield from (text[i : i + _LONGEST_RUN] for i in range(run.start(), run.end(), _LONGEST_RUN))
+            rest = run.end()
+        yield text[rest:]
+
+
 def import_tokenizer(source: str, folder: Path) -> int:
     """Saves the pretrained tokenizer at `source`, a local folder, below `folder`; returns its number of tokens.
 
     Raises:
         UserError: no fast tokenizer is there, or it has no end-of-text token.
     """
+    fast = open_pretrained_tokenizer(source)
+    fast.save_pretrained(str(folder))
+    return len(fast)
+
+
+def open_pretrained_tokenizer(source: str) -> PreTrainedTokenizerFast:
+    """The pretrained tokenizer at `source`, a local folder.
+
+    Raises:
+        UserError: no fast tokenizer is there, or it has no end-of-text token.
+    """
     try:
-        fast = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as exc:
-        raise UserError(f"cannot load the tokenizer {source}", found=str(exc), expected="a tokenizer.json") from exc
+        fast = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as exc:  # from OSError to the bare Exception that the Rust reader raises
+        raise UserError(
+            f"cannot load the tokenizer {source}",
+            found=" ".join(f"{exc}".split())[:300] or type(exc).__name__,
+            expected="a folder with a tokenizer.json that transformers opens without code of its own",
+            remedy="save the tokenizer there with save_pretrained",
+        ) from exc
     if not isinstance(fast, PreTrainedTokenizerFast) or fast.eos_token_id is None:
         raise UserError(
             f"the tokenizer {source} cannot be used",
-            found=type(fast).__name__,
-            expected="a fast tokenizer with an eos_token",
+            found=f"{type(fast).__name__}, eos_token {fast.eos_token}",
+            expected="a fast tokenizer with an eos_token among its tokens",
+            remedy="set `eos_token` in its tokenizer_config.json",
         )
-    fast.save_pretrained(str(folder))
-    return len(fast)
+    return fast
 
 
 def load_tokenizer(files: Mapping[str, Path]) -> PreTrainedTokenizerFast:
     """The tokenizer in the stored files TOKENIZER_FILES, which need not lie in one folder."""
     config = json.loads(files["tokenizer_config.json"].read_text(encoding="utf-8"))
-    return PreTrainedTokenizerFast(tokenizer_file=str(files["tokenizer.json"]), eos_token=config["eos_token"])
+    file, end = str(files["tokenizer.json"]), config["eos_token"]
+    # A document that spells <|endoftext|> has not ended.
+    fast = PreTrainedTokenizerFast(tokenizer_file=file, eos_token=end, split_special_tokens=True)
+    fast.backend_tokenizer.encode_special_tokens = True
+    return fast
 
 
 def take_characters(documents: Iterable[str], characters: int) -> Iterator[str]:

@@ -1,0 +1,5 @@
+"""`python -m btm_cluster` is `btm`."""
+
+from btm_cluster.cli import main
+
+main()

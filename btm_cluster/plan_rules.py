@@ -1,0 +1,219 @@
+"""What must hold between the fields of a plan's sections.
+
+Rules read a section as it was written, so that they are checked, and their problems shown, beside those of single
+fields. They know what fields mean and nothing of how their problems are worded to the user (`plan_problems.py`).
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic import BaseModel, ModelWrapValidatorHandler, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+BROKEN_RULE = "broken_rule"
+Given = Mapping[str, Any]
+SectionType = TypeVar("SectionType", bound=BaseModel)
+
+
+class Broken(NamedTuple):
+    """A rule that does not hold: at which key of the section ("" for the section itself), and three parts of an error."""
+
+    at: str
+    found: str
+    expected: str
+    remedy: str
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """What the user is shown."""
+        return {"found": self.found, "expected": self.expected, "remedy": self.remedy}
+
+
+Rules = Callable[[Given], Iterator[Broken]]
+
+
+def check_section(
+    section: type[SectionType], given: Any, validate: ModelWrapValidatorHandler[SectionType], rules: Rules
+) -> SectionType:
+    """A section whose fields and rules are right.
+
+    Raises:
+        ValidationError: with the problems of its fields and the rules it breaks, all at once.
+    """
+    problems = (
+        [_details(BROKEN_RULE, (b.at,) if b.at else (), given, b.words) for b in rules(given)]
+        if isinstance(given, Mapping)
+        else []
+    )
+    try:
+        value = validate(given)
+    except ValidationError as exc:
+        of_fields = [_details(r["type"], r["loc"], r["input"], r.get("ctx", {})) for r in exc.errors(include_url=False)]
+        raise ValidationError.from_exception_data(section.__name__, of_fields + problems) from exc
+    if problems:
+        raise ValidationError.from_exception_data(section.__name__, problems)
+    return value
+
+
+def _details(kind: str, location: tuple[str | int, ...], found: Any, words: dict[str, Any]) -> InitErrorDetails:
+    known = PydanticCustomError(BROKEN_RULE, "{expected}", words) if kind == BROKEN_RULE else kind
+    return InitErrorDetails(type=known, loc=location, input=found, ctx=words)
+
+
+def no_rules(_: Given) -> Iterator[Broken]:
+    """For a section whose fields do not depend on each other."""
+    return iter(())
+
+
+def text_rules(given: Given) -> Iterator[Broken]:
+    """A text comes from files or from a data set."""
+    files = [name for name in ("text", "development", "test") if _is_given(given.get(name))]
+    both = [*files, "dataset"] if _is_given(given.get("dataset")) else files
+    if not both or (files and both != files):
+        found = " and ".join(f"`{name}`" for name in both) or "neither"
+        yield Broken(
+            "",
+            found,
+            "either files (`text`) or a `dataset`",
+            "keep one of them" if both else "add `text: FILE-OR-GLOB`",
+        )
+
+
+def domain_rules(given: Given) -> Iterator[Broken]:
+    """Like any text; and a domain has training text."""
+    yield from text_rules(given)
+    held_out = [name for name in ("development", "test") if _is_given(given.get(name))]
+    if held_out and not _is_given(given.get("text")) and not _is_given(given.get("dataset")):
+        found = f"only {' and '.join(f'`{name}`' for name in held_out)}"
+        yield Broken("", found, "training text for a domain", "add `text: FILE-OR-GLOB`")
+
+
+def dataset_rules(given: Given) -> Iterator[Broken]:
+    """Training, development and test text come from different splits."""
+    splits = {name: given.get(name) for name in ("split", "development_split", "test_split")} | {
+        "split": given.get("split", "train")
+    }
+    for split, count in Counter(str(value) for value in splits.values() if value is not None).items():
+        if count > 1:
+            yield Broken(
+                "", f"the split {split!r} {count} times", "every split once", "leave out what has none of its own"
+            )
+
+
+def reading_rules(given: Given) -> Iterator[Broken]:
+    """Something is left to train on."""
+    shares = _numbers(given, development_share=0.02, test_share=0.02)
+    if shares and sum(shares) >= 1 and max(shares) < 1:
+        found = f"development_share + test_share = {sum(shares):g}"
+        yield Broken("", found, "less than 1, so that training text is left", "lower one of them")
+
+
+def tokenizer_rules(given: Given) -> Iterator[Broken]:
+    """One source."""
+    yield from _exactly_one(given, ("train", "pretrained"), "add `train: {vocabulary: 8192}`")
+
+
+def model_rules(given: Given) -> Iterator[Broken]:
+    """One source; and a configuration says of what type it is."""
+    yield from _exactly_one(given, ("preset", "config", "pretrained"), "add `preset: gpt3-125m`")
+    config = given.get("config")
+    if isinstance(config, Mapping) and not isinstance(config.get("model_type"), str):
+        found = repr(config["model_type"]) if "model_type" in config else "no `model_type`"
+        yield Broken("config", found, "a `model_type`, such as gpt2 or llama", "add `model_type: gpt2`")
+
+
+def training_rules(given: Given) -> Iterator[Broken]:
+    """Something is left of the updates for the experts."""
+    numbers = _numbers(given, updates=80_000, seed_share=0.5)
+    if numbers is None or not (1 <= numbers[0] < 1e15 and 0 <= numbers[1] < 1):
+        return
+    seed = round(numbers[1] * numbers[0])
+    if seed >= numbers[0]:
+        found = f"the seed takes {seed} of {numbers[0]:g} updates"
+        yield Broken("", found, "at least one update for the experts", "raise `updates` or lower `seed_share`")
+
+
+def cluster_rules(given: Given) -> Iterator[Broken]:
+    """Groups of several GPUs have whole ones."""
+    gpus = _numbers(given, gpus_per_expert=0)
+    if gpus and gpus[0] > 1 and gpus[0] % 1:
+        found, remedy = f"{gpus[0]:g}", "round it, or give a fraction below 1 to share a GPU"
+        yield Broken("gpus_per_expert", found, "a whole number above 1: a group's GPUs are whole", remedy)
+
+
+def plan_rules(given: Given) -> Iterator[Broken]:
+    """Texts differ in name and in what they are; what is pretrained fits together; baselines stand once."""
+    texts = [text for part in ("domains", "targets") for text in _entries(given.get(part))]
+    names = Counter(name for text in texts if isinstance(name := _field(text, "name"), str))
+    for name, count in names.items():
+        if count > 1:
+            yield Broken(
+                "domains, targets", f"the name {name!r} {count} times", "every name once", "rename all but one"
+            )
+    yield from _same_texts(texts)
+    yield from _held_out_texts(given)
+    baselines = Counter(map(str, _entries(given.get("baselines"))))
+    for name, count in baselines.items():
+        if count > 1:
+            yield Broken("baselines", f"{name!r} {count} times", "every baseline once", "write it once")
+    model, tokenizer = given.get("model"), given.get("tokenizer")
+    if _is_given(_field(model, "pretrained")) and _is_given(_field(tokenizer, "train")):
+        found, expected = "a pretrained model and a new tokenizer", "the tokenizer that the model was trained with"
+        yield Broken("tokenizer", found, expected, f"write `tokenizer: {{pretrained: {_field(model, 'pretrained')}}}`")
+
+
+def _held_out_texts(given: Given) -> Iterator[Broken]:
+    for split in ("development", "test"):
+        without = [
+            str(_field(domain, "name"))
+            for domain in _entries(given.get("domains"))
+            if not _is_given(_field(domain, split)) and not _field(_field(domain, "dataset"), f"{split}_split")
+        ]
+        if _field(given.get("reading"), f"{split}_share") == 0 and without:
+            found = f"{split}_share 0, and no {split} text given for {', '.join(without)}"
+            remedy = f"raise the share, or name `{split}` files for each domain"
+            yield Broken("reading", found, f"{split} text for every domain", remedy)
+
+
+def _same_texts(texts: list[Any]) -> Iterator[Broken]:
+    first_with: dict[str, str] = {}
+    for text in texts:
+        files, dataset = _field(text, "text"), _field(text, "dataset")
+        if _is_given(files) or _is_given(dataset):
+            source = [_entries(files) or [files], dataset, _field(text, "field"), _field(text, "delimiter")]
+            name = str(_field(text, "name"))
+            first = first_with.setdefault(repr(source), name)
+            if first != name:
+                found = f"{first!r} and {name!r} have the same text"
+                yield Broken("domains, targets", found, "a text of its own for each", "leave out all but one of them")
+
+
+def _exactly_one(given: Given, names: tuple[str, ...], remedy: str) -> Iterator[Broken]:
+    found = [f"`{name}`" for name in names if _is_given(given.get(name))]
+    if len(found) != 1:
+        expected = "exactly one of " + ", ".join(f"`{name}`" for name in names)
+        yield Broken("", " and ".join(found) or "none", expected, "keep one of them" if found else remedy)
+
+
+def _is_given(value: Any) -> bool:
+    return value is not None and value != () and value != []
+
+
+def _numbers(given: Given, **defaults: float) -> list[float] | None:
+    """The values of some fields, or None if one of them is no number: that is a problem of its own."""
+    try:
+        values = [float(given.get(name, default)) for name, default in defaults.items()]
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return values if all(map(math.isfinite, values)) else None
+
+
+def _entries(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else []
+
+
+def _field(section: Any, name: str) -> Any:
+    """A field of a section, as written or as validated."""
+    return section.get(name) if isinstance(section, Mapping) else getattr(section, name, None)

@@ -1,0 +1,67 @@
+"""The kinds of values in a plan: their bounds, and how YAML's surprises are read."""
+
+import json
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+_NAME_PATTERN = "[a-z0-9][a-z0-9_-]{0,63}"
+
+
+def _as_number(value: Any) -> Any:
+    """YAML reads 1e5 as text, and pydantic `true` as 1."""
+    if isinstance(value, bool):
+        raise ValueError("a number")
+    try:
+        return float(value) if isinstance(value, str) and "e" in value.lower() else value
+    except ValueError:
+        return value
+
+
+def _as_switch(value: Any) -> Any:
+    """YAML reads a bare on and off as true and false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+def _check_name(value: str) -> str:
+    if not re.fullmatch(_NAME_PATTERN, value):
+        raise ValueError("lower-case letters, digits, - and _, the first a letter or digit, 64 at most")
+    return value
+
+
+def _check_location(value: str) -> str:
+    if not value.strip() or not value.isprintable():
+        raise ValueError("a path or name of visible characters")
+    return value
+
+
+def _check_file(value: str) -> str:
+    if "://" in value and not value.startswith("s3://"):
+        raise ValueError("a local path, or s3://bucket/key")
+    return value
+
+
+def _check_plain(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise ValueError("plain values: text, finite numbers, true, false, and lists of them") from exc
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_as_number), Field(ge=0, le=10**12)]
+Positive = Annotated[int, BeforeValidator(_as_number), Field(ge=1, le=10**12)]
+Real = Annotated[float, BeforeValidator(_as_number), Field(ge=0)]
+PositiveReal = Annotated[float, BeforeValidator(_as_number), Field(gt=0)]
+Share = Annotated[Real, Field(lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, AfterValidator(_check_name), Field(json_schema_extra={"pattern": f"^{_NAME_PATTERN}$"})]
+Location = Annotated[str, AfterValidator(_check_location)]
+Files = Annotated[tuple[Annotated[Location, AfterValidator(_check_file)], ...], BeforeValidator(_as_tuple)]
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_switch)]
+Config = Annotated[dict[str, Any], AfterValidator(_check_plain)]

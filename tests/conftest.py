@@ -1,0 +1,99 @@
+"""What many tests share: small made-up texts, a tiny plan over them, and a driver in this process."""
+
+import json
+import os
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+
+import pytest
+import yaml
+
+from btm_cluster.driver import Driver
+from btm_cluster.in_process import InProcess, LocalControl
+from btm_cluster.ledger import Ledger
+from btm_cluster.plan import Plan
+
+DOMAINS = ("kitchen", "harbour", "orchard")
+TARGETS = ("market",)
+
+
+def made_up_documents(name: str, count: int, words_per_document: int = 60) -> list[str]:
+    """Documents of a made-up language: half of the words are the domain's own, half are everybody's."""
+    rng = random.Random(name)
+    letters = "".join(sorted(set(name)))
+    own = ["".join(rng.choices(letters, k=rng.randint(3, 7))) for _ in range(80)]
+    common = ["".join(random.Random(i).choices("aeiourstln", k=4)) for i in range(80)]
+    return [" ".join(rng.choice(rng.choice((own, common))) for _ in range(words_per_document)) for _ in range(count)]
+
+
+def write_jsonl(path: Path, documents: list[str]) -> Path:
+    """Writes documents as JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A file of documents for each of DOMAINS and TARGETS."""
+    folder = tmp_path_factory.mktemp("texts")
+    return {
+        name: write_jsonl(folder / f"{name}.jsonl", made_up_documents(name, 200 if name in DOMAINS else 40))
+        for name in (*DOMAINS, *TARGETS)
+    }
+
+
+def plan_fields(texts: dict[str, Path], store: Path) -> dict[str, Any]:
+    """A plan that runs in seconds, as YAML would give it."""
+    return {
+        "name": "tiny",
+        "store": str(store),
+        "domains": [{"name": name, "text": str(texts[name])} for name in DOMAINS],
+        "targets": [{"name": name, "text": str(texts[name])} for name in TARGETS],
+        "reading": {"development_share": 0.1, "test_share": 0.1},
+        "tokenizer": {"train": {"vocabulary": 320}},
+        "model": {"config": {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2}},
+        "training": {
+            "block_tokens": 32,
+            "updates": 12,
+            "seed_share": 0.5,
+            "blocks_per_domain_update": 4,
+            "learning_rate": 3e-3,
+        },
+        "cluster": {"seed_cpus": 1, "cpus_per_expert": 1, "micro_batch_blocks": 4},
+    }
+
+
+@pytest.fixture
+def fields(texts: dict[str, Path], tmp_path: Path) -> dict[str, Any]:
+    """The fields of a tiny plan, to be changed by a test."""
+    return plan_fields(texts, tmp_path / "store")
+
+
+@pytest.fixture
+def plan(fields: dict[str, Any]) -> Plan:
+    """A tiny plan."""
+    return Plan.model_validate(fields)
+
+
+@pytest.fixture
+def write_plan(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
+    """Writes fields as a plan file."""
+
+    def write(fields: dict[str, Any]) -> Path:
+        path = tmp_path / "plan.yaml"
+        path.write_text(yaml.safe_dump(fields), encoding="utf-8")
+        return path
+
+    return write
+
+
+def in_process(plan: Plan) -> Driver:
+    """A driver without Ray."""
+    ledger = Ledger.open(plan.store)
+    return Driver(ledger, InProcess(ledger, LocalControl(lambda _: None, threading.Event())))

@@ -1,0 +1,126 @@
+"""A real Ray cluster of one node with token authentication, started once, and the forest it is held against."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from btm_cluster.algorithm import grow
+from btm_cluster.forest import Forest
+from btm_cluster.plan import Plan
+from tests.conftest import in_process, plan_fields
+
+BIN = Path(sys.executable).parent
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Environment variables with which `ray` and `btm` reach the cluster."""
+    folder = tmp_path_factory.mktemp("ray")
+    environment = os.environ | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "a-token-for-tests-0123456789abcdef",
+        "RAY_metrics_report_interval_ms": "500",
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+    }
+    # Ports are Ray's to choose, so that clusters of other test runs on this machine are left alone.
+    command = [
+        *(str(BIN / "ray"), "start", "--head", "--block", "--port=0", "--dashboard-port=0", "--num-cpus=2"),
+        *(f"--temp-dir=/tmp/ray-{os.getpid()}", "--disable-usage-stats"),
+    ]
+    with (folder / "log").open("w+") as log:
+        head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            text = _wait_for(lambda: (folder / "log").read_text(), lambda said: "Ray runtime started" in said)
+            address = re.search(r"--address='([\d.:]+)'", text)
+            assert address, text
+            yield environment | {"RAY_ADDRESS": address.group(1)}
+        finally:
+            os.killpg(head.pid, signal.SIGKILL)
+            head.wait()
+
+
+def _wait_for(read: Callable[[], str], is_ready: Callable[[str], bool], seconds: float = 90) -> str:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        said = read()
+        if is_ready(said):
+            return said
+        time.sleep(0.1)
+    raise AssertionError(f"not ready after {seconds} s: {read()[-2000:]}")
+
+
+@pytest.fixture(scope="session")
+def long_fields(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A plan whose trainings take a few seconds each, so that there is something to interrupt."""
+    fields = plan_fields(texts, tmp_path_factory.mktemp("undisturbed"))
+    fields["domains"] = fields["domains"][:2]
+    fields["training"] |= {"updates": 1600}
+    fields["cluster"] |= {"checkpoint_minutes": 0.005}
+    return fields
+
+
+@pytest.fixture(scope="session")
+def undisturbed(long_fields: dict[str, Any]) -> Forest:
+    """The forest of that plan, grown in this process without a disturbance."""
+    plan = Plan.model_validate(long_fields)
+    return grow(plan, in_process(plan)).forest
+
+
+@pytest.fixture
+def long_plan(long_fields: dict[str, Any], tmp_path: Path) -> Path:
+    """That plan as a file, with a store of its own."""
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(long_fields | {"store": str(tmp_path / "store")}), encoding="utf-8")
+    return path
+
+
+class Btm:
+    """A `btm` process, watched while it runs."""
+
+    def __init__(self, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+        self._log = log
+        self._file = log.open("w")
+        self.process = subprocess.Popen(
+            [str(BIN / "btm"), *arguments], env=environment, stdout=self._file, stderr=self._file, cwd=REPOSITORY
+        )
+
+    @property
+    def said(self) -> str:
+        """Everything printed so far."""
+        return self._log.read_text()
+
+    def wait_until_said(self, pattern: str) -> None:
+        """Returns once the output matches; fails if the process ends before."""
+        _wait_for(lambda: self.said, lambda said: bool(re.search(pattern, said)) or self.process.poll() is not None)
+        assert re.search(pattern, self.said), self.said
+
+    def exit_code(self) -> int:
+        """Waits for the end."""
+        code = self.process.wait(timeout=180)
+        self._file.close()
+        return code
+
+
+@pytest.fixture
+def btm(cluster: dict[str, str], tmp_path: Path) -> Callable[..., Btm]:
+    """Starts `btm` on the cluster."""
+    count = iter(range(100))
+    return lambda *arguments: Btm(list(arguments), cluster, tmp_path / f"log-{next(count)}")
+
+
+def experts_in(store: Path) -> dict[str, dict[str, Any]]:
+    """What `btm forest show --json` says of each expert, by domain."""
+    command = [str(BIN / "btm"), "forest", "show", "--store", str(store), "--json"]
+    shown = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return {expert["domain"]: expert for expert in shown["experts"]}

@@ -1,0 +1,137 @@
+"""The main job on a real Ray cluster: through `ray job submit`, killed, stopped, and with an expert that fails."""
+
+import json
+import re
+import signal
+import subprocess
+import urllib.request
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from btm_cluster.forest import Forest
+from btm_cluster.ledger import Ledger
+from tests.conftest import DOMAINS
+from tests.end_to_end.conftest import BIN, REPOSITORY, Btm, _wait_for, experts_in
+
+
+def plain(forest: Forest) -> dict[str, dict[str, Any]]:
+    """A forest's experts as JSON shows them."""
+    return {expert.domain: json.loads(json.dumps(asdict(expert))) for expert in forest.experts}
+
+
+def test_a_submitted_job_grows_the_same_forest_as_one_process_and_shows_itself_in_ray(
+    cluster: dict[str, str], long_plan: Path, undisturbed: Forest, tmp_path: Path
+) -> None:
+    submit = [str(BIN / "ray"), "job", "submit", "--working-dir", str(long_plan.parent), "--"]
+    entry = ["python", str(REPOSITORY / "jobs" / "grow_forest.py"), "plan.yaml"]
+    with (tmp_path / "job.log").open("w") as log:
+        job = subprocess.Popen([*submit, *entry], env=cluster, stdout=log, stderr=log)
+        metrics = _wait_for(lambda: _metrics(cluster), lambda text: "ray_btm_loss{" in text)
+        assert job.wait(timeout=180) == 0, (tmp_path / "job.log").read_text()
+    said = (tmp_path / "job.log").read_text()
+    assert re.search(r"ensemble, calibrated, (beat|lost to|can not be told apart from) the seed", said)
+    assert experts_in(tmp_path / "store") == plain(undisturbed)
+    assert re.search(r'ray_btm_updates\{[^}]*expert="(seed|kitchen|harbour|orchard)"', metrics)
+    actors = subprocess.run(
+        [str(BIN / "ray"), "list", "actors", "--format", "json"],
+        env=cluster,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    names = {actor["name"] for actor in json.loads(actors.stdout)}
+    for domain in undisturbed.domains:
+        assert any(name.startswith(f"expert-{domain}-") for name in names), names
+    assert any(name.startswith("merge-") for name in names), names
+
+
+def _metrics(cluster: dict[str, str]) -> str:
+    """What the node exports to Prometheus."""
+    nodes = subprocess.run(
+        [str(BIN / "python"), "-c", "import ray; ray.init('auto'); print('port', ray.nodes()[0]['MetricsExportPort'])"],
+        env=cluster,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    port = re.search(r"port (\d+)", nodes.stdout)
+    assert port
+    with urllib.request.urlopen(f"http://127.0.0.1:{port.group(1)}/metrics") as answer:
+        return str(answer.read().decode())
+
+
+def test_a_run_that_is_stopped_and_then_killed_resumes_to_the_very_same_forest(
+    btm: Callable[..., Btm], long_plan: Path, undisturbed: Forest
+) -> None:
+    store = long_plan.parent / "store"
+    stopped = btm("run", str(long_plan))
+    stopped.wait_until_said(r"seed: training update [1-9]\d\d")
+    stopped.process.send_signal(signal.SIGTERM)
+    assert stopped.exit_code() == 130, stopped.said
+    assert "saving, to stop" in stopped.said
+    assert list((store / "training").rglob("*.json"))
+    killed = btm("run", str(long_plan))
+    killed.wait_until_said(r"(kitchen|harbour): training update")
+    killed.process.kill()
+    assert killed.exit_code() == -signal.SIGKILL
+    last = btm("run", str(long_plan))
+    assert last.exit_code() == 0, last.said
+    assert experts_in(store) == plain(undisturbed)
+    assert not list((store / "training").rglob("*.json"))
+
+
+def test_a_failed_expert_is_named_its_siblings_are_merged_and_only_it_is_tried_again(
+    btm: Callable[..., Btm], fields: dict[str, Any], write_plan: Callable[[dict[str, Any]], Path]
+) -> None:
+    path, store = write_plan(fields), Path(fields["store"])
+    ledger = Ledger.open(str(store))
+    damaged = _prepare_and_damage(btm, path, ledger, domain=DOMAINS[0])
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-1] + b"?")
+    run = btm("run", str(path))
+    assert run.exit_code() == 1, run.said
+    assert re.search(rf"- {DOMAINS[0]}: 1 attempt.*\n?.*is damaged", run.said), run.said
+    assert set(experts_in(store)) == set(DOMAINS[1:])
+    damaged.write_bytes(whole)
+    again = btm("run", str(path))
+    assert again.exit_code() == 0, again.said
+    assert set(experts_in(store)) == set(DOMAINS)
+    assert not re.search(rf"{DOMAINS[1]}: training", again.said)
+
+
+def _prepare_and_damage(btm: Callable[..., Btm], path: Path, ledger: Ledger, domain: str) -> Path:
+    """Runs the plan up to its seed, and returns the blob of a domain's training tokens."""
+    run = btm("run", str(path))
+    run.wait_until_said(r"starting")
+    run.wait_until_said(rf"{domain}: starting")
+    run.process.kill()
+    run.exit_code()
+    plan = yaml.safe_load(path.read_text())
+    from btm_cluster.ledger import Ref
+    from btm_cluster.plan import Plan
+    from btm_cluster.recipes import read_requests, tokenize_requests, tokenizer_request
+
+    parsed = Plan.model_validate(plan)
+    memos = {r.label: ledger.get(r.ref).facts["text"] for r in read_requests(parsed)}
+    founders = sorted((d, memos[d]) for d in DOMAINS)
+    tokenizer = tokenizer_request(parsed, founders).ref
+    facts = ledger.get(Ref("text", memos[domain])).facts
+    shards = tokenize_requests(domain, memos[domain], facts, tokenizer, parsed.training.block_tokens)
+    blob = ledger.get(shards["train"][0].ref).blob("tokens.npy")
+    return Path(ledger.storage.location, "blobs", blob.sha256)
+
+
+def test_an_ask_that_the_cluster_can_never_meet_is_refused_with_what_there_is(
+    btm: Callable[..., Btm], fields: dict[str, Any], write_plan: Callable[[dict[str, Any]], Path]
+) -> None:
+    fields["cluster"] |= {"seed_gpus": 4}
+    run = btm("run", str(write_plan(fields)))
+    assert run.exit_code() == 2
+    assert "the cluster can never train seed" in run.said
+    assert "2 CPU, 0 GPU" in run.said
+    assert "4 worker(s) with 1 CPU, 1 GPU each" in run.said
+    assert "Traceback" not in run.said

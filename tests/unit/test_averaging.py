@@ -1,0 +1,281 @@
+"""Averages against float64 arithmetic, as files that others open, within bounded memory; and what is refused."""
+
+import json
+import math
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from btm_cluster.driver import Driver
+from btm_cluster.equations.averaging import argmax_weights, average_tensor, posterior_weights, uniform_weights
+from btm_cluster.errors import IncompatibleError
+from btm_cluster.forest import Parent
+from btm_cluster.language_model.averaging import average_files, read_header
+from btm_cluster.ledger import Artifact, Ref
+from btm_cluster.merged_model import FOLDER_FILES
+from btm_cluster.steps.average import check_compatible
+from btm_cluster.workers import AverageRequest
+from tests.conftest import in_process
+from tests.unit.conftest import GrownForest, copy_store
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = {"scalar": (), "one": (1,), "none": (0, 3), "vector": (7,), "odd": (3, 5, 7), "matrix": (33, 65), "thin": (1, 1, 129)}
+WEIGHTS = [0.5, 0.3, 0.2]
+
+
+def made_up_model(dtype: torch.dtype, random_seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(random_seed)
+    return {
+        name: (torch.randn(shape, generator=generator) * 10 ** torch.randn(shape, generator=generator)).to(dtype)
+        for name, shape in SHAPES.items()
+    }
+
+
+def check_is_average(found: torch.Tensor, tensors: list[torch.Tensor], weights: list[float]) -> None:
+    """Rounded once to its own dtype, after a sum whose terms each cost at most a float32 rounding."""
+    terms = [weight * tensor.double() for weight, tensor in zip(weights, tensors, strict=True)]
+    exact, size = sum(terms), sum(term.abs() for term in terms)
+    kind = torch.finfo(found.dtype)
+    rounding = kind.eps / 2 * exact.abs() + kind.smallest_normal * kind.eps
+    assert found.dtype == tensors[0].dtype
+    assert found.shape == tensors[0].shape
+    assert ((found.double() - exact).abs() <= 1.001 * rounding + (len(terms) + 2) * 2**-24 * size).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_average_of_files_is_the_float64_average_to_its_dtypes_rounding(dtype: torch.dtype, tmp_path: Path) -> None:
+    models = [made_up_model(dtype, seed) for seed in range(3)]
+    files = [tmp_path / f"{i}.safetensors" for i in range(3)]
+    for model, file in zip(models, files, strict=True):
+        save_file(model, file, metadata={"format": "pt"})
+    average_files(files, WEIGHTS, tmp_path / "average.safetensors")
+    found = load_file(tmp_path / "average.safetensors")
+    assert found.keys() == SHAPES.keys()
+    for name, tensor in found.items():
+        check_is_average(tensor, [model[name] for model in models], WEIGHTS)
+    assert read_header(tmp_path / "average.safetensors")["__metadata__"] == {"format": "pt"}
+
+
+def test_half_precision_weights_are_summed_in_float32() -> None:
+    # Summed in float16, a thousandth of 1 added to 1 a thousand times over would be lost each time.
+    tensors = [torch.full((2,), 1.0, dtype=torch.float16)] + [torch.full((2,), 0.25, dtype=torch.float16)] * 1000
+    found = average_tensor(tensors, [1.0] + [0.001] * 1000)
+    assert found.tolist() == [1.25, 1.25]
+
+
+def test_one_hot_weights_give_that_model_bit_for_bit(tmp_path: Path) -> None:
+    for dtype in DTYPES:
+        models = [made_up_model(dtype, seed) for seed in range(3)]
+        files = [tmp_path / f"{i}.safetensors" for i in range(3)]
+        for model, file in zip(models, files, strict=True):
+            save_file(model, file, metadata={"format": "pt"})
+        average_files(files, [0.0, 1.0, 0.0], tmp_path / "average.safetensors")
+        assert (tmp_path / "average.safetensors").read_bytes() == files[1].read_bytes()
+
+
+def write_backwards(model: Mapping[str, torch.Tensor], file: Path) -> None:
+    """The same float32 tensors as a safetensors file in another order, written by hand from the format's description."""
+    header, data = {}, b""
+    for name in sorted(model, reverse=True):
+        raw = model[name].contiguous().numpy().tobytes()
+        header[name] = {"dtype": "F32", "shape": list(model[name].shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    file.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
+
+
+def test_tensors_are_matched_by_name_wherever_they_lie_in_a_file(tmp_path: Path) -> None:
+    models = [made_up_model(torch.float32, seed) for seed in range(2)]
+    save_file(models[0], tmp_path / "0.safetensors")
+    write_backwards(models[1], tmp_path / "1.safetensors")
+    for order in ([0, 1], [1, 0]):
+        average_files([tmp_path / f"{i}.safetensors" for i in order], [0.25, 0.75], tmp_path / "average.safetensors")
+        for name, tensor in load_file(tmp_path / "average.safetensors").items():
+            check_is_average(tensor, [models[i][name] for i in order], [0.25, 0.75])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda m: m | {"odd": torch.zeros(3, 5, 8)}, "odd"),
+        (lambda m: m | {"vector": m["vector"].bfloat16()}, "vector"),
+        (lambda m: m | {"more": torch.zeros(2)}, "more"),
+        (lambda m: {name: t for name, t in m.items() if name != "matrix"}, "matrix"),
+    ],
+    ids=["shape", "dtype", "one tensor more", "one tensor less"],
+)
+def test_other_tensors_are_refused_from_the_headers_alone(change, named: str, tmp_path: Path) -> None:  # noqa: ANN001
+    model = made_up_model(torch.float32, 0)
+    for name, tensors in (("a", model), ("b", change(model))):
+        save_file(tensors, tmp_path / name)
+        whole = (tmp_path / name).read_bytes()
+        (header,) = struct.unpack("<Q", whole[:8])
+        (tmp_path / name).write_bytes(whole[: 8 + header])  # no weight is there to be read
+    with pytest.raises(IncompatibleError) as refused:
+        average_files([tmp_path / "a", tmp_path / "b"], [0.5, 0.5], tmp_path / "average.safetensors")
+    assert refused.value.found.startswith(named)
+    assert refused.value.expected.startswith(named)
+    assert not (tmp_path / "average.safetensors").exists()
+
+
+# Weights
+
+
+def test_uniform_weights_are_one_over_k() -> None:
+    for k in (1, 2, 3, 64):
+        assert uniform_weights(k) == [1 / k] * k
+
+
+def test_argmax_weights_are_one_hot_at_the_largest_prior() -> None:
+    assert argmax_weights(torch.tensor([0.2, 0.5, 0.3])) == [0.0, 1.0, 0.0]
+    assert argmax_weights(torch.tensor([1.0])) == [1.0]
+
+
+@pytest.mark.parametrize("experts", [1, 2, 3, 17, 64])
+def test_posterior_weights_are_the_prior_to_six_digits_and_sum_to_one(experts: int) -> None:
+    for seed in range(20):
+        prior_E = torch.softmax(5 * torch.randn(experts, generator=torch.Generator().manual_seed(seed)).double(), dim=0)
+        weights = posterior_weights(prior_E)
+        assert math.fsum(weights) == pytest.approx(1, abs=1e-12)
+        assert min(weights) >= 0
+        assert weights == [round(weight, 6) for weight in weights]
+        torch.testing.assert_close(torch.tensor(weights).double(), prior_E, rtol=0, atol=experts * 5e-7)
+        assert posterior_weights(prior_E * (1 + 1e-12)) == weights
+
+
+# In a forest
+
+
+def files_of(driver: Driver, model: Artifact) -> dict[str, Path]:
+    return {blob.name: driver.ledger.open_file(model, blob.name) for blob in model.blobs}
+
+
+@pytest.mark.parametrize("label", ["uniform", "posterior for market"])
+def test_a_forests_average_is_that_of_its_experts_weights(grown: GrownForest, label: str) -> None:
+    ledger = grown.driver.ledger
+    average = ledger.get(grown.evaluation.averages[label])
+    weights = {parent["identity"]: parent["weight"] for parent in average.recipe["average"]}
+    parents = [expert for expert in grown.experts if expert.identity in weights]
+    assert sum(weights.values()) == pytest.approx(1)
+    assert len(parents) == len(weights) > 1
+    tensors = [load_file(ledger.open_file(parent, "model.safetensors")) for parent in parents]
+    for name, found in load_file(ledger.open_file(average, "model.safetensors")).items():
+        check_is_average(found, [t[name] for t in tensors], [weights[parent.identity] for parent in parents])
+
+
+def test_a_forests_average_opens_in_transformers_with_the_very_same_weights(grown: GrownForest, tmp_path: Path) -> None:
+    average = grown.driver.ledger.get(grown.evaluation.averages["uniform"])
+    for name in FOLDER_FILES:
+        shutil.copyfile(grown.driver.ledger.open_file(average, name), tmp_path / name)
+    model, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    stored = load_file(tmp_path / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, stored[name])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    read = tokenizer("harbour", return_tensors="pt").input_ids
+    assert torch.isfinite(model(input_ids=read).logits).all()
+    written = model.generate(read, max_new_tokens=4, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    assert read.shape[1] < written.shape[1] <= read.shape[1] + 4
+
+
+@pytest.fixture
+def store(grown: GrownForest, tmp_path: Path) -> Driver:
+    """A copy of the grown forest's store, to be changed."""
+    return in_process(copy_store(grown.ground.plan, tmp_path / "store"))
+
+
+def lose_weights(driver: Driver, *models: Artifact) -> None:
+    """Deletes the weights from the store, so that reading them would be another error."""
+    for model in models:
+        driver.ledger.storage.delete(f"blobs/{model.blob('model.safetensors').sha256}")
+
+
+def request_for(*models: Artifact) -> AverageRequest:
+    return AverageRequest("average", tuple(Parent(model.identity, 1 / len(models)) for model in models), {})
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_another_architecture_or_tokenizer_is_refused_before_a_weight_is_read(
+    grown: GrownForest, store: Driver, name: str, tmp_path: Path
+) -> None:
+    expert = grown.experts[0]
+    files = files_of(store, expert)
+    changed = json.loads(files[name].read_text()) | {"a field": "of another"}
+    (tmp_path / name).write_text(json.dumps(changed))
+    other = store.ledger.commit(Ref("model", "other"), expert.recipe, files | {name: tmp_path / name}, {})
+    lose_weights(store, expert)
+    with pytest.raises(IncompatibleError) as refused:
+        store.workers.average([request_for(expert, other)])
+    assert name in refused.value.found
+
+
+def test_models_of_two_seeds_are_refused_before_a_weight_is_read(grown: GrownForest, store: Driver) -> None:
+    expert = grown.experts[0]
+    files = files_of(store, expert)
+    seed = store.ledger.commit(Ref("model", "another-seed"), {"start": None}, files, {})
+    start = {"parents": [{"identity": seed.identity, "weight": 1.0}], "keep_optimizer": True}
+    stranger = store.ledger.commit(Ref("model", "stranger"), {"start": start}, files, {})
+    lose_weights(store, expert)
+    with pytest.raises(IncompatibleError) as refused:
+        store.workers.average([request_for(expert, stranger)])
+    assert "another-seed" in refused.value.found
+    assert grown.grown.forest.foundation.seed[:12] in refused.value.expected
+
+
+def test_whatever_descends_from_one_seed_can_be_averaged(grown: GrownForest) -> None:
+    ledger = grown.driver.ledger
+    assert grown.grown.baseline is not None
+    seed = ledger.get(Ref("model", grown.grown.forest.foundation.seed))
+    average = ledger.get(grown.evaluation.averages["uniform"])
+    check_compatible(ledger, [seed, *grown.experts, ledger.get(grown.grown.baseline), average])
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from btm_cluster.language_model.averaging import average_files
+
+TENSORS, ROWS = 64, 128  # of 512 kB each: a model of 32 MB
+folder = Path(sys.argv[1])
+files = [folder / f"{i}.safetensors" for i in range(3)]
+for i, file in enumerate(files):
+    save_file({f"t{j:02d}": torch.full((ROWS, 1024), float(i + j)) for j in range(TENSORS)}, file)
+
+def held():  # what the process owns; pages of mapped files are the system's, to be dropped whenever it needs room
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
+
+average_files(files, [0.2, 0.3, 0.5], folder / "warm.safetensors")
+before, peak = held(), 0
+
+def watch(*_):
+    global peak
+    peak = max(peak, held())
+
+sys.setprofile(watch)
+average_files(files, [0.2, 0.3, 0.5], folder / "average.safetensors")
+sys.setprofile(None)
+print((peak - before) // (ROWS * 1024 * 4))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures memory through /proc")
+def test_averaging_holds_a_few_tensors_at_a_time_and_never_a_model(tmp_path: Path) -> None:
+    script = [sys.executable, "-c", MEASURE, str(tmp_path)]
+    tensors_held = subprocess.run(script, check=True, capture_output=True, text=True).stdout
+    assert int(tensors_held) <= 8, "a model has 64 tensors, three have 192"
+    assert load_file(tmp_path / "average.safetensors")["t05"][0, 0] == pytest.approx(0.2 * 5 + 0.3 * 6 + 0.5 * 7)

@@ -1,0 +1,326 @@
+"""The plan: what is read from YAML, what is refused, and how a refusal is worded."""
+
+import copy
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from btm_cluster.errors import PlanError
+from btm_cluster.plan import plan_schema, read_plan
+from btm_cluster.starter import STARTER_PLAN
+
+MINIMAL = """\
+name: n
+store: s
+domains: [{name: a, text: a.txt}]
+tokenizer: {train: {}}
+model: {preset: gpt3-125m}
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str | bytes], Path]:
+    """Writes a plan file as it is given."""
+
+    def write(document: str | bytes) -> Path:
+        path = tmp_path / "plan.yaml"
+        path.write_bytes(document.encode() if isinstance(document, str) else document)
+        return path
+
+    return write
+
+
+def refusal(path: Path) -> str:
+    """The words with which a plan is refused."""
+    with pytest.raises(PlanError) as caught:
+        read_plan(path)
+    return str(caught.value)
+
+
+def entries(words: str) -> dict[str, str]:
+    """A refusal's problems by field; every one of them has its three lines."""
+    by_field: dict[str, str] = {}
+    for entry in words.split("\n- ")[1:]:
+        field, _, rest = entry.partition("\n")
+        assert [line.split(":")[0].strip() for line in rest.splitlines()] == ["found", "expected", "remedy"], entry
+        assert all(line.split(":", 1)[1].strip() for line in rest.splitlines()), entry
+        by_field[field] = by_field.get(field, "") + rest
+    return by_field
+
+
+def test_the_starter_parses_and_comments_every_choice_that_it_makes(write: Callable[[str], Path]) -> None:
+    plan = read_plan(write(STARTER_PLAN))
+    assert plan.domains[0].text == ("./text/news/*.jsonl.zst",)
+    assert plan.baselines == ("transformer-lm",)
+    assert STARTER_PLAN.count("#") > 20
+
+
+def test_a_plan_is_frozen_and_survives_pickling(write: Callable[[str], Path]) -> None:
+    plan = read_plan(write(STARTER_PLAN))
+    assert pickle.loads(pickle.dumps(plan)) == plan
+    with pytest.raises(ValidationError):
+        plan.name = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("key", "section", "nearest"),
+    [
+        ("tokeniser", None, "tokenizer"),
+        ("updats", "training", "updates"),
+        ("prise_per_gpu_hour", "cluster", "price_per_gpu_hour"),
+        ("posteriour", "merging", "posterior"),
+        ("seed_shares", "training", "seed_share"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_known_name(
+    key: str, section: str | None, nearest: str, write: Callable[[str], Path]
+) -> None:
+    fields = yaml.safe_load(MINIMAL)
+    (fields if section is None else fields.setdefault(section, {}))[key] = 1
+    words = refusal(write(yaml.safe_dump(fields)))
+    assert f"did you mean `{nearest}`?" in entries(words)[f"{section}.{key}" if section else key]
+
+
+def test_a_key_that_resembles_nothing_is_refused_with_all_known_names(write: Callable[[str], Path]) -> None:
+    words = entries(refusal(write(MINIMAL + "branching: {xyzzy: 1}\n")))
+    assert "known here: start, optimizer" in words["branching.xyzzy"]
+
+
+def test_all_problems_of_a_plan_are_shown_at_once(write: Callable[[str], Path]) -> None:
+    words = entries(
+        refusal(
+            write("""\
+nam: n
+store: 3
+domains:
+  - {name: A B, text: t}
+  - {name: b, txt: t}
+  - {name: b}
+  - {name: b, text: u, dataset: {name: x}}
+targets: {name: x}
+tokenizer: {train: {vocabulary: 10}, pretrained: x}
+model: {preset: gpt3-125, config: {}}
+reading: {development_share: 0.6, test_share: 0.6, bad_documents: ignore}
+training: {updates: -3, learning_rate: .nan}
+baselines: [transformer-lm, transformer-lm]
+cluster: {gpus_per_expert: 1.5, retries: true}
+""")
+        )
+    )
+    assert words.keys() == {
+        *("name", "nam", "store", "domains[0].name", "domains[1].txt", "domains[1]", "domains[2]", "domains[3]"),
+        *("domains, targets", "targets", "tokenizer.train.vocabulary", "tokenizer", "model.preset", "model"),
+        *(
+            "model.config",
+            "reading",
+            "reading.bad_documents",
+            "training.updates",
+            "training.learning_rate",
+            "baselines",
+        ),
+        *("cluster.gpus_per_expert", "cluster.retries"),
+    }
+    assert "'b' 3 times" in words["domains, targets"]
+    assert 'write it in quotes: "3"' in words["store"]
+    assert "did you mean `gpt3-125m`?" in words["model.preset"]
+
+
+def test_a_domain_with_a_bad_name_and_without_text_is_told_both(write: Callable[[str], Path]) -> None:
+    words = entries(refusal(write(MINIMAL.replace("{name: a, text: a.txt}", "{name: Bad!}, {name: b}"))))
+    assert words.keys() == {"domains[0].name", "domains[0]", "domains[1]"}
+
+
+PROBLEMS = {
+    "domains: []": ("domains", "at least one entry"),
+    'store: ""': ("store", "visible characters"),
+    'store: "a\\0b"': ("store", "visible characters"),
+    "name: 2024": ("name", 'write it in quotes: "2024"'),
+    "name: no": ("name", "write it in quotes"),
+    "name: kitchen-ü": ("name", "lower-case letters, digits"),
+    "name: ../../etc": ("name", "lower-case letters, digits"),
+    "name: ''": ("name", "lower-case letters, digits"),
+    "domains: [{name: a, text: ''}]": ("domains[0].text[0]", "visible characters"),
+    "domains: [{name: a, text: 'gs://b/k'}]": ("domains[0].text[0]", "s3://"),
+    "domains: [{name: a, test: t}]": ("domains[0]", "training text for a domain"),
+    "domains: [a]": ("domains[0]", "keys such as name, text"),
+    "domains: [{name: a, dataset: {name: d, test_split: train}}]": ("domains[0].dataset", "every split once"),
+    "targets: [{name: b, text: a.txt}]": ("domains, targets", "'a' and 'b' have the same text"),
+    "targets: [{name: a, text: b.txt}]": ("domains, targets", "'a' 2 times"),
+    "tokenizer: gpt2": ("tokenizer", "keys such as train, pretrained"),
+    "tokenizer: {}": ("tokenizer", "exactly one of `train`, `pretrained`"),
+    "model:": ("model", "keys such as preset"),
+    "model: {config: {n_layer: 2}}": ("model.config", "`model_type`"),
+    "model: {config: {model_type: gpt2, x: .nan}}": ("model.config", "finite numbers"),
+    "model: {config: {model_type: gpt2, x: 2020-01-01}}": ("model.config", "plain values"),
+    "model: {config: &c {model_type: gpt2, x: *c}}": ("model.config", "plain values"),
+    "model: {pretrained: some-model}": ("tokenizer", "`tokenizer: {pretrained: some-model}`"),
+    "reading: {development_share: 0.5, test_share: 0.5}": ("reading", "less than 1"),
+    "reading: {test_share: 0}": ("reading", "test text for every domain"),
+    "reading: {longest_document_characters: 0}": ("reading.longest_document_characters", "greater than or equal to 1"),
+    "training: {updates: 1, seed_share: 0.9}": ("training", "at least one update for the experts"),
+    "training: {updates: 1.5}": ("training.updates", "a valid integer"),
+    "training: {block_tokens: 1e400}": ("training.block_tokens", "finite"),
+    "training: {learning_rate: 0}": ("training.learning_rate", "greater than 0"),
+    "training: {learning_rate: .inf}": ("training.learning_rate", "finite"),
+    "training: {epsilon: -.inf}": ("training.epsilon", "finite"),
+    "training: {weight_decay: .inf}": ("training.weight_decay", "finite"),
+    "training: {betas: [0.9]}": ("training.betas[1]", "a value"),
+    "training: {seed_share: 1}": ("training.seed_share", "less than 1"),
+    "training: {random_seed: -1}": ("training.random_seed", "greater than or equal to 0"),
+    "training: {random_seed: 99999999999999999999}": ("training.random_seed", "less than"),
+    "training: {updates: 1" + 400 * "0" + "}": ("training.updates", "less than or equal to"),
+    "training: 3": ("training", "keys such as block_tokens"),
+    "branching: {start: posterio}": ("branching.start", "did you mean `posterior`?"),
+    "merging: {discount: 1.5}": ("merging.discount", "less than or equal to 1"),
+    "cluster: {gpus_per_expert: .inf}": ("cluster.gpus_per_expert", "finite"),
+    "cluster: {checkpoint_minutes: .inf}": ("cluster.checkpoint_minutes", "finite"),
+    "cluster: {retries: -1}": ("cluster.retries", "greater than or equal to 0"),
+    "1: 2": ("[1]", "a name"),
+}
+
+
+@pytest.mark.parametrize("line", PROBLEMS, ids=lambda line: line[:50])
+def test_each_problem_names_its_field_and_what_was_expected(line: str, write: Callable[[str], Path]) -> None:
+    fields = yaml.safe_load(MINIMAL)
+    kept = {key: value for key, value in fields.items() if not line.startswith(f"{key}:")}
+    words = entries(refusal(write(yaml.safe_dump(kept) + line + "\n")))
+    field, part = PROBLEMS[line]
+    assert list(words) == [field], words
+    assert part in words[field]
+
+
+def test_a_problem_with_a_default_says_what_leaving_it_out_means(write: Callable[[str], Path]) -> None:
+    words = entries(refusal(write(MINIMAL + "training: {updates: many}\n")))
+    assert "leave it out for 80000 (Whole budget: seed updates and then expert updates)" in words["training.updates"]
+
+
+@pytest.mark.parametrize(
+    ("document", "part"),
+    [
+        ("", "found:    nothing"),
+        ("- a\n- b\n", "found:    a list"),
+        ("just text", "found:    one text"),
+        ("42", "found:    42"),
+        ("name: a\n\tstore: b\n", "indent with spaces, not tabs"),
+        ("name: a\nname: b\n", "line 2, column 1: the key `name` stands twice"),
+        ("training: {updates: 1, updates: 2}", "the key `updates` stands twice"),
+        ("name: a\n---\nname: b\n", "line 2"),
+        ("name: 2024-13-45\n", "month must be in 1..12"),
+        ("a: " + "[" * 1200, "recursion"),
+        ("a: 1" + 5000 * "0", "digits"),
+        ("? [a]\n: b\n", "unhashable key"),
+        ("!!python/object/apply:os.system [ls]", "could not determine a constructor"),
+        ("a: *b", "undefined alias"),
+        ("name: [", "line 1"),
+        (b"\xff\xfen\0a\0", "in UTF-8"),
+        (b"\0" * 100, "not YAML"),
+        (b"x" * (1 << 20) + b"y", "1048577 bytes"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_a_file_that_is_no_plan_is_refused_in_one_error(
+    document: str | bytes, part: str, write: Callable[[str | bytes], Path]
+) -> None:
+    words = refusal(write(document))
+    assert part in words
+    assert "remedy:" in words
+
+
+def test_a_path_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for path in (tmp_path, tmp_path / "none.yaml", loop, Path("/dev/zero"), tmp_path / ("x" * 5000), Path("a\0b")):
+        words = refusal(path)
+        assert "cannot read the plan" in words
+        assert "remedy:" in words
+
+
+def test_what_yaml_reads_as_something_else_is_taken_as_it_was_meant(write: Callable[[str], Path]) -> None:
+    plan = read_plan(
+        write(
+            MINIMAL
+            + "training: {updates: 1e5, learning_rate: 1e-3, seed_share: '0.25'}\n"
+            + "cluster: {compile: off, seed_gpus: '2'}\n"
+        )
+    )
+    assert plan.training.updates == 100_000
+    assert (plan.training.learning_rate, plan.training.seed_share) == (1e-3, 0.25)
+    assert (plan.cluster.compile, plan.cluster.seed_gpus) == ("off", 2)
+
+
+def test_anchors_and_merge_keys_work(write: Callable[[str], Path]) -> None:
+    document = MINIMAL.replace(
+        "[{name: a, text: a.txt}]", "[&first {name: a, text: a.txt, field: body}, {<<: *first, name: b, text: b.txt}]"
+    )
+    first, second = read_plan(write(document)).domains
+    assert (first.name, first.field) == ("a", "body")
+    assert (second.name, second.text, second.field) == ("b", ("b.txt",), "body")
+
+
+def test_an_alias_that_expands_to_billions_of_values_is_refused_briefly(write: Callable[[str], Path]) -> None:
+    lines = ["x0: &x0 [a, a]"] + [f"x{i}: &x{i} [*x{i - 1}, *x{i - 1}]" for i in range(1, 40)]
+    words = refusal(write("\n".join([*lines, "domains: *x39", "model: {preset: *x39}"])))
+    assert len(words) < 50_000
+
+
+def test_two_texts_of_different_fields_or_files_may_share_the_rest(write: Callable[[str], Path]) -> None:
+    long = "/corpus/" + "x" * 200
+    texts = f"[{{name: a, text: {long}/a.jsonl}}, {{name: b, text: {long}/b.jsonl}}, {{name: c, text: {long}/b.jsonl, field: c}}]"
+    assert len(read_plan(write(MINIMAL.replace("[{name: a, text: a.txt}]", texts))).domains) == 3
+
+
+def _properties(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for section, definition in {"Plan": schema, **schema["$defs"]}.items():
+        for name, field in definition["properties"].items():
+            yield f"{section}.{name}", field
+
+
+def test_the_schema_describes_every_field_and_closes_every_section() -> None:
+    schema = plan_schema()
+    assert json.loads(json.dumps(schema)) == schema
+    undescribed = [name for name, field in _properties(schema) if not field.get("description")]
+    assert not undescribed
+    assert all(d["additionalProperties"] is False for d in (schema, *schema["$defs"].values()))
+    assert "rules" not in schema["properties"]
+
+
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.dates(), st.binary(max_size=3)
+)
+VALUES = st.recursive(
+    SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=3) | st.integers(), v, max_size=3)
+)
+
+
+def _places(value: Any, above: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [above, *(place for key, child in children for place in _places(child, (*above, key)))]
+
+
+WHOLE = yaml.safe_load(STARTER_PLAN)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.sampled_from(_places(WHOLE)[1:]), value=VALUES)
+def test_whatever_stands_in_a_field_the_plan_is_read_or_refused(
+    place: tuple[str | int, ...], value: Any, write: Callable[[str], Path]
+) -> None:
+    fields = copy.deepcopy(WHOLE)
+    section = fields
+    for key in place[:-1]:
+        section = section[key]
+    section[place[-1]] = value
+    path = write(yaml.safe_dump(fields))
+    try:
+        words = str(read_plan(path))
+    except PlanError as exc:
+        words = str(exc)
+    assert words.startswith("name='my-forest'") or entries(words)

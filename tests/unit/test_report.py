@@ -1,0 +1,131 @@
+"""The verdict: what it says of systems whose differences are known."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from btm_cluster.report import CALIBRATED_ENSEMBLE, PAPER_ENSEMBLE, SEED, TRANSFORMER_LM, Row, SplitResult, Verdict, verdict
+from tests.unit.conftest import GrownForest
+
+DOCUMENTS = 200
+
+
+def split_result(text: str, is_target: bool, factors: dict[str, float], split: str = "test") -> SplitResult:
+    """A text whose documents all have other difficulties; a system's log-probabilities are a factor times the common ones."""
+    rng = np.random.default_rng(sum(map(ord, text)))
+    tokens_D = torch.from_numpy(rng.integers(10, 100, DOCUMENTS)).double()
+    logp_D = -tokens_D * torch.from_numpy(rng.uniform(2, 5, DOCUMENTS))
+    return SplitResult(text, is_target, split, {name: factor * logp_D for name, factor in factors.items()}, tokens_D)
+
+
+def texts_with(factors: dict[str, float]) -> list[SplitResult]:
+    return [split_result("law", False, factors), split_result("code", False, factors), split_result("mail", True, factors)]
+
+
+def row_of(found: Verdict, system: str) -> Row:
+    return next(row for row in found.rows["test"] if row.system == system)
+
+
+def test_identical_systems_differ_by_exactly_zero_and_cannot_be_told_apart() -> None:
+    found = verdict(texts_with({SEED: 1.2, TRANSFORMER_LM: 1.0, CALIBRATED_ENSEMBLE: 1.0}))
+    row = row_of(found, CALIBRATED_ENSEMBLE)
+    for cell in (*row.cells.values(), *row.means.values()):
+        assert cell.difference == 0.0
+        assert cell.difference_interval == (0.0, 0.0)
+    assert "can not be told apart from the Transformer-LM" in found.sentence
+
+
+@pytest.mark.parametrize(("factor", "outcome"), [(0.9, "beat the"), (1.1, "lost to the")])
+def test_a_system_that_is_better_on_every_document_beats_the_baseline_and_a_worse_one_loses(
+    factor: float, outcome: str
+) -> None:
+    found = verdict(texts_with({TRANSFORMER_LM: 1.0, SEED: 1.3, PAPER_ENSEMBLE: factor}))
+    assert found.baseline == TRANSFORMER_LM
+    assert outcome in found.sentence
+    assert ("better on every text" in found.sentence) == (factor < 1)
+
+
+def test_the_sentence_names_the_texts_where_the_ensemble_was_no_better() -> None:
+    results = [
+        split_result("law", False, {TRANSFORMER_LM: 1.0, CALIBRATED_ENSEMBLE: 0.7}),
+        split_result("mail", True, {TRANSFORMER_LM: 1.0, CALIBRATED_ENSEMBLE: 1.01}),
+    ]
+    assert "no better on: mail." in verdict(results).sentence
+
+
+def test_perplexities_and_their_means_over_texts_are_those_of_the_formula() -> None:
+    results = texts_with({TRANSFORMER_LM: 1.0, SEED: 1.1, CALIBRATED_ENSEMBLE: 0.9})
+    found = row_of(verdict(results), CALIBRATED_ENSEMBLE)
+    expected = {r.text: math.exp(-0.9 * float(r.logp[TRANSFORMER_LM].sum() / r.tokens_D.sum())) for r in results}
+    assert {text: cell.perplexity for text, cell in found.cells.items()} == pytest.approx(expected)
+    assert found.means["domains"].perplexity == pytest.approx((expected["law"] + expected["code"]) / 2)
+    assert found.means["targets"].perplexity == pytest.approx(expected["mail"])
+    assert found.means["all"].perplexity == pytest.approx(sum(expected.values()) / 3)
+
+
+def test_differences_are_ratios_of_means_and_lie_in_their_intervals() -> None:
+    found = verdict(texts_with({TRANSFORMER_LM: 1.0, CALIBRATED_ENSEMBLE: 0.95}))
+    row, baseline = row_of(found, CALIBRATED_ENSEMBLE), row_of(found, TRANSFORMER_LM)
+    for group, cell in row.means.items():
+        assert cell.difference == pytest.approx(cell.perplexity / baseline.means[group].perplexity - 1)
+        low, high = cell.difference_interval
+        assert low < cell.difference < high
+        assert cell.interval[0] < cell.perplexity < cell.interval[1]
+
+
+def test_without_a_transformer_lm_the_seed_is_the_baseline_and_is_not_held_against_itself() -> None:
+    found = verdict(texts_with({SEED: 1.0, CALIBRATED_ENSEMBLE: 0.9}))
+    assert found.baseline == SEED
+    assert row_of(found, SEED).means["all"].difference is None
+    assert row_of(found, CALIBRATED_ENSEMBLE).means["all"].difference is not None
+
+
+def test_a_system_that_some_texts_lack_has_means_only_where_it_has_them_all() -> None:
+    results = [
+        split_result("law", False, {SEED: 1.0, CALIBRATED_ENSEMBLE: 0.9, "own expert": 0.8}),
+        split_result("mail", True, {SEED: 1.0, CALIBRATED_ENSEMBLE: 0.9}),
+    ]
+    row = row_of(verdict(results), "own expert")
+    assert set(row.cells) == {"law"}
+    assert set(row.means) == {"domains"}
+
+
+def test_documents_of_different_texts_are_drawn_independently() -> None:
+    # The same documents under two names: were they drawn alike, the mean's interval would be as wide as each text's own.
+    one, other = (
+        split_result("law", False, {SEED: 1.0, CALIBRATED_ENSEMBLE: 1.0}),
+        split_result("law", False, {SEED: 1.0, CALIBRATED_ENSEMBLE: 1.0}),
+    )
+    renamed = SplitResult("twin", False, "test", other.logp, other.tokens_D)
+    row = row_of(verdict([one, renamed]), SEED)
+    width = {name: cell.interval[1] - cell.interval[0] for name, cell in {**row.cells, "mean": row.means["all"]}.items()}
+    assert width["mean"] == pytest.approx(width["law"] / math.sqrt(2), rel=0.15)
+
+
+def test_splits_have_tables_of_their_own_and_the_sentence_speaks_of_test_text() -> None:
+    factors = {TRANSFORMER_LM: 1.0, CALIBRATED_ENSEMBLE: 1.1}
+    better_in_development = split_result("law", False, factors | {CALIBRATED_ENSEMBLE: 0.5}, split="development")
+    found = verdict([better_in_development, split_result("law", False, factors)])
+    assert set(found.rows) == {"development", "test"}
+    assert "lost to" in found.sentence
+
+
+def test_the_same_results_give_the_same_verdict_as_plain_json() -> None:
+    results = texts_with({TRANSFORMER_LM: 1.0, CALIBRATED_ENSEMBLE: 0.9})
+    first, second = (json.dumps(verdict(results).to_json(), allow_nan=False) for _ in range(2))
+    assert first == second
+    assert json.loads(first)["baseline"] == TRANSFORMER_LM
+
+
+def test_a_real_forests_verdict_has_every_system_on_every_text(grown: GrownForest) -> None:
+    found = verdict(grown.evaluation.results)
+    systems = {row.system for row in found.rows["test"]}
+    assert {SEED, TRANSFORMER_LM, PAPER_ENSEMBLE, CALIBRATED_ENSEMBLE, "average, uniform", "average, posterior"} <= systems
+    for row in found.rows["test"]:
+        wanted = {"kitchen", "harbour", "orchard"} | ({"market"} if row.system != "the domain's own expert" else set())
+        assert set(row.cells) == wanted
+    best = {text: row.cells[text].perplexity for row in found.rows["test"] for text in row.cells if row.system == SEED}
+    assert all(1 < perplexity < 320 for perplexity in best.values())
