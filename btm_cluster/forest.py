@@ -96,9 +96,9 @@ def merge_into(forest: Forest, experts: Sequence[Expert], manifests: Mapping[str
         if known.identity != expert.identity:
             raise UserError(
                 f"the domain {expert.domain!r} already stands in forest version {forest.version}",
-                found=f"text {expert.text[:12]}",
-                expected=f"text {known.text[:12]}, on which its expert was trained",
-                remedy="give the new text a name of its own",
+                found=f"expert {expert.identity[:12]} on text {expert.text[:12]}",
+                expected=f"expert {known.identity[:12]} on text {known.text[:12]}",
+                remedy="give another text a name of its own; another expert on the same text is not needed",
             )
     return dataclasses.replace(
         forest,

@@ -256,6 +256,8 @@ class Ledger:
         if document is None:
             return None
         body = document["body"]
+        if (found := f"{body['kind']}/{body['identity']}") not in key:
+            raise IntegrityError(f"{key} is another artifact's manifest", found=found, expected=key)
         blobs = tuple(Blob(**{**blob, "chunks": tuple(blob["chunks"])}) for blob in body["blobs"])
         return Artifact(
             body["kind"], body["identity"], body["recipe"], body["facts"], document["note"], blobs, document["hash"]

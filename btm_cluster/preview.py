@@ -16,6 +16,7 @@ from btm_cluster.language_model.pretrained import pretrained_vocabulary, resolve
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import (
+    HELD_OUT,
     Ground,
     block_requests,
     expert_request,
@@ -23,6 +24,7 @@ from btm_cluster.recipes import (
     ground_of,
     model_config,
     read_requests,
+    score_request,
     seed_request,
     seed_start,
     tokenizer_request,
@@ -88,13 +90,13 @@ def preview(plan: Plan, ledger: Ledger) -> Preview:
     steps = [_reading(name, memo, ledger) for name, memo in memos.items()]
     rate = _rate(plan, ledger)
     if ledger.forest(0) is not None or len(known) == len(memos):  # then all founding texts are known
-        ground = _ground(plan, ledger, known, vocabulary)
-        steps += _preparation(ground, ledger) + _trainings(ground, ledger, parameters, rate)
-        unread = [domain.name for domain in plan.domains if domain.name not in known]
-        steps += _unread_experts(plan, unread, parameters, rate)
+        ground, unread = _ground(plan, ledger, known, vocabulary), len(known) < len(memos)
+        steps += _preparation(ground, ledger, unread) + _trainings(ground, ledger, parameters, rate)
+        steps += _unread_experts(plan, [d.name for d in plan.domains if d.name not in known], parameters, rate)
+        steps.append(_scores(ground, ledger, unread))
     else:
         steps += [Step("tokenizer", UNREAD), Step("token blocks", UNREAD)]
-        steps += _unread_trainings(plan, parameters, rate)
+        steps += [*_unread_trainings(plan, parameters, rate), Step("scores", UNREAD)]
     return Preview(
         tuple(steps), parameters, non_embedding, plan.cluster.gpus_per_expert > 0, plan.cluster.price_per_gpu_hour
     )
@@ -126,16 +128,34 @@ def _ground(plan: Plan, ledger: Ledger, known: Mapping[str, Artifact], vocabular
     return ground_of(read, identities, facts, skipped, founders, founding_facts, vocabulary)
 
 
-def _preparation(ground: Ground, ledger: Ledger) -> list[Step]:
+def _preparation(ground: Ground, ledger: Ledger, unread: bool) -> list[Step]:
     blocks = block_requests(ground)
     found = [artifact for artifact in (ledger.find(request.ref) for request in blocks) if artifact is not None]
     size = sum(blob.size_bytes for artifact in found for blob in artifact.blobs)
     tokenizer = _state(ledger, tokenizer_request(ground.plan, ground.founders))
-    return [Step("tokenizer", tokenizer), Step("token blocks", _share_done(len(found), len(blocks)), stored_bytes=size)]
+    tokenized = Step("token blocks", _share_done(len(found), len(blocks), unread), stored_bytes=size)
+    return [Step("tokenizer", tokenizer), tokenized]
 
 
-def _share_done(found: int, all_of_them: int) -> str:
-    return DONE if found == all_of_them else NEW if not found else f"{all_of_them - found} of {all_of_them} new"
+def _scores(ground: Ground, ledger: Ledger, unread: bool) -> Step:
+    """Of every model that is no average, on all held-out text."""
+    forest, seed = ledger.forest(), seed_request(ground).ref
+    models = {seed, *(Ref("model", expert.identity) for expert in (forest.experts if forest else ()))}
+    new = new_domains(ground, forest) if forest is not None else list(ground.domains)
+    if branches_from_seed(ground, forest):
+        models |= {expert_request(ground, domain, seed_start(ground, seed)).ref for domain in new}
+        new = []
+    if ground.plan.baselines:
+        models.add(transformer_lm_request(ground, seed).ref)
+    parts = [(text, split) for text in ground.texts for split in HELD_OUT if text.tokens[split]]
+    found = sum(_state(ledger, score_request(ground, m, *part)) == DONE for m in models for part in parts)
+    return Step("scores", _share_done(found, (len(models) + len(new)) * len(parts), unread))
+
+
+def _share_done(found: int, total: int, unread: bool) -> str:
+    if unread:
+        return f"{found} of {total} done, and more once all texts are read"
+    return DONE if found == total else NEW if not found else f"{total - found} of {total} new"
 
 
 def _trainings(ground: Ground, ledger: Ledger, parameters: int, rate: float | None) -> list[Step]:

@@ -102,16 +102,14 @@ def _find_local(pattern: str) -> Iterator[SourceFile]:
 
 def _find_remote(pattern: str) -> Iterator[SourceFile]:
     path = pattern.removeprefix(_S3)
-    system, fixed = _bucket(path.split("/")[0]), _fixed_part(path)
-    named = system.get_file_info(path)
-    if named.type == pyarrow.fs.FileType.File:
-        infos = [named]
-    elif glob.has_magic(path):
+    system = _bucket(path.split("/")[0])
+    if glob.has_magic(path):
+        fixed = _fixed_part(path)
         deeper = path.removeprefix(fixed).lstrip("/")
         selector = pyarrow.fs.FileSelector(fixed, allow_not_found=True, recursive="/" in deeper or deeper == "**")
-        infos = [info for info in system.get_file_info(selector) if _matches(info.path, path)]
+        infos = [i for i in system.get_file_info(selector) if i.path == path or _matches(i.path, path)]
     else:
-        infos = []
+        infos = [system.get_file_info(path)]
     for info in infos:
         if info.type == pyarrow.fs.FileType.File:
             yield SourceFile(_S3 + info.path, info.size, info.mtime_ns)

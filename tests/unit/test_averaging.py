@@ -6,7 +6,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -27,8 +27,19 @@ from tests.conftest import in_process
 from tests.unit.conftest import GrownForest, copy_store
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = {"scalar": (), "one": (1,), "none": (0, 3), "vector": (7,), "odd": (3, 5, 7), "matrix": (33, 65), "thin": (1, 1, 129)}
+SHAPES = {
+    "scalar": (),
+    "one": (1,),
+    "none": (0, 3),
+    "vector": (7,),
+    "odd": (3, 5, 7),
+    "matrix": (33, 65),
+    "thin": (1, 1, 129),
+}
 WEIGHTS = [0.5, 0.3, 0.2]
+
+
+Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
 def made_up_model(dtype: torch.dtype, random_seed: int) -> dict[str, torch.Tensor]:
@@ -86,7 +97,11 @@ def write_backwards(model: Mapping[str, torch.Tensor], file: Path) -> None:
     header, data = {}, b""
     for name in sorted(model, reverse=True):
         raw = model[name].contiguous().numpy().tobytes()
-        header[name] = {"dtype": "F32", "shape": list(model[name].shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        header[name] = {
+            "dtype": "F32",
+            "shape": list(model[name].shape),
+            "data_offsets": [len(data), len(data) + len(raw)],
+        }
         data += raw
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
@@ -113,7 +128,7 @@ def test_tensors_are_matched_by_name_wherever_they_lie_in_a_file(tmp_path: Path)
     ],
     ids=["shape", "dtype", "one tensor more", "one tensor less"],
 )
-def test_other_tensors_are_refused_from_the_headers_alone(change, named: str, tmp_path: Path) -> None:  # noqa: ANN001
+def test_other_tensors_are_refused_from_the_headers_alone(change: Change, named: str, tmp_path: Path) -> None:
     model = made_up_model(torch.float32, 0)
     for name, tensors in (("a", model), ("b", change(model))):
         save_file(tensors, tmp_path / name)

@@ -226,7 +226,9 @@ def test_what_a_model_says_of_padding_plays_no_part(tmp_path: Path, garbage: flo
     clean = np.where(shard >= 0, scores, -1.0)
     models, refs = commit_split(Ledger.open(f"{tmp_path}/a"), str(tmp_path), [shard], clean)
     expected = ScoreStack(Ledger.open(f"{tmp_path}/a"), models, refs)
-    models, refs = commit_split(Ledger.open(f"{tmp_path}/b"), str(tmp_path), [shard], np.where(shard >= 0, scores, garbage))
+    models, refs = commit_split(
+        Ledger.open(f"{tmp_path}/b"), str(tmp_path), [shard], np.where(shard >= 0, scores, garbage)
+    )
     found = ScoreStack(Ledger.open(f"{tmp_path}/b"), models, refs)
     assert found.tokens().tolist() == [5, 9, 7]
     prior_E = torch.tensor([0.4, 0.6], dtype=torch.float64).log()

@@ -253,7 +253,10 @@ def test_the_fitted_prior_does_not_care_how_hard_a_token_is() -> None:
     logp_EBT = made_up_scores(3, 4, 20, random_seed=15)
     harder = logp_EBT - 5000 * torch.rand(1, 4, 20, generator=torch.Generator().manual_seed(16), dtype=torch.float64)
     torch.testing.assert_close(
-        fitted_prior(harder, everything(harder)).exp(), fitted_prior(logp_EBT, everything(logp_EBT)).exp(), rtol=0, atol=1e-6
+        fitted_prior(harder, everything(harder)).exp(),
+        fitted_prior(logp_EBT, everything(logp_EBT)).exp(),
+        rtol=0,
+        atol=1e-6,
     )
 
 

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from btm_cluster.report import CALIBRATED_ENSEMBLE, PAPER_ENSEMBLE, SEED, TRANSFORMER_LM, Row, SplitResult, Verdict, verdict
+from btm_cluster.report import (
+    CALIBRATED_ENSEMBLE,
+    PAPER_ENSEMBLE,
+    SEED,
+    TRANSFORMER_LM,
+    Row,
+    SplitResult,
+    Verdict,
+    verdict,
+)
 from tests.unit.conftest import GrownForest
 
 DOCUMENTS = 200
@@ -22,7 +31,11 @@ def split_result(text: str, is_target: bool, factors: dict[str, float], split: s
 
 
 def texts_with(factors: dict[str, float]) -> list[SplitResult]:
-    return [split_result("law", False, factors), split_result("code", False, factors), split_result("mail", True, factors)]
+    return [
+        split_result("law", False, factors),
+        split_result("code", False, factors),
+        split_result("mail", True, factors),
+    ]
 
 
 def row_of(found: Verdict, system: str) -> Row:
@@ -101,7 +114,9 @@ def test_documents_of_different_texts_are_drawn_independently() -> None:
     )
     renamed = SplitResult("twin", False, "test", other.logp, other.tokens_D)
     row = row_of(verdict([one, renamed]), SEED)
-    width = {name: cell.interval[1] - cell.interval[0] for name, cell in {**row.cells, "mean": row.means["all"]}.items()}
+    width = {
+        name: cell.interval[1] - cell.interval[0] for name, cell in {**row.cells, "mean": row.means["all"]}.items()
+    }
     assert width["mean"] == pytest.approx(width["law"] / math.sqrt(2), rel=0.15)
 
 
@@ -123,7 +138,14 @@ def test_the_same_results_give_the_same_verdict_as_plain_json() -> None:
 def test_a_real_forests_verdict_has_every_system_on_every_text(grown: GrownForest) -> None:
     found = verdict(grown.evaluation.results)
     systems = {row.system for row in found.rows["test"]}
-    assert {SEED, TRANSFORMER_LM, PAPER_ENSEMBLE, CALIBRATED_ENSEMBLE, "average, uniform", "average, posterior"} <= systems
+    assert {
+        SEED,
+        TRANSFORMER_LM,
+        PAPER_ENSEMBLE,
+        CALIBRATED_ENSEMBLE,
+        "average, uniform",
+        "average, posterior",
+    } <= systems
     for row in found.rows["test"]:
         wanted = {"kitchen", "harbour", "orchard"} | ({"market"} if row.system != "the domain's own expert" else set())
         assert set(row.cells) == wanted

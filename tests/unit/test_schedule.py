@@ -16,13 +16,9 @@ BUDGETS = [(12, 1), (12, 0), (100, 8), (80_000, 6_400), (7, 7), (1, 0)]
 @pytest.mark.parametrize(("updates", "warmup"), BUDGETS)
 def test_the_learning_rate_rises_linearly_to_its_peak_and_falls_linearly_to_zero(updates: int, warmup: int) -> None:
     for update in range(0, updates, max(1, updates // 97)):
-        if update < warmup:
-            expected = Fraction(update + 1, warmup)
-        else:
-            expected = Fraction(updates - update, updates - warmup)
-        assert learning_rate(update, peak=5e-4, updates=updates, warmup_updates=warmup) == pytest.approx(
-            5e-4 * float(expected), rel=1e-12
-        )
+        share = Fraction(update + 1, warmup) if update < warmup else Fraction(updates - update, updates - warmup)
+        found = learning_rate(update, peak=5e-4, updates=updates, warmup_updates=warmup)
+        assert found == pytest.approx(5e-4 * float(share), rel=1e-12)
 
 
 def test_the_first_update_learns_and_the_line_reaches_zero_only_at_the_end_of_the_budget() -> None:
@@ -52,7 +48,9 @@ def direct_rewarmed(update: int, branch: int, peak: float, updates: int, warmup:
     return peak * min(1.0, (updates - update) / (updates - warmup))
 
 
-@pytest.mark.parametrize(("branch", "updates", "warmup"), [(6, 12, 1), (500, 1000, 80), (40_000, 80_000, 6_400), (3, 1000, 80)])
+@pytest.mark.parametrize(
+    ("branch", "updates", "warmup"), [(6, 12, 1), (500, 1000, 80), (40_000, 80_000, 6_400), (3, 1000, 80)]
+)
 def test_a_branch_without_an_optimiser_warms_up_again_and_then_follows_the_line(
     branch: int, updates: int, warmup: int
 ) -> None:

@@ -115,7 +115,9 @@ def test_bfloat16_arithmetic_still_gives_float32_scores_close_to_the_exact_ones(
     assert len(np.unique(rough)) > 1000, "rounded to bfloat16, there would be only some hundred values"
 
 
-def test_a_model_that_diverged_is_a_failure_that_says_so_and_stores_no_scores(grown: GrownForest, tmp_path: Path) -> None:
+def test_a_model_that_diverged_is_a_failure_that_says_so_and_stores_no_scores(
+    grown: GrownForest, tmp_path: Path
+) -> None:
     # Its sum of log-probabilities, nan, used to break the manifest instead: "Out of range float values are not JSON".
     driver = in_process(copy_store(grown.ground.plan, tmp_path / "store"))
     ledger = driver.ledger
@@ -130,7 +132,7 @@ def test_a_model_that_diverged_is_a_failure_that_says_so_and_stores_no_scores(gr
     assert isinstance(outcome, Failure)
     assert "not finite" in outcome.cause
     assert ledger.find(request.ref) is None
+    model = load_model(open_config(ledger, diverged), tmp_path / "model.safetensors")
+    blocks = Blocks([ledger.open_file(ledger.get(ref), "tokens.npy") for ref in request.tokens])
     with pytest.raises(TrainingError):
-        model = load_model(open_config(ledger, diverged), tmp_path / "model.safetensors")
-        blocks = Blocks([ledger.open_file(ledger.get(ref), "tokens.npy") for ref in request.tokens])
         score_blocks(model, blocks, 0, request.how, tmp_path / "logp.npy")

@@ -1,0 +1,233 @@
+"""What every adapter of the storage port must do. An adapter joins by a line in ADAPTERS."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from btm_cluster.errors import MissingError, StoreError
+from btm_cluster.storage import Entry, Storage, open_storage
+from btm_cluster.storage.local_folder import LocalFolder
+
+ADAPTERS: dict[str, Callable[[Path], Storage]] = {
+    "local folder": lambda folder: LocalFolder(str(folder / "store")),
+}
+"""By name: a fresh, empty store; the folder is the test's own."""
+
+
+@pytest.fixture(params=list(ADAPTERS))
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    return ADAPTERS[request.param](tmp_path)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Callable[[bytes], Path]:
+    """Writes a local file to upload."""
+    count = iter(range(1000))
+
+    def write(data: bytes) -> Path:
+        path = tmp_path / f"to-upload-{next(count)}"
+        path.write_bytes(data)
+        return path
+
+    return write
+
+
+def keys(storage: Storage, prefix: str) -> list[str]:
+    return [entry.key for entry in storage.list(prefix)]
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"x", bytes(range(256)) * 4096, "ä – 語".encode()], ids=["empty", "byte", "1 MiB", "utf-8"]
+)
+def test_what_is_created_or_uploaded_is_read_back_byte_for_byte(
+    storage: Storage, file: Callable[[bytes], Path], data: bytes
+) -> None:
+    assert storage.create("artifacts/model/a.json", data)
+    storage.upload("blobs/b", file(data))
+    for key in ("artifacts/model/a.json", "blobs/b"):
+        assert storage.read(key) == data
+        assert storage.download(key).read_bytes() == data
+
+
+def test_create_writes_once_and_leaves_what_is_there(storage: Storage) -> None:
+    assert storage.create("forest/000001.json", b"first")
+    assert not storage.create("forest/000001.json", b"second")
+    assert not storage.create("forest/000001.json", b"first")
+    assert storage.read("forest/000001.json") == b"first"
+
+
+def test_a_key_whose_object_was_deleted_can_be_created_again(storage: Storage) -> None:
+    storage.create("a", b"first")
+    storage.delete("a")
+    assert storage.create("a", b"second")
+    assert storage.read("a") == b"second"
+
+
+def test_of_many_who_create_one_key_at_once_exactly_one_wins_and_its_bytes_stay(storage: Storage) -> None:
+    together = threading.Barrier(8)
+
+    def create(number: int) -> bool:
+        together.wait()
+        return storage.create("forest/000007.json", b"%d" % number * 10_000)
+
+    for _ in range(5):
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(create, range(8)))
+        assert won.count(True) == 1
+        assert storage.read("forest/000007.json") == b"%d" % won.index(True) * 10_000
+        assert keys(storage, "forest/") == ["forest/000007.json"]
+        storage.delete("forest/000007.json")
+
+
+def test_upload_replaces_what_is_there(storage: Storage, file: Callable[[bytes], Path]) -> None:
+    storage.upload("blobs/a", file(b"damaged, and longer"))
+    storage.upload("blobs/a", file(b"mended"))
+    assert storage.read("blobs/a") == b"mended"
+    assert storage.download("blobs/a").read_bytes() == b"mended"
+
+
+def test_those_who_read_while_others_upload_see_whole_objects(storage: Storage, file: Callable[[bytes], Path]) -> None:
+    versions = [bytes([number]) * 300_000 for number in range(4)]
+    files = [file(version) for version in versions]
+    storage.upload("blobs/a", files[0])
+    done = threading.Event()
+
+    def read() -> set[bytes]:
+        seen = {storage.read("blobs/a")}
+        while not done.is_set():
+            seen.add(storage.read("blobs/a"))
+        return seen
+
+    with ThreadPoolExecutor(2) as pool:
+        readers = [pool.submit(read) for _ in range(2)]
+        try:
+            for path in files * 10:
+                storage.upload("blobs/a", path)
+        finally:
+            done.set()
+    for reader in readers:
+        assert reader.result() <= set(versions)
+
+
+def test_an_uploaded_file_and_its_object_do_not_change_with_each_other(
+    storage: Storage, file: Callable[[bytes], Path]
+) -> None:
+    path = file(b"as it was")
+    storage.upload("blobs/a", path)
+    path.write_bytes(b"changed afterwards")
+    assert storage.read("blobs/a") == b"as it was"
+    path.unlink()
+    assert storage.download("blobs/a").read_bytes() == b"as it was"
+
+
+def test_listing_gives_the_objects_below_a_prefix_by_key_with_their_sizes(
+    storage: Storage, file: Callable[[bytes], Path]
+) -> None:
+    for key, size in (("training/ab/000000010.json", 3), ("training/ab/000000009.json", 0), ("training/abc/1.json", 1)):
+        storage.create(key, b"x" * size)
+    storage.upload("training/ab/blobs/f", file(b"12345"))
+    assert list(storage.list("training/ab/")) == [
+        Entry("training/ab/000000009.json", 0),
+        Entry("training/ab/000000010.json", 3),
+        Entry("training/ab/blobs/f", 5),
+    ]
+    assert keys(storage, "training/ab") == [
+        "training/ab/000000009.json", "training/ab/000000010.json", "training/ab/blobs/f", "training/abc/1.json",
+    ]  # fmt: skip
+    assert keys(storage, "training/ab/0000000") == ["training/ab/000000009.json", "training/ab/000000010.json"]
+    assert keys(storage, "") == keys(storage, "training/")
+
+
+def test_listing_where_nothing_is_gives_nothing(storage: Storage) -> None:
+    assert keys(storage, "artifacts/model/") == []
+    assert keys(storage, "") == []
+
+
+def test_a_thousand_objects_and_more_are_listed_completely(storage: Storage) -> None:
+    expected = [f"artifacts/scores/{number:05d}.json" for number in range(1100)]
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(lambda key: storage.create(key, b""), expected))
+    assert keys(storage, "artifacts/scores/") == expected
+
+
+def test_objects_can_be_deleted_while_they_are_listed(storage: Storage) -> None:
+    for number in range(5):
+        storage.create(f"training/a/{number}.json", b"x")
+    for entry in storage.list("training/a/"):
+        storage.delete(entry.key)
+    assert keys(storage, "training/a/") == []
+
+
+def test_deleting_removes_one_object_and_may_be_done_again(storage: Storage) -> None:
+    storage.create("training/a/1.json", b"x")
+    storage.create("training/a/2.json", b"y")
+    storage.delete("training/a/1.json")
+    storage.delete("training/a/1.json")
+    storage.delete("never/was/there")
+    assert keys(storage, "") == ["training/a/2.json"]
+
+
+@pytest.mark.parametrize("verb", ["read", "download"])
+def test_what_is_not_there_is_missing_and_the_error_names_it(storage: Storage, verb: str) -> None:
+    storage.create("blobs/another", b"x")
+    with pytest.raises(MissingError) as missing:
+        getattr(storage, verb)("blobs/0123")
+    assert "blobs/0123" in str(missing.value)
+    storage.create("blobs/0123", b"x")
+    storage.delete("blobs/0123")
+    with pytest.raises(MissingError):
+        getattr(storage, verb)("blobs/0123")
+
+
+@pytest.mark.parametrize("key", ["/etc/passwd", "../outside", "blobs/../../outside"])
+def test_a_key_cannot_lead_out_of_the_store(storage: Storage, file: Callable[[bytes], Path], key: str) -> None:
+    for use in (
+        lambda: storage.create(key, b"x"),
+        lambda: storage.upload(key, file(b"x")),
+        lambda: storage.read(key),
+        lambda: storage.download(key),
+        lambda: storage.delete(key),
+    ):
+        with pytest.raises(StoreError):
+            use()
+
+
+def test_a_store_is_opened_again_by_its_location(storage: Storage, file: Callable[[bytes], Path]) -> None:
+    storage.create("artifacts/model/a.json", b"manifest")
+    storage.upload("blobs/b", file(b"bytes"))
+    again = open_storage(storage.location)
+    assert type(again) is type(storage)
+    assert again.location == storage.location
+    assert again.read("artifacts/model/a.json") == b"manifest"
+    assert not again.create("artifacts/model/a.json", b"other")
+    assert keys(again, "") == ["artifacts/model/a.json", "blobs/b"]
+
+
+def test_what_fails_to_upload_leaves_no_object(storage: Storage, tmp_path: Path) -> None:
+    with pytest.raises(StoreError):
+        storage.upload("blobs/a", tmp_path / "no such file")
+    assert keys(storage, "") == []
+
+
+# A local folder alone
+
+
+def test_a_file_half_written_by_a_process_that_died_is_no_object(tmp_path: Path) -> None:
+    storage = LocalFolder(str(tmp_path))
+    storage.create("artifacts/model/a.json", b"whole")
+    (left,) = tmp_path.glob("artifacts/model/*")
+    left.with_name(".writing-0123").write_bytes(b"ha")
+    assert keys(storage, "") == ["artifacts/model/a.json"]
+
+
+def test_a_folder_that_cannot_be_written_is_a_store_error_that_says_where(tmp_path: Path) -> None:
+    (tmp_path / "artifacts").write_text("a file where a folder should be")
+    storage = LocalFolder(str(tmp_path))
+    with pytest.raises(StoreError) as failed:
+        storage.create("artifacts/model/a.json", b"x")
+    assert not isinstance(failed.value, MissingError)
+    assert str(tmp_path) in str(failed.value)
+    assert failed.value.remedy

@@ -1,0 +1,203 @@
+"""Models from elsewhere as the seed, and models of other architectures: small ones, through the real pipeline."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+
+from btm_cluster.errors import PlanError, UserError
+from btm_cluster.language_model.model import full_config
+from btm_cluster.language_model.pretrained import pretrained_config, pretrained_model, resolve
+from btm_cluster.language_model.tokenizer import train_tokenizer
+from btm_cluster.ledger import Ref
+from btm_cluster.plan import ModelPlan, Plan
+from btm_cluster.run import run_plan
+from tests.conftest import DOMAINS, in_process, made_up_documents
+
+SMALL = {
+    "gpt2": {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2},
+    "llama": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+    },
+    "gpt_neox": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+    },
+    "opt": {
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+    },
+}
+
+
+def build(kind: str, auto: Any = AutoModelForCausalLM, **fields: Any) -> PreTrainedModel:
+    """A small model of 320 tokens."""
+    torch.manual_seed(0)
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    model: PreTrainedModel = auto.from_config(AutoConfig.for_model(kind, vocab_size=320, **ends, **fields))
+    return model
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small GPT-2 and its tokenizer, as anybody would save them."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    build("gpt2", **SMALL["gpt2"]).save_pretrained(folder)
+    train_tokenizer([d for name in DOMAINS for d in made_up_documents(name, 100)], 320, folder)
+    return folder
+
+
+@pytest.fixture
+def copy(pretrained: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be broken."""
+    return Path(shutil.copytree(pretrained, tmp_path / "copy"))
+
+
+def edit(folder: Path, **fields: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+
+
+def on(folder: Path, fields: dict[str, Any]) -> Plan:
+    """The tiny plan with a pretrained model and its tokenizer."""
+    source = {"pretrained": str(folder)}
+    return Plan.model_validate(fields | {"model": source, "tokenizer": source})
+
+
+def test_a_whole_plan_runs_from_a_pretrained_model(pretrained: Path, fields: dict[str, Any]) -> None:
+    plan = on(pretrained, fields)
+    driver = in_process(plan)
+    run = run_plan(plan, driver)
+    assert run.forest.domains == tuple(sorted(DOMAINS))
+    seed = driver.ledger.get(Ref("model", run.forest.foundation.seed))
+    stored = load_file(driver.ledger.open_file(seed, "model.safetensors"))
+    original = load_file(pretrained / "model.safetensors")
+    assert stored.keys() == original.keys()
+    assert all(torch.equal(stored[name], original[name]) for name in original)
+    assert not run_plan(plan, in_process(plan)).made
+
+
+def test_a_pretrained_model_is_the_same_wherever_it_lies(pretrained: Path, copy: Path) -> None:
+    assert pretrained_model(str(copy), False).sha256 == pretrained_model(str(pretrained), False).sha256
+    edit(copy, resid_pdrop=0.5)
+    assert pretrained_model(str(copy), False).sha256 != pretrained_model(str(pretrained), False).sha256
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "opt"])
+def test_a_model_of_another_architecture_goes_through_the_pipeline(kind: str, fields: dict[str, Any]) -> None:
+    model = {"config": {"model_type": kind, **SMALL[kind]}}
+    plan = Plan.model_validate(fields | {"model": model, "domains": fields["domains"][:2]})
+    driver = in_process(plan)
+    run = run_plan(plan, driver)
+    assert len(run.forest.experts) == 2
+    expert = driver.ledger.get(Ref("model", run.forest.experts[0].identity))
+    assert json.loads(driver.ledger.open_file(expert, "config.json").read_text())["model_type"] == kind
+
+
+def test_an_unknown_configuration_field_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(PlanError, match=r"model\.config\.n_layers") as caught:
+        full_config(ModelPlan(config={"model_type": "gpt2", "n_layers": 2}), 320, 32)
+    assert "`n_layer`" in caught.value.remedy
+    with pytest.raises(PlanError, match=r"model\.config\.hidden_sise") as caught:
+        full_config(ModelPlan(config={"model_type": "llama", "hidden_sise": 32}), 320, 32)
+    assert "`hidden_size`" in caught.value.remedy
+
+
+def refusal(folder: Path, vocabulary: int = 320, block_tokens: int = 32) -> UserError:
+    """The error with which a model folder is refused before anything runs."""
+    with pytest.raises(UserError) as caught:
+        pretrained_config(pretrained_model(str(folder), False), vocabulary, block_tokens)
+    assert caught.value.found
+    assert caught.value.expected
+    assert caught.value.remedy
+    return caught.value
+
+
+@pytest.mark.parametrize("content", ["nope", "{}", "[1]", '{"model_type": "unknown"}', '{"model_type": "t5"}'])
+def test_a_configuration_that_is_none_of_a_causal_model_is_refused(content: str, copy: Path) -> None:
+    (copy / "config.json").write_text(content)
+    assert "is no causal language model" in str(refusal(copy))
+
+
+def test_a_folder_without_model_files_is_refused_with_what_is_there(pretrained: Path, tmp_path: Path) -> None:
+    assert "nothing in it" in str(refusal(tmp_path))
+    shutil.copy(pretrained / "config.json", tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
+    assert "config.json, pytorch_model.bin" in str(refusal(tmp_path))
+
+
+def test_a_model_that_fits_neither_tokenizer_nor_blocks_is_refused(pretrained: Path) -> None:
+    assert "at least 321" in str(refusal(pretrained, vocabulary=321))
+    assert "at most 64" in str(refusal(pretrained, block_tokens=65))
+
+
+def test_what_is_no_folder_is_looked_for_on_the_hub_and_refused(tmp_path: Path) -> None:
+    for name in (str(tmp_path / "none"), "../none", "no such/name"):
+        with pytest.raises(UserError, match="cannot find the pretrained") as caught:
+            resolve(name)
+        assert "from the hub" in caught.value.found
+
+
+def test_code_that_comes_with_a_model_is_not_run(copy: Path, tmp_path: Path) -> None:
+    (copy / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    edit(copy, model_type="evil", auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"})
+    assert "custom code" in str(refusal(copy))
+    assert not (tmp_path / "ran").exists()
+
+
+def running(folder: Path, fields: dict[str, Any]) -> UserError:
+    """The error with which a run from a model folder ends; nothing of it is in the store."""
+    plan = on(folder, fields)
+    driver = in_process(plan)
+    with pytest.raises(UserError) as caught:
+        run_plan(plan, driver)
+    assert not list(driver.ledger.list_artifacts("model"))
+    assert not driver.ledger.versions()
+    assert caught.value.found
+    assert caught.value.remedy
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"n_layer": 3}, "missing: transformer.h.2"),
+        ({"n_layer": 1}, "unexpected: transformer.h.1"),
+        ({"n_embd": 64}, "mismatched: transformer.h.0"),
+    ],
+)
+def test_weights_that_do_not_match_their_configuration_are_refused(
+    change: dict[str, int], part: str, copy: Path, fields: dict[str, Any]
+) -> None:
+    """Transformers only warns: it starts missing layers at random and drops those that are too many."""
+    edit(copy, **change)
+    assert part in running(copy, fields).found
+
+
+def test_weights_that_are_not_whole_are_refused(copy: Path, fields: dict[str, Any]) -> None:
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "cannot read the weights" in str(running(copy, fields))
+
+
+def test_a_model_that_sees_later_tokens_is_refused(copy: Path, fields: dict[str, Any]) -> None:
+    """BERT opens as a causal model and reads what it is asked to predict: a perplexity of nearly 1."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    build("bert", AutoModelForMaskedLM, **sizes).save_pretrained(copy)
+    assert "later tokens" in str(running(copy, fields))

@@ -1,0 +1,227 @@
+"""`btm plan`: what a run would do and cost, before and after texts are read and models trained."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from btm_cluster.algorithm import prepare
+from btm_cluster.errors import FoundationError, UserError
+from btm_cluster.language_model.tokenizer import train_tokenizer
+from btm_cluster.ledger import Ledger, Ref
+from btm_cluster.plan import Plan
+from btm_cluster.preview import DONE, NEW, UNREAD, Preview, Step, preview
+from btm_cluster.run import run_plan
+from tests.conftest import DOMAINS, in_process, made_up_documents, plan_fields, write_jsonl
+
+
+def look(fields: dict[str, Any]) -> Preview:
+    plan = Plan.model_validate(fields)
+    return preview(plan, Ledger.open(plan.store))
+
+
+def states(seen: Preview) -> dict[str, str]:
+    return {step.name: step.state for step in seen.steps}
+
+
+def step(seen: Preview, name: str) -> Step:
+    return next(step for step in seen.steps if step.name == name)
+
+
+@pytest.fixture(scope="module")
+def grown_store(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with a forest of all domains and the baseline."""
+    store = tmp_path_factory.mktemp("grown") / "store"
+    plan = Plan.model_validate(plan_fields(texts, store) | {"baselines": ["transformer-lm"]})
+    run_plan(plan, in_process(plan))
+    return store
+
+
+@pytest.fixture
+def after(grown_store: Path, fields: dict[str, Any]) -> dict[str, Any]:
+    """The plan's fields, on a copy of the grown store."""
+    shutil.copytree(grown_store, fields["store"])
+    return fields | {"baselines": ["transformer-lm"]}
+
+
+NAMES = [*DOMAINS, "market"]
+
+
+def test_before_texts_are_read_sizes_are_known_and_nothing_is_claimed_of_the_rest(fields: dict[str, Any]) -> None:
+    seen = look(fields | {"baselines": ["transformer-lm"]})
+    assert states(seen) == {f"read {name}": NEW for name in NAMES} | {
+        "tokenizer": UNREAD,
+        "token blocks": UNREAD,
+        "seed": UNREAD,
+        **{f"expert {name}": UNREAD for name in DOMAINS},
+        "transformer-lm": UNREAD,
+        "scores": UNREAD,
+    }
+    assert (step(seen, "seed").updates, step(seen, "seed").tokens) == (6, 6 * 3 * 4 * 32)
+    assert (step(seen, "expert kitchen").updates, step(seen, "expert kitchen").tokens) == (6, 6 * 4 * 32)
+    assert step(seen, "transformer-lm").tokens == 6 * 3 * 4 * 32
+    assert seen.device_hours is None
+    assert seen.money is None
+    assert not Path(fields["store"]).exists()
+
+
+def test_what_is_foretold_before_reading_is_what_is_foretold_afterwards_and_done(
+    fields: dict[str, Any], after: dict[str, Any]
+) -> None:
+    before = look(after | {"store": f"{fields['store']}-empty"})
+    done = look(after)
+    assert set(states(done).values()) == {DONE}
+    assert (before.parameters, before.non_embedding_parameters) == (done.parameters, done.non_embedding_parameters)
+    for one in before.steps:
+        other = step(done, one.name)
+        assert (one.updates, one.tokens) == (other.updates, other.tokens)
+        assert one.stored_bytes in (0, other.stored_bytes)
+    assert done.device_hours == 0
+
+
+def test_parameters_and_bytes_are_those_of_the_stored_models(after: dict[str, Any]) -> None:
+    seen, ledger = look(after), Ledger.open(after["store"])
+    forest = ledger.forest()
+    assert forest is not None
+    weights = ledger.get(Ref("model", forest.foundation.seed)).blob("model.safetensors").size_bytes
+    assert 4 * seen.parameters < weights < 4 * seen.parameters + 10_000  # and a header
+    assert seen.parameters == 320 * 32 + 32 * 32 + 12 * 32**2 + 13 * 32 + 2 * 32
+    assert seen.non_embedding_parameters == 12 * 32**2 + 13 * 32 + 2 * 32
+    assert step(seen, "expert kitchen").stored_bytes == 4 * seen.parameters
+    assert step(seen, "seed").stored_bytes == 12 * seen.parameters
+    blobs = ledger.list_artifacts("tokens")
+    assert step(seen, "token blocks").stored_bytes == sum(blob.size_bytes for t in blobs for blob in t.blobs)
+
+
+def test_hours_and_money_follow_from_the_plans_rate_and_price(fields: dict[str, Any]) -> None:
+    cluster = fields["cluster"] | {"gpus_per_expert": 1, "tokens_per_gpu_second": 10, "price_per_gpu_hour": 3}
+    seen = look(fields | {"cluster": cluster})
+    tokens = 2 * 6 * 3 * 4 * 32  # the seed, and three experts
+    assert seen.device_hours == pytest.approx(tokens / 10 / 3600)
+    assert seen.money == pytest.approx(3 * tokens / 10 / 3600)
+    assert step(seen, "seed").device_hours == pytest.approx(tokens / 2 / 10 / 3600)
+    assert json.loads(json.dumps(seen.to_json()))["money"] == seen.money
+
+
+def test_earlier_runs_give_a_rate_for_the_same_kind_of_device_only(after: dict[str, Any]) -> None:
+    longer = after | {"store": after["store"], "training": after["training"]}
+    market = {"name": "late", "text": after["targets"][0]["text"]}
+    seen = look(longer | {"domains": [*after["domains"], market], "targets": []})
+    assert seen.device_hours is not None
+    assert seen.device_hours > 0
+    assert seen.money is None  # hours of a CPU have no price
+    gpus = look(longer | {"domains": [*after["domains"], market], "targets": [], "cluster": {"gpus_per_expert": 1}})
+    assert gpus.device_hours is None
+
+
+def test_a_domain_that_arrives_later_leaves_the_others_done(after: dict[str, Any], tmp_path: Path) -> None:
+    late = {"name": "late", "text": str(write_jsonl(tmp_path / "late.jsonl", made_up_documents("late", 100)))}
+    fields = after | {"domains": [*after["domains"], late]}
+    seen = look(fields)
+    changed = {name: state for name, state in states(seen).items() if state != DONE}
+    assert changed == {
+        "read late": NEW,
+        "token blocks": "11 of 11 done, and more once all texts are read",
+        "expert late": UNREAD,
+        "scores": "40 of 40 done, and more once all texts are read",
+    }
+    assert step(seen, "seed").tokens == 6 * 3 * 4 * 32  # of the founding domains
+    plan = Plan.model_validate(fields)
+    prepare(plan, in_process(plan))
+    changed = {name: state for name, state in states(look(fields)).items() if state != DONE}
+    assert changed == {"expert late": NEW, "scores": "20 of 60 new"}  # 5 models on 8 parts; 6 on 10
+
+
+def test_a_new_target_means_new_blocks_and_no_training(after: dict[str, Any], tmp_path: Path) -> None:
+    late = {"name": "fair", "text": str(write_jsonl(tmp_path / "fair.jsonl", made_up_documents("fair", 60)))}
+    seen = look(after | {"targets": [*after["targets"], late]})
+    changed = {name: state for name, state in states(seen).items() if state != DONE}
+    assert changed.keys() == {"read fair", "token blocks", "scores"}
+    assert changed["token blocks"].endswith("and more once all texts are read")
+    assert seen.device_hours == 0
+
+
+def test_texts_that_are_read_and_not_trained_on_are_told_apart(fields: dict[str, Any]) -> None:
+    plan = Plan.model_validate(fields)
+    prepare(plan, in_process(plan))
+    seen = states(look(fields))
+    assert {seen[f"read {name}"] for name in NAMES} == {DONE}
+    assert [seen[name] for name in ("tokenizer", "token blocks")] == [DONE, DONE]
+    assert {seen[name] for name in ("seed", *(f"expert {name}" for name in DOMAINS), "scores")} == {NEW}
+
+
+def test_blocks_are_counted_where_only_some_are_new(fields: dict[str, Any]) -> None:
+    plan = Plan.model_validate(fields)
+    driver = in_process(plan)
+    prepare(plan, driver)
+    manifests = sorted(Path(plan.store, "artifacts", "tokens").iterdir())
+    manifests[0].unlink()
+    assert states(look(fields))["token blocks"] == f"1 of {len(manifests)} new"
+
+
+def test_a_file_that_was_touched_is_read_again_and_trainings_stay_done(
+    after: dict[str, Any], texts: dict[str, Path], tmp_path: Path
+) -> None:
+    own = shutil.copy(texts["market"], tmp_path / "market.jsonl")
+    fields = after | {"targets": [{"name": "market", "text": str(own)}]}
+    plan = Plan.model_validate(fields)
+    prepare(plan, in_process(plan))
+    assert set(states(look(fields)).values()) == {DONE}
+    os.utime(own, ns=(0, 0))
+    changed = {name: state for name, state in states(look(fields)).items() if state != DONE}
+    assert changed.keys() == {"read market", "token blocks", "scores"}
+
+
+def test_a_plan_of_fewer_domains_than_its_forest_is_done(after: dict[str, Any]) -> None:
+    seen = look(after | {"domains": after["domains"][1:]})
+    assert set(states(seen).values()) == {DONE}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"config": {"model_type": "gpt2", "n_layer": 1, "n_embd": 64, "n_head": 2}}},
+        {"tokenizer": {"train": {"vocabulary": 330}}},
+        {"training": {"block_tokens": 16, "updates": 12, "blocks_per_domain_update": 4}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_plan_that_changes_the_foundation_is_refused_as_a_run_refuses_it(
+    change: dict[str, Any], after: dict[str, Any]
+) -> None:
+    with pytest.raises(FoundationError):
+        look(after | change)
+
+
+def test_a_plan_that_a_run_would_refuse_is_refused(fields: dict[str, Any]) -> None:
+    config = {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2}
+    for change, part in (
+        ({"domains": [{"name": "a", "text": "none.jsonl"}]}, "matches no file"),
+        ({"model": {"config": config | {"n_positions": 16}}}, "block_tokens"),
+        ({"model": {"config": config | {"n_heads": 2}}}, "`n_head`"),
+        ({"model": {"config": config | {"n_embd": 33}}}, "gpt2"),
+        ({"tokenizer": {"pretrained": "no/../tokenizer"}}, "cannot find the pretrained"),
+    ):
+        with pytest.raises(UserError) as caught:
+            look(fields | change)
+        assert part in str(caught.value)
+
+
+def test_a_pretrained_seed_takes_no_updates_and_stores_no_optimizer(fields: dict[str, Any], tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = tmp_path / "pretrained"
+    small = {"n_positions": 32, "n_embd": 32, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", vocab_size=320, **small)).save_pretrained(folder)
+    train_tokenizer(made_up_documents("kitchen", 100), 320, folder)
+    plan_fields = fields | {"model": {"pretrained": str(folder)}, "tokenizer": {"pretrained": str(folder)}}
+    plan = Plan.model_validate(plan_fields)
+    before = look(plan_fields)
+    prepare(plan, in_process(plan))
+    for seen in (before, look(plan_fields)):
+        seed = step(seen, "seed")
+        assert (seed.updates, seed.tokens, seed.stored_bytes) == (0, 0, 4 * seen.parameters)
+        assert step(seen, "expert kitchen").updates == 6

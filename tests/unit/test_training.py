@@ -1,0 +1,452 @@
+"""Training of real two-layer models: killed and resumed, cut in two, accumulated, diverging, and against a plain loop."""
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from btm_cluster.algorithm import prepare, resumed
+from btm_cluster.errors import Stopped, TrainingError
+from btm_cluster.forest import Parent
+from btm_cluster.language_model import training
+from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.plan import Plan
+from btm_cluster.steps.train import open_blocks, train
+from btm_cluster.workers import AverageRequest, Progress, Start, TrainRequest
+from tests.conftest import in_process
+from tests.unit.conftest import Prepared, copy_store
+
+AT_EVERY_UPDATE = 1e-9
+"""A time between two training checkpoints that is always over."""
+
+
+class Undisturbed:
+    """Lets training run."""
+
+    def report(self, progress: Progress) -> None:
+        pass
+
+    def stopping(self) -> bool:
+        return False
+
+
+class MachineDied(Exception):
+    """Stands for anything that ends a process without asking."""
+
+
+@dataclass
+class Interrupting(Undisturbed):
+    """After `updates` more updates, stops (or dies)."""
+
+    updates: int
+    dies: bool = False
+
+    def stopping(self) -> bool:
+        self.updates -= 1
+        if self.updates < 0 and self.dies:
+            raise MachineDied
+        return self.updates < 0
+
+
+def weights_of(model: Artifact) -> dict[str, str]:
+    """Hashes of the files in which bit-identical trainings are bit-identical."""
+    return {blob.name: blob.sha256 for blob in model.blobs if blob.name.endswith(".safetensors")}
+
+
+def run(prepared: Prepared, request: TrainRequest, control: Undisturbed | None = None) -> Artifact:
+    """Trains as the driver asks for it: with the resources of the first start."""
+    ledger = prepared.driver.ledger
+    return train(resumed(request, ledger), ledger, control or Undisturbed())
+
+
+def last_saved(prepared: Prepared, request: TrainRequest) -> int | None:
+    saved = prepared.driver.ledger.latest_training(request.ref.identity)
+    return None if saved is None else saved.recipe["update"]
+
+
+def average_of(prepared: Prepared, models: list[Artifact]) -> Start:
+    """A start from the uniform average of models, as a later branch has it."""
+    parents = tuple(Parent(model.identity, 1 / len(models)) for model in models)
+    (average,) = prepared.driver.workers.average([AverageRequest("start", parents, {})])
+    assert isinstance(average, Artifact)
+    return Start(average.ref, parents, keep_optimizer=False)
+
+
+def branched_from_average(prepared: Prepared) -> TrainRequest:
+    first, second, third = prepared.branches()
+    return replace(third, start=average_of(prepared, [run(prepared, first), run(prepared, second)]))
+
+
+REQUESTS: dict[str, Callable[[Prepared], TrainRequest]] = {
+    "seed": lambda prepared: prepared.seed,
+    "expert": lambda prepared: prepared.branches()[0],
+    "expert from an average": branched_from_average,
+    "transformer-lm": lambda prepared: (prepared.plant(), prepared.transformer_lm)[1],
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared_plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, dict[str, str]]:
+    """Weights of every kind of training when nothing happens to it."""
+    plan = copy_store(prepared_plan, tmp_path_factory.mktemp("undisturbed") / "store")
+    driver = in_process(plan)
+    prepared = Prepared(driver, prepare(plan, driver))
+    return {kind: weights_of(run(prepared, request(prepared))) for kind, request in REQUESTS.items()}
+
+
+# Killed and resumed
+
+
+@pytest.mark.parametrize("after", range(6))
+@pytest.mark.parametrize("kind", ["seed", "expert"])
+def test_training_stopped_before_any_update_and_resumed_ends_in_the_same_weights(
+    prepared: Prepared, undisturbed: Mapping[str, dict[str, str]], kind: str, after: int
+) -> None:
+    request = REQUESTS[kind](prepared)
+    with pytest.raises(Stopped):
+        run(prepared, request, Interrupting(after))
+    assert last_saved(prepared, request) == request.first_update + after
+    assert prepared.driver.ledger.find(request.ref) is None
+    assert weights_of(run(prepared, request)) == undisturbed[kind]
+    assert last_saved(prepared, request) is None
+
+
+@pytest.mark.parametrize("kind", list(REQUESTS))
+def test_training_that_dies_at_every_update_ends_in_the_same_weights(
+    prepared: Prepared, undisturbed: Mapping[str, dict[str, str]], kind: str
+) -> None:
+    request = replace(REQUESTS[kind](prepared), checkpoint_seconds=AT_EVERY_UPDATE)
+    for update in range(request.first_update + 1, request.last_update):
+        with pytest.raises(MachineDied):
+            run(prepared, request, Interrupting(1, dies=True))
+        assert last_saved(prepared, request) == update
+    assert weights_of(run(prepared, request)) == undisturbed[kind]
+
+
+def test_training_whose_last_report_fails_loses_one_update_and_ends_in_the_same_weights(
+    prepared: Prepared, undisturbed: Mapping[str, dict[str, str]]
+) -> None:
+    class Unreachable(Undisturbed):
+        def report(self, progress: Progress) -> None:
+            raise MachineDied(progress.label)
+
+    request = replace(prepared.seed, checkpoint_seconds=AT_EVERY_UPDATE)
+    with pytest.raises(MachineDied):
+        run(prepared, request, Unreachable())
+    assert last_saved(prepared, request) == 5
+    assert weights_of(run(prepared, request)) == undisturbed["seed"]
+
+
+def test_training_killed_between_its_last_checkpoint_and_its_commit_has_nothing_left_to_do(
+    prepared: Prepared, undisturbed: Mapping[str, dict[str, str]]
+) -> None:
+    ledger, request = prepared.driver.ledger, replace(prepared.seed, checkpoint_seconds=AT_EVERY_UPDATE)
+    texts = [open_blocks(ledger, text) for text in request.texts]
+    training.train(request, ledger, Undisturbed(), texts, end_of_text(prepared))
+    assert last_saved(prepared, request) == request.last_update
+    assert weights_of(run(prepared, request, Interrupting(0, dies=True))) == undisturbed["seed"]
+
+
+KILLED = """
+import os, sys
+from dataclasses import replace
+from btm_cluster.algorithm import prepare
+from btm_cluster.plan import Plan
+from btm_cluster.recipes import seed_request
+from btm_cluster.steps.train import open_blocks, train
+from tests.conftest import in_process
+
+class Killed:
+    left = 4
+    def report(self, progress): pass
+    def stopping(self):
+        self.left -= 1
+        if self.left < 0:
+            os._exit(137)  # nothing is flushed, no checkpoint under way is waited for
+        return False
+
+plan = Plan.model_validate_json(sys.stdin.read())
+driver = in_process(plan)
+train(replace(seed_request(prepare(plan, driver)), checkpoint_seconds=1e-9), driver.ledger, Killed())
+"""
+
+
+def test_a_process_killed_in_the_middle_leaves_a_store_from_which_training_ends_in_the_same_weights(
+    prepared: Prepared, undisturbed: Mapping[str, dict[str, str]]
+) -> None:
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED],
+        input=prepared.ground.plan.model_dump_json(exclude_defaults=True),
+        text=True,
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert killed.returncode == 137, killed.stderr
+    assert last_saved(prepared, prepared.seed) in (3, 4), "a save waits for the one before"
+    assert weights_of(run(prepared, prepared.seed)) == undisturbed["seed"]
+
+
+def test_experts_stopped_before_their_first_update_harm_neither_the_seed_nor_each_other(
+    prepared: Prepared, undisturbed: Mapping[str, dict[str, str]]
+) -> None:
+    # Their training checkpoints hold the seed's own weights. Checkpoints once shared the store's blobs with it, and the
+    # first expert to finish deleted, with its checkpoint, the seed and its siblings' checkpoints.
+    branches = prepared.branches()
+    for request in branches:
+        with pytest.raises(Stopped):
+            run(prepared, request, Interrupting(0))
+    experts = [run(prepared, request) for request in branches]
+    assert weights_of(experts[0]) == undisturbed["expert"]
+    seed = prepared.driver.ledger.get(prepared.seed.ref)
+    for blob in seed.blobs:
+        prepared.driver.ledger.open_file(seed, blob.name)
+
+
+def test_a_retry_keeps_the_resources_of_the_first_start_since_results_depend_on_them(
+    prepared: Prepared, undisturbed: Mapping[str, dict[str, str]]
+) -> None:
+    with pytest.raises(Stopped):
+        run(prepared, prepared.seed, Interrupting(3))
+    finished = run(prepared, replace(prepared.seed, how=replace(prepared.seed.how, micro_batch_blocks=5)))
+    assert finished.facts["profile"]["micro_batch_blocks"] == prepared.seed.how.micro_batch_blocks == 4
+    assert weights_of(finished) == undisturbed["seed"]
+
+
+def test_a_finished_training_is_not_run_again(prepared: Prepared) -> None:
+    first = run(prepared, prepared.seed)
+    assert run(prepared, prepared.seed, Interrupting(0, dies=True)) == first
+
+
+# The Transformer-LM
+
+
+def test_the_transformer_lms_first_half_is_the_seed_run_bit_for_bit(
+    prepared: Prepared, undisturbed: Mapping[str, dict[str, str]]
+) -> None:
+    in_one_go = run(prepared, replace(prepared.seed, last_update=12))
+    assert weights_of(in_one_go) == undisturbed["transformer-lm"]
+
+
+def test_seed_and_experts_together_see_as_many_tokens_as_the_transformer_lm(prepared: Prepared) -> None:
+    seed = run(prepared, prepared.seed).facts["tokens"]
+    experts = [request.tokens for request in prepared.branches()]
+    baseline = run(prepared, prepared.transformer_lm).facts["tokens"]
+    assert seed == 6 * 3 * 4 * 32
+    assert baseline == sum(experts) == seed
+
+
+# Against a plain loop
+
+
+def end_of_text(prepared: Prepared) -> int:
+    """The token's number, from the tokenizer's file."""
+    ledger = prepared.driver.ledger
+    file = ledger.open_file(ledger.get(prepared.ground.tokenizer), "tokenizer.json")
+    added = json.loads(file.read_text(encoding="utf-8"))["added_tokens"]
+    return next(int(token["id"]) for token in added if token["content"] == "<|endoftext|>")
+
+
+def training_blocks(ledger: Ledger, request: TrainRequest) -> list[np.ndarray]:
+    """All training blocks of each text."""
+    return [
+        np.concatenate([np.load(ledger.open_file(ledger.get(ref), "tokens.npy")) for ref in text.tokens])
+        for text in request.texts
+    ]
+
+
+def shuffled(random_seed: int, text: str, blocks: int, positions: range) -> list[int]:
+    """The block at each position of an endless pass over a text, every epoch in an order of its own."""
+    indices = []
+    for position in positions:
+        digest = hashlib.sha256(f"{random_seed}/{text}/{position // blocks}".encode()).digest()
+        order = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big"))).permutation(blocks)
+        indices.append(int(order[position % blocks]))
+    return indices
+
+
+@dataclass
+class PlainAdam:
+    """AdamW and gradient clipping from their formulas (Loshchilov and Hutter, 2019), on float32 tensors."""
+
+    parameters: dict[str, torch.Tensor]
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.m = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self.v = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+
+    def step(self, learning_rate: float, request: TrainRequest) -> None:
+        plan, (b1, b2) = request.training, request.training.betas
+        norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in self.parameters.values()))
+        scale = min(1.0, plan.gradient_clip / (norm + 1e-6))
+        self.steps += 1
+        for name, p in self.parameters.items():
+            gradient = p.grad * scale
+            self.m[name] = b1 * self.m[name] + (1 - b1) * gradient
+            self.v[name] = b2 * self.v[name] + (1 - b2) * gradient * gradient
+            m, v = self.m[name] / (1 - b1**self.steps), self.v[name] / (1 - b2**self.steps)
+            decay = plan.weight_decay if p.dim() >= 2 else 0.0
+            with torch.no_grad():
+                p -= learning_rate * (decay * p + m / (v.sqrt() + plan.epsilon))
+            p.grad = None
+
+
+def plain_loss(model: PreTrainedModel, rows: np.ndarray, end: int) -> torch.Tensor:
+    """Mean negative log-likelihood per token of blocks that are read after an end-of-text token."""
+    blocks = torch.from_numpy(rows.astype(np.int64))
+    read = torch.cat([torch.full((len(blocks), 1), end), blocks], dim=1)[:, :-1]
+    log_p = torch.log_softmax(model(input_ids=read).logits, dim=-1)
+    return -log_p.gather(-1, blocks[..., None]).mean()
+
+
+@dataclass
+class PlainTraining:
+    """A whole training as one would write it in an afternoon."""
+
+    prepared: Prepared
+    request: TrainRequest
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(self.request.training.random_seed)
+        self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**dict(self.request.model)))
+        self.adam = PlainAdam(dict(self.model.named_parameters()))
+        self.losses: list[float] = []
+
+    def run(
+        self, request: TrainRequest, learning_rates: Mapping[int, float], first_position: int, order_seed: int
+    ) -> None:
+        count = request.training.blocks_per_domain_update
+        texts = training_blocks(self.prepared.driver.ledger, request)
+        end = end_of_text(self.prepared)
+        for i, update in enumerate(range(request.first_update, request.last_update)):
+            positions = range(first_position + i * count, first_position + (i + 1) * count)
+            rows = [
+                blocks[shuffled(order_seed, text.identity, len(blocks), positions)]
+                for text, blocks in zip(request.texts, texts, strict=True)
+            ]
+            loss = plain_loss(self.model, np.concatenate(rows), end)
+            loss.backward()
+            self.losses.append(float(loss.detach()))
+            self.adam.step(learning_rates[update], request)
+
+
+class Listening(Undisturbed):
+    """Keeps the losses that training reports."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def report(self, progress: Progress) -> None:
+        assert progress.loss is not None
+        self.losses.append(progress.loss)
+
+
+# Peak 3e-3 of 12 updates, one of them warm-up: from 1 the line falls to 0 at 12.
+LINE = {0: 3e-3} | {update: 3e-3 * (12 - update) / 11 for update in range(1, 12)}
+
+
+def check_weights(prepared: Prepared, found: Artifact, plain: PlainTraining) -> None:
+    stored = load_file(prepared.driver.ledger.open_file(found, "model.safetensors"))
+    expected = dict(plain.model.named_parameters())
+    assert stored.keys() == expected.keys()
+    for name, tensor in stored.items():
+        torch.testing.assert_close(
+            tensor, expected[name].detach(), rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_seed_and_expert_are_those_of_a_plain_training_loop(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "REPORT_SECONDS", 0.0)
+    heard = Listening()
+    seed = run(prepared, prepared.seed, heard)
+    plain = PlainTraining(prepared, prepared.seed)
+    plain.run(prepared.seed, LINE, first_position=0, order_seed=0)
+    check_weights(prepared, seed, plain)
+    request = prepared.branches()[1]
+    expert = run(prepared, request, heard)
+    plain.run(request, LINE, first_position=0, order_seed=1)  # Adam goes on; the data start anew, in another order
+    check_weights(prepared, expert, plain)
+    assert heard.losses == pytest.approx(plain.losses, rel=1e-5)
+    assert plain.losses[-1] < plain.losses[0] - 0.3
+
+
+def test_the_transformer_lm_is_a_plain_training_loop_that_goes_on_with_the_mix(prepared: Prepared) -> None:
+    run(prepared, prepared.seed)
+    found = run(prepared, prepared.transformer_lm)
+    plain = PlainTraining(prepared, prepared.seed)
+    plain.run(replace(prepared.seed, last_update=12), LINE, first_position=0, order_seed=0)
+    check_weights(prepared, found, plain)
+
+
+def test_a_branch_from_an_average_starts_a_plain_training_loop_anew(prepared: Prepared) -> None:
+    request = branched_from_average(prepared)
+    found = run(prepared, request)
+    plain = PlainTraining(prepared, request)
+    assert request.start is not None
+    ledger = prepared.driver.ledger
+    start = load_file(ledger.open_file(ledger.get(request.start.model), "model.safetensors"))
+    plain.model.load_state_dict(start, strict=False)
+    plain.run(request, LINE, first_position=0, order_seed=1)  # with 6 updates, 1 % of them is a rise of one update
+    check_weights(prepared, found, plain)
+
+
+@pytest.mark.parametrize("at_once", [1, 5, 12, 100])
+def test_gradient_accumulation_is_one_large_batch(prepared: Prepared, at_once: int) -> None:
+    found = run(prepared, replace(prepared.seed, how=replace(prepared.seed.how, micro_batch_blocks=at_once)))
+    plain = PlainTraining(prepared, prepared.seed)
+    plain.run(prepared.seed, LINE, first_position=0, order_seed=0)
+    check_weights(prepared, found, plain)
+
+
+def test_initial_weights_and_block_order_follow_the_random_seed(prepared: Prepared) -> None:
+    untrained = replace(prepared.seed, last_update=0)
+    reseeded = replace(untrained, training=untrained.training.model_copy(update={"random_seed": 5}))
+    torch.manual_seed(99)  # whatever the process has drawn before
+    first = weights_of(run(prepared, untrained))
+    assert weights_of(run(prepared, reseeded)) != first
+    plain = PlainTraining(prepared, reseeded)
+    found = prepared.driver.ledger.get(reseeded.ref)
+    check_weights(prepared, found, plain)
+
+
+# What goes wrong
+
+
+def diverging(prepared: Prepared) -> TrainRequest:
+    """A learning rate that throws the weights out of range in the first update."""
+    settings = prepared.seed.training.model_copy(update={"learning_rate": 1e30})
+    return replace(prepared.seed, training=settings, checkpoint_seconds=AT_EVERY_UPDATE)
+
+
+def test_a_loss_that_is_not_finite_is_an_error_that_keeps_the_last_good_checkpoint(prepared: Prepared) -> None:
+    request, ledger = diverging(prepared), prepared.driver.ledger
+    for _ in range(2):
+        with pytest.raises(TrainingError) as failed:
+            run(prepared, request)
+        assert "not finite" in failed.value.what
+        assert failed.value.remedy
+        assert last_saved(prepared, request) == 1
+        assert ledger.find(request.ref) is None
+    saved = ledger.latest_training(request.ref.identity)
+    assert saved is not None
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert all(torch.isfinite(t).all() for t in load_file(ledger.open_file(saved, name)).values())
+
+
+def test_a_diverged_training_fails_alone(prepared: Prepared) -> None:
+    failed, made = prepared.driver.workers.train([diverging(prepared), prepared.seed])
+    assert not isinstance(failed, Artifact)
+    assert isinstance(made, Artifact)
