@@ -20,13 +20,14 @@ from btm_cluster.recipes import (
     average_request,
     block_requests,
     expert_request,
-    founders_of,
     ground_of,
+    model_config,
     read_requests,
     seed_request,
     seed_start,
     tokenizer_request,
     transformer_lm_request,
+    vocabulary_of,
 )
 from btm_cluster.workers import Failure, Resources, Start, Tokenize, TrainRequest
 
@@ -57,14 +58,11 @@ def grow(plan: Plan, driver: Driver) -> Grown:
 def prepare(plan: Plan, driver: Driver) -> Ground:
     """Texts to documents, documents to token blocks, and the configuration that all models share."""
     workers = driver.workers
+    model = model_config(plan, vocabulary_of(plan))  # first: a wrong model is refused before a text is read
     read = driver.require(workers.prepare, read_requests(plan))
-    identities = {text.name: memo.facts["text"] for text, memo in zip(plan.texts, read, strict=True)}
-    founders = founders_of(plan, identities, driver.ledger.forest(0))
-    tokenizer = driver.require(workers.prepare, [tokenizer_request(plan, founders)])[0]
-    facts = {name: driver.ledger.get(Ref("text", identity)).facts for name, identity in identities.items()}
-    skipped = {text.name: memo.facts["skipped"] for text, memo in zip(plan.texts, read, strict=True)}
-    founding_facts = {text: driver.ledger.get(Ref("text", text)).facts for _, text in founders}
-    ground = ground_of(plan, identities, facts, skipped, founders, founding_facts, tokenizer.facts["vocabulary"])
+    memos = {text.name: memo for text, memo in zip(plan.texts, read, strict=True)}
+    ground = ground_of(plan, memos, model, driver.ledger)
+    driver.require(workers.prepare, [tokenizer_request(plan, ground.founders)])
     _tokenize(block_requests(ground), driver)
     return ground
 

@@ -62,7 +62,10 @@ def init(path: Annotated[Path, typer.Argument(help="Where to write the plan.")] 
 
     if path.exists():
         raise UserError(f"{path} already exists", remedy="choose another name")
-    path.write_text(STARTER_PLAN, encoding="utf-8")
+    try:
+        path.write_text(STARTER_PLAN, encoding="utf-8")
+    except OSError as exc:
+        raise UserError(f"cannot write {path}", found=str(exc), remedy="choose another place") from exc
     print(f"wrote {path}; next: edit its texts, then `btm plan {path}`")
 
 

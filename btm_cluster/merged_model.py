@@ -33,6 +33,9 @@ def check_merge_call(plan: Plan, weights: str, target: str | None, to: Path) -> 
         )
     if to.exists():
         raise UserError(f"{to} already exists", remedy="choose another folder")
+    existing = next(path for path in to.absolute().parents if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"{to} cannot be a folder", found=f"{existing}, a file", remedy="choose another folder")
 
 
 def write_merged_model(plan: Plan, weights: str, target: str | None, to: Path, driver: Driver) -> None:

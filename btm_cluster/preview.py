@@ -4,7 +4,7 @@ Walks the same requests as `algorithm.py` and asks the ledger which of them exis
 on it: every training while no forest is founded, its own expert afterwards.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ from btm_cluster.algorithm import branches_from_seed, new_domains
 from btm_cluster.equations.budget import device_hours, stored_bytes
 from btm_cluster.forest import Forest, check_foundation
 from btm_cluster.language_model.model import count_parameters
-from btm_cluster.language_model.pretrained import pretrained_vocabulary, resolve
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import (
@@ -20,7 +19,6 @@ from btm_cluster.recipes import (
     Ground,
     block_requests,
     expert_request,
-    founders_of,
     ground_of,
     model_config,
     read_requests,
@@ -29,6 +27,7 @@ from btm_cluster.recipes import (
     seed_start,
     tokenizer_request,
     transformer_lm_request,
+    vocabulary_of,
 )
 from btm_cluster.workers import Request, TrainRequest
 
@@ -82,15 +81,15 @@ def preview(plan: Plan, ledger: Ledger) -> Preview:
     Raises:
         UserError: whatever a run would refuse before it spends anything.
     """
-    vocabulary = _vocabulary(plan)
-    model, _ = model_config(plan, vocabulary)
-    parameters, non_embedding = count_parameters(model)
+    model = model_config(plan, vocabulary_of(plan))
+    parameters, non_embedding = count_parameters(model[0])
     memos = {request.label: ledger.find(request.ref) for request in read_requests(plan)}
     known = {name: memo for name, memo in memos.items() if memo is not None}
     steps = [_reading(name, memo, ledger) for name, memo in memos.items()]
     rate = _rate(plan, ledger)
     if ledger.forest(0) is not None or len(known) == len(memos):  # then all founding texts are known
-        ground, unread = _ground(plan, ledger, known, vocabulary), len(known) < len(memos)
+        parts = {part: tuple(t for t in getattr(plan, part) if t.name in known) for part in ("domains", "targets")}
+        ground, unread = ground_of(plan.model_copy(update=parts), known, model, ledger), len(known) < len(memos)
         steps += _preparation(ground, ledger, unread) + _trainings(ground, ledger, parameters, rate)
         steps += _unread_experts(plan, [d.name for d in plan.domains if d.name not in known], parameters, rate)
         steps.append(_scores(ground, ledger, unread))
@@ -102,30 +101,11 @@ def preview(plan: Plan, ledger: Ledger) -> Preview:
     )
 
 
-def _vocabulary(plan: Plan) -> int:
-    if plan.tokenizer.train is not None:
-        return plan.tokenizer.train.vocabulary
-    assert plan.tokenizer.pretrained is not None
-    return pretrained_vocabulary(resolve(plan.tokenizer.pretrained))
-
-
 def _reading(name: str, memo: Artifact | None, ledger: Ledger) -> Step:
     if memo is None:
         return Step(f"read {name}", NEW)
     text = ledger.get(Ref("text", str(memo.facts["text"])))
     return Step(f"read {name}", DONE, stored_bytes=sum(blob.size_bytes for blob in text.blobs))
-
-
-def _ground(plan: Plan, ledger: Ledger, known: Mapping[str, Artifact], vocabulary: int) -> Ground:
-    """Of the texts that are read."""
-    identities = {name: str(memo.facts["text"]) for name, memo in known.items()}
-    facts = {name: ledger.get(Ref("text", identity)).facts for name, identity in identities.items()}
-    skipped = {name: memo.facts["skipped"] for name, memo in known.items()}
-    parts = {part: tuple(t for t in getattr(plan, part) if t.name in known) for part in ("domains", "targets")}
-    founders = founders_of(plan, identities, ledger.forest(0))
-    founding_facts = {text: ledger.get(Ref("text", text)).facts for _, text in founders}
-    read = plan.model_copy(update=parts)
-    return ground_of(read, identities, facts, skipped, founders, founding_facts, vocabulary)
 
 
 def _preparation(ground: Ground, ledger: Ledger, unread: bool) -> list[Step]:

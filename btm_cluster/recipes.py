@@ -1,24 +1,25 @@
 """From a plan to requests: what each step of growing and evaluating a forest asks of the workers.
 
-Pure but for reading what a plan points to (file stamps, a pretrained model's files). The driver, and `btm plan`, which
-must name the same artifacts without making them, share these functions.
+Pure but for looking: at what a plan points to (file stamps, a pretrained model's files), and at texts in the ledger. The
+driver, and `btm plan`, which must name the same artifacts without making them, share these functions.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from btm_cluster.errors import FoundationError
+from btm_cluster.errors import FoundationError, TextError
 from btm_cluster.forest import Forest, Foundation, Parent, identity_of
 from btm_cluster.language_model.model import full_config
 from btm_cluster.language_model.pretrained import (
     pretrained_config,
     pretrained_model,
     pretrained_tokenizer_hash,
+    pretrained_vocabulary,
     resolve,
 )
 from btm_cluster.language_model.sources import fingerprint
-from btm_cluster.ledger import Ref
+from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.plan import Plan
 from btm_cluster.workers import (
     AverageRequest,
@@ -84,6 +85,32 @@ def read_requests(plan: Plan) -> list[ReadText]:
     ]
 
 
+def vocabulary_of(plan: Plan) -> int:
+    """Number of tokens of the plan's tokenizer, known before any text is read."""
+    if plan.tokenizer.train is not None:
+        return plan.tokenizer.train.vocabulary
+    assert plan.tokenizer.pretrained is not None
+    return pretrained_vocabulary(resolve(plan.tokenizer.pretrained))
+
+
+def check_distinct(plan: Plan, texts: Mapping[str, str]) -> None:
+    """Refuses two domains of the same documents: they would be one expert under two names.
+
+    Raises:
+        TextError: naming both.
+    """
+    names: dict[str, str] = {}
+    for domain in plan.domains:
+        first = names.setdefault(texts[domain.name], domain.name)
+        if first != domain.name:
+            raise TextError(
+                f"the domains {first!r} and {domain.name!r} have the same documents",
+                found=f"text {texts[first][:12]} twice",
+                expected="a text of its own for each domain",
+                remedy="leave one of them out",
+            )
+
+
 def founders_of(plan: Plan, texts: Mapping[str, str], forest: Forest | None) -> tuple[tuple[str, str], ...]:
     """The founding domains: version 0's where there is one, else the plan's.
 
@@ -123,38 +150,31 @@ def tokenize_requests(
 
 
 def ground_of(
-    plan: Plan,
-    identities: Mapping[str, str],
-    facts: Mapping[str, Mapping[str, Any]],
-    skipped: Mapping[str, Mapping[str, int]],
-    founders: tuple[tuple[str, str], ...],
-    founding_facts: Mapping[str, Mapping[str, Any]],
-    vocabulary: int,
+    plan: Plan, memos: Mapping[str, Artifact], model: tuple[Mapping[str, Any], Pretrained | None], ledger: Ledger
 ) -> Ground:
-    """The ground of a plan whose texts are read: identities, counts and skipped documents by text name.
+    """The ground of a plan whose texts are read: `memos` are the results of reading, by text name.
 
-    `founding_facts` are the founding texts' counts by text identity: a plan need not name all founding domains again.
+    A plan need not name all founding domains again: the store has their texts.
     """
+    identities = {name: str(memo.facts["text"]) for name, memo in memos.items()}
+    check_distinct(plan, identities)
+    founders = founders_of(plan, identities, ledger.forest(0))
     tokenizer = tokenizer_request(plan, founders).ref
+    facts = {text: ledger.get(Ref("text", text)).facts for text in {*identities.values(), *dict(founders).values()}}
+
+    def tokens_of(name: str, text: str) -> dict[str, tuple[Ref, ...]]:
+        shards = tokenize_requests(name, text, facts[text], tokenizer, plan.training.block_tokens)
+        return {split: tuple(request.ref for request in requests) for split, requests in shards.items()}
+
     targets = {target.name for target in plan.targets}
-    texts = []
-    for source in plan.texts:
-        shards = tokenize_requests(
-            source.name, identities[source.name], facts[source.name], tokenizer, plan.training.block_tokens
-        )
-        tokens = {split: tuple(request.ref for request in requests) for split, requests in shards.items()}
-        is_target = source.name in targets
-        texts.append(
-            PreparedText(
-                source.name, is_target, identities[source.name], facts[source.name], skipped[source.name], tokens
-            )
-        )
-    model, pretrained = model_config(plan, vocabulary)
-    founding = []
-    for name, text in sorted(founders, key=lambda founder: founder[1]):
-        shards = tokenize_requests(name, text, founding_facts[text], tokenizer, plan.training.block_tokens)
-        founding.append(TrainingText(text, tuple(request.ref for request in shards["train"])))
-    return Ground(plan, tuple(texts), founders, tuple(founding), tokenizer, model, pretrained)
+    texts = tuple(
+        PreparedText(name, name in targets, text, facts[text], memos[name].facts["skipped"], tokens_of(name, text))
+        for name, text in ((source.name, identities[source.name]) for source in plan.texts)
+    )
+    founding = tuple(
+        TrainingText(text, tokens_of(name, text)["train"]) for name, text in sorted(founders, key=lambda f: f[1])
+    )
+    return Ground(plan, texts, founders, founding, tokenizer, *model)
 
 
 def block_requests(ground: Ground) -> list[Tokenize]:

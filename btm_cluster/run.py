@@ -6,7 +6,7 @@ from typing import Any
 
 from btm_cluster.algorithm import Grown, grow, prepare
 from btm_cluster.driver import Driver
-from btm_cluster.errors import MissingError, StepError
+from btm_cluster.errors import StepError, UserError
 from btm_cluster.evaluation import evaluate
 from btm_cluster.forest import Forest, check_foundation, describe_forest
 from btm_cluster.plan import Plan
@@ -87,11 +87,11 @@ def find_grown(plan: Plan, driver: Driver) -> Grown:
     """The forest as it stands, with the plan's texts prepared.
 
     Raises:
-        MissingError: there is none yet.
+        UserError: there is none yet.
     """
     forest = driver.ledger.forest()
     if forest is None:
-        raise MissingError(f"there is no forest in {plan.store} yet", remedy="`btm run` grows one")
+        raise UserError(f"there is no forest in {plan.store} yet", remedy="`btm run` grows one")
     ground = prepare(plan, driver)
     seed = seed_request(ground).ref
     check_foundation(forest, ground.foundation(seed.identity))

@@ -38,11 +38,9 @@ def pack_blocks(
 
 
 def _encode(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[list[int]]:
-    encoder = tokenizer.backend_tokenizer
-    encoder.encode_special_tokens = True  # a document that spells <|endoftext|> does not end there
     remaining = iter(documents)
     while batch := list(islice(remaining, BATCH_DOCUMENTS)):
-        for encoding in encoder.encode_batch_fast(batch, add_special_tokens=False):
+        for encoding in tokenizer.backend_tokenizer.encode_batch_fast(batch, add_special_tokens=False):
             yield encoding.ids
 
 

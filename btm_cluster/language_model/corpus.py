@@ -99,7 +99,7 @@ def _usable(
 
 
 def _spool(documents: Iterable[Document], shares: tuple[float, float], folder: Path) -> list[Path]:
-    """Spreads the documents over 256 files by the first byte of their content hash."""
+    """Spreads the documents over at most 256 files, by the first byte of their content hash and in its order."""
     paths = [folder / f"spool-{i:03d}" for i in range(256)]
     waiting = [bytearray() for _ in paths]
     for document in documents:
@@ -111,14 +111,15 @@ def _spool(documents: Iterable[Document], shares: tuple[float, float], folder: P
             _append(paths[key[0]], waiting[key[0]])
     for path, rest in zip(paths, waiting, strict=True):
         _append(path, rest)
-    return paths
+    return [path for path in paths if path.exists()]
 
 
 def _append(path: Path, waiting: bytearray) -> None:
-    # Opened for each piece: 256 open files are all that some machines allow.
-    with path.open("ab") as file:
-        file.write(waiting)
-    waiting.clear()
+    if waiting:
+        # Opened for each piece: 256 open files are all that some machines allow.
+        with path.open("ab") as file:
+            file.write(waiting)
+        waiting.clear()
 
 
 def _split_by_hash(key: bytes, development_share: float, test_share: float) -> str:

@@ -82,7 +82,11 @@ def _build_config(given: Mapping[str, Any]) -> PretrainedConfig:
     try:
         known = AutoConfig.for_model(given["model_type"])
     except ValueError as exc:
-        raise PlanError("model.config.model_type is unknown to transformers", found=str(given["model_type"])) from exc
+        raise PlanError(
+            "model.config.model_type is unknown to transformers",
+            found=str(given["model_type"]),
+            remedy="use one of transformers' causal language models, such as gpt2 or llama",
+        ) from exc
     names = {*known.to_dict(), *getattr(known, "attribute_map", {})}
     for name in fields:
         if name not in names:
@@ -96,7 +100,11 @@ def _build_config(given: Mapping[str, Any]) -> PretrainedConfig:
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(config)
     except Exception as exc:  # transformers raises anything from KeyError to ZeroDivisionError on a bad shape
-        raise PlanError(f"no {given['model_type']} can be built from model.config", found=f"{exc}") from exc
+        raise PlanError(
+            f"no {given['model_type']} can be built from model.config",
+            found=" ".join(str(exc).split())[:300],
+            remedy="mend its shape: widths that heads divide, and a model_type that is a causal language model",
+        ) from exc
     return config
 
 

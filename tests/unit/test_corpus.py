@@ -218,7 +218,7 @@ def test_a_target_without_test_documents_is_refused_without_advice_for_domains(t
     assert "reading" not in caught.value.remedy
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(written=st.lists(st.text(max_size=30).filter(str.strip), min_size=1))
 def test_whatever_characters_documents_have_they_are_stored_unchanged(
     written: list[str], tmp_path_factory: pytest.TempPathFactory

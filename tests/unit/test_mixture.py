@@ -235,6 +235,7 @@ def test_what_a_model_says_of_padding_plays_no_part(tmp_path: Path, garbage: flo
     for posterior in POSTERIORS:
         assert torch.equal(found.mixture_sums(prior_E, posterior), expected.mixture_sums(prior_E, posterior))
     assert torch.equal(found.sums(), expected.sums())
+    assert torch.equal(found.take(0, len(found))[0], expected.take(0, len(expected))[0]), "priors are fitted on these"
 
 
 # Sums, perplexity and intervals

@@ -405,14 +405,19 @@ def test_calibrating_is_never_worse_than_em_without_evidence_nor_than_a_grid_aro
     assert float(prior_E.exp().sum()) == pytest.approx(1, rel=1e-9)
 
 
-@pytest.mark.parametrize(("tokens", "late"), [(32, 8), (16, 4)])
-def test_calibrating_finds_the_expert_that_is_bad_only_in_the_beginning(tokens: int, late: int) -> None:
-    # One block; expert 1 is much worse for its first tokens and better ever after. The maximum leaves it to expert 1, but
-    # climbing from the default evidence weight alone ended in a lesser one, 0.3 nats per token worse than mixture weights
-    # without any evidence (the first case), or at β = inf and a prior of nan (the second).
-    logp_EBT = torch.full((2, 1, tokens), -3.0, dtype=torch.float64)
-    logp_EBT[1, 0, :late] = -11.0
-    logp_EBT[1, 0, late:] = -2.0
+@pytest.mark.parametrize(
+    ("tokens", "late", "steady", "bad", "good"),
+    [(32, 8, -3.0, -11.0, -2.0), (16, 4, -3.0, -11.0, -2.0), (32, 8, -5.0, -205.0, -1.0)],
+)
+def test_calibrating_is_not_caught_by_an_expert_that_is_bad_only_in_the_beginning(
+    tokens: int, late: int, steady: float, bad: float, good: float
+) -> None:
+    # One block; expert 1 is much worse for its first tokens and better ever after. Climbing from the default evidence weight
+    # alone ended 0.3 nats per token below mixture weights without any evidence (the first case), or at β = inf and a prior
+    # of nan (the second); from the second start, too, 2.4 nats below in the third.
+    logp_EBT = torch.full((2, 1, tokens), steady, dtype=torch.float64)
+    logp_EBT[1, 0, :late] = bad
+    logp_EBT[1, 0, late:] = good
     posterior = Posterior("calibrated", discount=1.0)
     prior_E, fitted = calibrate(logp_EBT, everything(logp_EBT), posterior)
     found = loss_of(logp_EBT, everything(logp_EBT), prior_E, fitted)

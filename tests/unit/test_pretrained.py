@@ -81,10 +81,10 @@ def on(folder: Path, fields: dict[str, Any]) -> Plan:
 
 
 def test_a_whole_plan_runs_from_a_pretrained_model(pretrained: Path, fields: dict[str, Any]) -> None:
-    plan = on(pretrained, fields)
+    plan = on(pretrained, fields | {"domains": fields["domains"][:2]})
     driver = in_process(plan)
     run = run_plan(plan, driver)
-    assert run.forest.domains == tuple(sorted(DOMAINS))
+    assert run.forest.domains == tuple(sorted(DOMAINS[:2]))
     seed = driver.ledger.get(Ref("model", run.forest.foundation.seed))
     stored = load_file(driver.ledger.open_file(seed, "model.safetensors"))
     original = load_file(pretrained / "model.safetensors")
@@ -102,10 +102,10 @@ def test_a_pretrained_model_is_the_same_wherever_it_lies(pretrained: Path, copy:
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "opt"])
 def test_a_model_of_another_architecture_goes_through_the_pipeline(kind: str, fields: dict[str, Any]) -> None:
     model = {"config": {"model_type": kind, **SMALL[kind]}}
-    plan = Plan.model_validate(fields | {"model": model, "domains": fields["domains"][:2]})
+    plan = Plan.model_validate(fields | {"model": model, "domains": fields["domains"][:1], "targets": []})
     driver = in_process(plan)
     run = run_plan(plan, driver)
-    assert len(run.forest.experts) == 2
+    assert len(run.forest.experts) == 1
     expert = driver.ledger.get(Ref("model", run.forest.experts[0].identity))
     assert json.loads(driver.ledger.open_file(expert, "config.json").read_text())["model_type"] == kind
 
