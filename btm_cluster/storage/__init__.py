@@ -1,5 +1,6 @@
 """The storage port and how a store's name picks its adapter."""
 
+import os
 from pathlib import Path
 
 from btm_cluster.errors import UserError
@@ -28,12 +29,21 @@ def open_storage(location: str) -> Storage:
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuses a store that is a file or would lie below one."""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    """Refuses a store that is a file, would lie below one, or has a name that no folder can have."""
+    found = ""
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not existing.is_dir():
+        found = f"{existing}, which is no folder"
+    try:
+        folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # not there yet, or named above
+    except OSError as exc:
+        found = found or str(exc)[:200]
+    if found:
         raise UserError(
-            f"the store {folder} cannot be a folder",
-            found=f"{existing}, a file",
+            f"the store {str(folder)[:200]} cannot be a folder",
+            found=found,
             expected="a folder, or a place for one",
             remedy="choose another `store`",
         )

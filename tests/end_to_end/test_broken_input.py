@@ -291,9 +291,6 @@ def test_a_store_that_is_a_file_or_lies_below_one_is_refused_and_stays(
         assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.xfail(
-    reason="storage._check_folder: a link to itself is exit code 1, a long name a traceback", strict=True
-)
 @pytest.mark.parametrize("store", ["loop", "x" * 5000], ids=["a link to itself", "a name too long"])
 def test_a_store_that_cannot_be_a_folder_is_refused(
     store: str, fields: Fields, tmp_path: Path, write_plan: Callable[[Fields], Path], btm: Callable[..., Outcome]
