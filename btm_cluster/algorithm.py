@@ -11,7 +11,7 @@ from btm_cluster.driver import Driver
 from btm_cluster.equations.averaging import uniform_weights
 from btm_cluster.errors import StoreError, TextError
 from btm_cluster.evaluation import fit_text
-from btm_cluster.forest import Expert, Forest, Parent, check_foundation, merge_into
+from btm_cluster.forest import Expert, Forest, Parent, check_foundation, check_texts, merge_into
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import (
@@ -62,6 +62,10 @@ def prepare(plan: Plan, driver: Driver) -> Ground:
     read = driver.require(workers.prepare, read_requests(plan))
     memos = {text.name: memo for text, memo in zip(plan.texts, read, strict=True)}
     ground = ground_of(plan, memos, model, driver.ledger)
+    forest = driver.ledger.forest()
+    if forest is not None:  # what does not fit is refused before anything is made
+        check_foundation(forest, ground.foundation(seed_request(ground).ref.identity))
+        check_texts(forest, {domain.name: domain.identity for domain in ground.domains})
     driver.require(workers.prepare, [tokenizer_request(plan, ground.founders)])
     _tokenize(block_requests(ground), driver)
     return ground
@@ -73,7 +77,6 @@ def plant(ground: Ground, driver: Driver) -> Forest:
     foundation = ground.foundation(request.ref.identity)
     forest = driver.ledger.forest()
     if forest is not None:
-        check_foundation(forest, foundation)
         return forest
     seed = driver.require(driver.workers.train, [resumed(request, driver.ledger)])[0]
     manifests = {seed.identity: seed.manifest_hash}
@@ -119,14 +122,14 @@ def merge(forest: Forest, experts: Sequence[Expert], ledger: Ledger) -> Forest:
         return forest
     manifests = {e.identity: ledger.get(Ref("model", e.identity)).manifest_hash for e in experts}
     for _ in range(MERGE_ATTEMPTS):
-        merged = merge_into(forest, experts, manifests, reason="added " + ", ".join(e.domain for e in experts))
-        if merged.experts == forest.experts:
+        # Another driver may have added the same domain meanwhile, branched from another version: the first one stays.
+        new = [expert for expert in experts if expert.domain not in forest.domains]
+        check_texts(forest, {expert.domain: expert.text for expert in experts})
+        if not new:
             return forest
-        ledger.append(merged)
+        ledger.append(merge_into(forest, new, manifests, reason="added " + ", ".join(e.domain for e in new)))
         newest = ledger.forest()
         assert newest is not None
-        if set(experts) <= set(newest.experts):
-            return newest
         forest = newest
     raise StoreError("could not append to the forest log", found=f"{MERGE_ATTEMPTS} lost races", remedy="try again")
 

@@ -109,6 +109,22 @@ def merge_into(forest: Forest, experts: Sequence[Expert], manifests: Mapping[str
     )
 
 
+def check_texts(forest: Forest, texts: Mapping[str, str]) -> None:
+    """Refuses a domain that stands in the forest with another text. `texts` are identities by domain name.
+
+    Raises:
+        UserError: naming the domain.
+    """
+    for expert in forest.experts:
+        if texts.get(expert.domain, expert.text) != expert.text:
+            raise UserError(
+                f"the domain {expert.domain!r} already stands in forest version {forest.version}",
+                found=f"text {texts[expert.domain][:12]}",
+                expected=f"text {expert.text[:12]}, on which its expert was trained",
+                remedy="give the new text a name of its own, or restore the old one",
+            )
+
+
 def check_foundation(forest: Forest, wanted: Foundation) -> None:
     """Refuses a plan whose foundation is not the forest's.
 

@@ -14,6 +14,7 @@ import dataclasses
 import getpass
 import hashlib
 import json
+import logging
 import socket
 import uuid
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ from btm_cluster.errors import IntegrityError, MissingError
 from btm_cluster.forest import Expert, Forest, Foundation, Parent, canonical_json
 from btm_cluster.storage import Storage, open_storage
 
+log = logging.getLogger(__name__)
 CHUNK_BYTES = 8 * 2**20
 
 
@@ -156,9 +158,13 @@ class Ledger:
                 self.storage.delete(_blob_key(ref, sha256))
 
     def latest_training(self, identity: str) -> Artifact | None:
-        """The training checkpoint with the most updates."""
-        keys = self._training_keys(identity)
-        return self._read_manifest(keys[-1]) if keys else None
+        """The training checkpoint with the most updates; a damaged one is passed over, since training can make it again."""
+        for key in reversed(self._training_keys(identity)):
+            try:
+                return self._read_manifest(key)
+            except IntegrityError as exc:
+                log.warning("passed over a training checkpoint: %s", exc)
+        return None
 
     def clear_training(self, identity: str) -> None:
         """Drops every training checkpoint of a model that is committed, and what was left of unfinished ones."""

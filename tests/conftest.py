@@ -12,11 +12,15 @@ os.environ |= {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TR
 
 import pytest
 import yaml
+from hypothesis import settings
 
 from btm_cluster.driver import Driver
 from btm_cluster.in_process import InProcess, LocalControl
 from btm_cluster.ledger import Ledger
 from btm_cluster.plan import Plan
+
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 DOMAINS = ("kitchen", "harbour", "orchard")
 TARGETS = ("market",)

@@ -72,7 +72,7 @@ def block_order(seed: int, text: str, blocks: int, first: int, count: int) -> np
     return np.array([_permutation(seed, text, blocks, int(e))[o] for e, o in zip(epochs, offsets, strict=True)])
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)  # two epochs of more domains than a forest is likely to have
 def _permutation(seed: int, text: str, blocks: int, epoch: int) -> np.ndarray:
     digest = hashlib.sha256(f"{seed}/{text}/{epoch}".encode()).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big"))).permutation(blocks)

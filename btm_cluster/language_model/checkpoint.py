@@ -41,10 +41,12 @@ def load_training(
     model: PreTrainedModel, optimizer: torch.optim.AdamW, ledger: Ledger, source: Artifact, keep_optimizer: bool
 ) -> None:
     """Puts a stored model's weights, and its optimiser where asked, into `model` and `optimizer`."""
-    load_weights(model, ledger.open_file(source, MODEL_FILE))
-    if not keep_optimizer or not source.has(OPTIMIZER_FILE):
+    keep_optimizer = keep_optimizer and source.has(OPTIMIZER_FILE)
+    files = {name: ledger.open_file(source, name) for name in (MODEL_FILE, *([OPTIMIZER_FILE] * keep_optimizer))}
+    load_weights(model, files[MODEL_FILE])  # only once both files are known to be whole
+    if not keep_optimizer:
         return
-    tensors = load_file(ledger.open_file(source, OPTIMIZER_FILE))
+    tensors = load_file(files[OPTIMIZER_FILE])
     for name, parameter in model.named_parameters():
         if f"exp_avg.{name}" in tensors:
             moments = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in _MOMENTS}

@@ -26,7 +26,10 @@ _SHAPES: dict[Preset, tuple[int, int, int]] = {
 
 
 def full_config(plan: ModelPlan, vocabulary: int, block_tokens: int) -> dict[str, Any]:
-    """The configuration that a plan means, every default written out, for a tokenizer of `vocabulary` tokens.
+    """The configuration that a plan means, for a tokenizer of `vocabulary` tokens.
+
+    What the plan leaves to transformers' defaults is left out, so that a new field of a newer transformers does not rename
+    every model.
 
     Raises:
         PlanError: an unknown model type or field, or a model that cannot read a whole block.
@@ -36,14 +39,40 @@ def full_config(plan: ModelPlan, vocabulary: int, block_tokens: int) -> dict[str
         given: dict[str, Any] = {"model_type": "gpt2", "n_layer": layers, "n_embd": width, "n_head": heads}
     else:
         given = dict(plan.config or {})
+    if "vocab_size" in given:
+        raise PlanError("model.config.vocab_size follows from the tokenizer", remedy="leave it out")
     if given["model_type"] == "gpt2":
         no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         given = {"activation_function": "gelu", "n_positions": block_tokens} | no_dropout | given
     given |= {"bos_token_id": None, "eos_token_id": None}  # the tokenizer's, written with the weights
     given["vocab_size"] = -(-vocabulary // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
     config = _build_config(given)
+    if getattr(config, "num_hidden_layers", 1) < 1:
+        raise PlanError("model.config has no layer", found=str(config.num_hidden_layers), remedy="give it at least one")
     check_fits(config, vocabulary, block_tokens)
-    return plain_config(config)
+    return given
+
+
+def check_causal(model: PreTrainedModel, name: str) -> None:
+    """Refuses a model whose first tokens see the last one, such as BERT: it would read what it is asked to predict.
+
+    Raises:
+        UserError: naming the model.
+    """
+    tokens = torch.arange(8).remainder(model.config.vocab_size)[None]
+    changed = tokens.clone()
+    changed[0, -1] = 0
+    was_training = model.training
+    with torch.inference_mode():
+        one, other = (model.eval()(input_ids=ids).logits[0, :-1] for ids in (tokens, changed))
+    model.train(was_training)
+    if not torch.allclose(one, other, rtol=1e-3, atol=1e-5):
+        raise UserError(
+            f"{name} is no causal language model",
+            found="predictions that depend on later tokens",
+            expected="a model that reads from left to right",
+            remedy="give a decoder, such as gpt2 or llama",
+        )
 
 
 def check_fits(config: PretrainedConfig, vocabulary: int, block_tokens: int) -> None:
@@ -60,7 +89,7 @@ def check_fits(config: PretrainedConfig, vocabulary: int, block_tokens: int) -> 
             remedy="give the tokenizer that belongs to the model: tokenizer: {pretrained: …}",
         )
     longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and longest < block_tokens:
+    if longest is not None and 0 < longest < block_tokens:
         raise PlanError(
             "training.block_tokens is longer than the model can read",
             found=str(block_tokens),

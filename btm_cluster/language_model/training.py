@@ -6,6 +6,7 @@ Knows nothing of Ray: a process group, where there is one, was set up by the cal
 """
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -20,14 +21,15 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from btm_cluster.equations.schedule import learning_rate, rewarmed_learning_rate
-from btm_cluster.errors import Stopped, TrainingError
+from btm_cluster.errors import IntegrityError, Stopped, TrainingError
 from btm_cluster.language_model.blocks import Blocks, block_order
 from btm_cluster.language_model.checkpoint import TrainingCheckpoints, load_training
-from btm_cluster.language_model.model import build_model
+from btm_cluster.language_model.model import build_model, check_causal
+from btm_cluster.language_model.optimizer import build_optimizer, learning_rate_at
 from btm_cluster.ledger import Ledger
 from btm_cluster.workers import Control, Progress, Resources, TrainRequest
 
+log = logging.getLogger(__name__)
 REPORT_SECONDS = 1.0
 AGREE_EVERY = 8
 """Updates between two agreements of a process group on whether to stop: each one waits for the device."""
@@ -121,7 +123,11 @@ class _TrainingRun:
             torch.set_num_threads(request.how.cpus_per_worker)
         else:
             torch.set_float32_matmul_precision("high")
-        self.model = build_model(request.model, request.training.random_seed).to(self.device)
+        self.model = build_model(request.model, request.training.random_seed)
+        if request.start is None:
+            check_causal(self.model, f"a {request.model['model_type']}")
+        self.model = self.model.to(self.device)
+        self.has_dropout = any(value for name, value in request.model.items() if name.endswith(("pdrop", "dropout")))
         self.optimizer = build_optimizer(self.model, request)
         self.update = self._restore()
         self.forward = self._wrap(NextTokenLoss(self.model, end_of_text))
@@ -143,7 +149,7 @@ class _TrainingRun:
                 if self.rank == 0 and time.monotonic() - last_saved >= self.request.checkpoint_seconds:
                     self._save(wait=False)
                     last_saved = time.monotonic()
-            self._check_finite()
+            self._check_finite(weights=True)
         finally:
             self.checkpoints.close()
         return Trained(self.model, self.optimizer, self._facts(), self._note())
@@ -153,8 +159,11 @@ class _TrainingRun:
         request = self.request
         saved = self.ledger.latest_training(request.ref.identity)
         if saved is not None:
-            load_training(self.model, self.optimizer, self.ledger, saved, keep_optimizer=True)
-            return int(saved.recipe["update"])
+            try:
+                load_training(self.model, self.optimizer, self.ledger, saved, keep_optimizer=True)
+                return int(saved.recipe["update"])
+            except IntegrityError as exc:
+                log.warning("%s: starts again, its training checkpoint is damaged: %s", request.label, exc)
         if request.start is not None:
             start = self.ledger.get(request.start.model)
             load_training(self.model, self.optimizer, self.ledger, start, request.start.keep_optimizer)
@@ -176,6 +185,8 @@ class _TrainingRun:
 
     def _one_update(self) -> torch.Tensor:
         """One optimiser step; returns this rank's mean loss per token, still on the device."""
+        if self.has_dropout:  # drawn anew for each update, so that a resumed run draws the same
+            torch.manual_seed(hash((self.request.training.random_seed, self.update, self.rank)) % 2**63)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(self.update, self.request)
         blocks = self._blocks_of(self.update)
@@ -190,10 +201,11 @@ class _TrainingRun:
                     loss = self.forward(micro_batch)
                 (loss * (self.world / tokens)).backward()  # DDP averages over ranks; the loss is a sum over all of them
             total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.request.training.gradient_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.request.training.gradient_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return total / (blocks.numel())
+        # A gradient that is not finite spoils the weights under a finite loss: it spoils the loss that is reported too.
+        return total / blocks.numel() + 0.0 * norm
 
     def _blocks_of(self, update: int) -> torch.Tensor:
         """This rank's blocks of an update, int64 [blocks, block_tokens], equally many of each text over all ranks."""
@@ -220,6 +232,7 @@ class _TrainingRun:
             self._check_finite()
             stop = bool(self._largest(float(stop)))
         if stop:
+            self._check_finite(weights=True)
             self._save(wait=True)
             raise Stopped(f"{self.request.label} was stopped", found=f"saved at update {self.update}")
 
@@ -230,14 +243,18 @@ class _TrainingRun:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return float(tensor)
 
-    def _check_finite(self) -> None:
+    def _check_finite(self, weights: bool = False) -> None:
         """Raises on all ranks, or on none, since a rank that left alone would leave the others waiting for it."""
-        if self._largest(float(not math.isfinite(self.loss.item()))):
+        spoiled = not math.isfinite(self.loss.item()) or (weights and not self._has_finite_weights())
+        if self._largest(float(spoiled)):
             raise TrainingError(
-                f"{self.request.label}: the loss is not finite at update {self.update}",
-                found=f"{self.loss.item()}",
+                f"{self.request.label}: the loss or the weights are not finite at update {self.update}",
+                found=f"loss {self.loss.item()}",
                 remedy="lower training.learning_rate or gradient_clip; the last training checkpoint is kept",
             )
+
+    def _has_finite_weights(self) -> bool:
+        return bool(torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all())
 
     def _report(self) -> None:
         rate = self.pace.lap()
@@ -254,7 +271,8 @@ class _TrainingRun:
             )
 
     def _save(self, wait: bool) -> None:
-        if self.rank == 0 and math.isfinite(self.loss.item()):
+        healthy = math.isfinite(self.loss.item()) and self._has_finite_weights()
+        if self.rank == 0 and healthy:  # else the last good checkpoint stays
             facts = {"how": dataclasses.asdict(self.request.how)}
             self.checkpoints.save(self.update, self.model, self.optimizer, facts, wait)
 
@@ -272,25 +290,3 @@ class _TrainingRun:
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
             "checkpoint_stall_seconds": round(self.checkpoints.stall_seconds, 3),
         }
-
-
-def build_optimizer(model: PreTrainedModel, request: TrainRequest) -> torch.optim.AdamW:
-    """AdamW over all parameters; weight decay on matrices only."""
-    training = request.training
-    parameters = [p for _, p in sorted(model.named_parameters())]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": training.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=training.betas, eps=training.epsilon, fused=True)
-
-
-def learning_rate_at(update: int, request: TrainRequest) -> float:
-    """Of an update of this request: the seed's line, or a fresh warm-up where the branch has no optimiser to continue."""
-    training = request.training
-    peak, updates = training.learning_rate, training.updates
-    warmup = round(training.warmup_share * updates)
-    if request.start is not None and not request.start.keep_optimizer:
-        branch = request.first_update
-        return rewarmed_learning_rate(update, branch=branch, peak=peak, updates=updates, warmup_updates=warmup)
-    return learning_rate(update, peak=peak, updates=updates, warmup_updates=warmup)

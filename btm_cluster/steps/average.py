@@ -20,12 +20,14 @@ def average(request: AverageRequest, ledger: Ledger, control: Control) -> Artifa
         IncompatibleError: parents without a common ancestor, or of other shapes or tokenizers; before a weight is read.
     """
     control.report(Progress(request.label, "averaging"))
-    parents = [ledger.get(Ref("model", parent.identity)) for parent in request.parents]
+    # In the recipe's order: sums in float32 depend on it.
+    ordered = sorted(request.parents, key=lambda parent: parent.identity)
+    parents = [ledger.get(Ref("model", parent.identity)) for parent in ordered]
     check_compatible(ledger, parents)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         files = {"model.safetensors": folder / "model.safetensors", "README.md": folder / "README.md"}
-        weights = [parent.weight for parent in request.parents]
+        weights = [parent.weight for parent in ordered]
         average_files(
             [ledger.open_file(parent, "model.safetensors") for parent in parents], weights, files["model.safetensors"]
         )

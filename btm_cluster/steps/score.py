@@ -24,7 +24,6 @@ def score(requests: Sequence[ScoreRequest], ledger: Ledger, control: Control) ->
         blocks = Blocks([ledger.open_file(ledger.get(ref), "tokens.npy") for ref in request.tokens])
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch, "logp.npy")
-            total = score_blocks(model, blocks, config["eos_token_id"], request.how, file)
-            facts = {"blocks": len(blocks), "logp": total}
-            committed.append(ledger.commit(request.ref, request.recipe, {"logp.npy": file}, facts))
+            score_blocks(model, blocks, config["eos_token_id"], request.how, file)
+            committed.append(ledger.commit(request.ref, request.recipe, {"logp.npy": file}, {"blocks": len(blocks)}))
     return committed

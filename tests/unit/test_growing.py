@@ -1,11 +1,15 @@
 """The main job in one process, on tiny real models."""
 
+from pathlib import Path
 from typing import Any
 
-from btm_cluster.algorithm import grow
+import pytest
+
+from btm_cluster.algorithm import branch, grow, merge, prepare, train
+from btm_cluster.errors import FoundationError, UserError
 from btm_cluster.plan import Plan
 from btm_cluster.run import run_plan
-from tests.conftest import DOMAINS, in_process
+from tests.conftest import DOMAINS, in_process, made_up_documents, write_jsonl
 
 
 def test_a_run_grows_an_expert_for_each_domain_and_running_it_again_makes_nothing(plan: Plan) -> None:
@@ -27,3 +31,59 @@ def test_a_domain_added_later_branches_from_the_posterior_average_and_the_others
     added = after.expert(DOMAINS[2])
     assert {parent.identity for parent in added.parents} <= {e.identity for e in before.experts}
     assert abs(sum(parent.weight for parent in added.parents) - 1) < 1e-9
+
+
+def test_a_later_domain_whose_text_changed_is_refused_before_anything_is_trained(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    fields["domains"], later = fields["domains"][:2], fields["domains"][2]
+    plan = Plan.model_validate(fields)
+    grow(plan, in_process(plan))
+    text = write_jsonl(tmp_path / "later.jsonl", made_up_documents("later", 200))
+    plan = Plan.model_validate(fields | {"domains": [*fields["domains"], later | {"text": str(text)}]})
+    grow(plan, in_process(plan))
+    write_jsonl(text, made_up_documents("something else", 200))
+    driver = in_process(plan)
+    with pytest.raises(UserError, match="already stands in forest version 2"):
+        grow(plan, driver)
+    assert set(driver.made) == {"source"}
+
+
+def test_a_plan_may_leave_out_founding_domains_and_their_experts_stay(fields: dict[str, Any]) -> None:
+    plan = Plan.model_validate(fields)
+    forest = grow(plan, in_process(plan)).forest
+    smaller = Plan.model_validate(fields | {"domains": fields["domains"][:1]})
+    run = run_plan(smaller, in_process(smaller))
+    assert run.forest == forest
+
+
+def test_a_changed_tokenizer_is_refused_before_a_token_is_made(fields: dict[str, Any]) -> None:
+    plan = Plan.model_validate(fields)
+    grow(plan, in_process(plan))
+    changed = Plan.model_validate(fields | {"tokenizer": {"train": {"vocabulary": 340}}})
+    driver = in_process(changed)
+    with pytest.raises(FoundationError, match="another tokenizer"):
+        grow(changed, driver)
+    assert not driver.made
+
+
+def test_a_model_that_sees_what_it_predicts_is_refused(fields: dict[str, Any]) -> None:
+    bert = {"model_type": "bert", "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2}
+    plan = Plan.model_validate(fields | {"model": {"config": bert}})
+    with pytest.raises(UserError, match="no causal language model"):
+        grow(plan, in_process(plan))
+
+
+def test_two_drivers_that_add_one_domain_from_different_versions_end_in_one_forest(fields: dict[str, Any]) -> None:
+    fields["domains"], all_domains = fields["domains"][:1], fields["domains"]
+    founding = Plan.model_validate(fields)
+    first = in_process(founding)
+    grown = grow(founding, first)
+    both = Plan.model_validate(fields | {"domains": all_domains[:2]})
+    second = in_process(both)
+    ground = prepare(both, second)
+    late, failures = train(branch(ground, grown.forest, second), second)
+    assert not failures
+    winner = Plan.model_validate(fields | {"domains": all_domains[:2], "branching": {"start": "seed"}})
+    merged = grow(winner, in_process(winner)).forest
+    assert merge(grown.forest, late, second.ledger) == merged

@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 
 from btm_cluster.equations.schedule import decay_line, learning_rate, rewarmed_learning_rate
-from btm_cluster.language_model.training import learning_rate_at
+from btm_cluster.language_model.optimizer import learning_rate_at
 from btm_cluster.workers import TrainRequest
 from tests.unit.conftest import Prepared
 

@@ -450,3 +450,27 @@ def test_a_diverged_training_fails_alone(prepared: Prepared) -> None:
     failed, made = prepared.driver.workers.train([diverging(prepared), prepared.seed])
     assert not isinstance(failed, Artifact)
     assert isinstance(made, Artifact)
+
+
+def test_a_damaged_training_checkpoint_is_passed_over_and_training_starts_again(
+    prepared: Prepared, undisturbed: Mapping[str, dict[str, str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    request = prepared.seed
+    with pytest.raises(Stopped):
+        run(prepared, request, Interrupting(3))
+    saved = prepared.driver.ledger.latest_training(request.ref.identity)
+    assert saved is not None
+    folder = Path(prepared.driver.ledger.storage.location, "training", request.ref.identity, "blobs")
+    for blob in folder.iterdir():
+        blob.write_bytes(b"?" + blob.read_bytes()[1:])
+    assert weights_of(run(prepared, request)) == undisturbed["seed"]
+    assert "its training checkpoint is damaged" in caplog.text
+
+
+def test_weights_that_the_very_last_update_spoiled_are_not_committed(prepared: Prepared) -> None:
+    request = replace(prepared.seed, last_update=1)
+    assert isinstance(run(prepared, request), Artifact)
+    endless = replace(request, training=request.training.model_copy(update={"learning_rate": 1e300}))
+    with pytest.raises(TrainingError, match="not finite"):
+        run(prepared, endless)
+    assert prepared.driver.ledger.find(endless.ref) is None
