@@ -139,7 +139,8 @@ class ModelPlan(Section):
     config: Config | None = None
     """Fields of a transformers configuration, such as {model_type: gpt2, n_layer: 4, n_embd: 256, n_head: 4}."""
     pretrained: Location | None = None
-    """Hub name or local folder of a causal language model, which then is the seed."""
+    """Hub name or local folder of a causal language model, which then is the seed.
+    On a cluster every node must have the folder."""
     trust_remote_code: bool = False
     """Run code that comes with a pretrained model. Off, since it is somebody else's code."""
 

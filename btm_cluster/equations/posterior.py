@@ -98,7 +98,7 @@ def mean_prior(logp_EBT: torch.Tensor, mask_BT: torch.Tensor, posterior: Posteri
     return (responsibility_EBT * mask_BT).sum((1, 2)).div(mask_BT.sum()).log()
 
 
-def fitted_prior(logp_EBT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+def fitted_prior(logp_EBT: torch.Tensor, mask_BT: torch.Tensor, tolerance: float = EM_TOLERANCE) -> torch.Tensor:
     """The mixture weights, fixed over all tokens, that maximise the likelihood of the blocks, by EM: [E].
 
     The likelihoods are scaled per token by their maximum, so that nothing under- or overflows and a step needs no exp.
@@ -111,7 +111,7 @@ def fitted_prior(logp_EBT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
     for _ in range(EM_STEPS):
         mixture_N = w_E @ scaled_EN
         after = float(mixture_N.log().mean())
-        if after - before < EM_TOLERANCE:
+        if after - before < tolerance:
             break
         before = after
         w_E = w_E * (scaled_EN @ mixture_N.reciprocal()) / tokens
@@ -132,7 +132,7 @@ def calibrate(
     evidence_EN = evidence(logp_EBT, replace(posterior, kind="calibrated", weight=1.0))[:, mask_BT]
     logp_EN = logp_EBT[:, mask_BT]
     if log_prior_E is None:
-        plain_E = fitted_prior(logp_EBT, mask_BT)
+        plain_E = fitted_prior(logp_EBT, mask_BT, tolerance=GAIN_THAT_COUNTS / 10)
         # The second start keeps away from the corners, where an expert's share has no slope to climb.
         inner_E = torch.logaddexp(plain_E + math.log(0.9), uniform_prior(logp_EBT) + math.log(0.1))
         starts = [(uniform_prior(logp_EBT), DEFAULT_EVIDENCE_WEIGHT), (inner_E, LITTLE_EVIDENCE_WEIGHT)]

@@ -41,7 +41,18 @@ def model_of_one_worker(request: TrainRequest, ledger: Ledger, folder: Path) -> 
     return copy.open_file(outcome, "model.safetensors")
 
 
-def test_a_group_stops_saved_at_one_update_goes_on_and_makes_the_model_that_one_worker_makes(
+class StopAtFirstUpdate:
+    """Sets `stop` as soon as a training shows that it runs."""
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.phase == "training":
+            self.stop.set()
+
+
+def test_a_group_makes_the_model_of_one_worker_and_stops_saved_and_goes_on(
     cluster: dict[str, str],
     request_for_two: tuple[TrainRequest, Ledger],
     monkeypatch: pytest.MonkeyPatch,
@@ -52,22 +63,8 @@ def test_a_group_stops_saved_at_one_update_goes_on_and_makes_the_model_that_one_
     request, ledger = request_for_two
     from btm_cluster.on_ray.lazily import LazyRayWorkers
 
-    stop = threading.Event()
-    stopped: list[Progress] = []
-
-    def stop_once(progress: Progress) -> None:
-        if progress.phase == "training" and not stopped:
-            stopped.append(progress)
-            stop.set()
-
-    location, settings = ledger.storage.location, ClusterPlan(stop_grace_seconds=60)
-    with LazyRayWorkers(location, stop_once, stop, settings, os.environ["RAY_ADDRESS"], False) as workers:
-        with pytest.raises(Stopped):
-            workers.train([request])
-        saved = ledger.latest_training(request.ref.identity)
-        assert saved is not None
-        assert 0 < saved.recipe["update"] < request.last_update
-        stop.clear()
+    location, settings, address = ledger.storage.location, ClusterPlan(stop_grace_seconds=60), os.environ["RAY_ADDRESS"]
+    with LazyRayWorkers(location, lambda _: None, threading.Event(), settings, address, False) as workers:
         outcome = workers.train([request])[0]
     assert isinstance(outcome, Artifact), outcome
     assert outcome.facts["profile"]["workers"] == 2
@@ -75,3 +72,19 @@ def test_a_group_stops_saved_at_one_update_goes_on_and_makes_the_model_that_one_
     alone = load_file(model_of_one_worker(request, ledger, tmp_path / "alone"))
     for name, tensor in alone.items():
         assert abs(together[name] - tensor).max() < 1e-3, name
+
+    # Too long to end before it is stopped, so that stopping and going on can be told from ending.
+    training = request.training.model_copy(update={"updates": 2_000_000})
+    endless = dataclasses.replace(request, training=training, last_update=1_000_000)
+    reached = [0]
+    for _ in range(2):
+        watcher = StopAtFirstUpdate()
+        with (
+            LazyRayWorkers(location, watcher, watcher.stop, settings, address, False) as workers,
+            pytest.raises(Stopped),
+        ):
+            workers.train([endless])
+        saved = ledger.latest_training(endless.ref.identity)
+        assert saved is not None
+        reached.append(saved.recipe["update"])
+    assert reached == sorted(set(reached))
