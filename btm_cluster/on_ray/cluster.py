@@ -37,25 +37,31 @@ def bundle(how: Resources) -> dict[str, float]:
     return asked
 
 
-def check_feasible(label: str, how: Resources) -> bool:
-    """Whether the cluster as it stands can place the group; False if it cannot yet, but its autoscaler may.
+def has_room(label: str, how: Resources, autoscaling: bool) -> bool:
+    """Whether the cluster as it stands can hold the group; False if it cannot and an autoscaler may make room.
+
+    Open-source Ray does not tell what its autoscaler could add, so the plan says whether there is one.
 
     Raises:
-        ResourcesError: it never can.
+        ResourcesError: it cannot, and it will not grow.
     """
-    asked = bundle(how)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if sum(_fitting(node, asked) for node in nodes) >= how.workers:
+    if sum(_fitting(node, bundle(how)) for node in nodes) >= how.workers:
         return True
-    ceiling = ray._private.state.state.get_max_resources_from_cluster_config()
-    if ceiling and all(ceiling.get(name, 0) >= amount * how.workers for name, amount in asked.items()):
+    if autoscaling:
         return False
     raise ResourcesError(
         f"the cluster can never train {label}",
         found="nodes with " + "; ".join(_words(node) for node in nodes),
-        expected=f"{how.workers} worker(s) with {_words(asked)} each, a worker on one node",
-        remedy="lower seed_gpus, seed_cpus, gpus_per_expert or cpus_per_expert in the plan's `cluster`, or add nodes",
+        expected=f"{group_words(how)}, a worker on one node",
+        remedy="lower seed_gpus, seed_cpus, gpus_per_expert or cpus_per_expert in the plan's `cluster`, or add nodes; "
+        "if an autoscaler adds them, set `autoscaling: true` there",
     )
+
+
+def group_words(how: Resources) -> str:
+    """What a group asks for, in words."""
+    return f"{how.workers} worker(s) with {_words(bundle(how))} each"
 
 
 def _fitting(node: Mapping[str, float], asked: Mapping[str, float]) -> int:

@@ -13,7 +13,7 @@ import ray
 
 from btm_cluster.errors import Stopped
 from btm_cluster.ledger import Artifact, Ledger
-from btm_cluster.on_ray.cluster import bundle, check_feasible
+from btm_cluster.on_ray.cluster import bundle, group_words, has_room
 from btm_cluster.on_ray.failures import failure_of
 from btm_cluster.on_ray.progress import ProgressBoardActor, RayControl
 from btm_cluster.on_ray.training import TrainerActor, trainer_options
@@ -68,8 +68,9 @@ class _Running:
     label: str
     result: Any
     trainer: Any = None
+    waits_for: str = ""
+    """What the cluster had no room for when this was submitted."""
     last_word: float = field(default_factory=time.monotonic)
-    has_room: bool = True
 
 
 class RayWorkers:
@@ -89,12 +90,16 @@ class RayWorkers:
         return self._run(start, requests)
 
     def train(self, requests: Sequence[TrainRequest]) -> list[Outcome]:
-        room = {request.label: check_feasible(request.label, request.how) for request in requests}
+        room = {request.label: has_room(request.label, request.how, self._cluster.autoscaling) for request in requests}
 
         def start(request: TrainRequest) -> _Running:
             trainer = TrainerActor.options(**trainer_options(request, self._cluster.retries)).remote()
             result = trainer.train.remote(request, self._store, self._cluster.retries, self._board)
-            return _Running(request.label, result, trainer, has_room=room[request.label])
+            if room[request.label]:
+                return _Running(request.label, result, trainer)
+            waits_for = group_words(request.how)
+            self._watcher(Progress(request.label, f"waiting for the cluster to grow to {waits_for}"))
+            return _Running(request.label, result, trainer, waits_for)
 
         return self._run(start, requests, self._cluster.concurrent_experts)
 
@@ -167,10 +172,10 @@ class RayWorkers:
         now = time.monotonic()
         for one in running:
             if one.label in fresh:
-                one.last_word, one.has_room = now, True
-            elif not one.has_room and now - one.last_word >= WAITING_SECONDS:
+                one.waits_for = ""
+            elif one.waits_for and now - one.last_word >= WAITING_SECONDS:
                 one.last_word = now
-                self._watcher(Progress(one.label, "waiting for the cluster to grow"))
+                self._watcher(Progress(one.label, f"waiting for the cluster to grow to {one.waits_for}"))
 
     def _stop_all(self, running: Sequence[_Running]) -> None:
         """Asks every trainer to save and stop, and waits for them as long as the plan allows."""

@@ -117,3 +117,15 @@ def test_an_ask_that_the_cluster_can_never_meet_is_refused_with_what_there_is(
     assert "2 CPU, 0 GPU" in run.said
     assert "4 worker(s) with 1 CPU, 1 GPU each" in run.said
     assert "Traceback" not in run.said
+
+
+def test_an_ask_that_an_autoscaler_may_meet_waits_and_says_so(
+    btm: Callable[..., Btm], fields: dict[str, Any], write_plan: Callable[[dict[str, Any]], Path]
+) -> None:
+    fields["cluster"] |= {"seed_gpus": 1, "autoscaling": True, "stop_grace_seconds": 0.1}
+    run = btm("run", str(write_plan(fields)))
+    run.wait_until_said(
+        r"seed: waiting for the cluster to grow to 1 worker\(s\) with 2 CPU, 1 GPU each|with 1 CPU, 1 GPU"
+    )
+    run.process.send_signal(signal.SIGTERM)
+    assert run.exit_code() == 130, run.said
