@@ -4,6 +4,7 @@ A request names what it is made from, so its recipe is its identity; how it is m
 Records are a few kB; weights, tokens and scores go through the store. `on_ray/` and `in_process.py` implement the port.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol, TypeAlias
@@ -13,15 +14,16 @@ from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.plan import ReadingPlan, TextPlan, TrainedTokenizerPlan, TrainingPlan
 
 
-class _Request:
+class _Request(ABC):
     """What every request has: a label to show, and the artifact that it asks for."""
 
     kind: ClassVar[str]
     label: str
 
     @property
+    @abstractmethod
     def recipe(self) -> Mapping[str, Any]:
-        raise NotImplementedError
+        """What the artifact is made from: its identity is this one's hash."""
 
     @property
     def ref(self) -> Ref:
