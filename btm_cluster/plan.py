@@ -141,8 +141,6 @@ class ModelPlan(Section):
     pretrained: Location | None = None
     """Hub name or local folder of a causal language model, which then is the seed.
     On a cluster every node must have the folder."""
-    trust_remote_code: bool = False
-    """Run code that comes with a pretrained model. Off, since it is somebody else's code."""
 
 
 class TrainingPlan(Section):

@@ -199,7 +199,7 @@ def overlap_requests(texts: Sequence[PreparedText]) -> list[FindOverlap]:
 def model_config(plan: Plan, vocabulary: int) -> tuple[Mapping[str, Any], Pretrained | None]:
     """The model's full configuration, and where it comes from if it is pretrained."""
     if plan.model.pretrained is not None:
-        pretrained = pretrained_model(plan.model.pretrained, plan.model.trust_remote_code)
+        pretrained = pretrained_model(plan.model.pretrained)
         return pretrained_config(pretrained, vocabulary, plan.training.block_tokens), pretrained
     return full_config(plan.model, vocabulary, plan.training.block_tokens), None
 

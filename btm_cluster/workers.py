@@ -156,7 +156,6 @@ class Pretrained:
 
     folder: str
     sha256: str
-    trust_remote_code: bool
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Models and tokenizers from elsewhere: found on disk or on the hub, identified by content, brought into a store.
 
-Code that comes with a model is neither downloaded nor run, unless the plan trusts it.
+Code that comes with a model is neither downloaded nor run.
 """
 
 import hashlib
@@ -60,13 +60,13 @@ def pretrained_vocabulary(folder: Path) -> int:
     return len(open_pretrained_tokenizer(str(folder)))
 
 
-def pretrained_model(source: str, trust_remote_code: bool) -> Pretrained:
+def pretrained_model(source: str) -> Pretrained:
     """Locates a pretrained model, identified by the content of its configuration and weights.
 
     Raises:
         UserError: no model is there.
     """
-    folder = resolve(source, (*_MODEL_PATTERNS, "*.py") if trust_remote_code else _MODEL_PATTERNS)
+    folder = resolve(source, _MODEL_PATTERNS)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights or not (folder / "config.json").is_file():
         raise UserError(
@@ -75,7 +75,7 @@ def pretrained_model(source: str, trust_remote_code: bool) -> Pretrained:
             expected="config.json and *.safetensors",
             remedy="save it with save_pretrained",
         )
-    return Pretrained(str(folder), _hash_files([folder / "config.json", *weights]), trust_remote_code)
+    return Pretrained(str(folder), _hash_files([folder / "config.json", *weights]))
 
 
 def pretrained_config(pretrained: Pretrained, vocabulary: int, block_tokens: int) -> dict[str, Any]:
@@ -84,11 +84,10 @@ def pretrained_config(pretrained: Pretrained, vocabulary: int, block_tokens: int
     Raises:
         UserError: it is none of a causal language model, or the model fits neither the tokenizer nor the blocks.
     """
-    trusted = pretrained.trust_remote_code
     try:
-        config = AutoConfig.from_pretrained(pretrained.folder, trust_remote_code=trusted)
+        config = AutoConfig.from_pretrained(pretrained.folder)
         with torch.device("meta"):
-            AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+            AutoModelForCausalLM.from_config(config)
     except Exception as exc:  # transformers raises anything from KeyError to ImportError on what it does not know
         raise UserError(
             f"{pretrained.folder} is no causal language model",
@@ -119,7 +118,6 @@ def _load(pretrained: Pretrained) -> PreTrainedModel:
         model, loading = AutoModelForCausalLM.from_pretrained(
             pretrained.folder,
             dtype=torch.float32,
-            trust_remote_code=pretrained.trust_remote_code,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,

@@ -4,6 +4,7 @@ Ray supervises, schedules and retries; what it leaves to its caller, a clear wor
 """
 
 import math
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -13,6 +14,7 @@ from btm_cluster.errors import ResourcesError
 from btm_cluster.workers import Resources
 
 NAMESPACE = "btm"
+CONNECT_SECONDS = 10.0
 
 
 @contextmanager
@@ -22,11 +24,28 @@ def connected(address: str | None, dashboard: bool) -> Iterator[None]:
     if address is None:
         ray.init("local", include_dashboard=dashboard, **options)
     else:
+        _check_answers(address)
         ray.init(address, **options)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Refuses an address where nothing listens, for which ray.init would wait for minutes."""
+    host, separator, port = address.rpartition(":")
+    if not separator or "/" in address or not port.isdigit():
+        return  # `auto`, or the address of a Ray Client
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as exc:
+        raise ResourcesError(
+            f"no Ray cluster answers at {address}",
+            found=str(exc),
+            expected="the address that `ray start --head` printed",
+            remedy="check --address or RAY_ADDRESS, and that the head runs",
+        ) from exc
 
 
 def bundle(how: Resources) -> dict[str, float]:

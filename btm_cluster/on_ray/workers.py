@@ -71,6 +71,8 @@ class _Running:
     waits_for: str = ""
     """What the cluster had no room for when this was submitted."""
     last_word: float = field(default_factory=time.monotonic)
+    trains: bool = False
+    """Whether it was seen training: before that, there is nothing to save."""
 
 
 class RayWorkers:
@@ -173,13 +175,14 @@ class RayWorkers:
         for one in running:
             if one.label in fresh:
                 one.waits_for = ""
+                one.trains = fresh[one.label].loss is not None
             elif one.waits_for and now - one.last_word >= WAITING_SECONDS:
                 one.last_word = now
                 self._watcher(Progress(one.label, f"waiting for the cluster to grow to {one.waits_for}"))
 
     def _stop_all(self, running: Sequence[_Running]) -> None:
         """Asks every trainer to save and stop, and waits for them as long as the plan allows."""
-        trainings = [one for one in running if one.trainer is not None]
+        trainings = [one for one in running if one.trains]
         for one in trainings:
             self._watcher(Progress(one.label, "saving, to stop"))
             one.trainer.stop.remote()

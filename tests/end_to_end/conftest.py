@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +24,38 @@ BIN = Path(sys.executable).parent
 REPOSITORY = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Environment variables with which `ray` and `btm` reach the cluster."""
-    folder = tmp_path_factory.mktemp("ray")
+@contextmanager
+def ray_head(folder: Path, *arguments: str, **variables: str) -> Iterator[dict[str, str]]:
+    """Starts a cluster's head; gives the environment variables with which `ray` and `btm` reach it."""
     environment = os.environ | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "a-token-for-tests-0123456789abcdef",
         "RAY_metrics_report_interval_ms": "500",
         "PATH": f"{BIN}:{os.environ['PATH']}",
     }
-    # Ports are Ray's to choose, so that clusters of other test runs on this machine are left alone.
     command = [
-        *(str(BIN / "ray"), "start", "--head", "--block", "--port=0", "--dashboard-port=0", "--num-cpus=2"),
-        *(f"--temp-dir=/tmp/ray-{os.getpid()}", "--disable-usage-stats"),
+        *(str(BIN / "ray"), "start", "--head", "--dashboard-port=0", "--num-cpus=2", "--disable-usage-stats"),
+        *(f"--temp-dir=/tmp/{folder.name}-{os.getpid()}", *arguments),
     ]
-    with (folder / "log").open("w+") as log:
-        head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-            text = _wait_for(lambda: (folder / "log").read_text(), lambda said: "Ray runtime started" in said)
-            address = re.search(r"--address='([\d.:]+)'", text)
-            assert address, text
-            yield environment | {"RAY_ADDRESS": address.group(1)}
-        finally:
-            os.killpg(head.pid, signal.SIGKILL)
-            head.wait()
+    # A session of its own: its process group is killed at the end, not with `ray stop`, which stops every Ray on this machine.
+    with (folder / "log").open("w") as log:
+        started = subprocess.Popen(command, env=environment | variables, stdout=log, stderr=log, start_new_session=True)
+    try:
+        started.wait()
+        said = (folder / "log").read_text()
+        address = re.search(r"--address='([\d.:]+)'", said)
+        assert address, said
+        yield environment | {"RAY_ADDRESS": address.group(1)}
+    finally:
+        os.killpg(started.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A cluster of one node with two CPUs."""
+    # Ports are Ray's to choose, so that clusters of other test runs on this machine are left alone.
+    with ray_head(tmp_path_factory.mktemp("ray"), "--port=0") as environment:
+        yield environment
 
 
 def _wait_for(read: Callable[[], str], is_ready: Callable[[str], bool], seconds: float = 90) -> str:

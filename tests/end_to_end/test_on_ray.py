@@ -127,3 +127,12 @@ def test_an_ask_that_an_autoscaler_may_meet_waits_and_says_so(
     run.wait_until_said(r"seed: waiting for the cluster to grow to 1 worker\(s\) with 1 CPU, 1 GPU each")
     run.process.send_signal(signal.SIGTERM)
     assert run.exit_code() == 130, run.said
+
+
+def test_an_address_where_no_cluster_answers_is_refused_at_once(
+    btm: Callable[..., Btm], fields: dict[str, Any], write_plan: Callable[[dict[str, Any]], Path]
+) -> None:
+    run = btm("run", str(write_plan(fields)), "--address", "127.0.0.1:9")
+    assert run.exit_code() == 2
+    assert "no Ray cluster answers at 127.0.0.1:9" in run.said
+    assert "Traceback" not in run.said
