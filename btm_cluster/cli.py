@@ -74,10 +74,9 @@ def show_plan(plan_path: PlanPath, json_output: Json = False) -> None:
     """Say what a run would do, what is done already, and what the rest would cost. Starts nothing."""
     plan = read_plan(plan_path)
     from btm_cluster.display import consoles, preview_table
-    from btm_cluster.ledger import Ledger
     from btm_cluster.preview import preview
 
-    seen = preview(plan, Ledger.open(plan.store))
+    seen = preview(plan, _open(plan.store))
     if json_output:
         print(json.dumps(seen.to_json(), indent=1))
     else:
@@ -140,9 +139,8 @@ def forest_show(
     """Show a version of the forest: its experts and what they descend from."""
     from btm_cluster.display import consoles, forest_table
     from btm_cluster.forest import describe_forest
-    from btm_cluster.ledger import Ledger
 
-    forest = Ledger.open(store).forest(version)
+    forest = _open(store).forest(version)
     if forest is None:
         raise UserError(f"no forest in {store}", found="no version" + (f" {version}" if version is not None else ""))
     if json_output:
@@ -155,9 +153,8 @@ def forest_show(
 def forest_log(store: Store, json_output: Json = False) -> None:
     """Show the versions of the forest, the newest first."""
     from btm_cluster.display import consoles, plain_table
-    from btm_cluster.ledger import Ledger
 
-    ledger = Ledger.open(store)
+    ledger = _open(store)
     entries = [_log_entry(ledger, version) for version in reversed(ledger.versions())]
     if json_output:
         print(json.dumps(entries, indent=1))
@@ -166,6 +163,15 @@ def forest_log(store: Store, json_output: Json = False) -> None:
         consoles(False)[0].print(
             plain_table(f"Forest log of {store}", ["version", "experts", "when", "by", "why"], rows)
         )
+
+
+def _open(store: str) -> "Ledger":
+    """The ledger of a store that was found to be usable."""
+    from btm_cluster.ledger import Ledger
+
+    ledger = Ledger.open(store)
+    ledger.storage.check()
+    return ledger
 
 
 def _log_entry(ledger: "Ledger", version: int) -> dict[str, Any]:
@@ -206,9 +212,8 @@ def driving(
     """
     from btm_cluster.display import ProgressView, consoles
     from btm_cluster.driver import Driver
-    from btm_cluster.ledger import Ledger
 
-    ledger = Ledger.open(plan.store)
+    ledger = _open(plan.store)
     stop = threading.Event()
     with ProgressView(consoles(json_output)[1]) as view, _stop_on_signals(stop):
         if in_process:

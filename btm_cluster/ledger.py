@@ -90,7 +90,7 @@ class Ledger:
 
     @staticmethod
     def open(location: str) -> "Ledger":
-        """The ledger of the store at `location`: a folder or a URL."""
+        """The ledger of the store at `location`, a folder or a URL, which is not touched yet."""
         return Ledger(open_storage(location))
 
     def find(self, ref: Ref) -> Artifact | None:
@@ -134,8 +134,8 @@ class Ledger:
         """
         blob = artifact.blob(name)
         key = _blob_key(artifact.ref, blob.sha256)
-        for _ in range(2):  # a mismatch is read once more from the source before it fails
-            path = self.storage.download(key)
+        for again in (False, True):  # a mismatch is read once more from the source before it fails
+            path = self.storage.download(key, anew=again)
             found = describe_file(name, path)
             if found == blob:
                 return path

@@ -3,8 +3,12 @@
 import json
 import os
 import random
+import shutil
+import signal
+import socket
+import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +75,32 @@ def plan_fields(texts: dict[str, Path], store: Path) -> dict[str, Any]:
         },
         "cluster": {"seed_cpus": 1, "cpus_per_expert": 1, "micro_batch_blocks": 4},
     }
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment variables that lead boto3 to a real S3 server on loopback."""
+    if any(shutil.which(name) is None for name in ("radosgw", "ceph-mon", "ceph-osd")):
+        pytest.skip("radosgw is not installed: see tests/start-radosgw")
+    folder, port = tmp_path_factory.mktemp("radosgw"), 20_000 + free_port() % 20_000
+    try:
+        subprocess.run([Path(__file__).parent / "start-radosgw", folder, str(port)], check=True, capture_output=True)
+        yield {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": "btmkey",
+            "AWS_SECRET_ACCESS_KEY": "btmsecret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+    finally:
+        for file in (folder / "run").glob("*.pid"):
+            os.kill(int(file.read_text()), signal.SIGKILL)
+
+
+def free_port() -> int:
+    """A port that is free now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
 
 
 @pytest.fixture

@@ -1,8 +1,5 @@
 """The storage port and how a store's name picks its adapter."""
 
-import os
-from pathlib import Path
-
 from btm_cluster.errors import UserError
 from btm_cluster.storage.local_folder import LocalFolder
 from btm_cluster.storage.port import Entry, Storage
@@ -11,39 +8,21 @@ __all__ = ["Entry", "Storage", "open_storage"]
 
 
 def open_storage(location: str) -> Storage:
-    """The adapter for a plan's `store`.
+    """The adapter for a plan's `store`. Touches neither disk nor network: `check` does.
 
     Raises:
-        UserError: for a scheme that no adapter serves.
+        UserError: for a scheme that no adapter serves, or an s3:// URL that is none.
     """
     scheme, separator, _ = location.partition("://")
     if not separator:
-        _check_folder(Path(location).expanduser().absolute())
         return LocalFolder(location)
+    if scheme == "s3":
+        from btm_cluster.storage.object_storage import ObjectStorage
+
+        return ObjectStorage(location)
     raise UserError(
         f"no store can be opened at {location}",
         found=f"scheme {scheme}://",
-        expected="a folder",
-        remedy="set `store` to the path of a folder",
+        expected="a folder, or s3://bucket/prefix",
+        remedy="set `store` to one of these",
     )
-
-
-def _check_folder(folder: Path) -> None:
-    """Refuses a store that is a file, would lie below one, or has a name that no folder can have."""
-    found = ""
-    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    if not existing.is_dir():
-        found = f"{existing}, which is no folder"
-    try:
-        folder.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        pass  # not there yet, or named above
-    except OSError as exc:
-        found = found or str(exc)[:200]
-    if found:
-        raise UserError(
-            f"the store {str(folder)[:200]} cannot be a folder",
-            found=found,
-            expected="a folder, or a place for one",
-            remedy="choose another `store`",
-        )

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from btm_cluster.errors import MissingError, StoreError
-from btm_cluster.storage.port import Entry
+from btm_cluster.errors import MissingError, StoreError, UserError
+from btm_cluster.storage.port import Entry, check_key
 
 _TEMPORARY = ".writing-"
 Result = TypeVar("Result")
@@ -25,6 +25,26 @@ class LocalFolder:
     def __init__(self, location: str) -> None:
         self.location = str(Path(location).expanduser().absolute())
         self._root = Path(self.location)
+
+    def check(self) -> None:
+        """Refuses a store that is a file, would lie below one, or has a name that no folder can have."""
+        found = ""
+        existing = next(path for path in (self._root, *self._root.parents) if os.path.lexists(path))
+        if not existing.is_dir():
+            found = f"{existing}, which is no folder"
+        try:
+            self._root.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # not there yet, or named above
+        except OSError as exc:
+            found = found or str(exc)[:200]
+        if found:
+            raise UserError(
+                f"the store {self.location[:200]} cannot be a folder",
+                found=found,
+                expected="a folder, or a place for one",
+                remedy="choose another `store`",
+            )
 
     def create(self, key: str, data: bytes) -> bool:
         def write(target: Path) -> bool:
@@ -59,10 +79,15 @@ class LocalFolder:
 
         self._attempt("upload", key, write)
 
-    def read(self, key: str) -> bytes:
-        return self._attempt("read", key, Path.read_bytes)
+    def read(self, key: str, start: int = 0, size: int | None = None) -> bytes:
+        def read(path: Path) -> bytes:
+            with path.open("rb") as file:
+                file.seek(start)
+                return file.read(size)
 
-    def download(self, key: str) -> Path:
+        return self._attempt("read", key, read)
+
+    def download(self, key: str, anew: bool = False) -> Path:  # noqa: ARG002 - the folder is the source itself
         def stat(path: Path) -> Path:
             path.stat()
             return path
@@ -77,16 +102,16 @@ class LocalFolder:
         for key in sorted(keys):
             if key.startswith(prefix):
                 try:
-                    yield Entry(key, keys[key].stat().st_size)
+                    stat = keys[key].stat()
                 except FileNotFoundError:
                     continue  # deleted while we listed
+                yield Entry(key, stat.st_size, stat.st_mtime)
 
     def delete(self, key: str) -> None:
         self._attempt("delete", key, lambda path: path.unlink(missing_ok=True))
 
     def _attempt(self, verb: str, key: str, act: Callable[[Path], Result]) -> Result:
-        if key.startswith("/") or ".." in key.split("/"):
-            raise StoreError(f"cannot {verb} {key!r}", expected="a relative key without ..")
+        check_key(verb, key)
         try:
             return act(self._root / key)
         except FileNotFoundError as exc:

@@ -1,4 +1,4 @@
-"""What a store must do: six operations on keys and bytes.
+"""What a store must do: a few operations on keys and bytes.
 
 Knows nothing of artifacts. The adapters (a local folder; object storage) pass one contract suite. Keys are relative
 paths with `/`. The only operation that decides a race is `create`.
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from btm_cluster.errors import StoreError
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -16,6 +18,8 @@ class Entry:
 
     key: str
     size_bytes: int
+    modified: float
+    """Seconds since 1970 when it was last written, by the store's clock."""
 
 
 class Storage(Protocol):
@@ -24,20 +28,33 @@ class Storage(Protocol):
     location: str
     """What `open_storage` takes to open this store again, in another process."""
 
+    def check(self) -> None:
+        """Refuses, at once, a store that cannot be used: no such bucket, wrong credentials, no folder.
+
+        Raises:
+            UserError: naming which, and the remedy.
+        """
+
     def create(self, key: str, data: bytes) -> bool:
         """Writes a small object if the key is free, atomically. False: it was taken, and stays as it is."""
 
     def upload(self, key: str, path: Path) -> None:
         """Writes the file at `path`, atomically, over what is there: for keys that name their content."""
 
-    def read(self, key: str) -> bytes:
-        """The whole object."""
+    def read(self, key: str, start: int = 0, size: int | None = None) -> bytes:
+        """The object's bytes from `start`, at most `size` of them."""
 
-    def download(self, key: str) -> Path:
-        """A local file with the object's bytes, to be read only."""
+    def download(self, key: str, anew: bool = False) -> Path:
+        """A local file with the object's bytes, to be read only; `anew` fetches it even where the node has it."""
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """Every object whose key starts with `prefix`, by key."""
 
     def delete(self, key: str) -> None:
         """Removes the object, if it is there."""
+
+
+def check_key(verb: str, key: str) -> None:
+    """Refuses a key that would lead out of the store."""
+    if key.startswith("/") or ".." in key.split("/"):
+        raise StoreError(f"cannot {verb} {key!r}", expected="a relative key without ..")

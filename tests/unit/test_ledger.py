@@ -230,9 +230,10 @@ def test_a_blob_that_was_misread_once_is_read_again(store: Path, tmp_path: Path)
     class Misreading(LocalFolder):
         read_before = False
 
-        def download(self, key: str) -> Path:
+        def download(self, key: str, anew: bool = False) -> Path:
             if self.read_before:
-                return super().download(key)
+                assert anew
+                return super().download(key, anew)
             self.read_before = True
             (tmp_path / "misread").write_bytes(b"weightz")
             return tmp_path / "misread"

@@ -94,9 +94,9 @@ def test_a_whole_plan_runs_from_a_pretrained_model(pretrained: Path, fields: dic
 
 
 def test_a_pretrained_model_is_the_same_wherever_it_lies(pretrained: Path, copy: Path) -> None:
-    assert pretrained_model(str(copy), False).sha256 == pretrained_model(str(pretrained), False).sha256
+    assert pretrained_model(str(copy)).sha256 == pretrained_model(str(pretrained)).sha256
     edit(copy, resid_pdrop=0.5)
-    assert pretrained_model(str(copy), False).sha256 != pretrained_model(str(pretrained), False).sha256
+    assert pretrained_model(str(copy)).sha256 != pretrained_model(str(pretrained)).sha256
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "opt"])
@@ -122,7 +122,7 @@ def test_an_unknown_configuration_field_is_refused_with_the_nearest_name() -> No
 def refusal(folder: Path, vocabulary: int = 320, block_tokens: int = 32) -> UserError:
     """The error with which a model folder is refused before anything runs."""
     with pytest.raises(UserError) as caught:
-        pretrained_config(pretrained_model(str(folder), False), vocabulary, block_tokens)
+        pretrained_config(pretrained_model(str(folder)), vocabulary, block_tokens)
     assert caught.value.found
     assert caught.value.expected
     assert caught.value.remedy

@@ -4,9 +4,6 @@ import bz2
 import gzip
 import json
 import os
-import shutil
-import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -380,35 +377,18 @@ def test_a_data_set_that_cannot_be_read_is_refused_by_name(dataset: Path, tmp_pa
         read_dataset(name=str(dataset))
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
-def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A bucket of a real S3 server on loopback, reached as any bucket is: through the AWS_* variables."""
-    if any(shutil.which(name) is None for name in ("radosgw", "ceph-mon", "ceph-osd")):
-        pytest.skip("radosgw is not installed")
+def bucket(object_store: dict[str, str]) -> Iterator[Any]:
+    """A bucket of a real S3 server, reached as any bucket is: through the AWS_* variables."""
     import boto3
 
-    folder, port = tmp_path_factory.mktemp("radosgw"), 20_000 + free_port() % 20_000
-    script = Path(__file__).parents[1] / "start-radosgw"
     with pytest.MonkeyPatch.context() as patch:
-        try:
-            subprocess.run([script, folder, str(port)], check=True, capture_output=True)
-            patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-            patch.setenv("AWS_ACCESS_KEY_ID", "btmkey")
-            patch.setenv("AWS_SECRET_ACCESS_KEY", "btmsecret")
-            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-            client = boto3.client("s3")
-            client.create_bucket(Bucket="corpus")
-            yield client
-            client.close()
-        finally:
-            for file in (folder / "run").glob("*.pid"):
-                os.kill(int(file.read_text()), signal.SIGKILL)
+        for name, value in object_store.items():
+            patch.setenv(name, value)
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="corpus")
+        yield client
+        client.close()
 
 
 def test_files_and_globs_in_s3_mean_what_they_mean_locally(bucket: Any, tmp_path: Path) -> None:

@@ -1,0 +1,257 @@
+"""A store in object storage: any S3-compatible service, through boto3.
+
+    s3://bucket/prefix?owner=123456789012&encryption=aws:kms&kms_key=KEY&storage_class=STANDARD_IA
+
+Endpoint, region and credentials come by the standard chain (AWS_ENDPOINT_URL_S3, AWS_REGION, profiles, roles): nothing of
+ours, and no secret in a plan. Races are decided by `If-None-Match: *` alone, the one condition that every service keeps.
+Integrity is the ledger's, by hashes of its own, so that a service's checksum headers are used only where it demands them.
+"""
+
+import hashlib
+import logging
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import boto3
+import botocore.exceptions as failures
+from boto3.exceptions import RetriesExceededError, S3UploadFailedError
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+
+from btm_cluster.errors import MissingError, StoreError, UserError
+from btm_cluster.storage.node_cache import node_cache
+from btm_cluster.storage.port import Entry, check_key
+
+log = logging.getLogger(__name__)
+PATIENCE_SECONDS = 300.0
+"""How long a store may be out before an operation on it fails. Checking a store has no patience."""
+LONGEST_PAUSE_SECONDS = 20.0
+PART_BYTES = 8 * 2**20
+THREADS = 8
+"""Parts under way at once: with PART_BYTES, 64 MiB of memory for each file under way."""
+_OPTIONS = ("owner", "encryption", "kms_key", "storage_class")
+_CONTENT_NAME = re.compile(r"[0-9a-f]{64}")
+_TRANSIENT_CODES = {"SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "ThrottlingException",
+    "OperationAborted", "ConditionalRequestConflict"}  # fmt: skip
+_TAKEN = {"PreconditionFailed", "412"}
+_REMEDIES = {
+    "NoSuchBucket": "create the bucket, or mend `store`",
+    "PermanentRedirect": "set AWS_REGION to the bucket's region",
+    "AuthorizationHeaderMalformed": "set AWS_REGION to the bucket's region",
+    "AccessDenied": "allow these credentials to get, put, delete and list there, and check `owner`",
+    "403": "allow these credentials to get, put, delete and list there, and check `owner`",
+    "RequestTimeTooSkewed": "set this machine's clock",
+    "InvalidAccessKeyId": "check the credentials that boto3 finds: environment, profile, role",
+    "SignatureDoesNotMatch": "check the credentials that boto3 finds: environment, profile, role",
+    "InvalidToken": "check the credentials that boto3 finds: environment, profile, role",
+    "ExpiredToken": "renew the credentials; the same command goes on",
+    "ExpiredTokenException": "renew the credentials; the same command goes on",
+    "TokenRefreshRequired": "renew the credentials; the same command goes on",
+}
+_FAILURES = (failures.ClientError, failures.BotoCoreError, S3UploadFailedError, RetriesExceededError)
+Result = TypeVar("Result")
+
+
+class ObjectStorage:
+    """Adapter of the storage port for S3-compatible object storage."""
+
+    def __init__(self, location: str, patience_seconds: float = PATIENCE_SECONDS) -> None:
+        self.location = location
+        self._bucket, self._prefix, options = _parse(location)
+        self._patience_seconds = patience_seconds
+        self._always = {"ExpectedBucketOwner": options["owner"]} if "owner" in options else {}
+        names = {"encryption": "ServerSideEncryption", "kms_key": "SSEKMSKeyId", "storage_class": "StorageClass"}
+        self._written = self._always | {names[name]: options[name] for name in names if name in options}
+        self._cache = node_cache()
+
+    def check(self) -> None:
+        """One listing, without patience."""
+        try:
+            self._client.list_objects_v2(**self._here, MaxKeys=1, Prefix=self._prefix)
+        except (failures.ClientError, failures.BotoCoreError) as exc:
+            error = self._translated("use", "", exc)
+            raise UserError(
+                f"the store {self.location} cannot be used",
+                found=error.found,
+                expected="a bucket that answers to the credentials boto3 finds",
+                remedy=error.remedy,
+            ) from exc
+
+    def create(self, key: str, data: bytes) -> bool:
+        def put() -> bool:
+            try:
+                self._client.put_object(**self._at(key), **self._written, Body=data, IfNoneMatch="*")
+            except failures.ClientError as exc:
+                if _code(exc) in _TAKEN:
+                    return False
+                raise
+            return True
+
+        return self._attempt("create", key, put)
+
+    def upload(self, key: str, path: Path) -> None:
+        def put() -> None:
+            self._client.upload_file(str(path), **self._at(key), ExtraArgs=dict(self._written), Config=_transfers())
+
+        try:
+            self._attempt("upload", key, put)
+        except OSError as exc:
+            raise StoreError(f"cannot upload {key} from {path}", found=str(exc)) from exc
+
+    def read(self, key: str, start: int = 0, size: int | None = None) -> bytes:
+        if size == 0:
+            return b""
+        ranged = (
+            {} if (start, size) == (0, None) else {"Range": f"bytes={start}-{'' if size is None else start + size - 1}"}
+        )
+
+        def get() -> bytes:
+            try:
+                return bytes(self._client.get_object(**self._at(key), **self._always, **ranged)["Body"].read())
+            except failures.ClientError as exc:
+                if _code(exc) == "InvalidRange":  # it starts at or behind the end
+                    return b""
+                raise
+
+        return self._attempt("read", key, get)
+
+    def download(self, key: str, anew: bool = False) -> Path:
+        def fetch(target: Path) -> None:
+            self._attempt("download", key, lambda: self._get_file(key, target))
+
+        check_key("download", key)
+        name = key.rpartition("/")[2]
+        if not _CONTENT_NAME.fullmatch(name):
+            name = hashlib.sha256(f"{self.location}\n{key}".encode()).hexdigest()
+        return self._cache.get(name, fetch, anew)
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        token: dict[str, Any] = {}
+        while True:
+            request = {**self._here, **token, "Prefix": self._prefix + prefix}
+            page = self._attempt("list", prefix, partial(self._client.list_objects_v2, **request))
+            for item in page.get("Contents", ()):
+                yield Entry(item["Key"].removeprefix(self._prefix), item["Size"], item["LastModified"].timestamp())
+            if not page.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def delete(self, key: str) -> None:
+        self._attempt("delete", key, lambda: self._client.delete_object(**self._at(key), **self._always))
+
+    @cached_property
+    def _client(self) -> Any:
+        return boto3.session.Session().client(
+            "s3",
+            config=Config(
+                retries={"mode": "adaptive", "total_max_attempts": 5},
+                connect_timeout=10,
+                read_timeout=60,
+                tcp_keepalive=True,
+                max_pool_connections=4 * THREADS,
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+            ),
+        )
+
+    @property
+    def _here(self) -> dict[str, Any]:
+        return {"Bucket": self._bucket, **self._always}
+
+    def _at(self, key: str) -> dict[str, Any]:
+        return {"Bucket": self._bucket, "Key": self._prefix + key}
+
+    def _get_file(self, key: str, target: Path) -> None:
+        self._client.download_file(
+            self._bucket, self._prefix + key, str(target), ExtraArgs=dict(self._always), Config=_transfers()
+        )
+
+    def _attempt(self, verb: str, key: str, act: Callable[[], Result]) -> Result:
+        """Does it, again and again while the store is out, which boto3's own retries bridge for seconds only."""
+        check_key(verb, key)
+        deadline = time.monotonic() + self._patience_seconds
+        pause = 1.0
+        while True:
+            try:
+                return act()
+            except _FAILURES as failed:
+                exc = failed.__context__ if isinstance(failed, S3UploadFailedError) else failed  # which has only words
+                assert exc is not None
+                if not _is_transient(exc) or time.monotonic() + pause > deadline:
+                    raise self._translated(verb, key, exc) from exc
+                log.warning("%s: cannot %s %s yet, trying again: %s", self.location, verb, key, _words(exc))
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _translated(self, verb: str, key: str, exc: BaseException) -> StoreError:
+        """The package's own error, with nothing in it but the service's code and message."""
+        code = _code(exc) if isinstance(exc, failures.ClientError) else ""
+        if code in ("NoSuchKey", "404"):
+            return MissingError(f"cannot {verb} {key}", found="no such object", expected=f"one in {self.location}")
+        remedy = _REMEDIES.get(code, "check the endpoint, the network and the service; the same command goes on")
+        if isinstance(exc, failures.NoCredentialsError | failures.PartialCredentialsError):
+            remedy = "give credentials by boto3's chain: environment, profile or role"
+        return StoreError(f"cannot {verb} {key} in {self.location}", found=_words(exc), remedy=remedy)
+
+
+def _parse(location: str) -> tuple[str, str, dict[str, str]]:
+    """Bucket, prefix with its slash (or empty), and options of an s3:// URL."""
+    parts = urlsplit(location)
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    unknown = sorted(set(options) - set(_OPTIONS))
+    found = ""
+    if unknown:
+        found = f"the option {unknown[0]}"
+    elif "" in options.values():
+        found = "an option without a value"
+    elif not parts.netloc or "@" in parts.netloc or ":" in parts.netloc:
+        found = "no bucket name"
+    if found:
+        raise UserError(
+            f"{location} is no store",
+            found=found,
+            expected=f"s3://bucket/prefix, and any of the options {', '.join(_OPTIONS)}",
+            remedy="endpoint, region and credentials belong in the environment (AWS_ENDPOINT_URL_S3, AWS_REGION, …)",
+        )
+    prefix = unquote(parts.path).strip("/")
+    return parts.netloc, f"{prefix}/" if prefix else "", options
+
+
+def _transfers() -> TransferConfig:
+    return TransferConfig(
+        multipart_threshold=2 * PART_BYTES,
+        multipart_chunksize=PART_BYTES,
+        max_concurrency=THREADS,
+        max_io_queue=THREADS,
+    )
+
+
+def _is_transient(exc: BaseException) -> bool:
+    """Whether trying again can help: the service or the network is at fault, not the request."""
+    if isinstance(exc, failures.ClientError):
+        status = exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return status >= 500 or _code(exc) in _TRANSIENT_CODES
+    return isinstance(
+        exc,
+        failures.HTTPClientError
+        | failures.IncompleteReadError
+        | failures.ResponseStreamingError
+        | RetriesExceededError,
+    )
+
+
+def _code(exc: failures.ClientError) -> str:
+    return str(exc.response.get("Error", {}).get("Code", ""))
+
+
+def _words(exc: BaseException) -> str:
+    """What the service or the network said, on one line."""
+    if isinstance(exc, failures.ClientError):
+        return f"{_code(exc)}: {exc.response.get('Error', {}).get('Message') or 'no message'}"
+    return " ".join(str(exc).split())
