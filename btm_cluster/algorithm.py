@@ -127,6 +127,8 @@ def merge(forest: Forest, experts: Sequence[Expert], ledger: Ledger) -> Forest:
         check_texts(forest, {expert.domain: expert.text for expert in experts})
         if not new:
             return forest
+        for identity, manifest_hash in {**forest.manifests, **manifests}.items():
+            ledger.check_standing(Ref("model", identity), manifest_hash)
         ledger.append(merge_into(forest, new, manifests, reason="added " + ", ".join(e.domain for e in new)))
         newest = ledger.forest()
         assert newest is not None

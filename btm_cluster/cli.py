@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-forest_app = typer.Typer(help="Look at a forest and its history.", no_args_is_help=True)
+forest_app = typer.Typer(help="Look at a forest and its history, and look after its store.", no_args_is_help=True)
 app.add_typer(forest_app, name="forest")
 
 PlanPath = Annotated[Path, typer.Argument(help="The plan, a YAML file.", show_default=False)]
@@ -163,6 +164,66 @@ def forest_log(store: Store, json_output: Json = False) -> None:
         consoles(False)[0].print(
             plain_table(f"Forest log of {store}", ["version", "experts", "when", "by", "why"], rows)
         )
+
+
+@forest_app.command("verify")
+def forest_verify(store: Store, json_output: Json = False) -> None:
+    """Read the whole store and check every byte against its hash."""
+    from btm_cluster.errors import IntegrityError
+    from btm_cluster.housekeeping import verify
+
+    seen = verify(_open(store))
+    if json_output:
+        print(json.dumps(asdict(seen), indent=1))
+    else:
+        print(
+            f"read {seen.versions} versions, {seen.artifacts} artifacts, {seen.blobs} blobs of {seen.size_bytes:,} bytes"
+        )
+    if seen.problems:
+        raise IntegrityError(
+            f"{len(seen.problems)} problem(s) in {store}\n" + "\n".join(f"- {p}" for p in seen.problems)
+        )
+
+
+@forest_app.command("gc")
+def forest_gc(
+    store: Store,
+    keep_versions: Annotated[int, typer.Option(help="Newest versions whose models stay.", min=1)] = 10,
+    grace_days: Annotated[float, typer.Option(help="What is younger stays: longer than any run takes.", min=0)] = 30,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete it; without this, only say what would go.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Find, and with --delete remove, what no kept version, no run in the making and nothing young reaches."""
+    from btm_cluster.housekeeping import collect, find_garbage
+
+    ledger = _open(store)
+    garbage = find_garbage(ledger, keep_versions, 86_400 * grace_days)
+    if delete:
+        collect(ledger, garbage)
+    if json_output:
+        print(json.dumps(asdict(garbage) | {"deleted": delete}, indent=1))
+        return
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(garbage.kinds.items())) or "no artifacts"
+    print(
+        f"{'deleted' if delete else 'would delete'}: {kinds}, {len(garbage.blobs)} blobs of {garbage.size_bytes:,} bytes"
+    )
+    if not delete and (garbage.manifests or garbage.blobs):
+        print("the same with --delete deletes them")
+
+
+@forest_app.command("pin")
+def forest_pin(
+    store: Store,
+    version: Annotated[int, typer.Argument(help="The version.", show_default=False)],
+    remove: Annotated[bool, typer.Option("--remove", help="Unpin it.")] = False,
+) -> None:
+    """Keep a version from being collected, however old it becomes."""
+    ledger = _open(store)
+    if remove:
+        ledger.unpin(version)
+    else:
+        ledger.pin(version)
+    print(f"pinned versions: {', '.join(map(str, ledger.pinned())) or 'none'}")
 
 
 def _open(store: str) -> "Ledger":

@@ -8,6 +8,7 @@ exist. Knows the layout of the store and how to check what it reads; knows nothi
     training/<identity>/<update>.json  manifest of a training checkpoint, gone once its model is committed
     training/<identity>/blobs/<sha256> its bytes: what is dropped some day shares no object with what is kept
     forest/<n>.json                    version n
+    pins/<n>.json                      version n is never collected
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from btm_cluster.errors import IntegrityError, MissingError
+from btm_cluster.errors import IntegrityError, MissingError, UserError
 from btm_cluster.forest import Expert, Forest, Foundation, Parent, canonical_json
 from btm_cluster.storage import Storage, open_storage
 
@@ -99,7 +100,7 @@ class Ledger:
         Raises:
             IntegrityError: the manifest is not what was written.
         """
-        return self._read_manifest(_artifact_key(ref))
+        return self.read_manifest(artifact_key(ref))
 
     def get(self, ref: Ref) -> Artifact:
         """The artifact, which must be there."""
@@ -108,10 +109,32 @@ class Ledger:
             raise MissingError(f"the store has no {ref.kind} {ref.identity[:12]}", remedy="run the plan again")
         return found
 
+    def check_standing(self, ref: Ref, manifest_hash: str) -> None:
+        """Checks that an artifact is still the one with that manifest, and that its blobs are there, without reading them.
+
+        Raises:
+            MissingError, IntegrityError: something was deleted or replaced, such as by a `gc` with too short a grace.
+        """
+        artifact = self.get(ref)
+        if artifact.manifest_hash != manifest_hash:
+            raise IntegrityError(
+                f"{artifact_key(ref)} is another manifest than the one it was",
+                found=artifact.manifest_hash,
+                expected=manifest_hash,
+                remedy="restore it from a backup, or take another `store`",
+            )
+        for blob in artifact.blobs:
+            key = blob_key(ref, blob.sha256)
+            if [entry.size_bytes for entry in self.storage.list(key)] != [blob.size_bytes]:
+                raise MissingError(
+                    f"{ref.kind} {ref.identity[:12]} has lost its file {blob.name} ({key})",
+                    remedy=f"delete {artifact_key(ref)} and run the plan again, which makes it anew",
+                )
+
     def list_artifacts(self, kind: str) -> Iterator[Artifact]:
         """Every committed artifact of a kind."""
         for entry in self.storage.list(f"artifacts/{kind}/"):
-            found = self._read_manifest(entry.key)
+            found = self.read_manifest(entry.key)
             if found is not None:
                 yield found
 
@@ -124,7 +147,7 @@ class Ledger:
         note: Mapping[str, Any] | None = None,
     ) -> Artifact:
         """Stores `files` and creates the manifest. Whoever loses a race gets the winner's artifact."""
-        return self._commit(_artifact_key(ref), ref, recipe, files, facts, note or {})
+        return self._commit(artifact_key(ref), ref, recipe, files, facts, note or {})
 
     def open_file(self, artifact: Artifact, name: str) -> Path:
         """A local file with the blob called `name`, checked.
@@ -133,35 +156,54 @@ class Ledger:
             IntegrityError: the bytes are not those that were written, even when read a second time.
         """
         blob = artifact.blob(name)
-        key = _blob_key(artifact.ref, blob.sha256)
+        key = blob_key(artifact.ref, blob.sha256)
         for again in (False, True):  # a mismatch is read once more from the source before it fails
             path = self.storage.download(key, anew=again)
             found = describe_file(name, path)
             if found == blob:
                 return path
-        raise IntegrityError(
-            f"{artifact.kind} {artifact.identity[:12]}, file {name} ({key}) is damaged",
-            found=f"{found.size_bytes} bytes, SHA-256 {found.sha256}",
-            expected=f"{blob.size_bytes} bytes, SHA-256 {blob.sha256}",
-            remedy="restore the object from a backup, or delete the artifact's manifest and run the plan again",
+        raise _damaged(
+            artifact,
+            blob,
+            f"{found.size_bytes} bytes, SHA-256 {found.sha256}",
+            f"{blob.size_bytes} bytes, SHA-256 {blob.sha256}",
         )
+
+    def read_chunks(self, artifact: Artifact, name: str) -> Iterator[bytes]:
+        """The bytes of the blob called `name` in order, each chunk checked before it is given; nothing is kept on disk.
+
+        Raises:
+            IntegrityError: naming the first chunk that is not what was written, even when read a second time.
+        """
+        blob = artifact.blob(name)
+        key = blob_key(artifact.ref, blob.sha256)
+        for i, expected in enumerate(blob.chunks):
+            for _ in range(2):
+                chunk = self.storage.read(key, i * CHUNK_BYTES, CHUNK_BYTES)
+                found = hashlib.sha256(chunk).hexdigest()
+                if found == expected:
+                    break
+            else:
+                at = f"bytes {i * CHUNK_BYTES:,} to {i * CHUNK_BYTES + len(chunk):,}"
+                raise _damaged(artifact, blob, f"SHA-256 {found} of {at}", f"SHA-256 {expected}")
+            yield chunk
 
     def save_training(self, identity: str, update: int, files: Mapping[str, Path], facts: Mapping[str, Any]) -> None:
         """Commits a training checkpoint at `update`, then drops the older ones."""
         ref, key = Ref("training", identity), _training_key(identity, update)
         self._commit(key, ref, {"update": update}, files, facts, {})
-        manifests = {k: manifest for k in self._training_keys(identity) if (manifest := self._read_manifest(k))}
+        manifests = {k: manifest for k in self._training_keys(identity) if (manifest := self.read_manifest(k))}
         kept = {blob.sha256 for k, manifest in manifests.items() if k >= key for blob in manifest.blobs}
         for older in sorted(k for k in manifests if k < key):
             self.storage.delete(older)
             for sha256 in {blob.sha256 for blob in manifests[older].blobs} - kept:
-                self.storage.delete(_blob_key(ref, sha256))
+                self.storage.delete(blob_key(ref, sha256))
 
     def latest_training(self, identity: str) -> Artifact | None:
         """The training checkpoint with the most updates; a damaged one is passed over, since training can make it again."""
         for key in reversed(self._training_keys(identity)):
             try:
-                return self._read_manifest(key)
+                return self.read_manifest(key)
             except IntegrityError as exc:
                 log.warning("passed over a training checkpoint: %s", exc)
         return None
@@ -189,6 +231,24 @@ class Ledger:
         """Numbers of all versions, ascending."""
         return [int(Path(entry.key).stem) for entry in self.storage.list("forest/")]
 
+    def pin(self, version: int) -> None:
+        """Keeps a version from being collected, however old it becomes."""
+        if self.forest(version) is None:
+            raise UserError(f"there is no forest version {version}", found=f"versions {self.versions()}")
+        self._create(_pin_key(version), {"body": {"version": version}, "note": {}})
+
+    def unpin(self, version: int) -> None:
+        """Undoes `pin`."""
+        self.storage.delete(_pin_key(version))
+
+    def pinned(self) -> list[int]:
+        """Numbers of the pinned versions."""
+        return [int(Path(entry.key).stem) for entry in self.storage.list("pins/")]
+
+    def version_hash(self, version: int) -> str:
+        """The hash of a version's document, which the next one names as its parent."""
+        return str((self._read_document(_forest_key(version)) or {}).get("hash", ""))
+
     def version_note(self, version: int) -> Mapping[str, Any]:
         """When, where and by whom a version was appended."""
         return dict((self._read_document(_forest_key(version)) or {}).get("note", {}))
@@ -210,7 +270,7 @@ class Ledger:
     ) -> Artifact:
         blobs = [describe_file(name, path) for name, path in sorted(files.items())]
         for blob in blobs:
-            self.storage.upload(_blob_key(ref, blob.sha256), files[blob.name])
+            self.storage.upload(blob_key(ref, blob.sha256), files[blob.name])
         body = {
             "kind": ref.kind,
             "identity": ref.identity,
@@ -219,7 +279,7 @@ class Ledger:
             "blobs": [dataclasses.asdict(blob) for blob in blobs],
         }
         self._create(key, {"body": body, "note": note})
-        committed = self._read_manifest(key)
+        committed = self.read_manifest(key)
         if committed is None:
             raise IntegrityError(
                 f"{key} vanished right after it was created", remedy="check who deletes from this store"
@@ -236,7 +296,7 @@ class Ledger:
         }
         document = document | {"note": document["note"] | circumstances}
         document["hash"] = hashlib.sha256(canonical_json(document)).hexdigest()
-        if self.storage.create(key, json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False).encode()):
+        if self.storage.create(key, _written(document)):
             return True
         winner = self._read_document(key)
         return winner is not None and winner["note"]["transaction"] == transaction
@@ -247,17 +307,20 @@ class Ledger:
         except MissingError:
             return None
         try:
-            document = dict(json.loads(data))
-            claimed = document.pop("hash")
+            whole = dict(json.loads(data))
+            same_bytes = _written(whole) == data  # a byte between values would not change the hash
+            document = {name: value for name, value in whole.items() if name != "hash"}
             found = hashlib.sha256(canonical_json(document)).hexdigest()
+            claimed = whole["hash"]
         except (ValueError, KeyError, TypeError) as exc:
             found = f"{len(data)} bytes: {exc}"
             raise IntegrityError(f"{key} is damaged", found=found, expected="JSON with its own hash") from exc
-        if found != claimed:
+        if found != claimed or not same_bytes:
             raise IntegrityError(f"{key} does not match its own hash", found=found, expected=claimed)
-        return document | {"hash": claimed}
+        return whole
 
-    def _read_manifest(self, key: str) -> Artifact | None:
+    def read_manifest(self, key: str) -> Artifact | None:
+        """The artifact whose manifest is the object at `key`; None where there is none."""
         document = self._read_document(key)
         if document is None:
             return None
@@ -268,6 +331,20 @@ class Ledger:
         return Artifact(
             body["kind"], body["identity"], body["recipe"], body["facts"], document["note"], blobs, document["hash"]
         )
+
+
+def _written(document: Mapping[str, Any]) -> bytes:
+    """A document as it is stored: one byte string per value, readable by people."""
+    return json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False).encode()
+
+
+def _damaged(artifact: Artifact, blob: Blob, found: str, expected: str) -> IntegrityError:
+    return IntegrityError(
+        f"{artifact.kind} {artifact.identity[:12]}, file {blob.name} ({blob_key(artifact.ref, blob.sha256)}) is damaged",
+        found=found,
+        expected=expected,
+        remedy="restore the object from a backup, or delete the artifact's manifest and run the plan again",
+    )
 
 
 def describe_file(name: str, path: Path) -> Blob:
@@ -281,11 +358,13 @@ def describe_file(name: str, path: Path) -> Blob:
     return Blob(name, size, whole.hexdigest(), tuple(chunks))
 
 
-def _artifact_key(ref: Ref) -> str:
+def artifact_key(ref: Ref) -> str:
+    """Of an artifact's manifest."""
     return f"artifacts/{ref.kind}/{ref.identity}.json"
 
 
-def _blob_key(ref: Ref, sha256: str) -> str:
+def blob_key(ref: Ref, sha256: str) -> str:
+    """Of a file of an artifact."""
     folder = _training_folder(ref.identity) if ref.kind == "training" else ""
     return f"{folder}blobs/{sha256}"
 
@@ -300,6 +379,10 @@ def _training_key(identity: str, update: int) -> str:
 
 def _forest_key(version: int) -> str:
     return f"forest/{version:06d}.json"
+
+
+def _pin_key(version: int) -> str:
+    return f"pins/{version:06d}.json"
 
 
 def _forest_from(document: Mapping[str, Any]) -> Forest:

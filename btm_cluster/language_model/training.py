@@ -273,7 +273,7 @@ class _TrainingRun:
     def _save(self, wait: bool) -> None:
         healthy = math.isfinite(self.loss.item()) and self._has_finite_weights()
         if self.rank == 0 and healthy:  # else the last good checkpoint stays
-            facts = {"how": dataclasses.asdict(self.request.how)}
+            facts = {"how": dataclasses.asdict(self.request.how), "model": self.request.recipe}
             self.checkpoints.save(self.update, self.model, self.optimizer, facts, wait)
 
     def _facts(self) -> dict[str, Any]:

@@ -1,0 +1,228 @@
+"""Keeping a store: is every committed byte what was written, and what does nothing reach any more.
+
+Knows which artifacts need which; deletes only what no kept forest version, no run in the making and nothing young reaches.
+The inbox is never looked at.
+"""
+
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from btm_cluster.errors import StoreError
+from btm_cluster.ledger import Artifact, Ledger, Ref, artifact_key, blob_key
+from btm_cluster.storage import Storage
+
+THREADS = 16
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was read, and what was wrong with it."""
+
+    versions: int
+    artifacts: int
+    blobs: int
+    size_bytes: int
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """What may go: manifests first, then what only they named."""
+
+    manifests: tuple[str, ...]
+    blobs: tuple[str, ...]
+    size_bytes: int
+    kinds: Mapping[str, int]
+    """Artifacts by kind."""
+
+
+def verify(ledger: Ledger) -> Verified:
+    """Reads every manifest, forest version and blob of a store, in parallel, and checks each byte against its hash."""
+    problems: list[str] = []
+    with ThreadPoolExecutor(THREADS) as pool:
+        keys = [entry.key for entry in _manifest_entries(ledger.storage)]
+        artifacts: dict[str, Artifact] = {}
+        for key, found in zip(keys, pool.map(lambda key: _attempt(ledger, key), keys), strict=True):
+            if isinstance(found, Artifact):
+                artifacts[key] = found
+            elif found:
+                problems.append(found)
+        blobs = {
+            blob_key(artifact.ref, blob.sha256): (artifact, blob.name, blob.size_bytes)
+            for artifact in artifacts.values()
+            for blob in artifact.blobs
+        }
+        problems += [p for p in pool.map(lambda b: _check_blob(ledger, b[0], b[1], b[2]), blobs.values()) if p]
+    versions = ledger.versions()
+    problems += list(_check_versions(ledger, versions, artifacts))
+    size = sum(size for _, _, size in blobs.values())
+    return Verified(len(versions), len(artifacts), len(blobs), size, tuple(problems))
+
+
+def find_garbage(ledger: Ledger, keep_versions: int, grace_seconds: float) -> Garbage:
+    """What neither the last `keep_versions` nor the pinned ones nor anything younger than `grace_seconds` reaches.
+
+    Ages are taken by the store's own clock. A forest's versions themselves, a few kB each, always stay.
+    """
+    storage = ledger.storage
+    oldest_kept = store_time(storage) - grace_seconds
+    entries = {entry.key: entry for entry in _manifest_entries(storage)}
+    with ThreadPoolExecutor(THREADS) as pool:
+        read = dict(zip(entries, pool.map(ledger.read_manifest, entries), strict=True))
+    manifests = {key: artifact for key, artifact in read.items() if artifact is not None}
+    young = {key for key in manifests if entries[key].modified >= oldest_kept}
+    artifacts = {a.ref: a for key, a in manifests.items() if a.kind != "training"}
+
+    roots = {manifests[key].ref for key in young if manifests[key].kind != "training"}
+    in_the_making = {manifests[key].identity: manifests[key] for key in young if manifests[key].kind == "training"}
+    for training in in_the_making.values():
+        roots |= set(_needs("model", training.facts.get("model", {})))
+    for version in {*ledger.versions()[-keep_versions:], *ledger.pinned()}:
+        forest = ledger.forest(version)
+        roots |= {Ref("model", identity) for identity in (forest.manifests if forest else ())}
+    kept = _reached(roots, artifacts)
+
+    def stays(key: str) -> bool:
+        artifact = manifests[key]
+        if artifact.kind == "training":
+            return artifact.identity in in_the_making and Ref("model", artifact.identity) not in artifacts
+        return artifact.ref in kept
+
+    going = [key for key in manifests if key not in young and not stays(key)]
+    named = {blob_key(a.ref, blob.sha256) for key, a in manifests.items() if key not in going for blob in a.blobs}
+    blobs = [e for e in _blob_entries(storage) if e.key not in named and e.modified < oldest_kept]
+    return Garbage(
+        manifests=tuple(going),
+        blobs=tuple(entry.key for entry in blobs),
+        size_bytes=sum(entry.size_bytes for entry in blobs),
+        kinds=Counter(manifests[key].kind for key in going),
+    )
+
+
+def collect(ledger: Ledger, garbage: Garbage) -> None:
+    """Deletes garbage: manifests before what they name, so that a crash in between leaves nothing half there."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(ledger.storage.delete, garbage.manifests))
+        # Whoever committed meanwhile named its blobs by now, or uploaded them anew: those stay.
+        keys = [entry.key for entry in _manifest_entries(ledger.storage)]
+        named = {
+            blob_key(artifact.ref, blob.sha256)
+            for artifact in pool.map(ledger.read_manifest, keys)
+            if artifact is not None
+            for blob in artifact.blobs
+        }
+        list(pool.map(ledger.storage.delete, [key for key in garbage.blobs if key not in named]))
+
+
+def store_time(storage: Storage) -> float:
+    """Now, by the store's clock: seconds since 1970. A machine's own clock may be an hour off."""
+    key = f"clock/{uuid.uuid4().hex}"
+    storage.create(key, b"")
+    try:
+        return next(storage.list(key)).modified
+    finally:
+        storage.delete(key)
+
+
+def _needs(kind: str, recipe: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> Iterator[Ref]:
+    """What an artifact is made from, and is of no use without."""
+    if kind == "model":
+        start = recipe.get("start") or {}
+        parents = recipe.get("average") or start.get("parents") or ()
+        yield from (Ref("model", parent["identity"]) for parent in parents)
+        yield from (Ref("text", text) for text in recipe.get("texts", ()))
+        if "tokenizer" in recipe:
+            yield Ref("tokenizer", recipe["tokenizer"])
+    elif kind == "scores":
+        yield Ref("model", recipe["model"])
+        yield from (Ref("tokens", tokens) for tokens in recipe["tokens"])
+    elif kind == "tokens":
+        yield Ref("text", recipe["text"])
+        yield Ref("tokenizer", recipe["tokenizer"])
+    elif kind == "overlap":
+        yield from (Ref("text", text) for text in (recipe["train"], *recipe["tests"]))
+    elif kind == "source":
+        yield Ref("text", (facts or {})["text"])
+
+
+def _reached(roots: Iterable[Ref], artifacts: Mapping[Ref, Artifact]) -> set[Ref]:
+    """The roots, what they need, the scores and baselines of what is kept, and what is made of kept texts alone."""
+    kept: set[Ref] = set()
+
+    def keep(ref: Ref) -> None:
+        if ref in kept or ref not in artifacts:
+            return
+        kept.add(ref)
+        for needed in needs(artifacts[ref]):
+            keep(needed)
+
+    def needs(artifact: Artifact) -> list[Ref]:
+        return list(_needs(artifact.kind, artifact.recipe, artifact.facts))
+
+    for root in roots:
+        keep(root)
+    for ref, artifact in artifacts.items():
+        is_baseline = artifact.facts.get("role") == "transformer-lm"
+        if is_baseline and all(need in kept for need in needs(artifact) if need.kind == "model"):
+            keep(ref)
+    for ref, artifact in artifacts.items():
+        if ref.kind == "scores" and Ref("model", artifact.recipe["model"]) in kept:
+            keep(ref)
+    for kind in ("tokens", "source", "overlap"):
+        for ref, artifact in artifacts.items():
+            if ref.kind == kind and all(need in kept for need in needs(artifact)):
+                keep(ref)
+    return kept
+
+
+def _manifest_entries(storage: Storage) -> Iterator[Any]:
+    for folder in ("artifacts/", "training/"):
+        yield from (entry for entry in storage.list(folder) if entry.key.endswith(".json"))
+
+
+def _blob_entries(storage: Storage) -> Iterator[Any]:
+    yield from storage.list("blobs/")
+    yield from (entry for entry in storage.list("training/") if not entry.key.endswith(".json"))
+
+
+def _attempt(ledger: Ledger, key: str) -> Artifact | str | None:
+    try:
+        return ledger.read_manifest(key)
+    except StoreError as exc:
+        return str(exc)
+
+
+def _check_blob(ledger: Ledger, artifact: Artifact, name: str, size_bytes: int) -> str:
+    """What is wrong with a blob; nothing, if it is whole."""
+    try:
+        found = sum(len(chunk) for chunk in ledger.read_chunks(artifact, name))
+        if ledger.storage.read(blob_key(artifact.ref, artifact.blob(name).sha256), size_bytes, 1):
+            return f"{artifact.kind} {artifact.identity[:12]}, file {name}: longer than {found} bytes"
+    except StoreError as exc:
+        return str(exc)
+    return ""
+
+
+def _check_versions(ledger: Ledger, versions: Iterable[int], artifacts: Mapping[str, Artifact]) -> Iterator[str]:
+    """Each version reads, names the version before it, and names models that are there as it names them."""
+    parent: str | None = None
+    for version in versions:
+        try:
+            forest, own_hash = ledger.forest(version), ledger.version_hash(version)
+        except StoreError as exc:
+            yield str(exc)
+            parent = None
+            continue
+        assert forest is not None
+        if parent is not None and forest.parent != parent:
+            yield f"forest version {version} names another parent\n  found:    {forest.parent}\n  expected: {parent}"
+        parent = own_hash
+        for identity, manifest_hash in forest.manifests.items():
+            found = artifacts.get(artifact_key(Ref("model", identity)))
+            if found is None or found.manifest_hash != manifest_hash:
+                what = "another manifest" if found else "no manifest"
+                yield f"forest version {version} names model {identity[:12]}\n  found:    {what}\n  expected: {manifest_hash}"

@@ -1,0 +1,207 @@
+"""Verifying a store, and collecting what nothing reaches: on a real forest, grown once."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from btm_cluster.algorithm import grow, merge
+from btm_cluster.errors import IntegrityError, MissingError
+from btm_cluster.housekeeping import collect, find_garbage, store_time, verify
+from btm_cluster.ledger import Ledger, Ref, blob_key
+from btm_cluster.plan import Plan
+from btm_cluster.run import run_plan
+from tests.conftest import in_process, plan_fields
+
+DAY = 86_400.0
+
+
+@pytest.fixture(scope="module")
+def grown(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """A plan whose run is done, baseline and averages included."""
+    fields = plan_fields(texts, tmp_path_factory.mktemp("grown") / "store") | {"baselines": ["transformer-lm"]}
+    plan = Plan.model_validate(fields)
+    run_plan(plan, in_process(plan))
+    return plan
+
+
+@pytest.fixture
+def plan(grown: Plan, tmp_path: Path) -> Plan:
+    """The same, with a store of the test's own."""
+    shutil.copytree(grown.store, tmp_path / "store")
+    return grown.model_copy(update={"store": str(tmp_path / "store")})
+
+
+@pytest.fixture
+def ledger(plan: Plan) -> Ledger:
+    return Ledger.open(plan.store)
+
+
+def let_all_be_old(store: str, days: float = 100) -> None:
+    for path in Path(store).rglob("*"):
+        if path.is_file():
+            os.utime(path, (time.time() - days * DAY,) * 2)
+
+
+def all_keys(ledger: Ledger) -> set[str]:
+    return {entry.key for entry in ledger.storage.list("")}
+
+
+def test_a_sound_store_has_no_problems_and_all_of_it_is_read(ledger: Ledger) -> None:
+    seen = verify(ledger)
+    assert seen.problems == ()
+    blobs = list(ledger.storage.list("blobs/"))
+    assert seen.blobs == len(blobs)
+    assert seen.size_bytes == sum(entry.size_bytes for entry in blobs)
+    assert seen.versions == 2
+
+
+def test_every_single_byte_that_is_changed_in_any_object_is_found(ledger: Ledger) -> None:
+    store = Path(ledger.storage.location)
+    chosen = [p for folder in ("artifacts/model", "artifacts/scores", "artifacts/text", "blobs", "forest")
+              for p in sorted((store / folder).glob("*"))[:4] if p.stat().st_size]  # fmt: skip
+    for number, path in enumerate(chosen):
+        whole = path.read_bytes()
+        at = (number * 7919) % len(whole)
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        seen = verify(ledger)
+        assert seen.problems, f"{path}, byte {at}"
+        path.write_bytes(whole)
+    assert verify(ledger).problems == ()
+
+
+def test_every_byte_of_a_manifest_counts(ledger: Ledger) -> None:
+    path = next(Path(ledger.storage.location, "artifacts/model").glob("*.json"))
+    ref, whole = Ref("model", path.stem), path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(IntegrityError):
+            ledger.find(ref)
+    path.write_bytes(whole)
+    assert ledger.find(ref) is not None
+
+
+def test_what_is_lost_cut_short_or_too_long_is_named(ledger: Ledger) -> None:
+    forest = ledger.forest()
+    assert forest is not None
+    store = Path(ledger.storage.location)
+    weights = ledger.get(Ref("model", forest.experts[0].identity)).blob("model.safetensors").sha256
+    whole = (store / "blobs" / weights).read_bytes()
+    for damaged in (whole[:-1], whole + b"x"):
+        (store / "blobs" / weights).write_bytes(damaged)
+        assert any(weights in problem or "longer" in problem for problem in verify(ledger).problems)
+    (store / "blobs" / weights).unlink()
+    assert any(weights in problem for problem in verify(ledger).problems)
+    (store / "blobs" / weights).write_bytes(whole)
+    (store / f"artifacts/model/{forest.experts[0].identity}.json").unlink()
+    assert any("names model" in problem and "no manifest" in problem for problem in verify(ledger).problems)
+
+
+def test_nothing_young_is_garbage(ledger: Ledger) -> None:
+    ledger.storage.create("blobs/" + "0" * 64, b"an upload whose manifest is still to come")
+    found = find_garbage(ledger, keep_versions=1, grace_seconds=DAY)
+    assert (found.manifests, found.blobs) == ((), ())
+
+
+def test_of_what_is_old_only_averages_and_their_scores_and_what_has_no_manifest_go(plan: Plan, ledger: Ledger) -> None:
+    orphan = "blobs/" + "0" * 64
+    ledger.storage.create(orphan, b"an upload whose manifest never came")
+    ledger.storage.create("inbox/news/a.jsonl", b"text that has arrived")
+    let_all_be_old(plan.store)
+    before = all_keys(ledger)
+    found = find_garbage(ledger, keep_versions=10, grace_seconds=DAY)
+    assert orphan in found.blobs
+    assert set(found.kinds) == {"model", "scores"}
+    gone = [ledger.read_manifest(key) for key in found.manifests]
+    averages = {a.identity for a in gone if a is not None and a.facts.get("role") == "average"}
+    assert {a.identity for a in gone if a is not None and a.kind == "model"} == averages
+    assert {a.recipe["model"] for a in gone if a is not None and a.kind == "scores"} == averages
+    assert all_keys(ledger) == before, "finding deletes nothing"
+    collect(ledger, found)
+    assert all_keys(ledger) == before - {*found.manifests, *found.blobs}
+    assert verify(ledger).problems == ()
+    assert find_garbage(ledger, 10, DAY).manifests == ()
+    again = run_plan(plan, driver := in_process(plan))
+    assert set(again.made) == {"model", "scores"}
+    assert driver.made["model"] == len(averages)
+
+
+def test_experts_of_versions_that_are_not_kept_go_unless_they_are_pinned(plan: Plan, ledger: Ledger) -> None:
+    grown = ledger.forest()
+    assert grown is not None
+    for version in (2, 3):  # as a removal would make it
+        last = ledger.forest()
+        assert last is not None
+        manifests = {grown.foundation.seed: grown.manifests[grown.foundation.seed]}
+        ledger.append(type(grown)(version, grown.foundation, (), manifests, reason="removed all"))
+    let_all_be_old(plan.store)
+    experts = {f"artifacts/model/{expert.identity}.json" for expert in grown.experts}
+    assert experts <= set(find_garbage(ledger, keep_versions=2, grace_seconds=DAY).manifests)
+    assert not experts & set(find_garbage(ledger, keep_versions=3, grace_seconds=DAY).manifests)
+    ledger.pin(1)
+    assert not experts & set(find_garbage(ledger, keep_versions=2, grace_seconds=DAY).manifests)
+    ledger.unpin(1)
+    collect(ledger, find_garbage(ledger, keep_versions=2, grace_seconds=DAY))
+    assert not experts & all_keys(ledger)
+    seed = f"artifacts/model/{grown.foundation.seed}.json"
+    assert seed in all_keys(ledger)
+
+
+def test_a_training_in_the_making_keeps_its_checkpoint_and_what_it_is_made_from(plan: Plan, ledger: Ledger) -> None:
+    forest = ledger.forest()
+    assert forest is not None
+    expert = ledger.get(Ref("model", forest.experts[0].identity))
+    ledger.append(type(forest)(2, forest.foundation, (), {}, reason="as if nothing were kept"))
+    let_all_be_old(plan.store)
+    weights = ledger.open_file(expert, "model.safetensors")
+    ledger.save_training("0" * 64, 7, {"model.safetensors": weights}, {"how": {}, "model": dict(expert.recipe)})
+    found = set(find_garbage(ledger, keep_versions=1, grace_seconds=DAY).manifests)
+    needed = {f"artifacts/text/{text}.json" for text in expert.recipe["texts"]}
+    needed |= {
+        f"artifacts/tokenizer/{expert.recipe['tokenizer']}.json",
+        f"artifacts/model/{forest.foundation.seed}.json",
+    }
+    assert not needed & found
+    assert not any(key.startswith("training/") for key in found)
+    assert any(key.startswith("artifacts/model/") for key in found)
+    let_all_be_old(plan.store)
+    abandoned = find_garbage(ledger, keep_versions=1, grace_seconds=DAY)
+    assert f"training/{'0' * 64}/000000007.json" in abandoned.manifests
+    assert any(key.startswith("training/") for key in abandoned.blobs)
+
+
+def test_a_blob_that_is_named_anew_before_it_is_deleted_stays(plan: Plan, ledger: Ledger, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"bytes that come back")
+    made = ledger.commit(Ref("model", "0" * 64), {}, {"w": tmp_path / "file"}, {})
+    ledger.storage.delete(f"artifacts/model/{'0' * 64}.json")
+    let_all_be_old(plan.store)
+    found = find_garbage(ledger, keep_versions=10, grace_seconds=DAY)
+    key = blob_key(made.ref, made.blob("w").sha256)
+    assert key in found.blobs
+    ledger.commit(Ref("model", "1" * 64), {}, {"w": tmp_path / "file"}, {})
+    collect(ledger, found)
+    assert key in all_keys(ledger)
+
+
+def test_ages_are_taken_by_the_clock_of_the_store(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 3600)
+    assert abs(store_time(ledger.storage) - now) < 600
+    assert not any(entry.key.startswith("clock/") for entry in ledger.storage.list(""))
+
+
+def test_a_merge_finds_out_that_an_artifact_was_collected(plan: Plan, tmp_path: Path) -> None:
+    fresh = plan.model_copy(update={"store": str(tmp_path / "fresh"), "domains": plan.domains[:1]})
+    driver = in_process(fresh)
+    forest = grow(fresh, driver).forest
+    weights = driver.ledger.get(Ref("model", forest.experts[0].identity)).blob("model.safetensors").sha256
+    Path(fresh.store, "forest/000001.json").unlink()
+    Path(fresh.store, "blobs", weights).unlink()
+    planted = driver.ledger.forest()
+    assert planted is not None
+    assert planted.version == 0
+    with pytest.raises(MissingError, match="lost its file"):
+        merge(planted, forest.experts, driver.ledger)
+    assert driver.ledger.versions() == [0]
