@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: run test check clean
+.PHONY: run test check chaos clean
 
 run: $(INSTALLED)  ## The quickstart: real text from this installation, seed, experts, baseline, verdict.
 	$(BIN)/python jobs/quickstart_text.py forests/quickstart-text
@@ -17,6 +17,10 @@ check: $(INSTALLED)  ## Style, types and the direction of imports.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+SEEDS ?= 10
+chaos: $(INSTALLED)  ## The long campaign of faults: make chaos SEEDS=100
+	$(BIN)/python -m tests.faults.campaign --seeds $(SEEDS)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -70,6 +70,9 @@ def ours(size: str, micro_batch: int) -> float:
         def stopping(self) -> bool:
             return False
 
+        def saving(self) -> bool:
+            return False
+
     with tempfile.TemporaryDirectory() as scratch:
         ledger = Ledger.open(str(Path(scratch, "store")))
         words = Tokenizer(models.WordLevel({"<|endoftext|>": 0}, unk_token="<|endoftext|>"))

@@ -90,11 +90,11 @@ def plant(ground: Ground, driver: Driver) -> Forest:
 def branch(ground: Ground, forest: Forest, driver: Driver) -> list[TrainRequest]:
     """Where each domain's expert starts: the first batch from the seed, later ones as the plan says, all from one forest."""
     new = new_domains(ground, forest)
-    if branches_from_seed(ground, forest):
-        start = seed_start(ground, Ref("model", forest.foundation.seed))
-        return [expert_request(ground, domain, start) for domain in new]
-    starts = _averaged_starts(ground, forest, new, driver)
-    return [expert_request(ground, domain, start) for domain, start in zip(new, starts, strict=True)]
+    start = seed_start(ground, Ref("model", forest.foundation.seed))
+    from_seed = [domain for domain in new if starts_from_seed(ground, forest, domain)]
+    later = [domain for domain in new if domain not in from_seed]
+    starts = [start] * len(from_seed) + (_averaged_starts(ground, forest, later, driver) if later else [])
+    return [expert_request(ground, domain, start) for domain, start in zip(from_seed + later, starts, strict=True)]
 
 
 def new_domains(ground: Ground, forest: Forest) -> list[PreparedText]:
@@ -103,9 +103,13 @@ def new_domains(ground: Ground, forest: Forest) -> list[PreparedText]:
     return [domain for domain in ground.domains if texts.get(domain.name) != domain.identity]
 
 
-def branches_from_seed(ground: Ground, forest: Forest | None) -> bool:
-    """Whether new experts start from the seed itself: the first batch does, later ones where the plan says so."""
-    return forest is None or not forest.experts or ground.plan.branching.start == "seed"
+def starts_from_seed(ground: Ground, forest: Forest | None, domain: PreparedText) -> bool:
+    """Whether a new expert starts from the seed itself: the founding domains' do, even if their first training failed and
+    their siblings are merged by now; those of later domains where the plan says so, or while there is nothing to average.
+    """
+    if forest is None or not forest.experts or ground.plan.branching.start == "seed":
+        return True
+    return (domain.name, domain.identity) in forest.foundation.domains
 
 
 def train(branches: Sequence[TrainRequest], driver: Driver) -> tuple[list[Expert], list[Failure]]:
@@ -121,15 +125,17 @@ def merge(forest: Forest, experts: Sequence[Expert], ledger: Ledger) -> Forest:
     if not experts:
         return forest
     manifests = {e.identity: ledger.get(Ref("model", e.identity)).manifest_hash for e in experts}
+    forest = ledger.forest() or forest  # the log moved on meanwhile: what an older version names may be collected
     for _ in range(MERGE_ATTEMPTS):
         # Another driver may have added the same domain meanwhile, branched from another version: the first one stays.
         new = [expert for expert in experts if expert.domain not in forest.domains]
         check_texts(forest, {expert.domain: expert.text for expert in experts})
         if not new:
             return forest
-        for identity, manifest_hash in {**forest.manifests, **manifests}.items():
+        named = {expert.identity: manifests[expert.identity] for expert in new}
+        for identity, manifest_hash in {**forest.manifests, **named}.items():
             ledger.check_standing(Ref("model", identity), manifest_hash)
-        ledger.append(merge_into(forest, new, manifests, reason="added " + ", ".join(e.domain for e in new)))
+        ledger.append(merge_into(forest, new, named, reason="added " + ", ".join(e.domain for e in new)))
         newest = ledger.forest()
         assert newest is not None
         forest = newest

@@ -54,7 +54,7 @@ class ProgressView:
 
     def _table(self) -> Table:
         table = Table(box=None, show_header=False, pad_edge=False)
-        for _ in range(6):
+        for _ in range(7):
             table.add_column(no_wrap=True)
         for progress in list(self._latest.values())[-20:]:
             table.add_row(*_columns(progress))
@@ -71,6 +71,9 @@ def _columns(progress: Progress) -> list[str]:
         f"loss {progress.loss:.3f}" if progress.loss is not None else "",
         f"{rate:,.0f} tokens/s" if rate else "",
         _time_left(progress),
+        f"checkpoint: standstill {progress.stall_seconds:.1f} s, stored in {progress.upload_seconds:.1f} s"
+        if progress.stall_seconds is not None and progress.upload_seconds is not None
+        else "",
     ]
 
 

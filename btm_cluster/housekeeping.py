@@ -38,6 +38,8 @@ class Garbage:
     size_bytes: int
     kinds: Mapping[str, int]
     """Artifacts by kind."""
+    older_than: float
+    """By the store's clock; a blob that was written since is no garbage any more."""
 
 
 def verify(ledger: Ledger) -> Verified:
@@ -100,6 +102,7 @@ def find_garbage(ledger: Ledger, keep_versions: int, grace_seconds: float) -> Ga
         blobs=tuple(entry.key for entry in blobs),
         size_bytes=sum(entry.size_bytes for entry in blobs),
         kinds=Counter(manifests[key].kind for key in going),
+        older_than=oldest_kept,
     )
 
 
@@ -115,7 +118,8 @@ def collect(ledger: Ledger, garbage: Garbage) -> None:
             if artifact is not None
             for blob in artifact.blobs
         }
-        list(pool.map(ledger.storage.delete, [key for key in garbage.blobs if key not in named]))
+        old = {entry.key for entry in _blob_entries(ledger.storage) if entry.modified < garbage.older_than}
+        list(pool.map(ledger.storage.delete, [key for key in garbage.blobs if key in old and key not in named]))
 
 
 def store_time(storage: Storage) -> float:
@@ -186,6 +190,7 @@ def _manifest_entries(storage: Storage) -> Iterator[Any]:
 
 def _blob_entries(storage: Storage) -> Iterator[Any]:
     yield from storage.list("blobs/")
+    yield from storage.list("clock/")  # a collection that crashed left it
     yield from (entry for entry in storage.list("training/") if not entry.key.endswith(".json"))
 
 
@@ -209,6 +214,8 @@ def _check_blob(ledger: Ledger, artifact: Artifact, name: str, size_bytes: int) 
 
 def _check_versions(ledger: Ledger, versions: Iterable[int], artifacts: Mapping[str, Artifact]) -> Iterator[str]:
     """Each version reads, names the version before it, and names models that are there as it names them."""
+    versions = list(versions)
+    kept = {*versions[-1:], *ledger.pinned()}  # `gc` may have collected what only older ones name
     parent: str | None = None
     for version in versions:
         try:
@@ -223,6 +230,6 @@ def _check_versions(ledger: Ledger, versions: Iterable[int], artifacts: Mapping[
         parent = own_hash
         for identity, manifest_hash in forest.manifests.items():
             found = artifacts.get(artifact_key(Ref("model", identity)))
-            if found is None or found.manifest_hash != manifest_hash:
+            if (found is None and version in kept) or (found is not None and found.manifest_hash != manifest_hash):
                 what = "another manifest" if found else "no manifest"
                 yield f"forest version {version} names model {identity[:12]}\n  found:    {what}\n  expected: {manifest_hash}"

@@ -38,6 +38,9 @@ class LocalControl:
     def stopping(self) -> bool:
         return self._stop.is_set()
 
+    def saving(self) -> bool:
+        return False
+
 
 class InProcess:
     """The port, without a cluster: one worker, on the GPU or the CPUs of this machine."""

@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from btm_cluster.errors import IntegrityError, MissingError, UserError
+from btm_cluster.errors import IntegrityError, MissingError, StoreError, UserError
 from btm_cluster.forest import Expert, Forest, Foundation, Parent, canonical_json
 from btm_cluster.storage import Storage, open_storage
 
@@ -233,8 +233,11 @@ class Ledger:
 
     def pin(self, version: int) -> None:
         """Keeps a version from being collected, however old it becomes."""
-        if self.forest(version) is None:
+        forest = self.forest(version)
+        if forest is None:
             raise UserError(f"there is no forest version {version}", found=f"versions {self.versions()}")
+        for identity, manifest_hash in forest.manifests.items():
+            self.check_standing(Ref("model", identity), manifest_hash)
         self._create(_pin_key(version), {"body": {"version": version}, "note": {}})
 
     def unpin(self, version: int) -> None:
@@ -256,6 +259,8 @@ class Ledger:
     def append(self, forest: Forest) -> bool:
         """Appends a version to the log. False: somebody else was first; read again and try the next number."""
         previous = self._read_document(_forest_key(forest.version - 1)) if forest.version else None
+        if forest.version and previous is None:
+            raise StoreError(f"cannot append forest version {forest.version}", found="no version before it")
         body = dataclasses.asdict(forest) | {"parent": previous["hash"] if previous else None}
         return self._create(_forest_key(forest.version), {"body": body, "note": {}})
 

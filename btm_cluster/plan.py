@@ -230,6 +230,8 @@ class ClusterPlan(Section):
     """torch.compile; `auto` is on for a GPU, off on CPU."""
     checkpoint_minutes: PositiveReal = 15
     """Most training time that a lost machine can cost."""
+    hang_minutes: PositiveReal = 30
+    """Training that shows no update for so long is killed and tried again, as if its process had died."""
     stop_grace_seconds: PositiveReal = 120
     """Time a stopped run has to save its training checkpoints."""
     price_per_gpu_hour: Real | None = None

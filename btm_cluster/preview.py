@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from btm_cluster.algorithm import branches_from_seed, new_domains
+from btm_cluster.algorithm import new_domains, starts_from_seed
 from btm_cluster.equations.budget import device_hours, stored_bytes
 from btm_cluster.forest import Forest, check_foundation
 from btm_cluster.language_model.model import count_parameters
@@ -122,9 +122,9 @@ def _scores(ground: Ground, ledger: Ledger, unread: bool) -> Step:
     forest, seed = ledger.forest(), seed_request(ground).ref
     models = {seed, *(Ref("model", expert.identity) for expert in (forest.experts if forest else ()))}
     new = new_domains(ground, forest) if forest is not None else list(ground.domains)
-    if branches_from_seed(ground, forest):
-        models |= {expert_request(ground, domain, seed_start(ground, seed)).ref for domain in new}
-        new = []
+    from_seed = [domain for domain in new if starts_from_seed(ground, forest, domain)]
+    models |= {expert_request(ground, domain, seed_start(ground, seed)).ref for domain in from_seed}
+    new = [domain for domain in new if domain not in from_seed]
     if ground.plan.baselines:
         models.add(transformer_lm_request(ground, seed).ref)
     parts = [(text, split) for text in ground.texts for split in HELD_OUT if text.tokens[split]]
@@ -152,10 +152,12 @@ def _trainings(ground: Ground, ledger: Ledger, parameters: int, rate: float | No
 
 
 def _expert_state(ground: Ground, ledger: Ledger, forest: Forest | None, request: TrainRequest) -> str:
-    if forest is not None and request.label not in {domain.name for domain in new_domains(ground, forest)}:
+    new = new_domains(ground, forest) if forest is not None else ground.domains
+    domain = next((domain for domain in new if domain.name == request.label), None)
+    if domain is None:
         return DONE
     # An expert that starts from an average has an identity that only scoring its text can tell.
-    return _state(ledger, request) if branches_from_seed(ground, forest) else NEW
+    return _state(ledger, request) if starts_from_seed(ground, forest, domain) else NEW
 
 
 def _state(ledger: Ledger, request: Request) -> str:

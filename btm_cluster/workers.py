@@ -267,6 +267,10 @@ class Progress:
     loss: float | None = None
     tokens_per_second: float | None = None
     seconds_left: float | None = None
+    stall_seconds: float | None = None
+    """How long training stood still for its last checkpoint."""
+    upload_seconds: float | None = None
+    """How long that checkpoint then took to be stored, while training went on."""
 
 
 class Control(Protocol):
@@ -277,6 +281,9 @@ class Control(Protocol):
 
     def stopping(self) -> bool:
         """Whether to save and stop at the next update."""
+
+    def saving(self) -> bool:
+        """Whether to save at the next update and go on: this machine was told that it will be taken away."""
 
 
 Watcher: TypeAlias = Callable[[Progress], None]

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +78,10 @@ def plan_fields(texts: dict[str, Path], store: Path) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="session")
-def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment variables that lead boto3 to a real S3 server on loopback."""
-    if any(shutil.which(name) is None for name in ("radosgw", "ceph-mon", "ceph-osd")):
-        pytest.skip("radosgw is not installed: see tests/start-radosgw")
-    folder, port = tmp_path_factory.mktemp("radosgw"), 20_000 + free_port() % 20_000
+@contextmanager
+def start_object_store(folder: Path) -> Iterator[dict[str, str]]:
+    """A real S3 server on loopback: the environment variables that lead boto3 to it."""
+    port = 20_000 + free_port() % 20_000
     try:
         subprocess.run([Path(__file__).parent / "start-radosgw", folder, str(port)], check=True, capture_output=True)
         yield {
@@ -94,6 +93,15 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str,
     finally:
         for file in (folder / "run").glob("*.pid"):
             os.kill(int(file.read_text()), signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """One for all tests."""
+    if any(shutil.which(name) is None for name in ("radosgw", "ceph-mon", "ceph-osd")):
+        pytest.skip("radosgw is not installed: see tests/start-radosgw")
+    with start_object_store(tmp_path_factory.mktemp("radosgw")) as variables:
+        yield variables
 
 
 def free_port() -> int:

@@ -68,7 +68,12 @@ class TrainingCheckpoints:
     """Saves a model in the making, at most one save under way at a time."""
 
     def __init__(self, ledger: Ledger, identity: str, label: str) -> None:
-        self.stall_seconds = 0.0
+        self.stalled_seconds = 0.0
+        """Standstill of training for all saves."""
+        self.stall_seconds: float | None = None
+        """Standstill for the last save."""
+        self.upload_seconds: float | None = None
+        """How long the last save that was stored took for that, meanwhile."""
         self._ledger, self._identity, self._label = ledger, identity, label
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
@@ -82,10 +87,11 @@ class TrainingCheckpoints:
             StoreError: only with `wait`; without, a failure is logged and the next save tries again.
         """
         started = time.monotonic()
-        self._finish_previous()
+        self._finish_previous()  # a slow store holds training up here, and it shows as a stall
         weights = {name: t.to("cpu", copy=True) for name, t in weights_of(model).items()}
         moments = {name: t.to("cpu", copy=True) for name, t in optimizer_tensors(model, optimizer).items()}
-        self.stall_seconds += time.monotonic() - started
+        self.stall_seconds = time.monotonic() - started
+        self.stalled_seconds += self.stall_seconds
         self._saving = self._pool.submit(self._store, update, weights, moments, dict(facts))
         if wait:
             saving, self._saving = self._saving, None
@@ -108,8 +114,10 @@ class TrainingCheckpoints:
     def _store(
         self, update: int, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], facts: dict[str, Any]
     ) -> None:
+        started = time.monotonic()
         with tempfile.TemporaryDirectory() as scratch:
             files = {MODEL_FILE: Path(scratch, MODEL_FILE), OPTIMIZER_FILE: Path(scratch, OPTIMIZER_FILE)}
             save_weights(weights, files[MODEL_FILE])
             save_weights(moments, files[OPTIMIZER_FILE])
             self._ledger.save_training(self._identity, update, files, facts)
+        self.upload_seconds = time.monotonic() - started

@@ -31,6 +31,8 @@ from btm_cluster.workers import Control, Progress, Resources, TrainRequest
 
 log = logging.getLogger(__name__)
 REPORT_SECONDS = 1.0
+NOTICE_SECONDS = 5.0
+"""Between two questions on whether this machine will be taken away."""
 AGREE_EVERY = 8
 """Updates between two agreements of a process group on whether to stop: each one waits for the device."""
 
@@ -132,6 +134,8 @@ class _TrainingRun:
         self.update = self._restore()
         self.forward = self._wrap(NextTokenLoss(self.model, end_of_text))
         self.checkpoints = TrainingCheckpoints(ledger, request.ref.identity, request.label)
+        self.noticed = False
+        self.next_question = time.monotonic()
         self.pace = _Pace()
         self.loss = torch.zeros((), device=self.device)
 
@@ -140,13 +144,14 @@ class _TrainingRun:
         last_saved = time.monotonic()
         try:
             while self.update < self.request.last_update:
-                self._stop_if_agreed()
+                must_save = self._stop_or_save()
                 self.loss = self._one_update()
                 self.update += 1
                 self.pace.tokens += self.request.blocks_per_update * self.request.training.block_tokens
                 if self.pace.is_due() or self.update == self.request.last_update:
                     self._report()
-                if self.rank == 0 and time.monotonic() - last_saved >= self.request.checkpoint_seconds:
+                must_save = must_save or time.monotonic() - last_saved >= self.request.checkpoint_seconds
+                if self.rank == 0 and must_save:
                     self._save(wait=False)
                     last_saved = time.monotonic()
             self._check_finite(weights=True)
@@ -223,18 +228,26 @@ class _TrainingRun:
             return mine.pin_memory().to(self.device, non_blocking=True)
         return mine
 
-    def _stop_if_agreed(self) -> None:
-        """Saves and raises where the driver asked to stop: on all ranks of a group at the same update, or on none."""
-        stop = self.control.stopping()
+    def _stop_or_save(self) -> bool:
+        """Saves and raises where the driver asked to stop; True, once, where this machine will be taken away.
+
+        In a group all ranks agree at the same update: who left alone would leave the others waiting.
+        """
+        stop, ask = self.control.stopping(), not self.noticed and time.monotonic() >= self.next_question
         if self.world > 1:
             if self.update % AGREE_EVERY:
-                return
+                return False
             self._check_finite()
-            stop = bool(self._largest(float(stop)))
+            stop, ask = bool(self._largest(float(stop))), bool(self._largest(float(ask)))
         if stop:
             self._check_finite(weights=True)
             self._save(wait=True)
             raise Stopped(f"{self.request.label} was stopped", found=f"saved at update {self.update}")
+        if not ask:
+            return False
+        self.next_question = time.monotonic() + NOTICE_SECONDS
+        self.noticed = self.control.saving()  # Ray Train answers all ranks of a group at once
+        return self.noticed
 
     def _largest(self, value: float) -> float:
         """The largest value over the ranks of the group."""
@@ -266,9 +279,9 @@ class _TrainingRun:
                 (request.last_update - self.update) * request.blocks_per_update * request.training.block_tokens
             )
             span = (self.update, request.first_update, request.last_update)
-            self.control.report(
-                Progress(request.label, "training", *span, self.loss.item(), rate, tokens_left / max(rate, 1e-9))
-            )
+            pace = (rate, tokens_left / max(rate, 1e-9))
+            stored = (self.checkpoints.stall_seconds, self.checkpoints.upload_seconds)
+            self.control.report(Progress(request.label, "training", *span, self.loss.item(), *pace, *stored))
 
     def _save(self, wait: bool) -> None:
         healthy = math.isfinite(self.loss.item()) and self._has_finite_weights()
@@ -288,5 +301,5 @@ class _TrainingRun:
             "tokens_per_second": round(self.pace.tokens / max(seconds, 1e-9), 1),
             "gpus": gpus,
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
-            "checkpoint_stall_seconds": round(self.checkpoints.stall_seconds, 3),
+            "checkpoint_stall_seconds": round(self.checkpoints.stalled_seconds, 3),
         }

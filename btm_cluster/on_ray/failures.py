@@ -6,9 +6,11 @@ import ray.train
 from btm_cluster.errors import BtmError, Stopped, UserError
 from btm_cluster.workers import Failure
 
+LOG_LINES = 8
 
-def failure_of(label: str, error: Exception, retries: int) -> Failure:
-    """What became of a request whose result raised `error`.
+
+def failure_of(label: str, error: Exception, attempts: int, host: str, log: str) -> Failure:
+    """What became of a request whose result raised `error`: its last attempt's host, and the end of its `log`.
 
     Raises:
         UserError, Stopped: a step raised it; these are the user's to know, not a failure among others.
@@ -21,7 +23,9 @@ def failure_of(label: str, error: Exception, retries: int) -> Failure:
     )
     where = "its process or node died" if died else "in its process"
     words = str(cause) if isinstance(cause, BtmError) else f"{type(cause).__name__}: {cause}"
-    return Failure(label, retries + 1 if died else 1, where, words)
+    if not isinstance(cause, BtmError):
+        words += "".join(f"\n    | {line}" for line in (log or str(error)).splitlines()[-LOG_LINES:])
+    return Failure(label, max(attempts, 1), f"on {host}, {where}" if host else where, words)
 
 
 def root_cause(error: BaseException) -> BaseException:

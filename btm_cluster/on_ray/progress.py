@@ -1,6 +1,8 @@
 """Signs of life: from a step in some process of the cluster to the driver's display, and to Ray's metrics."""
 
+import socket
 import time
+from collections import Counter as Counts
 from collections.abc import Callable
 from typing import Any
 
@@ -10,16 +12,25 @@ from ray.util.metrics import Counter, Gauge
 from btm_cluster.workers import Progress
 
 STOP_POLL_SECONDS = 1.0
+STARTING = "starting"
 
 
 class ProgressBoard:
-    """Holds the newest progress of each label until the driver takes it."""
+    """Holds the newest progress of each label until the driver takes it, and how often and where it was started."""
 
     def __init__(self) -> None:
         self._fresh: dict[str, Progress] = {}
+        self._attempts: Counts[str] = Counts()
+        self._host: dict[str, str] = {}
 
-    def put(self, progress: Progress) -> None:
+    def put(self, progress: Progress, host: str) -> None:
         self._fresh[progress.label] = progress
+        self._attempts[progress.label] += progress.phase == STARTING
+        self._host[progress.label] = host
+
+    def story(self, label: str) -> tuple[int, str]:
+        """How often it was started, and the host that was last heard of."""
+        return self._attempts[label], self._host.get(label, "")
 
     def take(self) -> list[Progress]:
         taken, self._fresh = list(self._fresh.values()), {}
@@ -32,20 +43,27 @@ ProgressBoardActor: Any = ray.remote(num_cpus=0)(ProgressBoard)
 class RayControl:
     """A step's line to its driver: reports to the board and to metrics, and asks `asked_to_stop` whether to stop."""
 
-    def __init__(self, board: Any, asked_to_stop: Callable[[], bool]) -> None:
-        self._board, self._asked_to_stop = board, asked_to_stop
+    def __init__(
+        self, board: Any, asked_to_stop: Callable[[], bool], told_to_save: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._board, self._asked_to_stop, self._told_to_save = board, asked_to_stop, told_to_save
         tags = ("expert",)
         self._loss = Gauge("btm_loss", "training loss, nats per token", tag_keys=tags)
         self._updates = Gauge("btm_updates", "update that the training has reached", tag_keys=tags)
         self._rate = Gauge("btm_tokens_per_second", "tokens trained on per second", tag_keys=tags)
         self._tokens = Counter("btm_tokens", "tokens trained on", tag_keys=tags)
+        self._stall = Gauge("btm_checkpoint_stall_seconds", "standstill for the last checkpoint", tag_keys=tags)
+        self._upload = Gauge("btm_checkpoint_upload_seconds", "time the last checkpoint took to store", tag_keys=tags)
         self._reported = time.monotonic()
 
     def report(self, progress: Progress) -> None:
-        self._board.put.remote(progress)
+        self._board.put.remote(progress, socket.gethostname())
+        tags = {"expert": progress.label}
+        if progress.stall_seconds is not None and progress.upload_seconds is not None:
+            self._stall.set(progress.stall_seconds, tags)
+            self._upload.set(progress.upload_seconds, tags)
         if progress.loss is None or progress.tokens_per_second is None:
             return
-        tags = {"expert": progress.label}
         now = time.monotonic()
         self._loss.set(progress.loss, tags)
         self._updates.set(progress.update, tags)
@@ -55,6 +73,9 @@ class RayControl:
 
     def stopping(self) -> bool:
         return self._asked_to_stop()
+
+    def saving(self) -> bool:
+        return self._told_to_save()
 
 
 class StopPoll:

@@ -5,6 +5,7 @@ has a placement group of its own, the actor holds nothing, and Train restarts th
 training goes on from its last checkpoint in the store.
 """
 
+import hashlib
 import tempfile
 import threading
 import uuid
@@ -18,7 +19,7 @@ from ray.train.torch import TorchTrainer
 from btm_cluster.errors import BtmError, Stopped, TrainingError, UserError
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.on_ray.cluster import bundle
-from btm_cluster.on_ray.progress import RayControl, StopPoll
+from btm_cluster.on_ray.progress import STARTING, RayControl, StopPoll
 from btm_cluster.workers import Progress, Resources, TrainRequest
 
 
@@ -31,7 +32,7 @@ class Trainer:
     def train(self, request: TrainRequest, store: str, retries: int, board: Any) -> Artifact:
         """The committed model."""
         control = RayControl(board, self._stop.is_set)
-        control.report(Progress(request.label, "starting"))
+        control.report(Progress(request.label, STARTING))
         if request.how.workers == 1:
 
             def loop() -> Artifact | BtmError:
@@ -40,7 +41,8 @@ class Trainer:
             trainer = ray.get_runtime_context().current_actor
 
             def loop() -> Artifact | BtmError:
-                return _step(request, store, RayControl(board, StopPoll(trainer)))
+                is_to_go = ray.train.get_preemption_info  # None in Train's local mode, so only groups ask
+                return _step(request, store, RayControl(board, StopPoll(trainer), lambda: is_to_go() is not None))
 
         result = TorchTrainer(
             loop, scaling_config=_scaling(request.how), run_config=_run_config(request, retries)
@@ -79,17 +81,23 @@ def _step(request: TrainRequest, store: str, control: RayControl) -> Artifact | 
         return exc
 
 
-def trainer_options(request: TrainRequest, retries: int) -> dict[str, Any]:
+def trainer_name(request: TrainRequest, store: str) -> str:
+    """The actor's name on the cluster: one for each model of a store, so that two drivers do not train it twice."""
+    in_store = hashlib.sha256(store.encode()).hexdigest()[:6]
+    return f"{request.role}-{request.label}-{request.ref.identity[:8]}-{in_store}"
+
+
+def trainer_options(request: TrainRequest, store: str, retries: int) -> dict[str, Any]:
     """Options of the actor: its name in the dashboard, what it holds, how often it is restarted."""
     alone = request.how.workers == 1
     held = bundle(request.how) if alone else {"CPU": 0.0}
     threads = str(request.how.cpus_per_worker)
     return {
-        "name": f"{request.role}-{request.label}-{request.ref.identity[:8]}-{uuid.uuid4().hex[:6]}",
+        "name": trainer_name(request, store),
         "num_cpus": held["CPU"],
         "num_gpus": held.get("GPU", 0.0),
         "max_restarts": retries,
-        "max_task_retries": retries,
+        "max_task_retries": -1,  # one is spent on each call while a lost node is not yet known to be lost; restarts are the limit
         "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads}} if alone else None,
     }
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+import ray.util.state
 
 from btm_cluster.errors import Stopped
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.on_ray.cluster import bundle, group_words, has_room
-from btm_cluster.on_ray.failures import failure_of
+from btm_cluster.on_ray.failures import LOG_LINES, failure_of
 from btm_cluster.on_ray.progress import ProgressBoardActor, RayControl
 from btm_cluster.on_ray.training import TrainerActor, trainer_options
 from btm_cluster.plan import ClusterPlan
@@ -30,6 +31,8 @@ from btm_cluster.workers import (
 )
 
 POLL_SECONDS = 0.25
+OTHER_SECONDS = 2.0
+"""Between two looks at what another driver trains."""
 WAITING_SECONDS = 60.0
 """Between two words on a training that waits for room."""
 
@@ -46,6 +49,20 @@ def _score(requests: Sequence[ScoreRequest], store: str, board: Any) -> list[Art
     from btm_cluster.steps.score import score
 
     return score(requests, Ledger.open(store), RayControl(board, lambda: False))
+
+
+@ray.remote(num_cpus=0)
+def _await_other(request: TrainRequest, store: str, name: str) -> Artifact | None:
+    """The model that another driver's trainer is at; None where that one ended without it."""
+    while True:
+        found = Ledger.open(store).find(request.ref)
+        if found is not None:
+            return found
+        try:
+            ray.get_actor(name)
+        except ValueError:  # there is none of that name any more
+            return Ledger.open(store).find(request.ref)
+        time.sleep(OTHER_SECONDS)
 
 
 class Merger:
@@ -72,7 +89,8 @@ class _Running:
     """What the cluster had no room for when this was submitted."""
     last_word: float = field(default_factory=time.monotonic)
     trains: bool = False
-    """Whether it was seen training: before that, there is nothing to save."""
+    """Whether it was seen training: before that, there is nothing to save, and it cannot hang."""
+    last_sign: float = field(default_factory=time.monotonic)
 
 
 class RayWorkers:
@@ -81,7 +99,7 @@ class RayWorkers:
     def __init__(self, store: str, watcher: Watcher, stop: threading.Event, cluster: ClusterPlan) -> None:
         self._store, self._watcher, self._stop, self._cluster = store, watcher, stop, cluster
         self._board = ProgressBoardActor.options(name=f"progress-{time.time_ns()}").remote()
-        self._retried = {"max_restarts": cluster.retries, "max_task_retries": cluster.retries}
+        self._retried = {"max_restarts": cluster.retries, "max_task_retries": -1}
 
     def prepare(self, requests: Sequence[PrepareRequest]) -> list[Outcome]:
         task = _prepare.options(num_cpus=1, max_retries=self._cluster.retries)
@@ -95,7 +113,12 @@ class RayWorkers:
         room = {request.label: has_room(request.label, request.how, self._cluster.autoscaling) for request in requests}
 
         def start(request: TrainRequest) -> _Running:
-            trainer = TrainerActor.options(**trainer_options(request, self._cluster.retries)).remote()
+            options = trainer_options(request, self._store, self._cluster.retries)
+            try:
+                trainer = TrainerActor.options(**options).remote()
+            except ValueError:  # the name is taken
+                self._watcher(Progress(request.label, "waiting for another driver, which trains it"))
+                return _Running(request.label, _await_other.remote(request, self._store, options["name"]))
             result = trainer.train.remote(request, self._store, self._cluster.retries, self._board)
             if room[request.label]:
                 return _Running(request.label, result, trainer)
@@ -151,7 +174,11 @@ class RayWorkers:
                 self._relay([one for _, one in running.values()])
                 for result in done:
                     index, finished = running.pop(result)
-                    outcomes[index] = self._collect(finished)
+                    outcome = self._collect(finished)
+                    if outcome is None:  # another driver left it unfinished: ours now
+                        waiting[index] = requests[index]
+                    else:
+                        outcomes[index] = outcome
         finally:
             for _, one in running.values():
                 _end(one)
@@ -162,7 +189,8 @@ class RayWorkers:
         try:
             return ray.get(finished.result)
         except ray.exceptions.RayError as exc:
-            return failure_of(finished.label, exc, self._cluster.retries)
+            attempts, host = ray.get(self._board.story.remote(finished.label))
+            return failure_of(finished.label, exc, attempts, host, _log_of(finished.trainer))
         finally:
             _end(finished)
 
@@ -175,7 +203,12 @@ class RayWorkers:
         for one in running:
             if one.label in fresh:
                 one.waits_for = ""
-                one.trains = fresh[one.label].loss is not None
+                one.trains = one.trains or fresh[one.label].loss is not None
+                one.last_sign = now
+            elif one.trains and now - one.last_sign >= 60 * self._cluster.hang_minutes:
+                one.trains = False
+                self._watcher(Progress(one.label, f"hangs: no update for {self._cluster.hang_minutes:g} min, killed"))
+                ray.kill(one.trainer, no_restart=False)
             elif one.waits_for and now - one.last_word >= WAITING_SECONDS:
                 one.last_word = now
                 self._watcher(Progress(one.label, f"waiting for the cluster to grow to {one.waits_for}"))
@@ -189,6 +222,17 @@ class RayWorkers:
         if trainings:
             results = [one.result for one in trainings]
             ray.wait(results, num_returns=len(results), timeout=self._cluster.stop_grace_seconds)
+
+
+def _log_of(trainer: Any) -> str:
+    """The end of what a trainer's process logged, where the cluster serves logs."""
+    if trainer is None:
+        return ""
+    try:
+        lines = ray.util.state.get_log(actor_id=trainer._actor_id.hex(), tail=LOG_LINES, suffix="err", timeout=10)
+        return "".join(lines)
+    except Exception:  # a cluster without a dashboard serves none, and that is no reason to fail
+        return ""
 
 
 def _end(one: _Running) -> None:

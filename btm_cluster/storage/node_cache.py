@@ -38,9 +38,9 @@ class NodeCache:
             StoreError: the disk is full even without what can be evicted, or cannot be written.
         """
         path = self.folder / "files" / name
-        if not anew and _use(path):
-            return path
         try:
+            if not anew and _use(path):
+                return path
             for folder in (path.parent, self.folder / "locks"):
                 folder.mkdir(parents=True, exist_ok=True)
             # One of 256 locks: a lock's file cannot be deleted safely, so there must not be one for each name.
@@ -50,6 +50,7 @@ class NodeCache:
                 elif _use(path):
                     return path
                 self._fetch(path, fetch)
+            self._evict(self.limit_bytes)
         except OSError as exc:
             full = exc.errno in (errno.ENOSPC, errno.EDQUOT)
             raise StoreError(
@@ -59,7 +60,6 @@ class NodeCache:
                 if full
                 else "set BTM_CACHE_FOLDER to a folder that can be written",
             ) from exc
-        self._evict(self.limit_bytes)
         return path
 
     def _fetch(self, path: Path, fetch: Callable[[Path], None]) -> None:

@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 @contextmanager
-def ray_head(folder: Path, *arguments: str, **variables: str) -> Iterator[dict[str, str]]:
+def ray_head(folder: Path, *arguments: str, cpus: int = 2, **variables: str) -> Iterator[dict[str, str]]:
     """Starts a cluster's head; gives the environment variables with which `ray` and `btm` reach it."""
     environment = os.environ | {
         "RAY_AUTH_MODE": "token",
@@ -34,7 +35,7 @@ def ray_head(folder: Path, *arguments: str, **variables: str) -> Iterator[dict[s
         "PATH": f"{BIN}:{os.environ['PATH']}",
     }
     command = [
-        *(str(BIN / "ray"), "start", "--head", "--dashboard-port=0", "--num-cpus=2", "--disable-usage-stats"),
+        *(str(BIN / "ray"), "start", "--head", "--dashboard-port=0", f"--num-cpus={cpus}", "--disable-usage-stats"),
         *(f"--temp-dir=/tmp/{folder.name}-{os.getpid()}", *arguments),
     ]
     # A session of its own: its process group is killed at the end, not with `ray stop`, which stops every Ray on this machine.
@@ -48,6 +49,21 @@ def ray_head(folder: Path, *arguments: str, **variables: str) -> Iterator[dict[s
         yield environment | {"RAY_ADDRESS": address.group(1)}
     finally:
         os.killpg(started.pid, signal.SIGKILL)
+
+
+@contextmanager
+def ray_node(environment: dict[str, str], cpus: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Adds a node to a cluster; killing its process group is losing the machine."""
+    command = [str(BIN / "ray"), "start", f"--address={environment['RAY_ADDRESS']}", f"--num-cpus={cpus}", "--block"]
+    node = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        yield node
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(node.pid, signal.SIGKILL)
+        node.wait()
 
 
 @pytest.fixture(scope="session")
@@ -94,13 +110,15 @@ def long_plan(long_fields: dict[str, Any], tmp_path: Path) -> Path:
 
 
 class Btm:
-    """A `btm` process, watched while it runs."""
+    """A `btm` process, or another program of this project, watched while it runs."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+    def __init__(
+        self, arguments: list[str], environment: dict[str, str], log: Path, program: Sequence[str] = (str(BIN / "btm"),)
+    ) -> None:
         self._log = log
         self._file = log.open("w")
         self.process = subprocess.Popen(
-            [str(BIN / "btm"), *arguments], env=environment, stdout=self._file, stderr=self._file, cwd=REPOSITORY
+            [*program, *arguments], env=environment, stdout=self._file, stderr=self._file, cwd=REPOSITORY
         )
 
     @property
@@ -127,8 +145,23 @@ def btm(cluster: dict[str, str], tmp_path: Path) -> Callable[..., Btm]:
     return lambda *arguments: Btm(list(arguments), cluster, tmp_path / f"log-{next(count)}")
 
 
+GROW = (str(BIN / "python"), "-m", "tests.end_to_end.grow_only")
+
+
+@pytest.fixture
+def grow_only(cluster: dict[str, str], tmp_path: Path) -> Callable[[Path], Btm]:
+    """Starts the growing of a plan's forest on the cluster, without its evaluation."""
+    count = iter(range(100))
+    return lambda plan: Btm([str(plan)], cluster, tmp_path / f"log-{next(count)}", GROW)
+
+
 def experts_in(store: Path) -> dict[str, dict[str, Any]]:
     """What `btm forest show --json` says of each expert, by domain."""
     command = [str(BIN / "btm"), "forest", "show", "--store", str(store), "--json"]
     shown = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return {expert["domain"]: expert for expert in shown["experts"]}
+
+
+def plain(forest: Forest) -> dict[str, dict[str, Any]]:
+    """A forest's experts as JSON shows them."""
+    return {expert.domain: json.loads(json.dumps(asdict(expert))) for expert in forest.experts}

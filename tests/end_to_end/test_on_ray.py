@@ -6,7 +6,6 @@ import signal
 import subprocess
 import urllib.request
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,7 @@ from btm_cluster.algorithm import plant, prepare
 from btm_cluster.forest import Forest
 from btm_cluster.plan import Plan
 from tests.conftest import DOMAINS, in_process
-from tests.end_to_end.conftest import BIN, REPOSITORY, Btm, _wait_for, experts_in
-
-
-def plain(forest: Forest) -> dict[str, dict[str, Any]]:
-    """A forest's experts as JSON shows them."""
-    return {expert.domain: json.loads(json.dumps(asdict(expert))) for expert in forest.experts}
+from tests.end_to_end.conftest import BIN, REPOSITORY, Btm, _wait_for, experts_in, plain
 
 
 def test_a_submitted_job_grows_the_same_forest_as_one_process_and_shows_itself_in_ray(

@@ -40,6 +40,9 @@ class Undisturbed:
     def stopping(self) -> bool:
         return False
 
+    def saving(self) -> bool:
+        return False
+
 
 class MachineDied(Exception):
     """Stands for anything that ends a process without asking."""
@@ -170,6 +173,7 @@ from tests.conftest import in_process
 class Killed:
     left = 4
     def report(self, progress): pass
+    def saving(self): return False
     def stopping(self):
         self.left -= 1
         if self.left < 0:
@@ -348,8 +352,9 @@ class Listening(Undisturbed):
         self.losses: list[float] = []
 
     def report(self, progress: Progress) -> None:
-        assert progress.loss is not None
-        self.losses.append(progress.loss)
+        if progress.phase == "training":
+            assert progress.loss is not None
+            self.losses.append(progress.loss)
 
 
 # Peak 3e-3 of 12 updates, one of them warm-up: from 1 the line falls to 0 at 12.

@@ -1,0 +1,20 @@
+"""`btm run PLAN` without the verdict: grows the forest and stops there. For tests of what happens meanwhile."""
+
+import sys
+
+from btm_cluster.algorithm import grow
+from btm_cluster.cli import driving, run_command
+from btm_cluster.driver import step_error
+from btm_cluster.plan import read_plan
+
+
+def main(path: str) -> None:
+    plan = read_plan(path)
+    with driving(plan, "auto", in_process=False, dashboard=False, json_output=False) as driver:
+        grown = grow(plan, driver)
+    if grown.failures:
+        raise step_error(grown.failures)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: main(sys.argv[1])))

@@ -1,0 +1,131 @@
+"""Processes, machines and drivers that die or hang while a forest grows: it ends as if nothing had happened."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from btm_cluster.forest import Forest
+from tests.end_to_end.conftest import GROW, Btm, experts_in, plain, ray_head, ray_node
+
+
+def trainers() -> list[int]:
+    """Process ids of the actors that train, on this machine."""
+    found = subprocess.run(["pgrep", "-f", r"^ray::Trainer"], capture_output=True, text=True).stdout
+    return [int(pid) for pid in found.split()]
+
+
+def write(fields: dict[str, Any], folder: Path, **cluster: Any) -> Path:
+    path = folder / "plan.yaml"
+    changed = fields | {"store": str(folder / "store"), "cluster": fields["cluster"] | cluster}
+    path.write_text(yaml.safe_dump(changed), encoding="utf-8")
+    return path
+
+
+def wait_until_an_expert_trains(run: Btm) -> None:
+    run.wait_until_said(r"(kitchen|harbour): training update [1-9]")
+
+
+def test_of_two_trainers_one_is_killed_and_one_hangs_and_both_go_on_from_their_checkpoints(
+    grow_only: Callable[[Path], Btm], long_fields: dict[str, Any], undisturbed: Forest, tmp_path: Path
+) -> None:
+    run = grow_only(write(long_fields, tmp_path, hang_minutes=0.1))
+    for domain in ("kitchen", "harbour"):
+        run.wait_until_said(f"{domain}: training update [1-9]")
+    hanging, killed = trainers()
+    os.kill(hanging, signal.SIGSTOP)
+    os.kill(killed, signal.SIGKILL)
+    assert run.exit_code() == 0, run.said
+    assert len(re.findall(r"(kitchen|harbour): hangs: no update for 0.1 min, killed", run.said)) == 1
+    assert experts_in(tmp_path / "store") == plain(undisturbed)
+
+
+def test_a_trainer_whose_process_always_dies_is_reported_with_attempts_host_and_siblings_stay(
+    grow_only: Callable[[Path], Btm], long_fields: dict[str, Any], undisturbed: Forest, tmp_path: Path
+) -> None:
+    run = grow_only(write(long_fields, tmp_path, retries=1, concurrent_experts=1))
+    run.wait_until_said(r"harbour: training update [1-9]|kitchen: training update [1-9]")
+    first = "harbour" if "harbour: training" in run.said else "kitchen"
+    for _ in range(2):
+        (pid,) = trainers()
+        os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while pid in trainers() or (not trainers() and run.process.poll() is None and time.monotonic() < deadline):
+            time.sleep(0.1)
+    assert run.exit_code() == 1, run.said
+    report = re.search(rf"- {first}: (\d) attempt\(s\), on \S+, its process or node died: .*", run.said)
+    assert report, run.said
+    assert report.group(1) in "12"
+    assert set(experts_in(tmp_path / "store")) == {"harbour", "kitchen"} - {first}
+    again = grow_only(tmp_path / "plan.yaml")
+    assert again.exit_code() == 0, again.said
+    assert experts_in(tmp_path / "store") == plain(undisturbed)
+
+
+def start_two(grow_only: Callable[[Path], Btm], plan: Path) -> tuple[Btm, Btm]:
+    """Two drivers of one plan: the one that trains the seed, and the one that waits for it."""
+    both = [grow_only(plan), grow_only(plan)]
+    waiting = "seed: waiting for another driver, which trains it"
+    deadline = time.monotonic() + 90
+    while not any(waiting in run.said for run in both):
+        assert time.monotonic() < deadline, [run.said for run in both]
+        time.sleep(0.1)
+    first, second = sorted(both, key=lambda run: waiting in run.said)
+    return first, second
+
+
+def test_of_two_drivers_of_one_plan_on_one_cluster_one_waits_for_what_the_other_trains(
+    grow_only: Callable[[Path], Btm], long_fields: dict[str, Any], undisturbed: Forest, tmp_path: Path
+) -> None:
+    runs = start_two(grow_only, write(long_fields, tmp_path))
+    for run in runs:
+        assert run.exit_code() == 0, run.said
+    trained = [set(re.findall(r"^(\w+): training update", run.said, re.M)) for run in runs]
+    assert not trained[0] & trained[1]
+    assert trained[0] | trained[1] == {"seed", "kitchen", "harbour"}
+    assert experts_in(tmp_path / "store") == plain(undisturbed)
+    assert not list((tmp_path / "store/training").rglob("*.json"))
+
+
+def test_a_driver_that_vanishes_is_followed_by_the_one_that_waited_for_it(
+    grow_only: Callable[[Path], Btm], long_fields: dict[str, Any], undisturbed: Forest, tmp_path: Path
+) -> None:
+    first, second = start_two(grow_only, write(long_fields, tmp_path))
+    first.process.kill()
+    assert first.exit_code() == -signal.SIGKILL
+    assert second.exit_code() == 0, second.said
+    assert "seed: training" in second.said
+    assert experts_in(tmp_path / "store") == plain(undisturbed)
+
+
+def test_when_a_machine_is_lost_its_experts_go_on_at_another(
+    long_fields: dict[str, Any], undisturbed: Forest, tmp_path: Path
+) -> None:
+    (tmp_path / "head").mkdir()
+    with (
+        ray_head(tmp_path / "head", "--port=0", "--include-dashboard=false", cpus=1) as environment,
+        ray_node(environment, cpus=2) as lost,
+        ray_node(environment, cpus=2),
+    ):
+        run = Btm([str(write(long_fields, tmp_path))], environment, tmp_path / "said", GROW)
+        wait_until_an_expert_trains(run)
+        os.killpg(lost.pid, signal.SIGKILL)
+        assert run.exit_code() == 0, run.said
+    assert experts_in(tmp_path / "store") == plain(undisturbed)
+
+
+@pytest.fixture(autouse=True)
+def _no_trainer_is_left() -> Iterator[None]:
+    """No orphan holds what others wait for."""
+    yield
+    deadline = time.monotonic() + 30
+    while trainers() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert trainers() == []

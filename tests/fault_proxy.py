@@ -1,0 +1,221 @@
+"""A proxy that stands between boto3 and an S3 server on loopback and makes faults, for each request by a policy.
+
+Bytes pass unchanged, the Host header included, so that signatures stay valid. Knows as much HTTP/1.1 as these two speak:
+keep-alive, Content-Length and chunked bodies, `Expect: 100-continue`. Bodies are held in memory.
+"""
+
+import asyncio
+import random
+import socket
+import struct
+import threading
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from enum import Enum
+from typing import Any
+from urllib.parse import urlsplit
+
+REFUSAL_SECONDS = 0.2
+PIECES, PIECE_SECONDS = 8, 0.01
+
+
+class Fault(Enum):
+    """What happens to a request."""
+
+    NONE = "it is forwarded, and so is its answer"
+    SLOW = "the answer comes in pieces, with pauses"
+    REFUSE = "the connection is reset, and new ones are refused for a moment, as by a server that starts again"
+    RESET = "the connection is reset when half of the body has arrived"
+    ERROR = "500 InternalError; the server never hears of the request"
+    SLOW_DOWN = "503 SlowDown; the server never hears of the request"
+    TRUNCATE = "the connection closes after half of the answer's body"
+    LOSE_REPLY = "the server does it, but the connection is reset instead of an answer"
+
+
+Policy = Callable[[str, str, int], Fault]
+"""Of a request's method, its path with the query, and which try of that method and path it is, from 1."""
+_ERRORS = {Fault.ERROR: (500, "InternalError"), Fault.SLOW_DOWN: (503, "SlowDown")}
+
+
+def no_faults(method: str, path: str, count: int) -> Fault:  # noqa: ARG001 - a Policy
+    """Forwards everything."""
+    return Fault.NONE
+
+
+def on_first_try(fault: Fault, method: str = "", part: str = "") -> Policy:
+    """The fault for the first try of every request, or of those with that method and that part in their path."""
+    return lambda m, path, count: fault if count == 1 and method in ("", m) and part in path else Fault.NONE
+
+
+def random_faults(seed: int, rate: float, faults: Sequence[Fault] = tuple(Fault)[1:]) -> Policy:
+    """Faults at that rate, drawn for each request on its own, so that racing threads do not change what they meet."""
+
+    def decide(method: str, path: str, count: int) -> Fault:
+        draw = random.Random(f"{seed} {method} {path} {count}")
+        return draw.choice(faults) if draw.random() < rate else Fault.NONE
+
+    return decide
+
+
+class FaultProxy:
+    """The proxy, in a thread of its own while its `with` block lasts."""
+
+    def __init__(self, target: str, policy: Policy = no_faults) -> None:
+        self._target = urlsplit(target)
+        self._connections: set[asyncio.Task[None] | None] = set()
+        self._server: asyncio.Server | None = None
+        self._resuming: asyncio.TimerHandle | None = None
+        self._mistakes: list[dict[str, Any]] = []
+        self.follow(policy)
+
+    def __enter__(self) -> "FaultProxy":
+        self._bound = _bind(0)
+        self._port = self._bound.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self._port}"
+        self._loop = asyncio.new_event_loop()
+        self._loop.set_exception_handler(lambda _, context: self._mistakes.append(context))
+        self._thread = threading.Thread(target=self._loop.run_forever, name="fault proxy")
+        self._thread.start()
+        self.accept()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.refuse()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        self._bound.close()
+        assert not self._mistakes, self._mistakes  # such as a policy that raised
+
+    def follow(self, policy: Policy) -> None:
+        """Takes another policy, and counts tries anew."""
+        self._policy, self._tries = policy, Counter[tuple[str, str]]()
+        self.seen: list[tuple[str, str, Fault]] = []
+
+    def refuse(self) -> None:
+        """Drops every connection and refuses new ones, until `accept`."""
+        self._do(self._refuse())
+
+    def accept(self) -> None:
+        """Accepts connections, as it does from the start."""
+        self._do(self._accept())
+
+    def _do(self, act: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(act, self._loop).result()
+
+    async def _accept(self) -> None:
+        if self._server is None:
+            self._server = await asyncio.start_server(self._serve, sock=self._bound)
+
+    async def _refuse(self) -> None:
+        await asyncio.gather(*self._stop())
+        if self._resuming:
+            self._resuming.cancel()
+
+    def _stop(self) -> list[asyncio.Task[None]]:
+        """Stops listening, and cancels all connections but the one that asks for it."""
+        if self._server is not None:
+            self._server.close()
+            self._server, self._bound = None, _bind(self._port)  # bound but not listening: refuses, and keeps the port
+        others = [task for task in self._connections if task and task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        return others
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connections.add(asyncio.current_task())
+        try:
+            # Either side may go away at any time, and `_refuse` cancels.
+            with suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+                while await self._exchange(reader, writer):
+                    pass
+        finally:
+            self._connections.discard(asyncio.current_task())
+            writer.close()
+
+    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """Serves one request. Whether the connection stays open for another."""
+        head = await reader.readuntil(b"\r\n\r\n")
+        method, path, _ = head.decode("latin-1").split(" ", 2)
+        self._tries[method, path] += 1
+        fault = self._policy(method, path, self._tries[method, path])
+        self.seen.append((method, path, fault))
+        if fault is Fault.REFUSE:
+            self._stop()
+            self._resuming = self._loop.call_later(REFUSAL_SECONDS, lambda: self._loop.create_task(self._accept()))
+            return _reset(writer)
+        if _header(head, "expect") == "100-continue":
+            writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if fault is Fault.RESET:
+            await reader.readexactly(int(_header(head, "content-length") or 0) // 2)
+            return _reset(writer)
+        body = await _read_body(reader, head)
+        if fault in _ERRORS:
+            writer.write(_error(*_ERRORS[fault], with_body=method != "HEAD"))
+            return True
+        head, body = await self._forward(method, head + body)
+        if fault is Fault.LOSE_REPLY or (fault is Fault.TRUNCATE and not body):
+            return _reset(writer)
+        writer.write(head)
+        if fault is Fault.TRUNCATE:
+            writer.write(body[: len(body) // 2])
+            return False
+        piece_bytes = -(-len(body) // PIECES) if fault is Fault.SLOW else len(body)
+        for start in range(0, len(body), piece_bytes or 1):
+            await asyncio.sleep(PIECE_SECONDS if fault is Fault.SLOW else 0)
+            writer.write(body[start : start + piece_bytes])
+            await writer.drain()
+        return True
+
+    async def _forward(self, method: str, request: bytes) -> tuple[bytes, bytes]:
+        """Head and body of the server's answer."""
+        reader, writer = await asyncio.open_connection(self._target.hostname, self._target.port)
+        try:
+            writer.write(request)
+            head = b" 100 "
+            while head.split(b" ")[1] == b"100":  # the client has been told to continue
+                head = await reader.readuntil(b"\r\n\r\n")
+            return head, b"" if method == "HEAD" else await _read_body(reader, head)
+        finally:
+            writer.close()
+
+
+def _bind(port: int) -> socket.socket:
+    bound = socket.socket()
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind(("127.0.0.1", port))
+    return bound
+
+
+def _reset(writer: asyncio.StreamWriter) -> bool:
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+    return False
+
+
+def _error(status: int, code: str, with_body: bool) -> bytes:
+    body = f"<?xml version='1.0' encoding='UTF-8'?><Error><Code>{code}</Code><Message>made by a test</Message></Error>"
+    head = f"HTTP/1.1 {status} {code}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n"
+    return (head + body * with_body).encode()
+
+
+def _header(head: bytes, name: str) -> str:
+    """A header's value in lower case, or nothing."""
+    lines = (line.partition(":") for line in head.decode("latin-1").lower().split("\r\n")[1:])
+    return next((value.strip() for key, _, value in lines if key == name), "")
+
+
+async def _read_body(reader: asyncio.StreamReader, head: bytes) -> bytes:
+    """A body as it is on the wire, with its chunk sizes and trailers."""
+    if _header(head, "transfer-encoding") != "chunked":
+        return await reader.readexactly(int(_header(head, "content-length") or 0))
+    raw, size = b"", 1
+    while size:
+        line = await reader.readuntil(b"\r\n")
+        size = int(line.partition(b";")[0], 16)
+        raw += line + (await reader.readexactly(size + 2) if size else b"")
+    while line != b"\r\n":  # trailers
+        line = await reader.readuntil(b"\r\n")
+        raw += line
+    return raw
