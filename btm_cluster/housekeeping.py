@@ -170,8 +170,8 @@ def _reached(roots: Iterable[Ref], artifacts: Mapping[Ref, Artifact]) -> set[Ref
     for root in roots:
         keep(root)
     for ref, artifact in artifacts.items():
-        is_baseline = artifact.facts.get("role") == "transformer-lm"
-        if is_baseline and all(need in kept for need in needs(artifact) if need.kind == "model"):
+        passed = [Ref("model", seed) for seed in artifact.facts.get("passed", ())]  # by a Transformer-LM
+        if any(seed in kept for seed in passed):
             keep(ref)
     for ref, artifact in artifacts.items():
         if ref.kind == "scores" and Ref("model", artifact.recipe["model"]) in kept:

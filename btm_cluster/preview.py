@@ -165,12 +165,12 @@ def _state(ledger: Ledger, request: Request) -> str:
 
 
 def _training(request: TrainRequest, state: str, parameters: int, rate: float | None) -> Step:
-    updates = request.last_update - request.first_update
+    updates = request.last_update - max([request.first_update, *request.milestones])  # up to those it is another step's
     return _training_step(
         f"{request.role} {request.label}" if request.role == "expert" else request.label,
         state,
         updates,
-        request.tokens,
+        updates * request.blocks_per_update * request.training.block_tokens,
         stored_bytes(parameters, request.role == "seed" and request.pretrained is None),
         rate,
     )

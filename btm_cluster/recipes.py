@@ -5,7 +5,7 @@ driver, and `btm plan`, which must name the same artifacts without making them, 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from btm_cluster.errors import FoundationError, TextError
@@ -211,11 +211,16 @@ def seed_request(ground: Ground) -> TrainRequest:
 
 
 def transformer_lm_request(ground: Ground, seed: Ref) -> TrainRequest:
-    """The compute-matched dense baseline. Its first half is the seed run; the second goes on with the mix."""
+    """The compute-matched dense baseline: the seed run, carried on to the end on the mix of all domains."""
     training = ground.plan.training
-    start = Start(seed, (Parent(seed.identity, 1.0),), keep_optimizer=ground.pretrained is None)
-    span = (training.seed_updates, training.updates)
-    return _train_request(ground, "transformer-lm", "transformer-lm", ground.founding_texts, span, start)
+    if ground.pretrained is not None:
+        start = Start(seed, (Parent(seed.identity, 1.0),), keep_optimizer=False)
+        span = (training.seed_updates, training.updates)
+        return _train_request(ground, "transformer-lm", "transformer-lm", ground.founding_texts, span, start)
+    whole = _train_request(
+        ground, "transformer-lm", "transformer-lm", ground.founding_texts, (0, training.updates), None
+    )
+    return replace(whole, milestones=(training.seed_updates,))
 
 
 def expert_request(ground: Ground, domain: PreparedText, start: Start) -> TrainRequest:

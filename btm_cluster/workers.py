@@ -6,7 +6,7 @@ Records are a few kB; weights, tokens and scores go through the store. `on_ray/`
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 from btm_cluster.forest import Parent, identity_of
@@ -179,6 +179,9 @@ class TrainRequest(_Request):
     """Count blocks from the branch point (an expert) and not from update 0 (the Transformer-LM)."""
     how: Resources
     checkpoint_seconds: float
+    milestones: tuple[int, ...] = ()
+    """Updates on the way at which the model is an artifact too, that of the request which ends there: training goes on from
+    the latest one that is there, and commits those that it passes. Seeds and Transformer-LM are one such way."""
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -190,13 +193,17 @@ class TrainRequest(_Request):
             "model": self.model,
             "tokenizer": self.tokenizer.identity,
             "texts": sorted(text.identity for text in self.texts),
-            "training": self.training.model_dump(mode="json"),
+            "training": self.training.model_dump(mode="json", exclude={"seed_share"}),  # the updates say it
             "first_update": self.first_update,
             "last_update": self.last_update,
             "start": start,
             "pretrained": self.pretrained.sha256 if self.pretrained else None,
             "restart_data": self.restart_data,
         }
+
+    def until(self, milestone: int) -> "TrainRequest":
+        """The request that ends at a milestone of this one: a seed's."""
+        return replace(self, label="seed", role="seed", last_update=milestone, milestones=())
 
     @property
     def blocks_per_update(self) -> int:

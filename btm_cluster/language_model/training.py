@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,17 +98,26 @@ class _Pace:
         return rate
 
 
+Passed = Callable[[TrainRequest, Trained], Any]
+"""What is done at a milestone: given the request that ends there, and the training as it stands."""
+
+
 def train(
-    request: TrainRequest, ledger: Ledger, control: Control, texts: Sequence[Blocks], end_of_text: int
+    request: TrainRequest,
+    ledger: Ledger,
+    control: Control,
+    texts: Sequence[Blocks],
+    end_of_text: int,
+    at_milestone: Passed,
 ) -> Trained:
-    """Trains as `request` says, from its start or from its last training checkpoint.
+    """Trains as `request` says, from its start, its last milestone or its last training checkpoint.
 
     Raises:
         Stopped: `control` asked to stop; the state was saved.
         TrainingError: the loss is not finite; the last training checkpoint is kept.
     """
     run = _TrainingRun(request, ledger, control, texts, end_of_text)
-    return run.run()
+    return run.run(at_milestone)
 
 
 class _TrainingRun:
@@ -139,7 +148,7 @@ class _TrainingRun:
         self.pace = _Pace()
         self.loss = torch.zeros((), device=self.device)
 
-    def run(self) -> Trained:
+    def run(self, at_milestone: Passed) -> Trained:
         self.model.train()
         last_saved = time.monotonic()
         try:
@@ -154,21 +163,33 @@ class _TrainingRun:
                 if self.rank == 0 and must_save:
                     self._save(wait=False)
                     last_saved = time.monotonic()
+                if self.update in self.request.milestones:
+                    self._check_finite(weights=True)
+                    if self.rank == 0:
+                        at_milestone(self.request.until(self.update), self._trained("seed"))
             self._check_finite(weights=True)
         finally:
             self.checkpoints.close()
-        return Trained(self.model, self.optimizer, self._facts(), self._note())
+        return self._trained(self.request.role)
+
+    def _trained(self, role: str) -> Trained:
+        return Trained(self.model, self.optimizer, self._facts(role), self._note())
 
     def _restore(self) -> int:
-        """Loads the last training checkpoint, or the start; returns the update to go on from."""
+        """Loads the last training checkpoint, milestone, or the start; returns the update to go on from."""
         request = self.request
         saved = self.ledger.latest_training(request.ref.identity)
-        if saved is not None:
+        passed = {update: self.ledger.find(request.until(update).ref) for update in sorted(request.milestones)}
+        milestone, model = max(((u, found) for u, found in passed.items() if found), default=(-1, None))
+        if saved is not None and int(saved.recipe["update"]) > milestone:
             try:
                 load_training(self.model, self.optimizer, self.ledger, saved, keep_optimizer=True)
                 return int(saved.recipe["update"])
             except IntegrityError as exc:
                 log.warning("%s: starts again, its training checkpoint is damaged: %s", request.label, exc)
+        if model is not None:
+            load_training(self.model, self.optimizer, self.ledger, model, keep_optimizer=True)
+            return milestone
         if request.start is not None:
             start = self.ledger.get(request.start.model)
             load_training(self.model, self.optimizer, self.ledger, start, request.start.keep_optimizer)
@@ -289,9 +310,12 @@ class _TrainingRun:
             facts = {"how": dataclasses.asdict(self.request.how), "model": self.request.recipe}
             self.checkpoints.save(self.update, self.model, self.optimizer, facts, wait)
 
-    def _facts(self) -> dict[str, Any]:
-        profile = dataclasses.asdict(self.request.how) | {"torch": torch.__version__, "device": self.device.type}
-        return {"role": self.request.role, "tokens": self.request.tokens, "profile": profile}
+    def _facts(self, role: str) -> dict[str, Any]:
+        request = self.request
+        profile = dataclasses.asdict(request.how) | {"torch": torch.__version__, "device": self.device.type}
+        passed = [request.until(update).ref.identity for update in request.milestones if update < self.update]
+        tokens = (self.update - request.first_update) * request.blocks_per_update * request.training.block_tokens
+        return {"role": role, "tokens": tokens, "profile": profile, "passed": passed}
 
     def _note(self) -> dict[str, Any]:
         seconds = time.monotonic() - self.pace.started

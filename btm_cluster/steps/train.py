@@ -3,8 +3,9 @@
 import gc
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,20 +40,28 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         end_of_text = open_tokenizer(ledger, request.tokenizer).eos_token_id
+
+        def commit(
+            made: TrainRequest, files: dict[str, Path], facts: Mapping[str, Any], note: Mapping[str, Any]
+        ) -> Artifact:
+            files["config.json"] = write_config(made.model, end_of_text, folder)
+            files |= {name: ledger.open_file(tokenizer, name) for name in TOKENIZER_FILES}
+            return ledger.commit(made.ref, made.recipe, files, facts, note)
+
+        def commit_trained(made: TrainRequest, trained: Trained) -> Artifact:
+            control.report(Progress(request.label, "storing", made.last_update, 0, request.last_update))
+            keeps_optimizer = made.last_update < made.training.updates
+            files = write_state(trained.model, trained.optimizer if keeps_optimizer else None, folder)
+            return commit(made, files, trained.facts, trained.note)
+
         if request.pretrained is not None:
-            files, facts, note = import_model(request, folder)
+            committed = commit(request, *import_model(request, folder))
         else:
             texts = [open_blocks(ledger, text) for text in request.texts]
-            trained = _train_within_memory(request, ledger, control, texts, end_of_text)
+            trained = _train_within_memory(request, ledger, control, texts, end_of_text, commit_trained)
             if not _is_first_rank():
                 return _await_commit(ledger, request)
-            control.report(Progress(request.label, "storing", request.last_update, 0, request.last_update))
-            keeps_optimizer = request.last_update < request.training.updates
-            files = write_state(trained.model, trained.optimizer if keeps_optimizer else None, folder)
-            facts, note = trained.facts, trained.note
-        files["config.json"] = write_config(request.model, end_of_text, folder)
-        files |= {name: ledger.open_file(tokenizer, name) for name in TOKENIZER_FILES}
-        committed = ledger.commit(request.ref, request.recipe, files, facts, note)
+            committed = commit_trained(request, trained)
     ledger.clear_training(request.ref.identity)
     if dist.is_initialized():
         dist.barrier()
@@ -60,7 +69,12 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
 
 
 def _train_within_memory(
-    request: TrainRequest, ledger: Ledger, control: Control, texts: Sequence[Blocks], end_of_text: int
+    request: TrainRequest,
+    ledger: Ledger,
+    control: Control,
+    texts: Sequence[Blocks],
+    end_of_text: int,
+    at_milestone: Callable[[TrainRequest, Trained], Any],
 ) -> Trained:
     """Trains; where memory runs out, once more from the last checkpoint, since a neighbour on the GPU may have taken it.
 
@@ -68,7 +82,7 @@ def _train_within_memory(
         TrainingError: out of memory again, or in a group, whose other ranks wait for this one.
     """
     try:
-        return train_model(request, ledger, control, texts, end_of_text)
+        return train_model(request, ledger, control, texts, end_of_text, at_milestone)
     except (torch.OutOfMemoryError, MemoryError) as exc:
         if dist.is_initialized():
             raise _out_of_memory(request, exc) from exc
@@ -76,7 +90,7 @@ def _train_within_memory(
     gc.collect()  # what the failed training held
     torch.cuda.empty_cache()
     try:
-        return train_model(request, ledger, control, texts, end_of_text)
+        return train_model(request, ledger, control, texts, end_of_text, at_milestone)
     except (torch.OutOfMemoryError, MemoryError) as exc:
         raise _out_of_memory(request, exc) from exc
 
