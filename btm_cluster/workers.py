@@ -218,7 +218,7 @@ class TrainRequest(_Request):
 
 @dataclass(frozen=True)
 class ScoreRequest(_Request):
-    """Score one split of one text under one model: a log-probability per token."""
+    """Score one split of one text under one model: a log-probability and an entropy per token."""
 
     kind: ClassVar[str] = "scores"
     label: str
@@ -228,7 +228,8 @@ class ScoreRequest(_Request):
 
     @property
     def recipe(self) -> Mapping[str, Any]:
-        return {"model": self.model.identity, "tokens": [ref.identity for ref in self.tokens]}
+        tokens = [ref.identity for ref in self.tokens]
+        return {"model": self.model.identity, "tokens": tokens, "of_each_token": ["logp", "entropy"]}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The verb *score*: a model and token blocks to one log-probability per token. One model, loaded once, many texts."""
+"""The verb *score*: a model and token blocks to log-probabilities and entropies per token. One model, loaded once, many texts."""
 
 import tempfile
 from collections.abc import Sequence
@@ -23,7 +23,6 @@ def score(requests: Sequence[ScoreRequest], ledger: Ledger, control: Control) ->
         control.report(Progress(request.label, "scoring", i, 0, len(requests)))
         blocks = Blocks([ledger.open_file(ledger.get(ref), "tokens.npy") for ref in request.tokens])
         with tempfile.TemporaryDirectory() as scratch:
-            file = Path(scratch, "logp.npy")
-            score_blocks(model, blocks, config["eos_token_id"], request.how, file)
-            committed.append(ledger.commit(request.ref, request.recipe, {"logp.npy": file}, {"blocks": len(blocks)}))
+            files = score_blocks(model, blocks, config["eos_token_id"], request.how, Path(scratch))
+            committed.append(ledger.commit(request.ref, request.recipe, files, {"blocks": len(blocks)}))
     return committed

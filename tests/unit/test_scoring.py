@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from btm_cluster.errors import TrainingError
 from btm_cluster.language_model.blocks import Blocks
 from btm_cluster.language_model.model import load_model
-from btm_cluster.language_model.scoring import score_blocks, token_log_probabilities
+from btm_cluster.language_model.scoring import score_blocks, score_tokens
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.recipes import expert_resources, score_request
 from btm_cluster.steps.average import open_config
@@ -69,14 +69,38 @@ def test_each_block_is_scored_on_its_own_however_many_are_scored_at_once(
     scored: tuple[torch.nn.Module, Blocks, int, Resources], tmp_path: Path, at_once: int
 ) -> None:
     model, blocks, end_of_text, how = scored
-    score_blocks(model, blocks, end_of_text, how, tmp_path / "usual.npy")
-    total = score_blocks(
-        model, blocks, end_of_text, dataclasses.replace(how, micro_batch_blocks=at_once), tmp_path / "other.npy"
+    other_how = dataclasses.replace(how, micro_batch_blocks=at_once)
+    usual, other = (
+        {
+            name: np.load(file)
+            for name, file in score_blocks(model, blocks, end_of_text, one, folder(tmp_path, i)).items()
+        }
+        for i, one in enumerate((how, other_how))
     )
-    usual, other = np.load(tmp_path / "usual.npy"), np.load(tmp_path / "other.npy")
-    assert other.shape == (len(blocks), 32)
-    np.testing.assert_allclose(other, usual, rtol=1e-5, atol=1e-5)
-    assert total == pytest.approx(other.sum(dtype=np.float64))
+    for name in ("logp.npy", "entropy.npy"):
+        assert other[name].shape == (len(blocks), 32)
+        np.testing.assert_allclose(other[name], usual[name], rtol=1e-5, atol=1e-5)
+
+
+def folder(parent: Path, number: int) -> Path:
+    made = parent / str(number)
+    made.mkdir()
+    return made
+
+
+def test_entropies_are_those_of_a_float64_forward_pass_and_need_not_know_the_token(
+    grown: GrownForest, scored: tuple[torch.nn.Module, Blocks, int, Resources], tmp_path: Path
+) -> None:
+    model, blocks, end_of_text, how = scored
+    tokens_BT = blocks.take(np.arange(len(blocks)))
+    p_BTV = distributions(grown.driver.ledger, grown.experts[0], tokens_BT[:2])
+    expected = torch.special.entr(p_BTV).sum(-1)
+    entropy_BT = np.load(score_blocks(model, blocks, end_of_text, how, tmp_path)["entropy.npy"])
+    np.testing.assert_allclose(entropy_BT[:2], expected.numpy(), rtol=1e-4)
+    after = torch.from_numpy(tokens_BT[:1].copy())
+    after[0, 20] = (after[0, 20] + 7) % 320
+    changed_BT = score_tokens(model.eval(), after, end_of_text, how)[1]
+    np.testing.assert_allclose(changed_BT[0, :21], entropy_BT[0, :21], rtol=1e-5)
 
 
 def test_a_token_changes_no_score_before_it_and_none_of_another_block(
@@ -86,7 +110,7 @@ def test_a_token_changes_no_score_before_it_and_none_of_another_block(
     before = torch.from_numpy(blocks.take(np.arange(3)))
     after = before.clone()
     after[1, 20] = (after[1, 20] + 7) % 320
-    first, second = (token_log_probabilities(model.eval(), b, end_of_text, how) for b in (before, after))
+    first, second = (score_tokens(model.eval(), b, end_of_text, how)[0] for b in (before, after))
     assert torch.equal(first[[0, 2]], second[[0, 2]])
     assert torch.equal(first[1, :20], second[1, :20])
     assert (first[1, 20:] != second[1, 20:]).all()
@@ -100,16 +124,18 @@ def test_the_first_token_is_predicted_from_the_end_of_text_token_alone(
     with torch.no_grad():
         logits = model.eval()(input_ids=torch.tensor([[end_of_text]])).logits[0, 0]
     expected = torch.log_softmax(logits, dim=-1)[tokens_BT[:, 0]]
-    torch.testing.assert_close(token_log_probabilities(model, tokens_BT, end_of_text, how)[:, 0], expected)
+    torch.testing.assert_close(score_tokens(model, tokens_BT, end_of_text, how)[0][:, 0], expected)
 
 
 def test_bfloat16_arithmetic_still_gives_float32_scores_close_to_the_exact_ones(
     scored: tuple[torch.nn.Module, Blocks, int, Resources], tmp_path: Path
 ) -> None:
     model, blocks, end_of_text, how = scored
-    score_blocks(model, blocks, end_of_text, how, tmp_path / "exact.npy")
-    score_blocks(model, blocks, end_of_text, dataclasses.replace(how, precision="bfloat16"), tmp_path / "rough.npy")
-    exact, rough = np.load(tmp_path / "exact.npy"), np.load(tmp_path / "rough.npy")
+    in_bfloat16 = dataclasses.replace(how, precision="bfloat16")
+    exact, rough = (
+        np.load(score_blocks(model, blocks, end_of_text, one, folder(tmp_path, i))["logp.npy"])
+        for i, one in enumerate((how, in_bfloat16))
+    )
     assert rough.dtype == np.float32
     assert np.abs(rough - exact).mean() < 0.02
     assert len(np.unique(rough)) > 1000, "rounded to bfloat16, there would be only some hundred values"
@@ -135,4 +161,4 @@ def test_a_model_that_diverged_is_a_failure_that_says_so_and_stores_no_scores(
     model = load_model(open_config(ledger, diverged), tmp_path / "model.safetensors")
     blocks = Blocks([ledger.open_file(ledger.get(ref), "tokens.npy") for ref in request.tokens])
     with pytest.raises(TrainingError):
-        score_blocks(model, blocks, 0, request.how, tmp_path / "logp.npy")
+        score_blocks(model, blocks, 0, request.how, tmp_path)
