@@ -131,6 +131,31 @@ def merge(
     print(f"wrote {to}")
 
 
+@app.command()
+def study(
+    plan_path: PlanPath,
+    to: Annotated[Path, typer.Option(help="Folder for the results.", show_default=False)],
+    address: Address = None,
+    in_process: InProcess = False,
+    dashboard: Dashboard = False,
+) -> None:
+    """Run the paper's comparison on the plan's texts: rivals, controls, sizes, repeats; tables and figures."""
+    run_study_plan(read_plan(plan_path), to, address, in_process, dashboard)
+
+
+@app.command("report")
+def write_report(
+    summaries: Annotated[list[Path], typer.Argument(help="Folders that `btm study` wrote.", show_default=False)],
+    to: Annotated[Path, typer.Option(help="Folder for the page and its figures.", show_default=False)],
+) -> None:
+    """Make one page of tables and figures from the results of one or several studies."""
+    from btm_cluster.study_page import write_page
+    from btm_cluster.study_results import read_results
+
+    write_page(read_results(summaries), to)
+    print(f"wrote {to / 'README.md'}")
+
+
 @forest_app.command("show")
 def forest_show(
     store: Store,
@@ -261,6 +286,19 @@ def grow_forest(
         from btm_cluster.driver import step_error
 
         raise step_error(result.failures)
+
+
+def run_study_plan(plan: Plan, to: Path, address: str | None, in_process: bool, dashboard: bool) -> None:
+    """Runs a plan's study and writes its results."""
+    from btm_cluster.study import run_study
+    from btm_cluster.study_page import write_page
+    from btm_cluster.study_results import results_of, write_results
+
+    with driving(plan, address, in_process, dashboard, json_output=False) as driver:
+        results = results_of(plan, run_study(plan, driver))
+    write_results(results, to)
+    write_page(results, to)
+    print(f"wrote {to / 'README.md'}")
 
 
 @contextmanager

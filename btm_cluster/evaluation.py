@@ -4,13 +4,14 @@ Asks the workers for scores and averages. Everything fitted is fitted on develop
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
 from btm_cluster.driver import Driver, step_error
 from btm_cluster.equations.averaging import argmax_weights, posterior_weights, uniform_weights
-from btm_cluster.equations.posterior import Posterior, calibrate, keep_top, log_prior
+from btm_cluster.equations.posterior import Kind, Posterior, PriorKind, calibrate, keep_top, log_prior
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.plan import MergingPlan
@@ -20,6 +21,7 @@ from btm_cluster.scores import ScoreStack
 from btm_cluster.workers import Failure
 
 FULL = Posterior("full")
+PosteriorName = Kind | Literal["none"]
 ModelScores = Mapping[tuple[str, str, str], Artifact]
 """Scores by model identity, text name and split."""
 
@@ -70,7 +72,7 @@ def evaluate(ground: Ground, forest: Forest, baseline: Ref | None, driver: Drive
     single = [Ref("model", forest.foundation.seed), *experts, *([baseline] if baseline else [])]
     scores = score_models(ground, [(model, text) for model in single for text in ground.texts], driver)
     stacks = {
-        (text.name, split): _stack(ledger, scores, experts, text, split)
+        (text.name, split): stack_of(ledger, scores, experts, text, split)
         for text in ground.texts
         for split in HELD_OUT
         if text.tokens[split]
@@ -135,7 +137,7 @@ def fit_text(ground: Ground, forest: Forest, text: PreparedText, driver: Driver)
     pairs = [(model, one) for one in needed for model in experts]
     scores = score_models(ground, pairs, driver, splits=["development"])
     samples = [
-        _stack(driver.ledger, scores, experts, one, "development").take(0, ground.plan.merging.development_blocks)
+        stack_of(driver.ledger, scores, experts, one, "development").take(0, ground.plan.merging.development_blocks)
         for one in needed
     ]
     if text.tokens["development"]:
@@ -145,29 +147,40 @@ def fit_text(ground: Ground, forest: Forest, text: PreparedText, driver: Driver)
 
 def fit_target(logp_EBT: torch.Tensor, mask_BT: torch.Tensor, merging: MergingPlan) -> TargetFit:
     """Everything fitted for a text, from its development blocks in hash order."""
-    calibrated_form = Posterior("calibrated", merging.window_tokens, merging.discount)
     paper = Mixing(log_prior("ema", logp_EBT, mask_BT, FULL), FULL)
-    calibrated = Mixing(*calibrate(logp_EBT, mask_BT, calibrated_form))
-    if merging.posterior == "calibrated":
-        planned = calibrated
-        if merging.prior != "fitted":
-            given_E = log_prior(merging.prior, logp_EBT, mask_BT, FULL)
-            planned = Mixing(*calibrate(logp_EBT, mask_BT, calibrated_form, given_E))
-    else:
-        form = Posterior(merging.posterior, merging.window_tokens)
-        planned = Mixing(log_prior(merging.prior, logp_EBT, mask_BT, form), form)
+    calibrated = fit_mixing("calibrated", "fitted", logp_EBT, mask_BT, merging)
+    planned = calibrated
+    if (merging.posterior, merging.prior) != ("calibrated", "fitted"):
+        planned = fit_mixing(merging.posterior, merging.prior, logp_EBT, mask_BT, merging)
     kept = Mixing(keep_top(planned.log_prior_E, merging.top_k), planned.posterior)
     average_E = log_prior(merging.average_prior, logp_EBT, mask_BT, FULL).exp()
     return TargetFit(paper, calibrated, kept, average_E, len(mask_BT))
 
 
+def fit_mixing(
+    posterior: PosteriorName, prior: PriorKind, logp_EBT: torch.Tensor, mask_BT: torch.Tensor, merging: MergingPlan
+) -> Mixing:
+    """A posterior and its prior, fitted on development blocks. `none` sees no context: plain mixture weights."""
+    if posterior == "none":
+        return Mixing(log_prior(prior, logp_EBT, mask_BT, FULL), replace(FULL, weight=0.0))
+    if posterior != "calibrated":
+        form = Posterior(posterior, merging.window_tokens)
+        return Mixing(log_prior(prior, logp_EBT, mask_BT, form), form)
+    form = Posterior("calibrated", merging.window_tokens, merging.discount)
+    given_E = None if prior == "fitted" else log_prior(prior, logp_EBT, mask_BT, FULL)
+    return Mixing(*calibrate(logp_EBT, mask_BT, form, given_E))
+
+
+def shared_mixing(samples: Sequence[tuple[torch.Tensor, torch.Tensor]], merging: MergingPlan) -> Mixing:
+    """One setting for all texts: a uniform prior, and the evidence weight fitted on several texts' samples together."""
+    logp_EBT = torch.cat([logp for logp, _ in samples], dim=1)
+    return fit_mixing("calibrated", "uniform", logp_EBT, torch.cat([mask for _, mask in samples]), merging)
+
+
 def default_fit(samples: Sequence[tuple[torch.Tensor, torch.Tensor]], merging: MergingPlan) -> TargetFit:
     """For a text without development text: a uniform prior, and the evidence weight fitted on the domains' together."""
-    logp_EBT = torch.cat([logp for logp, _ in samples], dim=1)
-    mask_BT = torch.cat([mask for _, mask in samples])
-    uniform_E = log_prior("uniform", logp_EBT, mask_BT, FULL)
-    form = Posterior("calibrated", merging.window_tokens, merging.discount)
-    calibrated = Mixing(*calibrate(logp_EBT, mask_BT, form, uniform_E))
+    calibrated = shared_mixing(samples, merging)
+    uniform_E = calibrated.log_prior_E
     planned = calibrated
     if merging.posterior != "calibrated":
         planned = Mixing(uniform_E, Posterior(merging.posterior, merging.window_tokens))
@@ -175,7 +188,8 @@ def default_fit(samples: Sequence[tuple[torch.Tensor, torch.Tensor]], merging: M
     return TargetFit(Mixing(uniform_E, FULL), calibrated, kept, uniform_E.exp(), 0)
 
 
-def _stack(ledger: Ledger, scores: ModelScores, models: Sequence[Ref], text: PreparedText, split: str) -> ScoreStack:
+def stack_of(ledger: Ledger, scores: ModelScores, models: Sequence[Ref], text: PreparedText, split: str) -> ScoreStack:
+    """Several models' scores on one split of one text."""
     return ScoreStack(ledger, [scores[m.identity, text.name, split] for m in models], text.tokens[split])
 
 
@@ -193,7 +207,7 @@ def _split_result(
     """Every system's sums by document on one split."""
 
     def single(model: Ref) -> torch.Tensor:
-        return _stack(ledger, scores, [model], text, split).sums()[0]
+        return stack_of(ledger, scores, [model], text, split).sums()[0]
 
     stack = stacks[text.name, split]
     experts_ED = stack.sums()

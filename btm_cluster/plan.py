@@ -240,6 +240,34 @@ class ClusterPlan(Section):
     """For `btm plan`; without it, the rate of earlier runs in the store."""
 
 
+class SizePlan(Section):
+    """A model size of a study, with the recipe that suits it."""
+
+    rules: ClassVar = plan_rules.size_rules
+    name: Name
+    """Shown in the tables."""
+    model: ModelPlan
+    """Architecture and size."""
+    training: TrainingPlan = TrainingPlan()
+    """The recipe; its `seed_share` is that of the forest that is compared with everything."""
+
+
+class StudyPlan(Section):
+    """What `btm study` compares. Each size is trained once for each random seed."""
+
+    rules: ClassVar = plan_rules.study_rules
+    sizes: tuple[SizePlan, ...] = ()
+    """Model sizes; without any, the plan's own model and recipe."""
+    systems: tuple[Literal["demix", "random-split", "continued"], ...] = ("demix", "random-split", "continued")
+    """Rivals and controls beside forest and Transformer-LM: DEMix; a forest of random splits; the Transformer-LM continued on
+    each text's development blocks."""
+    random_seeds: Annotated[tuple[Whole, ...], Field(min_length=1)] = (0,)
+    """Repeats: initial weights and block order."""
+    seed_shares: tuple[Share, ...] = ()
+    """Forests from seeds of these shares too, for the first size and random seed: the paper's figure 1. With a share of 0
+    each expert starts from a random initialisation of its own."""
+
+
 class Plan(Section):
     """One forest: its texts, model, recipe and how it is grown."""
 
@@ -268,6 +296,8 @@ class Plan(Section):
     """Rivals trained with the same compute on the same text."""
     cluster: ClusterPlan = ClusterPlan()
     """How the work is done."""
+    study: StudyPlan | None = None
+    """For `btm study` alone."""
 
     @property
     def texts(self) -> tuple[TextPlan, ...]:

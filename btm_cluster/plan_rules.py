@@ -164,6 +164,27 @@ def plan_rules(given: Given) -> Iterator[Broken]:
         yield Broken("tokenizer", found, expected, f"write `tokenizer: {{pretrained: {_field(model, 'pretrained')}}}`")
 
 
+def size_rules(given: Given) -> Iterator[Broken]:
+    """A study trains every model itself."""
+    if _is_given(_field(given.get("model"), "pretrained")):
+        yield Broken(
+            "model", "`pretrained`", "`preset` or `config`", "a study grows its own seeds: give the model's shape"
+        )
+
+
+def study_rules(given: Given) -> Iterator[Broken]:
+    """Nothing is trained twice under two names."""
+    for what, values in (
+        ("sizes", [_field(size, "name") for size in _entries(given.get("sizes"))]),
+        ("random_seeds", _entries(given.get("random_seeds"))),
+        ("seed_shares", _entries(given.get("seed_shares"))),
+        ("systems", _entries(given.get("systems"))),
+    ):
+        for value, count in Counter(map(str, values)).items():
+            if count > 1:
+                yield Broken(what, f"{value} {count} times", "each once", "write it once")
+
+
 def _held_out_texts(given: Given) -> Iterator[Broken]:
     for split in ("development", "test"):
         without = [

@@ -207,7 +207,7 @@ def model_config(plan: Plan, vocabulary: int) -> tuple[Mapping[str, Any], Pretra
 def seed_request(ground: Ground) -> TrainRequest:
     """The seed: s·U updates on the mix of all founding domains; a pretrained model is one already."""
     updates = 0 if ground.pretrained is not None else ground.plan.training.seed_updates
-    return _train_request(ground, "seed", "seed", ground.founding_texts, (0, updates), None)
+    return train_request(ground, "seed", "seed", ground.founding_texts, (0, updates), None)
 
 
 def transformer_lm_request(ground: Ground, seed: Ref) -> TrainRequest:
@@ -216,8 +216,8 @@ def transformer_lm_request(ground: Ground, seed: Ref) -> TrainRequest:
     if ground.pretrained is not None:
         start = Start(seed, (Parent(seed.identity, 1.0),), keep_optimizer=False)
         span = (training.seed_updates, training.updates)
-        return _train_request(ground, "transformer-lm", "transformer-lm", ground.founding_texts, span, start)
-    whole = _train_request(
+        return train_request(ground, "transformer-lm", "transformer-lm", ground.founding_texts, span, start)
+    whole = train_request(
         ground, "transformer-lm", "transformer-lm", ground.founding_texts, (0, training.updates), None
     )
     return replace(whole, milestones=(training.seed_updates,))
@@ -227,7 +227,7 @@ def expert_request(ground: Ground, domain: PreparedText, start: Start) -> TrainR
     """An expert: (1-s)·U updates on its domain alone."""
     training = ground.plan.training
     text = TrainingText(domain.identity, domain.tokens["train"])
-    return _train_request(ground, domain.name, "expert", (text,), (training.seed_updates, training.updates), start)
+    return train_request(ground, domain.name, "expert", (text,), (training.seed_updates, training.updates), start)
 
 
 def seed_start(ground: Ground, seed: Ref) -> Start:
@@ -238,9 +238,13 @@ def seed_start(ground: Ground, seed: Ref) -> Start:
 
 def average_request(ground: Ground, label: str, forest: Forest, weights: Sequence[float]) -> AverageRequest:
     """An average of the forest's experts; those of weight zero are left out."""
-    parents = tuple(Parent(e.identity, w) for e, w in zip(forest.experts, weights, strict=True) if w)
-    card = {"plan": ground.plan.name} | {expert.identity: expert.domain for expert in forest.experts}
-    return AverageRequest(label, parents, card)
+    return average_of(ground, label, {expert.identity: expert.domain for expert in forest.experts}, weights)
+
+
+def average_of(ground: Ground, label: str, models: Mapping[str, str], weights: Sequence[float]) -> AverageRequest:
+    """An average of models, given by identity with what each is called."""
+    parents = tuple(Parent(identity, w) for identity, w in zip(models, weights, strict=True) if w)
+    return AverageRequest(label, parents, {"plan": ground.plan.name, **models})
 
 
 def score_request(ground: Ground, model: Ref, text: PreparedText, split: str) -> ScoreRequest:
@@ -270,7 +274,7 @@ def _resources(plan: Plan, gpus: float, cpus: int) -> Resources:
     return Resources(workers, gpus / workers, max(1, cpus // workers), cluster.micro_batch_blocks, precision, compiles)
 
 
-def _train_request(
+def train_request(
     ground: Ground,
     label: str,
     role: str,

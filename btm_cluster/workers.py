@@ -54,6 +54,24 @@ class ReadText(_Request):
 
 
 @dataclass(frozen=True)
+class ShuffleTexts(_Request):
+    """Deal the training documents of several texts at random into as many texts, and write one of them: a control.
+
+    The result is a memo, as that of reading a source.
+    """
+
+    kind: ClassVar[str] = "source"
+    label: str
+    texts: tuple[str, ...]
+    part: int
+    random_seed: int
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        return {"shuffle": sorted(self.texts), "part": self.part, "random_seed": self.random_seed}
+
+
+@dataclass(frozen=True)
 class TrainTokenizer(_Request):
     """Train a byte-level BPE on the training text of the founding domains."""
 
@@ -118,7 +136,7 @@ class FindOverlap(_Request):
         return {"train": self.text, "tests": sorted(self.tests), "window_words": 20}
 
 
-PrepareRequest: TypeAlias = ReadText | TrainTokenizer | ImportTokenizer | Tokenize | FindOverlap
+PrepareRequest: TypeAlias = ReadText | ShuffleTexts | TrainTokenizer | ImportTokenizer | Tokenize | FindOverlap
 
 
 @dataclass(frozen=True)
@@ -127,6 +145,8 @@ class TrainingText:
 
     identity: str
     tokens: tuple[Ref, ...]
+    first_blocks: int | None = None
+    """Train on so many blocks only; the identity says so too."""
 
 
 @dataclass(frozen=True)
@@ -202,8 +222,9 @@ class TrainRequest(_Request):
         }
 
     def until(self, milestone: int) -> "TrainRequest":
-        """The request that ends at a milestone of this one: a seed's."""
-        return replace(self, label="seed", role="seed", last_update=milestone, milestones=())
+        """The request that ends at a milestone of this one: a seed's, on the Transformer-LM's way."""
+        role = "seed" if self.role == "transformer-lm" else self.role
+        return replace(self, label=role, role=role, last_update=milestone, milestones=())
 
     @property
     def blocks_per_update(self) -> int:
@@ -241,6 +262,8 @@ class AverageRequest(_Request):
     parents: tuple[Parent, ...]
     card: Mapping[str, str]
     """For the model card: the plan's name, and the parents' domains by identity."""
+    unrelated: bool = False
+    """Average models without a common ancestor too: a control, whose result is noise."""
 
     @property
     def recipe(self) -> Mapping[str, Any]:

@@ -45,14 +45,16 @@ def _encode(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Ite
 
 
 class Blocks:
-    """The blocks of several shard files as one array that is memory-mapped: int64 [n, block_tokens] by indices."""
+    """The blocks of several shard files, or the first of them, as one memory-mapped array: int64 [n, block_tokens] by indices."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], first: int | None = None) -> None:
+        self._first = first
         self._shards = [shard for shard in (np.load(file, mmap_mode="r") for file in files) if len(shard)]
         self._ends = np.cumsum([len(shard) for shard in self._shards])
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        held = int(self._ends[-1]) if len(self._ends) else 0
+        return held if self._first is None else min(held, self._first)
 
     def take(self, indices: np.ndarray) -> np.ndarray:
         """Blocks at `indices` [n], as int64 [n, block_tokens]."""

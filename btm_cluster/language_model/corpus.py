@@ -64,6 +64,17 @@ def write_text(source: TextPlan, reading: ReadingPlan, is_target: bool, folder: 
     return text
 
 
+def write_random_part(documents: Iterable[str], part: int, parts: int, random_seed: int, folder: Path) -> Text:
+    """Writes the documents that fall to one of `parts` equal parts, drawn by content and seed, as a text to train on."""
+
+    def dealt(document: str) -> bool:
+        draw = hashlib.sha256(f"{random_seed}/".encode() + content_hash(document)).digest()
+        return int.from_bytes(draw[:8], "big") % parts == part
+
+    chosen = (Document(document, "train") for document in documents if dealt(document))
+    return _write_shards(_spool(chosen, (0.0, 0.0), folder), folder)
+
+
 def read_shard(path: Path) -> Iterator[str]:
     """The documents of a shard file."""
     with pyarrow.input_stream(str(path), compression="zstd") as stream:

@@ -166,7 +166,8 @@ class _TrainingRun:
                 if self.update in self.request.milestones:
                     self._check_finite(weights=True)
                     if self.rank == 0:
-                        at_milestone(self.request.until(self.update), self._trained("seed"))
+                        passed = self.request.until(self.update)
+                        at_milestone(passed, self._trained(passed.role))
             self._check_finite(weights=True)
         finally:
             self.checkpoints.close()

@@ -23,7 +23,7 @@ def average(request: AverageRequest, ledger: Ledger, control: Control) -> Artifa
     # In the recipe's order: sums in float32 depend on it.
     ordered = sorted(request.parents, key=lambda parent: parent.identity)
     parents = [ledger.get(Ref("model", parent.identity)) for parent in ordered]
-    check_compatible(ledger, parents)
+    check_compatible(ledger, parents, request.unrelated)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         files = {"model.safetensors": folder / "model.safetensors", "README.md": folder / "README.md"}
@@ -42,8 +42,11 @@ def open_config(ledger: Ledger, model: Artifact) -> dict[str, Any]:
     return dict(json.loads(ledger.open_file(model, "config.json").read_text(encoding="utf-8")))
 
 
-def check_compatible(ledger: Ledger, models: list[Artifact]) -> None:
-    """Refuses models whose average would be noise: their configurations, tokenizers and ancestor must be the same."""
+def check_compatible(ledger: Ledger, models: list[Artifact], unrelated: bool = False) -> None:
+    """Refuses models whose average would be noise: their configurations, tokenizers and ancestor must be the same.
+
+    With `unrelated`, ancestors may differ.
+    """
     first = models[0]
     for other in models[1:]:
         for name, remedy in (
@@ -52,7 +55,7 @@ def check_compatible(ledger: Ledger, models: list[Artifact]) -> None:
         ):
             if other.blob(name).sha256 != first.blob(name).sha256:
                 raise _incompatible(first, other, f"another {name}", f"the same {name}", remedy)
-        if ancestor(ledger, other) != ancestor(ledger, first):
+        if not unrelated and ancestor(ledger, other) != ancestor(ledger, first):
             raise _incompatible(
                 first,
                 other,

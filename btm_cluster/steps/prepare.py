@@ -8,7 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from btm_cluster.language_model.blocks import pack_blocks
-from btm_cluster.language_model.corpus import read_shard, write_text
+from btm_cluster.language_model.corpus import Text, read_shard, write_random_part, write_text
 from btm_cluster.language_model.overlap import TestText, mark_seen
 from btm_cluster.language_model.tokenizer import (
     TOKENIZER_FILES,
@@ -25,6 +25,7 @@ from btm_cluster.workers import (
     PrepareRequest,
     Progress,
     ReadText,
+    ShuffleTexts,
     Tokenize,
     TrainTokenizer,
 )
@@ -38,6 +39,13 @@ def prepare(request: PrepareRequest, ledger: Ledger, control: Control) -> Artifa
             case ReadText():
                 control.report(Progress(request.label, "reading"))
                 return _read_text(request, ledger, folder)
+            case ShuffleTexts():
+                control.report(Progress(request.label, "shuffling"))
+                documents = (d for text in sorted(request.texts) for d in documents_of(ledger, text, "train"))
+                parts = len(request.texts)
+                return _commit_text(
+                    request, write_random_part(documents, request.part, parts, request.random_seed, folder), ledger
+                )
             case TrainTokenizer():
                 control.report(Progress(request.label, "training the tokenizer"))
                 return _train_tokenizer(request, ledger, folder)
@@ -53,7 +61,10 @@ def prepare(request: PrepareRequest, ledger: Ledger, control: Control) -> Artifa
 
 
 def _read_text(request: ReadText, ledger: Ledger, folder: Path) -> Artifact:
-    text = write_text(request.source, request.reading, request.is_target, folder)
+    return _commit_text(request, write_text(request.source, request.reading, request.is_target, folder), ledger)
+
+
+def _commit_text(request: ReadText | ShuffleTexts, text: Text, ledger: Ledger) -> Artifact:
     # The text first, its memo last: a memo must never name a text that is not there.
     ledger.commit(Ref("text", text.identity), {"documents": text.identity}, text.files, text.facts)
     facts = {"text": text.identity, "skipped": dict(sorted(text.bad.items()))}

@@ -105,7 +105,7 @@ def _out_of_memory(request: TrainRequest, exc: BaseException) -> TrainingError:
 
 def open_blocks(ledger: Ledger, text: TrainingText) -> Blocks:
     """A training text's blocks, memory-mapped."""
-    return Blocks([ledger.open_file(ledger.get(ref), "tokens.npy") for ref in text.tokens])
+    return Blocks([ledger.open_file(ledger.get(ref), "tokens.npy") for ref in text.tokens], text.first_blocks)
 
 
 def _is_first_rank() -> bool:

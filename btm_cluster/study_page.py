@@ -1,0 +1,249 @@
+"""A study's page: the paper's tables and figures, in Markdown, SVG and PNG, from results alone.
+
+Numbers are means over random seeds, ± their standard deviation where there are several.
+"""
+
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from btm_cluster.study_results import KEY, Entry, Results
+
+Wanted = Mapping[str, object]
+PAPERS: Wanted = {"posterior": "full", "prior": "ema"}
+CALIBRATED: Wanted = {"posterior": "calibrated", "prior": "fitted"}
+PLAIN: Wanted = {"development_blocks": None, "top_k": None}
+
+# Rows of table 1: what it is called, and which entries it is.
+TABLE_1: dict[str, Wanted] = {
+    "Transformer-LM": {"system": "transformer-lm"},
+    "Transformer-LM, continued on the development text": {"system": "transformer-lm, continued"},
+    "seed": {"system": "seed"},
+    "best single expert": {"system": "best single expert"},
+    "the domain's own expert": {"system": "own expert"},
+    "DEMix, paper's posterior": {"system": "demix", **PAPERS},
+    "DEMix, calibrated": {"system": "demix", **CALIBRATED},
+    "forest, paper's posterior": {"system": "forest", **PAPERS, **PLAIN},
+    "forest, calibrated": {"system": "forest", **CALIBRATED, **PLAIN},
+    "random splits, paper's posterior": {"system": "random-split", **PAPERS},
+    "random splits, calibrated": {"system": "random-split", **CALIBRATED},
+}
+TABLE_2: dict[str, Wanted] = {
+    "Transformer-LM": {"system": "transformer-lm"},
+    "average, uniform": {"system": "average", "prior": "uniform"},
+    "average, argmax": {"system": "average", "prior": "argmax"},
+    "average, posterior (ema)": {"system": "average", "prior": "ema"},
+    "average, posterior (fitted)": {"system": "average", "prior": "fitted"},
+    "average, greedy soup": {"system": "average", "prior": "greedy"},
+    "average, learned soup": {"system": "average", "prior": "learned"},
+    "average of random splits, uniform": {"system": "average of random-split", "prior": "uniform"},
+    "ensemble, paper's posterior": {"system": "forest", **PAPERS, **PLAIN},
+    "ensemble, calibrated": {"system": "forest", **CALIBRATED, **PLAIN},
+}
+TABLE_8 = ("Transformer-LM", "DEMix, paper's posterior", "forest, paper's posterior", "forest, calibrated")
+FIGURE_1: dict[str, Wanted] = {
+    "ensemble, paper's posterior": {"system": "forest", **PAPERS, **PLAIN},
+    "ensemble, calibrated": {"system": "forest", **CALIBRATED, **PLAIN},
+    "average, posterior": {"system": "average", "prior": "ema"},
+    "average, uniform": {"system": "average", "prior": "uniform"},
+    "seed": {"system": "seed"},
+}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A mean over random seeds, and the standard deviation where there are several."""
+
+    mean: float
+    deviation: float | None
+
+    def words(self, pattern: str = "{:.1f}") -> str:
+        """As in a table's cell."""
+        written = pattern.format(self.mean)
+        return written if self.deviation is None else f"{written} ± {pattern.format(self.deviation).lstrip('+')}"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Of the same number under several random seeds."""
+    return Spread(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+
+def write_page(results: Results, folder: Path) -> None:
+    """Writes README.md, and the figures where there is something to draw."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sections = [*_size_sections(results), *_figures(results, folder), _texts_section(results), _speeds_section(results)]
+    seeds = sorted({entry["random_seed"] for entry in results.entries})
+    opening = (
+        "# Results of a study\n\nMade by `btm study` and `btm report` from `summary.json`; do not edit. Perplexity per token on "
+        "test text, mean over texts; everything fitted or chosen was so on development text. "
+        f"Random seeds: {', '.join(map(str, seeds))}; ± is the standard deviation over them.\n"
+    )
+    (folder / "README.md").write_text(opening + "\n" + "\n".join(filter(None, sections)), encoding="utf-8")
+
+
+def select(entries: Iterable[Entry], **wanted: object) -> list[Entry]:
+    """The entries with these values."""
+    return [entry for entry in entries if all(entry[name] == value for name, value in wanted.items())]
+
+
+def _size_sections(results: Results) -> Iterator[str]:
+    for size in dict.fromkeys(entry["size"] for entry in results.entries):
+        entries = _main(select(results.entries, size=size))
+        first = entries[0]
+        yield (
+            f"## {size}: {first['non_embedding_parameters']:,} parameters without embeddings, {first['tokens']:,} tokens, "
+            f"seed share {_main_share(entries)}\n"
+        )
+        yield "### Table 1: systems\n\n" + _means_table(entries, TABLE_1)
+        yield "### Table 2: averages of parameters, at the inference cost of one model\n\n" + _means_table(
+            entries, TABLE_2
+        )
+        yield "### Table 8: by text\n\n" + _texts_table(entries, results.texts)
+        yield "### What a posterior is worth\n\n" + _means_table(entries, _posteriors(entries))
+
+
+def _main(entries: Sequence[Entry]) -> list[Entry]:
+    """The entries of the seed share that everything is compared at, and those that have none."""
+    share = _main_share(entries)
+    return [entry for entry in entries if entry["seed_share"] in (None, share)]
+
+
+def _main_share(entries: Sequence[Entry]) -> float:
+    """That of the single experts, which are only measured there."""
+    return float(select(entries, system="best single expert")[0]["seed_share"])
+
+
+def _means_table(entries: Sequence[Entry], rows: Mapping[str, Wanted]) -> str:
+    lines = ["| | train | eval | all | against the Transformer-LM |", "|---|---|---|---|---|"]
+    for name, wanted in rows.items():
+        found = select(entries, **wanted)
+        if not found:
+            continue
+        cells = [_words([entry[group] for entry in found]) for group in ("train", "eval", "all")]
+        lines.append(f"| {name} | {' | '.join(cells)} | {_difference(found)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _words(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return spread(known).words() if known else "–"
+
+
+def _difference(entries: Sequence[Entry]) -> str:
+    """The mean difference on all texts; with one random seed alone, the interval over documents."""
+    known = [entry["difference"] for entry in entries if entry["difference"] is not None]
+    if not known:
+        return ""
+    words = spread([100 * value for value in known]).words("{:+.1f}") + " %"
+    if len(entries) > 1:
+        return words
+    low, high = entries[0]["difference_interval"]
+    return f"{words} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def _posteriors(entries: Sequence[Entry]) -> dict[str, Wanted]:
+    """Every way of mixing the forest's experts."""
+    rows: dict[str, Wanted] = {"Transformer-LM": {"system": "transformer-lm"}}
+    for entry in select(entries, system="forest"):
+        key = {name: entry[name] for name in KEY if name not in ("size", "seed_share")}
+        blocks, k = entry["development_blocks"], entry["top_k"]
+        name = f"{entry['posterior']}, prior {entry['prior']}"
+        rows[name + (f", {blocks} development blocks" if blocks else "") + (f", top {k}" if k else "")] = key
+    return rows
+
+
+def _texts_table(entries: Sequence[Entry], texts: Sequence[Entry]) -> str:
+    rows = {name: select(entries, **TABLE_1[name]) for name in TABLE_8}
+    rows = {name: found for name, found in rows.items() if found}
+    lines = ["| | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
+    for text in texts:
+        cells = [_words([entry["per_domain"].get(text["name"]) for entry in found]) for found in rows.values()]
+        lines.append(f"| {text['name']}{' (target)' if text['is_target'] else ''} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _texts_section(results: Results) -> str:
+    lines = [
+        "## Table 7: texts\n",
+        "| | training words | training tokens | development tokens | test tokens | test windows of 20 words also in training |",
+        "|---|---|---|---|---|---|",
+    ]
+    for text in results.texts:
+        words, tokens = text["words"].get("train", 0), text["tokens"]
+        seen = text["test_windows_in_training"] / max(1, text["test_windows"])
+        counts = [words, tokens.get("train", 0), tokens.get("development", 0), tokens.get("test", 0)]
+        cells = [f"{count:,}" if count else "–" for count in counts]
+        lines.append(f"| {text['name']}{' (target)' if text['is_target'] else ''} | {' | '.join(cells)} | {seen:.2%} |")
+    return "\n".join(lines) + "\n"
+
+
+def _speeds_section(results: Results) -> str:
+    groups: dict[tuple[object, ...], list[Entry]] = {}
+    for speed in results.speeds:
+        key = tuple(speed[name] for name in ("size", "role", "blocks_per_update", "gpus", "device"))
+        groups.setdefault(key, []).append(speed)
+    lines = [
+        "## Speed\n",
+        "As trained in the study, compilation and neighbours on the same GPU included.\n",
+        "| | trained | blocks per update | GPUs of each | updates per second | tokens per second |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (size, role, blocks, gpus, device), speeds in groups.items():
+        rates = [spread([speed[name] for speed in speeds]).mean for name in ("updates_per_second", "tokens_per_second")]
+        count = f"{gpus:g} {device}" if gpus else "CPU"
+        lines.append(f"| {size} {role} | {len(speeds)} | {blocks} | {count} | {rates[0]:.1f} | {rates[1]:,.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _figures(results: Results, folder: Path) -> Iterator[str]:
+    for size in dict.fromkeys(entry["size"] for entry in results.entries):
+        entries = select(results.entries, size=size)
+        shares = sorted({entry["seed_share"] for entry in entries if entry["seed_share"] is not None})
+        if len(shares) > 2:
+            curves = {name: _curve(entries, wanted, "seed_share") for name, wanted in FIGURE_1.items()}
+            _draw(curves, _baseline(entries), "seed share", folder / f"seed-share-{size}")
+            yield f"## Figure 1: perplexity over seed share, {size}\n\n![seed share](seed-share-{size}.svg)\n"
+        tops = _main(entries)
+        curves = {
+            name: _curve(tops, {"system": "forest", "development_blocks": None, **posterior}, "top_k")
+            for name, posterior in (("paper's posterior", PAPERS), ("calibrated", CALIBRATED))
+        }
+        if any(len(points) > 1 for points in curves.values()):
+            _draw(curves, _baseline(tops), "experts kept, of the largest prior", folder / f"top-k-{size}")
+            yield f"## Top-k, {size}\n\n![top-k](top-k-{size}.svg)\n"
+
+
+def _baseline(entries: Sequence[Entry]) -> float:
+    return spread([entry["all"] for entry in select(entries, system="transformer-lm")]).mean
+
+
+def _curve(entries: Sequence[Entry], wanted: Wanted, over: str) -> list[tuple[float, float]]:
+    """Perplexity on all texts over one field; where the field is empty, all experts are kept."""
+    values: dict[float, list[float]] = {}
+    for entry in select(entries, **wanted):
+        value = entry["experts"] if over == "top_k" and entry[over] is None else entry[over]
+        if value is not None and entry["all"] is not None:
+            values.setdefault(float(value), []).append(entry["all"])
+    return [(value, spread(seen).mean) for value, seen in sorted(values.items())]
+
+
+def _draw(curves: Mapping[str, Sequence[tuple[float, float]]], baseline: float, over: str, file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "btm"  # the same results give the same bytes
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
+    axes.axhline(baseline, color="black", linestyle="--", linewidth=1, label="Transformer-LM")
+    for name, points in curves.items():
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
+    highest = 1.6 * baseline  # averages without a seed leave the picture
+    axes.set_ylim(top=min(highest, axes.get_ylim()[1]))
+    axes.set(xlabel=over, ylabel="test perplexity, all texts")
+    axes.legend(frameon=False, fontsize="small")
+    for ending in ("svg", "png"):
+        figure.savefig(file.with_suffix(f".{ending}"), dpi=150, metadata={"Date": None} if ending == "svg" else None)
+    pyplot.close(figure)

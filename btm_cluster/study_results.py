@@ -1,0 +1,84 @@
+"""A study's results as files: `summary.json`, a list with an entry for each system, and `study.json` with what it ran on."""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from btm_cluster.errors import UserError
+from btm_cluster.plan import Plan
+from btm_cluster.study import Study
+
+SUMMARY_FILE = "summary.json"
+STUDY_FILE = "study.json"
+Entry = Mapping[str, Any]
+KEY = ("size", "seed_share", "system", "posterior", "prior", "development_blocks", "top_k")
+"""What entries that differ in their random seed alone have in common."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """Of one study, or of several that belong together."""
+
+    entries: tuple[Entry, ...]
+    texts: tuple[Entry, ...]
+    speeds: tuple[Entry, ...]
+    runs: tuple[Entry, ...]
+    """Of each study: its plan, and the versions and machine it ran on."""
+
+
+def results_of(plan: Plan, study: Study) -> Results:
+    """A study's outcome as plain values."""
+    run = {
+        "plan": plan.model_dump(mode="json", exclude_defaults=True),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    texts = tuple(asdict(text) for text in study.texts)
+    return Results(study.entries, texts, study.speeds, (run,))
+
+
+def write_results(results: Results, folder: Path) -> None:
+    """Writes both files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SUMMARY_FILE).write_text(_lines(results.entries), encoding="utf-8")
+    rest = {"texts": results.texts, "speeds": results.speeds, "runs": results.runs}
+    (folder / STUDY_FILE).write_text(json.dumps(rest, indent=1) + "\n", encoding="utf-8")
+
+
+def _lines(entries: Sequence[Entry]) -> str:
+    """A list with an entry per line, so that two versions can be compared by eye."""
+    return "[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n"
+
+
+def read_results(folders: Sequence[Path]) -> Results:
+    """The results in several folders together; where two have the same system, size and random seed, the later one's counts.
+
+    Raises:
+        UserError: a folder without them.
+    """
+    entries: dict[tuple[Any, ...], Entry] = {}
+    rest: dict[str, list[Entry]] = {"texts": [], "speeds": [], "runs": []}
+    for folder in folders:
+        try:
+            found = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+            study = json.loads((folder / STUDY_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as exc:
+            raise UserError(
+                f"cannot read the results in {folder}",
+                found=str(exc),
+                expected=f"{SUMMARY_FILE} and {STUDY_FILE}, as `btm study` writes them",
+            ) from exc
+        entries |= {(entry["random_seed"], *(entry[name] for name in KEY)): entry for entry in found}
+        for name, values in rest.items():
+            values += study[name]
+    texts = {text["name"]: text for text in rest["texts"]}
+    return Results(tuple(entries.values()), tuple(texts.values()), tuple(rest["speeds"]), tuple(rest["runs"]))
