@@ -19,6 +19,8 @@ from btm_cluster.recipes import (
     PreparedText,
     average_request,
     block_requests,
+    check_demix,
+    demix_request,
     expert_request,
     ground_of,
     model_config,
@@ -42,6 +44,8 @@ class Grown:
     forest: Forest
     baseline: Ref | None
     failures: tuple[Failure, ...]
+    demix: tuple[Ref, ...] = ()
+    """The models that a DEMix is for each founding domain."""
 
 
 def grow(plan: Plan, driver: Driver) -> Grown:
@@ -52,13 +56,15 @@ def grow(plan: Plan, driver: Driver) -> Grown:
     experts, failures = train(branches, driver)
     forest = merge(forest, experts, driver.ledger)
     baseline, failed = train_baseline(ground, driver)
-    return Grown(ground, forest, baseline, (*failures, *failed))
+    demix, failed_demix = train_demix(ground, driver)
+    return Grown(ground, forest, baseline, (*failures, *failed, *failed_demix), demix)
 
 
 def prepare(plan: Plan, driver: Driver) -> Ground:
     """Texts to documents, documents to token blocks, and the configuration that all models share."""
     workers = driver.workers
     model = model_config(plan, vocabulary_of(plan))  # first: a wrong model is refused before a text is read
+    check_demix(plan, model[0], driver.ledger.forest(0))
     read = driver.require(workers.prepare, read_requests(plan))
     memos = {text.name: memo for text, memo in zip(plan.texts, read, strict=True)}
     ground = ground_of(plan, memos, model, driver.ledger)
@@ -149,6 +155,15 @@ def train_baseline(ground: Ground, driver: Driver) -> tuple[Ref | None, list[Fai
     request = transformer_lm_request(ground, seed_request(ground).ref)
     outcome = driver.obtain(driver.workers.train, [resumed(request, driver.ledger)])[0]
     return (None, [outcome]) if isinstance(outcome, Failure) else (outcome.ref, [])
+
+
+def train_demix(ground: Ground, driver: Driver) -> tuple[tuple[Ref, ...], list[Failure]]:
+    """The parts of a DEMix of the same compute, where the plan asks for it."""
+    if "demix" not in ground.plan.baselines:
+        return (), []
+    request = demix_request(ground)
+    outcome = driver.obtain(driver.workers.train, [resumed(request, driver.ledger)])[0]
+    return ((), [outcome]) if isinstance(outcome, Failure) else (tuple(part.ref for part in request.parts), [])
 
 
 def resumed(request: TrainRequest, ledger: Ledger) -> TrainRequest:

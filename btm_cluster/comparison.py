@@ -38,10 +38,12 @@ class Members:
     """Models that are combined: a forest's experts, or DEMix's parts."""
 
     system: str
-    seed_share: float
+    seed_share: float | None
     seed: Ref | None
     models: tuple[tuple[str, Ref], ...]
     """By domain."""
+    averaged: bool = True
+    """Whether averages of their parameters are measured too; those of models without a seed are noise, which is measured."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def _rounded(cell: Cell | None) -> float | None:
 
 def compare(ground: Ground, models: Models, driver: Driver) -> Comparison:
     """Scores every model on the held-out text, combines them, averages them, and scores the averages."""
-    seeds = {members.seed_share: members.seed for members in models.members if members.seed}
+    seeds = {m.seed_share: m.seed for m in models.members if m.seed}
     combined = dict.fromkeys(model for members in models.members for _, model in members.models)
     everywhere = [*seeds.values(), models.transformer_lm, *combined]
     scores = score_models(
@@ -220,7 +222,7 @@ def mix(way: Way, logp_EBT: torch.Tensor, mask_BT: torch.Tensor, merging: Mergin
 def _averages(ground: Ground, scores: ModelScores, all_members: Sequence[Members], driver: Driver) -> Rows:
     """Averages of parameters: one for all texts with uniform weights, else one for each text."""
     wanted: list[tuple[System, PreparedText, AverageRequest]] = []
-    for members in all_members:
+    for members in (members for members in all_members if members.averaged):
         names = {model.identity: domain for domain, model in members.models}
         refs = [model for _, model in members.models]
         for text in ground.texts:

@@ -16,7 +16,15 @@ from btm_cluster.forest import Forest
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.plan import MergingPlan
 from btm_cluster.recipes import HELD_OUT, Ground, PreparedText, average_request, score_request
-from btm_cluster.report import CALIBRATED_ENSEMBLE, PAPER_ENSEMBLE, SEED, TRANSFORMER_LM, SplitResult
+from btm_cluster.report import (
+    CALIBRATED_DEMIX,
+    CALIBRATED_ENSEMBLE,
+    PAPER_DEMIX,
+    PAPER_ENSEMBLE,
+    SEED,
+    TRANSFORMER_LM,
+    SplitResult,
+)
 from btm_cluster.scores import ScoreStack
 from btm_cluster.workers import Failure
 
@@ -65,7 +73,9 @@ class Evaluation:
     averages: Mapping[str, Ref]
 
 
-def evaluate(ground: Ground, forest: Forest, baseline: Ref | None, driver: Driver) -> Evaluation:
+def evaluate(
+    ground: Ground, forest: Forest, baseline: Ref | None, driver: Driver, demix: Sequence[Ref] = ()
+) -> Evaluation:
     """Scores seed, experts, baseline and averages on every held-out text, and combines them."""
     ledger = driver.ledger
     experts = [Ref("model", expert.identity) for expert in forest.experts]
@@ -88,7 +98,26 @@ def evaluate(ground: Ground, forest: Forest, baseline: Ref | None, driver: Drive
         for text in ground.texts
         if text.tokens[split]
     )
+    if demix:
+        results = _with_demix(ground, results, demix, driver)
     return Evaluation(results, fits, averages)
+
+
+def _with_demix(
+    ground: Ground, results: Sequence[SplitResult], demix: Sequence[Ref], driver: Driver
+) -> tuple[SplitResult, ...]:
+    """DEMix beside the other systems: the ensemble of its parts, mixed and fitted as the forest's experts are."""
+    scores = score_models(ground, [(part, text) for part in demix for text in ground.texts], driver)
+    texts = {text.name: text for text in ground.texts}
+    stacks = {(r.text, r.split): stack_of(driver.ledger, scores, demix, texts[r.text], r.split) for r in results}
+    fits = fit_targets(ground, stacks)
+
+    def logp(result: SplitResult) -> dict[str, torch.Tensor]:
+        fit, stack = fits[result.text], stacks[result.text, result.split]
+        mixings = {PAPER_DEMIX: fit.paper, CALIBRATED_DEMIX: fit.calibrated}
+        return {name: stack.mixture_sums(m.log_prior_E, m.posterior) for name, m in mixings.items()}
+
+    return tuple(replace(result, logp={**result.logp, **logp(result)}) for result in results)
 
 
 def score_models(

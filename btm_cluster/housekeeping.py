@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from btm_cluster.errors import StoreError
+from btm_cluster.forest import identity_of
 from btm_cluster.ledger import Artifact, Ledger, Ref, artifact_key, blob_key
 from btm_cluster.storage import Storage
 
@@ -139,6 +140,9 @@ def _needs(kind: str, recipe: Mapping[str, Any], facts: Mapping[str, Any] | None
         parents = recipe.get("average") or start.get("parents") or ()
         yield from (Ref("model", parent["identity"]) for parent in parents)
         yield from (Ref("text", text) for text in recipe.get("texts", ()))
+        if "demix" in recipe:  # a part, and the DEMix of which it is one: neither is of use alone
+            yield Ref("model", recipe["demix"])
+        yield from (Ref("model", part) for part in (facts or {}).get("parts", ()))
         if "tokenizer" in recipe:
             yield Ref("tokenizer", recipe["tokenizer"])
     elif kind == "scores":
@@ -173,6 +177,10 @@ def _reached(roots: Iterable[Ref], artifacts: Mapping[Ref, Artifact]) -> set[Ref
         passed = [Ref("model", seed) for seed in artifact.facts.get("passed", ())]  # by a Transformer-LM
         if any(seed in kept for seed in passed):
             keep(ref)
+    rivals = {_trained_alike(artifacts[ref].recipe) for ref in kept if ref.kind == "model"}
+    for ref, artifact in artifacts.items():
+        if artifact.recipe.get("is_demix") and _trained_alike(artifact.recipe) in rivals:
+            keep(ref)
     for ref, artifact in artifacts.items():
         if ref.kind == "scores" and Ref("model", artifact.recipe["model"]) in kept:
             keep(ref)
@@ -181,6 +189,11 @@ def _reached(roots: Iterable[Ref], artifacts: Mapping[Ref, Artifact]) -> set[Ref
             if ref.kind == kind and all(need in kept for need in needs(artifact)):
                 keep(ref)
     return kept
+
+
+def _trained_alike(recipe: Mapping[str, Any]) -> str:
+    """The same for a seed, the Transformer-LM that passes it, and the DEMix that is their rival."""
+    return identity_of({key: value for key, value in recipe.items() if key not in ("last_update", "is_demix")})
 
 
 def _manifest_entries(storage: Storage) -> Iterator[Any]:

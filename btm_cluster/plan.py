@@ -292,7 +292,7 @@ class Plan(Section):
     """Where the experts of later domains start."""
     merging: MergingPlan = MergingPlan()
     """How experts are combined."""
-    baselines: tuple[Literal["transformer-lm"], ...] = ()
+    baselines: tuple[Literal["transformer-lm", "demix"], ...] = ()
     """Rivals trained with the same compute on the same text."""
     cluster: ClusterPlan = ClusterPlan()
     """How the work is done."""

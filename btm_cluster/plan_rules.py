@@ -159,6 +159,9 @@ def plan_rules(given: Given) -> Iterator[Broken]:
         if count > 1:
             yield Broken("baselines", f"{name!r} {count} times", "every baseline once", "write it once")
     model, tokenizer = given.get("model"), given.get("tokenizer")
+    if "demix" in baselines and _is_given(_field(model, "pretrained")):
+        found, expected = "demix beside a pretrained model", "DEMix only where the model is trained from the start"
+        yield Broken("baselines", found, expected, "leave `demix` out, or give `model: {config: …}`")
     if _is_given(_field(model, "pretrained")) and _is_given(_field(tokenizer, "train")):
         found, expected = "a pretrained model and a new tokenizer", "the tokenizer that the model was trained with"
         yield Broken("tokenizer", found, expected, f"write `tokenizer: {{pretrained: {_field(model, 'pretrained')}}}`")

@@ -18,6 +18,8 @@ from btm_cluster.recipes import (
     HELD_OUT,
     Ground,
     block_requests,
+    check_demix,
+    demix_request,
     expert_request,
     ground_of,
     model_config,
@@ -82,6 +84,7 @@ def preview(plan: Plan, ledger: Ledger) -> Preview:
         UserError: whatever a run would refuse before it spends anything.
     """
     model = model_config(plan, vocabulary_of(plan))
+    check_demix(plan, model[0], ledger.forest(0))
     parameters, non_embedding = count_parameters(model[0])
     memos = {request.label: ledger.find(request.ref) for request in read_requests(plan)}
     known = {name: memo for name, memo in memos.items() if memo is not None}
@@ -125,8 +128,8 @@ def _scores(ground: Ground, ledger: Ledger, unread: bool) -> Step:
     from_seed = [domain for domain in new if starts_from_seed(ground, forest, domain)]
     models |= {expert_request(ground, domain, seed_start(ground, seed)).ref for domain in from_seed}
     new = [domain for domain in new if domain not in from_seed]
-    if ground.plan.baselines:
-        models.add(transformer_lm_request(ground, seed).ref)
+    for rival in _rivals(ground, seed):
+        models |= {part.ref for part in rival.parts} if rival.is_demix else {rival.ref}
     parts = [(text, split) for text in ground.texts for split in HELD_OUT if text.tokens[split]]
     found = sum(_state(ledger, score_request(ground, m, *part)) == DONE for m in models for part in parts)
     return Step("scores", _share_done(found, (len(models) + len(new)) * len(parts), unread))
@@ -145,10 +148,14 @@ def _trainings(ground: Ground, ledger: Ledger, parameters: int, rate: float | No
         check_foundation(forest, ground.foundation(seed.ref.identity))
     start = seed_start(ground, seed.ref)
     experts = [expert_request(ground, domain, start) for domain in ground.domains]
-    baselines = [transformer_lm_request(ground, seed.ref)] if ground.plan.baselines else []
     steps = [_training(seed, _state(ledger, seed), parameters, rate)]
     steps += [_training(e, _expert_state(ground, ledger, forest, e), parameters, rate) for e in experts]
-    return steps + [_training(b, _state(ledger, b), parameters, rate) for b in baselines]
+    return steps + [_training(r, _state(ledger, r), parameters, rate) for r in _rivals(ground, seed.ref)]
+
+
+def _rivals(ground: Ground, seed: Ref) -> list[TrainRequest]:
+    rivals = {"transformer-lm": transformer_lm_request(ground, seed), "demix": demix_request(ground)}
+    return [rivals[name] for name in ground.plan.baselines]
 
 
 def _expert_state(ground: Ground, ledger: Ledger, forest: Forest | None, request: TrainRequest) -> str:
@@ -171,7 +178,7 @@ def _training(request: TrainRequest, state: str, parameters: int, rate: float | 
         state,
         updates,
         updates * request.blocks_per_update * request.training.block_tokens,
-        stored_bytes(parameters, request.role == "seed" and request.pretrained is None),
+        stored_bytes(parameters, request.role == "seed" and request.pretrained is None) * max(1, len(request.parts)),
         rate,
     )
 
@@ -184,7 +191,12 @@ def _unread_trainings(plan: Plan, parameters: int, rate: float | None) -> list[S
     size, with_optimizer = stored_bytes(parameters, False), stored_bytes(parameters, not pretrained)
     steps = [_training_step("seed", UNREAD, seed, seed * tokens, with_optimizer, rate)]
     steps += _unread_experts(plan, [domain.name for domain in plan.domains], parameters, rate)
-    return steps + [_training_step(name, UNREAD, later, later * tokens, size, rate) for name in plan.baselines]
+    if "transformer-lm" in plan.baselines:
+        steps.append(_training_step("transformer-lm", UNREAD, later, later * tokens, size, rate))
+    if "demix" in plan.baselines:
+        size *= len(plan.domains)
+        steps.append(_training_step("demix", UNREAD, training.updates, training.updates * tokens, size, rate))
+    return steps
 
 
 def _unread_experts(plan: Plan, names: Sequence[str], parameters: int, rate: float | None) -> list[Step]:

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from btm_cluster.errors import FoundationError, TextError
+from btm_cluster.errors import FoundationError, PlanError, TextError
 from btm_cluster.forest import Forest, Foundation, Parent, identity_of
+from btm_cluster.language_model.demix import check_splits
 from btm_cluster.language_model.model import full_config
 from btm_cluster.language_model.pretrained import (
     pretrained_config,
@@ -221,6 +222,26 @@ def transformer_lm_request(ground: Ground, seed: Ref) -> TrainRequest:
         ground, "transformer-lm", "transformer-lm", ground.founding_texts, (0, training.updates), None
     )
     return replace(whole, milestones=(training.seed_updates,))
+
+
+def demix_request(ground: Ground) -> TrainRequest:
+    """DEMix: the Transformer-LM's budget and text, from the start, with one feed-forward per founding domain."""
+    span = (0, ground.plan.training.updates)
+    request = train_request(ground, "demix", "demix", ground.founding_texts, span, None)
+    return replace(request, is_demix=True)
+
+
+def check_demix(plan: Plan, model: Mapping[str, Any], forest: Forest | None) -> None:
+    """Refuses, before a text is read, a DEMix that the plan asks for and that cannot be trained. `forest` is version 0.
+
+    Raises:
+        UserError: naming the architecture, or the size of the group.
+    """
+    if "demix" not in plan.baselines:
+        return
+    check_splits(model, len(forest.foundation.domains if forest else plan.domains))
+    if seed_resources(plan).workers > 1:
+        raise PlanError("DEMix over several GPUs is not there yet", remedy="cluster.seed_gpus: 1")
 
 
 def expert_request(ground: Ground, domain: PreparedText, start: Start) -> TrainRequest:

@@ -16,6 +16,8 @@ TRANSFORMER_LM = "Transformer-LM"
 SEED = "seed"
 PAPER_ENSEMBLE = "ensemble, paper's posterior"
 CALIBRATED_ENSEMBLE = "ensemble, calibrated"
+PAPER_DEMIX = "DEMix, paper's posterior"
+CALIBRATED_DEMIX = "DEMix, calibrated"
 GROUPS = ("domains", "targets", "all")
 
 

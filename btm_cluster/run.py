@@ -10,7 +10,7 @@ from btm_cluster.errors import StepError, UserError
 from btm_cluster.evaluation import evaluate
 from btm_cluster.forest import Forest, check_foundation, describe_forest
 from btm_cluster.plan import Plan
-from btm_cluster.recipes import seed_request, transformer_lm_request
+from btm_cluster.recipes import demix_request, seed_request, transformer_lm_request
 from btm_cluster.report import Verdict, verdict
 from btm_cluster.texts import TextReport, report_texts
 from btm_cluster.workers import Failure
@@ -63,7 +63,7 @@ def run_plan(plan: Plan, driver: Driver, evaluate_only: bool = False) -> Run:
     if not grown.forest.experts:
         causes = "\n".join(f"- {failure.label}: {failure.cause}" for failure in grown.failures)
         raise StepError(f"no expert could be trained\n{causes}", remedy="mend the causes and run the plan again")
-    evaluation = evaluate(grown.ground, grown.forest, grown.baseline, driver)
+    evaluation = evaluate(grown.ground, grown.forest, grown.baseline, driver, grown.demix)
     texts = report_texts(grown.ground, driver)
     domains = grown.forest.domains
     fits = evaluation.fits
@@ -97,4 +97,7 @@ def find_grown(plan: Plan, driver: Driver) -> Grown:
     check_foundation(forest, ground.foundation(seed.identity))
     baseline = transformer_lm_request(ground, seed).ref
     wanted = "transformer-lm" in plan.baselines and driver.ledger.find(baseline) is not None
-    return Grown(ground, forest, baseline if wanted else None, ())
+    demix = demix_request(ground)
+    has_demix = "demix" in plan.baselines and driver.ledger.find(demix.ref) is not None
+    parts = tuple(part.ref for part in demix.parts) if has_demix else ()
+    return Grown(ground, forest, baseline if wanted else None, (), parts)

@@ -13,12 +13,14 @@ from btm_cluster.comparison import Comparison, Members, Models, compare
 from btm_cluster.controls import continued_request, random_part, random_part_requests, scratch_request
 from btm_cluster.driver import Driver
 from btm_cluster.errors import UserError
+from btm_cluster.language_model.demix import check_splits, count_demix_parameters
 from btm_cluster.language_model.model import count_parameters
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.plan import Plan, SizePlan, StudyPlan
 from btm_cluster.recipes import (
     Ground,
     PreparedText,
+    demix_request,
     expert_request,
     model_config,
     seed_request,
@@ -104,6 +106,8 @@ def repeats_of(plan: Plan, driver: Driver) -> list[Repeat]:
     repeats = []
     for size in sizes:
         model, _ = model_config(_variant(plan, size, 0), vocabulary_of(plan))
+        if "demix" in study.systems:
+            check_splits(model, len(plan.domains))
         for random_seed in study.random_seeds:
             ground = replace(base, plan=_variant(plan, size, random_seed), model=model)
             repeats.append(Repeat(size.name, ground, _seed_shares(study, sizes, size, random_seed)))
@@ -150,7 +154,8 @@ def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[Tra
     whole = transformer_lm_request(ground, seeds[repeat.seed_shares[0]].ref)
     whole = replace(whole, milestones=tuple(sorted(seed.last_update for seed in seeds.values())))
     scratch = [scratch_request(ground, d, i) for i, d in enumerate(ground.domains)] if 0 in grounds else []
-    trained = _train([whole, *scratch], driver)
+    demix = [demix_request(ground)] if "demix" in systems else []
+    trained = _train([whole, *demix, *scratch], driver)
     _fill_in(list(seeds.values()), driver)
 
     def branches(texts: Sequence[PreparedText], share: float) -> list[TrainRequest]:
@@ -171,8 +176,15 @@ def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[Tra
 
     forests = [members("forest", share, ground.domains, experts[share]) for share in repeat.seed_shares]
     others = [members("random-split", first, parts, dealt)] if dealt else []
+    others += [Members("demix", None, None, _named(ground, request), averaged=False) for request in demix]
     continued = _continue(ground, whole.ref, driver) if "continued" in systems else {}
     return Models(whole.ref, tuple(forests + others), continued), trained
+
+
+def _named(ground: Ground, demix: TrainRequest) -> tuple[tuple[str, Ref], ...]:
+    """A DEMix's parts by domain."""
+    names = {text: domain for domain, text in ground.founders}
+    return tuple((names[part.text], part.ref) for part in demix.parts)
 
 
 def _train(requests: Sequence[TrainRequest], driver: Driver) -> list[tuple[TrainRequest, Artifact]]:
@@ -230,14 +242,18 @@ def entries_of(repeat: Repeat, comparison: Comparison) -> list[Mapping[str, Any]
     plan = repeat.ground.plan
     tokens = plan.training.updates * len(repeat.ground.founders)
     tokens *= plan.training.blocks_per_domain_update * plan.training.block_tokens
+    parameters = count_parameters(repeat.ground.model)[1]
+    demix_parameters = count_demix_parameters(repeat.ground.model, len(repeat.ground.founders))[1]
     common = {
         "size": repeat.size,
-        "non_embedding_parameters": count_parameters(repeat.ground.model)[1],
         "tokens": tokens,
         "experts": len(repeat.ground.domains),
         "random_seed": plan.training.random_seed,
     }
-    return [common | entry for entry in comparison.entries()]
+    return [
+        common | {"non_embedding_parameters": demix_parameters if entry["system"] == "demix" else parameters} | entry
+        for entry in comparison.entries()
+    ]
 
 
 def _speed(repeat: Repeat, request: TrainRequest, model: Artifact) -> Mapping[str, Any]:

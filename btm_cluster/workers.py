@@ -185,7 +185,7 @@ class TrainRequest(_Request):
     kind: ClassVar[str] = "model"
     label: str
     role: str
-    """seed, expert or transformer-lm: for display."""
+    """seed, expert, transformer-lm or demix: for display."""
     model: Mapping[str, Any]
     """The transformers configuration in full."""
     tokenizer: Ref
@@ -202,6 +202,8 @@ class TrainRequest(_Request):
     milestones: tuple[int, ...] = ()
     """Updates on the way at which the model is an artifact too, that of the request which ends there: training goes on from
     the latest one that is there, and commits those that it passes. Seeds and Transformer-LM are one such way."""
+    is_demix: bool = False
+    """One feed-forward per text in every layer. What comes out is a model for each of `parts`, and an artifact that names them."""
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -209,7 +211,7 @@ class TrainRequest(_Request):
         if self.start is not None:
             parents = [asdict(parent) for parent in self.start.parents]
             start = {"parents": parents, "keep_optimizer": self.start.keep_optimizer}
-        return {
+        recipe = {
             "model": self.model,
             "tokenizer": self.tokenizer.identity,
             "texts": sorted(text.identity for text in self.texts),
@@ -220,6 +222,12 @@ class TrainRequest(_Request):
             "pretrained": self.pretrained.sha256 if self.pretrained else None,
             "restart_data": self.restart_data,
         }
+        return recipe | {"is_demix": True} if self.is_demix else recipe
+
+    @property
+    def parts(self) -> tuple["DemixPart", ...]:
+        """Of a DEMix: the models that it is for each text, in order of `texts`."""
+        return tuple(DemixPart(self.label, self.ref, text.identity) for text in self.texts) if self.is_demix else ()
 
     def until(self, milestone: int) -> "TrainRequest":
         """The request that ends at a milestone of this one: a seed's, on the Transformer-LM's way."""
@@ -235,6 +243,20 @@ class TrainRequest(_Request):
     def tokens(self) -> int:
         """Tokens trained on from the first update to the last."""
         return (self.last_update - self.first_update) * self.blocks_per_update * self.training.block_tokens
+
+
+@dataclass(frozen=True)
+class DemixPart(_Request):
+    """What a DEMix is for one of its texts, an ordinary model: all that is shared, and that text's feed-forwards."""
+
+    kind: ClassVar[str] = "model"
+    label: str
+    demix: Ref
+    text: str
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        return {"demix": self.demix.identity, "text": self.text}
 
 
 @dataclass(frozen=True)

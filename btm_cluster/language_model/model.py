@@ -172,7 +172,7 @@ def save_weights(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
 
 def count_parameters(config: Mapping[str, Any]) -> tuple[int, int]:
     """All parameters, and those that are not embeddings."""
-    model = _fresh_on_meta(config)
+    model = fresh_on_meta(config)
     total = sum(p.numel() for p in model.parameters())
     embeddings = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     output = model.get_output_embeddings()
@@ -184,7 +184,7 @@ def count_parameters(config: Mapping[str, Any]) -> tuple[int, int]:
 def write_config(config: Mapping[str, Any], end_of_text: int | None, folder: Path) -> Path:
     """Writes config.json, with the class that opens it and the tokenizer's end-of-text token."""
     loaded = _config_from(config)
-    loaded.architectures = [type(_fresh_on_meta(config)).__name__]
+    loaded.architectures = [type(fresh_on_meta(config)).__name__]
     loaded.eos_token_id = loaded.bos_token_id = end_of_text
     loaded.save_pretrained(str(folder))
     return folder / "config.json"
@@ -200,6 +200,7 @@ def _fresh(config: Mapping[str, Any]) -> PreTrainedModel:
     return model
 
 
-def _fresh_on_meta(config: Mapping[str, Any]) -> PreTrainedModel:
+def fresh_on_meta(config: Mapping[str, Any]) -> PreTrainedModel:
+    """A model without values, for its names and shapes."""
     with torch.device("meta"):
         return _fresh(config)

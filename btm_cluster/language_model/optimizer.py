@@ -4,16 +4,22 @@ import torch
 from transformers import PreTrainedModel
 
 from btm_cluster.equations.schedule import learning_rate, rewarmed_learning_rate
+from btm_cluster.language_model.demix import has_row_per_domain
 from btm_cluster.workers import TrainRequest
 
 
 def build_optimizer(model: PreTrainedModel, request: TrainRequest) -> torch.optim.AdamW:
     """AdamW over all parameters; weight decay on matrices only."""
+
+    def is_matrix(name: str, parameter: torch.nn.Parameter) -> bool:
+        stacked = request.is_demix and has_row_per_domain(name)
+        return parameter.ndim - stacked >= 2
+
     training = request.training
-    parameters = [p for _, p in sorted(model.named_parameters())]
+    parameters = sorted(model.named_parameters())
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": training.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for name, p in parameters if is_matrix(name, p)], "weight_decay": training.weight_decay},
+        {"params": [p for name, p in parameters if not is_matrix(name, p)], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=0.0, betas=training.betas, eps=training.epsilon, fused=True)
 

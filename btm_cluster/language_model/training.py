@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from btm_cluster.errors import IntegrityError, Stopped, TrainingError
 from btm_cluster.language_model.blocks import Blocks, block_order
 from btm_cluster.language_model.checkpoint import TrainingCheckpoints, load_training
+from btm_cluster.language_model.demix import split_feed_forwards
 from btm_cluster.language_model.model import build_model, check_causal
 from btm_cluster.language_model.optimizer import build_optimizer, learning_rate_at
 from btm_cluster.ledger import Ledger
@@ -137,6 +138,8 @@ class _TrainingRun:
         self.model = build_model(request.model, request.training.random_seed)
         if request.start is None:
             check_causal(self.model, f"a {request.model['model_type']}")
+        if request.is_demix:
+            split_feed_forwards(self.model, len(request.texts))
         self.model = self.model.to(self.device)
         self.has_dropout = any(value for name, value in request.model.items() if name.endswith(("pdrop", "dropout")))
         self.optimizer = build_optimizer(self.model, request)
@@ -169,6 +172,10 @@ class _TrainingRun:
                         passed = self.request.until(self.update)
                         at_milestone(passed, self._trained(passed.role))
             self._check_finite(weights=True)
+            if self.request.is_demix:
+                self._save(
+                    wait=True
+                )  # its parts are stored one by one: should that be cut short, all still come from this state
         finally:
             self.checkpoints.close()
         return self._trained(self.request.role)
@@ -218,7 +225,7 @@ class _TrainingRun:
             group["lr"] = learning_rate_at(self.update, self.request)
         blocks = self._blocks_of(self.update)
         tokens = self.request.blocks_per_update * self.request.training.block_tokens
-        micro_batches = torch.split(blocks, self.request.how.micro_batch_blocks)
+        micro_batches = self._micro_batches(blocks)
         total = torch.zeros((), device=self.device)
         for i, micro_batch in enumerate(micro_batches):
             is_last = i == len(micro_batches) - 1
@@ -233,6 +240,15 @@ class _TrainingRun:
         self.optimizer.zero_grad(set_to_none=True)
         # A gradient that is not finite spoils the weights under a finite loss: it spoils the loss that is reported too.
         return total / blocks.numel() + 0.0 * norm
+
+    def _micro_batches(self, blocks: torch.Tensor) -> Sequence[torch.Tensor]:
+        """What goes through the model at once: of a DEMix, which routes blocks by their place, equally many of each domain."""
+        at_once = self.request.how.micro_batch_blocks
+        if not self.request.is_demix:
+            return torch.split(blocks, at_once)
+        domains = len(self.request.texts)
+        by_domain = torch.split(blocks.view(domains, -1, blocks.shape[-1]), max(1, at_once // domains), dim=1)
+        return [part.flatten(0, 1) for part in by_domain]
 
     def _blocks_of(self, update: int) -> torch.Tensor:
         """This rank's blocks of an update, int64 [blocks, block_tokens], equally many of each text over all ranks."""

@@ -5,22 +5,23 @@ import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 
 from btm_cluster.errors import TrainingError
 from btm_cluster.language_model.blocks import Blocks
-from btm_cluster.language_model.checkpoint import write_state
-from btm_cluster.language_model.model import write_config
+from btm_cluster.language_model.checkpoint import MODEL_FILE, write_state
+from btm_cluster.language_model.demix import count_demix_parameters, dense_part
+from btm_cluster.language_model.model import save_weights, weights_of, write_config
 from btm_cluster.language_model.pretrained import import_model
 from btm_cluster.language_model.tokenizer import TOKENIZER_FILES
 from btm_cluster.language_model.training import Trained
 from btm_cluster.language_model.training import train as train_model
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.steps.prepare import open_tokenizer
-from btm_cluster.workers import Control, Progress, TrainingText, TrainRequest
+from btm_cluster.workers import Control, DemixPart, Progress, TrainingText, TrainRequest
 
 log = logging.getLogger(__name__)
 
@@ -42,14 +43,16 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
         end_of_text = open_tokenizer(ledger, request.tokenizer).eos_token_id
 
         def commit(
-            made: TrainRequest, files: dict[str, Path], facts: Mapping[str, Any], note: Mapping[str, Any]
+            made: TrainRequest | DemixPart, files: dict[str, Path], facts: Mapping[str, Any], note: Mapping[str, Any]
         ) -> Artifact:
-            files["config.json"] = write_config(made.model, end_of_text, folder)
+            files["config.json"] = write_config(request.model, end_of_text, folder)
             files |= {name: ledger.open_file(tokenizer, name) for name in TOKENIZER_FILES}
             return ledger.commit(made.ref, made.recipe, files, facts, note)
 
         def commit_trained(made: TrainRequest, trained: Trained) -> Artifact:
             control.report(Progress(request.label, "storing", made.last_update, 0, request.last_update))
+            if made.is_demix:
+                return _commit_demix(made, trained, ledger, commit, folder)
             keeps_optimizer = made.last_update < made.training.updates
             files = write_state(trained.model, trained.optimizer if keeps_optimizer else None, folder)
             return commit(made, files, trained.facts, trained.note)
@@ -66,6 +69,21 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
     if dist.is_initialized():
         dist.barrier()
     return committed
+
+
+Commit: TypeAlias = Callable[[DemixPart, dict[str, Path], Mapping[str, Any], Mapping[str, Any]], Artifact]
+
+
+def _commit_demix(request: TrainRequest, trained: Trained, ledger: Ledger, commit: Commit, folder: Path) -> Artifact:
+    """Commits a DEMix as the ordinary models that it is for each domain, and then, by name, as a whole."""
+    weights = weights_of(trained.model)
+    for domain, part in enumerate(request.parts):
+        save_weights(dense_part(weights, domain), folder / MODEL_FILE)
+        commit(part, {MODEL_FILE: folder / MODEL_FILE}, {"role": "demix-part"}, {})
+    total, non_embedding = count_demix_parameters(request.model, len(request.parts))
+    parts = [part.ref.identity for part in request.parts]
+    facts = {"parts": parts, "parameters": total, "non_embedding_parameters": non_embedding}
+    return ledger.commit(request.ref, request.recipe, {}, {**trained.facts, **facts}, trained.note)
 
 
 def _train_within_memory(

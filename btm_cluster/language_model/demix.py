@@ -1,0 +1,103 @@
+"""DEMix: a causal language model with one feed-forward per domain in every layer, everything else shared. No gate.
+
+Source: Gururangan et al., 2021. Any transformers model whose decoder layers call their feed-forward `mlp` becomes one. A batch
+holds equally many blocks of every domain, domain after domain, so routing is a reshape. Knows nothing of training.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from btm_cluster.errors import UserError
+from btm_cluster.language_model.model import count_parameters, fresh_on_meta
+
+_FEED_FORWARD = re.compile(r"\.\d+\.mlp$")
+_EXPERTS = ".mlp.experts."
+
+
+class DomainFeedForwards(torch.nn.Module):
+    """One feed-forward for each of D domains: every parameter of `mlp` stacked to [D, …], equal copies at first.
+
+    All are applied at once, as batched matrix products: a loop over small experts is bound by kernel launches.
+    """
+
+    def __init__(self, mlp: torch.nn.Module, domains: int) -> None:
+        super().__init__()
+        self.domains = domains
+        self.experts = mlp
+        for module in mlp.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                stacked = parameter.detach().expand(domains, *parameter.shape).clone()
+                setattr(module, name, torch.nn.Parameter(stacked))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Routes hidden states [D · blocks, tokens, width], domain after domain."""
+        routed = hidden.reshape(self.domains, -1, hidden.shape[-1])
+        apply = torch.vmap(self._apply_one, randomness="different")
+        return apply(dict(self.experts.named_parameters()), routed).reshape(hidden.shape)
+
+    def _apply_one(self, parameters: dict[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+        applied: torch.Tensor = functional_call(self.experts, parameters, (hidden,))
+        return applied
+
+
+def split_feed_forwards(model: PreTrainedModel, domains: int) -> None:
+    """Makes `model` a DEMix of `domains` domains, in place.
+
+    Raises:
+        UserError: its layers have no feed-forward that can be told, or have several already.
+    """
+    found = {name: mlp for name, mlp in model.named_modules() if _FEED_FORWARD.search(name)}
+    if not found or any(hasattr(mlp, "experts") for mlp in found.values()):
+        raise _refused(model, "layers of experts already" if found else "no submodule `mlp` in its layers")
+    for name, mlp in found.items():
+        model.set_submodule(name, DomainFeedForwards(mlp, domains))
+
+
+def check_splits(config: Mapping[str, Any], domains: int) -> None:
+    """Refuses an architecture of which no DEMix can be made, before anything is spent on it.
+
+    Raises:
+        UserError: naming the architecture.
+    """
+    model = fresh_on_meta(config)
+    split_feed_forwards(model, domains)
+    feed_forward = next(module for module in model.modules() if isinstance(module, DomainFeedForwards))
+    try:
+        feed_forward(torch.empty(domains, 8, model.config.hidden_size, device="meta"))
+    except Exception as exc:  # whatever a feed-forward of another kind stumbles over
+        raise _refused(model, f"feed-forwards that take more than hidden states: {exc}".splitlines()[0]) from exc
+
+
+def has_row_per_domain(name: str) -> bool:
+    """Whether a DEMix's parameter, by its name, is stacked over domains."""
+    return _EXPERTS in name
+
+
+def dense_part(weights: Mapping[str, torch.Tensor], domain: int) -> dict[str, torch.Tensor]:
+    """The weights of the ordinary model that a DEMix is for one domain: what is shared, and the domain's feed-forwards."""
+    return {
+        name.replace(_EXPERTS, ".mlp."): tensor[domain] if has_row_per_domain(name) else tensor
+        for name, tensor in weights.items()
+    }
+
+
+def count_demix_parameters(config: Mapping[str, Any], domains: int) -> tuple[int, int]:
+    """All parameters of a DEMix, and those that are not embeddings: what is shared, and D times the feed-forwards."""
+    total, non_embedding = count_parameters(config)
+    modules = fresh_on_meta(config).named_modules()
+    split = sum(p.numel() for name, mlp in modules if _FEED_FORWARD.search(name) for p in mlp.parameters())
+    return total + (domains - 1) * split, non_embedding + (domains - 1) * split
+
+
+def _refused(model: PreTrainedModel, found: str) -> UserError:
+    return UserError(
+        f"no DEMix can be made of a {model.config.model_type}",
+        found=found,
+        expected="decoder layers with one feed-forward each, called `mlp`, as in gpt2 or llama",
+        remedy="take another architecture, or leave `demix` out of `baselines`",
+    )
