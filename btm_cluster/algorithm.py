@@ -99,7 +99,7 @@ def branch(ground: Ground, forest: Forest, driver: Driver) -> list[TrainRequest]
     start = seed_start(ground, Ref("model", forest.foundation.seed))
     from_seed = [domain for domain in new if starts_from_seed(ground, forest, domain)]
     later = [domain for domain in new if domain not in from_seed]
-    starts = [start] * len(from_seed) + (_averaged_starts(ground, forest, later, driver) if later else [])
+    starts = [start] * len(from_seed) + (averaged_starts(ground, forest, later, driver) if later else [])
     return [expert_request(ground, domain, start) for domain, start in zip(from_seed + later, starts, strict=True)]
 
 
@@ -187,7 +187,7 @@ def _tokenize(requests: Sequence[Tokenize], driver: Driver) -> None:
             )
 
 
-def _averaged_starts(ground: Ground, forest: Forest, new: Sequence[PreparedText], driver: Driver) -> list[Start]:
+def averaged_starts(ground: Ground, forest: Forest, new: Sequence[PreparedText], driver: Driver) -> list[Start]:
     """The average of the forest's experts for each new domain, by its posterior on the domain's text or uniformly."""
     weights = [uniform_weights(len(forest.experts))] * len(new)
     if ground.plan.branching.start == "posterior":

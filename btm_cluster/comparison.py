@@ -53,8 +53,6 @@ class Models:
     transformer_lm: Ref
     members: tuple[Members, ...]
     """The first is the forest that everything is compared with."""
-    continued: Mapping[str, tuple[int, tuple[Ref, ...]]]
-    """By text: on how many development blocks the Transformer-LM was carried on, and what it became."""
 
 
 @dataclass(frozen=True)
@@ -162,8 +160,6 @@ def compare(ground: Ground, models: Models, driver: Driver) -> Comparison:
     for number, members in enumerate(models.members):
         rows |= _mixtures(ground, scores, members, number == 0, driver)
     rows |= _averages(ground, scores, models.members, driver)
-    if models.continued:
-        rows |= _continued(ground, scores, models, driver)
     tokens = {
         text.name: stack_of(driver.ledger, scores, [models.transformer_lm], text, "test").tokens()
         for text in ground.texts
@@ -254,26 +250,6 @@ def _average_weights(logp_EBT: torch.Tensor, mask_BT: torch.Tensor) -> dict[str,
         "ema": posterior_weights(ema_E),
         "fitted": posterior_weights(fitted_E),
     }
-
-
-def _continued(ground: Ground, scores: ModelScores, models: Models, driver: Driver) -> Rows:
-    """The Transformer-LM carried on over each text's development blocks: of all its stages, none of them included, the one that
-    is best on the blocks left out."""
-    texts = {text.name: text for text in ground.texts}
-    pairs = [(model, texts[name]) for name, (_, stages) in models.continued.items() for model in stages]
-    on_development = {**scores, **score_models(ground, pairs, driver, ["development"])}
-    chosen = {}
-    for name, (held_in, stages) in models.continued.items():
-        candidates = [models.transformer_lm, *stages]
-        stack = stack_of(driver.ledger, on_development, candidates, texts[name], "development")
-        left_out_EBT, _ = stack.take(held_in, ground.plan.merging.development_blocks)
-        chosen[name] = candidates[int(left_out_EBT.sum((1, 2)).argmax())]
-    pairs = [(model, texts[name]) for name, model in chosen.items()]
-    on_test = {**scores, **score_models(ground, pairs, driver, ["test"])}
-    sums = {
-        name: stack_of(driver.ledger, on_test, [model], texts[name], "test").sums()[0] for name, model in chosen.items()
-    }
-    return {System("transformer-lm, continued"): sums}
 
 
 @contextmanager

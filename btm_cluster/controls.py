@@ -6,12 +6,9 @@ seed, and the Transformer-LM given the development text that the forest's priors
 
 from dataclasses import replace
 
-from btm_cluster.forest import Parent
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.recipes import Ground, PreparedText, tokenize_requests, train_request
-from btm_cluster.workers import ShuffleTexts, Start, TrainingText, TrainRequest
-
-CONTINUED_BLOCKS_PER_UPDATE = 8
+from btm_cluster.workers import ShuffleTexts, TrainingText, TrainRequest
 
 
 def scratch_request(ground: Ground, domain: PreparedText, number: int) -> TrainRequest:
@@ -21,23 +18,6 @@ def scratch_request(ground: Ground, domain: PreparedText, number: int) -> TrainR
     text = TrainingText(domain.identity, domain.tokens["train"])
     request = train_request(ground, domain.name, "expert", (text,), (0, training.updates), None)
     return replace(request, training=own)
-
-
-def continued_request(
-    ground: Ground, text: PreparedText, baseline: Ref, blocks: int, learning_rate: float
-) -> TrainRequest:
-    """The Transformer-LM carried on over a text's first development blocks, with a milestone after 1, 2 and 4 of 8 passes."""
-    count = min(CONTINUED_BLOCKS_PER_UPDATE, blocks)
-    epoch = -(-blocks // count)
-    training = ground.plan.training.model_copy(
-        update={"updates": 8 * epoch, "blocks_per_domain_update": count, "learning_rate": learning_rate}
-    )
-    trained_on = TrainingText(f"{text.identity}/development/{blocks}", text.tokens["development"], blocks)
-    start = Start(baseline, (Parent(baseline.identity, 1.0),), keep_optimizer=False)
-    request = train_request(ground, f"continued on {text.name}", "expert", (trained_on,), (0, 8 * epoch), start)
-    # Too short to be worth compiling.
-    how = replace(request.how, compile=False)
-    return replace(request, training=training, milestones=(epoch, 2 * epoch, 4 * epoch), how=how)
 
 
 def random_part_requests(ground: Ground) -> list[ShuffleTexts]:

@@ -258,9 +258,9 @@ class StudyPlan(Section):
     rules: ClassVar = plan_rules.study_rules
     sizes: tuple[SizePlan, ...] = ()
     """Model sizes; without any, the plan's own model and recipe."""
-    systems: tuple[Literal["demix", "random-split", "continued"], ...] = ("demix", "random-split", "continued")
-    """Rivals and controls beside forest and Transformer-LM: DEMix; a forest of random splits; the Transformer-LM continued on
-    each text's development blocks."""
+    systems: tuple[Literal["demix", "random-split", "adapted"], ...] = ("demix", "random-split", "adapted")
+    """Rivals and controls beside forest and Transformer-LM: DEMix; a forest of random splits; Transformer-LM and forest both
+    trained on each text's development blocks."""
     random_seeds: Annotated[tuple[Whole, ...], Field(min_length=1)] = (0,)
     """Repeats: initial weights and block order."""
     seed_shares: tuple[Share, ...] = ()

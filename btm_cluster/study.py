@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from btm_cluster.adaptation import adapt
 from btm_cluster.algorithm import prepare, resumed
 from btm_cluster.comparison import Comparison, Members, Models, compare
-from btm_cluster.controls import continued_request, random_part, random_part_requests, scratch_request
+from btm_cluster.controls import random_part, random_part_requests, scratch_request
 from btm_cluster.driver import Driver
 from btm_cluster.errors import UserError
 from btm_cluster.language_model.demix import check_splits, count_demix_parameters
@@ -31,9 +32,6 @@ from btm_cluster.recipes import (
 )
 from btm_cluster.texts import TextReport, report_texts
 from btm_cluster.workers import TrainRequest
-
-CONTINUED_RATES = (0.1, 0.3)
-"""Learning rates, as shares of the plan's peak, that the continued Transformer-LM may choose from on development text."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +70,15 @@ def run_study(plan: Plan, driver: Driver) -> Study:
         StepError: something could not be trained; the rest is kept, and the same command goes on.
     """
     repeats = repeats_of(plan, driver)
+    assert plan.study is not None
     entries: list[Mapping[str, Any]] = []
     speeds: list[Mapping[str, Any]] = []
     for repeat in repeats:
         models, trained = train_repeat(repeat, driver)
         comparison = compare(repeat.ground, models, driver)
+        if "adapted" in plan.study.systems:
+            rows = adapt(repeat.ground, models.transformer_lm, models.members[0], driver)
+            comparison = replace(comparison, rows=comparison.rows | rows)
         entries += entries_of(repeat, comparison)
         speeds += [_speed(repeat, request, model) for request, model in trained]
     return Study(tuple(entries), tuple(report_texts(repeats[0].ground, driver)), tuple(speeds))
@@ -177,8 +179,10 @@ def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[Tra
     forests = [members("forest", share, ground.domains, experts[share]) for share in repeat.seed_shares]
     others = [members("random-split", first, parts, dealt)] if dealt else []
     others += [Members("demix", None, None, _named(ground, request), averaged=False) for request in demix]
-    continued = _continue(ground, whole.ref, driver) if "continued" in systems else {}
-    return Models(whole.ref, tuple(forests + others), continued), trained
+    with_seed = replace(
+        forests[0], system="forest with its seed", models=(*forests[0].models, ("seed", seeds[first].ref))
+    )
+    return Models(whole.ref, (forests[0], with_seed, *forests[1:], *others)), trained
 
 
 def _named(ground: Ground, demix: TrainRequest) -> tuple[tuple[str, Ref], ...]:
@@ -211,30 +215,6 @@ def _random_parts(ground: Ground, driver: Driver) -> list[PreparedText]:
     ]
     driver.require(driver.workers.prepare, shards)
     return parts
-
-
-def _continue(ground: Ground, baseline: Ref, driver: Driver) -> dict[str, tuple[int, tuple[Ref, ...]]]:
-    """For each text, the blocks that the Transformer-LM was carried on over, and what it became after 1, 2, 4 and 8 passes."""
-    peak = ground.plan.training.learning_rate
-    held_in = {}
-    for text in ground.texts:
-        blocks = sum(driver.ledger.get(ref).facts["blocks"] for ref in text.tokens["development"])
-        blocks = min(blocks, ground.plan.merging.development_blocks)
-        if blocks >= 2:  # a fifth of them chooses
-            held_in[text.name] = max(1, blocks * 4 // 5)
-    requests = [
-        continued_request(ground, text, baseline, held_in[text.name], rate * peak)
-        for text in ground.texts
-        if text.name in held_in
-        for rate in CONTINUED_RATES
-    ]
-    _train(requests, driver)
-    stages: dict[str, tuple[Ref, ...]] = {}
-    for request in requests:
-        name = request.label.removeprefix("continued on ")
-        passed = (*(request.until(update).ref for update in request.milestones), request.ref)
-        stages[name] = (*stages.get(name, ()), *passed)
-    return {name: (held_in[name], refs) for name, refs in stages.items()}
 
 
 def entries_of(repeat: Repeat, comparison: Comparison) -> list[Mapping[str, Any]]:

@@ -18,7 +18,6 @@ PLAIN: Wanted = {"development_blocks": None, "top_k": None}
 # Rows of table 1: what it is called, and which entries it is.
 TABLE_1: dict[str, Wanted] = {
     "Transformer-LM": {"system": "transformer-lm"},
-    "Transformer-LM, continued on the development text": {"system": "transformer-lm, continued"},
     "seed": {"system": "seed"},
     "best single expert": {"system": "best single expert"},
     "the domain's own expert": {"system": "own expert"},
@@ -26,8 +25,11 @@ TABLE_1: dict[str, Wanted] = {
     "DEMix, calibrated": {"system": "demix", **CALIBRATED},
     "forest, paper's posterior": {"system": "forest", **PAPERS, **PLAIN},
     "forest, calibrated": {"system": "forest", **CALIBRATED, **PLAIN},
+    "forest with its seed, calibrated": {"system": "forest with its seed", **CALIBRATED, **PLAIN},
     "random splits, paper's posterior": {"system": "random-split", **PAPERS},
     "random splits, calibrated": {"system": "random-split", **CALIBRATED},
+    "Transformer-LM, trained on the development text": {"system": "transformer-lm on development text"},
+    "forest with an expert on the development text": {"system": "forest with an expert on development text"},
 }
 TABLE_2: dict[str, Wanted] = {
     "Transformer-LM": {"system": "transformer-lm"},

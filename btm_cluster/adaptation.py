@@ -1,0 +1,118 @@
+"""What Transformer-LM and forest become when they are trained on the development blocks that priors are fitted on.
+
+A forest that uses development text must be held against a rival that uses it as well. The Transformer-LM is carried on over the
+blocks; the forest gets a new expert, branched from its average for the text, as for any new domain. A fifth of the blocks
+is left out of training: on it the learning rate and the number of passes are chosen, and the forest's new prior is fitted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from btm_cluster.algorithm import averaged_starts
+from btm_cluster.comparison import Members, Rows, System
+from btm_cluster.driver import Driver
+from btm_cluster.evaluation import fit_mixing, score_models, stack_of
+from btm_cluster.forest import Expert, Forest, Parent
+from btm_cluster.ledger import Ref
+from btm_cluster.recipes import Ground, PreparedText, train_request
+from btm_cluster.workers import Start, TrainingText, TrainRequest
+
+BLOCKS_PER_UPDATE = 8
+RATES = (0.1, 0.3)
+"""Learning rates, as shares of the plan's peak."""
+PASSES = (1, 2, 4, 8)
+"""Over the blocks."""
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A model trained on a text's development blocks: every stage that may be chosen, the start among them."""
+
+    text: PreparedText
+    held_in: int
+    """Development blocks that were trained on; those after them choose."""
+    stages: tuple[Ref, ...]
+
+
+def adapt(ground: Ground, transformer_lm: Ref, forest: Members, driver: Driver) -> Rows:
+    """Trains both on every text's development blocks; their sums on test text."""
+    held_in = {text.name: _held_in(ground, text, driver) for text in ground.texts}
+    texts = [text for text in ground.texts if held_in[text.name]]
+    whole = Start(transformer_lm, (Parent(transformer_lm.identity, 1.0),), keep_optimizer=False)
+    branched = averaged_starts(ground, _as_forest(ground, forest), texts, driver)
+    carried_on = [(text, held_in[text.name], whole) for text in texts]
+    new = [(text, held_in[text.name], start) for text, start in zip(texts, branched, strict=True)]
+    requests = [adapted_requests(ground, *one) for one in (*carried_on, *new)]
+    driver.require(driver.workers.train, [request for both in requests for request in both])
+    adapted = [
+        Adapted(text, blocks, (start.model, *(stage for request in both for stage in _stages(request))))
+        for (text, blocks, start), both in zip((*carried_on, *new), requests, strict=True)
+    ]
+    return _rows(ground, adapted[: len(texts)], adapted[len(texts) :], forest, driver)
+
+
+def adapted_requests(ground: Ground, text: PreparedText, blocks: int, start: Start) -> list[TrainRequest]:
+    """One for each learning rate, with milestones after the first numbers of passes."""
+    at_once = min(BLOCKS_PER_UPDATE, blocks)
+    epoch = -(-blocks // at_once)
+    trained_on = TrainingText(f"{text.identity}/development/{blocks}", text.tokens["development"], blocks)
+    requests = []
+    for rate in RATES:
+        peak = rate * ground.plan.training.learning_rate
+        fields = {"updates": PASSES[-1] * epoch, "blocks_per_domain_update": at_once, "learning_rate": peak}
+        label = f"{text.name}-from-{start.model.identity[:6]}-at-{peak:g}"
+        request = train_request(ground, label, "expert", (trained_on,), (0, PASSES[-1] * epoch), start)
+        how = replace(request.how, compile=False)  # too short to be worth it
+        training = ground.plan.training.model_copy(update=fields)
+        milestones = tuple(passes * epoch for passes in PASSES[:-1])
+        requests.append(replace(request, training=training, milestones=milestones, how=how))
+    return requests
+
+
+def _held_in(ground: Ground, text: PreparedText, driver: Driver) -> int:
+    """Development blocks to train on: four fifths, none where that leaves none to choose on."""
+    blocks = sum(driver.ledger.get(ref).facts["blocks"] for ref in text.tokens["development"])
+    blocks = min(blocks, ground.plan.merging.development_blocks)
+    return max(1, blocks * 4 // 5) if blocks >= 2 else 0
+
+
+def _stages(request: TrainRequest) -> list[Ref]:
+    return [*(request.until(update).ref for update in request.milestones), request.ref]
+
+
+def _as_forest(ground: Ground, members: Members) -> Forest:
+    """A forest of a study, which stands in no log."""
+    assert members.seed is not None
+    texts = {domain.name: domain.identity for domain in ground.domains}
+    experts = tuple(Expert(domain, model.identity, "", texts[domain], ()) for domain, model in sorted(members.models))
+    return Forest(0, ground.foundation(members.seed.identity), experts, {}, reason="a study's")
+
+
+def _rows(
+    ground: Ground, carried_on: Sequence[Adapted], new: Sequence[Adapted], forest: Members, driver: Driver
+) -> Rows:
+    experts = [model for _, model in forest.models]
+    pairs = [(stage, one.text) for one in (*carried_on, *new) for stage in one.stages]
+    pairs += [(expert, one.text) for one in new for expert in experts]
+    scores = score_models(ground, pairs, driver)
+
+    def left_out(one: Adapted, models: Sequence[Ref]) -> tuple[torch.Tensor, torch.Tensor]:
+        stack = stack_of(driver.ledger, scores, models, one.text, "development")
+        return stack.take(one.held_in, ground.plan.merging.development_blocks)
+
+    def best(one: Adapted) -> Ref:
+        return one.stages[int(left_out(one, one.stages)[0].sum((1, 2)).argmax())]
+
+    rows: Rows = {}
+    for rival, expert in zip(carried_on, new, strict=True):
+        name, combined = expert.text.name, [*experts, best(expert)]
+        single = stack_of(driver.ledger, scores, [best(rival), best(expert)], expert.text, "test").sums()
+        rows.setdefault(System("transformer-lm on development text"), {})[name] = single[0]
+        rows.setdefault(System("expert on development text"), {})[name] = single[1]
+        mixing = fit_mixing("calibrated", "fitted", *left_out(expert, combined), ground.plan.merging)
+        stack = stack_of(driver.ledger, scores, combined, expert.text, "test")
+        system = System("forest with an expert on development text", posterior="calibrated", prior="fitted")
+        rows.setdefault(system, {})[name] = stack.mixture_sums(mixing.log_prior_E, mixing.posterior)
+    return rows
