@@ -239,9 +239,22 @@ def check_demix(plan: Plan, model: Mapping[str, Any], forest: Forest | None) -> 
     """
     if "demix" not in plan.baselines:
         return
-    check_splits(model, len(forest.foundation.domains if forest else plan.domains))
-    if seed_resources(plan).workers > 1:
-        raise PlanError("DEMix over several GPUs is not there yet", remedy="cluster.seed_gpus: 1")
+    domains, workers = len(forest.foundation.domains if forest else plan.domains), seed_resources(plan).workers
+    check_splits(model, domains)
+    if workers % domains and domains % workers:
+        raise PlanError(
+            "cluster.seed_gpus does not fit a DEMix",
+            found=f"{workers} GPUs for {domains} domains",
+            expected=f"a divisor or a multiple of {domains}: a GPU has whole domains, or a domain whole GPUs",
+            remedy="change cluster.seed_gpus, or leave `demix` out of `baselines`",
+        )
+    if plan.training.blocks_per_domain_update * domains < workers:
+        raise PlanError(
+            "cluster.seed_gpus is too many for a DEMix",
+            found=f"{workers // domains} GPUs for a domain's {plan.training.blocks_per_domain_update} blocks per update",
+            expected="at least a block for each GPU",
+            remedy="lower cluster.seed_gpus, or raise training.blocks_per_domain_update",
+        )
 
 
 def expert_request(ground: Ground, domain: PreparedText, start: Start) -> TrainRequest:

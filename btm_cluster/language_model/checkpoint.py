@@ -7,7 +7,7 @@ warns: the next one is due soon. The final one is stored by the caller, and fail
 import logging
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from btm_cluster.errors import StoreError
+from btm_cluster.language_model.demix import own_rows
 from btm_cluster.language_model.model import load_weights, save_weights, weights_of
 from btm_cluster.ledger import Artifact, Ledger
 
@@ -49,7 +50,8 @@ def load_training(
     tensors = load_file(files[OPTIMIZER_FILE])
     for name, parameter in model.named_parameters():
         if f"exp_avg.{name}" in tensors:
-            moments = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in _MOMENTS}
+            stored = {moment: own_rows(model, name, tensors[f"{moment}.{name}"]) for moment in _MOMENTS}
+            moments = {moment: tensor.to(parameter.device) for moment, tensor in stored.items()}
             fused_device = parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")
             optimizer.state[parameter] = {"step": tensors["step"].clone().to(fused_device), **moments}
 
@@ -79,20 +81,25 @@ class TrainingCheckpoints:
         self._saving: Future[None] | None = None
 
     def save(
-        self, update: int, model: PreTrainedModel, optimizer: torch.optim.AdamW, facts: Mapping[str, Any], wait: bool
+        self,
+        update: int,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        moments: Iterable[tuple[str, torch.Tensor]],
+        facts: Mapping[str, Any],
+        wait: bool,
     ) -> None:
-        """Copies the state out and stores it in the background; with `wait`, only returns once it is stored.
+        """Copies the state out, by name, and stores it in the background; with `wait`, only returns once it is stored.
 
         Raises:
             StoreError: only with `wait`; without, a failure is logged and the next save tries again.
         """
         started = time.monotonic()
         self._finish_previous()  # a slow store holds training up here, and it shows as a stall
-        weights = {name: t.to("cpu", copy=True) for name, t in weights_of(model).items()}
-        moments = {name: t.to("cpu", copy=True) for name, t in optimizer_tensors(model, optimizer).items()}
+        weights_now = {name: t.to("cpu", copy=True) for name, t in weights}
+        moments_now = {name: t.to("cpu", copy=True) for name, t in moments}
         self.stall_seconds = time.monotonic() - started
         self.stalled_seconds += self.stall_seconds
-        self._saving = self._pool.submit(self._store, update, weights, moments, dict(facts))
+        self._saving = self._pool.submit(self._store, update, weights_now, moments_now, dict(facts))
         if wait:
             saving, self._saving = self._saving, None
             saving.result()

@@ -22,21 +22,23 @@ _EXPERTS = ".mlp.experts."
 class DomainFeedForwards(torch.nn.Module):
     """One feed-forward for each of D domains: every parameter of `mlp` stacked to [D, …], equal copies at first.
 
+    `domains` are those that this process trains, in a group a part of all; of a stored state it takes its own rows.
     All are applied at once, as batched matrix products: a loop over small experts is bound by kernel launches.
     """
 
-    def __init__(self, mlp: torch.nn.Module, domains: int) -> None:
+    def __init__(self, mlp: torch.nn.Module, domains: range) -> None:
         super().__init__()
         self.domains = domains
         self.experts = mlp
         for module in mlp.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
-                stacked = parameter.detach().expand(domains, *parameter.shape).clone()
+                stacked = parameter.detach().expand(len(domains), *parameter.shape).clone()
                 setattr(module, name, torch.nn.Parameter(stacked))
+        self.register_load_state_dict_pre_hook(_keep_own_rows)  # type: ignore[no-untyped-call]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Routes hidden states [D · blocks, tokens, width], domain after domain."""
-        routed = hidden.reshape(self.domains, -1, hidden.shape[-1])
+        routed = hidden.reshape(len(self.domains), -1, hidden.shape[-1])
         apply = torch.vmap(self._apply_one, randomness="different")
         return apply(dict(self.experts.named_parameters()), routed).reshape(hidden.shape)
 
@@ -45,8 +47,23 @@ class DomainFeedForwards(torch.nn.Module):
         return applied
 
 
-def split_feed_forwards(model: PreTrainedModel, domains: int) -> None:
-    """Makes `model` a DEMix of `domains` domains, in place.
+def _keep_own_rows(module: DomainFeedForwards, state: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
+    for name in [name for name in state if name.startswith(prefix)]:
+        state[name] = _rows(module, state[name])
+
+
+def _rows(module: DomainFeedForwards, stored: torch.Tensor) -> torch.Tensor:
+    return stored[module.domains.start : module.domains.stop]
+
+
+def own_rows(model: PreTrainedModel, name: str, stored: torch.Tensor) -> torch.Tensor:
+    """What this process holds of something stored for the parameter `name`: its domains' rows, or all of it."""
+    owner = model.get_submodule(name.partition(".experts.")[0]) if has_row_per_domain(name) else None
+    return _rows(owner, stored).clone() if isinstance(owner, DomainFeedForwards) else stored
+
+
+def split_feed_forwards(model: PreTrainedModel, domains: range) -> None:
+    """Makes `model` a DEMix, in place; `domains` are those that this process trains.
 
     Raises:
         UserError: its layers have no feed-forward that can be told, or have several already.
@@ -65,7 +82,7 @@ def check_splits(config: Mapping[str, Any], domains: int) -> None:
         UserError: naming the architecture.
     """
     model = fresh_on_meta(config)
-    split_feed_forwards(model, domains)
+    split_feed_forwards(model, range(domains))
     feed_forward = next(module for module in model.modules() if isinstance(module, DomainFeedForwards))
     try:
         feed_forward(torch.empty(domains, 8, model.config.hidden_size, device="meta"))

@@ -9,9 +9,11 @@ import dataclasses
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -23,9 +25,10 @@ from transformers import PreTrainedModel
 
 from btm_cluster.errors import IntegrityError, Stopped, TrainingError
 from btm_cluster.language_model.blocks import Blocks, block_order
-from btm_cluster.language_model.checkpoint import TrainingCheckpoints, load_training
+from btm_cluster.language_model.checkpoint import TrainingCheckpoints, load_training, optimizer_tensors
 from btm_cluster.language_model.demix import split_feed_forwards
-from btm_cluster.language_model.model import build_model, check_causal
+from btm_cluster.language_model.demix_group import DemixGroup, share_of
+from btm_cluster.language_model.model import build_model, check_causal, weights_of
 from btm_cluster.language_model.optimizer import build_optimizer, learning_rate_at
 from btm_cluster.ledger import Ledger
 from btm_cluster.workers import Control, Progress, Resources, TrainRequest
@@ -138,14 +141,17 @@ class _TrainingRun:
         self.model = build_model(request.model, request.training.random_seed)
         if request.start is None:
             check_causal(self.model, f"a {request.model['model_type']}")
-        if request.is_demix:
-            split_feed_forwards(self.model, len(request.texts))
+        self.share = share_of(self.rank, self.world, len(request.texts)) if request.is_demix else None
+        if self.share is not None:
+            split_feed_forwards(self.model, self.share.domains)
         self.model = self.model.to(self.device)
         self.has_dropout = any(value for name, value in request.model.items() if name.endswith(("pdrop", "dropout")))
         self.optimizer = build_optimizer(self.model, request)
         self.update = self._restore()
+        self.group = DemixGroup(self.model, self.share) if self.share is not None and self.world > 1 else None
         self.forward = self._wrap(NextTokenLoss(self.model, end_of_text))
         self.checkpoints = TrainingCheckpoints(ledger, request.ref.identity, request.label)
+        self.last_saved = time.monotonic()
         self.noticed = False
         self.next_question = time.monotonic()
         self.pace = _Pace()
@@ -153,7 +159,6 @@ class _TrainingRun:
 
     def run(self, at_milestone: Passed) -> Trained:
         self.model.train()
-        last_saved = time.monotonic()
         try:
             while self.update < self.request.last_update:
                 must_save = self._stop_or_save()
@@ -162,10 +167,9 @@ class _TrainingRun:
                 self.pace.tokens += self.request.blocks_per_update * self.request.training.block_tokens
                 if self.pace.is_due() or self.update == self.request.last_update:
                     self._report()
-                must_save = must_save or time.monotonic() - last_saved >= self.request.checkpoint_seconds
-                if self.rank == 0 and must_save:
+                if must_save:
                     self._save(wait=False)
-                    last_saved = time.monotonic()
+                    self.last_saved = time.monotonic()
                 if self.update in self.request.milestones:
                     self._check_finite(weights=True)
                     if self.rank == 0:
@@ -205,6 +209,8 @@ class _TrainingRun:
 
     def _wrap(self, loss: NextTokenLoss) -> torch.nn.Module:
         wrapped: torch.nn.Module = loss
+        if self.group is not None:
+            self.group.hide_from(loss)
         if self.world > 1:
             wrapped = DistributedDataParallel(loss, device_ids=[self.device] if self.device.type == "cuda" else None)
         if self.request.how.compile:
@@ -235,69 +241,87 @@ class _TrainingRun:
                     loss = self.forward(micro_batch)
                 (loss * (self.world / tokens)).backward()  # DDP averages over ranks; the loss is a sum over all of them
             total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.request.training.gradient_clip)
+        norm = self._clip_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         # A gradient that is not finite spoils the weights under a finite loss: it spoils the loss that is reported too.
         return total / blocks.numel() + 0.0 * norm
 
+    def _clip_gradients(self) -> torch.Tensor:
+        largest = self.request.training.gradient_clip
+        if self.group is not None:
+            return self.group.clip_gradients(largest)
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
+
     def _micro_batches(self, blocks: torch.Tensor) -> Sequence[torch.Tensor]:
         """What goes through the model at once: of a DEMix, which routes blocks by their place, equally many of each domain."""
         at_once = self.request.how.micro_batch_blocks
-        if not self.request.is_demix:
+        if self.share is None:
             return torch.split(blocks, at_once)
-        domains = len(self.request.texts)
+        domains = len(self.share.domains)
         by_domain = torch.split(blocks.view(domains, -1, blocks.shape[-1]), max(1, at_once // domains), dim=1)
         return [part.flatten(0, 1) for part in by_domain]
 
     def _blocks_of(self, update: int) -> torch.Tensor:
-        """This rank's blocks of an update, int64 [blocks, block_tokens], equally many of each text over all ranks."""
+        """This rank's blocks of an update, int64 [blocks, block_tokens], equally many of each text over all ranks.
+
+        Of a DEMix, those of the rank's own domains.
+        """
         request = self.request
         count = request.training.blocks_per_domain_update
         position = (update - request.first_update if request.restart_data else update) * count
         # An expert's order must not repeat the seed's: it would see the same blocks first, twice.
         seed = request.training.random_seed + (1 if request.restart_data else 0)
-        taken = [
-            blocks.take(block_order(seed, text.identity, len(blocks), position, count))
+        orders = [
+            (blocks, block_order(seed, text.identity, len(blocks), position, count))
             for text, blocks in zip(request.texts, self.texts, strict=True)
         ]
-        mine = torch.from_numpy(np.concatenate(taken)[self.rank :: self.world])
+        if self.share is None:
+            rows = np.concatenate([blocks.take(order) for blocks, order in orders])[self.rank :: self.world]
+        else:
+            own = slice(self.share.number, None, self.share.ranks_per_domain)
+            rows = np.concatenate([orders[d][0].take(orders[d][1][own]) for d in self.share.domains])
+        mine = torch.from_numpy(rows)
         if self.device.type == "cuda":
             return mine.pin_memory().to(self.device, non_blocking=True)
         return mine
 
     def _stop_or_save(self) -> bool:
-        """Saves and raises where the driver asked to stop; True, once, where this machine will be taken away.
+        """Saves and raises where the driver asked to stop; whether to save after this update: because it is time, or, once,
+        because this machine will be taken away.
 
         In a group all ranks agree at the same update: who left alone would leave the others waiting.
         """
-        stop, ask = self.control.stopping(), not self.noticed and time.monotonic() >= self.next_question
+        now = time.monotonic()
+        stop, ask = self.control.stopping(), not self.noticed and now >= self.next_question
+        is_time = now - self.last_saved >= self.request.checkpoint_seconds
         if self.world > 1:
             if self.update % AGREE_EVERY:
                 return False
             self._check_finite()
-            stop, ask = bool(self._largest(float(stop))), bool(self._largest(float(ask)))
+            stop, ask, is_time = self._any(stop, ask, is_time)
         if stop:
             self._check_finite(weights=True)
             self._save(wait=True)
             raise Stopped(f"{self.request.label} was stopped", found=f"saved at update {self.update}")
         if not ask:
-            return False
-        self.next_question = time.monotonic() + NOTICE_SECONDS
-        self.noticed = self.control.saving()  # Ray Train answers all ranks of a group at once
-        return self.noticed
+            return is_time
+        self.next_question = now + NOTICE_SECONDS
+        (self.noticed,) = self._any(self.control.saving())
+        return is_time or self.noticed
 
-    def _largest(self, value: float) -> float:
-        """The largest value over the ranks of the group."""
-        tensor = torch.tensor(value, device=self.device)
-        if self.world > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return float(tensor)
+    def _any(self, *flags: bool) -> list[bool]:
+        """Each flag: whether it is up on any rank of the group."""
+        if self.world == 1:
+            return list(flags)
+        tensor = torch.tensor(flags, dtype=torch.uint8, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in tensor.tolist()]
 
     def _check_finite(self, weights: bool = False) -> None:
         """Raises on all ranks, or on none, since a rank that left alone would leave the others waiting for it."""
         spoiled = not math.isfinite(self.loss.item()) or (weights and not self._has_finite_weights())
-        if self._largest(float(spoiled)):
+        if any(self._any(spoiled)):
             raise TrainingError(
                 f"{self.request.label}: the loss or the weights are not finite at update {self.update}",
                 found=f"loss {self.loss.item()}",
@@ -322,10 +346,17 @@ class _TrainingRun:
             self.control.report(Progress(request.label, "training", *span, self.loss.item(), *pace, *stored))
 
     def _save(self, wait: bool) -> None:
-        healthy = math.isfinite(self.loss.item()) and self._has_finite_weights()
-        if self.rank == 0 and healthy:  # else the last good checkpoint stays
+        """All ranks of a group come here at the same update."""
+        spoiled = not (math.isfinite(self.loss.item()) and self._has_finite_weights())
+        if any(self._any(spoiled)):
+            return  # the last good checkpoint stays
+        state = weights_of(self.model), optimizer_tensors(self.model, self.optimizer)
+        weights, moments = (tensors.items() if self.group is None else self.group.gather(tensors) for tensors in state)
+        if self.rank == 0:
             facts = {"how": dataclasses.asdict(self.request.how), "model": self.request.recipe}
-            self.checkpoints.save(self.update, self.model, self.optimizer, facts, wait)
+            self.checkpoints.save(self.update, weights, moments, facts, wait)
+        elif self.group is not None:
+            deque(chain(weights, moments), maxlen=0)  # the first rank gathers what this one holds
 
     def _facts(self, role: str) -> dict[str, Any]:
         request = self.request

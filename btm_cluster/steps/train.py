@@ -9,12 +9,13 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from btm_cluster.errors import TrainingError
 from btm_cluster.language_model.blocks import Blocks
 from btm_cluster.language_model.checkpoint import MODEL_FILE, write_state
 from btm_cluster.language_model.demix import count_demix_parameters, dense_part
-from btm_cluster.language_model.model import save_weights, weights_of, write_config
+from btm_cluster.language_model.model import save_weights, write_config
 from btm_cluster.language_model.pretrained import import_model
 from btm_cluster.language_model.tokenizer import TOKENIZER_FILES
 from btm_cluster.language_model.training import Trained
@@ -52,7 +53,7 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
         def commit_trained(made: TrainRequest, trained: Trained) -> Artifact:
             control.report(Progress(request.label, "storing", made.last_update, 0, request.last_update))
             if made.is_demix:
-                return _commit_demix(made, trained, ledger, commit, folder)
+                return _commit_demix(made, trained, ledger, commit, folder / MODEL_FILE)
             keeps_optimizer = made.last_update < made.training.updates
             files = write_state(trained.model, trained.optimizer if keeps_optimizer else None, folder)
             return commit(made, files, trained.facts, trained.note)
@@ -74,12 +75,18 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
 Commit: TypeAlias = Callable[[DemixPart, dict[str, Path], Mapping[str, Any], Mapping[str, Any]], Artifact]
 
 
-def _commit_demix(request: TrainRequest, trained: Trained, ledger: Ledger, commit: Commit, folder: Path) -> Artifact:
-    """Commits a DEMix as the ordinary models that it is for each domain, and then, by name, as a whole."""
-    weights = weights_of(trained.model)
+def _commit_demix(request: TrainRequest, trained: Trained, ledger: Ledger, commit: Commit, file: Path) -> Artifact:
+    """Commits a DEMix as the ordinary models that it is for each domain, and then, by name, as a whole.
+
+    All are cut from the state that training stored at its end: it has every domain, which a rank of a group has not.
+    """
+    last = ledger.latest_training(request.ref.identity)
+    assert last is not None
+    assert last.recipe["update"] == request.last_update
+    weights = load_file(ledger.open_file(last, MODEL_FILE))
     for domain, part in enumerate(request.parts):
-        save_weights(dense_part(weights, domain), folder / MODEL_FILE)
-        commit(part, {MODEL_FILE: folder / MODEL_FILE}, {"role": "demix-part"}, {})
+        save_weights(dense_part(weights, domain), file)
+        commit(part, {MODEL_FILE: file}, {"role": "demix-part"}, {})
     total, non_embedding = count_demix_parameters(request.model, len(request.parts))
     parts = [part.ref.identity for part in request.parts]
     facts = {"parts": parts, "parameters": total, "non_embedding_parameters": non_embedding}

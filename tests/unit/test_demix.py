@@ -83,7 +83,7 @@ def dense_models(config: Mapping[str, Any], domains: int) -> list[PreTrainedMode
 def demix_of(config: Mapping[str, Any], models: list[PreTrainedModel]) -> PreTrainedModel:
     """The DEMix that consists of dense models."""
     demix = fresh(config)
-    split_feed_forwards(demix, len(models))
+    split_feed_forwards(demix, range(len(models)))
     parts = [dict(model.named_parameters()) for model in models]
     with torch.no_grad():
         for name, parameter in demix.named_parameters():
@@ -145,7 +145,7 @@ def test_a_part_is_an_ordinary_model_that_says_what_the_demix_says_of_its_domain
 def test_a_demix_starts_as_equal_copies_of_the_dense_model() -> None:
     demix, dense = fresh(GPT2), fresh(GPT2)
     dense.load_state_dict(demix.state_dict())
-    split_feed_forwards(demix, 4)
+    split_feed_forwards(demix, range(4))
     blocks = random_blocks(4)
     torch.testing.assert_close(demix(input_ids=blocks).logits, dense(input_ids=blocks).logits)
 
@@ -166,7 +166,7 @@ def test_a_demix_compiles_in_one_graph_under_bfloat16() -> None:
 
 def test_each_domains_dropout_is_drawn_by_itself() -> None:
     demix = fresh(GPT2 | {"resid_pdrop": 0.5})
-    split_feed_forwards(demix, 2)
+    split_feed_forwards(demix, range(2))
     feed_forward = demix.get_submodule("transformer.h.0.mlp").train()
     one, other = feed_forward(torch.ones(2, 8, 16))
     assert ((one == 0) != (other == 0)).any()

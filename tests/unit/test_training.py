@@ -138,8 +138,10 @@ def test_training_that_dies_at_every_update_ends_in_the_same_weights(
 
 
 def test_training_whose_last_report_fails_loses_one_update_and_ends_in_the_same_weights(
-    prepared: Prepared, undisturbed: Mapping[str, dict[str, str]]
+    prepared: Prepared, undisturbed: Mapping[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(training, "REPORT_SECONDS", math.inf)  # on a slow machine an earlier report was due, and failed
+
     class Unreachable(Undisturbed):
         def report(self, progress: Progress) -> None:
             raise MachineDied(progress.label)

@@ -1,0 +1,94 @@
+"""A DEMix over groups of ranks against the one that a single process trains."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from btm_cluster.algorithm import grow, prepare
+from btm_cluster.errors import PlanError
+from btm_cluster.language_model.demix_group import share_of
+from btm_cluster.ledger import Ledger
+from btm_cluster.plan import Plan
+from btm_cluster.recipes import demix_request
+from btm_cluster.steps.train import train
+from btm_cluster.workers import TrainRequest
+from tests.conftest import DOMAINS, TARGETS, in_process, plan_fields
+from tests.unit.test_training import Undisturbed
+
+
+def demix_fields(texts: dict[str, Path], store: Path, domains: int) -> dict[str, Any]:
+    """A plan with a DEMix whose training shows the scale of every gradient, as Adam's own small epsilon would not."""
+    fields = plan_fields(texts, store)
+    names = (*DOMAINS, *TARGETS)[:domains]
+    fields |= {"domains": [{"name": name, "text": str(texts[name])} for name in names], "targets": []}
+    fields["training"] |= {"learning_rate": 0.5, "epsilon": 1.0, "gradient_clip": 0.5}
+    return fields | {"baselines": ["demix"]}
+
+
+def parts_of(request: TrainRequest, ledger: Ledger) -> list[dict[str, Any]]:
+    return [load_file(ledger.open_file(ledger.get(part.ref), "model.safetensors")) for part in request.parts]
+
+
+def test_groups_of_ranks_train_the_demix_of_one_process(texts: dict[str, Path], tmp_path: Path) -> None:
+    alone, jobs = {}, []
+    for domains in (2, 4):
+        store = tmp_path / f"alone-{domains}"
+        plan = Plan.model_validate(demix_fields(texts, store, domains))
+        driver = in_process(plan)
+        request = demix_request(prepare(plan, driver))
+        for ranks in {2: (2, 4), 4: (2,)}[domains]:
+            shutil.copytree(store, tmp_path / f"{domains}-{ranks}")
+            fields = demix_fields(texts, tmp_path / f"{domains}-{ranks}", domains)
+            jobs += [(fields, ranks, 3), (fields, ranks, None)]  # stopped where all agree on it; then it goes on
+        train(request, driver.ledger, Undisturbed())
+        alone[domains] = request, parts_of(request, driver.ledger)
+    made = subprocess.run(
+        [sys.executable, "-m", "tests.unit.train_in_groups"],
+        input=json.dumps(jobs),
+        text=True,
+        capture_output=True,
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert made.returncode == 0, made.stderr
+    for fields, ranks, _ in jobs[1::2]:
+        request, expected = alone[len(fields["domains"])]
+        ledger = Ledger.open(fields["store"])
+        assert ledger.get(request.ref).facts["profile"]["workers"] == ranks
+        found = parts_of(request, ledger)
+        for part, other in zip(found, expected, strict=True):
+            for name, tensor in part.items():
+                assert (tensor - other[name]).abs().max() < 1e-4, (ranks, name)
+        assert any((found[0][name] - found[1][name]).abs().max() > 1e-3 for name in found[0])
+
+
+def test_every_domain_is_trained_by_equally_many_ranks_and_every_rank_trains_equally_many() -> None:
+    for world, domains in [(1, 3), (2, 2), (2, 8), (8, 8), (6, 3), (4, 1)]:
+        shares = [share_of(rank, world, domains) for rank in range(world)]
+        for domain in range(domains):
+            numbers = [share.number for share in shares if domain in share.domains]
+            assert numbers == list(range(max(1, world // domains)))
+        assert {len(share.domains) for share in shares} == {max(1, domains // world)}
+
+
+@pytest.mark.parametrize(
+    ("seed_gpus", "blocks", "found"), [(2, 4, "2 GPUs for 3 domains"), (6, 1, "2 GPUs for a domain's 1 blocks")]
+)
+def test_a_group_that_does_not_fit_the_domains_is_refused_before_a_text_is_read(
+    fields: dict[str, Any], seed_gpus: int, blocks: int, found: str
+) -> None:
+    fields["training"]["blocks_per_domain_update"] = blocks
+    fields |= {"baselines": ["demix"], "cluster": {"seed_gpus": seed_gpus}}
+    plan = Plan.model_validate(fields)
+    driver = in_process(plan)
+    with pytest.raises(PlanError) as refused:
+        grow(plan, driver)
+    assert found in str(refused.value)
+    assert not driver.made

@@ -1,0 +1,63 @@
+"""Trains a DEMix over groups of processes that are forked from this one: `python -m tests.unit.train_in_groups < JOBS`.
+
+JOBS are JSON: a plan, a number of ranks, and the update after which one rank asks to stop, or null.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from btm_cluster.algorithm import prepare
+from btm_cluster.errors import Stopped
+from btm_cluster.plan import Plan
+from btm_cluster.recipes import demix_request
+from btm_cluster.steps.train import train
+from btm_cluster.workers import TrainRequest
+from tests.conftest import in_process
+from tests.unit.test_training import AT_EVERY_UPDATE, Interrupting, Undisturbed
+
+
+def request_for(plan: Plan, ranks: int) -> TrainRequest:
+    """The plan's DEMix, of a group; it saves as often as the group agrees on it."""
+    request = demix_request(prepare(plan, in_process(plan)))
+    return replace(request, how=replace(request.how, workers=ranks), checkpoint_seconds=AT_EVERY_UPDATE)
+
+
+def train_on(rank: int, rendezvous: str, plan: Plan, request: TrainRequest, stop_after: int | None) -> None:
+    """What one rank does."""
+    ranks = request.how.workers
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
+    asks = stop_after is not None and rank == ranks - 1
+    control = Interrupting(stop_after) if asks and stop_after is not None else Undisturbed()
+    try:
+        train(request, in_process(plan).ledger, control)
+        assert stop_after is None
+    except Stopped:
+        assert stop_after is not None
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    """One job after the other."""
+    for fields, ranks, stop_after in json.load(sys.stdin):
+        plan = Plan.model_validate(fields)
+        request = request_for(plan, ranks)
+        with tempfile.TemporaryDirectory() as folder:
+            children = []
+            for rank in range(ranks):
+                child = os.fork()
+                if not child:
+                    train_on(rank, str(Path(folder, "rendezvous")), plan, request, stop_after)
+                    os._exit(0)
+                children.append(child)
+            ended = [os.waitpid(child, 0)[1] for child in children]
+        assert ended == [0] * ranks, ended
+
+
+if __name__ == "__main__":
+    main()
