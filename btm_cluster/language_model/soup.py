@@ -95,8 +95,9 @@ class Soup:
                 self._summed(part).backward()  # type: ignore[no-untyped-call]
         slopes = {name: p.grad for name, p in self._model.named_parameters() if p.grad is not None}
         tokens = int(reading.mask_BT.sum())
-        products = [sum(float(torch.sum(g * part[name])) for name, g in slopes.items()) for part in self._parts]
-        return torch.tensor(products, dtype=torch.float64) / tokens
+        # Read from the device once: a thousand small reads would take longer than the pass.
+        products = [torch.stack([torch.sum(g * part[name]) for name, g in slopes.items()]) for part in self._parts]
+        return torch.stack(products).double().sum(1).cpu() / tokens
 
     def _mix(self, weights: Sequence[float]) -> None:
         with torch.no_grad():
