@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from btm_cluster.algorithm import averaged_starts
-from btm_cluster.comparison import Members, Rows, System
 from btm_cluster.driver import Driver
 from btm_cluster.evaluation import fit_mixing, score_models, stack_of
 from btm_cluster.forest import Expert, Forest, Parent
 from btm_cluster.ledger import Ref
+from btm_cluster.mixtures import Members, Rows, System
 from btm_cluster.recipes import Ground, PreparedText, train_request
 from btm_cluster.workers import Start, TrainingText, TrainRequest
 

@@ -148,6 +148,9 @@ def _needs(kind: str, recipe: Mapping[str, Any], facts: Mapping[str, Any] | None
     elif kind == "scores":
         yield Ref("model", recipe["model"])
         yield from (Ref("tokens", tokens) for tokens in recipe["tokens"])
+    elif kind == "soup":
+        yield from (Ref("model", model) for model in recipe["models"])
+        yield from (Ref("tokens", tokens) for tokens in recipe["tokens"])
     elif kind == "tokens":
         yield Ref("text", recipe["text"])
         yield Ref("tokenizer", recipe["tokenizer"])
@@ -158,7 +161,7 @@ def _needs(kind: str, recipe: Mapping[str, Any], facts: Mapping[str, Any] | None
 
 
 def _reached(roots: Iterable[Ref], artifacts: Mapping[Ref, Artifact]) -> set[Ref]:
-    """The roots, what they need, the scores and baselines of what is kept, and what is made of kept texts alone."""
+    """The roots, what they need, the scores and baselines of what is kept, and what is made of kept texts and models alone."""
     kept: set[Ref] = set()
 
     def keep(ref: Ref) -> None:
@@ -184,7 +187,7 @@ def _reached(roots: Iterable[Ref], artifacts: Mapping[Ref, Artifact]) -> set[Ref
     for ref, artifact in artifacts.items():
         if ref.kind == "scores" and Ref("model", artifact.recipe["model"]) in kept:
             keep(ref)
-    for kind in ("tokens", "source", "overlap"):
+    for kind in ("tokens", "source", "overlap", "soup"):
         for ref, artifact in artifacts.items():
             if ref.kind == kind and all(need in kept for need in needs(artifact)):
                 keep(ref)

@@ -9,6 +9,7 @@ from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.steps.average import average
 from btm_cluster.steps.prepare import prepare
 from btm_cluster.steps.score import score
+from btm_cluster.steps.soup import soup
 from btm_cluster.steps.train import train
 from btm_cluster.workers import (
     AverageRequest,
@@ -19,6 +20,7 @@ from btm_cluster.workers import (
     Progress,
     Request,
     ScoreRequest,
+    SoupRequest,
     TrainRequest,
     Watcher,
 )
@@ -59,6 +61,9 @@ class InProcess:
 
     def average(self, requests: Sequence[AverageRequest]) -> list[Outcome]:
         return [self._attempt(request, lambda r: average(r, self._ledger, self._control)) for request in requests]
+
+    def soup(self, requests: Sequence[SoupRequest]) -> list[Outcome]:
+        return [self._attempt(request, lambda r: soup(r, self._ledger, self._control)) for request in requests]
 
     def _attempt(self, request: AnyRequest, step: Callable[[AnyRequest], Artifact]) -> Outcome:
         if self._control.stopping():

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from btm_cluster.equations.gates import Gate, log_gated_mixture
+from btm_cluster.equations.learned_gate import TextScores
 from btm_cluster.equations.mixture import document_sums, document_tokens, log_mixture
 from btm_cluster.equations.posterior import Posterior
 from btm_cluster.ledger import Artifact, Ledger, Ref
@@ -16,7 +18,10 @@ class ScoreStack:
     """E models' scores on B blocks of T tokens, memory-mapped; taken as float64, a few blocks at a time."""
 
     def __init__(self, ledger: Ledger, scores: Sequence[Artifact], tokens: Sequence[Ref]) -> None:
-        self._scores = [np.load(ledger.open_file(artifact, "logp.npy"), mmap_mode="r") for artifact in scores]
+        self._scores, self._entropies = (
+            [np.load(ledger.open_file(artifact, name), mmap_mode="r") for artifact in scores]
+            for name in ("logp.npy", "entropy.npy")
+        )
         self.documents_BT = _documents(ledger, tokens)
 
     def __len__(self) -> int:
@@ -25,8 +30,12 @@ class ScoreStack:
     def take(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Blocks start … stop-1: log-probabilities [E, B, T], 0 at padding, and the mask [B, T] of real tokens."""
         mask_BT = self.documents_BT[start:stop] >= 0
-        stacked = np.stack([scores[start:stop] for scores in self._scores]).astype(np.float64)
-        return torch.from_numpy(stacked).masked_fill(~mask_BT, 0.0), mask_BT
+        return self._stacked(self._scores, start, stop), mask_BT
+
+    def sample(self, stop: int) -> TextScores:
+        """The first blocks with everything that a gate may look at."""
+        logp_EBT, mask_BT = self.take(0, stop)
+        return TextScores(logp_EBT, self._stacked(self._entropies, 0, stop), mask_BT)
 
     def tokens(self) -> torch.Tensor:
         """Tokens of each document: [D]."""
@@ -34,23 +43,37 @@ class ScoreStack:
 
     def sums(self) -> torch.Tensor:
         """Each model's summed log-probability by document: [E, D]."""
-        return self._by_document(lambda logp_EBT: logp_EBT)
+        return self._by_document(lambda logp_EBT, _: logp_EBT)
+
+    def gated_sums(self, gate: Gate) -> torch.Tensor:
+        """The summed log-probability by document of the ensemble under a gate: [D]."""
+
+        def mixture(logp_EBT: torch.Tensor, start: int) -> torch.Tensor:
+            entropy_EBT = self._stacked(self._entropies, start, start + BLOCKS_AT_ONCE)
+            return log_gated_mixture(gate, logp_EBT, entropy_EBT)[None]
+
+        return self._by_document(mixture)[0]
 
     def mixture_sums(self, log_prior_E: torch.Tensor, posterior: Posterior) -> torch.Tensor:
         """The ensemble's summed log-probability by document: [D]."""
-        return self._by_document(lambda logp_EBT: log_mixture(logp_EBT, log_prior_E, posterior)[None])[0]
+        return self._by_document(lambda logp_EBT, _: log_mixture(logp_EBT, log_prior_E, posterior)[None])[0]
 
-    def _by_document(self, values_of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def _by_document(self, values_of: Callable[[torch.Tensor, int], torch.Tensor]) -> torch.Tensor:
         parts = []
         for start in range(0, len(self), BLOCKS_AT_ONCE):
             logp_EBT, _ = self.take(start, start + BLOCKS_AT_ONCE)
             owners_BT = self.documents_BT[start : start + BLOCKS_AT_ONCE]
-            parts.append(torch.stack([document_sums(values_BT, owners_BT) for values_BT in values_of(logp_EBT)]))
+            parts.append(torch.stack([document_sums(values_BT, owners_BT) for values_BT in values_of(logp_EBT, start)]))
         # A document's number is its place in the text, so each part is as long as the last document it reaches.
         total_SD = torch.zeros(parts[0].shape[0], max(part.shape[1] for part in parts), dtype=torch.float64)
         for part in parts:
             total_SD[:, : part.shape[1]] += part
         return total_SD
+
+    def _stacked(self, arrays: Sequence[np.ndarray], start: int, stop: int) -> torch.Tensor:
+        """[E, B, T], 0 at padding."""
+        stacked = np.stack([array[start:stop] for array in arrays]).astype(np.float64)
+        return torch.from_numpy(stacked).masked_fill(self.documents_BT[start:stop] < 0, 0.0)
 
 
 def _documents(ledger: Ledger, tokens: Sequence[Ref]) -> torch.Tensor:

@@ -10,13 +10,14 @@ from typing import Any
 
 from btm_cluster.adaptation import adapt
 from btm_cluster.algorithm import prepare, resumed
-from btm_cluster.comparison import Comparison, Members, Models, compare
+from btm_cluster.comparison import Comparison, Models, compare
 from btm_cluster.controls import random_part, random_part_requests, scratch_request
 from btm_cluster.driver import Driver
 from btm_cluster.errors import UserError
 from btm_cluster.language_model.demix import check_splits, count_demix_parameters
 from btm_cluster.language_model.model import count_parameters
 from btm_cluster.ledger import Artifact, Ref
+from btm_cluster.mixtures import Members
 from btm_cluster.plan import Plan, SizePlan, StudyPlan
 from btm_cluster.recipes import (
     Ground,

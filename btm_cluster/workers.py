@@ -1,4 +1,4 @@
-"""The port between the driver and whoever does the work: four verbs, and the records that cross.
+"""The port between the driver and whoever does the work: five verbs, and the records that cross.
 
 A request names what it is made from, so its recipe is its identity; how it is made (`how`, labels) is no part of it.
 Records are a few kB; weights, tokens and scores go through the store. `on_ray/` and `in_process.py` implement the port.
@@ -7,7 +7,7 @@ Records are a few kB; weights, tokens and scores go through the store. `on_ray/`
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 from btm_cluster.forest import Parent, identity_of
 from btm_cluster.ledger import Artifact, Ref
@@ -292,7 +292,37 @@ class AverageRequest(_Request):
         return {"average": [asdict(parent) for parent in sorted(self.parents, key=lambda p: p.identity)]}
 
 
-Request: TypeAlias = PrepareRequest | TrainRequest | ScoreRequest | AverageRequest
+@dataclass(frozen=True)
+class SoupRequest(_Request):
+    """Search for the weights by which an average of models does best on development text.
+
+    The artifact's facts hold them by model identity; the model itself is then an AverageRequest's.
+    """
+
+    kind: ClassVar[str] = "soup"
+    label: str
+    strategy: Literal["greedy", "learned"]
+    models: tuple[Ref, ...]
+    """The experts, and the seed where it may have a part in it: any models with a common ancestor."""
+    tokens: tuple[Ref, ...]
+    blocks: int
+    """How many development blocks are looked at, at most."""
+    starts: tuple[tuple[Parent, ...], ...]
+    """Averages from which `learned` sets out too, beside the best expert and the uniform one: the prior's, for instance."""
+    how: Resources
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        return {
+            "strategy": self.strategy,
+            "models": sorted(model.identity for model in self.models),
+            "tokens": [ref.identity for ref in self.tokens],
+            "blocks": self.blocks,
+            "starts": [[asdict(parent) for parent in sorted(start, key=lambda p: p.identity)] for start in self.starts],
+        }
+
+
+Request: TypeAlias = PrepareRequest | TrainRequest | ScoreRequest | AverageRequest | SoupRequest
 
 
 @dataclass(frozen=True)
@@ -359,3 +389,6 @@ class Workers(Protocol):
 
     def average(self, requests: Sequence[AverageRequest]) -> list[Outcome]:
         """Models to one model."""
+
+    def soup(self, requests: Sequence[SoupRequest]) -> list[Outcome]:
+        """Models and token blocks to the weights of an average."""

@@ -3,7 +3,7 @@
 Source: paper, section 3.2.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -25,6 +25,22 @@ def posterior_weights(prior_E: torch.Tensor, digits: int = 6) -> list[float]:
     largest = max(range(len(rounded)), key=rounded.__getitem__)
     rounded[largest] = round(1.0 - sum(w for i, w in enumerate(rounded) if i != largest), digits)
     return rounded
+
+
+def greedy_weights(loss: Callable[[Sequence[float]], float], experts: int) -> tuple[list[float], float]:
+    """The uniform average over a greedily grown set of experts, and its loss. `loss` judges any weights.
+
+    Experts come by their own loss, best first; each stays where the average gets better with it.
+    Source: Wortsman et al., Model soups, 2022, recipe 1.
+    """
+    alone = [loss([float(i == j) for i in range(experts)]) for j in range(experts)]
+    order = sorted(range(experts), key=alone.__getitem__)
+    kept, best = order[:1], alone[order[0]]
+    for j in order[1:]:
+        tried = loss([float(i in (*kept, j)) / (len(kept) + 1) for i in range(experts)])
+        if tried < best:
+            kept, best = [*kept, j], tried
+    return [float(i in kept) / len(kept) for i in range(experts)], best
 
 
 def average_tensor(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:

@@ -13,6 +13,7 @@ from btm_cluster.workers import (
     Outcome,
     PrepareRequest,
     ScoreRequest,
+    SoupRequest,
     TrainRequest,
     Watcher,
     Workers,
@@ -64,6 +65,9 @@ class LazyRayWorkers:
 
     def average(self, requests: Sequence[AverageRequest]) -> list[Outcome]:
         return self._connected().average(requests)
+
+    def soup(self, requests: Sequence[SoupRequest]) -> list[Outcome]:
+        return self._connected().soup(requests)
 
     def _connected(self) -> Workers:
         if self._workers is None:

@@ -26,6 +26,7 @@ from btm_cluster.workers import (
     PrepareRequest,
     Progress,
     ScoreRequest,
+    SoupRequest,
     TrainRequest,
     Watcher,
 )
@@ -49,6 +50,13 @@ def _score(requests: Sequence[ScoreRequest], store: str, board: Any) -> list[Art
     from btm_cluster.steps.score import score
 
     return score(requests, Ledger.open(store), RayControl(board, lambda: False))
+
+
+@ray.remote
+def _soup(request: SoupRequest, store: str, board: Any) -> Artifact:
+    from btm_cluster.steps.soup import soup
+
+    return soup(request, Ledger.open(store), RayControl(board, lambda: False))
 
 
 @ray.remote(num_cpus=0)
@@ -155,6 +163,14 @@ class RayWorkers:
             return self._run(start, requests)
         finally:
             ray.kill(merger)
+
+    def soup(self, requests: Sequence[SoupRequest]) -> list[Outcome]:
+        def start(request: SoupRequest) -> _Running:
+            held = bundle(request.how)
+            task = _soup.options(num_cpus=held["CPU"], num_gpus=held.get("GPU", 0), max_retries=self._cluster.retries)
+            return _Running(request.label, task.remote(request, self._store, self._board))
+
+        return self._run(start, requests)
 
     def _run(self, start: Callable[[Any], _Running], requests: Sequence[Any], at_once: int | None = None) -> list[Any]:
         """Starts what there is room for, waits for all of it, and returns results or Failures in order."""

@@ -1,0 +1,261 @@
+"""A gate that is trained: a small network looks at what each expert has shown so far and says how much to trust it now.
+
+It sees, for each expert and token, the expert's discounted evidence and entropies relative to its siblings', the entropy
+of the prediction it is about to make, and whether it has lately been more surprised than it expected to be. The network is
+the same for every expert, so that a gate fitted on some texts ("one for all") serves other texts and other forests; a bias
+for each expert is fitted where a text has development blocks of its own, from scratch or from a gate for all.
+
+F features of an expert, C of its siblings' mean, H hidden units, N tokens of all blocks, beside the letters of the package.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn import functional
+
+from btm_cluster.equations.gates import FIT_TOKENS, discounted_sums, minimise, take_evenly
+
+DISCOUNTS = (0.0, 0.5, 0.8, 0.9, 0.97, 0.99, 1.0)
+HIDDEN = 16
+BATCH_TOKENS = 2048
+STEPS_BETWEEN_LOOKS = 25
+LOOKS = 60
+"""Times the held-out loss is looked at, at most: 1,500 steps."""
+PATIENCE = 8
+"""Looks without a gain after which a fit stops."""
+LEARNING_RATE = 0.01
+AVERAGING_RATE = 0.05
+"""Of the running mean of the weights, which is what a fit ends in: single steps are noisy."""
+WEIGHT_DECAY = 0.01
+SCALE_RIDGE = 10.0
+"""Nats by which a change of all scores by a factor of 1 ± √2 is held against the likelihood of all tokens."""
+BIAS_RIDGE = 5.0
+"""The same for an expert's bias of √2."""
+HELD_OUT_EVERY = 5
+"""Every fifth block is held out to say when to stop."""
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """What a gate is fitted on: a text's development blocks under all experts."""
+
+    logp_EBT: torch.Tensor
+    entropy_EBT: torch.Tensor
+    mask_BT: torch.Tensor
+
+    def without(self, expert: int) -> "TextScores":
+        """The same text as a forest without that expert sees it."""
+        kept = [j for j in range(len(self.logp_EBT)) if j != expert]
+        return TextScores(self.logp_EBT[kept], self.entropy_EBT[kept], self.mask_BT)
+
+    def best_expert(self) -> int:
+        """The expert with the highest likelihood: on a domain's own text, that domain's."""
+        return int(self.logp_EBT.sum((1, 2)).argmax())
+
+
+@dataclass(frozen=True)
+class LearnedGate:
+    """The network's weights and how features are scaled; `bias_E`, where it belongs to one text and one forest."""
+
+    center_F: torch.Tensor
+    scale_F: torch.Tensor
+    linear_F: torch.Tensor
+    """From an expert's features straight to its score: several discounts at once, and their like for entropies."""
+    inner_FH: torch.Tensor
+    inner_H: torch.Tensor
+    outer_H: torch.Tensor
+    bias_E: torch.Tensor | None = None
+
+    def log_weights(self, logp_EBT: torch.Tensor, entropy_EBT: torch.Tensor) -> torch.Tensor:
+        """log softmax over experts of their scores: [E, B, T]."""
+        scores_EBT = self.scores(features(logp_EBT, entropy_EBT))
+        return torch.log_softmax(scores_EBT.to(logp_EBT.dtype), dim=0)
+
+    def scores(self, features_F: torch.Tensor) -> torch.Tensor:
+        """A number for each expert, from features [E, …, F]: [E, …]."""
+        scaled_F = (features_F - self.center_F) / self.scale_F
+        hidden_H = functional.gelu(scaled_F @ self.inner_FH + self.inner_H)
+        scores_E = scaled_F @ self.linear_F + hidden_H @ self.outer_H
+        if self.bias_E is not None:
+            scores_E = scores_E + self.bias_E.view(-1, *[1] * (scores_E.dim() - 1))
+        return scores_E
+
+
+def features(logp_EBT: torch.Tensor, entropy_EBT: torch.Tensor) -> torch.Tensor:
+    """What is known of each expert before token t is seen: float32 [E, B, T, F]. All of block and text, none of the future.
+
+    Sums of n tokens are divided by √n, so that noise has the same size under every discount.
+    """
+    counts_GT = discounted_sums(torch.ones(1, 1, logp_EBT.shape[-1]), DISCOUNTS)[:, 0, 0].clamp(min=1)
+    roots_GT = counts_GT.sqrt()[:, None, None]
+    logp_EBT, entropy_EBT = logp_EBT.float(), entropy_EBT.float()
+    evidence_GEBT = discounted_sums(logp_EBT, DISCOUNTS) / roots_GT
+    expected_GEBT = discounted_sums(entropy_EBT, DISCOUNTS) / roots_GT
+    surprise_GEBT = (-evidence_GEBT - expected_GEBT)[2:]  # of a token or two it is mostly chance
+    place_EBT = counts_GT[-1].log().expand_as(logp_EBT)
+    own = [
+        *_apart(evidence_GEBT),
+        *_apart(expected_GEBT[1:]),
+        *_apart(surprise_GEBT),
+        *_apart(entropy_EBT[None]),
+    ]
+    shared = [
+        *(evidence_GEBT[:5] / roots_GT[:5]).mean(1, keepdim=True).expand_as(evidence_GEBT[:5]),
+        *surprise_GEBT[-3:].mean(1, keepdim=True).expand_as(surprise_GEBT[-3:]),
+        entropy_EBT.mean(0, keepdim=True).expand_as(entropy_EBT),
+        _apart(entropy_EBT[None])[0].abs().mean(0, keepdim=True).expand_as(entropy_EBT),
+        place_EBT,
+    ]
+    return torch.stack([*own, *shared], dim=-1)
+
+
+def _apart(values_GEBT: torch.Tensor) -> torch.Tensor:
+    return values_GEBT - values_GEBT.mean(1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """Tokens to learn from. `logp_NE` is relative to the best expert; absent experts have features 0 and are masked."""
+
+    features_NEF: torch.Tensor
+    logp_NE: torch.Tensor
+    absent_NE: torch.Tensor
+    held_out_N: torch.Tensor
+
+    def loss(self, gate: LearnedGate, rows: torch.Tensor) -> torch.Tensor:
+        """Mean negative log-likelihood of the mixture on some tokens, above that of the best expert at each."""
+        scores_NE = gate.scores(self.features_NEF[rows].transpose(0, 1)).T
+        log_weights_NE = torch.log_softmax(scores_NE.masked_fill(self.absent_NE[rows], -math.inf), dim=1)
+        return -torch.logsumexp(log_weights_NE + self.logp_NE[rows], dim=1).mean()
+
+
+def fit_gate(texts: Sequence[TextScores], fits_bias: bool = False, random_seed: int = 0) -> LearnedGate:
+    """Trains a gate on development blocks, by maximum likelihood of the mixture.
+
+    Each fifth block says when to stop; then it is trained as long again on all of them. Texts may differ in their experts
+    unless `fits_bias`. The same texts and random seed give the same gate on a CPU. Without a token it weighs all alike.
+    """
+    examples = _examples(texts)
+    gate = _fresh(examples, random_seed)
+    if fits_bias:
+        gate = replace(gate, bias_E=torch.zeros(examples.logp_NE.shape[1]))
+    everything = torch.arange(len(examples.logp_NE))
+    held_out = everything[examples.held_out_N]
+    if not len(everything):
+        return gate
+    looks = 1  # without anything to hold out, a gate moves a little only
+    if 0 < len(held_out) < len(everything):
+        looks = _descend(gate, examples, everything[~examples.held_out_N], held_out, LOOKS, random_seed)[1]
+    return _descend(gate, examples, everything, None, looks, random_seed)[0]
+
+
+def fit_gate_for_all(texts: Sequence[TextScores], random_seed: int = 0) -> LearnedGate:
+    """A gate for texts and forests to come, fitted on the training domains' development text alone.
+
+    Each domain is shown twice: as it is, and as a forest without its best expert sees it, which is how a text looks that
+    no expert was trained on.
+    """
+    unseen = [text.without(text.best_expert()) for text in texts if len(text.logp_EBT) > 2]
+    return fit_gate([*texts, *unseen], random_seed=random_seed)
+
+
+def tune_gate(text: TextScores, start: LearnedGate) -> LearnedGate:
+    """A gate for one text, from one for all: a bias for each expert, and by how much all scores are scaled.
+
+    Both are held by a ridge, so that three blocks move them a little and a hundred a lot. They are few numbers and their loss
+    is smooth, so no block need be held out. More freedom was worse on few blocks: a text's next part is never quite like it.
+    """
+    if not text.mask_BT.any():
+        return start
+    examples = _examples([text])
+    scores_NE = start.scores(examples.features_NEF.transpose(0, 1)).T
+    scores_NE = scores_NE - scores_NE.mean(1, keepdim=True)
+    change = torch.zeros(1, requires_grad=True)
+    bias_E = torch.zeros(scores_NE.shape[1], requires_grad=True)
+
+    def loss() -> torch.Tensor:
+        log_weights_NE = torch.log_softmax(scores_NE * (1 + change) + bias_E, dim=1)
+        likelihood = torch.logsumexp(log_weights_NE + examples.logp_NE, dim=1).mean()
+        held = SCALE_RIDGE * change.pow(2).sum() + BIAS_RIDGE * (bias_E - bias_E.mean()).pow(2).sum()
+        return held / 2 / len(scores_NE) - likelihood
+
+    minimise(loss, [change, bias_E])
+    scale = 1 + change.detach()
+    return replace(start, linear_F=start.linear_F * scale, outer_H=start.outer_H * scale, bias_E=bias_E.detach())
+
+
+def _examples(texts: Sequence[TextScores]) -> _Examples:
+    experts = max(len(text.logp_EBT) for text in texts)
+    parts = []
+    for text in texts:
+        taken_BT = take_evenly(text.mask_BT, FIT_TOKENS // len(texts))
+        missing = (0, experts - len(text.logp_EBT))
+        logp_NE = text.logp_EBT[:, taken_BT].T
+        logp_NE = (logp_NE - logp_NE.max(1, keepdim=True).values).float()
+        blocks = len(text.mask_BT)
+        held_B = torch.arange(blocks) % HELD_OUT_EVERY == min(HELD_OUT_EVERY, blocks) - 1
+        held_BT = (held_B & (blocks > 1))[:, None].expand_as(taken_BT)
+        parts.append(
+            (
+                functional.pad(
+                    features(text.logp_EBT, text.entropy_EBT)[:, taken_BT].transpose(0, 1), (0, 0, *missing)
+                ),
+                functional.pad(logp_NE, missing),
+                functional.pad(torch.zeros_like(logp_NE, dtype=torch.bool), missing, value=True),
+                held_BT[taken_BT],
+            )
+        )
+    return _Examples(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _fresh(examples: _Examples, random_seed: int) -> LearnedGate:
+    """A gate that weighs all experts alike, whatever it sees."""
+    generator = torch.Generator().manual_seed(random_seed)
+    seen_NF = examples.features_NEF[~examples.absent_NE]
+    count = seen_NF.shape[-1]
+    return LearnedGate(
+        seen_NF.mean(0) if len(seen_NF) else torch.zeros(count),
+        seen_NF.std(0, correction=0).clamp(min=1e-3) if len(seen_NF) else torch.ones(count),
+        torch.zeros(count),
+        torch.randn(count, HIDDEN, generator=generator) / math.sqrt(count),
+        torch.zeros(HIDDEN),
+        torch.zeros(HIDDEN),
+    )
+
+
+def _descend(
+    gate: LearnedGate,
+    examples: _Examples,
+    rows: torch.Tensor,
+    held_out: torch.Tensor | None,
+    looks: int,
+    random_seed: int,
+) -> tuple[LearnedGate, int]:
+    """Adam on batches of tokens. The gate at its best look and that look's number; without `held_out`, at the last."""
+    generator = torch.Generator().manual_seed(random_seed)
+    names = [
+        name for name in ("linear_F", "inner_FH", "inner_H", "outer_H", "bias_E") if getattr(gate, name) is not None
+    ]
+    moving = {name: getattr(gate, name).clone().requires_grad_() for name in names}
+    optimizer = torch.optim.AdamW(moving.values(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    mean = {name: tensor.detach().clone() for name, tensor in moving.items()}
+    best, best_look = gate, 0
+    best_loss = math.inf if held_out is None else float(examples.loss(gate, held_out))
+    for look in range(1, looks + 1):
+        for _ in range(STEPS_BETWEEN_LOOKS):
+            drawn = rows[torch.randint(len(rows), (min(BATCH_TOKENS, len(rows)),), generator=generator)]
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                examples.loss(replace(gate, **moving), drawn).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            for name, tensor in moving.items():
+                mean[name].lerp_(tensor.detach(), AVERAGING_RATE)
+        seen = replace(gate, **{name: tensor.clone() for name, tensor in mean.items()})
+        loss = -look if held_out is None else float(examples.loss(seen, held_out))
+        if loss < best_loss:
+            best, best_look, best_loss = seen, look, loss
+        if look - best_look >= PATIENCE:
+            break
+    return best, best_look

@@ -1,0 +1,206 @@
+"""Averages with fitted weights: the search against finite differences and its starts, through the real step on tiny models."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from btm_cluster.driver import Driver
+from btm_cluster.equations.averaging import greedy_weights
+from btm_cluster.errors import IncompatibleError, TextError
+from btm_cluster.evaluation import score_models
+from btm_cluster.housekeeping import find_garbage
+from btm_cluster.language_model.model import load_model
+from btm_cluster.language_model.soup import (
+    HELD_OUT_EVERY,
+    FittedWeights,
+    Reading,
+    Soup,
+    greedy_soup,
+    learned_soup,
+    read_blocks,
+    softmax_slope,
+)
+from btm_cluster.ledger import Artifact, Ref
+from btm_cluster.recipes import expert_resources
+from btm_cluster.soups import soup_average_request, soup_request
+from btm_cluster.steps.average import open_config
+from tests.conftest import in_process
+from tests.unit.conftest import GrownForest, copy_store
+
+
+def models_of(grown: GrownForest) -> list[Artifact]:
+    """The experts and their seed, in the order of an average's recipe."""
+    seed = grown.driver.ledger.get(Ref("model", grown.grown.forest.foundation.seed))
+    return sorted([*grown.experts, seed], key=lambda model: model.identity)
+
+
+@pytest.fixture(scope="module")
+def pot(grown: GrownForest) -> Soup:
+    """The experts and the seed, ready to be mixed."""
+    ledger, models = grown.driver.ledger, models_of(grown)
+    config = open_config(ledger, models[0])
+    files = [ledger.open_file(model, "model.safetensors") for model in models]
+    return Soup(load_model(config, files[0]), files, config["eos_token_id"], expert_resources(grown.ground.plan))
+
+
+@pytest.fixture(scope="module")
+def reading(grown: GrownForest) -> Reading:
+    """Development blocks of a target, the last one padded."""
+    ledger = grown.driver.ledger
+    shards = [ledger.get(ref) for ref in grown.text("market").tokens["development"]]
+    return read_blocks(
+        *([ledger.open_file(shard, name) for shard in shards] for name in ("tokens.npy", "documents.npy")), most=100
+    )
+
+
+def one_hots(count: int) -> list[list[float]]:
+    return [[float(i == j) for i in range(count)] for j in range(count)]
+
+
+def test_the_loss_of_a_single_expert_is_that_of_its_stored_scores(
+    grown: GrownForest, pot: Soup, reading: Reading
+) -> None:
+    assert not reading.mask_BT.all(), "padding is part of this test"
+    driver, ground = grown.driver, grown.ground
+    scores = score_models(ground, [(m.ref, grown.text("market")) for m in models_of(grown)], driver, ["development"])
+    for one_hot, model in zip(one_hots(len(pot)), models_of(grown), strict=True):
+        stored = np.load(driver.ledger.open_file(scores[model.identity, "market", "development"], "logp.npy"))
+        expected = -stored[reading.mask_BT.numpy()].mean(dtype=np.float64)
+        assert pot.loss(one_hot, reading) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_gradient_of_the_weights_equals_finite_differences(pot: Soup, reading: Reading) -> None:
+    weights = [0.4, 0.3, 0.2, 0.1]
+    found = pot.gradient(weights, reading)
+    step = 1e-2  # float32 losses: smaller steps drown in rounding
+    for j in range(len(weights)):
+        up, down = ([w + sign * step * (i == j) for i, w in enumerate(weights)] for sign in (1, -1))
+        expected = (pot.loss(up, reading) - pot.loss(down, reading)) / (2 * step)
+        assert float(found[j]) == pytest.approx(expected, rel=0.02, abs=2e-3)
+
+
+def test_the_slope_of_softmax_logits_is_autograds() -> None:
+    logits_E = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    slope_E = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    (slope_E * torch.softmax(logits_E, dim=0)).sum().backward()  # type: ignore[no-untyped-call]
+    assert logits_E.grad is not None
+    torch.testing.assert_close(softmax_slope(slope_E, torch.softmax(logits_E.detach(), dim=0)), logits_E.grad)
+
+
+def test_a_greedy_soup_takes_experts_in_their_own_order_while_the_average_gets_better() -> None:
+    # Judged by the distance of the average of these points to 2.5: 3 is best alone, 2 mends it, 9 does not, 0 would not.
+    points, tried = [9.0, 2.0, 3.1, 0.0], []
+
+    def loss(weights: object) -> float:
+        tried.append(weights)
+        return abs(sum(w * p for w, p in zip(weights, points, strict=True)) - 2.5)  # type: ignore[call-overload]
+
+    weights, best = greedy_weights(loss, 4)
+    assert weights == [0.0, 0.5, 0.5, 0.0]
+    assert best == pytest.approx(0.05)
+    assert len(tried) == 4 + 3
+
+
+def test_a_greedy_soup_is_never_worse_on_its_blocks_than_the_best_expert(pot: Soup, reading: Reading) -> None:
+    found = greedy_soup(pot, reading)
+    alone = [pot.loss(one_hot, reading) for one_hot in one_hots(len(pot))]
+    assert found.loss <= min(alone)
+    assert sum(found.weights) == pytest.approx(1, abs=1e-9)
+    assert pot.loss(found.weights, reading) == pytest.approx(found.loss, rel=1e-4)
+
+
+def held_out(reading: Reading) -> Reading:
+    return reading.take(torch.arange(len(reading)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)
+
+
+def test_a_learned_soup_is_never_worse_than_its_starts_on_the_blocks_held_out(pot: Soup, reading: Reading) -> None:
+    given, reading = [0.1, 0.2, 0.3, 0.4], reading.take(torch.arange(10))
+    found = learned_soup(pot, reading, [given])
+    best_expert = min(one_hots(len(pot)), key=lambda weights: pot.loss(weights, reading))
+    starts = [pot.loss(start, held_out(reading)) for start in (given, [0.25] * 4, best_expert)]
+    assert found.loss < min(starts), "on these models there is something to find"
+    assert found.loss == pytest.approx(pot.loss(found.weights, held_out(reading)), rel=1e-6)
+    assert sum(found.weights) == pytest.approx(1, abs=1e-9)
+    assert min(found.weights) >= 0
+    again = learned_soup(pot, reading, [given])
+    assert again == found
+
+
+def test_a_single_block_is_enough_to_search_on(pot: Soup, reading: Reading) -> None:
+    found = learned_soup(pot, reading.take(torch.arange(1)))
+    assert isinstance(found, FittedWeights)
+    assert sum(found.weights) == pytest.approx(1, abs=1e-9)
+
+
+# The verb
+
+
+@pytest.fixture
+def store(grown: GrownForest, tmp_path: Path) -> Driver:
+    """A copy of the grown forest's store, to be added to."""
+    return in_process(copy_store(grown.ground.plan, tmp_path / "store"))
+
+
+def test_a_search_commits_weights_from_which_the_average_is_made(
+    grown: GrownForest, store: Driver, pot: Soup, reading: Reading
+) -> None:
+    models = [model.ref for model in models_of(grown)]
+    request = soup_request(grown.ground, "greedy", models, grown.text("market"))
+    (found,) = store.require(store.workers.soup, [request])
+    assert found.ref == request.ref
+    assert found.facts["blocks"] == len(reading)
+    expected = greedy_soup(pot, reading)
+    assert found.facts["weights"] == dict(zip([m.identity for m in models], expected.weights, strict=True))
+    (average,) = store.require(
+        store.workers.average, [soup_average_request(grown.ground, "greedy soup", found, {models[0].identity: "one"})]
+    )
+    model = load_model(open_config(store.ledger, average), store.ledger.open_file(average, "model.safetensors"))
+    alone = Soup(
+        model,
+        [store.ledger.open_file(average, "model.safetensors")],
+        open_config(store.ledger, average)["eos_token_id"],
+        request.how,
+    )
+    assert alone.loss([1.0], reading) == pytest.approx(found.facts["loss"], rel=1e-4)
+    going = find_garbage(store.ledger, keep_versions=1, grace_seconds=0)
+    assert not any(found.identity in key for key in going.manifests), "gc keeps a search on models that it keeps"
+
+
+def test_the_order_of_models_names_no_other_search_and_starts_strategy_and_blocks_do(grown: GrownForest) -> None:
+    models, text = [model.ref for model in models_of(grown)], grown.text("market")
+    start = [0.4, 0.3, 0.2, 0.1]
+    request = soup_request(grown.ground, "learned", models, text, [start])
+    turned = soup_request(grown.ground, "learned", models[::-1], text, [start[::-1]])
+    assert turned.ref == request.ref
+    assert json.dumps(request.recipe) == json.dumps(turned.recipe)
+    others = [
+        soup_request(grown.ground, "learned", models, text),
+        soup_request(grown.ground, "greedy", models, text, [start]),
+        soup_request(grown.ground, "learned", models[:3], text, [start[:3]]),
+        dataclasses.replace(request, blocks=3),
+    ]
+    assert len({request.ref, *(other.ref for other in others)}) == 5
+
+
+def test_a_learned_search_passes_its_starts_on_by_model(grown: GrownForest, store: Driver) -> None:
+    models, text = [model.ref for model in models_of(grown)][::-1], grown.text("market")
+    request = dataclasses.replace(soup_request(grown.ground, "learned", models, text, [[1.0, 0.0, 0.0, 0.0]]), blocks=6)
+    (found,) = store.require(store.workers.soup, [request])
+    assert found.facts["weights"].keys() == {model.identity for model in models}
+    assert sum(found.facts["weights"].values()) == pytest.approx(1, abs=1e-9)
+    assert found.facts["blocks"] == 6
+
+
+def test_models_without_a_common_ancestor_or_without_text_are_refused(grown: GrownForest, store: Driver) -> None:
+    expert, text = grown.experts[0], grown.text("market")
+    files = {blob.name: store.ledger.open_file(expert, blob.name) for blob in expert.blobs}
+    stranger = store.ledger.commit(Ref("model", "stranger"), {"start": None}, files, {})
+    with pytest.raises(IncompatibleError):
+        store.workers.soup([soup_request(grown.ground, "greedy", [expert.ref, stranger.ref], text)])
+    nothing = dataclasses.replace(soup_request(grown.ground, "greedy", [expert.ref], text), tokens=())
+    with pytest.raises(TextError):
+        store.workers.soup([nothing])
