@@ -1,12 +1,16 @@
 """From a forest to the requests for averages whose weights are fitted: the search, then the average of what it found."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from btm_cluster.forest import Parent
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.recipes import Ground, PreparedText, expert_resources
 from btm_cluster.workers import AverageRequest, SoupRequest
+
+BLOCKS_AT_ONCE = 8
+"""Blocks per forward pass: searches share a GPU, and logits with their gradients take far more memory than small models."""
 
 
 def soup_request(
@@ -20,6 +24,7 @@ def soup_request(
 
     `models` are experts, and the seed where it may have a part. Each of `starts` has a weight for each of them.
     """
+    how = expert_resources(ground.plan)
     parents = tuple(tuple(Parent(m.identity, w) for m, w in zip(models, start, strict=True) if w) for start in starts)
     return SoupRequest(
         f"{strategy} soup for {text.name}",
@@ -28,7 +33,7 @@ def soup_request(
         text.tokens["development"],
         ground.plan.merging.development_blocks,
         parents,
-        expert_resources(ground.plan),
+        replace(how, micro_batch_blocks=min(BLOCKS_AT_ONCE, how.micro_batch_blocks)),
     )
 
 

@@ -180,9 +180,9 @@ def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[Tra
     forests = [members("forest", share, ground.domains, experts[share]) for share in repeat.seed_shares]
     others = [members("random-split", first, parts, dealt)] if dealt else []
     others += [Members("demix", None, None, _named(ground, request), averaged=False) for request in demix]
-    with_seed = replace(
-        forests[0], system="forest with its seed", models=(*forests[0].models, ("seed", seeds[first].ref))
-    )
+    forests[0] = replace(forests[0], many_ways=True)
+    models = (*forests[0].models, ("seed", seeds[first].ref))
+    with_seed = replace(forests[0], system="forest with its seed", models=models, averaged=False)
     return Models(whole.ref, (forests[0], with_seed, *forests[1:], *others)), trained
 
 
