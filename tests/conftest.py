@@ -78,10 +78,20 @@ def plan_fields(texts: dict[str, Path], store: Path) -> dict[str, Any]:
     }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What goes to one process where several share the tests: a file's, or all that share a cluster, a server or a forest."""
+    for item in items:
+        folder = item.path.parent.name
+        shared = [name for name in ("cluster", "grown") if name in getattr(item, "fixturenames", ())]
+        together = [folder] if folder == "contracts" else [folder, *shared] if shared else [item.path.stem]
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(" ".join(together)))
+
+
 @contextmanager
 def start_object_store(folder: Path) -> Iterator[dict[str, str]]:
     """A real S3 server on loopback: the environment variables that lead boto3 to it."""
-    port = 20_000 + free_port() % 20_000
+    port = next(port for port in iter(_object_store_port, None) if _are_free(port, port + 5820, port + 9309))
     try:
         subprocess.run([Path(__file__).parent / "start-radosgw", folder, str(port)], check=True, capture_output=True)
         yield {
@@ -102,6 +112,19 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str,
         pytest.skip("radosgw is not installed: see tests/start-radosgw")
     with start_object_store(tmp_path_factory.mktemp("radosgw")) as variables:
         yield variables
+
+
+def _object_store_port() -> int:
+    return 20_000 + free_port() % 20_000
+
+
+def _are_free(*ports: int) -> bool:
+    """Whether nobody listens at any of them: `start-radosgw` takes three."""
+    for port in ports:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return False
+    return True
 
 
 def free_port() -> int:

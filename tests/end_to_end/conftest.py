@@ -25,6 +25,17 @@ BIN = Path(sys.executable).parent
 REPOSITORY = Path(__file__).parents[2]
 
 
+SESSION = "BTM_TEST_SESSION"
+"""The Unix session of everything that a cluster's head runs: other test runs on this machine have clusters too."""
+
+
+def trainers(*sessions: str | int) -> list[int]:
+    """Process ids of the actors that train, on the nodes that run in these sessions."""
+    among = ",".join(map(str, sessions))
+    found = subprocess.run(["pgrep", "-s", among, "-f", r"^ray::Trainer"], capture_output=True, text=True).stdout
+    return [int(pid) for pid in found.split()]
+
+
 @contextmanager
 def ray_head(folder: Path, *arguments: str, cpus: int = 2, **variables: str) -> Iterator[dict[str, str]]:
     """Starts a cluster's head; gives the environment variables with which `ray` and `btm` reach it."""
@@ -46,7 +57,7 @@ def ray_head(folder: Path, *arguments: str, cpus: int = 2, **variables: str) -> 
         said = (folder / "log").read_text()
         address = re.search(r"--address='([\d.:]+)'", said)
         assert address, said
-        yield environment | {"RAY_ADDRESS": address.group(1)}
+        yield environment | {"RAY_ADDRESS": address.group(1), SESSION: str(started.pid)}
     finally:
         os.killpg(started.pid, signal.SIGKILL)
 

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,13 +12,7 @@ import pytest
 import yaml
 
 from btm_cluster.forest import Forest
-from tests.end_to_end.conftest import GROW, Btm, experts_in, plain, ray_head, ray_node
-
-
-def trainers() -> list[int]:
-    """Process ids of the actors that train, on this machine."""
-    found = subprocess.run(["pgrep", "-f", r"^ray::Trainer"], capture_output=True, text=True).stdout
-    return [int(pid) for pid in found.split()]
+from tests.end_to_end.conftest import GROW, SESSION, Btm, experts_in, plain, ray_head, ray_node, trainers
 
 
 def write(fields: dict[str, Any], folder: Path, **cluster: Any) -> Path:
@@ -34,30 +27,41 @@ def wait_until_an_expert_trains(run: Btm) -> None:
 
 
 def test_of_two_trainers_one_is_killed_and_one_hangs_and_both_go_on_from_their_checkpoints(
-    grow_only: Callable[[Path], Btm], long_fields: dict[str, Any], undisturbed: Forest, tmp_path: Path
+    cluster: dict[str, str],
+    grow_only: Callable[[Path], Btm],
+    long_fields: dict[str, Any],
+    undisturbed: Forest,
+    tmp_path: Path,
 ) -> None:
-    run = grow_only(write(long_fields, tmp_path, hang_minutes=0.1))
+    run = grow_only(write(long_fields, tmp_path, hang_minutes=0.2))
     for domain in ("kitchen", "harbour"):
         run.wait_until_said(f"{domain}: training update [1-9]")
-    hanging, killed = trainers()
+    hanging, killed = trainers(cluster[SESSION])
     os.kill(hanging, signal.SIGSTOP)
     os.kill(killed, signal.SIGKILL)
     assert run.exit_code() == 0, run.said
-    assert len(re.findall(r"(kitchen|harbour): hangs: no update for 0.1 min, killed", run.said)) == 1
+    assert len(re.findall(r"(kitchen|harbour): hangs: no update for 0.2 min, killed", run.said)) == 1
     assert experts_in(tmp_path / "store") == plain(undisturbed)
 
 
 def test_a_trainer_whose_process_always_dies_is_reported_with_attempts_host_and_siblings_stay(
-    grow_only: Callable[[Path], Btm], long_fields: dict[str, Any], undisturbed: Forest, tmp_path: Path
+    cluster: dict[str, str],
+    grow_only: Callable[[Path], Btm],
+    long_fields: dict[str, Any],
+    undisturbed: Forest,
+    tmp_path: Path,
 ) -> None:
+    session = cluster[SESSION]
     run = grow_only(write(long_fields, tmp_path, retries=1, concurrent_experts=1))
     run.wait_until_said(r"harbour: training update [1-9]|kitchen: training update [1-9]")
     first = "harbour" if "harbour: training" in run.said else "kitchen"
     for _ in range(2):
-        (pid,) = trainers()
+        (pid,) = trainers(session)
         os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + 60
-        while pid in trainers() or (not trainers() and run.process.poll() is None and time.monotonic() < deadline):
+        while pid in trainers(session) or (
+            not trainers(session) and run.process.poll() is None and time.monotonic() < deadline
+        ):
             time.sleep(0.1)
     assert run.exit_code() == 1, run.said
     report = re.search(rf"- {first}: (\d) attempt\(s\), on \S+, its process or node died: .*", run.said)
@@ -122,10 +126,12 @@ def test_when_a_machine_is_lost_its_experts_go_on_at_another(
 
 
 @pytest.fixture(autouse=True)
-def _no_trainer_is_left() -> Iterator[None]:
+def _no_trainer_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """No orphan holds what others wait for."""
     yield
-    deadline = time.monotonic() + 30
-    while trainers() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert trainers() == []
+    if "cluster" in request.fixturenames:
+        session = request.getfixturevalue("cluster")[SESSION]
+        deadline = time.monotonic() + 30
+        while trainers(session) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert trainers(session) == []

@@ -319,20 +319,6 @@ def test_a_disk_that_stays_full_is_a_store_error_that_says_where_and_what_to_do(
     assert kept(cache) == {name_of("in use")}
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real disk of 1 MiB."""
-    folder = tmp_path / "small disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True)
-
-
 def test_a_real_disk_that_is_full_makes_room_while_it_can_and_then_says_so(small_disk: Path) -> None:
     cache = NodeCache(small_disk / "cache", 10**9)
     data = b"x" * 600_000
