@@ -1,7 +1,6 @@
 """The verb *average*: models to one model, as a Hugging Face folder whose card says what it is made of."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from btm_cluster.errors import IncompatibleError

@@ -1,7 +1,6 @@
 """The verb *score*: a model and token blocks to log-probabilities and entropies per token. One model, loaded once, many texts."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from btm_cluster.language_model.blocks import Blocks
 from btm_cluster.language_model.model import load_model

@@ -21,14 +21,13 @@ from btm_cluster.forest import Forest, Foundation
 from btm_cluster.ledger import CHUNK_BYTES, Ledger, Ref
 from btm_cluster.storage import open_storage
 from btm_cluster.storage.object_storage import ObjectStorage
-from tests.fault_proxy import Fault, FaultProxy, no_faults, on_first_try, random_faults
+from tests.fault_proxy import SURVIVED, Fault, FaultProxy, no_faults, on_first_try, random_faults
 
 MULTI_PART = random.Random(0).randbytes(20 * 2**20 + 5)
 BLOB = f"blobs/{hashlib.sha256(MULTI_PART).hexdigest()}"
 PLANTED = Forest(
     0, Foundation("seed", "tokenizer", "model", 1024, (("code", "text"),)), (), {"seed": "hash"}, "planted"
 )
-SURVIVED = [fault for fault in Fault if fault is not Fault.NONE]
 OUTAGE_SECONDS = 20.0
 """On the clock of these tests: longer than boto3 tries, which pauses for 1, 2, 4 and 8 seconds at most."""
 

@@ -1,7 +1,7 @@
 """Training whose memory or disk runs out, or whose machine is about to go: nothing is lost, and the end is clear."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -105,7 +105,7 @@ def test_an_error_that_is_no_want_of_memory_is_not_tried_again(prepared: Prepare
 def filled(disk: Path) -> Iterator[None]:
     """Nothing more fits while this lasts."""
     filler = disk / "filler"
-    with pytest.raises(OSError, match="No space left"), filler.open("wb", buffering=0) as file:
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(bytes(4096))
     try:
@@ -137,7 +137,8 @@ def test_a_disk_that_is_full_while_training_costs_its_checkpoints_and_then_is_na
         assert str(small_disk) in outcome.cause
     assert verify(ledger).problems == ()
     assert list(small_disk.iterdir()) == []
-    assert weights_of(made := run(prepared, request)) == undisturbed
+    made = run(prepared, request)
+    assert weights_of(made) == undisturbed
     text = prepared.ground.texts[0]
     score = score_request(prepared.ground, made.ref, text, "test")
     with filled(small_disk):
