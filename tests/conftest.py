@@ -78,6 +78,7 @@ def plan_fields(texts: dict[str, Path], store: Path) -> dict[str, Any]:
     }
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What goes to one process where several share the tests: a file's, or all that share a cluster, a server or a forest."""
     for item in items:

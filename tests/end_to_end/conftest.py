@@ -63,9 +63,14 @@ def ray_head(folder: Path, *arguments: str, cpus: int = 2, **variables: str) -> 
 
 
 @contextmanager
-def ray_node(environment: dict[str, str], cpus: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Adds a node to a cluster; killing its process group is losing the machine."""
-    command = [str(BIN / "ray"), "start", f"--address={environment['RAY_ADDRESS']}", f"--num-cpus={cpus}", "--block"]
+def ray_node(
+    environment: dict[str, str], cpus: int, *arguments: str, inside: Sequence[str] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Adds a node to a cluster, started by the command `inside`; killing its process group is losing the machine."""
+    command = [
+        *(*inside, str(BIN / "ray"), "start", f"--address={environment['RAY_ADDRESS']}", f"--num-cpus={cpus}"),
+        *("--block", *arguments),
+    ]
     node = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
@@ -85,7 +90,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         yield environment
 
 
-def _wait_for(read: Callable[[], str], is_ready: Callable[[str], bool], seconds: float = 90) -> str:
+def _wait_for(read: Callable[[], str], is_ready: Callable[[str], bool], seconds: float = 240) -> str:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         said = read()

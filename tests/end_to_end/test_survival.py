@@ -77,7 +77,7 @@ def start_two(grow_only: Callable[[Path], Btm], plan: Path) -> tuple[Btm, Btm]:
     """Two drivers of one plan: the one that trains the seed, and the one that waits for it."""
     both = [grow_only(plan), grow_only(plan)]
     waiting = "seed: waiting for another driver, which trains it"
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while not any(waiting in run.said for run in both):
         assert time.monotonic() < deadline, [run.said for run in both]
         time.sleep(0.1)
