@@ -13,7 +13,7 @@ from btm_cluster.forest import Forest
 from btm_cluster.housekeeping import verify
 from btm_cluster.ledger import Ledger
 from tests.end_to_end.conftest import GROW, Btm, experts_in, plain, ray_head, ray_node, trainers
-from tests.end_to_end.test_survival import wait_until_an_expert_trains, write
+from tests.end_to_end.test_survival import wait_until_an_expert_trains, write_prepared
 
 pytestmark = pytest.mark.xdist_group("test_survival")  # which has the undisturbed forest
 NOTICED_WITHIN_SECONDS = {
@@ -76,7 +76,7 @@ def test_when_a_machine_is_cut_off_its_experts_go_on_at_another_though_it_trains
         ray_head(tmp_path / "head", *arguments, cpus=0, **NOTICED_WITHIN_SECONDS) as environment,
         ray_node(environment, 2, f"--node-ip-address={cable.there}", inside=cable.inside) as far,
     ):
-        run = Btm([str(write(long_fields, tmp_path))], environment, tmp_path / "said", GROW)
+        run = Btm([str(write_prepared(long_fields, undisturbed, tmp_path))], environment, tmp_path / "said", GROW)
         wait_until_an_expert_trains(run)
         with ray_node(environment, 2, f"--node-ip-address={cable.here}"):
             assert trainers(far.pid)  # there was no other place

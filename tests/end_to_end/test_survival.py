@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -12,12 +13,27 @@ import pytest
 import yaml
 
 from btm_cluster.forest import Forest
+from btm_cluster.ledger import Ledger, Ref, artifact_key, blob_key
 from tests.end_to_end.conftest import GROW, SESSION, Btm, experts_in, plain, ray_head, ray_node, trainers
 
 
-def write(fields: dict[str, Any], folder: Path, **cluster: Any) -> Path:
+def write_prepared(
+    fields: dict[str, Any], undisturbed: Forest, folder: Path, planted: bool = True, **cluster: Any
+) -> Path:
+    """The plan as a file, with a store that has everything but the experts, and the seed where it is `planted`."""
+    store = str(folder / "store")
+    shutil.copytree(fields["store"], store)
+    ledger = Ledger.open(store)
+    for entry in list(ledger.storage.list("forest/"))[planted:]:
+        ledger.storage.delete(entry.key)
+    for identity in [e.identity for e in undisturbed.experts] + [undisturbed.foundation.seed] * (not planted):
+        model = ledger.get(Ref("model", identity))
+        ledger.storage.delete(artifact_key(model.ref))
+        for blob in model.blobs:
+            if blob.name.endswith(".safetensors"):
+                ledger.storage.delete(blob_key(model.ref, blob.sha256))
     path = folder / "plan.yaml"
-    changed = fields | {"store": str(folder / "store"), "cluster": fields["cluster"] | cluster}
+    changed = fields | {"store": store, "cluster": fields["cluster"] | cluster}
     path.write_text(yaml.safe_dump(changed), encoding="utf-8")
     return path
 
@@ -33,7 +49,7 @@ def test_of_two_trainers_one_is_killed_and_one_hangs_and_both_go_on_from_their_c
     undisturbed: Forest,
     tmp_path: Path,
 ) -> None:
-    run = grow_only(write(long_fields, tmp_path, hang_minutes=0.2))
+    run = grow_only(write_prepared(long_fields, undisturbed, tmp_path, hang_minutes=0.2))
     for domain in ("kitchen", "harbour"):
         run.wait_until_said(f"{domain}: training update [1-9]")
     hanging, killed = trainers(cluster[SESSION])
@@ -52,7 +68,7 @@ def test_a_trainer_whose_process_always_dies_is_reported_with_attempts_host_and_
     tmp_path: Path,
 ) -> None:
     session = cluster[SESSION]
-    run = grow_only(write(long_fields, tmp_path, retries=1, concurrent_experts=1))
+    run = grow_only(write_prepared(long_fields, undisturbed, tmp_path, retries=1, concurrent_experts=1))
     run.wait_until_said(r"harbour: training update [1-9]|kitchen: training update [1-9]")
     first = "harbour" if "harbour: training" in run.said else "kitchen"
     for _ in range(2):
@@ -88,7 +104,7 @@ def start_two(grow_only: Callable[[Path], Btm], plan: Path) -> tuple[Btm, Btm]:
 def test_of_two_drivers_of_one_plan_on_one_cluster_one_waits_for_what_the_other_trains(
     grow_only: Callable[[Path], Btm], long_fields: dict[str, Any], undisturbed: Forest, tmp_path: Path
 ) -> None:
-    runs = start_two(grow_only, write(long_fields, tmp_path))
+    runs = start_two(grow_only, write_prepared(long_fields, undisturbed, tmp_path, planted=False))
     for run in runs:
         assert run.exit_code() == 0, run.said
     trained = [set(re.findall(r"^(\w+): training update", run.said, re.M)) for run in runs]
@@ -101,7 +117,7 @@ def test_of_two_drivers_of_one_plan_on_one_cluster_one_waits_for_what_the_other_
 def test_a_driver_that_vanishes_is_followed_by_the_one_that_waited_for_it(
     grow_only: Callable[[Path], Btm], long_fields: dict[str, Any], undisturbed: Forest, tmp_path: Path
 ) -> None:
-    first, second = start_two(grow_only, write(long_fields, tmp_path))
+    first, second = start_two(grow_only, write_prepared(long_fields, undisturbed, tmp_path, planted=False))
     first.process.kill()
     assert first.exit_code() == -signal.SIGKILL
     assert second.exit_code() == 0, second.said
@@ -118,7 +134,7 @@ def test_when_a_machine_is_lost_its_experts_go_on_at_another(
         ray_node(environment, cpus=2) as lost,
         ray_node(environment, cpus=2),
     ):
-        run = Btm([str(write(long_fields, tmp_path))], environment, tmp_path / "said", GROW)
+        run = Btm([str(write_prepared(long_fields, undisturbed, tmp_path))], environment, tmp_path / "said", GROW)
         wait_until_an_expert_trains(run)
         os.killpg(lost.pid, signal.SIGKILL)
         assert run.exit_code() == 0, run.said
