@@ -94,7 +94,7 @@ def connect(cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Callabl
     """Workers on the cluster for a store, a watcher and a stop."""
     for name, value in cluster.items():
         monkeypatch.setenv(name, value)
-    settings = ClusterPlan(stop_grace_seconds=60, autoscaling=True)  # a node that joins may be late
+    settings = ClusterPlan(stop_grace_seconds=240, autoscaling=True)  # a node that joins may be late
     return lambda ledger, watcher, stop: LazyRayWorkers(
         ledger.storage.location, watcher, stop, settings, cluster["RAY_ADDRESS"], False
     )
