@@ -149,7 +149,7 @@ class Btm:
 
     def exit_code(self) -> int:
         """Waits for the end."""
-        code = self.process.wait(timeout=180)
+        code = self.process.wait(timeout=500)
         self._file.close()
         return code
 
