@@ -78,15 +78,28 @@ def plan_fields(texts: dict[str, Path], store: Path) -> dict[str, Any]:
     }
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What goes to one process where several share the tests: a file's, or all that share a cluster, a server or a forest."""
-    for item in items:
-        folder = item.path.parent.name
-        shared = [name for name in ("cluster", "grown") if name in getattr(item, "fixturenames", ())]
-        together = [folder] if folder == "contracts" else [folder, *shared] if shared else [item.path.stem]
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(" ".join(together)))
+TOGETHER = {
+    "tests/contracts/": "the S3 server",
+    "tests/faults/test_store_faults.py": "the S3 server",
+    "tests/end_to_end/test_partition.py": "lost machines",
+    "tests/end_to_end/test_survival.py::test_when_a_machine_is_lost": "lost machines",
+    "tests/end_to_end/test_on_ray.py": "the cluster",
+    "tests/end_to_end/test_survival.py": "the cluster",
+    "tests/end_to_end/test_worker_group.py": "the cluster",
+}
+"""What goes to one process where several share the tests, since it shares something dear; the rest goes by file."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of pytest-xdist, whose own marks for groups have no effect with pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return next((name for start, name in TOGETHER.items() if nodeid.startswith(start)), nodeid.split("::")[0])
+
+    return Together(config, log)
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from btm_cluster.ledger import Ledger
 from tests.end_to_end.conftest import GROW, Btm, experts_in, plain, ray_head, ray_node, trainers
 from tests.end_to_end.test_survival import wait_until_an_expert_trains, write_prepared
 
-pytestmark = pytest.mark.xdist_group("test_survival")  # which has the undisturbed forest
 NOTICED_WITHIN_SECONDS = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",

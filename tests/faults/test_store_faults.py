@@ -22,7 +22,6 @@ from tests.conftest import in_process, plan_fields
 from tests.end_to_end.conftest import REPOSITORY, plain
 from tests.fault_proxy import Fault, FaultProxy, Policy, no_faults
 
-pytestmark = pytest.mark.xdist_group("contracts")  # which has the server
 CODE, SAID = 0, 1
 
 
