@@ -16,7 +16,7 @@ from btm_cluster.errors import Stopped
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.on_ray.cluster import bundle, group_words, has_room
 from btm_cluster.on_ray.failures import LOG_LINES, failure_of
-from btm_cluster.on_ray.progress import STARTING, ProgressBoardActor, RayControl
+from btm_cluster.on_ray.progress import ProgressBoardActor, RayControl
 from btm_cluster.on_ray.training import TrainerActor, trainer_options
 from btm_cluster.plan import ClusterPlan
 from btm_cluster.workers import (
@@ -203,8 +203,7 @@ class RayWorkers:
         for one in running:
             if one.label in fresh:
                 one.waits_for = ""
-                seen = fresh[one.label]
-                one.trains = seen.phase != STARTING and (one.trains or seen.loss is not None)  # a restarted one anew
+                one.trains = one.trains or fresh[one.label].loss is not None
                 one.last_sign = now
             elif one.trains and now - one.last_sign >= 60 * self._cluster.hang_minutes:
                 one.trains = False
