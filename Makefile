@@ -9,8 +9,10 @@ run: $(INSTALLED)  ## The quickstart: real text from this installation, seed, ex
 	$(BIN)/python jobs/quickstart_text.py forests/quickstart-text
 	$(BIN)/btm run jobs/plans/quickstart.yaml
 
+# Most of a test's time here is waiting for processes to start, so more of them than cores.
+TESTS_AT_ONCE ?= 3
 test: $(INSTALLED)  ## All tests.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadscope --no-loadscope-reorder
 
 check: $(INSTALLED)  ## Style, types and the direction of imports.
 	$(BIN)/ruff check .

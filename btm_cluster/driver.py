@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from btm_cluster.errors import StepError
-from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.workers import Failure, Outcome, Request, Workers
 
 AnyRequest = TypeVar("AnyRequest", bound=Request)
@@ -27,17 +27,16 @@ class Driver:
         self, verb: Callable[[Sequence[AnyRequest]], list[Outcome]], requests: Sequence[AnyRequest]
     ) -> list[Outcome]:
         """An outcome for each request, in order: from the ledger, or from the workers. A request made twice runs once."""
+        asked: dict[Ref, AnyRequest] = {}
+        for request in requests:
+            asked.setdefault(request.ref, request)
         outcomes: dict[str, Outcome] = {}
         missing: dict[str, AnyRequest] = {}
-        for request in requests:
-            identity = request.ref.identity
-            if identity in outcomes or identity in missing:
-                continue
-            found = self.ledger.find(request.ref)
+        for (ref, request), found in zip(asked.items(), self.ledger.find_all(list(asked)), strict=True):
             if found is None:
-                missing[identity] = request
+                missing[ref.identity] = request
             else:
-                outcomes[identity] = found
+                outcomes[ref.identity] = found
                 self.reused[request.kind] += 1
         if missing:
             made = verb(list(missing.values()))

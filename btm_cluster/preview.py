@@ -86,7 +86,8 @@ def preview(plan: Plan, ledger: Ledger) -> Preview:
     model = model_config(plan, vocabulary_of(plan))
     check_demix(plan, model[0], ledger.forest(0))
     parameters, non_embedding = count_parameters(model[0])
-    memos = {request.label: ledger.find(request.ref) for request in read_requests(plan)}
+    reads = read_requests(plan)
+    memos = dict(zip([request.label for request in reads], ledger.find_all([r.ref for r in reads]), strict=True))
     known = {name: memo for name, memo in memos.items() if memo is not None}
     steps = [_reading(name, memo, ledger) for name, memo in memos.items()]
     rate = _rate(plan, ledger)
@@ -113,7 +114,7 @@ def _reading(name: str, memo: Artifact | None, ledger: Ledger) -> Step:
 
 def _preparation(ground: Ground, ledger: Ledger, unread: bool) -> list[Step]:
     blocks = block_requests(ground)
-    found = [artifact for artifact in (ledger.find(request.ref) for request in blocks) if artifact is not None]
+    found = [artifact for artifact in ledger.find_all([request.ref for request in blocks]) if artifact is not None]
     size = sum(blob.size_bytes for artifact in found for blob in artifact.blobs)
     tokenizer = _state(ledger, tokenizer_request(ground.plan, ground.founders))
     tokenized = Step("token blocks", _share_done(len(found), len(blocks), unread), stored_bytes=size)
@@ -131,7 +132,8 @@ def _scores(ground: Ground, ledger: Ledger, unread: bool) -> Step:
     for rival in _rivals(ground, seed):
         models |= {part.ref for part in rival.parts} if rival.is_demix else {rival.ref}
     parts = [(text, split) for text in ground.texts for split in HELD_OUT if text.tokens[split]]
-    found = sum(_state(ledger, score_request(ground, m, *part)) == DONE for m in models for part in parts)
+    scores = ledger.find_all([score_request(ground, model, *part).ref for model in models for part in parts])
+    found = sum(artifact is not None for artifact in scores)
     return Step("scores", _share_done(found, (len(models) + len(new)) * len(parts), unread))
 
 

@@ -78,10 +78,34 @@ def plan_fields(texts: dict[str, Path], store: Path) -> dict[str, Any]:
     }
 
 
+TOGETHER = {
+    "tests/contracts/": "the S3 server",
+    "tests/faults/test_store_faults.py": "the S3 server",
+    "tests/end_to_end/test_partition.py": "lost machines",
+    "tests/end_to_end/test_survival.py::test_when_a_machine_is_lost": "lost machines",
+    "tests/end_to_end/test_on_ray.py": "the cluster",
+    "tests/end_to_end/test_survival.py": "the cluster",
+    "tests/end_to_end/test_worker_group.py": "the cluster",
+}
+"""What goes to one process where several share the tests, since it shares something dear; the rest goes by file."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of pytest-xdist, whose own marks for groups have no effect with pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return next((name for start, name in TOGETHER.items() if nodeid.startswith(start)), nodeid.split("::")[0])
+
+    return Together(config, log)
+
+
 @contextmanager
 def start_object_store(folder: Path) -> Iterator[dict[str, str]]:
     """A real S3 server on loopback: the environment variables that lead boto3 to it."""
-    port = 20_000 + free_port() % 20_000
+    port = next(port for port in iter(_object_store_port, None) if _are_free(port, port + 5820, port + 9309))
     try:
         subprocess.run([Path(__file__).parent / "start-radosgw", folder, str(port)], check=True, capture_output=True)
         yield {
@@ -102,6 +126,19 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str,
         pytest.skip("radosgw is not installed: see tests/start-radosgw")
     with start_object_store(tmp_path_factory.mktemp("radosgw")) as variables:
         yield variables
+
+
+def _object_store_port() -> int:
+    return 20_000 + free_port() % 20_000
+
+
+def _are_free(*ports: int) -> bool:
+    """Whether nobody listens at any of them: `start-radosgw` takes three."""
+    for port in ports:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return False
+    return True
 
 
 def free_port() -> int:

@@ -31,11 +31,21 @@ class Fault(Enum):
     SLOW_DOWN = "503 SlowDown; the server never hears of the request"
     TRUNCATE = "the connection closes after half of the answer's body"
     LOSE_REPLY = "the server does it, but the connection is reset instead of an answer"
+    SILENCE = "the connection stays open, and nothing ever comes, as behind a cut cable"
+    EXPIRED = "403 ExpiredToken; the server never hears of the request"
+    SKEWED = "403 RequestTimeTooSkewed; the server never hears of the request"
 
 
 Policy = Callable[[str, str, int], Fault]
 """Of a request's method, its path with the query, and which try of that method and path it is, from 1."""
-_ERRORS = {Fault.ERROR: (500, "InternalError"), Fault.SLOW_DOWN: (503, "SlowDown")}
+_ERRORS = {
+    Fault.ERROR: (500, "InternalError"),
+    Fault.SLOW_DOWN: (503, "SlowDown"),
+    Fault.EXPIRED: (403, "ExpiredToken"),
+    Fault.SKEWED: (403, "RequestTimeTooSkewed"),
+}
+SURVIVED = (Fault.SLOW, Fault.REFUSE, Fault.RESET, Fault.ERROR, Fault.SLOW_DOWN, Fault.TRUNCATE, Fault.LOSE_REPLY)
+"""What trying again mends, within seconds."""
 
 
 def no_faults(method: str, path: str, count: int) -> Fault:  # noqa: ARG001 - a Policy
@@ -48,7 +58,7 @@ def on_first_try(fault: Fault, method: str = "", part: str = "") -> Policy:
     return lambda m, path, count: fault if count == 1 and method in ("", m) and part in path else Fault.NONE
 
 
-def random_faults(seed: int, rate: float, faults: Sequence[Fault] = tuple(Fault)[1:]) -> Policy:
+def random_faults(seed: int, rate: float, faults: Sequence[Fault] = SURVIVED) -> Policy:
     """Faults at that rate, drawn for each request on its own, so that racing threads do not change what they meet."""
 
     def decide(method: str, path: str, count: int) -> Fault:
@@ -151,6 +161,9 @@ class FaultProxy:
             await reader.readexactly(int(_header(head, "content-length") or 0) // 2)
             return _reset(writer)
         body = await _read_body(reader, head)
+        if fault is Fault.SILENCE:
+            await reader.read()  # until the client gives up
+            return False
         if fault in _ERRORS:
             writer.write(_error(*_ERRORS[fault], with_body=method != "HEAD"))
             return True

@@ -5,7 +5,6 @@ warns: the next one is due soon. The final one is stored by the caller, and fail
 """
 
 import logging
-import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ from btm_cluster.errors import StoreError
 from btm_cluster.language_model.demix import own_rows
 from btm_cluster.language_model.model import load_weights, save_weights, weights_of
 from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.storage.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
 MODEL_FILE = "model.safetensors"
@@ -122,8 +122,8 @@ class TrainingCheckpoints:
         self, update: int, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], facts: dict[str, Any]
     ) -> None:
         started = time.monotonic()
-        with tempfile.TemporaryDirectory() as scratch:
-            files = {MODEL_FILE: Path(scratch, MODEL_FILE), OPTIMIZER_FILE: Path(scratch, OPTIMIZER_FILE)}
+        with scratch_folder() as scratch:
+            files = {MODEL_FILE: scratch / MODEL_FILE, OPTIMIZER_FILE: scratch / OPTIMIZER_FILE}
             save_weights(weights, files[MODEL_FILE])
             save_weights(moments, files[OPTIMIZER_FILE])
             self._ledger.save_training(self._identity, update, files, facts)

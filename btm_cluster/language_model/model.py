@@ -1,11 +1,14 @@
 """Causal language models from transformers: configurations, building, loading and saving in Hugging Face layout."""
 
 import difflib
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -166,8 +169,18 @@ def weights_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def save_weights(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
-    """Writes tensors as safetensors, in the layout that transformers opens."""
-    save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, file, metadata={"format": "pt"})
+    """Writes tensors as safetensors, in the layout that transformers opens.
+
+    Raises:
+        OSError: the file cannot be written, as by any other writer; safetensors has the system's number in words only.
+    """
+    try:
+        save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, file, metadata={"format": "pt"})
+    except SafetensorError as exc:
+        number = re.search(r"os error (\d+)", str(exc))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from exc
 
 
 def count_parameters(config: Mapping[str, Any]) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """What one model says of blocks, each on its own: the log-probability of every token, and the entropy of its prediction."""
 
 import math
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -30,22 +31,24 @@ def score_blocks(
     model = model.to(device).eval()
     block_tokens = blocks.take(np.zeros(1, dtype=np.int64)).shape[1]
     files = {name: folder / name for name in ("logp.npy", "entropy.npy")}
-    shape = (len(blocks), block_tokens)
-    logp, entropy = (np.lib.format.open_memmap(f, mode="w+", dtype=np.float32, shape=shape) for f in files.values())
+    header = {"descr": "<f4", "fortran_order": False, "shape": (len(blocks), block_tokens)}
     total = 0.0
-    for start in range(0, len(blocks), how.micro_batch_blocks):
-        rows = np.arange(start, min(start + how.micro_batch_blocks, len(blocks)))
-        logp_BT, entropy_BT = score_tokens(model, torch.from_numpy(blocks.take(rows)).to(device), end_of_text, how)
-        logp[rows], entropy[rows] = logp_BT.cpu().numpy(), entropy_BT.cpu().numpy()
-        total += float(logp_BT.double().sum())
+    with ExitStack() as stack:  # not memory maps: on a full disk, writing to one kills the process
+        opened = [stack.enter_context(file.open("wb")) for file in files.values()]
+        for out in opened:
+            np.lib.format.write_array_header_1_0(out, header)
+        for start in range(0, len(blocks), how.micro_batch_blocks):
+            rows = np.arange(start, min(start + how.micro_batch_blocks, len(blocks)))
+            scored = score_tokens(model, torch.from_numpy(blocks.take(rows)).to(device), end_of_text, how)
+            for out, values_BT in zip(opened, scored, strict=True):
+                out.write(values_BT.cpu().numpy().astype("<f4", copy=False).tobytes())
+            total += float(scored[0].double().sum())
     if not math.isfinite(total):
         raise TrainingError(
             "the model gives log-probabilities that are not finite",
             found=f"a sum of {total} over {len(blocks)} blocks",
             remedy="its training diverged: lower training.learning_rate or gradient_clip",
         )
-    logp.flush()
-    entropy.flush()
     return files
 
 

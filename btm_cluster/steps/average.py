@@ -1,8 +1,6 @@
 """The verb *average*: models to one model, as a Hugging Face folder whose card says what it is made of."""
 
 import json
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from btm_cluster.errors import IncompatibleError
@@ -10,6 +8,7 @@ from btm_cluster.language_model.averaging import average_files
 from btm_cluster.language_model.model_card import write_card
 from btm_cluster.language_model.tokenizer import TOKENIZER_FILES
 from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.storage.scratch import scratch_folder
 from btm_cluster.workers import AverageRequest, Control, Progress
 
 
@@ -24,8 +23,7 @@ def average(request: AverageRequest, ledger: Ledger, control: Control) -> Artifa
     ordered = sorted(request.parents, key=lambda parent: parent.identity)
     parents = [ledger.get(Ref("model", parent.identity)) for parent in ordered]
     check_compatible(ledger, parents, request.unrelated)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+    with scratch_folder() as folder:
         files = {"model.safetensors": folder / "model.safetensors", "README.md": folder / "README.md"}
         weights = [parent.weight for parent in ordered]
         average_files(

@@ -1,6 +1,5 @@
 """The verb *prepare*: sources to texts, texts to tokenizers and token blocks, and what texts have in common."""
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from btm_cluster.language_model.tokenizer import (
     train_tokenizer,
 )
 from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.storage.scratch import scratch_folder
 from btm_cluster.workers import (
     Control,
     FindOverlap,
@@ -33,8 +33,7 @@ from btm_cluster.workers import (
 
 def prepare(request: PrepareRequest, ledger: Ledger, control: Control) -> Artifact:
     """Does what the request asks and commits it."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+    with scratch_folder() as folder:
         match request:
             case ReadText():
                 control.report(Progress(request.label, "reading"))

@@ -1,14 +1,13 @@
 """The verb *score*: a model and token blocks to log-probabilities and entropies per token. One model, loaded once, many texts."""
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from btm_cluster.language_model.blocks import Blocks
 from btm_cluster.language_model.model import load_model
 from btm_cluster.language_model.scoring import score_blocks
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.steps.average import open_config
+from btm_cluster.storage.scratch import scratch_folder
 from btm_cluster.workers import Control, Progress, ScoreRequest
 
 
@@ -22,7 +21,7 @@ def score(requests: Sequence[ScoreRequest], ledger: Ledger, control: Control) ->
         assert request.model == source.ref, "one model at a time"
         control.report(Progress(request.label, "scoring", i, 0, len(requests)))
         blocks = Blocks([ledger.open_file(ledger.get(ref), "tokens.npy") for ref in request.tokens])
-        with tempfile.TemporaryDirectory() as scratch:
-            files = score_blocks(model, blocks, config["eos_token_id"], request.how, Path(scratch))
+        with scratch_folder() as scratch:
+            files = score_blocks(model, blocks, config["eos_token_id"], request.how, scratch)
             committed.append(ledger.commit(request.ref, request.recipe, files, {"blocks": len(blocks)}))
     return committed

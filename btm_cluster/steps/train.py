@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,6 +21,7 @@ from btm_cluster.language_model.training import Trained
 from btm_cluster.language_model.training import train as train_model
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.steps.prepare import open_tokenizer
+from btm_cluster.storage.scratch import scratch_folder
 from btm_cluster.workers import Control, DemixPart, Progress, TrainingText, TrainRequest
 
 log = logging.getLogger(__name__)
@@ -39,8 +39,7 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
             ledger.clear_training(request.ref.identity)  # a crash may have come between commit and clearing
         return done
     tokenizer = ledger.get(request.tokenizer)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+    with scratch_folder() as folder:
         end_of_text = open_tokenizer(ledger, request.tokenizer).eos_token_id
 
         def commit(
@@ -108,7 +107,9 @@ def _train_within_memory(
     """
     try:
         return train_model(request, ledger, control, texts, end_of_text, at_milestone)
-    except (torch.OutOfMemoryError, MemoryError) as exc:
+    except (RuntimeError, MemoryError) as exc:
+        if not _is_out_of_memory(exc):
+            raise
         if dist.is_initialized():
             raise _out_of_memory(request, exc) from exc
         log.warning("%s: out of memory, starts again from its last checkpoint: %s", request.label, exc)
@@ -116,8 +117,15 @@ def _train_within_memory(
     torch.cuda.empty_cache()
     try:
         return train_model(request, ledger, control, texts, end_of_text, at_milestone)
-    except (torch.OutOfMemoryError, MemoryError) as exc:
+    except (RuntimeError, MemoryError) as exc:
+        if not _is_out_of_memory(exc):
+            raise
         raise _out_of_memory(request, exc) from exc
+
+
+def _is_out_of_memory(exc: RuntimeError | MemoryError) -> bool:
+    """On a CPU, torch's allocator raises a plain RuntimeError."""
+    return isinstance(exc, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(exc)
 
 
 def _out_of_memory(request: TrainRequest, exc: BaseException) -> TrainingError:

@@ -2,11 +2,16 @@
 
 A file is named by its content's hash where its key is, so it never goes stale; whoever opens one checks it. Each node says
 where and how much: BTM_CACHE_FOLDER (default: a folder of this user below the temporary one) and BTM_CACHE_GIGABYTES (50).
+
+The folder is looked through only when a running count of its bytes passes the limit, and once a day. The count is raised
+before a file appears, so it is rather too high (a file fetched twice or deleted by hand), which costs a look at most; only what
+a process leaves behind that is killed while it fetches has to wait for the day's look.
 """
 
 import errno
 import getpass
 import os
+import re
 import tempfile
 import time
 import uuid
@@ -23,6 +28,12 @@ IN_USE_SECONDS = 600.0
 _UNFINISHED = "fetching-"
 _UNFINISHED_SECONDS = 86_400.0
 """An unfinished file this old was left by a process that died."""
+FREED_SHARE = 0.1
+"""Of the limit, that eviction leaves free, so that not each further file needs one."""
+_UNKNOWN_BYTES = 10**18
+"""Counted while nobody has looked: more than any limit."""
+_COUNT = re.compile(rb"(\d{20}) (\d{12})\n")
+"""Bytes, and when the folder was last looked through, in seconds since 1970. Of one length, so that it is written in place."""
 
 
 class NodeCache:
@@ -50,7 +61,9 @@ class NodeCache:
                 elif _use(path):
                     return path
                 self._fetch(path, fetch)
-            self._evict(self.limit_bytes)
+            counted, looked = self._count(0)
+            if counted > self.limit_bytes or time.time() - looked > _UNFINISHED_SECONDS:
+                self._evict(self.limit_bytes)
         except OSError as exc:
             full = exc.errno in (errno.ENOSPC, errno.EDQUOT)
             raise StoreError(
@@ -66,26 +79,46 @@ class NodeCache:
         unfinished = path.parent / f"{_UNFINISHED}{uuid.uuid4().hex}"
         try:
             try:
-                fetch(unfinished)
+                self._fetch_counted(unfinished, fetch)
             except OSError as exc:
                 if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 unfinished.unlink(missing_ok=True)
                 self._evict(0)
-                fetch(unfinished)
+                self._fetch_counted(unfinished, fetch)
             unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
 
+    def _fetch_counted(self, unfinished: Path, fetch: Callable[[Path], None]) -> None:
+        fetch(unfinished)
+        self._count(unfinished.stat().st_size)
+
+    def _count(self, added: int, looked: float | None = None) -> tuple[int, float]:
+        """Adds to the count of bytes, sets when the folder was last looked through if given, and returns both."""
+        path = self.folder / "count"
+        with FileLock(self.folder / "locks" / "count"), open(path, "r+b" if path.exists() else "w+b", 0) as file:
+            known = _COUNT.fullmatch(file.read())
+            counted, last_look = (int(known[1]), float(known[2])) if known else (_UNKNOWN_BYTES, 0.0)
+            counted, last_look = max(counted + added, 0), last_look if looked is None else looked
+            if added or looked is not None or not known:
+                file.seek(0)
+                file.write(b"%020d %012d\n" % (counted, last_look))
+                file.truncate()
+        return counted, last_look
+
     def _evict(self, limit_bytes: int) -> None:
-        """Removes the files that were used longest ago until the rest fit, but none that is in use."""
+        """Removes the files that were used longest ago until the rest fit and some room is free, but none that is in use."""
         try:
             with FileLock(self.folder / "locks" / "eviction", timeout=0):
-                self._remove_oldest(limit_bytes)
+                before, _ = self._count(0)
+                left = self._remove_oldest(limit_bytes)
+                self._count(left - before, looked=time.time())  # what others add meanwhile stays counted
         except Timeout:
             pass  # another process is at it
 
-    def _remove_oldest(self, limit_bytes: int) -> None:
+    def _remove_oldest(self, limit_bytes: int) -> int:
+        """Returns how many bytes are left."""
         now = time.time()
         files = []
         for file in os.scandir(self.folder / "files"):
@@ -96,12 +129,15 @@ class NodeCache:
             kept_for = _UNFINISHED_SECONDS if file.name.startswith(_UNFINISHED) else IN_USE_SECONDS
             files.append((stat.st_mtime, stat.st_size, file.path, now - stat.st_mtime > kept_for))
         total = sum(size for _, size, _, _ in files)
+        if total <= limit_bytes:
+            return total
         for _, size, path, may_go in sorted(files):
-            if total <= limit_bytes:
-                return
+            if total <= (1 - FREED_SHARE) * limit_bytes:
+                break
             if may_go:
                 Path(path).unlink(missing_ok=True)
                 total -= size
+        return total
 
 
 def node_cache() -> NodeCache:

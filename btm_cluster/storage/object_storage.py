@@ -33,8 +33,10 @@ from btm_cluster.storage.port import Entry, check_key
 
 log = logging.getLogger(__name__)
 PATIENCE_SECONDS = 300.0
-"""How long a store may be out before an operation on it fails. Checking a store has no patience."""
+"""How long a store may be out before an operation on it fails."""
 LONGEST_PAUSE_SECONDS = 20.0
+ANSWER_SECONDS = 60.0
+"""How long a service that has taken a request may be silent."""
 PART_BYTES = 8 * 2**20
 THREADS = 8
 """Parts under way at once: with PART_BYTES, at most 64 MiB of memory for each file under way. s3transfer streams them, so
@@ -84,21 +86,23 @@ class ObjectStorage:
         self._cache = node_cache()
 
     def check(self) -> None:
-        """One listing, without patience."""
-        try:
-            self._client.list_objects_v2(**self._here, MaxKeys=1, Prefix=self._prefix)
-        except (
-            failures.ClientError,
-            failures.BotoCoreError,
-            ValueError,
-        ) as exc:  # ValueError: an endpoint that is no URL
-            error = self._translated("use", "", exc)
-            raise UserError(
-                f"the store {self.location} cannot be used",
-                found=error.found,
-                expected="a bucket that answers to the credentials boto3 finds",
-                remedy=error.remedy,
-            ) from exc
+        """One listing. Waits out an outage; what only the user can mend is refused at once."""
+
+        def list_one() -> None:
+            try:
+                self._client.list_objects_v2(**self._here, MaxKeys=1, Prefix=self._prefix)
+            except (*_FAILURES, ValueError) as exc:  # ValueError: an endpoint that is no URL
+                if _is_transient(exc):
+                    raise
+                error = self._translated("list", "", exc)
+                raise UserError(
+                    f"the store {self.location} cannot be used",
+                    found=error.found,
+                    expected="a bucket that answers to the credentials boto3 finds",
+                    remedy=error.remedy,
+                ) from exc
+
+        self._attempt("list", "", list_one)
 
     def create(self, key: str, data: bytes) -> bool:
         def put() -> bool:
@@ -173,7 +177,7 @@ class ObjectStorage:
             config=Config(
                 retries={"mode": "adaptive", "total_max_attempts": 5},
                 connect_timeout=10,
-                read_timeout=60,
+                read_timeout=ANSWER_SECONDS,
                 tcp_keepalive=True,
                 max_pool_connections=4 * THREADS,
                 request_checksum_calculation="when_required",
@@ -212,7 +216,7 @@ class ObjectStorage:
                 assert exc is not None
                 if not _is_transient(exc) or time.monotonic() + pause > deadline:
                     raise self._translated(verb, key, exc) from exc
-                log.warning("%s: cannot %s %s yet, trying again: %s", self.location, verb, key, _words(exc))
+                log.warning("%s: cannot %s %s yet, trying again: %s", self.location, verb, key or "it", _words(exc))
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
@@ -224,7 +228,8 @@ class ObjectStorage:
         remedy = _REMEDIES.get(code, "check the endpoint, the network and the service; the same command goes on")
         if isinstance(exc, failures.NoCredentialsError | failures.PartialCredentialsError):
             remedy = "give credentials by boto3's chain: environment, profile or role"
-        return StoreError(f"cannot {verb} {key} in {self.location}", found=_words(exc), remedy=remedy)
+        what = f"{key} in {self.location}" if key else self.location
+        return StoreError(f"cannot {verb} {what}", found=_words(exc), remedy=remedy)
 
 
 def _parse(location: str) -> tuple[str, str, dict[str, str]]:

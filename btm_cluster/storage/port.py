@@ -33,6 +33,7 @@ class Storage(Protocol):
 
         Raises:
             UserError: naming which, and the remedy.
+            StoreError: it is out, for longer than any operation waits for it.
         """
 
     def create(self, key: str, data: bytes) -> bool:

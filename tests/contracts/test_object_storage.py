@@ -21,15 +21,13 @@ from btm_cluster.forest import Forest, Foundation
 from btm_cluster.ledger import CHUNK_BYTES, Ledger, Ref
 from btm_cluster.storage import open_storage
 from btm_cluster.storage.object_storage import ObjectStorage
-from tests.fault_proxy import Fault, FaultProxy, no_faults, on_first_try, random_faults
+from tests.fault_proxy import SURVIVED, Fault, FaultProxy, no_faults, on_first_try, random_faults
 
 MULTI_PART = random.Random(0).randbytes(20 * 2**20 + 5)
 BLOB = f"blobs/{hashlib.sha256(MULTI_PART).hexdigest()}"
 PLANTED = Forest(
     0, Foundation("seed", "tokenizer", "model", 1024, (("code", "text"),)), (), {"seed": "hash"}, "planted"
 )
-SURVIVED = [fault for fault in Fault if fault is not Fault.NONE]
-BOTO3_TRIES = 5
 OUTAGE_SECONDS = 20.0
 """On the clock of these tests: longer than boto3 tries, which pauses for 1, 2, 4 and 8 seconds at most."""
 
@@ -263,25 +261,25 @@ def test_a_store_that_is_out_for_longer_than_its_patience_fails_with_an_error_th
         assert clock.now > 40  # a minute's patience, less the longest pause
 
 
-def test_checking_a_store_has_no_patience(
-    proxy: FaultProxy, bucket: str, clock: Clock, bare: pytest.MonkeyPatch
+def test_checking_a_store_waits_out_an_outage_as_every_operation_does(
+    storage: ObjectStorage, proxy: FaultProxy, clock: Clock
 ) -> None:
-    own = Clock()
-    bare.setattr("btm_cluster.storage.object_storage.time", own)
-    storage = ObjectStorage(f"s3://{bucket}/a", patience_seconds=1e9)
+    # Once it had no patience: a driver that was started while the store was out for seconds was told to mend its plan.
+    proxy.follow(lambda *_: Fault.ERROR if clock.now < OUTAGE_SECONDS else Fault.NONE)
     storage.check()
-    proxy.follow(lambda *_: Fault.ERROR)
-    with pytest.raises(UserError) as refused:
-        storage.check()
-    assert storage.location in str(refused.value)
-    assert refused.value.remedy
-    assert len(proxy.seen) <= BOTO3_TRIES
+    assert clock.now >= OUTAGE_SECONDS
+    clock.now = 0.0
+    clock.at_pause = lambda: proxy.accept() if clock.now >= OUTAGE_SECONDS else None
     proxy.refuse()
-    with pytest.raises(UserError) as refused:
+    storage.check()
+    assert clock.now >= OUTAGE_SECONDS
+    clock.at_pause = lambda: None
+    proxy.refuse()
+    with pytest.raises(StoreError) as failed:
         storage.check()
-    assert proxy.url in refused.value.found
-    assert own.pauses == 0
-    assert clock.pauses > 0
+    assert storage.location in str(failed.value)
+    assert proxy.url in failed.value.found
+    assert "goes on" in failed.value.remedy
 
 
 def test_an_upload_that_fails_leaves_neither_object_nor_parts(

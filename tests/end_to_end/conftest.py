@@ -25,6 +25,17 @@ BIN = Path(sys.executable).parent
 REPOSITORY = Path(__file__).parents[2]
 
 
+SESSION = "BTM_TEST_SESSION"
+"""The Unix session of everything that a cluster's head runs: other test runs on this machine have clusters too."""
+
+
+def trainers(*sessions: str | int) -> list[int]:
+    """Process ids of the actors that train, on the nodes that run in these sessions."""
+    among = ",".join(map(str, sessions))
+    found = subprocess.run(["pgrep", "-s", among, "-f", r"^ray::Trainer"], capture_output=True, text=True).stdout
+    return [int(pid) for pid in found.split()]
+
+
 @contextmanager
 def ray_head(folder: Path, *arguments: str, cpus: int = 2, **variables: str) -> Iterator[dict[str, str]]:
     """Starts a cluster's head; gives the environment variables with which `ray` and `btm` reach it."""
@@ -46,15 +57,20 @@ def ray_head(folder: Path, *arguments: str, cpus: int = 2, **variables: str) -> 
         said = (folder / "log").read_text()
         address = re.search(r"--address='([\d.:]+)'", said)
         assert address, said
-        yield environment | {"RAY_ADDRESS": address.group(1)}
+        yield environment | {"RAY_ADDRESS": address.group(1), SESSION: str(started.pid)}
     finally:
         os.killpg(started.pid, signal.SIGKILL)
 
 
 @contextmanager
-def ray_node(environment: dict[str, str], cpus: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Adds a node to a cluster; killing its process group is losing the machine."""
-    command = [str(BIN / "ray"), "start", f"--address={environment['RAY_ADDRESS']}", f"--num-cpus={cpus}", "--block"]
+def ray_node(
+    environment: dict[str, str], cpus: int, *arguments: str, inside: Sequence[str] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Adds a node to a cluster, started by the command `inside`; killing its process group is losing the machine."""
+    command = [
+        *(*inside, str(BIN / "ray"), "start", f"--address={environment['RAY_ADDRESS']}", f"--num-cpus={cpus}"),
+        *("--block", *arguments),
+    ]
     node = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
@@ -74,7 +90,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         yield environment
 
 
-def _wait_for(read: Callable[[], str], is_ready: Callable[[str], bool], seconds: float = 90) -> str:
+def _wait_for(read: Callable[[], str], is_ready: Callable[[str], bool], seconds: float = 240) -> str:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         said = read()
@@ -133,7 +149,7 @@ class Btm:
 
     def exit_code(self) -> int:
         """Waits for the end."""
-        code = self.process.wait(timeout=180)
+        code = self.process.wait(timeout=500)
         self._file.close()
         return code
 

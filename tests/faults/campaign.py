@@ -28,7 +28,7 @@ import yaml
 from btm_cluster.algorithm import grow
 from btm_cluster.plan import Plan
 from tests.conftest import in_process, made_up_documents, plan_fields, start_object_store, write_jsonl
-from tests.end_to_end.conftest import BIN, GROW, Btm, plain, ray_head, ray_node
+from tests.end_to_end.conftest import BIN, GROW, SESSION, Btm, plain, ray_head, ray_node, trainers
 from tests.fault_proxy import FaultProxy, no_faults, random_faults
 
 FAULT_RATE = 0.02
@@ -128,7 +128,7 @@ class Campaign:
 
     def _disturb(self, kind: str, driver: Btm, rng: random.Random) -> str:
         if kind == "trainer":
-            pids = _pids(r"^ray::Trainer")
+            pids = trainers(self._environment[SESSION], *(node.pid for node in self._nodes))
             for pid in pids[:1]:
                 os.kill(pid, signal.SIGKILL)
             return "a trainer was killed" if pids else "no trainer to kill"
@@ -170,11 +170,6 @@ def _plan_fields(texts: dict[str, Path]) -> dict[str, Any]:
     fields["training"] |= {"updates": 2400}
     fields["cluster"] |= {"checkpoint_minutes": 0.01, "retries": 8, "hang_minutes": 1, "stop_grace_seconds": 20}
     return fields
-
-
-def _pids(pattern: str) -> list[int]:
-    found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True).stdout
-    return [int(pid) for pid in found.split()]
 
 
 def main() -> None:

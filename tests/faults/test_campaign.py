@@ -9,7 +9,6 @@ from tests.faults.campaign import campaign
 SEEDS = (20,)  # a trainer is killed, a machine is lost, the store goes out
 
 
-@pytest.mark.timeout(600)
 def test_a_forest_grows_to_the_very_same_whatever_fails_meanwhile() -> None:
     if shutil.which("radosgw") is None:
         pytest.skip("radosgw is not installed: see tests/start-radosgw")

@@ -1,6 +1,8 @@
 """Real two-layer models for unit tests: a prepared store that each test may copy, and a grown forest that none changes."""
 
 import shutil
+import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,3 +103,17 @@ def grown(prepared_plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Grow
     driver = in_process(plan)
     result = grow(plan, driver)
     return GrownForest(driver, result, evaluate(result.ground, result.forest, result.baseline, driver))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real disk of 1 MiB."""
+    folder = tmp_path / "small disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)

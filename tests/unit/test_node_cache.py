@@ -47,8 +47,8 @@ def last_used(cache: NodeCache, name: str, seconds_ago: float) -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path) -> NodeCache:
-    """A cache for three files of DATA."""
-    return NodeCache(tmp_path / "cache", 3 * len(DATA))
+    """A cache for three files of DATA, and what eviction leaves free."""
+    return NodeCache(tmp_path / "cache", int(3.4 * len(DATA)))
 
 
 # Fetching
@@ -206,6 +206,74 @@ def test_a_file_larger_than_the_cache_is_given_all_the_same(cache: NodeCache) ->
     assert cache.get(name_of("a"), writes(DATA * 9)).read_bytes() == DATA * 9
 
 
+def test_below_the_bound_the_folder_is_looked_through_once_a_day(
+    cache: NodeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[object] = []
+    scandir = os.scandir
+    monkeypatch.setattr("os.scandir", lambda folder: looks.append(folder) or scandir(folder))
+    roomy = NodeCache(cache.folder, 10**6)
+    for number in range(9):
+        roomy.get(name_of(str(number)), writes(DATA))
+    assert len(looks) == 1
+    stray = cache.folder / "files" / "fetching-stray"  # a killed process left it, uncounted
+    stray.write_bytes(DATA)
+    last_used(cache, stray.name, 2 * 86_400)
+    tight = NodeCache(cache.folder, 10 * len(DATA))
+    tight.get(name_of("9"), writes(DATA))
+    assert stray.exists()
+    tomorrow = time.time() + 90_000
+    monkeypatch.setattr("time.time", lambda: tomorrow)
+    tight.get(name_of("10"), writes(DATA))
+    assert not stray.exists()
+
+
+@pytest.mark.parametrize("count", [b"", b"123", b"a" * 34, b"%020d %012d\n!" % (0, 10**11)])
+def test_a_count_that_a_killed_process_spoiled_is_counted_anew(cache: NodeCache, count: bytes) -> None:
+    for number in range(3):
+        cache.get(name_of(str(number)), writes(DATA))
+        last_used(cache, name_of(str(number)), 2 * IN_USE_SECONDS + number)
+    (cache.folder / "count").write_bytes(count)
+    cache.get(name_of("3"), writes(DATA))
+    assert kept(cache) == {name_of("0"), name_of("1"), name_of("3")}
+    assert int((cache.folder / "count").read_bytes()[:20]) == 3 * len(DATA)
+
+
+RACING_PROCESS = """
+import sys
+from pathlib import Path
+from btm_cluster.storage import node_cache
+
+node_cache.IN_USE_SECONDS = -1.0  # nothing is spared
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(100):
+    name = f"{sys.argv[2]}-{number:062d}"
+    node_cache.NodeCache(Path(sys.argv[1]), 20_000).get(name, lambda path: path.write_bytes(b"x" * 999) and None)
+"""
+
+
+@pytest.mark.races
+def test_many_processes_that_fetch_and_evict_at_once_never_count_too_little(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [sys.executable, "-c", RACING_PROCESS, str(tmp_path / "cache")]
+    processes = [
+        subprocess.Popen([*arguments, str(i)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) for i in range(4)
+    ]
+    for process in processes:
+        assert process.stdout
+        assert process.stdout.readline() == b"ready\n"
+    for process in processes:
+        process.communicate(b"go\n")
+    assert [process.returncode for process in processes] == [0] * 4
+    cache = NodeCache(tmp_path / "cache", 20_000)
+    assert int((cache.folder / "count").read_bytes()[:20]) >= 999 * len(kept(cache))
+    monkeypatch.setattr("btm_cluster.storage.node_cache.IN_USE_SECONDS", -1.0)
+    cache.get(name_of("one more"), writes(DATA))
+    assert 10 <= len(kept(cache)) <= 20
+
+
 def test_a_file_that_is_open_can_be_read_to_its_end_after_it_had_to_go(cache: NodeCache) -> None:
     with cache.get(name_of("a"), writes(DATA)).open("rb") as file:
         last_used(cache, name_of("a"), 2 * IN_USE_SECONDS)
@@ -249,20 +317,6 @@ def test_a_disk_that_stays_full_is_a_store_error_that_says_where_and_what_to_do(
     assert "disk space" in failed.value.remedy
     assert "BTM_CACHE_FOLDER" in failed.value.remedy
     assert kept(cache) == {name_of("in use")}
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real disk of 1 MiB."""
-    folder = tmp_path / "small disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True)
 
 
 def test_a_real_disk_that_is_full_makes_room_while_it_can_and_then_says_so(small_disk: Path) -> None:

@@ -1,0 +1,177 @@
+"""Training whose memory or disk runs out, or whose machine is about to go: nothing is lost, and the end is clear."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from btm_cluster.algorithm import prepare
+from btm_cluster.errors import StoreError, TrainingError
+from btm_cluster.housekeeping import verify
+from btm_cluster.plan import Plan
+from btm_cluster.recipes import score_request
+from btm_cluster.workers import Failure, Progress
+from tests.conftest import in_process
+from tests.unit.conftest import Prepared, copy_store
+from tests.unit.test_training import AT_EVERY_UPDATE, Undisturbed, last_saved, run, weights_of
+
+UPDATES = 6
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared_plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The seed's weights when nothing happens."""
+    plan = copy_store(prepared_plan, tmp_path_factory.mktemp("undisturbed") / "store")
+    prepared = Prepared(driver := in_process(plan), prepare(plan, driver))
+    return weights_of(run(prepared, prepared.seed))
+
+
+# Memory
+
+
+def _python() -> None:
+    raise MemoryError
+
+
+def _torch_on_a_cpu() -> None:
+    torch.empty(10**15)  # a plain RuntimeError, which was once not known for what it is
+
+
+def _torch_on_a_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+RUNS_OUT = [_python, _torch_on_a_cpu, _torch_on_a_gpu]
+
+
+@dataclass
+class Hungry(Undisturbed):
+    """Finds no memory left before update `at`, so many times."""
+
+    run_out: Callable[[], None]
+    times: int
+    at: int = 4
+    asked: int = 0
+
+    def stopping(self) -> bool:
+        self.asked += 1
+        if self.times and self.asked > self.at:
+            self.times -= 1
+            self.run_out()
+        return False
+
+
+@pytest.mark.parametrize("run_out", RUNS_OUT)
+def test_memory_that_runs_out_once_costs_an_update_since_the_last_checkpoint(
+    prepared: Prepared, undisturbed: dict[str, str], run_out: Callable[[], None]
+) -> None:
+    control = Hungry(run_out, times=1)
+    made = run(prepared, replace(prepared.seed, checkpoint_seconds=AT_EVERY_UPDATE), control)
+    assert weights_of(made) == undisturbed
+    assert control.asked == UPDATES + 1
+
+
+@pytest.mark.parametrize("run_out", RUNS_OUT)
+def test_memory_that_runs_out_again_is_an_error_that_keeps_the_last_checkpoint(
+    prepared: Prepared, undisturbed: dict[str, str], run_out: Callable[[], None]
+) -> None:
+    request = replace(prepared.seed, checkpoint_seconds=AT_EVERY_UPDATE)
+    control = Hungry(run_out, times=2)
+    with pytest.raises(TrainingError) as failed:
+        run(prepared, request, control)
+    assert "seed: out of memory" in failed.value.what
+    assert "micro_batch_blocks" in failed.value.remedy
+    assert (control.times, last_saved(prepared, request)) == (0, 4)
+    assert weights_of(run(prepared, request)) == undisturbed
+
+
+def test_an_error_that_is_no_want_of_memory_is_not_tried_again(prepared: Prepared) -> None:
+    def fail() -> None:
+        raise RuntimeError("a bug")
+
+    control = Hungry(fail, times=9)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(prepared, prepared.seed, control)
+    assert control.times == 8
+
+
+# Disk
+
+
+@contextmanager
+def filled(disk: Path) -> Iterator[None]:
+    """Nothing more fits while this lasts."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    try:
+        yield
+    finally:
+        filler.unlink()
+
+
+def test_a_disk_that_is_full_while_training_costs_its_checkpoints_and_then_is_named(
+    prepared: Prepared,
+    undisturbed: dict[str, str],
+    small_disk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    # Once the first checkpoint ended the training, and scoring the process: safetensors has errors of its own, and writing to
+    # a memory map on a full disk is SIGBUS.
+    monkeypatch.setattr("tempfile.tempdir", str(small_disk))
+    ledger, request = prepared.driver.ledger, replace(prepared.seed, checkpoint_seconds=AT_EVERY_UPDATE)
+    with filled(small_disk):
+        with pytest.raises(StoreError) as failed:
+            run(prepared, request)
+        assert f"the disk below {small_disk} is full" in failed.value.what
+        assert "No space left on device" in failed.value.found
+        assert "TMPDIR" in failed.value.remedy
+        assert caplog.text.count("a training checkpoint was not stored") == UPDATES
+        (outcome,) = prepared.driver.workers.train([request])
+        assert isinstance(outcome, Failure)
+        assert str(small_disk) in outcome.cause
+    assert verify(ledger).problems == ()
+    assert list(small_disk.iterdir()) == []
+    made = run(prepared, request)
+    assert weights_of(made) == undisturbed
+    text = prepared.ground.texts[0]
+    score = score_request(prepared.ground, made.ref, text, "test")
+    with filled(small_disk):
+        (outcome,) = prepared.driver.workers.score([score])
+        assert isinstance(outcome, Failure)
+        assert str(small_disk) in outcome.cause
+    (outcome,) = prepared.driver.workers.score([score])
+    assert not isinstance(outcome, Failure)
+
+
+# A machine that will be taken away
+
+
+@dataclass
+class Noticed(Undisturbed):
+    """Is told, from the first update on, that its machine will go."""
+
+    heard: int = 0
+
+    def saving(self) -> bool:
+        self.heard += 1
+        return True
+
+    def report(self, progress: Progress) -> None:
+        if progress.phase == "training":
+            raise RuntimeError("gone")
+
+
+def test_who_is_told_that_its_machine_will_go_saves_at_the_next_update_once_and_goes_on(
+    prepared: Prepared, undisturbed: dict[str, str]
+) -> None:
+    request, control = replace(prepared.seed, checkpoint_seconds=1e9), Noticed()
+    with pytest.raises(RuntimeError, match="gone"):
+        run(prepared, request, control)
+    assert (last_saved(prepared, request), control.heard) == (1, 1)
+    assert weights_of(run(prepared, request)) == undisturbed
