@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from btm_cluster.cluster_ensemble import with_cluster_ensemble
 from btm_cluster.driver import Driver, step_error
 from btm_cluster.equations.averaging import argmax_weights, posterior_weights, uniform_weights
 from btm_cluster.equations.posterior import Posterior, calibrate, keep_top, log_prior
@@ -86,6 +87,7 @@ def evaluate(ground: Ground, forest: Forest, baseline: Ref | None, driver: Drive
         for text in ground.texts
         if text.tokens[split]
     )
+    results = with_cluster_ensemble(results, ground, forest, stacks, ledger)
     return Evaluation(results, fits, averages)
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from btm_cluster.algorithm import new_domains, starts_from_seed
+from btm_cluster.cluster_ensemble import check_clusters
 from btm_cluster.equations.budget import device_hours, stored_bytes
 from btm_cluster.forest import Forest, check_foundation
 from btm_cluster.language_model.model import count_parameters
@@ -81,6 +82,7 @@ def preview(plan: Plan, ledger: Ledger) -> Preview:
     Raises:
         UserError: whatever a run would refuse before it spends anything.
     """
+    check_clusters(plan, [domain.name for domain in plan.domains])
     model = model_config(plan, vocabulary_of(plan))
     parameters, non_embedding = count_parameters(model[0])
     memos = {request.label: ledger.find(request.ref) for request in read_requests(plan)}
