@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from btm_cluster.discover_command import discover
 from btm_cluster.errors import BtmError, UserError
 from btm_cluster.plan import Plan, read_plan
 
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 forest_app = typer.Typer(help="Look at a forest and its history, and look after its store.", no_args_is_help=True)
 app.add_typer(forest_app, name="forest")
+app.command()(discover)
 
 PlanPath = Annotated[Path, typer.Argument(help="The plan, a YAML file.", show_default=False)]
 Store = Annotated[str, typer.Option("--store", help="The store: a folder or URL.", show_default=False)]

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from btm_cluster.cluster_ensemble import with_cluster_ensemble
 from btm_cluster.driver import Driver, step_error
 from btm_cluster.equations.averaging import argmax_weights, posterior_weights, uniform_weights
 from btm_cluster.equations.posterior import Kind, Posterior, PriorKind, calibrate, keep_top, log_prior
@@ -100,6 +101,7 @@ def evaluate(
     )
     if demix:
         results = _with_demix(ground, results, demix, driver)
+    results = with_cluster_ensemble(results, ground, forest, stacks, ledger)
     return Evaluation(results, fits, averages)
 
 

@@ -202,6 +202,11 @@ class MergingPlan(Section):
     """Context of the `window` posterior."""
     discount: Annotated[Real, Field(le=1)] = 0.97
     """How much a token of evidence still counts one token later, in the `calibrated` posterior."""
+    clusters: Location | None = None
+    """Folder of a cluster model of `btm discover` whose clusters are named as the domains: adds the ensemble that weighs
+    experts by distance to them to the evaluation."""
+    cluster_temperature: PositiveReal = 0.1
+    """T of that ensemble's weights, softmax(-dist²/T). c-BTM: 0.1."""
 
 
 class ClusterPlan(Section):

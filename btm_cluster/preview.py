@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from btm_cluster.algorithm import new_domains, starts_from_seed
+from btm_cluster.cluster_ensemble import check_clusters
 from btm_cluster.equations.budget import device_hours, stored_bytes
 from btm_cluster.forest import Forest, check_foundation
 from btm_cluster.language_model.model import count_parameters
@@ -83,6 +84,7 @@ def preview(plan: Plan, ledger: Ledger) -> Preview:
     Raises:
         UserError: whatever a run would refuse before it spends anything.
     """
+    check_clusters(plan, [domain.name for domain in plan.domains])
     model = model_config(plan, vocabulary_of(plan))
     check_demix(plan, model[0], ledger.forest(0))
     parameters, non_embedding = count_parameters(model[0])

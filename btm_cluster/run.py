@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from btm_cluster.algorithm import Grown, grow, prepare
+from btm_cluster.cluster_ensemble import check_clusters
 from btm_cluster.driver import Driver
 from btm_cluster.errors import StepError, UserError
 from btm_cluster.evaluation import evaluate
@@ -58,7 +59,9 @@ def run_plan(plan: Plan, driver: Driver, evaluate_only: bool = False) -> Run:
 
     Raises:
         StepError: not one expert could be trained.
+        UserError: `merging.clusters` does not fit the domains.
     """
+    check_clusters(plan, [domain.name for domain in plan.domains])
     grown = find_grown(plan, driver) if evaluate_only else grow(plan, driver)
     if not grown.forest.experts:
         causes = "\n".join(f"- {failure.label}: {failure.cause}" for failure in grown.failures)

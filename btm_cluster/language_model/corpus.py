@@ -56,7 +56,7 @@ def write_text(source: TextPlan, reading: ReadingPlan, is_target: bool, folder: 
     shares = (0.0 if given["development"] else shares[0], 0.0 if given["test"] else shares[1])
     if is_target and given["test"] and not given["development"]:
         shares = (1.0, 0.0)  # a target's remaining text can only be development text
-    documents = _usable(source.name, read_documents(source, reading), reading, bad)
+    documents = usable_documents(source.name, read_documents(source, reading), reading, bad)
     spools = _spool(documents, shares, folder)
     text = _write_shards(spools, folder)
     text.bad = bad
@@ -90,9 +90,14 @@ def content_hash(text: str) -> bytes:
     return hashlib.sha256(" ".join(text.casefold().split()).encode()).digest()
 
 
-def _usable(
+def usable_documents(
     name: str, items: Iterable[Document | BadDocument], reading: ReadingPlan, bad: Counter[str]
 ) -> Iterator[Document]:
+    """The documents with text in them; what else there is, is counted in `bad` by reason.
+
+    Raises:
+        TextError: a bad document where `reading` refuses them.
+    """
     for item in items:
         if isinstance(item, Document):
             if item.text.strip():

@@ -53,6 +53,8 @@ def btm(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
     [
         (("--help",), 0, "Branch-Train-Merge"),
         (("run", "--help"), 0, "--in-process"),
+        (("discover", "--help"), 0, "--clusters"),
+        (("discover", "text.jsonl"), 2, "neither --clusters nor --model"),
         (("schema",), 0, '"additionalProperties": false'),
         (("init", "new.yaml"), 0, "wrote new.yaml"),
         (("plan", "broken.yaml"), 2, "did you mean `updates`?"),
@@ -84,7 +86,7 @@ def test_a_preview_starts_no_ray(fields: dict[str, Any], write_plan: Callable[..
 
 def test_every_command_has_help(btm: Callable[..., tuple[int, str, str]]) -> None:
     _, listing, _ = btm("--help")
-    for command in ("init", "plan", "schema", "run", "evaluate", "merge", "forest"):
+    for command in ("init", "plan", "schema", "run", "evaluate", "merge", "discover", "forest"):
         assert command in listing
         code, shown, _ = btm(command, "--help")
         assert code == 0

@@ -1,0 +1,123 @@
+"""The ensemble that weighs experts by a context's distance to their clusters: one more row beside those of `evaluation.py`.
+
+A token's weights follow from the text before it in its block, the same that the posterior sees; nothing is fitted. The text is
+embedded after 8, 16, 32, … tokens, each embedding serving until the next: c-BTM embeds it anew for every token.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from btm_cluster.equations.clusters import cluster_log_weights, log_weighted_mixture
+from btm_cluster.equations.mixture import document_sums
+from btm_cluster.errors import UserError
+from btm_cluster.forest import Forest
+from btm_cluster.language_model.blocks import Blocks
+from btm_cluster.language_model.tokenizer import TOKENIZER_FILES, load_tokenizer
+from btm_cluster.ledger import Ledger
+from btm_cluster.plan import Plan
+from btm_cluster.recipes import Ground
+from btm_cluster.report import SplitResult
+from btm_cluster.scores import BLOCKS_AT_ONCE, ScoreStack
+
+if TYPE_CHECKING:
+    from btm_cluster.language_model.clusters import Clusters
+
+CLUSTER_ENSEMBLE = "ensemble, by cluster distance"
+FIRST_CONTEXT_TOKENS = 8
+
+
+def check_clusters(plan: Plan, domains: Sequence[str]) -> None:
+    """Refuses a plan whose cluster model has no cluster for one of the domains.
+
+    Raises:
+        UserError: naming them.
+    """
+    if plan.merging.clusters is None:
+        return
+    from btm_cluster.language_model.clusters import cluster_names
+
+    names = cluster_names(Path(plan.merging.clusters))
+    missing = [domain for domain in domains if domain not in names]
+    if missing:
+        raise UserError(
+            f"`merging.clusters` has no cluster for {', '.join(missing)}",
+            found=f"clusters {', '.join(names)} in {plan.merging.clusters}",
+            expected="a cluster by the name of every domain",
+            remedy="rename the cluster in its clusters.json as in the plan, or leave `merging.clusters` out",
+        )
+
+
+def with_cluster_ensemble(
+    results: tuple[SplitResult, ...],
+    ground: Ground,
+    forest: Forest,
+    stacks: Mapping[tuple[str, str], ScoreStack],
+    ledger: Ledger,
+) -> tuple[SplitResult, ...]:
+    """The results, with the cluster ensemble's beside them if the plan names a cluster model. Stacks hold the experts alone."""
+    merging = ground.plan.merging
+    if merging.clusters is None:
+        return results
+    check_clusters(ground.plan, forest.domains)
+    from btm_cluster.language_model.clusters import load_clusters
+
+    clusters = load_clusters(Path(merging.clusters))
+    experts = [clusters.names.index(domain) for domain in forest.domains]
+    tokenizer_files = ledger.get(ground.tokenizer)
+    tokenizer = load_tokenizer({name: ledger.open_file(tokenizer_files, name) for name in TOKENIZER_FILES})
+    texts = {text.name: text for text in ground.texts}
+
+    def with_row(result: SplitResult) -> SplitResult:
+        refs = texts[result.text].tokens[result.split]
+        blocks = Blocks([ledger.open_file(ledger.get(ref), "tokens.npy") for ref in refs])
+        stack = stacks[result.text, result.split]
+        logp_D = cluster_sums(stack, blocks, clusters, experts, tokenizer, merging.cluster_temperature)
+        return replace(result, logp={**result.logp, CLUSTER_ENSEMBLE: logp_D})
+
+    return tuple(map(with_row, results))
+
+
+def cluster_sums(
+    stack: ScoreStack,
+    blocks: Blocks,
+    clusters: "Clusters",
+    experts: Sequence[int],
+    tokenizer: PreTrainedTokenizerFast,
+    temperature: float,
+) -> torch.Tensor:
+    """The ensemble's summed log-probability by document: [D]. `experts` are the clusters of the stack's models, in order."""
+    total_D = torch.zeros(len(stack.tokens()), dtype=torch.float64)
+    for start in range(0, len(stack), BLOCKS_AT_ONCE):
+        logp_EBT, mask_BT = stack.take(start, start + BLOCKS_AT_ONCE)
+        tokens_BT = blocks.take(np.arange(start, start + len(mask_BT)))
+        log_weight_EBT = context_log_weights(tokens_BT, clusters, experts, tokenizer, temperature)
+        owners_BT = stack.documents_BT[start : start + BLOCKS_AT_ONCE]
+        sums_D = document_sums(log_weighted_mixture(logp_EBT, log_weight_EBT), owners_BT)
+        total_D[: len(sums_D)] += sums_D
+    return total_D
+
+
+def context_log_weights(
+    tokens_BT: np.ndarray,
+    clusters: "Clusters",
+    experts: Sequence[int],
+    tokenizer: PreTrainedTokenizerFast,
+    temperature: float,
+) -> torch.Tensor:
+    """log p(D=j | x_<t) by distance for every token: [E, B, T]. Uniform before the first context is embedded."""
+    blocks, block_tokens = tokens_BT.shape
+    log_weight_EBT = torch.zeros(len(experts), blocks, block_tokens, dtype=torch.float64)
+    log_weight_EBT -= float(np.log(len(experts)))
+    seen = FIRST_CONTEXT_TOKENS
+    while seen < block_tokens:
+        contexts = tokenizer.batch_decode(tokens_BT[:, :seen].tolist())
+        squared_EB = clusters.squared_distances([text.replace(tokenizer.eos_token, "\n") for text in contexts])[experts]
+        log_weight_EBT[:, :, seen : 2 * seen] = cluster_log_weights(squared_EB, temperature)[:, :, None]
+        seen *= 2
+    return log_weight_EBT

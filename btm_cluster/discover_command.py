@@ -1,0 +1,111 @@
+"""`btm discover` on the command line: reads arguments, calls `discovery.py`, shows. Heavy imports come after the arguments."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from btm_cluster.errors import UserError
+
+if TYPE_CHECKING:
+    from btm_cluster.discovery import Discovery
+    from btm_cluster.plan import TextPlan
+
+MOST_CLUSTERS = 200
+"""Each has a file open, and 256 are all that some machines allow."""
+
+
+def discover(
+    text: Annotated[
+        list[str] | None, typer.Argument(help="Files or globs, local or s3://.", show_default=False)
+    ] = None,
+    clusters: Annotated[
+        int | None, typer.Option(help="How many to find.", min=2, max=MOST_CLUSTERS, show_default=False)
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="New folder for domain files and model.", show_default=False)] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Place the text in these clusters, found before.", show_default=False)
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="A data set, by hub name or folder, instead of files.", show_default=False)
+    ] = None,
+    split: Annotated[str, typer.Option(help="The data set's split.")] = "train",
+    field: Annotated[str, typer.Option(help="Field of a row that holds the document.")] = "text",
+    delimiter: Annotated[
+        str | None, typer.Option(help="Cuts text files into documents; else a file is one.", show_default=False)
+    ] = None,
+    bad_documents: Annotated[Literal["refuse", "skip"], typer.Option(help="As in a plan.")] = "refuse",
+    sample: Annotated[int, typer.Option(help="Documents in which clusters are looked for.", min=2)] = 20_000,
+    random_seed: Annotated[int, typer.Option(help="Of the sample and the search.", min=0, max=2**32 - 1)] = 0,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+) -> None:
+    """Find domains in unlabelled text: a file for each, and a model that places new documents."""
+    _check_call(clusters, model, to)
+    source = _source(text or [], dataset, split, field, delimiter)
+    from btm_cluster.discovery import assign, discover
+    from btm_cluster.plan import ReadingPlan
+
+    reading = ReadingPlan(bad_documents=bad_documents)
+    if model is not None:
+        found = assign(source, reading, model, to)
+    else:
+        assert clusters is not None
+        assert to is not None
+        found = discover(source, reading, clusters, to, random_seed, sample, lambda line: print(line, file=sys.stderr))
+    _show(found, to, json_output)
+
+
+def _check_call(clusters: int | None, model: Path | None, to: Path | None) -> None:
+    if (clusters is None) == (model is None):
+        raise UserError(
+            "btm discover needs to know what to do",
+            found="both --clusters and --model" if clusters else "neither --clusters nor --model",
+            expected="--clusters K, to find clusters, or --model FOLDER, to use those found before",
+            remedy="give one of them",
+        )
+    if model is None and to is None:
+        raise UserError("btm discover --clusters needs a place to write", remedy="add --to FOLDER")
+    if to is not None and to.exists():
+        raise UserError(f"{to} already exists", remedy="choose another folder")
+
+
+def _source(text: list[str], dataset: str | None, split: str, field: str, delimiter: str | None) -> "TextPlan":
+    from pydantic import ValidationError
+
+    from btm_cluster.errors import PlanError
+    from btm_cluster.plan import TextPlan
+    from btm_cluster.plan_problems import describe_problems
+
+    given: dict[str, Any] = {"name": "unlabelled", "text": text, "field": field, "delimiter": delimiter}
+    if dataset is not None:
+        given["dataset"] = {"name": dataset, "split": split}
+    try:
+        return TextPlan.model_validate(given)
+    except ValidationError as exc:
+        problems = describe_problems(exc, TextPlan)
+    raise PlanError("this text cannot be read\n" + "\n".join(problems))
+
+
+def _show(found: "Discovery", to: Path | None, json_output: bool) -> None:
+    from btm_cluster.display import consoles, plain_table
+
+    if json_output:
+        print(json.dumps(asdict(found), indent=1, ensure_ascii=False))
+        return
+    documents = max(1, sum(cluster.documents for cluster in found.clusters))
+    rows = [
+        [c.name, f"{c.documents:,}", f"{c.documents / documents:.1%}", f"{c.characters:,}", ", ".join(c.words)]
+        for c in found.clusters
+    ]
+    headings = ["cluster", "documents", "share", "characters", "most characteristic words"]
+    consoles(False)[0].print(plain_table("Clusters", headings, rows))
+    for reason, count in found.skipped.items():
+        print(f"note: skipped {count} × {reason}")
+    if to is not None:
+        from btm_cluster.discovery import PLAN_FILE
+
+        print(f"wrote {to}; the domains for a plan, to be named by you, are in {to / PLAN_FILE}:\n")
+        print(found.plan_snippet, end="")

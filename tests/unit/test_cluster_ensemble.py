@@ -1,0 +1,161 @@
+"""The ensemble by cluster distance against a loop over tokens, what its weights may see, and which plans are refused."""
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from btm_cluster.cluster_ensemble import CLUSTER_ENSEMBLE, context_log_weights
+from btm_cluster.errors import UserError
+from btm_cluster.evaluation import evaluate
+from btm_cluster.language_model.blocks import Blocks
+from btm_cluster.language_model.clusters import Clusters, find_clusters, load_clusters, save_clusters
+from btm_cluster.ledger import Artifact, Ref
+from btm_cluster.plan import Plan
+from btm_cluster.preview import preview
+from btm_cluster.recipes import Ground, score_request
+from btm_cluster.report import SplitResult, verdict
+from btm_cluster.run import run_plan
+from btm_cluster.scores import ScoreStack
+from btm_cluster.steps.prepare import documents_of, open_tokenizer
+from tests.conftest import DOMAINS, in_process
+from tests.unit.conftest import GrownForest
+
+TEMPERATURE = 0.3
+
+
+@pytest.fixture(scope="module")
+def model(grown: GrownForest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cluster model found in the domains' text, its clusters named as the domains by hand; and one cluster more."""
+    folder = tmp_path_factory.mktemp("clusters")
+    ledger = grown.driver.ledger
+    texts = [text for name in DOMAINS for text in documents_of(ledger, grown.text(name).identity, "train")]
+    found = find_clusters(texts, 4, random_seed=0)
+    names: list[str] = []
+    for words in found.words:
+        fits = [name for name in DOMAINS if name not in names and sum(set(word) <= set(name) for word in words) > 7]
+        names.append(fits[0] if fits else "another")
+    assert set(names) == {*DOMAINS, "another"}
+    save_clusters(dataclasses.replace(found, names=tuple(names)), folder)
+    return folder
+
+
+def planned(grown: GrownForest, **merging: object) -> Ground:
+    """The grown forest's ground under a plan with other `merging`."""
+    plan = grown.ground.plan
+    return dataclasses.replace(
+        grown.ground, plan=plan.model_copy(update={"merging": plan.merging.model_copy(update=merging)})
+    )
+
+
+@pytest.fixture(scope="module")
+def results(grown: GrownForest, model: Path) -> tuple[SplitResult, ...]:
+    ground = planned(grown, clusters=str(model), cluster_temperature=TEMPERATURE)
+    driver = in_process(ground.plan)
+    evaluation = evaluate(ground, grown.grown.forest, grown.grown.baseline, driver)
+    assert not driver.made, "a new question costs nothing"
+    return evaluation.results
+
+
+def distances(clusters: Clusters, text: str) -> dict[str, float]:
+    """Squared distance by cluster name, computed word by word."""
+    counts = Counter(text.casefold().split())
+    place = {word: i for i, word in enumerate(clusters.vocabulary)}
+    weights = {
+        place[w]: (1 + math.log(n)) * float(clusters.rarity_V[place[w]]) for w, n in counts.items() if w in place
+    }
+    point_F = sum((w * clusters.directions_FV[:, i].astype(np.float64) for i, w in weights.items()), np.zeros(1))
+    if not weights:
+        return dict.fromkeys(clusters.names, 1.0)
+    point_F = point_F / np.linalg.norm(point_F)
+    centres = zip(clusters.names, clusters.centres_EF.numpy(), strict=True)
+    return {name: float(((point_F - centre_F) ** 2).sum()) for name, centre_F in centres}
+
+
+@pytest.mark.parametrize(("name", "split"), [("market", "test"), ("harbour", "development")])
+def test_the_row_is_the_sum_of_a_loop_over_tokens(
+    grown: GrownForest, model: Path, results: tuple[SplitResult, ...], name: str, split: str
+) -> None:
+    ledger, text, domains = grown.driver.ledger, grown.text(name), grown.grown.forest.domains
+    clusters, tokenizer = load_clusters(model), open_tokenizer(ledger, grown.ground.tokenizer)
+    models = [Ref("model", expert.identity) for expert in grown.grown.forest.experts]
+    stack = ScoreStack(ledger, [score_of(grown, m, name, split) for m in models], text.tokens[split])
+    logp_EBT, _ = stack.take(0, len(stack))
+    tokens_BT = np.concatenate([np.load(ledger.open_file(ledger.get(r), "tokens.npy")) for r in text.tokens[split]])
+    expected_D = np.zeros(len(stack.tokens()))
+    for b, tokens in enumerate(tokens_BT):
+        for t in range(len(tokens)):
+            seen = max((m for m in (8, 16) if m <= t), default=0)
+            context = "\n".join(
+                tokenizer.decode(part) for part in split_at(tokens[:seen].tolist(), tokenizer.eos_token_id)
+            )
+            far = distances(clusters, context)
+            weights = np.array([math.exp(-far[domain] / TEMPERATURE) for domain in domains])
+            owner = int(stack.documents_BT[b, t])
+            if owner >= 0:
+                p = float((weights / weights.sum()) @ np.exp(logp_EBT[:, b, t].numpy()))
+                expected_D[owner] += math.log(p)
+    result = next(r for r in results if (r.text, r.split) == (name, split))
+    np.testing.assert_allclose(result.logp[CLUSTER_ENSEMBLE].numpy(), expected_D, rtol=1e-4)
+
+
+def split_at(tokens: list[int], end: int) -> list[list[int]]:
+    parts: list[list[int]] = [[]]
+    for token in tokens:
+        if token == end:
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    return parts
+
+
+def score_of(grown: GrownForest, model: Ref, name: str, split: str) -> Artifact:
+    return grown.driver.ledger.get(score_request(grown.ground, model, grown.text(name), split).ref)
+
+
+def test_every_text_has_the_row_and_without_a_cluster_model_none_has(
+    grown: GrownForest, results: tuple[SplitResult, ...]
+) -> None:
+    assert all(CLUSTER_ENSEMBLE in result.logp for result in results)
+    assert not any(CLUSTER_ENSEMBLE in result.logp for result in grown.evaluation.results)
+    row = next(row for row in verdict(results).rows["test"] if row.system == CLUSTER_ENSEMBLE)
+    assert {"domains", "targets", "all"} == row.means.keys()
+
+
+def test_a_weight_sees_only_what_stands_before_its_token(grown: GrownForest, model: Path) -> None:
+    ledger, text = grown.driver.ledger, grown.text("market")
+    clusters, tokenizer = load_clusters(model), open_tokenizer(ledger, grown.ground.tokenizer)
+    blocks = Blocks([ledger.open_file(ledger.get(ref), "tokens.npy") for ref in text.tokens["test"]])
+    before_BT = blocks.take(np.arange(4))
+    other_BT = Blocks(
+        [ledger.open_file(ledger.get(ref), "tokens.npy") for ref in grown.text("orchard").tokens["test"]]
+    ).take(np.arange(4))
+    experts = [clusters.names.index(domain) for domain in grown.grown.forest.domains]
+    for changed in (0, 7, 8, 20):
+        after_BT = before_BT.copy()
+        after_BT[:, changed:] = other_BT[:, changed:]
+        one, two = (context_log_weights(t, clusters, experts, tokenizer, 0.1) for t in (before_BT, after_BT))
+        assert torch.equal(one[:, :, : changed + 1], two[:, :, : changed + 1])
+        assert changed >= 16 or not torch.equal(one, two)
+    assert torch.equal(one[:, :, :8], torch.full_like(one[:, :, :8], -math.log(3)))
+    torch.testing.assert_close(one.exp().sum(0), torch.ones_like(one[0]))
+
+
+def test_a_domain_without_a_cluster_is_refused_before_anything_starts(plan: Plan, model: Path, tmp_path: Path) -> None:
+    for file in model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    rows = json.loads((tmp_path / "clusters.json").read_text())
+    rows = [row | {"name": "sea"} if row["name"] == "harbour" else row for row in rows]
+    (tmp_path / "clusters.json").write_text(json.dumps(rows))
+    plan = plan.model_copy(update={"merging": plan.merging.model_copy(update={"clusters": str(tmp_path)})})
+    driver = in_process(plan)
+    for refused in (lambda: run_plan(plan, driver), lambda: preview(plan, driver.ledger)):
+        with pytest.raises(UserError, match="no cluster for harbour") as error:
+            refused()
+        assert "sea" in error.value.found
+    assert not driver.made
