@@ -105,6 +105,18 @@ def run(
 
 
 @app.command()
+def expand(
+    plan_path: PlanPath,
+    json_output: Json = False,
+    address: Address = None,
+    in_process: InProcess = False,
+    dashboard: Dashboard = False,
+) -> None:
+    """Add the domains that the plan or the store's inbox has and the forest has not. Nothing to add: starts nothing."""
+    expand_forest(read_plan(plan_path), json_output, address, in_process, dashboard)
+
+
+@app.command()
 def evaluate(
     plan_path: PlanPath, json_output: Json = False, address: Address = None, in_process: InProcess = False
 ) -> None:
@@ -257,6 +269,20 @@ def grow_forest(
     with driving(plan, address, in_process, dashboard, json_output) as driver:
         result = run_plan(plan, driver, evaluate_only)
     show_run(result, json_output)
+    if result.failures:
+        from btm_cluster.driver import step_error
+
+        raise step_error(result.failures)
+
+
+def expand_forest(plan: Plan, json_output: bool, address: str | None, in_process: bool, dashboard: bool) -> None:
+    """Expands a plan's forest and says what came of it. Raises StepError at the end if some experts failed."""
+    from btm_cluster.display_expansion import show_expanded
+    from btm_cluster.expansion import expand
+
+    with driving(plan, address, in_process, dashboard, json_output) as driver:
+        result = expand(plan, driver)
+    show_expanded(result, json_output)
     if result.failures:
         from btm_cluster.driver import step_error
 

@@ -4,11 +4,12 @@ Running a plan again is the resume path: whatever the ledger has is not asked fo
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from btm_cluster.errors import StepError
-from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.ledger import THREADS, Artifact, Ledger
 from btm_cluster.workers import Failure, Outcome, Request, Workers
 
 AnyRequest = TypeVar("AnyRequest", bound=Request)
@@ -27,18 +28,13 @@ class Driver:
         self, verb: Callable[[Sequence[AnyRequest]], list[Outcome]], requests: Sequence[AnyRequest]
     ) -> list[Outcome]:
         """An outcome for each request, in order: from the ledger, or from the workers. A request made twice runs once."""
-        outcomes: dict[str, Outcome] = {}
-        missing: dict[str, AnyRequest] = {}
-        for request in requests:
-            identity = request.ref.identity
-            if identity in outcomes or identity in missing:
-                continue
-            found = self.ledger.find(request.ref)
-            if found is None:
-                missing[identity] = request
-            else:
-                outcomes[identity] = found
-                self.reused[request.kind] += 1
+        wanted = {request.ref.identity: request for request in requests}
+        # Many at a time: in a forest of 64, sixteen new texts are a thousand scores to look up.
+        with ThreadPoolExecutor(THREADS) as pool:
+            found = dict(zip(wanted, pool.map(lambda r: self.ledger.find(r.ref), wanted.values()), strict=True))
+        outcomes: dict[str, Outcome] = {identity: artifact for identity, artifact in found.items() if artifact}
+        missing = {identity: request for identity, request in wanted.items() if identity not in outcomes}
+        self.reused.update(wanted[identity].kind for identity in outcomes)
         if missing:
             made = verb(list(missing.values()))
             outcomes |= dict(zip(missing, made, strict=True))
@@ -67,3 +63,10 @@ def step_error(failures: Sequence[Failure]) -> StepError:
         f"{len(failures)} step(s) failed\n" + "\n".join(f"- {line}" for line in lines),
         remedy="the same command tries only these again",
     )
+
+
+def steps_line(made: Mapping[str, int], reused: Mapping[str, int]) -> str:
+    """How many steps ran, and how many were there already."""
+    kinds = sorted({*made, *reused})
+    counts = ", ".join(f"{kind} {made.get(kind, 0)} ({reused.get(kind, 0)})" for kind in kinds)
+    return f"steps run (and reused): {counts or 'none'}"

@@ -28,6 +28,7 @@ from btm_cluster.recipes import (
     tokenizer_request,
     transformer_lm_request,
     vocabulary_of,
+    without_withdrawn,
 )
 from btm_cluster.workers import Request, TrainRequest
 
@@ -81,6 +82,7 @@ def preview(plan: Plan, ledger: Ledger) -> Preview:
     Raises:
         UserError: whatever a run would refuse before it spends anything.
     """
+    plan = without_withdrawn(plan, ledger.forest())
     model = model_config(plan, vocabulary_of(plan))
     parameters, non_embedding = count_parameters(model[0])
     memos = {request.label: ledger.find(request.ref) for request in read_requests(plan)}

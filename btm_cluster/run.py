@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from btm_cluster.algorithm import Grown, grow, prepare
-from btm_cluster.driver import Driver
+from btm_cluster.driver import Driver, steps_line
 from btm_cluster.errors import StepError, UserError
 from btm_cluster.evaluation import evaluate
 from btm_cluster.forest import Forest, check_foundation, describe_forest
@@ -28,6 +28,8 @@ class Run:
     evidence_weights: Mapping[str, float]
     """β of the calibrated posterior, by text."""
     verdict: Verdict
+    passed_over: tuple[str, ...]
+    """Domains of the plan that were taken out of the forest."""
     failures: tuple[Failure, ...]
     made: Mapping[str, int]
     reused: Mapping[str, int]
@@ -35,10 +37,7 @@ class Run:
     @property
     def steps_line(self) -> str:
         """How many steps ran, and how many were there already."""
-        kinds = sorted({*self.made, *self.reused})
-        return "steps run (and reused): " + ", ".join(
-            f"{kind} {self.made.get(kind, 0)} ({self.reused.get(kind, 0)})" for kind in kinds
-        )
+        return steps_line(self.made, self.reused)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for machines."""
@@ -48,6 +47,7 @@ class Run:
             "priors": {text: dict(prior) for text, prior in self.priors.items()},
             "evidence_weights": dict(self.evidence_weights),
             "verdict": self.verdict.to_json(),
+            "passed_over": list(self.passed_over),
             "failures": [asdict(failure) for failure in self.failures],
             "steps": {"run": dict(self.made), "reused": dict(self.reused)},
         }
@@ -77,6 +77,7 @@ def run_plan(plan: Plan, driver: Driver, evaluate_only: bool = False) -> Run:
         },
         evidence_weights={text: fit.calibrated.posterior.weight for text, fit in fits.items()},
         verdict=verdict(evaluation.results),
+        passed_over=tuple(d.name for d in plan.domains if d.name in grown.forest.withdrawn),
         failures=grown.failures,
         made=driver.made,
         reused=driver.reused,

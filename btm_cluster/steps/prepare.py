@@ -53,11 +53,12 @@ def prepare(request: PrepareRequest, ledger: Ledger, control: Control) -> Artifa
 
 
 def _read_text(request: ReadText, ledger: Ledger, folder: Path) -> Artifact:
-    text = write_text(request.source, request.reading, request.is_target, folder)
+    text = write_text(request.source, request.reading, request.is_target, folder, request.most_bytes)
+    ledger.check_not_purged(Ref("text", text.identity))
     # The text first, its memo last: a memo must never name a text that is not there.
     ledger.commit(Ref("text", text.identity), {"documents": text.identity}, text.files, text.facts)
     facts = {"text": text.identity, "skipped": dict(sorted(text.bad.items()))}
-    return ledger.commit(request.ref, request.recipe, {}, facts)
+    return ledger.commit(request.ref, request.recipe, {}, facts, {"name": request.label})
 
 
 def documents_of(ledger: Ledger, text: str, split: str) -> Iterator[str]:
