@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from btm_cluster import forest_commands
 from btm_cluster.errors import BtmError, UserError
+from btm_cluster.forest_commands import open_ledger
 from btm_cluster.plan import Plan, read_plan
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ app = typer.Typer(
 )
 forest_app = typer.Typer(help="Look at a forest and its history, and look after its store.", no_args_is_help=True)
 app.add_typer(forest_app, name="forest")
+forest_commands.register(forest_app)
 
 PlanPath = Annotated[Path, typer.Argument(help="The plan, a YAML file.", show_default=False)]
 Store = Annotated[str, typer.Option("--store", help="The store: a folder or URL.", show_default=False)]
@@ -77,7 +80,7 @@ def show_plan(plan_path: PlanPath, json_output: Json = False) -> None:
     from btm_cluster.display import consoles, preview_table
     from btm_cluster.preview import preview
 
-    seen = preview(plan, _open(plan.store))
+    seen = preview(plan, open_ledger(plan.store))
     if json_output:
         print(json.dumps(seen.to_json(), indent=1))
     else:
@@ -153,7 +156,7 @@ def forest_show(
     from btm_cluster.display import consoles, forest_table
     from btm_cluster.forest import describe_forest
 
-    forest = _open(store).forest(version)
+    forest = open_ledger(store).forest(version)
     if forest is None:
         raise UserError(f"no forest in {store}", found="no version" + (f" {version}" if version is not None else ""))
     if json_output:
@@ -167,7 +170,7 @@ def forest_log(store: Store, json_output: Json = False) -> None:
     """Show the versions of the forest, the newest first."""
     from btm_cluster.display import consoles, plain_table
 
-    ledger = _open(store)
+    ledger = open_ledger(store)
     entries = [_log_entry(ledger, version) for version in reversed(ledger.versions())]
     if json_output:
         print(json.dumps(entries, indent=1))
@@ -184,7 +187,7 @@ def forest_verify(store: Store, json_output: Json = False) -> None:
     from btm_cluster.errors import IntegrityError
     from btm_cluster.housekeeping import verify
 
-    seen = verify(_open(store))
+    seen = verify(open_ledger(store))
     if json_output:
         print(json.dumps(asdict(seen), indent=1))
     else:
@@ -208,7 +211,7 @@ def forest_gc(
     """Find, and with --delete remove, what no kept version, no run in the making and nothing young reaches."""
     from btm_cluster.housekeeping import collect, find_garbage
 
-    ledger = _open(store)
+    ledger = open_ledger(store)
     garbage = find_garbage(ledger, keep_versions, 86_400 * grace_days)
     if delete:
         collect(ledger, garbage)
@@ -230,21 +233,12 @@ def forest_pin(
     remove: Annotated[bool, typer.Option("--remove", help="Unpin it.")] = False,
 ) -> None:
     """Keep a version from being collected, however old it becomes."""
-    ledger = _open(store)
+    ledger = open_ledger(store)
     if remove:
         ledger.unpin(version)
     else:
         ledger.pin(version)
     print(f"pinned versions: {', '.join(map(str, ledger.pinned())) or 'none'}")
-
-
-def _open(store: str) -> "Ledger":
-    """The ledger of a store that was found to be usable."""
-    from btm_cluster.ledger import Ledger
-
-    ledger = Ledger.open(store)
-    ledger.storage.check()
-    return ledger
 
 
 def _log_entry(ledger: "Ledger", version: int) -> dict[str, Any]:
@@ -300,7 +294,7 @@ def driving(
     from btm_cluster.display import ProgressView, consoles
     from btm_cluster.driver import Driver
 
-    ledger = _open(plan.store)
+    ledger = open_ledger(plan.store)
     stop = threading.Event()
     with ProgressView(consoles(json_output)[1]) as view, _stop_on_signals(stop):
         if in_process:

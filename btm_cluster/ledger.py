@@ -67,13 +67,19 @@ class Artifact:
     facts: Mapping[str, Any]
     """What was found out while making it: the same for equal runs in one numerics profile."""
     note: Mapping[str, Any]
-    """Circumstances: when, where, how fast. Never used to decide anything but estimates."""
+    """Circumstances: when, where, how fast, called what. Never used to decide anything but estimates and what is purged."""
     blobs: tuple[Blob, ...]
     manifest_hash: str
 
     @property
     def ref(self) -> Ref:
         return Ref(self.kind, self.identity)
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """Identities of the models that a model was made from."""
+        start = self.recipe.get("start") or {}
+        return tuple(p["identity"] for p in self.recipe.get("average") or start.get("parents") or ())
 
     def blob(self, name: str) -> Blob:
         """The file called `name`."""
@@ -136,6 +142,11 @@ class Ledger:
         """What is left of an artifact that was purged; None where none was."""
         return self.read_record(tombstone_key(ref))
 
+    def parents_of(self, model: str) -> tuple[str, ...]:
+        """Identities of the models that one was made from, even if it was purged."""
+        tombstone = None if (found := self.find(Ref("model", model))) else self.tombstone(Ref("model", model))
+        return tuple(tombstone["parents"]) if tombstone else (found or self.get(Ref("model", model))).parents
+
     def check_not_purged(self, ref: Ref) -> None:
         """Refuses an artifact that was purged once.
 
@@ -166,10 +177,9 @@ class Ledger:
 
     def list_artifacts(self, kind: str) -> Iterator[Artifact]:
         """Every committed artifact of a kind."""
-        for entry in self.storage.list(f"artifacts/{kind}/"):
-            found = self.read_manifest(entry.key)
-            if found is not None:
-                yield found
+        keys = [entry.key for entry in self.storage.list(f"artifacts/{kind}/")]
+        with ThreadPoolExecutor(THREADS) as pool:
+            yield from (found for found in pool.map(self.read_manifest, keys) if found is not None)
 
     def commit(
         self,

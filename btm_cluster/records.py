@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from btm_cluster.forest import Parent, identity_of
+from btm_cluster.forest import Forest, Parent, identity_of
 from btm_cluster.ledger import THREADS, Ledger, Ref
 from btm_cluster.workers import Start
 
@@ -84,6 +84,12 @@ def list_pins(ledger: Ledger) -> Iterator[Pin]:
     identities = [_stem(entry.key) for entry in ledger.storage.list(EXPANSIONS)]
     with ThreadPoolExecutor(THREADS) as pool:
         yield from (found for found in pool.map(lambda one: find_pin(ledger, one), identities) if found is not None)
+
+
+def open_pins(ledger: Ledger, forest: Forest | None) -> list[Pin]:
+    """Pins of experts that are neither in the forest nor taken out of it: expansions in the making, or held back."""
+    settled = () if forest is None else (*forest.domains, *forest.withdrawn)
+    return [one for one in list_pins(ledger) if one.domain not in settled]
 
 
 def hold(ledger: Ledger, held: Held) -> None:

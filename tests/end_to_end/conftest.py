@@ -126,9 +126,13 @@ class Btm:
         """Everything printed so far."""
         return self._log.read_text()
 
-    def wait_until_said(self, pattern: str) -> None:
+    def wait_until_said(self, pattern: str, seconds: float = 90) -> None:
         """Returns once the output matches; fails if the process ends before."""
-        _wait_for(lambda: self.said, lambda said: bool(re.search(pattern, said)) or self.process.poll() is not None)
+        _wait_for(
+            lambda: self.said,
+            lambda said: bool(re.search(pattern, said)) or self.process.poll() is not None,
+            seconds,
+        )
         assert re.search(pattern, self.said), self.said
 
     def exit_code(self) -> int:

@@ -21,27 +21,16 @@ from btm_cluster.in_process import InProcess, LocalControl
 from btm_cluster.inbox import look
 from btm_cluster.ledger import Ledger
 from btm_cluster.plan import Plan
-from btm_cluster.run import run_plan
 from btm_cluster.workers import Failure, Outcome, TrainRequest
-from tests.conftest import in_process, made_up_documents, plan_fields, write_jsonl
+from tests.conftest import in_process, made_up_documents, write_jsonl
 from tests.living import deliver, put
 
 
-@pytest.fixture(scope="module")
-def founded(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    """A forest of two domains, evaluated."""
-    fields = plan_fields(texts, tmp_path_factory.mktemp("founded") / "store")
-    fields["training"] |= {"updates": 24, "seed_share": 0.25, "learning_rate": 1e-2}  # until experts differ
-    plan = Plan.model_validate(fields | {"domains": fields["domains"][:2]})
-    run_plan(plan, in_process(plan))
-    return plan
-
-
 @pytest.fixture
-def plan(founded: Plan, tmp_path: Path) -> Plan:
+def plan(founded_plan: Plan, tmp_path: Path) -> Plan:
     """The same, with a store of the test's own."""
-    shutil.copytree(founded.store, tmp_path / "store")
-    return founded.model_copy(update={"store": str(tmp_path / "store")})
+    shutil.copytree(founded_plan.store, tmp_path / "store")
+    return founded_plan.model_copy(update={"store": str(tmp_path / "store")})
 
 
 @pytest.fixture
@@ -96,12 +85,12 @@ def test_a_domain_in_the_inbox_becomes_an_expert_and_nothing_that_exists_is_made
 
 
 def test_an_expansion_of_a_domain_that_the_plan_names_is_the_same_expert_as_in_a_run(
-    plan: Plan, founded: Plan, tmp_path: Path
+    plan: Plan, founded_plan: Plan, tmp_path: Path
 ) -> None:
     text = write_jsonl(tmp_path / "meadow.jsonl", made_up_documents("meadow", 120))
     domains = [*plan.model_dump(mode="json")["domains"], {"name": "meadow", "text": str(text)}]
     by_expansion = expanded(changed(plan, domains=domains)).forest
-    shutil.copytree(founded.store, tmp_path / "other")
+    shutil.copytree(founded_plan.store, tmp_path / "other")
     by_run = grow(other := changed(plan, domains=domains, store=str(tmp_path / "other")), in_process(other)).forest
     assert by_expansion.experts == by_run.experts
 

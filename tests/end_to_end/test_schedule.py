@@ -1,0 +1,83 @@
+"""A schedule on one machine: a started Ray cluster with tokens, an S3 server as the store, and the expansion job, three times."""
+
+import json
+import os
+import signal
+import subprocess
+import uuid
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+import yaml
+
+from btm_cluster.algorithm import grow
+from btm_cluster.ledger import Ledger
+from btm_cluster.plan import Plan
+from tests.conftest import in_process
+from tests.end_to_end.conftest import BIN, REPOSITORY, Btm
+from tests.living import deliver
+
+
+@pytest.fixture
+def store(object_store: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty store in a bucket of its own."""
+    for name, value in (object_store | {"BTM_CACHE_FOLDER": str(tmp_path / "cache")}).items():
+        monkeypatch.setenv(name, value)
+    bucket = f"bucket-{uuid.uuid4().hex}"
+    boto3.client("s3").create_bucket(Bucket=bucket)
+    return f"s3://{bucket}/forest"
+
+
+def submit(cluster: dict[str, str], variables: dict[str, str], folder: Path, name: str) -> Btm:
+    """What a schedule does: submits the job and waits for it."""
+    runtime = json.dumps({"env_vars": variables | {"BTM_CACHE_FOLDER": str(folder / "cache")}})
+    arguments = ["--working-dir", str(folder / "plan"), "--runtime-env-json", runtime, "--submission-id", name]
+    entry = ["--", "python", str(REPOSITORY / "jobs" / "expand_forest.py"), "plan.yaml"]
+    return Btm([*arguments, *entry], cluster, folder / f"{name}.log", (str(BIN / "ray"), "job", "submit"))
+
+
+def trainer_of(domain: str, cluster: dict[str, str]) -> int:
+    """Process id of the actor that trains a domain's expert."""
+    command = [str(BIN / "ray"), "list", "actors", "--format", "json"]
+    actors = json.loads(subprocess.run(command, env=cluster, capture_output=True, text=True, check=True).stdout)
+    (pid,) = [a["pid"] for a in actors if a["name"].startswith(f"expert-{domain}-") and a["state"] == "ALIVE"]
+    return int(pid)
+
+
+@pytest.mark.timeout(600)
+def test_three_ticks_of_a_schedule_with_a_new_domain_while_that_still_runs_and_with_none(
+    cluster: dict[str, str], object_store: dict[str, str], store: str, long_fields: dict[str, Any], tmp_path: Path
+) -> None:
+    fields = long_fields | {"store": store, "domains": long_fields["domains"][:1], "targets": []}
+    plan = Plan.model_validate(fields | {"training": fields["training"] | {"seed_share": 0.1}})
+    founded = grow(plan, in_process(plan)).forest
+    (tmp_path / "plan").mkdir()
+    (tmp_path / "plan" / "plan.yaml").write_text(yaml.safe_dump(plan.model_dump(mode="json")), encoding="utf-8")
+    ledger = Ledger.open(store)
+    deliver(ledger, tmp_path, "meadow")
+
+    first = submit(cluster, object_store, tmp_path, f"tick-1-{uuid.uuid4().hex[:6]}")
+    first.wait_until_said(r"meadow: training update", seconds=240)
+    trainer = trainer_of("meadow", cluster)
+    os.kill(trainer, signal.SIGSTOP)
+    try:
+        second = submit(cluster, object_store, tmp_path, f"tick-2-{uuid.uuid4().hex[:6]}")
+        second.wait_until_said("meadow: waiting for another driver, which trains it", seconds=240)
+    finally:
+        os.kill(trainer, signal.SIGCONT)
+    assert (first.exit_code(), second.exit_code()) == (0, 0), first.said + second.said
+    assert "added meadow (development perplexity" in first.said
+    assert "forest version 2, 2 experts" in second.said
+
+    third = submit(cluster, object_store, tmp_path, f"tick-3-{uuid.uuid4().hex[:6]}")
+    assert third.exit_code() == 0, third.said
+    assert "steps run (and reused): none\nnothing was added: forest version 2, 2 experts" in third.said
+
+    forest = ledger.forest()
+    assert forest is not None
+    assert ledger.versions() == [0, 1, 2]
+    assert forest.expert("kitchen") == founded.expert("kitchen")
+    experts = [model for model in ledger.list_artifacts("model") if model.facts.get("role") == "expert"]
+    assert sorted(model.identity for model in experts) == sorted(expert.identity for expert in forest.experts)
