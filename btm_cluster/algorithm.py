@@ -4,7 +4,8 @@ Source: Li, Gururangan et al., 2022, section 3. Asks the workers for everything 
 the forest log.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from btm_cluster.driver import Driver
@@ -12,7 +13,7 @@ from btm_cluster.equations.averaging import uniform_weights
 from btm_cluster.errors import StoreError, TextError
 from btm_cluster.evaluation import average_weights
 from btm_cluster.forest import Expert, Forest, Parent, check_foundation, check_texts, merge_into
-from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.ledger import THREADS, Artifact, Ledger, Ref
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import (
     Ground,
@@ -30,6 +31,7 @@ from btm_cluster.recipes import (
     vocabulary_of,
     without_withdrawn,
 )
+from btm_cluster.records import Pin, find_pin, pin, pin_identity
 from btm_cluster.workers import Failure, Resources, Start, Tokenize, TrainRequest
 
 MERGE_ATTEMPTS = 100
@@ -90,9 +92,33 @@ def plant(ground: Ground, driver: Driver) -> Forest:
 
 def branch(ground: Ground, forest: Forest, driver: Driver) -> list[TrainRequest]:
     """Where each domain's expert starts: the first batch from the seed, later ones as the plan says, all from one forest."""
-    new = new_domains(ground, forest)
-    starts = starts_for(ground, forest, new, driver)
-    return [expert_request(ground, domain, start) for domain, start in zip(new, starts, strict=True)]
+    return pinned_branches(ground, forest, new_domains(ground, forest), {}, driver)
+
+
+def pinned_branches(
+    ground: Ground, forest: Forest, domains: Sequence[PreparedText], contents: Mapping[str, str], driver: Driver
+) -> list[TrainRequest]:
+    """A request for each domain's expert. Where a later domain's starts is pinned in the store before anything of it is made.
+
+    Whoever resumes it, and whatever the forest has grown by then, it is the same expert. A founding domain's follows from
+    the foundation. `contents` is what lies in the inbox, by domain.
+    """
+    ledger, seed = driver.ledger, forest.foundation.seed
+    later = [domain for domain in domains if (domain.name, domain.identity) not in forest.foundation.domains]
+    identities = [pin_identity(domain.name, domain.identity, seed) for domain in later]
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = pool.map(lambda identity: find_pin(ledger, identity), identities)
+    starts = {one.domain: one.start for one in found if one is not None}
+    new = [domain for domain in domains if domain.name not in starts]
+    base_hash = ledger.version_hash(forest.version) if new else ""
+    for domain, start in zip(new, starts_for(ground, forest, new, driver), strict=True):
+        if domain not in later:
+            starts[domain.name] = start
+            continue
+        files = contents.get(domain.name, "")
+        wanted = Pin(domain.name, domain.identity, seed, forest.version, base_hash, start, files)
+        starts[domain.name] = pin(ledger, wanted).start
+    return [expert_request(ground, domain, starts[domain.name]) for domain in domains]
 
 
 def starts_for(ground: Ground, forest: Forest, new: Sequence[PreparedText], driver: Driver) -> list[Start]:

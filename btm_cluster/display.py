@@ -233,6 +233,8 @@ def forest_table(forest: Forest) -> Table:
         for expert in forest.experts
     ]
     title = f"Forest version {forest.version}: {forest.reason}; seed {forest.foundation.seed[:12]}"
+    if forest.withdrawn:
+        title += f"; taken out: {', '.join(forest.withdrawn)}"
     return plain_table(title, ["domain", "expert", "text", "branched from"], rows)
 
 

@@ -22,7 +22,7 @@ def show_expanded(expanded: Expanded, json_output: bool) -> None:
     }
     for what, reasons in told.items():
         for name, reason in sorted(reasons.items()):
-            console.print(f"{what}: {name}: {reason}", highlight=False, markup=False, soft_wrap=True)
+            console.print(_visible(f"{what}: {name}: {reason}"), highlight=False, markup=False, soft_wrap=True)
     for failure in expanded.failures:
         console.print(f"failed: {failure.label}", highlight=False, markup=False, soft_wrap=True)
     console.print(steps_line(expanded.made, expanded.reused), highlight=False, soft_wrap=True)
@@ -36,6 +36,11 @@ def outcome_line(expanded: Expanded) -> str:
         return f"nothing was added: {stands}"
     names = [f"{name}{_gain(expanded.gains.get(name))}" for name in expanded.added]
     return f"added {', '.join(names)}: {stands}"
+
+
+def _visible(line: str) -> str:
+    """Without control characters: names of files come from whoever can write to the inbox."""
+    return "".join(character if character.isprintable() else "?" for character in line)
 
 
 def _gain(gain: Gain | None) -> str:

@@ -4,13 +4,13 @@ Where each starts is pinned in the store first, so that whoever resumes it, and 
 is the same expert. Nothing that exists is trained or scored again; with nothing to add, nothing is started.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from btm_cluster.acceptance import Gain, judge
-from btm_cluster.algorithm import merge, starts_for, train
+from btm_cluster.algorithm import merge, pinned_branches, train
 from btm_cluster.arrivals import NewGround, prepare_new
 from btm_cluster.driver import Driver
 from btm_cluster.errors import UserError
@@ -18,9 +18,9 @@ from btm_cluster.forest import Forest, describe_forest
 from btm_cluster.inbox import Inbox, look
 from btm_cluster.ledger import THREADS, Ledger
 from btm_cluster.plan import Plan
-from btm_cluster.recipes import Ground, PreparedText, expert_request
-from btm_cluster.records import Pin, find_pin, hold, newest_held, pin, pin_identity
-from btm_cluster.workers import Failure, TrainRequest
+from btm_cluster.recipes import Ground
+from btm_cluster.records import find_pin, hold, newest_held, pin_identity
+from btm_cluster.workers import Failure
 
 
 @dataclass(frozen=True)
@@ -103,25 +103,6 @@ def _grow(new: NewGround, forest: Forest, inbox: Inbox, passed_over: Mapping[str
         made=driver.made,
         reused=driver.reused,
     )
-
-
-def pinned_branches(
-    ground: Ground, forest: Forest, domains: Sequence[PreparedText], contents: Mapping[str, str], driver: Driver
-) -> list[TrainRequest]:
-    """A request for each domain's expert, from where it was pinned: now, or by an earlier start of this expansion."""
-    ledger, seed = driver.ledger, forest.foundation.seed
-    identities = [pin_identity(domain.name, domain.identity, seed) for domain in domains]
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(lambda identity: find_pin(ledger, identity), identities))
-    pins = {one.domain: one for one in found if one is not None}
-    new = [domain for domain in domains if domain.name not in pins]
-    base_hash = ledger.version_hash(forest.version)
-    for domain, start in zip(new, starts_for(ground, forest, new, driver), strict=True):
-        wanted = Pin(
-            domain.name, domain.identity, seed, forest.version, base_hash, start, contents.get(domain.name, "")
-        )
-        pins[domain.name] = pin(ledger, wanted)
-    return [expert_request(ground, domain, pins[domain.name].start) for domain in domains]
 
 
 def _passed_over(ledger: Ledger, forest: Forest, inbox: Inbox) -> dict[str, str]:

@@ -78,8 +78,9 @@ class _Folder:
 
 def look(ledger: Ledger, plan: Plan, known: Collection[str]) -> Inbox:
     """What has arrived, but for the domains in `known`. What is refused is quarantined, and so is not looked at again."""
-    earlier = list_quarantine(ledger)
-    arrivals, waiting, refused, old = [], {}, {}, {}
+    earlier, bounds = list_quarantine(ledger), plan.expansion.inbox
+    arrivals: list[Arrival] = []
+    waiting, refused, old = dict[str, str](), dict[str, str](), dict[str, str]()
     for folder in _folders(ledger.storage):
         if folder.name in known:
             old[folder.name] = _contents(folder)
@@ -90,8 +91,10 @@ def look(ledger: Ledger, plan: Plan, known: Collection[str]) -> Inbox:
         elif reason := _refusal(folder, plan):
             quarantine(ledger, folder.name, folder.identity, reason)
             refused[folder.name] = reason
+        elif len(arrivals) == bounds.most_domains:
+            waiting[folder.name] = f"the plan takes {bounds.most_domains} at once"
         else:
-            arrivals.append(_arrival(folder, ledger.storage, plan.expansion.inbox))
+            arrivals.append(_arrival(folder, ledger.storage, bounds))
     return Inbox(tuple(arrivals), waiting, refused, old)
 
 
@@ -127,7 +130,10 @@ def _odd_files(address: str) -> Iterator[str]:
         return
     for folder, folders, files in os.walk(address):
         for path in (Path(folder, name) for name in (*folders, *files)):
-            kind = path.lstat().st_mode
+            try:
+                kind = path.lstat().st_mode
+            except FileNotFoundError:
+                continue  # taken away while we looked
             if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
                 yield path.relative_to(address).as_posix()
 

@@ -15,6 +15,8 @@ class InboxPlan(Section):
     """Field of a JSON row that holds the document."""
     delimiter: Text | None = None
     """Cuts text files into documents; without it, a file is a document."""
+    most_domains: Positive = 64
+    """Domains taken at once; the others wait for the next time."""
     most_files: Annotated[Positive, Field(le=100_000)] = 10_000
     """Files of one domain. How long a line or document may be is `reading.longest_document_characters`."""
     most_gigabytes: PositiveReal = 50

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from btm_cluster.algorithm import grow, merge, train
+from btm_cluster.algorithm import grow, merge, pinned_branches, train
 from btm_cluster.arrivals import prepare_new
+from btm_cluster.display_expansion import show_expanded
 from btm_cluster.driver import Driver
 from btm_cluster.errors import FoundationError, UserError
-from btm_cluster.expansion import Expanded, expand, pinned_branches
+from btm_cluster.expansion import Expanded, expand
 from btm_cluster.forest import Forest
 from btm_cluster.in_process import InProcess, LocalControl
 from btm_cluster.inbox import look
@@ -245,6 +246,25 @@ def test_files_and_sizes_beyond_the_plans_bounds_are_refused_before_a_byte_is_re
     small = expanded(changed(plan, expansion={"inbox": {"most_gigabytes": 1e-6}}))
     assert "the plan takes 1e-06 GB" in small.quarantined["meadow"]
     assert not small.made
+
+
+def test_of_more_domains_than_the_plan_takes_at_once_the_rest_wait(plan: Plan, arrive: Callable[..., None]) -> None:
+    arrive("meadow")
+    arrive("island")
+    few = changed(plan, expansion={"inbox": {"most_domains": 1}})
+    first = expanded(few)
+    assert (first.added, first.waiting) == (("island",), {"meadow": "the plan takes 1 at once"})
+    assert expanded(few).added == ("meadow",)
+
+
+def test_names_in_the_inbox_cannot_write_to_a_terminal(
+    plan: Plan, arrive: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arrive("a\x1b[2Jb")
+    show_expanded(expanded(plan), json_output=False)
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "quarantined: a?[2Jb: a name that no domain can have" in shown
 
 
 def test_an_expert_whose_inbox_files_were_replaced_stays_and_the_expansion_says_so(
