@@ -13,8 +13,11 @@ import pytest
 import yaml
 
 from btm_cluster.algorithm import grow
+from btm_cluster.housekeeping import verify
 from btm_cluster.ledger import Ledger
 from btm_cluster.plan import Plan
+from btm_cluster.purge import condemn, purge
+from btm_cluster.removal import remove
 from tests.conftest import in_process
 from tests.end_to_end.conftest import BIN, REPOSITORY, Btm
 from tests.living import deliver
@@ -22,11 +25,13 @@ from tests.living import deliver
 
 @pytest.fixture
 def store(object_store: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An empty store in a bucket of its own."""
+    """An empty store in a bucket of its own, which keeps versions."""
     for name, value in (object_store | {"BTM_CACHE_FOLDER": str(tmp_path / "cache")}).items():
         monkeypatch.setenv(name, value)
     bucket = f"bucket-{uuid.uuid4().hex}"
-    boto3.client("s3").create_bucket(Bucket=bucket)
+    client = boto3.client("s3")
+    client.create_bucket(Bucket=bucket)
+    client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
     return f"s3://{bucket}/forest"
 
 
@@ -81,3 +86,17 @@ def test_three_ticks_of_a_schedule_with_a_new_domain_while_that_still_runs_and_w
     assert forest.expert("kitchen") == founded.expert("kitchen")
     experts = [model for model in ledger.list_artifacts("model") if model.facts.get("role") == "expert"]
     assert sorted(model.identity for model in experts) == sorted(expert.identity for expert in forest.experts)
+
+    meadow = forest.expert("meadow")
+    remove(ledger, "meadow")
+    purge(ledger, condemn(ledger, "meadow"))
+    listed = boto3.client("s3").list_object_versions(Bucket=store.split("/")[2])
+    assert not listed["IsTruncated"]
+    keys = {version["Key"] for version in (*listed["Versions"], *listed.get("DeleteMarkers", ()))}
+    traces = ("meadow", meadow.identity, meadow.text, meadow.weights_sha256)
+    assert {key for key in keys if any(trace in key for trace in traces)} == {
+        f"forest/tombstones/{kind}/{identity}.json"
+        for kind, identity in (("text", meadow.text), ("model", meadow.identity))
+    }
+    assert not (tmp_path / "cache" / "files" / meadow.weights_sha256).exists()
+    assert verify(ledger).problems == ()
