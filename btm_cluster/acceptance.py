@@ -46,7 +46,8 @@ def judge(ground: Ground, forest: Forest, experts: Sequence[Expert], driver: Dri
     own = [text for text in ground.domains if text.name in {expert.domain for expert in new}]
     known: list[PreparedText] = []
     if limit is not None and old and new:
-        known = [*_texts_of(ground, forest, driver), *(text for text in ground.texts if text.is_target)]
+        targets = [text for text in ground.texts if text.is_target and text.tokens["development"]]
+        known = [*_texts_of(ground, forest, driver), *targets]
     perplexity = _ensemble_perplexity(ground, (*old, *new), [*known, *own], driver)
     accepted, held = new, dict[str, Held]()
     if limit is not None and known:

@@ -113,15 +113,20 @@ def _folders(storage: Storage, name: str = "") -> Iterator[_Folder]:
     found: dict[str, dict[str, Entry]] = {}
     below = f"{INBOX}{name}/" if name else INBOX
     for entry in storage.list(below):
-        folder, separator, path = entry.key.removeprefix(INBOX).partition("/")
+        folder, separator, path = _readable(entry.key.removeprefix(INBOX)).partition("/")
         if separator and path and not folder.startswith("."):
             found.setdefault(folder, {})[path] = entry
     odd: dict[str, list[str]] = {}
     for key in _odd_files(storage.address(below.rstrip("/"))):
-        folder, _, path = f"{below.removeprefix(INBOX)}{key}".partition("/")
+        folder, _, path = _readable(f"{below.removeprefix(INBOX)}{key}").partition("/")
         odd.setdefault(folder, []).append(path)
     for folder in sorted(found.keys() | odd.keys()):
         yield _Folder(folder, found.get(folder, {}), tuple(sorted(odd.get(folder, ()))))
+
+
+def _readable(name: str) -> str:
+    """A local name that is not UTF-8 gets question marks, with which it is refused, instead of failing wherever it is written."""
+    return name.encode(errors="replace").decode()
 
 
 def _odd_files(address: str) -> Iterator[str]:

@@ -261,10 +261,13 @@ def test_names_in_the_inbox_cannot_write_to_a_terminal(
     plan: Plan, arrive: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     arrive("a\x1b[2Jb")
+    arrive("no-utf-8")
+    os.rename(Path(plan.store, "inbox/no-utf-8"), os.fsencode(Path(plan.store, "inbox")) + b"/no-utf-\xff")
     show_expanded(expanded(plan), json_output=False)
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
     assert "quarantined: a?[2Jb: a name that no domain can have" in shown
+    assert "quarantined: no-utf-?: a name that no domain can have" in shown
 
 
 def test_an_expert_whose_inbox_files_were_replaced_stays_and_the_expansion_says_so(
