@@ -36,11 +36,18 @@ def store(object_store: dict[str, str], tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def submit(cluster: dict[str, str], variables: dict[str, str], folder: Path, name: str) -> Btm:
-    """What a schedule does: submits the job and waits for it."""
+    """What a schedule does: submits the job, again while the cluster is not ready for one, and waits for it."""
     runtime = json.dumps({"env_vars": variables | {"BTM_CACHE_FOLDER": str(folder / "cache")}})
-    arguments = ["--working-dir", str(folder / "plan"), "--runtime-env-json", runtime, "--submission-id", name]
     entry = ["--", "python", str(REPOSITORY / "jobs" / "expand_forest.py"), "plan.yaml"]
-    return Btm([*arguments, *entry], cluster, folder / f"{name}.log", (str(BIN / "ray"), "job", "submit"))
+    for attempt in range(20):
+        arguments = ["--working-dir", str(folder / "plan"), "--runtime-env-json", runtime]
+        log = folder / f"{name}-{attempt}.log"
+        job = Btm([*arguments, *entry], cluster, log, (str(BIN / "ray"), "job", "submit"))
+        job.wait_until_said("submitted successfully|No available agent", seconds=120)
+        if "No available agent" not in job.said:
+            return job
+        job.exit_code()
+    raise AssertionError(job.said)
 
 
 def trainer_below(folder: Path) -> int:
@@ -52,7 +59,7 @@ def trainer_below(folder: Path) -> int:
 
 @pytest.mark.timeout(600)
 def test_three_ticks_of_a_schedule_with_a_new_domain_while_that_still_runs_and_with_none(
-    request: pytest.FixtureRequest,
+    cluster: dict[str, str],
     object_store: dict[str, str],
     store: str,
     long_fields: dict[str, Any],
@@ -65,14 +72,13 @@ def test_three_ticks_of_a_schedule_with_a_new_domain_while_that_still_runs_and_w
     (tmp_path / "plan" / "plan.yaml").write_text(yaml.safe_dump(plan.model_dump(mode="json")), encoding="utf-8")
     ledger = Ledger.open(store)
     deliver(ledger, tmp_path, "meadow")
-    cluster = request.getfixturevalue("cluster")
 
-    first = submit(cluster, object_store, tmp_path, f"tick-1-{uuid.uuid4().hex[:6]}")
+    first = submit(cluster, object_store, tmp_path, "tick-1")
     first.wait_until_said(r"meadow: training update", seconds=240)
     trainer = trainer_below(tmp_path)
     os.kill(trainer, signal.SIGSTOP)
     try:
-        second = submit(cluster, object_store, tmp_path, f"tick-2-{uuid.uuid4().hex[:6]}")
+        second = submit(cluster, object_store, tmp_path, "tick-2")
         second.wait_until_said("meadow: waiting for another driver, which trains it", seconds=240)
     finally:
         os.kill(trainer, signal.SIGCONT)
@@ -80,7 +86,7 @@ def test_three_ticks_of_a_schedule_with_a_new_domain_while_that_still_runs_and_w
     assert "added meadow (development perplexity" in first.said
     assert "forest version 2, 2 experts" in second.said
 
-    third = submit(cluster, object_store, tmp_path, f"tick-3-{uuid.uuid4().hex[:6]}")
+    third = submit(cluster, object_store, tmp_path, "tick-3")
     assert third.exit_code() == 0, third.said
     assert "steps run (and reused): none\nnothing was added: forest version 2, 2 experts" in third.said
 
