@@ -123,7 +123,7 @@ def expand(
 def evaluate(
     plan_path: PlanPath, json_output: Json = False, address: Address = None, in_process: InProcess = False
 ) -> None:
-    """Evaluate the forest as it stands on the plan's domains and targets."""
+    """Evaluate the forest as it stands, on the text of all its domains and of the plan's targets."""
     grow_forest(read_plan(plan_path), json_output, address, in_process, dashboard=False, evaluate_only=True)
 
 

@@ -1,7 +1,7 @@
 """A whole run of a plan, from texts to verdict: grow the forest, evaluate it, report. What `btm run` and the jobs call."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from btm_cluster.algorithm import Grown, grow, prepare
@@ -10,7 +10,7 @@ from btm_cluster.errors import StepError, UserError
 from btm_cluster.evaluation import evaluate
 from btm_cluster.forest import Forest, check_foundation, describe_forest
 from btm_cluster.plan import Plan
-from btm_cluster.recipes import seed_request, transformer_lm_request
+from btm_cluster.recipes import block_requests, seed_request, stored_text, transformer_lm_request
 from btm_cluster.report import Verdict, verdict
 from btm_cluster.texts import TextReport, report_texts
 from btm_cluster.workers import Failure
@@ -85,7 +85,7 @@ def run_plan(plan: Plan, driver: Driver, evaluate_only: bool = False) -> Run:
 
 
 def find_grown(plan: Plan, driver: Driver) -> Grown:
-    """The forest as it stands, with the plan's texts prepared.
+    """The forest as it stands, with the plan's texts prepared, and those of its domains that the plan does not name.
 
     Raises:
         UserError: there is none yet.
@@ -96,6 +96,10 @@ def find_grown(plan: Plan, driver: Driver) -> Grown:
     ground = prepare(plan, driver)
     seed = seed_request(ground).ref
     check_foundation(forest, ground.foundation(seed.identity))
+    others = [expert for expert in forest.experts if expert.domain not in {text.name for text in ground.texts}]
+    stored = tuple(stored_text(expert.domain, expert.text, ground, driver.ledger) for expert in others)
+    ground = replace(ground, texts=(*ground.texts, *stored))
+    driver.require(driver.workers.prepare, block_requests(ground))
     baseline = transformer_lm_request(ground, seed).ref
     wanted = "transformer-lm" in plan.baselines and driver.ledger.find(baseline) is not None
     return Grown(ground, forest, baseline if wanted else None, ())

@@ -13,6 +13,7 @@ import pytest
 
 from btm_cluster.algorithm import grow, merge, pinned_branches, train
 from btm_cluster.arrivals import prepare_new
+from btm_cluster.contributions import contributions
 from btm_cluster.display_expansion import show_expanded
 from btm_cluster.driver import Driver
 from btm_cluster.errors import FoundationError, UserError
@@ -22,6 +23,7 @@ from btm_cluster.in_process import InProcess, LocalControl
 from btm_cluster.inbox import look
 from btm_cluster.ledger import Ledger
 from btm_cluster.plan import Plan
+from btm_cluster.run import run_plan
 from btm_cluster.workers import Failure, Outcome, TrainRequest
 from tests.conftest import in_process, made_up_documents, write_jsonl
 from tests.living import deliver, put
@@ -83,6 +85,9 @@ def test_a_domain_in_the_inbox_becomes_an_expert_and_nothing_that_exists_is_made
     assert {parent.identity for parent in first.forest.expert("meadow").parents} <= {e.identity for e in before.experts}
     again = expanded(plan)
     assert (again.forest, again.added, dict(again.made)) == (first.forest, (), {})
+    evaluated = run_plan(plan, in_process(plan), evaluate_only=True)
+    assert "meadow" in evaluated.verdict.rows["test"][0].cells, "though the plan does not name it"
+    assert len(contributions(ledger).texts) == 4
 
 
 def test_an_expansion_of_a_domain_that_the_plan_names_is_the_same_expert_as_in_a_run(
