@@ -137,10 +137,15 @@ def _goes(artifact: Artifact, domain: str, texts: frozenset[str], experts: Mappi
             return not texts.isdisjoint({recipe["train"], *recipe["tests"]})
         case "model":  # an average that holds its weights is made again without them, where somebody asks for one
             of_expert = "average" in recipe and any(parent in experts for parent in artifact.parents)
-            return artifact.identity in experts or of_expert
+            return artifact.identity in experts or of_expert or artifact.note.get("name") in _averages_for(domain)
         case "training":
             return _is_expert_of(artifact.facts.get("model", {}), texts)
     return False
+
+
+def _averages_for(domain: str) -> tuple[str, ...]:
+    """What averages of other experts are called that were made for a domain: where its expert starts, and of its posterior."""
+    return (f"start of {domain}", f"posterior for {domain}")
 
 
 def _is_of(scores: Artifact, going: set[str]) -> bool:

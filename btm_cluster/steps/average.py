@@ -34,7 +34,7 @@ def average(request: AverageRequest, ledger: Ledger, control: Control) -> Artifa
         write_card(request, files["README.md"])
         for name in ("config.json", *TOKENIZER_FILES):
             files[name] = ledger.open_file(parents[0], name)
-        return ledger.commit(request.ref, request.recipe, files, {"role": "average"})
+        return ledger.commit(request.ref, request.recipe, files, {"role": "average"}, {"name": request.label})
 
 
 def open_config(ledger: Ledger, model: Artifact) -> dict[str, Any]:

@@ -224,6 +224,11 @@ def test_a_purged_founding_domain_leaves_seed_and_tokenizer_and_the_forest_lives
     deliver(ledger, tmp_path, "desert")
     assert expand(plan, in_process(plan)).added == ("desert",)
     assert run_plan(plan, in_process(plan)).forest.domains == ("desert", "harbour", "island", "meadow")
+    assert len(named_in(plan.store, "start of desert")) == 2  # an average of others, by its card and its manifest
+    remove(ledger, "desert")
+    purge(ledger, condemn(ledger, "desert"))
+    assert not named_in(plan.store, "desert")
+    assert verify(ledger).problems == ()
 
 
 def test_a_domain_that_was_never_merged_can_be_purged(plan: Plan, ledger: Ledger, tmp_path: Path) -> None:
