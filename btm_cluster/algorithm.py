@@ -4,15 +4,16 @@ Source: Li, Gururangan et al., 2022, section 3. Asks the workers for everything 
 the forest log.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from btm_cluster.driver import Driver
 from btm_cluster.equations.averaging import uniform_weights
 from btm_cluster.errors import StoreError, TextError
-from btm_cluster.evaluation import fit_text
+from btm_cluster.evaluation import average_weights
 from btm_cluster.forest import Expert, Forest, Parent, check_foundation, check_texts, merge_into
-from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.ledger import THREADS, Artifact, Ledger, Ref
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import (
     Ground,
@@ -30,7 +31,9 @@ from btm_cluster.recipes import (
     tokenizer_request,
     transformer_lm_request,
     vocabulary_of,
+    without_withdrawn,
 )
+from btm_cluster.records import Pin, find_pin, pin, pin_identity
 from btm_cluster.workers import Failure, Resources, Start, Tokenize, TrainRequest
 
 MERGE_ATTEMPTS = 100
@@ -62,13 +65,13 @@ def grow(plan: Plan, driver: Driver) -> Grown:
 
 def prepare(plan: Plan, driver: Driver) -> Ground:
     """Texts to documents, documents to token blocks, and the configuration that all models share."""
-    workers = driver.workers
+    workers, forest = driver.workers, driver.ledger.forest()
+    plan = without_withdrawn(plan, forest)
     model = model_config(plan, vocabulary_of(plan))  # first: a wrong model is refused before a text is read
     check_demix(plan, model[0], driver.ledger.forest(0))
     read = driver.require(workers.prepare, read_requests(plan))
     memos = {text.name: memo for text, memo in zip(plan.texts, read, strict=True)}
     ground = ground_of(plan, memos, model, driver.ledger)
-    forest = driver.ledger.forest()
     if forest is not None:  # what does not fit is refused before anything is made
         check_foundation(forest, ground.foundation(seed_request(ground).ref.identity))
         check_texts(forest, {domain.name: domain.identity for domain in ground.domains})
@@ -95,12 +98,41 @@ def plant(ground: Ground, driver: Driver) -> Forest:
 
 def branch(ground: Ground, forest: Forest, driver: Driver) -> list[TrainRequest]:
     """Where each domain's expert starts: the first batch from the seed, later ones as the plan says, all from one forest."""
-    new = new_domains(ground, forest)
+    return pinned_branches(ground, forest, new_domains(ground, forest), {}, driver)
+
+
+def pinned_branches(
+    ground: Ground, forest: Forest, domains: Sequence[PreparedText], contents: Mapping[str, str], driver: Driver
+) -> list[TrainRequest]:
+    """A request for each domain's expert. Where a later domain's starts is pinned in the store before anything of it is made.
+
+    Whoever resumes it, and whatever the forest has grown by then, it is the same expert. A founding domain's follows from
+    the foundation. `contents` is what lies in the inbox, by domain.
+    """
+    ledger, seed = driver.ledger, forest.foundation.seed
+    later = [domain for domain in domains if (domain.name, domain.identity) not in forest.foundation.domains]
+    identities = [pin_identity(domain.name, domain.identity, seed) for domain in later]
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = pool.map(lambda identity: find_pin(ledger, identity), identities)
+    starts = {one.domain: one.start for one in found if one is not None}
+    new = [domain for domain in domains if domain.name not in starts]
+    base_hash = ledger.version_hash(forest.version) if new else ""
+    for domain, start in zip(new, starts_for(ground, forest, new, driver), strict=True):
+        if domain not in later:
+            starts[domain.name] = start
+            continue
+        files = contents.get(domain.name, "")
+        wanted = Pin(domain.name, domain.identity, seed, forest.version, base_hash, start, files)
+        starts[domain.name] = pin(ledger, wanted).start
+    return [expert_request(ground, domain, starts[domain.name]) for domain in domains]
+
+
+def starts_for(ground: Ground, forest: Forest, new: Sequence[PreparedText], driver: Driver) -> list[Start]:
+    """A start for each new domain, in order."""
+    later = [domain for domain in new if not starts_from_seed(ground, forest, domain)]
+    averaged = iter(averaged_starts(ground, forest, later, driver) if later else ())
     start = seed_start(ground, Ref("model", forest.foundation.seed))
-    from_seed = [domain for domain in new if starts_from_seed(ground, forest, domain)]
-    later = [domain for domain in new if domain not in from_seed]
-    starts = [start] * len(from_seed) + (averaged_starts(ground, forest, later, driver) if later else [])
-    return [expert_request(ground, domain, start) for domain, start in zip(from_seed + later, starts, strict=True)]
+    return [start if starts_from_seed(ground, forest, domain) else next(averaged) for domain in new]
 
 
 def new_domains(ground: Ground, forest: Forest) -> list[PreparedText]:
@@ -134,13 +166,13 @@ def merge(forest: Forest, experts: Sequence[Expert], ledger: Ledger) -> Forest:
     forest = ledger.forest() or forest  # the log moved on meanwhile: what an older version names may be collected
     for _ in range(MERGE_ATTEMPTS):
         # Another driver may have added the same domain meanwhile, branched from another version: the first one stays.
-        new = [expert for expert in experts if expert.domain not in forest.domains]
+        # And a domain that was taken out meanwhile stays out.
+        new = [expert for expert in experts if expert.domain not in (*forest.domains, *forest.withdrawn)]
         check_texts(forest, {expert.domain: expert.text for expert in experts})
         if not new:
             return forest
         named = {expert.identity: manifests[expert.identity] for expert in new}
-        for identity, manifest_hash in {**forest.manifests, **named}.items():
-            ledger.check_standing(Ref("model", identity), manifest_hash)
+        ledger.check_all_standing({**forest.manifests, **named})
         ledger.append(merge_into(forest, new, named, reason="added " + ", ".join(e.domain for e in new)))
         newest = ledger.forest()
         assert newest is not None
@@ -153,6 +185,11 @@ def train_baseline(ground: Ground, driver: Driver) -> tuple[Ref | None, list[Fai
     if "transformer-lm" not in ground.plan.baselines:
         return None, []
     request = transformer_lm_request(ground, seed_request(ground).ref)
+    if not all(text.tokens for text in request.texts) and driver.ledger.find(request.ref) is None:
+        cause = (
+            "a founding domain was purged, and the Transformer-LM learns from all of them; take it out of `baselines`"
+        )
+        return None, [Failure(request.label, 0, "in this store", cause)]
     outcome = driver.obtain(driver.workers.train, [resumed(request, driver.ledger)])[0]
     return (None, [outcome]) if isinstance(outcome, Failure) else (outcome.ref, [])
 
@@ -191,8 +228,7 @@ def averaged_starts(ground: Ground, forest: Forest, new: Sequence[PreparedText],
     """The average of the forest's experts for each new domain, by its posterior on the domain's text or uniformly."""
     weights = [uniform_weights(len(forest.experts))] * len(new)
     if ground.plan.branching.start == "posterior":
-        fits = [fit_text(ground, forest, domain, driver) for domain in new]
-        weights = [fit.average_weights for fit in fits]
+        weights = average_weights(ground, forest, new, driver)
     requests = [
         average_request(ground, f"start of {domain.name}", forest, w) for domain, w in zip(new, weights, strict=True)
     ]

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from btm_cluster import forest_commands
 from btm_cluster.discover_command import discover
 from btm_cluster.errors import BtmError, UserError
+from btm_cluster.forest_commands import open_ledger
 from btm_cluster.plan import Plan, read_plan
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ app = typer.Typer(
 forest_app = typer.Typer(help="Look at a forest and its history, and look after its store.", no_args_is_help=True)
 app.add_typer(forest_app, name="forest")
 app.command()(discover)
+forest_commands.register(forest_app)
 
 PlanPath = Annotated[Path, typer.Argument(help="The plan, a YAML file.", show_default=False)]
 Store = Annotated[str, typer.Option("--store", help="The store: a folder or URL.", show_default=False)]
@@ -79,7 +82,7 @@ def show_plan(plan_path: PlanPath, json_output: Json = False) -> None:
     from btm_cluster.display import consoles, preview_table
     from btm_cluster.preview import preview
 
-    seen = preview(plan, _open(plan.store))
+    seen = preview(plan, open_ledger(plan.store))
     if json_output:
         print(json.dumps(seen.to_json(), indent=1))
     else:
@@ -107,10 +110,22 @@ def run(
 
 
 @app.command()
+def expand(
+    plan_path: PlanPath,
+    json_output: Json = False,
+    address: Address = None,
+    in_process: InProcess = False,
+    dashboard: Dashboard = False,
+) -> None:
+    """Add the domains that the plan or the store's inbox has and the forest has not. Nothing to add: starts nothing."""
+    expand_forest(read_plan(plan_path), json_output, address, in_process, dashboard)
+
+
+@app.command()
 def evaluate(
     plan_path: PlanPath, json_output: Json = False, address: Address = None, in_process: InProcess = False
 ) -> None:
-    """Evaluate the forest as it stands on the plan's domains and targets."""
+    """Evaluate the forest as it stands, on the text of all its domains and of the plan's targets."""
     grow_forest(read_plan(plan_path), json_output, address, in_process, dashboard=False, evaluate_only=True)
 
 
@@ -168,7 +183,7 @@ def forest_show(
     from btm_cluster.display import consoles, forest_table
     from btm_cluster.forest import describe_forest
 
-    forest = _open(store).forest(version)
+    forest = open_ledger(store).forest(version)
     if forest is None:
         raise UserError(f"no forest in {store}", found="no version" + (f" {version}" if version is not None else ""))
     if json_output:
@@ -182,7 +197,7 @@ def forest_log(store: Store, json_output: Json = False) -> None:
     """Show the versions of the forest, the newest first."""
     from btm_cluster.display import consoles, plain_table
 
-    ledger = _open(store)
+    ledger = open_ledger(store)
     entries = [_log_entry(ledger, version) for version in reversed(ledger.versions())]
     if json_output:
         print(json.dumps(entries, indent=1))
@@ -199,7 +214,7 @@ def forest_verify(store: Store, json_output: Json = False) -> None:
     from btm_cluster.errors import IntegrityError
     from btm_cluster.housekeeping import verify
 
-    seen = verify(_open(store))
+    seen = verify(open_ledger(store))
     if json_output:
         print(json.dumps(asdict(seen), indent=1))
     else:
@@ -223,7 +238,7 @@ def forest_gc(
     """Find, and with --delete remove, what no kept version, no run in the making and nothing young reaches."""
     from btm_cluster.housekeeping import collect, find_garbage
 
-    ledger = _open(store)
+    ledger = open_ledger(store)
     garbage = find_garbage(ledger, keep_versions, 86_400 * grace_days)
     if delete:
         collect(ledger, garbage)
@@ -245,21 +260,12 @@ def forest_pin(
     remove: Annotated[bool, typer.Option("--remove", help="Unpin it.")] = False,
 ) -> None:
     """Keep a version from being collected, however old it becomes."""
-    ledger = _open(store)
+    ledger = open_ledger(store)
     if remove:
         ledger.unpin(version)
     else:
         ledger.pin(version)
     print(f"pinned versions: {', '.join(map(str, ledger.pinned())) or 'none'}")
-
-
-def _open(store: str) -> "Ledger":
-    """The ledger of a store that was found to be usable."""
-    from btm_cluster.ledger import Ledger
-
-    ledger = Ledger.open(store)
-    ledger.storage.check()
-    return ledger
 
 
 def _log_entry(ledger: "Ledger", version: int) -> dict[str, Any]:
@@ -303,6 +309,20 @@ def run_study_plan(plan: Plan, to: Path, address: str | None, in_process: bool, 
     print(f"wrote {to / 'README.md'}")
 
 
+def expand_forest(plan: Plan, json_output: bool, address: str | None, in_process: bool, dashboard: bool) -> None:
+    """Expands a plan's forest and says what came of it. Raises StepError at the end if some experts failed."""
+    from btm_cluster.display_expansion import show_expanded
+    from btm_cluster.expansion import expand
+
+    with driving(plan, address, in_process, dashboard, json_output) as driver:
+        result = expand(plan, driver)
+    show_expanded(result, json_output)
+    if result.failures:
+        from btm_cluster.driver import step_error
+
+        raise step_error(result.failures)
+
+
 @contextmanager
 def driving(
     plan: Plan, address: str | None, in_process: bool, dashboard: bool, json_output: bool
@@ -314,7 +334,7 @@ def driving(
     from btm_cluster.display import ProgressView, consoles
     from btm_cluster.driver import Driver
 
-    ledger = _open(plan.store)
+    ledger = open_ledger(plan.store)
     stop = threading.Event()
     with ProgressView(consoles(json_output)[1]) as view, _stop_on_signals(stop):
         if in_process:

@@ -188,6 +188,8 @@ def show_run(run: Run, json_output: bool) -> None:
     console.print(texts_table(run.texts))
     for notice in skipped_notice(run.texts, run.wanted_development_blocks):
         console.print(f"note: {notice}", highlight=False)
+    for name in run.passed_over:
+        console.print(f"note: {name} was taken out of the forest and is passed over", highlight=False)
     console.print(fits_table(run.priors, run.evidence_weights))
     verdict_tables(run.verdict, console)
     notes.print(run.steps_line, highlight=False)
@@ -231,6 +233,8 @@ def forest_table(forest: Forest) -> Table:
         for expert in forest.experts
     ]
     title = f"Forest version {forest.version}: {forest.reason}; seed {forest.foundation.seed[:12]}"
+    if forest.withdrawn:
+        title += f"; taken out: {', '.join(forest.withdrawn)}"
     return plain_table(title, ["domain", "expert", "text", "branched from"], rows)
 
 

@@ -4,7 +4,7 @@ Running a plan again is the resume path: whatever the ledger has is not asked fo
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from btm_cluster.errors import StepError
@@ -66,3 +66,10 @@ def step_error(failures: Sequence[Failure]) -> StepError:
         f"{len(failures)} step(s) failed\n" + "\n".join(f"- {line}" for line in lines),
         remedy="the same command tries only these again",
     )
+
+
+def steps_line(made: Mapping[str, int], reused: Mapping[str, int]) -> str:
+    """How many steps ran, and how many were there already."""
+    kinds = sorted({*made, *reused})
+    counts = ", ".join(f"{kind} {made.get(kind, 0)} ({reused.get(kind, 0)})" for kind in kinds)
+    return f"steps run (and reused): {counts or 'none'}"

@@ -176,6 +176,19 @@ def fit_text(ground: Ground, forest: Forest, text: PreparedText, driver: Driver)
     return default_fit(samples, ground.plan.merging)
 
 
+def average_weights(ground: Ground, forest: Forest, texts: Sequence[PreparedText], driver: Driver) -> list[list[float]]:
+    """The experts' weights in the posterior-weighted average for each text, by its development text.
+
+    All is scored at once, so that each expert is loaded once, however many texts there are.
+    """
+    experts, merging = [Ref("model", expert.identity) for expert in forest.experts], ground.plan.merging
+    pairs = [(model, text) for model in experts for text in texts]
+    scores = score_models(ground, pairs, driver, splits=["development"])
+    stacks = [stack_of(driver.ledger, scores, experts, text, "development") for text in texts]
+    samples = [stack.take(0, merging.development_blocks) for stack in stacks]
+    return [posterior_weights(log_prior(merging.average_prior, *sample, FULL).exp()) for sample in samples]
+
+
 def fit_target(logp_EBT: torch.Tensor, mask_BT: torch.Tensor, merging: MergingPlan) -> TargetFit:
     """Everything fitted for a text, from its development blocks in hash order."""
     paper = Mixing(log_prior("ema", logp_EBT, mask_BT, FULL), FULL)

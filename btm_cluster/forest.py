@@ -70,6 +70,8 @@ class Forest:
     reason: str
     parent: str | None = None
     """Hash of the version before."""
+    withdrawn: tuple[str, ...] = ()
+    """Names of domains that were taken out on purpose: they are not added again because a plan or an inbox still has them."""
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -107,6 +109,69 @@ def merge_into(forest: Forest, experts: Sequence[Expert], manifests: Mapping[str
         manifests={**forest.manifests, **manifests},
         reason=reason,
     )
+
+
+def take_out(forest: Forest, domain: str, reason: str) -> Forest:
+    """The next version, without a domain's expert.
+
+    Raises:
+        UserError: the domain has none.
+    """
+    gone = forest.expert(domain)
+    return dataclasses.replace(
+        forest,
+        version=forest.version + 1,
+        experts=tuple(expert for expert in forest.experts if expert != gone),
+        manifests={identity: hashed for identity, hashed in forest.manifests.items() if identity != gone.identity},
+        reason=reason,
+        withdrawn=tuple(sorted({*forest.withdrawn, domain})),
+    )
+
+
+def put_back(forest: Forest, expert: Expert, manifest_hash: str, reason: str) -> Forest:
+    """The next version, with an expert that had been taken out."""
+    merged = merge_into(forest, [expert], {expert.identity: manifest_hash}, reason)
+    return dataclasses.replace(merged, withdrawn=tuple(name for name in forest.withdrawn if name != expert.domain))
+
+
+def roll_back(forest: Forest, old: Forest, reason: str) -> Forest:
+    """The next version after `forest`, equal to `old`: what came since counts as taken out."""
+    withdrawn = {*old.withdrawn, *forest.withdrawn, *forest.domains} - {*old.domains}
+    return dataclasses.replace(
+        old, version=forest.version + 1, reason=reason, parent=None, withdrawn=tuple(sorted(withdrawn))
+    )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What tells one version from another: names of domains."""
+
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    replaced: tuple[str, ...]
+    """In both, with another expert."""
+
+
+def difference(before: Forest, after: Forest) -> Difference:
+    """From one version to another."""
+    old, new = ({expert.domain: expert.identity for expert in forest.experts} for forest in (before, after))
+    return Difference(
+        added=tuple(sorted(new.keys() - old.keys())),
+        removed=tuple(sorted(old.keys() - new.keys())),
+        replaced=tuple(sorted(name for name in old.keys() & new.keys() if old[name] != new[name])),
+    )
+
+
+def descendants(of: str, parents: Mapping[str, Sequence[str]]) -> set[str]:
+    """Every model that descends from one, through whatever lies between. `parents` are identities by identity."""
+    found: set[str] = set()
+    waiting = [of]
+    while waiting:
+        ancestor = waiting.pop()
+        children = {model for model, above in parents.items() if ancestor in above} - found
+        found |= children
+        waiting += children
+    return found
 
 
 def check_texts(forest: Forest, texts: Mapping[str, str]) -> None:
@@ -153,4 +218,5 @@ def describe_forest(forest: Forest) -> dict[str, Any]:
         "reason": forest.reason,
         "foundation": dataclasses.asdict(forest.foundation),
         "experts": [dataclasses.asdict(expert) for expert in forest.experts],
+        "withdrawn": list(forest.withdrawn),
     }

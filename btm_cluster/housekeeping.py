@@ -1,22 +1,21 @@
 """Keeping a store: is every committed byte what was written, and what does nothing reach any more.
 
-Knows which artifacts need which; deletes only what no kept forest version, no run in the making and nothing young reaches.
-The inbox is never looked at.
+Knows which artifacts need which; deletes only what no kept forest version, no run or expansion in the making and nothing
+young reaches. The inbox, refusals and tombstones are never looked at by a collection.
 """
 
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from btm_cluster.errors import StoreError
 from btm_cluster.forest import identity_of
-from btm_cluster.ledger import Artifact, Ledger, Ref, artifact_key, blob_key
+from btm_cluster.ledger import THREADS, Artifact, Ledger, Ref, artifact_key, blob_key
+from btm_cluster.records import EXPANSIONS, HELD, QUARANTINE, TOMBSTONES, open_pins
 from btm_cluster.storage import Storage
-
-THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,9 @@ def verify(ledger: Ledger) -> Verified:
         }
         problems += [p for p in pool.map(lambda b: _check_blob(ledger, b[0], b[1], b[2]), blobs.values()) if p]
     versions = ledger.versions()
-    problems += list(_check_versions(ledger, versions, artifacts))
+    purged, damaged = _read_tombstones(ledger)
+    problems += damaged + list(_check_versions(ledger, versions, artifacts, purged))
+    problems += [f"{key} was purged, and is there again" for key in sorted(purged & artifacts.keys())]
     size = sum(size for _, _, size in blobs.values())
     return Verified(len(versions), len(artifacts), len(blobs), size, tuple(problems))
 
@@ -74,16 +75,23 @@ def find_garbage(ledger: Ledger, keep_versions: int, grace_seconds: float) -> Ga
     storage = ledger.storage
     oldest_kept = store_time(storage) - grace_seconds
     entries = {entry.key: entry for entry in _manifest_entries(storage)}
-    with ThreadPoolExecutor(THREADS) as pool:
-        read = dict(zip(entries, pool.map(ledger.read_manifest, entries), strict=True))
-    manifests = {key: artifact for key, artifact in read.items() if artifact is not None}
+    manifests = read_manifests(ledger, entries)
     young = {key for key in manifests if entries[key].modified >= oldest_kept}
     artifacts = {a.ref: a for key, a in manifests.items() if a.kind != "training"}
 
+    pins = open_pins(ledger, ledger.forest())
+    expanding = {pin.text for pin in pins}
     roots = {manifests[key].ref for key in young if manifests[key].kind != "training"}
-    in_the_making = {manifests[key].identity: manifests[key] for key in young if manifests[key].kind == "training"}
+    in_the_making = {
+        artifact.identity: artifact
+        for key, artifact in manifests.items()
+        if artifact.kind == "training" and (key in young or _is_expert_of(artifact.facts.get("model", {}), expanding))
+    }
     for training in in_the_making.values():
         roots |= set(_needs("model", training.facts.get("model", {})))
+    roots |= {ref for pin in pins for ref in (Ref("text", pin.text), pin.start.model)}
+    roots |= {Ref("model", parent.identity) for pin in pins for parent in pin.start.parents}
+    roots |= {ref for ref, a in artifacts.items() if ref.kind == "model" and _is_expert_of(a.recipe, expanding)}
     for version in {*ledger.versions()[-keep_versions:], *ledger.pinned()}:
         forest = ledger.forest(version)
         roots |= {Ref("model", identity) for identity in (forest.manifests if forest else ())}
@@ -112,15 +120,17 @@ def collect(ledger: Ledger, garbage: Garbage) -> None:
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(ledger.storage.delete, garbage.manifests))
         # Whoever committed meanwhile named its blobs by now, or uploaded them anew: those stay.
-        keys = [entry.key for entry in _manifest_entries(ledger.storage)]
-        named = {
-            blob_key(artifact.ref, blob.sha256)
-            for artifact in pool.map(ledger.read_manifest, keys)
-            if artifact is not None
-            for blob in artifact.blobs
-        }
+        named = {blob_key(a.ref, blob.sha256) for a in read_manifests(ledger).values() for blob in a.blobs}
         old = {entry.key for entry in _blob_entries(ledger.storage) if entry.modified < garbage.older_than}
         list(pool.map(ledger.storage.delete, [key for key in garbage.blobs if key in old and key not in named]))
+
+
+def read_manifests(ledger: Ledger, keys: Iterable[str] | None = None) -> dict[str, Artifact]:
+    """Every manifest of a store, or those of some keys, by key: artifacts and training checkpoints."""
+    keys = [entry.key for entry in _manifest_entries(ledger.storage)] if keys is None else list(keys)
+    with ThreadPoolExecutor(THREADS) as pool:
+        read = zip(keys, pool.map(ledger.read_manifest, keys), strict=True)
+        return {key: artifact for key, artifact in read if artifact is not None}
 
 
 def store_time(storage: Storage) -> float:
@@ -199,6 +209,11 @@ def _trained_alike(recipe: Mapping[str, Any]) -> str:
     return identity_of({key: value for key, value in recipe.items() if key not in ("last_update", "is_demix")})
 
 
+def _is_expert_of(recipe: Mapping[str, Any], texts: set[str]) -> bool:
+    """Whether a training is of an expert on one of these texts."""
+    return bool(recipe.get("restart_data")) and not texts.isdisjoint(recipe.get("texts", ()))
+
+
 def _manifest_entries(storage: Storage) -> Iterator[Any]:
     for folder in ("artifacts/", "training/"):
         yield from (entry for entry in storage.list(folder) if entry.key.endswith(".json"))
@@ -228,8 +243,27 @@ def _check_blob(ledger: Ledger, artifact: Artifact, name: str, size_bytes: int) 
     return ""
 
 
-def _check_versions(ledger: Ledger, versions: Iterable[int], artifacts: Mapping[str, Artifact]) -> Iterator[str]:
-    """Each version reads, names the version before it, and names models that are there as it names them."""
+def _read_tombstones(ledger: Ledger) -> tuple[set[str], list[str]]:
+    """The manifest keys of what was purged; and every record of a living forest that is damaged."""
+    damaged: list[str] = []
+    keys = [entry.key for folder in (EXPANSIONS, HELD, QUARANTINE, TOMBSTONES) for entry in ledger.storage.list(folder)]
+
+    def check(key: str) -> str:
+        try:
+            ledger.read_record(key)
+        except StoreError as exc:
+            return str(exc)
+        return ""
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        damaged += [problem for problem in pool.map(check, keys) if problem]
+    return {f"artifacts/{key.removeprefix(TOMBSTONES)}" for key in keys if key.startswith(TOMBSTONES)}, damaged
+
+
+def _check_versions(
+    ledger: Ledger, versions: Iterable[int], artifacts: Mapping[str, Artifact], purged: Collection[str]
+) -> Iterator[str]:
+    """Each version reads, names the version before it, and names models that are there as it names them, or were purged."""
     versions = list(versions)
     kept = {*versions[-1:], *ledger.pinned()}  # `gc` may have collected what only older ones name
     parent: str | None = None
@@ -245,7 +279,10 @@ def _check_versions(ledger: Ledger, versions: Iterable[int], artifacts: Mapping[
             yield f"forest version {version} names another parent\n  found:    {forest.parent}\n  expected: {parent}"
         parent = own_hash
         for identity, manifest_hash in forest.manifests.items():
-            found = artifacts.get(artifact_key(Ref("model", identity)))
-            if (found is None and version in kept) or (found is not None and found.manifest_hash != manifest_hash):
+            key = artifact_key(Ref("model", identity))
+            found, gone = artifacts.get(key), key in purged
+            if (found is None and version in kept and not gone) or (
+                found is not None and found.manifest_hash != manifest_hash
+            ):
                 what = "another manifest" if found else "no manifest"
                 yield f"forest version {version} names model {identity[:12]}\n  found:    {what}\n  expected: {manifest_hash}"

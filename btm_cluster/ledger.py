@@ -9,6 +9,9 @@ exist. Knows the layout of the store and how to check what it reads; knows nothi
     training/<identity>/blobs/<sha256> its bytes: what is dropped some day shares no object with what is kept
     forest/<n>.json                    version n
     pins/<n>.json                      version n is never collected
+    tombstones/<kind>/<identity>.json  a text or model that was purged, and never comes back
+
+Other records that are created once have their places in `records.py`.
 """
 
 import dataclasses
@@ -31,7 +34,8 @@ from btm_cluster.storage import Storage, open_storage
 
 log = logging.getLogger(__name__)
 CHUNK_BYTES = 8 * 2**20
-LOOKUPS_AT_ONCE = 16
+THREADS = 16
+"""Small requests under way at once, where there are many."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +67,19 @@ class Artifact:
     facts: Mapping[str, Any]
     """What was found out while making it: the same for equal runs in one numerics profile."""
     note: Mapping[str, Any]
-    """Circumstances: when, where, how fast. Never used to decide anything but estimates."""
+    """Circumstances: when, where, how fast, called what. Never used to decide anything but estimates and what is purged."""
     blobs: tuple[Blob, ...]
     manifest_hash: str
 
     @property
     def ref(self) -> Ref:
         return Ref(self.kind, self.identity)
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """Identities of the models that a model was made from."""
+        start = self.recipe.get("start") or {}
+        return tuple(p["identity"] for p in self.recipe.get("average") or start.get("parents") or ())
 
     def blob(self, name: str) -> Blob:
         """The file called `name`."""
@@ -108,7 +118,7 @@ class Ledger:
         """`find` for each, in order; many at once, since each costs a round trip to the store."""
         if len(refs) < 2:
             return [self.find(ref) for ref in refs]
-        with ThreadPoolExecutor(LOOKUPS_AT_ONCE, thread_name_prefix="find") as pool:
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="find") as pool:
             return list(pool.map(self.find, refs))
 
     def get(self, ref: Ref) -> Artifact:
@@ -124,28 +134,59 @@ class Ledger:
         Raises:
             MissingError, IntegrityError: something was deleted or replaced, such as by a `gc` with too short a grace.
         """
-        artifact = self.get(ref)
-        if artifact.manifest_hash != manifest_hash:
-            raise IntegrityError(
-                f"{artifact_key(ref)} is another manifest than the one it was",
-                found=artifact.manifest_hash,
-                expected=manifest_hash,
-                remedy="restore it from a backup, or take another `store`",
+        for blob in self._standing(ref, manifest_hash).blobs:
+            self._check_blob_stands(ref, blob)
+
+    def check_all_standing(self, manifests: Mapping[str, str]) -> None:
+        """Like `check_standing` for models by identity, each blob looked up once and many at a time."""
+        with ThreadPoolExecutor(THREADS) as pool:
+            blobs: dict[str, tuple[Ref, Blob]] = {}
+            for artifact in pool.map(lambda item: self._standing(Ref("model", item[0]), item[1]), manifests.items()):
+                blobs |= {blob_key(artifact.ref, blob.sha256): (artifact.ref, blob) for blob in artifact.blobs}
+            list(pool.map(lambda item: self._check_blob_stands(*item), blobs.values()))
+
+    def tombstone(self, ref: Ref) -> Mapping[str, Any] | None:
+        """What is left of an artifact that was purged; None where none was."""
+        return self.read_record(tombstone_key(ref))
+
+    def parents_of(self, model: str) -> tuple[str, ...]:
+        """Identities of the models that one was made from, even if it was purged."""
+        tombstone = None if (found := self.find(Ref("model", model))) else self.tombstone(Ref("model", model))
+        return tuple(tombstone["parents"]) if tombstone else (found or self.get(Ref("model", model))).parents
+
+    def check_not_purged(self, ref: Ref) -> None:
+        """Refuses an artifact that was purged once.
+
+        Raises:
+            UserError: naming when and by whom.
+        """
+        found = self.tombstone(ref)
+        if found is not None:
+            raise UserError(
+                f"this {ref.kind}, {ref.identity[:12]}, was purged from the store",
+                found=f"purged as {found['domain']!r} at {found['note']['created']} by {found['note']['by']}",
+                expected="what was purged stays away",
+                remedy="take the domain out of the plan or the inbox; other text may come under another name",
             )
-        for blob in artifact.blobs:
-            key = blob_key(ref, blob.sha256)
-            if [entry.size_bytes for entry in self.storage.list(key)] != [blob.size_bytes]:
-                raise MissingError(
-                    f"{ref.kind} {ref.identity[:12]} has lost its file {blob.name} ({key})",
-                    remedy=f"delete {artifact_key(ref)} and run the plan again, which makes it anew",
-                )
+
+    def create_record(self, key: str, body: Mapping[str, Any]) -> bool:
+        """Creates a small document once, with its hash and its circumstances. False: there is one of that key."""
+        return self._create(key, {"body": dict(body), "note": {}})
+
+    def read_record(self, key: str) -> Mapping[str, Any] | None:
+        """A record's body, and under `note` its circumstances; None where there is none.
+
+        Raises:
+            IntegrityError: it is not what was written.
+        """
+        document = self._read_document(key)
+        return None if document is None else {**document["body"], "note": document["note"]}
 
     def list_artifacts(self, kind: str) -> Iterator[Artifact]:
         """Every committed artifact of a kind."""
-        for entry in self.storage.list(f"artifacts/{kind}/"):
-            found = self.read_manifest(entry.key)
-            if found is not None:
-                yield found
+        keys = [entry.key for entry in self.storage.list(f"artifacts/{kind}/")]
+        with ThreadPoolExecutor(THREADS) as pool:
+            yield from (found for found in pool.map(self.read_manifest, keys) if found is not None)
 
     def commit(
         self,
@@ -219,12 +260,31 @@ class Ledger:
 
     def clear_training(self, identity: str) -> None:
         """Drops every training checkpoint of a model that is committed, and what was left of unfinished ones."""
-        for entry in list(self.storage.list(_training_folder(identity))):  # by key: manifests before their blobs
+        for entry in list(self.storage.list(training_folder(identity))):  # by key: manifests before their blobs
             self.storage.delete(entry.key)
+
+    def _standing(self, ref: Ref, manifest_hash: str) -> Artifact:
+        artifact = self.get(ref)
+        if artifact.manifest_hash != manifest_hash:
+            raise IntegrityError(
+                f"{artifact_key(ref)} is another manifest than the one it was",
+                found=artifact.manifest_hash,
+                expected=manifest_hash,
+                remedy="restore it from a backup, or take another `store`",
+            )
+        return artifact
+
+    def _check_blob_stands(self, ref: Ref, blob: Blob) -> None:
+        key = blob_key(ref, blob.sha256)
+        if [entry.size_bytes for entry in self.storage.list(key)] != [blob.size_bytes]:
+            raise MissingError(
+                f"{ref.kind} {ref.identity[:12]} has lost its file {blob.name} ({key})",
+                remedy=f"delete {artifact_key(ref)} and run the plan again, which makes it anew",
+            )
 
     def _training_keys(self, identity: str) -> list[str]:
         """Of the manifests of training checkpoints, by update."""
-        return [e.key for e in self.storage.list(_training_folder(identity)) if e.key.endswith(".json")]
+        return [e.key for e in self.storage.list(training_folder(identity)) if e.key.endswith(".json")]
 
     def forest(self, version: int | None = None) -> Forest | None:
         """A version of the forest, the newest by default; None where there is none."""
@@ -245,8 +305,7 @@ class Ledger:
         forest = self.forest(version)
         if forest is None:
             raise UserError(f"there is no forest version {version}", found=f"versions {self.versions()}")
-        for identity, manifest_hash in forest.manifests.items():
-            self.check_standing(Ref("model", identity), manifest_hash)
+        self.check_all_standing(forest.manifests)
         self._create(_pin_key(version), {"body": {"version": version}, "note": {}})
 
     def unpin(self, version: int) -> None:
@@ -379,16 +438,21 @@ def artifact_key(ref: Ref) -> str:
 
 def blob_key(ref: Ref, sha256: str) -> str:
     """Of a file of an artifact."""
-    folder = _training_folder(ref.identity) if ref.kind == "training" else ""
+    folder = training_folder(ref.identity) if ref.kind == "training" else ""
     return f"{folder}blobs/{sha256}"
 
 
-def _training_folder(identity: str) -> str:
+def tombstone_key(ref: Ref) -> str:
+    """Of what is left of an artifact that was purged."""
+    return f"tombstones/{ref.kind}/{ref.identity}.json"
+
+
+def training_folder(identity: str) -> str:
     return f"training/{identity}/"
 
 
 def _training_key(identity: str, update: int) -> str:
-    return f"{_training_folder(identity)}{update:09d}.json"
+    return f"{training_folder(identity)}{update:09d}.json"
 
 
 def _forest_key(version: int) -> str:
@@ -407,4 +471,5 @@ def _forest_from(document: Mapping[str, Any]) -> Forest:
         Expert(**{**expert, "parents": tuple(Parent(**parent) for parent in expert["parents"])})
         for expert in body.pop("experts")
     )
-    return Forest(foundation=Foundation(**foundation, domains=founders), experts=experts, **body)
+    withdrawn = tuple(body.pop("withdrawn", ()))  # which version 0 of an older store has not
+    return Forest(foundation=Foundation(**foundation, domains=founders), experts=experts, withdrawn=withdrawn, **body)

@@ -45,7 +45,9 @@ def write_merged_model(plan: Plan, weights: str, target: str | None, to: Path, d
     if weights == "uniform":
         chosen = uniform_weights(len(forest.experts))
     else:
-        text = next(text for text in ground.texts if text.name == target)
+        text = next((text for text in ground.texts if text.name == target), None)
+        if text is None:
+            raise UserError(f"{target!r} was taken out of the forest", remedy="merge for another text")
         fit = fit_text(ground, forest, text, driver)
         chosen = fit.argmax_weights if weights == "argmax" else fit.average_weights
     label = weights if weights == "uniform" else f"{weights} for {target}"

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-_NAME_PATTERN = "[a-z0-9][a-z0-9_-]{0,63}"
+NAME_PATTERN = "[a-z0-9][a-z0-9_-]{0,63}"
 
 
 def _as_number(value: Any) -> Any:
@@ -29,7 +29,7 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _check_name(value: str) -> str:
-    if not re.fullmatch(_NAME_PATTERN, value):
+    if not re.fullmatch(NAME_PATTERN, value):
         raise ValueError("lower-case letters, digits, - and _, the first a letter or digit, 64 at most")
     return value
 
@@ -60,7 +60,7 @@ Real = Annotated[float, BeforeValidator(_as_number), Field(ge=0)]
 PositiveReal = Annotated[float, BeforeValidator(_as_number), Field(gt=0)]
 Share = Annotated[Real, Field(lt=1)]
 Text = Annotated[str, Field(min_length=1)]
-Name = Annotated[str, AfterValidator(_check_name), Field(json_schema_extra={"pattern": f"^{_NAME_PATTERN}$"})]
+Name = Annotated[str, AfterValidator(_check_name), Field(json_schema_extra={"pattern": f"^{NAME_PATTERN}$"})]
 Location = Annotated[str, AfterValidator(_check_location)]
 Files = Annotated[tuple[Annotated[Location, AfterValidator(_check_file)], ...], BeforeValidator(_as_tuple)]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_switch)]

@@ -31,6 +31,7 @@ from btm_cluster.recipes import (
     tokenizer_request,
     transformer_lm_request,
     vocabulary_of,
+    without_withdrawn,
 )
 from btm_cluster.workers import Request, TrainRequest
 
@@ -85,6 +86,7 @@ def preview(plan: Plan, ledger: Ledger) -> Preview:
         UserError: whatever a run would refuse before it spends anything.
     """
     check_clusters(plan, [domain.name for domain in plan.domains])
+    plan = without_withdrawn(plan, ledger.forest())
     model = model_config(plan, vocabulary_of(plan))
     check_demix(plan, model[0], ledger.forest(0))
     parameters, non_embedding = count_parameters(model[0])

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from btm_cluster.errors import FoundationError, PlanError, TextError
+from btm_cluster.errors import FoundationError, PlanError, TextError, UserError
 from btm_cluster.forest import Forest, Foundation, Parent, identity_of
 from btm_cluster.language_model.demix import check_splits
 from btm_cluster.language_model.model import full_config
@@ -75,6 +75,23 @@ class Ground:
         return Foundation(
             seed, self.tokenizer.identity, identity_of(self.model), self.plan.training.block_tokens, self.founders
         )
+
+
+def without_withdrawn(plan: Plan, forest: Forest | None) -> Plan:
+    """The plan without the domains that were taken out of the forest: naming them still does not bring them back.
+
+    Raises:
+        UserError: that leaves none.
+    """
+    withdrawn = forest.withdrawn if forest is not None else ()
+    kept = tuple(domain for domain in plan.domains if domain.name not in withdrawn)
+    if not kept:
+        raise UserError(
+            "every domain of the plan was taken out of the forest",
+            found=", ".join(withdrawn),
+            remedy="name another domain, or bring one back with `btm forest remove DOMAIN --undo`",
+        )
+    return plan.model_copy(update={"domains": kept})
 
 
 def read_requests(plan: Plan) -> list[ReadText]:
@@ -161,7 +178,9 @@ def ground_of(
     check_distinct(plan, identities)
     founders = founders_of(plan, identities, ledger.forest(0))
     tokenizer = tokenizer_request(plan, founders).ref
-    facts = {text: ledger.get(Ref("text", text)).facts for text in {*identities.values(), *dict(founders).values()}}
+    facts = {text: ledger.get(Ref("text", text)).facts for text in identities.values()}
+    found = {text: ledger.find(Ref("text", text)) for text in dict(founders).values() if text not in facts}
+    facts |= {text: artifact.facts for text, artifact in found.items() if artifact}  # but for what was purged since
 
     def tokens_of(name: str, text: str) -> dict[str, tuple[Ref, ...]]:
         shards = tokenize_requests(name, text, facts[text], tokenizer, plan.training.block_tokens)
@@ -173,9 +192,18 @@ def ground_of(
         for name, text in ((source.name, identities[source.name]) for source in plan.texts)
     )
     founding = tuple(
-        TrainingText(text, tokens_of(name, text)["train"]) for name, text in sorted(founders, key=lambda f: f[1])
+        TrainingText(text, tokens_of(name, text)["train"] if text in facts else ())
+        for name, text in sorted(founders, key=lambda f: f[1])
     )
     return Ground(plan, texts, founders, founding, tokenizer, *model)
+
+
+def stored_text(name: str, text: str, ground: Ground, ledger: Ledger) -> PreparedText:
+    """A domain's text that the store has, whether the plan names it or not."""
+    facts = ledger.get(Ref("text", text)).facts
+    shards = tokenize_requests(name, text, facts, ground.tokenizer, ground.plan.training.block_tokens)
+    tokens = {split: tuple(request.ref for request in requests) for split, requests in shards.items()}
+    return PreparedText(name, False, text, facts, {}, tokens)
 
 
 def block_requests(ground: Ground) -> list[Tokenize]:

@@ -1,17 +1,17 @@
 """A whole run of a plan, from texts to verdict: grow the forest, evaluate it, report. What `btm run` and the jobs call."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from btm_cluster.algorithm import Grown, grow, prepare
 from btm_cluster.cluster_ensemble import check_clusters
-from btm_cluster.driver import Driver
+from btm_cluster.driver import Driver, steps_line
 from btm_cluster.errors import StepError, UserError
 from btm_cluster.evaluation import evaluate
 from btm_cluster.forest import Forest, check_foundation, describe_forest
 from btm_cluster.plan import Plan
-from btm_cluster.recipes import demix_request, seed_request, transformer_lm_request
+from btm_cluster.recipes import block_requests, demix_request, seed_request, stored_text, transformer_lm_request
 from btm_cluster.report import Verdict, verdict
 from btm_cluster.texts import TextReport, report_texts
 from btm_cluster.workers import Failure
@@ -29,6 +29,8 @@ class Run:
     evidence_weights: Mapping[str, float]
     """β of the calibrated posterior, by text."""
     verdict: Verdict
+    passed_over: tuple[str, ...]
+    """Domains of the plan that were taken out of the forest."""
     failures: tuple[Failure, ...]
     made: Mapping[str, int]
     reused: Mapping[str, int]
@@ -36,10 +38,7 @@ class Run:
     @property
     def steps_line(self) -> str:
         """How many steps ran, and how many were there already."""
-        kinds = sorted({*self.made, *self.reused})
-        return "steps run (and reused): " + ", ".join(
-            f"{kind} {self.made.get(kind, 0)} ({self.reused.get(kind, 0)})" for kind in kinds
-        )
+        return steps_line(self.made, self.reused)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for machines."""
@@ -49,6 +48,7 @@ class Run:
             "priors": {text: dict(prior) for text, prior in self.priors.items()},
             "evidence_weights": dict(self.evidence_weights),
             "verdict": self.verdict.to_json(),
+            "passed_over": list(self.passed_over),
             "failures": [asdict(failure) for failure in self.failures],
             "steps": {"run": dict(self.made), "reused": dict(self.reused)},
         }
@@ -80,6 +80,7 @@ def run_plan(plan: Plan, driver: Driver, evaluate_only: bool = False) -> Run:
         },
         evidence_weights={text: fit.calibrated.posterior.weight for text, fit in fits.items()},
         verdict=verdict(evaluation.results),
+        passed_over=tuple(d.name for d in plan.domains if d.name in grown.forest.withdrawn),
         failures=grown.failures,
         made=driver.made,
         reused=driver.reused,
@@ -87,7 +88,7 @@ def run_plan(plan: Plan, driver: Driver, evaluate_only: bool = False) -> Run:
 
 
 def find_grown(plan: Plan, driver: Driver) -> Grown:
-    """The forest as it stands, with the plan's texts prepared.
+    """The forest as it stands, with the plan's texts prepared, and those of its domains that the plan does not name.
 
     Raises:
         UserError: there is none yet.
@@ -98,6 +99,10 @@ def find_grown(plan: Plan, driver: Driver) -> Grown:
     ground = prepare(plan, driver)
     seed = seed_request(ground).ref
     check_foundation(forest, ground.foundation(seed.identity))
+    others = [expert for expert in forest.experts if expert.domain not in {text.name for text in ground.texts}]
+    stored = tuple(stored_text(expert.domain, expert.text, ground, driver.ledger) for expert in others)
+    ground = replace(ground, texts=(*ground.texts, *stored))
+    driver.require(driver.workers.prepare, block_requests(ground))
     baseline = transformer_lm_request(ground, seed).ref
     wanted = "transformer-lm" in plan.baselines and driver.ledger.find(baseline) is not None
     demix = demix_request(ground)

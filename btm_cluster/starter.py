@@ -32,6 +32,9 @@ baselines: [transformer-lm]           # the rival of the same compute, so that y
 
 merging: {posterior: calibrated, prior: fitted, development_blocks: 100}
 
+# expansion:                          # how `btm expand` adds what arrives in the store's inbox
+#   accept_if: {development_perplexity_rise_at_most: 0.01}    # hold back experts that make the forest worse
+
 cluster:                              # how, not what: changing this changes no result's name
   seed_gpus: 0                        # 0 trains on CPU
   gpus_per_expert: 0                  # 0.25 puts four experts on one GPU

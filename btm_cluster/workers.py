@@ -41,6 +41,8 @@ class ReadText(_Request):
     is_target: bool
     fingerprint: Mapping[str, Any]
     """Of the source's files or data set, so that unchanged text is not read twice."""
+    most_bytes: int | None = None
+    """How much is read of a source that is not trusted, decompressed."""
 
     @property
     def recipe(self) -> Mapping[str, Any]:

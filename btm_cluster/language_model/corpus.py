@@ -40,10 +40,13 @@ class Text:
     """Documents skipped, by reason."""
 
 
-def write_text(source: TextPlan, reading: ReadingPlan, is_target: bool, folder: Path) -> Text:
+def write_text(
+    source: TextPlan, reading: ReadingPlan, is_target: bool, folder: Path, most_bytes: int | None = None
+) -> Text:
     """Reads `source` and writes its shards below `folder`.
 
-    A target's text is all held out: half development, half test. Elsewhere `reading` says the shares.
+    A target's text is all held out: half development, half test. Elsewhere `reading` says the shares. `most_bytes`
+    bounds a source that is not trusted, as in `read_documents`.
 
     Raises:
         TextError: a bad document where the plan refuses them, or a split that needs text and has none.
@@ -56,7 +59,7 @@ def write_text(source: TextPlan, reading: ReadingPlan, is_target: bool, folder: 
     shares = (0.0 if given["development"] else shares[0], 0.0 if given["test"] else shares[1])
     if is_target and given["test"] and not given["development"]:
         shares = (1.0, 0.0)  # a target's remaining text can only be development text
-    documents = usable_documents(source.name, read_documents(source, reading), reading, bad)
+    documents = usable_documents(source.name, read_documents(source, reading, most_bytes), reading, bad)
     spools = _spool(documents, shares, folder)
     text = _write_shards(spools, folder)
     text.bad = bad

@@ -7,13 +7,16 @@ import fnmatch
 import glob
 import io
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.fs
+
+from btm_cluster.errors import TextError
 
 _S3 = "s3://"
 _CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
@@ -42,11 +45,54 @@ def find_below(folder: Path) -> list[SourceFile]:
     return find_files(f"{glob.escape(str(folder))}/**")
 
 
-def open_stream(path: str) -> io.BufferedReader:
-    """A file's bytes, its compression undone."""
+class Budget:
+    """How many bytes, decompressed, may still be read of a source that is not trusted."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = self._left = most_bytes
+
+    def spend(self, path: str, size_bytes: int) -> None:
+        """Counts what was read.
+
+        Raises:
+            TextError: it was too much.
+        """
+        self._left -= size_bytes
+        if self._left < 0:
+            raise TextError(
+                "a text is larger than it may be",
+                found=f"more than {self._most_bytes:,} bytes, decompressed, up to {path}",
+                expected=f"at most {self._most_bytes:,}",
+                remedy="cut it into several domains, or raise `expansion.inbox.most_decompressed_gigabytes`",
+            )
+
+
+class _Counted(io.RawIOBase):
+    """A stream that spends a budget."""
+
+    def __init__(self, path: str, raw: Any, budget: Budget) -> None:
+        self._path, self._raw, self._budget = path, raw, budget
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        size = int(self._raw.readinto(buffer))
+        self._budget.spend(self._path, size)
+        return size
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def open_stream(path: str, budget: Budget | None = None) -> io.BufferedReader:
+    """A file's bytes, its compression undone. With a budget, which they spend, a link is not followed."""
     system, inner = _locate(path)
+    if budget is not None and not path.startswith(_S3) and not stat.S_ISREG(os.lstat(inner).st_mode):
+        raise OSError(f"{path} is a link, or no file")  # checked once before, but it may have been put there since
     raw = system.open_input_stream(inner, compression=_codec(path), buffer_size=_read_ahead(path))
-    return io.BufferedReader(raw, 1 << 20)
+    return io.BufferedReader(raw if budget is None else _Counted(path, raw, budget), 1 << 20)
 
 
 def open_random(path: str) -> tuple[pyarrow.NativeFile, int]:

@@ -16,13 +16,21 @@ import pyarrow
 import pyarrow.parquet
 
 from btm_cluster.errors import TextError
-from btm_cluster.language_model.files import SourceFile, ending, find_below, find_files, open_random, open_stream
+from btm_cluster.language_model.files import (
+    Budget,
+    SourceFile,
+    ending,
+    find_below,
+    find_files,
+    open_random,
+    open_stream,
+)
 from btm_cluster.plan import DatasetPlan, ReadingPlan, TextPlan
 
 _CHUNK_CHARACTERS = 1 << 20
 _PARQUET_ROWS = 64
 _JSON_LINES = {".jsonl", ".ndjson", ".json"}
-_UNREAD = {".7z", ".docx", ".lz", ".lzma", ".pdf", ".rar", ".tar", ".tgz", ".xz", ".z", ".zip"}
+UNREAD = {".7z", ".docx", ".lz", ".lzma", ".pdf", ".rar", ".tar", ".tgz", ".xz", ".z", ".zip"}
 
 
 @dataclass(frozen=True)
@@ -64,19 +72,24 @@ def source_files(source: TextPlan) -> dict[str, list[SourceFile]]:
     }
 
 
-def read_documents(source: TextPlan, reading: ReadingPlan) -> Iterator[Document | BadDocument]:
+def read_documents(
+    source: TextPlan, reading: ReadingPlan, most_bytes: int | None = None
+) -> Iterator[Document | BadDocument]:
     """The documents of a source, in the order of its files; never more than one of them in memory.
+
+    `most_bytes` is for a source that is not trusted: so much is read of it, decompressed, and no link is followed.
 
     Raises:
         TextError: a file or data set that cannot be read to its end.
     """
+    budget = None if most_bytes is None else Budget(most_bytes)
     longest = reading.longest_document_characters
     if source.dataset is not None:
         yield from _read_dataset(source.name, source.dataset, source.field, longest)
         return
     for split, files in source_files(source).items():
         for file in files:
-            for item in _read_file(file.path, source, longest):
+            for item in _read_file(file.path, source, longest, budget):
                 yield item if isinstance(item, BadDocument) else Document(item, None if split == "text" else split)
 
 
@@ -99,16 +112,16 @@ def _expand(name: str, pattern: str) -> list[SourceFile]:
     return found
 
 
-def _read_file(path: str, source: TextPlan, longest: int) -> Iterator[str | BadDocument]:
+def _read_file(path: str, source: TextPlan, longest: int, budget: Budget | None) -> Iterator[str | BadDocument]:
     kind = ending(path)
-    if kind in _UNREAD:
+    if kind in UNREAD:
         yield BadDocument(path, f"a {kind} file, which is not read: unpack or convert it")
         return
     try:
         if kind == ".parquet":
             yield from _read_parquet(path, source.field, longest)
         else:
-            with open_stream(path) as stream:
+            with open_stream(path, budget) as stream:
                 if kind in _JSON_LINES:
                     yield from _read_json_lines(path, stream, source.field, longest)
                 else:

@@ -32,7 +32,7 @@ def average(request: AverageRequest, ledger: Ledger, control: Control) -> Artifa
         write_card(request, files["README.md"])
         for name in ("config.json", *TOKENIZER_FILES):
             files[name] = ledger.open_file(parents[0], name)
-        return ledger.commit(request.ref, request.recipe, files, {"role": "average"})
+        return ledger.commit(request.ref, request.recipe, files, {"role": "average"}, {"name": request.label})
 
 
 def open_config(ledger: Ledger, model: Artifact) -> dict[str, Any]:
@@ -64,18 +64,11 @@ def check_compatible(ledger: Ledger, models: list[Artifact], unrelated: bool = F
 
 
 def ancestor(ledger: Ledger, model: Artifact) -> str:
-    """Identity of the seed that a model descends from; its own, if it has no parents."""
-    seen = model
-    while parents := parents_of(seen):
-        seen = ledger.get(Ref("model", parents[0]))
-    return seen.identity
-
-
-def parents_of(model: Artifact) -> list[str]:
-    """Identities of the models that a model was made from."""
-    start = model.recipe.get("start") or {}
-    given = model.recipe.get("average") or start.get("parents") or []
-    return [parent["identity"] for parent in given]
+    """Identity of the seed that a model descends from, through purged models too; its own, if it has no parents."""
+    seen, parents = model.identity, model.parents
+    while parents:
+        seen, parents = parents[0], ledger.parents_of(parents[0])
+    return seen
 
 
 def _incompatible(first: Artifact, other: Artifact, found: str, expected: str, remedy: str) -> IncompatibleError:

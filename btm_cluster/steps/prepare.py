@@ -60,14 +60,17 @@ def prepare(request: PrepareRequest, ledger: Ledger, control: Control) -> Artifa
 
 
 def _read_text(request: ReadText, ledger: Ledger, folder: Path) -> Artifact:
-    return _commit_text(request, write_text(request.source, request.reading, request.is_target, folder), ledger)
+    return _commit_text(
+        request, write_text(request.source, request.reading, request.is_target, folder, request.most_bytes), ledger
+    )
 
 
 def _commit_text(request: ReadText | ShuffleTexts, text: Text, ledger: Ledger) -> Artifact:
+    ledger.check_not_purged(Ref("text", text.identity))
     # The text first, its memo last: a memo must never name a text that is not there.
     ledger.commit(Ref("text", text.identity), {"documents": text.identity}, text.files, text.facts)
     facts = {"text": text.identity, "skipped": dict(sorted(text.bad.items()))}
-    return ledger.commit(request.ref, request.recipe, {}, facts)
+    return ledger.commit(request.ref, request.recipe, {}, facts, {"name": request.label})
 
 
 def documents_of(ledger: Ledger, text: str, split: str) -> Iterator[str]:

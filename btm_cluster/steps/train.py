@@ -32,12 +32,14 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
 
     Raises:
         Stopped: asked to stop; the state is saved and the same request continues from it.
+        UserError: the model was purged once.
     """
     done = ledger.find(request.ref)
     if done is not None:
         if _is_first_rank():
             ledger.clear_training(request.ref.identity)  # a crash may have come between commit and clearing
         return done
+    ledger.check_not_purged(request.ref)
     tokenizer = ledger.get(request.tokenizer)
     with scratch_folder() as folder:
         end_of_text = open_tokenizer(ledger, request.tokenizer).eos_token_id

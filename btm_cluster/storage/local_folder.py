@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from btm_cluster.errors import MissingError, StoreError, UserError
-from btm_cluster.storage.port import Entry, check_key
+from btm_cluster.storage.port import Entry, check_key, check_prefix
 
 _TEMPORARY = ".writing-"
 Result = TypeVar("Result")
@@ -110,6 +110,16 @@ class LocalFolder:
     def delete(self, key: str) -> None:
         self._attempt("delete", key, lambda path: path.unlink(missing_ok=True))
 
+    def erase(self, prefix: str) -> None:
+        check_prefix("erase", prefix)
+        if prefix.endswith("/"):  # with what is no object: empty folders, links, files half written
+            self._attempt("erase", prefix, _remove_folder)
+        for entry in self.list(prefix):
+            self.delete(entry.key)
+
+    def address(self, key: str) -> str:
+        return str(self._root / key)
+
     def _attempt(self, verb: str, key: str, act: Callable[[Path], Result]) -> Result:
         check_key(verb, key)
         try:
@@ -126,6 +136,13 @@ class LocalFolder:
 def _temporary_beside(target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     return target.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
+
+
+def _remove_folder(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.is_dir():
+        shutil.rmtree(folder)
 
 
 def _flush_folder(folder: Path) -> None:

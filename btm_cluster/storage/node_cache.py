@@ -75,6 +75,10 @@ class NodeCache:
             ) from exc
         return path
 
+    def drop(self, name: str) -> None:
+        """Removes the file called `name`, if it is here."""
+        (self.folder / "files" / name).unlink(missing_ok=True)
+
     def _fetch(self, path: Path, fetch: Callable[[Path], None]) -> None:
         unfinished = path.parent / f"{_UNFINISHED}{uuid.uuid4().hex}"
         try:

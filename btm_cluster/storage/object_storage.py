@@ -29,7 +29,7 @@ from s3transfer.exceptions import S3DownloadFailedError
 
 from btm_cluster.errors import MissingError, StoreError, UserError
 from btm_cluster.storage.node_cache import node_cache
-from btm_cluster.storage.port import Entry, check_key
+from btm_cluster.storage.port import Entry, check_key, check_prefix
 
 log = logging.getLogger(__name__)
 PATIENCE_SECONDS = 300.0
@@ -151,10 +151,7 @@ class ObjectStorage:
             self._attempt("download", key, lambda: self._get_file(key, target))
 
         check_key("download", key)
-        name = key.rpartition("/")[2]
-        if not _CONTENT_NAME.fullmatch(name):
-            name = hashlib.sha256(f"{self.location}\n{key}".encode()).hexdigest()
-        return self._cache.get(name, fetch, anew)
+        return self._cache.get(self._cached_name(key), fetch, anew)
 
     def list(self, prefix: str) -> Iterator[Entry]:
         token: dict[str, Any] = {}
@@ -169,6 +166,26 @@ class ObjectStorage:
 
     def delete(self, key: str) -> None:
         self._attempt("delete", key, lambda: self._client.delete_object(**self._at(key), **self._always))
+
+    def erase(self, prefix: str) -> None:
+        check_prefix("erase", prefix)
+        markers: dict[str, str] = {}
+        while True:
+            request = {**self._here, **markers, "Prefix": self._prefix + prefix}
+            page = self._attempt("erase", prefix, partial(self._client.list_object_versions, **request))
+            for version in (*page.get("Versions", ()), *page.get("DeleteMarkers", ())):
+                key = version["Key"].removeprefix(self._prefix)
+                which = {**self._at(key), **self._always, "VersionId": version["VersionId"]}
+                self._attempt("erase", key, partial(self._client.delete_object, **which))
+                self._cache.drop(self._cached_name(key))
+            if not page.get("IsTruncated"):
+                return
+            markers = {"KeyMarker": page["NextKeyMarker"]}
+            if "NextVersionIdMarker" in page:
+                markers["VersionIdMarker"] = page["NextVersionIdMarker"]
+
+    def address(self, key: str) -> str:
+        return f"s3://{self._bucket}/{self._prefix}{key}"
 
     @cached_property
     def _client(self) -> Any:
@@ -191,6 +208,11 @@ class ObjectStorage:
 
     def _at(self, key: str) -> dict[str, Any]:
         return {"Bucket": self._bucket, "Key": self._prefix + key}
+
+    def _cached_name(self, key: str) -> str:
+        """Of the node's copy: the content's hash where the key ends in it."""
+        name = key.rpartition("/")[2]
+        return name if _CONTENT_NAME.fullmatch(name) else hashlib.sha256(f"{self.location}\n{key}".encode()).hexdigest()
 
     def _get_file(self, key: str, target: Path) -> None:
         found = self._client.get_object(**self._at(key), **self._always)

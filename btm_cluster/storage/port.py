@@ -54,8 +54,21 @@ class Storage(Protocol):
     def delete(self, key: str) -> None:
         """Removes the object, if it is there."""
 
+    def erase(self, prefix: str) -> None:
+        """Removes every object whose key starts with `prefix`, all versions that the store keeps of it, and this node's copies."""
+
+    def address(self, key: str) -> str:
+        """Where a program that knows nothing of this port finds the object: a path, or s3://bucket/key."""
+
 
 def check_key(verb: str, key: str) -> None:
     """Refuses a key that would lead out of the store."""
     if key.startswith("/") or ".." in key.split("/"):
         raise StoreError(f"cannot {verb} {key!r}", expected="a relative key without ..")
+
+
+def check_prefix(verb: str, prefix: str) -> None:
+    """Refuses a prefix that would lead out of the store, or name all of it."""
+    check_key(verb, prefix)
+    if not prefix.strip("/"):
+        raise StoreError(f"cannot {verb} a whole store", expected="a prefix")

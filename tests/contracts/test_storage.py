@@ -189,6 +189,60 @@ def test_deleting_removes_one_object_and_may_be_done_again(storage: Storage) -> 
     assert keys(storage, "") == ["training/a/2.json"]
 
 
+def test_erasing_removes_what_lies_below_a_prefix_and_nothing_beside_it(
+    storage: Storage, file: Callable[[bytes], Path]
+) -> None:
+    for key in ("inbox/law/a.txt", "inbox/law/deep/b.txt", "inbox/law-2/a.txt", "inbox/lawyers", "blobs/0123"):
+        storage.upload(key, file(b"text"))
+    storage.erase("inbox/law/")
+    assert keys(storage, "") == ["blobs/0123", "inbox/law-2/a.txt", "inbox/lawyers"]
+    storage.erase("blobs/0123")
+    storage.erase("inbox/law/")
+    storage.erase("never/was/there")
+    assert keys(storage, "") == ["inbox/law-2/a.txt", "inbox/lawyers"]
+
+
+@pytest.mark.parametrize("prefix", ["", "/", "../outside/"])
+def test_a_whole_store_and_what_is_outside_of_it_cannot_be_erased(storage: Storage, prefix: str) -> None:
+    storage.create("blobs/0123", b"x")
+    with pytest.raises(StoreError):
+        storage.erase(prefix)
+    assert keys(storage, "") == ["blobs/0123"]
+
+
+def test_erasing_removes_every_version_that_a_bucket_keeps_and_this_nodes_copy(
+    storage: Storage, file: Callable[[bytes], Path], tmp_path: Path
+) -> None:
+    if "://" not in storage.location:
+        pytest.skip("a folder keeps no versions")
+    bucket = storage.location.split("/")[2]
+    client = boto3.client("s3")
+    client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    name = "0123456789abcdef" * 4
+    for data in (b"first", b"second"):
+        storage.upload(f"blobs/{name}", file(data))
+    storage.create("training/law/1.json", b"gone before, but for its version")
+    storage.delete("training/law/1.json")
+    storage.create("training/lawyers/1.json", b"another")
+    assert storage.download(f"blobs/{name}").read_bytes() == b"second"
+    storage.erase(f"blobs/{name}")
+    storage.erase("training/law/")
+    left = client.list_object_versions(Bucket=bucket)
+    assert [v["Key"].rpartition("ours/")[2] for v in left.get("Versions", ())] == ["training/lawyers/1.json"]
+    assert not left.get("DeleteMarkers")
+    assert not list(tmp_path.glob("cache/files/*"))
+
+
+def test_an_address_leads_to_the_object_without_this_port(storage: Storage) -> None:
+    storage.create("inbox/law/a text.txt", b"words")
+    address = storage.address("inbox/law/a text.txt")
+    bucket, separator, key = address.removeprefix("s3://").partition("/")
+    if separator and address.startswith("s3://"):
+        assert boto3.client("s3").get_object(Bucket=bucket, Key=key)["Body"].read() == b"words"
+    else:
+        assert Path(address).read_bytes() == b"words"
+
+
 @pytest.mark.parametrize("verb", ["read", "download"])
 def test_what_is_not_there_is_missing_and_the_error_names_it(storage: Storage, verb: str) -> None:
     storage.create("blobs/another", b"x")

@@ -19,7 +19,7 @@ import yaml
 from btm_cluster.algorithm import grow
 from btm_cluster.forest import Forest
 from btm_cluster.plan import Plan
-from tests.conftest import in_process, plan_fields
+from tests.conftest import free_port, in_process, plan_fields
 
 BIN = Path(sys.executable).parent
 REPOSITORY = Path(__file__).parents[2]
@@ -47,6 +47,8 @@ def ray_head(folder: Path, *arguments: str, cpus: int = 2, **variables: str) -> 
     }
     command = [
         *(str(BIN / "ray"), "start", "--head", "--dashboard-port=0", f"--num-cpus={cpus}", "--disable-usage-stats"),
+        # Without a port of its own, the agent of a second cluster on this machine dies, and no job can be submitted.
+        f"--dashboard-agent-listen-port={free_port()}",
         *(f"--temp-dir=/tmp/{folder.name}-{os.getpid()}", *arguments),
     ]
     # A session of its own: its process group is killed at the end, not with `ray stop`, which stops every Ray on this machine.
@@ -142,9 +144,13 @@ class Btm:
         """Everything printed so far."""
         return self._log.read_text()
 
-    def wait_until_said(self, pattern: str) -> None:
+    def wait_until_said(self, pattern: str, seconds: float = 90) -> None:
         """Returns once the output matches; fails if the process ends before."""
-        _wait_for(lambda: self.said, lambda said: bool(re.search(pattern, said)) or self.process.poll() is not None)
+        _wait_for(
+            lambda: self.said,
+            lambda said: bool(re.search(pattern, said)) or self.process.poll() is not None,
+            seconds,
+        )
         assert re.search(pattern, self.said), self.said
 
     def exit_code(self) -> int:

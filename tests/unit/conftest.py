@@ -16,6 +16,7 @@ from btm_cluster.forest import Forest
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import Ground, PreparedText, seed_request, transformer_lm_request
+from btm_cluster.run import run_plan
 from btm_cluster.workers import TrainRequest
 from tests.conftest import in_process, plan_fields
 
@@ -77,6 +78,16 @@ def prepared_plan(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     fields["baselines"] = ["transformer-lm"]
     plan = Plan.model_validate(fields)
     prepare(plan, in_process(plan))
+    return plan
+
+
+@pytest.fixture(scope="session")
+def founded_plan(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """A plan of two domains whose forest is grown and evaluated: what expansions start from. To be copied."""
+    fields = plan_fields(texts, tmp_path_factory.mktemp("founded") / "store")
+    fields["training"] |= {"updates": 24, "seed_share": 0.25, "learning_rate": 1e-2}  # until experts differ
+    plan = Plan.model_validate(fields | {"domains": fields["domains"][:2], "baselines": ["transformer-lm"]})
+    run_plan(plan, in_process(plan))
     return plan
 
 

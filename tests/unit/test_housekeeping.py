@@ -9,10 +9,13 @@ import pytest
 
 from btm_cluster.algorithm import grow, merge
 from btm_cluster.errors import IntegrityError, MissingError
+from btm_cluster.forest import Parent
 from btm_cluster.housekeeping import collect, find_garbage, store_time, verify
 from btm_cluster.ledger import Ledger, Ref, blob_key
 from btm_cluster.plan import Plan
+from btm_cluster.records import Held, Pin, hold, pin, quarantine
 from btm_cluster.run import run_plan
+from btm_cluster.workers import Start
 from tests.conftest import in_process, plan_fields
 
 DAY = 86_400.0
@@ -170,6 +173,37 @@ def test_a_training_in_the_making_keeps_its_checkpoint_and_what_it_is_made_from(
     abandoned = find_garbage(ledger, keep_versions=1, grace_seconds=DAY)
     assert f"training/{'0' * 64}/000000007.json" in abandoned.manifests
     assert any(key.startswith("training/") for key in abandoned.blobs)
+
+
+def test_an_expansion_in_the_making_keeps_what_its_expert_starts_from_however_old_it_is(
+    plan: Plan, ledger: Ledger
+) -> None:
+    forest = ledger.forest()
+    assert forest is not None
+    kitchen, harbour = forest.expert("kitchen"), forest.expert("harbour")
+    ledger.append(type(forest)(2, forest.foundation, (), {}, reason="as if nothing were kept", withdrawn=("harbour",)))
+    averages = [m for m in ledger.list_artifacts("model") if kitchen.identity in m.parents and "average" in m.recipe]
+    start = Start(averages[0].ref, (Parent(kitchen.identity, 1.0),), False)
+    pinned = pin(ledger, Pin("news", kitchen.text, forest.foundation.seed, 1, "", start, ""))
+    let_all_be_old(plan.store)
+    kept = {f"artifacts/model/{identity}.json" for identity in (kitchen.identity, averages[0].identity)}
+    kept |= {f"artifacts/text/{kitchen.text}.json"}
+    found = find_garbage(ledger, keep_versions=1, grace_seconds=DAY)
+    assert not kept & set(found.manifests)
+    assert f"artifacts/model/{harbour.identity}.json" in found.manifests or harbour.identity in averages[0].parents
+    hold(ledger, Held(pinned.identity, "0" * 64, 1, 0.5, "worse"))
+    quarantine(ledger, "bad", "1" * 64, "a link")
+    ledger.create_record(f"tombstones/text/{'2' * 64}.json", {"domain": "gone", "parents": []})
+    let_all_be_old(plan.store)
+    collect(ledger, find_garbage(ledger, keep_versions=1, grace_seconds=DAY))
+    records = {
+        key for key in all_keys(ledger) if key.startswith(("expansions/", "held/", "quarantine/", "tombstones/"))
+    }
+    assert len(records) == 4
+    assert verify(ledger).problems == ()
+    damaged = Path(plan.store, sorted(records)[0])
+    damaged.write_bytes(damaged.read_bytes().replace(b"news", b"gnus"))
+    assert len(verify(ledger).problems) == 1
 
 
 def test_a_blob_that_is_named_anew_before_it_is_deleted_stays(plan: Plan, ledger: Ledger, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from btm_cluster.errors import PlanError
-from btm_cluster.plan import plan_schema, read_plan
+from btm_cluster.plan import Plan, plan_schema, read_plan
+from btm_cluster.plan_problems import describe_problems
 from btm_cluster.starter import STARTER_PLAN
 
 MINIMAL = """\
@@ -324,3 +325,13 @@ def test_whatever_stands_in_a_field_the_plan_is_read_or_refused(
     except PlanError as exc:
         words = str(exc)
     assert words.startswith("name=") or entries(words)
+
+
+def test_an_expansions_conditions_are_checked_as_all_else(fields: dict[str, Any]) -> None:
+    given = {"accept_if": {"development_perplexity_rise_at_most": 0.01}, "inbox": {"most_gigabytes": 5}}
+    assert Plan.model_validate(fields | {"expansion": given}).expansion.inbox.most_files == 10_000
+    with pytest.raises(ValidationError) as wrong:
+        Plan.model_validate(fields | {"expansion": {"accept_if": {}, "inbox": {"most_gigabyte": 5}}})
+    words = "".join(describe_problems(wrong.value, Plan))
+    assert "did you mean `most_gigabytes`?" in words
+    assert "expansion.accept_if.development_perplexity_rise_at_most" in words

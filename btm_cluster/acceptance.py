@@ -1,0 +1,129 @@
+"""Whether new experts make a forest worse on what it knew before, and what they bring on their own text.
+
+Perplexities of the ensemble on development text, as the plan mixes it: fitted on one half of the blocks and measured on the
+other, both ways, since a mixture that is fitted and measured on the same text only gains by another expert.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TypeAlias
+
+import torch
+
+from btm_cluster.driver import Driver
+from btm_cluster.equations.mixture import log_mixture
+from btm_cluster.evaluation import fit_target, score_models
+from btm_cluster.forest import Expert, Forest
+from btm_cluster.ledger import Ref
+from btm_cluster.plan import MergingPlan
+from btm_cluster.recipes import Ground, PreparedText, stored_text, tokenize_requests
+from btm_cluster.records import Held, pin_identity
+from btm_cluster.scores import ScoreStack
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The ensemble's development perplexity on a new domain, without its expert and with it."""
+
+    before: float | None
+    """None for the first experts of a forest."""
+    after: float
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Which experts may be merged, which are held back, and what the former bring."""
+
+    accepted: tuple[Expert, ...]
+    held: Mapping[str, Held]
+    gains: Mapping[str, Gain]
+
+
+def judge(ground: Ground, forest: Forest, experts: Sequence[Expert], driver: Driver) -> Judgement:
+    """Takes all experts if the forest with all of them is no worse than the plan allows; else one after the other."""
+    old, new, limit = tuple(forest.experts), tuple(experts), ground.plan.expansion.accept_if
+    own = [text for text in ground.domains if text.name in {expert.domain for expert in new}]
+    known: list[PreparedText] = []
+    if limit is not None and old and new:
+        targets = [text for text in ground.texts if text.is_target and text.tokens["development"]]
+        known = [*_texts_of(ground, forest, driver), *targets]
+    perplexity = _ensemble_perplexity(ground, (*old, *new), [*known, *own], driver)
+    accepted, held = new, dict[str, Held]()
+    if limit is not None and known:
+        allowed, before = limit.development_perplexity_rise_at_most, _mean(perplexity, old, known)
+        if _mean(perplexity, old + new, known) > before * (1 + allowed):
+            accepted = ()
+            for expert in new:
+                rise = _mean(perplexity, (*old, *accepted, expert), known) / before - 1
+                if rise > allowed:
+                    held[expert.domain] = _held(expert, forest, rise, before, allowed)
+                else:
+                    accepted = (*accepted, expert)
+    gains = {
+        expert.domain: Gain(
+            perplexity(old, expert.domain) if old else None, perplexity((*old, *accepted), expert.domain)
+        )
+        for expert in accepted
+    }
+    return Judgement(accepted, held, gains)
+
+
+def cross_fitted_perplexity(logp_EBT: torch.Tensor, mask_BT: torch.Tensor, merging: MergingPlan) -> float:
+    """Of the ensemble on blocks, each half of which is measured with what was fitted on the other half."""
+    even_B = torch.arange(len(mask_BT)) % 2 == 0
+    halves = [(even_B, ~even_B), (~even_B, even_B)] if len(mask_BT) > 1 else [(even_B, even_B)]
+    total = 0.0
+    for fitted_B, measured_B in halves:
+        mixing = fit_target(logp_EBT[:, fitted_B], mask_BT[fitted_B], merging).planned
+        logp_BT = log_mixture(logp_EBT[:, measured_B], mixing.log_prior_E, mixing.posterior)
+        total += float(logp_BT[mask_BT[measured_B]].sum())
+    return float(torch.exp(torch.tensor(-total / int(mask_BT.sum()), dtype=torch.float64)))
+
+
+Perplexity: TypeAlias = Callable[[tuple[Expert, ...], str], float]
+"""Of the ensemble of some experts on the text of a name."""
+
+
+def _ensemble_perplexity(
+    ground: Ground, experts: Sequence[Expert], texts: Sequence[PreparedText], driver: Driver
+) -> Perplexity:
+    """Scores every text under every expert, and answers, once, for any of them."""
+    models = [Ref("model", expert.identity) for expert in experts]
+    scores = score_models(ground, [(m, t) for m in models for t in texts], driver, splits=["development"])
+    tokens = {text.name: text.tokens["development"] for text in texts}
+
+    @cache
+    def perplexity(chosen: tuple[Expert, ...], text: str) -> float:
+        found = [scores[expert.identity, text, "development"] for expert in chosen]
+        stack, merging = ScoreStack(driver.ledger, found, tokens[text]), ground.plan.merging
+        return cross_fitted_perplexity(*stack.take(0, merging.development_blocks), merging)
+
+    return perplexity
+
+
+def _mean(perplexity: Perplexity, experts: tuple[Expert, ...], texts: Sequence[PreparedText]) -> float:
+    return sum(perplexity(experts, text.name) for text in texts) / len(texts)
+
+
+def _texts_of(ground: Ground, forest: Forest, driver: Driver) -> list[PreparedText]:
+    """The texts that a forest's experts were trained on: the store has them, whatever the plan names."""
+    texts = [stored_text(expert.domain, expert.text, ground, driver.ledger) for expert in forest.experts]
+    requests = [
+        request
+        for text in texts
+        for request in tokenize_requests(
+            text.name, text.identity, text.facts, ground.tokenizer, ground.plan.training.block_tokens
+        )["development"]
+    ]
+    driver.require(driver.workers.prepare, requests)
+    return texts
+
+
+def _held(expert: Expert, forest: Forest, rise: float, before: float, allowed: float) -> Held:
+    reason = (
+        f"with it, the mean development perplexity of forest version {forest.version} goes from {before:.2f} to "
+        f"{before * (1 + rise):.2f} ({rise:+.2%}); the plan allows {allowed:+.2%}"
+    )
+    pin = pin_identity(expert.domain, expert.text, forest.foundation.seed)
+    return Held(pin, expert.identity, forest.version, rise, reason)

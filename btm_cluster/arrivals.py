@@ -1,0 +1,129 @@
+"""From new domains to token blocks: those of a plan, and those of the inbox, of which a bad one costs only itself.
+
+A wrong text of the plan is refused as in any run. One of the inbox is quarantined with its reason, and the others go on.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from btm_cluster.driver import Driver
+from btm_cluster.errors import TextError, UserError
+from btm_cluster.forest import Forest, check_foundation
+from btm_cluster.inbox import Arrival, refuse, still_lies_there
+from btm_cluster.ledger import Artifact
+from btm_cluster.plan import Plan
+from btm_cluster.recipes import (
+    Ground,
+    block_requests,
+    ground_of,
+    model_config,
+    read_requests,
+    seed_request,
+    tokenizer_request,
+    vocabulary_of,
+)
+from btm_cluster.workers import Failure, Outcome, ReadText
+
+
+@dataclass(frozen=True)
+class NewGround:
+    """The ground that new experts stand on, and what did not come that far."""
+
+    ground: Ground
+    refused: Mapping[str, str]
+    failures: tuple[Failure, ...]
+
+
+def prepare_new(plan: Plan, arrivals: Sequence[Arrival], forest: Forest, driver: Driver) -> NewGround:
+    """Texts to token blocks, for a plan whose domains are the new ones, and for what has arrived.
+
+    Raises:
+        UserError: the plan does not fit the forest, or one of its own texts is wrong.
+    """
+    model = model_config(plan, vocabulary_of(plan))
+    bare = ground_of(plan.model_copy(update={"domains": (), "targets": ()}), {}, model, driver.ledger)
+    check_foundation(forest, bare.foundation(seed_request(bare).ref.identity))
+    read = driver.require(driver.workers.prepare, read_requests(plan))
+    memos = {text.name: memo for text, memo in zip(plan.texts, read, strict=True)}
+    arrived = _read_all(plan, arrivals, driver)
+    failures = [outcome for outcome in arrived.values() if isinstance(outcome, Failure)]
+    refused = {name: outcome for name, outcome in arrived.items() if isinstance(outcome, str)}
+    arrived_memos = {name: outcome for name, outcome in arrived.items() if isinstance(outcome, Artifact)}
+    refused |= _copies(arrived_memos, memos, forest)
+    memos |= {name: memo for name, memo in arrived_memos.items() if name not in refused}
+    domains = (*plan.domains, *(a.domain for a in arrivals if a.domain.name in memos))
+    ground = ground_of(plan.model_copy(update={"domains": domains}), memos, model, driver.ledger)
+    driver.require(driver.workers.prepare, [tokenizer_request(plan, ground.founders)])
+    too_short, failed = _tokenize(ground, {d.name for d in plan.texts}, driver)
+    refused |= too_short
+    failures += failed
+    for arrival in arrivals:
+        if arrival.domain.name in refused:
+            refuse(driver.ledger, arrival, refused[arrival.domain.name])
+    gone = {*refused, *(failure.label for failure in failures)}
+    return NewGround(
+        replace(ground, texts=tuple(t for t in ground.texts if t.name not in gone)), refused, tuple(failures)
+    )
+
+
+def _read_all(plan: Plan, arrivals: Sequence[Arrival], driver: Driver) -> dict[str, Outcome | str]:
+    """What became of each arrival: its memo, a failure that another try may mend, or why it is refused."""
+    most_bytes = int(1e9 * plan.expansion.inbox.most_decompressed_gigabytes)
+    requests = [ReadText(a.domain.name, a.domain, plan.reading, False, a.fingerprint, most_bytes) for a in arrivals]
+    names = [arrival.domain.name for arrival in arrivals]
+    try:
+        return dict(zip(names, driver.obtain(driver.workers.prepare, requests), strict=True))
+    except UserError:  # of one of them, which is not said: each by itself, then
+        alone = [_read_alone(request, arrival, driver) for request, arrival in zip(requests, arrivals, strict=True)]
+        return dict(zip(names, alone, strict=True))
+
+
+def _read_alone(request: ReadText, arrival: Arrival, driver: Driver) -> Outcome | str:
+    """Reads one text, twice if it seems wrong: a store that was out for a moment looks the same as a broken file."""
+    reason = ""
+    for _ in range(2):
+        try:
+            return driver.obtain(driver.workers.prepare, [request])[0]
+        except UserError as exc:
+            reason = _one_line(exc)
+        if not still_lies_there(driver.ledger, arrival):
+            return Failure(request.label, 1, "in the inbox", "its files changed while they were read")
+    return reason
+
+
+def _copies(arrived: Mapping[str, Artifact], of_plan: Mapping[str, Artifact], forest: Forest) -> dict[str, str]:
+    """Arrivals whose documents are those of another domain: they would be one expert under two names."""
+    known = {expert.text: expert.domain for expert in forest.experts}
+    known |= {str(memo.facts["text"]): name for name, memo in of_plan.items()}
+    refused = {}
+    for name, memo in arrived.items():
+        first = known.setdefault(str(memo.facts["text"]), name)
+        if first != name:
+            refused[name] = f"the same documents as {first!r}"
+    return refused
+
+
+def _tokenize(ground: Ground, of_plan: set[str], driver: Driver) -> tuple[dict[str, str], list[Failure]]:
+    """Makes every block; which arrivals have too little text for one, and what failed.
+
+    Raises:
+        TextError: a text of the plan fills no block.
+    """
+    requests = block_requests(ground)
+    outcomes = driver.obtain(driver.workers.prepare, requests)
+    blocks: dict[tuple[str, str], int] = {}
+    for request, outcome in zip(requests, outcomes, strict=True):
+        if isinstance(outcome, Artifact):
+            key = (request.label, request.split)
+            blocks[key] = blocks.get(key, 0) + outcome.facts["blocks"]
+    refused = {}
+    for (name, split), count in blocks.items():
+        if count == 0:
+            refused[name] = f"its {split} text fills no block of {ground.plan.training.block_tokens} tokens"
+            if name in of_plan:
+                raise TextError(f"{name!r}: {refused[name]}", remedy="give more text")
+    return refused, [outcome for outcome in outcomes if isinstance(outcome, Failure)]
+
+
+def _one_line(error: UserError) -> str:
+    return "; ".join(" ".join(part.split()) for part in (error.what, error.found) if part)

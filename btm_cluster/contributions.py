@@ -1,0 +1,137 @@
+"""`btm forest contributions`: which domain earns its keep, by leaving each expert out, from cached scores alone.
+
+For every text that all experts of the forest were scored on: the calibrated ensemble is fitted on its development text, and
+its perplexity on test text is taken with all experts and without each one of them. Asks nobody for anything.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from btm_cluster.equations.contribution import leave_one_out
+from btm_cluster.equations.mixture import log_mixture
+from btm_cluster.equations.posterior import DEFAULT_EVIDENCE_WEIGHT, Posterior, calibrate, uniform_prior
+from btm_cluster.errors import UserError
+from btm_cluster.forest import Forest
+from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.plan import MergingPlan
+from btm_cluster.scores import BLOCKS_AT_ONCE, ScoreStack
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """One text: the ensemble's test perplexity, and that without each expert, by domain."""
+
+    text: str
+    is_domain: bool
+    perplexity: float
+    without: Mapping[str, float]
+
+    def rise(self, domain: str) -> float:
+        """By how much perplexity rises, relatively, where a domain's expert is left out."""
+        return self.without[domain] / self.perplexity - 1
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """All texts."""
+
+    version: int
+    domains: tuple[str, ...]
+    texts: tuple[Contribution, ...]
+
+    def mean_rise(self, domain: str) -> float:
+        """Over all texts."""
+        return sum(text.rise(domain) for text in self.texts) / len(self.texts)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for machines."""
+        return {"version": self.version, "domains": list(self.domains), "texts": [asdict(text) for text in self.texts]}
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Scores of every expert, in the forest's order, on one split of one text."""
+
+    scores: Sequence[Artifact]
+    tokens: tuple[Ref, ...]
+
+
+def contributions(ledger: Ledger) -> Contributions:
+    """What each expert of the newest version is worth on every text that they were all scored on.
+
+    Raises:
+        UserError: there is no forest of two experts, or no such text.
+    """
+    forest = ledger.forest()
+    if forest is None or len(forest.experts) < 2:
+        raise UserError(
+            f"there are no two experts in {ledger.storage.location}", expected="an expert to leave out, and another"
+        )
+    scored = _scored(ledger, forest)
+    names = _names(ledger, forest)
+    domains = {expert.text for expert in forest.experts}
+    found = [
+        _contribution(ledger, forest, names.get(text, text[:12]), text in domains, splits)
+        for text, splits in scored.items()
+        if "test" in splits
+    ]
+    if not found:
+        raise UserError(
+            f"no text was scored under every expert of forest version {forest.version}",
+            remedy="`btm evaluate PLAN` scores them on the plan's texts",
+        )
+    ordered = sorted(found, key=lambda one: (not one.is_domain, one.text))
+    return Contributions(forest.version, forest.domains, tuple(ordered))
+
+
+def _scored(ledger: Ledger, forest: Forest) -> dict[str, dict[str, _Scored]]:
+    """What all experts were scored on: by text identity and split."""
+    wanted = [expert.identity for expert in forest.experts]
+    tokens = {artifact.identity: artifact.recipe for artifact in ledger.list_artifacts("tokens")}
+    by_tokens: dict[tuple[str, ...], dict[str, Artifact]] = {}
+    for scores in ledger.list_artifacts("scores"):
+        if scores.recipe["model"] in wanted:
+            by_tokens.setdefault(tuple(scores.recipe["tokens"]), {})[scores.recipe["model"]] = scores
+    found: dict[str, dict[str, _Scored]] = {}
+    for shards, by_model in by_tokens.items():
+        if len(by_model) == len(wanted) and all(shard in tokens for shard in shards):
+            text, split = tokens[shards[0]]["text"], tokens[shards[0]]["shard"].partition("-")[0]
+            refs = tuple(Ref("tokens", shard) for shard in shards)
+            found.setdefault(text, {})[split] = _Scored([by_model[model] for model in wanted], refs)
+    return found
+
+
+def _names(ledger: Ledger, forest: Forest) -> dict[str, str]:
+    """Names of texts by identity: as they were called when they were read, and domains as the forest calls them."""
+    memos = sorted(ledger.list_artifacts("source"), key=lambda memo: str(memo.note.get("created")))
+    named = {str(memo.facts["text"]): str(memo.note["name"]) for memo in memos if "name" in memo.note}
+    return named | {expert.text: expert.domain for expert in forest.experts}
+
+
+def _contribution(
+    ledger: Ledger, forest: Forest, name: str, is_domain: bool, splits: Mapping[str, _Scored]
+) -> Contribution:
+    test = ScoreStack(ledger, splits["test"].scores, splits["test"].tokens)
+    log_prior_E, posterior = _fit(ledger, splits.get("development"), len(forest.experts))
+    total, without_E, count = 0.0, torch.zeros(len(forest.experts), dtype=torch.float64), 0
+    for start in range(0, len(test), BLOCKS_AT_ONCE):
+        logp_EBT, mask_BT = test.take(start, start + BLOCKS_AT_ONCE)
+        total += float(log_mixture(logp_EBT, log_prior_E, posterior)[mask_BT].sum())
+        without_E += leave_one_out(logp_EBT, log_prior_E, posterior)[:, mask_BT].sum(1)
+        count += int(mask_BT.sum())
+    perplexities_E = torch.exp(-without_E / count).tolist()
+    perplexity = float(torch.exp(torch.tensor(-total / count, dtype=torch.float64)))
+    return Contribution(name, is_domain, perplexity, dict(zip(forest.domains, perplexities_E, strict=True)))
+
+
+def _fit(ledger: Ledger, development: _Scored | None, experts: int) -> tuple[torch.Tensor, Posterior]:
+    """Prior and evidence weight, as a plan's defaults fit them: the store does not know the plan."""
+    merging = MergingPlan()
+    form = Posterior("calibrated", merging.window_tokens, merging.discount, DEFAULT_EVIDENCE_WEIGHT)
+    if development is None:
+        return uniform_prior(torch.zeros(experts, 1, 1, dtype=torch.float64)), form
+    stack = ScoreStack(ledger, development.scores, development.tokens)
+    return calibrate(*stack.take(0, merging.development_blocks), form)

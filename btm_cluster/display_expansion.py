@@ -1,0 +1,51 @@
+"""How an expansion is told: what was found, what was refused or held back and why, and one last line that says it all."""
+
+import json
+
+from btm_cluster.acceptance import Gain
+from btm_cluster.display import consoles
+from btm_cluster.driver import steps_line
+from btm_cluster.expansion import Expanded
+
+
+def show_expanded(expanded: Expanded, json_output: bool) -> None:
+    """Prints it as lines, of which the last is the outcome; or all of it as JSON."""
+    console, _ = consoles(json_output)
+    if json_output:
+        console.print_json(json.dumps(expanded.to_json()))
+        return
+    told = {
+        "not ready": expanded.waiting,
+        "passed over": expanded.passed_over,
+        "quarantined": expanded.quarantined,
+        "held back": expanded.held,
+    }
+    for what, reasons in told.items():
+        for name, reason in sorted(reasons.items()):
+            console.print(_visible(f"{what}: {name}: {reason}"), highlight=False, markup=False, soft_wrap=True)
+    for failure in expanded.failures:
+        console.print(f"failed: {failure.label}", highlight=False, markup=False, soft_wrap=True)
+    console.print(steps_line(expanded.made, expanded.reused), highlight=False, soft_wrap=True)
+    console.print(outcome_line(expanded), highlight=False, markup=False, soft_wrap=True)
+
+
+def outcome_line(expanded: Expanded) -> str:
+    """What an expansion came to, on one line."""
+    stands = f"forest version {expanded.forest.version}, {len(expanded.forest.experts)} experts"
+    if not expanded.added:
+        return f"nothing was added: {stands}"
+    names = [f"{name}{_gain(expanded.gains.get(name))}" for name in expanded.added]
+    return f"added {', '.join(names)}: {stands}"
+
+
+def _visible(line: str) -> str:
+    """Without control characters: names of files come from whoever can write to the inbox."""
+    return "".join(character if character.isprintable() else "?" for character in line)
+
+
+def _gain(gain: Gain | None) -> str:
+    """Nothing for a domain that another driver added."""
+    if gain is None:
+        return ""
+    before = "" if gain.before is None else f"{gain.before:.2f} to "
+    return f" (development perplexity {before}{gain.after:.2f})"

@@ -1,0 +1,176 @@
+"""The commands that change or weigh a forest, `btm forest remove | rollback | diff | contributions`: thin, like `cli.py`."""
+
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from btm_cluster.errors import UserError
+
+if TYPE_CHECKING:
+    from btm_cluster.ledger import Ledger
+    from btm_cluster.purge import Condemned
+    from btm_cluster.removal import Influence
+
+Store = Annotated[str, typer.Option("--store", help="The store: a folder or URL.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+Domain = Annotated[str, typer.Argument(help="The domain.", show_default=False)]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the group `btm forest`."""
+    for name, command in (("remove", remove), ("rollback", rollback), ("diff", diff), ("contributions", contributions)):
+        app.command(name)(command)
+
+
+def remove(
+    domain: Domain,
+    store: Store,
+    purge: Annotated[bool, typer.Option("--purge", help="Delete it for good: text, tokens, scores, weights.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before purging: for scripts.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Bring a removed domain back, unless it was purged.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Take a domain out of the forest: a new version, at once in effect. Says what still carries its influence."""
+    from btm_cluster import removal
+
+    if purge and undo:
+        raise UserError("--purge and --undo exclude each other")
+    ledger = open_ledger(store)
+    if undo:
+        forest = removal.bring_back(ledger, domain)
+        print(f"forest version {forest.version}: {forest.reason}")
+        return
+    if purge:
+        _purge(ledger, domain, yes, json_output)
+        return
+    forest = removal.remove(ledger, domain)
+    expert = removal.last_expert(ledger, domain)
+    assert expert is not None
+    influence = removal.influence_of(ledger, forest, expert)
+    if json_output:
+        print(json.dumps({"version": forest.version, "influence": asdict(influence)}, indent=1))
+        return
+    print(f"forest version {forest.version}: {forest.reason}")
+    _tell(influence)
+
+
+def rollback(
+    version: Annotated[int, typer.Argument(help="The version to go back to.", show_default=False)], store: Store
+) -> None:
+    """Append a new version that is equal to an old one. Refused where something of that one was purged."""
+    from btm_cluster import removal
+
+    forest = removal.rollback(open_ledger(store), version)
+    print(f"forest version {forest.version}: {forest.reason}, {len(forest.experts)} experts")
+
+
+def diff(
+    before: Annotated[int, typer.Argument(metavar="A", help="A version.", show_default=False)],
+    after: Annotated[int, typer.Argument(metavar="B", help="Another one.", show_default=False)],
+    store: Store,
+    json_output: Json = False,
+) -> None:
+    """Show which domains two versions differ in."""
+    from btm_cluster.forest import difference
+    from btm_cluster.removal import version_of
+
+    ledger = open_ledger(store)
+    found = difference(version_of(ledger, before), version_of(ledger, after))
+    if json_output:
+        print(json.dumps(asdict(found), indent=1))
+        return
+    for sign, names in (("+", found.added), ("-", found.removed), ("~", found.replaced)):
+        for name in names:
+            print(f"{sign} {name}")
+    if not (found.added or found.removed or found.replaced):
+        print(f"versions {before} and {after} have the same experts")
+
+
+def contributions(store: Store, json_output: Json = False) -> None:
+    """Show what each expert is worth on each text: how test perplexity rises without it, from cached scores alone."""
+    from btm_cluster import contributions as weigh
+    from btm_cluster.display import consoles, plain_table
+
+    found = weigh.contributions(open_ledger(store))
+    if json_output:
+        print(json.dumps(found.to_json(), indent=1))
+        return
+    rows = [["all experts", "", *(f"{text.perplexity:.2f}" for text in found.texts)]]
+    rows += [
+        [f"without {domain}", f"{found.mean_rise(domain):+.1%}", *(f"{text.rise(domain):+.1%}" for text in found.texts)]
+        for domain in sorted(found.domains, key=found.mean_rise, reverse=True)
+    ]
+    title = f"Test perplexity of forest version {found.version}, and its rise without an expert"
+    consoles(False)[0].print(plain_table(title, ["ensemble", "mean", *(text.text for text in found.texts)], rows))
+
+
+def _purge(ledger: "Ledger", domain: str, yes: bool, json_output: bool) -> None:
+    from btm_cluster import purge, removal
+
+    condemned = purge.condemn(ledger, domain)
+    if not json_output:
+        _state(condemned)
+    if not yes and not _confirmed(domain):
+        raise UserError(f"{domain!r} was not purged", found="no confirmation", remedy="confirm it, or say --yes")
+    forest = ledger.forest()
+    if forest is not None and domain in forest.domains:
+        forest = removal.remove(ledger, domain)
+    expert = removal.last_expert(ledger, domain)
+    influence = removal.influence_of(ledger, forest, expert) if forest and expert else None
+    condemned = purge.condemn(ledger, domain)
+    purge.purge(ledger, condemned)
+    if json_output:
+        told = {"version": forest.version if forest else None, "purged": asdict(condemned)}
+        print(json.dumps(told | {"influence": asdict(influence) if influence else None}, indent=1))
+        return
+    print(f"purged {domain}" + (f"; the forest stands at version {forest.version}" if forest else ""))
+    if influence is not None:
+        _tell(influence, purged=True)
+    if "://" in ledger.storage.location:
+        print(
+            "this node's cache is clear of it; empty BTM_CACHE_FOLDER on the others, or let them evict what is unused"
+        )
+
+
+def _state(condemned: "Condemned") -> None:
+    """Says what a purge deletes."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(condemned.kinds.items())) or "no artifacts"
+    print(f"purging {condemned.domain} deletes, in every version that the store keeps:")
+    print(f"  {kinds}; {len(condemned.blobs)} blobs and {condemned.inbox_files} files of the inbox")
+    print(f"  {condemned.size_bytes:,} bytes; what others share stays")
+    print("and ends roll-back to any version that has it. Tombstones keep its text from coming back.")
+
+
+def _confirmed(domain: str) -> bool:
+    if not sys.stdin.isatty():
+        return False
+    return typer.confirm(f"Purge {domain} for good?")
+
+
+def _tell(influence: "Influence", purged: bool = False) -> None:
+    """Says what still carries a removed domain."""
+    carriers = []
+    if influence.seed:
+        carriers.append(f"the seed {influence.seed[:12]}, since it was a founding domain, and so every expert")
+    if influence.tokenizer:
+        carriers.append(f"the tokenizer {influence.tokenizer[:12]}, trained on its text among others")
+    carriers += [f"the Transformer-LM {identity[:12]}" for identity in influence.baselines]
+    carriers += [f"the expert of {domain}, which descends from its expert" for domain in influence.descendants]
+    if influence.merged and not purged:
+        carriers.append(f"{len(influence.merged)} averaged models in the store")
+    carriers.append("averaged models that were written elsewhere before, with `btm merge`")
+    print("what still carries its influence:")
+    for carrier in carriers:
+        print(f"- {carrier}")
+
+
+def open_ledger(store: str) -> "Ledger":
+    """The ledger of a store that was found to be usable."""
+    from btm_cluster.ledger import Ledger
+
+    ledger = Ledger.open(store)
+    ledger.storage.check()
+    return ledger

@@ -1,0 +1,164 @@
+"""Deleting a domain for good: its text, tokens, scores, checkpoints, weights and inbox files, in all versions a store keeps.
+
+A blob that something else shares stays. Tombstones stay too, written before anything is deleted: they keep what was purged
+from coming back, end roll-back, and hold the lineage that descendants still have. Run again, an interrupted purge goes on.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from btm_cluster.errors import UserError
+from btm_cluster.forest import Forest
+from btm_cluster.housekeeping import read_manifests
+from btm_cluster.inbox import INBOX, MARKER
+from btm_cluster.ledger import THREADS, Artifact, Ledger, Ref, artifact_key, blob_key, tombstone_key, training_folder
+from btm_cluster.records import EXPANSIONS, HELD, QUARANTINE, list_pins, list_quarantine, newest_held
+
+
+@dataclass(frozen=True)
+class Condemned:
+    """What a purge of a domain deletes."""
+
+    domain: str
+    texts: tuple[str, ...]
+    experts: Mapping[str, tuple[str, ...]]
+    """Models that were trained on its text alone, with their parents: merged, held back, or lost in a race."""
+    manifests: tuple[str, ...]
+    blobs: tuple[str, ...]
+    trainings: tuple[str, ...]
+    """Models with training checkpoints, or with versions of such."""
+    records: tuple[str, ...]
+    """Pins, judgements and refusals of the domain, and pins of experts to come that would start from its expert."""
+    inbox_files: int
+    kinds: Mapping[str, int]
+    """Artifacts by kind."""
+    size_bytes: int
+
+
+def condemn(ledger: Ledger, domain: str) -> Condemned:
+    """Finds everything of a domain, without touching it.
+
+    Raises:
+        UserError: the store has nothing of it.
+    """
+    if "/" in domain or domain.startswith("."):
+        raise UserError(f"{domain!r} is no domain")
+    versions = [forest for version in ledger.versions() if (forest := ledger.forest(version)) is not None]
+    manifests = read_manifests(ledger)
+    texts = _texts_of(ledger, domain, versions, manifests)
+    listed = {e.identity: tuple(p.identity for p in e.parents) for f in versions for e in f.experts if e.text in texts}
+    trained = {
+        a.identity: a.parents for a in manifests.values() if a.kind == "model" and _is_expert_of(a.recipe, texts)
+    }
+    experts = {**listed, **trained}
+    going = {key for key, artifact in manifests.items() if _goes(artifact, domain, texts, experts)}
+    going |= {key for key, artifact in manifests.items() if artifact.kind == "scores" and _is_of(artifact, going)}
+    kept = {blob_key(a.ref, blob.sha256) for key, a in manifests.items() if key not in going for blob in a.blobs}
+    blobs = {blob_key(manifests[key].ref, b.sha256): b.size_bytes for key in going for b in manifests[key].blobs}
+    inbox = list(ledger.storage.list(f"{INBOX}{domain}/"))
+    records = _records_of(ledger, domain, versions, experts)
+    found = Condemned(
+        domain=domain,
+        texts=tuple(sorted(texts)),
+        experts=experts,
+        manifests=tuple(sorted(going | {artifact_key(Ref("model", identity)) for identity in experts})),
+        blobs=tuple(sorted(blobs.keys() - kept)),
+        trainings=tuple(sorted({*experts, *(manifests[key].identity for key in going if key.startswith("training/"))})),
+        records=tuple(sorted(records)),
+        inbox_files=len(inbox),
+        kinds=Counter(manifests[key].kind for key in going),
+        size_bytes=sum(size for key, size in blobs.items() if key not in kept) + sum(e.size_bytes for e in inbox),
+    )
+    if not (texts or experts or going or inbox or records):
+        raise UserError(f"the store has nothing of {domain!r}", expected="a domain of the forest, its log or its inbox")
+    return found
+
+
+def purge(ledger: Ledger, condemned: Condemned) -> None:
+    """Deletes it: tombstones first, then what an expansion would pick up, then manifests, then what only they named."""
+    storage = ledger.storage
+    for kind, identity, parents in [
+        *(("text", text, ()) for text in condemned.texts),
+        *(("model", model, parents) for model, parents in condemned.experts.items()),
+    ]:
+        body = {"domain": condemned.domain, "kind": kind, "identity": identity, "parents": parents}
+        ledger.create_record(tombstone_key(Ref(kind, identity)), body)
+    storage.delete(f"{INBOX}{condemned.domain}/{MARKER}")
+    storage.erase(f"{INBOX}{condemned.domain}/")
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(storage.erase, condemned.records))
+        list(pool.map(storage.erase, condemned.manifests))
+        list(pool.map(lambda identity: storage.erase(training_folder(identity)), condemned.trainings))
+        # Whoever committed meanwhile may share a blob by now.
+        named = {blob_key(a.ref, blob.sha256) for a in read_manifests(ledger).values() for blob in a.blobs}
+        list(pool.map(storage.erase, [key for key in condemned.blobs if key not in named]))
+
+
+def _texts_of(
+    ledger: Ledger, domain: str, versions: Iterable[Forest], manifests: Mapping[str, Artifact]
+) -> frozenset[str]:
+    """The texts that ever went by a domain's name, but for those that another domain of the forest stands on."""
+    forests = list(versions)
+    named = {expert.text for forest in forests for expert in forest.experts if expert.domain == domain}
+    named |= {text for forest in forests[:1] for name, text in forest.foundation.domains if name == domain}
+    named |= {pin.text for pin in list_pins(ledger) if pin.domain == domain}
+    named |= {str(a.facts["text"]) for a in manifests.values() if _reads(a, domain)}
+    others = {expert.text for forest in forests[-1:] for expert in forest.experts if expert.domain != domain}
+    return frozenset(named - others)
+
+
+def _records_of(
+    ledger: Ledger, domain: str, versions: list[Forest], experts: Mapping[str, tuple[str, ...]]
+) -> set[str]:
+    standing = versions[-1].domains if versions else ()
+    pins = {
+        pin.identity
+        for pin in list_pins(ledger)
+        if pin.domain == domain
+        or (pin.domain not in standing and {parent.identity for parent in pin.start.parents} & experts.keys())
+    }
+    refused = {i for i, record in list_quarantine(ledger).items() if record["folder"] == domain}
+    keys = {f"{EXPANSIONS}{pin}.json" for pin in pins} | {f"{QUARANTINE}{identity}.json" for identity in refused}
+    return keys | {f"{HELD}{held.pin}-" for held in newest_held(ledger).values() if held.pin in pins}
+
+
+def _goes(artifact: Artifact, domain: str, texts: frozenset[str], experts: Mapping[str, object]) -> bool:
+    recipe = artifact.recipe
+    match artifact.kind:
+        case "text":
+            return artifact.identity in texts
+        case "source":
+            return artifact.facts["text"] in texts or _reads(artifact, domain)
+        case "tokens":
+            return recipe["text"] in texts
+        case "overlap":
+            return not texts.isdisjoint({recipe["train"], *recipe["tests"]})
+        case "model":  # an average that holds its weights is made again without them, where somebody asks for one
+            of_expert = "average" in recipe and any(parent in experts for parent in artifact.parents)
+            return artifact.identity in experts or of_expert or artifact.note.get("name") in _averages_for(domain)
+        case "training":
+            return _is_expert_of(artifact.facts.get("model", {}), texts)
+    return False
+
+
+def _averages_for(domain: str) -> tuple[str, ...]:
+    """What averages of other experts are called that were made for a domain: where its expert starts, and of its posterior."""
+    return (f"start of {domain}", f"posterior for {domain}")
+
+
+def _is_of(scores: Artifact, going: set[str]) -> bool:
+    """Whether scores are of a model or of tokens that go."""
+    refs = [Ref("model", scores.recipe["model"]), *(Ref("tokens", tokens) for tokens in scores.recipe["tokens"])]
+    return any(artifact_key(ref) in going for ref in refs)
+
+
+def _reads(artifact: Artifact, domain: str) -> bool:
+    return artifact.kind == "source" and not artifact.recipe["is_target"] and artifact.note.get("name") == domain
+
+
+def _is_expert_of(recipe: Mapping[str, object], texts: frozenset[str]) -> bool:
+    """Whether a training is of an expert on these texts: the seed, and what it shares with others, learns from all of them."""
+    given = recipe.get("texts")
+    return bool(recipe.get("restart_data")) and isinstance(given, list) and bool(given) and set(given) <= texts

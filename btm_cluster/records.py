@@ -1,0 +1,129 @@
+"""What a living forest notes down in its store, beside artifacts and versions: small documents, each created once.
+
+    expansions/<id>.json               where a new domain's expert starts, pinned before anything of it is made
+    held/<id>-<version>.json           an expert without which version n of the forest was better
+    quarantine/<id>.json               what the inbox had under a name and was refused, until it is replaced
+
+Knows what they say and where they lie; decides nothing.
+"""
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from btm_cluster.forest import Forest, Parent, identity_of
+from btm_cluster.ledger import THREADS, Ledger, Ref
+from btm_cluster.workers import Start
+
+EXPANSIONS, HELD, QUARANTINE, TOMBSTONES = "expansions/", "held/", "quarantine/", "tombstones/"
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Where a domain's expert starts: fixed before it does, so that a forest that grows meanwhile changes nothing."""
+
+    domain: str
+    text: str
+    seed: str
+    base_version: int
+    base_hash: str
+    start: Start
+    contents: str
+    """Names and sizes of the files in the inbox that the text was read from, as a hash; empty for a domain of the plan."""
+
+    @property
+    def identity(self) -> str:
+        return pin_identity(self.domain, self.text, self.seed)
+
+
+@dataclass(frozen=True)
+class Held:
+    """An expert that was trained and not merged: what the forest would have lost."""
+
+    pin: str
+    model: str
+    base_version: int
+    rise: float
+    reason: str
+
+
+def pin_identity(domain: str, text: str, seed: str) -> str:
+    """Of the start of a domain's expert: the question that its pin answers."""
+    return identity_of({"domain": domain, "text": text, "seed": seed})
+
+
+def pin(ledger: Ledger, wanted: Pin) -> Pin:
+    """Pins a start, and returns it: ours, or that of whoever was first."""
+    body = {name: value for name, value in asdict(wanted).items() if name != "start"}
+    start = {
+        "model": wanted.start.model.identity,
+        "parents": [asdict(parent) for parent in wanted.start.parents],
+        "keep_optimizer": wanted.start.keep_optimizer,
+    }
+    ledger.create_record(_pin_key(wanted.identity), body | {"start": start})
+    standing = find_pin(ledger, wanted.identity)
+    assert standing is not None
+    return standing
+
+
+def find_pin(ledger: Ledger, identity: str) -> Pin | None:
+    """The pin of that identity, or None where nothing was pinned."""
+    record = ledger.read_record(_pin_key(identity))
+    if record is None:
+        return None
+    body = {name: value for name, value in record.items() if name != "note"}
+    start = body.pop("start")
+    parents = tuple(Parent(**parent) for parent in start["parents"])
+    return Pin(**body, start=Start(Ref("model", start["model"]), parents, start["keep_optimizer"]))
+
+
+def list_pins(ledger: Ledger) -> Iterator[Pin]:
+    """Every pin."""
+    identities = [_stem(entry.key) for entry in ledger.storage.list(EXPANSIONS)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        yield from (found for found in pool.map(lambda one: find_pin(ledger, one), identities) if found is not None)
+
+
+def open_pins(ledger: Ledger, forest: Forest | None) -> list[Pin]:
+    """Pins of experts that are neither in the forest nor taken out of it: expansions in the making, or held back."""
+    settled = () if forest is None else (*forest.domains, *forest.withdrawn)
+    return [one for one in list_pins(ledger) if one.domain not in settled]
+
+
+def hold(ledger: Ledger, held: Held) -> None:
+    """Notes that an expert is held back from a version."""
+    ledger.create_record(f"{HELD}{held.pin}-{held.base_version:06d}.json", asdict(held))
+
+
+def newest_held(ledger: Ledger) -> dict[str, Held]:
+    """What is held back, by the identity of its pin: the newest judgement of each."""
+    newest = {_stem(entry.key).partition("-")[0]: entry.key for entry in ledger.storage.list(HELD)}
+    found: dict[str, Held] = {}
+    for identity, key in newest.items():
+        record = ledger.read_record(key)
+        if record is not None:
+            found[identity] = Held(**{name: value for name, value in record.items() if name != "note"})
+    return found
+
+
+def quarantine(ledger: Ledger, folder: str, identity: str, reason: str) -> None:
+    """Notes that what the inbox has in `folder` was refused. `identity` is that of the files as they lie there."""
+    ledger.create_record(f"{QUARANTINE}{identity}.json", {"folder": folder, "reason": reason})
+
+
+def list_quarantine(ledger: Ledger) -> dict[str, Mapping[str, Any]]:
+    """Every refusal, by the identity of what was refused."""
+    keys = [entry.key for entry in ledger.storage.list(QUARANTINE)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        read = zip(keys, pool.map(ledger.read_record, keys), strict=True)
+        return {_stem(key): record for key, record in read if record is not None}
+
+
+def _pin_key(identity: str) -> str:
+    return f"{EXPANSIONS}{identity}.json"
+
+
+def _stem(key: str) -> str:
+    return PurePosixPath(key).stem

@@ -1,0 +1,134 @@
+"""Taking a domain out of a forest, bringing one back, and going back to an older version: each a new version.
+
+A removal is at once effective in whatever is made of the forest afterwards. What was made before may still carry the domain's
+influence, and that is found from lineage. Deleting for good is `purge.py`'s.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from btm_cluster.errors import StoreError, UserError
+from btm_cluster.forest import Expert, Forest, descendants, put_back, roll_back, take_out
+from btm_cluster.ledger import THREADS, Ledger, Ref
+from btm_cluster.records import TOMBSTONES
+
+APPEND_ATTEMPTS = 100
+
+
+@dataclass(frozen=True)
+class Influence:
+    """What still carries a domain's influence once its expert is out of the forest."""
+
+    seed: str | None
+    """The seed, and the tokenizer where it was trained here: of a founding domain."""
+    tokenizer: str | None
+    baselines: tuple[str, ...]
+    """Transformer-LMs that were trained on its text."""
+    descendants: tuple[str, ...]
+    """Domains of the forest whose experts branched from an average that its expert was part of, or descend from such."""
+    merged: tuple[str, ...]
+    """Averaged models in the store."""
+
+
+def remove(ledger: Ledger, domain: str) -> Forest:
+    """The next version, without the domain.
+
+    Raises:
+        UserError: the forest has no such domain.
+    """
+    return _append(ledger, lambda forest: take_out(forest, domain, f"removed {domain}"))
+
+
+def bring_back(ledger: Ledger, domain: str) -> Forest:
+    """The next version, with the expert that the domain had when it was taken out.
+
+    Raises:
+        UserError: it was not taken out, or was purged.
+    """
+    expert = last_expert(ledger, domain)
+    if expert is None or domain not in _newest(ledger).withdrawn:
+        raise UserError(f"{domain!r} was not taken out of the forest", remedy="`btm forest log` says what was")
+    ledger.check_not_purged(Ref("model", expert.identity))
+    manifest_hash = ledger.get(Ref("model", expert.identity)).manifest_hash
+    ledger.check_standing(Ref("model", expert.identity), manifest_hash)
+    return _append(ledger, lambda forest: put_back(forest, expert, manifest_hash, f"brought back {domain}"))
+
+
+def rollback(ledger: Ledger, version: int) -> Forest:
+    """A new version equal to an old one.
+
+    Raises:
+        UserError: there is no such version, or one of its models was purged.
+        StoreError: one of its models was collected.
+    """
+    old = version_of(ledger, version)
+    for expert in old.experts:
+        ledger.check_not_purged(Ref("model", expert.identity))
+    ledger.check_all_standing(old.manifests)
+    return _append(ledger, lambda forest: roll_back(forest, old, f"rolled back to version {version}"))
+
+
+def influence_of(ledger: Ledger, forest: Forest, expert: Expert) -> Influence:
+    """What still carries an expert's domain, in the forest and in the store.
+
+    `forest` is without it. Lineage is that of every model in the store, and of what was purged.
+    """
+    models = {model.identity: model for model in ledger.list_artifacts("model")}
+    parents = {identity: model.parents for identity, model in models.items()} | _purged_parents(ledger)
+    carriers = descendants(expert.identity, parents)
+    founding = expert.text in {text for _, text in forest.foundation.domains}
+    tokenizer = ledger.find(Ref("tokenizer", forest.foundation.tokenizer))
+    trained = tokenizer is not None and "train" in tokenizer.recipe
+    return Influence(
+        seed=forest.foundation.seed if founding else None,
+        tokenizer=forest.foundation.tokenizer if founding and trained else None,
+        baselines=tuple(
+            identity
+            for identity, model in models.items()
+            if model.facts.get("role") == "transformer-lm" and expert.text in model.recipe["texts"]
+        ),
+        descendants=tuple(e.domain for e in forest.experts if e.identity in carriers),
+        merged=tuple(sorted(i for i in carriers if i in models and "average" in models[i].recipe)),
+    )
+
+
+def last_expert(ledger: Ledger, domain: str) -> Expert | None:
+    """The domain's expert in the newest version that has one."""
+    for version in reversed(ledger.versions()):
+        forest = ledger.forest(version)
+        if forest is not None and domain in forest.domains:
+            return forest.expert(domain)
+    return None
+
+
+def version_of(ledger: Ledger, version: int) -> Forest:
+    """A version that must be there."""
+    forest = ledger.forest(version)
+    if forest is None:
+        found = ", ".join(map(str, ledger.versions())) or "no version"
+        raise UserError(f"there is no forest version {version}", found=f"versions {found}")
+    return forest
+
+
+def _purged_parents(ledger: Ledger) -> dict[str, tuple[str, ...]]:
+    keys = [entry.key for entry in ledger.storage.list(f"{TOMBSTONES}model/")]
+    with ThreadPoolExecutor(THREADS) as pool:
+        read = [record for record in pool.map(ledger.read_record, keys) if record is not None]
+    return {record["identity"]: tuple(record["parents"]) for record in read}
+
+
+def _newest(ledger: Ledger) -> Forest:
+    forest = ledger.forest()
+    if forest is None:
+        raise UserError(f"there is no forest in {ledger.storage.location} yet", remedy="`btm run` grows one")
+    return forest
+
+
+def _append(ledger: Ledger, next_version: Callable[[Forest], Forest]) -> Forest:
+    """Appends what comes after the newest version. Who loses the race for a number reads again and tries the next one."""
+    for _ in range(APPEND_ATTEMPTS):
+        wanted = next_version(_newest(ledger))
+        if ledger.append(wanted):
+            return ledger.forest(wanted.version) or wanted
+    raise StoreError("could not append to the forest log", found=f"{APPEND_ATTEMPTS} lost races", remedy="try again")

@@ -1,0 +1,339 @@
+"""Expanding a forest by what has arrived: tiny real models in one process, a forest founded once."""
+
+import gzip
+import os
+import random
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from btm_cluster.algorithm import grow, merge, pinned_branches, train
+from btm_cluster.arrivals import prepare_new
+from btm_cluster.contributions import contributions
+from btm_cluster.display_expansion import show_expanded
+from btm_cluster.driver import Driver
+from btm_cluster.errors import FoundationError, UserError
+from btm_cluster.expansion import Expanded, expand
+from btm_cluster.forest import Forest
+from btm_cluster.in_process import InProcess, LocalControl
+from btm_cluster.inbox import look
+from btm_cluster.ledger import Ledger
+from btm_cluster.plan import Plan
+from btm_cluster.run import run_plan
+from btm_cluster.workers import Failure, Outcome, TrainRequest
+from tests.conftest import in_process, made_up_documents, write_jsonl
+from tests.living import deliver, put
+
+
+@pytest.fixture
+def plan(founded_plan: Plan, tmp_path: Path) -> Plan:
+    """The same, with a store of the test's own."""
+    shutil.copytree(founded_plan.store, tmp_path / "store")
+    return founded_plan.model_copy(update={"store": str(tmp_path / "store")})
+
+
+@pytest.fixture
+def ledger(plan: Plan) -> Ledger:
+    return Ledger.open(plan.store)
+
+
+@pytest.fixture
+def arrive(ledger: Ledger, tmp_path: Path) -> Callable[..., None]:
+    """Delivers a domain."""
+    return lambda name, *documents, **how: deliver(ledger, tmp_path, name, *documents, **how)
+
+
+def expanded(plan: Plan) -> Expanded:
+    return expand(plan, in_process(plan))
+
+
+def changed(plan: Plan, **sections: Any) -> Plan:
+    """The plan with other sections."""
+    return Plan.model_validate(plan.model_dump(mode="json") | sections)
+
+
+def newest(ledger: Ledger) -> Forest:
+    forest = ledger.forest()
+    assert forest is not None
+    return forest
+
+
+def models(ledger: Ledger) -> dict[str, str]:
+    """Manifest hashes of all models, by identity."""
+    return {model.identity: model.manifest_hash for model in ledger.list_artifacts("model")}
+
+
+def test_a_domain_in_the_inbox_becomes_an_expert_and_nothing_that_exists_is_made_again(
+    plan: Plan, ledger: Ledger, arrive: Callable[..., None]
+) -> None:
+    before, old_models = newest(ledger), models(ledger)
+    arrive("meadow")
+    first = expanded(plan)
+    assert first.added == ("meadow",)
+    assert first.forest.version == before.version + 1
+    assert [e for e in first.forest.experts if e.domain != "meadow"] == list(before.experts)
+    assert models(ledger).items() >= old_models.items()
+    gain = first.gains["meadow"]
+    assert gain.before is not None
+    assert gain.after < gain.before
+    # Its text, its blocks, the average that it starts from and itself; a score of each of three experts on its text.
+    assert first.made == {"source": 1, "tokens": 3, "model": 2, "scores": 3}
+    assert {parent.identity for parent in first.forest.expert("meadow").parents} <= {e.identity for e in before.experts}
+    again = expanded(plan)
+    assert (again.forest, again.added, dict(again.made)) == (first.forest, (), {})
+    evaluated = run_plan(plan, in_process(plan), evaluate_only=True)
+    assert "meadow" in evaluated.verdict.rows["test"][0].cells, "though the plan does not name it"
+    assert len(contributions(ledger).texts) == 4
+
+
+def test_an_expansion_of_a_domain_that_the_plan_names_is_the_same_expert_as_in_a_run(
+    plan: Plan, founded_plan: Plan, tmp_path: Path
+) -> None:
+    text = write_jsonl(tmp_path / "meadow.jsonl", made_up_documents("meadow", 120))
+    domains = [*plan.model_dump(mode="json")["domains"], {"name": "meadow", "text": str(text)}]
+    by_expansion = expanded(changed(plan, domains=domains)).forest
+    shutil.copytree(founded_plan.store, tmp_path / "other")
+    by_run = grow(other := changed(plan, domains=domains, store=str(tmp_path / "other")), in_process(other)).forest
+    assert by_expansion.experts == by_run.experts
+
+
+def test_the_founding_domains_texts_may_be_gone_and_the_plan_may_not_name_them_again(
+    plan: Plan, arrive: Callable[..., None], tmp_path: Path
+) -> None:
+    arrive("meadow")
+    gone = [{"name": "kitchen", "text": str(tmp_path / "moved away.jsonl")}]
+    assert expanded(changed(plan, domains=gone)).added == ("meadow",)
+
+
+def test_a_store_without_a_forest_and_a_plan_of_another_forest_are_refused_before_anything_is_read(
+    plan: Plan, ledger: Ledger, arrive: Callable[..., None], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="no forest in"):
+        expanded(changed(plan, store=str(tmp_path / "empty")))
+    arrive("meadow")
+    with pytest.raises(FoundationError, match="another seed"):
+        expanded(changed(plan, training=plan.training.model_dump() | {"learning_rate": 0.1}))
+    assert not list(ledger.storage.list("expansions/"))
+
+
+def test_a_half_arrived_domain_and_one_that_is_written_to_again_are_left_alone(
+    plan: Plan, ledger: Ledger, arrive: Callable[..., None]
+) -> None:
+    arrive("meadow", ready=False)
+    arrive("island")
+    later = Path(plan.store, "inbox/island/READY").stat().st_mtime + 5
+    os.utime(Path(plan.store, "inbox/island/a.jsonl"), (later, later))
+    found = expanded(plan)
+    assert found.added == ()
+    assert found.waiting == {"meadow": "no READY yet", "island": "a.jsonl is newer than READY, which is written last"}
+    arrive("meadow")
+    assert expanded(plan).added == ("meadow",)
+    assert not list(ledger.storage.list("quarantine/"))
+
+
+def test_a_started_expansion_goes_on_from_where_it_was_pinned_though_the_log_moved_on(
+    plan: Plan, ledger: Ledger, arrive: Callable[..., None]
+) -> None:
+    base = newest(ledger)
+    arrive("meadow")
+    interrupted = in_process(plan)
+    bare = plan.model_copy(update={"domains": (), "targets": ()})
+    inbox = look(ledger, bare, base.domains)
+    ground = prepare_new(bare, inbox.arrivals, base, interrupted).ground
+    (pinned,) = pinned_branches(ground, base, ground.domains, {}, interrupted)
+    arrive("island")
+    moved = expand(changed(plan, branching={"start": "seed"}), in_process(plan))  # as if one had come in between
+    assert moved.added == ("island", "meadow")
+    assert moved.forest.expert("meadow").identity == pinned.ref.identity
+    assert {parent.identity for parent in moved.forest.expert("island").parents} == {base.foundation.seed}
+
+
+def test_two_expansions_at_once_both_end_up_in_the_forest(
+    plan: Plan, ledger: Ledger, arrive: Callable[..., None]
+) -> None:
+    base = newest(ledger)
+    arrive("meadow")
+    bare = plan.model_copy(update={"domains": (), "targets": ()})
+    slow = in_process(plan)
+    ground = prepare_new(bare, look(ledger, bare, base.domains).arrivals, base, slow).ground
+    experts, _ = train(pinned_branches(ground, base, ground.domains, {}, slow), slow)
+    arrive("island")
+    fast = expanded(plan)
+    assert fast.added == ("island", "meadow")
+    assert merge(base, experts, slow.ledger) == fast.forest
+    assert fast.forest.expert("meadow") == experts[0]
+    trained = [m for m in ledger.list_artifacts("model") if m.facts.get("role") == "expert"]
+    assert len(trained) == 4
+
+
+def test_bad_domains_are_quarantined_with_their_reasons_and_do_not_stop_the_others(
+    plan: Plan, ledger: Ledger, arrive: Callable[..., None], tmp_path: Path
+) -> None:
+    arrive("meadow")
+    arrive("Bad Name")
+    arrive("market")
+    arrive("twin", made_up_documents("meadow", 120))
+    arrive("short", ["one word", "two words"])
+    for name, file, data in (
+        ("archive", "a.tar.gz", b"x"),
+        ("columns", "a.parquet", b"x"),
+        ("broken", "a.jsonl", b'{"text": "cut'),
+        ("binary", "a.txt", b"\0\1\2"),
+        ("corrupt", "a.jsonl.gz", b"no gzip at all"),
+        ("bomb", "a.txt.gz", gzip.compress(b"word " * 4_000_000)),
+        ("odd-file", "[a]*.jsonl", b"{}"),
+        ("empty", ".hidden", b"x"),
+    ):
+        put(ledger, tmp_path, f"{name}/{file}", data)
+        put(ledger, tmp_path, f"{name}/READY", b"")
+    bounded = changed(plan, expansion={"inbox": {"most_decompressed_gigabytes": 0.01}})
+    found = expanded(bounded)
+    assert found.added == ("meadow",)
+    reasons = {
+        "Bad Name": "a name that no domain can have",
+        "market": "the plan has a text of this name",
+        "twin": "the same documents as 'meadow'",
+        "short": "has no document for",
+        "archive": r"a \.tar file",
+        "columns": r"a \.parquet file",
+        "broken": "a line that is not JSON",
+        "binary": "a binary file",
+        "corrupt": "cannot read the text",
+        "bomb": "more than 10,000,000 bytes, decompressed",
+        "odd-file": "is no name for a file",
+        "empty": "no text files",
+    }
+    assert found.quarantined.keys() == reasons.keys()
+    for name, reason in reasons.items():
+        with pytest.raises(AssertionError, match=reason):
+            raise AssertionError(found.quarantined[name])
+    driver = in_process(bounded)
+    again = expand(bounded, driver)
+    assert again.quarantined == found.quarantined
+    assert not driver.made, "what is quarantined is not read again"
+    put(ledger, tmp_path, "market/READY", b"")
+    put(ledger, tmp_path, "broken/a.jsonl", Path(plan.store, "inbox/meadow/a.jsonl").read_bytes())
+    assert "broken" in expanded(bounded).waiting
+    arrive("broken", made_up_documents("mended", 120))
+    assert expanded(bounded).added == ("broken",)
+
+
+def test_links_and_pipes_are_refused_and_what_they_lead_to_is_not_read(
+    plan: Plan, ledger: Ledger, arrive: Callable[..., None], tmp_path: Path
+) -> None:
+    secret = write_jsonl(tmp_path / "secret" / "a.jsonl", made_up_documents("secret", 120))
+    inbox = Path(plan.store, "inbox")
+    for name in ("linked", "piped", "deep"):
+        arrive(name)
+    (inbox / "linked" / "b.jsonl").symlink_to(secret)
+    os.mkfifo(inbox / "piped" / "b.jsonl")
+    (inbox / "deep" / "folder").symlink_to(secret.parent)
+    (inbox / "whole").symlink_to(secret.parent)
+    found = expanded(plan)
+    assert found.added == ()
+    assert found.quarantined == {
+        "linked": "b.jsonl is a link, or no file",
+        "piped": "b.jsonl is a link, or no file",
+        "deep": "folder is a link, or no file",
+        "whole": "the folder is a link, or no file",
+    }
+    assert len(list(ledger.list_artifacts("source"))) == 3
+
+
+def test_files_and_sizes_beyond_the_plans_bounds_are_refused_before_a_byte_is_read(
+    plan: Plan, arrive: Callable[..., None]
+) -> None:
+    arrive("meadow")
+    small = expanded(changed(plan, expansion={"inbox": {"most_gigabytes": 1e-6}}))
+    assert "the plan takes 1e-06 GB" in small.quarantined["meadow"]
+    assert not small.made
+
+
+def test_of_more_domains_than_the_plan_takes_at_once_the_rest_wait(plan: Plan, arrive: Callable[..., None]) -> None:
+    arrive("meadow")
+    arrive("island")
+    few = changed(plan, expansion={"inbox": {"most_domains": 1}})
+    first = expanded(few)
+    assert (first.added, first.waiting) == (("island",), {"meadow": "the plan takes 1 at once"})
+    assert expanded(few).added == ("meadow",)
+
+
+def test_names_in_the_inbox_cannot_write_to_a_terminal(
+    plan: Plan, arrive: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arrive("a\x1b[2Jb")
+    arrive("no-utf-8")
+    os.rename(Path(plan.store, "inbox/no-utf-8"), os.fsencode(Path(plan.store, "inbox")) + b"/no-utf-\xff")
+    show_expanded(expanded(plan), json_output=False)
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "quarantined: a?[2Jb: a name that no domain can have" in shown
+    assert "quarantined: no-utf-?: a name that no domain can have" in shown
+
+
+def test_an_expert_whose_inbox_files_were_replaced_stays_and_the_expansion_says_so(
+    plan: Plan, arrive: Callable[..., None]
+) -> None:
+    arrive("meadow")
+    first = expanded(plan)
+    assert first.passed_over == {}
+    arrive("meadow", made_up_documents("another meadow", 90))
+    later = expanded(plan)
+    assert later.forest == first.forest
+    assert "no longer those its expert was trained on" in later.passed_over["meadow"]
+
+
+def test_an_expansion_that_makes_the_forest_worse_is_held_back_until_the_plan_allows_it(
+    plan: Plan, ledger: Ledger, arrive: Callable[..., None]
+) -> None:
+    # With a uniform prior a further expert takes its share of the first tokens, and this one knows nothing of words.
+    digits = random.Random(0)
+    arrive("meadow", [" ".join(f"{digits.randrange(10**9)}" for _ in range(40)) for _ in range(120)])
+    strict = changed(
+        plan,
+        merging={"posterior": "full", "prior": "uniform"},
+        expansion={"accept_if": {"development_perplexity_rise_at_most": 0.0}},
+    )
+    before = newest(ledger)
+    found = expanded(strict)
+    assert found.forest == before
+    assert set(found.held) == {"meadow"}
+    assert "the plan allows +0.00%" in found.held["meadow"]
+    driver = in_process(strict)
+    again = expand(strict, driver)
+    assert (again.forest, again.held) == (before, found.held)
+    assert not driver.made
+    loose = changed(strict, expansion={"accept_if": {"development_perplexity_rise_at_most": 0.5}})
+    driver = in_process(loose)
+    taken = expand(loose, driver)
+    assert taken.added == ("meadow",)
+    assert not driver.made, "what was trained and scored while it was held back is used"
+
+
+class FailsIsland(InProcess):
+    """Workers that cannot train one domain."""
+
+    def train(self, requests: Sequence[TrainRequest]) -> list[Outcome]:
+        failure = Failure("island", 4, "on a host", "its process died")
+        return [failure if r.label == "island" else super(FailsIsland, self).train([r])[0] for r in requests]
+
+
+def test_one_expert_that_fails_does_not_stop_the_others_and_only_it_is_tried_again(
+    plan: Plan, ledger: Ledger, arrive: Callable[..., None]
+) -> None:
+    arrive("meadow")
+    arrive("island")
+    control = LocalControl(lambda _: None, threading.Event())
+    found = expand(plan, Driver(ledger, FailsIsland(ledger, control)))
+    assert found.added == ("meadow",)
+    assert [failure.label for failure in found.failures] == ["island"]
+    again = expanded(plan)
+    assert again.added == ("island",)
+    assert not {parent.identity for parent in again.forest.expert("island").parents} & {
+        again.forest.expert("meadow").identity
+    }, "it starts from the forest of the first try"
+    assert dict(again.made) == {"model": 1, "scores": 2}

@@ -1,0 +1,268 @@
+"""Taking a domain out of a forest, bringing it back, rolling back, and purging it without a trace but its tombstones."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from btm_cluster.cli import app, run_command
+from btm_cluster.errors import UserError
+from btm_cluster.expansion import expand
+from btm_cluster.forest import Forest, difference
+from btm_cluster.housekeeping import collect, find_garbage, verify
+from btm_cluster.ledger import Ledger, Ref, artifact_key
+from btm_cluster.plan import Plan
+from btm_cluster.purge import condemn, purge
+from btm_cluster.records import list_pins
+from btm_cluster.removal import bring_back, influence_of, remove, rollback
+from btm_cluster.run import run_plan
+from tests.conftest import in_process, made_up_documents
+from tests.living import deliver
+
+DAY = 86_400.0
+
+
+@pytest.fixture(scope="module")
+def lived(founded_plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """Version 2: meadow, from the inbox, branched from the two founding domains. Version 3: island, from all three."""
+    folder = tmp_path_factory.mktemp("lived")
+    shutil.copytree(founded_plan.store, folder / "store")
+    plan = founded_plan.model_copy(update={"store": str(folder / "store"), "branching": uniform(founded_plan)})
+    ledger = Ledger.open(plan.store)
+    for name in ("meadow", "island"):
+        deliver(ledger, folder, name)
+        assert expand(plan, in_process(plan)).added == (name,)
+    return plan
+
+
+def uniform(plan: Plan) -> object:
+    return plan.branching.model_copy(update={"start": "uniform"})
+
+
+@pytest.fixture
+def plan(lived: Plan, tmp_path: Path) -> Plan:
+    """The same, with a store of the test's own."""
+    shutil.copytree(lived.store, tmp_path / "store")
+    return lived.model_copy(update={"store": str(tmp_path / "store")})
+
+
+@pytest.fixture
+def ledger(plan: Plan) -> Ledger:
+    return Ledger.open(plan.store)
+
+
+@pytest.fixture
+def btm(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """The command line in this process: exit code, output and errors."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        return run_command(lambda: app(list(arguments))), *capsys.readouterr()
+
+    return call
+
+
+def newest(ledger: Ledger) -> Forest:
+    forest = ledger.forest()
+    assert forest is not None
+    return forest
+
+
+def named_in(store: str, trace: str) -> set[str]:
+    """The objects of a store whose name or bytes hold a trace, but for the log of its forest and its tombstones."""
+    keys = {path.relative_to(store).as_posix(): path for path in Path(store).rglob("*") if path.is_file()}
+    return {
+        key
+        for key, path in keys.items()
+        if not key.startswith(("forest/", "tombstones/")) and (trace in key or trace.encode() in path.read_bytes())
+    }
+
+
+def test_a_removed_domain_is_out_of_the_forest_at_once_and_no_schedule_brings_it_back(
+    plan: Plan, ledger: Ledger
+) -> None:
+    before = newest(ledger)
+    after = remove(ledger, "meadow")
+    assert after.version == before.version + 1
+    assert after.domains == ("harbour", "island", "kitchen")
+    assert set(after.manifests) == set(before.manifests) - {before.expert("meadow").identity}
+    found = expand(plan, in_process(plan))
+    assert (found.forest, found.passed_over) == (after, {"meadow": "it was taken out of the forest"})
+    back = bring_back(ledger, "meadow")
+    assert (back.experts, back.withdrawn) == (before.experts, ())
+    assert expand(plan, in_process(plan)).passed_over == {}
+
+
+def test_a_founding_domain_that_was_removed_is_passed_over_by_a_run_of_its_plan(plan: Plan, ledger: Ledger) -> None:
+    after = remove(ledger, "kitchen")
+    run = run_plan(plan, in_process(plan))
+    assert run.forest == after
+    assert run.passed_over == ("kitchen",)
+    assert "kitchen" not in {text.name for text in run.texts}
+    remove(ledger, "harbour")
+    with pytest.raises(UserError, match="every domain of the plan was taken out"):
+        run_plan(plan, in_process(plan))
+
+
+def test_removing_what_is_not_there_and_bringing_back_what_was_not_removed_are_refused(ledger: Ledger) -> None:
+    with pytest.raises(UserError, match="no domain 'desert'"):
+        remove(ledger, "desert")
+    with pytest.raises(UserError, match="was not taken out"):
+        bring_back(ledger, "meadow")
+    assert newest(ledger).version == 3
+
+
+def test_what_still_carries_a_removed_domain_is_told_from_lineage(ledger: Ledger) -> None:
+    forest = newest(ledger)
+    of_meadow = influence_of(ledger, remove(ledger, "meadow"), forest.expert("meadow"))
+    assert (of_meadow.seed, of_meadow.tokenizer, of_meadow.baselines) == (None, None, ())
+    assert of_meadow.descendants == ("island",)
+    assert len(of_meadow.merged) == 1
+    of_kitchen = influence_of(ledger, remove(ledger, "kitchen"), forest.expert("kitchen"))
+    assert of_kitchen.seed == forest.foundation.seed
+    assert of_kitchen.tokenizer == forest.foundation.tokenizer
+    assert len(of_kitchen.baselines) == 1
+    # Through meadow, which is out of the forest by now, too.
+    assert of_kitchen.descendants == ("island",)
+    carriers = {forest.expert(domain).identity for domain in ("kitchen", "meadow", "island")}
+    averages = [m for m in ledger.list_artifacts("model") if "average" in m.recipe]
+    assert set(of_kitchen.merged) == {m.identity for m in averages if carriers & set(m.parents)}
+
+
+def test_a_rollback_is_a_new_version_equal_to_an_old_one_and_what_came_since_stays_out(
+    plan: Plan, ledger: Ledger
+) -> None:
+    old = ledger.forest(2)
+    assert old is not None
+    back = rollback(ledger, 2)
+    assert (back.version, back.experts, back.manifests) == (4, old.experts, old.manifests)
+    assert back.withdrawn == ("island",)
+    assert back.parent == ledger.version_hash(3)
+    assert expand(plan, in_process(plan)).forest == back
+    assert difference(newest(ledger), rollback(ledger, 3)).added == ("island",)
+    with pytest.raises(UserError, match="no forest version 9"):
+        rollback(ledger, 9)
+    assert verify(ledger).problems == ()
+
+
+def test_a_purged_domain_leaves_nothing_but_tombstones_and_the_store_stays_sound(plan: Plan, ledger: Ledger) -> None:
+    forest = newest(ledger)
+    expert = forest.expert("meadow")
+    document = json.loads(Path(plan.store, "inbox/meadow/a.jsonl").read_text().splitlines()[0])["text"]
+    assert named_in(plan.store, document) == {"inbox/meadow/a.jsonl"}
+    shared = {blob.sha256 for blob in ledger.get(Ref("model", expert.identity)).blobs} - {expert.weights_sha256}
+    assert shared, "its configuration and tokenizer are everybody's"
+    remove(ledger, "meadow")
+    purge(ledger, condemn(ledger, "meadow"))
+    for trace in (document, expert.text, expert.weights_sha256, "meadow"):
+        assert not named_in(plan.store, trace)
+    # Its descendant's lineage is an identity that leads to a tombstone.
+    (pin,) = [pin.identity for pin in list_pins(ledger) if pin.domain == "island"]
+    island = artifact_key(Ref("model", forest.expert("island").identity))
+    assert named_in(plan.store, expert.identity) == {island, f"expansions/{pin}.json"}
+    assert ledger.find(Ref("model", forest.expert("island").identity)) is not None
+    assert {path.name for path in Path(plan.store, "blobs").iterdir()} >= shared
+    assert not Path(plan.store, "inbox/meadow").exists()
+    assert ledger.tombstone(Ref("text", expert.text))
+    assert ledger.tombstone(Ref("model", expert.identity))
+    assert verify(ledger).problems == ()
+    # A descendant still knows its seed, though its parent is gone, and the forest is evaluated as ever.
+    again = run_plan(plan, in_process(plan))
+    assert again.forest.domains == ("harbour", "island", "kitchen")
+    for path in Path(plan.store).rglob("*"):
+        os.utime(path, (time.time() - 100 * DAY,) * 2)
+    collect(ledger, find_garbage(ledger, 10, DAY))
+    assert verify(ledger).problems == ()
+    assert ledger.tombstone(Ref("text", expert.text))
+
+
+def test_what_was_purged_does_not_come_back_by_undo_rollback_inbox_or_plan(
+    plan: Plan, ledger: Ledger, tmp_path: Path
+) -> None:
+    remove(ledger, "meadow")
+    purge(ledger, condemn(ledger, "meadow"))
+    after = newest(ledger)
+    for comes_back in (lambda: bring_back(ledger, "meadow"), lambda: rollback(ledger, 2), lambda: rollback(ledger, 3)):
+        with pytest.raises(UserError, match="was purged"):
+            comes_back()
+    assert rollback(ledger, 1).domains == ("harbour", "kitchen")
+    rollback(ledger, after.version)
+    deliver(ledger, tmp_path, "meadow")
+    found = expand(plan, in_process(plan))
+    assert found.passed_over == {"meadow": "it was taken out of the forest"}
+    deliver(ledger, tmp_path, "another-name", made_up_documents("meadow", 120))
+    found = expand(plan, in_process(plan))
+    assert found.added == ()
+    assert "was purged from the store" in found.quarantined["another-name"]
+    assert not list(ledger.storage.list("artifacts/text/" + next(iter(condemn(ledger, "meadow").texts))))
+
+
+def test_an_interrupted_purge_is_found_by_verify_and_goes_on_when_it_is_run_again(ledger: Ledger) -> None:
+    text, expert = newest(ledger).expert("meadow").text, newest(ledger).expert("meadow")
+    condemned = condemn(ledger, "meadow")
+    remove(ledger, "meadow")
+    body = {"domain": "meadow", "kind": "text", "identity": text, "parents": []}
+    ledger.create_record(f"tombstones/text/{text}.json", body)
+    assert [problem for problem in verify(ledger).problems if "was purged, and is there again" in problem]
+    again = condemn(ledger, "meadow")
+    assert (again.manifests, again.blobs) == (condemned.manifests, condemned.blobs)
+    purge(ledger, again)
+    assert verify(ledger).problems == ()
+    assert ledger.parents_of(expert.identity) == tuple(parent.identity for parent in expert.parents)
+
+
+def test_a_purged_founding_domain_leaves_seed_and_tokenizer_and_the_forest_lives_on(
+    plan: Plan, ledger: Ledger, tmp_path: Path
+) -> None:
+    remove(ledger, "kitchen")
+    purge(ledger, condemn(ledger, "kitchen"))
+    assert verify(ledger).problems == ()
+    deliver(ledger, tmp_path, "desert")
+    assert expand(plan, in_process(plan)).added == ("desert",)
+    assert run_plan(plan, in_process(plan)).forest.domains == ("desert", "harbour", "island", "meadow")
+    assert len(named_in(plan.store, "start of desert")) == 2  # an average of others, by its card and its manifest
+    remove(ledger, "desert")
+    purge(ledger, condemn(ledger, "desert"))
+    assert not named_in(plan.store, "desert")
+    assert verify(ledger).problems == ()
+
+
+def test_a_domain_that_was_never_merged_can_be_purged(plan: Plan, ledger: Ledger, tmp_path: Path) -> None:
+    deliver(ledger, tmp_path, "desert", ["too", "short"])
+    assert set(expand(plan, in_process(plan)).quarantined) == {"desert"}
+    purge(ledger, condemn(ledger, "desert"))
+    assert not [entry.key for folder in ("inbox/desert/", "quarantine/") for entry in ledger.storage.list(folder)]
+    with pytest.raises(UserError, match="has nothing of 'desert'"):
+        condemn(ledger, "desert")
+    with pytest.raises(UserError, match="is no domain"):
+        condemn(ledger, "../forest")
+
+
+def test_the_commands_say_what_goes_and_what_stays_and_purge_only_when_confirmed(
+    plan: Plan, ledger: Ledger, btm: Callable[..., tuple[int, str, str]]
+) -> None:
+    at = ("--store", plan.store)
+    code, out, err = btm("forest", "remove", "meadow", "--purge", *at)
+    assert (code, newest(ledger).version) == (2, 3)
+    assert "purging meadow deletes" in out
+    assert "2 files of the inbox" in out
+    assert "--yes" in err
+    code, out, _ = btm("forest", "remove", "meadow", "--purge", "--yes", *at)
+    assert code == 0
+    assert "the expert of island, which descends from its expert" in out
+    assert "purged meadow; the forest stands at version 4" in out
+    code, out, _ = btm("forest", "diff", "3", "4", *at)
+    assert (code, out) == (0, "- meadow\n")
+    assert btm("forest", "rollback", "3", *at)[0] == 2
+    code, out, _ = btm("forest", "remove", "kitchen", *at)
+    assert "since it was a founding domain, and so every expert" in out
+    code, out, _ = btm("forest", "remove", "kitchen", "--undo", *at)
+    assert (code, newest(ledger).domains) == (0, ("harbour", "island", "kitchen"))
+    code, out, _ = btm("forest", "rollback", "1", *at)
+    assert "forest version 7: rolled back to version 1, 2 experts" in out
+    log = json.loads(btm("forest", "log", *at, "--json")[1])
+    assert [entry["reason"] for entry in log[:2]] == ["rolled back to version 1", "brought back kitchen"]
