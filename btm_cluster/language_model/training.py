@@ -26,6 +26,7 @@ from btm_cluster.language_model.blocks import Blocks, block_order
 from btm_cluster.language_model.checkpoint import TrainingCheckpoints, load_training
 from btm_cluster.language_model.model import build_model, check_causal
 from btm_cluster.language_model.optimizer import build_optimizer, learning_rate_at
+from btm_cluster.language_model.utilisation import device_name, utilisation
 from btm_cluster.ledger import Ledger
 from btm_cluster.workers import Control, Progress, Resources, TrainRequest
 
@@ -281,7 +282,9 @@ class _TrainingRun:
             span = (self.update, request.first_update, request.last_update)
             pace = (rate, tokens_left / max(rate, 1e-9))
             stored = (self.checkpoints.stall_seconds, self.checkpoints.upload_seconds)
-            self.control.report(Progress(request.label, "training", *span, self.loss.item(), *pace, *stored))
+            block_tokens, device = request.training.block_tokens, device_name(self.device)
+            mfu = utilisation(self.model, request.how, block_tokens, rate, device)
+            self.control.report(Progress(request.label, "training", *span, self.loss.item(), *pace, *stored, mfu))
 
     def _save(self, wait: bool) -> None:
         healthy = math.isfinite(self.loss.item()) and self._has_finite_weights()
@@ -300,6 +303,6 @@ class _TrainingRun:
             "seconds": round(seconds, 3),
             "tokens_per_second": round(self.pace.tokens / max(seconds, 1e-9), 1),
             "gpus": gpus,
-            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
+            "device": device_name(self.device),
             "checkpoint_stall_seconds": round(self.checkpoints.stalled_seconds, 3),
         }

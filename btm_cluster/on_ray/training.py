@@ -76,7 +76,8 @@ def _step(request: TrainRequest, store: str, control: RayControl) -> Artifact | 
 
     ray.train.get_context()  # raises where Train is not in charge: no training runs outside it
     try:
-        return train(request, Ledger.open(store), control)
+        with control:
+            return train(request, Ledger.open(store), control)
     except (UserError, Stopped, TrainingError) as exc:
         return exc
 

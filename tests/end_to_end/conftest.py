@@ -27,16 +27,17 @@ REPOSITORY = Path(__file__).parents[2]
 
 @contextmanager
 def ray_head(folder: Path, *arguments: str, cpus: int = 2, **variables: str) -> Iterator[dict[str, str]]:
-    """Starts a cluster's head; gives the environment variables with which `ray` and `btm` reach it."""
+    """Starts a cluster's head; gives the environment variables with which `ray` and `btm` reach it, and its SESSION_FOLDER."""
     environment = os.environ | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "a-token-for-tests-0123456789abcdef",
         "RAY_metrics_report_interval_ms": "500",
         "PATH": f"{BIN}:{os.environ['PATH']}",
     }
+    session = f"/tmp/{folder.name}-{os.getpid()}"
     command = [
         *(str(BIN / "ray"), "start", "--head", "--dashboard-port=0", f"--num-cpus={cpus}", "--disable-usage-stats"),
-        *(f"--temp-dir=/tmp/{folder.name}-{os.getpid()}", *arguments),
+        *(f"--temp-dir={session}", *arguments),
     ]
     # A session of its own: its process group is killed at the end, not with `ray stop`, which stops every Ray on this machine.
     with (folder / "log").open("w") as log:
@@ -46,7 +47,7 @@ def ray_head(folder: Path, *arguments: str, cpus: int = 2, **variables: str) -> 
         said = (folder / "log").read_text()
         address = re.search(r"--address='([\d.:]+)'", said)
         assert address, said
-        yield environment | {"RAY_ADDRESS": address.group(1)}
+        yield environment | {"RAY_ADDRESS": address.group(1), "SESSION_FOLDER": session}
     finally:
         os.killpg(started.pid, signal.SIGKILL)
 
