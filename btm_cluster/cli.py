@@ -131,6 +131,26 @@ def merge(
     print(f"wrote {to}")
 
 
+@app.command()
+def doctor(
+    plan_path: Annotated[Path | None, typer.Argument(help="The plan, a YAML file.", show_default=False)] = None,
+    json_output: Json = False,
+    address: Address = None,
+) -> None:
+    """Look for what would make a run fail: Ray, token, store, clock, disk, GPUs, threads, room. Trains nothing."""
+    plan = None if plan_path is None else read_plan(plan_path)
+    from btm_cluster.display import check_lines
+    from btm_cluster.doctor import examine
+
+    checks = examine(plan, address, Path.cwd())
+    wrong = sum(check.state == "wrong" for check in checks)
+    print(json.dumps([asdict(check) for check in checks], indent=1) if json_output else "\n".join(check_lines(checks)))
+    if wrong:
+        raise UserError(
+            f"{wrong} of {len(checks)} checks found something wrong", remedy="the lines above say what to do"
+        )
+
+
 @forest_app.command("show")
 def forest_show(
     store: Store,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from btm_cluster.errors import StepError, UserError
@@ -69,7 +70,7 @@ def submit_and_wait(
 def _client(address: str) -> JobSubmissionClient:
     try:
         return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as exc:
+    except (ConnectionError, RuntimeError, AuthenticationError) as exc:
         raise UserError(
             f"no jobs can be submitted at {address}",
             found=" ".join(str(exc).split())[:300],

@@ -27,7 +27,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 @contextmanager
 def ray_head(folder: Path, *arguments: str, cpus: int = 2, **variables: str) -> Iterator[dict[str, str]]:
-    """Starts a cluster's head; gives the environment variables with which `ray` and `btm` reach it, and its SESSION_FOLDER."""
+    """Starts a cluster's head; gives the variables with which `ray` and `btm` reach it, its SESSION_FOLDER and DASHBOARD."""
     environment = os.environ | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "a-token-for-tests-0123456789abcdef",
@@ -47,7 +47,9 @@ def ray_head(folder: Path, *arguments: str, cpus: int = 2, **variables: str) -> 
         said = (folder / "log").read_text()
         address = re.search(r"--address='([\d.:]+)'", said)
         assert address, said
-        yield environment | {"RAY_ADDRESS": address.group(1), "SESSION_FOLDER": session}
+        dashboard = re.search(r"RAY_API_SERVER_ADDRESS='([^']+)'", said)
+        found = {"SESSION_FOLDER": session} | ({"DASHBOARD": dashboard.group(1)} if dashboard else {})
+        yield environment | found | {"RAY_ADDRESS": address.group(1)}
     finally:
         os.killpg(started.pid, signal.SIGKILL)
 
