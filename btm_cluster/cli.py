@@ -293,18 +293,23 @@ def driving(
     """
     from btm_cluster.display import ProgressView, consoles
     from btm_cluster.driver import Driver
+    from btm_cluster.tracking import Tracking
 
     ledger = _open(plan.store)
     stop = threading.Event()
-    with ProgressView(consoles(json_output)[1]) as view, _stop_on_signals(stop):
+    with (
+        ProgressView(consoles(json_output)[1]) as view,
+        Tracking(plan, ledger.storage, view) as watcher,
+        _stop_on_signals(stop),
+    ):
         if in_process:
             from btm_cluster.in_process import InProcess, LocalControl
 
-            yield Driver(ledger, InProcess(ledger, LocalControl(view, stop)))
+            yield Driver(ledger, InProcess(ledger, LocalControl(watcher, stop)))
         else:
             from btm_cluster.on_ray.lazily import LazyRayWorkers
 
-            with LazyRayWorkers(ledger.storage.location, view, stop, plan.cluster, address, dashboard) as workers:
+            with LazyRayWorkers(ledger.storage.location, watcher, stop, plan.cluster, address, dashboard) as workers:
                 yield Driver(ledger, workers)
 
 

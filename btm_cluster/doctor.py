@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from btm_cluster.checks import LEAST_FREE_BYTES, Check, Needs, judge_machines, look_around
@@ -16,6 +17,7 @@ from btm_cluster.plan import Plan
 from btm_cluster.preview import Preview, preview
 from btm_cluster.recipes import expert_resources, seed_resources
 from btm_cluster.storage import Storage
+from btm_cluster.tracking import check_tracking
 from btm_cluster.workers import Resources
 
 RACERS = 8
@@ -36,7 +38,10 @@ def examine(plan: Plan | None, address: str | None, folder: Path) -> list[Check]
     else:
         of_ray, machines = examine_cluster(address, store, asks, plan is not None and plan.cluster.autoscaling)
         checks += of_ray
-    checks.append(examine_working_directory(folder))
+    carried = examine_working_directory(folder)
+    if address is None and carried.state == "wrong":  # only a job that is submitted carries it
+        carried = replace(carried, state="note")
+    checks.append(carried)
     return checks + judge_machines(machines, needs_of(plan, seen))
 
 
@@ -46,6 +51,7 @@ def examine_plan(plan: Plan) -> tuple[list[Check], Preview | None]:
     if any(check.state == "wrong" for check in checks):
         return checks, None
     try:
+        check_tracking(plan)
         seen = preview(plan, Ledger.open(plan.store))
     except BtmError as exc:
         return [*checks, _wrong("plan", exc)], None

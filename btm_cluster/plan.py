@@ -5,21 +5,16 @@ refused in a fraction of a second. `read_plan` is the only way in; `plan_problem
 """
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ModelWrapValidatorHandler,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, ValidationError
 
 from btm_cluster import plan_rules
 from btm_cluster.errors import PlanError
 from btm_cluster.plan_file import read_plan_file
 from btm_cluster.plan_problems import describe_problems
+from btm_cluster.plan_section import Section
+from btm_cluster.plan_tracking import TrackingPlan
 from btm_cluster.plan_values import (
     Config,
     Files,
@@ -33,21 +28,6 @@ from btm_cluster.plan_values import (
     Text,
     Whole,
 )
-
-
-class Section(BaseModel):
-    """A part of the plan: frozen, and closed to unknown keys."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
-    )
-    rules: ClassVar[plan_rules.Rules] = plan_rules.no_rules
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _check(cls, given: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
-        # Not a validator after the fields: pydantic skips those while a field is wrong, and all problems are shown at once.
-        return plan_rules.check_section(cls, given, validate, cls.rules)
 
 
 class DatasetPlan(Section):
@@ -268,6 +248,8 @@ class Plan(Section):
     """Rivals trained with the same compute on the same text."""
     cluster: ClusterPlan = ClusterPlan()
     """How the work is done."""
+    tracking: TrackingPlan = TrackingPlan()
+    """Where curves go besides the store."""
 
     @property
     def texts(self) -> tuple[TextPlan, ...]:

@@ -1,4 +1,4 @@
-"""`btm doctor` and the three ways of not getting into a cluster. What it finds in one: test_local_cluster.py."""
+"""`btm doctor` and what keeps it out of a cluster. What it finds in one: test_local_cluster.py."""
 
 import json
 import subprocess
@@ -7,9 +7,7 @@ from pathlib import Path
 from tests.end_to_end.conftest import BIN
 
 
-def test_a_cluster_whose_token_is_missing_or_wrong_or_that_is_not_there_is_named_so(
-    cluster: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_token_that_is_missing_or_wrong_is_named_so(cluster: dict[str, str], tmp_path: Path) -> None:
     nobody = {name: value for name, value in cluster.items() if name != "RAY_AUTH_TOKEN"} | {"HOME": str(tmp_path)}
     code, checks, err = ask(nobody)
     assert code == 2, err
@@ -19,8 +17,6 @@ def test_a_cluster_whose_token_is_missing_or_wrong_or_that_is_not_there_is_named
     wrong_token = {"RAY_ADDRESS": cluster["DASHBOARD"], "RAY_AUTH_TOKEN": "another-token-0123456789abcdef00"}
     code, checks, err = ask(cluster | wrong_token)
     assert [check["name"] for check in checks if check["state"] == "wrong"] == ["token"], checks
-    code, checks, err = ask(cluster | {"RAY_ADDRESS": "127.0.0.1:9"})
-    assert "no Ray cluster answers at 127.0.0.1:9" in next(c["found"] for c in checks if c["name"] == "Ray")
     assert "Traceback" not in err
 
 

@@ -1,9 +1,11 @@
 """A training over a group of two workers, through Ray Train: the same model as one worker makes, stopped and resumed."""
 
 import dataclasses
+import json
 import os
 import shutil
 import threading
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,13 @@ def model_of_one_worker(request: TrainRequest, ledger: Ledger, folder: Path) -> 
     return copy.open_file(outcome, "model.safetensors")
 
 
+def train_runs(cluster: dict[str, str]) -> list[str]:
+    """The names of Ray Train's runs, as the dashboard knows them."""
+    url, header = f"{cluster['DASHBOARD']}/api/train/v2/runs/v1", f"Bearer {cluster['RAY_AUTH_TOKEN']}"
+    with urllib.request.urlopen(urllib.request.Request(url, headers={"Authorization": header})) as answer:
+        return [run["name"] for run in json.load(answer)["train_runs"]]
+
+
 class StopAtFirstUpdate:
     """Sets `stop` as soon as a training shows that it runs."""
 
@@ -68,6 +77,7 @@ def test_a_group_makes_the_model_of_one_worker_and_stops_saved_and_goes_on(
         outcome = workers.train([request])[0]
     assert isinstance(outcome, Artifact), outcome
     assert outcome.facts["profile"]["workers"] == 2
+    assert any(name.startswith(f"seed-seed-{request.ref.identity[:8]}-") for name in train_runs(cluster))
     together = load_file(ledger.open_file(outcome, "model.safetensors"))
     alone = load_file(model_of_one_worker(request, ledger, tmp_path / "alone"))
     for name, tensor in alone.items():
