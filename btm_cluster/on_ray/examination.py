@@ -32,7 +32,9 @@ def examine_cluster(
         with connected(address, dashboard=False):
             checks = [Check("Ray", "ok", f"{ray.__version__} at {address}, {len(ray.nodes())} node(s)"), _token()]
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            return checks + [_room(label, how, nodes, autoscaling) for label, how in asks], _look_at_nodes(store)
+            checks += [_room(label, how, nodes, autoscaling) for label, how in asks]
+            unseen, machines = _look_at_nodes(store)
+            return checks + unseen, machines
     except ResourcesError as exc:
         return [Check("Ray", "wrong", f"{exc.what}: {exc.found}", exc.remedy)], []
 
@@ -103,12 +105,28 @@ def _room(label: str, how: Resources, nodes: Sequence[dict[str, float]], autosca
     )
 
 
-def _look_at_nodes(store: str | None) -> list[Machine]:
+def _look_at_nodes(store: str | None) -> tuple[list[Check], list[Machine]]:
+    """A line for each node where nothing of ours runs, and the facts of the others."""
     task: Any = ray.remote(num_cpus=0, max_retries=0)(look_around)
-    looks = []
+    looks = {}
     for node in ray.nodes():
         if node["Alive"]:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             claimed = (node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0))
-            looks.append(task.options(scheduling_strategy=there, name="doctor").remote(store, *claimed))
-    return list(ray.get(looks, timeout=LOOK_SECONDS))
+            look = task.options(scheduling_strategy=there, name="doctor").remote(store, *claimed)
+            looks[look] = node["NodeManagerHostname"]
+    unseen, machines = [], []
+    ray.wait(list(looks), num_returns=len(looks), timeout=LOOK_SECONDS)
+    for look, host in looks.items():
+        try:
+            machines.append(ray.get(look, timeout=0))
+        except ray.exceptions.RayError as exc:
+            unseen.append(unseen_node(host, exc))
+    return unseen, machines
+
+
+def unseen_node(host: str, exc: Exception) -> Check:
+    """Where a task cannot run or cannot import what a run needs."""
+    said = str(exc).strip().splitlines() or [""]
+    remedy = "every node needs the packages of docker/Dockerfile in the same versions, and to answer"
+    return Check(f"node {host}", "wrong", f"{type(exc).__name__}: {said[-1]}"[:300], remedy)

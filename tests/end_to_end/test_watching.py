@@ -80,14 +80,14 @@ def queries() -> dict[str, str]:
 
 
 def test_every_panel_shows_a_run_and_a_training_that_waits_raises_its_alert(
-    prometheus: Prometheus, btm: Callable[..., Btm], long_fields: dict[str, Any], tmp_path: Path
+    prometheus: Prometheus, grow_only: Callable[[Path], Btm], long_fields: dict[str, Any], tmp_path: Path
 ) -> None:
     def start(name: str, **cluster: Any) -> Btm:
         fields = long_fields | {"name": name, "store": str(tmp_path / name), "targets": []}
         fields |= {"domains": fields["domains"][:1], "training": fields["training"] | {"updates": 600}}
         fields |= {"cluster": fields["cluster"] | cluster}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(fields))
-        return btm("run", str(tmp_path / f"{name}.yaml"))
+        return grow_only(tmp_path / f"{name}.yaml")
 
     waits, runs = start("waits", seed_gpus=1, autoscaling=True, stop_grace_seconds=0.1), start("runs")
     _wait_for(lambda: str(prometheus.firing()), lambda said: "BtmWaitsForResources" in said)

@@ -14,7 +14,7 @@ import pytest
 from btm_cluster import doctor
 from btm_cluster.checks import Check, Machine, Needs, judge_machines, look_around
 from btm_cluster.cli import app, run_command
-from btm_cluster.on_ray.examination import examine_cluster, examine_working_directory
+from btm_cluster.on_ray.examination import examine_cluster, examine_working_directory, unseen_node
 from btm_cluster.plan import Plan
 from btm_cluster.storage.local_folder import LocalFolder
 from btm_cluster.storage.port import Entry
@@ -155,6 +155,13 @@ def test_an_address_where_nothing_answers_is_named() -> None:
     checks, machines = examine_cluster("127.0.0.1:9", None, [], autoscaling=False)
     assert machines == []
     assert "no Ray cluster answers at 127.0.0.1:9" in only_wrong(checks).found
+
+
+def test_a_node_without_our_packages_is_named() -> None:
+    check = unseen_node("node-7", RuntimeError("Traceback …\nModuleNotFoundError: No module named 'btm_cluster'"))
+    assert (check.name, check.state) == ("node node-7", "wrong")
+    assert "No module named 'btm_cluster'" in check.found
+    assert "same versions" in check.remedy
 
 
 def test_the_command_ends_with_two_and_a_line_for_each_where_something_is_wrong(
