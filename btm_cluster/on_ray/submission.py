@@ -61,7 +61,8 @@ def submit_and_wait(
         say(f"{step.job} of this schedule still runs: nothing is submitted, the next tick looks again")
         return 0
     if step.do == "submit":
-        _submit(client, step.job, schedule, entrypoint, variables)
+        job = {"submission_id": step.job, "entrypoint": entrypoint, "metadata": {"schedule": schedule}}
+        _submit(client, job | {"runtime_env": {"env_vars": dict(variables)}}, say)
     words = {"submit": "submitted", "wait": "runs already, waiting for it", "done": "has ended well already"}
     say(f"{step.job}: {words[step.do]}")
     return _await_end(client, step.job, say)
@@ -79,26 +80,20 @@ def _client(address: str) -> JobSubmissionClient:
         ) from exc
 
 
-def _submit(
-    client: JobSubmissionClient, job: str, schedule: str, entrypoint: str, variables: Mapping[str, str]
-) -> None:
+def _submit(client: JobSubmissionClient, job: Mapping[str, Any], say: Say) -> None:
     deadline = time.monotonic() + AGENT_SECONDS
     while True:
         try:
-            client.submit_job(
-                entrypoint=entrypoint,
-                submission_id=job,
-                runtime_env={"env_vars": dict(variables)},
-                metadata={"schedule": schedule},
-            )
+            client.submit_job(**job)
             return
         except (RuntimeError, OSError) as exc:
             if "No available agent" not in str(exc) or time.monotonic() > deadline:
                 raise StepError(  # another submitter of this tick was faster, or the cluster went away
-                    f"{job} could not be submitted",
+                    f"{job['submission_id']} could not be submitted",
                     found=" ".join(str(exc).split())[:300],
                     remedy="submit it again: it takes up what has begun",
                 ) from exc
+        say("the cluster takes no jobs yet, trying again")
         time.sleep(POLL_SECONDS)
 
 
