@@ -173,6 +173,26 @@ def write_report(
     print(f"wrote {to / 'README.md'}")
 
 
+@app.command()
+def doctor(
+    plan_path: Annotated[Path | None, typer.Argument(help="The plan, a YAML file.", show_default=False)] = None,
+    json_output: Json = False,
+    address: Address = None,
+) -> None:
+    """Look for what would make a run fail: Ray, token, store, clock, disk, GPUs, threads, room. Trains nothing."""
+    plan = None if plan_path is None else read_plan(plan_path)
+    from btm_cluster.display import check_lines
+    from btm_cluster.doctor import examine
+
+    checks = examine(plan, address, Path.cwd())
+    wrong = sum(check.state == "wrong" for check in checks)
+    print(json.dumps([asdict(check) for check in checks], indent=1) if json_output else "\n".join(check_lines(checks)))
+    if wrong:
+        raise UserError(
+            f"{wrong} of {len(checks)} checks found something wrong", remedy="the lines above say what to do"
+        )
+
+
 @forest_app.command("show")
 def forest_show(
     store: Store,
@@ -333,18 +353,23 @@ def driving(
     """
     from btm_cluster.display import ProgressView, consoles
     from btm_cluster.driver import Driver
+    from btm_cluster.tracking import Tracking
 
     ledger = open_ledger(plan.store)
     stop = threading.Event()
-    with ProgressView(consoles(json_output)[1]) as view, _stop_on_signals(stop):
+    with (
+        ProgressView(consoles(json_output)[1]) as view,
+        Tracking(plan, ledger.storage, view) as watcher,
+        _stop_on_signals(stop),
+    ):
         if in_process:
             from btm_cluster.in_process import InProcess, LocalControl
 
-            yield Driver(ledger, InProcess(ledger, LocalControl(view, stop)))
+            yield Driver(ledger, InProcess(ledger, LocalControl(watcher, stop)))
         else:
             from btm_cluster.on_ray.lazily import LazyRayWorkers
 
-            with LazyRayWorkers(ledger.storage.location, view, stop, plan.cluster, address, dashboard) as workers:
+            with LazyRayWorkers(ledger.storage.location, watcher, stop, plan.cluster, address, dashboard) as workers:
                 yield Driver(ledger, workers)
 
 

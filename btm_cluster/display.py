@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from btm_cluster.checks import Check
 from btm_cluster.forest import Forest
 from btm_cluster.preview import Preview
 from btm_cluster.report import GROUPS, Cell, Row, Verdict
@@ -249,3 +250,12 @@ def fits_table(weights: Mapping[str, Mapping[str, float]], evidence: Mapping[str
     experts = list(next(iter(weights.values())))
     rows = [[text, *(f"{p[e]:.3f}" for e in experts), f"{evidence[text]:.3f}"] for text, p in weights.items()]
     return plain_table("Fitted prior by text, and the weight of evidence", ["text", *experts, "evidence"], rows)
+
+
+def check_lines(checks: Sequence[Check]) -> list[str]:
+    """A line for each check of `btm doctor`, with the remedy where one is called for."""
+    width = max(len(check.name) for check in checks)
+    return [
+        f"{check.state:5}  {check.name:{width}}  {check.found}{'; remedy: ' if check.remedy else ''}{check.remedy}"
+        for check in checks
+    ]

@@ -15,6 +15,7 @@ from btm_cluster.plan_expansion import ExpansionPlan
 from btm_cluster.plan_file import read_plan_file
 from btm_cluster.plan_problems import describe_problems
 from btm_cluster.plan_section import Section
+from btm_cluster.plan_tracking import TrackingPlan
 from btm_cluster.plan_values import (
     Config,
     Files,
@@ -285,6 +286,8 @@ class Plan(Section):
     """For `btm study` alone."""
     expansion: ExpansionPlan = ExpansionPlan()
     """How `btm expand` takes what has arrived."""
+    tracking: TrackingPlan = TrackingPlan()
+    """Where curves go besides the store."""
 
     @property
     def texts(self) -> tuple[TextPlan, ...]:

@@ -42,4 +42,5 @@ cluster:                              # how, not what: changing this changes no 
   cpus_per_expert: 1
   # concurrent_experts: 8
   # price_per_gpu_hour: 2.5
+# tracking: {wandb: {project: forests}}         # or mlflow; TensorBoard's curves are always in the store's logs/
 """

@@ -356,6 +356,8 @@ class Progress:
     """How long training stood still for its last checkpoint."""
     upload_seconds: float | None = None
     """How long that checkpoint then took to be stored, while training went on."""
+    mfu: float | None = None
+    """Share of the GPUs' arithmetic that the model uses, where their peak is known."""
 
 
 class Control(Protocol):

@@ -9,3 +9,11 @@ def device_hours(tokens: int, tokens_per_device_second: float) -> float:
 def stored_bytes(parameters: int, with_optimizer: bool) -> int:
     """Bytes of a model in float32, with Adam's two moments where a branch needs them."""
     return parameters * 4 * (3 if with_optimizer else 1)
+
+
+def training_flops_per_token(parameters: int, layers: int, width: int, block_tokens: int) -> int:
+    """Of the model, forward and backward: 6 for each parameter, and attention over the block.
+
+    Source: Chowdhery et al., 2022, PaLM, appendix B.
+    """
+    return 6 * parameters + 12 * layers * width * block_tokens

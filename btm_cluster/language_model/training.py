@@ -30,6 +30,7 @@ from btm_cluster.language_model.demix import split_feed_forwards
 from btm_cluster.language_model.demix_group import DemixGroup, share_of
 from btm_cluster.language_model.model import build_model, check_causal, weights_of
 from btm_cluster.language_model.optimizer import build_optimizer, learning_rate_at
+from btm_cluster.language_model.utilisation import device_name, utilisation
 from btm_cluster.ledger import Ledger
 from btm_cluster.workers import Control, Progress, Resources, TrainRequest
 
@@ -343,7 +344,9 @@ class _TrainingRun:
             span = (self.update, request.first_update, request.last_update)
             pace = (rate, tokens_left / max(rate, 1e-9))
             stored = (self.checkpoints.stall_seconds, self.checkpoints.upload_seconds)
-            self.control.report(Progress(request.label, "training", *span, self.loss.item(), *pace, *stored))
+            block_tokens, device = request.training.block_tokens, device_name(self.device)
+            mfu = utilisation(self.model, request.how, block_tokens, rate, device)
+            self.control.report(Progress(request.label, "training", *span, self.loss.item(), *pace, *stored, mfu))
 
     def _save(self, wait: bool) -> None:
         """All ranks of a group come here at the same update."""
@@ -372,6 +375,6 @@ class _TrainingRun:
             "seconds": round(seconds, 3),
             "tokens_per_second": round(self.pace.tokens / max(seconds, 1e-9), 1),
             "gpus": gpus,
-            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
+            "device": device_name(self.device),
             "checkpoint_stall_seconds": round(self.checkpoints.stalled_seconds, 3),
         }

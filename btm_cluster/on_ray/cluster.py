@@ -5,10 +5,12 @@ Ray supervises, schedules and retries; what it leaves to its caller, a clear wor
 
 import math
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import ray
+import ray.exceptions
 
 from btm_cluster.errors import ResourcesError
 from btm_cluster.workers import Resources
@@ -25,7 +27,7 @@ def connected(address: str | None, dashboard: bool) -> Iterator[None]:
         ray.init("local", include_dashboard=dashboard, **options)
     else:
         _check_answers(address)
-        ray.init(address, **options)
+        _join(address, options)
     try:
         yield
     finally:
@@ -48,6 +50,18 @@ def _check_answers(address: str) -> None:
         ) from exc
 
 
+def _join(address: str, options: Mapping[str, Any]) -> None:
+    try:
+        ray.init(address, **options)
+    except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as exc:
+        raise ResourcesError(
+            f"the Ray cluster at {address} lets nobody in",
+            found=" ".join(str(exc).split())[:300],
+            expected="the same versions of Ray and Python, and the cluster's token",
+            remedy="set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token to the cluster's token",
+        ) from exc
+
+
 def bundle(how: Resources) -> dict[str, float]:
     """What one worker of a group holds."""
     asked: dict[str, float] = {"CPU": float(how.cpus_per_worker)}
@@ -65,17 +79,27 @@ def has_room(label: str, how: Resources, autoscaling: bool) -> bool:
         ResourcesError: it cannot, and it will not grow.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if sum(_fitting(node, bundle(how)) for node in nodes) >= how.workers:
+    if fits(nodes, how):
         return True
     if autoscaling:
         return False
     raise ResourcesError(
         f"the cluster can never train {label}",
-        found="nodes with " + "; ".join(_words(node) for node in nodes),
+        found=f"nodes with {nodes_words(nodes)}",
         expected=f"{group_words(how)}, a worker on one node",
         remedy="lower seed_gpus, seed_cpus, gpus_per_expert or cpus_per_expert in the plan's `cluster`, or add nodes; "
         "if an autoscaler adds them, set `autoscaling: true` there",
     )
+
+
+def fits(nodes: Sequence[Mapping[str, float]], how: Resources) -> bool:
+    """Whether nodes with these resources, empty, can hold the group."""
+    return sum(_fitting(node, bundle(how)) for node in nodes) >= how.workers
+
+
+def nodes_words(nodes: Sequence[Mapping[str, float]]) -> str:
+    """What nodes have, in words."""
+    return "; ".join(_words(node) for node in nodes) or "nothing"
 
 
 def group_words(how: Resources) -> str:

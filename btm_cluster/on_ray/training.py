@@ -6,6 +6,7 @@ training goes on from its last checkpoint in the store.
 """
 
 import hashlib
+import os
 import tempfile
 import threading
 import uuid
@@ -76,7 +77,8 @@ def _step(request: TrainRequest, store: str, control: RayControl) -> Artifact | 
 
     ray.train.get_context()  # raises where Train is not in charge: no training runs outside it
     try:
-        return train(request, Ledger.open(store), control)
+        with control:
+            return train(request, Ledger.open(store), control)
     except (UserError, Stopped, TrainingError) as exc:
         return exc
 
@@ -98,8 +100,13 @@ def trainer_options(request: TrainRequest, store: str, retries: int) -> dict[str
         "num_gpus": held.get("GPU", 0.0),
         "max_restarts": retries,
         "max_task_retries": -1,  # one is spent on each call while a lost node is not yet known to be lost; restarts are the limit
-        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads}} if alone else None,
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads} if alone else _train_variables()},
     }
+
+
+def _train_variables() -> dict[str, str]:
+    """Ray Train's settings: the driver has them (`lazily.py`), the cluster's nodes do not, and Train reads them where it runs."""
+    return {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
 
 
 def _scaling(how: Resources) -> ray.train.ScalingConfig:

@@ -16,9 +16,11 @@ from btm_cluster.errors import Stopped
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.on_ray.cluster import bundle, group_words, has_room
 from btm_cluster.on_ray.failures import LOG_LINES, failure_of
-from btm_cluster.on_ray.progress import ProgressBoardActor, RayControl
+from btm_cluster.on_ray.metrics import Metrics
+from btm_cluster.on_ray.progress import News, ProgressBoardActor, RayControl
 from btm_cluster.on_ray.training import TrainerActor, trainer_options
 from btm_cluster.plan import ClusterPlan
+from btm_cluster.storage.requests import take_requests
 from btm_cluster.workers import (
     AverageRequest,
     Failure,
@@ -42,21 +44,24 @@ WAITING_SECONDS = 60.0
 def _prepare(request: PrepareRequest, store: str, board: Any) -> Artifact:
     from btm_cluster.steps.prepare import prepare
 
-    return prepare(request, Ledger.open(store), RayControl(board, lambda: False))
+    with RayControl(board, lambda: False) as control:
+        return prepare(request, Ledger.open(store), control)
 
 
 @ray.remote
 def _score(requests: Sequence[ScoreRequest], store: str, board: Any) -> list[Artifact]:
     from btm_cluster.steps.score import score
 
-    return score(requests, Ledger.open(store), RayControl(board, lambda: False))
+    with RayControl(board, lambda: False) as control:
+        return score(requests, Ledger.open(store), control)
 
 
 @ray.remote
 def _soup(request: SoupRequest, store: str, board: Any) -> Artifact:
     from btm_cluster.steps.soup import soup
 
-    return soup(request, Ledger.open(store), RayControl(board, lambda: False))
+    with RayControl(board, lambda: False) as control:
+        return soup(request, Ledger.open(store), control)
 
 
 @ray.remote(num_cpus=0)
@@ -80,7 +85,8 @@ class Merger:
         """The committed average."""
         from btm_cluster.steps.average import average
 
-        return average(request, Ledger.open(store), RayControl(board, lambda: False))
+        with RayControl(board, lambda: False) as control:
+            return average(request, Ledger.open(store), control)
 
 
 _MergerActor: Any = ray.remote(Merger)
@@ -107,6 +113,7 @@ class RayWorkers:
     def __init__(self, store: str, watcher: Watcher, stop: threading.Event, cluster: ClusterPlan) -> None:
         self._store, self._watcher, self._stop, self._cluster = store, watcher, stop, cluster
         self._board = ProgressBoardActor.options(name=f"progress-{time.time_ns()}").remote()
+        self._metrics = Metrics(store)
         self._retried = {"max_restarts": cluster.retries, "max_task_retries": -1}
 
     def prepare(self, requests: Sequence[PrepareRequest]) -> list[Outcome]:
@@ -115,7 +122,7 @@ class RayWorkers:
         def start(request: PrepareRequest) -> _Running:
             return _Running(request.label, task.remote(request, self._store, self._board))
 
-        return self._run(start, requests)
+        return self._run("prepare", start, requests)
 
     def train(self, requests: Sequence[TrainRequest]) -> list[Outcome]:
         room = {request.label: has_room(request.label, request.how, self._cluster.autoscaling) for request in requests}
@@ -128,13 +135,14 @@ class RayWorkers:
                 self._watcher(Progress(request.label, "waiting for another driver, which trains it"))
                 return _Running(request.label, _await_other.remote(request, self._store, options["name"]))
             result = trainer.train.remote(request, self._store, self._cluster.retries, self._board)
+            self._metrics.asked(request)
             if room[request.label]:
                 return _Running(request.label, result, trainer)
             waits_for = group_words(request.how)
             self._watcher(Progress(request.label, f"waiting for the cluster to grow to {waits_for}"))
             return _Running(request.label, result, trainer, waits_for)
 
-        return self._run(start, requests, self._cluster.concurrent_experts)
+        return self._run("train", start, requests, self._cluster.concurrent_experts)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Outcome]:
         groups: dict[str, list[ScoreRequest]] = {}
@@ -146,7 +154,7 @@ class RayWorkers:
             task = _score.options(num_cpus=held["CPU"], num_gpus=held.get("GPU", 0), max_retries=self._cluster.retries)
             return _Running(group[0].label, task.remote(group, self._store, self._board))
 
-        outcomes = self._run(start, list(groups.values()))
+        outcomes = self._run("score", start, list(groups.values()))
         by_request: dict[str, Outcome] = {}
         for group, outcome in zip(groups.values(), outcomes, strict=True):
             each = [outcome] * len(group) if isinstance(outcome, Failure) else outcome
@@ -160,7 +168,7 @@ class RayWorkers:
             return _Running(request.label, merger.average.remote(request, self._store, self._board))
 
         try:
-            return self._run(start, requests)
+            return self._run("average", start, requests)
         finally:
             ray.kill(merger)
 
@@ -170,10 +178,13 @@ class RayWorkers:
             task = _soup.options(num_cpus=held["CPU"], num_gpus=held.get("GPU", 0), max_retries=self._cluster.retries)
             return _Running(request.label, task.remote(request, self._store, self._board))
 
-        return self._run(start, requests)
+        return self._run("soup", start, requests)
 
-    def _run(self, start: Callable[[Any], _Running], requests: Sequence[Any], at_once: int | None = None) -> list[Any]:
+    def _run(
+        self, verb: str, start: Callable[[Any], _Running], requests: Sequence[Any], at_once: int | None = None
+    ) -> list[Any]:
         """Starts what there is room for, waits for all of it, and returns results or Failures in order."""
+        self._metrics.stands(Ledger.open(self._store).forest())
         outcomes: dict[int, Any] = {}
         waiting = dict(enumerate(requests))
         running: dict[Any, tuple[int, _Running]] = {}
@@ -195,6 +206,7 @@ class RayWorkers:
                         waiting[index] = requests[index]
                     else:
                         outcomes[index] = outcome
+                        self._metrics.ended(finished.label, verb, failed=isinstance(outcome, Failure))
         finally:
             for _, one in running.values():
                 _end(one)
@@ -212,9 +224,14 @@ class RayWorkers:
 
     def _relay(self, running: Sequence[_Running]) -> None:
         """Passes progress on to the watcher, and says every minute what waits for room."""
-        fresh = {progress.label: progress for progress in ray.get(self._board.take.remote())}
+        news: News = ray.get(self._board.take.remote())
+        fresh = {progress.label: progress for progress in news.progress}
         for progress in fresh.values():
+            self._metrics.heard(progress, news.attempts[progress.label])
             self._watcher(progress)
+        for requests in (news.requests, take_requests()):
+            self._metrics.requested(requests)
+        self._metrics.renew()
         now = time.monotonic()
         for one in running:
             if one.label in fresh:

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from btm_cluster.errors import MissingError, StoreError, UserError
 from btm_cluster.storage.port import Entry, check_key, check_prefix
+from btm_cluster.storage.requests import DONE, FAILED, count_request
 
 _TEMPORARY = ".writing-"
 Result = TypeVar("Result")
@@ -122,6 +123,7 @@ class LocalFolder:
 
     def _attempt(self, verb: str, key: str, act: Callable[[Path], Result]) -> Result:
         check_key(verb, key)
+        outcome = DONE
         try:
             return act(self._root / key)
         except FileNotFoundError as exc:
@@ -129,8 +131,11 @@ class LocalFolder:
                 f"cannot {verb} {key}", found="no such object", expected=f"one in {self.location}"
             ) from exc
         except OSError as exc:
+            outcome = FAILED
             remedy = "free some disk space" if exc.errno == errno.ENOSPC else "check the folder and its permissions"
             raise StoreError(f"cannot {verb} {key} in {self.location}", found=str(exc), remedy=remedy) from exc
+        finally:
+            count_request(verb, outcome)
 
 
 def _temporary_beside(target: Path) -> Path:

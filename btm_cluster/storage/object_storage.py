@@ -30,6 +30,7 @@ from s3transfer.exceptions import S3DownloadFailedError
 from btm_cluster.errors import MissingError, StoreError, UserError
 from btm_cluster.storage.node_cache import node_cache
 from btm_cluster.storage.port import Entry, check_key, check_prefix
+from btm_cluster.storage.requests import DONE, FAILED, TRIED_AGAIN, count_request
 
 log = logging.getLogger(__name__)
 PATIENCE_SECONDS = 300.0
@@ -232,12 +233,17 @@ class ObjectStorage:
         pause = 1.0
         while True:
             try:
-                return act()
+                result = act()
+                count_request(verb, DONE)
+                return result
             except _FAILURES as failed:
                 exc = failed.__context__ if isinstance(failed, S3UploadFailedError) else failed  # which has only words
                 assert exc is not None
                 if not _is_transient(exc) or time.monotonic() + pause > deadline:
-                    raise self._translated(verb, key, exc) from exc
+                    error = self._translated(verb, key, exc)
+                    count_request(verb, DONE if isinstance(error, MissingError) else FAILED)
+                    raise error from exc
+                count_request(verb, TRIED_AGAIN)
                 log.warning("%s: cannot %s %s yet, trying again: %s", self.location, verb, key or "it", _words(exc))
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)

@@ -38,18 +38,19 @@ def trainers(*sessions: str | int) -> list[int]:
 
 @contextmanager
 def ray_head(folder: Path, *arguments: str, cpus: int = 2, **variables: str) -> Iterator[dict[str, str]]:
-    """Starts a cluster's head; gives the environment variables with which `ray` and `btm` reach it."""
+    """Starts a cluster's head; gives the variables with which `ray` and `btm` reach it, its SESSION_FOLDER and DASHBOARD."""
     environment = os.environ | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "a-token-for-tests-0123456789abcdef",
         "RAY_metrics_report_interval_ms": "500",
         "PATH": f"{BIN}:{os.environ['PATH']}",
     }
+    session = f"/tmp/{folder.name}-{os.getpid()}"
     command = [
         *(str(BIN / "ray"), "start", "--head", "--dashboard-port=0", f"--num-cpus={cpus}", "--disable-usage-stats"),
         # Without a port of its own, the agent of a second cluster on this machine dies, and no job can be submitted.
         f"--dashboard-agent-listen-port={free_port()}",
-        *(f"--temp-dir=/tmp/{folder.name}-{os.getpid()}", *arguments),
+        *(f"--temp-dir={session}", *arguments),
     ]
     # A session of its own: its process group is killed at the end, not with `ray stop`, which stops every Ray on this machine.
     with (folder / "log").open("w") as log:
@@ -59,7 +60,9 @@ def ray_head(folder: Path, *arguments: str, cpus: int = 2, **variables: str) -> 
         said = (folder / "log").read_text()
         address = re.search(r"--address='([\d.:]+)'", said)
         assert address, said
-        yield environment | {"RAY_ADDRESS": address.group(1), SESSION: str(started.pid)}
+        dashboard = re.search(r"RAY_API_SERVER_ADDRESS='([^']+)'", said)
+        found = {"SESSION_FOLDER": session} | ({"DASHBOARD": dashboard.group(1)} if dashboard else {})
+        yield environment | found | {"RAY_ADDRESS": address.group(1), SESSION: str(started.pid)}
     finally:
         os.killpg(started.pid, signal.SIGKILL)
 

@@ -1,9 +1,11 @@
 """A training over a group of two workers, through Ray Train: the model of one worker, stopped, resumed, told of a preemption."""
 
 import dataclasses
+import json
 import shutil
 import subprocess
 import threading
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,13 @@ def model_of_one_worker(request: TrainRequest, ledger: Ledger, folder: Path) -> 
     outcome = InProcess(copy, LocalControl(lambda _: None, threading.Event())).train([alone])[0]
     assert isinstance(outcome, Artifact), outcome
     return copy.open_file(outcome, "model.safetensors")
+
+
+def train_runs(cluster: dict[str, str]) -> list[str]:
+    """The names of Ray Train's runs, as the dashboard knows them."""
+    url, header = f"{cluster['DASHBOARD']}/api/train/v2/runs/v1", f"Bearer {cluster['RAY_AUTH_TOKEN']}"
+    with urllib.request.urlopen(urllib.request.Request(url, headers={"Authorization": header})) as answer:
+        return [run["name"] for run in json.load(answer)["train_runs"]]
 
 
 class StopAtFirstUpdate:
@@ -101,13 +110,17 @@ def connect(cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Callabl
 
 
 def test_a_group_makes_the_model_of_one_worker(
-    connect: Callable[..., LazyRayWorkers], request_for_two: tuple[TrainRequest, Ledger], tmp_path: Path
+    cluster: dict[str, str],
+    connect: Callable[..., LazyRayWorkers],
+    request_for_two: tuple[TrainRequest, Ledger],
+    tmp_path: Path,
 ) -> None:
     request, ledger = request_for_two
     with connect(ledger, lambda _: None, threading.Event()) as workers:
         outcome = workers.train([request])[0]
     assert isinstance(outcome, Artifact), outcome
     assert outcome.facts["profile"]["workers"] == 2
+    assert any(name.startswith(f"seed-seed-{request.ref.identity[:8]}-") for name in train_runs(cluster))
     together = load_file(ledger.open_file(outcome, "model.safetensors"))
     alone = load_file(model_of_one_worker(request, ledger, tmp_path / "alone"))
     for name, tensor in alone.items():

@@ -1,0 +1,132 @@
+"""What `btm doctor` asks of Ray: that it answers, in which version, with which token, what its nodes are, what it would carry."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.exceptions
+from ray._private.ray_constants import get_runtime_env_default_excludes
+from ray._private.runtime_env import packaging
+from ray.job_submission import JobSubmissionClient
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from btm_cluster.checks import Check, Machine, look_around
+from btm_cluster.errors import ResourcesError
+from btm_cluster.on_ray.cluster import connected, fits, group_words, nodes_words
+from btm_cluster.workers import Resources
+
+LOOK_SECONDS = 180.0
+MOST_FILES = 100_000
+_TOKEN_REMEDY = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token to the cluster's token"
+
+
+def examine_cluster(
+    address: str, store: str | None, asks: Sequence[tuple[str, Resources]], autoscaling: bool
+) -> tuple[list[Check], list[Machine]]:
+    """Joins the cluster, and leaves it: what it says, and the facts of each of its nodes."""
+    if address.startswith(("http://", "https://")):
+        return _examine_dashboard(address), []
+    try:
+        with connected(address, dashboard=False):
+            checks = [Check("Ray", "ok", f"{ray.__version__} at {address}, {len(ray.nodes())} node(s)"), _token()]
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            checks += [_room(label, how, nodes, autoscaling) for label, how in asks]
+            unseen, machines = _look_at_nodes(store)
+            return checks + unseen, machines
+    except ResourcesError as exc:
+        return [Check("Ray", "wrong", f"{exc.what}: {exc.found}", exc.remedy)], []
+
+
+def examine_local(asks: Sequence[tuple[str, Resources]], machine: Machine) -> list[Check]:
+    """Of a cluster that a run would start on this machine."""
+    node = {"CPU": float(machine.usable_cpus), "GPU": float(machine.torch_gpus)}
+    ours = Check("Ray", "ok", f"{ray.__version__}; no --address or RAY_ADDRESS, so a run starts one on this machine")
+    return [ours, *(_room(label, how, [node], autoscaling=False) for label, how in asks)]
+
+
+def examine_working_directory(folder: Path) -> Check:
+    """What `ray job submit --working-dir` would carry of a folder, against Ray's limit."""
+    limit = packaging.GCS_STORAGE_MAX_SIZE
+    sizes: list[int] = []
+
+    def add(path: Path) -> None:
+        if path.is_file():
+            sizes.append(path.stat().st_size)
+        if sum(sizes) > limit or len(sizes) > MOST_FILES:
+            raise OverflowError
+
+    quiet = logging.getLogger("btm_cluster.unsaid")
+    quiet.disabled = True
+    excluded = packaging._get_excludes(folder, get_runtime_env_default_excludes())
+    try:
+        packaging._dir_travel(folder, [excluded], add, include_gitignore=True, logger=quiet)
+    except OverflowError:
+        found = f"{folder}: more than {limit / 2**20:.0f} MiB or {MOST_FILES:,} files, Ray's limit"
+        return Check("working directory", "wrong", found, "leave out what a job does not need in a .rayignore")
+    return Check(
+        "working directory", "ok", f"{sum(sizes) / 2**20:.1f} MiB in {len(sizes)} files of {limit / 2**20:.0f} MiB"
+    )
+
+
+def _examine_dashboard(address: str) -> list[Check]:
+    try:
+        client = JobSubmissionClient(address)
+        client.list_jobs()
+        client.get_version()
+    except ray.exceptions.AuthenticationError as exc:
+        return [Check("token", "wrong", " ".join(str(exc).split())[:160], _TOKEN_REMEDY)]
+    except (ConnectionError, RuntimeError) as exc:
+        found = " ".join(str(exc).split())[:200]
+        return [Check("Ray", "wrong", f"{address}: {found}", "check the address, and that the head runs")]
+    inside = "nodes are seen from inside alone: ray job submit --working-dir . -- btm doctor PLAN --address auto"
+    return [Check("Ray", "ok", f"its dashboard answers at {address}"), Check("nodes", "note", "not looked at", inside)]
+
+
+def _token() -> Check:
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+    if is_token_auth_enabled():
+        return Check("token", "ok", "token authentication is on, and ours is taken")
+    found = "token authentication is off: whoever reaches the cluster's ports runs code on it"
+    return Check("token", "note", found, "start every node with RAY_AUTH_MODE=token")
+
+
+def _room(label: str, how: Resources, nodes: Sequence[dict[str, float]], autoscaling: bool) -> Check:
+    name = f"room for {label}"
+    if fits(nodes, how):
+        return Check(name, "ok", group_words(how))
+    found = f"{group_words(how)} asked, nodes with {nodes_words(nodes)}"
+    if autoscaling:
+        return Check(name, "note", found, "a run waits until the autoscaler has made room")
+    return Check(
+        name, "wrong", found, "ask for less in the plan's `cluster`, add nodes, or set `autoscaling: true` there"
+    )
+
+
+def _look_at_nodes(store: str | None) -> tuple[list[Check], list[Machine]]:
+    """A line for each node where nothing of ours runs, and the facts of the others."""
+    task: Any = ray.remote(num_cpus=0, max_retries=0)(look_around)
+    looks = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            claimed = (node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0))
+            look = task.options(scheduling_strategy=there, name="doctor").remote(store, *claimed)
+            looks[look] = node["NodeManagerHostname"]
+    unseen, machines = [], []
+    ray.wait(list(looks), num_returns=len(looks), timeout=LOOK_SECONDS)
+    for look, host in looks.items():
+        try:
+            machines.append(ray.get(look, timeout=0))
+        except ray.exceptions.RayError as exc:
+            unseen.append(unseen_node(host, exc))
+    return unseen, machines
+
+
+def unseen_node(host: str, exc: Exception) -> Check:
+    """Where a task cannot run or cannot import what a run needs."""
+    said = str(exc).strip().splitlines() or [""]
+    remedy = "every node needs the packages of docker/Dockerfile in the same versions, and to answer"
+    return Check(f"node {host}", "wrong", f"{type(exc).__name__}: {said[-1]}"[:300], remedy)

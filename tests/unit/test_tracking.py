@@ -1,0 +1,126 @@
+"""Curves of a real run: TensorBoard's in the store, always; Weights & Biases' and MLflow's where the plan asks."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from btm_cluster.algorithm import grow
+from btm_cluster.cli import app, driving, run_command
+from btm_cluster.errors import StoreError
+from btm_cluster.plan import Plan
+from btm_cluster.storage.local_folder import LocalFolder
+from btm_cluster.tracking import Tracking
+from btm_cluster.workers import Progress
+
+
+@pytest.fixture(autouse=True)
+def _every_update_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("btm_cluster.language_model.training.REPORT_SECONDS", 0.0)
+
+
+def grow_in_process(plan: Plan) -> None:
+    with driving(plan, None, in_process=True, dashboard=False, json_output=False) as driver:
+        grow(plan, driver)
+
+
+def points(file: Path) -> list[tuple[str, int, float]]:
+    """The scalars of an event file: name, update, value. Each record: its length (8 bytes), a checksum (4), data, another (4)."""
+    data, found = file.read_bytes(), []
+    while data:
+        size = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + size])
+        found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+        data = data[16 + size :]
+    return found
+
+
+def test_every_training_of_a_run_leaves_its_curves_in_the_store(fields: dict[str, Any]) -> None:
+    plan = Plan.model_validate(fields | {"domains": fields["domains"][:1], "targets": []})
+    grow_in_process(plan)
+    files = {path.parent.name: path for path in Path(plan.store, "logs").rglob("events.*")}
+    assert files.keys() == {"seed", "kitchen"}
+    for label, updates in {"seed": range(1, 7), "kitchen": range(7, 13)}.items():
+        losses = [(update, value) for name, update, value in points(files[label]) if name == "loss"]
+        assert [update for update, _ in losses] == list(updates)
+        assert all(0 < value < 20 for _, value in losses)
+    grow_in_process(plan)
+    assert len(list(Path(plan.store, "logs").iterdir())) == 1  # nothing was trained, so there is no curve
+
+
+class NoRoomForLogs(LocalFolder):
+    """A store that takes no curves."""
+
+    def upload(self, key: str, path: Path) -> None:
+        raise StoreError(f"cannot upload {key}", found=str(path))
+
+
+def test_a_store_that_takes_no_curves_costs_a_warning(
+    plan: Plan, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[Progress] = []
+    with Tracking(plan, NoRoomForLogs(str(tmp_path)), seen.append) as tracking:
+        tracking(Progress("seed", "training", 1, 0, 2, 3.0, 10.0))
+    assert [progress.update for progress in seen] == [1]
+    assert "curves were not stored" in caplog.text
+
+
+@pytest.mark.parametrize(("service", "asked"), [("wandb", {"project": "p"}), ("mlflow", {"experiment": "e"})])
+def test_a_service_whose_package_is_missing_is_refused_with_how_to_install_it(
+    service: str,
+    asked: dict[str, str],
+    fields: dict[str, Any],
+    write_plan: Callable[[dict[str, Any]], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, service, None)
+    path = write_plan(fields | {"tracking": {service: asked}})
+    assert run_command(lambda: app(["run", str(path), "--in-process"])) == 2
+    assert f"pip install 'btm-cluster[{service}]'" in capsys.readouterr().err
+
+
+def test_wandb_gets_the_curves(fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    fields |= {"domains": fields["domains"][:1], "targets": [], "tracking": {"wandb": {"project": "forests"}}}
+    grow_in_process(Plan.model_validate(fields))
+    wandb.teardown()  # offline, its own process writes the file, and may be at it when the run is finished
+    (kept,) = tmp_path.rglob("*.wandb")
+    assert b"kitchen/loss" in kept.read_bytes()
+
+
+def test_mlflow_gets_the_curves(fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    asked = {"experiment": "forests", "uri": tmp_path.as_uri()}
+    fields |= {"domains": fields["domains"][:1], "targets": [], "tracking": {"mlflow": asked}}
+    grow_in_process(Plan.model_validate(fields))
+    client = mlflow.MlflowClient(tracking_uri=asked["uri"])
+    experiment = client.get_experiment_by_name("forests").experiment_id
+    (run,) = client.search_runs([experiment])
+    assert run.info.status == "FINISHED"
+    assert {point.step for point in client.get_metric_history(run.info.run_id, "kitchen/loss")} == set(range(7, 13))
+
+
+def test_a_service_that_fails_is_given_up_and_training_goes_on(
+    plan: Plan, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Fails:
+        def log(self, *_: object) -> None:
+            raise OSError("its disk is full")
+
+        def close(self, ended_well: bool) -> None:
+            raise AssertionError(f"it was given up, {ended_well}")
+
+    seen: list[Progress] = []
+    with Tracking(plan, LocalFolder(str(tmp_path)), seen.append) as tracking:
+        tracking._makers.append(Fails)
+        for update in (1, 2):
+            tracking(Progress("seed", "training", update, 0, 2, 3.0, 10.0))
+    assert len(seen) == 2
+    assert caplog.text.count("Fails is given up for this run: its disk is full") == 1
