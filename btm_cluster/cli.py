@@ -133,7 +133,9 @@ def evaluate(
 def merge(
     plan_path: PlanPath,
     to: Annotated[Path, typer.Option(help="Folder for the Hugging Face model.", show_default=False)],
-    weights: Annotated[str, typer.Option(help="uniform, argmax or posterior.")] = "posterior",
+    weights: Annotated[
+        str, typer.Option(help="uniform, argmax, posterior; or searched: greedy, learned.")
+    ] = "posterior",
     target: Annotated[str | None, typer.Option("--for", help="Text to merge for; uniform needs none.")] = None,
     address: Address = None,
     in_process: InProcess = False,

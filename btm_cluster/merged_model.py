@@ -4,13 +4,17 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from btm_cluster.algorithm import Grown
 from btm_cluster.driver import Driver
 from btm_cluster.equations.averaging import uniform_weights
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation import fit_text
+from btm_cluster.ledger import Ref
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import average_request
 from btm_cluster.run import find_grown
+from btm_cluster.soups import soup_average_request, soup_request
+from btm_cluster.workers import AverageRequest
 
 FOLDER_FILES = ("README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
@@ -21,7 +25,7 @@ def check_merge_call(plan: Plan, weights: str, target: str | None, to: Path) -> 
     Raises:
         UserError: saying what is wrong with it.
     """
-    known = ("uniform", "argmax", "posterior")
+    known = ("uniform", "argmax", "posterior", "greedy", "learned")
     names = [text.name for text in plan.texts]
     if weights not in known:
         raise UserError("--weights is unknown", found=weights, expected=", ".join(known))
@@ -41,17 +45,7 @@ def check_merge_call(plan: Plan, weights: str, target: str | None, to: Path) -> 
 def write_merged_model(plan: Plan, weights: str, target: str | None, to: Path, driver: Driver) -> None:
     """Averages the forest's experts (by the merge actor, if that was not done) and writes the model to the folder `to`."""
     grown = find_grown(plan, driver)
-    forest, ground = grown.forest, grown.ground
-    if weights == "uniform":
-        chosen = uniform_weights(len(forest.experts))
-    else:
-        text = next((text for text in ground.texts if text.name == target), None)
-        if text is None:
-            raise UserError(f"{target!r} was taken out of the forest", remedy="merge for another text")
-        fit = fit_text(ground, forest, text, driver)
-        chosen = fit.argmax_weights if weights == "argmax" else fit.average_weights
-    label = weights if weights == "uniform" else f"{weights} for {target}"
-    average = driver.require(driver.workers.average, [average_request(ground, label, forest, chosen)])[0]
+    average = driver.require(driver.workers.average, [_average(grown, weights, target, driver)])[0]
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}-") as scratch:
         folder = Path(scratch, to.name)
@@ -59,3 +53,28 @@ def write_merged_model(plan: Plan, weights: str, target: str | None, to: Path, d
         for name in FOLDER_FILES:
             shutil.copyfile(driver.ledger.open_file(average, name), folder / name)
         folder.rename(to)
+
+
+def _average(grown: Grown, weights: str, target: str | None, driver: Driver) -> AverageRequest:
+    """Which average is wanted: by given weights, or by those that a search on the text's development blocks finds."""
+    forest, ground = grown.forest, grown.ground
+    if weights == "uniform":
+        return average_request(ground, weights, forest, uniform_weights(len(forest.experts)))
+    text = next((text for text in ground.texts if text.name == target), None)
+    if text is None:
+        raise UserError(f"{target!r} was taken out of the forest", remedy="merge for another text")
+    label = f"{weights} for {target}"
+    if weights not in ("greedy", "learned"):
+        fit = fit_text(ground, forest, text, driver)
+        chosen = fit.argmax_weights if weights == "argmax" else fit.average_weights
+        return average_request(ground, label, forest, chosen)
+    if not text.tokens["development"]:
+        raise UserError(
+            f"{target!r} has no development text to search weights on", remedy="give it some, or merge uniformly"
+        )
+    called = {expert.identity: expert.domain for expert in forest.experts}
+    if weights == "learned":  # the seed may have a part in it
+        called[forest.foundation.seed] = "seed"
+    models = [Ref("model", identity) for identity in called]
+    search = soup_request(ground, "greedy" if weights == "greedy" else "learned", models, text)
+    return soup_average_request(ground, label, driver.require(driver.workers.soup, [search])[0], called)

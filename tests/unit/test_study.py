@@ -1,0 +1,196 @@
+"""A whole study of tiny models in this process: what it measures, that nothing is made twice, and its page."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from btm_cluster.controls import random_part_requests
+from btm_cluster.driver import Driver
+from btm_cluster.equations import learned_gate
+from btm_cluster.errors import UserError
+from btm_cluster.evaluation import evaluate
+from btm_cluster.forest import Expert, Forest
+from btm_cluster.language_model import soup
+from btm_cluster.ledger import Ref
+from btm_cluster.plan import Plan
+from btm_cluster.recipes import seed_request, transformer_lm_request
+from btm_cluster.report import PAPER_ENSEMBLE, verdict
+from btm_cluster.steps.prepare import documents_of
+from btm_cluster.study import Study, repeats_of, run_study
+from btm_cluster.study_page import write_page
+from btm_cluster.study_results import read_results, results_of, write_results
+from tests.conftest import DOMAINS, in_process, plan_fields
+
+
+@dataclass(frozen=True)
+class Studied:
+    """A finished study, to be read only."""
+
+    plan: Plan
+    driver: Driver
+    study: Study
+
+    def entry(self, **wanted: Any) -> dict[str, Any]:
+        (found,) = [e for e in self.study.entries if all(e[name] == value for name, value in wanted.items())]
+        return dict(found)
+
+
+def study_plan(texts: dict[str, Path], store: Path, **study: Any) -> Plan:
+    fields = plan_fields(texts, store)
+    fields["domains"] = fields["domains"][:2]
+    fields["training"] |= {"updates": 12, "seed_share": 0.5, "learning_rate": 1e-2}
+    return Plan.model_validate(fields | {"study": study})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_searches() -> Iterator[None]:
+    """Searches of a few steps: what they find is tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (soup, learned_gate):
+            patch.setattr(module, "LOOKS", 1)
+            patch.setattr(module, "STEPS_BETWEEN_LOOKS", 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def studied(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Studied:
+    plan = study_plan(texts, tmp_path_factory.mktemp("study") / "store", seed_shares=[0, 0.25])
+    driver = in_process(plan)
+    return Studied(plan, driver, run_study(plan, driver))
+
+
+def test_every_system_is_measured_on_all_texts(studied: Studied) -> None:
+    systems = {entry["system"] for entry in studied.study.entries}
+    assert systems == {
+        "transformer-lm",
+        "seed",
+        "forest",
+        "forest with its seed",
+        "demix",
+        "random-split",
+        "best single expert",
+        "own expert",
+        "average",
+        "average of random-split",
+        "transformer-lm on development text",
+        "expert on development text",
+        "forest with an expert on development text",
+    }
+    for entry in studied.study.entries:
+        assert entry["train"] > 1, entry
+        assert entry["system"] == "own expert" or entry["eval"] > 1, entry
+    shares = {entry["seed_share"] for entry in studied.study.entries if entry["system"] == "forest"}
+    assert shares == {0.5, 0.25, 0.0}
+    assert studied.entry(system="transformer-lm")["difference"] is None
+    assert studied.entry(system="demix", posterior="full")["non_embedding_parameters"] > 12_768
+
+
+def test_the_mean_over_all_texts_is_that_of_the_single_ones(studied: Studied) -> None:
+    for entry in studied.study.entries:
+        if entry["all"] is not None:
+            values = entry["per_domain"].values()
+            assert entry["all"] == pytest.approx(sum(values) / len(values), rel=1e-4)
+
+
+def test_the_forest_of_a_study_is_evaluated_as_any_other(studied: Studied) -> None:
+    ground = repeats_of(studied.plan, studied.driver)[0].ground
+    seed = seed_request(ground).ref
+    baseline = transformer_lm_request(ground, seed).ref
+    found = [model for model in studied.driver.ledger.list_artifacts("model") if model.facts["role"] == "expert"]
+    own = [m for m in found if (m.recipe["start"] or {}).get("parents", [{}])[0].get("identity") == seed.identity]
+    texts = {domain.identity: domain.name for domain in ground.domains}
+    experts = [
+        Expert(texts[m.recipe["texts"][0]], m.identity, "", "", ()) for m in own if m.recipe["texts"][0] in texts
+    ]
+    forest = Forest(0, ground.foundation(seed.identity), tuple(sorted(experts, key=lambda e: e.domain)), {}, "")
+    rows = verdict(evaluate(ground, forest, baseline, studied.driver).results).rows["test"]
+    (row,) = [row for row in rows if row.system == PAPER_ENSEMBLE]
+    wanted = {"posterior": "full", "prior": "ema", "top_k": None, "seed_share": 0.5}
+    assert studied.entry(system="forest", **wanted)["all"] == pytest.approx(row.means["all"].perplexity, rel=1e-4)
+
+
+def test_a_study_that_is_run_again_makes_nothing_and_says_the_same(studied: Studied) -> None:
+    again = in_process(studied.plan)
+    assert run_study(studied.plan, again).entries == studied.study.entries
+    assert not again.made
+
+
+def test_all_seeds_lie_on_the_transformer_lms_way(studied: Studied) -> None:
+    ground = repeats_of(studied.plan, studied.driver)[0].ground
+    whole = studied.driver.ledger.get(transformer_lm_request(ground, seed_request(ground).ref).ref)
+    seeds = [studied.driver.ledger.get(Ref("model", identity)) for identity in whole.facts["passed"]]
+    assert [seed.recipe["last_update"] for seed in seeds] == [3, 6]
+
+
+def test_random_splits_deal_every_document_once(studied: Studied) -> None:
+    ledger = studied.driver.ledger
+    ground = repeats_of(studied.plan, studied.driver)[0].ground
+    dealt = [ledger.get(request.ref).facts["text"] for request in random_part_requests(ground)]
+    parts = [list(documents_of(ledger, text, "train")) for text in dealt]
+    whole = [
+        document for text in (d.identity for d in ground.domains) for document in documents_of(ledger, text, "train")
+    ]
+    assert sorted(document for part in parts for document in part) == sorted(whole)
+    assert all(0.25 * len(whole) < len(part) < 0.75 * len(whole) for part in parts)
+    for part, domain in zip(parts, DOMAINS, strict=False):
+        own = set(documents_of(ledger, next(d.identity for d in ground.domains if d.name == domain), "train"))
+        assert 0.2 < sum(document in own for document in part) / len(part) < 0.8, "a part is of both domains"
+
+
+def test_results_are_read_back_and_those_of_several_seeds_make_one_page(studied: Studied, tmp_path: Path) -> None:
+    results = results_of(studied.plan, studied.study)
+    write_results(results, tmp_path / "one")
+    other = [entry | {"random_seed": 1, "all": entry["all"] and 2 * entry["all"]} for entry in results.entries]
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "summary.json").write_text(json.dumps(other))
+    (tmp_path / "two" / "study.json").write_text((tmp_path / "one" / "study.json").read_text())
+    assert list(read_results([tmp_path / "one"]).entries) == json.loads(json.dumps(list(results.entries)))
+    write_page(read_results([tmp_path / "one", tmp_path / "two"]), tmp_path / "page")
+    page = (tmp_path / "page" / "README.md").read_text()
+    all_texts = studied.entry(system="transformer-lm")["all"]
+    assert f"{1.5 * all_texts:.1f} ± {all_texts / 2**0.5:.1f}" in page
+    for heading in (
+        "Table 1",
+        "Table 2",
+        "Table 7",
+        "Table 8",
+        "What a posterior is worth",
+        "Figure 1",
+        "Top-k",
+        "Speed",
+    ):
+        assert heading in page
+    for figure in ("seed-share-model", "top-k-model"):
+        assert (tmp_path / "page" / f"{figure}.png").stat().st_size > 5_000
+        assert (tmp_path / "page" / f"{figure}.svg").read_text().startswith("<?xml")
+
+
+def test_results_that_are_not_there_are_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"summary\.json"):
+        read_results([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("study", "words"),
+    [
+        ({"seed_shares": [0.99]}, "leaves the seed or the experts"),
+        ({"seed_shares": [0.01]}, "leaves the seed or the experts"),
+    ],
+)
+def test_shares_that_leave_no_update_are_refused_before_a_text_is_read(
+    texts: dict[str, Path], tmp_path: Path, study: dict[str, Any], words: str
+) -> None:
+    plan = study_plan(texts, tmp_path / "store", **study)
+    with pytest.raises(UserError, match=words):
+        run_study(plan, in_process(plan))
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_plan_without_a_study_is_refused(texts: dict[str, Path], tmp_path: Path) -> None:
+    plan = Plan.model_validate(plan_fields(texts, tmp_path / "store"))
+    with pytest.raises(UserError, match="has no study"):
+        run_study(plan, in_process(plan))
