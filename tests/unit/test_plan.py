@@ -335,3 +335,33 @@ def test_an_expansions_conditions_are_checked_as_all_else(fields: dict[str, Any]
     words = "".join(describe_problems(wrong.value, Plan))
     assert "did you mean `most_gigabytes`?" in words
     assert "expansion.accept_if.development_perplexity_rise_at_most" in words
+
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    "plan",
+    sorted(map(str, (REPOSITORY / "jobs").rglob("*.yaml")))
+    + sorted(map(str, (REPOSITORY / "docs").rglob("plan*.yaml"))),
+)
+def test_every_plan_that_is_shipped_is_one(plan: str) -> None:
+    assert read_plan(plan).domains
+
+
+@pytest.mark.parametrize(
+    ("study", "words"),
+    [
+        ({"random_seeds": [1, 1]}, "1 2 times"),
+        ({"systems": ["demix", "demix"]}, "demix 2 times"),
+        ({"sizes": [{"name": "a", "model": {"pretrained": "gpt2"}}]}, "a study grows its own seeds"),
+        ({"random_seeds": []}, "at least one entry"),
+    ],
+)
+def test_a_study_that_would_train_twice_or_not_at_all_is_refused(
+    tmp_path: Path, study: dict[str, Any], words: str
+) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text(MINIMAL + yaml.safe_dump({"study": study}))
+    with pytest.raises(PlanError, match=words):
+        read_plan(file)
