@@ -20,7 +20,7 @@ from btm_cluster.evaluation import (
     stack_of,
 )
 from btm_cluster.ledger import Ref
-from btm_cluster.mixtures import Members, Rows, System, mixtures
+from btm_cluster.mixtures import Members, Rows, System, mixtures, one_thread_each
 from btm_cluster.recipes import Ground, PreparedText, average_of
 from btm_cluster.report import TRANSFORMER_LM, Cell, SplitResult, verdict
 from btm_cluster.soups import soup_average_request, soup_request
@@ -111,15 +111,21 @@ def _sums(ground: Ground, scores: ModelScores, model: Ref, driver: Driver) -> di
 def _averages(ground: Ground, scores: ModelScores, all_members: Sequence[Members], driver: Driver) -> Rows:
     """Averages of parameters, one for each text."""
     wanted: list[tuple[System, PreparedText, AverageRequest]] = []
-    for members in (members for members in all_members if members.averaged):
+    groups = [(members, text) for members in all_members if members.averaged for text in ground.texts]
+
+    def weights_of(group: tuple[Members, PreparedText]) -> dict[str, list[float]]:
+        members, text = group
+        return _average_weights(*_development(ground, scores, [model for _, model in members.models], text, driver))
+
+    with one_thread_each() as pool:
+        fitted = list(pool.map(weights_of, groups))
+    for (members, text), by_prior in zip(groups, fitted, strict=True):
         name = "average" if members.system == "forest" else f"average of {members.system}"
         called = {model.identity: domain for domain, model in members.models}
-        for text in ground.texts:
-            sample = _development(ground, scores, [model for _, model in members.models], text, driver)
-            for prior, weights in _average_weights(*sample).items():
-                request = average_of(ground, f"{prior} for {text.name}", called, weights)
-                request = replace(request, unrelated=members.seed is None)
-                wanted.append((System(name, members.seed_share, prior=prior), text, request))
+        for prior, weights in by_prior.items():
+            request = average_of(ground, f"{prior} for {text.name}", called, weights)
+            request = replace(request, unrelated=members.seed is None)
+            wanted.append((System(name, members.seed_share, prior=prior), text, request))
     wanted += _soups(ground, scores, all_members[0], driver)
     driver.require(driver.workers.average, [request for _, _, request in wanted])
     on_test = score_models(ground, [(request.ref, text) for _, text, request in wanted], driver, ["test"])
@@ -135,17 +141,22 @@ def _soups(
 ) -> list[tuple[System, PreparedText, AverageRequest]]:
     """Averages whose weights are searched on the averaged model's own loss: greedily over the experts, or learned, in which the
     seed has a part too."""
-    assert forest.seed is not None
+    seed = forest.seed
+    assert seed is not None
     experts = [model for _, model in forest.models]
-    called = {model.identity: domain for domain, model in forest.models} | {forest.seed.identity: "seed"}
+    called = {model.identity: domain for domain, model in forest.models} | {seed.identity: "seed"}
+
+    def start_of(text: PreparedText) -> list[float]:
+        sample = _development(ground, scores, [*experts, seed], text, driver)
+        return posterior_weights(log_prior("fitted", *sample, FULL).exp())
+
+    with one_thread_each() as pool:
+        starts = list(pool.map(start_of, ground.texts))
     searches = []
-    for text in ground.texts:
-        prior_E = log_prior("fitted", *_development(ground, scores, [*experts, forest.seed], text, driver), FULL).exp()
-        start = posterior_weights(prior_E)
-        searches.append(
-            (System("average", forest.seed_share, prior="greedy"), text, soup_request(ground, "greedy", experts, text))
-        )
-        learned = soup_request(ground, "learned", [*experts, forest.seed], text, [start])
+    for text, start in zip(ground.texts, starts, strict=True):
+        greedy = soup_request(ground, "greedy", experts, text)
+        learned = soup_request(ground, "learned", [*experts, seed], text, [start])
+        searches.append((System("average", forest.seed_share, prior="greedy"), text, greedy))
         searches.append((System("average", forest.seed_share, prior="learned"), text, learned))
     found = driver.require(driver.workers.soup, [request for _, _, request in searches])
     return [

@@ -115,7 +115,7 @@ def mixtures(ground: Ground, scores: ModelScores, members: Members, is_first: bo
         return rows
 
     rows: Rows = {}
-    with _one_thread_each() as pool:
+    with one_thread_each() as pool:
         for text, found in zip(ground.texts, pool.map(of_text, ground.texts), strict=True):
             for system, sums_D in found.items():
                 rows.setdefault(system, {})[text.name] = sums_D
@@ -157,8 +157,8 @@ def _sums(test: ScoreStack, fitted: Fitted) -> torch.Tensor:
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
-    """A pool for as many fits at once as there are cores."""
+def one_thread_each() -> Iterator[ThreadPoolExecutor]:
+    """A pool for as many fits at once as there are cores: each is too small to be spread over several."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

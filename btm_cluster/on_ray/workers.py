@@ -34,6 +34,7 @@ from btm_cluster.workers import (
 )
 
 POLL_SECONDS = 0.25
+AVERAGES_AT_ONCE = 4
 OTHER_SECONDS = 2.0
 """Between two looks at what another driver trains."""
 WAITING_SECONDS = 60.0
@@ -79,7 +80,7 @@ def _await_other(request: TrainRequest, store: str, name: str) -> Artifact | Non
 
 
 class Merger:
-    """The merge actor: averages models, one after the other."""
+    """The merge actor: averages models, a few at a time, since most of that is reading and hashing."""
 
     def average(self, request: AverageRequest, store: str, board: Any) -> Artifact:
         """The committed average."""
@@ -89,7 +90,7 @@ class Merger:
             return average(request, Ledger.open(store), control)
 
 
-_MergerActor: Any = ray.remote(Merger)
+_MergerActor: Any = ray.remote(max_concurrency=AVERAGES_AT_ONCE)(Merger)
 
 
 @dataclass
