@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from btm_cluster.errors import StoreError
-from btm_cluster.forest import identity_of
 from btm_cluster.ledger import THREADS, Artifact, Ledger, Ref, artifact_key, blob_key
 from btm_cluster.records import EXPANSIONS, HELD, QUARANTINE, TOMBSTONES, open_pins
 from btm_cluster.storage import Storage
+from btm_cluster.workers import way_of
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _reached(roots: Iterable[Ref], artifacts: Mapping[Ref, Artifact]) -> set[Ref
 
 def _trained_alike(recipe: Mapping[str, Any]) -> str:
     """The same for a seed, the Transformer-LM that passes it, and the DEMix that is their rival."""
-    return identity_of({key: value for key, value in recipe.items() if key not in ("last_update", "is_demix")})
+    return way_of({name: value for name, value in recipe.items() if name != "is_demix"})
 
 
 def _is_expert_of(recipe: Mapping[str, Any], texts: set[str]) -> bool:

@@ -14,7 +14,7 @@ from btm_cluster.forest import Forest
 from btm_cluster.housekeeping import read_manifests
 from btm_cluster.inbox import INBOX, MARKER
 from btm_cluster.ledger import THREADS, Artifact, Ledger, Ref, artifact_key, blob_key, tombstone_key, training_folder
-from btm_cluster.records import EXPANSIONS, HELD, QUARANTINE, list_pins, list_quarantine, newest_held
+from btm_cluster.records import EXPANSIONS, HELD, LOGS, QUARANTINE, list_pins, list_quarantine, newest_held
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,8 @@ def _records_of(
     }
     refused = {i for i, record in list_quarantine(ledger).items() if record["folder"] == domain}
     keys = {f"{EXPANSIONS}{pin}.json" for pin in pins} | {f"{QUARANTINE}{identity}.json" for identity in refused}
+    curves = (entry.key.split("/")[:3] for entry in ledger.storage.list(LOGS))
+    keys |= {"/".join([*folders, ""]) for folders in curves if folders[-1] == domain}
     return keys | {f"{HELD}{held.pin}-" for held in newest_held(ledger).values() if held.pin in pins}
 
 
@@ -137,7 +139,10 @@ def _goes(artifact: Artifact, domain: str, texts: frozenset[str], experts: Mappi
             return not texts.isdisjoint({recipe["train"], *recipe["tests"]})
         case "model":  # an average that holds its weights is made again without them, where somebody asks for one
             of_expert = "average" in recipe and any(parent in experts for parent in artifact.parents)
-            return artifact.identity in experts or of_expert or artifact.note.get("name") in _averages_for(domain)
+            is_named = artifact.note.get("name") in _averages_for(domain)
+            return artifact.identity in experts or of_expert or is_named
+        case "soup":
+            return not experts.keys().isdisjoint(recipe["models"])
         case "training":
             return _is_expert_of(artifact.facts.get("model", {}), texts)
     return False
@@ -161,4 +166,6 @@ def _reads(artifact: Artifact, domain: str) -> bool:
 def _is_expert_of(recipe: Mapping[str, object], texts: frozenset[str]) -> bool:
     """Whether a training is of an expert on these texts: the seed, and what it shares with others, learns from all of them."""
     given = recipe.get("texts")
-    return bool(recipe.get("restart_data")) and isinstance(given, list) and bool(given) and set(given) <= texts
+    if not recipe.get("restart_data") or not isinstance(given, list):
+        return False
+    return bool(given) and {text.partition("/")[0] for text in given} <= texts  # `<text>/development/…`: a study's

@@ -4,6 +4,8 @@
     held/<id>-<version>.json           an expert without which version n of the forest was better
     quarantine/<id>.json               what the inbox had under a name and was refused, until it is replaced
 
+    logs/<run>/<training>/…            TensorBoard's curves, written anew while a training runs
+
 Knows what they say and where they lie; decides nothing.
 """
 
@@ -17,7 +19,7 @@ from btm_cluster.forest import Forest, Parent, identity_of
 from btm_cluster.ledger import THREADS, Ledger, Ref
 from btm_cluster.workers import Start
 
-EXPANSIONS, HELD, QUARANTINE, TOMBSTONES = "expansions/", "held/", "quarantine/", "tombstones/"
+EXPANSIONS, HELD, QUARANTINE, TOMBSTONES, LOGS = "expansions/", "held/", "quarantine/", "tombstones/", "logs/"
 
 
 @dataclass(frozen=True)

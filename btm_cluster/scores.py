@@ -1,6 +1,7 @@
 """Stored token log-probabilities as arrays: several models on one split of one text, streamed by blocks."""
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,11 +19,17 @@ class ScoreStack:
     """E models' scores on B blocks of T tokens, memory-mapped; taken as float64, a few blocks at a time."""
 
     def __init__(self, ledger: Ledger, scores: Sequence[Artifact], tokens: Sequence[Ref]) -> None:
-        self._scores, self._entropies = (
-            [np.load(ledger.open_file(artifact, name), mmap_mode="r") for artifact in scores]
-            for name in ("logp.npy", "entropy.npy")
-        )
+        self._ledger, self._artifacts = ledger, scores
+        self._scores = self._open("logp.npy")
         self.documents_BT = _documents(ledger, tokens)
+
+    def _open(self, name: str) -> list[np.ndarray]:
+        return [np.load(self._ledger.open_file(artifact, name), mmap_mode="r") for artifact in self._artifacts]
+
+    @cached_property
+    def _entropies(self) -> list[np.ndarray]:
+        """Only gates look at them."""
+        return self._open("entropy.npy")
 
     def __len__(self) -> int:
         return len(self.documents_BT)

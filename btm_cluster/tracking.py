@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from btm_cluster.errors import StoreError, UserError
 from btm_cluster.plan import Plan
+from btm_cluster.records import LOGS
 from btm_cluster.storage import Storage
 from btm_cluster.workers import Progress, Watcher
 
@@ -162,7 +163,7 @@ class TensorBoard:
             if file.is_file() and self._stored.get(file) != file.stat().st_size:
                 size = file.stat().st_size
                 try:
-                    self._storage.upload(f"logs/{self._run}/{file.relative_to(self._scratch.name).as_posix()}", file)
+                    self._storage.upload(f"{LOGS}{self._run}/{file.relative_to(self._scratch.name).as_posix()}", file)
                 except StoreError as exc:
                     log.warning("curves were not stored, the next time tries again: %s", exc)
                     return

@@ -247,6 +247,11 @@ class TrainRequest(_Request):
         return (self.last_update - self.first_update) * self.blocks_per_update * self.training.block_tokens
 
 
+def way_of(recipe: Mapping[str, Any]) -> str:
+    """The same for all trainings that differ in how far they go: a seed, and the Transformer-LM that passes it."""
+    return identity_of({name: value for name, value in recipe.items() if name != "last_update"})
+
+
 @dataclass(frozen=True)
 class DemixPart(_Request):
     """What a DEMix is for one of its texts, an ordinary model: all that is shared, and that text's feed-forwards."""

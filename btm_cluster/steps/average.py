@@ -9,7 +9,7 @@ from btm_cluster.language_model.model_card import write_card
 from btm_cluster.language_model.tokenizer import TOKENIZER_FILES
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.storage.scratch import scratch_folder
-from btm_cluster.workers import AverageRequest, Control, Progress
+from btm_cluster.workers import AverageRequest, Control, Progress, way_of
 
 
 def average(request: AverageRequest, ledger: Ledger, control: Control) -> Artifact:
@@ -53,7 +53,7 @@ def check_compatible(ledger: Ledger, models: list[Artifact], unrelated: bool = F
         ):
             if other.blob(name).sha256 != first.blob(name).sha256:
                 raise _incompatible(first, other, f"another {name}", f"the same {name}", remedy)
-        if not unrelated and ancestor(ledger, other) != ancestor(ledger, first):
+        if not unrelated and _origin(ledger, other) != _origin(ledger, first):
             raise _incompatible(
                 first,
                 other,
@@ -69,6 +69,13 @@ def ancestor(ledger: Ledger, model: Artifact) -> str:
     while parents:
         seen, parents = parents[0], ledger.parents_of(parents[0])
     return seen
+
+
+def _origin(ledger: Ledger, model: Artifact) -> str:
+    """The same for models that come from one initialisation: a Transformer-LM is no descendant of the seeds that it passed."""
+    root = ancestor(ledger, model)
+    found = ledger.find(Ref("model", root))
+    return root if found is None else way_of(found.recipe)
 
 
 def _incompatible(first: Artifact, other: Artifact, found: str, expected: str, remedy: str) -> IncompatibleError:

@@ -22,7 +22,7 @@ from btm_cluster.language_model.demix import (
     split_feed_forwards,
 )
 from btm_cluster.language_model.model import load_model
-from btm_cluster.language_model.scoring import token_log_probabilities
+from btm_cluster.language_model.scoring import score_tokens
 from btm_cluster.language_model.training import NextTokenLoss
 from btm_cluster.language_model.training import train as train_model
 from btm_cluster.ledger import Artifact, Ledger, Ref
@@ -244,10 +244,10 @@ def test_the_parts_of_a_trained_demix_say_of_a_block_what_it_says_when_it_routes
     trained = train_model(request_, ledger, Undisturbed(), texts, end, lambda *_: None)
     run(prepared, request_)
     block = torch.from_numpy(texts[0].take(np.zeros(1, dtype=np.int64)))
-    routed = token_log_probabilities(trained.model.eval(), block.expand(3, -1), end, request_.how)
+    routed = score_tokens(trained.model.eval(), block.expand(3, -1), end, request_.how)[0]
     for part, logp in zip(stored_parts(ledger, request_), routed, strict=True):
         model = load_model(request_.model, ledger.open_file(part, "model.safetensors"))
-        torch.testing.assert_close(token_log_probabilities(model, block, end, request_.how)[0], logp)
+        torch.testing.assert_close(score_tokens(model, block, end, request_.how)[0][0], logp)
     assert (routed[0] - routed[1]).abs().max() > 0.01
 
 
