@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from btm_cluster import forest_commands
-from btm_cluster.discover_command import discover
+from btm_cluster.commands import forest as forest_commands
+from btm_cluster.commands.discover import discover
+from btm_cluster.commands.forest import open_ledger
 from btm_cluster.errors import BtmError, UserError
-from btm_cluster.forest_commands import open_ledger
 from btm_cluster.plan import Plan, read_plan
 
 if TYPE_CHECKING:
@@ -168,8 +168,8 @@ def write_report(
     to: Annotated[Path, typer.Option(help="Folder for the page and its figures.", show_default=False)],
 ) -> None:
     """Make one page of tables and figures from the results of one or several studies."""
-    from btm_cluster.study_page import write_page
-    from btm_cluster.study_results import read_results
+    from btm_cluster.study.page import write_page
+    from btm_cluster.study.results import read_results
 
     write_page(read_results(summaries), to)
     print(f"wrote {to / 'README.md'}")
@@ -234,7 +234,7 @@ def forest_log(store: Store, json_output: Json = False) -> None:
 def forest_verify(store: Store, json_output: Json = False) -> None:
     """Read the whole store and check every byte against its hash."""
     from btm_cluster.errors import IntegrityError
-    from btm_cluster.housekeeping import verify
+    from btm_cluster.upkeep.housekeeping import verify
 
     seen = verify(open_ledger(store))
     if json_output:
@@ -258,7 +258,7 @@ def forest_gc(
     json_output: Json = False,
 ) -> None:
     """Find, and with --delete remove, what no kept version, no run in the making and nothing young reaches."""
-    from btm_cluster.housekeeping import collect, find_garbage
+    from btm_cluster.upkeep.housekeeping import collect, find_garbage
 
     ledger = open_ledger(store)
     garbage = find_garbage(ledger, keep_versions, 86_400 * grace_days)
@@ -320,9 +320,9 @@ def grow_forest(
 
 def run_study_plan(plan: Plan, to: Path, address: str | None, in_process: bool, dashboard: bool) -> None:
     """Runs a plan's study and writes its results."""
-    from btm_cluster.study import run_study
-    from btm_cluster.study_page import write_page
-    from btm_cluster.study_results import results_of, write_results
+    from btm_cluster.study.page import write_page
+    from btm_cluster.study.results import results_of, write_results
+    from btm_cluster.study.run import run_study
 
     with driving(plan, address, in_process, dashboard, json_output=False) as driver:
         results = results_of(plan, run_study(plan, driver))
@@ -334,7 +334,7 @@ def run_study_plan(plan: Plan, to: Path, address: str | None, in_process: bool, 
 def expand_forest(plan: Plan, json_output: bool, address: str | None, in_process: bool, dashboard: bool) -> None:
     """Expands a plan's forest and says what came of it. Raises StepError at the end if some experts failed."""
     from btm_cluster.display_expansion import show_expanded
-    from btm_cluster.expansion import expand
+    from btm_cluster.expansion.expand import expand
 
     with driving(plan, address, in_process, dashboard, json_output) as driver:
         result = expand(plan, driver)

@@ -2,10 +2,10 @@
 
 import json
 
-from btm_cluster.acceptance import Gain
 from btm_cluster.display import consoles
 from btm_cluster.driver import steps_line
-from btm_cluster.expansion import Expanded
+from btm_cluster.expansion.acceptance import Gain
+from btm_cluster.expansion.expand import Expanded
 
 
 def show_expanded(expanded: Expanded, json_output: bool) -> None:

@@ -11,13 +11,13 @@ from pathlib import Path
 from btm_cluster.checks import LEAST_FREE_BYTES, Check, Needs, judge_machines, look_around
 from btm_cluster.equations.budget import stored_bytes
 from btm_cluster.errors import BtmError, StoreError
-from btm_cluster.housekeeping import store_time
 from btm_cluster.ledger import Ledger
 from btm_cluster.plan import Plan
 from btm_cluster.preview import Preview, preview
 from btm_cluster.recipes import expert_resources, seed_resources
 from btm_cluster.storage import Storage
 from btm_cluster.tracking import check_tracking
+from btm_cluster.upkeep.housekeeping import store_time
 from btm_cluster.workers import Resources
 
 RACERS = 8

@@ -24,7 +24,7 @@ from sklearn.utils.extmath import randomized_svd
 
 from btm_cluster.equations.clusters import balanced_kmeans, choose, mean_cost, squared_distances
 from btm_cluster.errors import TextError, UserError
-from btm_cluster.plan_values import Name
+from btm_cluster.plan.values import Name
 
 FEATURES = 100
 """c-BTM's."""

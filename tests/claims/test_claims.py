@@ -12,7 +12,7 @@ import pytest
 from btm_cluster.equations import learned_gate
 from btm_cluster.language_model import soup
 from btm_cluster.plan import Plan
-from btm_cluster.study import run_study
+from btm_cluster.study.run import run_study
 from tests.conftest import in_process, write_jsonl
 
 DOMAINS = ("north", "south", "east", "west")

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from btm_cluster.cli import app, run_command
-from btm_cluster.contributions import contributions
 from btm_cluster.equations.contribution import leave_one_out
 from btm_cluster.equations.mixture import log_mixture
 from btm_cluster.equations.posterior import Posterior, leave_out
 from btm_cluster.errors import UserError
 from btm_cluster.ledger import Ledger
 from btm_cluster.plan import Plan
+from btm_cluster.upkeep.contributions import contributions
 from tests.unit.conftest import GrownForest
 
 

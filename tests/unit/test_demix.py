@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from btm_cluster.errors import PlanError, UserError
 from btm_cluster.evaluation import evaluate
-from btm_cluster.housekeeping import find_garbage, verify
 from btm_cluster.language_model.demix import (
     check_splits,
     count_demix_parameters,
@@ -31,6 +30,7 @@ from btm_cluster.preview import DONE, preview
 from btm_cluster.recipes import demix_request
 from btm_cluster.run import find_grown, run_plan
 from btm_cluster.steps.train import open_blocks, train
+from btm_cluster.upkeep.housekeeping import find_garbage, verify
 from btm_cluster.workers import TrainRequest
 from tests.conftest import DOMAINS, in_process
 from tests.unit.conftest import Prepared

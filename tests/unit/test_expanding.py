@@ -12,18 +12,18 @@ from typing import Any
 import pytest
 
 from btm_cluster.algorithm import grow, merge, pinned_branches, train
-from btm_cluster.arrivals import prepare_new
-from btm_cluster.contributions import contributions
 from btm_cluster.display_expansion import show_expanded
 from btm_cluster.driver import Driver
 from btm_cluster.errors import FoundationError, UserError
-from btm_cluster.expansion import Expanded, expand
+from btm_cluster.expansion.arrivals import prepare_new
+from btm_cluster.expansion.expand import Expanded, expand
+from btm_cluster.expansion.inbox import look
 from btm_cluster.forest import Forest
 from btm_cluster.in_process import InProcess, LocalControl
-from btm_cluster.inbox import look
 from btm_cluster.ledger import Ledger
 from btm_cluster.plan import Plan
 from btm_cluster.run import run_plan
+from btm_cluster.upkeep.contributions import contributions
 from btm_cluster.workers import Failure, Outcome, TrainRequest
 from tests.conftest import in_process, made_up_documents, write_jsonl
 from tests.living import deliver, put

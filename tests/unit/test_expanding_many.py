@@ -11,7 +11,7 @@ import numpy as np
 
 from btm_cluster.algorithm import grow
 from btm_cluster.driver import Driver
-from btm_cluster.expansion import expand
+from btm_cluster.expansion.expand import expand
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.plan import Plan
 from btm_cluster.storage import Entry

@@ -10,11 +10,11 @@ import pytest
 from btm_cluster.algorithm import grow, merge
 from btm_cluster.errors import IntegrityError, MissingError
 from btm_cluster.forest import Parent
-from btm_cluster.housekeeping import collect, find_garbage, store_time, verify
 from btm_cluster.ledger import Ledger, Ref, blob_key
 from btm_cluster.plan import Plan
 from btm_cluster.records import Held, Pin, hold, pin, quarantine
 from btm_cluster.run import run_plan
+from btm_cluster.upkeep.housekeeping import collect, find_garbage, store_time, verify
 from btm_cluster.workers import Start
 from tests.conftest import in_process, plan_fields
 

@@ -23,13 +23,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from btm_cluster import housekeeping
 from btm_cluster.algorithm import merge
 from btm_cluster.errors import IntegrityError, MissingError, StoreError, UserError
 from btm_cluster.forest import Expert, Forest, Foundation, Parent, describe_forest, identity_of, merge_into
-from btm_cluster.housekeeping import collect, find_garbage, verify
 from btm_cluster.ledger import Artifact, Ledger, Ref, blob_key
 from btm_cluster.storage import Entry
+from btm_cluster.upkeep import housekeeping
+from btm_cluster.upkeep.housekeeping import collect, find_garbage, verify
 
 Result = TypeVar("Result")
 KEEP_VERSIONS = 2

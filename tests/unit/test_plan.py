@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from btm_cluster.errors import PlanError
 from btm_cluster.plan import Plan, plan_schema, read_plan
-from btm_cluster.plan_problems import describe_problems
+from btm_cluster.plan.problems import describe_problems
 from btm_cluster.starter import STARTER_PLAN
 
 MINIMAL = """\

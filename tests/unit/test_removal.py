@@ -11,15 +11,15 @@ import pytest
 
 from btm_cluster.cli import app, run_command
 from btm_cluster.errors import UserError
-from btm_cluster.expansion import expand
+from btm_cluster.expansion.expand import expand
 from btm_cluster.forest import Forest, difference
-from btm_cluster.housekeeping import collect, find_garbage, verify
 from btm_cluster.ledger import Ledger, Ref, artifact_key
 from btm_cluster.plan import Plan
-from btm_cluster.purge import condemn, purge
 from btm_cluster.records import list_pins
-from btm_cluster.removal import bring_back, influence_of, remove, rollback
 from btm_cluster.run import run_plan
+from btm_cluster.upkeep.housekeeping import collect, find_garbage, verify
+from btm_cluster.upkeep.purge import condemn, purge
+from btm_cluster.upkeep.removal import bring_back, influence_of, remove, rollback
 from tests.conftest import in_process, made_up_documents
 from tests.living import deliver
 

@@ -10,9 +10,9 @@ import torch
 
 from btm_cluster.algorithm import prepare
 from btm_cluster.errors import StoreError, TrainingError
-from btm_cluster.housekeeping import verify
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import score_request
+from btm_cluster.upkeep.housekeeping import verify
 from btm_cluster.workers import Failure, Progress
 from tests.conftest import in_process
 from tests.unit.conftest import Prepared, copy_store

@@ -12,7 +12,6 @@ from btm_cluster.driver import Driver
 from btm_cluster.equations.averaging import greedy_weights
 from btm_cluster.errors import IncompatibleError, TextError
 from btm_cluster.evaluation import score_models
-from btm_cluster.housekeeping import find_garbage
 from btm_cluster.language_model.model import load_model
 from btm_cluster.language_model.soup import (
     HELD_OUT_EVERY,
@@ -28,6 +27,7 @@ from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.recipes import expert_resources
 from btm_cluster.soups import soup_average_request, soup_request
 from btm_cluster.steps.average import open_config
+from btm_cluster.upkeep.housekeeping import find_garbage
 from tests.conftest import in_process
 from tests.unit.conftest import GrownForest, copy_store
 

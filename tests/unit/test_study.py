@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from btm_cluster.controls import random_part_requests
 from btm_cluster.driver import Driver
 from btm_cluster.equations import learned_gate
 from btm_cluster.errors import UserError
@@ -20,9 +19,10 @@ from btm_cluster.plan import Plan
 from btm_cluster.recipes import seed_request, transformer_lm_request
 from btm_cluster.report import PAPER_ENSEMBLE, verdict
 from btm_cluster.steps.prepare import documents_of
-from btm_cluster.study import Study, repeats_of, run_study
-from btm_cluster.study_page import write_page
-from btm_cluster.study_results import read_results, results_of, write_results
+from btm_cluster.study.controls import random_part_requests
+from btm_cluster.study.page import write_page
+from btm_cluster.study.results import read_results, results_of, write_results
+from btm_cluster.study.run import Study, repeats_of, run_study
 from tests.conftest import DOMAINS, in_process, plan_fields
 
 

@@ -12,7 +12,7 @@ import transformers
 
 from btm_cluster.errors import UserError
 from btm_cluster.plan import Plan
-from btm_cluster.study import Study
+from btm_cluster.study.run import Study
 
 SUMMARY_FILE = "summary.json"
 STUDY_FILE = "study.json"

@@ -1,7 +1,7 @@
 """The part of a plan that says where curves go besides the store: services that whole teams look at."""
 
-from btm_cluster.plan_section import Section
-from btm_cluster.plan_values import Location, Text
+from btm_cluster.plan.section import Section
+from btm_cluster.plan.values import Location, Text
 
 
 class WandbPlan(Section):

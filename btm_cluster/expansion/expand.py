@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from btm_cluster.acceptance import Gain, judge
 from btm_cluster.algorithm import merge, pinned_branches, train
-from btm_cluster.arrivals import NewGround, prepare_new
 from btm_cluster.driver import Driver
 from btm_cluster.errors import UserError
+from btm_cluster.expansion.acceptance import Gain, judge
+from btm_cluster.expansion.arrivals import NewGround, prepare_new
+from btm_cluster.expansion.inbox import Inbox, look
 from btm_cluster.forest import Forest, describe_forest
-from btm_cluster.inbox import Inbox, look
 from btm_cluster.ledger import THREADS, Ledger
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import Ground

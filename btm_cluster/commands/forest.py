@@ -11,8 +11,8 @@ from btm_cluster.errors import UserError
 
 if TYPE_CHECKING:
     from btm_cluster.ledger import Ledger
-    from btm_cluster.purge import Condemned
-    from btm_cluster.removal import Influence
+    from btm_cluster.upkeep.purge import Condemned
+    from btm_cluster.upkeep.removal import Influence
 
 Store = Annotated[str, typer.Option("--store", help="The store: a folder or URL.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
@@ -34,7 +34,7 @@ def remove(
     json_output: Json = False,
 ) -> None:
     """Take a domain out of the forest: a new version, at once in effect. Says what still carries its influence."""
-    from btm_cluster import removal
+    from btm_cluster.upkeep import removal
 
     if purge and undo:
         raise UserError("--purge and --undo exclude each other")
@@ -61,7 +61,7 @@ def rollback(
     version: Annotated[int, typer.Argument(help="The version to go back to.", show_default=False)], store: Store
 ) -> None:
     """Append a new version that is equal to an old one. Refused where something of that one was purged."""
-    from btm_cluster import removal
+    from btm_cluster.upkeep import removal
 
     forest = removal.rollback(open_ledger(store), version)
     print(f"forest version {forest.version}: {forest.reason}, {len(forest.experts)} experts")
@@ -75,7 +75,7 @@ def diff(
 ) -> None:
     """Show which domains two versions differ in."""
     from btm_cluster.forest import difference
-    from btm_cluster.removal import version_of
+    from btm_cluster.upkeep.removal import version_of
 
     ledger = open_ledger(store)
     found = difference(version_of(ledger, before), version_of(ledger, after))
@@ -91,8 +91,8 @@ def diff(
 
 def contributions(store: Store, json_output: Json = False) -> None:
     """Show what each expert is worth on each text: how test perplexity rises without it, from cached scores alone."""
-    from btm_cluster import contributions as weigh
     from btm_cluster.display import consoles, plain_table
+    from btm_cluster.upkeep import contributions as weigh
 
     found = weigh.contributions(open_ledger(store))
     if json_output:
@@ -108,7 +108,7 @@ def contributions(store: Store, json_output: Json = False) -> None:
 
 
 def _purge(ledger: "Ledger", domain: str, yes: bool, json_output: bool) -> None:
-    from btm_cluster import purge, removal
+    from btm_cluster.upkeep import purge, removal
 
     condemned = purge.condemn(ledger, domain)
     if not json_output:

@@ -8,16 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from btm_cluster.adaptation import adapt
 from btm_cluster.algorithm import prepare, resumed
-from btm_cluster.comparison import Comparison, Models, compare
-from btm_cluster.controls import random_part, random_part_requests, scratch_request
 from btm_cluster.driver import Driver
 from btm_cluster.errors import UserError
 from btm_cluster.language_model.demix import check_splits, count_demix_parameters
 from btm_cluster.language_model.model import count_parameters
 from btm_cluster.ledger import Artifact, Ref
-from btm_cluster.mixtures import Members
 from btm_cluster.plan import Plan, SizePlan, StudyPlan
 from btm_cluster.recipes import (
     Ground,
@@ -31,6 +27,10 @@ from btm_cluster.recipes import (
     transformer_lm_request,
     vocabulary_of,
 )
+from btm_cluster.study.adaptation import adapt
+from btm_cluster.study.comparison import Comparison, Models, compare
+from btm_cluster.study.controls import random_part, random_part_requests, scratch_request
+from btm_cluster.study.mixtures import Members
 from btm_cluster.texts import TextReport, report_texts
 from btm_cluster.workers import TrainRequest
 

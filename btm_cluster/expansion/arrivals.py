@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from btm_cluster.driver import Driver
 from btm_cluster.errors import TextError, UserError
+from btm_cluster.expansion.inbox import Arrival, refuse, still_lies_there
 from btm_cluster.forest import Forest, check_foundation
-from btm_cluster.inbox import Arrival, refuse, still_lies_there
 from btm_cluster.ledger import Artifact
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import (

@@ -77,7 +77,7 @@ def _source(text: list[str], dataset: str | None, split: str, field: str, delimi
 
     from btm_cluster.errors import PlanError
     from btm_cluster.plan import TextPlan
-    from btm_cluster.plan_problems import describe_problems
+    from btm_cluster.plan.problems import describe_problems
 
     given: dict[str, Any] = {"name": "unlabelled", "text": text, "field": field, "delimiter": delimiter}
     if dataset is not None:

@@ -17,8 +17,8 @@ from btm_cluster.language_model.files import ending
 from btm_cluster.language_model.sources import UNREAD
 from btm_cluster.ledger import Ledger
 from btm_cluster.plan import DomainPlan, Plan
-from btm_cluster.plan_expansion import InboxPlan
-from btm_cluster.plan_values import NAME_PATTERN
+from btm_cluster.plan.expansion import InboxPlan
+from btm_cluster.plan.values import NAME_PATTERN
 from btm_cluster.records import list_quarantine, quarantine
 from btm_cluster.storage import Entry, Storage
 

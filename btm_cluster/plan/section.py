@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, model_validator
 
-from btm_cluster import plan_rules
+from btm_cluster.plan import rules as plan_rules
 
 
 class Section(BaseModel):

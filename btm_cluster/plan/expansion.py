@@ -4,8 +4,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from btm_cluster.plan_section import Section
-from btm_cluster.plan_values import Positive, PositiveReal, Real, Text
+from btm_cluster.plan.section import Section
+from btm_cluster.plan.values import Positive, PositiveReal, Real, Text
 
 
 class InboxPlan(Section):

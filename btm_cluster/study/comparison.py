@@ -20,10 +20,10 @@ from btm_cluster.evaluation import (
     stack_of,
 )
 from btm_cluster.ledger import Ref
-from btm_cluster.mixtures import Members, Rows, System, mixtures, one_thread_each
 from btm_cluster.recipes import Ground, PreparedText, average_of
 from btm_cluster.report import TRANSFORMER_LM, Cell, SplitResult, verdict
 from btm_cluster.soups import soup_average_request, soup_request
+from btm_cluster.study.mixtures import Members, Rows, System, mixtures, one_thread_each
 from btm_cluster.workers import AverageRequest
 
 

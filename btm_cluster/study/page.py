@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from btm_cluster.study_results import KEY, Entry, Results
+from btm_cluster.study.results import KEY, Entry, Results
 
 Wanted = Mapping[str, object]
 PAPERS: Wanted = {"posterior": "full", "prior": "ema"}

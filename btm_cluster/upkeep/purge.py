@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from btm_cluster.errors import UserError
+from btm_cluster.expansion.inbox import INBOX, MARKER
 from btm_cluster.forest import Forest
-from btm_cluster.housekeeping import read_manifests
-from btm_cluster.inbox import INBOX, MARKER
 from btm_cluster.ledger import THREADS, Artifact, Ledger, Ref, artifact_key, blob_key, tombstone_key, training_folder
 from btm_cluster.records import EXPANSIONS, HELD, LOGS, QUARANTINE, list_pins, list_quarantine, newest_held
+from btm_cluster.upkeep.housekeeping import read_manifests
 
 
 @dataclass(frozen=True)

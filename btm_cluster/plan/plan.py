@@ -9,14 +9,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError
 
-from btm_cluster import plan_rules
 from btm_cluster.errors import PlanError
-from btm_cluster.plan_expansion import ExpansionPlan
-from btm_cluster.plan_file import read_plan_file
-from btm_cluster.plan_problems import describe_problems
-from btm_cluster.plan_section import Section
-from btm_cluster.plan_tracking import TrackingPlan
-from btm_cluster.plan_values import (
+from btm_cluster.plan import rules as plan_rules
+from btm_cluster.plan.expansion import ExpansionPlan
+from btm_cluster.plan.file import read_plan_file
+from btm_cluster.plan.problems import describe_problems
+from btm_cluster.plan.section import Section
+from btm_cluster.plan.tracking import TrackingPlan
+from btm_cluster.plan.values import (
     Config,
     Files,
     Location,

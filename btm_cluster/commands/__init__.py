@@ -1,0 +1,1 @@
+"""Groups of the command line's commands; `cli.py` has the others."""
