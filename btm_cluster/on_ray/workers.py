@@ -17,7 +17,7 @@ from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.on_ray.cluster import bundle, group_words, has_room
 from btm_cluster.on_ray.failures import LOG_LINES, failure_of
 from btm_cluster.on_ray.metrics import Metrics
-from btm_cluster.on_ray.progress import News, ProgressBoardActor, RayControl
+from btm_cluster.on_ray.progress import STARTING, News, ProgressBoardActor, RayControl
 from btm_cluster.on_ray.training import TrainerActor, trainer_options
 from btm_cluster.plan import ClusterPlan
 from btm_cluster.storage.requests import take_requests
@@ -237,7 +237,8 @@ class RayWorkers:
         for one in running:
             if one.label in fresh:
                 one.waits_for = ""
-                one.trains = one.trains or fresh[one.label].loss is not None
+                said = fresh[one.label]  # begun anew, it loads and compiles again, which is no hang
+                one.trains = said.loss is not None or (one.trains and said.phase != STARTING)
                 one.last_sign = now
             elif one.trains and now - one.last_sign >= 60 * self._cluster.hang_minutes:
                 one.trains = False

@@ -239,3 +239,10 @@ def test_the_image_copies_what_its_context_holds_and_ends_as_an_ordinary_user() 
     targets = re.findall(r"^FROM runtime AS (\w+)$", "\n".join(lines), re.M)
     assert set(targets) == {"cpu", "cuda"}
     assert [line for line in lines if line.startswith("USER")] == ["USER 1000:1000"]
+
+
+def test_every_job_that_a_manifest_runs_is_there() -> None:
+    said = "".join(path.read_text() for path in sorted(KUBERAY.glob("*.yaml")))
+    scripts = set(re.findall(r"jobs/\w+\.py", said))
+    assert "jobs/expand_forest.py" in scripts
+    assert [script for script in sorted(scripts) if not (REPOSITORY / script).is_file()] == []
