@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 import ray.util.state
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from btm_cluster.errors import Stopped
 from btm_cluster.ledger import Artifact, Ledger
@@ -113,7 +114,10 @@ class RayWorkers:
 
     def __init__(self, store: str, watcher: Watcher, stop: threading.Event, cluster: ClusterPlan) -> None:
         self._store, self._watcher, self._stop, self._cluster = store, watcher, stop, cluster
-        self._board = ProgressBoardActor.options(name=f"progress-{time.time_ns()}").remote()
+        # On the driver's own node: another may be lost, and the driver would be lost with what it asks every moment.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        board = {"max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+        self._board = ProgressBoardActor.options(name=f"progress-{time.time_ns()}", **board).remote()
         self._metrics = Metrics(store)
         self._retried = {"max_restarts": cluster.retries, "max_task_retries": -1}
 
