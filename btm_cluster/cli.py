@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from btm_cluster.commands import forest as forest_commands
+from btm_cluster.commands import store as store_commands
 from btm_cluster.commands.discover import discover
 from btm_cluster.commands.forest import open_ledger
 from btm_cluster.errors import BtmError, UserError
@@ -20,7 +21,6 @@ from btm_cluster.plan import Plan, read_plan
 
 if TYPE_CHECKING:
     from btm_cluster.driver import Driver
-    from btm_cluster.ledger import Ledger
 
 app = typer.Typer(
     help="Branch-Train-Merge: grow a forest of expert language models on Ray.",
@@ -32,9 +32,9 @@ forest_app = typer.Typer(help="Look at a forest and its history, and look after 
 app.add_typer(forest_app, name="forest")
 app.command()(discover)
 forest_commands.register(forest_app)
+store_commands.register(forest_app)
 
 PlanPath = Annotated[Path, typer.Argument(help="The plan, a YAML file.", show_default=False)]
-Store = Annotated[str, typer.Option("--store", help="The store: a folder or URL.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, progress on standard error.")]
 Address = Annotated[
     str | None,
@@ -193,113 +193,6 @@ def doctor(
         raise UserError(
             f"{wrong} of {len(checks)} checks found something wrong", remedy="the lines above say what to do"
         )
-
-
-@forest_app.command("show")
-def forest_show(
-    store: Store,
-    version: Annotated[int | None, typer.Option(help="A version; without it, the newest.")] = None,
-    json_output: Json = False,
-) -> None:
-    """Show a version of the forest: its experts and what they descend from."""
-    from btm_cluster.display import consoles, forest_table
-    from btm_cluster.forest import describe_forest
-
-    forest = open_ledger(store).forest(version)
-    if forest is None:
-        raise UserError(f"no forest in {store}", found="no version" + (f" {version}" if version is not None else ""))
-    if json_output:
-        print(json.dumps(describe_forest(forest), indent=1))
-    else:
-        consoles(False)[0].print(forest_table(forest))
-
-
-@forest_app.command("log")
-def forest_log(store: Store, json_output: Json = False) -> None:
-    """Show the versions of the forest, the newest first."""
-    from btm_cluster.display import consoles, plain_table
-
-    ledger = open_ledger(store)
-    entries = [_log_entry(ledger, version) for version in reversed(ledger.versions())]
-    if json_output:
-        print(json.dumps(entries, indent=1))
-    else:
-        rows = [[str(value) for value in entry.values()] for entry in entries]
-        consoles(False)[0].print(
-            plain_table(f"Forest log of {store}", ["version", "experts", "when", "by", "why"], rows)
-        )
-
-
-@forest_app.command("verify")
-def forest_verify(store: Store, json_output: Json = False) -> None:
-    """Read the whole store and check every byte against its hash."""
-    from btm_cluster.errors import IntegrityError
-    from btm_cluster.upkeep.housekeeping import verify
-
-    seen = verify(open_ledger(store))
-    if json_output:
-        print(json.dumps(asdict(seen), indent=1))
-    else:
-        print(
-            f"read {seen.versions} versions, {seen.artifacts} artifacts, {seen.blobs} blobs of {seen.size_bytes:,} bytes"
-        )
-    if seen.problems:
-        raise IntegrityError(
-            f"{len(seen.problems)} problem(s) in {store}\n" + "\n".join(f"- {p}" for p in seen.problems)
-        )
-
-
-@forest_app.command("gc")
-def forest_gc(
-    store: Store,
-    keep_versions: Annotated[int, typer.Option(help="Newest versions whose models stay.", min=1)] = 10,
-    grace_days: Annotated[float, typer.Option(help="What is younger stays: longer than any run takes.", min=0)] = 30,
-    delete: Annotated[bool, typer.Option("--delete", help="Delete it; without this, only say what would go.")] = False,
-    json_output: Json = False,
-) -> None:
-    """Find, and with --delete remove, what no kept version, no run in the making and nothing young reaches."""
-    from btm_cluster.upkeep.housekeeping import collect, find_garbage
-
-    ledger = open_ledger(store)
-    garbage = find_garbage(ledger, keep_versions, 86_400 * grace_days)
-    if delete:
-        collect(ledger, garbage)
-    if json_output:
-        print(json.dumps(asdict(garbage) | {"deleted": delete}, indent=1))
-        return
-    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(garbage.kinds.items())) or "no artifacts"
-    print(
-        f"{'deleted' if delete else 'would delete'}: {kinds}, {len(garbage.blobs)} blobs of {garbage.size_bytes:,} bytes"
-    )
-    if not delete and (garbage.manifests or garbage.blobs):
-        print("the same with --delete deletes them")
-
-
-@forest_app.command("pin")
-def forest_pin(
-    store: Store,
-    version: Annotated[int, typer.Argument(help="The version.", show_default=False)],
-    remove: Annotated[bool, typer.Option("--remove", help="Unpin it.")] = False,
-) -> None:
-    """Keep a version from being collected, however old it becomes."""
-    ledger = open_ledger(store)
-    if remove:
-        ledger.unpin(version)
-    else:
-        ledger.pin(version)
-    print(f"pinned versions: {', '.join(map(str, ledger.pinned())) or 'none'}")
-
-
-def _log_entry(ledger: "Ledger", version: int) -> dict[str, Any]:
-    forest, note = ledger.forest(version), ledger.version_note(version)
-    assert forest is not None
-    return {
-        "version": version,
-        "experts": len(forest.experts),
-        "created": note.get("created"),
-        "by": note.get("by"),
-        "reason": forest.reason,
-    }
 
 
 def grow_forest(

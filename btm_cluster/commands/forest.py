@@ -1,9 +1,9 @@
-"""The commands that change or weigh a forest, `btm forest remove | rollback | diff | contributions`: thin, like `cli.py`."""
+"""The commands that show, change or weigh a forest, `btm forest show | log | remove | rollback | diff | contributions`."""
 
 import json
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,8 +21,41 @@ Domain = Annotated[str, typer.Argument(help="The domain.", show_default=False)]
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to the group `btm forest`."""
-    for name, command in (("remove", remove), ("rollback", rollback), ("diff", diff), ("contributions", contributions)):
-        app.command(name)(command)
+    for command in (show, log, remove, rollback, diff, contributions):
+        app.command(command.__name__)(command)
+
+
+def show(
+    store: Store,
+    version: Annotated[int | None, typer.Option(help="A version; without it, the newest.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Show a version of the forest: its experts and what they descend from."""
+    from btm_cluster.display import consoles, forest_table
+    from btm_cluster.forest import describe_forest
+
+    forest = open_ledger(store).forest(version)
+    if forest is None:
+        raise UserError(f"no forest in {store}", found="no version" + (f" {version}" if version is not None else ""))
+    if json_output:
+        print(json.dumps(describe_forest(forest), indent=1))
+    else:
+        consoles(False)[0].print(forest_table(forest))
+
+
+def log(store: Store, json_output: Json = False) -> None:
+    """Show the versions of the forest, the newest first."""
+    from btm_cluster.display import consoles, plain_table
+
+    ledger = open_ledger(store)
+    entries = [_log_entry(ledger, version) for version in reversed(ledger.versions())]
+    if json_output:
+        print(json.dumps(entries, indent=1))
+    else:
+        rows = [[str(value) for value in entry.values()] for entry in entries]
+        consoles(False)[0].print(
+            plain_table(f"Forest log of {store}", ["version", "experts", "when", "by", "why"], rows)
+        )
 
 
 def remove(
@@ -142,6 +175,18 @@ def _state(condemned: "Condemned") -> None:
     print(f"  {kinds}; {len(condemned.blobs)} blobs and {condemned.inbox_files} files of the inbox")
     print(f"  {condemned.size_bytes:,} bytes; what others share stays")
     print("and ends roll-back to any version that has it. Tombstones keep its text from coming back.")
+
+
+def _log_entry(ledger: "Ledger", version: int) -> dict[str, Any]:
+    forest, note = ledger.forest(version), ledger.version_note(version)
+    assert forest is not None
+    return {
+        "version": version,
+        "experts": len(forest.experts),
+        "created": note.get("created"),
+        "by": note.get("by"),
+        "reason": forest.reason,
+    }
 
 
 def _confirmed(domain: str) -> bool:

@@ -283,7 +283,7 @@ class Plan(Section):
     cluster: ClusterPlan = ClusterPlan()
     """How the work is done."""
     study: StudyPlan | None = None
-    """For `btm study` alone."""
+    """For `btm study` alone; without it, the plan's own model with all rivals and controls."""
     expansion: ExpansionPlan = ExpansionPlan()
     """How `btm expand` takes what has arrived."""
     tracking: TrackingPlan = TrackingPlan()

@@ -64,8 +64,8 @@ class Comparison:
             yield asdict(names[row.system]) | {
                 **{entry: _rounded(cell) for entry, cell in means.items()},
                 "per_domain": {text: _rounded(cell) for text, cell in row.cells.items()},
-                "difference": whole and whole.difference,
-                "difference_interval": whole and whole.difference_interval,
+                "difference": _share(whole.difference) if whole else None,
+                "difference_interval": _shares(whole.difference_interval) if whole else None,
             }
 
 
@@ -77,6 +77,15 @@ def _name(system: System) -> str:
     if system == System("transformer-lm"):
         return TRANSFORMER_LM
     return " ".join(f"{name}={value}" for name, value in asdict(system).items() if value is not None)
+
+
+def _share(value: float | None) -> float | None:
+    """To what a sum's last bits, which hang on how many rows are summed beside it, cannot reach."""
+    return None if value is None else round(value, 6)
+
+
+def _shares(interval: tuple[float, float] | None) -> list[float] | None:
+    return None if interval is None else [round(value, 6) for value in interval]
 
 
 def _rounded(cell: Cell | None) -> float | None:

@@ -63,7 +63,7 @@ def read_results(folders: Sequence[Path]) -> Results:
     """The results in several folders together; where two have the same system, size and random seed, the later one's counts.
 
     Raises:
-        UserError: a folder without them.
+        UserError: a folder without them, or not one entry in all of them.
     """
     entries: dict[tuple[Any, ...], Entry] = {}
     rest: dict[str, list[Entry]] = {"texts": [], "speeds": [], "runs": []}
@@ -80,5 +80,7 @@ def read_results(folders: Sequence[Path]) -> Results:
         entries |= {(entry["random_seed"], *(entry[name] for name in KEY)): entry for entry in found}
         for name, values in rest.items():
             values += study[name]
+    if not entries:
+        raise UserError("there are no results to show", found=f"{SUMMARY_FILE} without an entry")
     texts = {text["name"]: text for text in rest["texts"]}
     return Results(tuple(entries.values()), tuple(texts.values()), tuple(rest["speeds"]), tuple(rest["runs"]))

@@ -64,20 +64,20 @@ class Study:
 
 
 def run_study(plan: Plan, driver: Driver) -> Study:
-    """Trains and compares everything that `plan.study` names.
+    """Trains and compares everything that `plan.study` names; without one, the plan's own model with all rivals and controls.
 
     Raises:
-        UserError: the plan has no study, or one whose shares leave a seed or an expert without an update.
+        UserError: a study whose shares leave a seed or an expert without an update.
         StepError: something could not be trained; the rest is kept, and the same command goes on.
     """
-    repeats = repeats_of(plan, driver)
-    assert plan.study is not None
+    study = plan.study or StudyPlan()
+    repeats = repeats_of(plan.model_copy(update={"study": study}), driver)
     entries: list[Mapping[str, Any]] = []
     speeds: list[Mapping[str, Any]] = []
     for repeat in repeats:
         models, trained = train_repeat(repeat, driver)
         comparison = compare(repeat.ground, models, driver)
-        if "adapted" in plan.study.systems:
+        if "adapted" in study.systems:
             rows = adapt(repeat.ground, models.transformer_lm, models.members[0], driver)
             comparison = replace(comparison, rows=comparison.rows | rows)
         entries += entries_of(repeat, comparison)
@@ -88,8 +88,7 @@ def run_study(plan: Plan, driver: Driver) -> Study:
 def repeats_of(plan: Plan, driver: Driver) -> list[Repeat]:
     """Every size with every random seed; texts and tokenizer are prepared once for all."""
     study = plan.study
-    if study is None:
-        raise UserError("the plan has no study", remedy="add a `study:` section; `btm schema` says what it may hold")
+    assert study is not None
     sizes = study.sizes or (SizePlan.model_construct(name="model", model=plan.model, training=plan.training),)
     if plan.model.pretrained is not None and not study.sizes:
         raise UserError(

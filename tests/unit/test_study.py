@@ -190,7 +190,16 @@ def test_shares_that_leave_no_update_are_refused_before_a_text_is_read(
     assert not (tmp_path / "store").exists()
 
 
-def test_a_plan_without_a_study_is_refused(texts: dict[str, Path], tmp_path: Path) -> None:
-    plan = Plan.model_validate(plan_fields(texts, tmp_path / "store"))
-    with pytest.raises(UserError, match="has no study"):
-        run_study(plan, in_process(plan))
+def test_a_plan_without_a_study_is_studied_with_all_rivals_and_controls(studied: Studied) -> None:
+    plan = studied.plan.model_copy(update={"study": None})
+    again = in_process(plan)
+    found = run_study(plan, again).entries
+    assert [e for e in studied.study.entries if e["seed_share"] in (None, 0.5)] == list(found)
+    assert not again.made, "it is part of the one that also swept the seed share"
+
+
+def test_a_page_of_no_results_is_one_clear_error(tmp_path: Path) -> None:
+    for name in ("summary.json", "study.json"):
+        (tmp_path / name).write_text('{"texts": [], "speeds": [], "runs": []}' if name == "study.json" else "[]")
+    with pytest.raises(UserError, match="no results"):
+        read_results([tmp_path])

@@ -1,0 +1,72 @@
+"""The commands that look after a forest's store, `btm forest verify | gc | pin`: thin, like `cli.py`."""
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from btm_cluster.commands.forest import Json, Store, open_ledger
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the group `btm forest`."""
+    for command in (verify, gc, pin):
+        app.command(command.__name__)(command)
+
+
+def verify(store: Store, json_output: Json = False) -> None:
+    """Read the whole store and check every byte against its hash."""
+    from btm_cluster.errors import IntegrityError
+    from btm_cluster.upkeep.housekeeping import verify as read_all
+
+    seen = read_all(open_ledger(store))
+    if json_output:
+        print(json.dumps(asdict(seen), indent=1))
+    else:
+        print(
+            f"read {seen.versions} versions, {seen.artifacts} artifacts, {seen.blobs} blobs of {seen.size_bytes:,} bytes"
+        )
+    if seen.problems:
+        raise IntegrityError(
+            f"{len(seen.problems)} problem(s) in {store}\n" + "\n".join(f"- {p}" for p in seen.problems)
+        )
+
+
+def gc(
+    store: Store,
+    keep_versions: Annotated[int, typer.Option(help="Newest versions whose models stay.", min=1)] = 10,
+    grace_days: Annotated[float, typer.Option(help="What is younger stays: longer than any run takes.", min=0)] = 30,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete it; without this, only say what would go.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Find, and with --delete remove, what no kept version, no run in the making and nothing young reaches."""
+    from btm_cluster.upkeep.housekeeping import collect, find_garbage
+
+    ledger = open_ledger(store)
+    garbage = find_garbage(ledger, keep_versions, 86_400 * grace_days)
+    if delete:
+        collect(ledger, garbage)
+    if json_output:
+        print(json.dumps(asdict(garbage) | {"deleted": delete}, indent=1))
+        return
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(garbage.kinds.items())) or "no artifacts"
+    print(
+        f"{'deleted' if delete else 'would delete'}: {kinds}, {len(garbage.blobs)} blobs of {garbage.size_bytes:,} bytes"
+    )
+    if not delete and (garbage.manifests or garbage.blobs):
+        print("the same with --delete deletes them")
+
+
+def pin(
+    store: Store,
+    version: Annotated[int, typer.Argument(help="The version.", show_default=False)],
+    remove: Annotated[bool, typer.Option("--remove", help="Unpin it.")] = False,
+) -> None:
+    """Keep a version from being collected, however old it becomes."""
+    ledger = open_ledger(store)
+    if remove:
+        ledger.unpin(version)
+    else:
+        ledger.pin(version)
+    print(f"pinned versions: {', '.join(map(str, ledger.pinned())) or 'none'}")
