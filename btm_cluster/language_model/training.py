@@ -177,10 +177,8 @@ class _TrainingRun:
                         passed = self.request.until(self.update)
                         at_milestone(passed, self._trained(passed.role))
             self._check_finite(weights=True)
-            if self.request.is_demix:
-                self._save(
-                    wait=True
-                )  # its parts are stored one by one: should that be cut short, all still come from this state
+            if self.request.is_demix:  # its parts are stored one by one, and all must come from one state
+                self._save(wait=True)
         finally:
             self.checkpoints.close()
         return self._trained(self.request.role)
