@@ -70,8 +70,9 @@ class LearnedGate:
 
     def log_weights(self, logp_EBT: torch.Tensor, entropy_EBT: torch.Tensor) -> torch.Tensor:
         """log softmax over experts of their scores: [E, B, T]."""
-        scores_EBT = self.scores(features(logp_EBT, entropy_EBT))
-        return torch.log_softmax(scores_EBT.to(logp_EBT.dtype), dim=0)
+        everything_BT = torch.ones(logp_EBT.shape[1:], dtype=torch.bool)
+        scores_EN = self.scores(features(logp_EBT, entropy_EBT, everything_BT))
+        return torch.log_softmax(scores_EN.to(logp_EBT.dtype), dim=0).view_as(logp_EBT)
 
     def scores(self, features_F: torch.Tensor) -> torch.Tensor:
         """A number for each expert, from features [E, …, F]: [E, …]."""
@@ -83,36 +84,37 @@ class LearnedGate:
         return scores_E
 
 
-def features(logp_EBT: torch.Tensor, entropy_EBT: torch.Tensor) -> torch.Tensor:
-    """What is known of each expert before token t is seen: float32 [E, B, T, F]. All of block and text, none of the future.
+def features(logp_EBT: torch.Tensor, entropy_EBT: torch.Tensor, taken_BT: torch.Tensor) -> torch.Tensor:
+    """What is known of each expert before the taken tokens are seen: float32 [E, N, F]. All of the block, none of the future.
 
     Sums of n tokens are divided by √n, so that noise has the same size under every discount.
     """
     counts_GT = discounted_sums(torch.ones(1, 1, logp_EBT.shape[-1]), DISCOUNTS)[:, 0, 0].clamp(min=1)
-    roots_GT = counts_GT.sqrt()[:, None, None]
+    counts_GN = counts_GT[:, None].expand(-1, *taken_BT.shape)[:, taken_BT]
+    roots_GN = counts_GN.sqrt()[:, None]
     logp_EBT, entropy_EBT = logp_EBT.float(), entropy_EBT.float()
-    evidence_GEBT = discounted_sums(logp_EBT, DISCOUNTS) / roots_GT
-    expected_GEBT = discounted_sums(entropy_EBT, DISCOUNTS) / roots_GT
-    surprise_GEBT = (-evidence_GEBT - expected_GEBT)[2:]  # of a token or two it is mostly chance
-    place_EBT = counts_GT[-1].log().expand_as(logp_EBT)
+    evidence_GEN = discounted_sums(logp_EBT, DISCOUNTS)[:, :, taken_BT] / roots_GN
+    expected_GEN = discounted_sums(entropy_EBT, DISCOUNTS)[:, :, taken_BT] / roots_GN
+    entropy_EN = entropy_EBT[:, taken_BT]
+    surprise_GEN = (-evidence_GEN - expected_GEN)[2:]  # of a token or two it is mostly chance
     own = [
-        *_apart(evidence_GEBT),
-        *_apart(expected_GEBT[1:]),
-        *_apart(surprise_GEBT),
-        *_apart(entropy_EBT[None]),
+        *_apart(evidence_GEN),
+        *_apart(expected_GEN[1:]),
+        *_apart(surprise_GEN),
+        *_apart(entropy_EN[None]),
     ]
     shared = [
-        *(evidence_GEBT[:5] / roots_GT[:5]).mean(1, keepdim=True).expand_as(evidence_GEBT[:5]),
-        *surprise_GEBT[-3:].mean(1, keepdim=True).expand_as(surprise_GEBT[-3:]),
-        entropy_EBT.mean(0, keepdim=True).expand_as(entropy_EBT),
-        _apart(entropy_EBT[None])[0].abs().mean(0, keepdim=True).expand_as(entropy_EBT),
-        place_EBT,
+        *(evidence_GEN[:5] / roots_GN[:5]).mean(1, keepdim=True).expand_as(evidence_GEN[:5]),
+        *surprise_GEN[-3:].mean(1, keepdim=True).expand_as(surprise_GEN[-3:]),
+        entropy_EN.mean(0, keepdim=True).expand_as(entropy_EN),
+        _apart(entropy_EN[None])[0].abs().mean(0, keepdim=True).expand_as(entropy_EN),
+        counts_GN[-1].log().expand_as(entropy_EN),
     ]
     return torch.stack([*own, *shared], dim=-1)
 
 
-def _apart(values_GEBT: torch.Tensor) -> torch.Tensor:
-    return values_GEBT - values_GEBT.mean(1, keepdim=True)
+def _apart(values_GEN: torch.Tensor) -> torch.Tensor:
+    return values_GEN - values_GEN.mean(1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -199,9 +201,7 @@ def _examples(texts: Sequence[TextScores]) -> _Examples:
         held_BT = (held_B & (blocks > 1))[:, None].expand_as(taken_BT)
         parts.append(
             (
-                functional.pad(
-                    features(text.logp_EBT, text.entropy_EBT)[:, taken_BT].transpose(0, 1), (0, 0, *missing)
-                ),
+                functional.pad(features(text.logp_EBT, text.entropy_EBT, taken_BT).transpose(0, 1), (0, 0, *missing)),
                 functional.pad(logp_NE, missing),
                 functional.pad(torch.zeros_like(logp_NE, dtype=torch.bool), missing, value=True),
                 held_BT[taken_BT],

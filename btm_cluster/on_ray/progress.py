@@ -1,14 +1,19 @@
 """Signs of life: from a step in some process of the cluster to its driver."""
 
+import os
 import socket
 import time
 from collections import Counter as Counts
+from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+import psutil
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from btm_cluster.storage.requests import Requests, take_requests
 from btm_cluster.workers import Progress
@@ -29,6 +34,36 @@ class News:
     """What the steps asked of the store."""
 
 
+@dataclass(frozen=True)
+class Process:
+    """A process somewhere in the cluster. By when it began, another that got its number later is told from it."""
+
+    node: str
+    number: int
+    began: float
+
+    @classmethod
+    def this(cls) -> "Process":
+        """The one that runs this."""
+        return cls(ray.get_runtime_context().get_node_id(), os.getpid(), psutil.Process().create_time())
+
+    def kill(self) -> None:
+        """Has a task on its node kill it; nothing happens where either is gone.
+
+        Not by `ray.kill`: Ray 2.60 gives that up where a process takes no connection, which a stopped one does not.
+        """
+        there = NodeAffinitySchedulingStrategy(self.node, soft=False)
+        _kill_here.options(scheduling_strategy=there).remote(self.number, self.began)
+
+
+@ray.remote(num_cpus=0)
+def _kill_here(number: int, began: float) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(number)
+        if process.create_time() == began:
+            process.kill()
+
+
 class ProgressBoard:
     """Holds the newest progress of each label until the driver takes it, and how often and where it was started."""
 
@@ -36,12 +71,23 @@ class ProgressBoard:
         self._fresh: dict[str, Progress] = {}
         self._attempts: Counts[str] = Counts()
         self._host: dict[str, str] = {}
+        self._processes: defaultdict[str, set[Process]] = defaultdict(set)
         self._requests: Counts[tuple[str, str]] = Counts()
 
     def put(self, progress: Progress, host: str) -> None:
         self._fresh[progress.label] = progress
-        self._attempts[progress.label] += progress.phase == STARTING
         self._host[progress.label] = host
+        if progress.phase == STARTING:
+            self._attempts[progress.label] += 1
+            self._processes[progress.label].clear()
+
+    def enter(self, label: str, process: Process) -> None:
+        """Notes a process that works on a label, until that is started anew."""
+        self._processes[label].add(process)
+
+    def processes(self, label: str) -> set[Process]:
+        """Those that work on a label."""
+        return self._processes[label]
 
     def count(self, requests: Requests) -> None:
         self._requests.update(requests)

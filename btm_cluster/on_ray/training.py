@@ -20,7 +20,7 @@ from ray.train.torch import TorchTrainer
 from btm_cluster.errors import BtmError, Stopped, TrainingError, UserError
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.on_ray.cluster import bundle
-from btm_cluster.on_ray.progress import STARTING, RayControl, StopPoll
+from btm_cluster.on_ray.progress import STARTING, Process, RayControl, StopPoll
 from btm_cluster.workers import Progress, Resources, TrainRequest
 
 
@@ -34,6 +34,7 @@ class Trainer:
         """The committed model."""
         control = RayControl(board, self._stop.is_set)
         control.report(Progress(request.label, STARTING))
+        board.enter.remote(request.label, Process.this())
         if request.how.workers == 1:
 
             def loop() -> Artifact | BtmError:
@@ -43,6 +44,7 @@ class Trainer:
 
             def loop() -> Artifact | BtmError:
                 is_to_go = ray.train.get_preemption_info  # None in Train's local mode, so only groups ask
+                board.enter.remote(request.label, Process.this())
                 return _step(request, store, RayControl(board, StopPoll(trainer), lambda: is_to_go() is not None))
 
         result = TorchTrainer(

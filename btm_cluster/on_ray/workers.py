@@ -40,6 +40,8 @@ OTHER_SECONDS = 2.0
 """Between two looks at what another driver trains."""
 WAITING_SECONDS = 60.0
 """Between two words on a training that waits for room."""
+START_MINUTES = 10.0
+"""What a training that has started may take, beside `hang_minutes`, until its first update: it loads and compiles."""
 
 
 @ray.remote
@@ -105,7 +107,9 @@ class _Running:
     """What the cluster had no room for when this was submitted."""
     last_word: float = field(default_factory=time.monotonic)
     trains: bool = False
-    """Whether it was seen training: before that, there is nothing to save, and it cannot hang."""
+    """Whether it was seen training: before that, there is nothing to save."""
+    has_started: bool = False
+    """Whether anything was heard of it: before that, it waits for its turn."""
     last_sign: float = field(default_factory=time.monotonic)
 
 
@@ -241,16 +245,22 @@ class RayWorkers:
         for one in running:
             if one.label in fresh:
                 one.waits_for = ""
-                said = fresh[one.label]  # begun anew, it loads and compiles again, which is no hang
+                said = fresh[one.label]  # begun anew, it loads and compiles again
+                one.has_started = True
                 one.trains = said.loss is not None or (one.trains and said.phase != STARTING)
                 one.last_sign = now
-            elif one.trains and now - one.last_sign >= 60 * self._cluster.hang_minutes:
-                one.trains = False
-                self._watcher(Progress(one.label, f"hangs: no update for {self._cluster.hang_minutes:g} min, killed"))
-                ray.kill(one.trainer, no_restart=False)
+            elif one.has_started and one.trainer is not None and now - one.last_sign >= self._patience(one):
+                one.last_sign = now
+                self._watcher(Progress(one.label, f"hangs: no update for {self._patience(one) / 60:g} min, killed"))
+                for process in ray.get(self._board.processes.remote(one.label)):
+                    process.kill()
             elif one.waits_for and now - one.last_word >= WAITING_SECONDS:
                 one.last_word = now
                 self._watcher(Progress(one.label, f"waiting for the cluster to grow to {one.waits_for}"))
+
+    def _patience(self, one: _Running) -> float:
+        """Seconds without a sign after which a training counts as hanging."""
+        return 60 * (self._cluster.hang_minutes + (0 if one.trains else START_MINUTES))
 
     def _stop_all(self, running: Sequence[_Running]) -> None:
         """Asks every trainer to save and stop, and waits for them as long as the plan allows."""

@@ -5,7 +5,7 @@ domains' development blocks alone, which is what a text without any of its own g
 """
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import cpu_count
@@ -96,13 +96,12 @@ def mixtures(ground: Ground, scores: ModelScores, members: Members, is_first: bo
         for split in ("development", "test")
     }
     samples = {text.name: stacks[text.name, "development"].sample(merging.development_blocks) for text in ground.texts}
-    for_all = _fit_for_all([samples[text.name] for text in ground.domains], merging) if members.many_ways else {}
 
     def of_text(text: PreparedText) -> dict[System, torch.Tensor]:
         test, sample = stacks[text.name, "test"], samples[text.name]
-        fitted = {way: fit(way, sample, merging) for way in FEW_WAYS}
+        fitted = fit_all(FEW_WAYS, sample, merging)
         if members.many_ways:
-            fitted |= {way: fit(way, sample, merging) for way in MORE_WAYS}
+            fitted |= fit_all(MORE_WAYS, sample, merging)
             gate = for_all[replace(GATE, is_for_all=True)]
             assert isinstance(gate, LearnedGate)
             fitted |= {**for_all, GATE: tune_gate(sample, gate)}
@@ -116,14 +115,27 @@ def mixtures(ground: Ground, scores: ModelScores, members: Members, is_first: bo
 
     rows: Rows = {}
     with one_thread_each() as pool:
+        of_domains = [samples[text.name] for text in ground.domains]
+        for_all = _fit_for_all(of_domains, merging, pool) if members.many_ways else {}
         for text, found in zip(ground.texts, pool.map(of_text, ground.texts), strict=True):
             for system, sums_D in found.items():
                 rows.setdefault(system, {})[text.name] = sums_D
     return rows
 
 
+def fit_all(ways: Sequence[Way], sample: TextScores, merging: MergingPlan) -> dict[Way, Fitted]:
+    """Each way, fitted on a text's development blocks; ways that differ in their top k share a fit."""
+    fitted = {way: fit(way, sample, merging) for way in dict.fromkeys(replace(way, top_k=None) for way in ways)}
+
+    def cut(way: Way) -> Fitted:
+        one = fitted[replace(way, top_k=None)]
+        return replace(one, log_prior_E=keep_top(one.log_prior_E, way.top_k)) if isinstance(one, Mixing) else one
+
+    return {way: cut(way) for way in ways}
+
+
 def fit(way: Way, sample: TextScores, merging: MergingPlan) -> Fitted:
-    """A way, fitted on a text's development blocks in hash order."""
+    """A way with all models, fitted on a text's development blocks in hash order."""
     blocks = way.development_blocks or merging.development_blocks
     logp_EBT, mask_BT = sample.logp_EBT[:, :blocks], sample.mask_BT[:blocks]
     if way.posterior == "fixed-share":
@@ -131,18 +143,20 @@ def fit(way: Way, sample: TextScores, merging: MergingPlan) -> Fitted:
     if way.posterior == "discounts":
         return fit_discounts(logp_EBT, mask_BT)
     assert way.posterior != "gate", "a gate is tuned from the one for all"
-    mixing = fit_mixing(way.posterior, way.prior, logp_EBT, mask_BT, merging)
-    return Mixing(keep_top(mixing.log_prior_E, way.top_k), mixing.posterior)
+    return fit_mixing(way.posterior, way.prior, logp_EBT, mask_BT, merging)
 
 
-def _fit_for_all(samples: Sequence[TextScores], merging: MergingPlan) -> dict[Way, Fitted]:
+def _fit_for_all(samples: Sequence[TextScores], merging: MergingPlan, pool: ThreadPoolExecutor) -> dict[Way, Fitted]:
     logp_EBT = torch.cat([sample.logp_EBT for sample in samples], dim=1)
     mask_BT = torch.cat([sample.mask_BT for sample in samples])
-    return {
-        replace(CALIBRATED, is_for_all=True): shared_mixing([(one.logp_EBT, one.mask_BT) for one in samples], merging),
-        replace(DISCOUNTS, is_for_all=True): fit_discounts(logp_EBT, mask_BT, fits_prior=False),
-        replace(GATE, is_for_all=True): fit_gate_for_all(samples),
+    fits: dict[Way, Future[Fitted]] = {
+        replace(GATE, is_for_all=True): pool.submit(fit_gate_for_all, samples),
+        replace(CALIBRATED, is_for_all=True): pool.submit(
+            shared_mixing, [(s.logp_EBT, s.mask_BT) for s in samples], merging
+        ),
+        replace(DISCOUNTS, is_for_all=True): pool.submit(fit_discounts, logp_EBT, mask_BT, fits_prior=False),
     }
+    return {way: fit.result() for way, fit in fits.items()}
 
 
 def _system(members: Members, way: Way) -> System:

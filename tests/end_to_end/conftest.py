@@ -23,7 +23,8 @@ from tests.conftest import free_port, in_process, plan_fields
 
 BIN = Path(sys.executable).parent
 REPOSITORY = Path(__file__).parents[2]
-
+BTM = (str(BIN / "btm"),)
+GROW = (str(BIN / "python"), "-m", "tests.end_to_end.grow_only")
 
 SESSION = "BTM_TEST_SESSION"
 """The Unix session of everything that a cluster's head runs: other test runs on this machine have clusters too."""
@@ -34,6 +35,15 @@ def trainers(*sessions: str | int) -> list[int]:
     among = ",".join(map(str, sessions))
     found = subprocess.run(["pgrep", "-s", among, "-f", r"^ray::Trainer"], capture_output=True, text=True).stdout
     return [int(pid) for pid in found.split()]
+
+
+def only_trainer(session: str) -> int:
+    """The process id of the one trainer, once there is one and no more: the last one's process may be about to go."""
+    deadline = time.monotonic() + 60
+    while len(found := trainers(session)) != 1:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.02)
+    return found[0]
 
 
 @contextmanager
@@ -134,7 +144,7 @@ class Btm:
     """A `btm` process, or another program of this project, watched while it runs."""
 
     def __init__(
-        self, arguments: list[str], environment: dict[str, str], log: Path, program: Sequence[str] = (str(BIN / "btm"),)
+        self, arguments: list[str], environment: dict[str, str], log: Path, program: Sequence[str] = BTM
     ) -> None:
         self._log = log
         self._file = log.open("w")
@@ -157,27 +167,47 @@ class Btm:
         assert re.search(pattern, self.said), self.said
 
     def exit_code(self) -> int:
-        """Waits for the end."""
-        code = self.process.wait(timeout=500)
+        """Waits for the end; fails, and ends it, if it does not come."""
+        try:
+            return self.process.wait(timeout=500)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"it does not end; it said:\n{self.said}") from None
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Ends it where it still runs, so that a failed test leaves the cluster to the next."""
+        self.process.kill()
+        self.process.wait()
         self._file.close()
-        return code
+
+
+@contextmanager
+def starting(environment: dict[str, str], folder: Path, program: Sequence[str]) -> Iterator[Callable[..., Btm]]:
+    """A way to start `program` any number of times; what still runs in the end is ended."""
+    started: list[Btm] = []
+
+    def start(*arguments: str | Path) -> Btm:
+        started.append(Btm(list(map(str, arguments)), environment, folder / f"log-{len(started)}", program))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.close()
 
 
 @pytest.fixture
-def btm(cluster: dict[str, str], tmp_path: Path) -> Callable[..., Btm]:
+def btm(cluster: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., Btm]]:
     """Starts `btm` on the cluster."""
-    count = iter(range(100))
-    return lambda *arguments: Btm(list(arguments), cluster, tmp_path / f"log-{next(count)}")
-
-
-GROW = (str(BIN / "python"), "-m", "tests.end_to_end.grow_only")
+    with starting(cluster, tmp_path, BTM) as start:
+        yield start
 
 
 @pytest.fixture
-def grow_only(cluster: dict[str, str], tmp_path: Path) -> Callable[[Path], Btm]:
+def grow_only(cluster: dict[str, str], tmp_path: Path) -> Iterator[Callable[[Path], Btm]]:
     """Starts the growing of a plan's forest on the cluster, without its evaluation."""
-    count = iter(range(100))
-    return lambda plan: Btm([str(plan)], cluster, tmp_path / f"log-{next(count)}", GROW)
+    with starting(cluster, tmp_path, GROW) as start:
+        yield start
 
 
 def experts_in(store: Path) -> dict[str, dict[str, Any]]:

@@ -271,9 +271,11 @@ def test_features_of_a_token_are_finite_and_hold_nothing_of_its_own_probability(
     text = made_up_text(2, random_seed=22)
     changed = text.logp_EBT.clone()
     changed[:, :, 40:] = -50
-    one, other = (features(logp, text.entropy_EBT) for logp in (text.logp_EBT, changed))
+    before_BT = torch.zeros_like(text.mask_BT)
+    before_BT[:, :41] = True
+    one, other = (features(logp, text.entropy_EBT, before_BT) for logp in (text.logp_EBT, changed))
     assert torch.isfinite(one).all()
-    assert torch.equal(one[:, :, :41], other[:, :, :41])
+    assert torch.equal(one, other)
 
 
 def test_a_tuned_gate_serves_its_text_better_and_leaves_the_one_for_all_as_it_is() -> None:
