@@ -238,12 +238,26 @@ class SizePlan(Section):
     """The recipe; its `seed_share` is that of the forest that is compared with everything."""
 
 
+class TrialPlan(Section):
+    """A recipe that a study's Transformer-LM tries; what is not given is the size's own."""
+
+    learning_rate: PositiveReal | None = None
+    """Peak of the schedule."""
+    updates: Positive | None = None
+    """Together with `blocks_per_domain_update`, so that the compute stays the same."""
+    blocks_per_domain_update: Positive | None = None
+    """Blocks of each domain in an update."""
+
+
 class StudyPlan(Section):
     """What `btm study` compares. Each size is trained once for each random seed."""
 
     rules: ClassVar = plan_rules.study_rules
     sizes: tuple[SizePlan, ...] = ()
     """Model sizes; without any, the plan's own model and recipe."""
+    trials: tuple[TrialPlan, ...] = ()
+    """Recipes tried on the Transformer-LM alone, with each size and the first random seed: all systems are then trained by the
+    one with the lowest perplexity on the domains' development text, so that no rival is handicapped."""
     systems: tuple[Literal["demix", "random-split", "adapted"], ...] = ("demix", "random-split", "adapted")
     """Rivals and controls beside forest and Transformer-LM: DEMix; a forest of random splits; Transformer-LM and forest both
     trained on each text's development blocks."""

@@ -74,7 +74,8 @@ def spread(values: Sequence[float]) -> Spread:
 def write_page(results: Results, folder: Path) -> None:
     """Writes README.md, and the figures where there is something to draw."""
     folder.mkdir(parents=True, exist_ok=True)
-    sections = [*_size_sections(results), *_figures(results, folder), _texts_section(results), _speeds_section(results)]
+    sections = [*_size_sections(results), *_figures(results, folder), _texts_section(results)]
+    sections += [_trials_section(results), _speeds_section(results)]
     seeds = sorted({entry["random_seed"] for entry in results.entries})
     opening = (
         "# Results of a study\n\nMade by `btm study` and `btm report` from `summary.json`; do not edit. Perplexity per token on "
@@ -177,6 +178,23 @@ def _texts_section(results: Results) -> str:
         counts = [words, tokens.get("train", 0), tokens.get("development", 0), tokens.get("test", 0)]
         cells = [f"{count:,}" if count else "–" for count in counts]
         lines.append(f"| {text['name']}{' (target)' if text['is_target'] else ''} | {' | '.join(cells)} | {seen:.2%} |")
+    return "\n".join(lines) + "\n"
+
+
+def _trials_section(results: Results) -> str:
+    if not results.trials:
+        return ""
+    lines = [
+        "## Recipes\n",
+        "Tried on the Transformer-LM alone; all systems were trained by the one in bold.\n",
+        "| | learning rate | updates | blocks of a domain per update | perplexity on the domains' development text |",
+        "|---|---|---|---|---|",
+    ]
+    for trial in results.trials:
+        found = f"{trial['development']:.2f}"
+        cells = [f"{trial['learning_rate']:g}", f"{trial['updates']:,}", str(trial["blocks_per_domain_update"])]
+        cells.append(f"**{found}**" if trial["chosen"] else found)
+        lines.append(f"| {trial['size']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

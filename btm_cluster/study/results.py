@@ -28,6 +28,7 @@ class Results:
     entries: tuple[Entry, ...]
     texts: tuple[Entry, ...]
     speeds: tuple[Entry, ...]
+    trials: tuple[Entry, ...]
     runs: tuple[Entry, ...]
     """Of each study: its plan, and the versions and machine it ran on."""
 
@@ -43,14 +44,14 @@ def results_of(plan: Plan, study: Study) -> Results:
         },
     }
     texts = tuple(asdict(text) for text in study.texts)
-    return Results(study.entries, texts, study.speeds, (run,))
+    return Results(study.entries, texts, study.speeds, study.trials, (run,))
 
 
 def write_results(results: Results, folder: Path) -> None:
     """Writes both files."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SUMMARY_FILE).write_text(_lines(results.entries), encoding="utf-8")
-    rest = {"texts": results.texts, "speeds": results.speeds, "runs": results.runs}
+    rest = {"texts": results.texts, "speeds": results.speeds, "trials": results.trials, "runs": results.runs}
     (folder / STUDY_FILE).write_text(json.dumps(rest, indent=1) + "\n", encoding="utf-8")
 
 
@@ -66,7 +67,7 @@ def read_results(folders: Sequence[Path]) -> Results:
         UserError: a folder without them, or not one entry in all of them.
     """
     entries: dict[tuple[Any, ...], Entry] = {}
-    rest: dict[str, list[Entry]] = {"texts": [], "speeds": [], "runs": []}
+    rest: dict[str, list[Entry]] = {"texts": [], "speeds": [], "trials": [], "runs": []}
     for folder in folders:
         try:
             found = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
@@ -83,4 +84,5 @@ def read_results(folders: Sequence[Path]) -> Results:
     if not entries:
         raise UserError("there are no results to show", found=f"{SUMMARY_FILE} without an entry")
     texts = {text["name"]: text for text in rest["texts"]}
-    return Results(tuple(entries.values()), tuple(texts.values()), tuple(rest["speeds"]), tuple(rest["runs"]))
+    others = (tuple(rest[name]) for name in ("speeds", "trials", "runs"))
+    return Results(tuple(entries.values()), tuple(texts.values()), *others)

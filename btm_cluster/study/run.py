@@ -8,48 +8,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from btm_cluster.algorithm import prepare, resumed
+from btm_cluster.algorithm import resumed
 from btm_cluster.driver import Driver
-from btm_cluster.errors import UserError
-from btm_cluster.language_model.demix import check_splits, count_demix_parameters
+from btm_cluster.language_model.demix import count_demix_parameters
 from btm_cluster.language_model.model import count_parameters
 from btm_cluster.ledger import Artifact, Ref
-from btm_cluster.plan import Plan, SizePlan, StudyPlan
+from btm_cluster.plan import Plan, StudyPlan
 from btm_cluster.recipes import (
     Ground,
     PreparedText,
     demix_request,
     expert_request,
-    model_config,
-    seed_request,
     seed_start,
     tokenize_requests,
-    transformer_lm_request,
-    vocabulary_of,
 )
 from btm_cluster.study.adaptation import adapt
 from btm_cluster.study.comparison import Comparison, Models, compare
 from btm_cluster.study.controls import random_part, random_part_requests, scratch_request
 from btm_cluster.study.mixtures import Members
+from btm_cluster.study.repeats import Repeat, repeats_of
 from btm_cluster.texts import TextReport, report_texts
 from btm_cluster.workers import TrainRequest
-
-
-@dataclass(frozen=True)
-class Repeat:
-    """One size and random seed."""
-
-    size: str
-    ground: Ground
-    """Of a plan with that size's model and recipe, and that random seed."""
-    seed_shares: tuple[float, ...]
-    """Of all forests; the first is the one that is compared with everything."""
-
-    def at(self, seed_share: float) -> Ground:
-        """The ground of the same repeat with another seed share."""
-        plan = self.ground.plan
-        training = plan.training.model_copy(update={"seed_share": seed_share})
-        return replace(self.ground, plan=plan.model_copy(update={"training": training}))
 
 
 @dataclass(frozen=True)
@@ -61,13 +40,15 @@ class Study:
     texts: tuple[TextReport, ...]
     speeds: tuple[Mapping[str, Any], ...]
     """Of each kind of training: updates and tokens per second."""
+    trials: tuple[Mapping[str, Any], ...]
+    """Of each recipe that was tried: the Transformer-LM's perplexity on the domains' development text."""
 
 
 def run_study(plan: Plan, driver: Driver) -> Study:
     """Trains and compares everything that `plan.study` names; without one, the plan's own model with all rivals and controls.
 
     Raises:
-        UserError: a study whose shares leave a seed or an expert without an update.
+        UserError: a study that is at odds with itself: a share that leaves a seed or an expert without an update, say.
         StepError: something could not be trained; the rest is kept, and the same command goes on.
     """
     study = plan.study or StudyPlan()
@@ -82,79 +63,16 @@ def run_study(plan: Plan, driver: Driver) -> Study:
             comparison = replace(comparison, rows=comparison.rows | rows)
         entries += entries_of(repeat, comparison)
         speeds += [_speed(repeat, request, model) for request, model in trained]
-    return Study(tuple(entries), tuple(report_texts(repeats[0].ground, driver)), tuple(speeds))
-
-
-def repeats_of(plan: Plan, driver: Driver) -> list[Repeat]:
-    """Every size with every random seed; texts and tokenizer are prepared once for all."""
-    study = plan.study
-    assert study is not None
-    sizes = study.sizes or (SizePlan.model_construct(name="model", model=plan.model, training=plan.training),)
-    if plan.model.pretrained is not None and not study.sizes:
-        raise UserError(
-            "a study grows its own seeds", found="model.pretrained", remedy="give `study.sizes` with shapes"
-        )
-    for size in sizes:
-        for share in (size.training.seed_share, *study.seed_shares):
-            _check_share(size, share)
-    base = prepare(_variant(plan, sizes[0], study.random_seeds[0]), driver)
-    for text in base.texts:
-        if not text.tokens["development"]:
-            raise UserError(
-                f"the text {text.name!r} has no development text",
-                expected="some, since a study fits and chooses on it",
-                remedy="name `development` files for it",
-            )
-    repeats = []
-    for size in sizes:
-        model, _ = model_config(_variant(plan, size, 0), vocabulary_of(plan))
-        if "demix" in study.systems:
-            check_splits(model, len(plan.domains))
-        for random_seed in study.random_seeds:
-            ground = replace(base, plan=_variant(plan, size, random_seed), model=model)
-            repeats.append(Repeat(size.name, ground, _seed_shares(study, sizes, size, random_seed)))
-    return repeats
-
-
-def _variant(plan: Plan, size: SizePlan, random_seed: int) -> Plan:
-    training = size.training.model_copy(update={"random_seed": random_seed})
-    if training.block_tokens != plan.training.block_tokens:
-        raise UserError(
-            f"study.sizes: {size.name} has blocks of another length",
-            found=f"{training.block_tokens} tokens",
-            expected=f"{plan.training.block_tokens}, the plan's: texts are cut into blocks once for all sizes",
-            remedy="give the same training.block_tokens",
-        )
-    return plan.model_copy(update={"model": size.model, "training": training})
-
-
-def _seed_shares(study: StudyPlan, sizes: Sequence[SizePlan], size: SizePlan, random_seed: int) -> tuple[float, ...]:
-    own = size.training.seed_share
-    if size is not sizes[0] or random_seed != study.random_seeds[0]:
-        return (own,)
-    return (own, *(share for share in sorted(study.seed_shares) if share != own))
-
-
-def _check_share(size: SizePlan, share: float) -> None:
-    updates = size.training.updates
-    is_without_seed = share == 0 and share != size.training.seed_share
-    if not is_without_seed and not 0 < round(share * updates) < updates:
-        raise UserError(
-            f"a seed share of {share} leaves the seed or the experts of {size.name} no update",
-            found=f"{round(share * updates)} of {updates} updates for the seed",
-            remedy="choose a share between, or more updates; `study.seed_shares` alone may hold 0",
-        )
+    trials = tuple(trial for repeat in repeats for trial in repeat.trials)
+    return Study(tuple(entries), tuple(report_texts(repeats[0].ground, driver)), tuple(speeds), trials)
 
 
 def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[TrainRequest, Artifact]]]:
     """All models of a repeat: first the one run that all seeds lie on, then what branches from it, then what follows it."""
-    ground = repeat.ground
+    ground, grounds, seeds = repeat.ground, repeat.grounds, repeat.seeds
     assert ground.plan.study is not None
     systems = ground.plan.study.systems
-    grounds = {share: repeat.at(share) for share in repeat.seed_shares}
-    seeds = {share: seed_request(grounds[share]) for share in repeat.seed_shares if share}
-    whole = transformer_lm_request(ground, seeds[repeat.seed_shares[0]].ref)
-    whole = replace(whole, milestones=tuple(sorted(seed.last_update for seed in seeds.values())))
+    whole = repeat.transformer_lm()
     scratch = [scratch_request(ground, d, i) for i, d in enumerate(ground.domains)] if 0 in grounds else []
     demix = [demix_request(ground)] if "demix" in systems else []
     trained = _train([whole, *demix, *scratch], driver)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from btm_cluster.report import PAPER_ENSEMBLE, verdict
 from btm_cluster.steps.prepare import documents_of
 from btm_cluster.study.controls import random_part_requests
 from btm_cluster.study.page import write_page
+from btm_cluster.study.repeats import repeats_of
 from btm_cluster.study.results import read_results, results_of, write_results
-from btm_cluster.study.run import Study, repeats_of, run_study
+from btm_cluster.study.run import Study, run_study
 from tests.conftest import DOMAINS, in_process, plan_fields
 
 
@@ -142,7 +143,9 @@ def test_random_splits_deal_every_document_once(studied: Studied) -> None:
 
 
 def test_results_are_read_back_and_those_of_several_seeds_make_one_page(studied: Studied, tmp_path: Path) -> None:
-    results = results_of(studied.plan, studied.study)
+    trial = {"size": "model", "learning_rate": 0.01, "updates": 12, "blocks_per_domain_update": 4, "development": 9.87}
+    study = replace(studied.study, trials=({**trial, "chosen": True},))
+    results = results_of(studied.plan, study)
     write_results(results, tmp_path / "one")
     other = [entry | {"random_seed": 1, "all": entry["all"] and 2 * entry["all"]} for entry in results.entries]
     (tmp_path / "two").mkdir()
@@ -162,6 +165,7 @@ def test_results_are_read_back_and_those_of_several_seeds_make_one_page(studied:
         "Figure 1",
         "Top-k",
         "Speed",
+        "| model | 0.01 | 12 | 4 | **9.87** |",
     ):
         assert heading in page
     for figure in ("seed-share-model", "top-k-model"):
@@ -190,6 +194,33 @@ def test_shares_that_leave_no_update_are_refused_before_a_text_is_read(
     assert not (tmp_path / "store").exists()
 
 
+def test_all_systems_are_trained_by_the_recipe_that_the_transformer_lm_does_best_with(
+    texts: dict[str, Path], tmp_path: Path
+) -> None:
+    trials = [{"learning_rate": 1e-4}, {"learning_rate": 1e-2, "updates": 6, "blocks_per_domain_update": 8}]
+    plan = study_plan(texts, tmp_path / "store", trials=trials, systems=[], random_seeds=[3, 4])
+    driver = in_process(plan)
+    first, second = repeats_of(plan, driver)
+    assert [trial["chosen"] for trial in first.trials] == [False, True]
+    assert first.trials[1]["development"] < first.trials[0]["development"]
+    assert second.trials == ()
+    for repeat, random_seed in ((first, 3), (second, 4)):
+        training = repeat.ground.plan.training
+        assert (training.learning_rate, training.updates, training.random_seed) == (1e-2, 6, random_seed)
+    made = len(driver.made)
+    whole = driver.ledger.get(first.transformer_lm().ref)
+    assert whole.facts["passed"] == [first.seeds[0.5].ref.identity], "the trial is the study's Transformer-LM"
+    assert repeats_of(plan, driver)[0].trials == first.trials
+    assert len(driver.made) == made
+
+
+def test_a_recipe_of_other_compute_is_refused_before_a_text_is_read(texts: dict[str, Path], tmp_path: Path) -> None:
+    plan = study_plan(texts, tmp_path / "store", trials=[{"updates": 24}])
+    with pytest.raises(UserError, match="costs other compute"):
+        run_study(plan, in_process(plan))
+    assert not (tmp_path / "store").exists()
+
+
 def test_a_plan_without_a_study_is_studied_with_all_rivals_and_controls(studied: Studied) -> None:
     plan = studied.plan.model_copy(update={"study": None})
     again = in_process(plan)
@@ -200,6 +231,8 @@ def test_a_plan_without_a_study_is_studied_with_all_rivals_and_controls(studied:
 
 def test_a_page_of_no_results_is_one_clear_error(tmp_path: Path) -> None:
     for name in ("summary.json", "study.json"):
-        (tmp_path / name).write_text('{"texts": [], "speeds": [], "runs": []}' if name == "study.json" else "[]")
+        (tmp_path / name).write_text(
+            '{"texts": [], "speeds": [], "trials": [], "runs": []}' if name == "study.json" else "[]"
+        )
     with pytest.raises(UserError, match="no results"):
         read_results([tmp_path])
