@@ -1,11 +1,8 @@
 """The command line, thin: reads arguments, calls, shows. What is heavy is imported once arguments are parsed."""
 
 import json
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,12 +12,14 @@ import typer
 from btm_cluster.commands import forest as forest_commands
 from btm_cluster.commands import store as store_commands
 from btm_cluster.commands.discover import discover
+from btm_cluster.commands.driving import Address, Dashboard, InProcess, Json, PlanPath, driving
 from btm_cluster.commands.forest import open_ledger
+from btm_cluster.commands.models import generate, merge
 from btm_cluster.errors import BtmError, UserError
 from btm_cluster.plan import Plan, read_plan
 
 if TYPE_CHECKING:
-    from btm_cluster.driver import Driver
+    pass
 
 app = typer.Typer(
     help="Branch-Train-Merge: grow a forest of expert language models on Ray.",
@@ -30,18 +29,8 @@ app = typer.Typer(
 )
 forest_app = typer.Typer(help="Look at a forest and its history, and look after its store.", no_args_is_help=True)
 app.add_typer(forest_app, name="forest")
-app.command()(discover)
 forest_commands.register(forest_app)
 store_commands.register(forest_app)
-
-PlanPath = Annotated[Path, typer.Argument(help="The plan, a YAML file.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, progress on standard error.")]
-Address = Annotated[
-    str | None,
-    typer.Option(envvar="RAY_ADDRESS", help="A Ray cluster to join, or auto; without it a local one is started."),
-]
-InProcess = Annotated[bool, typer.Option("--in-process", help="Without Ray, one step after the other.")]
-Dashboard = Annotated[bool, typer.Option("--dashboard", help="Serve the Ray dashboard of a local cluster.")]
 
 
 def main() -> None:
@@ -129,25 +118,8 @@ def evaluate(
     grow_forest(read_plan(plan_path), json_output, address, in_process, dashboard=False, evaluate_only=True)
 
 
-@app.command()
-def merge(
-    plan_path: PlanPath,
-    to: Annotated[Path, typer.Option(help="Folder for the Hugging Face model.", show_default=False)],
-    weights: Annotated[
-        str, typer.Option(help="uniform, argmax, posterior; or searched: greedy, learned.")
-    ] = "posterior",
-    target: Annotated[str | None, typer.Option("--for", help="Text to merge for; uniform needs none.")] = None,
-    address: Address = None,
-    in_process: InProcess = False,
-) -> None:
-    """Average the experts into one model and write it as a Hugging Face folder."""
-    plan = read_plan(plan_path)
-    from btm_cluster.merged_model import check_merge_call, write_merged_model
-
-    check_merge_call(plan, weights, target, to)
-    with driving(plan, address, in_process, dashboard=False, json_output=False) as driver:
-        write_merged_model(plan, weights, target, to, driver)
-    print(f"wrote {to}")
+app.command()(merge)
+app.command()(generate)
 
 
 @app.command()
@@ -173,6 +145,9 @@ def write_report(
 
     write_page(read_results(summaries), to)
     print(f"wrote {to / 'README.md'}")
+
+
+app.command()(discover)
 
 
 @app.command()
@@ -236,48 +211,3 @@ def expand_forest(plan: Plan, json_output: bool, address: str | None, in_process
         from btm_cluster.driver import step_error
 
         raise step_error(result.failures)
-
-
-@contextmanager
-def driving(
-    plan: Plan, address: str | None, in_process: bool, dashboard: bool, json_output: bool
-) -> Iterator["Driver"]:
-    """A driver for the plan's store. Ray is joined or started only once there is something to do.
-
-    SIGTERM and Ctrl-C ask the trainings to save first, and end in Stopped.
-    """
-    from btm_cluster.display import ProgressView, consoles
-    from btm_cluster.driver import Driver
-    from btm_cluster.tracking import Tracking
-
-    ledger = open_ledger(plan.store)
-    stop = threading.Event()
-    with (
-        ProgressView(consoles(json_output)[1]) as view,
-        Tracking(plan, ledger.storage, view) as watcher,
-        _stop_on_signals(stop),
-    ):
-        if in_process:
-            from btm_cluster.in_process import InProcess, LocalControl
-
-            yield Driver(ledger, InProcess(ledger, LocalControl(watcher, stop)))
-        else:
-            from btm_cluster.on_ray.lazily import LazyRayWorkers
-
-            with LazyRayWorkers(ledger.storage.location, watcher, stop, plan.cluster, address, dashboard) as workers:
-                yield Driver(ledger, workers)
-
-
-@contextmanager
-def _stop_on_signals(stop: threading.Event) -> Iterator[None]:
-    def ask(*_: object) -> None:
-        if stop.is_set():  # asked twice: do not save, go
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -161,17 +161,18 @@ def fit_targets(ground: Ground, stacks: Mapping[tuple[str, str], ScoreStack]) ->
     return fits
 
 
-def fit_text(ground: Ground, forest: Forest, text: PreparedText, driver: Driver) -> TargetFit:
-    """Fits one text alone, scoring what it takes: its development text, or the domains' where it has none."""
+def fit_text(ground: Ground, forest: Forest, text: PreparedText | None, driver: Driver) -> TargetFit:
+    """Fits one text alone, scoring what it takes: its development text; the domains' where it has none, or none is given."""
     experts = [Ref("model", expert.identity) for expert in forest.experts]
-    needed = [text] if text.tokens["development"] else list(ground.domains)
+    has_its_own = text is not None and bool(text.tokens["development"])
+    needed = [text] if text is not None and has_its_own else list(ground.domains)
     pairs = [(model, one) for one in needed for model in experts]
     scores = score_models(ground, pairs, driver, splits=["development"])
     samples = [
         stack_of(driver.ledger, scores, experts, one, "development").take(0, ground.plan.merging.development_blocks)
         for one in needed
     ]
-    if text.tokens["development"]:
+    if has_its_own:
         return fit_target(*samples[0], ground.plan.merging)
     return default_fit(samples, ground.plan.merging)
 

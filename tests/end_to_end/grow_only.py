@@ -3,7 +3,8 @@
 import sys
 
 from btm_cluster.algorithm import grow
-from btm_cluster.cli import driving, run_command
+from btm_cluster.cli import run_command
+from btm_cluster.commands.driving import driving
 from btm_cluster.driver import step_error
 from btm_cluster.plan import read_plan
 

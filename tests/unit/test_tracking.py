@@ -9,7 +9,8 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from btm_cluster.algorithm import grow
-from btm_cluster.cli import app, driving, run_command
+from btm_cluster.cli import app, run_command
+from btm_cluster.commands.driving import driving
 from btm_cluster.errors import StoreError
 from btm_cluster.plan import Plan
 from btm_cluster.storage.local_folder import LocalFolder

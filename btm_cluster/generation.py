@@ -1,0 +1,100 @@
+"""`btm generate`: the whole forest writes on, its experts weighted as the posterior says, token after token."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from btm_cluster.driver import Driver
+from btm_cluster.errors import UserError
+from btm_cluster.evaluation import Mixing, fit_text
+from btm_cluster.language_model.ensemble import Ensemble, Sampling
+from btm_cluster.language_model.model import load_model
+from btm_cluster.ledger import Ledger, Ref
+from btm_cluster.plan import Plan
+from btm_cluster.run import find_grown
+from btm_cluster.steps.average import open_config
+from btm_cluster.steps.prepare import open_tokenizer
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a forest wrote after a prompt, and how much it trusted each expert meanwhile."""
+
+    text: str
+    tokens: int
+    trust: Mapping[str, float]
+    """The mean posterior over the written tokens, by domain; experts that the plan's `top_k` leaves out are missing."""
+
+    @property
+    def trust_line(self) -> str:
+        """In words, the most trusted first."""
+        shares = sorted(self.trust.items(), key=lambda share: -share[1])
+        return f"{self.tokens} tokens; trusted " + ", ".join(f"{domain} {share:.0%}" for domain, share in shares)
+
+
+def check_generate_call(plan: Plan, target: str | None, most_tokens: int, sampling: Sampling) -> None:
+    """Refuses a call that cannot be met, before anything starts.
+
+    Raises:
+        UserError: saying what is wrong with it.
+    """
+    names = [text.name for text in plan.texts]
+    if target is not None and target not in names:
+        raise UserError("--for names no text of the plan", found=target, expected=f"one of {', '.join(names)}")
+    if most_tokens < 1:
+        raise UserError("--tokens is too small", found=str(most_tokens), expected="at least 1")
+    if not 0 <= sampling.temperature < float("inf"):
+        raise UserError("--temperature is out of range", found=f"{sampling.temperature:g}", expected="at least 0")
+    if not 0 < sampling.top_p <= 1:
+        raise UserError("--top-p is out of range", found=f"{sampling.top_p:g}", expected="above 0, at most 1")
+
+
+def generate(
+    plan: Plan, target: str | None, prompt: str, most_tokens: int, sampling: Sampling, driver: Driver
+) -> Generated:
+    """Continues a prompt by at most `most_tokens`, until end of text or until a block is full.
+
+    The experts are mixed as the plan's `merging` says, with what was fitted for the text `target`; without one, as for a text of
+    which nothing is known. They are loaded into this process, and run on its GPU where it has one.
+
+    Raises:
+        UserError: no forest yet, a target that was taken out of it, or a prompt that fills a block.
+    """
+    grown = find_grown(plan, driver)
+    text = next((text for text in grown.ground.texts if text.name == target), None)
+    if target is not None and text is None:
+        raise UserError(f"{target!r} was taken out of the forest", remedy="generate for another text, or for none")
+    tokenizer = open_tokenizer(driver.ledger, grown.ground.tokenizer)
+    read = tokenizer.encode(prompt, add_special_tokens=False)
+    room = plan.training.block_tokens - len(read)
+    if room < 1:
+        raise UserError(
+            "the prompt is too long",
+            found=f"{len(read)} tokens",
+            expected=f"fewer than {plan.training.block_tokens}: the forest reads no further back than a block",
+            remedy="give its end alone",
+        )
+    mixing = fit_text(grown.ground, grown.forest, text, driver).planned
+    kept = [j for j, share in enumerate(mixing.log_prior_E.tolist()) if share > float("-inf")]
+    ensemble = open_ensemble(driver.ledger, [grown.forest.experts[j].identity for j in kept], mixing, kept, tokenizer)
+    ensemble.read(read)
+    written, trust_E = [], torch.zeros(len(kept), dtype=torch.float64)
+    for token in ensemble.write(min(most_tokens, room), tokenizer.eos_token_id, len(tokenizer), sampling):
+        written.append(token)
+        trust_E += ensemble.log_weights().exp()
+    trust_E = trust_E / max(1, len(written))
+    domains = [grown.forest.experts[j].domain for j in kept]
+    return Generated(tokenizer.decode(written), len(written), dict(zip(domains, trust_E.tolist(), strict=True)))
+
+
+def open_ensemble(
+    ledger: Ledger, experts: list[str], mixing: Mixing, kept: list[int], tokenizer: PreTrainedTokenizerFast
+) -> Ensemble:
+    """The kept experts, loaded, as one model."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = [ledger.get(Ref("model", identity)) for identity in experts]
+    models = [load_model(open_config(ledger, one), ledger.open_file(one, "model.safetensors")) for one in found]
+    log_prior_E = mixing.log_prior_E[kept]
+    return Ensemble([model.to(device) for model in models], log_prior_E, mixing.posterior, tokenizer.eos_token_id)

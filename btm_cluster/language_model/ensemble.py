@@ -1,0 +1,102 @@
+"""A forest as one language model: its experts read side by side, and their predictions are mixed by the posterior.
+
+    p(x_t | x_<t) = Σ_j p_j(x_t | x_<t) · p(D=j | x_<t)                     paper, equation 1
+
+E experts, V tokens of the vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from btm_cluster.equations.posterior import Posterior, log_posterior
+
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What transformers calls keys and values that it keeps: the second up to 5.2x."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn: from the likeliest that together reach `top_p`, flattened or sharpened by `temperature`."""
+
+    temperature: float = 1.0
+    """0 takes the likeliest token."""
+    top_p: float = 1.0
+    random_seed: int = 0
+
+
+@dataclass
+class _Reader:
+    """An expert and what it keeps of what it has read."""
+
+    model: PreTrainedModel
+    cache: Any = None
+    read: list[int] = field(default_factory=list)
+
+    def go_on(self, tokens: Sequence[int]) -> torch.Tensor:
+        """log p_j of the token after each of these: float64 [tokens, V]."""
+        self.read += tokens
+        # A model that keeps no cache reads everything again.
+        fresh = torch.tensor([tokens if self.cache is not None else self.read], device=self.model.device)
+        said = self.model(input_ids=fresh, use_cache=True, **{CACHE: self.cache})
+        self.cache = getattr(said, CACHE, None)
+        return torch.log_softmax(said.logits[0, -len(tokens) :].float(), dim=-1).double().cpu()
+
+
+class Ensemble:
+    """Experts with a prior and a posterior, reading one text from its beginning. The text is at most a block long."""
+
+    def __init__(
+        self, models: Sequence[PreTrainedModel], log_prior_E: torch.Tensor, posterior: Posterior, end_of_text: int
+    ) -> None:
+        self._readers = [_Reader(model.eval()) for model in models]
+        self._log_prior_E, self._posterior = log_prior_E.double(), posterior
+        self._logp_ET = torch.zeros(len(models), 0, dtype=torch.float64)
+        self._next_EV = self._go_on([end_of_text])[:, -1]
+
+    def log_weights(self) -> torch.Tensor:
+        """log p(D=j | what was read): [E]."""
+        unseen_E1 = torch.zeros(len(self._readers), 1, dtype=torch.float64)
+        logp_EBT = torch.cat([self._logp_ET, unseen_E1], dim=1)[:, None]
+        return log_posterior(logp_EBT, self._log_prior_E, self._posterior)[:, 0, -1]
+
+    def log_probs(self) -> torch.Tensor:
+        """log p of every next token: [V]."""
+        return torch.logsumexp(self.log_weights()[:, None] + self._next_EV, dim=0)
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Goes on by these tokens."""
+        if not tokens:
+            return
+        said_ETV = torch.cat([self._next_EV[:, None], self._go_on(tokens)], dim=1)
+        seen_T = torch.tensor(list(tokens))
+        seen_ET = said_ETV[:, :-1].gather(2, seen_T.expand(len(said_ETV), -1)[..., None])[..., 0]
+        self._logp_ET = torch.cat([self._logp_ET, seen_ET], dim=1)
+        self._next_EV = said_ETV[:, -1]
+
+    def write(self, most_tokens: int, end_of_text: int, vocabulary: int, sampling: Sampling) -> Iterator[int]:
+        """Draws and reads tokens, below `vocabulary`, until end of text or `most_tokens`; yields each."""
+        generator = torch.Generator().manual_seed(sampling.random_seed)
+        for _ in range(most_tokens):
+            token = _draw(self.log_probs()[:vocabulary], sampling, generator)
+            if token == end_of_text:
+                return
+            self.read([token])
+            yield token
+
+    @torch.inference_mode()
+    def _go_on(self, tokens: Sequence[int]) -> torch.Tensor:
+        return torch.stack([reader.go_on(tokens) for reader in self._readers])
+
+
+def _draw(log_probs_V: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    if sampling.temperature == 0:
+        return int(log_probs_V.argmax())
+    scores_1V = TemperatureLogitsWarper(sampling.temperature)(None, log_probs_V[None])
+    scores_1V = TopPLogitsWarper(sampling.top_p)(None, scores_1V)
+    return int(torch.multinomial(torch.softmax(scores_1V[0], dim=0), 1, generator=generator))
