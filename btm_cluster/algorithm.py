@@ -34,7 +34,7 @@ from btm_cluster.recipes import (
     without_withdrawn,
 )
 from btm_cluster.records import Pin, find_pin, pin, pin_identity
-from btm_cluster.workers import Failure, Resources, Start, Tokenize, TrainRequest
+from btm_cluster.workers import Failure, Outcome, Resources, Start, Tokenize, TrainRequest
 
 MERGE_ATTEMPTS = 100
 
@@ -184,13 +184,7 @@ def train_baseline(ground: Ground, driver: Driver) -> tuple[Ref | None, list[Fai
     """The compute-matched Transformer-LM, where the plan asks for it."""
     if "transformer-lm" not in ground.plan.baselines:
         return None, []
-    request = transformer_lm_request(ground, seed_request(ground).ref)
-    if not all(text.tokens for text in request.texts) and driver.ledger.find(request.ref) is None:
-        cause = (
-            "a founding domain was purged, and the Transformer-LM learns from all of them; take it out of `baselines`"
-        )
-        return None, [Failure(request.label, 0, "in this store", cause)]
-    outcome = driver.obtain(driver.workers.train, [resumed(request, driver.ledger)])[0]
+    outcome = _train_rival(transformer_lm_request(ground, seed_request(ground).ref), driver)
     return (None, [outcome]) if isinstance(outcome, Failure) else (outcome.ref, [])
 
 
@@ -199,8 +193,17 @@ def train_demix(ground: Ground, driver: Driver) -> tuple[tuple[Ref, ...], list[F
     if "demix" not in ground.plan.baselines:
         return (), []
     request = demix_request(ground)
-    outcome = driver.obtain(driver.workers.train, [resumed(request, driver.ledger)])[0]
+    outcome = _train_rival(request, driver)
     return ((), [outcome]) if isinstance(outcome, Failure) else (tuple(part.ref for part in request.parts), [])
+
+
+def _train_rival(request: TrainRequest, driver: Driver) -> Outcome:
+    if not all(text.tokens for text in request.texts) and driver.ledger.find(request.ref) is None:
+        cause = (
+            f"a founding domain was purged, and the {request.role} learns from all of them; take it out of `baselines`"
+        )
+        return Failure(request.label, 0, "in this store", cause)
+    return driver.obtain(driver.workers.train, [resumed(request, driver.ledger)])[0]
 
 
 def resumed(request: TrainRequest, ledger: Ledger) -> TrainRequest:

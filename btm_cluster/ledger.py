@@ -241,13 +241,28 @@ class Ledger:
     def save_training(self, identity: str, update: int, files: Mapping[str, Path], facts: Mapping[str, Any]) -> None:
         """Commits a training checkpoint at `update`, then drops the older ones."""
         ref, key = Ref("training", identity), _training_key(identity, update)
+        self._trainings(identity)  # a damaged one may have this very key
         self._commit(key, ref, {"update": update}, files, facts, {})
-        manifests = {k: manifest for k in self._training_keys(identity) if (manifest := self.read_manifest(k))}
+        manifests = self._trainings(identity)
         kept = {blob.sha256 for k, manifest in manifests.items() if k >= key for blob in manifest.blobs}
         for older in sorted(k for k in manifests if k < key):
             self.storage.delete(older)
             for sha256 in {blob.sha256 for blob in manifests[older].blobs} - kept:
                 self.storage.delete(blob_key(ref, sha256))
+
+    def _trainings(self, identity: str) -> dict[str, Artifact]:
+        """The manifests of a model's training checkpoints, by key; damaged ones are dropped, since nobody can go on from them."""
+        manifests = {}
+        for key in self._training_keys(identity):
+            try:
+                manifest = self.read_manifest(key)
+            except IntegrityError as exc:
+                log.warning("dropped a training checkpoint: %s", exc)
+                self.storage.delete(key)
+                continue
+            if manifest is not None:
+                manifests[key] = manifest
+        return manifests
 
     def latest_training(self, identity: str) -> Artifact | None:
         """The training checkpoint with the most updates; a damaged one is passed over, since training can make it again."""

@@ -18,6 +18,7 @@ from btm_cluster.language_model.pretrained import (
     pretrained_tokenizer_hash,
     pretrained_vocabulary,
     resolve,
+    source_of,
 )
 from btm_cluster.language_model.sources import fingerprint
 from btm_cluster.ledger import Artifact, Ledger, Ref
@@ -153,8 +154,8 @@ def tokenizer_request(plan: Plan, founders: Sequence[tuple[str, str]]) -> TrainT
     if plan.tokenizer.train is not None:
         return TrainTokenizer("tokenizer", tuple(text for _, text in founders), plan.tokenizer.train)
     assert plan.tokenizer.pretrained is not None
-    folder = resolve(plan.tokenizer.pretrained)
-    return ImportTokenizer("tokenizer", str(folder), pretrained_tokenizer_hash(folder))
+    source = plan.tokenizer.pretrained
+    return ImportTokenizer("tokenizer", source_of(source), pretrained_tokenizer_hash(resolve(source)))
 
 
 def tokenize_requests(

@@ -93,9 +93,10 @@ class ImportTokenizer(_Request):
 
     kind: ClassVar[str] = "tokenizer"
     label: str
-    folder: str
+    source: str
+    """A folder that every node sees, or a name on the hub."""
     sha256: str
-    """Of the folder's tokenizer files."""
+    """Of its tokenizer files."""
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -174,9 +175,10 @@ class Resources:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model from elsewhere: where it lies, and the SHA-256 of its configuration and weights."""
+    """A model from elsewhere: a folder that every node sees or a name on the hub, and the SHA-256 of its configuration and
+    weights."""
 
-    folder: str
+    source: str
     sha256: str
 
 

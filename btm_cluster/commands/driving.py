@@ -50,8 +50,10 @@ def driving(
             yield Driver(ledger, InProcess(ledger, LocalControl(watcher, stop)))
         else:
             from btm_cluster.on_ray.lazily import LazyRayWorkers
+            from btm_cluster.recipes import expert_resources
 
-            with LazyRayWorkers(ledger.storage.location, watcher, stop, plan.cluster, address, dashboard) as workers:
+            store, expert = ledger.storage.location, expert_resources(plan)
+            with LazyRayWorkers(store, watcher, stop, plan.cluster, expert, address, dashboard) as workers:
                 yield Driver(ledger, workers)
 
 

@@ -4,7 +4,6 @@ Whoever can write there is not trusted: names, sizes, kinds and links are checke
 documents and what files decompress to are bounded while they are read. Knows nothing of tokens or models.
 """
 
-import os
 import re
 import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from btm_cluster.plan.expansion import InboxPlan
 from btm_cluster.plan.values import NAME_PATTERN
 from btm_cluster.records import list_quarantine, quarantine
 from btm_cluster.storage import Entry, Storage
+from btm_cluster.storage.local_folder import walk
 
 INBOX = "inbox/"
 MARKER = "READY"
@@ -133,7 +133,7 @@ def _odd_files(address: str) -> Iterator[str]:
     """What is no plain file below a local folder: links, pipes, devices. Object storage has none."""
     if "://" in address:
         return
-    for folder, folders, files in os.walk(address):
+    for folder, folders, files in walk(address):
         for path in (Path(folder, name) for name in (*folders, *files)):
             try:
                 kind = path.lstat().st_mode

@@ -60,8 +60,10 @@ class Blocks:
         """Blocks at `indices` [n], as int64 [n, block_tokens]."""
         shards = np.searchsorted(self._ends, indices, side="right")
         starts = np.concatenate([[0], self._ends[:-1]])
-        rows = [self._shards[s][i - starts[s]] for s, i in zip(shards, indices, strict=True)]
-        return np.stack(rows).astype(np.int64)
+        taken = np.empty((len(indices), self._shards[0].shape[1]), dtype=np.int64)
+        for row, (s, i) in enumerate(zip(shards, indices, strict=True)):
+            taken[row] = self._shards[s][i - starts[s]]
+        return taken
 
 
 def block_order(seed: int, text: str, blocks: int, first: int, count: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Causal language models from transformers: configurations, building, loading and saving in Hugging Face layout."""
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -183,6 +184,18 @@ def save_weights(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from exc
 
 
+def has_dropout(model: PreTrainedModel) -> bool:
+    """Whether training it draws random numbers: as modules, or as shares in its configuration, written there or by default."""
+    shares = (
+        value
+        for name, value in model.config.to_dict().items()
+        if ("drop" in name) and not name.startswith(("summary", "classifier"))  # of heads that are not ours
+    )
+    if any(isinstance(value, float | int) and value > 0 for value in shares):
+        return True
+    return any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
+
+
 def count_parameters(config: Mapping[str, Any]) -> tuple[int, int]:
     """All parameters, and those that are not embeddings."""
     model = fresh_on_meta(config)
@@ -195,12 +208,19 @@ def count_parameters(config: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def write_config(config: Mapping[str, Any], end_of_text: int | None, folder: Path) -> Path:
-    """Writes config.json, with the class that opens it and the tokenizer's end-of-text token."""
+    """Writes config.json, with the class that opens it and the tokenizer's end-of-text token.
+
+    Without the version of transformers: a forest outlives several, and its models must stay alike.
+    """
     loaded = _config_from(config)
     loaded.architectures = [type(fresh_on_meta(config)).__name__]
     loaded.eos_token_id = loaded.bos_token_id = end_of_text
     loaded.save_pretrained(str(folder))
-    return folder / "config.json"
+    file = folder / "config.json"
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    fields.pop("transformers_version", None)
+    file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return file
 
 
 def _config_from(config: Mapping[str, Any]) -> PretrainedConfig:

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from btm_cluster.errors import UserError
 from btm_cluster.language_model.model import check_causal, check_fits, plain_config, save_weights, weights_of
-from btm_cluster.language_model.tokenizer import open_pretrained_tokenizer
-from btm_cluster.workers import Pretrained, TrainRequest
+from btm_cluster.language_model.tokenizer import import_tokenizer, open_pretrained_tokenizer
+from btm_cluster.workers import ImportTokenizer, Pretrained, TrainRequest
 
 _TOKENIZER_PATTERNS = ("*.json", "*.txt", "*.model")
 _MODEL_PATTERNS = ("*.json", "*.safetensors")
@@ -45,6 +45,23 @@ def resolve(source: str, patterns: Sequence[str] = _TOKENIZER_PATTERNS) -> Path:
         ) from exc
 
 
+def source_of(source: str) -> str:
+    """What another node, with other folders, understands by a source: a whole path, or the hub's name."""
+    folder = Path(source).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else source
+
+
+def import_pretrained_tokenizer(request: ImportTokenizer, folder: Path) -> int:
+    """Writes a pretrained tokenizer below `folder` and returns the number of its tokens.
+
+    Raises:
+        UserError: it cannot be used, or is another one here than the driver found.
+    """
+    found = resolve(request.source)
+    _check_same(request.source, request.sha256, pretrained_tokenizer_hash(found))
+    return import_tokenizer(str(found), folder)
+
+
 def pretrained_tokenizer_hash(folder: Path) -> str:
     """Identifies a tokenizer by the content of its files."""
     names = [folder / name for name in _TOKENIZER_NAMES if (folder / name).is_file()]
@@ -66,7 +83,10 @@ def pretrained_model(source: str) -> Pretrained:
     Raises:
         UserError: no model is there.
     """
-    folder = resolve(source, _MODEL_PATTERNS)
+    return Pretrained(source_of(source), _model_hash(resolve(source, _MODEL_PATTERNS)))
+
+
+def _model_hash(folder: Path) -> str:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights or not (folder / "config.json").is_file():
         raise UserError(
@@ -75,7 +95,17 @@ def pretrained_model(source: str) -> Pretrained:
             expected="config.json and *.safetensors",
             remedy="save it with save_pretrained",
         )
-    return Pretrained(str(folder), _hash_files([folder / "config.json", *weights]))
+    return _hash_files([folder / "config.json", *weights])
+
+
+def _check_same(source: str, expected: str, found: str) -> None:
+    if found != expected:
+        raise UserError(
+            f"{source} is another one on this machine than where the run was started",
+            found=f"files with the hash {found[:12]}",
+            expected=expected[:12],
+            remedy="give all machines the same folder, or remove what they downloaded earlier",
+        )
 
 
 def pretrained_config(pretrained: Pretrained, vocabulary: int, block_tokens: int) -> dict[str, Any]:
@@ -85,12 +115,12 @@ def pretrained_config(pretrained: Pretrained, vocabulary: int, block_tokens: int
         UserError: it is none of a causal language model, or the model fits neither the tokenizer nor the blocks.
     """
     try:
-        config = AutoConfig.from_pretrained(pretrained.folder)
+        config = AutoConfig.from_pretrained(resolve(pretrained.source, _MODEL_PATTERNS))
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(config)
     except Exception as exc:  # transformers raises anything from KeyError to ImportError on what it does not know
         raise UserError(
-            f"{pretrained.folder} is no causal language model",
+            f"{pretrained.source} is no causal language model",
             found=_one_line(exc),
             expected="a config.json that AutoModelForCausalLM knows without code of its own",
             remedy="give a model of another architecture, or save this one again with save_pretrained",
@@ -107,16 +137,18 @@ def import_model(request: TrainRequest, folder: Path) -> tuple[dict[str, Path], 
     """
     assert request.pretrained is not None
     model = _load(request.pretrained)
-    check_causal(model, request.pretrained.folder)
+    check_causal(model, request.pretrained.source)
     files = {"model.safetensors": folder / "model.safetensors"}
     save_weights(weights_of(model), files["model.safetensors"])
-    return files, {"role": request.role, "tokens": 0}, {"from": request.pretrained.folder}
+    return files, {"role": request.role, "tokens": 0}, {"from": request.pretrained.source}
 
 
 def _load(pretrained: Pretrained) -> PreTrainedModel:
+    folder = resolve(pretrained.source, _MODEL_PATTERNS)
+    _check_same(pretrained.source, pretrained.sha256, _model_hash(folder))
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            pretrained.folder,
+            folder,
             dtype=torch.float32,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
@@ -124,7 +156,7 @@ def _load(pretrained: Pretrained) -> PreTrainedModel:
         )
     except Exception as exc:  # safetensors has an error of its own, beside those of transformers
         raise UserError(
-            f"cannot read the weights in {pretrained.folder}",
+            f"cannot read the weights in {pretrained.source}",
             found=_one_line(exc),
             expected="whole *.safetensors files",
             remedy="copy or save the model again",
@@ -134,7 +166,7 @@ def _load(pretrained: Pretrained) -> PreTrainedModel:
     wrong = {kind: sorted(key if isinstance(key, str) else key[0] for key in keys) for kind, keys in names.items()}
     if any(wrong.values()):
         raise UserError(
-            f"the weights in {pretrained.folder} do not match its config.json",
+            f"the weights in {pretrained.source} do not match its config.json",
             found="; ".join(
                 f"{kind}: {', '.join(keys[:3])}{' …' * (len(keys) > 3)}" for kind, keys in wrong.items() if keys
             ),

@@ -28,7 +28,7 @@ from btm_cluster.language_model.blocks import Blocks, block_order
 from btm_cluster.language_model.checkpoint import TrainingCheckpoints, load_training, optimizer_tensors
 from btm_cluster.language_model.demix import split_feed_forwards
 from btm_cluster.language_model.demix_group import DemixGroup, share_of
-from btm_cluster.language_model.model import build_model, check_causal, weights_of
+from btm_cluster.language_model.model import build_model, check_causal, has_dropout, weights_of
 from btm_cluster.language_model.optimizer import build_optimizer, learning_rate_at
 from btm_cluster.language_model.utilisation import device_name, utilisation
 from btm_cluster.ledger import Ledger
@@ -146,7 +146,7 @@ class _TrainingRun:
         if self.share is not None:
             split_feed_forwards(self.model, self.share.domains)
         self.model = self.model.to(self.device)
-        self.has_dropout = any(value for name, value in request.model.items() if name.endswith(("pdrop", "dropout")))
+        self.has_dropout = has_dropout(self.model)
         self.optimizer = build_optimizer(self.model, request)
         self.update = self._restore()
         self.group = DemixGroup(self.model, self.share) if self.share is not None and self.world > 1 else None
@@ -276,7 +276,11 @@ class _TrainingRun:
             for text, blocks in zip(request.texts, self.texts, strict=True)
         ]
         if self.share is None:
-            rows = np.concatenate([blocks.take(order) for blocks, order in orders])[self.rank :: self.world]
+            # Every world-th of all texts' rows together, of which only these are read.
+            firsts = [(self.rank - i * count) % self.world for i in range(len(orders))]
+            rows = np.concatenate(
+                [blocks.take(order[first :: self.world]) for (blocks, order), first in zip(orders, firsts, strict=True)]
+            )
         else:
             own = slice(self.share.number, None, self.share.ranks_per_domain)
             rows = np.concatenate([orders[d][0].take(orders[d][1][own]) for d in self.share.domains])

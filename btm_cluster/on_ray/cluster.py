@@ -70,7 +70,7 @@ def bundle(how: Resources) -> dict[str, float]:
     return asked
 
 
-def has_room(label: str, how: Resources, autoscaling: bool) -> bool:
+def has_room(asker: str, how: Resources, autoscaling: bool) -> bool:
     """Whether the cluster as it stands can hold the group; False if it cannot and an autoscaler may make room.
 
     Open-source Ray does not tell what its autoscaler could add, so the plan says whether there is one.
@@ -84,7 +84,7 @@ def has_room(label: str, how: Resources, autoscaling: bool) -> bool:
     if autoscaling:
         return False
     raise ResourcesError(
-        f"the cluster can never train {label}",
+        f"the cluster has no room for {asker}, and never will",
         found=f"nodes with {nodes_words(nodes)}",
         expected=f"{group_words(how)}, a worker on one node",
         remedy="lower seed_gpus, seed_cpus, gpus_per_expert or cpus_per_expert in the plan's `cluster`, or add nodes; "

@@ -12,6 +12,7 @@ from btm_cluster.workers import (
     AverageRequest,
     Outcome,
     PrepareRequest,
+    Resources,
     ScoreRequest,
     SoupRequest,
     TrainRequest,
@@ -38,10 +39,11 @@ class LazyRayWorkers:
         watcher: Watcher,
         stop: threading.Event,
         cluster: ClusterPlan,
+        expert: Resources,
         address: str | None,
         dashboard: bool,
     ) -> None:
-        self._arguments = (store, watcher, stop, cluster)
+        self._arguments = (store, watcher, stop, cluster, expert)
         self._address, self._dashboard = address, dashboard
         self._stack = ExitStack()
         self._workers: Workers | None = None

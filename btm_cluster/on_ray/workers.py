@@ -6,7 +6,7 @@ Admission is `concurrent_experts` and `ray.wait`; everything else is Ray's. A fa
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -28,6 +28,7 @@ from btm_cluster.workers import (
     Outcome,
     PrepareRequest,
     Progress,
+    Resources,
     ScoreRequest,
     SoupRequest,
     TrainRequest,
@@ -116,8 +117,10 @@ class _Running:
 class RayWorkers:
     """The port for a connected Ray cluster. `stop` is set when the driver was asked to stop."""
 
-    def __init__(self, store: str, watcher: Watcher, stop: threading.Event, cluster: ClusterPlan) -> None:
-        self._store, self._watcher, self._stop, self._cluster = store, watcher, stop, cluster
+    def __init__(
+        self, store: str, watcher: Watcher, stop: threading.Event, cluster: ClusterPlan, expert: Resources
+    ) -> None:
+        self._store, self._watcher, self._stop, self._cluster, self._expert = store, watcher, stop, cluster, expert
         # On the driver's own node: another may be lost, and the driver would be lost with what it asks every moment.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         board = {"max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
@@ -134,6 +137,8 @@ class RayWorkers:
         return self._run("prepare", start, requests)
 
     def train(self, requests: Sequence[TrainRequest]) -> list[Outcome]:
+        if any(request.role == "seed" or request.milestones for request in requests):
+            has_room("an expert", self._expert, self._cluster.autoscaling)  # before its seed is paid for
         room = {request.label: has_room(request.label, request.how, self._cluster.autoscaling) for request in requests}
 
         def start(request: TrainRequest) -> _Running:
@@ -145,10 +150,7 @@ class RayWorkers:
                 return _Running(request.label, _await_other.remote(request, self._store, options["name"]))
             result = trainer.train.remote(request, self._store, self._cluster.retries, self._board)
             self._metrics.asked(request)
-            if room[request.label]:
-                return _Running(request.label, result, trainer)
-            waits_for = group_words(request.how)
-            self._watcher(Progress(request.label, f"waiting for the cluster to grow to {waits_for}"))
+            waits_for = "" if room[request.label] else self._say_what_waits(request.label, request.how)
             return _Running(request.label, result, trainer, waits_for)
 
         return self._run("train", start, requests, self._cluster.concurrent_experts)
@@ -159,9 +161,7 @@ class RayWorkers:
             groups.setdefault(request.model.identity, []).append(request)
 
         def start(group: list[ScoreRequest]) -> _Running:
-            held = bundle(group[0].how)
-            task = _score.options(num_cpus=held["CPU"], num_gpus=held.get("GPU", 0), max_retries=self._cluster.retries)
-            return _Running(group[0].label, task.remote(group, self._store, self._board))
+            return self._start_task(_score, group[0].label, group[0].how, group)
 
         outcomes = self._run("score", start, list(groups.values()))
         by_request: dict[str, Outcome] = {}
@@ -183,11 +183,22 @@ class RayWorkers:
 
     def soup(self, requests: Sequence[SoupRequest]) -> list[Outcome]:
         def start(request: SoupRequest) -> _Running:
-            held = bundle(request.how)
-            task = _soup.options(num_cpus=held["CPU"], num_gpus=held.get("GPU", 0), max_retries=self._cluster.retries)
-            return _Running(request.label, task.remote(request, self._store, self._board))
+            return self._start_task(_soup, request.label, request.how, request)
 
         return self._run("soup", start, requests)
+
+    def _start_task(self, step: Any, label: str, how: Resources, asked: Any) -> _Running:
+        """Starts a step that holds what one worker does."""
+        alone = replace(how, workers=1)
+        waits_for = "" if has_room(label, alone, self._cluster.autoscaling) else self._say_what_waits(label, alone)
+        held = bundle(alone)
+        task = step.options(num_cpus=held["CPU"], num_gpus=held.get("GPU", 0), max_retries=self._cluster.retries)
+        return _Running(label, task.remote(asked, self._store, self._board), waits_for=waits_for)
+
+    def _say_what_waits(self, label: str, how: Resources) -> str:
+        waits_for = group_words(how)
+        self._watcher(Progress(label, f"waiting for the cluster to grow to {waits_for}"))
+        return waits_for
 
     def _run(
         self, verb: str, start: Callable[[Any], _Running], requests: Sequence[Any], at_once: int | None = None

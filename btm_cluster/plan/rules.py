@@ -158,6 +158,7 @@ def plan_rules(given: Given) -> Iterator[Broken]:
     for name, count in baselines.items():
         if count > 1:
             yield Broken("baselines", f"{name!r} {count} times", "every baseline once", "write it once")
+    yield from _idle_gpus(given)
     model, tokenizer = given.get("model"), given.get("tokenizer")
     if "demix" in baselines and _is_given(_field(model, "pretrained")):
         found, expected = "demix beside a pretrained model", "DEMix only where the model is trained from the start"
@@ -165,6 +166,22 @@ def plan_rules(given: Given) -> Iterator[Broken]:
     if _is_given(_field(model, "pretrained")) and _is_given(_field(tokenizer, "train")):
         found, expected = "a pretrained model and a new tokenizer", "the tokenizer that the model was trained with"
         yield Broken("tokenizer", found, expected, f"write `tokenizer: {{pretrained: {_field(model, 'pretrained')}}}`")
+
+
+def _idle_gpus(given: Given) -> Iterator[Broken]:
+    """Every worker of a group has a block of each update."""
+    blocks = _numbers(_section(given, "training"), blocks_per_domain_update=128)
+    gpus = _numbers(_section(given, "cluster"), seed_gpus=0, gpus_per_expert=0)
+    if blocks is None or gpus is None:
+        return
+    texts = {"seed_gpus": len(_entries(given.get("domains"))), "gpus_per_expert": 1}
+    for (name, count), asked in zip(texts.items(), gpus, strict=True):
+        most = count * blocks[0]
+        if asked > max(1, most):
+            expected = f"at most {most:g}, the blocks of an update: a GPU without one has nothing to do"
+            yield Broken(
+                f"cluster.{name}", f"{asked:g}", expected, "lower it, or raise training.blocks_per_domain_update"
+            )
 
 
 def size_rules(given: Given) -> Iterator[Broken]:
@@ -232,6 +249,12 @@ def _numbers(given: Given, **defaults: float) -> list[float] | None:
     except (TypeError, ValueError, OverflowError):
         return None
     return values if all(map(math.isfinite, values)) else None
+
+
+def _section(given: Given, name: str) -> Given:
+    """A part of the plan as a mapping, as written or as validated; empty, where it is neither."""
+    value = given.get(name)
+    return value if isinstance(value, Mapping) else dict(value) if isinstance(value, BaseModel) else {}
 
 
 def _entries(value: Any) -> list[Any]:

@@ -47,12 +47,12 @@ def check_compatible(ledger: Ledger, models: list[Artifact], unrelated: bool = F
     """
     first = models[0]
     for other in models[1:]:
-        for name, remedy in (
-            ("config.json", "average only models of one architecture"),
-            ("tokenizer.json", "average only models that share a tokenizer"),
-        ):
-            if other.blob(name).sha256 != first.blob(name).sha256:
-                raise _incompatible(first, other, f"another {name}", f"the same {name}", remedy)
+        if not _are_alike(ledger, first, other):
+            remedy = "average only models of one architecture"
+            raise _incompatible(first, other, "another config.json", "the same config.json", remedy)
+        if other.blob("tokenizer.json").sha256 != first.blob("tokenizer.json").sha256:
+            remedy = "average only models that share a tokenizer"
+            raise _incompatible(first, other, "another tokenizer.json", "the same tokenizer.json", remedy)
         if not unrelated and _origin(ledger, other) != _origin(ledger, first):
             raise _incompatible(
                 first,
@@ -61,6 +61,16 @@ def check_compatible(ledger: Ledger, models: list[Artifact], unrelated: bool = F
                 f"branched from {ancestor(ledger, first)[:12]}",
                 "average only experts that branched from one seed; experts without a common ancestor can be ensembled",
             )
+
+
+def _are_alike(ledger: Ledger, first: Artifact, other: Artifact) -> bool:
+    """Whether two models have the same configuration, whichever transformers wrote it."""
+    if first.blob("config.json").sha256 == other.blob("config.json").sha256:
+        return True
+    configs = [open_config(ledger, model) for model in (first, other)]
+    for config in configs:
+        config.pop("transformers_version", None)
+    return configs[0] == configs[1]
 
 
 def ancestor(ledger: Ledger, model: Artifact) -> str:

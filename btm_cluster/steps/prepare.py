@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerFast
 from btm_cluster.language_model.blocks import pack_blocks
 from btm_cluster.language_model.corpus import Text, read_shard, write_random_part, write_text
 from btm_cluster.language_model.overlap import TestText, mark_seen
+from btm_cluster.language_model.pretrained import import_pretrained_tokenizer
 from btm_cluster.language_model.tokenizer import (
     TOKENIZER_FILES,
-    import_tokenizer,
     load_tokenizer,
     take_characters,
     train_tokenizer,
@@ -49,7 +49,7 @@ def prepare(request: PrepareRequest, ledger: Ledger, control: Control) -> Artifa
                 control.report(Progress(request.label, "training the tokenizer"))
                 return _train_tokenizer(request, ledger, folder)
             case ImportTokenizer():
-                found = import_tokenizer(request.folder, folder)
+                found = import_pretrained_tokenizer(request, folder)
                 return _commit_tokenizer(request, ledger, folder, found)
             case Tokenize():
                 control.report(Progress(request.label, "tokenising"))

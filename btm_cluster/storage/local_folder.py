@@ -98,15 +98,18 @@ class LocalFolder:
     def list(self, prefix: str) -> Iterator[Entry]:
         # Only the folder that the prefix names is walked, not the whole store.
         start = self._root / prefix.rpartition("/")[0]
-        paths = (Path(folder) / name for folder, _, names in os.walk(start) for name in names)
-        keys = {path.relative_to(self._root).as_posix(): path for path in paths if not path.name.startswith(_TEMPORARY)}
-        for key in sorted(keys):
-            if key.startswith(prefix):
-                try:
-                    stat = keys[key].stat()
-                except FileNotFoundError:
-                    continue  # deleted while we listed
-                yield Entry(key, stat.st_size, stat.st_mtime)
+        outcome = FAILED
+        try:
+            paths = (Path(folder, name) for folder, _, names in walk(start) for name in names)
+            plain = (path for path in paths if not path.name.startswith(_TEMPORARY))
+            found = {key: path for path in plain if (key := path.relative_to(self._root).as_posix()).startswith(prefix)}
+            entries = [_entry(key, found[key]) for key in sorted(found)]
+            outcome = DONE
+        except OSError as exc:
+            raise self._failed("list", prefix, exc) from exc
+        finally:
+            count_request("list", outcome)
+        yield from filter(None, entries)
 
     def delete(self, key: str) -> None:
         self._attempt("delete", key, lambda path: path.unlink(missing_ok=True))
@@ -132,10 +135,31 @@ class LocalFolder:
             ) from exc
         except OSError as exc:
             outcome = FAILED
-            remedy = "free some disk space" if exc.errno == errno.ENOSPC else "check the folder and its permissions"
-            raise StoreError(f"cannot {verb} {key} in {self.location}", found=str(exc), remedy=remedy) from exc
+            raise self._failed(verb, key, exc) from exc
         finally:
             count_request(verb, outcome)
+
+    def _failed(self, verb: str, key: str, exc: OSError) -> StoreError:
+        remedy = "free some disk space" if exc.errno == errno.ENOSPC else "check the folder and its permissions"
+        return StoreError(f"cannot {verb} {key} in {self.location}", found=str(exc), remedy=remedy)
+
+
+def walk(start: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk`, but what cannot be read raises its OSError instead of counting as empty; what is not there is empty."""
+
+    def refuse(exc: OSError) -> None:
+        if not isinstance(exc, FileNotFoundError):
+            raise exc
+
+    return os.walk(start, onerror=refuse)
+
+
+def _entry(key: str, path: Path) -> Entry | None:
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return None  # deleted while we listed
+    return Entry(key, stat.st_size, stat.st_mtime)
 
 
 def _temporary_beside(target: Path) -> Path:

@@ -151,7 +151,9 @@ def _by_the_best(repeat: Repeat, recipes: Sequence[TrainingPlan], driver: Driver
     tried = [repeat.by(recipe.model_copy(update={"random_seed": random_seed})) for recipe in recipes]
     wholes = [one.transformer_lm() for one in tried]
     # Labels of their own, since all of them train at once.
-    called = [replace(whole, label=f"{whole.label}-trial-{number}") for number, whole in enumerate(wholes, 1)]
+    called = [
+        replace(whole, label=f"{whole.label}-{repeat.size}-trial-{number}") for number, whole in enumerate(wholes, 1)
+    ]
     driver.require(driver.workers.train, [resumed(request, driver.ledger) for request in called])
     perplexities = _development_perplexities(repeat.ground, [whole.ref for whole in wholes], driver)
     best = perplexities.index(min(perplexities))

@@ -75,8 +75,8 @@ def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[Tra
     whole = repeat.transformer_lm()
     scratch = [scratch_request(ground, d, i) for i, d in enumerate(ground.domains)] if 0 in grounds else []
     demix = [demix_request(ground)] if "demix" in systems else []
-    trained = _train([whole, *demix, *scratch], driver)
-    _fill_in(list(seeds.values()), driver)
+    trained = _train(repeat, [whole, *demix, *scratch], driver)
+    _fill_in(repeat, list(seeds.values()), driver)
 
     def branches(texts: Sequence[PreparedText], share: float) -> list[TrainRequest]:
         at, start = grounds[share], seed_start(ground, seeds[share].ref)
@@ -87,7 +87,7 @@ def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[Tra
     experts = {share: branches(ground.domains, share) for share in seeds}
     parts = _random_parts(ground, driver) if "random-split" in systems else []
     dealt = branches(parts, first)
-    trained += _train([*(expert for share in seeds for expert in experts[share]), *dealt], driver)
+    trained += _train(repeat, [*(expert for share in seeds for expert in experts[share]), *dealt], driver)
     experts |= {0.0: scratch} if scratch else {}
 
     def members(system: str, share: float, texts: Sequence[PreparedText], requests: Sequence[TrainRequest]) -> Members:
@@ -109,16 +109,19 @@ def _named(ground: Ground, demix: TrainRequest) -> tuple[tuple[str, Ref], ...]:
     return tuple((names[part.text], part.ref) for part in demix.parts)
 
 
-def _train(requests: Sequence[TrainRequest], driver: Driver) -> list[tuple[TrainRequest, Artifact]]:
+def _train(repeat: Repeat, requests: Sequence[TrainRequest], driver: Driver) -> list[tuple[TrainRequest, Artifact]]:
+    """By labels that no other repeat has: attempts, metrics and curves go by them."""
+    mark = f"{repeat.size}-{repeat.ground.plan.training.random_seed}"
+    requests = [replace(request, label=f"{request.label}-{mark}") for request in requests]
     models = driver.require(driver.workers.train, [resumed(request, driver.ledger) for request in requests])
     return list(zip(requests, models, strict=True))
 
 
-def _fill_in(seeds: Sequence[TrainRequest], driver: Driver) -> None:
+def _fill_in(repeat: Repeat, seeds: Sequence[TrainRequest], driver: Driver) -> None:
     """Trains the seeds that a Transformer-LM of an earlier run did not leave on its way."""
     missing = sorted((s for s in seeds if driver.ledger.find(s.ref) is None), key=lambda seed: seed.last_update)
     if missing:
-        _train([replace(missing[-1], milestones=tuple(seed.last_update for seed in missing[:-1]))], driver)
+        _train(repeat, [replace(missing[-1], milestones=tuple(seed.last_update for seed in missing[:-1]))], driver)
 
 
 def _random_parts(ground: Ground, driver: Driver) -> list[PreparedText]:

@@ -95,7 +95,7 @@ def find_garbage(ledger: Ledger, keep_versions: int, grace_seconds: float) -> Ga
     for version in {*ledger.versions()[-keep_versions:], *ledger.pinned()}:
         forest = ledger.forest(version)
         roots |= {Ref("model", identity) for identity in (forest.manifests if forest else ())}
-    kept = _reached(roots, artifacts)
+    kept = reached(roots, artifacts)
 
     def stays(key: str) -> bool:
         artifact = manifests[key]
@@ -103,7 +103,7 @@ def find_garbage(ledger: Ledger, keep_versions: int, grace_seconds: float) -> Ga
             return artifact.identity in in_the_making and Ref("model", artifact.identity) not in artifacts
         return artifact.ref in kept
 
-    going = [key for key in manifests if key not in young and not stays(key)]
+    going = {key: None for key in manifests if key not in young and not stays(key)}
     named = {blob_key(a.ref, blob.sha256) for key, a in manifests.items() if key not in going for blob in a.blobs}
     blobs = [e for e in _blob_entries(storage) if e.key not in named and e.modified < oldest_kept]
     return Garbage(
@@ -170,16 +170,17 @@ def _needs(kind: str, recipe: Mapping[str, Any], facts: Mapping[str, Any] | None
         yield Ref("text", (facts or {})["text"])
 
 
-def _reached(roots: Iterable[Ref], artifacts: Mapping[Ref, Artifact]) -> set[Ref]:
+def reached(roots: Iterable[Ref], artifacts: Mapping[Ref, Artifact]) -> set[Ref]:
     """The roots, what they need, the scores and baselines of what is kept, and what is made of kept texts and models alone."""
     kept: set[Ref] = set()
 
     def keep(ref: Ref) -> None:
-        if ref in kept or ref not in artifacts:
-            return
-        kept.add(ref)
-        for needed in needs(artifacts[ref]):
-            keep(needed)
+        waiting = [ref]  # no recursion: a line of descent may be longer than the stack
+        while waiting:
+            one = waiting.pop()
+            if one not in kept and one in artifacts:
+                kept.add(one)
+                waiting += needs(artifacts[one])
 
     def needs(artifact: Artifact) -> list[Ref]:
         return list(_needs(artifact.kind, artifact.recipe, artifact.facts))

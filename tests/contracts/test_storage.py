@@ -1,5 +1,6 @@
 """What every adapter of the storage port must do. An adapter joins in the fixture `storage`."""
 
+import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -50,6 +51,22 @@ def file(tmp_path: Path) -> Callable[[bytes], Path]:
         return path
 
     return write
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_and_does_not_count_as_empty(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path / "store"))
+    storage.create("forest/0", b"a version")
+    closed = tmp_path / "store" / "forest"
+    closed.chmod(0)
+    user = os.geteuid()
+    try:
+        os.seteuid(user or 65534)  # who is root reads everything
+        with pytest.raises(StoreError, match="cannot list forest/"):
+            list(storage.list("forest/"))
+    finally:
+        os.seteuid(user)
+        closed.chmod(0o755)
+    assert keys(storage, "forest/") == ["forest/0"]
 
 
 def keys(storage: Storage, prefix: str) -> list[str]:

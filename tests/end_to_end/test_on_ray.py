@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from btm_cluster.algorithm import plant, prepare
 from btm_cluster.forest import Forest
 from btm_cluster.plan import Plan
@@ -101,13 +103,19 @@ def test_a_failed_expert_is_named_its_siblings_are_merged_and_only_it_is_tried_a
     assert not re.search(rf"{other}: training", again.said)
 
 
-def test_an_ask_that_the_cluster_can_never_meet_is_refused_with_what_there_is(
-    btm: Callable[..., Btm], fields: dict[str, Any], write_plan: Callable[[dict[str, Any]], Path]
+@pytest.mark.parametrize(("group", "asker"), [("seed_gpus", "seed"), ("gpus_per_expert", "an expert")])
+def test_an_ask_that_the_cluster_can_never_meet_is_refused_with_what_there_is_before_anything_is_trained(
+    btm: Callable[..., Btm],
+    fields: dict[str, Any],
+    write_plan: Callable[[dict[str, Any]], Path],
+    group: str,
+    asker: str,
 ) -> None:
-    fields["cluster"] |= {"seed_gpus": 4}
+    fields["cluster"] |= {group: 4}
     run = btm("run", str(write_plan(fields)))
     assert run.exit_code() == 2
-    assert "the cluster can never train seed" in run.said
+    assert f"the cluster has no room for {asker}, and never will" in run.said
+    assert "training update" not in run.said
     assert "2 CPU, 0 GPU" in run.said
     assert "4 worker(s) with 1 CPU, 1 GPU each" in run.said
     assert "Traceback" not in run.said

@@ -20,7 +20,7 @@ from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.on_ray.lazily import LazyRayWorkers
 from btm_cluster.plan import ClusterPlan, Plan
 from btm_cluster.recipes import seed_request
-from btm_cluster.workers import Progress, TrainRequest
+from btm_cluster.workers import Progress, Resources, TrainRequest
 from tests.conftest import in_process
 from tests.end_to_end.conftest import BIN, ray_node
 
@@ -104,8 +104,9 @@ def connect(cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Callabl
     for name, value in cluster.items():
         monkeypatch.setenv(name, value)
     settings = ClusterPlan(stop_grace_seconds=240, autoscaling=True)  # a node that joins may be late
+    expert = Resources(1, 0, 1, 4, "float32", False)
     return lambda ledger, watcher, stop: LazyRayWorkers(
-        ledger.storage.location, watcher, stop, settings, cluster["RAY_ADDRESS"], False
+        ledger.storage.location, watcher, stop, settings, expert, cluster["RAY_ADDRESS"], False
     )
 
 

@@ -236,6 +236,19 @@ def test_another_architecture_or_tokenizer_is_refused_before_a_weight_is_read(
     assert name in refused.value.found
 
 
+def test_models_that_two_versions_of_transformers_wrote_can_be_averaged(
+    grown: GrownForest, store: Driver, tmp_path: Path
+) -> None:
+    expert = grown.experts[0]
+    files = files_of(store, expert)
+    config = json.loads(files["config.json"].read_text())
+    assert "transformers_version" not in config
+    (tmp_path / "config.json").write_text(json.dumps(config | {"transformers_version": "5.1.0"}))
+    older = files | {"config.json": tmp_path / "config.json"}
+    other = store.ledger.commit(Ref("model", "older"), expert.recipe, older, {})
+    assert isinstance(store.workers.average([request_for(expert, other)])[0], Artifact)
+
+
 def test_models_of_two_seeds_are_refused_before_a_weight_is_read(grown: GrownForest, store: Driver) -> None:
     expert = grown.experts[0]
     files = files_of(store, expert)

@@ -10,11 +10,11 @@ import pytest
 from btm_cluster.algorithm import grow, merge
 from btm_cluster.errors import IntegrityError, MissingError
 from btm_cluster.forest import Parent
-from btm_cluster.ledger import Ledger, Ref, blob_key
+from btm_cluster.ledger import Artifact, Ledger, Ref, blob_key
 from btm_cluster.plan import Plan
 from btm_cluster.records import Held, Pin, hold, pin, quarantine
 from btm_cluster.run import run_plan
-from btm_cluster.upkeep.housekeeping import collect, find_garbage, store_time, verify
+from btm_cluster.upkeep.housekeeping import collect, find_garbage, reached, store_time, verify
 from btm_cluster.workers import Start
 from tests.conftest import in_process, plan_fields
 
@@ -173,6 +173,15 @@ def test_a_training_in_the_making_keeps_its_checkpoint_and_what_it_is_made_from(
     abandoned = find_garbage(ledger, keep_versions=1, grace_seconds=DAY)
     assert f"training/{'0' * 64}/000000007.json" in abandoned.manifests
     assert any(key.startswith("training/") for key in abandoned.blobs)
+
+
+def test_a_line_of_descent_may_be_longer_than_pythons_stack() -> None:
+    def model(number: int) -> Artifact:
+        start = {"parents": [{"identity": str(number - 1), "weight": 1.0}]} if number else None
+        return Artifact("model", str(number), {"start": start}, {}, (), {}, "")
+
+    models = {one.ref: one for one in map(model, range(3000))}
+    assert reached([Ref("model", "2999")], models) == set(models)
 
 
 def test_an_expansion_in_the_making_keeps_what_its_expert_starts_from_however_old_it_is(

@@ -181,6 +181,7 @@ PROBLEMS = {
     "training: 3": ("training", "keys such as block_tokens"),
     "branching: {start: posterio}": ("branching.start", "did you mean `posterior`?"),
     "merging: {discount: 1.5}": ("merging.discount", "less than or equal to 1"),
+    "cluster: {seed_gpus: 129}": ("cluster.seed_gpus", "at most 128"),
     "cluster: {gpus_per_expert: .inf}": ("cluster.gpus_per_expert", "finite"),
     "cluster: {checkpoint_minutes: .inf}": ("cluster.checkpoint_minutes", "finite"),
     "cluster: {retries: -1}": ("cluster.retries", "greater than or equal to 0"),

@@ -11,12 +11,14 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from btm_cluster.errors import PlanError, UserError
-from btm_cluster.language_model.model import full_config
+from btm_cluster.language_model.model import full_config, has_dropout
 from btm_cluster.language_model.pretrained import pretrained_config, pretrained_model, resolve
 from btm_cluster.language_model.tokenizer import train_tokenizer
 from btm_cluster.ledger import Ref
 from btm_cluster.plan import ModelPlan, Plan
+from btm_cluster.recipes import tokenizer_request
 from btm_cluster.run import run_plan
+from btm_cluster.workers import ImportTokenizer
 from tests.conftest import DOMAINS, in_process, made_up_documents
 
 SMALL = {
@@ -97,6 +99,25 @@ def test_a_pretrained_model_is_the_same_wherever_it_lies(pretrained: Path, copy:
     assert pretrained_model(str(copy)).sha256 == pretrained_model(str(pretrained)).sha256
     edit(copy, resid_pdrop=0.5)
     assert pretrained_model(str(copy)).sha256 != pretrained_model(str(pretrained)).sha256
+
+
+def test_a_source_that_is_another_on_a_second_machine_is_refused(copy: Path, fields: dict[str, Any]) -> None:
+    plan = on(copy, fields)
+    driver = in_process(plan)
+    request = tokenizer_request(plan, ())
+    assert isinstance(request, ImportTokenizer)
+    vocabulary = json.loads((copy / "tokenizer.json").read_text())
+    (copy / "tokenizer.json").write_text(json.dumps(vocabulary, indent=3))
+    with pytest.raises(UserError, match="another one on this machine"):
+        driver.workers.prepare([request])
+
+
+def test_dropout_is_known_whether_the_plan_names_it_or_the_architecture_has_it_by_default() -> None:
+    assert not has_dropout(build("gpt2", **SMALL["gpt2"], resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    assert has_dropout(build("gpt2", **SMALL["gpt2"], embd_pdrop=0.0, attn_pdrop=0.0))
+    assert not has_dropout(build("llama", **SMALL["llama"]))
+    assert has_dropout(build("llama", **SMALL["llama"], attention_dropout=0.1))
+    assert has_dropout(build("opt", **SMALL["opt"]))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "opt"])

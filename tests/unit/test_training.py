@@ -475,19 +475,25 @@ def test_a_diverged_training_fails_alone(prepared: Prepared) -> None:
     assert isinstance(made, Artifact)
 
 
+@pytest.mark.parametrize("damaged", ["blobs", "manifest"])
 def test_a_damaged_training_checkpoint_is_passed_over_and_training_starts_again(
-    prepared: Prepared, undisturbed: Mapping[str, dict[str, str]], caplog: pytest.LogCaptureFixture
+    prepared: Prepared, undisturbed: Mapping[str, dict[str, str]], caplog: pytest.LogCaptureFixture, damaged: str
 ) -> None:
     request = prepared.seed
     with pytest.raises(Stopped):
         run(prepared, request, Interrupting(3))
     saved = prepared.driver.ledger.latest_training(request.ref.identity)
     assert saved is not None
-    folder = Path(prepared.driver.ledger.storage.location, "training", request.ref.identity, "blobs")
-    for blob in folder.iterdir():
-        blob.write_bytes(b"?" + blob.read_bytes()[1:])
+    folder = Path(prepared.driver.ledger.storage.location, "training", request.ref.identity)
+    for file in (folder / "blobs").iterdir() if damaged == "blobs" else folder.glob("*.json"):
+        file.write_bytes(b"?" + file.read_bytes()[1:])
+    with pytest.raises(Stopped):  # what it saves there takes the damaged one's place
+        run(prepared, request, Interrupting(3))
+    assert ("its training checkpoint is damaged" if damaged == "blobs" else "passed over") in caplog.text
+    again = prepared.driver.ledger.latest_training(request.ref.identity)
+    assert again is not None
+    assert again.recipe["update"] == saved.recipe["update"]
     assert weights_of(run(prepared, request)) == undisturbed["seed"]
-    assert "its training checkpoint is damaged" in caplog.text
 
 
 def test_weights_that_the_very_last_update_spoiled_are_not_committed(prepared: Prepared) -> None:
