@@ -56,6 +56,7 @@ def btm(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
         (("discover", "--help"), 0, "--clusters"),
         (("discover", "text.jsonl"), 2, "neither --clusters nor --model"),
         (("schema",), 0, '"additionalProperties": false'),
+        (("schema", "--markdown"), 0, "## `training`"),
         (("init", "new.yaml"), 0, "wrote new.yaml"),
         (("plan", "broken.yaml"), 2, "did you mean `updates`?"),
         (("run", "broken.yaml"), 2, "did you mean `updates`?"),
