@@ -174,7 +174,7 @@ class MergingPlan(Section):
     prior: Literal["fitted", "ema", "mean", "uniform"] = "fitted"
     """`ema` is the paper's estimate; `fitted` maximises the likelihood of the development text."""
     average_prior: Literal["ema", "fitted", "mean", "uniform"] = "ema"
-    """By which averages are weighted. The paper's `ema` is near one-hot at home; a `fitted` one is softer, and worse here."""
+    """By which averages are weighted. The paper's `ema` is near one-hot at home; `fitted` is softer, which suits unseen targets."""
     development_blocks: Positive = 100
     """Development blocks used for everything fitted, in hash order. The paper: 100."""
     top_k: Positive | None = None
