@@ -3,7 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: run test check chaos clean
+.PHONY: help run test check chaos clean
+
+help:  ## What there is to make.
+	@sed -n 's/^\([a-z]*\):.*##/\1:/p' Makefile
 
 run: $(INSTALLED)  ## The quickstart: real text from this installation, seed, experts, baseline, verdict.
 	$(BIN)/python jobs/quickstart_text.py forests/quickstart-text
@@ -29,5 +32,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-clean:
+clean:  ## Removes .venv and what was built.
 	rm -rf .venv build *.egg-info

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from btm_cluster.errors import BtmError
+from btm_cluster.errors import BtmError, UserError
 from btm_cluster.storage import open_storage
 from btm_cluster.storage.node_cache import node_cache
 
@@ -66,11 +66,17 @@ class Machine:
     claimed_cpus: float = 0
     """What Ray hands out of it; 0: Ray is not asked."""
     claimed_gpus: float = 0
+    cache: str = ""
+    """Why the cache of what was fetched cannot be; empty: it can."""
 
 
 def look_around(store: str | None, claimed_cpus: float = 0, claimed_gpus: float = 0) -> Machine:
     """The facts of the machine that this runs on."""
-    folders = (Path(tempfile.gettempdir()), node_cache().folder)
+    folders, cache = [Path(tempfile.gettempdir())], ""
+    try:
+        folders.append(node_cache().folder)
+    except UserError as exc:
+        cache = f"{exc.what}: {exc.found}"
     gpus = _gpus()
     torch_cuda, torch_gpus = _torch_sees() if gpus or claimed_gpus else (None, 0)
     return Machine(
@@ -84,6 +90,7 @@ def look_around(store: str | None, claimed_cpus: float = 0, claimed_gpus: float 
         None if store is None else _complaint(store),
         claimed_cpus,
         claimed_gpus,
+        cache,
     )
 
 
@@ -91,6 +98,8 @@ def judge_machines(machines: Sequence[Machine], needs: Needs) -> list[Check]:
     """A line for each kind of check where all machines pass, and a line for each machine that does not."""
     checks = []
     judges = [_judge_disk, _judge_gpu, _judge_threads]
+    if any(machine.cache for machine in machines):
+        judges.append(_judge_cache)
     if any(machine.store is not None for machine in machines):
         judges.append(_judge_store)
     for judge in judges:
@@ -151,6 +160,13 @@ def _judge_threads(machine: Machine, needs: Needs) -> Check:
             found = f"{name}={value} holds a training of {needs.cpus} threads to {value}"
             return Check("threads", "wrong", found, f"unset {name} before `ray start`: threads follow the plan's CPUs")
     return Check("threads", "ok", f"{machine.usable_cpus} CPU usable, nothing holds threads back")
+
+
+def _judge_cache(machine: Machine, _: Needs) -> Check:
+    if machine.cache:
+        remedy = "set BTM_CACHE_GIGABYTES to a positive number in this machine's environment, or unset it"
+        return Check("cache", "wrong", machine.cache, remedy)
+    return Check("cache", "ok", "can be")
 
 
 def _judge_store(machine: Machine, _: Needs) -> Check:

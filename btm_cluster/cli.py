@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -16,10 +16,8 @@ from btm_cluster.commands.driving import Address, Dashboard, InProcess, Json, Pl
 from btm_cluster.commands.forest import open_ledger
 from btm_cluster.commands.models import generate, merge
 from btm_cluster.errors import BtmError, UserError
+from btm_cluster.new_folder import check_folder
 from btm_cluster.plan import Plan, read_plan
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     help="Branch-Train-Merge: grow a forest of expert language models on Ray.",
@@ -79,11 +77,16 @@ def show_plan(plan_path: PlanPath, json_output: Json = False) -> None:
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print tables for people instead: docs/plan.md.")
+    ] = False,
+) -> None:
     """Print the JSON schema of a plan, for editors."""
     from btm_cluster.plan import plan_schema
+    from btm_cluster.plan.reference import plan_reference
 
-    print(json.dumps(plan_schema(), indent=1))
+    print(plan_reference() if markdown else json.dumps(plan_schema(), indent=1), end="" if markdown else "\n")
 
 
 @app.command()
@@ -140,6 +143,7 @@ def write_report(
     to: Annotated[Path, typer.Option(help="Folder for the page and its figures.", show_default=False)],
 ) -> None:
     """Make one page of tables and figures from the results of one or several studies."""
+    check_folder(to)
     from btm_cluster.study.page import write_page
     from btm_cluster.study.results import read_results
 
@@ -188,6 +192,7 @@ def grow_forest(
 
 def run_study_plan(plan: Plan, to: Path, address: str | None, in_process: bool, dashboard: bool) -> None:
     """Runs a plan's study and writes its results."""
+    check_folder(to)
     from btm_cluster.study.page import write_page
     from btm_cluster.study.results import results_of, write_results
     from btm_cluster.study.run import run_study

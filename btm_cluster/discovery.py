@@ -9,10 +9,9 @@ import hashlib
 import heapq
 import json
 import math
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from btm_cluster.language_model.clusters import (
 )
 from btm_cluster.language_model.corpus import content_hash, usable_documents
 from btm_cluster.language_model.sources import read_documents
+from btm_cluster.new_folder import new_folder
 from btm_cluster.plan import ReadingPlan, TextPlan
 
 SAMPLE_DOCUMENTS = 20_000
@@ -98,7 +98,7 @@ def discover(
     found = find_clusters(sample.texts, clusters, random_seed)
     room = math.ceil((1 + SLACK) * sample.documents / clusters)
     say("placing the documents")
-    with _new_folder(to) as folder:
+    with new_folder(to) as folder:
         save_clusters(found, folder)
         bad: Counter[str] = Counter()
         placed = place(found, _documents(source, reading, bad), room, folder, to)
@@ -121,7 +121,7 @@ def assign(source: TextPlan, reading: ReadingPlan, model: Path, to: Path | None)
     if to is None:
         placed = place(found, documents, None)
         return Discovery(placed, 0, dict(sorted(bad.items())))
-    with _new_folder(to) as folder:
+    with new_folder(to) as folder:
         placed = place(found, documents, None, folder, to)
         discovery = Discovery(placed, 0, dict(sorted(bad.items())))
         (folder / PLAN_FILE).write_text(discovery.plan_snippet, encoding="utf-8")
@@ -192,17 +192,6 @@ def place(
 
 def _file_name(name: str) -> str:
     return f"{name}.jsonl.zst"
-
-
-@contextmanager
-def _new_folder(to: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `to` once all is written."""
-    to.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}-") as scratch:
-        folder = Path(scratch, to.name)
-        folder.mkdir()
-        yield folder
-        folder.rename(to)
 
 
 def _check_unchanged(name: str, first: int, second: int) -> None:

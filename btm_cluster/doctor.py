@@ -15,7 +15,7 @@ from btm_cluster.ledger import Ledger
 from btm_cluster.plan import Plan
 from btm_cluster.preview import Preview, preview
 from btm_cluster.recipes import expert_resources, seed_resources
-from btm_cluster.storage import Storage
+from btm_cluster.storage import Storage, open_storage
 from btm_cluster.tracking import check_tracking
 from btm_cluster.upkeep.housekeeping import store_time
 from btm_cluster.workers import Resources
@@ -47,12 +47,16 @@ def examine(plan: Plan | None, address: str | None, folder: Path) -> list[Check]
 
 def examine_plan(plan: Plan) -> tuple[list[Check], Preview | None]:
     """The store, and whether a run of the plan would be refused."""
-    checks = examine_store(Ledger.open(plan.store).storage)
+    try:
+        storage = open_storage(plan.store)
+    except BtmError as exc:
+        return [_wrong("store", exc)], None
+    checks = examine_store(storage)
     if any(check.state == "wrong" for check in checks):
         return checks, None
     try:
         check_tracking(plan)
-        seen = preview(plan, Ledger.open(plan.store))
+        seen = preview(plan, Ledger(storage))
     except BtmError as exc:
         return [*checks, _wrong("plan", exc)], None
     words = f"{plan.name}: {len(seen.steps)} steps, {seen.parameters:,} parameters"

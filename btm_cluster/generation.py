@@ -13,7 +13,7 @@ from btm_cluster.language_model.ensemble import Ensemble, Sampling
 from btm_cluster.language_model.model import load_model
 from btm_cluster.ledger import Ledger, Ref
 from btm_cluster.plan import Plan
-from btm_cluster.run import find_grown
+from btm_cluster.run import check_text_is_known, find_grown
 from btm_cluster.steps.average import open_config
 from btm_cluster.steps.prepare import open_tokenizer
 
@@ -34,15 +34,12 @@ class Generated:
         return f"{self.tokens} tokens; trusted " + ", ".join(f"{domain} {share:.0%}" for domain, share in shares)
 
 
-def check_generate_call(plan: Plan, target: str | None, most_tokens: int, sampling: Sampling) -> None:
+def check_generate_call(most_tokens: int, sampling: Sampling) -> None:
     """Refuses a call that cannot be met, before anything starts.
 
     Raises:
         UserError: saying what is wrong with it.
     """
-    names = [text.name for text in plan.texts]
-    if target is not None and target not in names:
-        raise UserError("--for names no text of the plan", found=target, expected=f"one of {', '.join(names)}")
     if most_tokens < 1:
         raise UserError("--tokens is too small", found=str(most_tokens), expected="at least 1")
     if not 0 <= sampling.temperature < float("inf"):
@@ -60,8 +57,10 @@ def generate(
     which nothing is known. They are loaded into this process, and run on its GPU where it has one.
 
     Raises:
-        UserError: no forest yet, a target that was taken out of it, or a prompt that fills a block.
+        UserError: no forest yet, a target that is unknown or was taken out of it, or a prompt that fills a block.
     """
+    if target is not None:
+        check_text_is_known(plan, target, driver.ledger)
     grown = find_grown(plan, driver)
     text = next((text for text in grown.ground.texts if text.name == target), None)
     if target is not None and text is None:

@@ -282,7 +282,7 @@ class Ledger:
         artifact = self.get(ref)
         if artifact.manifest_hash != manifest_hash:
             raise IntegrityError(
-                f"{artifact_key(ref)} is another manifest than the one it was",
+                f"{artifact_key(ref)} was replaced since this forest version was written",
                 found=artifact.manifest_hash,
                 expected=manifest_hash,
                 remedy="restore it from a backup, or take another `store`",
@@ -335,9 +335,12 @@ class Ledger:
         """The hash of a version's document, which the next one names as its parent."""
         return str((self._read_document(_forest_key(version)) or {}).get("hash", ""))
 
-    def version_note(self, version: int) -> Mapping[str, Any]:
-        """When, where and by whom a version was appended."""
-        return dict((self._read_document(_forest_key(version)) or {}).get("note", {}))
+    def history(self) -> list[tuple[Forest, Mapping[str, Any]]]:
+        """Every version with its circumstances, ascending; each is read once, many at a time."""
+        keys = [_forest_key(version) for version in self.versions()]
+        with ThreadPoolExecutor(THREADS) as pool:
+            documents = [document for document in pool.map(self._read_document, keys) if document is not None]
+        return [(_forest_from(document), dict(document["note"])) for document in documents]
 
     def append(self, forest: Forest) -> bool:
         """Appends a version to the log. False: somebody else was first; read again and try the next number."""

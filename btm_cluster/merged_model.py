@@ -1,7 +1,6 @@
 """`btm merge`: one averaged model as a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` opens."""
 
 import shutil
-import tempfile
 from pathlib import Path
 
 from btm_cluster.algorithm import Grown
@@ -10,9 +9,10 @@ from btm_cluster.equations.averaging import uniform_weights
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation import fit_text
 from btm_cluster.ledger import Ref
+from btm_cluster.new_folder import check_new_folder, new_folder
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import average_request
-from btm_cluster.run import find_grown
+from btm_cluster.run import check_text_is_known, find_grown
 from btm_cluster.soups import soup_average_request, soup_request
 from btm_cluster.workers import AverageRequest
 
@@ -26,33 +26,31 @@ def check_merge_call(plan: Plan, weights: str, target: str | None, to: Path) -> 
         UserError: saying what is wrong with it.
     """
     known = ("uniform", "argmax", "posterior", "greedy", "learned")
-    names = [text.name for text in plan.texts]
     if weights not in known:
         raise UserError("--weights is unknown", found=weights, expected=", ".join(known))
-    if weights != "uniform" and target not in names:
+    if weights == "uniform" and target is not None:
         raise UserError(
-            f"--weights {weights} needs a text to merge for",
-            found=f"--for {target}",
-            expected=f"one of {', '.join(names)}",
+            "--weights uniform is the same for every text", found=f"--for {target}", remedy="leave out one of the two"
         )
-    if to.exists():
-        raise UserError(f"{to} already exists", remedy="choose another folder")
-    existing = next(path for path in to.absolute().parents if path.exists())
-    if not existing.is_dir():
-        raise UserError(f"{to} cannot be a folder", found=f"{existing}, a file", remedy="choose another folder")
+    if weights != "uniform" and not target:
+        names = ", ".join(text.name for text in plan.texts)
+        raise UserError(f"--weights {weights} needs a text to merge for", expected=f"--for TEXT, such as {names}")
+    check_new_folder(to)
 
 
 def write_merged_model(plan: Plan, weights: str, target: str | None, to: Path, driver: Driver) -> None:
-    """Averages the forest's experts (by the merge actor, if that was not done) and writes the model to the folder `to`."""
+    """Averages the forest's experts (by the merge actor, if that was not done) and writes the model to the folder `to`.
+
+    Raises:
+        UserError: no forest yet, or a text that is unknown, was taken out, or has nothing to search weights on.
+    """
+    if target is not None:
+        check_text_is_known(plan, target, driver.ledger)
     grown = find_grown(plan, driver)
     average = driver.require(driver.workers.average, [_average(grown, weights, target, driver)])[0]
-    to.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}-") as scratch:
-        folder = Path(scratch, to.name)
-        folder.mkdir()
+    with new_folder(to) as folder:
         for name in FOLDER_FILES:
             shutil.copyfile(driver.ledger.open_file(average, name), folder / name)
-        folder.rename(to)
 
 
 def _average(grown: Grown, weights: str, target: str | None, driver: Driver) -> AverageRequest:

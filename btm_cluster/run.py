@@ -10,6 +10,7 @@ from btm_cluster.driver import Driver, steps_line
 from btm_cluster.errors import StepError, UserError
 from btm_cluster.evaluation import evaluate
 from btm_cluster.forest import Forest, check_foundation, describe_forest
+from btm_cluster.ledger import Ledger
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import block_requests, demix_request, seed_request, stored_text, transformer_lm_request
 from btm_cluster.report import Verdict, verdict
@@ -85,6 +86,20 @@ def run_plan(plan: Plan, driver: Driver, evaluate_only: bool = False) -> Run:
         made=driver.made,
         reused=driver.reused,
     )
+
+
+def check_text_is_known(plan: Plan, name: str, ledger: Ledger) -> None:
+    """Refuses a text that neither the plan nor the forest has, before anything is read or started.
+
+    Raises:
+        UserError: naming the texts that there are.
+    """
+    forest = ledger.forest()
+    known = dict.fromkeys([*(text.name for text in plan.texts), *(forest.domains if forest is not None else ())])
+    if name not in known:
+        raise UserError(
+            "--for names no text of the plan or the forest", found=name, expected=f"one of {', '.join(known)}"
+        )
 
 
 def find_grown(plan: Plan, driver: Driver) -> Grown:

@@ -8,7 +8,7 @@ store: ./forests/my-forest            # a folder
 
 domains:                              # an expert each
   - name: news
-    text: ./text/news/*.jsonl.zst     # .jsonl .parquet .txt, plain, .gz or .zst; local or s3://; globs and lists
+    text: ./text/news/*.jsonl.zst     # .jsonl .parquet .txt, plain, .gz, .zst or .bz2; local or s3://; globs and lists
     field: text                       # the field of a row that holds the document
   - name: code
     text: ./text/code/**/*.py         # any other file is a document of its own

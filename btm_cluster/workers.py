@@ -189,7 +189,9 @@ class TrainRequest(_Request):
     kind: ClassVar[str] = "model"
     label: str
     role: str
-    """seed, expert, transformer-lm or demix: for display."""
+    """seed, expert, transformer-lm or demix. Shown, and more: a milestone of a Transformer-LM is called a seed, names of actors
+    begin with it, and what is stored under it tells a removal which models are baselines. Resources and `restart_data` follow
+    from it in `recipes.py`."""
     model: Mapping[str, Any]
     """The transformers configuration in full."""
     tokenizer: Ref

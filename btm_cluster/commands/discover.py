@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from btm_cluster.errors import UserError
+from btm_cluster.new_folder import check_new_folder
 
 if TYPE_CHECKING:
     from btm_cluster.discovery import Discovery
@@ -68,8 +69,8 @@ def _check_call(clusters: int | None, model: Path | None, to: Path | None) -> No
         )
     if model is None and to is None:
         raise UserError("btm discover --clusters needs a place to write", remedy="add --to FOLDER")
-    if to is not None and to.exists():
-        raise UserError(f"{to} already exists", remedy="choose another folder")
+    if to is not None:
+        check_new_folder(to)
 
 
 def _source(text: list[str], dataset: str | None, split: str, field: str, delimiter: str | None) -> "TextPlan":

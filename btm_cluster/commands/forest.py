@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 from btm_cluster.errors import UserError
 
 if TYPE_CHECKING:
+    from btm_cluster.forest import Forest
     from btm_cluster.ledger import Ledger
     from btm_cluster.upkeep.purge import Condemned
     from btm_cluster.upkeep.removal import Influence
@@ -47,8 +49,9 @@ def log(store: Store, json_output: Json = False) -> None:
     """Show the versions of the forest, the newest first."""
     from btm_cluster.display import consoles, plain_table
 
-    ledger = open_ledger(store)
-    entries = [_log_entry(ledger, version) for version in reversed(ledger.versions())]
+    entries = [_log_entry(forest, note) for forest, note in reversed(open_ledger(store).history())]
+    if not entries:
+        raise UserError(f"no forest in {store}", found="no version")
     if json_output:
         print(json.dumps(entries, indent=1))
     else:
@@ -71,10 +74,13 @@ def remove(
 
     if purge and undo:
         raise UserError("--purge and --undo exclude each other")
+    if yes and not purge:
+        raise UserError("--yes without --purge has nothing to confirm", remedy="add --purge, or leave --yes out")
     ledger = open_ledger(store)
     if undo:
         forest = removal.bring_back(ledger, domain)
-        print(f"forest version {forest.version}: {forest.reason}")
+        told = json.dumps({"version": forest.version}, indent=1)
+        print(told if json_output else f"forest version {forest.version}: {forest.reason}")
         return
     if purge:
         _purge(ledger, domain, yes, json_output)
@@ -177,11 +183,9 @@ def _state(condemned: "Condemned") -> None:
     print("and ends roll-back to any version that has it. Tombstones keep its text from coming back.")
 
 
-def _log_entry(ledger: "Ledger", version: int) -> dict[str, Any]:
-    forest, note = ledger.forest(version), ledger.version_note(version)
-    assert forest is not None
+def _log_entry(forest: "Forest", note: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "version": version,
+        "version": forest.version,
         "experts": len(forest.experts),
         "created": note.get("created"),
         "by": note.get("by"),

@@ -51,7 +51,7 @@ def generate(
     from btm_cluster.language_model.ensemble import Sampling
 
     sampling = Sampling(temperature, top_p, random_seed)
-    check_generate_call(plan, target, tokens, sampling)
+    check_generate_call(tokens, sampling)
     prompt = sys.stdin.read() if prompt == "-" else prompt
     with driving(plan, address, in_process, dashboard=False, json_output=json_output) as driver:
         found = generate_text(plan, target, prompt, tokens, sampling, driver)

@@ -41,7 +41,7 @@ class Judgement:
 
 
 def judge(ground: Ground, forest: Forest, experts: Sequence[Expert], driver: Driver) -> Judgement:
-    """Takes all experts if the forest with all of them is no worse than the plan allows; else one after the other."""
+    """Takes all experts if the forest with all of them is no worse than the plan allows; else one after the other, by name."""
     old, new, limit = tuple(forest.experts), tuple(experts), ground.plan.expansion.accept_if
     own = [text for text in ground.domains if text.name in {expert.domain for expert in new}]
     known: list[PreparedText] = []
@@ -54,7 +54,7 @@ def judge(ground: Ground, forest: Forest, experts: Sequence[Expert], driver: Dri
         allowed, before = limit.development_perplexity_rise_at_most, _mean(perplexity, old, known)
         if _mean(perplexity, old + new, known) > before * (1 + allowed):
             accepted = ()
-            for expert in new:
+            for expert in sorted(new, key=lambda one: one.domain):  # the same in whatever order they came
                 rise = _mean(perplexity, (*old, *accepted, expert), known) / before - 1
                 if rise > allowed:
                     held[expert.domain] = _held(expert, forest, rise, before, allowed)

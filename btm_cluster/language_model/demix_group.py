@@ -18,7 +18,7 @@ from btm_cluster.language_model.demix import has_row_per_domain
 
 @dataclass(frozen=True)
 class Share:
-    """What one of a group's ranks trains: its domains, and, where several ranks share a domain, the how-maniest it is."""
+    """What one of a group's ranks trains: its domains, and, where several ranks share a domain, its index among them."""
 
     domains: range
     ranks_per_domain: int

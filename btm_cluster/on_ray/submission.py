@@ -18,6 +18,8 @@ POLL_SECONDS = 2.0
 AGENT_SECONDS = 120.0
 """A head that was just started takes jobs only once its agent is up."""
 LOG_LINES = 30
+STUMBLES = (RuntimeError, OSError, AuthenticationError)
+"""What the client raises where the dashboard fails, is silent or does not know us; those of `requests` are OSErrors."""
 Say: TypeAlias = Callable[[str], None]
 
 
@@ -52,11 +54,10 @@ def submit_and_wait(
 
     Raises:
         UserError: no cluster answers, or it refuses the token.
-        StepError: the job was stopped, or the cluster lost it.
+        StepError: the job was stopped, the cluster lost it, or its dashboard stumbled; a later try may succeed.
     """
     client = _client(address)
-    jobs = {details.submission_id: details for details in client.list_jobs() if details.submission_id}
-    step = choose_step(schedule, tick, jobs)
+    step = choose_step(schedule, tick, _jobs(client, address))
     if step.do == "skip":
         say(f"{step.job} of this schedule still runs: nothing is submitted, the next tick looks again")
         return 0
@@ -80,13 +81,25 @@ def _client(address: str) -> JobSubmissionClient:
         ) from exc
 
 
+def _jobs(client: JobSubmissionClient, address: str) -> dict[str, JobDetails]:
+    """The jobs that the cluster knows, by submission id."""
+    try:
+        return {details.submission_id: details for details in client.list_jobs() if details.submission_id}
+    except STUMBLES as exc:
+        raise StepError(
+            f"the cluster at {address} does not say which jobs it has",
+            found=" ".join(str(exc).split())[:300],
+            remedy="submit it again: it takes up what has begun",
+        ) from exc
+
+
 def _submit(client: JobSubmissionClient, job: Mapping[str, Any], say: Say) -> None:
     deadline = time.monotonic() + AGENT_SECONDS
     while True:
         try:
             client.submit_job(**job)
             return
-        except (RuntimeError, OSError) as exc:
+        except STUMBLES as exc:
             if "No available agent" not in str(exc) or time.monotonic() > deadline:
                 raise StepError(  # another submitter of this tick was faster, or the cluster went away
                     f"{job['submission_id']} could not be submitted",
@@ -102,7 +115,7 @@ def _await_end(client: JobSubmissionClient, job: str, say: Say) -> int:
     while True:
         try:
             details: Any = client.get_job_info(job)
-        except (RuntimeError, OSError) as exc:
+        except STUMBLES as exc:
             raise StepError(
                 f"{job}: the cluster does not answer, or does not know it any more",
                 found=" ".join(str(exc).split())[:300],
@@ -111,7 +124,7 @@ def _await_end(client: JobSubmissionClient, job: str, say: Say) -> int:
         if details.status.is_terminal():
             break
         time.sleep(POLL_SECONDS)
-    for line in client.get_job_logs(job).splitlines()[-LOG_LINES:]:
+    for line in _log_lines(client, job):
         say(f"| {line}")
     say(f"{job}: {details.status.value}")
     if details.status == JobStatus.SUCCEEDED:
@@ -119,3 +132,11 @@ def _await_end(client: JobSubmissionClient, job: str, say: Say) -> int:
     if details.driver_exit_code is None:
         raise StepError(f"{job} did not end by itself", found=details.message or details.status.value)
     return int(details.driver_exit_code)
+
+
+def _log_lines(client: JobSubmissionClient, job: str) -> list[str]:
+    """The end of its log: an ended job's exit code is worth more, so a log that cannot be had is no error."""
+    try:
+        return list(client.get_job_logs(job).splitlines()[-LOG_LINES:])
+    except STUMBLES as exc:
+        return [f"its log cannot be read: {' '.join(str(exc).split())[:300]}"]

@@ -1,7 +1,7 @@
 """What the user writes: one YAML file, read into frozen values.
 
 Knows the fields, their units, defaults and reasons; knows nothing of torch, Ray or a store, so that a wrong plan is
-refused in a fraction of a second. `read_plan` is the only way in; `plan_problems.py` words what it refuses.
+refused in a fraction of a second. `read_plan` is the only way in; `problems.py` words what it refuses.
 """
 
 from pathlib import Path
@@ -56,7 +56,7 @@ class TextPlan(Section):
     name: Name
     """Stands once in a forest: lower-case letters, digits, - and _."""
     text: Files = ()
-    """Files or globs, local or s3://: .jsonl .parquet .txt and source text, plain, .gz or .zst."""
+    """Files or globs, local or s3://: .jsonl .parquet .txt and source text, plain, .gz, .zst or .bz2."""
     development: Files = ()
     """Development text from given files; without it, a share of `text` by content hash."""
     test: Files = ()
@@ -125,7 +125,7 @@ class ModelPlan(Section):
 
 
 class TrainingPlan(Section):
-    """The recipe shared by seed, experts and Transformer-LM. Defaults are the paper's 125M recipe."""
+    """The recipe shared by seed, experts and Transformer-LM. Defaults are the paper's 125M recipe, but for `gradient_clip`."""
 
     rules: ClassVar = plan_rules.training_rules
     block_tokens: Annotated[Positive, Field(ge=8, le=2**24)] = 1024
@@ -174,7 +174,7 @@ class MergingPlan(Section):
     prior: Literal["fitted", "ema", "mean", "uniform"] = "fitted"
     """`ema` is the paper's estimate; `fitted` maximises the likelihood of the development text."""
     average_prior: Literal["ema", "fitted", "mean", "uniform"] = "ema"
-    """By which averages are weighted. The paper's `ema` is near one-hot at home; a `fitted` one is softer, and worse here."""
+    """By which averages are weighted. The paper's `ema` is near one-hot at home; `fitted` is softer, which suits unseen targets."""
     development_blocks: Positive = 100
     """Development blocks used for everything fitted, in hash order. The paper: 100."""
     top_k: Positive | None = None

@@ -1,7 +1,7 @@
 """What must hold between the fields of a plan's sections.
 
 Rules read a section as it was written, so that they are checked, and their problems shown, beside those of single
-fields. They know what fields mean and nothing of how their problems are worded to the user (`plan_problems.py`).
+fields. They know what fields mean and nothing of how their problems are worded to the user (`problems.py`).
 """
 
 import math

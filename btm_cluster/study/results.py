@@ -19,6 +19,8 @@ STUDY_FILE = "study.json"
 Entry = Mapping[str, Any]
 KEY = ("size", "seed_share", "system", "posterior", "prior", "development_blocks", "top_k")
 """What entries that differ in their random seed alone have in common."""
+SHOWN = ("experts", "tokens", "train", "eval", "all", "per_domain", "difference", "difference_interval")
+"""What else the page reads of an entry, beside the number of parameters."""
 
 
 @dataclass(frozen=True)
@@ -67,22 +69,31 @@ def read_results(folders: Sequence[Path]) -> Results:
         UserError: a folder without them, or not one entry in all of them.
     """
     entries: dict[tuple[Any, ...], Entry] = {}
+    texts: dict[str, Entry] = {}
     rest: dict[str, list[Entry]] = {"texts": [], "speeds": [], "trials": [], "runs": []}
     for folder in folders:
         try:
             found = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+            entries |= {_key(entry): entry for entry in found}
             study = json.loads((folder / STUDY_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as exc:
+            for name, values in rest.items():
+                values += study[name]
+            texts = {text["name"]: text for text in rest["texts"]}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
             raise UserError(
                 f"cannot read the results in {folder}",
-                found=str(exc),
+                found=f"nothing called {exc}" if isinstance(exc, KeyError) else str(exc),
                 expected=f"{SUMMARY_FILE} and {STUDY_FILE}, as `btm study` writes them",
             ) from exc
-        entries |= {(entry["random_seed"], *(entry[name] for name in KEY)): entry for entry in found}
-        for name, values in rest.items():
-            values += study[name]
     if not entries:
         raise UserError("there are no results to show", found=f"{SUMMARY_FILE} without an entry")
-    texts = {text["name"]: text for text in rest["texts"]}
     others = (tuple(rest[name]) for name in ("speeds", "trials", "runs"))
     return Results(tuple(entries.values()), tuple(texts.values()), *others)
+
+
+def _key(entry: Entry) -> tuple[Any, ...]:
+    """What an entry is of, the random seed included. KeyError: it lacks something that the page reads."""
+    missing = [name for name in (*SHOWN, "non_embedding_parameters") if name not in entry]
+    if missing:
+        raise KeyError(missing[0])
+    return (entry["random_seed"], *(entry[name] for name in KEY))

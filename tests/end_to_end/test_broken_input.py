@@ -365,6 +365,8 @@ def test_a_merge_that_cannot_be_met_is_refused_before_it_starts(
         ("--to", to): "kitchen",
         ("--to", to, "--for", "cellar"): "kitchen",
         ("--to", to, "--weights", "argmax", "--for", ""): "kitchen",
+        ("--to", to, "--weights", "uniform", "--for", "kitchen"): "the same for every text",
+        ("--to", "/proc/merged", "--weights", "uniform"): "cannot write to /proc/merged",
         ("--to", tmp_path, "--weights", "uniform"): "already exists",
         ("--to", path, "--weights", "uniform"): "already exists",
     }.items():

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 from ray.job_submission import JobStatus
 
+from btm_cluster.errors import StepError
+from btm_cluster.on_ray import submission
 from btm_cluster.on_ray.submission import Step, choose_step
 from tests.end_to_end.conftest import REPOSITORY, Btm
 
@@ -56,6 +58,24 @@ def test_a_submitter_that_no_cluster_answers_says_so(cluster: dict[str, str], tm
     assert nowhere.exit_code() == 2, nowhere.said
     assert "no jobs can be submitted at http://127.0.0.1:9" in nowhere.said
     assert "Traceback" not in nowhere.said
+
+
+def test_a_dashboard_that_stumbles_is_one_error_and_a_log_that_is_lost_hides_no_exit_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stumble(*_: str) -> None:
+        raise RuntimeError("Request failed with status code 500")
+
+    ended = SimpleNamespace(submission_id="t-1", status=JobStatus.FAILED, metadata={}, driver_exit_code=2)
+    client = SimpleNamespace(list_jobs=stumble, submit_job=lambda **_: None, get_job_info=lambda _: ended)
+    client.get_job_logs = stumble
+    monkeypatch.setattr(submission, "_client", lambda _: client)
+    said: list[str] = []
+    with pytest.raises(StepError, match="does not say which jobs it has"):
+        submission.submit_and_wait("http://head", "s", "t", "true", {}, said.append)
+    client.list_jobs = list
+    assert submission.submit_and_wait("http://head", "s", "t", "true", {}, said.append) == 2
+    assert "| its log cannot be read: Request failed with status code 500" in said
 
 
 def test_another_schedules_job_is_no_reason_to_leave_a_tick_out() -> None:

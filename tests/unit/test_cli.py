@@ -56,6 +56,7 @@ def btm(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
         (("discover", "--help"), 0, "--clusters"),
         (("discover", "text.jsonl"), 2, "neither --clusters nor --model"),
         (("schema",), 0, '"additionalProperties": false'),
+        (("schema", "--markdown"), 0, "## `training`"),
         (("init", "new.yaml"), 0, "wrote new.yaml"),
         (("plan", "broken.yaml"), 2, "did you mean `updates`?"),
         (("run", "broken.yaml"), 2, "did you mean `updates`?"),
@@ -158,6 +159,22 @@ def test_an_error_goes_to_standard_error_alone_json_or_not(
         assert err.count("remedy:") == 4
 
 
+def test_results_that_cannot_be_written_are_refused_before_anything_starts(
+    fields: dict[str, Any], write_plan: Callable[..., Path], btm: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    plan, here = write_plan(fields), set(tmp_path.rglob("*"))
+    for to, part in (
+        (plan, f"{plan}, a file"),
+        (plan / "x", f"{plan}, a file"),
+        ("/proc/x", "cannot write to /proc/x"),
+    ):
+        for command in (("study", plan), ("report", tmp_path)):
+            code, _, err = btm(*command, "--to", to)
+            assert code == 2
+            assert part in err
+    assert set(tmp_path.rglob("*")) == here
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [(PlanError("x"), 2), (StoreError("x"), 1), (StepError("x"), 1), (Stopped("x"), 130), (SystemExit(3), 3)],
@@ -183,3 +200,7 @@ def test_a_forest_is_shown_with_its_versions(fields: dict[str, Any], btm: Callab
     code, _, err = btm("forest", "show", "--store", plan.store, "--version", "7")
     assert code == 2
     assert "no version 7" in err
+    for command in ("show", "log"):
+        code, out, err = btm("forest", command, "--store", f"{plan.store}-none")
+        assert (code, out) == (2, "")
+        assert "no forest in" in err

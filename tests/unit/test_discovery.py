@@ -259,6 +259,8 @@ def test_a_text_that_grows_while_it_is_read_is_refused_and_nothing_is_left(tmp_p
         (("text.jsonl", "--clusters", "2", "--model", "m"), "both --clusters and --model"),
         (("text.jsonl", "--clusters", "2"), "add --to FOLDER"),
         (("text.jsonl", "--clusters", "2", "--to", "."), "already exists"),
+        (("text.jsonl", "--clusters", "2", "--to", "/proc/none/x"), "cannot write to /proc/none/x"),
+        (("text.jsonl", "--clusters", "2", "--to", "/dev/null/x"), "/dev/null, a file"),
         (("--clusters", "2", "--to", "new"), "either files (`text`) or a `dataset`"),
         (("http://host/text", "--clusters", "2", "--to", "new"), "s3://bucket/key"),
         (("none.jsonl", "--clusters", "2", "--to", "new"), "matches no file"),

@@ -45,6 +45,7 @@ def only_wrong(checks: list[Check]) -> Check:
         (dataclasses.replace(WITH_GPUS, gpus=()), "GPU", "nvidia-smi finds none", "install NVIDIA's driver"),
         (dataclasses.replace(SOUND, claimed_cpus=64), "threads", "its processes may use 8", "--num-cpus"),
         (dataclasses.replace(SOUND, variables={"MKL_NUM_THREADS": "1"}), "threads", "MKL_NUM_THREADS=1", "unset"),
+        (dataclasses.replace(SOUND, cache="it is no size: x"), "cache", "no size: x", "BTM_CACHE_GIGABYTES"),
         (dataclasses.replace(SOUND, store="AccessDenied: no"), "store from a node", "AccessDenied", "credentials"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -64,6 +65,13 @@ def test_sound_machines_take_one_line_for_each_kind_of_check() -> None:
     assert {check.name: check.state for check in checks} == {"disk": "ok", "GPU": "ok", "threads": "ok"}
     (gpu,) = [check for check in judge_machines([WITH_GPUS], Needs()) if check.name == "GPU"]
     assert gpu == Check("GPU", "ok", "2 × NVIDIA H200, driver 570.1, torch's CUDA 13.0")
+
+
+def test_a_cache_that_cannot_be_is_a_line_and_the_rest_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BTM_CACHE_GIGABYTES", "x")
+    machine = look_around(None)
+    assert machine.cache == "BTM_CACHE_GIGABYTES is no size: x"
+    assert len(machine.free_bytes) == 1
 
 
 def test_this_machine_is_looked_at(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,13 +16,18 @@ from btm_cluster.algorithm import grow, merge, pinned_branches, train
 from btm_cluster.display_expansion import show_expanded
 from btm_cluster.driver import Driver
 from btm_cluster.errors import FoundationError, UserError
+from btm_cluster.expansion import acceptance
 from btm_cluster.expansion.arrivals import prepare_new
 from btm_cluster.expansion.expand import Expanded, expand
 from btm_cluster.expansion.inbox import look
-from btm_cluster.forest import Forest
+from btm_cluster.forest import Expert, Forest, Foundation
+from btm_cluster.generation import generate
 from btm_cluster.in_process import InProcess, LocalControl
+from btm_cluster.language_model.ensemble import Sampling
 from btm_cluster.ledger import Ledger
-from btm_cluster.plan import Plan
+from btm_cluster.merged_model import write_merged_model
+from btm_cluster.plan import ExpansionPlan, Plan
+from btm_cluster.plan.expansion import AcceptancePlan
 from btm_cluster.run import run_plan
 from btm_cluster.upkeep.contributions import contributions
 from btm_cluster.workers import Failure, Outcome, TrainRequest
@@ -285,6 +291,31 @@ def test_an_expert_whose_inbox_files_were_replaced_stays_and_the_expansion_says_
     later = expanded(plan)
     assert later.forest == first.forest
     assert "no longer those its expert was trained on" in later.passed_over["meadow"]
+
+
+def test_what_arrived_is_a_text_to_merge_and_to_generate_for(
+    plan: Plan, arrive: Callable[..., None], tmp_path: Path
+) -> None:
+    arrive("meadow")
+    assert expanded(plan).added == ("meadow",)
+    write_merged_model(plan, "argmax", "meadow", tmp_path / "merged", in_process(plan))
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+    assert generate(plan, "meadow", "a", 2, Sampling(), in_process(plan)).tokens
+    with pytest.raises(UserError, match="no text of the plan or the forest"):
+        write_merged_model(plan, "argmax", "prairie", tmp_path / "none", in_process(plan))
+
+
+def test_a_batch_that_is_too_bad_is_taken_apart_in_the_order_of_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    founding, *new = (Expert(name, f"model-{name}", "", f"text-{name}", ()) for name in "fcab")
+    forest = Forest(0, Foundation("seed", "tokenizer", "model", 8, ()), (founding,), {}, "")
+    limit = AcceptancePlan(development_perplexity_rise_at_most=0.05)
+    ground = SimpleNamespace(plan=SimpleNamespace(expansion=ExpansionPlan(accept_if=limit)), domains=(), texts=())
+    monkeypatch.setattr(acceptance, "_texts_of", lambda *_: [SimpleNamespace(name="known")])
+    # Each further expert costs 3 %, so that there is room for one of three.
+    monkeypatch.setattr(acceptance, "_ensemble_perplexity", lambda *_: lambda chosen, _: 100 * 1.03 ** len(chosen))
+    found = acceptance.judge(ground, forest, new, None)  # type: ignore[arg-type]
+    assert [expert.domain for expert in found.accepted] == ["a"]
+    assert set(found.held) == {"b", "c"}
 
 
 def test_an_expansion_that_makes_the_forest_worse_is_held_back_until_the_plan_allows_it(

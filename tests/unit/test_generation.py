@@ -126,6 +126,8 @@ def test_a_grown_forest_continues_a_prompt_and_says_whom_it_trusts(
     assert len(found["trust"]) == 2, "top_k of the plan"
     assert btm("--prompt", "word " * 40) == 2
     assert "the prompt is too long" in capsys.readouterr().err
-    for wrong in (("--for", "nowhere"), ("--tokens", "0"), ("--temperature", "-1"), ("--top-p", "0")):
+    assert btm("--for", "nowhere") == 2
+    assert "harbour" in capsys.readouterr().err, "the texts that there are"
+    for wrong in (("--tokens", "0"), ("--temperature", "-1"), ("--top-p", "0")):
         assert btm(*wrong) == 2
         assert "error: " in capsys.readouterr().err

@@ -311,8 +311,10 @@ def test_versions_are_appended_and_read_back_as_they_were(ledger: Ledger, store:
         read = again.forest(number)
         assert read is not None
         assert replace(read, parent=None) == version
-        assert again.version_note(number)["by"]
     assert again.forest(13) is None
+    history = again.history()
+    assert [replace(forest, parent=None) for forest, _ in history] == versions
+    assert all(note["by"] for _, note in history)
 
 
 def test_each_version_names_the_one_before_by_its_hash(ledger: Ledger, store: Path) -> None:

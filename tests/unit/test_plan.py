@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from btm_cluster.errors import PlanError
 from btm_cluster.plan import Plan, plan_schema, read_plan
 from btm_cluster.plan.problems import describe_problems
+from btm_cluster.plan.reference import plan_reference
 from btm_cluster.starter import STARTER_PLAN
 
 MINIMAL = """\
@@ -292,6 +293,13 @@ def test_the_schema_describes_every_field_and_closes_every_section() -> None:
     assert not undescribed
     assert all(d["additionalProperties"] is False for d in (schema, *schema["$defs"].values()))
     assert "rules" not in schema["properties"]
+
+
+def test_the_page_of_all_fields_is_up_to_date() -> None:
+    page = Path(__file__).parents[2] / "docs" / "plan.md"
+    assert page.read_text(encoding="utf-8") == plan_reference(), "write it anew: btm schema --markdown > docs/plan.md"
+    for name in {name.partition(".")[2] for name, _ in _properties(plan_schema())}:
+        assert f"| `{name}` | " in plan_reference()
 
 
 SCALARS = st.one_of(

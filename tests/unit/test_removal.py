@@ -260,8 +260,10 @@ def test_the_commands_say_what_goes_and_what_stays_and_purge_only_when_confirmed
     assert btm("forest", "rollback", "3", *at)[0] == 2
     code, out, _ = btm("forest", "remove", "kitchen", *at)
     assert "since it was a founding domain, and so every expert" in out
-    code, out, _ = btm("forest", "remove", "kitchen", "--undo", *at)
+    assert btm("forest", "remove", "kitchen", "--yes", *at)[0] == 2
+    code, out, _ = btm("forest", "remove", "kitchen", "--undo", "--json", *at)
     assert (code, newest(ledger).domains) == (0, ("harbour", "island", "kitchen"))
+    assert json.loads(out) == {"version": 6}
     code, out, _ = btm("forest", "rollback", "1", *at)
     assert "forest version 7: rolled back to version 1, 2 experts" in out
     log = json.loads(btm("forest", "log", *at, "--json")[1])

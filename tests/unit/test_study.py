@@ -173,7 +173,11 @@ def test_results_are_read_back_and_those_of_several_seeds_make_one_page(studied:
         assert (tmp_path / "page" / f"{figure}.svg").read_text().startswith("<?xml")
 
 
-def test_results_that_are_not_there_are_one_clear_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("summary", [None, "{", "7", "[7]", "{}", '[{"random_seed": 0}]'])
+def test_results_that_are_not_there_or_are_others_are_one_clear_error(summary: str | None, tmp_path: Path) -> None:
+    if summary is not None:
+        (tmp_path / "summary.json").write_text(summary)
+        (tmp_path / "study.json").write_text("{}")
     with pytest.raises(UserError, match=r"summary\.json"):
         read_results([tmp_path])
 

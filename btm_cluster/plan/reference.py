@@ -1,0 +1,79 @@
+"""Every field of a plan with its default and meaning, as Markdown, from the models themselves: `docs/plan.md` is this."""
+
+import json
+import types
+from collections.abc import Iterator
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined, to_jsonable_python
+
+from btm_cluster.plan.plan import Plan
+
+OPENING = """\
+# The fields of a plan
+
+Written by `btm schema --markdown`; do not edit. A path such as `training.updates` is the field `updates` of the section
+`training`; `[]` stands for each entry of a list.
+"""
+
+
+def plan_reference() -> str:
+    """A table for each section of a plan, in the order in which they stand in it."""
+    return "\n".join([OPENING, *_tables(Plan, "", {})])
+
+
+def _tables(section: type[BaseModel], path: str, shown: dict[type[BaseModel], str]) -> Iterator[str]:
+    """The table of a section and those of the sections in it, but for what was `shown` at another path."""
+    if section in shown:
+        yield f"## `{path}`\n\nThe fields of `{shown[section]}`.\n"
+        return
+    shown[section] = path
+    about = " ".join((section.__doc__ or "").split())
+    rows = [_row(name, field) for name, field in section.model_fields.items()]
+    table = ["| field | default | meaning |", "|---|---|---|", *rows]
+    yield f"## {f'`{path}`' if path else 'The plan'}\n\n{about}\n\n" + "\n".join(table) + "\n"
+    for name, field in section.model_fields.items():
+        inner, is_list = _section_of(field.annotation)
+        if inner is not None:
+            yield from _tables(inner, f"{path}.{name}".lstrip(".") + "[]" * is_list, shown)
+
+
+def _row(name: str, field: FieldInfo) -> str:
+    meaning = " ".join((field.description or "").split())
+    choices = _choices(field.annotation)
+    if choices:
+        how_many = "Any" if get_origin(field.annotation) is tuple else "One"
+        meaning += f" {how_many} of {', '.join(f'`{choice}`' for choice in choices)}."
+    return f"| `{name}` | {_default(field)} | {meaning} |"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.default is PydanticUndefined:
+        return "required"
+    if field.default is None or field.default == ():
+        return "none"
+    if isinstance(field.default, BaseModel):
+        return "see below"
+    return f"`{json.dumps(to_jsonable_python(field.default)).strip(chr(34))}`"
+
+
+def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    """The section that a field holds, optional or in a list, and whether it is a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation, False
+    for inner in get_args(annotation):
+        found, _ = _section_of(inner)
+        if found is not None:
+            return found, get_origin(annotation) is tuple
+    return None, False
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    """The words that a field takes, where it takes no others."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    if get_origin(annotation) in (Union, types.UnionType, tuple):
+        return next((found for inner in get_args(annotation) if (found := _choices(inner))), ())
+    return ()
