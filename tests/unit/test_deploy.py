@@ -226,19 +226,52 @@ def test_a_linter_finds_no_fault_with_the_dockerfile() -> None:
     assert done.returncode == 0, done.stdout
 
 
+def image_stages() -> dict[str, str]:
+    """The Dockerfile's stages by name, each after what it stands on."""
+    stages: dict[str, str] = {}
+    lines = (REPOSITORY / "docker" / "Dockerfile").read_text()
+    for base, name, own in re.findall(r"^FROM (\S+) AS (\S+)\n(.*?)(?=^FROM |\Z)", lines, re.M | re.S):
+        stages[name] = stages.get(base, "") + own
+    return stages
+
+
+def installed(stage: str) -> set[str]:
+    """Debian packages that a stage installs, without their versions."""
+    return set(re.findall(r"(\S+)=\S+", " ".join(re.findall(r"apt-get install (.+)", stage))))
+
+
 def test_the_image_copies_what_its_context_holds_and_ends_as_an_ordinary_user() -> None:
-    lines = (REPOSITORY / "docker" / "Dockerfile").read_text().splitlines()
+    stages = image_stages()
     kept = {line[1:] for line in (REPOSITORY / "docker" / "Dockerfile.dockerignore").read_text().splitlines()}
-    copied = [
-        word for line in lines if line.startswith("COPY ") and "--from" not in line for word in line.split()[1:-1]
-    ]
-    assert copied
+    copied = {
+        name
+        for stage in stages.values()
+        for words in re.findall(r"^COPY (?!--from)(.+)$", stage, re.M)
+        for name in words.split()[:-1]
+    }
+    assert "btm_cluster" in copied
     for name in copied:
         assert (REPOSITORY / name).exists()
         assert name in kept
-    targets = re.findall(r"^FROM runtime AS (\w+)$", "\n".join(lines), re.M)
-    assert set(targets) == {"cpu", "cuda"}
-    assert [line for line in lines if line.startswith("USER")] == ["USER 1000:1000"]
+    for target in ("cpu", "cuda"):
+        assert re.findall(r"^USER (.+)$", stages[target], re.M)[-1] == "1000:1000"
+
+
+def test_a_change_of_the_projects_source_leaves_the_images_dependencies_alone() -> None:
+    """They were one layer once: each change of a line made gigabytes anew, to be pushed and pulled by every node."""
+    stages = image_stages()
+    for kind in ("cpu", "cuda"):
+        assert "--requirement requirements.txt" in stages[f"dependencies-{kind}"]
+        assert re.findall(r"^COPY (?!--from)(.+) \S+$", stages[f"dependencies-{kind}"], re.M) == ["constraints.txt"]
+        assert stages[kind].index(f"--from=dependencies-{kind}") < stages[kind].index("--from=package")
+
+
+def test_the_image_holds_the_programs_that_others_call_in_it() -> None:
+    """Without rsync Ray's launcher could not bring its files in; without gcc no training on a GPU could be compiled."""
+    stages = image_stages()
+    for target in ("cpu", "cuda"):
+        assert {"rsync", "wget"} <= installed(stages[target])
+    assert {"gcc", "libc6-dev"} <= installed(stages["cuda"])
 
 
 def test_every_job_that_a_manifest_runs_is_there() -> None:
