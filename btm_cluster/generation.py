@@ -1,6 +1,6 @@
 """`btm generate`: the whole forest writes on, its experts weighted as the posterior says, token after token."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,15 +34,16 @@ class Generated:
         return f"{self.tokens} tokens; trusted " + ", ".join(f"{domain} {share:.0%}" for domain, share in shares)
 
 
-def check_generate_call(plan: Plan, target: str | None, most_tokens: int, sampling: Sampling) -> None:
-    """Refuses a call that cannot be met, before anything starts.
+def check_generate_call(names: Sequence[str], target: str | None, most_tokens: int, sampling: Sampling) -> None:
+    """Refuses a call that cannot be met, before anything starts. `names` are the texts whose prior may be taken.
 
     Raises:
         UserError: saying what is wrong with it.
     """
-    names = [text.name for text in plan.texts]
     if target is not None and target not in names:
-        raise UserError("--for names no text of the plan", found=target, expected=f"one of {', '.join(names)}")
+        raise UserError(
+            "--for names no text of the plan or the forest", found=target, expected=f"one of {', '.join(names)}"
+        )
     if most_tokens < 1:
         raise UserError("--tokens is too small", found=str(most_tokens), expected="at least 1")
     if not 0 <= sampling.temperature < float("inf"):

@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from btm_cluster.algorithm import Grown
@@ -19,14 +20,13 @@ from btm_cluster.workers import AverageRequest
 FOLDER_FILES = ("README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
-def check_merge_call(plan: Plan, weights: str, target: str | None, to: Path) -> None:
-    """Refuses a call that cannot be met, before anything starts.
+def check_merge_call(names: Sequence[str], weights: str, target: str | None, to: Path) -> None:
+    """Refuses a call that cannot be met, before anything starts. `names` are the texts that there are to merge for.
 
     Raises:
         UserError: saying what is wrong with it.
     """
     known = ("uniform", "argmax", "posterior", "greedy", "learned")
-    names = [text.name for text in plan.texts]
     if weights not in known:
         raise UserError("--weights is unknown", found=weights, expected=", ".join(known))
     if weights != "uniform" and target not in names:

@@ -87,6 +87,12 @@ def run_plan(plan: Plan, driver: Driver, evaluate_only: bool = False) -> Run:
     )
 
 
+def names_of_texts(plan: Plan, forest: Forest | None) -> list[str]:
+    """What `find_grown` prepares: the plan's texts, and the domains of the forest that the plan does not name."""
+    named = [text.name for text in plan.texts]
+    return named + [domain for domain in (forest.domains if forest else ()) if domain not in named]
+
+
 def find_grown(plan: Plan, driver: Driver) -> Grown:
     """The forest as it stands, with the plan's texts prepared, and those of its domains that the plan does not name.
 

@@ -33,10 +33,15 @@ def show(
     """Show a version of the forest: its experts and what they descend from."""
     from btm_cluster.display import consoles, forest_table
     from btm_cluster.forest import describe_forest
+    from btm_cluster.upkeep.removal import version_of
 
-    forest = open_ledger(store).forest(version)
+    ledger = open_ledger(store)
+    forest = ledger.forest() if version is None else version_of(ledger, version)
     if forest is None:
-        raise UserError(f"no forest in {store}", found="no version" + (f" {version}" if version is not None else ""))
+        raise UserError(
+            f"there is no forest in {store}",
+            remedy="check --store, which is relative to this folder; `btm run` grows one",
+        )
     if json_output:
         print(json.dumps(describe_forest(forest), indent=1))
     else:
@@ -74,7 +79,12 @@ def remove(
     ledger = open_ledger(store)
     if undo:
         forest = removal.bring_back(ledger, domain)
-        print(f"forest version {forest.version}: {forest.reason}")
+        told = (
+            json.dumps({"version": forest.version})
+            if json_output
+            else f"forest version {forest.version}: {forest.reason}"
+        )
+        print(told)
         return
     if purge:
         _purge(ledger, domain, yes, json_output)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from btm_cluster.commands.driving import Address, InProcess, Json, PlanPath, driving
+from btm_cluster.commands.forest import open_ledger
 from btm_cluster.plan import read_plan
 
 
@@ -25,8 +26,9 @@ def merge(
     """Average the experts into one model and write it as a Hugging Face folder."""
     plan = read_plan(plan_path)
     from btm_cluster.merged_model import check_merge_call, write_merged_model
+    from btm_cluster.run import names_of_texts
 
-    check_merge_call(plan, weights, target, to)
+    check_merge_call(names_of_texts(plan, open_ledger(plan.store).forest()), weights, target, to)
     with driving(plan, address, in_process, dashboard=False, json_output=False) as driver:
         write_merged_model(plan, weights, target, to, driver)
     print(f"wrote {to}")
@@ -49,9 +51,10 @@ def generate(
     from btm_cluster.generation import check_generate_call
     from btm_cluster.generation import generate as generate_text
     from btm_cluster.language_model.ensemble import Sampling
+    from btm_cluster.run import names_of_texts
 
     sampling = Sampling(temperature, top_p, random_seed)
-    check_generate_call(plan, target, tokens, sampling)
+    check_generate_call(names_of_texts(plan, open_ledger(plan.store).forest()), target, tokens, sampling)
     prompt = sys.stdin.read() if prompt == "-" else prompt
     with driving(plan, address, in_process, dashboard=False, json_output=json_output) as driver:
         found = generate_text(plan, target, prompt, tokens, sampling, driver)

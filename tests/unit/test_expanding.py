@@ -21,8 +21,9 @@ from btm_cluster.expansion.inbox import look
 from btm_cluster.forest import Forest
 from btm_cluster.in_process import InProcess, LocalControl
 from btm_cluster.ledger import Ledger
+from btm_cluster.merged_model import check_merge_call, write_merged_model
 from btm_cluster.plan import Plan
-from btm_cluster.run import run_plan
+from btm_cluster.run import names_of_texts, run_plan
 from btm_cluster.upkeep.contributions import contributions
 from btm_cluster.workers import Failure, Outcome, TrainRequest
 from tests.conftest import in_process, made_up_documents, write_jsonl
@@ -68,7 +69,7 @@ def models(ledger: Ledger) -> dict[str, str]:
 
 
 def test_a_domain_in_the_inbox_becomes_an_expert_and_nothing_that_exists_is_made_again(
-    plan: Plan, ledger: Ledger, arrive: Callable[..., None]
+    plan: Plan, ledger: Ledger, arrive: Callable[..., None], tmp_path: Path
 ) -> None:
     before, old_models = newest(ledger), models(ledger)
     arrive("meadow")
@@ -88,6 +89,9 @@ def test_a_domain_in_the_inbox_becomes_an_expert_and_nothing_that_exists_is_made
     evaluated = run_plan(plan, in_process(plan), evaluate_only=True)
     assert "meadow" in evaluated.verdict.rows["test"][0].cells, "though the plan does not name it"
     assert len(contributions(ledger).texts) == 4
+    check_merge_call(names_of_texts(plan, first.forest), "posterior", "meadow", to := tmp_path / "model")
+    write_merged_model(plan, "posterior", "meadow", to, in_process(plan))
+    assert (to / "model.safetensors").exists()
 
 
 def test_an_expansion_of_a_domain_that_the_plan_names_is_the_same_expert_as_in_a_run(
