@@ -154,7 +154,11 @@ class Ledger:
         tombstone = None if (found := self.find(Ref("model", model))) else self.tombstone(Ref("model", model))
         return tuple(tombstone["parents"]) if tombstone else (found or self.get(Ref("model", model))).parents
 
-    def check_not_purged(self, ref: Ref) -> None:
+    def check_not_purged(
+        self,
+        ref: Ref,
+        remedy: str = "take the domain out of the plan or the inbox; other text may come under another name",
+    ) -> None:
         """Refuses an artifact that was purged once.
 
         Raises:
@@ -166,7 +170,7 @@ class Ledger:
                 f"this {ref.kind}, {ref.identity[:12]}, was purged from the store",
                 found=f"purged as {found['domain']!r} at {found['note']['created']} by {found['note']['by']}",
                 expected="what was purged stays away",
-                remedy="take the domain out of the plan or the inbox; other text may come under another name",
+                remedy=remedy,
             )
 
     def create_record(self, key: str, body: Mapping[str, Any]) -> bool:

@@ -35,10 +35,15 @@ def show(
     """Show a version of the forest: its experts and what they descend from."""
     from btm_cluster.display import consoles, forest_table
     from btm_cluster.forest import describe_forest
+    from btm_cluster.upkeep.removal import version_of
 
-    forest = open_ledger(store).forest(version)
+    ledger = open_ledger(store)
+    forest = ledger.forest() if version is None else version_of(ledger, version)
     if forest is None:
-        raise UserError(f"no forest in {store}", found="no version" + (f" {version}" if version is not None else ""))
+        raise UserError(
+            f"there is no forest in {store}",
+            remedy="check --store, which is relative to this folder; `btm run` grows one",
+        )
     if json_output:
         print(json.dumps(describe_forest(forest), indent=1))
     else:

@@ -49,7 +49,7 @@ def bring_back(ledger: Ledger, domain: str) -> Forest:
     expert = last_expert(ledger, domain)
     if expert is None or domain not in _newest(ledger).withdrawn:
         raise UserError(f"{domain!r} was not taken out of the forest", remedy="`btm forest log` says what was")
-    ledger.check_not_purged(Ref("model", expert.identity))
+    ledger.check_not_purged(Ref("model", expert.identity), remedy="other text may come under another name")
     manifest_hash = ledger.get(Ref("model", expert.identity)).manifest_hash
     ledger.check_standing(Ref("model", expert.identity), manifest_hash)
     return _append(ledger, lambda forest: put_back(forest, expert, manifest_hash, f"brought back {domain}"))
@@ -64,7 +64,10 @@ def rollback(ledger: Ledger, version: int) -> Forest:
     """
     old = version_of(ledger, version)
     for expert in old.experts:
-        ledger.check_not_purged(Ref("model", expert.identity))
+        ledger.check_not_purged(
+            Ref("model", expert.identity),
+            remedy=f"choose a version without {expert.domain!r}; `btm forest log` has them",
+        )
     ledger.check_all_standing(old.manifests)
     return _append(ledger, lambda forest: roll_back(forest, old, f"rolled back to version {version}"))
 

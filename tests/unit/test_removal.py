@@ -257,13 +257,16 @@ def test_the_commands_say_what_goes_and_what_stays_and_purge_only_when_confirmed
     assert "purged meadow; the forest stands at version 4" in out
     code, out, _ = btm("forest", "diff", "3", "4", *at)
     assert (code, out) == (0, "- meadow\n")
-    assert btm("forest", "rollback", "3", *at)[0] == 2
+    code, _, err = btm("forest", "rollback", "3", *at)
+    assert code == 2
+    assert "choose a version without 'meadow'" in err
     code, out, _ = btm("forest", "remove", "kitchen", *at)
     assert "since it was a founding domain, and so every expert" in out
     assert btm("forest", "remove", "kitchen", "--yes", *at)[0] == 2
     code, out, _ = btm("forest", "remove", "kitchen", "--undo", "--json", *at)
     assert (code, newest(ledger).domains) == (0, ("harbour", "island", "kitchen"))
     assert json.loads(out) == {"version": 6}
+    assert "there is no forest version 9" in btm("forest", "show", "--version", "9", *at)[2]
     code, out, _ = btm("forest", "rollback", "1", *at)
     assert "forest version 7: rolled back to version 1, 2 experts" in out
     log = json.loads(btm("forest", "log", *at, "--json")[1])
