@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -128,7 +129,7 @@ app.command()(generate)
 @app.command()
 def study(
     plan_path: PlanPath,
-    to: Annotated[Path, typer.Option(help="Folder for the results.", show_default=False)],
+    to: Annotated[str, typer.Option(help="Folder for the results, or s3://bucket/prefix.", show_default=False)],
     address: Address = None,
     in_process: InProcess = False,
     dashboard: Dashboard = False,
@@ -190,18 +191,26 @@ def grow_forest(
         raise step_error(result.failures)
 
 
-def run_study_plan(plan: Plan, to: Path, address: str | None, in_process: bool, dashboard: bool) -> None:
-    """Runs a plan's study and writes its results."""
-    check_folder(to)
+def run_study_plan(plan: Plan, to: str, address: str | None, in_process: bool, dashboard: bool) -> None:
+    """Runs a plan's study and writes its results to a folder or a bucket."""
+    from btm_cluster.storage import open_storage
+
+    place = open_storage(to)
+    if "://" not in to:
+        check_folder(Path(to))
+    place.check()
     from btm_cluster.study.page import write_page
     from btm_cluster.study.results import results_of, write_results
     from btm_cluster.study.run import run_study
 
     with driving(plan, address, in_process, dashboard, json_output=False) as driver:
         results = results_of(plan, run_study(plan, driver))
-    write_results(results, to)
-    write_page(results, to)
-    print(f"wrote {to / 'README.md'}")
+    with tempfile.TemporaryDirectory() as scratch:
+        write_results(results, Path(scratch))
+        write_page(results, Path(scratch))
+        for file in sorted(Path(scratch).iterdir()):
+            place.upload(file.name, file)
+    print(f"wrote {place.address('README.md')}")
 
 
 def expand_forest(plan: Plan, json_output: bool, address: str | None, in_process: bool, dashboard: bool) -> None:

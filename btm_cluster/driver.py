@@ -22,6 +22,8 @@ class Driver:
         self.workers = workers
         self.made: Counter[str] = Counter()
         self.reused: Counter[str] = Counter()
+        self.is_asking = False
+        """Whether workers are at something: they notice themselves when the run is stopped, and save."""
 
     def obtain(
         self, verb: Callable[[Sequence[AnyRequest]], list[Outcome]], requests: Sequence[AnyRequest]
@@ -39,7 +41,11 @@ class Driver:
                 outcomes[ref.identity] = found
                 self.reused[request.kind] += 1
         if missing:
-            made = verb(list(missing.values()))
+            self.is_asking = True
+            try:
+                made = verb(list(missing.values()))
+            finally:
+                self.is_asking = False
             outcomes |= dict(zip(missing, made, strict=True))
             self.made.update(request.kind for request in missing.values())
         return [outcomes[request.ref.identity] for request in requests]

@@ -30,6 +30,7 @@ from btm_cluster.workers import (
     Pretrained,
     ReadText,
     Resources,
+    Role,
     ScoreRequest,
     Start,
     Tokenize,
@@ -340,7 +341,7 @@ def _resources(plan: Plan, gpus: float, cpus: int) -> Resources:
 def train_request(
     ground: Ground,
     label: str,
-    role: str,
+    role: Role,
     texts: tuple[TrainingText, ...],
     span: tuple[int, int],
     start: Start | None,

@@ -182,13 +182,16 @@ class Pretrained:
     sha256: str
 
 
+Role: TypeAlias = Literal["seed", "expert", "transformer-lm", "demix"]
+
+
 @dataclass(frozen=True)
 class TrainRequest(_Request):
     """Train a model from update `first_update` to `last_update` on blocks of its texts, equally many of each."""
 
     kind: ClassVar[str] = "model"
     label: str
-    role: str
+    role: Role
     """seed, expert, transformer-lm or demix. Shown, and more: a milestone of a Transformer-LM is called a seed, names of actors
     begin with it, and what is stored under it tells a removal which models are baselines. Resources and `restart_data` follow
     from it in `recipes.py`."""
@@ -237,7 +240,7 @@ class TrainRequest(_Request):
 
     def until(self, milestone: int) -> "TrainRequest":
         """The request that ends at a milestone of this one: a seed's, on the Transformer-LM's way."""
-        role = "seed" if self.role == "transformer-lm" else self.role
+        role: Role = "seed" if self.role == "transformer-lm" else self.role
         return replace(self, label=role, role=role, last_update=milestone, milestones=())
 
     @property

@@ -1,6 +1,6 @@
 """Run a study on the cluster that runs this job.
 
-ray job submit --working-dir . -- python jobs/run_study.py plan.yaml results-folder
+ray job submit --working-dir . -- python jobs/run_study.py plan.yaml s3://bucket/results
 """
 
 import sys
@@ -12,10 +12,10 @@ from btm_cluster.plan import read_plan
 
 
 def main() -> None:
-    """Like `btm study PLAN --to FOLDER --address auto`."""
+    """Like `btm study PLAN --to PLACE --address auto`."""
     if len(sys.argv) != 3:
-        raise UserError("run_study.py takes two arguments", expected="the plan, and a folder for the results")
-    run_study_plan(read_plan(Path(sys.argv[1])), Path(sys.argv[2]), address="auto", in_process=False, dashboard=False)
+        raise UserError("run_study.py takes two arguments", expected="the plan, and a place for the results")
+    run_study_plan(read_plan(Path(sys.argv[1])), sys.argv[2], address="auto", in_process=False, dashboard=False)
 
 
 if __name__ == "__main__":

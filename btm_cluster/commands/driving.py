@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from btm_cluster.commands.forest import open_ledger
+from btm_cluster.errors import Stopped
 from btm_cluster.plan import Plan
 
 if TYPE_CHECKING:
@@ -42,27 +43,32 @@ def driving(
     with (
         ProgressView(consoles(json_output)[1]) as view,
         Tracking(plan, ledger.storage, view) as watcher,
-        _stop_on_signals(stop),
     ):
         if in_process:
             from btm_cluster.in_process import InProcess, LocalControl
 
-            yield Driver(ledger, InProcess(ledger, LocalControl(watcher, stop)))
+            driver = Driver(ledger, InProcess(ledger, LocalControl(watcher, stop)))
+            with _stop_on_signals(stop, driver):
+                yield driver
         else:
             from btm_cluster.on_ray.lazily import LazyRayWorkers
             from btm_cluster.recipes import expert_resources
 
             store, expert = ledger.storage.location, expert_resources(plan)
             with LazyRayWorkers(store, watcher, stop, plan.cluster, expert, address, dashboard) as workers:
-                yield Driver(ledger, workers)
+                driver = Driver(ledger, workers)
+                with _stop_on_signals(stop, driver):
+                    yield driver
 
 
 @contextmanager
-def _stop_on_signals(stop: threading.Event) -> Iterator[None]:
+def _stop_on_signals(stop: threading.Event, driver: "Driver") -> Iterator[None]:
     def ask(*_: object) -> None:
         if stop.is_set():  # asked twice: do not save, go
             raise KeyboardInterrupt
         stop.set()
+        if not driver.is_asking:  # the driver itself computes, and has nothing to save
+            raise Stopped("the run was stopped", remedy="the same command goes on from here")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

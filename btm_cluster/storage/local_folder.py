@@ -16,6 +16,8 @@ from btm_cluster.errors import MissingError, StoreError, UserError
 from btm_cluster.storage.port import Entry, check_key, check_prefix
 from btm_cluster.storage.requests import DONE, FAILED, count_request
 
+JOBS_COPY = "/runtime_resources/working_dir_files/"
+"""Part of every path in what Ray unpacks of a job's working directory."""
 _TEMPORARY = ".writing-"
 Result = TypeVar("Result")
 
@@ -39,6 +41,13 @@ class LocalFolder:
             pass  # not there yet, or named above
         except OSError as exc:
             found = found or str(exc)[:200]
+        if JOBS_COPY in self.location:
+            raise UserError(
+                f"what is written to {self.location} would be lost",
+                found="a folder in this Ray job's own copy of its working directory, which goes when the job ends",
+                expected="a bucket, or the absolute path of a folder that all nodes share",
+                remedy="choose another place",
+            )
         if found:
             raise UserError(
                 f"the store {self.location[:200]} cannot be a folder",

@@ -177,6 +177,10 @@ def one_thread_each() -> Iterator[ThreadPoolExecutor]:
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(cpu_count()) as pool:
-            yield pool
+            try:
+                yield pool
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
     finally:
         torch.set_num_threads(before)

@@ -160,7 +160,8 @@ def _is_of(scores: Artifact, going: set[str]) -> bool:
 
 
 def _reads(artifact: Artifact, domain: str) -> bool:
-    return artifact.kind == "source" and not artifact.recipe["is_target"] and artifact.note.get("name") == domain
+    """Whether it is the reading of a text of that name, as a domain or, earlier or by another plan, as a target."""
+    return artifact.kind == "source" and artifact.note.get("name") == domain
 
 
 def _is_expert_of(recipe: Mapping[str, object], texts: frozenset[str]) -> bool:

@@ -12,7 +12,7 @@ import boto3
 import moto
 import pytest
 
-from btm_cluster.errors import MissingError, StoreError
+from btm_cluster.errors import MissingError, StoreError, UserError
 from btm_cluster.storage import Storage, open_storage
 from btm_cluster.storage.local_folder import LocalFolder
 
@@ -67,6 +67,12 @@ def test_a_folder_that_cannot_be_read_is_an_error_and_does_not_count_as_empty(tm
         os.seteuid(user)
         closed.chmod(0o755)
     assert keys(storage, "forest/") == ["forest/0"]
+
+
+def test_a_folder_in_a_jobs_own_copy_of_its_working_directory_is_refused() -> None:
+    place = "/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_0/forests"
+    with pytest.raises(UserError, match="would be lost"):
+        open_storage(place).check()
 
 
 def keys(storage: Storage, prefix: str) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from btm_cluster.algorithm import prepare
 from btm_cluster.cli import app, run_command
 from btm_cluster.errors import UserError
 from btm_cluster.expansion.expand import expand
@@ -178,6 +179,15 @@ def test_a_purged_domain_leaves_nothing_but_tombstones_and_the_store_stays_sound
     collect(ledger, find_garbage(ledger, 10, DAY))
     assert verify(ledger).problems == ()
     assert ledger.tombstone(Ref("text", expert.text))
+
+
+def test_a_target_that_went_by_the_name_is_purged_too(plan: Plan, ledger: Ledger) -> None:
+    (market,) = [target for target in plan.targets if target.name == "market"]
+    earlier = plan.model_copy(update={"targets": (market.model_copy(update={"name": "meadow"}),)})
+    prepare(earlier, in_process(earlier))
+    purge(ledger, condemn(ledger, "meadow"))
+    assert not [a for a in ledger.list_artifacts("source") if a.note["name"] == "meadow"]
+    assert verify(ledger).problems == ()
 
 
 def test_what_was_purged_does_not_come_back_by_undo_rollback_inbox_or_plan(

@@ -1,5 +1,6 @@
 """Curves of a real run: TensorBoard's in the store, always; Weights & Biases' and MLflow's where the plan asks."""
 
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from tensorboardX.proto.event_pb2 import Event
 from btm_cluster.algorithm import grow
 from btm_cluster.cli import app, run_command
 from btm_cluster.commands.driving import driving
-from btm_cluster.errors import StoreError
+from btm_cluster.errors import Stopped, StoreError
 from btm_cluster.plan import Plan
 from btm_cluster.storage.local_folder import LocalFolder
 from btm_cluster.tracking import Tracking
@@ -57,6 +58,14 @@ class NoRoomForLogs(LocalFolder):
 
     def upload(self, key: str, path: Path) -> None:
         raise StoreError(f"cannot upload {key}", found=str(path))
+
+
+def test_a_run_that_is_stopped_while_the_driver_itself_computes_ends_at_once(plan: Plan) -> None:
+    with driving(plan, None, in_process=True, dashboard=False, json_output=True) as driver:
+        driver.is_asking = True  # workers notice by themselves, and save
+        signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(Stopped), driving(plan, None, in_process=True, dashboard=False, json_output=True):
+        signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_store_that_takes_no_curves_costs_a_warning(
