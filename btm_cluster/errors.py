@@ -88,3 +88,8 @@ class StepError(BtmError):
 
 class Stopped(BtmError):
     exit_code = 130
+
+
+def one_line(exc: BaseException, most: int = 300) -> str:
+    """What another library's exception says, as part of an error of ours: on one line, at most so many characters."""
+    return " ".join(str(exc).split())[:most] or type(exc).__name__

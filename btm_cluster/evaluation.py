@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from btm_cluster.cluster_ensemble import with_cluster_ensemble
-from btm_cluster.driver import Driver, step_error
+from btm_cluster.driver import Driver
 from btm_cluster.equations.averaging import argmax_weights, posterior_weights, uniform_weights
 from btm_cluster.equations.posterior import Kind, Posterior, PriorKind, calibrate, keep_top, log_prior
 from btm_cluster.forest import Forest
@@ -27,7 +27,6 @@ from btm_cluster.report import (
     SplitResult,
 )
 from btm_cluster.scores import ScoreStack
-from btm_cluster.workers import Failure
 
 FULL = Posterior("full")
 PosteriorName = Kind | Literal["none"]
@@ -137,10 +136,7 @@ def average_models(ground: Ground, forest: Forest, fits: Mapping[str, TargetFit]
     weights = {"uniform": uniform_weights(len(forest.experts))}
     weights |= {f"posterior for {name}": fit.average_weights for name, fit in fits.items()}
     requests = [average_request(ground, label, forest, w) for label, w in weights.items()]
-    outcomes = driver.obtain(driver.workers.average, requests)
-    failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
-    if failures:
-        raise step_error(failures)
+    driver.require(driver.workers.average, requests)
     return {label: request.ref for label, request in zip(weights, requests, strict=True)}
 
 

@@ -8,13 +8,13 @@ N tokens of all blocks, G discounts, beside the letters of the package.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from btm_cluster.equations.posterior import uniform_prior
+from btm_cluster.equations.posterior import discounted_sums, minimise, uniform_prior
 
 DISCOUNTS = (0.0, 0.5, 0.8, 0.9, 0.97, 0.99, 1.0)
 """γ of `fit_discounts`: from the last token alone to the whole prefix."""
@@ -92,17 +92,6 @@ def gate_loss(gate: Gate, logp_EBT: torch.Tensor, entropy_EBT: torch.Tensor, mas
     return -float(log_gated_mixture(gate, logp_EBT, entropy_EBT)[mask_BT].mean())
 
 
-def discounted_sums(values_EBT: torch.Tensor, discounts: Sequence[float]) -> torch.Tensor:
-    """Σ_{u<t} γ^(t-1-u) of the values, for each γ: [G, E, B, T]. Zero at position 0."""
-    rates_G = torch.tensor(discounts, dtype=values_EBT.dtype)[:, None, None]
-    # Time first: each step then writes one stretch of memory.
-    values_TEB = values_EBT.permute(2, 0, 1).contiguous()
-    sums_TGEB = torch.zeros(len(values_TEB), len(discounts), *values_EBT.shape[:2], dtype=values_EBT.dtype)
-    for t in range(1, len(values_TEB)):
-        torch.addcmul(values_TEB[t - 1], rates_G, sums_TGEB[t - 1], out=sums_TGEB[t])
-    return sums_TGEB.permute(1, 2, 3, 0)
-
-
 def fit_fixed_share(
     logp_EBT: torch.Tensor, mask_BT: torch.Tensor, log_prior_E: torch.Tensor | None = None
 ) -> FixedShare:
@@ -148,22 +137,6 @@ def fit_discounts(
 
     minimise(loss, [bias_E, weights_G] if fits_prior else [weights_G])
     return Discounts(torch.log_softmax(bias_E.detach(), dim=0), tuple(discounts), weights_G.detach() / scale_G)
-
-
-def minimise(loss: Callable[[], torch.Tensor], parameters: Sequence[torch.Tensor], steps: int = 200) -> None:
-    """Moves parameters to a minimum of a smooth loss, by L-BFGS."""
-    optimizer = torch.optim.LBFGS(
-        parameters, max_iter=steps, line_search_fn="strong_wolfe", tolerance_grad=1e-8, tolerance_change=1e-11
-    )
-
-    def evaluate() -> torch.Tensor:
-        optimizer.zero_grad()
-        value = loss()
-        value.backward()  # type: ignore[no-untyped-call]
-        return value
-
-    with torch.enable_grad():
-        optimizer.step(evaluate)  # type: ignore[no-untyped-call]
 
 
 def take_evenly(mask_BT: torch.Tensor, most: int) -> torch.Tensor:

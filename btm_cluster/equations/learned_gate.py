@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional
 
-from btm_cluster.equations.gates import FIT_TOKENS, discounted_sums, minimise, take_evenly
+from btm_cluster.equations.gates import DISCOUNTS, FIT_TOKENS, take_evenly
+from btm_cluster.equations.posterior import discounted_sums, minimise
 
-DISCOUNTS = (0.0, 0.5, 0.8, 0.9, 0.97, 0.99, 1.0)
 HIDDEN = 16
 BATCH_TOKENS = 2048
 STEPS_BETWEEN_LOOKS = 25

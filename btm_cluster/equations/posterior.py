@@ -10,6 +10,7 @@ them out of what is estimated.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,6 +23,7 @@ EMA_RATE = 0.3
 """λ of the paper's running estimate of the prior: the weight of the newest block."""
 EM_TOLERANCE = 1e-11
 EM_STEPS = 5000
+LBFGS_STEPS = 200
 DEFAULT_EVIDENCE_WEIGHT = 0.22
 """β where nothing can be fitted: what a prototype fitted over sixteen domains."""
 LITTLE_EVIDENCE_WEIGHT = 0.01
@@ -51,7 +53,7 @@ def evidence(logp_EBT: torch.Tensor, posterior: Posterior) -> torch.Tensor:
     elif posterior.kind == "window":
         summed_EBT = _windowed_sum(shifted_EBT, posterior.window_tokens)
     else:
-        summed_EBT = _discounted_sum(shifted_EBT, posterior.discount)
+        summed_EBT = discounted_sums(logp_EBT, [posterior.discount])[0]
     return posterior.weight * summed_EBT
 
 
@@ -151,6 +153,33 @@ def calibrate(
     return best[0], replace(posterior, kind="calibrated", weight=best[1])
 
 
+def discounted_sums(values_EBT: torch.Tensor, discounts: Sequence[float]) -> torch.Tensor:
+    """Σ_{u<t} γ^(t-1-u) of the values, for each γ: [G, E, B, T]. Zero at position 0."""
+    rates_G = torch.tensor(discounts, dtype=values_EBT.dtype)[:, None, None]
+    # Time first: each step then writes one stretch of memory.
+    values_TEB = values_EBT.permute(2, 0, 1).contiguous()
+    sums_TGEB = torch.zeros(len(values_TEB), len(discounts), *values_EBT.shape[:2], dtype=values_EBT.dtype)
+    for t in range(1, len(values_TEB)):
+        torch.addcmul(values_TEB[t - 1], rates_G, sums_TGEB[t - 1], out=sums_TGEB[t])
+    return sums_TGEB.permute(1, 2, 3, 0)
+
+
+def minimise(loss: Callable[[], torch.Tensor], parameters: Sequence[torch.Tensor]) -> None:
+    """Moves parameters to a minimum of a smooth loss, by L-BFGS."""
+    optimizer = torch.optim.LBFGS(
+        parameters, max_iter=LBFGS_STEPS, line_search_fn="strong_wolfe", tolerance_grad=1e-8, tolerance_change=1e-11
+    )
+
+    def evaluate() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(evaluate)  # type: ignore[no-untyped-call]
+
+
 def responsibilities(logp_EBT: torch.Tensor, log_prior_E: torch.Tensor, posterior: Posterior) -> torch.Tensor:
     """p(D=j | x_≤t): each expert's share in explaining each token once it is seen. [E, B, T]."""
     return torch.softmax(log_posterior(logp_EBT, log_prior_E, posterior) + logp_EBT, dim=0)
@@ -181,15 +210,6 @@ def _windowed_sum(shifted_EBT: torch.Tensor, window: int) -> torch.Tensor:
     return total_EBT
 
 
-def _discounted_sum(shifted_EBT: torch.Tensor, discount: float) -> torch.Tensor:
-    sums_EBT = torch.empty_like(shifted_EBT)
-    running_EB = torch.zeros_like(shifted_EBT[..., 0])
-    for t in range(shifted_EBT.shape[-1]):
-        running_EB = discount * running_EB + shifted_EBT[..., t]
-        sums_EBT[..., t] = running_EB
-    return sums_EBT
-
-
 def _mixture_loss(
     evidence_EN: torch.Tensor, logp_EN: torch.Tensor, bias_E: torch.Tensor, weight: torch.Tensor | float
 ) -> torch.Tensor:
@@ -204,19 +224,8 @@ def _climb(
     """The log-prior [E] and β of a maximum of the likelihood near a start. L-BFGS; β = exp(·) stays positive."""
     bias_E = start_E.detach().clone().requires_grad_(fits_prior)
     log_weight = torch.tensor(start_weight, dtype=logp_EN.dtype).log().requires_grad_(True)
-    optimizer = torch.optim.LBFGS(
+    minimise(
+        lambda: _mixture_loss(evidence_EN, logp_EN, bias_E, log_weight.exp()),
         [bias_E, log_weight] if fits_prior else [log_weight],
-        max_iter=100,
-        line_search_fn="strong_wolfe",
-        tolerance_grad=1e-7,
     )
-
-    def loss() -> torch.Tensor:
-        optimizer.zero_grad()
-        value = _mixture_loss(evidence_EN, logp_EN, bias_E, log_weight.exp())
-        value.backward()  # type: ignore[no-untyped-call]
-        return value
-
-    with torch.enable_grad():
-        optimizer.step(loss)  # type: ignore[no-untyped-call]
     return torch.log_softmax(bias_E.detach(), dim=0), float(log_weight.detach().exp())

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from btm_cluster.errors import PlanError, UserError
+from btm_cluster.errors import PlanError, UserError, one_line
 from btm_cluster.plan import ModelPlan, Preset
 
 _VOCABULARY_MULTIPLE = (
@@ -135,7 +135,7 @@ def _build_config(given: Mapping[str, Any]) -> PretrainedConfig:
     except Exception as exc:  # transformers raises anything from KeyError to ZeroDivisionError on a bad shape
         raise PlanError(
             f"no {given['model_type']} can be built from model.config",
-            found=" ".join(str(exc).split())[:300],
+            found=one_line(exc),
             remedy="mend its shape: widths that heads divide, and a model_type that is a causal language model",
         ) from exc
     return config

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from btm_cluster.errors import UserError
+from btm_cluster.errors import UserError, one_line
 from btm_cluster.language_model.model import check_causal, check_fits, plain_config, save_weights, weights_of
 from btm_cluster.language_model.tokenizer import import_tokenizer, open_pretrained_tokenizer
 from btm_cluster.workers import ImportTokenizer, Pretrained, TrainRequest
@@ -39,7 +39,7 @@ def resolve(source: str, patterns: Sequence[str] = _TOKENIZER_PATTERNS) -> Path:
     except (OSError, ValueError) as exc:  # the hub's errors are one or the other
         raise UserError(
             f"cannot find the pretrained {source}",
-            found=f"no such folder, and from the hub: {_one_line(exc)}",
+            found=f"no such folder, and from the hub: {one_line(exc)}",
             expected="a local folder, or a name on the hub",
             remedy="check the path or name, and whether this machine reaches the hub",
         ) from exc
@@ -121,7 +121,7 @@ def pretrained_config(pretrained: Pretrained, vocabulary: int, block_tokens: int
     except Exception as exc:  # transformers raises anything from KeyError to ImportError on what it does not know
         raise UserError(
             f"{pretrained.source} is no causal language model",
-            found=_one_line(exc),
+            found=one_line(exc),
             expected="a config.json that AutoModelForCausalLM knows without code of its own",
             remedy="give a model of another architecture, or save this one again with save_pretrained",
         ) from exc
@@ -157,7 +157,7 @@ def _load(pretrained: Pretrained) -> PreTrainedModel:
     except Exception as exc:  # safetensors has an error of its own, beside those of transformers
         raise UserError(
             f"cannot read the weights in {pretrained.source}",
-            found=_one_line(exc),
+            found=one_line(exc),
             expected="whole *.safetensors files",
             remedy="copy or save the model again",
         ) from exc
@@ -188,7 +188,3 @@ def _hash_files(paths: Sequence[Path]) -> str:
 def _hash_file(path: Path, size: int, modified_ns: int) -> bytes:  # noqa: ARG001 (they tell when to read it again)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
-
-
-def _one_line(exc: Exception) -> str:
-    return " ".join(str(exc).split())[:300] or type(exc).__name__

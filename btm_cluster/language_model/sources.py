@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from btm_cluster.errors import TextError
+from btm_cluster.errors import TextError, one_line
 from btm_cluster.language_model.files import (
     Budget,
     SourceFile,
@@ -99,7 +99,7 @@ def _expand(name: str, pattern: str) -> list[SourceFile]:
     except (OSError, pyarrow.ArrowException) as exc:
         raise TextError(
             f"cannot list the text of {name!r}",
-            found=f"{pattern}: {_one_line(exc)}",
+            found=f"{pattern}: {one_line(exc)}",
             remedy="check the address, and AWS_ENDPOINT_URL, AWS_REGION and the credentials in the environment",
         ) from exc
     if not found:
@@ -129,7 +129,7 @@ def _read_file(path: str, source: TextPlan, longest: int, budget: Budget | None)
     except (OSError, EOFError, pyarrow.ArrowException) as exc:
         raise TextError(
             f"cannot read the text of {source.name!r}",
-            found=f"{path}: {_one_line(exc)}",
+            found=f"{path}: {one_line(exc)}",
             expected="a whole file of the kind that its name says",
             remedy="mend or replace the file",
         ) from exc
@@ -252,11 +252,7 @@ def _hub_revision(name: str, dataset: DatasetPlan) -> str:
 def _dataset_error(name: str, where: str, exc: Exception) -> TextError:
     return TextError(
         f"cannot read the data set of {name!r}",
-        found=f"{where}: {_one_line(exc)}",
+        found=f"{where}: {one_line(exc)}",
         expected="a local folder that `datasets` reads, or a name on a hub that can be reached",
         remedy="check name, configuration, split and network; files with bad lines can be read as `text`",
     )
-
-
-def _one_line(exc: Exception) -> str:
-    return " ".join(str(exc).split())[:300] or type(exc).__name__

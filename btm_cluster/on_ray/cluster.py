@@ -12,7 +12,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from btm_cluster.errors import ResourcesError
+from btm_cluster.errors import ResourcesError, one_line
 from btm_cluster.workers import Resources
 
 NAMESPACE = "btm"
@@ -56,7 +56,7 @@ def _join(address: str, options: Mapping[str, Any]) -> None:
     except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as exc:
         raise ResourcesError(
             f"the Ray cluster at {address} lets nobody in",
-            found=" ".join(str(exc).split())[:300],
+            found=one_line(exc),
             expected="the same versions of Ray and Python, and the cluster's token",
             remedy="set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token to the cluster's token",
         ) from exc

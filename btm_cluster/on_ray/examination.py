@@ -13,7 +13,7 @@ from ray.job_submission import JobSubmissionClient
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from btm_cluster.checks import Check, Machine, look_around
-from btm_cluster.errors import ResourcesError
+from btm_cluster.errors import ResourcesError, one_line
 from btm_cluster.on_ray.cluster import connected, fits, group_words, nodes_words
 from btm_cluster.workers import Resources
 
@@ -76,9 +76,9 @@ def _examine_dashboard(address: str) -> list[Check]:
         client.list_jobs()
         client.get_version()
     except ray.exceptions.AuthenticationError as exc:
-        return [Check("token", "wrong", " ".join(str(exc).split())[:160], _TOKEN_REMEDY)]
+        return [Check("token", "wrong", one_line(exc, 160), _TOKEN_REMEDY)]
     except (ConnectionError, RuntimeError) as exc:
-        found = " ".join(str(exc).split())[:200]
+        found = one_line(exc, 200)
         return [Check("Ray", "wrong", f"{address}: {found}", "check the address, and that the head runs")]
     inside = "nodes are seen from inside alone: ray job submit --working-dir . -- btm doctor PLAN --address auto"
     return [Check("Ray", "ok", f"its dashboard answers at {address}"), Check("nodes", "note", "not looked at", inside)]

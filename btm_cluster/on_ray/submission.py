@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from btm_cluster.errors import StepError, UserError
+from btm_cluster.errors import StepError, UserError, one_line
 
 POLL_SECONDS = 2.0
 AGENT_SECONDS = 120.0
@@ -75,7 +75,7 @@ def _client(address: str) -> JobSubmissionClient:
     except (ConnectionError, RuntimeError, AuthenticationError) as exc:
         raise UserError(
             f"no jobs can be submitted at {address}",
-            found=" ".join(str(exc).split())[:300],
+            found=one_line(exc),
             expected="the address of a Ray dashboard, and its token in RAY_AUTH_TOKEN",
             remedy="`btm doctor` with this RAY_ADDRESS says more",
         ) from exc
@@ -88,7 +88,7 @@ def _jobs(client: JobSubmissionClient, address: str) -> dict[str, JobDetails]:
     except STUMBLES as exc:
         raise StepError(
             f"the cluster at {address} does not say which jobs it has",
-            found=" ".join(str(exc).split())[:300],
+            found=one_line(exc),
             remedy="submit it again: it takes up what has begun",
         ) from exc
 
@@ -103,7 +103,7 @@ def _submit(client: JobSubmissionClient, job: Mapping[str, Any], say: Say) -> No
             if "No available agent" not in str(exc) or time.monotonic() > deadline:
                 raise StepError(  # another submitter of this tick was faster, or the cluster went away
                     f"{job['submission_id']} could not be submitted",
-                    found=" ".join(str(exc).split())[:300],
+                    found=one_line(exc),
                     remedy="submit it again: it takes up what has begun",
                 ) from exc
         say("the cluster takes no jobs yet, trying again")
@@ -118,7 +118,7 @@ def _await_end(client: JobSubmissionClient, job: str, say: Say) -> int:
         except STUMBLES as exc:
             raise StepError(
                 f"{job}: the cluster does not answer, or does not know it any more",
-                found=" ".join(str(exc).split())[:300],
+                found=one_line(exc),
                 remedy="if the head was started anew, the job went with it; submitted again, it goes on from the store",
             ) from exc
         if details.status.is_terminal():

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from btm_cluster.errors import PlanError
+from btm_cluster.errors import PlanError, one_line
 
 _LARGEST_PLAN_BYTES = 1 << 20
 _MERGE_TAG = "tag:yaml.org,2002:merge"
@@ -23,7 +23,7 @@ def read_plan_file(path: Path) -> dict[Any, Any]:
     except yaml.MarkedYAMLError as exc:
         raise PlanError(f"the plan {path} is not YAML", found=_place(exc), remedy=_yaml_remedy(exc)) from exc
     except (yaml.YAMLError, ValueError, RecursionError) as exc:  # such as the date 2024-13-13, or 5,000 brackets
-        found = " ".join(str(exc).split())[:200]
+        found = one_line(exc, 200)
         raise PlanError(f"the plan {path} is not YAML", found=found, remedy="`btm init` writes a starter") from exc
     if not isinstance(raw, dict):
         found = "nothing" if raw is None else {"str": "one text", "list": "a list"}.get(type(raw).__name__, repr(raw))
