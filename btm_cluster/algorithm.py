@@ -33,7 +33,7 @@ from btm_cluster.recipes import (
     vocabulary_of,
     without_withdrawn,
 )
-from btm_cluster.records import Pin, find_pin, pin, pin_identity
+from btm_cluster.records import BranchPoint, branch_point_identity, find_branch_point, settle_branch_point
 from btm_cluster.workers import Failure, Outcome, Resources, Start, Tokenize, TrainRequest
 
 MERGE_ATTEMPTS = 100
@@ -98,22 +98,22 @@ def plant(ground: Ground, driver: Driver) -> Forest:
 
 def branch(ground: Ground, forest: Forest, driver: Driver) -> list[TrainRequest]:
     """Where each domain's expert starts: the first batch from the seed, later ones as the plan says, all from one forest."""
-    return pinned_branches(ground, forest, new_domains(ground, forest), {}, driver)
+    return settled_branches(ground, forest, new_domains(ground, forest), {}, driver)
 
 
-def pinned_branches(
+def settled_branches(
     ground: Ground, forest: Forest, domains: Sequence[PreparedText], contents: Mapping[str, str], driver: Driver
 ) -> list[TrainRequest]:
-    """A request for each domain's expert. Where a later domain's starts is pinned in the store before anything of it is made.
+    """A request for each domain's expert. Where a later domain's starts is settled in the store before anything of it is made.
 
     Whoever resumes it, and whatever the forest has grown by then, it is the same expert. A founding domain's follows from
     the foundation. `contents` is what lies in the inbox, by domain.
     """
     ledger, seed = driver.ledger, forest.foundation.seed
     later = [domain for domain in domains if (domain.name, domain.identity) not in forest.foundation.domains]
-    identities = [pin_identity(domain.name, domain.identity, seed) for domain in later]
+    identities = [branch_point_identity(domain.name, domain.identity, seed) for domain in later]
     with ThreadPoolExecutor(THREADS) as pool:
-        found = pool.map(lambda identity: find_pin(ledger, identity), identities)
+        found = pool.map(lambda identity: find_branch_point(ledger, identity), identities)
     starts = {one.domain: one.start for one in found if one is not None}
     new = [domain for domain in domains if domain.name not in starts]
     base_hash = ledger.version_hash(forest.version) if new else ""
@@ -122,8 +122,8 @@ def pinned_branches(
             starts[domain.name] = start
             continue
         files = contents.get(domain.name, "")
-        wanted = Pin(domain.name, domain.identity, seed, forest.version, base_hash, start, files)
-        starts[domain.name] = pin(ledger, wanted).start
+        wanted = BranchPoint(domain.name, domain.identity, seed, forest.version, base_hash, start, files)
+        starts[domain.name] = settle_branch_point(ledger, wanted).start
     return [expert_request(ground, domain, starts[domain.name]) for domain in domains]
 
 

@@ -1,6 +1,6 @@
 """What a living forest notes down in its store, beside artifacts and versions: small documents, each created once.
 
-    expansions/<id>.json               where a new domain's expert starts, pinned before anything of it is made
+    expansions/<id>.json               where a new domain's expert branches, settled before anything of it is made
     held/<id>-<version>.json           an expert without which version n of the forest was better
     quarantine/<id>.json               what the inbox had under a name and was refused, until it is replaced
 
@@ -23,7 +23,7 @@ EXPANSIONS, HELD, QUARANTINE, TOMBSTONES, LOGS = "expansions/", "held/", "quaran
 
 
 @dataclass(frozen=True)
-class Pin:
+class BranchPoint:
     """Where a domain's expert starts: fixed before it does, so that a forest that grows meanwhile changes nothing."""
 
     domain: str
@@ -37,26 +37,26 @@ class Pin:
 
     @property
     def identity(self) -> str:
-        return pin_identity(self.domain, self.text, self.seed)
+        return branch_point_identity(self.domain, self.text, self.seed)
 
 
 @dataclass(frozen=True)
 class Held:
     """An expert that was trained and not merged: what the forest would have lost."""
 
-    pin: str
+    branch_point: str
     model: str
     base_version: int
     rise: float
     reason: str
 
 
-def pin_identity(domain: str, text: str, seed: str) -> str:
-    """Of the start of a domain's expert: the question that its pin answers."""
+def branch_point_identity(domain: str, text: str, seed: str) -> str:
+    """Of the start of a domain's expert: the question that its branch point answers."""
     return identity_of({"domain": domain, "text": text, "seed": seed})
 
 
-def pin(ledger: Ledger, wanted: Pin) -> Pin:
+def settle_branch_point(ledger: Ledger, wanted: BranchPoint) -> BranchPoint:
     """Pins a start, and returns it: ours, or that of whoever was first."""
     body = {name: value for name, value in asdict(wanted).items() if name != "start"}
     start = {
@@ -65,42 +65,44 @@ def pin(ledger: Ledger, wanted: Pin) -> Pin:
         "keep_optimizer": wanted.start.keep_optimizer,
     }
     ledger.create_record(_pin_key(wanted.identity), body | {"start": start})
-    standing = find_pin(ledger, wanted.identity)
+    standing = find_branch_point(ledger, wanted.identity)
     assert standing is not None
     return standing
 
 
-def find_pin(ledger: Ledger, identity: str) -> Pin | None:
-    """The pin of that identity, or None where nothing was pinned."""
+def find_branch_point(ledger: Ledger, identity: str) -> BranchPoint | None:
+    """The branch point of that identity, or None where none was settled."""
     record = ledger.read_record(_pin_key(identity))
     if record is None:
         return None
     body = {name: value for name, value in record.items() if name != "note"}
     start = body.pop("start")
     parents = tuple(Parent(**parent) for parent in start["parents"])
-    return Pin(**body, start=Start(Ref("model", start["model"]), parents, start["keep_optimizer"]))
+    return BranchPoint(**body, start=Start(Ref("model", start["model"]), parents, start["keep_optimizer"]))
 
 
-def list_pins(ledger: Ledger) -> Iterator[Pin]:
-    """Every pin."""
+def list_branch_points(ledger: Ledger) -> Iterator[BranchPoint]:
+    """Every one."""
     identities = [_stem(entry.key) for entry in ledger.storage.list(EXPANSIONS)]
     with ThreadPoolExecutor(THREADS) as pool:
-        yield from (found for found in pool.map(lambda one: find_pin(ledger, one), identities) if found is not None)
+        yield from (
+            found for found in pool.map(lambda one: find_branch_point(ledger, one), identities) if found is not None
+        )
 
 
-def open_pins(ledger: Ledger, forest: Forest | None) -> list[Pin]:
+def open_branch_points(ledger: Ledger, forest: Forest | None) -> list[BranchPoint]:
     """Pins of experts that are neither in the forest nor taken out of it: expansions in the making, or held back."""
     settled = () if forest is None else (*forest.domains, *forest.withdrawn)
-    return [one for one in list_pins(ledger) if one.domain not in settled]
+    return [one for one in list_branch_points(ledger) if one.domain not in settled]
 
 
 def hold(ledger: Ledger, held: Held) -> None:
     """Notes that an expert is held back from a version."""
-    ledger.create_record(f"{HELD}{held.pin}-{held.base_version:06d}.json", asdict(held))
+    ledger.create_record(f"{HELD}{held.branch_point}-{held.base_version:06d}.json", asdict(held))
 
 
 def newest_held(ledger: Ledger) -> dict[str, Held]:
-    """What is held back, by the identity of its pin: the newest judgement of each."""
+    """What is held back, by the identity of its branch point: the newest judgement of each."""
     newest = {_stem(entry.key).partition("-")[0]: entry.key for entry in ledger.storage.list(HELD)}
     found: dict[str, Held] = {}
     for identity, key in newest.items():

@@ -18,7 +18,7 @@ from btm_cluster.forest import Expert, Forest
 from btm_cluster.ledger import Ref
 from btm_cluster.plan import MergingPlan
 from btm_cluster.recipes import Ground, PreparedText, stored_text, tokenize_requests
-from btm_cluster.records import Held, pin_identity
+from btm_cluster.records import Held, branch_point_identity
 from btm_cluster.scores import ScoreStack
 
 
@@ -125,5 +125,5 @@ def _held(expert: Expert, forest: Forest, rise: float, before: float, allowed: f
         f"with it, the mean development perplexity of forest version {forest.version} goes from {before:.2f} to "
         f"{before * (1 + rise):.2f} ({rise:+.2%}); the plan allows {allowed:+.2%}"
     )
-    pin = pin_identity(expert.domain, expert.text, forest.foundation.seed)
-    return Held(pin, expert.identity, forest.version, rise, reason)
+    point = branch_point_identity(expert.domain, expert.text, forest.foundation.seed)
+    return Held(point, expert.identity, forest.version, rise, reason)

@@ -1,6 +1,6 @@
 """`btm expand`: the domains that the plan or the inbox has and the forest has not become experts, and a new version.
 
-Where each starts is pinned in the store first, so that whoever resumes it, and whatever else the forest has grown by then, it
+Where each starts is settled in the store first, so that whoever resumes it, and whatever else the forest has grown by then, it
 is the same expert. Nothing that exists is trained or scored again; with nothing to add, nothing is started.
 """
 
@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from btm_cluster.algorithm import merge, pinned_branches, train
+from btm_cluster.algorithm import merge, settled_branches, train
 from btm_cluster.driver import Driver
 from btm_cluster.errors import UserError
 from btm_cluster.expansion.acceptance import Gain, judge
@@ -19,7 +19,7 @@ from btm_cluster.forest import Forest, describe_forest
 from btm_cluster.ledger import THREADS, Ledger
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import Ground
-from btm_cluster.records import find_pin, hold, newest_held, pin_identity
+from btm_cluster.records import branch_point_identity, find_branch_point, hold, newest_held
 from btm_cluster.workers import Failure
 
 
@@ -86,7 +86,7 @@ def _grow(new: NewGround, forest: Forest, inbox: Inbox, passed_over: Mapping[str
     held = _still_held(ground, forest, ledger)
     domains = [domain for domain in ground.domains if domain.name not in held]
     contents = {arrival.domain.name: arrival.contents for arrival in inbox.arrivals}
-    experts, failures = train(pinned_branches(ground, forest, domains, contents, driver), driver)
+    experts, failures = train(settled_branches(ground, forest, domains, contents, driver), driver)
     judgement = judge(ground, ledger.forest() or forest, experts, driver)
     for one in judgement.held.values():
         hold(ledger, one)
@@ -109,10 +109,10 @@ def _passed_over(ledger: Ledger, forest: Forest, inbox: Inbox) -> dict[str, str]
     """What the inbox has of settled domains and should be told: taken out, or not what the expert was trained on."""
     reasons = {name: "it was taken out of the forest" for name in inbox.known if name in forest.withdrawn}
     texts = {expert.domain: expert.text for expert in forest.experts if expert.domain in inbox.known}
-    identities = [pin_identity(name, text, forest.foundation.seed) for name, text in texts.items()]
+    identities = [branch_point_identity(name, text, forest.foundation.seed) for name, text in texts.items()]
     with ThreadPoolExecutor(THREADS) as pool:
-        pins = pool.map(lambda identity: find_pin(ledger, identity), identities)
-    for one in pins:
+        points = pool.map(lambda identity: find_branch_point(ledger, identity), identities)
+    for one in points:
         if one is not None and one.contents and one.contents != inbox.known[one.domain]:
             reasons[one.domain] = "its files are no longer those its expert was trained on; give new text a new name"
     return reasons
@@ -124,6 +124,8 @@ def _still_held(ground: Ground, forest: Forest, ledger: Ledger) -> dict[str, str
     if limit is None:
         return {}
     judged = newest_held(ledger)
-    held = {d.name: judged.get(pin_identity(d.name, d.identity, forest.foundation.seed)) for d in ground.domains}
+    held = {
+        d.name: judged.get(branch_point_identity(d.name, d.identity, forest.foundation.seed)) for d in ground.domains
+    }
     allowed = limit.development_perplexity_rise_at_most
     return {name: one.reason for name, one in held.items() if one is not None and one.rise > allowed}

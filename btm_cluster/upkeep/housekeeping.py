@@ -13,7 +13,7 @@ from typing import Any
 
 from btm_cluster.errors import StoreError
 from btm_cluster.ledger import THREADS, Artifact, Ledger, Ref, artifact_key, blob_key
-from btm_cluster.records import EXPANSIONS, HELD, QUARANTINE, TOMBSTONES, open_pins
+from btm_cluster.records import EXPANSIONS, HELD, QUARANTINE, TOMBSTONES, open_branch_points
 from btm_cluster.storage import Storage
 from btm_cluster.workers import way_of
 
@@ -79,8 +79,8 @@ def find_garbage(ledger: Ledger, keep_versions: int, grace_seconds: float) -> Ga
     young = {key for key in manifests if entries[key].modified >= oldest_kept}
     artifacts = {a.ref: a for key, a in manifests.items() if a.kind != "training"}
 
-    pins = open_pins(ledger, ledger.forest())
-    expanding = {pin.text for pin in pins}
+    points = open_branch_points(ledger, ledger.forest())
+    expanding = {point.text for point in points}
     roots = {manifests[key].ref for key in young if manifests[key].kind != "training"}
     in_the_making = {
         artifact.identity: artifact
@@ -89,8 +89,8 @@ def find_garbage(ledger: Ledger, keep_versions: int, grace_seconds: float) -> Ga
     }
     for training in in_the_making.values():
         roots |= set(_needs("model", training.facts.get("model", {})))
-    roots |= {ref for pin in pins for ref in (Ref("text", pin.text), pin.start.model)}
-    roots |= {Ref("model", parent.identity) for pin in pins for parent in pin.start.parents}
+    roots |= {ref for point in points for ref in (Ref("text", point.text), point.start.model)}
+    roots |= {Ref("model", parent.identity) for point in points for parent in point.start.parents}
     roots |= {ref for ref, a in artifacts.items() if ref.kind == "model" and _is_expert_of(a.recipe, expanding)}
     for version in {*ledger.versions()[-keep_versions:], *ledger.pinned()}:
         forest = ledger.forest(version)

@@ -13,7 +13,7 @@ from btm_cluster.errors import UserError
 from btm_cluster.expansion.inbox import INBOX, MARKER
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import THREADS, Artifact, Ledger, Ref, artifact_key, blob_key, tombstone_key, training_folder
-from btm_cluster.records import EXPANSIONS, HELD, LOGS, QUARANTINE, list_pins, list_quarantine, newest_held
+from btm_cluster.records import EXPANSIONS, HELD, LOGS, QUARANTINE, list_branch_points, list_quarantine, newest_held
 from btm_cluster.upkeep.housekeeping import read_manifests
 
 
@@ -30,7 +30,7 @@ class Condemned:
     trainings: tuple[str, ...]
     """Models with training checkpoints, or with versions of such."""
     records: tuple[str, ...]
-    """Pins, judgements and refusals of the domain, and pins of experts to come that would start from its expert."""
+    """Branch points, judgements and refusals of the domain, and branch points that would start from its expert."""
     inbox_files: int
     kinds: Mapping[str, int]
     """Artifacts by kind."""
@@ -103,7 +103,7 @@ def _texts_of(
     forests = list(versions)
     named = {expert.text for forest in forests for expert in forest.experts if expert.domain == domain}
     named |= {text for forest in forests[:1] for name, text in forest.foundation.domains if name == domain}
-    named |= {pin.text for pin in list_pins(ledger) if pin.domain == domain}
+    named |= {point.text for point in list_branch_points(ledger) if point.domain == domain}
     named |= {str(a.facts["text"]) for a in manifests.values() if _reads(a, domain)}
     others = {expert.text for forest in forests[-1:] for expert in forest.experts if expert.domain != domain}
     return frozenset(named - others)
@@ -113,17 +113,19 @@ def _records_of(
     ledger: Ledger, domain: str, versions: list[Forest], experts: Mapping[str, tuple[str, ...]]
 ) -> set[str]:
     standing = versions[-1].domains if versions else ()
-    pins = {
-        pin.identity
-        for pin in list_pins(ledger)
-        if pin.domain == domain
-        or (pin.domain not in standing and {parent.identity for parent in pin.start.parents} & experts.keys())
+    points = {
+        point.identity
+        for point in list_branch_points(ledger)
+        if point.domain == domain
+        or (point.domain not in standing and {parent.identity for parent in point.start.parents} & experts.keys())
     }
     refused = {i for i, record in list_quarantine(ledger).items() if record["folder"] == domain}
-    keys = {f"{EXPANSIONS}{pin}.json" for pin in pins} | {f"{QUARANTINE}{identity}.json" for identity in refused}
+    keys = {f"{EXPANSIONS}{point}.json" for point in points} | {f"{QUARANTINE}{identity}.json" for identity in refused}
     curves = (entry.key.split("/")[:3] for entry in ledger.storage.list(LOGS))
     keys |= {"/".join([*folders, ""]) for folders in curves if folders[-1] == domain}
-    return keys | {f"{HELD}{held.pin}-" for held in newest_held(ledger).values() if held.pin in pins}
+    return keys | {
+        f"{HELD}{held.branch_point}-" for held in newest_held(ledger).values() if held.branch_point in points
+    }
 
 
 def _goes(artifact: Artifact, domain: str, texts: frozenset[str], experts: Mapping[str, object]) -> bool:

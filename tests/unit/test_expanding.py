@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from btm_cluster.algorithm import grow, merge, pinned_branches, train
+from btm_cluster.algorithm import grow, merge, settled_branches, train
 from btm_cluster.display_expansion import show_expanded
 from btm_cluster.driver import Driver
 from btm_cluster.errors import FoundationError, UserError
@@ -150,7 +150,7 @@ def test_a_started_expansion_goes_on_from_where_it_was_pinned_though_the_log_mov
     bare = plan.model_copy(update={"domains": (), "targets": ()})
     inbox = look(ledger, bare, base.domains)
     ground = prepare_new(bare, inbox.arrivals, base, interrupted).ground
-    (pinned,) = pinned_branches(ground, base, ground.domains, {}, interrupted)
+    (pinned,) = settled_branches(ground, base, ground.domains, {}, interrupted)
     arrive("island")
     moved = expand(changed(plan, branching={"start": "seed"}), in_process(plan))  # as if one had come in between
     assert moved.added == ("island", "meadow")
@@ -166,7 +166,7 @@ def test_two_expansions_at_once_both_end_up_in_the_forest(
     bare = plan.model_copy(update={"domains": (), "targets": ()})
     slow = in_process(plan)
     ground = prepare_new(bare, look(ledger, bare, base.domains).arrivals, base, slow).ground
-    experts, _ = train(pinned_branches(ground, base, ground.domains, {}, slow), slow)
+    experts, _ = train(settled_branches(ground, base, ground.domains, {}, slow), slow)
     arrive("island")
     fast = expanded(plan)
     assert fast.added == ("island", "meadow")

@@ -12,7 +12,7 @@ from btm_cluster.errors import IntegrityError, MissingError
 from btm_cluster.forest import Parent
 from btm_cluster.ledger import Artifact, Ledger, Ref, blob_key
 from btm_cluster.plan import Plan
-from btm_cluster.records import Held, Pin, hold, pin, quarantine
+from btm_cluster.records import BranchPoint, Held, hold, quarantine, settle_branch_point
 from btm_cluster.run import run_plan
 from btm_cluster.upkeep.housekeeping import collect, find_garbage, reached, store_time, verify
 from btm_cluster.workers import Start
@@ -193,14 +193,14 @@ def test_an_expansion_in_the_making_keeps_what_its_expert_starts_from_however_ol
     ledger.append(type(forest)(2, forest.foundation, (), {}, reason="as if nothing were kept", withdrawn=("harbour",)))
     averages = [m for m in ledger.list_artifacts("model") if kitchen.identity in m.parents and "average" in m.recipe]
     start = Start(averages[0].ref, (Parent(kitchen.identity, 1.0),), False)
-    pinned = pin(ledger, Pin("news", kitchen.text, forest.foundation.seed, 1, "", start, ""))
+    settled = settle_branch_point(ledger, BranchPoint("news", kitchen.text, forest.foundation.seed, 1, "", start, ""))
     let_all_be_old(plan.store)
     kept = {f"artifacts/model/{identity}.json" for identity in (kitchen.identity, averages[0].identity)}
     kept |= {f"artifacts/text/{kitchen.text}.json"}
     found = find_garbage(ledger, keep_versions=1, grace_seconds=DAY)
     assert not kept & set(found.manifests)
     assert f"artifacts/model/{harbour.identity}.json" in found.manifests or harbour.identity in averages[0].parents
-    hold(ledger, Held(pinned.identity, "0" * 64, 1, 0.5, "worse"))
+    hold(ledger, Held(settled.identity, "0" * 64, 1, 0.5, "worse"))
     quarantine(ledger, "bad", "1" * 64, "a link")
     ledger.create_record(f"tombstones/text/{'2' * 64}.json", {"domain": "gone", "parents": []})
     let_all_be_old(plan.store)

@@ -16,7 +16,7 @@ from btm_cluster.expansion.expand import expand
 from btm_cluster.forest import Forest, difference
 from btm_cluster.ledger import Ledger, Ref, artifact_key
 from btm_cluster.plan import Plan
-from btm_cluster.records import list_pins
+from btm_cluster.records import list_branch_points
 from btm_cluster.run import run_plan
 from btm_cluster.upkeep.housekeeping import collect, find_garbage, verify
 from btm_cluster.upkeep.purge import condemn, purge
@@ -162,9 +162,9 @@ def test_a_purged_domain_leaves_nothing_but_tombstones_and_the_store_stays_sound
     for trace in (document, expert.text, expert.weights_sha256, "meadow"):
         assert not named_in(plan.store, trace)
     # Its descendant's lineage is an identity that leads to a tombstone.
-    (pin,) = [pin.identity for pin in list_pins(ledger) if pin.domain == "island"]
+    (point,) = [point.identity for point in list_branch_points(ledger) if point.domain == "island"]
     island = artifact_key(Ref("model", forest.expert("island").identity))
-    assert named_in(plan.store, expert.identity) == {island, f"expansions/{pin}.json"}
+    assert named_in(plan.store, expert.identity) == {island, f"expansions/{point}.json"}
     assert ledger.find(Ref("model", forest.expert("island").identity)) is not None
     assert {path.name for path in Path(plan.store, "blobs").iterdir()} >= shared
     assert not Path(plan.store, "inbox/meadow").exists()
