@@ -278,13 +278,6 @@ def check_demix(plan: Plan, model: Mapping[str, Any], forest: Forest | None) -> 
             expected=f"a divisor or a multiple of {domains}: a GPU has whole domains, or a domain whole GPUs",
             remedy="change cluster.seed_gpus, or leave `demix` out of `baselines`",
         )
-    if plan.training.blocks_per_domain_update * domains < workers:
-        raise PlanError(
-            "cluster.seed_gpus is too many for a DEMix",
-            found=f"{workers // domains} GPUs for a domain's {plan.training.blocks_per_domain_update} blocks per update",
-            expected="at least a block for each GPU",
-            remedy="lower cluster.seed_gpus, or raise training.blocks_per_domain_update",
-        )
 
 
 def expert_request(ground: Ground, domain: PreparedText, start: Start) -> TrainRequest:

@@ -199,7 +199,7 @@ def test_a_forest_is_shown_with_its_versions(fields: dict[str, Any], btm: Callab
     assert [(entry["version"], entry["experts"]) for entry in log] == [(1, 1), (0, 0)]
     code, _, err = btm("forest", "show", "--store", plan.store, "--version", "7")
     assert code == 2
-    assert "no version 7" in err
+    assert "there is no forest version 7" in err
     for command in ("show", "log"):
         code, out, err = btm("forest", command, "--store", f"{plan.store}-none")
         assert (code, out) == (2, "")

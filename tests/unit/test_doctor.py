@@ -175,7 +175,7 @@ def test_a_node_without_our_packages_is_named() -> None:
 def test_the_command_ends_with_two_and_a_line_for_each_where_something_is_wrong(
     fields: dict[str, Any], write_plan: Callable[[dict[str, Any]], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fields["cluster"] |= {"seed_gpus": 1024}
+    fields["cluster"] |= {"seed_gpus": 12}
     fields["domains"][0]["text"] = "none/at/all.jsonl"
     arguments = ["doctor", str(write_plan(fields))]
     assert run_command(lambda: app(arguments)) == 2
