@@ -43,6 +43,8 @@ class Needs:
     """Threads of one worker."""
     free_bytes: int = LEAST_FREE_BYTES
     """To write the largest model once before it is stored, and to read it."""
+    compiles: bool = False
+    """Whether models are compiled for a GPU."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Machine:
     claimed_gpus: float = 0
     cache: str = ""
     """Why the cache of what was fetched cannot be; empty: it can."""
+    has_compiler: bool = True
+    """For C: what torch.compile makes for a GPU is started by a small program that is built there."""
 
 
 def look_around(store: str | None, claimed_cpus: float = 0, claimed_gpus: float = 0) -> Machine:
@@ -91,6 +95,7 @@ def look_around(store: str | None, claimed_cpus: float = 0, claimed_gpus: float 
         claimed_cpus,
         claimed_gpus,
         cache,
+        any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))),
     )
 
 
@@ -130,7 +135,7 @@ def _judge_disk(machine: Machine, needs: Needs) -> Check:
     return Check("disk", "ok", f"{free / GIGABYTE:.0f} GB free in {', '.join(machine.free_bytes)}")
 
 
-def _judge_gpu(machine: Machine, _: Needs) -> Check:
+def _judge_gpu(machine: Machine, needs: Needs) -> Check:
     if not machine.gpus and not machine.claimed_gpus:
         return Check("GPU", "ok", "none; trains on CPU")
     driver = machine.gpus[0] if machine.gpus else "no driver"
@@ -146,6 +151,9 @@ def _judge_gpu(machine: Machine, _: Needs) -> Check:
     elif machine.torch_gpus < machine.claimed_gpus:
         found = f"Ray hands out {machine.claimed_gpus:g} GPU, torch can use {machine.torch_gpus}"
         remedy = "start Ray with --num-gpus of what torch can use"
+    elif needs.compiles and not machine.has_compiler:
+        found = f"{seen}, and no C compiler, which torch.compile wants"
+        remedy = "install gcc there, or set `compile: off` in the plan's `cluster`"
     else:
         return Check("GPU", "ok", f"{seen}, torch's CUDA {machine.torch_cuda}")
     return Check("GPU", "wrong", found, remedy)

@@ -93,9 +93,10 @@ def needs_of(plan: Plan | None, seen: Preview | None) -> Needs:
     """What each machine must have for the plan's largest training."""
     if plan is None:
         return Needs()
-    cpus = max(how.cpus_per_worker for _, how in asks_of(plan))
+    asked = [how for _, how in asks_of(plan)]
     largest = 2 * stored_bytes(seen.parameters, with_optimizer=True) if seen is not None else 0
-    return Needs(cpus, LEAST_FREE_BYTES + largest)
+    compiles = any(how.compile and how.gpus_per_worker > 0 for how in asked)
+    return Needs(max(how.cpus_per_worker for how in asked), LEAST_FREE_BYTES + largest, compiles)
 
 
 def _written_and_read(storage: Storage) -> Check:

@@ -42,6 +42,7 @@ def only_wrong(checks: list[Check]) -> Check:
         (dataclasses.replace(WITH_GPUS, torch_cuda=None), "GPU", "a torch without CUDA", "install torch"),
         (dataclasses.replace(WITH_GPUS, torch_gpus=0), "GPU", "too old for torch's CUDA 13.0", "update the driver"),
         (dataclasses.replace(WITH_GPUS, torch_gpus=1), "GPU", "hands out 2 GPU, torch can use 1", "--num-gpus"),
+        (dataclasses.replace(WITH_GPUS, has_compiler=False), "GPU", "no C compiler", "install gcc"),
         (dataclasses.replace(WITH_GPUS, gpus=()), "GPU", "nvidia-smi finds none", "install NVIDIA's driver"),
         (dataclasses.replace(SOUND, claimed_cpus=64), "threads", "its processes may use 8", "--num-cpus"),
         (dataclasses.replace(SOUND, variables={"MKL_NUM_THREADS": "1"}), "threads", "MKL_NUM_THREADS=1", "unset"),
@@ -54,7 +55,7 @@ def test_what_is_wrong_with_one_of_two_machines_is_said_of_that_machine(
     machine: Machine, named: str, found: str, remedy: str
 ) -> None:
     other = dataclasses.replace(SOUND, host="node-2", store="" if machine.store is not None else None)
-    wrong = only_wrong(judge_machines([machine, other], Needs(cpus=4)))
+    wrong = only_wrong(judge_machines([machine, other], Needs(cpus=4, compiles=True)))
     assert wrong.name == f"{named} on node-1"
     assert found in wrong.found
     assert remedy in wrong.remedy
