@@ -147,18 +147,18 @@ class TensorBoard:
     def close(self, ended_well: bool) -> None:  # noqa: ARG002 - a curve's end says it
         self._ended.set()
         self._thread.join(LAST_SECONDS)
-        for writer in self._writers.values():
-            writer.close()
         self._scratch.cleanup()
 
     def _store_now_and_then(self) -> None:
         while not self._ended.wait(STORE_SECONDS):
+            for writer in list(self._writers.values()):
+                writer.flush()
             self._store()
+        for writer in self._writers.values():
+            writer.close()  # only this waits for points that are still on their way to the file
         self._store()
 
     def _store(self) -> None:
-        for writer in list(self._writers.values()):
-            writer.flush()
         for file in Path(self._scratch.name).rglob("*"):
             if file.is_file() and self._stored.get(file) != file.stat().st_size:
                 size = file.stat().st_size
