@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -102,7 +102,7 @@ def look_around(store: str | None, claimed_cpus: float = 0, claimed_gpus: float 
 def judge_machines(machines: Sequence[Machine], needs: Needs) -> list[Check]:
     """A line for each kind of check where all machines pass, and a line for each machine that does not."""
     checks = []
-    judges = [_judge_disk, _judge_gpu, _judge_threads]
+    judges: list[Callable[[Machine, Needs], Check]] = [_judge_disk, _judge_gpu, _judge_threads]
     if any(machine.cache for machine in machines):
         judges.append(_judge_cache)
     if any(machine.store is not None for machine in machines):
