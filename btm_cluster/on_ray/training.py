@@ -77,9 +77,11 @@ def _step(request: TrainRequest, store: str, control: RayControl) -> Artifact | 
     """
     from btm_cluster.steps.train import train
 
-    ray.train.get_context()  # raises where Train is not in charge: no training runs outside it
+    rank = ray.train.get_context().get_world_rank()  # raises where Train is not in charge: no training runs outside it
     try:
         with control:
+            if rank == 0:
+                control.report(Progress(request.label, "loading"))  # its turn has come: a group may wait for it long
             return train(request, Ledger.open(store), control)
     except (UserError, Stopped, TrainingError) as exc:
         return exc

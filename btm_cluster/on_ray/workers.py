@@ -110,7 +110,7 @@ class _Running:
     trains: bool = False
     """Whether it was seen training: before that, there is nothing to save."""
     has_started: bool = False
-    """Whether anything was heard of it: before that, it waits for its turn."""
+    """Whether it was heard at work in this attempt: before that it waits for its turn, and does not hang."""
     last_sign: float = field(default_factory=time.monotonic)
 
 
@@ -255,9 +255,9 @@ class RayWorkers:
         now = time.monotonic()
         for one in running:
             if one.label in fresh:
-                one.waits_for = ""
                 said = fresh[one.label]  # begun anew, it loads and compiles again
-                one.has_started = True
+                one.has_started = said.phase != STARTING
+                one.waits_for = "" if one.has_started else one.waits_for
                 one.trains = said.loss is not None or (one.trains and said.phase != STARTING)
                 one.last_sign = now
             elif one.has_started and one.trainer is not None and now - one.last_sign >= self._patience(one):
