@@ -92,6 +92,8 @@ class FaultProxy:
 
     def __exit__(self, *_: object) -> None:
         self.refuse()
+        for _ in range(5):  # transports close in the loop's next turns
+            self._do(asyncio.sleep(0))
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
