@@ -139,4 +139,4 @@ def _log_lines(client: JobSubmissionClient, job: str) -> list[str]:
     try:
         return list(client.get_job_logs(job).splitlines()[-LOG_LINES:])
     except STUMBLES as exc:
-        return [f"its log cannot be read: {' '.join(str(exc).split())[:300]}"]
+        return [f"its log cannot be read: {one_line(exc)}"]

@@ -103,7 +103,7 @@ def find_garbage(ledger: Ledger, keep_versions: int, grace_seconds: float) -> Ga
             return artifact.identity in in_the_making and Ref("model", artifact.identity) not in artifacts
         return artifact.ref in kept
 
-    going = {key: None for key in manifests if key not in young and not stays(key)}
+    going = dict.fromkeys(key for key in manifests if key not in young and not stays(key))
     named = {blob_key(a.ref, blob.sha256) for key, a in manifests.items() if key not in going for blob in a.blobs}
     blobs = [e for e in _blob_entries(storage) if e.key not in named and e.modified < oldest_kept]
     return Garbage(

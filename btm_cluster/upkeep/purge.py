@@ -24,7 +24,8 @@ class Condemned:
     domain: str
     texts: tuple[str, ...]
     experts: Mapping[str, tuple[str, ...]]
-    """Models that were trained on its text alone, with their parents: merged, held back, or lost in a race."""
+    """Models that were trained on its text alone, with their parents: merged, held back, or lost in a race; and a study's
+    experts on random splits that hold some of it."""
     manifests: tuple[str, ...]
     blobs: tuple[str, ...]
     trainings: tuple[str, ...]
@@ -105,6 +106,8 @@ def _texts_of(
     named |= {text for forest in forests[:1] for name, text in forest.foundation.domains if name == domain}
     named |= {point.text for point in list_branch_points(ledger) if point.domain == domain}
     named |= {str(a.facts["text"]) for a in manifests.values() if _reads(a, domain)}
+    # A study's random splits hold its documents among others'.
+    named |= {str(a.facts["text"]) for a in manifests.values() if named & {*a.recipe.get("shuffle", ())}}
     others = {expert.text for forest in forests[-1:] for expert in forest.experts if expert.domain != domain}
     return frozenset(named - others)
 

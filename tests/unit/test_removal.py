@@ -14,14 +14,15 @@ from btm_cluster.cli import app, run_command
 from btm_cluster.errors import UserError
 from btm_cluster.expansion.expand import expand
 from btm_cluster.forest import Forest, difference
-from btm_cluster.ledger import Ledger, Ref, artifact_key
+from btm_cluster.ledger import Artifact, Ledger, Ref, artifact_key
 from btm_cluster.plan import Plan
 from btm_cluster.records import list_branch_points
 from btm_cluster.run import run_plan
 from btm_cluster.upkeep.housekeeping import collect, find_garbage, verify
 from btm_cluster.upkeep.purge import condemn, purge
 from btm_cluster.upkeep.removal import bring_back, influence_of, remove, rollback
-from tests.conftest import in_process, made_up_documents
+from btm_cluster.workers import ShuffleTexts
+from tests.conftest import in_process, made_up_documents, write_jsonl
 from tests.living import deliver
 
 DAY = 86_400.0
@@ -181,12 +182,30 @@ def test_a_purged_domain_leaves_nothing_but_tombstones_and_the_store_stays_sound
     assert ledger.tombstone(Ref("text", expert.text))
 
 
-def test_a_target_that_went_by_the_name_is_purged_too(plan: Plan, ledger: Ledger) -> None:
-    (market,) = [target for target in plan.targets if target.name == "market"]
-    earlier = plan.model_copy(update={"targets": (market.model_copy(update={"name": "meadow"}),)})
-    prepare(earlier, in_process(earlier))
+def test_a_target_that_went_by_the_name_is_purged_too(plan: Plan, ledger: Ledger, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "earlier.jsonl", made_up_documents("meadow as it was", 40))
+    (market,) = plan.targets
+    earlier = market.model_copy(update={"name": "meadow", "text": (str(file),)})
+    with_it = plan.model_copy(update={"targets": (earlier,)})
+    prepare(with_it, in_process(with_it))
+    assert [a for a in ledger.list_artifacts("source") if a.note["name"] == "meadow" and a.recipe["is_target"]]
     purge(ledger, condemn(ledger, "meadow"))
     assert not [a for a in ledger.list_artifacts("source") if a.note["name"] == "meadow"]
+    assert verify(ledger).problems == ()
+
+
+def test_a_studys_random_splits_that_hold_its_documents_are_purged_too(plan: Plan, ledger: Ledger) -> None:
+    texts = {expert.domain: expert.text for expert in newest(ledger).experts}
+    pairs = {"with": ("meadow", "harbour"), "without": ("island", "harbour")}
+    asked = {name: ShuffleTexts(name, tuple(texts[d] for d in pair), 0, 0) for name, pair in pairs.items()}
+    made = dict(zip(asked, in_process(plan).workers.prepare(list(asked.values())), strict=True))
+    remove(ledger, "meadow")
+    purge(ledger, condemn(ledger, "meadow"))
+    for name, memo in made.items():
+        assert isinstance(memo, Artifact)
+        kept = ledger.find(Ref("text", memo.facts["text"])) is not None
+        assert kept == (name == "without")
+        assert (ledger.find(asked[name].ref) is not None) == kept
     assert verify(ledger).problems == ()
 
 
