@@ -141,7 +141,7 @@ def test_a_half_arrived_domain_and_one_that_is_written_to_again_are_left_alone(
     assert not list(ledger.storage.list("quarantine/"))
 
 
-def test_a_started_expansion_goes_on_from_where_it_was_pinned_though_the_log_moved_on(
+def test_a_started_expansion_goes_on_from_where_it_was_settled_though_the_log_moved_on(
     plan: Plan, ledger: Ledger, arrive: Callable[..., None]
 ) -> None:
     base = newest(ledger)
@@ -150,11 +150,11 @@ def test_a_started_expansion_goes_on_from_where_it_was_pinned_though_the_log_mov
     bare = plan.model_copy(update={"domains": (), "targets": ()})
     inbox = look(ledger, bare, base.domains)
     ground = prepare_new(bare, inbox.arrivals, base, interrupted).ground
-    (pinned,) = settled_branches(ground, base, ground.domains, {}, interrupted)
+    (settled,) = settled_branches(ground, base, ground.domains, {}, interrupted)
     arrive("island")
     moved = expand(changed(plan, branching={"start": "seed"}), in_process(plan))  # as if one had come in between
     assert moved.added == ("island", "meadow")
-    assert moved.forest.expert("meadow").identity == pinned.ref.identity
+    assert moved.forest.expert("meadow").identity == settled.ref.identity
     assert {parent.identity for parent in moved.forest.expert("island").parents} == {base.foundation.seed}
 
 

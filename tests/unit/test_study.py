@@ -211,11 +211,11 @@ def test_all_systems_are_trained_by_the_recipe_that_the_transformer_lm_does_best
     for repeat, random_seed in ((first, 3), (second, 4)):
         training = repeat.ground.plan.training
         assert (training.learning_rate, training.updates, training.random_seed) == (1e-2, 6, random_seed)
-    made = len(driver.made)
+    made = driver.made.total()
     whole = driver.ledger.get(first.transformer_lm().ref)
     assert whole.facts["passed"] == [first.seeds[0.5].ref.identity], "the trial is the study's Transformer-LM"
     assert repeats_of(plan, driver)[0].trials == first.trials
-    assert len(driver.made) == made
+    assert driver.made.total() == made
 
 
 def test_a_recipe_of_other_compute_is_refused_before_a_text_is_read(texts: dict[str, Path], tmp_path: Path) -> None:
