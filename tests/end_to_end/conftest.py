@@ -157,7 +157,7 @@ class Btm:
         """Everything printed so far."""
         return self._log.read_text()
 
-    def wait_until_said(self, pattern: str, seconds: float = 90) -> None:
+    def wait_until_said(self, pattern: str, seconds: float = 240) -> None:
         """Returns once the output matches; fails if the process ends before."""
         _wait_for(
             lambda: self.said,
