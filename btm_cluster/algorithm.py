@@ -13,25 +13,27 @@ from btm_cluster.equations.averaging import uniform_weights
 from btm_cluster.errors import StoreError, TextError
 from btm_cluster.evaluation import average_weights
 from btm_cluster.forest import Expert, Forest, Parent, check_foundation, check_texts, merge_into
-from btm_cluster.ledger import THREADS, Artifact, Ledger, Ref
-from btm_cluster.plan import Plan
-from btm_cluster.recipes import (
+from btm_cluster.ground import (
     Ground,
     PreparedText,
-    average_request,
     block_requests,
-    check_demix,
-    demix_request,
-    expert_request,
     ground_of,
     model_config,
     read_requests,
-    seed_request,
-    seed_start,
     tokenizer_request,
-    transformer_lm_request,
     vocabulary_of,
     without_withdrawn,
+)
+from btm_cluster.ledger import THREADS, Artifact, Ledger, Ref
+from btm_cluster.plan import Plan
+from btm_cluster.recipes import (
+    average_request,
+    check_demix,
+    demix_request,
+    expert_request,
+    seed_request,
+    seed_start,
+    transformer_lm_request,
 )
 from btm_cluster.records import BranchPoint, branch_point_identity, find_branch_point, settle_branch_point
 from btm_cluster.workers import Failure, Outcome, Resources, Start, Tokenize, TrainRequest
@@ -65,10 +67,10 @@ def grow(plan: Plan, driver: Driver) -> Grown:
 
 def prepare(plan: Plan, driver: Driver) -> Ground:
     """Texts to documents, documents to token blocks, and the configuration that all models share."""
-    workers, forest = driver.workers, driver.ledger.forest()
+    workers, forest = driver.workers, driver.ledger.log.newest()
     plan = without_withdrawn(plan, forest)
     model = model_config(plan, vocabulary_of(plan))  # first: a wrong model is refused before a text is read
-    check_demix(plan, model[0], driver.ledger.forest(0))
+    check_demix(plan, model[0], driver.ledger.log.version(0))
     read = driver.require(workers.prepare, read_requests(plan))
     memos = {text.name: memo for text, memo in zip(plan.texts, read, strict=True)}
     ground = ground_of(plan, memos, model, driver.ledger)
@@ -84,13 +86,13 @@ def plant(ground: Ground, driver: Driver) -> Forest:
     """Version 0: the seed, and what all later versions inherit from it. A plan that changes that is refused."""
     request = seed_request(ground)
     foundation = ground.foundation(request.ref.identity)
-    forest = driver.ledger.forest()
+    forest = driver.ledger.log.newest()
     if forest is not None:
         return forest
     seed = driver.require(driver.workers.train, [resumed(request, driver.ledger)])[0]
     manifests = {seed.identity: seed.manifest_hash}
-    driver.ledger.append(Forest(0, foundation, (), manifests, reason=f"planted by {ground.plan.name}"))
-    planted = driver.ledger.forest()  # ours, or that of whoever was first
+    driver.ledger.log.append(Forest(0, foundation, (), manifests, reason=f"planted by {ground.plan.name}"))
+    planted = driver.ledger.log.newest()  # ours, or that of whoever was first
     assert planted is not None
     check_foundation(planted, foundation)
     return planted
@@ -116,7 +118,7 @@ def settled_branches(
         found = pool.map(lambda identity: find_branch_point(ledger, identity), identities)
     starts = {one.domain: one.start for one in found if one is not None}
     new = [domain for domain in domains if domain.name not in starts]
-    base_hash = ledger.version_hash(forest.version) if new else ""
+    base_hash = ledger.log.version_hash(forest.version) if new else ""
     for domain, start in zip(new, starts_for(ground, forest, new, driver), strict=True):
         if domain not in later:
             starts[domain.name] = start
@@ -163,7 +165,7 @@ def merge(forest: Forest, experts: Sequence[Expert], ledger: Ledger) -> Forest:
     if not experts:
         return forest
     manifests = {e.identity: ledger.get(Ref("model", e.identity)).manifest_hash for e in experts}
-    forest = ledger.forest() or forest  # the log moved on meanwhile: what an older version names may be collected
+    forest = ledger.log.newest() or forest  # the log moved on meanwhile: what an older version names may be collected
     for _ in range(MERGE_ATTEMPTS):
         # Another driver may have added the same domain meanwhile, branched from another version: the first one stays.
         # And a domain that was taken out meanwhile stays out.
@@ -173,8 +175,8 @@ def merge(forest: Forest, experts: Sequence[Expert], ledger: Ledger) -> Forest:
             return forest
         named = {expert.identity: manifests[expert.identity] for expert in new}
         ledger.check_all_standing({**forest.manifests, **named})
-        ledger.append(merge_into(forest, new, named, reason="added " + ", ".join(e.domain for e in new)))
-        newest = ledger.forest()
+        ledger.log.append(merge_into(forest, new, named, reason="added " + ", ".join(e.domain for e in new)))
+        newest = ledger.log.newest()
         assert newest is not None
         forest = newest
     raise StoreError("could not append to the forest log", found=f"{MERGE_ATTEMPTS} lost races", remedy="try again")

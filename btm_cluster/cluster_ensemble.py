@@ -17,11 +17,11 @@ from btm_cluster.equations.clusters import cluster_log_weights, log_weighted_mix
 from btm_cluster.equations.mixture import document_sums
 from btm_cluster.errors import UserError
 from btm_cluster.forest import Forest
+from btm_cluster.ground import Ground
 from btm_cluster.language_model.blocks import Blocks
 from btm_cluster.language_model.tokenizer import TOKENIZER_FILES, load_tokenizer
 from btm_cluster.ledger import Ledger
 from btm_cluster.plan import Plan
-from btm_cluster.recipes import Ground
 from btm_cluster.report import SplitResult
 from btm_cluster.scores import BLOCKS_AT_ONCE, ScoreStack
 

@@ -14,9 +14,10 @@ from btm_cluster.driver import Driver
 from btm_cluster.equations.averaging import argmax_weights, posterior_weights, uniform_weights
 from btm_cluster.equations.posterior import Kind, Posterior, PriorKind, calibrate, keep_top, log_prior
 from btm_cluster.forest import Forest
+from btm_cluster.ground import HELD_OUT, Ground, PreparedText
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.plan import MergingPlan
-from btm_cluster.recipes import HELD_OUT, Ground, PreparedText, average_request, score_request
+from btm_cluster.recipes import average_request, score_request
 from btm_cluster.report import (
     CALIBRATED_DEMIX,
     CALIBRATED_ENSEMBLE,

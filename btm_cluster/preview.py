@@ -12,26 +12,28 @@ from btm_cluster.algorithm import new_domains, starts_from_seed
 from btm_cluster.cluster_ensemble import check_clusters
 from btm_cluster.equations.budget import device_hours, stored_bytes
 from btm_cluster.forest import Forest, check_foundation
+from btm_cluster.ground import (
+    HELD_OUT,
+    Ground,
+    block_requests,
+    ground_of,
+    model_config,
+    read_requests,
+    tokenizer_request,
+    vocabulary_of,
+    without_withdrawn,
+)
 from btm_cluster.language_model.model import count_parameters
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import (
-    HELD_OUT,
-    Ground,
-    block_requests,
     check_demix,
     demix_request,
     expert_request,
-    ground_of,
-    model_config,
-    read_requests,
     score_request,
     seed_request,
     seed_start,
-    tokenizer_request,
     transformer_lm_request,
-    vocabulary_of,
-    without_withdrawn,
 )
 from btm_cluster.workers import Request, TrainRequest
 
@@ -86,16 +88,16 @@ def preview(plan: Plan, ledger: Ledger) -> Preview:
         UserError: whatever a run would refuse before it spends anything.
     """
     check_clusters(plan, [domain.name for domain in plan.domains])
-    plan = without_withdrawn(plan, ledger.forest())
+    plan = without_withdrawn(plan, ledger.log.newest())
     model = model_config(plan, vocabulary_of(plan))
-    check_demix(plan, model[0], ledger.forest(0))
+    check_demix(plan, model[0], ledger.log.version(0))
     parameters, non_embedding = count_parameters(model[0])
     reads = read_requests(plan)
     memos = dict(zip([request.label for request in reads], ledger.find_all([r.ref for r in reads]), strict=True))
     known = {name: memo for name, memo in memos.items() if memo is not None}
     steps = [_reading(name, memo, ledger) for name, memo in memos.items()]
     rate = _rate(plan, ledger)
-    if ledger.forest(0) is not None or len(known) == len(memos):  # then all founding texts are known
+    if ledger.log.version(0) is not None or len(known) == len(memos):  # then all founding texts are known
         parts = {part: tuple(t for t in getattr(plan, part) if t.name in known) for part in ("domains", "targets")}
         ground, unread = ground_of(plan.model_copy(update=parts), known, model, ledger), len(known) < len(memos)
         steps += _preparation(ground, ledger, unread) + _trainings(ground, ledger, parameters, rate)
@@ -127,7 +129,7 @@ def _preparation(ground: Ground, ledger: Ledger, unread: bool) -> list[Step]:
 
 def _scores(ground: Ground, ledger: Ledger, unread: bool) -> Step:
     """Of every model that is no average, on all held-out text."""
-    forest, seed = ledger.forest(), seed_request(ground).ref
+    forest, seed = ledger.log.newest(), seed_request(ground).ref
     models = {seed, *(Ref("model", expert.identity) for expert in (forest.experts if forest else ()))}
     new = new_domains(ground, forest) if forest is not None else list(ground.domains)
     from_seed = [domain for domain in new if starts_from_seed(ground, forest, domain)]
@@ -148,7 +150,7 @@ def _share_done(found: int, total: int, unread: bool) -> str:
 
 
 def _trainings(ground: Ground, ledger: Ledger, parameters: int, rate: float | None) -> list[Step]:
-    forest = ledger.forest()
+    forest = ledger.log.newest()
     seed = seed_request(ground)
     if forest is not None:
         check_foundation(forest, ground.foundation(seed.ref.identity))

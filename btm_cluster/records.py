@@ -64,7 +64,7 @@ def settle_branch_point(ledger: Ledger, wanted: BranchPoint) -> BranchPoint:
         "parents": [asdict(parent) for parent in wanted.start.parents],
         "keep_optimizer": wanted.start.keep_optimizer,
     }
-    ledger.create_record(_pin_key(wanted.identity), body | {"start": start})
+    ledger.documents.create(_pin_key(wanted.identity), body | {"start": start})
     standing = find_branch_point(ledger, wanted.identity)
     assert standing is not None
     return standing
@@ -72,10 +72,10 @@ def settle_branch_point(ledger: Ledger, wanted: BranchPoint) -> BranchPoint:
 
 def find_branch_point(ledger: Ledger, identity: str) -> BranchPoint | None:
     """The branch point of that identity, or None where none was settled."""
-    record = ledger.read_record(_pin_key(identity))
+    record = ledger.documents.read(_pin_key(identity))
     if record is None:
         return None
-    body = {name: value for name, value in record.items() if name != "note"}
+    body = dict(record.body)
     start = body.pop("start")
     parents = tuple(Parent(**parent) for parent in start["parents"])
     return BranchPoint(**body, start=Start(Ref("model", start["model"]), parents, start["keep_optimizer"]))
@@ -98,7 +98,7 @@ def open_branch_points(ledger: Ledger, forest: Forest | None) -> list[BranchPoin
 
 def hold(ledger: Ledger, held: Held) -> None:
     """Notes that an expert is held back from a version."""
-    ledger.create_record(f"{HELD}{held.branch_point}-{held.base_version:06d}.json", asdict(held))
+    ledger.documents.create(f"{HELD}{held.branch_point}-{held.base_version:06d}.json", asdict(held))
 
 
 def newest_held(ledger: Ledger) -> dict[str, Held]:
@@ -106,23 +106,23 @@ def newest_held(ledger: Ledger) -> dict[str, Held]:
     newest = {_stem(entry.key).partition("-")[0]: entry.key for entry in ledger.storage.list(HELD)}
     found: dict[str, Held] = {}
     for identity, key in newest.items():
-        record = ledger.read_record(key)
+        record = ledger.documents.read(key)
         if record is not None:
-            found[identity] = Held(**{name: value for name, value in record.items() if name != "note"})
+            found[identity] = Held(**record.body)
     return found
 
 
 def quarantine(ledger: Ledger, folder: str, identity: str, reason: str) -> None:
     """Notes that what the inbox has in `folder` was refused. `identity` is that of the files as they lie there."""
-    ledger.create_record(f"{QUARANTINE}{identity}.json", {"folder": folder, "reason": reason})
+    ledger.documents.create(f"{QUARANTINE}{identity}.json", {"folder": folder, "reason": reason})
 
 
 def list_quarantine(ledger: Ledger) -> dict[str, Mapping[str, Any]]:
     """Every refusal, by the identity of what was refused."""
     keys = [entry.key for entry in ledger.storage.list(QUARANTINE)]
     with ThreadPoolExecutor(THREADS) as pool:
-        read = zip(keys, pool.map(ledger.read_record, keys), strict=True)
-        return {_stem(key): record for key, record in read if record is not None}
+        read = zip(keys, pool.map(ledger.documents.read, keys), strict=True)
+        return {_stem(key): record.body for key, record in read if record is not None}
 
 
 def _pin_key(identity: str) -> str:

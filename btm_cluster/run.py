@@ -10,9 +10,10 @@ from btm_cluster.driver import Driver, steps_line
 from btm_cluster.errors import StepError, UserError
 from btm_cluster.evaluation import evaluate
 from btm_cluster.forest import Forest, check_foundation, describe_forest
+from btm_cluster.ground import block_requests, stored_text
 from btm_cluster.ledger import Ledger
 from btm_cluster.plan import Plan
-from btm_cluster.recipes import block_requests, demix_request, seed_request, stored_text, transformer_lm_request
+from btm_cluster.recipes import demix_request, seed_request, transformer_lm_request
 from btm_cluster.report import Verdict, verdict
 from btm_cluster.texts import TextReport, report_texts
 from btm_cluster.workers import Failure
@@ -94,7 +95,7 @@ def check_text_is_known(plan: Plan, name: str, ledger: Ledger) -> None:
     Raises:
         UserError: naming the texts that there are.
     """
-    forest = ledger.forest()
+    forest = ledger.log.newest()
     known = dict.fromkeys([*(text.name for text in plan.texts), *(forest.domains if forest is not None else ())])
     if name not in known:
         raise UserError(
@@ -108,7 +109,7 @@ def find_grown(plan: Plan, driver: Driver) -> Grown:
     Raises:
         UserError: there is none yet.
     """
-    forest = driver.ledger.forest()
+    forest = driver.ledger.log.newest()
     if forest is None:
         raise UserError(f"there is no forest in {plan.store} yet", remedy="`btm run` grows one")
     ground = prepare(plan, driver)

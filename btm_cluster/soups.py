@@ -5,8 +5,9 @@ from dataclasses import replace
 from typing import Literal
 
 from btm_cluster.forest import Parent
+from btm_cluster.ground import Ground, PreparedText
 from btm_cluster.ledger import Artifact, Ref
-from btm_cluster.recipes import Ground, PreparedText, expert_resources
+from btm_cluster.recipes import expert_resources
 from btm_cluster.workers import AverageRequest, SoupRequest
 
 BLOCKS_AT_ONCE = 8

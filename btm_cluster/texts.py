@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from btm_cluster.driver import Driver
+from btm_cluster.ground import Ground, PreparedText, overlap_requests
 from btm_cluster.ledger import Artifact, Ref
-from btm_cluster.recipes import Ground, PreparedText, overlap_requests
 
 
 @dataclass(frozen=True)

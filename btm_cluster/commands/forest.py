@@ -38,7 +38,7 @@ def show(
     from btm_cluster.upkeep.removal import version_of
 
     ledger = open_ledger(store)
-    forest = ledger.forest() if version is None else version_of(ledger, version)
+    forest = ledger.log.newest() if version is None else version_of(ledger, version)
     if forest is None:
         raise UserError(
             f"there is no forest in {store}",
@@ -54,7 +54,7 @@ def log(store: Store, json_output: Json = False) -> None:
     """Show the versions of the forest, the newest first."""
     from btm_cluster.display import consoles, plain_table
 
-    entries = [_log_entry(forest, note) for forest, note in reversed(open_ledger(store).history())]
+    entries = [_log_entry(forest, note) for forest, note in reversed(open_ledger(store).log.history())]
     if not entries:
         raise UserError(f"no forest in {store}", found="no version")
     if json_output:
@@ -159,7 +159,7 @@ def _purge(ledger: "Ledger", domain: str, yes: bool, json_output: bool) -> None:
         _state(condemned)
     if not yes and not _confirmed(domain):
         raise UserError(f"{domain!r} was not purged", found="no confirmation", remedy="confirm it, or say --yes")
-    forest = ledger.forest()
+    forest = ledger.log.newest()
     if forest is not None and domain in forest.domains:
         forest = removal.remove(ledger, domain)
     expert = removal.last_expert(ledger, domain)

@@ -66,7 +66,7 @@ def pin(
     """Keep a version from being collected, however old it becomes."""
     ledger = open_ledger(store)
     if remove:
-        ledger.unpin(version)
+        ledger.log.unpin(version)
     else:
         ledger.pin(version)
-    print(f"pinned versions: {', '.join(map(str, ledger.pinned())) or 'none'}")
+    print(f"pinned versions: {', '.join(map(str, ledger.log.pinned())) or 'none'}")

@@ -15,9 +15,9 @@ from btm_cluster.driver import Driver
 from btm_cluster.equations.mixture import log_mixture
 from btm_cluster.evaluation import fit_target, score_models
 from btm_cluster.forest import Expert, Forest
+from btm_cluster.ground import Ground, PreparedText, stored_text, tokenize_requests
 from btm_cluster.ledger import Ref
 from btm_cluster.plan import MergingPlan
-from btm_cluster.recipes import Ground, PreparedText, stored_text, tokenize_requests
 from btm_cluster.records import Held, branch_point_identity
 from btm_cluster.scores import ScoreStack
 

@@ -10,18 +10,18 @@ from btm_cluster.driver import Driver
 from btm_cluster.errors import TextError, UserError
 from btm_cluster.expansion.inbox import Arrival, refuse, still_lies_there
 from btm_cluster.forest import Forest, check_foundation
-from btm_cluster.ledger import Artifact
-from btm_cluster.plan import Plan
-from btm_cluster.recipes import (
+from btm_cluster.ground import (
     Ground,
     block_requests,
     ground_of,
     model_config,
     read_requests,
-    seed_request,
     tokenizer_request,
     vocabulary_of,
 )
+from btm_cluster.ledger import Artifact
+from btm_cluster.plan import Plan
+from btm_cluster.recipes import seed_request
 from btm_cluster.workers import Failure, Outcome, ReadText
 
 

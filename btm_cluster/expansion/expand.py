@@ -16,9 +16,9 @@ from btm_cluster.expansion.acceptance import Gain, judge
 from btm_cluster.expansion.arrivals import NewGround, prepare_new
 from btm_cluster.expansion.inbox import Inbox, look
 from btm_cluster.forest import Forest, describe_forest
+from btm_cluster.ground import Ground
 from btm_cluster.ledger import THREADS, Ledger
 from btm_cluster.plan import Plan
-from btm_cluster.recipes import Ground
 from btm_cluster.records import branch_point_identity, find_branch_point, hold, newest_held
 from btm_cluster.workers import Failure
 
@@ -66,7 +66,7 @@ def expand(plan: Plan, driver: Driver) -> Expanded:
         UserError: there is no forest yet, or the plan does not fit it.
     """
     ledger = driver.ledger
-    forest = ledger.forest()
+    forest = ledger.log.newest()
     if forest is None:
         raise UserError(f"there is no forest in {plan.store} yet", remedy="`btm run` with this plan founds one")
     settled = {*forest.domains, *forest.withdrawn}
@@ -87,13 +87,13 @@ def _grow(new: NewGround, forest: Forest, inbox: Inbox, passed_over: Mapping[str
     domains = [domain for domain in ground.domains if domain.name not in held]
     contents = {arrival.domain.name: arrival.contents for arrival in inbox.arrivals}
     experts, failures = train(settled_branches(ground, forest, domains, contents, driver), driver)
-    judgement = judge(ground, ledger.forest() or forest, experts, driver)
+    judgement = judge(ground, ledger.log.newest() or forest, experts, driver)
     for one in judgement.held.values():
         hold(ledger, one)
     merged = merge(forest, judgement.accepted, ledger)
     return Expanded(
         before=forest,
-        forest=ledger.forest() or merged,
+        forest=ledger.log.newest() or merged,
         waiting=inbox.waiting,
         passed_over=passed_over,
         quarantined={**inbox.quarantined, **new.refused},

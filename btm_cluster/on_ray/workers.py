@@ -204,7 +204,7 @@ class RayWorkers:
         self, verb: str, start: Callable[[Any], _Running], requests: Sequence[Any], at_once: int | None = None
     ) -> list[Any]:
         """Starts what there is room for, waits for all of it, and returns results or Failures in order."""
-        self._metrics.stands(Ledger.open(self._store).forest())
+        self._metrics.stands(Ledger.open(self._store).log.newest())
         outcomes: dict[int, Any] = {}
         waiting = dict(enumerate(requests))
         running: dict[Any, tuple[int, _Running]] = {}

@@ -19,8 +19,9 @@ from btm_cluster.evaluation import (
     score_models,
     stack_of,
 )
+from btm_cluster.ground import Ground, PreparedText
 from btm_cluster.ledger import Ref
-from btm_cluster.recipes import Ground, PreparedText, average_of
+from btm_cluster.recipes import average_of
 from btm_cluster.report import TRANSFORMER_LM, Cell, SplitResult, verdict
 from btm_cluster.soups import soup_average_request, soup_request
 from btm_cluster.study.mixtures import Members, Rows, System, mixtures, one_thread_each

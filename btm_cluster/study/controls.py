@@ -6,8 +6,9 @@ seed, and the Transformer-LM given the development text that the forest's priors
 
 from dataclasses import replace
 
+from btm_cluster.ground import Ground, PreparedText, tokenize_requests
 from btm_cluster.ledger import Artifact, Ledger, Ref
-from btm_cluster.recipes import Ground, PreparedText, tokenize_requests, train_request
+from btm_cluster.recipes import train_request
 from btm_cluster.workers import ShuffleTexts, TrainingText, TrainRequest
 
 

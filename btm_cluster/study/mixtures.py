@@ -18,9 +18,9 @@ from btm_cluster.equations.gates import Gate, fit_discounts, fit_fixed_share
 from btm_cluster.equations.learned_gate import LearnedGate, TextScores, fit_gate_for_all, tune_gate
 from btm_cluster.equations.posterior import PriorKind, keep_top
 from btm_cluster.evaluation import Mixing, ModelScores, PosteriorName, fit_mixing, shared_mixing, stack_of
+from btm_cluster.ground import Ground, PreparedText
 from btm_cluster.ledger import Ref
 from btm_cluster.plan import MergingPlan
-from btm_cluster.recipes import Ground, PreparedText
 from btm_cluster.scores import ScoreStack
 
 

@@ -9,10 +9,11 @@ from btm_cluster.algorithm import prepare, resumed
 from btm_cluster.driver import Driver
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation import score_models, stack_of
+from btm_cluster.ground import Ground, model_config, vocabulary_of
 from btm_cluster.language_model.demix import check_splits
 from btm_cluster.ledger import Ref
 from btm_cluster.plan import Plan, SizePlan, StudyPlan, TrainingPlan
-from btm_cluster.recipes import Ground, model_config, seed_request, transformer_lm_request, vocabulary_of
+from btm_cluster.recipes import seed_request, transformer_lm_request
 from btm_cluster.workers import TrainRequest
 
 

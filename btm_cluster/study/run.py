@@ -10,18 +10,12 @@ from typing import Any
 
 from btm_cluster.algorithm import resumed
 from btm_cluster.driver import Driver
+from btm_cluster.ground import Ground, PreparedText, tokenize_requests
 from btm_cluster.language_model.demix import count_demix_parameters
 from btm_cluster.language_model.model import count_parameters
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.plan import Plan, StudyPlan
-from btm_cluster.recipes import (
-    Ground,
-    PreparedText,
-    demix_request,
-    expert_request,
-    seed_start,
-    tokenize_requests,
-)
+from btm_cluster.recipes import demix_request, expert_request, seed_start
 from btm_cluster.study.adaptation import adapt
 from btm_cluster.study.comparison import Comparison, Models, compare
 from btm_cluster.study.controls import random_part, random_part_requests, scratch_request

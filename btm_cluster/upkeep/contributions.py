@@ -65,7 +65,7 @@ def contributions(ledger: Ledger) -> Contributions:
     Raises:
         UserError: there is no forest of two experts, or no such text.
     """
-    forest = ledger.forest()
+    forest = ledger.log.newest()
     if forest is None or len(forest.experts) < 2:
         raise UserError(
             f"there are no two experts in {ledger.storage.location}", expected="an expert to leave out, and another"

@@ -59,7 +59,7 @@ def verify(ledger: Ledger) -> Verified:
             for blob in artifact.blobs
         }
         problems += [p for p in pool.map(lambda b: _check_blob(ledger, b[0], b[1], b[2]), blobs.values()) if p]
-    versions = ledger.versions()
+    versions = ledger.log.versions()
     purged, damaged = _read_tombstones(ledger)
     problems += damaged + list(_check_versions(ledger, versions, artifacts, purged))
     problems += [f"{key} was purged, and is there again" for key in sorted(purged & artifacts.keys())]
@@ -79,7 +79,7 @@ def find_garbage(ledger: Ledger, keep_versions: int, grace_seconds: float) -> Ga
     young = {key for key in manifests if entries[key].modified >= oldest_kept}
     artifacts = {a.ref: a for key, a in manifests.items() if a.kind != "training"}
 
-    points = open_branch_points(ledger, ledger.forest())
+    points = open_branch_points(ledger, ledger.log.newest())
     expanding = {point.text for point in points}
     roots = {manifests[key].ref for key in young if manifests[key].kind != "training"}
     in_the_making = {
@@ -92,8 +92,8 @@ def find_garbage(ledger: Ledger, keep_versions: int, grace_seconds: float) -> Ga
     roots |= {ref for point in points for ref in (Ref("text", point.text), point.start.model)}
     roots |= {Ref("model", parent.identity) for point in points for parent in point.start.parents}
     roots |= {ref for ref, a in artifacts.items() if ref.kind == "model" and _is_expert_of(a.recipe, expanding)}
-    for version in {*ledger.versions()[-keep_versions:], *ledger.pinned()}:
-        forest = ledger.forest(version)
+    for version in {*ledger.log.versions()[-keep_versions:], *ledger.log.pinned()}:
+        forest = ledger.log.version(version)
         roots |= {Ref("model", identity) for identity in (forest.manifests if forest else ())}
     kept = reached(roots, artifacts)
 
@@ -251,7 +251,7 @@ def _read_tombstones(ledger: Ledger) -> tuple[set[str], list[str]]:
 
     def check(key: str) -> str:
         try:
-            ledger.read_record(key)
+            ledger.documents.read(key)
         except StoreError as exc:
             return str(exc)
         return ""
@@ -266,11 +266,11 @@ def _check_versions(
 ) -> Iterator[str]:
     """Each version reads, names the version before it, and names models that are there as it names them, or were purged."""
     versions = list(versions)
-    kept = {*versions[-1:], *ledger.pinned()}  # `gc` may have collected what only older ones name
+    kept = {*versions[-1:], *ledger.log.pinned()}  # `gc` may have collected what only older ones name
     parent: str | None = None
     for version in versions:
         try:
-            forest, own_hash = ledger.forest(version), ledger.version_hash(version)
+            forest, own_hash = ledger.log.version(version), ledger.log.version_hash(version)
         except StoreError as exc:
             yield str(exc)
             parent = None

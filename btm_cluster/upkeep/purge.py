@@ -46,7 +46,7 @@ def condemn(ledger: Ledger, domain: str) -> Condemned:
     """
     if "/" in domain or domain.startswith("."):
         raise UserError(f"{domain!r} is no domain")
-    versions = [forest for version in ledger.versions() if (forest := ledger.forest(version)) is not None]
+    versions = [forest for version in ledger.log.versions() if (forest := ledger.log.version(version)) is not None]
     manifests = read_manifests(ledger)
     texts = _texts_of(ledger, domain, versions, manifests)
     listed = {e.identity: tuple(p.identity for p in e.parents) for f in versions for e in f.experts if e.text in texts}
@@ -85,7 +85,7 @@ def purge(ledger: Ledger, condemned: Condemned) -> None:
         *(("model", model, parents) for model, parents in condemned.experts.items()),
     ]:
         body = {"domain": condemned.domain, "kind": kind, "identity": identity, "parents": parents}
-        ledger.create_record(tombstone_key(Ref(kind, identity)), body)
+        ledger.documents.create(tombstone_key(Ref(kind, identity)), body)
     storage.delete(f"{INBOX}{condemned.domain}/{MARKER}")
     storage.erase(f"{INBOX}{condemned.domain}/")
     with ThreadPoolExecutor(THREADS) as pool:

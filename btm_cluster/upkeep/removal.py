@@ -98,8 +98,8 @@ def influence_of(ledger: Ledger, forest: Forest, expert: Expert) -> Influence:
 
 def last_expert(ledger: Ledger, domain: str) -> Expert | None:
     """The domain's expert in the newest version that has one."""
-    for version in reversed(ledger.versions()):
-        forest = ledger.forest(version)
+    for version in reversed(ledger.log.versions()):
+        forest = ledger.log.version(version)
         if forest is not None and domain in forest.domains:
             return forest.expert(domain)
     return None
@@ -107,9 +107,9 @@ def last_expert(ledger: Ledger, domain: str) -> Expert | None:
 
 def version_of(ledger: Ledger, version: int) -> Forest:
     """A version that must be there."""
-    forest = ledger.forest(version)
+    forest = ledger.log.version(version)
     if forest is None:
-        found = ", ".join(map(str, ledger.versions())) or "no version"
+        found = ", ".join(map(str, ledger.log.versions())) or "no version"
         raise UserError(f"there is no forest version {version}", found=f"versions {found}")
     return forest
 
@@ -117,12 +117,12 @@ def version_of(ledger: Ledger, version: int) -> Forest:
 def _purged_parents(ledger: Ledger) -> dict[str, tuple[str, ...]]:
     keys = [entry.key for entry in ledger.storage.list(f"{TOMBSTONES}model/")]
     with ThreadPoolExecutor(THREADS) as pool:
-        read = [record for record in pool.map(ledger.read_record, keys) if record is not None]
-    return {record["identity"]: tuple(record["parents"]) for record in read}
+        read = [record.body for record in pool.map(ledger.documents.read, keys) if record is not None]
+    return {body["identity"]: tuple(body["parents"]) for body in read}
 
 
 def _newest(ledger: Ledger) -> Forest:
-    forest = ledger.forest()
+    forest = ledger.log.newest()
     if forest is None:
         raise UserError(f"there is no forest in {ledger.storage.location} yet", remedy="`btm run` grows one")
     return forest
@@ -132,6 +132,6 @@ def _append(ledger: Ledger, next_version: Callable[[Forest], Forest]) -> Forest:
     """Appends what comes after the newest version. Who loses the race for a number reads again and tries the next one."""
     for _ in range(APPEND_ATTEMPTS):
         wanted = next_version(_newest(ledger))
-        if ledger.append(wanted):
-            return ledger.forest(wanted.version) or wanted
+        if ledger.log.append(wanted):
+            return ledger.log.version(wanted.version) or wanted
     raise StoreError("could not append to the forest log", found=f"{APPEND_ATTEMPTS} lost races", remedy="try again")

@@ -339,10 +339,10 @@ def test_who_creates_a_version_and_loses_the_answer_learns_that_it_won(
 ) -> None:
     ledger = Ledger(storage)
     proxy.follow(on_first_try(Fault.LOSE_REPLY, "PUT"))
-    assert ledger.append(PLANTED)
+    assert ledger.log.append(PLANTED)
     assert [fault for method, _, fault in proxy.seen if method == "PUT"] == [Fault.LOSE_REPLY, Fault.NONE]
     assert not competitor.append(PLANTED)
-    assert competitor.forest() == ledger.forest() == PLANTED
+    assert competitor.log.newest() == ledger.log.newest() == PLANTED
 
 
 def test_a_lost_answer_is_settled_also_after_an_outage(
@@ -380,7 +380,7 @@ def test_of_many_whose_answers_are_lost_exactly_one_learns_that_it_won(
     proxy.follow(lambda method, *_: Fault.LOSE_REPLY if method == "PUT" and next(lost) % 2 else Fault.NONE)
     ledgers = [Ledger(ObjectStorage(storage.location)) for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(lambda ledger: ledger.append(PLANTED), ledgers)).count(True) == 1
+        assert list(pool.map(lambda ledger: ledger.log.append(PLANTED), ledgers)).count(True) == 1
 
 
 @pytest.mark.parametrize("seed", range(2))

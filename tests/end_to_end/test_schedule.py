@@ -90,9 +90,9 @@ def test_three_ticks_of_a_schedule_with_a_new_domain_while_that_still_runs_and_w
     assert third.exit_code() == 0, third.said
     assert "steps run (and reused): none\nnothing was added: forest version 2, 2 experts" in third.said
 
-    forest = ledger.forest()
+    forest = ledger.log.newest()
     assert forest is not None
-    assert ledger.versions() == [0, 1, 2]
+    assert ledger.log.versions() == [0, 1, 2]
     assert forest.expert("kitchen") == founded.expert("kitchen")
     experts = [model for model in ledger.list_artifacts("model") if model.facts.get("role") == "expert"]
     assert sorted(model.identity for model in experts) == sorted(expert.identity for expert in forest.experts)

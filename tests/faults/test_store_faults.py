@@ -66,7 +66,7 @@ def btm(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
 
 
 def experts_in(store: str) -> dict[str, dict[str, Any]]:
-    forest = Ledger.open(store).forest()
+    forest = Ledger.open(store).log.newest()
     assert forest is not None
     return plain(forest)
 
@@ -209,6 +209,6 @@ def test_two_drivers_without_a_cluster_in_common_race_for_every_model_and_end_in
     }
     assert {path.name for path in tmp_path.glob("*-[01]")} >= {f"{name}-{i}" for name in undisturbed for i in range(2)}
     ledger = Ledger.open(store)
-    assert ledger.versions() == [0, 1]
+    assert ledger.log.versions() == [0, 1]
     assert verify(ledger).problems == ()
     assert list(ledger.storage.list("training/")) == []

@@ -13,9 +13,10 @@ from btm_cluster.algorithm import Grown, branch, grow, plant, prepare
 from btm_cluster.driver import Driver
 from btm_cluster.evaluation import Evaluation, evaluate
 from btm_cluster.forest import Forest
+from btm_cluster.ground import Ground, PreparedText
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.plan import Plan
-from btm_cluster.recipes import Ground, PreparedText, seed_request, transformer_lm_request
+from btm_cluster.recipes import seed_request, transformer_lm_request
 from btm_cluster.run import run_plan
 from btm_cluster.workers import TrainRequest
 from tests.conftest import in_process, plan_fields

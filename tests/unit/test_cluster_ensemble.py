@@ -13,12 +13,13 @@ import torch
 from btm_cluster.cluster_ensemble import CLUSTER_ENSEMBLE, context_log_weights
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation import evaluate
+from btm_cluster.ground import Ground
 from btm_cluster.language_model.blocks import Blocks
 from btm_cluster.language_model.clusters import Clusters, find_clusters, load_clusters, save_clusters
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.plan import Plan
 from btm_cluster.preview import preview
-from btm_cluster.recipes import Ground, score_request
+from btm_cluster.recipes import score_request
 from btm_cluster.report import SplitResult, verdict
 from btm_cluster.run import run_plan
 from btm_cluster.scores import ScoreStack

@@ -63,7 +63,7 @@ def changed(plan: Plan, **sections: Any) -> Plan:
 
 
 def newest(ledger: Ledger) -> Forest:
-    forest = ledger.forest()
+    forest = ledger.log.newest()
     assert forest is not None
     return forest
 

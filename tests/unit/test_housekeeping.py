@@ -87,7 +87,7 @@ def test_every_byte_of_a_manifest_counts(ledger: Ledger) -> None:
 
 
 def test_what_is_lost_cut_short_or_too_long_is_named(ledger: Ledger) -> None:
-    forest = ledger.forest()
+    forest = ledger.log.newest()
     assert forest is not None
     store = Path(ledger.storage.location)
     weights = ledger.get(Ref("model", forest.experts[0].identity)).blob("model.safetensors").sha256
@@ -132,20 +132,20 @@ def test_of_what_is_old_only_averages_and_their_scores_and_what_has_no_manifest_
 
 
 def test_experts_of_versions_that_are_not_kept_go_unless_they_are_pinned(plan: Plan, ledger: Ledger) -> None:
-    grown = ledger.forest()
+    grown = ledger.log.newest()
     assert grown is not None
     for version in (2, 3):  # as a removal would make it
-        last = ledger.forest()
+        last = ledger.log.newest()
         assert last is not None
         manifests = {grown.foundation.seed: grown.manifests[grown.foundation.seed]}
-        ledger.append(type(grown)(version, grown.foundation, (), manifests, reason="removed all"))
+        ledger.log.append(type(grown)(version, grown.foundation, (), manifests, reason="removed all"))
     let_all_be_old(plan.store)
     experts = {f"artifacts/model/{expert.identity}.json" for expert in grown.experts}
     assert experts <= set(find_garbage(ledger, keep_versions=2, grace_seconds=DAY).manifests)
     assert not experts & set(find_garbage(ledger, keep_versions=3, grace_seconds=DAY).manifests)
     ledger.pin(1)
     assert not experts & set(find_garbage(ledger, keep_versions=2, grace_seconds=DAY).manifests)
-    ledger.unpin(1)
+    ledger.log.unpin(1)
     collect(ledger, find_garbage(ledger, keep_versions=2, grace_seconds=DAY))
     assert not experts & all_keys(ledger)
     seed = f"artifacts/model/{grown.foundation.seed}.json"
@@ -153,10 +153,10 @@ def test_experts_of_versions_that_are_not_kept_go_unless_they_are_pinned(plan: P
 
 
 def test_a_training_in_the_making_keeps_its_checkpoint_and_what_it_is_made_from(plan: Plan, ledger: Ledger) -> None:
-    forest = ledger.forest()
+    forest = ledger.log.newest()
     assert forest is not None
     expert = ledger.get(Ref("model", forest.experts[0].identity))
-    ledger.append(type(forest)(2, forest.foundation, (), {}, reason="as if nothing were kept"))
+    ledger.log.append(type(forest)(2, forest.foundation, (), {}, reason="as if nothing were kept"))
     let_all_be_old(plan.store)
     weights = ledger.open_file(expert, "model.safetensors")
     ledger.save_training("0" * 64, 7, {"model.safetensors": weights}, {"how": {}, "model": dict(expert.recipe)})
@@ -187,10 +187,12 @@ def test_a_line_of_descent_may_be_longer_than_pythons_stack() -> None:
 def test_an_expansion_in_the_making_keeps_what_its_expert_starts_from_however_old_it_is(
     plan: Plan, ledger: Ledger
 ) -> None:
-    forest = ledger.forest()
+    forest = ledger.log.newest()
     assert forest is not None
     kitchen, harbour = forest.expert("kitchen"), forest.expert("harbour")
-    ledger.append(type(forest)(2, forest.foundation, (), {}, reason="as if nothing were kept", withdrawn=("harbour",)))
+    ledger.log.append(
+        type(forest)(2, forest.foundation, (), {}, reason="as if nothing were kept", withdrawn=("harbour",))
+    )
     averages = [m for m in ledger.list_artifacts("model") if kitchen.identity in m.parents and "average" in m.recipe]
     start = Start(averages[0].ref, (Parent(kitchen.identity, 1.0),), False)
     settled = settle_branch_point(ledger, BranchPoint("news", kitchen.text, forest.foundation.seed, 1, "", start, ""))
@@ -202,7 +204,7 @@ def test_an_expansion_in_the_making_keeps_what_its_expert_starts_from_however_ol
     assert f"artifacts/model/{harbour.identity}.json" in found.manifests or harbour.identity in averages[0].parents
     hold(ledger, Held(settled.identity, "0" * 64, 1, 0.5, "worse"))
     quarantine(ledger, "bad", "1" * 64, "a link")
-    ledger.create_record(f"tombstones/text/{'2' * 64}.json", {"domain": "gone", "parents": []})
+    ledger.documents.create(f"tombstones/text/{'2' * 64}.json", {"domain": "gone", "parents": []})
     let_all_be_old(plan.store)
     collect(ledger, find_garbage(ledger, keep_versions=1, grace_seconds=DAY))
     records = {
@@ -242,9 +244,9 @@ def test_a_merge_finds_out_that_an_artifact_was_collected(plan: Plan, tmp_path: 
     weights = driver.ledger.get(Ref("model", forest.experts[0].identity)).blob("model.safetensors").sha256
     Path(fresh.store, "forest/000001.json").unlink()
     Path(fresh.store, "blobs", weights).unlink()
-    planted = driver.ledger.forest()
+    planted = driver.ledger.log.newest()
     assert planted is not None
     assert planted.version == 0
     with pytest.raises(MissingError, match="lost its file"):
         merge(planted, forest.experts, driver.ledger)
-    assert driver.ledger.versions() == [0]
+    assert driver.ledger.log.versions() == [0]

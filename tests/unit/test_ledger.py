@@ -295,32 +295,32 @@ def expert(domain: str) -> Expert:
 
 
 def test_versions_are_appended_and_read_back_as_they_were(ledger: Ledger, store: Path) -> None:
-    assert ledger.forest() is None
-    assert ledger.versions() == []
+    assert ledger.log.newest() is None
+    assert ledger.log.versions() == []
     versions = [PLANTED]
     for domain in "bcadefghijkl":
         versions.append(merge_into(versions[-1], [expert(domain)], {f"expert-{domain}": "hash"}, f"added {domain}"))
     for version in versions:
-        assert ledger.append(version)
+        assert ledger.log.append(version)
     again = Ledger.open(str(store))
-    assert again.versions() == list(range(13))
-    newest = again.forest()
+    assert again.log.versions() == list(range(13))
+    newest = again.log.newest()
     assert newest is not None
     assert newest.version == 12
     for number, version in enumerate(versions):
-        read = again.forest(number)
+        read = again.log.version(number)
         assert read is not None
         assert replace(read, parent=None) == version
-    assert again.forest(13) is None
-    history = again.history()
+    assert again.log.version(13) is None
+    history = again.log.history()
     assert [replace(forest, parent=None) for forest, _ in history] == versions
     assert all(note["by"] for _, note in history)
 
 
 def test_each_version_names_the_one_before_by_its_hash(ledger: Ledger, store: Path) -> None:
-    ledger.append(PLANTED)
-    ledger.append(merge_into(PLANTED, [expert("law")], {}, ""))
-    first, second = ledger.forest(0), ledger.forest(1)
+    ledger.log.append(PLANTED)
+    ledger.log.append(merge_into(PLANTED, [expert("law")], {}, ""))
+    first, second = ledger.log.version(0), ledger.log.version(1)
     assert first is not None
     assert second is not None
     assert first.parent is None
@@ -328,36 +328,36 @@ def test_each_version_names_the_one_before_by_its_hash(ledger: Ledger, store: Pa
 
 
 def test_of_all_who_append_one_version_exactly_one_succeeds_and_stays(store: Path) -> None:
-    Ledger.open(str(store)).append(PLANTED)
+    Ledger.open(str(store)).log.append(PLANTED)
     together = threading.Barrier(6)
 
     def race(number: int) -> bool:
         mine = Ledger.open(str(store))
-        forest = mine.forest()
+        forest = mine.log.newest()
         assert forest is not None
         version = merge_into(forest, [expert(f"d{number}")], {}, f"by {number}")
         together.wait()
-        return mine.append(version)
+        return mine.log.append(version)
 
     with ThreadPoolExecutor(6) as pool:
         won = list(pool.map(race, range(6)))
     assert won.count(True) == 1
-    newest = Ledger.open(str(store)).forest()
+    newest = Ledger.open(str(store)).log.newest()
     assert newest is not None
     assert newest.version == 1
     assert newest.domains == (f"d{won.index(True)}",)
 
 
 def test_a_damaged_version_is_refused_and_the_others_are_read(ledger: Ledger, store: Path) -> None:
-    ledger.append(PLANTED)
-    ledger.append(merge_into(PLANTED, [expert("law")], {}, ""))
+    ledger.log.append(PLANTED)
+    ledger.log.append(merge_into(PLANTED, [expert("law")], {}, ""))
     path = store / "forest" / "000001.json"
     path.write_text(path.read_text().replace("text-law", "text-lay"))
     with pytest.raises(IntegrityError) as refused:
-        ledger.forest()
+        ledger.log.newest()
     assert "forest/000001.json" in refused.value.what
     assert refused.value.found != refused.value.expected
-    assert ledger.forest(0) is not None
+    assert ledger.log.version(0) is not None
 
 
 # Training checkpoints

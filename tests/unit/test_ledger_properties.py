@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 from btm_cluster.algorithm import merge
 from btm_cluster.errors import IntegrityError, MissingError, StoreError, UserError
 from btm_cluster.forest import Expert, Forest, Foundation, Parent, describe_forest, identity_of, merge_into
-from btm_cluster.ledger import Artifact, Ledger, Ref, blob_key
+from btm_cluster.ledger import Artifact, ForestLog, Ledger, Ref, blob_key
 from btm_cluster.storage import Entry
 from btm_cluster.upkeep import housekeeping
 from btm_cluster.upkeep.housekeeping import collect, find_garbage, verify
@@ -124,11 +124,11 @@ class InMemory:
                 self.after()
 
 
-class WatchedLedger(Ledger):
-    """A ledger that remembers what it said is in the log."""
+class WatchedLog(ForestLog):
+    """A log that remembers what it said is in it."""
 
-    def __init__(self, storage: InMemory) -> None:
-        super().__init__(storage)
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__(ledger.storage, ledger.documents)
         self.promised: list[Forest] = []
 
     def append(self, forest: Forest) -> bool:
@@ -187,13 +187,13 @@ def model_files(folder: Path, weights: bytes) -> dict[str, Path]:
 
 def plant(ledger: Ledger, folder: Path) -> Forest:
     """As `algorithm.plant`: version 0, made once."""
-    planted = ledger.forest()
+    planted = ledger.log.newest()
     if planted is not None:
         return planted
     ledger.commit(TOKENIZER, {}, written(folder, {"tokenizer.json": b"{}"}), {})
     seed = ledger.commit(SEED, SEED_RECIPE, model_files(folder, b"seed"), {})
-    ledger.append(Forest(0, FOUNDATION, (), {SEED.identity: seed.manifest_hash}, "planted"))
-    planted = ledger.forest()
+    ledger.log.append(Forest(0, FOUNDATION, (), {SEED.identity: seed.manifest_hash}, "planted"))
+    planted = ledger.log.newest()
     assert planted is not None
     return planted
 
@@ -266,7 +266,8 @@ class Store(RuleBasedStateMachine):
         self.scratch = tempfile.TemporaryDirectory()
         self.folder = Path(self.scratch.name)
         self.storage = InMemory(self.folder)
-        self.ledger = WatchedLedger(self.storage)
+        self.ledger = Ledger(self.storage)
+        self.ledger.log = self.watched = WatchedLog(self.ledger)
         self.held: list[Forest] = []
         self.log: list[Forest] = []
         self.artifacts: dict[Ref, Standing] = {}
@@ -340,7 +341,7 @@ class Store(RuleBasedStateMachine):
         self.merge_experts(driver, experts, crash)
 
     def read_newest(self, driver: int) -> None:
-        newest = self.ledger.forest()
+        newest = self.ledger.log.newest()
         assert newest is not None
         self.held[driver] = newest
 
@@ -359,7 +360,7 @@ class Store(RuleBasedStateMachine):
             self.held[driver] = merged
             together = {expert.domain: expert for expert in experts} | {e.domain: e for e in newest.experts}
             grows = len(together) > len(newest.experts)
-            if all(expert.domain in held.domains for expert in experts) and len(self.ledger.versions()) == len(
+            if all(expert.domain in held.domains for expert in experts) and len(self.ledger.log.versions()) == len(
                 self.log
             ):
                 return  # this driver has seen them in the forest: whoever removed them since has the last word
@@ -380,9 +381,9 @@ class Store(RuleBasedStateMachine):
         def remove() -> None:
             forest: Forest | None = self.held[driver]
             while forest is not None and domain in forest.domains:
-                if self.ledger.append(without(forest, domain)):
+                if self.ledger.log.append(without(forest, domain)):
                     return
-                forest = self.ledger.forest()
+                forest = self.ledger.log.newest()
 
         self.attempt(remove, crash)
         if domain in self.held[driver].domains and domain in self.log[-1].domains:
@@ -398,12 +399,12 @@ class Store(RuleBasedStateMachine):
             return replace(target, version=newest.version + 1, reason=reason, parent=None)
 
         def roll_back() -> None:
-            newest = self.ledger.forest()
+            newest = self.ledger.log.newest()
             assert newest is not None
             if newest.experts != target.experts:
                 for identity, manifest_hash in target.manifests.items():
                     self.ledger.check_standing(Ref("model", identity), manifest_hash)
-                assert self.ledger.append(next_version(newest))
+                assert self.ledger.log.append(next_version(newest))
 
         try:
             self.attempt(roll_back, crash)
@@ -419,7 +420,7 @@ class Store(RuleBasedStateMachine):
         standing = [forest.version for forest in self.log if self.stands(forest)]
         chosen = standing[version % len(standing)]
         if chosen in self.pinned:
-            self.attempt(lambda: self.ledger.unpin(chosen), crash)
+            self.attempt(lambda: self.ledger.log.unpin(chosen), crash)
         else:
             self.attempt(lambda: self.ledger.pin(chosen), crash)
         self.pinned ^= {chosen}
@@ -488,16 +489,16 @@ class Store(RuleBasedStateMachine):
 
     @invariant()
     def the_log_is_what_was_appended_and_a_chain_without_gaps(self) -> None:
-        assert self.ledger.versions() == list(range(len(self.log)))
+        assert self.ledger.log.versions() == list(range(len(self.log)))
         for version, expected in enumerate(self.log):
-            read = self.ledger.forest(version)
+            read = self.ledger.log.version(version)
             assert read is not None
             assert replace(read, parent=None) == replace(expected, parent=None)
-            assert read.parent == (self.ledger.version_hash(version - 1) if version else None)
-        newest = self.ledger.forest()
+            assert read.parent == (self.ledger.log.version_hash(version - 1) if version else None)
+        newest = self.ledger.log.newest()
         assert newest is not None
         assert newest.experts == self.log[-1].experts
-        for promised in self.ledger.promised:
+        for promised in self.watched.promised:
             assert promised == replace(self.log[promised.version], parent=None)
 
     @invariant()
@@ -509,7 +510,7 @@ class Store(RuleBasedStateMachine):
         assert {key for key in keys if key.endswith(".json")} == expected
         for ref, known in self.artifacts.items():
             assert self.ledger.get(ref).manifest_hash == known.manifest_hash
-        assert set(self.ledger.pinned()) == self.pinned
+        assert set(self.ledger.log.pinned()) == self.pinned
 
     @invariant()
     def nothing_is_wrong_but_that_versions_outside_of_the_kept_ones_lost_models(self) -> None:
@@ -568,7 +569,7 @@ def outcome(storage: InMemory) -> tuple[dict[str, Any], set[str]]:
     tidy(storage)
     ledger = Ledger(storage)
     assert verify(ledger).problems == ()
-    forest = ledger.forest()
+    forest = ledger.log.newest()
     assert forest is not None
     return describe_forest(forest), set(storage.objects)
 
@@ -638,13 +639,13 @@ def test_an_append_whose_answer_was_lost_knows_its_own_version_from_anothers(
     ours, theirs = next_version(planted, "law"), next_version(planted, "code")
     # An append reads the version before, then creates: the adapter's second try hears that the key is taken.
     storage.arm(2, repeats=True)
-    assert ledger.append(ours)
-    assert ledger.forest() == replace(ours, parent=ledger.version_hash(0))
+    assert ledger.log.append(ours)
+    assert ledger.log.newest() == replace(ours, parent=ledger.log.version_hash(0))
     storage.arm(2, repeats=True)
-    assert not ledger.append(theirs)
+    assert not ledger.log.append(theirs)
     storage.arm(2, repeats=True)
-    assert not ledger.append(ours), "the same content by another transaction is another's"
-    assert ledger.forest() == replace(ours, parent=ledger.version_hash(0))
+    assert not ledger.log.append(ours), "the same content by another transaction is another's"
+    assert ledger.log.newest() == replace(ours, parent=ledger.log.version_hash(0))
 
 
 def test_an_append_between_whose_steps_another_was_first_says_so(
@@ -654,9 +655,9 @@ def test_an_append_between_whose_steps_another_was_first_says_so(
     ours, theirs = next_version(planted, "law"), next_version(planted, "code")
     won: list[bool] = []
     storage.arm(2, before=lambda: won.append(Ledger(storage).append(theirs)), repeats=True)
-    assert not ledger.append(ours)
+    assert not ledger.log.append(ours)
     assert won == [True]
-    newest = ledger.forest()
+    newest = ledger.log.newest()
     assert newest is not None
     assert newest.domains == ("code",)
 
@@ -679,7 +680,7 @@ def test_another_driver_that_merges_at_any_moment_of_a_merge_loses_nobodys_exper
         merge(planted, [experts["law"]], ledger)
         storage.arm(0)
         ends = not reached
-        newest = ledger.forest()
+        newest = ledger.log.newest()
         assert newest is not None
         assert newest.domains == (("law",) if ends else ("code", "law")), f"operation {operation}"
         assert verify(ledger).problems == ()
@@ -757,9 +758,9 @@ def test_what_a_collection_that_crashed_left_of_its_clock_is_collected_by_a_late
 def removed_and_collected(ledger: Ledger, storage: InMemory) -> Forest:
     """Version 1 of a forest whose expert was removed since, and collected."""
     first = merge(plant(ledger, storage.folder), [make_expert(ledger, storage.folder, "law")], ledger)
-    assert ledger.append(without(first, "law"))
+    assert ledger.log.append(without(first, "law"))
     for domain in ("code", "news"):
-        newest = ledger.forest()
+        newest = ledger.log.newest()
         assert newest is not None
         merge(newest, [make_expert(ledger, storage.folder, domain)], ledger)
     tidy(storage)
@@ -779,7 +780,7 @@ def test_a_version_whose_models_were_collected_cannot_be_pinned(ledger: Ledger, 
     gone = removed_and_collected(ledger, storage)
     with pytest.raises(StoreError):
         ledger.pin(gone.version)
-    assert ledger.pinned() == []
+    assert ledger.log.pinned() == []
 
 
 def test_a_version_names_no_expert_that_lost_its_domain_to_another(ledger: Ledger, storage: InMemory) -> None:

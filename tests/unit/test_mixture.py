@@ -21,8 +21,8 @@ from btm_cluster.equations.mixture import (
 )
 from btm_cluster.equations.posterior import Posterior, keep_top
 from btm_cluster.evaluation import score_models
+from btm_cluster.ground import PreparedText
 from btm_cluster.ledger import Artifact, Ledger, Ref
-from btm_cluster.recipes import PreparedText
 from btm_cluster.scores import BLOCKS_AT_ONCE, ScoreStack
 from tests.unit.conftest import GrownForest
 

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from btm_cluster.errors import PlanError, UserError
+from btm_cluster.ground import tokenizer_request
 from btm_cluster.language_model.model import full_config, has_dropout
 from btm_cluster.language_model.pretrained import pretrained_config, pretrained_model, resolve
 from btm_cluster.language_model.tokenizer import train_tokenizer
 from btm_cluster.ledger import Ref
 from btm_cluster.plan import ModelPlan, Plan
-from btm_cluster.recipes import tokenizer_request
 from btm_cluster.run import run_plan
 from btm_cluster.workers import ImportTokenizer
 from tests.conftest import DOMAINS, in_process, made_up_documents
@@ -189,7 +189,7 @@ def running(folder: Path, fields: dict[str, Any]) -> UserError:
     with pytest.raises(UserError) as caught:
         run_plan(plan, driver)
     assert not list(driver.ledger.list_artifacts("model"))
-    assert not driver.ledger.versions()
+    assert not driver.ledger.log.versions()
     assert caught.value.found
     assert caught.value.remedy
     return caught.value

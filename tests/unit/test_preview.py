@@ -84,7 +84,7 @@ def test_what_is_foretold_before_reading_is_what_is_foretold_afterwards_and_done
 
 def test_parameters_and_bytes_are_those_of_the_stored_models(after: dict[str, Any]) -> None:
     seen, ledger = look(after), Ledger.open(after["store"])
-    forest = ledger.forest()
+    forest = ledger.log.newest()
     assert forest is not None
     weights = ledger.get(Ref("model", forest.foundation.seed)).blob("model.safetensors").size_bytes
     assert 4 * seen.parameters < weights < 4 * seen.parameters + 10_000  # and a header

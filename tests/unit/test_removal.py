@@ -69,7 +69,7 @@ def btm(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
 
 
 def newest(ledger: Ledger) -> Forest:
-    forest = ledger.forest()
+    forest = ledger.log.newest()
     assert forest is not None
     return forest
 
@@ -138,12 +138,12 @@ def test_what_still_carries_a_removed_domain_is_told_from_lineage(ledger: Ledger
 def test_a_rollback_is_a_new_version_equal_to_an_old_one_and_what_came_since_stays_out(
     plan: Plan, ledger: Ledger
 ) -> None:
-    old = ledger.forest(2)
+    old = ledger.log.version(2)
     assert old is not None
     back = rollback(ledger, 2)
     assert (back.version, back.experts, back.manifests) == (4, old.experts, old.manifests)
     assert back.withdrawn == ("island",)
-    assert back.parent == ledger.version_hash(3)
+    assert back.parent == ledger.log.version_hash(3)
     assert expand(plan, in_process(plan)).forest == back
     assert difference(newest(ledger), rollback(ledger, 3)).added == ("island",)
     with pytest.raises(UserError, match="no forest version 9"):
@@ -235,7 +235,7 @@ def test_an_interrupted_purge_is_found_by_verify_and_goes_on_when_it_is_run_agai
     condemned = condemn(ledger, "meadow")
     remove(ledger, "meadow")
     body = {"domain": "meadow", "kind": "text", "identity": text, "parents": []}
-    ledger.create_record(f"tombstones/text/{text}.json", body)
+    ledger.documents.create(f"tombstones/text/{text}.json", body)
     assert [problem for problem in verify(ledger).problems if "was purged, and is there again" in problem]
     again = condemn(ledger, "meadow")
     assert (again.manifests, again.blobs) == (condemned.manifests, condemned.blobs)

@@ -1,98 +1,31 @@
-"""Artifacts and forest versions in a store: commit, look up, open, append.
-
-An artifact is a manifest, created once and last, that names its blobs by content hash. What has no manifest does not
-exist. Knows the layout of the store and how to check what it reads; knows nothing of texts, models or forests' meaning.
-
-    blobs/<sha256>                     bytes
-    artifacts/<kind>/<identity>.json   manifest of something made for good
-    training/<identity>/<update>.json  manifest of a training checkpoint, gone once its model is committed
-    training/<identity>/blobs/<sha256> its bytes: what is dropped some day shares no object with what is kept
-    forest/<n>.json                    version n
-    pins/<n>.json                      version n is never collected
-    tombstones/<kind>/<identity>.json  a text or model that was purged, and never comes back
-
-Other records that are created once have their places in `records.py`.
-"""
+"""The artifacts, training checkpoints and purges of one store; beside them its forest log."""
 
 import dataclasses
-import getpass
 import hashlib
-import json
 import logging
-import socket
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from btm_cluster.errors import IntegrityError, MissingError, StoreError, UserError
-from btm_cluster.forest import Expert, Forest, Foundation, Parent, canonical_json
+from btm_cluster.errors import IntegrityError, MissingError, UserError
+from btm_cluster.ledger.artifact import (
+    CHUNK_BYTES,
+    Artifact,
+    Blob,
+    Ref,
+    artifact_key,
+    blob_key,
+    describe_file,
+    tombstone_key,
+    training_folder,
+    training_key,
+)
+from btm_cluster.ledger.documents import THREADS, Document, Documents
+from btm_cluster.ledger.forest_log import ForestLog
 from btm_cluster.storage import Storage, open_storage
 
 log = logging.getLogger(__name__)
-CHUNK_BYTES = 8 * 2**20
-THREADS = 16
-"""Small requests under way at once, where there are many."""
-
-
-@dataclass(frozen=True)
-class Blob:
-    """A named file of an artifact, by its content."""
-
-    name: str
-    size_bytes: int
-    sha256: str
-    chunks: tuple[str, ...]
-    """SHA-256 of each 8 MiB, so that ranges can be checked too."""
-
-
-@dataclass(frozen=True)
-class Ref:
-    """Names an artifact: its kind and identity."""
-
-    kind: str
-    identity: str
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A committed artifact, as its manifest says it."""
-
-    kind: str
-    identity: str
-    recipe: Mapping[str, Any]
-    facts: Mapping[str, Any]
-    """What was found out while making it: the same for equal runs in one numerics profile."""
-    note: Mapping[str, Any]
-    """Circumstances: when, where, how fast, called what. Never used to decide anything but estimates and what is purged."""
-    blobs: tuple[Blob, ...]
-    manifest_hash: str
-
-    @property
-    def ref(self) -> Ref:
-        return Ref(self.kind, self.identity)
-
-    @property
-    def parents(self) -> tuple[str, ...]:
-        """Identities of the models that a model was made from."""
-        start = self.recipe.get("start") or {}
-        return tuple(p["identity"] for p in self.recipe.get("average") or start.get("parents") or ())
-
-    def blob(self, name: str) -> Blob:
-        """The file called `name`."""
-        for blob in self.blobs:
-            if blob.name == name:
-                return blob
-        raise MissingError(
-            f"{self.kind} {self.identity[:12]} has no file {name}", found=str([b.name for b in self.blobs])
-        )
-
-    def has(self, name: str) -> bool:
-        """Whether the artifact has a file called `name`."""
-        return any(blob.name == name for blob in self.blobs)
 
 
 class Ledger:
@@ -100,6 +33,8 @@ class Ledger:
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
+        self.documents = Documents(storage)
+        self.log = ForestLog(storage, self.documents)
 
     @staticmethod
     def open(location: str) -> "Ledger":
@@ -145,14 +80,14 @@ class Ledger:
                 blobs |= {blob_key(artifact.ref, blob.sha256): (artifact.ref, blob) for blob in artifact.blobs}
             list(pool.map(lambda item: self._check_blob_stands(*item), blobs.values()))
 
-    def tombstone(self, ref: Ref) -> Mapping[str, Any] | None:
+    def tombstone(self, ref: Ref) -> Document | None:
         """What is left of an artifact that was purged; None where none was."""
-        return self.read_record(tombstone_key(ref))
+        return self.documents.read(tombstone_key(ref))
 
     def parents_of(self, model: str) -> tuple[str, ...]:
         """Identities of the models that one was made from, even if it was purged."""
         tombstone = None if (found := self.find(Ref("model", model))) else self.tombstone(Ref("model", model))
-        return tuple(tombstone["parents"]) if tombstone else (found or self.get(Ref("model", model))).parents
+        return tuple(tombstone.body["parents"]) if tombstone else (found or self.get(Ref("model", model))).parents
 
     def check_not_purged(
         self,
@@ -168,23 +103,10 @@ class Ledger:
         if found is not None:
             raise UserError(
                 f"this {ref.kind}, {ref.identity[:12]}, was purged from the store",
-                found=f"purged as {found['domain']!r} at {found['note']['created']} by {found['note']['by']}",
+                found=f"purged as {found.body['domain']!r} at {found.note['created']} by {found.note['by']}",
                 expected="what was purged stays away",
                 remedy=remedy,
             )
-
-    def create_record(self, key: str, body: Mapping[str, Any]) -> bool:
-        """Creates a small document once, with its hash and its circumstances. False: there is one of that key."""
-        return self._create(key, {"body": dict(body), "note": {}})
-
-    def read_record(self, key: str) -> Mapping[str, Any] | None:
-        """A record's body, and under `note` its circumstances; None where there is none.
-
-        Raises:
-            IntegrityError: it is not what was written.
-        """
-        document = self._read_document(key)
-        return None if document is None else {**document["body"], "note": document["note"]}
 
     def list_artifacts(self, kind: str) -> Iterator[Artifact]:
         """Every committed artifact of a kind."""
@@ -244,7 +166,7 @@ class Ledger:
 
     def save_training(self, identity: str, update: int, files: Mapping[str, Path], facts: Mapping[str, Any]) -> None:
         """Commits a training checkpoint at `update`, then drops the older ones."""
-        ref, key = Ref("training", identity), _training_key(identity, update)
+        ref, key = Ref("training", identity), training_key(identity, update)
         self._trainings(identity)  # a damaged one may have this very key
         self._commit(key, ref, {"update": update}, files, facts, {})
         manifests = self._trainings(identity)
@@ -305,54 +227,13 @@ class Ledger:
         """Of the manifests of training checkpoints, by update."""
         return [e.key for e in self.storage.list(training_folder(identity)) if e.key.endswith(".json")]
 
-    def forest(self, version: int | None = None) -> Forest | None:
-        """A version of the forest, the newest by default; None where there is none."""
-        if version is None:
-            versions = self.versions()
-            if not versions:
-                return None
-            version = versions[-1]
-        document = self._read_document(_forest_key(version))
-        return None if document is None else _forest_from(document)
-
-    def versions(self) -> list[int]:
-        """Numbers of all versions, ascending."""
-        return [int(Path(entry.key).stem) for entry in self.storage.list("forest/")]
-
     def pin(self, version: int) -> None:
-        """Keeps a version from being collected, however old it becomes."""
-        forest = self.forest(version)
+        """Keeps a version of the forest, which must be whole, from being collected, however old it becomes."""
+        forest = self.log.version(version)
         if forest is None:
-            raise UserError(f"there is no forest version {version}", found=f"versions {self.versions()}")
+            raise UserError(f"there is no forest version {version}", found=f"versions {self.log.versions()}")
         self.check_all_standing(forest.manifests)
-        self._create(_pin_key(version), {"body": {"version": version}, "note": {}})
-
-    def unpin(self, version: int) -> None:
-        """Undoes `pin`."""
-        self.storage.delete(_pin_key(version))
-
-    def pinned(self) -> list[int]:
-        """Numbers of the pinned versions."""
-        return [int(Path(entry.key).stem) for entry in self.storage.list("pins/")]
-
-    def version_hash(self, version: int) -> str:
-        """The hash of a version's document, which the next one names as its parent."""
-        return str((self._read_document(_forest_key(version)) or {}).get("hash", ""))
-
-    def history(self) -> list[tuple[Forest, Mapping[str, Any]]]:
-        """Every version with its circumstances, ascending; each is read once, many at a time."""
-        keys = [_forest_key(version) for version in self.versions()]
-        with ThreadPoolExecutor(THREADS) as pool:
-            documents = [document for document in pool.map(self._read_document, keys) if document is not None]
-        return [(_forest_from(document), dict(document["note"])) for document in documents]
-
-    def append(self, forest: Forest) -> bool:
-        """Appends a version to the log. False: somebody else was first; read again and try the next number."""
-        previous = self._read_document(_forest_key(forest.version - 1)) if forest.version else None
-        if forest.version and previous is None:
-            raise StoreError(f"cannot append forest version {forest.version}", found="no version before it")
-        body = dataclasses.asdict(forest) | {"parent": previous["hash"] if previous else None}
-        return self._create(_forest_key(forest.version), {"body": body, "note": {}})
+        self.log.pin(version)
 
     def _commit(
         self,
@@ -373,7 +254,7 @@ class Ledger:
             "facts": facts,
             "blobs": [dataclasses.asdict(blob) for blob in blobs],
         }
-        self._create(key, {"body": body, "note": note})
+        self.documents.create(key, body, note)
         committed = self.read_manifest(key)
         if committed is None:
             raise IntegrityError(
@@ -381,56 +262,18 @@ class Ledger:
             )
         return committed
 
-    def _create(self, key: str, document: dict[str, Any]) -> bool:
-        """Creates a hashed document once. A retry whose first try had succeeded unseen finds its own transaction."""
-        transaction = uuid.uuid4().hex
-        circumstances = {
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "by": f"{getpass.getuser()}@{socket.gethostname()}",
-            "transaction": transaction,
-        }
-        document = document | {"note": document["note"] | circumstances}
-        document["hash"] = hashlib.sha256(canonical_json(document)).hexdigest()
-        if self.storage.create(key, _written(document)):
-            return True
-        winner = self._read_document(key)
-        return winner is not None and winner["note"]["transaction"] == transaction
-
-    def _read_document(self, key: str) -> dict[str, Any] | None:
-        try:
-            data = self.storage.read(key)
-        except MissingError:
-            return None
-        try:
-            whole = dict(json.loads(data))
-            same_bytes = _written(whole) == data  # a byte between values would not change the hash
-            document = {name: value for name, value in whole.items() if name != "hash"}
-            found = hashlib.sha256(canonical_json(document)).hexdigest()
-            claimed = whole["hash"]
-        except (ValueError, KeyError, TypeError) as exc:
-            found = f"{len(data)} bytes: {exc}"
-            raise IntegrityError(f"{key} is damaged", found=found, expected="JSON with its own hash") from exc
-        if found != claimed or not same_bytes:
-            raise IntegrityError(f"{key} does not match its own hash", found=found, expected=claimed)
-        return whole
-
     def read_manifest(self, key: str) -> Artifact | None:
         """The artifact whose manifest is the object at `key`; None where there is none."""
-        document = self._read_document(key)
+        document = self.documents.read(key)
         if document is None:
             return None
-        body = document["body"]
+        body = document.body
         if (found := f"{body['kind']}/{body['identity']}") not in key:
             raise IntegrityError(f"{key} is another artifact's manifest", found=found, expected=key)
         blobs = tuple(Blob(**{**blob, "chunks": tuple(blob["chunks"])}) for blob in body["blobs"])
         return Artifact(
-            body["kind"], body["identity"], body["recipe"], body["facts"], document["note"], blobs, document["hash"]
+            body["kind"], body["identity"], body["recipe"], body["facts"], document.note, blobs, document.hash
         )
-
-
-def _written(document: Mapping[str, Any]) -> bytes:
-    """A document as it is stored: one byte string per value, readable by people."""
-    return json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False).encode()
 
 
 def _damaged(artifact: Artifact, blob: Blob, found: str, expected: str) -> IntegrityError:
@@ -440,58 +283,3 @@ def _damaged(artifact: Artifact, blob: Blob, found: str, expected: str) -> Integ
         expected=expected,
         remedy="restore the object from a backup, or delete the artifact's manifest and run the plan again",
     )
-
-
-def describe_file(name: str, path: Path) -> Blob:
-    """The blob that the file at `path` would be: its size, SHA-256 and chunk hashes, in one pass."""
-    whole, chunks, size = hashlib.sha256(), [], 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            whole.update(chunk)
-            chunks.append(hashlib.sha256(chunk).hexdigest())
-            size += len(chunk)
-    return Blob(name, size, whole.hexdigest(), tuple(chunks))
-
-
-def artifact_key(ref: Ref) -> str:
-    """Of an artifact's manifest."""
-    return f"artifacts/{ref.kind}/{ref.identity}.json"
-
-
-def blob_key(ref: Ref, sha256: str) -> str:
-    """Of a file of an artifact."""
-    folder = training_folder(ref.identity) if ref.kind == "training" else ""
-    return f"{folder}blobs/{sha256}"
-
-
-def tombstone_key(ref: Ref) -> str:
-    """Of what is left of an artifact that was purged."""
-    return f"tombstones/{ref.kind}/{ref.identity}.json"
-
-
-def training_folder(identity: str) -> str:
-    return f"training/{identity}/"
-
-
-def _training_key(identity: str, update: int) -> str:
-    return f"{training_folder(identity)}{update:09d}.json"
-
-
-def _forest_key(version: int) -> str:
-    return f"forest/{version:06d}.json"
-
-
-def _pin_key(version: int) -> str:
-    return f"pins/{version:06d}.json"
-
-
-def _forest_from(document: Mapping[str, Any]) -> Forest:
-    body = dict(document["body"])
-    foundation = body.pop("foundation")
-    founders = tuple((name, text) for name, text in foundation.pop("domains"))
-    experts = tuple(
-        Expert(**{**expert, "parents": tuple(Parent(**parent) for parent in expert["parents"])})
-        for expert in body.pop("experts")
-    )
-    withdrawn = tuple(body.pop("withdrawn", ()))  # which version 0 of an older store has not
-    return Forest(foundation=Foundation(**foundation, domains=founders), experts=experts, withdrawn=withdrawn, **body)

@@ -1,0 +1,47 @@
+"""Artifacts and forest versions in a store: commit, look up, open, append.
+
+An artifact is a manifest, created once and last, that names its blobs by content hash. What has no manifest does not
+exist. Knows the layout of the store and how to check what it reads; knows nothing of texts, models or forests' meaning.
+
+    blobs/<sha256>                     bytes
+    artifacts/<kind>/<identity>.json   manifest of something made for good
+    training/<identity>/<update>.json  manifest of a training checkpoint, gone once its model is committed
+    training/<identity>/blobs/<sha256> its bytes: what is dropped some day shares no object with what is kept
+    forest/<n>.json                    version n
+    pins/<n>.json                      version n is never collected
+    tombstones/<kind>/<identity>.json  a text or model that was purged, and never comes back
+
+Other documents that are created once have their places in `records.py`.
+"""
+
+from btm_cluster.ledger.artifact import (
+    CHUNK_BYTES,
+    Artifact,
+    Blob,
+    Ref,
+    artifact_key,
+    blob_key,
+    describe_file,
+    tombstone_key,
+    training_folder,
+)
+from btm_cluster.ledger.documents import THREADS, Document, Documents
+from btm_cluster.ledger.forest_log import ForestLog
+from btm_cluster.ledger.ledger import Ledger
+
+__all__ = [
+    "CHUNK_BYTES",
+    "THREADS",
+    "Artifact",
+    "Blob",
+    "Document",
+    "Documents",
+    "ForestLog",
+    "Ledger",
+    "Ref",
+    "artifact_key",
+    "blob_key",
+    "describe_file",
+    "tombstone_key",
+    "training_folder",
+]

@@ -1,0 +1,105 @@
+"""Values: what names an artifact, what its manifest says, and the keys under which a store has it."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from btm_cluster.errors import MissingError
+
+CHUNK_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A named file of an artifact, by its content."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+    chunks: tuple[str, ...]
+    """SHA-256 of each 8 MiB, so that ranges can be checked too."""
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Names an artifact: its kind and identity."""
+
+    kind: str
+    identity: str
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A committed artifact, as its manifest says it."""
+
+    kind: str
+    identity: str
+    recipe: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    """What was found out while making it: the same for equal runs in one numerics profile."""
+    note: Mapping[str, Any]
+    """Circumstances: when, where, how fast, called what. Never used to decide anything but estimates and what is purged."""
+    blobs: tuple[Blob, ...]
+    manifest_hash: str
+
+    @property
+    def ref(self) -> Ref:
+        return Ref(self.kind, self.identity)
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """Identities of the models that a model was made from."""
+        start = self.recipe.get("start") or {}
+        return tuple(p["identity"] for p in self.recipe.get("average") or start.get("parents") or ())
+
+    def blob(self, name: str) -> Blob:
+        """The file called `name`."""
+        for blob in self.blobs:
+            if blob.name == name:
+                return blob
+        raise MissingError(
+            f"{self.kind} {self.identity[:12]} has no file {name}", found=str([b.name for b in self.blobs])
+        )
+
+    def has(self, name: str) -> bool:
+        """Whether the artifact has a file called `name`."""
+        return any(blob.name == name for blob in self.blobs)
+
+
+def describe_file(name: str, path: Path) -> Blob:
+    """The blob that the file at `path` would be: its size, SHA-256 and chunk hashes, in one pass."""
+    whole, chunks, size = hashlib.sha256(), [], 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            whole.update(chunk)
+            chunks.append(hashlib.sha256(chunk).hexdigest())
+            size += len(chunk)
+    return Blob(name, size, whole.hexdigest(), tuple(chunks))
+
+
+def artifact_key(ref: Ref) -> str:
+    """Of an artifact's manifest."""
+    return f"artifacts/{ref.kind}/{ref.identity}.json"
+
+
+def blob_key(ref: Ref, sha256: str) -> str:
+    """Of a file of an artifact."""
+    folder = training_folder(ref.identity) if ref.kind == "training" else ""
+    return f"{folder}blobs/{sha256}"
+
+
+def tombstone_key(ref: Ref) -> str:
+    """Of what is left of an artifact that was purged."""
+    return f"tombstones/{ref.kind}/{ref.identity}.json"
+
+
+def training_folder(identity: str) -> str:
+    """Below it are a model's training checkpoints."""
+    return f"training/{identity}/"
+
+
+def training_key(identity: str, update: int) -> str:
+    """Of the manifest of a training checkpoint."""
+    return f"{training_folder(identity)}{update:09d}.json"
