@@ -1,23 +1,28 @@
-"""How things look at a terminal: the live line of each training, and the tables. Knows rich; decides nothing."""
+"""How things look at a terminal: the live line of each training, and the tables. Knows rich; decides nothing.
+
+Imports no torch, so that what needs none, such as `btm forest show`, answers at once.
+"""
 
 import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from btm_cluster.checks import Check
-from btm_cluster.forest import Forest
-from btm_cluster.preview import Preview
-from btm_cluster.report import GROUPS, Cell, Row, Verdict
-from btm_cluster.run import Run
-from btm_cluster.texts import TextReport
-from btm_cluster.workers import Progress
+if TYPE_CHECKING:
+    from btm_cluster.checks import Check
+    from btm_cluster.forest import Forest
+    from btm_cluster.preview import Preview
+    from btm_cluster.report import Cell, Row, Verdict
+    from btm_cluster.run import Run
+    from btm_cluster.texts import TextReport
+    from btm_cluster.workers import Progress
 
 PLAIN_SECONDS = 10.0
 
@@ -42,7 +47,7 @@ class ProgressView:
         if self._live:
             self._live.stop()
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: "Progress") -> None:
         self._latest[progress.label] = progress
         if self._live:
             self._live.update(self._table())
@@ -62,7 +67,7 @@ class ProgressView:
         return table
 
 
-def _columns(progress: Progress) -> list[str]:
+def _columns(progress: "Progress") -> list[str]:
     counted = progress.last_update > progress.first_update
     rate = progress.tokens_per_second
     return [
@@ -78,7 +83,7 @@ def _columns(progress: Progress) -> list[str]:
     ]
 
 
-def _time_left(progress: Progress) -> str:
+def _time_left(progress: "Progress") -> str:
     if not progress.seconds_left:
         return ""
     minutes, seconds = divmod(round(progress.seconds_left), 60)
@@ -86,7 +91,7 @@ def _time_left(progress: Progress) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d} left" if hours else f"{minutes}:{seconds:02d} left"
 
 
-def verdict_tables(verdict: Verdict, console: Console) -> None:
+def verdict_tables(verdict: "Verdict", console: Console) -> None:
     """Prints a table for each split, texts in columns, and the sentence."""
     for split, rows in verdict.rows.items():
         console.print(_means_table(split, rows, verdict.baseline))
@@ -94,7 +99,9 @@ def verdict_tables(verdict: Verdict, console: Console) -> None:
     console.print(verdict.sentence, highlight=False)
 
 
-def _means_table(split: str, rows: Sequence[Row], baseline: str) -> Table:
+def _means_table(split: str, rows: Sequence["Row"], baseline: str) -> Table:
+    from btm_cluster.report import GROUPS
+
     fitted = "; what is fitted was fitted on this very text" if split == "development" else ""
     table = plain_table(
         f"Perplexity on {split} text: means over texts, 95 % interval over documents{fitted}",
@@ -105,11 +112,11 @@ def _means_table(split: str, rows: Sequence[Row], baseline: str) -> Table:
     return table
 
 
-def _perplexity(cell: Cell | None) -> str:
+def _perplexity(cell: "Cell | None") -> str:
     return "–" if cell is None else f"{cell.perplexity:.2f}"
 
 
-def _intervals(row: Row) -> tuple[str, str]:
+def _intervals(row: "Row") -> tuple[str, str]:
     """Of the widest group that the system has a result on: the perplexity's, and the difference's."""
     cell = row.means.get("all") or row.means.get("domains")
     if cell is None:
@@ -121,7 +128,7 @@ def _intervals(row: Row) -> tuple[str, str]:
     return interval, f"{cell.difference:+.1%} ({low:+.1%} to {high:+.1%})"
 
 
-def _texts_table(split: str, rows: Sequence[Row]) -> Table:
+def _texts_table(split: str, rows: Sequence["Row"]) -> Table:
     table = Table(title=f"Perplexity on {split} text, by text", box=box.SIMPLE, title_justify="left")
     table.add_column("system", no_wrap=True)
     texts = list(dict.fromkeys(text for row in rows for text in row.cells))
@@ -132,7 +139,7 @@ def _texts_table(split: str, rows: Sequence[Row]) -> Table:
     return table
 
 
-def texts_table(texts: Sequence[TextReport]) -> Table:
+def texts_table(texts: Sequence["TextReport"]) -> Table:
     """The paper's Table 7, and how much test text also stands in training text."""
     table = Table(title="Texts", box=box.SIMPLE, title_justify="left")
     table.add_column("text", no_wrap=True)
@@ -171,7 +178,7 @@ def consoles(json_output: bool) -> tuple[Console, Console]:
     return Console(width=wide), Console(stderr=json_output, width=None if sys.stderr.isatty() else 200)
 
 
-def skipped_notice(texts: Sequence[TextReport], wanted_blocks: int) -> list[str]:
+def skipped_notice(texts: Sequence["TextReport"], wanted_blocks: int) -> list[str]:
     """Sentences on what a reader of the tables should know: skipped documents, and less development text than asked for."""
     notices = [f"{t.name}: skipped {n} × {reason}" for t in texts for reason, n in t.skipped.items()]
     short = [f"{t.name} {t.development_blocks}" for t in texts if t.development_blocks < wanted_blocks]
@@ -180,7 +187,7 @@ def skipped_notice(texts: Sequence[TextReport], wanted_blocks: int) -> list[str]
     return notices
 
 
-def show_run(run: Run, json_output: bool) -> None:
+def show_run(run: "Run", json_output: bool) -> None:
     """Prints the outcome of a run: texts, what was fitted, the verdict; or all of it as JSON."""
     console, notes = consoles(json_output)
     if json_output:
@@ -196,7 +203,7 @@ def show_run(run: Run, json_output: bool) -> None:
     notes.print(run.steps_line, highlight=False)
 
 
-def preview_table(preview: Preview, console: Console) -> None:
+def preview_table(preview: "Preview", console: Console) -> None:
     """Prints what a run would do, and what that would cost."""
     unit = "GPU-hours" if preview.on_gpus else "hours"
     rows = [
@@ -222,7 +229,7 @@ def preview_table(preview: Preview, console: Console) -> None:
     )
 
 
-def forest_table(forest: Forest) -> Table:
+def forest_table(forest: "Forest") -> Table:
     """The experts of a version, and what they descend from."""
     rows = [
         [
@@ -239,7 +246,7 @@ def forest_table(forest: Forest) -> Table:
     return plain_table(title, ["domain", "expert", "text", "branched from"], rows)
 
 
-def _parent_name(forest: Forest, identity: str) -> str:
+def _parent_name(forest: "Forest", identity: str) -> str:
     if identity == forest.foundation.seed:
         return "seed"
     return next((expert.domain for expert in forest.experts if expert.identity == identity), identity[:12])
@@ -252,7 +259,7 @@ def fits_table(weights: Mapping[str, Mapping[str, float]], evidence: Mapping[str
     return plain_table("Fitted prior by text, and the weight of evidence", ["text", *experts, "evidence"], rows)
 
 
-def check_lines(checks: Sequence[Check]) -> list[str]:
+def check_lines(checks: Sequence["Check"]) -> list[str]:
     """A line for each check of `btm doctor`, with the remedy where one is called for."""
     width = max(len(check.name) for check in checks)
     return [

@@ -90,12 +90,26 @@ def without_withdrawn(plan: Plan, forest: Forest | None) -> Plan:
 
 
 def read_requests(plan: Plan) -> list[ReadText]:
-    """One for each domain and target."""
+    """One for each domain and target.
+
+    Raises:
+        TextError: naming every text whose files or data set are not there.
+    """
     targets = {target.name for target in plan.targets}
-    return [
-        ReadText(source.name, source, plan.reading, source.name in targets, fingerprint(source))
-        for source in plan.texts
-    ]
+    requests: list[ReadText] = []
+    missing: list[TextError] = []
+    for source in plan.texts:
+        try:
+            stamp = fingerprint(source)
+        except TextError as exc:
+            missing.append(exc)
+        else:
+            requests.append(ReadText(source.name, source, plan.reading, source.name in targets, stamp))
+    if missing:
+        *others, last = missing
+        what = "\n".join([*map(str, others), last.what])
+        raise TextError(what, found=last.found, expected=last.expected, remedy=last.remedy)
+    return requests
 
 
 def vocabulary_of(plan: Plan) -> int:

@@ -6,14 +6,16 @@ holds equally many blocks of every domain, domain after domain, so routing is a 
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.func import functional_call
-from transformers import PreTrainedModel
 
 from btm_cluster.errors import UserError
 from btm_cluster.language_model.model import count_parameters, fresh_on_meta
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _FEED_FORWARD = re.compile(r"\.\d+\.mlp$")
 _EXPERTS = ".mlp.experts."
@@ -56,13 +58,13 @@ def _rows(module: DomainFeedForwards, stored: torch.Tensor) -> torch.Tensor:
     return stored[module.domains.start : module.domains.stop]
 
 
-def own_rows(model: PreTrainedModel, name: str, stored: torch.Tensor) -> torch.Tensor:
+def own_rows(model: "PreTrainedModel", name: str, stored: torch.Tensor) -> torch.Tensor:
     """What this process holds of something stored for the parameter `name`: its domains' rows, or all of it."""
     owner = model.get_submodule(name.partition(".experts.")[0]) if has_row_per_domain(name) else None
     return _rows(owner, stored).clone() if isinstance(owner, DomainFeedForwards) else stored
 
 
-def split_feed_forwards(model: PreTrainedModel, domains: range) -> None:
+def split_feed_forwards(model: "PreTrainedModel", domains: range) -> None:
     """Makes `model` a DEMix, in place; `domains` are those that this process trains.
 
     Raises:
@@ -111,7 +113,7 @@ def count_demix_parameters(config: Mapping[str, Any], domains: int) -> tuple[int
     return total + (domains - 1) * split, non_embedding + (domains - 1) * split
 
 
-def _refused(model: PreTrainedModel, found: str) -> UserError:
+def _refused(model: "PreTrainedModel", found: str) -> UserError:
     return UserError(
         f"no DEMix can be made of a {model.config.model_type}",
         found=found,

@@ -6,15 +6,18 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from btm_cluster.errors import PlanError, UserError, one_line
 from btm_cluster.plan import ModelPlan, Preset
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _VOCABULARY_MULTIPLE = (
     64  # embedding rows: matrix units want multiples of 64; the rows beyond the tokenizer stay unused
@@ -57,7 +60,7 @@ def full_config(plan: ModelPlan, vocabulary: int, block_tokens: int) -> dict[str
     return given
 
 
-def check_causal(model: PreTrainedModel, name: str) -> None:
+def check_causal(model: "PreTrainedModel", name: str) -> None:
     """Refuses a model whose first tokens see the last one, such as BERT: it would read what it is asked to predict.
 
     Raises:
@@ -141,13 +144,13 @@ def _build_config(given: Mapping[str, Any]) -> PretrainedConfig:
     return config
 
 
-def build_model(config: Mapping[str, Any], random_seed: int) -> PreTrainedModel:
+def build_model(config: Mapping[str, Any], random_seed: int) -> "PreTrainedModel":
     """A model with fresh float32 weights, a pure function of the configuration and the seed."""
     torch.manual_seed(random_seed)
     return _fresh(config)
 
 
-def load_weights(model: PreTrainedModel, file: Path) -> None:
+def load_weights(model: "PreTrainedModel", file: Path) -> None:
     """Loads a safetensors file into `model`, tied weights included."""
     missing, unexpected = model.load_state_dict(load_file(file), strict=False)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
@@ -156,7 +159,7 @@ def load_weights(model: PreTrainedModel, file: Path) -> None:
     model.tie_weights()
 
 
-def load_model(config: Mapping[str, Any], file: Path) -> PreTrainedModel:
+def load_model(config: Mapping[str, Any], file: Path) -> "PreTrainedModel":
     """A model with the weights of a safetensors file, in float32."""
     # Built fresh, not on the meta device: buffers that are computed and never stored need their values.
     model = _fresh(config)
@@ -164,7 +167,7 @@ def load_model(config: Mapping[str, Any], file: Path) -> PreTrainedModel:
     return model
 
 
-def weights_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def weights_of(model: "PreTrainedModel") -> dict[str, torch.Tensor]:
     """The parameters by name, each tied one once, in a fixed order."""
     return {name: p.detach() for name, p in sorted(model.named_parameters())}
 
@@ -184,7 +187,7 @@ def save_weights(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from exc
 
 
-def has_dropout(model: PreTrainedModel) -> bool:
+def has_dropout(model: "PreTrainedModel") -> bool:
     """Whether training it draws random numbers: as modules, or as shares in its configuration, written there or by default."""
     shares = (
         value
@@ -228,12 +231,12 @@ def _config_from(config: Mapping[str, Any]) -> PretrainedConfig:
     return AutoConfig.for_model(config["model_type"], **fields)
 
 
-def _fresh(config: Mapping[str, Any]) -> PreTrainedModel:
+def _fresh(config: Mapping[str, Any]) -> "PreTrainedModel":
     model: PreTrainedModel = AutoModelForCausalLM.from_config(_config_from(config), dtype=torch.float32)
     return model
 
 
-def fresh_on_meta(config: Mapping[str, Any]) -> PreTrainedModel:
+def fresh_on_meta(config: Mapping[str, Any]) -> "PreTrainedModel":
     """A model without values, for its names and shapes."""
     with torch.device("meta"):
         return _fresh(config)

@@ -7,15 +7,18 @@ import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from btm_cluster.errors import UserError, one_line
 from btm_cluster.language_model.model import check_causal, check_fits, plain_config, save_weights, weights_of
 from btm_cluster.language_model.tokenizer import import_tokenizer, open_pretrained_tokenizer
 from btm_cluster.workers import ImportTokenizer, Pretrained, TrainRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _TOKENIZER_PATTERNS = ("*.json", "*.txt", "*.model")
 _MODEL_PATTERNS = ("*.json", "*.safetensors")
@@ -143,7 +146,7 @@ def import_model(request: TrainRequest, folder: Path) -> tuple[dict[str, Path], 
     return files, {"role": request.role, "tokens": 0}, {"from": request.pretrained.source}
 
 
-def _load(pretrained: Pretrained) -> PreTrainedModel:
+def _load(pretrained: Pretrained) -> "PreTrainedModel":
     folder = resolve(pretrained.source, _MODEL_PATTERNS)
     _check_same(pretrained.source, pretrained.sha256, _model_hash(folder))
     try:

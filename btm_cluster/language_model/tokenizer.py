@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from btm_cluster.errors import TextError, UserError
 
@@ -73,6 +73,8 @@ def open_pretrained_tokenizer(source: str) -> PreTrainedTokenizerFast:
     Raises:
         UserError: no fast tokenizer is there, or it has no end-of-text token.
     """
+    from transformers import AutoTokenizer  # and torch with it, which reading and tokenising can do without
+
     try:
         fast = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as exc:  # from OSError to the bare Exception that the Rust reader raises

@@ -14,11 +14,12 @@ import ray.util.state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from btm_cluster.errors import Stopped
-from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.ledger import Ledger
 from btm_cluster.on_ray.cluster import bundle, group_words, has_room
 from btm_cluster.on_ray.failures import LOG_LINES, failure_of
 from btm_cluster.on_ray.metrics import Metrics
-from btm_cluster.on_ray.progress import STARTING, News, ProgressBoardActor, RayControl
+from btm_cluster.on_ray.progress import STARTING, News, ProgressBoardActor
+from btm_cluster.on_ray.tasks import MergerActor, await_other_task, prepare_task, score_task, soup_task
 from btm_cluster.on_ray.training import TrainerActor, trainer_options
 from btm_cluster.plan import ClusterPlan
 from btm_cluster.storage.requests import take_requests
@@ -36,65 +37,10 @@ from btm_cluster.workers import (
 )
 
 POLL_SECONDS = 0.25
-AVERAGES_AT_ONCE = 4
-OTHER_SECONDS = 2.0
-"""Between two looks at what another driver trains."""
 WAITING_SECONDS = 60.0
 """Between two words on a training that waits for room."""
 START_MINUTES = 10.0
 """What a training that has started may take, beside `hang_minutes`, until its first update: it loads and compiles."""
-
-
-@ray.remote
-def _prepare(request: PrepareRequest, store: str, board: Any) -> Artifact:
-    from btm_cluster.steps.prepare import prepare
-
-    with RayControl(board, lambda: False) as control:
-        return prepare(request, Ledger.open(store), control)
-
-
-@ray.remote
-def _score(requests: Sequence[ScoreRequest], store: str, board: Any) -> list[Artifact]:
-    from btm_cluster.steps.score import score
-
-    with RayControl(board, lambda: False) as control:
-        return score(requests, Ledger.open(store), control)
-
-
-@ray.remote
-def _soup(request: SoupRequest, store: str, board: Any) -> Artifact:
-    from btm_cluster.steps.soup import soup
-
-    with RayControl(board, lambda: False) as control:
-        return soup(request, Ledger.open(store), control)
-
-
-@ray.remote(num_cpus=0)
-def _await_other(request: TrainRequest, store: str, name: str) -> Artifact | None:
-    """The model that another driver's trainer is at; None where that one ended without it."""
-    while True:
-        found = Ledger.open(store).find(request.ref)
-        if found is not None:
-            return found
-        try:
-            ray.get_actor(name)
-        except ValueError:  # there is none of that name any more
-            return Ledger.open(store).find(request.ref)
-        time.sleep(OTHER_SECONDS)
-
-
-class Merger:
-    """The merge actor: averages models, a few at a time, since most of that is reading and hashing."""
-
-    def average(self, request: AverageRequest, store: str, board: Any) -> Artifact:
-        """The committed average."""
-        from btm_cluster.steps.average import average
-
-        with RayControl(board, lambda: False) as control:
-            return average(request, Ledger.open(store), control)
-
-
-_MergerActor: Any = ray.remote(max_concurrency=AVERAGES_AT_ONCE)(Merger)
 
 
 @dataclass
@@ -129,7 +75,7 @@ class RayWorkers:
         self._retried = {"max_restarts": cluster.retries, "max_task_retries": -1}
 
     def prepare(self, requests: Sequence[PrepareRequest]) -> list[Outcome]:
-        task = _prepare.options(num_cpus=1, max_retries=self._cluster.retries)
+        task = prepare_task.options(num_cpus=1, max_retries=self._cluster.retries)
 
         def start(request: PrepareRequest) -> _Running:
             return _Running(request.label, task.remote(request, self._store, self._board))
@@ -147,7 +93,7 @@ class RayWorkers:
                 trainer = TrainerActor.options(**options).remote()
             except ValueError:  # the name is taken
                 self._watcher(Progress(request.label, "waiting for another driver, which trains it"))
-                return _Running(request.label, _await_other.remote(request, self._store, options["name"]))
+                return _Running(request.label, await_other_task.remote(request, self._store, options["name"]))
             result = trainer.train.remote(request, self._store, self._cluster.retries, self._board)
             self._metrics.asked(request)
             waits_for = "" if room[request.label] else self._say_what_waits(request.label, request.how)
@@ -161,7 +107,7 @@ class RayWorkers:
             groups.setdefault(request.model.identity, []).append(request)
 
         def start(group: list[ScoreRequest]) -> _Running:
-            return self._start_task(_score, group[0].label, group[0].how, group)
+            return self._start_task(score_task, group[0].label, group[0].how, group)
 
         outcomes = self._run("score", start, list(groups.values()))
         by_request: dict[str, Outcome] = {}
@@ -171,7 +117,7 @@ class RayWorkers:
         return [by_request[request.ref.identity] for request in requests]
 
     def average(self, requests: Sequence[AverageRequest]) -> list[Outcome]:
-        merger = _MergerActor.options(name=f"merge-{time.time_ns()}", num_cpus=1, **self._retried).remote()
+        merger = MergerActor.options(name=f"merge-{time.time_ns()}", num_cpus=1, **self._retried).remote()
 
         def start(request: AverageRequest) -> _Running:
             return _Running(request.label, merger.average.remote(request, self._store, self._board))
@@ -183,7 +129,7 @@ class RayWorkers:
 
     def soup(self, requests: Sequence[SoupRequest]) -> list[Outcome]:
         def start(request: SoupRequest) -> _Running:
-            return self._start_task(_soup, request.label, request.how, request)
+            return self._start_task(soup_task, request.label, request.how, request)
 
         return self._run("soup", start, requests)
 

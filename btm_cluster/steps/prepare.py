@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerFast
 from btm_cluster.language_model.blocks import pack_blocks
 from btm_cluster.language_model.corpus import Text, read_shard, write_random_part, write_text
 from btm_cluster.language_model.overlap import TestText, mark_seen
-from btm_cluster.language_model.pretrained import import_pretrained_tokenizer
 from btm_cluster.language_model.tokenizer import (
     TOKENIZER_FILES,
     load_tokenizer,
@@ -49,6 +48,8 @@ def prepare(request: PrepareRequest, ledger: Ledger, control: Control) -> Artifa
                 control.report(Progress(request.label, "training the tokenizer"))
                 return _train_tokenizer(request, ledger, folder)
             case ImportTokenizer():
+                from btm_cluster.language_model.pretrained import import_pretrained_tokenizer  # and torch with it
+
                 found = import_pretrained_tokenizer(request, folder)
                 return _commit_tokenizer(request, ledger, folder, found)
             case Tokenize():

@@ -341,7 +341,7 @@ def test_who_creates_a_version_and_loses_the_answer_learns_that_it_won(
     proxy.follow(on_first_try(Fault.LOSE_REPLY, "PUT"))
     assert ledger.log.append(PLANTED)
     assert [fault for method, _, fault in proxy.seen if method == "PUT"] == [Fault.LOSE_REPLY, Fault.NONE]
-    assert not competitor.append(PLANTED)
+    assert not competitor.log.append(PLANTED)
     assert competitor.log.newest() == ledger.log.newest() == PLANTED
 
 
@@ -352,8 +352,8 @@ def test_a_lost_answer_is_settled_also_after_an_outage(
         return Fault.NONE if method != "PUT" or count > 7 else Fault.ERROR if count > 1 else Fault.LOSE_REPLY
 
     proxy.follow(lose_then_fail)
-    assert Ledger(storage).append(PLANTED)
-    assert not competitor.append(PLANTED)
+    assert Ledger(storage).log.append(PLANTED)
+    assert not competitor.log.append(PLANTED)
 
 
 def test_who_is_overtaken_between_two_tries_learns_that_it_lost(
@@ -363,12 +363,12 @@ def test_who_is_overtaken_between_two_tries_learns_that_it_lost(
 
     def overtake(method: str, path: str, count: int) -> Fault:  # noqa: ARG001 - a Policy
         if method == "PUT" and not won:
-            won.append(competitor.append(PLANTED))
+            won.append(competitor.log.append(PLANTED))
             return Fault.RESET
         return Fault.NONE
 
     proxy.follow(overtake)
-    assert not Ledger(storage).append(PLANTED)
+    assert not Ledger(storage).log.append(PLANTED)
     assert won == [True]
 
 

@@ -204,3 +204,16 @@ def test_a_forest_is_shown_with_its_versions(fields: dict[str, Any], btm: Callab
         code, out, err = btm("forest", command, "--store", f"{plan.store}-none")
         assert (code, out) == (2, "")
         assert "no forest in" in err
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        "btm_cluster.cli",
+        "btm_cluster.display, btm_cluster.upkeep.purge",
+        "btm_cluster.on_ray.tasks, btm_cluster.steps.prepare",
+    ],
+)
+def test_what_needs_no_torch_answers_without_it(modules: str) -> None:
+    code = f"import sys; import {modules}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

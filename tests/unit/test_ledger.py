@@ -175,8 +175,8 @@ def test_all_who_race_to_commit_one_artifact_get_the_winners(store: Path, tmp_pa
 def test_a_create_whose_success_went_unheard_is_still_a_success(store: Path, tmp_path: Path) -> None:
     forgetful = Ledger(ForgetfulFolder(str(store)))
     assert commit(forgetful, tmp_path, {"w": b"weights"}, who="me").facts == {"who": "me"}
-    assert forgetful.append(PLANTED)
-    assert not forgetful.append(PLANTED)
+    assert forgetful.log.append(PLANTED)
+    assert not forgetful.log.append(PLANTED)
 
 
 # Half-written

@@ -654,7 +654,7 @@ def test_an_append_between_whose_steps_another_was_first_says_so(
     planted = plant(ledger, tmp_path)
     ours, theirs = next_version(planted, "law"), next_version(planted, "code")
     won: list[bool] = []
-    storage.arm(2, before=lambda: won.append(Ledger(storage).append(theirs)), repeats=True)
+    storage.arm(2, before=lambda: won.append(Ledger(storage).log.append(theirs)), repeats=True)
     assert not ledger.log.append(ours)
     assert won == [True]
     newest = ledger.log.newest()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,15 @@ def test_a_plan_that_changes_the_foundation_is_refused_as_a_run_refuses_it(
 ) -> None:
     with pytest.raises(FoundationError):
         look(after | change)
+
+
+def test_every_text_that_is_not_there_is_named_at_once(fields: dict[str, Any]) -> None:
+    for text in (fields["domains"][1], fields["targets"][0]):
+        text["text"] = f"{text['name']}-is-not-there.jsonl"
+    with pytest.raises(UserError) as caught:
+        look(fields)
+    named = re.findall(r"the text of '(\w+)' matches no file\n  found:    \1-is-not-there", str(caught.value))
+    assert named == ["harbour", "market"]
 
 
 def test_a_plan_that_a_run_would_refuse_is_refused(fields: dict[str, Any]) -> None:
