@@ -69,9 +69,10 @@ def prepare(plan: Plan, driver: Driver) -> Ground:
     """Texts to documents, documents to token blocks, and the configuration that all models share."""
     workers, forest = driver.workers, driver.ledger.log.newest()
     plan = without_withdrawn(plan, forest)
-    model = model_config(plan, vocabulary_of(plan))  # first: a wrong model is refused before a text is read
+    requests = read_requests(plan)
+    model = model_config(plan, vocabulary_of(plan))  # a wrong model is refused before a text is read
     check_demix(plan, model[0], driver.ledger.log.version(0))
-    read = driver.require(workers.prepare, read_requests(plan))
+    read = driver.require(workers.prepare, requests)
     memos = {text.name: memo for text, memo in zip(plan.texts, read, strict=True)}
     ground = ground_of(plan, memos, model, driver.ledger)
     if forest is not None:  # what does not fit is refused before anything is made

@@ -89,10 +89,10 @@ def preview(plan: Plan, ledger: Ledger) -> Preview:
     """
     check_clusters(plan, [domain.name for domain in plan.domains])
     plan = without_withdrawn(plan, ledger.log.newest())
+    reads = read_requests(plan)
     model = model_config(plan, vocabulary_of(plan))
     check_demix(plan, model[0], ledger.log.version(0))
     parameters, non_embedding = count_parameters(model[0])
-    reads = read_requests(plan)
     memos = dict(zip([request.label for request in reads], ledger.find_all([r.ref for r in reads]), strict=True))
     known = {name: memo for name, memo in memos.items() if memo is not None}
     steps = [_reading(name, memo, ledger) for name, memo in memos.items()]
