@@ -30,6 +30,8 @@ _UNFINISHED_SECONDS = 86_400.0
 """An unfinished file this old was left by a process that died."""
 FREED_SHARE = 0.1
 """Of the limit, that eviction leaves free, so that not each further file needs one."""
+COUNT_POLL_SECONDS = 0.001
+"""The count is held for a fraction of that; filelock's own interval, 50 ms, is longer than most fetches."""
 _UNKNOWN_BYTES = 10**18
 """Counted while nobody has looked: more than any limit."""
 _COUNT = re.compile(rb"(\d{20}) (\d{12})\n")
@@ -60,8 +62,7 @@ class NodeCache:
                     path.unlink(missing_ok=True)
                 elif _use(path):
                     return path
-                self._fetch(path, fetch)
-            counted, looked = self._count(0)
+                counted, looked = self._fetch(path, fetch)
             if counted > self.limit_bytes or time.time() - looked > _UNFINISHED_SECONDS:
                 self._evict(self.limit_bytes)
         except OSError as exc:
@@ -79,29 +80,31 @@ class NodeCache:
         """Removes the file called `name`, if it is here."""
         (self.folder / "files" / name).unlink(missing_ok=True)
 
-    def _fetch(self, path: Path, fetch: Callable[[Path], None]) -> None:
+    def _fetch(self, path: Path, fetch: Callable[[Path], None]) -> tuple[int, float]:
         unfinished = path.parent / f"{_UNFINISHED}{uuid.uuid4().hex}"
         try:
             try:
-                self._fetch_counted(unfinished, fetch)
+                count = self._fetch_counted(unfinished, fetch)
             except OSError as exc:
                 if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 unfinished.unlink(missing_ok=True)
                 self._evict(0)
-                self._fetch_counted(unfinished, fetch)
+                count = self._fetch_counted(unfinished, fetch)
             unfinished.replace(path)
+            return count
         finally:
             unfinished.unlink(missing_ok=True)
 
-    def _fetch_counted(self, unfinished: Path, fetch: Callable[[Path], None]) -> None:
+    def _fetch_counted(self, unfinished: Path, fetch: Callable[[Path], None]) -> tuple[int, float]:
         fetch(unfinished)
-        self._count(unfinished.stat().st_size)
+        return self._count(unfinished.stat().st_size)
 
     def _count(self, added: int, looked: float | None = None) -> tuple[int, float]:
         """Adds to the count of bytes, sets when the folder was last looked through if given, and returns both."""
         path = self.folder / "count"
-        with FileLock(self.folder / "locks" / "count"), open(path, "r+b" if path.exists() else "w+b", 0) as file:
+        lock = FileLock(self.folder / "locks" / "count", poll_interval=COUNT_POLL_SECONDS)
+        with lock, open(path, "r+b" if path.exists() else "w+b", 0) as file:
             known = _COUNT.fullmatch(file.read())
             counted, last_look = (int(known[1]), float(known[2])) if known else (_UNKNOWN_BYTES, 0.0)
             counted, last_look = max(counted + added, 0), last_look if looked is None else looked

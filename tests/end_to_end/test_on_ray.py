@@ -60,7 +60,7 @@ def _metrics(cluster: dict[str, str]) -> str:
 
 
 def test_a_run_that_is_stopped_and_then_killed_resumes_to_the_very_same_forest(
-    btm: Callable[..., Btm], long_plan: Path, undisturbed: Forest
+    btm: Callable[..., Btm], grow_only: Callable[[Path], Btm], long_plan: Path, undisturbed: Forest
 ) -> None:
     store = long_plan.parent / "store"
     stopped = btm("run", str(long_plan))
@@ -73,14 +73,17 @@ def test_a_run_that_is_stopped_and_then_killed_resumes_to_the_very_same_forest(
     killed.wait_until_said(r"(kitchen|harbour): training update")
     killed.process.kill()
     assert killed.exit_code() == -signal.SIGKILL
-    last = btm("run", str(long_plan))
+    last = grow_only(long_plan)
     assert last.exit_code() == 0, last.said
     assert experts_in(store) == plain(undisturbed)
     assert not list((store / "training").rglob("*.json"))
 
 
 def test_a_failed_expert_is_named_its_siblings_are_merged_and_only_it_is_tried_again(
-    btm: Callable[..., Btm], fields: dict[str, Any], write_plan: Callable[[dict[str, Any]], Path]
+    btm: Callable[..., Btm],
+    grow_only: Callable[[Path], Btm],
+    fields: dict[str, Any],
+    write_plan: Callable[[dict[str, Any]], Path],
 ) -> None:
     fields["domains"] = fields["domains"][:2]
     path, store = write_plan(fields), Path(fields["store"])
@@ -97,7 +100,7 @@ def test_a_failed_expert_is_named_its_siblings_are_merged_and_only_it_is_tried_a
     assert re.search(rf"- {failing}: 1 attempt.*\n?.*is damaged", run.said), run.said
     assert set(experts_in(store)) == {other}
     damaged.write_bytes(whole)
-    again = btm("run", str(path))
+    again = grow_only(path)
     assert again.exit_code() == 0, again.said
     assert set(experts_in(store)) == {failing, other}
     assert not re.search(rf"{other}: training", again.said)
