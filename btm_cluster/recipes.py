@@ -39,6 +39,14 @@ def demix_request(ground: Ground) -> TrainRequest:
     return replace(request, is_demix=True)
 
 
+def seeded_demix_request(ground: Ground, seed: Ref) -> TrainRequest:
+    """A control: a DEMix that branches from the seed, as experts do, and shares all but its feed-forwards from there on."""
+    training = ground.plan.training
+    span, start = (training.seed_updates, training.updates), seed_start(ground, seed)
+    request = train_request(ground, "demix-from-seed", "demix", ground.founding_texts, span, start)
+    return replace(request, is_demix=True)
+
+
 def check_demix(plan: Plan, model: Mapping[str, Any], forest: Forest | None) -> None:
     """Refuses, before a text is read, a DEMix that the plan asks for and that cannot be trained. `forest` is version 0.
 

@@ -49,9 +49,9 @@ def load_training(
         return
     tensors = load_file(files[OPTIMIZER_FILE])
     for name, parameter in model.named_parameters():
-        if f"exp_avg.{name}" in tensors:
-            stored = {moment: own_rows(model, name, tensors[f"{moment}.{name}"]) for moment in _MOMENTS}
-            moments = {moment: tensor.to(parameter.device) for moment, tensor in stored.items()}
+        stored = {moment: own_rows(model, name, tensors, moment) for moment in _MOMENTS}
+        moments = {moment: tensor.to(parameter.device) for moment, tensor in stored.items() if tensor is not None}
+        if moments:
             fused_device = parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")
             optimizer.state[parameter] = {"step": tensors["step"].clone().to(fused_device), **moments}
 

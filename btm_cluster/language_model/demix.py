@@ -24,7 +24,8 @@ _EXPERTS = ".mlp.experts."
 class DomainFeedForwards(torch.nn.Module):
     """One feed-forward for each of D domains: every parameter of `mlp` stacked to [D, …], equal copies at first.
 
-    `domains` are those that this process trains, in a group a part of all; of a stored state it takes its own rows.
+    `domains` are those that this process trains, in a group a part of all; of a stored state it takes its own rows, and of
+    a dense model's a copy for each domain.
     All are applied at once, as batched matrix products: a loop over small experts is bound by kernel launches.
     """
 
@@ -36,7 +37,7 @@ class DomainFeedForwards(torch.nn.Module):
             for name, parameter in list(module.named_parameters(recurse=False)):
                 stacked = parameter.detach().expand(len(domains), *parameter.shape).clone()
                 setattr(module, name, torch.nn.Parameter(stacked))
-        self.register_load_state_dict_pre_hook(_keep_own_rows)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_take_own_rows)  # type: ignore[no-untyped-call]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Routes hidden states [D · blocks, tokens, width], domain after domain."""
@@ -49,19 +50,30 @@ class DomainFeedForwards(torch.nn.Module):
         return applied
 
 
-def _keep_own_rows(module: DomainFeedForwards, state: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
+def _take_own_rows(module: DomainFeedForwards, state: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
     for name in [name for name in state if name.startswith(prefix)]:
-        state[name] = _rows(module, state[name])
+        stacked = f"{prefix}experts.{name.removeprefix(prefix).removeprefix('experts.')}"
+        state[stacked] = _rows(module, state.pop(name), is_dense=name != stacked)
 
 
-def _rows(module: DomainFeedForwards, stored: torch.Tensor) -> torch.Tensor:
+def _rows(module: DomainFeedForwards, stored: torch.Tensor, is_dense: bool) -> torch.Tensor:
+    if is_dense:
+        return stored.expand(len(module.domains), *stored.shape)
     return stored[module.domains.start : module.domains.stop]
 
 
-def own_rows(model: "PreTrainedModel", name: str, stored: torch.Tensor) -> torch.Tensor:
-    """What this process holds of something stored for the parameter `name`: its domains' rows, or all of it."""
+def own_rows(model: "PreTrainedModel", name: str, stored: Mapping[str, torch.Tensor], kind: str) -> torch.Tensor | None:
+    """What this process holds of what is stored as `kind` for the parameter `name`: its domains' rows, or all of it.
+
+    Of what a dense model stored for a feed-forward, a copy for each domain. None where nothing is stored.
+    """
     owner = model.get_submodule(name.partition(".experts.")[0]) if has_row_per_domain(name) else None
-    return _rows(owner, stored).clone() if isinstance(owner, DomainFeedForwards) else stored
+    if not isinstance(owner, DomainFeedForwards):
+        return stored.get(f"{kind}.{name}")
+    for known, is_dense in ((f"{kind}.{name}", False), (f"{kind}.{_dense_name(name)}", True)):
+        if known in stored:
+            return _rows(owner, stored[known], is_dense).clone()
+    return None
 
 
 def split_feed_forwards(model: "PreTrainedModel", domains: range) -> None:
@@ -100,9 +112,12 @@ def has_row_per_domain(name: str) -> bool:
 def dense_part(weights: Mapping[str, torch.Tensor], domain: int) -> dict[str, torch.Tensor]:
     """The weights of the ordinary model that a DEMix is for one domain: what is shared, and the domain's feed-forwards."""
     return {
-        name.replace(_EXPERTS, ".mlp."): tensor[domain] if has_row_per_domain(name) else tensor
-        for name, tensor in weights.items()
+        _dense_name(name): tensor[domain] if has_row_per_domain(name) else tensor for name, tensor in weights.items()
     }
+
+
+def _dense_name(name: str) -> str:
+    return name.replace(_EXPERTS, ".mlp.")
 
 
 def count_demix_parameters(config: Mapping[str, Any], domains: int) -> tuple[int, int]:

@@ -173,8 +173,8 @@ class MergingPlan(Section):
     """What the posterior sees: `full` is the paper's equation, `last-token` its scorer, `calibrated` weighs the evidence."""
     prior: Literal["fitted", "ema", "mean", "uniform"] = "fitted"
     """`ema` is the paper's estimate; `fitted` maximises the likelihood of the development text."""
-    average_prior: Literal["ema", "fitted", "mean", "uniform"] = "ema"
-    """By which averages are weighted. The paper's `ema` is near one-hot at home; `fitted` is softer, which suits unseen targets."""
+    average_prior: Literal["fitted", "ema", "mean", "uniform"] = "fitted"
+    """By which averages are weighted. The paper's `ema` is near one-hot; `fitted` is softer, and better on unseen targets."""
     development_blocks: Positive = 100
     """Development blocks used for everything fitted, in hash order. The paper: 100."""
     top_k: Positive | None = None
@@ -258,9 +258,14 @@ class StudyPlan(Section):
     trials: tuple[TrialPlan, ...] = ()
     """Recipes tried on the Transformer-LM alone, with each size and the first random seed: all systems are then trained by the
     one with the lowest perplexity on the domains' development text, so that no rival is handicapped."""
-    systems: tuple[Literal["demix", "random-split", "adapted"], ...] = ("demix", "random-split", "adapted")
-    """Rivals and controls beside forest and Transformer-LM: DEMix; a forest of random splits; Transformer-LM and forest both
-    trained on each text's development blocks."""
+    systems: tuple[Literal["demix", "demix-from-seed", "random-split", "adapted"], ...] = (
+        "demix",
+        "demix-from-seed",
+        "random-split",
+        "adapted",
+    )
+    """Rivals and controls beside forest and Transformer-LM: DEMix; a DEMix that branches from the seed, as experts do; a forest of
+    random splits; Transformer-LM and forest both trained on each text's development blocks."""
     random_seeds: Annotated[tuple[Whole, ...], Field(min_length=1)] = (0,)
     """Repeats: initial weights and block order."""
     seed_shares: tuple[Share, ...] = ()

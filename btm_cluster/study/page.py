@@ -23,6 +23,8 @@ TABLE_1: dict[str, Wanted] = {
     "the domain's own expert": {"system": "own expert"},
     "DEMix, paper's posterior": {"system": "demix", **PAPERS},
     "DEMix, calibrated": {"system": "demix", **CALIBRATED},
+    "DEMix from the seed, paper's posterior": {"system": "demix-from-seed", **PAPERS},
+    "DEMix from the seed, calibrated": {"system": "demix-from-seed", **CALIBRATED},
     "forest, paper's posterior": {"system": "forest", **PAPERS, **PLAIN},
     "forest, calibrated": {"system": "forest", **CALIBRATED, **PLAIN},
     "forest with its seed, calibrated": {"system": "forest with its seed", **CALIBRATED, **PLAIN},

@@ -72,7 +72,7 @@ def repeats_of(plan: Plan, driver: Driver) -> list[Repeat]:
     grounds = {}
     for size in sizes:
         model, _ = model_config(_variant(plan, size, 0), vocabulary_of(plan))
-        if "demix" in study.systems:
+        if {"demix", "demix-from-seed"} & {*study.systems}:
             check_splits(model, len(plan.domains))
         grounds[size.name] = replace(base, model=model)
     repeats = []

@@ -15,7 +15,7 @@ from btm_cluster.language_model.demix import count_demix_parameters
 from btm_cluster.language_model.model import count_parameters
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.plan import Plan, StudyPlan
-from btm_cluster.recipes import demix_request, expert_request, seed_start
+from btm_cluster.recipes import demix_request, expert_request, seed_start, seeded_demix_request
 from btm_cluster.study.adaptation import adapt
 from btm_cluster.study.comparison import Comparison, Models, compare
 from btm_cluster.study.controls import random_part, random_part_requests, scratch_request
@@ -81,7 +81,8 @@ def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[Tra
     experts = {share: branches(ground.domains, share) for share in seeds}
     parts = _random_parts(ground, driver) if "random-split" in systems else []
     dealt = branches(parts, first)
-    trained += _train(repeat, [*(expert for share in seeds for expert in experts[share]), *dealt], driver)
+    seeded = [seeded_demix_request(ground, seeds[first].ref)] if "demix-from-seed" in systems else []
+    trained += _train(repeat, [*(expert for share in seeds for expert in experts[share]), *dealt, *seeded], driver)
     experts |= {0.0: scratch} if scratch else {}
 
     def members(system: str, share: float, texts: Sequence[PreparedText], requests: Sequence[TrainRequest]) -> Members:
@@ -91,6 +92,7 @@ def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[Tra
     forests = [members("forest", share, ground.domains, experts[share]) for share in repeat.seed_shares]
     others = [members("random-split", first, parts, dealt)] if dealt else []
     others += [Members("demix", None, None, _named(ground, request), averaged=False) for request in demix]
+    others += [Members("demix-from-seed", first, None, _named(ground, request), averaged=False) for request in seeded]
     forests[0] = replace(forests[0], many_ways=True)
     models = (*forests[0].models, ("seed", seeds[first].ref))
     with_seed = replace(forests[0], system="forest with its seed", models=models, averaged=False)
@@ -146,7 +148,9 @@ def entries_of(repeat: Repeat, comparison: Comparison) -> list[Mapping[str, Any]
         "random_seed": plan.training.random_seed,
     }
     return [
-        common | {"non_embedding_parameters": demix_parameters if entry["system"] == "demix" else parameters} | entry
+        common
+        | {"non_embedding_parameters": demix_parameters if entry["system"].startswith("demix") else parameters}
+        | entry
         for entry in comparison.entries()
     ]
 

@@ -27,7 +27,7 @@ from btm_cluster.language_model.training import train as train_model
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.plan import Plan, read_plan
 from btm_cluster.preview import DONE, preview
-from btm_cluster.recipes import demix_request
+from btm_cluster.recipes import demix_request, seed_request, seeded_demix_request, transformer_lm_request
 from btm_cluster.run import find_grown, run_plan
 from btm_cluster.steps.train import open_blocks, train
 from btm_cluster.upkeep.housekeeping import find_garbage, verify
@@ -266,6 +266,30 @@ def test_a_demix_that_dies_at_every_update_ends_in_the_same_weights(
     run(prepared, request)
     assert [weights_of(part) for part in stored_parts(prepared.driver.ledger, request)] == expected
     assert last_saved(prepared, request) is None
+
+
+def test_a_demix_of_one_domain_that_branches_from_the_seed_is_the_transformer_lm_that_passes_it(
+    prepared: Prepared,
+) -> None:
+    ground, ledger = replace(prepared.ground, founding_texts=prepared.ground.founding_texts[:1]), prepared.driver.ledger
+    seed = seed_request(ground).ref
+    dense = run(prepared, transformer_lm_request(ground, seed))
+    request = seeded_demix_request(ground, seed)
+    run(prepared, request)
+    (part,) = stored_parts(ledger, request)
+    whole, found = (load_model(request.model, ledger.open_file(one, "model.safetensors")) for one in (dense, part))
+    for (name, tensor), expected in zip(found.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_every_part_of_a_demix_that_branches_from_the_seed_starts_as_the_seed(prepared: Prepared) -> None:
+    prepared.plant()
+    ledger, seed = prepared.driver.ledger, prepared.seed.ref
+    request = seeded_demix_request(prepared.ground, seed)
+    request = replace(request, last_update=request.first_update)
+    run(prepared, request)
+    for part in stored_parts(ledger, request):
+        assert part.blob("model.safetensors").sha256 == ledger.get(seed).blob("model.safetensors").sha256
 
 
 class DyingLedger(Ledger):

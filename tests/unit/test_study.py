@@ -72,6 +72,7 @@ def test_every_system_is_measured_on_all_texts(studied: Studied) -> None:
         "forest",
         "forest with its seed",
         "demix",
+        "demix-from-seed",
         "random-split",
         "best single expert",
         "own expert",
