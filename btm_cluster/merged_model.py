@@ -38,8 +38,10 @@ def check_merge_call(plan: Plan, weights: str, target: str | None, to: Path) -> 
     check_new_folder(to)
 
 
-def write_merged_model(plan: Plan, weights: str, target: str | None, to: Path, driver: Driver) -> None:
+def write_merged_model(plan: Plan, weights: str, target: str | None, to: Path, driver: Driver) -> dict[str, float]:
     """Averages the forest's experts (by the merge actor, if that was not done) and writes the model to the folder `to`.
+
+    Returns the weight of each domain's expert, and of the seed where it has a part, largest first.
 
     Raises:
         UserError: no forest yet, or a text that is unknown, was taken out, or has nothing to search weights on.
@@ -47,10 +49,13 @@ def write_merged_model(plan: Plan, weights: str, target: str | None, to: Path, d
     if target is not None:
         check_text_is_known(plan, target, driver.ledger)
     grown = find_grown(plan, driver)
-    average = driver.require(driver.workers.average, [_average(grown, weights, target, driver)])[0]
+    request = _average(grown, weights, target, driver)
+    average = driver.require(driver.workers.average, [request])[0]
     with new_folder(to) as folder:
         for name in FOLDER_FILES:
             shutil.copyfile(driver.ledger.open_file(average, name), folder / name)
+    parts = {request.card[parent.identity]: parent.weight for parent in request.parents}
+    return dict(sorted(parts.items(), key=lambda part: -part[1]))
 
 
 def _average(grown: Grown, weights: str, target: str | None, driver: Driver) -> AverageRequest:

@@ -102,13 +102,16 @@ def remove(
 
 
 def rollback(
-    version: Annotated[int, typer.Argument(help="The version to go back to.", show_default=False)], store: Store
+    version: Annotated[int, typer.Argument(help="The version to go back to.", show_default=False)],
+    store: Store,
+    json_output: Json = False,
 ) -> None:
     """Append a new version that is equal to an old one. Refused where something of that one was purged."""
     from btm_cluster.upkeep import removal
 
     forest = removal.rollback(open_ledger(store), version)
-    print(f"forest version {forest.version}: {forest.reason}, {len(forest.experts)} experts")
+    told = json.dumps({"version": forest.version, "experts": list(forest.domains)}, indent=1)
+    print(told if json_output else f"forest version {forest.version}: {forest.reason}, {len(forest.experts)} experts")
 
 
 def diff(

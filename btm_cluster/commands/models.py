@@ -19,6 +19,7 @@ def merge(
         str, typer.Option(help="uniform, argmax, posterior; or searched: greedy, learned.")
     ] = "posterior",
     target: Annotated[str | None, typer.Option("--for", help="Text to merge for; uniform needs none.")] = None,
+    json_output: Json = False,
     address: Address = None,
     in_process: InProcess = False,
 ) -> None:
@@ -27,9 +28,10 @@ def merge(
     from btm_cluster.merged_model import check_merge_call, write_merged_model
 
     check_merge_call(plan, weights, target, to)
-    with driving(plan, address, in_process, dashboard=False, json_output=False) as driver:
-        write_merged_model(plan, weights, target, to, driver)
-    print(f"wrote {to}")
+    with driving(plan, address, in_process, dashboard=False, json_output=json_output) as driver:
+        parts = write_merged_model(plan, weights, target, to, driver)
+    told = f"wrote {to}: {', '.join(f'{weight:.3g} {name}' for name, weight in parts.items())}"
+    print(json.dumps({"folder": str(to), "weights": parts}, indent=1) if json_output else told)
 
 
 def generate(

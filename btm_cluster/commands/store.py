@@ -62,6 +62,7 @@ def pin(
     store: Store,
     version: Annotated[int, typer.Argument(help="The version.", show_default=False)],
     remove: Annotated[bool, typer.Option("--remove", help="Unpin it.")] = False,
+    json_output: Json = False,
 ) -> None:
     """Keep a version from being collected, however old it becomes."""
     ledger = open_ledger(store)
@@ -69,4 +70,6 @@ def pin(
         ledger.log.unpin(version)
     else:
         ledger.pin(version)
-    print(f"pinned versions: {', '.join(map(str, ledger.log.pinned())) or 'none'}")
+    pinned = ledger.log.pinned()
+    told = f"pinned versions: {', '.join(map(str, pinned)) or 'none'}"
+    print(json.dumps({"pinned": pinned}) if json_output else told)

@@ -298,7 +298,7 @@ def test_what_arrived_is_a_text_to_merge_and_to_generate_for(
 ) -> None:
     arrive("meadow")
     assert expanded(plan).added == ("meadow",)
-    write_merged_model(plan, "argmax", "meadow", tmp_path / "merged", in_process(plan))
+    assert write_merged_model(plan, "argmax", "meadow", tmp_path / "merged", in_process(plan)) == {"meadow": 1.0}
     assert (tmp_path / "merged" / "model.safetensors").exists()
     assert generate(plan, "meadow", "a", 2, Sampling(), in_process(plan)).tokens
     with pytest.raises(UserError, match="no text of the plan or the forest"):

@@ -298,5 +298,9 @@ def test_the_commands_say_what_goes_and_what_stays_and_purge_only_when_confirmed
     assert "there is no forest version 9" in btm("forest", "show", "--version", "9", *at)[2]
     code, out, _ = btm("forest", "rollback", "1", *at)
     assert "forest version 7: rolled back to version 1, 2 experts" in out
+    code, out, _ = btm("forest", "rollback", "1", "--json", *at)
+    assert (code, json.loads(out)) == (0, {"version": 8, "experts": ["harbour", "kitchen"]})
+    code, out, _ = btm("forest", "pin", "8", "--json", *at)
+    assert (code, json.loads(out)) == (0, {"pinned": [8]})
     log = json.loads(btm("forest", "log", *at, "--json")[1])
-    assert [entry["reason"] for entry in log[:2]] == ["rolled back to version 1", "brought back kitchen"]
+    assert [entry["reason"] for entry in log[1:3]] == ["rolled back to version 1", "brought back kitchen"]
