@@ -61,8 +61,8 @@ class TargetFit:
 
     @property
     def argmax_weights(self) -> list[float]:
-        """Of the average that is the one expert with the largest prior."""
-        return argmax_weights(self.average_prior_E)
+        """Of the average that is the one expert with the largest prior, the paper's."""
+        return argmax_weights(self.paper.log_prior_E)
 
 
 @dataclass(frozen=True)

@@ -105,10 +105,11 @@ def read_requests(plan: Plan) -> list[ReadText]:
             missing.append(exc)
         else:
             requests.append(ReadText(source.name, source, plan.reading, source.name in targets, stamp))
+    if len(missing) == 1:
+        raise missing[0]
     if missing:
-        *others, last = missing
-        what = "\n".join([*map(str, others), last.what])
-        raise TextError(what, found=last.found, expected=last.expected, remedy=last.remedy)
+        listed = "\n".join(map(str, missing))
+        raise TextError(f"{len(missing)} texts are not there\n{listed}", remedy="correct each of them")
     return requests
 
 

@@ -77,7 +77,7 @@ def _average(grown: Grown, weights: str, target: str | None, driver: Driver) -> 
         )
     called = {expert.identity: expert.domain for expert in forest.experts}
     if weights == "learned":  # the seed may have a part in it
-        called[forest.foundation.seed] = "seed"
+        called[forest.foundation.seed] = "the seed"
     models = [Ref("model", identity) for identity in called]
     search = soup_request(ground, "greedy" if weights == "greedy" else "learned", models, text)
     return soup_average_request(ground, label, driver.require(driver.workers.soup, [search])[0], called)

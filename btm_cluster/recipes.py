@@ -39,30 +39,30 @@ def demix_request(ground: Ground) -> TrainRequest:
     return replace(request, is_demix=True)
 
 
-def seeded_demix_request(ground: Ground, seed: Ref) -> TrainRequest:
-    """A control: a DEMix that branches from the seed, as experts do, and shares all but its feed-forwards from there on."""
-    training = ground.plan.training
-    span, start = (training.seed_updates, training.updates), seed_start(ground, seed)
-    request = train_request(ground, "demix-from-seed", "demix", ground.founding_texts, span, start)
-    return replace(request, is_demix=True)
-
-
 def check_demix(plan: Plan, model: Mapping[str, Any], forest: Forest | None) -> None:
     """Refuses, before a text is read, a DEMix that the plan asks for and that cannot be trained. `forest` is version 0.
 
     Raises:
         UserError: naming the architecture, or the size of the group.
     """
-    if "demix" not in plan.baselines:
-        return
-    domains, workers = len(forest.foundation.domains if forest else plan.domains), seed_resources(plan).workers
+    if "demix" in plan.baselines:
+        check_demix_fits(plan, model, len(forest.foundation.domains if forest else plan.domains))
+
+
+def check_demix_fits(plan: Plan, model: Mapping[str, Any], domains: int) -> None:
+    """Refuses a DEMix of so many domains that cannot be trained.
+
+    Raises:
+        UserError: naming the architecture, or the size of the group.
+    """
+    workers = seed_resources(plan).workers
     check_splits(model, domains)
     if workers % domains and domains % workers:
         raise PlanError(
             "cluster.seed_gpus does not fit a DEMix",
             found=f"{workers} GPUs for {domains} domains",
             expected=f"a divisor or a multiple of {domains}: a GPU has whole domains, or a domain whole GPUs",
-            remedy="change cluster.seed_gpus, or leave `demix` out of `baselines`",
+            remedy="change cluster.seed_gpus, or leave DEMix out of `baselines` and `study.systems`",
         )
 
 

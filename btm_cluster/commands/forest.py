@@ -110,7 +110,7 @@ def rollback(
     from btm_cluster.upkeep import removal
 
     forest = removal.rollback(open_ledger(store), version)
-    told = json.dumps({"version": forest.version, "experts": list(forest.domains)}, indent=1)
+    told = json.dumps({"version": forest.version, "reason": forest.reason, "domains": list(forest.domains)}, indent=1)
     print(told if json_output else f"forest version {forest.version}: {forest.reason}, {len(forest.experts)} experts")
 
 
@@ -214,7 +214,7 @@ def _tell(influence: "Influence", purged: bool = False) -> None:
         carriers.append(f"the seed {influence.seed[:12]}, since it was a founding domain, and so every expert")
     if influence.tokenizer:
         carriers.append(f"the tokenizer {influence.tokenizer[:12]}, trained on its text among others")
-    carriers += [f"the Transformer-LM {identity[:12]}" for identity in influence.baselines]
+    carriers += [f"the baseline {identity[:12]}, trained on it among others" for identity in influence.baselines]
     carriers += [f"the expert of {domain}, which descends from its expert" for domain in influence.descendants]
     if influence.merged and not purged:
         carriers.append(f"{len(influence.merged)} averaged models in the store")

@@ -67,7 +67,7 @@ def pin(
     """Keep a version from being collected, however old it becomes."""
     ledger = open_ledger(store)
     if remove:
-        ledger.log.unpin(version)
+        ledger.unpin(version)
     else:
         ledger.pin(version)
     pinned = ledger.log.pinned()

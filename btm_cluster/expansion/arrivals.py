@@ -40,10 +40,11 @@ def prepare_new(plan: Plan, arrivals: Sequence[Arrival], forest: Forest, driver:
     Raises:
         UserError: the plan does not fit the forest, or one of its own texts is wrong.
     """
+    requests = read_requests(plan)
     model = model_config(plan, vocabulary_of(plan))
     bare = ground_of(plan.model_copy(update={"domains": (), "targets": ()}), {}, model, driver.ledger)
     check_foundation(forest, bare.foundation(seed_request(bare).ref.identity))
-    read = driver.require(driver.workers.prepare, read_requests(plan))
+    read = driver.require(driver.workers.prepare, requests)
     memos = {text.name: memo for text, memo in zip(plan.texts, read, strict=True)}
     arrived = _read_all(plan, arrivals, driver)
     failures = [outcome for outcome in arrived.values() if isinstance(outcome, Failure)]

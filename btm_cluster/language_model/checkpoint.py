@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from btm_cluster.errors import StoreError
-from btm_cluster.language_model.demix import own_rows
+from btm_cluster.language_model.demix import own_moments
 from btm_cluster.language_model.model import load_weights, save_weights, weights_of
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.storage.scratch import scratch_folder
@@ -48,12 +48,12 @@ def load_training(
     if not keep_optimizer:
         return
     tensors = load_file(files[OPTIMIZER_FILE])
+    if not tensors:  # of a model that no update was made to
+        return
     for name, parameter in model.named_parameters():
-        stored = {moment: own_rows(model, name, tensors, moment) for moment in _MOMENTS}
-        moments = {moment: tensor.to(parameter.device) for moment, tensor in stored.items() if tensor is not None}
-        if moments:
-            fused_device = parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")
-            optimizer.state[parameter] = {"step": tensors["step"].clone().to(fused_device), **moments}
+        moments = {moment: own_moments(model, name, moment, tensors).to(parameter.device) for moment in _MOMENTS}
+        fused_device = parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")
+        optimizer.state[parameter] = {"step": tensors["step"].clone().to(fused_device), **moments}
 
 
 def write_state(model: PreTrainedModel, optimizer: torch.optim.AdamW | None, folder: Path) -> dict[str, Path]:

@@ -62,18 +62,16 @@ def _rows(module: DomainFeedForwards, stored: torch.Tensor, is_dense: bool) -> t
     return stored[module.domains.start : module.domains.stop]
 
 
-def own_rows(model: "PreTrainedModel", name: str, stored: Mapping[str, torch.Tensor], kind: str) -> torch.Tensor | None:
-    """What this process holds of what is stored as `kind` for the parameter `name`: its domains' rows, or all of it.
+def own_moments(model: "PreTrainedModel", name: str, moment: str, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What this process holds of an optimiser's stored `moment` of the parameter `name`: its domains' rows, or all of it.
 
-    Of what a dense model stored for a feed-forward, a copy for each domain. None where nothing is stored.
+    Of what a dense model stored for a feed-forward, a copy for each domain.
     """
     owner = model.get_submodule(name.partition(".experts.")[0]) if has_row_per_domain(name) else None
     if not isinstance(owner, DomainFeedForwards):
-        return stored.get(f"{kind}.{name}")
-    for known, is_dense in ((f"{kind}.{name}", False), (f"{kind}.{_dense_name(name)}", True)):
-        if known in stored:
-            return _rows(owner, stored[known], is_dense).clone()
-    return None
+        return stored[f"{moment}.{name}"]
+    is_dense = f"{moment}.{name}" not in stored
+    return _rows(owner, stored[f"{moment}.{_dense_name(name) if is_dense else name}"], is_dense).clone()
 
 
 def split_feed_forwards(model: "PreTrainedModel", domains: range) -> None:
@@ -133,5 +131,5 @@ def _refused(model: "PreTrainedModel", found: str) -> UserError:
         f"no DEMix can be made of a {model.config.model_type}",
         found=found,
         expected="decoder layers with one feed-forward each, called `mlp`, as in gpt2 or llama",
-        remedy="take another architecture, or leave `demix` out of `baselines`",
+        remedy="take another architecture, or leave DEMix out of `baselines` and `study.systems`",
     )

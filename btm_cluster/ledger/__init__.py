@@ -17,7 +17,6 @@ Other documents that are created once have their places in `records.py`.
 from btm_cluster.ledger.artifact import (
     CHUNK_BYTES,
     Artifact,
-    Blob,
     Ref,
     artifact_key,
     blob_key,
@@ -25,7 +24,7 @@ from btm_cluster.ledger.artifact import (
     tombstone_key,
     training_folder,
 )
-from btm_cluster.ledger.documents import THREADS, Document, Documents
+from btm_cluster.ledger.documents import THREADS
 from btm_cluster.ledger.forest_log import ForestLog
 from btm_cluster.ledger.ledger import Ledger
 
@@ -33,9 +32,6 @@ __all__ = [
     "CHUNK_BYTES",
     "THREADS",
     "Artifact",
-    "Blob",
-    "Document",
-    "Documents",
     "ForestLog",
     "Ledger",
     "Ref",

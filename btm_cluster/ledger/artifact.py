@@ -95,6 +95,11 @@ def tombstone_key(ref: Ref) -> str:
     return f"tombstones/{ref.kind}/{ref.identity}.json"
 
 
+def pin_key(version: int) -> str:
+    """Of what keeps a version of the forest from being collected."""
+    return f"pins/{version:06d}.json"
+
+
 def training_folder(identity: str) -> str:
     """Below it are a model's training checkpoints."""
     return f"training/{identity}/"

@@ -51,14 +51,6 @@ class ForestLog:
             raise StoreError(f"cannot append forest version {forest.version}", found="no version before it")
         return self._documents.create(_version_key(forest.version), dataclasses.asdict(forest) | {"parent": parent})
 
-    def pin(self, version: int) -> None:
-        """Keeps a version from being collected, however old it becomes."""
-        self._documents.create(_pin_key(version), {"version": version})
-
-    def unpin(self, version: int) -> None:
-        """Undoes `pin`."""
-        self._storage.delete(_pin_key(version))
-
     def pinned(self) -> list[int]:
         """Numbers of the pinned versions."""
         return [int(Path(entry.key).stem) for entry in self._storage.list("pins/")]
@@ -66,10 +58,6 @@ class ForestLog:
 
 def _version_key(version: int) -> str:
     return f"forest/{version:06d}.json"
-
-
-def _pin_key(version: int) -> str:
-    return f"pins/{version:06d}.json"
 
 
 def _forest_from(document: Document) -> Forest:

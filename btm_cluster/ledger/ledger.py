@@ -17,6 +17,7 @@ from btm_cluster.ledger.artifact import (
     artifact_key,
     blob_key,
     describe_file,
+    pin_key,
     tombstone_key,
     training_folder,
     training_key,
@@ -25,7 +26,7 @@ from btm_cluster.ledger.documents import THREADS, Document, Documents
 from btm_cluster.ledger.forest_log import ForestLog
 from btm_cluster.storage import Storage, open_storage
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Ledger:
@@ -183,7 +184,7 @@ class Ledger:
             try:
                 manifest = self.read_manifest(key)
             except IntegrityError as exc:
-                log.warning("dropped a training checkpoint: %s", exc)
+                logger.warning("dropped a training checkpoint: %s", exc)
                 self.storage.delete(key)
                 continue
             if manifest is not None:
@@ -196,7 +197,7 @@ class Ledger:
             try:
                 return self.read_manifest(key)
             except IntegrityError as exc:
-                log.warning("passed over a training checkpoint: %s", exc)
+                logger.warning("passed over a training checkpoint: %s", exc)
         return None
 
     def clear_training(self, identity: str) -> None:
@@ -233,7 +234,11 @@ class Ledger:
         if forest is None:
             raise UserError(f"there is no forest version {version}", found=f"versions {self.log.versions()}")
         self.check_all_standing(forest.manifests)
-        self.log.pin(version)
+        self.documents.create(pin_key(version), {"version": version})
+
+    def unpin(self, version: int) -> None:
+        """Undoes `pin`."""
+        self.storage.delete(pin_key(version))
 
     def _commit(
         self,

@@ -220,7 +220,7 @@ class ObjectStorage:
         with closing(found["Body"]) as body:
             if found["ContentLength"] < IN_PARTS_FROM_BYTES:
                 with open(target, "wb") as file:
-                    shutil.copyfileobj(body, file)  # in 64 KiB: larger buffers come fresh from the system each time
+                    shutil.copyfileobj(body, file, 2**16)  # larger buffers come fresh from the system each time
                 return
         self._client.download_file(
             self._bucket, self._prefix + key, str(target), ExtraArgs=dict(self._always), Config=_transfers()

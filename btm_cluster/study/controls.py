@@ -1,15 +1,17 @@
 """Requests of the controls that a study sets beside forest and Transformer-LM.
 
 A forest is only worth something if it beats what is not the idea of the paper: experts on random splits, experts without a
-seed, and the Transformer-LM given the development text that the forest's priors are fitted on.
+seed, a DEMix that has a seed, and the Transformer-LM given the development text that the forest's priors are fitted on.
 """
 
 from dataclasses import replace
 
 from btm_cluster.ground import Ground, PreparedText, tokenize_requests
 from btm_cluster.ledger import Artifact, Ledger, Ref
-from btm_cluster.recipes import train_request
+from btm_cluster.recipes import seed_start, train_request
 from btm_cluster.workers import ShuffleTexts, TrainingText, TrainRequest
+
+DEMIXES = ("demix", "demix-from-seed")
 
 
 def scratch_request(ground: Ground, domain: PreparedText, number: int) -> TrainRequest:
@@ -19,6 +21,14 @@ def scratch_request(ground: Ground, domain: PreparedText, number: int) -> TrainR
     text = TrainingText(domain.identity, domain.tokens["train"])
     request = train_request(ground, domain.name, "expert", (text,), (0, training.updates), None)
     return replace(request, training=own)
+
+
+def seeded_demix_request(ground: Ground, seed: Ref) -> TrainRequest:
+    """A DEMix that branches from the seed, as experts do, and shares all but its feed-forwards from there on."""
+    training = ground.plan.training
+    span, start = (training.seed_updates, training.updates), seed_start(ground, seed)
+    request = train_request(ground, "demix-from-seed", "demix", ground.founding_texts, span, start)
+    return replace(request, is_demix=True)
 
 
 def random_part_requests(ground: Ground) -> list[ShuffleTexts]:

@@ -10,10 +10,10 @@ from btm_cluster.driver import Driver
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation import score_models, stack_of
 from btm_cluster.ground import Ground, model_config, vocabulary_of
-from btm_cluster.language_model.demix import check_splits
 from btm_cluster.ledger import Ref
 from btm_cluster.plan import Plan, SizePlan, StudyPlan, TrainingPlan
-from btm_cluster.recipes import seed_request, transformer_lm_request
+from btm_cluster.recipes import check_demix_fits, seed_request, transformer_lm_request
+from btm_cluster.study.controls import DEMIXES
 from btm_cluster.workers import TrainRequest
 
 
@@ -72,8 +72,8 @@ def repeats_of(plan: Plan, driver: Driver) -> list[Repeat]:
     grounds = {}
     for size in sizes:
         model, _ = model_config(_variant(plan, size, 0), vocabulary_of(plan))
-        if {"demix", "demix-from-seed"} & {*study.systems}:
-            check_splits(model, len(plan.domains))
+        if any(system in DEMIXES for system in study.systems):
+            check_demix_fits(plan, model, len(plan.domains))
         grounds[size.name] = replace(base, model=model)
     repeats = []
     for number, size in enumerate(sizes):

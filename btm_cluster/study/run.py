@@ -15,10 +15,16 @@ from btm_cluster.language_model.demix import count_demix_parameters
 from btm_cluster.language_model.model import count_parameters
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.plan import Plan, StudyPlan
-from btm_cluster.recipes import demix_request, expert_request, seed_start, seeded_demix_request
+from btm_cluster.recipes import demix_request, expert_request, seed_start
 from btm_cluster.study.adaptation import adapt
 from btm_cluster.study.comparison import Comparison, Models, compare
-from btm_cluster.study.controls import random_part, random_part_requests, scratch_request
+from btm_cluster.study.controls import (
+    DEMIXES,
+    random_part,
+    random_part_requests,
+    scratch_request,
+    seeded_demix_request,
+)
 from btm_cluster.study.mixtures import Members
 from btm_cluster.study.repeats import Repeat, repeats_of
 from btm_cluster.texts import TextReport, report_texts
@@ -92,7 +98,10 @@ def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[Tra
     forests = [members("forest", share, ground.domains, experts[share]) for share in repeat.seed_shares]
     others = [members("random-split", first, parts, dealt)] if dealt else []
     others += [Members("demix", None, None, _named(ground, request), averaged=False) for request in demix]
-    others += [Members("demix-from-seed", first, None, _named(ground, request), averaged=False) for request in seeded]
+    others += [
+        Members("demix-from-seed", first, seeds[first].ref, _named(ground, request), averaged=False)
+        for request in seeded
+    ]
     forests[0] = replace(forests[0], many_ways=True)
     models = (*forests[0].models, ("seed", seeds[first].ref))
     with_seed = replace(forests[0], system="forest with its seed", models=models, averaged=False)
@@ -148,9 +157,7 @@ def entries_of(repeat: Repeat, comparison: Comparison) -> list[Mapping[str, Any]
         "random_seed": plan.training.random_seed,
     }
     return [
-        common
-        | {"non_embedding_parameters": demix_parameters if entry["system"].startswith("demix") else parameters}
-        | entry
+        common | {"non_embedding_parameters": demix_parameters if entry["system"] in DEMIXES else parameters} | entry
         for entry in comparison.entries()
     ]
 

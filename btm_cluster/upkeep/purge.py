@@ -145,7 +145,8 @@ def _goes(artifact: Artifact, domain: str, texts: frozenset[str], experts: Mappi
         case "model":  # an average that holds its weights is made again without them, where somebody asks for one
             of_expert = "average" in recipe and any(parent in experts for parent in artifact.parents)
             is_named = artifact.note.get("name") in _averages_for(domain)
-            return artifact.identity in experts or of_expert or is_named
+            of_demix = "demix" in recipe and recipe["text"] in texts  # its feed-forwards saw nothing else
+            return artifact.identity in experts or of_expert or of_demix or is_named
         case "soup":
             return not experts.keys().isdisjoint(recipe["models"])
         case "training":

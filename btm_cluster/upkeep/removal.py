@@ -89,7 +89,7 @@ def influence_of(ledger: Ledger, forest: Forest, expert: Expert) -> Influence:
         baselines=tuple(
             identity
             for identity, model in models.items()
-            if model.facts.get("role") == "transformer-lm" and expert.text in model.recipe["texts"]
+            if model.facts.get("role") in ("transformer-lm", "demix") and expert.text in model.recipe["texts"]
         ),
         descendants=tuple(e.domain for e in forest.experts if e.identity in carriers),
         merged=tuple(sorted(i for i in carriers if i in models and "average" in models[i].recipe)),

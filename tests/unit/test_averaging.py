@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from btm_cluster.driver import Driver
 from btm_cluster.equations.averaging import argmax_weights, average_tensor, posterior_weights, uniform_weights
+from btm_cluster.equations.posterior import log_prior
 from btm_cluster.errors import IncompatibleError
+from btm_cluster.evaluation import FULL, average_weights, fit_target, score_models, stack_of
 from btm_cluster.forest import Parent
 from btm_cluster.language_model.averaging import average_files, read_header
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.merged_model import FOLDER_FILES
+from btm_cluster.plan import MergingPlan
 from btm_cluster.steps.average import check_compatible
 from btm_cluster.workers import AverageRequest
 from tests.conftest import in_process
@@ -268,6 +272,21 @@ def test_whatever_descends_from_one_seed_can_be_averaged(grown: GrownForest) -> 
     seed = ledger.get(Ref("model", grown.grown.forest.foundation.seed))
     average = ledger.get(grown.evaluation.averages["uniform"])
     check_compatible(ledger, [seed, *grown.experts, ledger.get(grown.grown.baseline), average])
+
+
+def test_averages_are_weighted_by_the_prior_that_the_plan_says(grown: GrownForest) -> None:
+    market, experts, driver = grown.text("market"), [expert.ref for expert in grown.experts], grown.driver
+    found = {}
+    for prior in ("fitted", "ema"):
+        merging = grown.ground.plan.merging.model_copy(update={"average_prior": prior})
+        ground = replace(grown.ground, plan=grown.ground.plan.model_copy(update={"merging": merging}))
+        scores = score_models(ground, [(expert, market) for expert in experts], driver, ["development"])
+        sample = stack_of(driver.ledger, scores, experts, market, "development").take(0, merging.development_blocks)
+        expected = posterior_weights(log_prior(prior, *sample, FULL).exp())
+        (found[prior],) = average_weights(ground, grown.grown.forest, [market], driver)
+        assert found[prior] == fit_target(*sample, merging).average_weights == expected
+    assert found["fitted"] != found["ema"]
+    assert MergingPlan().average_prior == "fitted"
 
 
 MEASURE = """

@@ -27,9 +27,10 @@ from btm_cluster.language_model.training import train as train_model
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.plan import Plan, read_plan
 from btm_cluster.preview import DONE, preview
-from btm_cluster.recipes import demix_request, seed_request, seeded_demix_request, transformer_lm_request
+from btm_cluster.recipes import demix_request, seed_request, transformer_lm_request
 from btm_cluster.run import find_grown, run_plan
 from btm_cluster.steps.train import open_blocks, train
+from btm_cluster.study.controls import seeded_demix_request
 from btm_cluster.upkeep.housekeeping import find_garbage, verify
 from btm_cluster.workers import TrainRequest
 from tests.conftest import DOMAINS, in_process

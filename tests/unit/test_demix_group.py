@@ -16,8 +16,9 @@ from btm_cluster.errors import PlanError
 from btm_cluster.language_model.demix_group import share_of
 from btm_cluster.ledger import Ledger
 from btm_cluster.plan import Plan
-from btm_cluster.recipes import demix_request
+from btm_cluster.recipes import demix_request, seed_request
 from btm_cluster.steps.train import train
+from btm_cluster.study.controls import seeded_demix_request
 from btm_cluster.workers import TrainRequest
 from tests.conftest import DOMAINS, TARGETS, in_process, plan_fields
 from tests.unit.test_training import Undisturbed
@@ -38,17 +39,23 @@ def parts_of(request: TrainRequest, ledger: Ledger) -> list[dict[str, Any]]:
 
 def test_groups_of_ranks_train_the_demix_of_one_process(texts: dict[str, Path], tmp_path: Path) -> None:
     alone, jobs = {}, []
-    for domains in (2, 4):
-        store = tmp_path / f"alone-{domains}"
+    for domains, is_seeded in ((2, False), (4, False), (4, True)):
+        store = tmp_path / f"alone-{domains}-{is_seeded}"
         plan = Plan.model_validate(demix_fields(texts, store, domains))
         driver = in_process(plan)
-        request = demix_request(prepare(plan, driver))
+        ground = prepare(plan, driver)
+        request = demix_request(ground)
+        if is_seeded:
+            seed = train(seed_request(ground), driver.ledger, Undisturbed())
+            request = seeded_demix_request(ground, seed.ref)
         for ranks in {2: (2, 4), 4: (2,)}[domains]:
-            shutil.copytree(store, tmp_path / f"{domains}-{ranks}")
-            fields = demix_fields(texts, tmp_path / f"{domains}-{ranks}", domains)
-            jobs += [(fields, ranks, 3), (fields, ranks, None)]  # stopped where all agree on it; then it goes on
+            copy = tmp_path / f"{domains}-{ranks}-{is_seeded}"
+            shutil.copytree(store, copy)
+            fields = demix_fields(texts, copy, domains)
+            # Stopped where all agree on it; then it goes on.
+            jobs += [(fields, ranks, 2, is_seeded), (fields, ranks, None, is_seeded)]
         train(request, driver.ledger, Undisturbed())
-        alone[domains] = request, parts_of(request, driver.ledger)
+        alone[domains, is_seeded] = request, parts_of(request, driver.ledger)
     made = subprocess.run(
         [sys.executable, "-m", "tests.unit.train_in_groups"],
         input=json.dumps(jobs),
@@ -58,8 +65,8 @@ def test_groups_of_ranks_train_the_demix_of_one_process(texts: dict[str, Path], 
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert made.returncode == 0, made.stderr
-    for fields, ranks, _ in jobs[1::2]:
-        request, expected = alone[len(fields["domains"])]
+    for fields, ranks, _, is_seeded in jobs[1::2]:
+        request, expected = alone[len(fields["domains"]), is_seeded]
         ledger = Ledger.open(fields["store"])
         assert ledger.get(request.ref).facts["profile"]["workers"] == ranks
         found = parts_of(request, ledger)

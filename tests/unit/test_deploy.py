@@ -194,7 +194,7 @@ def test_the_buckets_policy_allows_what_a_run_asks_and_no_record_to_be_rewritten
     saving = plan.model_copy(update={"cluster": plan.cluster.model_copy(update={"checkpoint_minutes": 1e-9})})
     grow(saving, Driver(ledger, InProcess(ledger, LocalControl(lambda _: None, threading.Event()))))
     ledger.pin(0)
-    ledger.log.unpin(0)
+    ledger.unpin(0)
     assert all(check.state == "ok" for check in doctor.examine_store(storage))
     assert {action for action, _ in storage.asked} == {"s3:PutObject if none match", "s3:PutObject", "s3:DeleteObject"}
     assert {key.split("/")[0] for _, key in storage.asked} == {

@@ -145,7 +145,7 @@ def test_experts_of_versions_that_are_not_kept_go_unless_they_are_pinned(plan: P
     assert not experts & set(find_garbage(ledger, keep_versions=3, grace_seconds=DAY).manifests)
     ledger.pin(1)
     assert not experts & set(find_garbage(ledger, keep_versions=2, grace_seconds=DAY).manifests)
-    ledger.log.unpin(1)
+    ledger.unpin(1)
     collect(ledger, find_garbage(ledger, keep_versions=2, grace_seconds=DAY))
     assert not experts & all_keys(ledger)
     seed = f"artifacts/model/{grown.foundation.seed}.json"

@@ -420,7 +420,7 @@ class Store(RuleBasedStateMachine):
         standing = [forest.version for forest in self.log if self.stands(forest)]
         chosen = standing[version % len(standing)]
         if chosen in self.pinned:
-            self.attempt(lambda: self.ledger.log.unpin(chosen), crash)
+            self.attempt(lambda: self.ledger.unpin(chosen), crash)
         else:
             self.attempt(lambda: self.ledger.pin(chosen), crash)
         self.pinned ^= {chosen}

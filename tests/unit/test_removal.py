@@ -299,7 +299,10 @@ def test_the_commands_say_what_goes_and_what_stays_and_purge_only_when_confirmed
     code, out, _ = btm("forest", "rollback", "1", *at)
     assert "forest version 7: rolled back to version 1, 2 experts" in out
     code, out, _ = btm("forest", "rollback", "1", "--json", *at)
-    assert (code, json.loads(out)) == (0, {"version": 8, "experts": ["harbour", "kitchen"]})
+    assert (code, json.loads(out)) == (
+        0,
+        {"version": 8, "reason": "rolled back to version 1", "domains": ["harbour", "kitchen"]},
+    )
     code, out, _ = btm("forest", "pin", "8", "--json", *at)
     assert (code, json.loads(out)) == (0, {"pinned": [8]})
     log = json.loads(btm("forest", "log", *at, "--json")[1])

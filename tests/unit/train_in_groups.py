@@ -1,6 +1,7 @@
 """Trains a DEMix over groups of processes that are forked from this one: `python -m tests.unit.train_in_groups < JOBS`.
 
-JOBS are JSON: a plan, a number of ranks, and the update after which one rank asks to stop, or null.
+JOBS are JSON: a plan, a number of ranks, the update after which one rank asks to stop, or null, and whether the DEMix
+branches from the seed, which the store then has.
 """
 
 import json
@@ -15,16 +16,18 @@ import torch.distributed as dist
 from btm_cluster.algorithm import prepare
 from btm_cluster.errors import Stopped
 from btm_cluster.plan import Plan
-from btm_cluster.recipes import demix_request
+from btm_cluster.recipes import demix_request, seed_request
 from btm_cluster.steps.train import train
+from btm_cluster.study.controls import seeded_demix_request
 from btm_cluster.workers import TrainRequest
 from tests.conftest import in_process
 from tests.unit.test_training import AT_EVERY_UPDATE, Interrupting, Undisturbed
 
 
-def request_for(plan: Plan, ranks: int) -> TrainRequest:
+def request_for(plan: Plan, ranks: int, is_seeded: bool) -> TrainRequest:
     """The plan's DEMix, of a group; it saves as often as the group agrees on it."""
-    request = demix_request(prepare(plan, in_process(plan)))
+    ground = prepare(plan, in_process(plan))
+    request = seeded_demix_request(ground, seed_request(ground).ref) if is_seeded else demix_request(ground)
     return replace(request, how=replace(request.how, workers=ranks), checkpoint_seconds=AT_EVERY_UPDATE)
 
 
@@ -44,9 +47,9 @@ def train_on(rank: int, rendezvous: str, plan: Plan, request: TrainRequest, stop
 
 def main() -> None:
     """One job after the other."""
-    for fields, ranks, stop_after in json.load(sys.stdin):
+    for fields, ranks, stop_after, is_seeded in json.load(sys.stdin):
         plan = Plan.model_validate(fields)
-        request = request_for(plan, ranks)
+        request = request_for(plan, ranks, is_seeded)
         with tempfile.TemporaryDirectory() as folder:
             children = []
             for rank in range(ranks):
