@@ -16,11 +16,12 @@ from btm_cluster.expansion.expand import expand
 from btm_cluster.forest import Forest, difference
 from btm_cluster.ledger import Artifact, Ledger, Ref, artifact_key
 from btm_cluster.plan import Plan
+from btm_cluster.recipes import demix_request
 from btm_cluster.records import list_branch_points
 from btm_cluster.run import run_plan
 from btm_cluster.upkeep.housekeeping import collect, find_garbage, verify
 from btm_cluster.upkeep.purge import condemn, purge
-from btm_cluster.upkeep.removal import bring_back, influence_of, remove, rollback
+from btm_cluster.upkeep.removal import bring_back, influence_of, last_expert, remove, rollback
 from btm_cluster.workers import ShuffleTexts
 from tests.conftest import in_process, made_up_documents, write_jsonl
 from tests.living import deliver
@@ -257,6 +258,21 @@ def test_a_purged_founding_domain_leaves_seed_and_tokenizer_and_the_forest_lives
     remove(ledger, "desert")
     purge(ledger, condemn(ledger, "desert"))
     assert not named_in(plan.store, "desert")
+    assert verify(ledger).problems == ()
+
+
+def test_of_a_demix_the_part_of_a_purged_domain_goes_and_the_rest_is_named(plan: Plan, ledger: Ledger) -> None:
+    driver = in_process(plan)
+    ground = prepare(plan, driver)
+    demix = demix_request(ground)
+    driver.require(driver.workers.train, [demix])
+    remove(ledger, "kitchen")
+    expert = last_expert(ledger, "kitchen")
+    assert expert is not None
+    assert demix.ref.identity in influence_of(ledger, newest(ledger), expert).baselines
+    purge(ledger, condemn(ledger, "kitchen"))
+    names = {text: name for name, text in ground.founders}
+    assert {names[part.text] for part in demix.parts if ledger.find(part.ref)} == {"harbour"}
     assert verify(ledger).problems == ()
 
 
