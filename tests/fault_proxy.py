@@ -5,10 +5,12 @@ keep-alive, Content-Length and chunked bodies, `Expect: 100-continue`. Bodies ar
 """
 
 import asyncio
+import errno
 import random
 import socket
 import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
@@ -17,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 REFUSAL_SECONDS = 0.2
+BIND_SECONDS = 10.0
 PIECES, PIECE_SECONDS = 8, 0.01
 
 
@@ -197,10 +200,18 @@ class FaultProxy:
 
 
 def _bind(port: int) -> socket.socket:
+    """A child that is being started holds copies of all sockets for a moment, one that listens at the port among them."""
     bound = socket.socket()
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.bind(("127.0.0.1", port))
-    return bound
+    deadline = time.monotonic() + BIND_SECONDS
+    while True:
+        try:
+            bound.bind(("127.0.0.1", port))
+            return bound
+        except OSError as exc:
+            if exc.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                raise
+            time.sleep(0.001)
 
 
 def _reset(writer: asyncio.StreamWriter) -> bool:
