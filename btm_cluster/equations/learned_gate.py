@@ -3,7 +3,7 @@
 It sees, for each expert and token, the expert's discounted evidence and entropies relative to its siblings', the entropy
 of the prediction it is about to make, and whether it has lately been more surprised than it expected to be. The network is
 the same for every expert, so that a gate fitted on some texts ("one for all") serves other texts and other forests; a bias
-for each expert is fitted where a text has development blocks of its own, from scratch or from a gate for all.
+for each expert is fitted where a text has development blocks of its own, from scratch or from a gate for all, and then all weights.
 
 F features of an expert, C of its siblings' mean, H hidden units, N tokens of all blocks, beside the letters of the package.
 """
@@ -33,8 +33,10 @@ SCALE_RIDGE = 10.0
 """Nats by which a change of all scores by a factor of 1 ± √2 is held against the likelihood of all tokens."""
 BIAS_RIDGE = 5.0
 """The same for an expert's bias of √2."""
-HELD_OUT_EVERY = 5
-"""Every fifth block is held out to say when to stop."""
+HELD_OUT_SHARE = 0.2
+"""Of each text's blocks, its last: mostly of other documents than the rest, which every fifth block would not be."""
+FEWEST_HELD_OUT_TOKENS = 500
+"""Fewer do not say whether it helps to tune all weights."""
 
 
 @dataclass(frozen=True)
@@ -136,21 +138,17 @@ class _Examples:
 def fit_gate(texts: Sequence[TextScores], fits_bias: bool = False, random_seed: int = 0) -> LearnedGate:
     """Trains a gate on development blocks, by maximum likelihood of the mixture.
 
-    Each fifth block says when to stop; then it is trained as long again on all of them. Texts may differ in their experts
-    unless `fits_bias`. The same texts and random seed give the same gate on a CPU. Without a token it weighs all alike.
+    The last fifth of a text's blocks says when to stop; then it is trained as long again on all of them. Texts may differ in
+    their experts unless `fits_bias`. The same texts and random seed give the same gate on a CPU. Without a token it weighs all
+    alike.
     """
     examples = _examples(texts)
     gate = _fresh(examples, random_seed)
     if fits_bias:
         gate = replace(gate, bias_E=torch.zeros(examples.logp_NE.shape[1]))
-    everything = torch.arange(len(examples.logp_NE))
-    held_out = everything[examples.held_out_N]
-    if not len(everything):
+    if not len(examples.logp_NE):
         return gate
-    looks = 1  # without anything to hold out, a gate moves a little only
-    if 0 < len(held_out) < len(everything):
-        looks = _descend(gate, examples, everything[~examples.held_out_N], held_out, LOOKS, random_seed)[1]
-    return _descend(gate, examples, everything, None, looks, random_seed)[0]
+    return _train(gate, examples, random_seed)
 
 
 def fit_gate_for_all(texts: Sequence[TextScores], random_seed: int = 0) -> LearnedGate:
@@ -163,15 +161,31 @@ def fit_gate_for_all(texts: Sequence[TextScores], random_seed: int = 0) -> Learn
     return fit_gate([*texts, *unseen], random_seed=random_seed)
 
 
-def tune_gate(text: TextScores, start: LearnedGate) -> LearnedGate:
-    """A gate for one text, from one for all: a bias for each expert, and by how much all scores are scaled.
+def tune_gate(text: TextScores, start: LearnedGate, random_seed: int = 0) -> LearnedGate:
+    """A gate for one text, from one for all: first few numbers of it are fitted, then all, for as long as that helps.
 
-    Both are held by a ridge, so that three blocks move them a little and a hundred a lot. They are few numbers and their loss
-    is smooth, so no block need be held out. More freedom was worse on few blocks: a text's next part is never quite like it.
+    The few, a bias for each expert and a scale of all scores, are held by a ridge and fitted on all blocks. The held-out ones
+    then say how long to go on with every weight. They took part in the first fit, which is thus hard to beat, and stands where
+    they are few.
     """
     if not text.mask_BT.any():
         return start
     examples = _examples([text])
+    gate = _fit_bias_and_scale(start, examples)
+    return _train(gate, examples, random_seed) if examples.held_out_N.sum() >= FEWEST_HELD_OUT_TOKENS else gate
+
+
+def _train(gate: LearnedGate, examples: _Examples, random_seed: int) -> LearnedGate:
+    """Trains every weight until the held-out blocks' loss is lowest, and as long again on all blocks."""
+    everything = torch.arange(len(examples.logp_NE))
+    held_out, rest = everything[examples.held_out_N], everything[~examples.held_out_N]
+    looks = 1  # without anything to hold out, a gate moves a little only
+    if len(held_out) and len(rest):
+        looks = _descend(gate, examples, rest, held_out, LOOKS, random_seed)[1]
+    return _descend(gate, examples, everything, None, looks, random_seed)[0]
+
+
+def _fit_bias_and_scale(start: LearnedGate, examples: _Examples) -> LearnedGate:
     scores_NE = start.scores(examples.features_NEF.transpose(0, 1)).T
     scores_NE = scores_NE - scores_NE.mean(1, keepdim=True)
     change = torch.zeros(1, requires_grad=True)
@@ -197,7 +211,7 @@ def _examples(texts: Sequence[TextScores]) -> _Examples:
         logp_NE = text.logp_EBT[:, taken_BT].T
         logp_NE = (logp_NE - logp_NE.max(1, keepdim=True).values).float()
         blocks = len(text.mask_BT)
-        held_B = torch.arange(blocks) % HELD_OUT_EVERY == min(HELD_OUT_EVERY, blocks) - 1
+        held_B = torch.arange(blocks) >= blocks - max(1, round(HELD_OUT_SHARE * blocks))
         held_BT = (held_B & (blocks > 1))[:, None].expand_as(taken_BT)
         parts.append(
             (

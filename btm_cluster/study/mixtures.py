@@ -35,6 +35,8 @@ class Members:
     """By domain."""
     many_ways: bool = False
     """Whether every way to mix them is measured, or few."""
+    gated: bool = False
+    """Whether the learned gate is, beside the few."""
     averaged: bool = True
     """Whether averages of their parameters are measured too; those of models without a seed are noise, which is measured."""
 
@@ -68,6 +70,7 @@ THE_PAPERS = Way("full", "ema")
 CALIBRATED = Way("calibrated", "fitted")
 DISCOUNTS = Way("discounts", "fitted")
 GATE = Way("gate", "fitted")
+GATE_FOR_ALL = replace(GATE, is_for_all=True)
 FEW_WAYS = (THE_PAPERS, Way("last-token", "ema"), CALIBRATED)
 MORE_WAYS = (
     Way("full", "uniform"),
@@ -102,8 +105,8 @@ def mixtures(ground: Ground, scores: ModelScores, members: Members, is_first: bo
         fitted = fit_all(FEW_WAYS, sample, merging)
         if members.many_ways:
             fitted |= fit_all(MORE_WAYS, sample, merging)
-            gate = for_all[replace(GATE, is_for_all=True)]
-            assert isinstance(gate, LearnedGate)
+        gate = for_all.get(GATE_FOR_ALL)
+        if isinstance(gate, LearnedGate):
             fitted |= {**for_all, GATE: tune_gate(sample, gate)}
         rows = {_system(members, way): _sums(test, one) for way, one in fitted.items()}
         if is_first:
@@ -116,7 +119,7 @@ def mixtures(ground: Ground, scores: ModelScores, members: Members, is_first: bo
     rows: Rows = {}
     with one_thread_each() as pool:
         of_domains = [samples[text.name] for text in ground.domains]
-        for_all = _fit_for_all(of_domains, merging, pool) if members.many_ways else {}
+        for_all = _fit_for_all(of_domains, merging, members, pool)
         for text, found in zip(ground.texts, pool.map(of_text, ground.texts), strict=True):
             for system, sums_D in found.items():
                 rows.setdefault(system, {})[text.name] = sums_D
@@ -146,16 +149,18 @@ def fit(way: Way, sample: TextScores, merging: MergingPlan) -> Fitted:
     return fit_mixing(way.posterior, way.prior, logp_EBT, mask_BT, merging)
 
 
-def _fit_for_all(samples: Sequence[TextScores], merging: MergingPlan, pool: ThreadPoolExecutor) -> dict[Way, Fitted]:
-    logp_EBT = torch.cat([sample.logp_EBT for sample in samples], dim=1)
-    mask_BT = torch.cat([sample.mask_BT for sample in samples])
-    fits: dict[Way, Future[Fitted]] = {
-        replace(GATE, is_for_all=True): pool.submit(fit_gate_for_all, samples),
-        replace(CALIBRATED, is_for_all=True): pool.submit(
-            shared_mixing, [(s.logp_EBT, s.mask_BT) for s in samples], merging
-        ),
-        replace(DISCOUNTS, is_for_all=True): pool.submit(fit_discounts, logp_EBT, mask_BT, fits_prior=False),
-    }
+def _fit_for_all(
+    samples: Sequence[TextScores], merging: MergingPlan, members: Members, pool: ThreadPoolExecutor
+) -> dict[Way, Fitted]:
+    fits: dict[Way, Future[Fitted]] = {}
+    if members.many_ways or members.gated:
+        fits[GATE_FOR_ALL] = pool.submit(fit_gate_for_all, samples)
+    if members.many_ways:
+        logp_EBT = torch.cat([sample.logp_EBT for sample in samples], dim=1)
+        mask_BT = torch.cat([sample.mask_BT for sample in samples])
+        pairs = [(sample.logp_EBT, sample.mask_BT) for sample in samples]
+        fits[replace(CALIBRATED, is_for_all=True)] = pool.submit(shared_mixing, pairs, merging)
+        fits[replace(DISCOUNTS, is_for_all=True)] = pool.submit(fit_discounts, logp_EBT, mask_BT, fits_prior=False)
     return {way: fit.result() for way, fit in fits.items()}
 
 

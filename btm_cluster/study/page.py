@@ -13,6 +13,7 @@ from btm_cluster.study.results import KEY, Entry, Results
 Wanted = Mapping[str, object]
 PAPERS: Wanted = {"posterior": "full", "prior": "ema"}
 CALIBRATED: Wanted = {"posterior": "calibrated", "prior": "fitted"}
+GATE: Wanted = {"posterior": "gate", "prior": "fitted"}
 PLAIN: Wanted = {"development_blocks": None, "top_k": None}
 
 # Rows of table 1: what it is called, and which entries it is.
@@ -27,7 +28,9 @@ TABLE_1: dict[str, Wanted] = {
     "DEMix from the seed, calibrated": {"system": "demix-from-seed", **CALIBRATED},
     "forest, paper's posterior": {"system": "forest", **PAPERS, **PLAIN},
     "forest, calibrated": {"system": "forest", **CALIBRATED, **PLAIN},
+    "forest, learned gate": {"system": "forest", **GATE, **PLAIN},
     "forest with its seed, calibrated": {"system": "forest with its seed", **CALIBRATED, **PLAIN},
+    "forest with its seed, learned gate": {"system": "forest with its seed", **GATE, **PLAIN},
     "random splits, paper's posterior": {"system": "random-split", **PAPERS},
     "random splits, calibrated": {"system": "random-split", **CALIBRATED},
     "Transformer-LM, trained on the development text": {"system": "transformer-lm on development text"},

@@ -102,9 +102,9 @@ def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[Tra
         Members("demix-from-seed", first, seeds[first].ref, _named(ground, request), averaged=False)
         for request in seeded
     ]
-    forests[0] = replace(forests[0], many_ways=True)
     models = (*forests[0].models, ("seed", seeds[first].ref))
-    with_seed = replace(forests[0], system="forest with its seed", models=models, averaged=False)
+    with_seed = replace(forests[0], system="forest with its seed", models=models, averaged=False, gated=True)
+    forests[0] = replace(forests[0], many_ways=True)
     return Models(whole.ref, (forests[0], with_seed, *forests[1:], *others)), trained
 
 

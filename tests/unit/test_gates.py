@@ -291,6 +291,17 @@ def test_a_tuned_gate_serves_its_text_better_and_leaves_the_one_for_all_as_it_is
     assert int(tuned.bias_E.argmax()) == 2
 
 
+def test_enough_text_tunes_every_weight_of_a_gate_and_little_leaves_them(trained: LearnedGate) -> None:
+    blind = replace(trained, linear_F=torch.zeros_like(trained.linear_F), outer_H=torch.zeros_like(trained.outer_H))
+    unseen = made_up_text(20, random_seed=27)
+    losses = []
+    for blocks in (10, 50):  # of 64 tokens, a fifth held out: 128 and 640
+        tuned = tune_gate(made_up_text(blocks, random_seed=28), blind)
+        losses.append(gate_loss(tuned, unseen.logp_EBT, unseen.entropy_EBT, unseen.mask_BT))
+        assert bool(tuned.linear_F.any()) == (blocks == 50)
+    assert losses[1] < losses[0] - 0.02
+
+
 def test_without_text_a_gate_weighs_all_alike_and_tuning_changes_nothing(trained: LearnedGate) -> None:
     empty = TextScores(torch.zeros(4, 0, 8), torch.zeros(4, 0, 8), torch.zeros(0, 8, dtype=torch.bool))
     assert tune_gate(empty, trained) is trained

@@ -88,6 +88,8 @@ def test_every_system_is_measured_on_all_texts(studied: Studied) -> None:
     shares = {entry["seed_share"] for entry in studied.study.entries if entry["system"] == "forest"}
     assert shares == {0.5, 0.25, 0.0}
     assert studied.entry(system="transformer-lm")["difference"] is None
+    for system in ("forest", "forest with its seed"):
+        assert studied.entry(system=system, seed_share=0.5, posterior="gate", prior="fitted")["all"] > 1
     assert studied.entry(system="demix", posterior="full")["non_embedding_parameters"] > 12_768
 
 
