@@ -124,15 +124,20 @@ class FaultProxy:
             self._server = await asyncio.start_server(self._serve, sock=self._bound)
 
     async def _refuse(self) -> None:
-        await asyncio.gather(*self._stop())
+        await asyncio.gather(*await self._stop())
         if self._resuming:
             self._resuming.cancel()
 
-    def _stop(self) -> list[asyncio.Task[None]]:
+    async def _stop(self) -> list[asyncio.Task[None]]:
         """Stops listening, and cancels all connections but the one that asks for it."""
-        if self._server is not None:
-            self._server.close()
-            self._server, self._bound = None, _bind(self._port)  # bound but not listening: refuses, and keeps the port
+        server, self._server = self._server, None
+        if server is not None:
+            for listening in server.sockets:
+                self._loop.remove_reader(listening)
+            # Who was just accepted is taken on meanwhile: a closed server would drop it without closing it.
+            await asyncio.sleep(0)
+            server.close()
+            self._bound = _bind(self._port)  # bound but not listening: refuses, and keeps the port
         others = [task for task in self._connections if task and task is not asyncio.current_task()]
         for task in others:
             task.cancel()
@@ -157,7 +162,7 @@ class FaultProxy:
         fault = self._policy(method, path, self._tries[method, path])
         self.seen.append((method, path, fault))
         if fault is Fault.REFUSE:
-            self._stop()
+            await self._stop()
             self._resuming = self._loop.call_later(REFUSAL_SECONDS, lambda: self._loop.create_task(self._accept()))
             return _reset(writer)
         if _header(head, "expect") == "100-continue":
