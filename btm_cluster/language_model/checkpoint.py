@@ -48,10 +48,11 @@ def load_training(
     if not keep_optimizer:
         return
     tensors = load_file(files[OPTIMIZER_FILE])
-    if not tensors:  # of a model that no update was made to
-        return
     for name, parameter in model.named_parameters():
-        moments = {moment: own_moments(model, name, moment, tensors).to(parameter.device) for moment in _MOMENTS}
+        stored = {moment: own_moments(model, name, moment, tensors) for moment in _MOMENTS}
+        moments = {moment: tensor.to(parameter.device) for moment, tensor in stored.items() if tensor is not None}
+        if not moments:
+            continue
         fused_device = parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")
         optimizer.state[parameter] = {"step": tensors["step"].clone().to(fused_device), **moments}
 

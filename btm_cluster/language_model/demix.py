@@ -62,16 +62,19 @@ def _rows(module: DomainFeedForwards, stored: torch.Tensor, is_dense: bool) -> t
     return stored[module.domains.start : module.domains.stop]
 
 
-def own_moments(model: "PreTrainedModel", name: str, moment: str, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def own_moments(
+    model: "PreTrainedModel", name: str, moment: str, stored: Mapping[str, torch.Tensor]
+) -> torch.Tensor | None:
     """What this process holds of an optimiser's stored `moment` of the parameter `name`: its domains' rows, or all of it.
 
-    Of what a dense model stored for a feed-forward, a copy for each domain.
+    Of what a dense model stored for a feed-forward, a copy for each domain. None of a parameter that never had a gradient.
     """
     owner = model.get_submodule(name.partition(".experts.")[0]) if has_row_per_domain(name) else None
     if not isinstance(owner, DomainFeedForwards):
-        return stored[f"{moment}.{name}"]
+        return stored.get(f"{moment}.{name}")
     is_dense = f"{moment}.{name}" not in stored
-    return _rows(owner, stored[f"{moment}.{_dense_name(name) if is_dense else name}"], is_dense).clone()
+    known = stored.get(f"{moment}.{_dense_name(name) if is_dense else name}")
+    return None if known is None else _rows(owner, known, is_dense).clone()
 
 
 def split_feed_forwards(model: "PreTrainedModel", domains: range) -> None:

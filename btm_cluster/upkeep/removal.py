@@ -24,7 +24,7 @@ class Influence:
     """The seed, and the tokenizer where it was trained here: of a founding domain."""
     tokenizer: str | None
     baselines: tuple[str, ...]
-    """Transformer-LMs that were trained on its text."""
+    """Transformer-LMs and DEMixes that were trained on its text."""
     descendants: tuple[str, ...]
     """Domains of the forest whose experts branched from an average that its expert was part of, or descend from such."""
     merged: tuple[str, ...]

@@ -20,7 +20,11 @@ from btm_cluster.algorithm import prepare, resumed
 from btm_cluster.errors import Stopped, TrainingError
 from btm_cluster.forest import Parent
 from btm_cluster.language_model import training
-from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.language_model.checkpoint import load_training, write_state
+from btm_cluster.language_model.model import build_model
+from btm_cluster.language_model.optimizer import build_optimizer
+from btm_cluster.language_model.training import NextTokenLoss
+from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.plan import Plan
 from btm_cluster.steps.train import open_blocks, train
 from btm_cluster.workers import AverageRequest, Progress, Start, TrainRequest
@@ -503,3 +507,21 @@ def test_weights_that_the_very_last_update_spoiled_are_not_committed(prepared: P
     with pytest.raises(TrainingError, match="not finite"):
         run(prepared, endless)
     assert prepared.driver.ledger.find(endless.ref) is None
+
+
+def test_a_parameter_that_never_had_a_gradient_has_no_moments_and_is_no_trouble(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    ledger = prepared.driver.ledger
+    model = build_model(prepared.seed.model, 0)
+    unused = model.get_parameter("transformer.wpe.weight").requires_grad_(False)
+    optimizer = build_optimizer(model, prepared.seed)
+    NextTokenLoss(model, 0)(torch.arange(32)[None]).backward()
+    optimizer.step()
+    stored = ledger.commit(Ref("model", "partly-trained"), {}, write_state(model, optimizer, tmp_path), {})
+    again = build_model(prepared.seed.model, 1)
+    fresh = build_optimizer(again, prepared.seed)
+    load_training(again, fresh, ledger, stored, keep_optimizer=True)
+    without = {name for name, parameter in again.named_parameters() if not fresh.state[parameter]}
+    assert without == {"transformer.wpe.weight"}
+    assert torch.equal(again.get_parameter("transformer.wpe.weight"), unused)
