@@ -5,21 +5,18 @@ keep-alive, Content-Length and chunked bodies, `Expect: 100-continue`. Bodies ar
 """
 
 import asyncio
-import errno
 import random
 import socket
 import struct
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from enum import Enum
 from typing import Any
 from urllib.parse import urlsplit
 
 REFUSAL_SECONDS = 0.2
-BIND_SECONDS = 10.0
 PIECES, PIECE_SECONDS = 8, 0.01
 
 
@@ -72,20 +69,21 @@ def random_faults(seed: int, rate: float, faults: Sequence[Fault] = SURVIVED) ->
 
 
 class FaultProxy:
-    """The proxy, in a thread of its own while its `with` block lasts."""
+    """The proxy, in a thread of its own while its `with` block lasts.
+
+    Whatever opens and shuts its port runs in the loop without a pause, so that no two of them come between each other.
+    """
 
     def __init__(self, target: str, policy: Policy = no_faults) -> None:
         self._target = urlsplit(target)
-        self._connections: set[asyncio.Task[None] | None] = set()
-        self._server: asyncio.Server | None = None
+        self._connections: dict[asyncio.Task[None], socket.socket] = {}
         self._resuming: asyncio.TimerHandle | None = None
         self._mistakes: list[dict[str, Any]] = []
         self.follow(policy)
 
     def __enter__(self) -> "FaultProxy":
-        self._bound = _bind(0)
-        self._port = self._bound.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self._port}"
+        self._socket = _bound(0)
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self._loop = asyncio.new_event_loop()
         self._loop.set_exception_handler(lambda _, context: self._mistakes.append(context))
         self._thread = threading.Thread(target=self._loop.run_forever, name="fault proxy")
@@ -95,12 +93,10 @@ class FaultProxy:
 
     def __exit__(self, *_: object) -> None:
         self.refuse()
-        for _ in range(5):  # transports close in the loop's next turns
-            self._do(asyncio.sleep(0))
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        self._bound.close()
+        self._socket.close()
         assert not self._mistakes, self._mistakes  # such as a policy that raised
 
     def follow(self, policy: Policy) -> None:
@@ -110,49 +106,60 @@ class FaultProxy:
 
     def refuse(self) -> None:
         """Drops every connection and refuses new ones, until `accept`."""
-        self._do(self._refuse())
+
+        async def dropped() -> None:
+            self._shut()
+            if self._connections:
+                await asyncio.wait(self._connections)
+
+        asyncio.run_coroutine_threadsafe(dropped(), self._loop).result()
 
     def accept(self) -> None:
         """Accepts connections, as it does from the start."""
-        self._do(self._accept())
 
-    def _do(self, act: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(act, self._loop).result()
+        async def opened() -> None:
+            self._open()
 
-    async def _accept(self) -> None:
-        if self._server is None:
-            self._server = await asyncio.start_server(self._serve, sock=self._bound)
+        asyncio.run_coroutine_threadsafe(opened(), self._loop).result()
 
-    async def _refuse(self) -> None:
-        await asyncio.gather(*await self._stop())
+    def _open(self) -> None:
+        self._socket.listen(128)
+        self._loop.add_reader(self._socket, self._take_connection)
+
+    def _shut(self, pause: float | None = None) -> None:
+        """Stops listening, for that many seconds or for good, and drops all connections but the one that asks for it."""
         if self._resuming:
             self._resuming.cancel()
+        self._resuming = None if pause is None else self._loop.call_later(pause, self._open)
+        self._loop.remove_reader(self._socket)
+        port = self._socket.getsockname()[1]
+        with suppress(OSError):  # it does not listen
+            self._socket.shutdown(socket.SHUT_RDWR)  # also the copies in children that are being started
+        self._socket.close()
+        self._socket = _bound(port)  # without listening: refuses, and keeps the port
+        for task, connection in self._connections.items():
+            if task is not asyncio.current_task():
+                with suppress(OSError):  # the client was faster
+                    connection.shutdown(socket.SHUT_RDWR)
 
-    async def _stop(self) -> list[asyncio.Task[None]]:
-        """Stops listening, and cancels all connections but the one that asks for it."""
-        server, self._server = self._server, None
-        if server is not None:
-            for listening in server.sockets:
-                self._loop.remove_reader(listening)
-            # Who was just accepted is taken on meanwhile: a closed server would drop it without closing it.
-            await asyncio.sleep(0)
-            server.close()
-            self._bound = _bind(self._port)  # bound but not listening: refuses, and keeps the port
-        others = [task for task in self._connections if task and task is not asyncio.current_task()]
-        for task in others:
-            task.cancel()
-        return others
+    def _take_connection(self) -> None:
+        with suppress(BlockingIOError, ConnectionError):  # the client left meanwhile
+            connection, _ = self._socket.accept()
+            task = self._loop.create_task(self._serve(connection))
+            self._connections[task] = connection
+            task.add_done_callback(self._connections.pop)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._connections.add(asyncio.current_task())
+    async def _serve(self, connection: socket.socket) -> None:
+        reader, writer = await asyncio.open_connection(sock=connection)
         try:
-            # Either side may go away at any time, and `_refuse` cancels.
-            with suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            # Either side may go away at any time.
+            with suppress(asyncio.IncompleteReadError, ConnectionError):
                 while await self._exchange(reader, writer):
                     pass
         finally:
-            self._connections.discard(asyncio.current_task())
             writer.close()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """Serves one request. Whether the connection stays open for another."""
@@ -162,8 +169,7 @@ class FaultProxy:
         fault = self._policy(method, path, self._tries[method, path])
         self.seen.append((method, path, fault))
         if fault is Fault.REFUSE:
-            await self._stop()
-            self._resuming = self._loop.call_later(REFUSAL_SECONDS, lambda: self._loop.create_task(self._accept()))
+            self._shut(REFUSAL_SECONDS)
             return _reset(writer)
         if _header(head, "expect") == "100-continue":
             writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -204,19 +210,12 @@ class FaultProxy:
             writer.close()
 
 
-def _bind(port: int) -> socket.socket:
-    """A child that is being started holds copies of all sockets for a moment, one that listens at the port among them."""
+def _bound(port: int) -> socket.socket:
     bound = socket.socket()
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    deadline = time.monotonic() + BIND_SECONDS
-    while True:
-        try:
-            bound.bind(("127.0.0.1", port))
-            return bound
-        except OSError as exc:
-            if exc.errno != errno.EADDRINUSE or time.monotonic() > deadline:
-                raise
-            time.sleep(0.001)
+    bound.bind(("127.0.0.1", port))
+    bound.setblocking(False)
+    return bound
 
 
 def _reset(writer: asyncio.StreamWriter) -> bool:
