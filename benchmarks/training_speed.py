@@ -53,8 +53,9 @@ def ours(size: str, micro_batch: int) -> float:
     from btm_cluster.language_model.model import full_config
     from btm_cluster.ledger import Ledger, Ref
     from btm_cluster.plan import ModelPlan, TrainingPlan
+    from btm_cluster.requests import Resources, TrainingText, TrainRequest
     from btm_cluster.steps.train import train
-    from btm_cluster.workers import Progress, Resources, TrainingText, TrainRequest
+    from btm_cluster.workers import Progress
 
     layers, width, heads, batch, vocabulary, updates = SIZES[size]
     on_gpu = torch.cuda.is_available()

@@ -36,7 +36,8 @@ from btm_cluster.recipes import (
     transformer_lm_request,
 )
 from btm_cluster.records import BranchPoint, branch_point_identity, find_branch_point, settle_branch_point
-from btm_cluster.workers import Failure, Outcome, Resources, Start, Tokenize, TrainRequest
+from btm_cluster.requests import Resources, Start, Tokenize, TrainRequest
+from btm_cluster.workers import Failure, Outcome
 
 MERGE_ATTEMPTS = 100
 

@@ -192,7 +192,7 @@ def grow_forest(
 
 
 def run_study_plan(plan: Plan, to: str, address: str | None, in_process: bool, dashboard: bool) -> None:
-    """Runs a plan's study and writes its results to a folder or a bucket."""
+    """Runs a plan's study and writes its results to a folder or a bucket, after each size and random seed anew."""
     from btm_cluster.storage import open_storage
 
     place = open_storage(to)
@@ -204,13 +204,14 @@ def run_study_plan(plan: Plan, to: str, address: str | None, in_process: bool, d
     from btm_cluster.study.run import run_study
 
     with driving(plan, address, in_process, dashboard, json_output=False) as driver:
-        results = results_of(plan, run_study(plan, driver))
-    with tempfile.TemporaryDirectory() as scratch:
-        write_results(results, Path(scratch))
-        write_page(results, Path(scratch))
-        for file in sorted(Path(scratch).iterdir()):
-            place.upload(file.name, file)
-    print(f"wrote {place.address('README.md')}")
+        for study in run_study(plan, driver):
+            results = results_of(plan, study)
+            with tempfile.TemporaryDirectory() as scratch:
+                write_results(results, Path(scratch))
+                write_page(results, Path(scratch))
+                for file in sorted(Path(scratch).iterdir()):
+                    place.upload(file.name, file)
+            print(f"wrote {place.address('README.md')}", flush=True)
 
 
 def expand_forest(plan: Plan, json_output: bool, address: str | None, in_process: bool, dashboard: bool) -> None:

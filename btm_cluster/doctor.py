@@ -15,10 +15,10 @@ from btm_cluster.ledger import Ledger
 from btm_cluster.plan import Plan
 from btm_cluster.preview import Preview, preview
 from btm_cluster.recipes import expert_resources, seed_resources
+from btm_cluster.requests import Resources
 from btm_cluster.storage import Storage, open_storage
 from btm_cluster.tracking import check_tracking
 from btm_cluster.upkeep.housekeeping import store_time
-from btm_cluster.workers import Resources
 
 RACERS = 8
 CLOCK_SECONDS = 300.0

@@ -9,7 +9,8 @@ from typing import TypeVar
 
 from btm_cluster.errors import StepError
 from btm_cluster.ledger import Artifact, Ledger, Ref
-from btm_cluster.workers import Failure, Outcome, Request, Workers
+from btm_cluster.requests import Request
+from btm_cluster.workers import Failure, Outcome, Workers
 
 AnyRequest = TypeVar("AnyRequest", bound=Request)
 

@@ -22,7 +22,7 @@ from btm_cluster.language_model.pretrained import (
 from btm_cluster.language_model.sources import fingerprint
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.plan import Plan
-from btm_cluster.workers import (
+from btm_cluster.requests import (
     FindOverlap,
     ImportTokenizer,
     Pretrained,

@@ -6,24 +6,22 @@ from typing import TypeVar
 
 from btm_cluster.errors import BtmError, Stopped, UserError
 from btm_cluster.ledger import Artifact, Ledger
-from btm_cluster.steps.average import average
-from btm_cluster.steps.prepare import prepare
-from btm_cluster.steps.score import score
-from btm_cluster.steps.soup import soup
-from btm_cluster.steps.train import train
-from btm_cluster.workers import (
+from btm_cluster.requests import (
     AverageRequest,
-    Control,
-    Failure,
-    Outcome,
+    MixRequest,
     PrepareRequest,
-    Progress,
     Request,
     ScoreRequest,
     SoupRequest,
     TrainRequest,
-    Watcher,
 )
+from btm_cluster.steps.average import average
+from btm_cluster.steps.mix import mix
+from btm_cluster.steps.prepare import prepare
+from btm_cluster.steps.score import score
+from btm_cluster.steps.soup import soup
+from btm_cluster.steps.train import train
+from btm_cluster.workers import Control, Failure, Outcome, Progress, Watcher
 
 AnyRequest = TypeVar("AnyRequest", bound=Request)
 
@@ -58,6 +56,9 @@ class InProcess:
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Outcome]:
         return [self._attempt(request, lambda r: score([r], self._ledger, self._control)[0]) for request in requests]
+
+    def mix(self, requests: Sequence[MixRequest]) -> list[Outcome]:
+        return [self._attempt(request, lambda r: mix(r, self._ledger, self._control)) for request in requests]
 
     def average(self, requests: Sequence[AverageRequest]) -> list[Outcome]:
         return [self._attempt(request, lambda r: average(r, self._ledger, self._control)) for request in requests]

@@ -12,9 +12,9 @@ from btm_cluster.ledger import Ref
 from btm_cluster.new_folder import check_new_folder, new_folder
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import average_request
+from btm_cluster.requests import AverageRequest
 from btm_cluster.run import check_text_is_known, find_grown
 from btm_cluster.soups import soup_average_request, soup_request
-from btm_cluster.workers import AverageRequest
 
 FOLDER_FILES = ("README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 

@@ -35,7 +35,7 @@ from btm_cluster.recipes import (
     seed_start,
     transformer_lm_request,
 )
-from btm_cluster.workers import Request, TrainRequest
+from btm_cluster.requests import Request, TrainRequest
 
 DONE, NEW, UNREAD = "done", "new", "unknown until its text is read"
 

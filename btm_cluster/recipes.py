@@ -10,7 +10,7 @@ from btm_cluster.ground import Ground, PreparedText
 from btm_cluster.language_model.demix import check_splits
 from btm_cluster.ledger import Ref
 from btm_cluster.plan import Plan
-from btm_cluster.workers import AverageRequest, Resources, Role, ScoreRequest, Start, TrainingText, TrainRequest
+from btm_cluster.requests import AverageRequest, Resources, Role, ScoreRequest, Start, TrainingText, TrainRequest
 
 
 def seed_request(ground: Ground) -> TrainRequest:

@@ -17,7 +17,7 @@ from typing import Any
 
 from btm_cluster.forest import Forest, Parent, identity_of
 from btm_cluster.ledger import THREADS, Ledger, Ref
-from btm_cluster.workers import Start
+from btm_cluster.requests import Start
 
 EXPANSIONS, HELD, QUARANTINE, TOMBSTONES, LOGS = "expansions/", "held/", "quarantine/", "tombstones/", "logs/"
 

@@ -8,7 +8,7 @@ from btm_cluster.forest import Parent
 from btm_cluster.ground import Ground, PreparedText
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.recipes import expert_resources
-from btm_cluster.workers import AverageRequest, SoupRequest
+from btm_cluster.requests import AverageRequest, SoupRequest
 
 BLOCKS_AT_ONCE = 8
 """Blocks per forward pass: searches share a GPU, and logits with their gradients take far more memory than small models."""

@@ -22,7 +22,8 @@ from btm_cluster.ground import (
 from btm_cluster.ledger import Artifact
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import seed_request
-from btm_cluster.workers import Failure, Outcome, ReadText
+from btm_cluster.requests import ReadText
+from btm_cluster.workers import Failure, Outcome
 
 
 @dataclass(frozen=True)

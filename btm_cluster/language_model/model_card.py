@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from btm_cluster.workers import AverageRequest
+from btm_cluster.requests import AverageRequest
 
 
 def write_card(request: AverageRequest, file: Path) -> None:

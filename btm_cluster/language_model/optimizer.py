@@ -5,7 +5,7 @@ from transformers import PreTrainedModel
 
 from btm_cluster.equations.schedule import learning_rate, rewarmed_learning_rate
 from btm_cluster.language_model.demix import has_row_per_domain
-from btm_cluster.workers import TrainRequest
+from btm_cluster.requests import TrainRequest
 
 
 def build_optimizer(model: PreTrainedModel, request: TrainRequest) -> torch.optim.AdamW:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from btm_cluster.errors import UserError, one_line
 from btm_cluster.language_model.model import check_causal, check_fits, plain_config, save_weights, weights_of
 from btm_cluster.language_model.tokenizer import import_tokenizer, open_pretrained_tokenizer
-from btm_cluster.workers import ImportTokenizer, Pretrained, TrainRequest
+from btm_cluster.requests import ImportTokenizer, Pretrained, TrainRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

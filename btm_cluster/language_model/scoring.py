@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from btm_cluster.errors import TrainingError
 from btm_cluster.language_model.blocks import Blocks
 from btm_cluster.language_model.training import autocast, device_of, read_after_end
-from btm_cluster.workers import Resources
+from btm_cluster.requests import Resources
 
 LOGITS_AT_ONCE = 2**26
 """Logits in float32 held at once beside the model's own, three times: 0.8 GB."""

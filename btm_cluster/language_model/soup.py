@@ -19,7 +19,7 @@ from btm_cluster.equations.averaging import greedy_weights, posterior_weights, u
 from btm_cluster.language_model.blocks import Blocks
 from btm_cluster.language_model.model import weights_of
 from btm_cluster.language_model.training import autocast, device_of, read_after_end
-from btm_cluster.workers import Resources
+from btm_cluster.requests import Resources
 
 BATCH_BLOCKS = 16
 STEPS_BETWEEN_LOOKS = 5

@@ -32,7 +32,8 @@ from btm_cluster.language_model.model import build_model, check_causal, has_drop
 from btm_cluster.language_model.optimizer import build_optimizer, learning_rate_at
 from btm_cluster.language_model.utilisation import device_name, utilisation
 from btm_cluster.ledger import Ledger
-from btm_cluster.workers import Control, Progress, Resources, TrainRequest
+from btm_cluster.requests import Resources, TrainRequest
+from btm_cluster.workers import Control, Progress
 
 log = logging.getLogger(__name__)
 REPORT_SECONDS = 1.0

@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedModel
 
 from btm_cluster.equations.budget import training_flops_per_token
-from btm_cluster.workers import Resources
+from btm_cluster.requests import Resources
 
 _PEAK_TFLOPS = {
     "B200": 2250.0,

@@ -13,7 +13,7 @@ import ray
 import ray.exceptions
 
 from btm_cluster.errors import ResourcesError, one_line
-from btm_cluster.workers import Resources
+from btm_cluster.requests import Resources
 
 NAMESPACE = "btm"
 CONNECT_SECONDS = 10.0

@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from btm_cluster.checks import Check, Machine, look_around
 from btm_cluster.errors import ResourcesError, one_line
 from btm_cluster.on_ray.cluster import connected, fits, group_words, nodes_words
-from btm_cluster.workers import Resources
+from btm_cluster.requests import Resources
 
 LOOK_SECONDS = 180.0
 MOST_FILES = 100_000

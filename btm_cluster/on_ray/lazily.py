@@ -8,17 +8,16 @@ from contextlib import ExitStack
 from types import TracebackType
 
 from btm_cluster.plan import ClusterPlan
-from btm_cluster.workers import (
+from btm_cluster.requests import (
     AverageRequest,
-    Outcome,
+    MixRequest,
     PrepareRequest,
     Resources,
     ScoreRequest,
     SoupRequest,
     TrainRequest,
-    Watcher,
-    Workers,
 )
+from btm_cluster.workers import Outcome, Watcher, Workers
 
 # Ray reads these once, when it is imported, so they are set before.
 _ENVIRONMENT = {
@@ -64,6 +63,9 @@ class LazyRayWorkers:
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Outcome]:
         return self._connected().score(requests)
+
+    def mix(self, requests: Sequence[MixRequest]) -> list[Outcome]:
+        return self._connected().mix(requests)
 
     def average(self, requests: Sequence[AverageRequest]) -> list[Outcome]:
         return self._connected().average(requests)

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from ray.util.metrics import Counter, Gauge
 
 from btm_cluster.forest import Forest
+from btm_cluster.requests import TrainRequest
 from btm_cluster.storage.requests import Requests
-from btm_cluster.workers import Progress, TrainRequest
+from btm_cluster.workers import Progress
 
 _OF_TRAINING = {
     "updates": "update that the training has reached",

@@ -1,4 +1,4 @@
-"""What runs in the cluster beside trainings: tasks that prepare, score and search, and the actor that averages.
+"""What runs in the cluster beside trainings: tasks that prepare, score, mix and search, and the actor that averages.
 
 Imports what a verb needs when it runs: a process that only reads texts has no use for torch.
 """
@@ -11,7 +11,7 @@ import ray
 
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.on_ray.progress import RayControl
-from btm_cluster.workers import AverageRequest, PrepareRequest, ScoreRequest, SoupRequest, TrainRequest
+from btm_cluster.requests import AverageRequest, MixRequest, PrepareRequest, ScoreRequest, SoupRequest, TrainRequest
 
 AVERAGES_AT_ONCE = 4
 OTHER_SECONDS = 2.0
@@ -32,6 +32,14 @@ def score_task(requests: Sequence[ScoreRequest], store: str, board: Any) -> list
 
     with RayControl(board, lambda: False) as control:
         return score(requests, Ledger.open(store), control)
+
+
+@ray.remote
+def mix_task(request: MixRequest, store: str, board: Any) -> Artifact:
+    from btm_cluster.steps.mix import mix
+
+    with RayControl(board, lambda: False) as control:
+        return mix(request, Ledger.open(store), control)
 
 
 @ray.remote

@@ -21,7 +21,8 @@ from btm_cluster.errors import BtmError, Stopped, TrainingError, UserError
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.on_ray.cluster import bundle
 from btm_cluster.on_ray.progress import STARTING, Process, RayControl, StopPoll
-from btm_cluster.workers import Progress, Resources, TrainRequest
+from btm_cluster.requests import Resources, TrainRequest
+from btm_cluster.workers import Progress
 
 
 class Trainer:

@@ -19,22 +19,20 @@ from btm_cluster.on_ray.cluster import bundle, group_words, has_room
 from btm_cluster.on_ray.failures import LOG_LINES, failure_of
 from btm_cluster.on_ray.metrics import Metrics
 from btm_cluster.on_ray.progress import STARTING, News, ProgressBoardActor
-from btm_cluster.on_ray.tasks import MergerActor, await_other_task, prepare_task, score_task, soup_task
+from btm_cluster.on_ray.tasks import MergerActor, await_other_task, mix_task, prepare_task, score_task, soup_task
 from btm_cluster.on_ray.training import TrainerActor, trainer_options
 from btm_cluster.plan import ClusterPlan
-from btm_cluster.storage.requests import take_requests
-from btm_cluster.workers import (
+from btm_cluster.requests import (
     AverageRequest,
-    Failure,
-    Outcome,
+    MixRequest,
     PrepareRequest,
-    Progress,
     Resources,
     ScoreRequest,
     SoupRequest,
     TrainRequest,
-    Watcher,
 )
+from btm_cluster.storage.requests import take_requests
+from btm_cluster.workers import Failure, Outcome, Progress, Watcher
 
 POLL_SECONDS = 0.25
 WAITING_SECONDS = 60.0
@@ -75,12 +73,7 @@ class RayWorkers:
         self._retried = {"max_restarts": cluster.retries, "max_task_retries": -1}
 
     def prepare(self, requests: Sequence[PrepareRequest]) -> list[Outcome]:
-        task = prepare_task.options(num_cpus=1, max_retries=self._cluster.retries)
-
-        def start(request: PrepareRequest) -> _Running:
-            return _Running(request.label, task.remote(request, self._store, self._board))
-
-        return self._run("prepare", start, requests)
+        return self._run("prepare", self._on_one_cpu(prepare_task), requests)
 
     def train(self, requests: Sequence[TrainRequest]) -> list[Outcome]:
         if any(request.role == "seed" or request.milestones for request in requests):
@@ -116,6 +109,9 @@ class RayWorkers:
             by_request |= {r.ref.identity: o for r, o in zip(group, each, strict=True)}
         return [by_request[request.ref.identity] for request in requests]
 
+    def mix(self, requests: Sequence[MixRequest]) -> list[Outcome]:
+        return self._run("mix", self._on_one_cpu(mix_task), requests)
+
     def average(self, requests: Sequence[AverageRequest]) -> list[Outcome]:
         merger = MergerActor.options(name=f"merge-{time.time_ns()}", num_cpus=1, **self._retried).remote()
 
@@ -132,6 +128,10 @@ class RayWorkers:
             return self._start_task(soup_task, request.label, request.how, request)
 
         return self._run("soup", start, requests)
+
+    def _on_one_cpu(self, step: Any) -> Callable[[Any], _Running]:
+        task = step.options(num_cpus=1, max_retries=self._cluster.retries)
+        return lambda request: _Running(request.label, task.remote(request, self._store, self._board))
 
     def _start_task(self, step: Any, label: str, how: Resources, asked: Any) -> _Running:
         """Starts a step that holds what one worker does."""

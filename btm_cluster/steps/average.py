@@ -8,8 +8,9 @@ from btm_cluster.language_model.averaging import average_files
 from btm_cluster.language_model.model_card import write_card
 from btm_cluster.language_model.tokenizer import TOKENIZER_FILES
 from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.requests import AverageRequest, way_of
 from btm_cluster.storage.scratch import scratch_folder
-from btm_cluster.workers import AverageRequest, Control, Progress, way_of
+from btm_cluster.workers import Control, Progress
 
 
 def average(request: AverageRequest, ledger: Ledger, control: Control) -> Artifact:

@@ -16,18 +16,17 @@ from btm_cluster.language_model.tokenizer import (
     train_tokenizer,
 )
 from btm_cluster.ledger import Artifact, Ledger, Ref
-from btm_cluster.storage.scratch import scratch_folder
-from btm_cluster.workers import (
-    Control,
+from btm_cluster.requests import (
     FindOverlap,
     ImportTokenizer,
     PrepareRequest,
-    Progress,
     ReadText,
     ShuffleTexts,
     Tokenize,
     TrainTokenizer,
 )
+from btm_cluster.storage.scratch import scratch_folder
+from btm_cluster.workers import Control, Progress
 
 
 def prepare(request: PrepareRequest, ledger: Ledger, control: Control) -> Artifact:

@@ -6,9 +6,10 @@ from btm_cluster.language_model.blocks import Blocks
 from btm_cluster.language_model.model import load_model
 from btm_cluster.language_model.scoring import score_blocks
 from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.requests import ScoreRequest
 from btm_cluster.steps.average import open_config
 from btm_cluster.storage.scratch import scratch_folder
-from btm_cluster.workers import Control, Progress, ScoreRequest
+from btm_cluster.workers import Control, Progress
 
 
 def score(requests: Sequence[ScoreRequest], ledger: Ledger, control: Control) -> list[Artifact]:

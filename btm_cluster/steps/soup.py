@@ -4,8 +4,9 @@ from btm_cluster.errors import TextError
 from btm_cluster.language_model.model import load_model
 from btm_cluster.language_model.soup import Soup, greedy_soup, learned_soup, read_blocks
 from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.requests import SoupRequest
 from btm_cluster.steps.average import check_compatible, open_config
-from btm_cluster.workers import Control, Progress, SoupRequest
+from btm_cluster.workers import Control, Progress
 
 
 def soup(request: SoupRequest, ledger: Ledger, control: Control) -> Artifact:

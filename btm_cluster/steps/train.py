@@ -20,9 +20,10 @@ from btm_cluster.language_model.tokenizer import TOKENIZER_FILES
 from btm_cluster.language_model.training import Trained
 from btm_cluster.language_model.training import train as train_model
 from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.requests import DemixPart, TrainingText, TrainRequest
 from btm_cluster.steps.prepare import open_tokenizer
 from btm_cluster.storage.scratch import scratch_folder
-from btm_cluster.workers import Control, DemixPart, Progress, TrainingText, TrainRequest
+from btm_cluster.workers import Control, Progress
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from btm_cluster.forest import Expert, Forest, Parent
 from btm_cluster.ground import Ground, PreparedText
 from btm_cluster.ledger import Ref
 from btm_cluster.recipes import train_request
+from btm_cluster.requests import Start, TrainingText, TrainRequest
 from btm_cluster.study.mixtures import Members, Rows, System
-from btm_cluster.workers import Start, TrainingText, TrainRequest
 
 BLOCKS_PER_UPDATE = 8
 RATES = (0.1, 0.3)

@@ -6,15 +6,14 @@ text. `run.py` and `repeats.py` say which models there are.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
 
 from btm_cluster.driver import Driver
 from btm_cluster.equations.averaging import argmax_weights, posterior_weights, uniform_weights
-from btm_cluster.equations.posterior import log_prior
 from btm_cluster.evaluation import (
-    FULL,
     ModelScores,
     score_models,
     stack_of,
@@ -23,9 +22,9 @@ from btm_cluster.ground import Ground, PreparedText
 from btm_cluster.ledger import Ref
 from btm_cluster.recipes import average_of
 from btm_cluster.report import TRANSFORMER_LM, Cell, SplitResult, verdict
+from btm_cluster.requests import AverageRequest
 from btm_cluster.soups import soup_average_request, soup_request
-from btm_cluster.study.mixtures import Members, Rows, System, mixtures, one_thread_each
-from btm_cluster.workers import AverageRequest
+from btm_cluster.study.mixtures import PRIOR_ALONE, THE_PAPERS, Members, Mixtures, Rows, System, mix, single_experts
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Models:
 
     transformer_lm: Ref
     members: tuple[Members, ...]
-    """The first is the forest that everything is compared with."""
+    """The first is the forest that everything is compared with, the second that forest with its seed."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +103,9 @@ def compare(ground: Ground, models: Models, driver: Driver) -> Comparison:
     rows: Rows = {System("transformer-lm"): _sums(ground, scores, models.transformer_lm, driver)}
     for share, seed in seeds.items():
         rows[System("seed", share)] = _sums(ground, scores, seed, driver)
-    for number, members in enumerate(models.members):
-        rows |= mixtures(ground, scores, members, number == 0, driver)
-    rows |= _averages(ground, scores, models.members, driver)
+    rows |= single_experts(ground, scores, models.members[0], driver)
+    mixtures = mix(ground, scores, models.members, driver)
+    rows |= mixtures.rows() | _averages(ground, mixtures, models.members, driver)
     tokens = {
         text.name: stack_of(driver.ledger, scores, [models.transformer_lm], text, "test").tokens()
         for text in ground.texts
@@ -118,25 +117,17 @@ def _sums(ground: Ground, scores: ModelScores, model: Ref, driver: Driver) -> di
     return {text.name: stack_of(driver.ledger, scores, [model], text, "test").sums()[0] for text in ground.texts}
 
 
-def _averages(ground: Ground, scores: ModelScores, all_members: Sequence[Members], driver: Driver) -> Rows:
+def _averages(ground: Ground, mixtures: Mixtures, everyone: Sequence[Members], driver: Driver) -> Rows:
     """Averages of parameters, one for each text."""
     wanted: list[tuple[System, PreparedText, AverageRequest]] = []
-    groups = [(members, text) for members in all_members if members.averaged for text in ground.texts]
-
-    def weights_of(group: tuple[Members, PreparedText]) -> dict[str, list[float]]:
-        members, text = group
-        return _average_weights(*_development(ground, scores, [model for _, model in members.models], text, driver))
-
-    with one_thread_each() as pool:
-        fitted = list(pool.map(weights_of, groups))
-    for (members, text), by_prior in zip(groups, fitted, strict=True):
+    for members, text in product((members for members in everyone if members.averaged), ground.texts):
         name = "average" if members.system == "forest" else f"average of {members.system}"
         called = {model.identity: domain for domain, model in members.models}
-        for prior, weights in by_prior.items():
+        for prior, weights in _average_weights(mixtures, members, text).items():
             request = average_of(ground, f"{prior} for {text.name}", called, weights)
             request = replace(request, unrelated=members.seed is None)
             wanted.append((System(name, members.seed_share, prior=prior), text, request))
-    wanted += _soups(ground, scores, all_members[0], driver)
+    wanted += _soups(ground, mixtures, everyone[0], everyone[1], driver)
     driver.require(driver.workers.average, [request for _, _, request in wanted])
     on_test = score_models(ground, [(request.ref, text) for _, text, request in wanted], driver, ["test"])
     rows: Rows = {}
@@ -147,25 +138,16 @@ def _averages(ground: Ground, scores: ModelScores, all_members: Sequence[Members
 
 
 def _soups(
-    ground: Ground, scores: ModelScores, forest: Members, driver: Driver
+    ground: Ground, mixtures: Mixtures, forest: Members, with_seed: Members, driver: Driver
 ) -> list[tuple[System, PreparedText, AverageRequest]]:
     """Averages whose weights are searched on the averaged model's own loss: greedily over the experts, or learned, in which the
     seed has a part too."""
-    seed = forest.seed
-    assert seed is not None
-    experts = [model for _, model in forest.models]
-    called = {model.identity: domain for domain, model in forest.models} | {seed.identity: "seed"}
-
-    def start_of(text: PreparedText) -> list[float]:
-        sample = _development(ground, scores, [*experts, seed], text, driver)
-        return posterior_weights(log_prior("fitted", *sample, FULL).exp())
-
-    with one_thread_each() as pool:
-        starts = list(pool.map(start_of, ground.texts))
+    called = {model.identity: name for name, model in with_seed.models}
     searches = []
-    for text, start in zip(ground.texts, starts, strict=True):
-        greedy = soup_request(ground, "greedy", experts, text)
-        learned = soup_request(ground, "learned", [*experts, seed], text, [start])
+    for text in ground.texts:
+        start = posterior_weights(mixtures.prior(with_seed, text, PRIOR_ALONE))
+        greedy = soup_request(ground, "greedy", forest.refs, text)
+        learned = soup_request(ground, "learned", with_seed.refs, text, [start])
         searches.append((System("average", forest.seed_share, prior="greedy"), text, greedy))
         searches.append((System("average", forest.seed_share, prior="learned"), text, learned))
     found = driver.require(driver.workers.soup, [request for _, _, request in searches])
@@ -175,16 +157,9 @@ def _soups(
     ]
 
 
-def _development(
-    ground: Ground, scores: ModelScores, models: Sequence[Ref], text: PreparedText, driver: Driver
-) -> tuple[torch.Tensor, torch.Tensor]:
-    stack = stack_of(driver.ledger, scores, models, text, "development")
-    return stack.take(0, ground.plan.merging.development_blocks)
-
-
-def _average_weights(logp_EBT: torch.Tensor, mask_BT: torch.Tensor) -> dict[str, list[float]]:
+def _average_weights(mixtures: Mixtures, members: Members, text: PreparedText) -> dict[str, list[float]]:
     """The paper's three, and the posterior by the fitted prior beside the paper's ema."""
-    ema_E, fitted_E = (log_prior(kind, logp_EBT, mask_BT, FULL).exp() for kind in ("ema", "fitted"))
+    ema_E, fitted_E = (mixtures.prior(members, text, way) for way in (THE_PAPERS, PRIOR_ALONE))
     return {
         "uniform": uniform_weights(len(ema_E)),
         "argmax": argmax_weights(ema_E),

@@ -9,7 +9,7 @@ from dataclasses import replace
 from btm_cluster.ground import Ground, PreparedText, tokenize_requests
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.recipes import seed_start, train_request
-from btm_cluster.workers import ShuffleTexts, TrainingText, TrainRequest
+from btm_cluster.requests import ShuffleTexts, TrainingText, TrainRequest
 
 DEMIXES = ("demix", "demix-from-seed")
 

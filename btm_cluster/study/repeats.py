@@ -13,8 +13,8 @@ from btm_cluster.ground import Ground, model_config, vocabulary_of
 from btm_cluster.ledger import Ref
 from btm_cluster.plan import Plan, SizePlan, StudyPlan, TrainingPlan
 from btm_cluster.recipes import check_demix_fits, seed_request, transformer_lm_request
+from btm_cluster.requests import TrainRequest
 from btm_cluster.study.controls import DEMIXES
-from btm_cluster.workers import TrainRequest
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Trains all systems of one size and random seed, a repeat, from one seed run, and
 `comparison.py`. Everything is an artifact: what is there already is not made again, and a study that was killed goes on.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from btm_cluster.language_model.model import count_parameters
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.plan import Plan, StudyPlan
 from btm_cluster.recipes import demix_request, expert_request, seed_start
+from btm_cluster.requests import TrainRequest
 from btm_cluster.study.adaptation import adapt
 from btm_cluster.study.comparison import Comparison, Models, compare
 from btm_cluster.study.controls import (
@@ -28,7 +29,6 @@ from btm_cluster.study.controls import (
 from btm_cluster.study.mixtures import Members
 from btm_cluster.study.repeats import Repeat, repeats_of
 from btm_cluster.texts import TextReport, report_texts
-from btm_cluster.workers import TrainRequest
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,10 @@ class Study:
     """Of each recipe that was tried: the Transformer-LM's perplexity on the domains' development text."""
 
 
-def run_study(plan: Plan, driver: Driver) -> Study:
+def run_study(plan: Plan, driver: Driver) -> Iterator[Study]:
     """Trains and compares everything that `plan.study` names; without one, the plan's own model with all rivals and controls.
+
+    Yields what is known after each size and random seed, so that the first results need not wait for the last.
 
     Raises:
         UserError: a study that is at odds with itself: a share that leaves a seed or an expert without an update, say.
@@ -53,6 +55,8 @@ def run_study(plan: Plan, driver: Driver) -> Study:
     """
     study = plan.study or StudyPlan()
     repeats = repeats_of(plan.model_copy(update={"study": study}), driver)
+    texts = tuple(report_texts(repeats[0].ground, driver))
+    trials = tuple(trial for repeat in repeats for trial in repeat.trials)
     entries: list[Mapping[str, Any]] = []
     speeds: list[Mapping[str, Any]] = []
     for repeat in repeats:
@@ -63,8 +67,7 @@ def run_study(plan: Plan, driver: Driver) -> Study:
             comparison = replace(comparison, rows=comparison.rows | rows)
         entries += entries_of(repeat, comparison)
         speeds += [_speed(repeat, request, model) for request, model in trained]
-    trials = tuple(trial for repeat in repeats for trial in repeat.trials)
-    return Study(tuple(entries), tuple(report_texts(repeats[0].ground, driver)), tuple(speeds), trials)
+        yield Study(tuple(entries), texts, tuple(speeds), trials)
 
 
 def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[TrainRequest, Artifact]]]:

@@ -14,8 +14,11 @@ from typing import Any
 from btm_cluster.errors import StoreError
 from btm_cluster.ledger import THREADS, Artifact, Ledger, Ref, artifact_key, blob_key
 from btm_cluster.records import EXPANSIONS, HELD, QUARANTINE, TOMBSTONES, open_branch_points
+from btm_cluster.requests import way_of
 from btm_cluster.storage import Storage
-from btm_cluster.workers import way_of
+
+MIXED = ("fit-for-all", "mixture")
+"""What is made of scores; the second of the first."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,6 @@ def store_time(storage: Storage) -> float:
 
 
 def _needs(kind: str, recipe: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> Iterator[Ref]:
-    """What an artifact is made from, and is of no use without."""
     if kind == "model":
         start = recipe.get("start") or {}
         parents = recipe.get("average") or start.get("parents") or ()
@@ -158,6 +160,10 @@ def _needs(kind: str, recipe: Mapping[str, Any], facts: Mapping[str, Any] | None
     elif kind == "scores":
         yield Ref("model", recipe["model"])
         yield from (Ref("tokens", tokens) for tokens in recipe["tokens"])
+    elif kind in MIXED:
+        yield from (Ref("scores", scores) for split in recipe["scores"] for scores in split)
+        if "for_all" in recipe:
+            yield Ref("fit-for-all", recipe["for_all"])
     elif kind == "soup":
         yield from (Ref("model", model) for model in recipe["models"])
         yield from (Ref("tokens", tokens) for tokens in recipe["tokens"])
@@ -168,6 +174,11 @@ def _needs(kind: str, recipe: Mapping[str, Any], facts: Mapping[str, Any] | None
         yield from (Ref("text", text) for text in (recipe["train"], *recipe["tests"]))
     elif kind == "source":
         yield Ref("text", (facts or {})["text"])
+
+
+def needs(artifact: Artifact) -> list[Ref]:
+    """What an artifact is made from, and is of no use without."""
+    return list(_needs(artifact.kind, artifact.recipe, artifact.facts))
 
 
 def reached(roots: Iterable[Ref], artifacts: Mapping[Ref, Artifact]) -> set[Ref]:
@@ -182,9 +193,6 @@ def reached(roots: Iterable[Ref], artifacts: Mapping[Ref, Artifact]) -> set[Ref]
                 kept.add(one)
                 waiting += needs(artifacts[one])
 
-    def needs(artifact: Artifact) -> list[Ref]:
-        return list(_needs(artifact.kind, artifact.recipe, artifact.facts))
-
     for root in roots:
         keep(root)
     for ref, artifact in artifacts.items():
@@ -198,7 +206,7 @@ def reached(roots: Iterable[Ref], artifacts: Mapping[Ref, Artifact]) -> set[Ref]
     for ref, artifact in artifacts.items():
         if ref.kind == "scores" and Ref("model", artifact.recipe["model"]) in kept:
             keep(ref)
-    for kind in ("tokens", "source", "overlap", "soup"):
+    for kind in ("tokens", "source", "overlap", "soup", *MIXED):
         for ref, artifact in artifacts.items():
             if ref.kind == kind and all(need in kept for need in needs(artifact)):
                 keep(ref)

@@ -14,7 +14,7 @@ from btm_cluster.expansion.inbox import INBOX, MARKER
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import THREADS, Artifact, Ledger, Ref, artifact_key, blob_key, tombstone_key, training_folder
 from btm_cluster.records import EXPANSIONS, HELD, LOGS, QUARANTINE, list_branch_points, list_quarantine, newest_held
-from btm_cluster.upkeep.housekeeping import read_manifests
+from btm_cluster.upkeep.housekeeping import MIXED, needs, read_manifests
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def condemn(ledger: Ledger, domain: str) -> Condemned:
     }
     experts = {**listed, **trained}
     going = {key for key, artifact in manifests.items() if _goes(artifact, domain, texts, experts)}
-    going |= {key for key, artifact in manifests.items() if artifact.kind == "scores" and _is_of(artifact, going)}
+    for kind in ("scores", *MIXED):
+        going |= {key for key, artifact in manifests.items() if artifact.kind == kind and _is_of(artifact, going)}
     kept = {blob_key(a.ref, blob.sha256) for key, a in manifests.items() if key not in going for blob in a.blobs}
     blobs = {blob_key(manifests[key].ref, b.sha256): b.size_bytes for key in going for b in manifests[key].blobs}
     inbox = list(ledger.storage.list(f"{INBOX}{domain}/"))
@@ -159,10 +160,9 @@ def _averages_for(domain: str) -> tuple[str, ...]:
     return (f"start of {domain}", f"posterior for {domain}")
 
 
-def _is_of(scores: Artifact, going: set[str]) -> bool:
-    """Whether scores are of a model or of tokens that go."""
-    refs = [Ref("model", scores.recipe["model"]), *(Ref("tokens", tokens) for tokens in scores.recipe["tokens"])]
-    return any(artifact_key(ref) in going for ref in refs)
+def _is_of(artifact: Artifact, going: set[str]) -> bool:
+    """Whether scores are of a model or of tokens that go, or a mixture of such scores."""
+    return any(artifact_key(ref) in going for ref in needs(artifact))
 
 
 def _reads(artifact: Artifact, domain: str) -> bool:

@@ -67,7 +67,7 @@ def perplexity(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         for module in (soup, learned_gate):  # what searches find is no claim of the paper
             patch.setattr(module, "LOOKS", 1)
-        entries = run_study(plan, in_process(plan)).entries
+        entries = list(run_study(plan, in_process(plan)))[-1].entries
 
     def lookup(
         system: str, posterior: str | None = None, prior: str | None = None, seed_share: float | None = 0.5

@@ -20,7 +20,8 @@ from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.on_ray.lazily import LazyRayWorkers
 from btm_cluster.plan import ClusterPlan, Plan
 from btm_cluster.recipes import seed_request
-from btm_cluster.workers import Progress, Resources, TrainRequest
+from btm_cluster.requests import Resources, TrainRequest
+from btm_cluster.workers import Progress
 from tests.conftest import in_process
 from tests.end_to_end.conftest import BIN, ray_node
 

@@ -17,8 +17,8 @@ from btm_cluster.ground import Ground, PreparedText
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import seed_request, transformer_lm_request
+from btm_cluster.requests import TrainRequest
 from btm_cluster.run import run_plan
-from btm_cluster.workers import TrainRequest
 from tests.conftest import in_process, plan_fields
 
 

@@ -25,8 +25,8 @@ from btm_cluster.language_model.averaging import average_files, read_header
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.merged_model import FOLDER_FILES
 from btm_cluster.plan import MergingPlan
+from btm_cluster.requests import AverageRequest
 from btm_cluster.steps.average import check_compatible
-from btm_cluster.workers import AverageRequest
 from tests.conftest import in_process
 from tests.unit.conftest import GrownForest, copy_store
 

@@ -28,11 +28,11 @@ from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.plan import Plan, read_plan
 from btm_cluster.preview import DONE, preview
 from btm_cluster.recipes import demix_request, seed_request, transformer_lm_request
+from btm_cluster.requests import TrainRequest
 from btm_cluster.run import find_grown, run_plan
 from btm_cluster.steps.train import open_blocks, train
 from btm_cluster.study.controls import seeded_demix_request
 from btm_cluster.upkeep.housekeeping import find_garbage, verify
-from btm_cluster.workers import TrainRequest
 from tests.conftest import DOMAINS, in_process
 from tests.unit.conftest import Prepared
 from tests.unit.test_housekeeping import let_all_be_old

@@ -17,9 +17,9 @@ from btm_cluster.language_model.demix_group import share_of
 from btm_cluster.ledger import Ledger
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import demix_request, seed_request
+from btm_cluster.requests import TrainRequest
 from btm_cluster.steps.train import train
 from btm_cluster.study.controls import seeded_demix_request
-from btm_cluster.workers import TrainRequest
 from tests.conftest import DOMAINS, TARGETS, in_process, plan_fields
 from tests.unit.test_training import Undisturbed
 

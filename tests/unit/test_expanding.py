@@ -28,9 +28,10 @@ from btm_cluster.ledger import Ledger
 from btm_cluster.merged_model import write_merged_model
 from btm_cluster.plan import ExpansionPlan, Plan
 from btm_cluster.plan.expansion import AcceptancePlan
+from btm_cluster.requests import TrainRequest
 from btm_cluster.run import run_plan
 from btm_cluster.upkeep.contributions import contributions
-from btm_cluster.workers import Failure, Outcome, TrainRequest
+from btm_cluster.workers import Failure, Outcome
 from tests.conftest import in_process, made_up_documents, write_jsonl
 from tests.living import deliver, put
 

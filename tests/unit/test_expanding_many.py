@@ -14,9 +14,10 @@ from btm_cluster.driver import Driver
 from btm_cluster.expansion.expand import expand
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.plan import Plan
+from btm_cluster.requests import AverageRequest, PrepareRequest, ReadText, ScoreRequest, Tokenize, TrainRequest
 from btm_cluster.storage import Entry
 from btm_cluster.storage.local_folder import LocalFolder
-from btm_cluster.workers import AverageRequest, Outcome, PrepareRequest, ReadText, ScoreRequest, Tokenize, TrainRequest
+from btm_cluster.workers import Outcome
 from tests.living import put
 
 BLOCKS, TOKENS = 4, 8

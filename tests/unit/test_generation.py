@@ -16,7 +16,7 @@ from btm_cluster.equations.posterior import Posterior
 from btm_cluster.language_model.ensemble import Ensemble, Sampling
 from btm_cluster.language_model.scoring import score_tokens
 from btm_cluster.plan import Plan
-from btm_cluster.workers import Resources
+from btm_cluster.requests import Resources
 from tests.conftest import in_process, plan_fields
 
 VOCABULARY, END = 24, 0

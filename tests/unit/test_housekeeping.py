@@ -13,9 +13,9 @@ from btm_cluster.forest import Parent
 from btm_cluster.ledger import Artifact, Ledger, Ref, blob_key
 from btm_cluster.plan import Plan
 from btm_cluster.records import BranchPoint, Held, hold, quarantine, settle_branch_point
+from btm_cluster.requests import Start
 from btm_cluster.run import run_plan
 from btm_cluster.upkeep.housekeeping import collect, find_garbage, reached, store_time, verify
-from btm_cluster.workers import Start
 from tests.conftest import in_process, plan_fields
 
 DAY = 86_400.0

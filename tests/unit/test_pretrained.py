@@ -17,8 +17,8 @@ from btm_cluster.language_model.pretrained import pretrained_config, pretrained_
 from btm_cluster.language_model.tokenizer import train_tokenizer
 from btm_cluster.ledger import Ref
 from btm_cluster.plan import ModelPlan, Plan
+from btm_cluster.requests import ImportTokenizer
 from btm_cluster.run import run_plan
-from btm_cluster.workers import ImportTokenizer
 from tests.conftest import DOMAINS, in_process, made_up_documents
 
 SMALL = {

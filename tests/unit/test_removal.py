@@ -11,18 +11,21 @@ import pytest
 
 from btm_cluster.algorithm import prepare
 from btm_cluster.cli import app, run_command
+from btm_cluster.equations import learned_gate
 from btm_cluster.errors import UserError
+from btm_cluster.evaluation import score_models
 from btm_cluster.expansion.expand import expand
 from btm_cluster.forest import Forest, difference
 from btm_cluster.ledger import Artifact, Ledger, Ref, artifact_key
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import demix_request
 from btm_cluster.records import list_branch_points
+from btm_cluster.requests import ShuffleTexts
 from btm_cluster.run import run_plan
+from btm_cluster.study.mixtures import Members, mix
 from btm_cluster.upkeep.housekeeping import collect, find_garbage, verify
 from btm_cluster.upkeep.purge import condemn, purge
 from btm_cluster.upkeep.removal import bring_back, influence_of, last_expert, remove, rollback
-from btm_cluster.workers import ShuffleTexts
 from tests.conftest import in_process, made_up_documents, write_jsonl
 from tests.living import deliver
 
@@ -207,6 +210,33 @@ def test_a_studys_random_splits_that_hold_its_documents_are_purged_too(plan: Pla
         kept = ledger.find(Ref("text", memo.facts["text"])) is not None
         assert kept == (name == "without")
         assert (ledger.find(asked[name].ref) is not None) == kept
+    assert verify(ledger).problems == ()
+
+
+def test_a_studys_mixtures_that_an_expert_took_part_in_are_purged_with_it(
+    plan: Plan, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learned_gate, "LOOKS", 1)
+    experts = {expert.domain: Ref("model", expert.identity) for expert in newest(ledger).experts}
+    driver = in_process(plan)
+    ground = prepare(plan, driver)
+    scores = score_models(ground, [(model, text) for model in experts.values() for text in ground.texts], driver)
+    with_it, without = (
+        Members("forest", None, None, tuple((domain, experts[domain]) for domain in pair), gated=True)
+        for pair in (("meadow", "harbour"), ("kitchen", "harbour"))
+    )
+    mixed = mix(ground, scores, [with_it, without], driver).committed
+    assert driver.made["mixture"] == 2 * len(ground.texts)
+    assert driver.made["fit-for-all"] == 2
+    for path in Path(plan.store).rglob("*"):
+        os.utime(path, (time.time() - 100 * DAY,) * 2)
+    collect(ledger, find_garbage(ledger, 10, DAY))
+    assert all(ledger.find(mixture.ref) for mixture in mixed.values()), "they go with the scores they are made of"
+    remove(ledger, "meadow")
+    purge(ledger, condemn(ledger, "meadow"))
+    for (members, _), mixture in mixed.items():
+        assert (ledger.find(mixture.ref) is not None) == (members == without)
+    assert len(list(ledger.list_artifacts("fit-for-all"))) == 1
     assert verify(ledger).problems == ()
 
 

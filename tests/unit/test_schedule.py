@@ -7,7 +7,7 @@ import pytest
 
 from btm_cluster.equations.schedule import decay_line, learning_rate, rewarmed_learning_rate
 from btm_cluster.language_model.optimizer import learning_rate_at
-from btm_cluster.workers import TrainRequest
+from btm_cluster.requests import TrainRequest
 from tests.unit.conftest import Prepared
 
 BUDGETS = [(12, 1), (12, 0), (100, 8), (80_000, 6_400), (7, 7), (1, 0)]

@@ -15,8 +15,9 @@ from btm_cluster.language_model.model import load_model
 from btm_cluster.language_model.scoring import score_blocks, score_tokens
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.recipes import expert_resources, score_request
+from btm_cluster.requests import Resources
 from btm_cluster.steps.average import open_config
-from btm_cluster.workers import Failure, Resources
+from btm_cluster.workers import Failure
 from tests.conftest import in_process
 from tests.unit.conftest import GrownForest, copy_store
 from tests.unit.test_mixture import distributions

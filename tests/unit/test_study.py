@@ -1,6 +1,7 @@
 """A whole study of tiny models in this process: what it measures, that nothing is made twice, and its page."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,13 +11,15 @@ import pytest
 
 from btm_cluster.driver import Driver
 from btm_cluster.equations import learned_gate
+from btm_cluster.equations.learned_gate import TextScores, fit_gate_for_all, tune_gate
 from btm_cluster.errors import UserError
-from btm_cluster.evaluation import evaluate
+from btm_cluster.evaluation import evaluate, fit_mixing, score_models, stack_of
 from btm_cluster.forest import Expert, Forest
+from btm_cluster.ground import PreparedText
 from btm_cluster.language_model import soup
 from btm_cluster.ledger import Ref
-from btm_cluster.plan import Plan
-from btm_cluster.recipes import seed_request, transformer_lm_request
+from btm_cluster.plan import Plan, StudyPlan
+from btm_cluster.recipes import expert_request, seed_request, seed_start, transformer_lm_request
 from btm_cluster.report import PAPER_ENSEMBLE, verdict
 from btm_cluster.steps.prepare import documents_of
 from btm_cluster.study.controls import random_part_requests
@@ -47,6 +50,11 @@ def study_plan(texts: dict[str, Path], store: Path, **study: Any) -> Plan:
     return Plan.model_validate(fields | {"study": study})
 
 
+def studied_by(plan: Plan, driver: Driver) -> Study:
+    """What is known in the end."""
+    return list(run_study(plan, driver))[-1]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _short_searches() -> Iterator[None]:
     """Searches of a few steps: what they find is tested elsewhere."""
@@ -61,7 +69,7 @@ def _short_searches() -> Iterator[None]:
 def studied(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Studied:
     plan = study_plan(texts, tmp_path_factory.mktemp("study") / "store", seed_shares=[0, 0.25])
     driver = in_process(plan)
-    return Studied(plan, driver, run_study(plan, driver))
+    return Studied(plan, driver, studied_by(plan, driver))
 
 
 def test_every_system_is_measured_on_all_texts(studied: Studied) -> None:
@@ -117,9 +125,47 @@ def test_the_forest_of_a_study_is_evaluated_as_any_other(studied: Studied) -> No
     assert studied.entry(system="forest", **wanted)["all"] == pytest.approx(row.means["all"].perplexity, rel=1e-4)
 
 
+def test_mixtures_are_those_of_fits_on_development_text_made_by_hand(studied: Studied) -> None:
+    ground = repeats_of(studied.plan, studied.driver)[0].ground
+    merging, ledger = ground.plan.merging, studied.driver.ledger
+    target = ground.texts[-1]
+    seed = seed_request(ground).ref
+    experts = [expert_request(ground, domain, seed_start(ground, seed)).ref for domain in ground.domains]
+    scores = score_models(ground, [(expert, text) for expert in experts for text in ground.texts], studied.driver)
+
+    def sample(text: PreparedText) -> TextScores:
+        return stack_of(ledger, scores, experts, text, "development").sample(merging.development_blocks)
+
+    test = stack_of(ledger, scores, experts, target, "test")
+    own = sample(target)
+    calibrated = fit_mixing("calibrated", "fitted", own.logp_EBT, own.mask_BT, merging)
+    for_all = fit_gate_for_all([sample(domain) for domain in ground.domains])
+    best = int(calibrated.log_prior_E.argmax())
+    wanted = {
+        ("calibrated", "fitted", None): test.mixture_sums(calibrated.log_prior_E, calibrated.posterior),
+        ("calibrated", "fitted", 1): test.sums()[best],
+        ("gate", "uniform, one setting for all", None): test.gated_sums(for_all),
+        ("gate", "fitted", None): test.gated_sums(tune_gate(own, for_all)),
+    }
+    for (posterior, prior, top_k), sums_D in wanted.items():
+        entry = studied.entry(
+            system="forest", seed_share=0.5, posterior=posterior, prior=prior, top_k=top_k, development_blocks=None
+        )
+        perplexity = math.exp(-float(sums_D.sum() / test.tokens().sum()))
+        assert entry["per_domain"][target.name] == pytest.approx(perplexity, rel=1e-5), (posterior, prior)
+
+
+def test_what_is_known_is_told_after_each_random_seed(studied: Studied) -> None:
+    plan = studied.plan.model_copy(update={"study": StudyPlan(systems=(), random_seeds=(0, 1))})
+    first, both = run_study(plan, in_process(plan))
+    assert {entry["random_seed"] for entry in first.entries} == {0}
+    assert {entry["random_seed"] for entry in both.entries} == {0, 1}
+    assert both.entries[: len(first.entries)] == first.entries
+
+
 def test_a_study_that_is_run_again_makes_nothing_and_says_the_same(studied: Studied) -> None:
     again = in_process(studied.plan)
-    assert run_study(studied.plan, again).entries == studied.study.entries
+    assert studied_by(studied.plan, again).entries == studied.study.entries
     assert not again.made
 
 
@@ -197,7 +243,7 @@ def test_shares_that_leave_no_update_are_refused_before_a_text_is_read(
 ) -> None:
     plan = study_plan(texts, tmp_path / "store", **study)
     with pytest.raises(UserError, match=words):
-        run_study(plan, in_process(plan))
+        studied_by(plan, in_process(plan))
     assert not (tmp_path / "store").exists()
 
 
@@ -224,14 +270,14 @@ def test_all_systems_are_trained_by_the_recipe_that_the_transformer_lm_does_best
 def test_a_recipe_of_other_compute_is_refused_before_a_text_is_read(texts: dict[str, Path], tmp_path: Path) -> None:
     plan = study_plan(texts, tmp_path / "store", trials=[{"updates": 24}])
     with pytest.raises(UserError, match="costs other compute"):
-        run_study(plan, in_process(plan))
+        studied_by(plan, in_process(plan))
     assert not (tmp_path / "store").exists()
 
 
 def test_a_plan_without_a_study_is_studied_with_all_rivals_and_controls(studied: Studied) -> None:
     plan = studied.plan.model_copy(update={"study": None})
     again = in_process(plan)
-    found = run_study(plan, again).entries
+    found = studied_by(plan, again).entries
     assert [e for e in studied.study.entries if e["seed_share"] in (None, 0.5)] == list(found)
     assert not again.made, "it is part of the one that also swept the seed share"
 

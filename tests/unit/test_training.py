@@ -26,8 +26,9 @@ from btm_cluster.language_model.optimizer import build_optimizer
 from btm_cluster.language_model.training import NextTokenLoss
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.plan import Plan
+from btm_cluster.requests import AverageRequest, Start, TrainRequest
 from btm_cluster.steps.train import open_blocks, train
-from btm_cluster.workers import AverageRequest, Progress, Start, TrainRequest
+from btm_cluster.workers import Progress
 from tests.conftest import in_process
 from tests.unit.conftest import Prepared, copy_store
 

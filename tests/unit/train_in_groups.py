@@ -17,9 +17,9 @@ from btm_cluster.algorithm import prepare
 from btm_cluster.errors import Stopped
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import demix_request, seed_request
+from btm_cluster.requests import TrainRequest
 from btm_cluster.steps.train import train
 from btm_cluster.study.controls import seeded_demix_request
-from btm_cluster.workers import TrainRequest
 from tests.conftest import in_process
 from tests.unit.test_training import AT_EVERY_UPDATE, Interrupting, Undisturbed
 

@@ -1,0 +1,139 @@
+"""The verb *mix*: several models' scores of a text to those of their mixture, in any number of ways.
+
+Pure arithmetic on stored scores, a process for each text: what is fitted is fitted on a text's development blocks, or, one
+setting for all, on the domains' development blocks alone, which is what a text without any of its own gets.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TypeAlias, cast
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from btm_cluster.equations.gates import DISCOUNTS, Discounts, FixedShare, fit_discounts, fit_fixed_share
+from btm_cluster.equations.learned_gate import LearnedGate, TextScores, fit_gate_for_all, tune_gate
+from btm_cluster.equations.posterior import Posterior, PriorKind, keep_top, uniform_prior
+from btm_cluster.evaluation import Mixing, PosteriorName, fit_mixing, shared_mixing
+from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.plan import MergingPlan
+from btm_cluster.requests import FitForAll, MixRequest, MixText, ScoredSplit, Way
+from btm_cluster.scores import ScoreStack
+from btm_cluster.storage.scratch import scratch_folder
+from btm_cluster.workers import Control, Progress
+
+Fitted: TypeAlias = Mixing | FixedShare | Discounts | LearnedGate
+ForAll: TypeAlias = Mapping[str, Fitted]
+"""By posterior: what is one setting for all."""
+SUMS, PRIORS, FITS = "sums.npy", "priors.npy", "fits.safetensors"
+GATE = "gate"
+
+
+def mix(request: MixRequest, ledger: Ledger, control: Control) -> Artifact:
+    """Fits for all texts, or fits and mixes one.
+
+    A mixture's files: `sums.npy`, float64 [ways, D], and `priors.npy`, float64 [ways, E], where a gate has NaN.
+    """
+    with _one_thread(), scratch_folder() as scratch:
+        if isinstance(request, FitForAll):
+            control.report(Progress(request.label, "fitting for all texts"))
+            files = _fit_for_all(request, ledger, scratch)
+        else:
+            control.report(Progress(request.label, "mixing"))
+            files = _mix_text(request, ledger, scratch)
+        return ledger.commit(request.ref, request.recipe, files, {})
+
+
+def _mix_text(request: MixText, ledger: Ledger, scratch: Path) -> dict[str, Path]:
+    sample = _stack(ledger, request.development).sample(request.merging.development_blocks)
+    test = _stack(ledger, request.test)
+    for_all: ForAll = {}
+    if request.for_all is not None:
+        for_all = _read_for_all(ledger.open_file(ledger.get(request.for_all), FITS), sample, request.merging)
+    fitted = fit_ways(request.ways, sample, request.merging, for_all)
+    np.save(scratch / SUMS, torch.stack([_sums(test, fitted[way]) for way in request.ways]).numpy())
+    unknown_E = torch.full((len(sample.logp_EBT),), torch.nan, dtype=torch.float64)
+    priors = [one.log_prior_E if isinstance(one, Mixing) else unknown_E for one in map(fitted.get, request.ways)]
+    np.save(scratch / PRIORS, torch.stack(priors).numpy())
+    return {name: scratch / name for name in (SUMS, PRIORS)}
+
+
+def _fit_for_all(request: FitForAll, ledger: Ledger, scratch: Path) -> dict[str, Path]:
+    blocks = request.merging.development_blocks
+    samples = [_stack(ledger, domain).sample(blocks) for domain in request.domains]
+    pairs = [(sample.logp_EBT, sample.mask_BT) for sample in samples]
+    together = torch.cat([logp_EBT for logp_EBT, _ in pairs], dim=1), torch.cat([mask_BT for _, mask_BT in pairs])
+    mixing = shared_mixing(pairs, request.merging)
+    discounts = fit_discounts(*together, fits_prior=False)
+    gate = fit_gate_for_all(samples)
+    tensors = {
+        "calibrated": torch.tensor(mixing.posterior.weight, dtype=torch.float64),
+        "discounts": discounts.weights_G,
+        **{f"{GATE}.{f.name}": getattr(gate, f.name) for f in fields(gate) if getattr(gate, f.name) is not None},
+    }
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch / FITS)
+    return {FITS: scratch / FITS}
+
+
+def _read_for_all(path: Path, sample: TextScores, merging: MergingPlan) -> ForAll:
+    tensors = load_file(path)
+    uniform_E = uniform_prior(sample.logp_EBT)
+    form = Posterior("calibrated", merging.window_tokens, merging.discount, float(tensors["calibrated"]))
+    gate = {name.removeprefix(f"{GATE}."): tensor for name, tensor in tensors.items() if name.startswith(GATE)}
+    return {
+        "calibrated": Mixing(uniform_E, form),
+        "discounts": Discounts(uniform_E, DISCOUNTS, tensors["discounts"]),
+        GATE: LearnedGate(**gate),
+    }
+
+
+def fit_ways(ways: Sequence[Way], sample: TextScores, merging: MergingPlan, for_all: ForAll) -> dict[Way, Fitted]:
+    """Each way, fitted on a text's development blocks in hash order; ways that differ in their top k share a fit."""
+    own = dict.fromkeys(replace(way, top_k=None) for way in ways if not way.is_for_all)
+    fitted = {way: _fit(way, sample, merging, for_all) for way in own}
+
+    def of(way: Way) -> Fitted:
+        if way.is_for_all:
+            return for_all[way.posterior]
+        one = fitted[replace(way, top_k=None)]
+        return replace(one, log_prior_E=keep_top(one.log_prior_E, way.top_k)) if isinstance(one, Mixing) else one
+
+    return {way: of(way) for way in ways}
+
+
+def _fit(way: Way, sample: TextScores, merging: MergingPlan, for_all: ForAll) -> Fitted:
+    blocks = way.development_blocks or merging.development_blocks
+    logp_EBT, mask_BT = sample.logp_EBT[:, :blocks], sample.mask_BT[:blocks]
+    if way.posterior == "fixed-share":
+        return fit_fixed_share(logp_EBT, mask_BT)
+    if way.posterior == "discounts":
+        return fit_discounts(logp_EBT, mask_BT)
+    if way.posterior == GATE:
+        return tune_gate(
+            TextScores(logp_EBT, sample.entropy_EBT[:, :blocks], mask_BT), cast(LearnedGate, for_all[GATE])
+        )
+    return fit_mixing(cast(PosteriorName, way.posterior), cast(PriorKind, way.prior), logp_EBT, mask_BT, merging)
+
+
+def _sums(test: ScoreStack, fitted: Fitted) -> torch.Tensor:
+    if isinstance(fitted, Mixing):
+        return test.mixture_sums(fitted.log_prior_E, fitted.posterior)
+    return test.gated_sums(fitted)
+
+
+def _stack(ledger: Ledger, split: ScoredSplit) -> ScoreStack:
+    return ScoreStack(ledger, [ledger.get(ref) for ref in split.scores], split.tokens)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Fits are many small operations: each too small to be spread over several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
