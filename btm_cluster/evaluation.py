@@ -5,18 +5,17 @@ Asks the workers for scores and averages. Everything fitted is fitted on develop
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 
 from btm_cluster.cluster_ensemble import with_cluster_ensemble
 from btm_cluster.driver import Driver
-from btm_cluster.equations.averaging import argmax_weights, posterior_weights, uniform_weights
-from btm_cluster.equations.posterior import Kind, Posterior, PriorKind, calibrate, keep_top, log_prior
+from btm_cluster.equations.averaging import posterior_weights, uniform_weights
+from btm_cluster.equations.posterior import keep_top, log_prior
 from btm_cluster.forest import Forest
 from btm_cluster.ground import HELD_OUT, Ground, PreparedText
 from btm_cluster.ledger import Artifact, Ledger, Ref
-from btm_cluster.plan import MergingPlan
+from btm_cluster.mixing import FULL, Mixing, TargetFit, default_fit, fit_target, fits_at_once
 from btm_cluster.recipes import average_request, score_request
 from btm_cluster.report import (
     CALIBRATED_DEMIX,
@@ -29,40 +28,8 @@ from btm_cluster.report import (
 )
 from btm_cluster.scores import ScoreStack
 
-FULL = Posterior("full")
-PosteriorName = Kind | Literal["none"]
 ModelScores = Mapping[tuple[str, str, str], Artifact]
 """Scores by model identity, text name and split."""
-
-
-@dataclass(frozen=True)
-class Mixing:
-    """How one target mixes the experts: a log-prior [E] and a posterior, fitted on its development blocks."""
-
-    log_prior_E: torch.Tensor
-    posterior: Posterior
-
-
-@dataclass(frozen=True)
-class TargetFit:
-    """Everything fitted for one text."""
-
-    paper: Mixing
-    calibrated: Mixing
-    planned: Mixing
-    average_prior_E: torch.Tensor
-    """By which averages are weighted."""
-    development_blocks: int
-
-    @property
-    def average_weights(self) -> list[float]:
-        """Of the posterior-weighted average."""
-        return posterior_weights(self.average_prior_E)
-
-    @property
-    def argmax_weights(self) -> list[float]:
-        """Of the average that is the one expert with the largest prior, the paper's."""
-        return argmax_weights(self.paper.log_prior_E)
 
 
 @dataclass(frozen=True)
@@ -144,16 +111,15 @@ def average_models(ground: Ground, forest: Forest, fits: Mapping[str, TargetFit]
 def fit_targets(ground: Ground, stacks: Mapping[tuple[str, str], ScoreStack]) -> dict[str, TargetFit]:
     """Fits each text's mixing on its development blocks; texts without any get the calibrated default of the others."""
     merging = ground.plan.merging
-    samples = {
-        text.name: stacks[text.name, "development"].take(0, merging.development_blocks)
-        for text in ground.texts
-        if (text.name, "development") in stacks
-    }
-    fits = {name: fit_target(*sample, merging) for name, sample in samples.items()}
+    found = {name: stack for (name, split), stack in stacks.items() if split == "development"}
+
+    def sample(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return found[name].take(0, merging.development_blocks)
+
+    fits = dict(zip(found, fits_at_once(lambda name: fit_target(*sample(name), merging), list(found)), strict=True))
     missing = [text for text in ground.texts if text.name not in fits]
     if missing:
-        domains = {text.name for text in ground.domains}
-        default = default_fit([sample for name, sample in samples.items() if name in domains], merging)
+        default = default_fit([sample(text.name) for text in ground.domains if text.name in found], merging)
         fits |= {text.name: default for text in missing}
     return fits
 
@@ -185,49 +151,6 @@ def average_weights(ground: Ground, forest: Forest, texts: Sequence[PreparedText
     stacks = [stack_of(driver.ledger, scores, experts, text, "development") for text in texts]
     samples = [stack.take(0, merging.development_blocks) for stack in stacks]
     return [posterior_weights(log_prior(merging.average_prior, *sample, FULL).exp()) for sample in samples]
-
-
-def fit_target(logp_EBT: torch.Tensor, mask_BT: torch.Tensor, merging: MergingPlan) -> TargetFit:
-    """Everything fitted for a text, from its development blocks in hash order."""
-    paper = Mixing(log_prior("ema", logp_EBT, mask_BT, FULL), FULL)
-    calibrated = fit_mixing("calibrated", "fitted", logp_EBT, mask_BT, merging)
-    planned = calibrated
-    if (merging.posterior, merging.prior) != ("calibrated", "fitted"):
-        planned = fit_mixing(merging.posterior, merging.prior, logp_EBT, mask_BT, merging)
-    kept = Mixing(keep_top(planned.log_prior_E, merging.top_k), planned.posterior)
-    average_E = log_prior(merging.average_prior, logp_EBT, mask_BT, FULL).exp()
-    return TargetFit(paper, calibrated, kept, average_E, len(mask_BT))
-
-
-def fit_mixing(
-    posterior: PosteriorName, prior: PriorKind, logp_EBT: torch.Tensor, mask_BT: torch.Tensor, merging: MergingPlan
-) -> Mixing:
-    """A posterior and its prior, fitted on development blocks. `none` sees no context: plain mixture weights."""
-    if posterior == "none":
-        return Mixing(log_prior(prior, logp_EBT, mask_BT, FULL), replace(FULL, weight=0.0))
-    if posterior != "calibrated":
-        form = Posterior(posterior, merging.window_tokens)
-        return Mixing(log_prior(prior, logp_EBT, mask_BT, form), form)
-    form = Posterior("calibrated", merging.window_tokens, merging.discount)
-    given_E = None if prior == "fitted" else log_prior(prior, logp_EBT, mask_BT, FULL)
-    return Mixing(*calibrate(logp_EBT, mask_BT, form, given_E))
-
-
-def shared_mixing(samples: Sequence[tuple[torch.Tensor, torch.Tensor]], merging: MergingPlan) -> Mixing:
-    """One setting for all texts: a uniform prior, and the evidence weight fitted on several texts' samples together."""
-    logp_EBT = torch.cat([logp for logp, _ in samples], dim=1)
-    return fit_mixing("calibrated", "uniform", logp_EBT, torch.cat([mask for _, mask in samples]), merging)
-
-
-def default_fit(samples: Sequence[tuple[torch.Tensor, torch.Tensor]], merging: MergingPlan) -> TargetFit:
-    """For a text without development text: a uniform prior, and the evidence weight fitted on the domains' together."""
-    calibrated = shared_mixing(samples, merging)
-    uniform_E = calibrated.log_prior_E
-    planned = calibrated
-    if merging.posterior != "calibrated":
-        planned = Mixing(uniform_E, Posterior(merging.posterior, merging.window_tokens))
-    kept = Mixing(keep_top(planned.log_prior_E, merging.top_k), planned.posterior)
-    return TargetFit(Mixing(uniform_E, FULL), calibrated, kept, uniform_E.exp(), 0)
 
 
 def stack_of(ledger: Ledger, scores: ModelScores, models: Sequence[Ref], text: PreparedText, split: str) -> ScoreStack:

@@ -8,10 +8,11 @@ from transformers import PreTrainedTokenizerFast
 
 from btm_cluster.driver import Driver
 from btm_cluster.errors import UserError
-from btm_cluster.evaluation import Mixing, fit_text
+from btm_cluster.evaluation import fit_text
 from btm_cluster.language_model.ensemble import Ensemble, Sampling
 from btm_cluster.language_model.model import load_model
 from btm_cluster.ledger import Ledger, Ref
+from btm_cluster.mixing import Mixing
 from btm_cluster.plan import Plan
 from btm_cluster.run import check_text_is_known, find_grown
 from btm_cluster.steps.average import open_config

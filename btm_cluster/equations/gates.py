@@ -14,7 +14,8 @@ from typing import Protocol
 
 import torch
 
-from btm_cluster.equations.posterior import discounted_sums, minimise, uniform_prior
+from btm_cluster.equations.calibration import minimise
+from btm_cluster.equations.posterior import discounted_sums, uniform_prior
 
 DISCOUNTS = (0.0, 0.5, 0.8, 0.9, 0.97, 0.99, 1.0)
 """γ of `fit_discounts`: from the last token alone to the whole prefix."""

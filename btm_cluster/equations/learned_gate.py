@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional
 
+from btm_cluster.equations.calibration import minimise
 from btm_cluster.equations.gates import DISCOUNTS, FIT_TOKENS, take_evenly
-from btm_cluster.equations.posterior import discounted_sums, minimise
+from btm_cluster.equations.posterior import discounted_sums
 
 HIDDEN = 16
 BATCH_TOKENS = 2048

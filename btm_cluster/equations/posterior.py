@@ -10,8 +10,8 @@ them out of what is estimated.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -23,13 +23,6 @@ EMA_RATE = 0.3
 """λ of the paper's running estimate of the prior: the weight of the newest block."""
 EM_TOLERANCE = 1e-11
 EM_STEPS = 5000
-LBFGS_STEPS = 200
-DEFAULT_EVIDENCE_WEIGHT = 0.22
-"""β where nothing can be fitted: what a prototype fitted over sixteen domains."""
-LITTLE_EVIDENCE_WEIGHT = 0.01
-"""β of the second start of a fit: near the mixture without evidence."""
-GAIN_THAT_COUNTS = 1e-6
-"""Nats per token. Below it, a climbed fit is as good as EM's and safer: EM sends a useless expert's weight to zero for ever."""
 
 
 @dataclass(frozen=True)
@@ -120,39 +113,6 @@ def fitted_prior(logp_EBT: torch.Tensor, mask_BT: torch.Tensor, tolerance: float
     return torch.log(w_E / w_E.sum()).to(logp_EBT.dtype)
 
 
-def calibrate(
-    logp_EBT: torch.Tensor, mask_BT: torch.Tensor, posterior: Posterior, log_prior_E: torch.Tensor | None = None
-) -> tuple[torch.Tensor, Posterior]:
-    """Fits the log-prior [E] and the weight β of discounted evidence to blocks, by maximum likelihood of the mixture.
-
-    With `log_prior_E` given, only β is fitted. The likelihood has several maxima where blocks are few, so it is climbed
-    from two starts; where both end below the mixture without evidence (EM's prior, β = 0), that is taken instead.
-    """
-    if not mask_BT.any():
-        log_prior_E = uniform_prior(logp_EBT) if log_prior_E is None else log_prior_E
-        return log_prior_E, replace(posterior, kind="calibrated", weight=DEFAULT_EVIDENCE_WEIGHT)
-    evidence_EN = evidence(logp_EBT, replace(posterior, kind="calibrated", weight=1.0))[:, mask_BT]
-    logp_EN = logp_EBT[:, mask_BT]
-    if log_prior_E is None:
-        plain_E = fitted_prior(logp_EBT, mask_BT, tolerance=GAIN_THAT_COUNTS / 10)
-        # The second start keeps away from the corners, where an expert's share has no slope to climb.
-        inner_E = torch.logaddexp(plain_E + math.log(0.9), uniform_prior(logp_EBT) + math.log(0.1))
-        starts = [(uniform_prior(logp_EBT), DEFAULT_EVIDENCE_WEIGHT), (inner_E, LITTLE_EVIDENCE_WEIGHT)]
-    else:
-        plain_E = log_prior_E
-        starts = [(log_prior_E, DEFAULT_EVIDENCE_WEIGHT), (log_prior_E, LITTLE_EVIDENCE_WEIGHT)]
-
-    def loss(fit: tuple[torch.Tensor, float]) -> float:
-        value = float(_mixture_loss(evidence_EN, logp_EN, *fit))
-        return value if math.isfinite(value) else math.inf  # a step too far leaves β at infinity
-
-    fits = [_climb(evidence_EN, logp_EN, *start, fits_prior=log_prior_E is None) for start in starts]
-    best = min(fits, key=loss)
-    if loss(best) > loss((plain_E, 0.0)) + GAIN_THAT_COUNTS:
-        best = (plain_E, 0.0)
-    return best[0], replace(posterior, kind="calibrated", weight=best[1])
-
-
 def discounted_sums(values_EBT: torch.Tensor, discounts: Sequence[float]) -> torch.Tensor:
     """Σ_{u<t} γ^(t-1-u) of the values, for each γ: [G, E, B, T]. Zero at position 0."""
     rates_G = torch.tensor(discounts, dtype=values_EBT.dtype)[:, None, None]
@@ -162,22 +122,6 @@ def discounted_sums(values_EBT: torch.Tensor, discounts: Sequence[float]) -> tor
     for t in range(1, len(values_TEB)):
         torch.addcmul(values_TEB[t - 1], rates_G, sums_TGEB[t - 1], out=sums_TGEB[t])
     return sums_TGEB.permute(1, 2, 3, 0)
-
-
-def minimise(loss: Callable[[], torch.Tensor], parameters: Sequence[torch.Tensor]) -> None:
-    """Moves parameters to a minimum of a smooth loss, by L-BFGS."""
-    optimizer = torch.optim.LBFGS(
-        parameters, max_iter=LBFGS_STEPS, line_search_fn="strong_wolfe", tolerance_grad=1e-8, tolerance_change=1e-11
-    )
-
-    def evaluate() -> torch.Tensor:
-        optimizer.zero_grad()
-        value = loss()
-        value.backward()  # type: ignore[no-untyped-call]
-        return value
-
-    with torch.enable_grad():
-        optimizer.step(evaluate)  # type: ignore[no-untyped-call]
 
 
 def responsibilities(logp_EBT: torch.Tensor, log_prior_E: torch.Tensor, posterior: Posterior) -> torch.Tensor:
@@ -208,24 +152,3 @@ def _windowed_sum(shifted_EBT: torch.Tensor, window: int) -> torch.Tensor:
     total_EBT = shifted_EBT.cumsum(-1)
     total_EBT[..., window:] = total_EBT[..., window:] - total_EBT[..., :-window].clone()
     return total_EBT
-
-
-def _mixture_loss(
-    evidence_EN: torch.Tensor, logp_EN: torch.Tensor, bias_E: torch.Tensor, weight: torch.Tensor | float
-) -> torch.Tensor:
-    """Mean negative log-likelihood of tokens [N] under the mixture."""
-    log_post_EN = torch.log_softmax(bias_E[:, None] + weight * evidence_EN, dim=0)
-    return -torch.logsumexp(log_post_EN + logp_EN, dim=0).mean()
-
-
-def _climb(
-    evidence_EN: torch.Tensor, logp_EN: torch.Tensor, start_E: torch.Tensor, start_weight: float, fits_prior: bool
-) -> tuple[torch.Tensor, float]:
-    """The log-prior [E] and β of a maximum of the likelihood near a start. L-BFGS; β = exp(·) stays positive."""
-    bias_E = start_E.detach().clone().requires_grad_(fits_prior)
-    log_weight = torch.tensor(start_weight, dtype=logp_EN.dtype).log().requires_grad_(True)
-    minimise(
-        lambda: _mixture_loss(evidence_EN, logp_EN, bias_E, log_weight.exp()),
-        [bias_E, log_weight] if fits_prior else [log_weight],
-    )
-    return torch.log_softmax(bias_E.detach(), dim=0), float(log_weight.detach().exp())

@@ -13,10 +13,11 @@ import torch
 
 from btm_cluster.driver import Driver
 from btm_cluster.equations.mixture import log_mixture
-from btm_cluster.evaluation import fit_target, score_models
+from btm_cluster.evaluation import score_models
 from btm_cluster.forest import Expert, Forest
 from btm_cluster.ground import Ground, PreparedText, stored_text, tokenize_requests
 from btm_cluster.ledger import Ref
+from btm_cluster.mixing import fit_target, fits_at_once
 from btm_cluster.plan import MergingPlan
 from btm_cluster.records import Held, branch_point_identity
 from btm_cluster.scores import ScoreStack
@@ -103,7 +104,7 @@ def _ensemble_perplexity(
 
 
 def _mean(perplexity: Perplexity, experts: tuple[Expert, ...], texts: Sequence[PreparedText]) -> float:
-    return sum(perplexity(experts, text.name) for text in texts) / len(texts)
+    return sum(fits_at_once(lambda text: perplexity(experts, text), [text.name for text in texts])) / len(texts)
 
 
 def _texts_of(ground: Ground, forest: Forest, driver: Driver) -> list[PreparedText]:

@@ -4,8 +4,7 @@ Pure arithmetic on stored scores, a process for each text: what is fitted is fit
 setting for all, on the domains' development blocks alone, which is what a text without any of its own gets.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TypeAlias, cast
@@ -17,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from btm_cluster.equations.gates import DISCOUNTS, Discounts, FixedShare, fit_discounts, fit_fixed_share
 from btm_cluster.equations.learned_gate import LearnedGate, TextScores, fit_gate_for_all, tune_gate
 from btm_cluster.equations.posterior import Posterior, PriorKind, keep_top, uniform_prior
-from btm_cluster.evaluation import Mixing, PosteriorName, fit_mixing, shared_mixing
 from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.mixing import Mixing, PosteriorName, fit_mixing, one_thread_each, shared_mixing
 from btm_cluster.plan import MergingPlan
 from btm_cluster.requests import FitForAll, MixRequest, MixText, ScoredSplit, Way
 from btm_cluster.scores import ScoreStack
@@ -37,7 +36,7 @@ def mix(request: MixRequest, ledger: Ledger, control: Control) -> Artifact:
 
     A mixture's files: `sums.npy`, float64 [ways, D], and `priors.npy`, float64 [ways, E], where a gate has NaN.
     """
-    with _one_thread(), scratch_folder() as scratch:
+    with one_thread_each(), scratch_folder() as scratch:
         if isinstance(request, FitForAll):
             control.report(Progress(request.label, "fitting for all texts"))
             files = _fit_for_all(request, ledger, scratch)
@@ -126,14 +125,3 @@ def _sums(test: ScoreStack, fitted: Fitted) -> torch.Tensor:
 
 def _stack(ledger: Ledger, split: ScoredSplit) -> ScoreStack:
     return ScoreStack(ledger, [ledger.get(ref) for ref in split.scores], split.tokens)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Fits are many small operations: each too small to be spread over several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

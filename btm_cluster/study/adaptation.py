@@ -12,10 +12,11 @@ import torch
 
 from btm_cluster.algorithm import averaged_starts
 from btm_cluster.driver import Driver
-from btm_cluster.evaluation import fit_mixing, score_models, stack_of
+from btm_cluster.evaluation import score_models, stack_of
 from btm_cluster.forest import Expert, Forest, Parent
 from btm_cluster.ground import Ground, PreparedText
 from btm_cluster.ledger import Ref
+from btm_cluster.mixing import fit_mixing
 from btm_cluster.recipes import train_request
 from btm_cluster.requests import Start, TrainingText, TrainRequest
 from btm_cluster.study.mixtures import Members, Rows, System

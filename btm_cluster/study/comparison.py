@@ -13,11 +13,7 @@ import torch
 
 from btm_cluster.driver import Driver
 from btm_cluster.equations.averaging import argmax_weights, posterior_weights, uniform_weights
-from btm_cluster.evaluation import (
-    ModelScores,
-    score_models,
-    stack_of,
-)
+from btm_cluster.evaluation import ModelScores, score_models, stack_of
 from btm_cluster.ground import Ground, PreparedText
 from btm_cluster.ledger import Ref
 from btm_cluster.recipes import average_of

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from btm_cluster.equations.calibration import DEFAULT_EVIDENCE_WEIGHT, calibrate
 from btm_cluster.equations.contribution import leave_one_out
 from btm_cluster.equations.mixture import log_mixture
-from btm_cluster.equations.posterior import DEFAULT_EVIDENCE_WEIGHT, Posterior, calibrate, uniform_prior
+from btm_cluster.equations.posterior import Posterior, uniform_prior
 from btm_cluster.errors import UserError
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import Artifact, Ledger, Ref

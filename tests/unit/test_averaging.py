@@ -19,11 +19,12 @@ from btm_cluster.driver import Driver
 from btm_cluster.equations.averaging import argmax_weights, average_tensor, posterior_weights, uniform_weights
 from btm_cluster.equations.posterior import log_prior
 from btm_cluster.errors import IncompatibleError
-from btm_cluster.evaluation import FULL, average_weights, fit_target, score_models, stack_of
+from btm_cluster.evaluation import average_weights, score_models, stack_of
 from btm_cluster.forest import Parent
 from btm_cluster.language_model.averaging import average_files, read_header
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.merged_model import FOLDER_FILES
+from btm_cluster.mixing import FULL, fit_target
 from btm_cluster.plan import MergingPlan
 from btm_cluster.requests import AverageRequest
 from btm_cluster.steps.average import check_compatible

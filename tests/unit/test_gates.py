@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+from btm_cluster.equations.calibration import calibrate
 from btm_cluster.equations.gates import (
     DISCOUNTS,
     Discounts,
@@ -28,7 +29,7 @@ from btm_cluster.equations.learned_gate import (
     fit_gate_for_all,
     tune_gate,
 )
-from btm_cluster.equations.posterior import Posterior, calibrate, evidence, fitted_prior, log_posterior, uniform_prior
+from btm_cluster.equations.posterior import Posterior, evidence, fitted_prior, log_posterior, uniform_prior
 from tests.unit.test_posterior import everything, made_up_prior, made_up_scores
 
 

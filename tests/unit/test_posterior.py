@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from btm_cluster.equations import calibration
+from btm_cluster.equations.calibration import DEFAULT_EVIDENCE_WEIGHT, calibrate
 from btm_cluster.equations.mixture import log_mixture
 from btm_cluster.equations.posterior import (
-    DEFAULT_EVIDENCE_WEIGHT,
     Posterior,
-    calibrate,
     ema_prior,
     evidence,
     fitted_prior,
@@ -373,6 +373,20 @@ def test_calibrating_finds_the_prior_and_the_evidence_weight_that_made_the_token
     assert posterior == replace(CALIBRATED, weight=posterior.weight)
     assert posterior.weight == pytest.approx(0.4, abs=0.04)
     np.testing.assert_allclose(prior_E.exp().numpy(), np.exp(truth), atol=0.05)
+
+
+def test_the_loss_that_is_climbed_and_its_gradient_are_those_of_the_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "TOKENS_AT_ONCE", 7)  # several stretches, the last of them short
+    logp_EBT = made_up_scores(experts=4, blocks=3, tokens=10, random_seed=26)
+    evidence_EN, logp_EN = (values.flatten(1) for values in (evidence(logp_EBT, CALIBRATED), logp_EBT))
+    bias_E = torch.tensor([0.3, -1.0, 0.0, 2.0], dtype=torch.float64, requires_grad=True)
+    weight = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    found = calibration._Tokens.of(evidence_EN, logp_EN).loss(bias_E, weight)
+    log_weights_EN = torch.log_softmax(bias_E[:, None] + weight * evidence_EN, dim=0)
+    expected = -torch.logsumexp(log_weights_EN + logp_EN, dim=0).mean()
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(*(torch.autograd.grad(loss, [bias_E, weight]) for loss in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_calibrating_under_a_given_prior_fits_the_evidence_weight_alone() -> None:

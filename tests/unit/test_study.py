@@ -13,11 +13,12 @@ from btm_cluster.driver import Driver
 from btm_cluster.equations import learned_gate
 from btm_cluster.equations.learned_gate import TextScores, fit_gate_for_all, tune_gate
 from btm_cluster.errors import UserError
-from btm_cluster.evaluation import evaluate, fit_mixing, score_models, stack_of
+from btm_cluster.evaluation import evaluate, score_models, stack_of
 from btm_cluster.forest import Expert, Forest
 from btm_cluster.ground import PreparedText
 from btm_cluster.language_model import soup
 from btm_cluster.ledger import Ref
+from btm_cluster.mixing import fit_mixing
 from btm_cluster.plan import Plan, StudyPlan
 from btm_cluster.recipes import expert_request, seed_request, seed_start, transformer_lm_request
 from btm_cluster.report import PAPER_ENSEMBLE, verdict

@@ -1,0 +1,113 @@
+"""How a text mixes the experts: priors and posteriors, fitted on development blocks in hash order."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
+
+import torch
+
+from btm_cluster.equations.averaging import argmax_weights, posterior_weights
+from btm_cluster.equations.calibration import calibrate
+from btm_cluster.equations.posterior import Kind, Posterior, PriorKind, keep_top, log_prior
+from btm_cluster.plan import MergingPlan
+
+FULL = Posterior("full")
+FITS_AT_ONCE = min(8, os.cpu_count() or 1)
+"""Each holds a text's development blocks under all experts, several times over."""
+PosteriorName = Kind | Literal["none"]
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How one target mixes the experts: a log-prior [E] and a posterior, fitted on its development blocks."""
+
+    log_prior_E: torch.Tensor
+    posterior: Posterior
+
+
+@dataclass(frozen=True)
+class TargetFit:
+    """Everything fitted for one text."""
+
+    paper: Mixing
+    calibrated: Mixing
+    planned: Mixing
+    average_prior_E: torch.Tensor
+    """By which averages are weighted."""
+    development_blocks: int
+
+    @property
+    def average_weights(self) -> list[float]:
+        """Of the posterior-weighted average."""
+        return posterior_weights(self.average_prior_E)
+
+    @property
+    def argmax_weights(self) -> list[float]:
+        """Of the average that is the one expert with the largest prior, the paper's."""
+        return argmax_weights(self.paper.log_prior_E)
+
+
+def fit_target(logp_EBT: torch.Tensor, mask_BT: torch.Tensor, merging: MergingPlan) -> TargetFit:
+    """Everything fitted for a text, from its development blocks in hash order."""
+    paper = Mixing(log_prior("ema", logp_EBT, mask_BT, FULL), FULL)
+    calibrated = fit_mixing("calibrated", "fitted", logp_EBT, mask_BT, merging)
+    planned = calibrated
+    if (merging.posterior, merging.prior) != ("calibrated", "fitted"):
+        planned = fit_mixing(merging.posterior, merging.prior, logp_EBT, mask_BT, merging)
+    kept = Mixing(keep_top(planned.log_prior_E, merging.top_k), planned.posterior)
+    average_E = log_prior(merging.average_prior, logp_EBT, mask_BT, FULL).exp()
+    return TargetFit(paper, calibrated, kept, average_E, len(mask_BT))
+
+
+def fit_mixing(
+    posterior: PosteriorName, prior: PriorKind, logp_EBT: torch.Tensor, mask_BT: torch.Tensor, merging: MergingPlan
+) -> Mixing:
+    """A posterior and its prior, fitted on development blocks. `none` sees no context: plain mixture weights."""
+    if posterior == "none":
+        return Mixing(log_prior(prior, logp_EBT, mask_BT, FULL), replace(FULL, weight=0.0))
+    if posterior != "calibrated":
+        form = Posterior(posterior, merging.window_tokens)
+        return Mixing(log_prior(prior, logp_EBT, mask_BT, form), form)
+    form = Posterior("calibrated", merging.window_tokens, merging.discount)
+    given_E = None if prior == "fitted" else log_prior(prior, logp_EBT, mask_BT, FULL)
+    return Mixing(*calibrate(logp_EBT, mask_BT, form, given_E))
+
+
+def shared_mixing(samples: Sequence[tuple[torch.Tensor, torch.Tensor]], merging: MergingPlan) -> Mixing:
+    """One setting for all texts: a uniform prior, and the evidence weight fitted on several texts' samples together."""
+    logp_EBT = torch.cat([logp for logp, _ in samples], dim=1)
+    return fit_mixing("calibrated", "uniform", logp_EBT, torch.cat([mask for _, mask in samples]), merging)
+
+
+def default_fit(samples: Sequence[tuple[torch.Tensor, torch.Tensor]], merging: MergingPlan) -> TargetFit:
+    """For a text without development text: a uniform prior, and the evidence weight fitted on the domains' together."""
+    calibrated = shared_mixing(samples, merging)
+    uniform_E = calibrated.log_prior_E
+    planned = calibrated
+    if merging.posterior != "calibrated":
+        planned = Mixing(uniform_E, Posterior(merging.posterior, merging.window_tokens))
+    kept = Mixing(keep_top(planned.log_prior_E, merging.top_k), planned.posterior)
+    return TargetFit(Mixing(uniform_E, FULL), calibrated, kept, uniform_E.exp(), 0)
+
+
+Fit = TypeVar("Fit")
+
+
+def fits_at_once(fit: Callable[[str], Fit], texts: Sequence[str]) -> list[Fit]:
+    """What a fit makes of each text, a few at a time, each in one thread: they are too small to be spread over several."""
+    with one_thread_each(), ThreadPoolExecutor(FITS_AT_ONCE) as pool:
+        return list(pool.map(fit, texts))
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Torch without threads of its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
