@@ -192,7 +192,10 @@ def grow_forest(
 
 
 def run_study_plan(plan: Plan, to: str, address: str | None, in_process: bool, dashboard: bool) -> None:
-    """Runs a plan's study and writes its results to a folder or a bucket, after each size and random seed anew."""
+    """Runs a plan's study and writes its results to a folder or a bucket, after each size and random seed anew.
+
+    Results that are there already are replaced by finished ones alone.
+    """
     from btm_cluster.storage import open_storage
 
     place = open_storage(to)
@@ -200,11 +203,14 @@ def run_study_plan(plan: Plan, to: str, address: str | None, in_process: bool, d
         check_folder(Path(to))
     place.check()
     from btm_cluster.study.page import write_page
-    from btm_cluster.study.results import results_of, write_results
+    from btm_cluster.study.results import SUMMARY_FILE, results_of, write_results
     from btm_cluster.study.run import run_study
 
+    has_results = any(place.list(SUMMARY_FILE))
     with driving(plan, address, in_process, dashboard, json_output=False) as driver:
         for study in run_study(plan, driver):
+            if has_results and study.repeats_left:
+                continue
             results = results_of(plan, study)
             with tempfile.TemporaryDirectory() as scratch:
                 write_results(results, Path(scratch))

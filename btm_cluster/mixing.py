@@ -1,4 +1,7 @@
-"""How a text mixes the experts: priors and posteriors, fitted on development blocks in hash order."""
+"""How a text mixes the experts: priors and posteriors, fitted on development blocks in hash order.
+
+Stands between the formulas and whoever has scores: knows of plans and log-probabilities, not of models, texts or the store.
+"""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +18,8 @@ from btm_cluster.equations.posterior import Kind, Posterior, PriorKind, keep_top
 from btm_cluster.plan import MergingPlan
 
 FULL = Posterior("full")
-FITS_AT_ONCE = min(8, os.cpu_count() or 1)
-"""Each holds a text's development blocks under all experts, several times over."""
+FITS_AT_ONCE = 8
+"""At most: each holds a text's development blocks under all experts, several times over."""
 PosteriorName = Kind | Literal["none"]
 
 
@@ -98,7 +101,7 @@ Fit = TypeVar("Fit")
 
 def fits_at_once(fit: Callable[[str], Fit], texts: Sequence[str]) -> list[Fit]:
     """What a fit makes of each text, a few at a time, each in one thread: they are too small to be spread over several."""
-    with one_thread_each(), ThreadPoolExecutor(FITS_AT_ONCE) as pool:
+    with one_thread_each(), ThreadPoolExecutor(min(FITS_AT_ONCE, os.cpu_count() or 1)) as pool:
         return list(pool.map(fit, texts))
 
 

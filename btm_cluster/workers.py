@@ -1,6 +1,6 @@
 """The port between the driver and whoever does the work: its verbs, and the records that come back.
 
-`requests.py` has what is asked. `on_ray/` and `in_process.py` implement the port.
+`requests/` has what is asked. `on_ray/` and `in_process.py` implement the port.
 """
 
 from collections.abc import Callable, Sequence

@@ -77,6 +77,8 @@ class FaultProxy:
     def __init__(self, target: str, policy: Policy = no_faults) -> None:
         self._target = urlsplit(target)
         self._connections: dict[asyncio.Task[None], socket.socket] = {}
+        self._forwarding: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
+        self._accepts = False
         self._resuming: asyncio.TimerHandle | None = None
         self._mistakes: list[dict[str, Any]] = []
         self.follow(policy)
@@ -108,6 +110,7 @@ class FaultProxy:
         """Drops every connection and refuses new ones, until `accept`."""
 
         async def dropped() -> None:
+            self._accepts = False
             self._shut()
             if self._connections:
                 await asyncio.wait(self._connections)
@@ -118,6 +121,7 @@ class FaultProxy:
         """Accepts connections, as it does from the start."""
 
         async def opened() -> None:
+            self._accepts = True
             self._open()
 
         asyncio.run_coroutine_threadsafe(opened(), self._loop).result()
@@ -130,17 +134,21 @@ class FaultProxy:
         """Stops listening, for that many seconds or for good, and drops all connections but the one that asks for it."""
         if self._resuming:
             self._resuming.cancel()
-        self._resuming = None if pause is None else self._loop.call_later(pause, self._open)
+        self._resuming = None
+        if pause is not None and self._accepts:
+            self._resuming = self._loop.call_later(pause, self._open)
         self._loop.remove_reader(self._socket)
-        port = self._socket.getsockname()[1]
         with suppress(OSError):  # it does not listen
             self._socket.shutdown(socket.SHUT_RDWR)  # also the copies in children that are being started
+        port_keeper = _bound(self._socket.getsockname()[1])  # without listening: refuses, and keeps the port
         self._socket.close()
-        self._socket = _bound(port)  # without listening: refuses, and keeps the port
+        self._socket = port_keeper
         for task, connection in self._connections.items():
             if task is not asyncio.current_task():
                 with suppress(OSError):  # the client was faster
                     connection.shutdown(socket.SHUT_RDWR)
+                if task in self._forwarding:
+                    self._forwarding[task].transport.abort()
 
     def _take_connection(self) -> None:
         with suppress(BlockingIOError, ConnectionError):  # the client left meanwhile
@@ -200,6 +208,9 @@ class FaultProxy:
     async def _forward(self, method: str, request: bytes) -> tuple[bytes, bytes]:
         """Head and body of the server's answer."""
         reader, writer = await asyncio.open_connection(self._target.hostname, self._target.port)
+        task = asyncio.current_task()
+        assert task is not None
+        self._forwarding[task] = writer
         try:
             writer.write(request)
             head = b" 100 "
@@ -207,6 +218,7 @@ class FaultProxy:
                 head = await reader.readuntil(b"\r\n\r\n")
             return head, b"" if method == "HEAD" else await _read_body(reader, head)
         finally:
+            del self._forwarding[task]
             writer.close()
 
 

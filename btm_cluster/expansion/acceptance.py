@@ -61,12 +61,12 @@ def judge(ground: Ground, forest: Forest, experts: Sequence[Expert], driver: Dri
                     held[expert.domain] = _held(expert, forest, rise, before, allowed)
                 else:
                     accepted = (*accepted, expert)
-    gains = {
-        expert.domain: Gain(
-            perplexity(old, expert.domain) if old else None, perplexity((*old, *accepted), expert.domain)
-        )
-        for expert in accepted
-    }
+
+    def gain(domain: str) -> Gain:
+        return Gain(perplexity(old, domain) if old else None, perplexity((*old, *accepted), domain))
+
+    domains = [expert.domain for expert in accepted]
+    gains = dict(zip(domains, fits_at_once(gain, domains), strict=True))
     return Judgement(accepted, held, gains)
 
 

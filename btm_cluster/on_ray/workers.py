@@ -1,4 +1,4 @@
-"""The workers' port on Ray: tasks for preparing and scoring, a named actor for each training, one for averaging.
+"""The workers' port on Ray: tasks for preparing, scoring, mixing and searching, a named actor for each training, one for averaging.
 
 Admission is `concurrent_experts` and `ray.wait`; everything else is Ray's. A failed request never cancels its siblings.
 """

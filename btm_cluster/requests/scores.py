@@ -48,19 +48,25 @@ class ScoredSplit:
     tokens: tuple[Ref, ...]
 
 
+FITS = 1
+"""The way fits are made. Raise it where a change of theirs must reach the studies that were run before."""
+
+
 @dataclass(frozen=True)
 class FitForAll(StepRequest):
-    """Fit what needs no development text of its own to be used: a learned gate, a weight of evidence, discounts."""
+    """Fit what a text without development text of its own is mixed by."""
 
     kind: ClassVar[str] = "fit-for-all"
     label: str
+    posterior: str
+    """`calibrated`, `discounts` or `gate`."""
     domains: tuple[ScoredSplit, ...]
     """The domains' development text."""
     merging: MergingPlan
 
     @property
     def recipe(self) -> Mapping[str, Any]:
-        return _mixing_recipe(self.domains, self.merging)
+        return {"posterior": self.posterior, **_mixing_recipe(self.domains, self.merging)}
 
 
 @dataclass(frozen=True)
@@ -75,20 +81,21 @@ class MixText(StepRequest):
     development: ScoredSplit
     test: ScoredSplit
     ways: tuple[Way, ...]
-    for_all: Ref | None
-    """The fits of those ways that are one setting for all; a text's own gate sets out from there too."""
+    for_all: tuple[tuple[str, Ref], ...]
+    """By posterior: the fits of those ways that are one setting for all. A text's own gate sets out from the one for all."""
     merging: MergingPlan
 
     @property
     def recipe(self) -> Mapping[str, Any]:
-        recipe = _mixing_recipe((self.development, self.test), self.merging) | {"ways": [asdict(w) for w in self.ways]}
-        return recipe | {"for_all": self.for_all.identity} if self.for_all else recipe
+        ways = [asdict(way) for way in self.ways]
+        for_all = {posterior: ref.identity for posterior, ref in self.for_all}
+        return {"ways": ways, "for_all": for_all, **_mixing_recipe((self.development, self.test), self.merging)}
 
 
 def _mixing_recipe(splits: Sequence[ScoredSplit], merging: MergingPlan) -> dict[str, Any]:
     """Scores say which tokens they are of."""
     settings = merging.model_dump(mode="json", include={"development_blocks", "window_tokens", "discount"})
-    return {"scores": [[ref.identity for ref in split.scores] for split in splits], **settings}
+    return {"scores": [[ref.identity for ref in split.scores] for split in splits], "fits": FITS, **settings}
 
 
 MixRequest: TypeAlias = FitForAll | MixText

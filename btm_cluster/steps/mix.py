@@ -1,11 +1,11 @@
 """The verb *mix*: several models' scores of a text to those of their mixture, in any number of ways.
 
-Pure arithmetic on stored scores, a process for each text: what is fitted is fitted on a text's development blocks, or, one
-setting for all, on the domains' development blocks alone, which is what a text without any of its own gets.
+Pure arithmetic on stored scores, for one text and group of models at a time. What is fitted is fitted on the text's development
+blocks, or, one setting for all, on the domains' development blocks alone, which is what a text without any of its own gets.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias, cast
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from btm_cluster.equations.gates import DISCOUNTS, Discounts, FixedShare, fit_discounts, fit_fixed_share
+from btm_cluster.equations.gates import Discounts, FixedShare, fit_discounts, fit_fixed_share
 from btm_cluster.equations.learned_gate import LearnedGate, TextScores, fit_gate_for_all, tune_gate
 from btm_cluster.equations.posterior import Posterior, PriorKind, keep_top, uniform_prior
 from btm_cluster.ledger import Artifact, Ledger
@@ -27,7 +27,7 @@ from btm_cluster.workers import Control, Progress
 Fitted: TypeAlias = Mixing | FixedShare | Discounts | LearnedGate
 ForAll: TypeAlias = Mapping[str, Fitted]
 """By posterior: what is one setting for all."""
-SUMS, PRIORS, FITS = "sums.npy", "priors.npy", "fits.safetensors"
+SUMS, PRIORS, FIT = "sums.npy", "priors.npy", "fit.safetensors"
 GATE = "gate"
 
 
@@ -49,9 +49,10 @@ def mix(request: MixRequest, ledger: Ledger, control: Control) -> Artifact:
 def _mix_text(request: MixText, ledger: Ledger, scratch: Path) -> dict[str, Path]:
     sample = _stack(ledger, request.development).sample(request.merging.development_blocks)
     test = _stack(ledger, request.test)
-    for_all: ForAll = {}
-    if request.for_all is not None:
-        for_all = _read_for_all(ledger.open_file(ledger.get(request.for_all), FITS), sample, request.merging)
+    for_all = {
+        posterior: read_for_all(posterior, ledger.open_file(ledger.get(ref), FIT), sample, request.merging)
+        for posterior, ref in request.for_all
+    }
     fitted = fit_ways(request.ways, sample, request.merging, for_all)
     np.save(scratch / SUMS, torch.stack([_sums(test, fitted[way]) for way in request.ways]).numpy())
     unknown_E = torch.full((len(sample.logp_EBT),), torch.nan, dtype=torch.float64)
@@ -63,30 +64,42 @@ def _mix_text(request: MixText, ledger: Ledger, scratch: Path) -> dict[str, Path
 def _fit_for_all(request: FitForAll, ledger: Ledger, scratch: Path) -> dict[str, Path]:
     blocks = request.merging.development_blocks
     samples = [_stack(ledger, domain).sample(blocks) for domain in request.domains]
+    write_for_all(fit_for_all(request.posterior, samples, request.merging), scratch / FIT)
+    return {FIT: scratch / FIT}
+
+
+def fit_for_all(posterior: str, samples: Sequence[TextScores], merging: MergingPlan) -> Fitted:
+    """One setting for all texts, from several texts' development blocks."""
+    if posterior == GATE:
+        return fit_gate_for_all(samples)
     pairs = [(sample.logp_EBT, sample.mask_BT) for sample in samples]
-    together = torch.cat([logp_EBT for logp_EBT, _ in pairs], dim=1), torch.cat([mask_BT for _, mask_BT in pairs])
-    mixing = shared_mixing(pairs, request.merging)
-    discounts = fit_discounts(*together, fits_prior=False)
-    gate = fit_gate_for_all(samples)
-    tensors = {
-        "calibrated": torch.tensor(mixing.posterior.weight, dtype=torch.float64),
-        "discounts": discounts.weights_G,
-        **{f"{GATE}.{f.name}": getattr(gate, f.name) for f in fields(gate) if getattr(gate, f.name) is not None},
-    }
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch / FITS)
-    return {FITS: scratch / FITS}
+    if posterior == "calibrated":
+        return shared_mixing(pairs, merging)
+    assert posterior == "discounts", posterior
+    logp_EBT = torch.cat([logp_EBT for logp_EBT, _ in pairs], dim=1)
+    return fit_discounts(logp_EBT, torch.cat([mask_BT for _, mask_BT in pairs]), fits_prior=False)
 
 
-def _read_for_all(path: Path, sample: TextScores, merging: MergingPlan) -> ForAll:
-    tensors = load_file(path)
-    uniform_E = uniform_prior(sample.logp_EBT)
-    form = Posterior("calibrated", merging.window_tokens, merging.discount, float(tensors["calibrated"]))
-    gate = {name.removeprefix(f"{GATE}."): tensor for name, tensor in tensors.items() if name.startswith(GATE)}
-    return {
-        "calibrated": Mixing(uniform_E, form),
-        "discounts": Discounts(uniform_E, DISCOUNTS, tensors["discounts"]),
-        GATE: LearnedGate(**gate),
-    }
+def write_for_all(fitted: Fitted, path: Path) -> None:
+    """Everything but the prior, which is uniform over whatever experts a text is mixed from."""
+    if isinstance(fitted, Mixing):
+        tensors = {"weight": torch.tensor(fitted.posterior.weight, dtype=torch.float64)}
+    elif isinstance(fitted, Discounts):
+        tensors = {"discounts": torch.tensor(fitted.discounts, dtype=torch.float64), "weights": fitted.weights_G}
+    else:
+        tensors = {name: value for name, value in vars(fitted).items() if value is not None}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def read_for_all(posterior: str, path: Path, sample: TextScores, merging: MergingPlan) -> Fitted:
+    """What `write_for_all` wrote, for the experts of a text."""
+    tensors, uniform_E = load_file(path), uniform_prior(sample.logp_EBT)
+    if posterior == "calibrated":
+        form = Posterior("calibrated", merging.window_tokens, merging.discount, float(tensors["weight"]))
+        return Mixing(uniform_E, form)
+    if posterior == "discounts":
+        return Discounts(uniform_E, tuple(tensors["discounts"].tolist()), tensors["weights"])
+    return LearnedGate(**tensors)
 
 
 def fit_ways(ways: Sequence[Way], sample: TextScores, merging: MergingPlan, for_all: ForAll) -> dict[Way, Fitted]:
@@ -96,6 +109,7 @@ def fit_ways(ways: Sequence[Way], sample: TextScores, merging: MergingPlan, for_
 
     def of(way: Way) -> Fitted:
         if way.is_for_all:
+            assert way.development_blocks is way.top_k is None, "one setting for all has no number of a text's own"
             return for_all[way.posterior]
         one = fitted[replace(way, top_k=None)]
         return replace(one, log_prior_E=keep_top(one.log_prior_E, way.top_k)) if isinstance(one, Mixing) else one
@@ -124,4 +138,7 @@ def _sums(test: ScoreStack, fitted: Fitted) -> torch.Tensor:
 
 
 def _stack(ledger: Ledger, split: ScoredSplit) -> ScoreStack:
-    return ScoreStack(ledger, [ledger.get(ref) for ref in split.scores], split.tokens)
+    found = ledger.find_all(split.scores)
+    return ScoreStack(
+        ledger, [one or ledger.get(ref) for one, ref in zip(found, split.scores, strict=True)], split.tokens
+    )

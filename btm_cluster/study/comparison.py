@@ -1,7 +1,7 @@
 """What a study compares on test text: every system of one size and random seed, and many ways to combine its models.
 
-Asks the workers for scores and averages; the rest is arithmetic on scores. Whatever is fitted or chosen is so on development
-text. `run.py` and `repeats.py` say which models there are.
+Asks the workers for scores, mixtures and averages; the rest is arithmetic on their sums. Whatever is fitted or chosen is so on
+development text. `run.py` and `repeats.py` say which models there are.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

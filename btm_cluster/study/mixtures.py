@@ -14,7 +14,7 @@ from btm_cluster.driver import Driver
 from btm_cluster.evaluation import ModelScores, stack_of
 from btm_cluster.ground import Ground, PreparedText
 from btm_cluster.ledger import Artifact, Ledger, Ref
-from btm_cluster.requests import FitForAll, MixText, ScoredSplit, Way
+from btm_cluster.requests import FitForAll, MixRequest, MixText, ScoredSplit, Way
 from btm_cluster.steps.mix import PRIORS, SUMS
 
 
@@ -36,8 +36,8 @@ class Members:
 
     @property
     def name(self) -> str:
-        """As progress calls them."""
-        return self.system if self.seed_share is None else f"{self.system}, seed share {self.seed_share:g}"
+        """As progress calls them: a study may have several of a system."""
+        return f"{self.system} of {self.models[0][1].identity[:8]}"
 
     @property
     def refs(self) -> tuple[Ref, ...]:
@@ -47,8 +47,9 @@ class Members:
     @property
     def ways(self) -> tuple[Way, ...]:
         """In which they are mixed."""
-        gates = (GATE_FOR_ALL, GATE) if self.many_ways or self.gated else ()
-        return (*FEW_WAYS, *(MORE_WAYS if self.many_ways else ()), *gates)
+        weights = (PRIOR_ALONE,) if self.averaged or self.gated else ()
+        gates = (GATE_FOR_ALL, GATE) if self.gated or self.many_ways else ()
+        return (*FEW_WAYS, *weights, *(MORE_WAYS if self.many_ways else ()), *gates)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ PRIOR_ALONE = Way("none", "fitted")
 DISCOUNTS = Way("discounts", "fitted")
 GATE = Way("gate", "fitted")
 GATE_FOR_ALL = replace(GATE, is_for_all=True)
-FEW_WAYS = (THE_PAPERS, Way("last-token", "ema"), CALIBRATED, PRIOR_ALONE)
+FEW_WAYS = (THE_PAPERS, Way("last-token", "ema"), CALIBRATED)
 MORE_WAYS = (
     Way("full", "uniform"),
     Way("window", "ema"),
@@ -78,7 +79,7 @@ MORE_WAYS = (
     Way("calibrated", "uniform"),
     Way("fixed-share", "uniform"),
     DISCOUNTS,
-    *(replace(way, development_blocks=blocks) for way in (CALIBRATED, DISCOUNTS) for blocks in (3, 10, 30)),
+    *(replace(way, development_blocks=blocks) for way in (CALIBRATED, DISCOUNTS, GATE) for blocks in (3, 10, 30)),
     *(replace(way, top_k=k) for way in (THE_PAPERS, CALIBRATED) for k in (1, 2, 4)),
     *(replace(way, is_for_all=True) for way in (CALIBRATED, DISCOUNTS)),
 )
@@ -92,7 +93,6 @@ class Mixtures:
     """The mixtures of several members on every text, as they were committed."""
 
     ledger: Ledger
-    texts: tuple[PreparedText, ...]
     committed: Mapping[tuple[Members, str], Artifact]
 
     def rows(self) -> Rows:
@@ -119,28 +119,34 @@ def mix(ground: Ground, scores: ModelScores, everyone: Sequence[Members], driver
         return ScoredSplit(refs, text.tokens[split])
 
     fits = {
-        members: FitForAll(
-            f"all texts under {members.name}",
-            tuple(scored(members, domain, "development") for domain in ground.domains),
-            merging,
-        )
+        members: {
+            way.posterior: FitForAll(
+                f"{way.posterior} for all texts under {members.name}",
+                way.posterior,
+                tuple(scored(members, domain, "development") for domain in ground.domains),
+                merging,
+            )
+            for way in members.ways
+            if way.is_for_all
+        }
         for members in everyone
-        if any(way.is_for_all for way in members.ways)
     }
-    driver.require(driver.workers.mix, list(fits.values()))
     wanted = {
         (members, text.name): MixText(
             f"{text.name} under {members.name}",
             scored(members, text, "development"),
             scored(members, text, "test"),
             members.ways,
-            fits[members].ref if members in fits else None,
+            tuple((posterior, fit.ref) for posterior, fit in fits[members].items()),
             merging,
         )
         for members, text in product(everyone, ground.texts)
     }
+    first: list[MixRequest] = [fit for of_members in fits.values() for fit in of_members.values()]
+    first += [request for request in wanted.values() if not request.for_all]
+    driver.require(driver.workers.mix, first)
     mixed = driver.require(driver.workers.mix, list(wanted.values()))
-    return Mixtures(driver.ledger, ground.texts, dict(zip(wanted, mixed, strict=True)))
+    return Mixtures(driver.ledger, dict(zip(wanted, mixed, strict=True)))
 
 
 def single_experts(ground: Ground, scores: ModelScores, forest: Members, driver: Driver) -> Rows:

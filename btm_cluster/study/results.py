@@ -44,6 +44,7 @@ def results_of(plan: Plan, study: Study) -> Results:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
+        "repeats_left": study.repeats_left,
     }
     texts = tuple(asdict(text) for text in study.texts)
     return Results(study.entries, texts, study.speeds, study.trials, (run,))

@@ -42,6 +42,8 @@ class Study:
     """Of each kind of training: updates and tokens per second."""
     trials: tuple[Mapping[str, Any], ...]
     """Of each recipe that was tried: the Transformer-LM's perplexity on the domains' development text."""
+    repeats_left: int
+    """Sizes and random seeds that are still to come."""
 
 
 def run_study(plan: Plan, driver: Driver) -> Iterator[Study]:
@@ -59,7 +61,7 @@ def run_study(plan: Plan, driver: Driver) -> Iterator[Study]:
     trials = tuple(trial for repeat in repeats for trial in repeat.trials)
     entries: list[Mapping[str, Any]] = []
     speeds: list[Mapping[str, Any]] = []
-    for repeat in repeats:
+    for number, repeat in enumerate(repeats, 1):
         models, trained = train_repeat(repeat, driver)
         comparison = compare(repeat.ground, models, driver)
         if "adapted" in study.systems:
@@ -67,7 +69,7 @@ def run_study(plan: Plan, driver: Driver) -> Iterator[Study]:
             comparison = replace(comparison, rows=comparison.rows | rows)
         entries += entries_of(repeat, comparison)
         speeds += [_speed(repeat, request, model) for request, model in trained]
-        yield Study(tuple(entries), texts, tuple(speeds), trials)
+        yield Study(tuple(entries), texts, tuple(speeds), trials, len(repeats) - number)
 
 
 def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[TrainRequest, Artifact]]]:

@@ -162,8 +162,7 @@ def _needs(kind: str, recipe: Mapping[str, Any], facts: Mapping[str, Any] | None
         yield from (Ref("tokens", tokens) for tokens in recipe["tokens"])
     elif kind in MIXED:
         yield from (Ref("scores", scores) for split in recipe["scores"] for scores in split)
-        if "for_all" in recipe:
-            yield Ref("fit-for-all", recipe["for_all"])
+        yield from (Ref("fit-for-all", fit) for fit in recipe.get("for_all", {}).values())
     elif kind == "soup":
         yield from (Ref("model", model) for model in recipe["models"])
         yield from (Ref("tokens", tokens) for tokens in recipe["tokens"])

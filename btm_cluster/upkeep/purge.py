@@ -16,6 +16,9 @@ from btm_cluster.ledger import THREADS, Artifact, Ledger, Ref, artifact_key, blo
 from btm_cluster.records import EXPANSIONS, HELD, LOGS, QUARANTINE, list_branch_points, list_quarantine, newest_held
 from btm_cluster.upkeep.housekeeping import MIXED, needs, read_manifests
 
+DERIVED = ("scores", *MIXED)
+"""Each kind is found by those before it, so they are deleted in reverse: an interrupted purge still finds what is left."""
+
 
 @dataclass(frozen=True)
 class Condemned:
@@ -55,8 +58,10 @@ def condemn(ledger: Ledger, domain: str) -> Condemned:
     }
     experts = {**listed, **trained}
     going = {key for key, artifact in manifests.items() if _goes(artifact, domain, texts, experts)}
-    for kind in ("scores", *MIXED):
-        going |= {key for key, artifact in manifests.items() if artifact.kind == kind and _is_of(artifact, going)}
+    models = {artifact_key(Ref("model", identity)) for identity in experts}
+    for kind in DERIVED:
+        of_it = {key for key, one in manifests.items() if one.kind == kind and _is_of(one, going | models)}
+        going |= of_it
     kept = {blob_key(a.ref, blob.sha256) for key, a in manifests.items() if key not in going for blob in a.blobs}
     blobs = {blob_key(manifests[key].ref, b.sha256): b.size_bytes for key in going for b in manifests[key].blobs}
     inbox = list(ledger.storage.list(f"{INBOX}{domain}/"))
@@ -65,7 +70,7 @@ def condemn(ledger: Ledger, domain: str) -> Condemned:
         domain=domain,
         texts=tuple(sorted(texts)),
         experts=experts,
-        manifests=tuple(sorted(going | {artifact_key(Ref("model", identity)) for identity in experts})),
+        manifests=tuple(sorted(going | models)),
         blobs=tuple(sorted(blobs.keys() - kept)),
         trainings=tuple(sorted({*experts, *(manifests[key].identity for key in going if key.startswith("training/"))})),
         records=tuple(sorted(records)),
@@ -91,6 +96,8 @@ def purge(ledger: Ledger, condemned: Condemned) -> None:
     storage.erase(f"{INBOX}{condemned.domain}/")
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(storage.erase, condemned.records))
+        for kind in reversed(DERIVED):
+            list(pool.map(storage.erase, [key for key in condemned.manifests if key.startswith(f"artifacts/{kind}/")]))
         list(pool.map(storage.erase, condemned.manifests))
         list(pool.map(lambda identity: storage.erase(training_folder(identity)), condemned.trainings))
         # Whoever committed meanwhile may share a blob by now.

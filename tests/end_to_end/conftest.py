@@ -18,7 +18,9 @@ import yaml
 
 from btm_cluster.algorithm import grow
 from btm_cluster.forest import Forest
-from btm_cluster.plan import Plan
+from btm_cluster.on_ray.lazily import LazyRayWorkers
+from btm_cluster.plan import ClusterPlan, Plan
+from btm_cluster.requests import Resources
 from tests.conftest import free_port, in_process, plan_fields
 
 BIN = Path(sys.executable).parent
@@ -220,3 +222,15 @@ def experts_in(store: Path) -> dict[str, dict[str, Any]]:
 def plain(forest: Forest) -> dict[str, dict[str, Any]]:
     """A forest's experts as JSON shows them."""
     return {expert.domain: json.loads(json.dumps(asdict(expert))) for expert in forest.experts}
+
+
+@pytest.fixture
+def connect(cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., LazyRayWorkers]:
+    """Workers on the cluster for a store, a watcher and a stop."""
+    for name, value in cluster.items():
+        monkeypatch.setenv(name, value)
+    settings = ClusterPlan(stop_grace_seconds=240, autoscaling=True)  # a node that joins may be late
+    expert = Resources(1, 0, 1, 4, "float32", False)
+    return lambda ledger, watcher, stop: LazyRayWorkers(
+        ledger.storage.location, watcher, stop, settings, expert, cluster["RAY_ADDRESS"], False
+    )

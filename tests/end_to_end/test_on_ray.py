@@ -4,16 +4,26 @@ import json
 import re
 import signal
 import subprocess
+import threading
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from btm_cluster.algorithm import plant, prepare
+from btm_cluster.algorithm import grow, plant, prepare
+from btm_cluster.driver import Driver
+from btm_cluster.evaluation import score_models, stack_of
 from btm_cluster.forest import Forest
+from btm_cluster.ground import PreparedText
+from btm_cluster.ledger import Ref
+from btm_cluster.mixing import fit_mixing, shared_mixing
+from btm_cluster.on_ray.lazily import LazyRayWorkers
 from btm_cluster.plan import Plan
+from btm_cluster.requests import FitForAll, MixText, ScoredSplit, Way
+from btm_cluster.steps.mix import SUMS
 from tests.conftest import DOMAINS, in_process
 from tests.end_to_end.conftest import BIN, REPOSITORY, Btm, _wait_for, experts_in, plain
 
@@ -77,6 +87,36 @@ def test_a_run_that_is_stopped_and_then_killed_resumes_to_the_very_same_forest(
     assert last.exit_code() == 0, last.said
     assert experts_in(store) == plain(undisturbed)
     assert not list((store / "training").rglob("*.json"))
+
+
+def test_scores_are_mixed_in_the_cluster_as_their_fits_say(
+    connect: Callable[..., LazyRayWorkers], fields: dict[str, Any]
+) -> None:
+    fields["domains"] = fields["domains"][:2]
+    plan = Plan.model_validate(fields)
+    grown = grow(plan, driver := in_process(plan))
+    ground, merging, ledger = grown.ground, plan.merging, driver.ledger
+    experts = [Ref("model", expert.identity) for expert in grown.forest.experts]
+    scores = score_models(ground, [(expert, text) for expert in experts for text in ground.texts], driver)
+
+    def scored(text: PreparedText, split: str) -> ScoredSplit:
+        return ScoredSplit(tuple(scores[e.identity, text.name, split].ref for e in experts), text.tokens[split])
+
+    target, domains = ground.texts[-1], ground.domains
+    fit = FitForAll("for all", "calibrated", tuple(scored(domain, "development") for domain in domains), merging)
+    paper, shared = Way("full", "ema"), Way("calibrated", "fitted", is_for_all=True)
+    splits = (scored(target, "development"), scored(target, "test"))
+    wanted = MixText("mixed", *splits, (paper, shared), (("calibrated", fit.ref),), merging)
+    with connect(ledger, lambda _: None, threading.Event()) as workers:
+        in_cluster = Driver(ledger, workers)
+        in_cluster.require(workers.mix, [fit])
+        (mixture,) = in_cluster.require(workers.mix, [wanted])
+    stacks = [stack_of(ledger, scores, experts, text, "development") for text in (*domains, target)]
+    *of_domains, own = [stack.take(0, merging.development_blocks) for stack in stacks]
+    by_hand = [fit_mixing("full", "ema", *own, merging), shared_mixing(of_domains, merging)]
+    test = stack_of(ledger, scores, experts, target, "test")
+    expected = [test.mixture_sums(mixing.log_prior_E, mixing.posterior).numpy() for mixing in by_hand]
+    np.testing.assert_allclose(np.load(ledger.open_file(mixture, SUMS)), expected, rtol=1e-6)
 
 
 def test_a_failed_expert_is_named_its_siblings_are_merged_and_only_it_is_tried_again(

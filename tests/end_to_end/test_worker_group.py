@@ -18,9 +18,9 @@ from btm_cluster.errors import Stopped
 from btm_cluster.in_process import InProcess, LocalControl
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.on_ray.lazily import LazyRayWorkers
-from btm_cluster.plan import ClusterPlan, Plan
+from btm_cluster.plan import Plan
 from btm_cluster.recipes import seed_request
-from btm_cluster.requests import Resources, TrainRequest
+from btm_cluster.requests import TrainRequest
 from btm_cluster.workers import Progress
 from tests.conftest import in_process
 from tests.end_to_end.conftest import BIN, ray_node
@@ -97,18 +97,6 @@ class PreemptAtFirstUpdate:
         command = [str(BIN / "ray"), "drain-node", f"--node-id={node}", "--reason=DRAIN_NODE_REASON_PREEMPTION"]
         limits = ["--reason-message=spot", "--deadline-remaining-seconds=600"]
         subprocess.run([*command, *limits], env=self._environment, check=True, capture_output=True)
-
-
-@pytest.fixture
-def connect(cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., LazyRayWorkers]:
-    """Workers on the cluster for a store, a watcher and a stop."""
-    for name, value in cluster.items():
-        monkeypatch.setenv(name, value)
-    settings = ClusterPlan(stop_grace_seconds=240, autoscaling=True)  # a node that joins may be late
-    expert = Resources(1, 0, 1, 4, "float32", False)
-    return lambda ledger, watcher, stop: LazyRayWorkers(
-        ledger.storage.location, watcher, stop, settings, expert, cluster["RAY_ADDRESS"], False
-    )
 
 
 def test_a_group_makes_the_model_of_one_worker(

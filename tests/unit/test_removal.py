@@ -213,8 +213,9 @@ def test_a_studys_random_splits_that_hold_its_documents_are_purged_too(plan: Pla
     assert verify(ledger).problems == ()
 
 
-def test_a_studys_mixtures_that_an_expert_took_part_in_are_purged_with_it(
-    plan: Plan, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("way", ["purge", "collection"])
+def test_a_studys_mixtures_go_with_an_expert_that_took_part_in_them(
+    plan: Plan, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     monkeypatch.setattr(learned_gate, "LOOKS", 1)
     experts = {expert.domain: Ref("model", expert.identity) for expert in newest(ledger).experts}
@@ -223,7 +224,7 @@ def test_a_studys_mixtures_that_an_expert_took_part_in_are_purged_with_it(
     scores = score_models(ground, [(model, text) for model in experts.values() for text in ground.texts], driver)
     with_it, without = (
         Members("forest", None, None, tuple((domain, experts[domain]) for domain in pair), gated=True)
-        for pair in (("meadow", "harbour"), ("kitchen", "harbour"))
+        for pair in (("island", "harbour"), ("kitchen", "harbour"))
     )
     mixed = mix(ground, scores, [with_it, without], driver).committed
     assert driver.made["mixture"] == 2 * len(ground.texts)
@@ -232,8 +233,20 @@ def test_a_studys_mixtures_that_an_expert_took_part_in_are_purged_with_it(
         os.utime(path, (time.time() - 100 * DAY,) * 2)
     collect(ledger, find_garbage(ledger, 10, DAY))
     assert all(ledger.find(mixture.ref) for mixture in mixed.values()), "they go with the scores they are made of"
-    remove(ledger, "meadow")
-    purge(ledger, condemn(ledger, "meadow"))
+    remove(ledger, "island")
+    if way == "collection":
+        for path in Path(plan.store).rglob("*"):
+            os.utime(path, (time.time() - 100 * DAY,) * 2)
+        collect(ledger, find_garbage(ledger, 1, DAY))
+    else:
+        erased: list[str] = []
+        erase = ledger.storage.erase
+        monkeypatch.setattr(ledger.storage, "erase", lambda key: (erased.append(key), erase(key))[1])
+        purge(ledger, condemn(ledger, "island"))
+        kinds = list(dict.fromkeys(key.split("/")[1] for key in erased if key.startswith("artifacts/")))
+        assert kinds[:3] == ["mixture", "fit-for-all", "scores"], (
+            "an interrupted purge finds what is left by what it is made of"
+        )
     for (members, _), mixture in mixed.items():
         assert (ledger.find(mixture.ref) is not None) == (members == without)
     assert len(list(ledger.list_artifacts("fit-for-all"))) == 1

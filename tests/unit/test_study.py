@@ -8,20 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from btm_cluster.cli import run_study_plan
 from btm_cluster.driver import Driver
 from btm_cluster.equations import learned_gate
-from btm_cluster.equations.learned_gate import TextScores, fit_gate_for_all, tune_gate
+from btm_cluster.equations.gates import fit_discounts
+from btm_cluster.equations.learned_gate import LearnedGate, TextScores, fit_gate_for_all, tune_gate
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation import evaluate, score_models, stack_of
 from btm_cluster.forest import Expert, Forest
 from btm_cluster.ground import PreparedText
 from btm_cluster.language_model import soup
 from btm_cluster.ledger import Ref
-from btm_cluster.mixing import fit_mixing
-from btm_cluster.plan import Plan, StudyPlan
+from btm_cluster.mixing import Mixing, fit_mixing, shared_mixing
+from btm_cluster.plan import MergingPlan, Plan, StudyPlan
 from btm_cluster.recipes import expert_request, seed_request, seed_start, transformer_lm_request
 from btm_cluster.report import PAPER_ENSEMBLE, verdict
+from btm_cluster.steps.mix import fit_for_all, read_for_all, write_for_all
 from btm_cluster.steps.prepare import documents_of
 from btm_cluster.study.controls import random_part_requests
 from btm_cluster.study.page import write_page
@@ -98,7 +102,8 @@ def test_every_system_is_measured_on_all_texts(studied: Studied) -> None:
     assert shares == {0.5, 0.25, 0.0}
     assert studied.entry(system="transformer-lm")["difference"] is None
     for system in ("forest", "forest with its seed"):
-        assert studied.entry(system=system, seed_share=0.5, posterior="gate", prior="fitted")["all"] > 1
+        gate = {"posterior": "gate", "prior": "fitted", "development_blocks": None}
+        assert studied.entry(system=system, seed_share=0.5, **gate)["all"] > 1
     assert studied.entry(system="demix", posterior="full")["non_embedding_parameters"] > 12_768
 
 
@@ -141,11 +146,19 @@ def test_mixtures_are_those_of_fits_on_development_text_made_by_hand(studied: St
     own = sample(target)
     calibrated = fit_mixing("calibrated", "fitted", own.logp_EBT, own.mask_BT, merging)
     for_all = fit_gate_for_all([sample(domain) for domain in ground.domains])
+    plain = fit_mixing("none", "fitted", own.logp_EBT, own.mask_BT, merging)
     best = int(calibrated.log_prior_E.argmax())
+    samples = [sample(domain) for domain in ground.domains]
+    shared = shared_mixing([(one.logp_EBT, one.mask_BT) for one in samples], merging)
+    together = torch.cat([one.logp_EBT for one in samples], dim=1), torch.cat([one.mask_BT for one in samples])
+    for_all_prior = "uniform, one setting for all"
     wanted = {
+        ("calibrated", for_all_prior, None): test.mixture_sums(shared.log_prior_E, shared.posterior),
+        ("discounts", for_all_prior, None): test.gated_sums(fit_discounts(*together, fits_prior=False)),
+        ("none", "fitted", None): test.mixture_sums(plain.log_prior_E, plain.posterior),
         ("calibrated", "fitted", None): test.mixture_sums(calibrated.log_prior_E, calibrated.posterior),
         ("calibrated", "fitted", 1): test.sums()[best],
-        ("gate", "uniform, one setting for all", None): test.gated_sums(for_all),
+        ("gate", for_all_prior, None): test.gated_sums(for_all),
         ("gate", "fitted", None): test.gated_sums(tune_gate(own, for_all)),
     }
     for (posterior, prior, top_k), sums_D in wanted.items():
@@ -154,6 +167,44 @@ def test_mixtures_are_those_of_fits_on_development_text_made_by_hand(studied: St
         )
         perplexity = math.exp(-float(sums_D.sum() / test.tokens().sum()))
         assert entry["per_domain"][target.name] == pytest.approx(perplexity, rel=1e-5), (posterior, prior)
+
+
+@pytest.mark.parametrize("posterior", ["calibrated", "discounts", "gate"])
+def test_a_fit_for_all_texts_is_read_back_as_it_was(posterior: str, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logp_EBT = -torch.rand(3, 4, 32, generator=generator, dtype=torch.float64)
+    sample = TextScores(logp_EBT, -logp_EBT.flip(0), torch.ones(4, 32, dtype=torch.bool))
+    merging = MergingPlan(window_tokens=7, discount=0.9)
+    fitted = fit_for_all(posterior, [sample], merging)
+    if isinstance(fitted, LearnedGate):
+        moved = {name: torch.rand_like(tensor) for name, tensor in vars(fitted).items() if tensor is not None}
+        fitted = replace(fitted, **moved)
+    write_for_all(fitted, tmp_path / "fit")
+    found = read_for_all(posterior, tmp_path / "fit", sample, merging)
+    if isinstance(fitted, Mixing):
+        assert isinstance(found, Mixing)
+        assert found.posterior == fitted.posterior
+        return
+    assert type(found) is type(fitted)
+    torch.testing.assert_close(
+        found.log_weights(logp_EBT, sample.entropy_EBT), fitted.log_weights(logp_EBT, sample.entropy_EBT)
+    )
+
+
+def test_the_command_writes_after_each_random_seed_but_replaces_results_by_finished_ones_alone(
+    studied: Studied, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = studied.plan.model_copy(update={"study": StudyPlan(systems=(), random_seeds=(0, 1))})
+    for times in (2, 1):
+        run_study_plan(plan, str(tmp_path), None, in_process=True, dashboard=False)
+        assert capsys.readouterr().out.count("wrote ") == times
+    (run,) = json.loads((tmp_path / "study.json").read_text())["runs"]
+    assert run["repeats_left"] == 0
+    assert {entry["random_seed"] for entry in json.loads((tmp_path / "summary.json").read_text())} == {0, 1}
+    assert "Not finished" not in (tmp_path / "README.md").read_text()
+    first = next(iter(run_study(plan, in_process(plan))))
+    write_page(results_of(plan, first), tmp_path)
+    assert "Not finished: 1 of" in (tmp_path / "README.md").read_text()
 
 
 def test_what_is_known_is_told_after_each_random_seed(studied: Studied) -> None:
