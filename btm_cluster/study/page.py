@@ -90,7 +90,7 @@ def write_page(results: Results, folder: Path) -> None:
     )
     left = sum(run.get("repeats_left", 0) for run in results.runs)
     if left:
-        opening += f"\n**Not finished: {left} of the sizes and random seeds asked for are still to come.**\n"
+        opening += f"\n**Not finished: written with {left} of the sizes and random seeds still to come.**\n"
     (folder / "README.md").write_text(opening + "\n" + "\n".join(filter(None, sections)), encoding="utf-8")
 
 

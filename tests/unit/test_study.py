@@ -204,7 +204,7 @@ def test_the_command_writes_after_each_random_seed_but_replaces_results_by_finis
     assert "Not finished" not in (tmp_path / "README.md").read_text()
     first = next(iter(run_study(plan, in_process(plan))))
     write_page(results_of(plan, first), tmp_path)
-    assert "Not finished: 1 of" in (tmp_path / "README.md").read_text()
+    assert "Not finished: written with 1 of" in (tmp_path / "README.md").read_text()
 
 
 def test_what_is_known_is_told_after_each_random_seed(studied: Studied) -> None:
