@@ -53,7 +53,8 @@ TABLE_8 = ("Transformer-LM", "DEMix, paper's posterior", "forest, paper's poster
 FIGURE_1: dict[str, Wanted] = {
     "ensemble, paper's posterior": {"system": "forest", **PAPERS, **PLAIN},
     "ensemble, calibrated": {"system": "forest", **CALIBRATED, **PLAIN},
-    "average, posterior": {"system": "average", "prior": "ema"},
+    "average, posterior (ema)": {"system": "average", "prior": "ema"},
+    "average, posterior (fitted)": {"system": "average", "prior": "fitted"},
     "average, uniform": {"system": "average", "prior": "uniform"},
     "seed": {"system": "seed"},
 }
@@ -204,7 +205,17 @@ def _trials_section(results: Results) -> str:
         cells = [f"{trial['learning_rate']:g}", f"{trial['updates']:,}", str(trial["blocks_per_domain_update"])]
         cells.append(f"**{found}**" if trial["chosen"] else found)
         lines.append(f"| {trial['size']} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_edges(results.trials)]) + "\n"
+
+
+def _edges(trials: Sequence[Entry]) -> Iterator[str]:
+    """A warning for each size whose chosen learning rate has none tried beyond it: the rival may do better there."""
+    for size in dict.fromkeys(trial["size"] for trial in trials):
+        rates = {trial["learning_rate"] for trial in select(trials, size=size)}
+        chosen = {trial["learning_rate"] for trial in select(trials, size=size, chosen=True)}
+        for edge, side in ((max(rates), "highest"), (min(rates), "lowest")):
+            if len(rates) > 1 and edge in chosen:
+                yield f"\nThe {side} learning rate tried for {size} is the best: one beyond it may be better still."
 
 
 def _speeds_section(results: Results) -> str:
@@ -269,8 +280,9 @@ def _draw(curves: Mapping[str, Sequence[tuple[float, float]]], baseline: float, 
     for name, points in curves.items():
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
+    values = [baseline, *(value for points in curves.values() for _, value in points)]
     highest = 1.6 * baseline  # averages without a seed leave the picture
-    axes.set_ylim(top=min(highest, axes.get_ylim()[1]))
+    axes.set_ylim(0.95 * min(values), min(highest, 1.05 * max(values)))
     axes.set(xlabel=over, ylabel="test perplexity, all texts")
     axes.legend(frameon=False, fontsize="small")
     for ending in ("svg", "png"):

@@ -245,7 +245,8 @@ def test_random_splits_deal_every_document_once(studied: Studied) -> None:
 
 def test_results_are_read_back_and_those_of_several_seeds_make_one_page(studied: Studied, tmp_path: Path) -> None:
     trial = {"size": "model", "learning_rate": 0.01, "updates": 12, "blocks_per_domain_update": 4, "development": 9.87}
-    study = replace(studied.study, trials=({**trial, "chosen": True},))
+    lower = {**trial, "learning_rate": 0.001, "development": 12.3, "chosen": False}
+    study = replace(studied.study, trials=({**trial, "chosen": True}, lower))
     results = results_of(studied.plan, study)
     write_results(results, tmp_path / "one")
     other = [entry | {"random_seed": 1, "all": entry["all"] and 2 * entry["all"]} for entry in results.entries]
@@ -267,6 +268,7 @@ def test_results_are_read_back_and_those_of_several_seeds_make_one_page(studied:
         "Top-k",
         "Speed",
         "| model | 0.01 | 12 | 4 | **9.87** |",
+        "The highest learning rate tried for model is the best",
     ):
         assert heading in page
     for figure in ("seed-share-model", "top-k-model"):
