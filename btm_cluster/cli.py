@@ -143,12 +143,20 @@ def write_report(
     summaries: Annotated[list[Path], typer.Argument(help="Folders that `btm study` wrote.", show_default=False)],
     to: Annotated[Path, typer.Option(help="Folder for the page and its figures.", show_default=False)],
 ) -> None:
-    """Make one page of tables and figures from the results of one or several studies."""
+    """Make one page of tables and figures from the results of one or several studies, which are kept beside it."""
     check_folder(to)
+    if len(summaries) > 1 and to.resolve() in [folder.resolve() for folder in summaries]:
+        raise UserError(
+            f"the results in {to} would be replaced by those of all",
+            expected="a folder of its own for the page of several studies",
+            remedy="name another folder with --to",
+        )
     from btm_cluster.study.page import write_page
-    from btm_cluster.study.results import read_results
+    from btm_cluster.study.results import read_results, write_results
 
-    write_page(read_results(summaries), to)
+    results = read_results(summaries)
+    write_results(results, to)
+    write_page(results, to)
     print(f"wrote {to / 'README.md'}")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from btm_cluster.cli import run_study_plan
+from btm_cluster.cli import run_study_plan, write_report
 from btm_cluster.driver import Driver
 from btm_cluster.equations import learned_gate
 from btm_cluster.equations.gates import fit_discounts
@@ -254,7 +254,13 @@ def test_results_are_read_back_and_those_of_several_seeds_make_one_page(studied:
     (tmp_path / "two" / "summary.json").write_text(json.dumps(other))
     (tmp_path / "two" / "study.json").write_text((tmp_path / "one" / "study.json").read_text())
     assert list(read_results([tmp_path / "one"]).entries) == json.loads(json.dumps(list(results.entries)))
-    write_page(read_results([tmp_path / "one", tmp_path / "two"]), tmp_path / "page")
+    folders = [tmp_path / "one", tmp_path / "two"]
+    write_report(folders, tmp_path / "page")
+    together = read_results(folders)
+    assert len(together.entries) == len(other) + len(results.entries)
+    assert read_results([tmp_path / "page"]) == together
+    with pytest.raises(UserError, match="would be replaced by those of all"):
+        write_report(folders, tmp_path / "two")
     page = (tmp_path / "page" / "README.md").read_text()
     all_texts = studied.entry(system="transformer-lm")["all"]
     assert f"{1.5 * all_texts:.1f} ± {all_texts / 2**0.5:.1f}" in page
