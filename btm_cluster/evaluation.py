@@ -11,7 +11,10 @@ import torch
 from btm_cluster.cluster_ensemble import with_cluster_ensemble
 from btm_cluster.driver import Driver
 from btm_cluster.equations.averaging import posterior_weights, uniform_weights
+from btm_cluster.equations.learned_gate import LearnedGate
 from btm_cluster.equations.posterior import keep_top, log_prior
+from btm_cluster.errors import UserError
+from btm_cluster.fits import open_gate
 from btm_cluster.forest import Forest
 from btm_cluster.ground import HELD_OUT, Ground, PreparedText
 from btm_cluster.ledger import Artifact, Ledger, Ref
@@ -20,12 +23,14 @@ from btm_cluster.recipes import average_request, score_request
 from btm_cluster.report import (
     CALIBRATED_DEMIX,
     CALIBRATED_ENSEMBLE,
+    GATED_ENSEMBLE,
     PAPER_DEMIX,
     PAPER_ENSEMBLE,
     SEED,
     TRANSFORMER_LM,
     SplitResult,
 )
+from btm_cluster.requests import FitForAll, ScoredSplit, TuneGate
 from btm_cluster.scores import ScoreStack
 
 ModelScores = Mapping[tuple[str, str, str], Artifact]
@@ -56,6 +61,9 @@ def evaluate(
         if text.tokens[split]
     }
     fits = fit_targets(ground, stacks)
+    if ground.plan.merging.posterior == "gate":
+        gates = fit_gates(ground, experts, ground.texts, driver)
+        fits = {name: replace(fit, gate=gates[name]) for name, fit in fits.items()}
     averages = average_models(ground, forest, fits, driver)
     scored_on = [(averages["uniform"], text) for text in ground.texts]
     scored_on += [(averages[f"posterior for {text.name}"], text) for text in ground.texts]
@@ -140,6 +148,38 @@ def fit_text(ground: Ground, forest: Forest, text: PreparedText | None, driver: 
     return default_fit(samples, ground.plan.merging)
 
 
+def fit_gates(
+    ground: Ground, experts: Sequence[Ref], texts: Sequence[PreparedText], driver: Driver
+) -> dict[str | None, LearnedGate]:
+    """A gate for each text, by name: tuned to its development text; that for all texts where it has none, and at None.
+
+    Raises:
+        UserError: no domain has development text to fit a gate on.
+    """
+    merging, domains = ground.plan.merging, [domain for domain in ground.domains if domain.tokens["development"]]
+    if not domains:
+        raise UserError(
+            "no domain has development text, on which a gate is fitted",
+            remedy="give the domains some, or choose another merging.posterior",
+        )
+    tuned = [text for text in texts if text.tokens["development"]]
+    pairs = [(expert, text) for text in {t.name: t for t in (*domains, *tuned)}.values() for expert in experts]
+    scores = score_models(ground, pairs, driver, splits=["development"])
+
+    def scored(text: PreparedText) -> ScoredSplit:
+        refs = tuple(scores[expert.identity, text.name, "development"].ref for expert in experts)
+        return ScoredSplit(refs, text.tokens["development"])
+
+    for_all = FitForAll("gate for all texts", "gate", tuple(map(scored, domains)), merging)
+    (shared,) = driver.require(driver.workers.mix, [for_all])
+    requests = [TuneGate(f"gate for {text.name}", scored(text), for_all.ref, merging) for text in tuned]
+    own = driver.require(driver.workers.mix, requests)
+    gates: dict[str | None, LearnedGate] = dict.fromkeys(
+        [None, *(text.name for text in texts)], open_gate(driver.ledger, shared)
+    )
+    return gates | {text.name: open_gate(driver.ledger, fit) for text, fit in zip(tuned, own, strict=True)}
+
+
 def average_weights(ground: Ground, forest: Forest, texts: Sequence[PreparedText], driver: Driver) -> list[list[float]]:
     """The experts' weights in the posterior-weighted average for each text, by its development text.
 
@@ -195,7 +235,8 @@ def _ensembles(stack: ScoreStack, fit: TargetFit) -> dict[str, torch.Tensor]:
     mixings = {PAPER_ENSEMBLE: fit.paper, CALIBRATED_ENSEMBLE: fit.calibrated, f"ensemble, top-{half}": top}
     if fit.planned is not fit.calibrated and not _same(fit.planned, fit.calibrated):
         mixings["ensemble, as planned"] = fit.planned
-    return {name: stack.mixture_sums(m.log_prior_E, m.posterior) for name, m in mixings.items()}
+    sums = {name: stack.mixture_sums(m.log_prior_E, m.posterior) for name, m in mixings.items()}
+    return sums if fit.gate is None else sums | {GATED_ENSEMBLE: stack.gated_sums(fit.gate)}
 
 
 def _same(one: Mixing, other: Mixing) -> bool:

@@ -1,18 +1,21 @@
 """`btm generate`: the whole forest writes on, its experts weighted as the posterior says, token after token."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from btm_cluster.algorithm import Grown
 from btm_cluster.driver import Driver
+from btm_cluster.equations.gates import Gate
 from btm_cluster.errors import UserError
-from btm_cluster.evaluation import fit_text
+from btm_cluster.evaluation import fit_gates, fit_text
+from btm_cluster.forest import Expert
+from btm_cluster.ground import PreparedText
 from btm_cluster.language_model.ensemble import Ensemble, Sampling
 from btm_cluster.language_model.model import load_model
 from btm_cluster.ledger import Ledger, Ref
-from btm_cluster.mixing import Mixing
 from btm_cluster.plan import Plan
 from btm_cluster.run import check_text_is_known, find_grown
 from btm_cluster.steps.average import open_config
@@ -76,25 +79,33 @@ def generate(
             expected=f"fewer than {plan.training.block_tokens}: the forest reads no further back than a block",
             remedy="give its end alone",
         )
-    mixing = fit_text(grown.ground, grown.forest, text, driver).planned
-    kept = [j for j, share in enumerate(mixing.log_prior_E.tolist()) if share > float("-inf")]
-    ensemble = open_ensemble(driver.ledger, [grown.forest.experts[j].identity for j in kept], mixing, kept, tokenizer)
+    experts, gate = _experts_and_gate(grown, text, driver)
+    ensemble = open_ensemble(driver.ledger, [expert.identity for expert in experts], gate, tokenizer)
     ensemble.read(read)
-    written, trust_E = [], torch.zeros(len(kept), dtype=torch.float64)
+    written, trust_E = [], torch.zeros(len(experts), dtype=torch.float64)
     for token in ensemble.write(min(most_tokens, room), tokenizer.eos_token_id, len(tokenizer), sampling):
         written.append(token)
         trust_E += ensemble.log_weights().exp()
     trust_E = trust_E / max(1, len(written))
-    domains = [grown.forest.experts[j].domain for j in kept]
+    domains = [expert.domain for expert in experts]
     return Generated(tokenizer.decode(written), len(written), dict(zip(domains, trust_E.tolist(), strict=True)))
 
 
-def open_ensemble(
-    ledger: Ledger, experts: list[str], mixing: Mixing, kept: list[int], tokenizer: PreTrainedTokenizerFast
-) -> Ensemble:
-    """The kept experts, loaded, as one model."""
+def _experts_and_gate(grown: Grown, text: PreparedText | None, driver: Driver) -> tuple[Sequence[Expert], Gate]:
+    """Who writes for a text, and how they are weighed: those that the plan's `top_k` keeps."""
+    ground, experts = grown.ground, grown.forest.experts
+    if ground.plan.merging.posterior == "gate":
+        models = [Ref("model", expert.identity) for expert in experts]
+        gates = fit_gates(ground, models, [text] if text else [], driver)
+        return experts, gates[text.name if text else None]
+    mixing = fit_text(ground, grown.forest, text, driver).planned
+    kept = [j for j, share in enumerate(mixing.log_prior_E.tolist()) if share > float("-inf")]
+    return [experts[j] for j in kept], replace(mixing, log_prior_E=mixing.log_prior_E[kept])
+
+
+def open_ensemble(ledger: Ledger, experts: Sequence[str], gate: Gate, tokenizer: PreTrainedTokenizerFast) -> Ensemble:
+    """Experts, by identity, loaded as one model."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = [ledger.get(Ref("model", identity)) for identity in experts]
     models = [load_model(open_config(ledger, one), ledger.open_file(one, "model.safetensors")) for one in found]
-    log_prior_E = mixing.log_prior_E[kept]
-    return Ensemble([model.to(device) for model in models], log_prior_E, mixing.posterior, tokenizer.eos_token_id)
+    return Ensemble([model.to(device) for model in models], gate, tokenizer.eos_token_id)

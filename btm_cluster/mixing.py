@@ -14,7 +14,8 @@ import torch
 
 from btm_cluster.equations.averaging import argmax_weights, posterior_weights
 from btm_cluster.equations.calibration import calibrate
-from btm_cluster.equations.posterior import Kind, Posterior, PriorKind, keep_top, log_prior
+from btm_cluster.equations.learned_gate import LearnedGate
+from btm_cluster.equations.posterior import Kind, Posterior, PriorKind, keep_top, log_posterior, log_prior
 from btm_cluster.plan import MergingPlan
 
 FULL = Posterior("full")
@@ -30,6 +31,10 @@ class Mixing:
     log_prior_E: torch.Tensor
     posterior: Posterior
 
+    def log_weights(self, logp_EBT: torch.Tensor, entropy_EBT: torch.Tensor | None = None) -> torch.Tensor:  # noqa: ARG002
+        """As a gate gives them: log p(D=j | x_<t), [E, B, T]."""
+        return log_posterior(logp_EBT, self.log_prior_E, self.posterior)
+
 
 @dataclass(frozen=True)
 class TargetFit:
@@ -38,9 +43,12 @@ class TargetFit:
     paper: Mixing
     calibrated: Mixing
     planned: Mixing
+    """By the plan's posterior and prior; the calibrated one beside a gate, where one is asked for."""
     average_prior_E: torch.Tensor
     """By which averages are weighted."""
     development_blocks: int
+    gate: LearnedGate | None = None
+    """Where the plan asks for one."""
 
     @property
     def average_weights(self) -> list[float]:
@@ -58,7 +66,7 @@ def fit_target(logp_EBT: torch.Tensor, mask_BT: torch.Tensor, merging: MergingPl
     paper = Mixing(log_prior("ema", logp_EBT, mask_BT, FULL), FULL)
     calibrated = fit_mixing("calibrated", "fitted", logp_EBT, mask_BT, merging)
     planned = calibrated
-    if (merging.posterior, merging.prior) != ("calibrated", "fitted"):
+    if merging.posterior != "gate" and (merging.posterior, merging.prior) != ("calibrated", "fitted"):
         planned = fit_mixing(merging.posterior, merging.prior, logp_EBT, mask_BT, merging)
     kept = Mixing(keep_top(planned.log_prior_E, merging.top_k), planned.posterior)
     average_E = log_prior(merging.average_prior, logp_EBT, mask_BT, FULL).exp()
@@ -90,7 +98,7 @@ def default_fit(samples: Sequence[tuple[torch.Tensor, torch.Tensor]], merging: M
     calibrated = shared_mixing(samples, merging)
     uniform_E = calibrated.log_prior_E
     planned = calibrated
-    if merging.posterior != "calibrated":
+    if merging.posterior != "calibrated" and merging.posterior != "gate":
         planned = Mixing(uniform_E, Posterior(merging.posterior, merging.window_tokens))
     kept = Mixing(keep_top(planned.log_prior_E, merging.top_k), planned.posterior)
     return TargetFit(Mixing(uniform_E, FULL), calibrated, kept, uniform_E.exp(), 0)

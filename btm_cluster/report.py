@@ -16,6 +16,7 @@ TRANSFORMER_LM = "Transformer-LM"
 SEED = "seed"
 PAPER_ENSEMBLE = "ensemble, paper's posterior"
 CALIBRATED_ENSEMBLE = "ensemble, calibrated"
+GATED_ENSEMBLE = "ensemble, learned gate"
 PAPER_DEMIX = "DEMix, paper's posterior"
 CALIBRATED_DEMIX = "DEMix, calibrated"
 GROUPS = ("domains", "targets", "all")

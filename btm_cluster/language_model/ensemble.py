@@ -1,4 +1,4 @@
-"""A forest as one language model: its experts read side by side, and their predictions are mixed by the posterior.
+"""A forest as one language model: its experts read side by side, and their predictions are mixed by the posterior or a gate.
 
     p(x_t | x_<t) = Σ_j p_j(x_t | x_<t) · p(D=j | x_<t)                     paper, equation 1
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from btm_cluster.equations.posterior import Posterior, log_posterior
+from btm_cluster.equations.gates import Gate
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What transformers calls the keys and values that it keeps: the second in 5.17, the first in 5.24."""
@@ -49,21 +49,22 @@ class _Reader:
 
 
 class Ensemble:
-    """Experts with a prior and a posterior, reading one text from its beginning. The text is at most a block long."""
+    """Experts and a gate, which a posterior with its prior is too, reading one text from its beginning. The text is at most a
+    block long."""
 
-    def __init__(
-        self, models: Sequence[PreTrainedModel], log_prior_E: torch.Tensor, posterior: Posterior, end_of_text: int
-    ) -> None:
+    def __init__(self, models: Sequence[PreTrainedModel], gate: Gate, end_of_text: int) -> None:
         self._readers = [_Reader(model.eval()) for model in models]
-        self._log_prior_E, self._posterior = log_prior_E.double(), posterior
-        self._logp_ET = torch.zeros(len(models), 0, dtype=torch.float64)
+        self._gate = gate
+        self._logp_ET = self._entropy_ET = torch.zeros(len(models), 0, dtype=torch.float64)
         self._next_EV = self._go_on([end_of_text])[:, -1]
 
     def log_weights(self) -> torch.Tensor:
         """log p(D=j | what was read): [E]."""
         unseen_E1 = torch.zeros(len(self._readers), 1, dtype=torch.float64)
         logp_EBT = torch.cat([self._logp_ET, unseen_E1], dim=1)[:, None]
-        return log_posterior(logp_EBT, self._log_prior_E, self._posterior)[:, 0, -1]
+        entropy_EBT = torch.cat([self._entropy_ET, _entropy(self._next_EV)[:, None]], dim=1)[:, None]
+        log_weights_EBT = self._gate.log_weights(logp_EBT, entropy_EBT)
+        return log_weights_EBT[:, 0, -1]
 
     def log_probs(self) -> torch.Tensor:
         """log p of every next token: [V]."""
@@ -77,6 +78,7 @@ class Ensemble:
         seen_T = torch.tensor(list(tokens))
         seen_ET = said_ETV[:, :-1].gather(2, seen_T.expand(len(said_ETV), -1)[..., None])[..., 0]
         self._logp_ET = torch.cat([self._logp_ET, seen_ET], dim=1)
+        self._entropy_ET = torch.cat([self._entropy_ET, _entropy(said_ETV[:, :-1])], dim=1)
         self._next_EV = said_ETV[:, -1]
 
     def write(self, most_tokens: int, end_of_text: int, vocabulary: int, sampling: Sampling) -> Iterator[int]:
@@ -92,6 +94,11 @@ class Ensemble:
     @torch.inference_mode()
     def _go_on(self, tokens: Sequence[int]) -> torch.Tensor:
         return torch.stack([reader.go_on(tokens) for reader in self._readers])
+
+
+def _entropy(log_probs_V: torch.Tensor) -> torch.Tensor:
+    """In nats, of [..., V]: [...]."""
+    return -(log_probs_V.exp() * log_probs_V).nan_to_num().sum(-1)
 
 
 def _draw(log_probs_V: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:

@@ -169,8 +169,10 @@ class BranchingPlan(Section):
 class MergingPlan(Section):
     """How experts are combined, and on how much development text that is fitted."""
 
-    posterior: Literal["calibrated", "full", "last-token", "window"] = "calibrated"
-    """What the posterior sees: `full` is the paper's equation, `last-token` its scorer, `calibrated` weighs the evidence."""
+    rules: ClassVar = plan_rules.merging_rules
+    posterior: Literal["calibrated", "full", "last-token", "window", "gate"] = "calibrated"
+    """What the posterior sees: `full` is the paper's equation, `last-token` its scorer, `calibrated` weighs the evidence.
+    `gate` is a small network instead, learned on development text, on how well and how surely each expert has predicted so far."""
     prior: Literal["fitted", "ema", "mean", "uniform"] = "fitted"
     """`ema` is the paper's estimate; `fitted` maximises the likelihood of the development text."""
     average_prior: Literal["fitted", "ema", "mean", "uniform"] = "fitted"

@@ -135,6 +135,20 @@ def training_rules(given: Given) -> Iterator[Broken]:
         yield Broken("", found, "at least one update for the experts", "raise `updates` or lower `seed_share`")
 
 
+def merging_rules(given: Given) -> Iterator[Broken]:
+    """A gate learns what a prior says, of all experts."""
+    if given.get("posterior") != "gate":
+        return
+    for name, right in (("prior", "fitted"), ("top_k", None)):
+        if given.get(name, right) != right:
+            yield Broken(
+                name,
+                repr(given[name]),
+                "nothing, since a gate has no prior",
+                f"leave `{name}` out, or choose another posterior",
+            )
+
+
 def cluster_rules(given: Given) -> Iterator[Broken]:
     """Groups of several GPUs have whole ones."""
     gpus = _numbers(given, gpus_per_expert=0)

@@ -14,7 +14,7 @@ from btm_cluster.requests.models import (
     TrainRequest,
     way_of,
 )
-from btm_cluster.requests.scores import FitForAll, MixRequest, MixText, ScoredSplit, ScoreRequest, Way
+from btm_cluster.requests.scores import FitForAll, MixRequest, MixText, ScoredSplit, ScoreRequest, TuneGate, Way
 from btm_cluster.requests.texts import (
     FindOverlap,
     ImportTokenizer,
@@ -50,6 +50,7 @@ __all__ = [
     "TrainRequest",
     "TrainTokenizer",
     "TrainingText",
+    "TuneGate",
     "Way",
     "way_of",
 ]

@@ -92,10 +92,25 @@ class MixText(StepRequest):
         return {"ways": ways, "for_all": for_all, **_mixing_recipe((self.development, self.test), self.merging)}
 
 
+@dataclass(frozen=True)
+class TuneGate(StepRequest):
+    """Tune the gate for all texts to one of them, on its development text."""
+
+    kind: ClassVar[str] = "gate"
+    label: str
+    development: ScoredSplit
+    for_all: Ref
+    merging: MergingPlan
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        return {"for_all": {"gate": self.for_all.identity}, **_mixing_recipe((self.development,), self.merging)}
+
+
 def _mixing_recipe(splits: Sequence[ScoredSplit], merging: MergingPlan) -> dict[str, Any]:
     """Scores say which tokens they are of."""
     settings = merging.model_dump(mode="json", include={"development_blocks", "window_tokens", "discount"})
     return {"scores": [[ref.identity for ref in split.scores] for split in splits], "fits": FITS, **settings}
 
 
-MixRequest: TypeAlias = FitForAll | MixText
+MixRequest: TypeAlias = FitForAll | MixText | TuneGate

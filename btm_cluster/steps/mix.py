@@ -11,28 +11,27 @@ from typing import TypeAlias, cast
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
-from btm_cluster.equations.gates import Discounts, FixedShare, fit_discounts, fit_fixed_share
+from btm_cluster.equations.gates import fit_discounts, fit_fixed_share
 from btm_cluster.equations.learned_gate import LearnedGate, TextScores, fit_gate_for_all, tune_gate
-from btm_cluster.equations.posterior import Posterior, PriorKind, keep_top, uniform_prior
+from btm_cluster.equations.posterior import PriorKind, keep_top
+from btm_cluster.fits import FIT, Fitted, open_gate, read_fit, write_fit
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.mixing import Mixing, PosteriorName, fit_mixing, one_thread_each, shared_mixing
 from btm_cluster.plan import MergingPlan
-from btm_cluster.requests import FitForAll, MixRequest, MixText, ScoredSplit, Way
+from btm_cluster.requests import FitForAll, MixRequest, MixText, ScoredSplit, TuneGate, Way
 from btm_cluster.scores import ScoreStack
 from btm_cluster.storage.scratch import scratch_folder
 from btm_cluster.workers import Control, Progress
 
-Fitted: TypeAlias = Mixing | FixedShare | Discounts | LearnedGate
 ForAll: TypeAlias = Mapping[str, Fitted]
 """By posterior: what is one setting for all."""
-SUMS, PRIORS, FIT = "sums.npy", "priors.npy", "fit.safetensors"
+SUMS, PRIORS = "sums.npy", "priors.npy"
 GATE = "gate"
 
 
 def mix(request: MixRequest, ledger: Ledger, control: Control) -> Artifact:
-    """Fits for all texts, or fits and mixes one.
+    """Fits for all texts, tunes a gate to one, or fits and mixes one.
 
     A mixture's files: `sums.npy`, float64 [ways, D], and `priors.npy`, float64 [ways, E], where a gate has NaN.
     """
@@ -40,6 +39,9 @@ def mix(request: MixRequest, ledger: Ledger, control: Control) -> Artifact:
         if isinstance(request, FitForAll):
             control.report(Progress(request.label, "fitting for all texts"))
             files = _fit_for_all(request, ledger, scratch)
+        elif isinstance(request, TuneGate):
+            control.report(Progress(request.label, "tuning"))
+            files = _tune_gate(request, ledger, scratch)
         else:
             control.report(Progress(request.label, "mixing"))
             files = _mix_text(request, ledger, scratch)
@@ -50,7 +52,7 @@ def _mix_text(request: MixText, ledger: Ledger, scratch: Path) -> dict[str, Path
     sample = _stack(ledger, request.development).sample(request.merging.development_blocks)
     test = _stack(ledger, request.test)
     for_all = {
-        posterior: read_for_all(posterior, ledger.open_file(ledger.get(ref), FIT), sample, request.merging)
+        posterior: read_fit(posterior, ledger.open_file(ledger.get(ref), FIT), sample, request.merging)
         for posterior, ref in request.for_all
     }
     fitted = fit_ways(request.ways, sample, request.merging, for_all)
@@ -64,7 +66,14 @@ def _mix_text(request: MixText, ledger: Ledger, scratch: Path) -> dict[str, Path
 def _fit_for_all(request: FitForAll, ledger: Ledger, scratch: Path) -> dict[str, Path]:
     blocks = request.merging.development_blocks
     samples = [_stack(ledger, domain).sample(blocks) for domain in request.domains]
-    write_for_all(fit_for_all(request.posterior, samples, request.merging), scratch / FIT)
+    write_fit(fit_for_all(request.posterior, samples, request.merging), scratch / FIT)
+    return {FIT: scratch / FIT}
+
+
+def _tune_gate(request: TuneGate, ledger: Ledger, scratch: Path) -> dict[str, Path]:
+    sample = _stack(ledger, request.development).sample(request.merging.development_blocks)
+    for_all = open_gate(ledger, ledger.get(request.for_all))
+    write_fit(tune_gate(sample, for_all), scratch / FIT)
     return {FIT: scratch / FIT}
 
 
@@ -78,28 +87,6 @@ def fit_for_all(posterior: str, samples: Sequence[TextScores], merging: MergingP
     assert posterior == "discounts", posterior
     logp_EBT = torch.cat([logp_EBT for logp_EBT, _ in pairs], dim=1)
     return fit_discounts(logp_EBT, torch.cat([mask_BT for _, mask_BT in pairs]), fits_prior=False)
-
-
-def write_for_all(fitted: Fitted, path: Path) -> None:
-    """Everything but the prior, which is uniform over whatever experts a text is mixed from."""
-    if isinstance(fitted, Mixing):
-        tensors = {"weight": torch.tensor(fitted.posterior.weight, dtype=torch.float64)}
-    elif isinstance(fitted, Discounts):
-        tensors = {"discounts": torch.tensor(fitted.discounts, dtype=torch.float64), "weights": fitted.weights_G}
-    else:
-        tensors = {name: value for name, value in vars(fitted).items() if value is not None}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-
-
-def read_for_all(posterior: str, path: Path, sample: TextScores, merging: MergingPlan) -> Fitted:
-    """What `write_for_all` wrote, for the experts of a text."""
-    tensors, uniform_E = load_file(path), uniform_prior(sample.logp_EBT)
-    if posterior == "calibrated":
-        form = Posterior("calibrated", merging.window_tokens, merging.discount, float(tensors["weight"]))
-        return Mixing(uniform_E, form)
-    if posterior == "discounts":
-        return Discounts(uniform_E, tuple(tensors["discounts"].tolist()), tensors["weights"])
-    return LearnedGate(**tensors)
 
 
 def fit_ways(ways: Sequence[Way], sample: TextScores, merging: MergingPlan, for_all: ForAll) -> dict[Way, Fitted]:

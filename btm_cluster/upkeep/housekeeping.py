@@ -17,7 +17,7 @@ from btm_cluster.records import EXPANSIONS, HELD, QUARANTINE, TOMBSTONES, open_b
 from btm_cluster.requests import way_of
 from btm_cluster.storage import Storage
 
-MIXED = ("fit-for-all", "mixture")
+MIXED = ("fit-for-all", "gate", "mixture")
 """What is made of scores; the second of the first."""
 
 

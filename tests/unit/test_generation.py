@@ -11,15 +11,37 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from btm_cluster.algorithm import grow
 from btm_cluster.cli import app, run_command
+from btm_cluster.equations import learned_gate
+from btm_cluster.equations.gates import Gate, log_gated_mixture
+from btm_cluster.equations.learned_gate import LearnedGate, features
 from btm_cluster.equations.mixture import log_mixture
 from btm_cluster.equations.posterior import Posterior
 from btm_cluster.language_model.ensemble import Ensemble, Sampling
 from btm_cluster.language_model.scoring import score_tokens
+from btm_cluster.mixing import Mixing
 from btm_cluster.plan import Plan
 from btm_cluster.requests import Resources
 from tests.conftest import in_process, plan_fields
 
 VOCABULARY, END = 24, 0
+
+
+def random_gate() -> LearnedGate:
+    """A gate that trusts three experts very differently, by whatever it sees."""
+    generator = torch.Generator().manual_seed(3)
+    one = torch.zeros(1, 1, 1)
+    count, hidden = features(one, one, one[0] == 0).shape[-1], 4
+    shapes = {
+        "linear_F": (count,),
+        "inner_FH": (count, hidden),
+        "inner_H": (hidden,),
+        "outer_H": (hidden,),
+        "bias_E": (3,),
+    }
+    drawn = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return LearnedGate(center_F=torch.zeros(count), scale_F=torch.ones(count), **drawn)
+
+
 POSTERIORS = [
     Posterior("full"),
     Posterior("last-token"),
@@ -27,6 +49,7 @@ POSTERIORS = [
     Posterior("calibrated", discount=0.9, weight=0.4),
 ]
 PRIOR = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
+LEARNED = random_gate()
 TEXT = torch.randint(1, VOCABULARY, (12,), generator=torch.Generator().manual_seed(5)).tolist()
 
 
@@ -47,7 +70,7 @@ def experts() -> list[PreTrainedModel]:
 def test_every_next_token_has_the_probability_of_the_mixture_written_out(
     experts: list[PreTrainedModel], posterior: Posterior
 ) -> None:
-    ensemble = Ensemble(experts, PRIOR, posterior, END)
+    ensemble = Ensemble(experts, Mixing(PRIOR, posterior), END)
     with torch.inference_mode():
         ids = torch.tensor([[END, *TEXT]])
         p_ETV = torch.stack([torch.softmax(model(ids).logits[0].double(), dim=-1) for model in experts])
@@ -67,17 +90,20 @@ def test_every_next_token_has_the_probability_of_the_mixture_written_out(
         ensemble.read(TEXT[t : t + 1])
 
 
-@pytest.mark.parametrize("posterior", POSTERIORS, ids=str)
+@pytest.mark.parametrize("gate", [*(Mixing(PRIOR, posterior) for posterior in POSTERIORS), LEARNED])
 def test_what_is_read_has_the_probability_that_scoring_gives_it_in_one_go_or_in_pieces(
-    experts: list[PreTrainedModel], posterior: Posterior
+    experts: list[PreTrainedModel], gate: Gate
 ) -> None:
     how = Resources(
         workers=1, gpus_per_worker=0, cpus_per_worker=1, micro_batch_blocks=1, precision="float32", compile=False
     )
     block = torch.tensor([TEXT])
-    logp_EBT = torch.stack([score_tokens(model, block, END, how)[0] for model in experts]).double()
-    expected_T = log_mixture(logp_EBT, PRIOR, posterior)[0]
-    ensemble, at_once = (Ensemble(experts, PRIOR, posterior, END) for _ in range(2))
+    scored = [score_tokens(model, block, END, how) for model in experts]
+    logp_EBT, entropy_EBT = (torch.stack(values).double() for values in zip(*scored, strict=True))
+    expected_T = log_gated_mixture(gate, logp_EBT, entropy_EBT)[0]
+    if isinstance(gate, Mixing):
+        torch.testing.assert_close(log_mixture(logp_EBT, PRIOR, gate.posterior)[0], expected_T)
+    ensemble, at_once = (Ensemble(experts, gate, END) for _ in range(2))
     found = []
     for token in TEXT:
         found.append(float(ensemble.log_probs()[token]))
@@ -90,9 +116,10 @@ def test_what_is_read_has_the_probability_that_scoring_gives_it_in_one_go_or_in_
 
 def test_tokens_are_drawn_as_asked_and_end_of_text_ends(experts: list[PreTrainedModel]) -> None:
     def written(sampling: Sampling, end: int = -1) -> list[int]:
-        return list(Ensemble(experts, PRIOR, POSTERIORS[3], END).write(10, end, VOCABULARY, sampling))
+        return list(Ensemble(experts, mixing, END).write(10, end, VOCABULARY, sampling))
 
-    ensemble = Ensemble(experts, PRIOR, POSTERIORS[3], END)
+    mixing = Mixing(PRIOR, POSTERIORS[3])
+    ensemble = Ensemble(experts, mixing, END)
     likeliest = []
     for _ in range(10):
         likeliest.append(int(ensemble.log_probs().argmax()))
@@ -105,7 +132,7 @@ def test_tokens_are_drawn_as_asked_and_end_of_text_ends(experts: list[PreTrained
 
 
 def test_a_grown_forest_continues_a_prompt_and_says_whom_it_trusts(
-    texts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    texts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fields = plan_fields(texts, tmp_path / "store") | {"merging": {"top_k": 2}}
     plan = Plan.model_validate(fields)
@@ -124,6 +151,13 @@ def test_a_grown_forest_continues_a_prompt_and_says_whom_it_trusts(
         assert set(found["trust"]) <= set(forest.domains)
         assert sum(found["trust"].values()) == pytest.approx(1)
     assert len(found["trust"]) == 2, "top_k of the plan"
+    monkeypatch.setattr(learned_gate, "LOOKS", 1)
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(fields | {"merging": {"posterior": "gate"}}))
+    for arguments in ((), ("--for", "market")):
+        assert btm("--prompt", "a b", "--tokens", "8", *arguments) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert set(found["trust"]) == set(forest.domains)
+        assert sum(found["trust"].values()) == pytest.approx(1)
     assert btm("--prompt", "word " * 40) == 2
     assert "the prompt is too long" in capsys.readouterr().err
     assert btm("--for", "nowhere") == 2

@@ -182,6 +182,8 @@ PROBLEMS = {
     "training: 3": ("training", "keys such as block_tokens"),
     "branching: {start: posterio}": ("branching.start", "did you mean `posterior`?"),
     "merging: {discount: 1.5}": ("merging.discount", "less than or equal to 1"),
+    "merging: {posterior: gate, top_k: 2}": ("merging.top_k", "a gate has no prior"),
+    "merging: {posterior: gate, prior: ema}": ("merging.prior", "a gate has no prior"),
     "cluster: {seed_gpus: 129}": ("cluster.seed_gpus", "at most 128"),
     "cluster: {gpus_per_expert: .inf}": ("cluster.gpus_per_expert", "finite"),
     "cluster: {checkpoint_minutes: .inf}": ("cluster.checkpoint_minutes", "finite"),

@@ -13,7 +13,7 @@ from btm_cluster.algorithm import prepare
 from btm_cluster.cli import app, run_command
 from btm_cluster.equations import learned_gate
 from btm_cluster.errors import UserError
-from btm_cluster.evaluation import score_models
+from btm_cluster.evaluation import fit_gates, score_models
 from btm_cluster.expansion.expand import expand
 from btm_cluster.forest import Forest, difference
 from btm_cluster.ledger import Artifact, Ledger, Ref, artifact_key
@@ -229,6 +229,8 @@ def test_a_studys_mixtures_go_with_an_expert_that_took_part_in_them(
     mixed = mix(ground, scores, [with_it, without], driver).committed
     assert driver.made["mixture"] == 2 * len(ground.texts)
     assert driver.made["fit-for-all"] == 2
+    fit_gates(ground, [model for _, model in with_it.models], ground.texts, driver)
+    assert (driver.made["fit-for-all"], driver.made["gate"]) == (2, len(ground.texts)), "one gate for all serves both"
     for path in Path(plan.store).rglob("*"):
         os.utime(path, (time.time() - 100 * DAY,) * 2)
     collect(ledger, find_garbage(ledger, 10, DAY))
@@ -244,12 +246,13 @@ def test_a_studys_mixtures_go_with_an_expert_that_took_part_in_them(
         monkeypatch.setattr(ledger.storage, "erase", lambda key: (erased.append(key), erase(key))[1])
         purge(ledger, condemn(ledger, "island"))
         kinds = list(dict.fromkeys(key.split("/")[1] for key in erased if key.startswith("artifacts/")))
-        assert kinds[:3] == ["mixture", "fit-for-all", "scores"], (
+        assert kinds[:4] == ["mixture", "gate", "fit-for-all", "scores"], (
             "an interrupted purge finds what is left by what it is made of"
         )
     for (members, _), mixture in mixed.items():
         assert (ledger.find(mixture.ref) is not None) == (members == without)
     assert len(list(ledger.list_artifacts("fit-for-all"))) == 1
+    assert not list(ledger.list_artifacts("gate"))
     assert verify(ledger).problems == ()
 
 

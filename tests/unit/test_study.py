@@ -17,6 +17,7 @@ from btm_cluster.equations.gates import fit_discounts
 from btm_cluster.equations.learned_gate import LearnedGate, TextScores, fit_gate_for_all, tune_gate
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation import evaluate, score_models, stack_of
+from btm_cluster.fits import read_fit, write_fit
 from btm_cluster.forest import Expert, Forest
 from btm_cluster.ground import PreparedText
 from btm_cluster.language_model import soup
@@ -24,8 +25,8 @@ from btm_cluster.ledger import Ref
 from btm_cluster.mixing import Mixing, fit_mixing, shared_mixing
 from btm_cluster.plan import MergingPlan, Plan, StudyPlan
 from btm_cluster.recipes import expert_request, seed_request, seed_start, transformer_lm_request
-from btm_cluster.report import PAPER_ENSEMBLE, verdict
-from btm_cluster.steps.mix import fit_for_all, read_for_all, write_for_all
+from btm_cluster.report import GATED_ENSEMBLE, PAPER_ENSEMBLE, verdict
+from btm_cluster.steps.mix import fit_for_all
 from btm_cluster.steps.prepare import documents_of
 from btm_cluster.study.controls import random_part_requests
 from btm_cluster.study.page import write_page
@@ -125,10 +126,14 @@ def test_the_forest_of_a_study_is_evaluated_as_any_other(studied: Studied) -> No
         Expert(texts[m.recipe["texts"][0]], m.identity, "", "", ()) for m in own if m.recipe["texts"][0] in texts
     ]
     forest = Forest(0, ground.foundation(seed.identity), tuple(sorted(experts, key=lambda e: e.domain)), {}, "")
+    merging = ground.plan.merging.model_copy(update={"posterior": "gate"})
+    ground = replace(ground, plan=ground.plan.model_copy(update={"merging": merging}))
     rows = verdict(evaluate(ground, forest, baseline, studied.driver).results).rows["test"]
-    (row,) = [row for row in rows if row.system == PAPER_ENSEMBLE]
-    wanted = {"posterior": "full", "prior": "ema", "top_k": None, "seed_share": 0.5}
-    assert studied.entry(system="forest", **wanted)["all"] == pytest.approx(row.means["all"].perplexity, rel=1e-4)
+    found = {row.system: row.means["all"].perplexity for row in rows if "all" in row.means}
+    wanted = {"top_k": None, "seed_share": 0.5, "development_blocks": None}
+    for system, posterior, prior in ((PAPER_ENSEMBLE, "full", "ema"), (GATED_ENSEMBLE, "gate", "fitted")):
+        entry = studied.entry(system="forest", posterior=posterior, prior=prior, **wanted)
+        assert entry["all"] == pytest.approx(found[system], rel=1e-4), system
 
 
 def test_mixtures_are_those_of_fits_on_development_text_made_by_hand(studied: Studied) -> None:
@@ -179,8 +184,8 @@ def test_a_fit_for_all_texts_is_read_back_as_it_was(posterior: str, tmp_path: Pa
     if isinstance(fitted, LearnedGate):
         moved = {name: torch.rand_like(tensor) for name, tensor in vars(fitted).items() if tensor is not None}
         fitted = replace(fitted, **moved)
-    write_for_all(fitted, tmp_path / "fit")
-    found = read_for_all(posterior, tmp_path / "fit", sample, merging)
+    write_fit(fitted, tmp_path / "fit")
+    found = read_fit(posterior, tmp_path / "fit", sample, merging)
     if isinstance(fitted, Mixing):
         assert isinstance(found, Mixing)
         assert found.posterior == fitted.posterior
