@@ -152,9 +152,10 @@ def write_report(
             remedy="name another folder with --to",
         )
     from btm_cluster.study.page import write_page
-    from btm_cluster.study.results import read_results, write_results
+    from btm_cluster.study.results import check_nothing_is_lost, read_results, write_results
 
     results = read_results(summaries)
+    check_nothing_is_lost(to, results)
     write_results(results, to)
     write_page(results, to)
     print(f"wrote {to / 'README.md'}")

@@ -13,7 +13,6 @@ from btm_cluster.driver import Driver
 from btm_cluster.equations.averaging import posterior_weights, uniform_weights
 from btm_cluster.equations.learned_gate import LearnedGate
 from btm_cluster.equations.posterior import keep_top, log_prior
-from btm_cluster.errors import UserError
 from btm_cluster.fits import open_gate
 from btm_cluster.forest import Forest
 from btm_cluster.ground import HELD_OUT, Ground, PreparedText
@@ -62,7 +61,7 @@ def evaluate(
     }
     fits = fit_targets(ground, stacks)
     if ground.plan.merging.posterior == "gate":
-        gates = fit_gates(ground, experts, ground.texts, driver)
+        gates = fit_gates(ground, experts, ground.texts, scores, driver)
         fits = {name: replace(fit, gate=gates[name]) for name, fit in fits.items()}
     averages = average_models(ground, forest, fits, driver)
     scored_on = [(averages["uniform"], text) for text in ground.texts]
@@ -149,28 +148,20 @@ def fit_text(ground: Ground, forest: Forest, text: PreparedText | None, driver: 
 
 
 def fit_gates(
-    ground: Ground, experts: Sequence[Ref], texts: Sequence[PreparedText], driver: Driver
+    ground: Ground, experts: Sequence[Ref], texts: Sequence[PreparedText], scores: ModelScores, driver: Driver
 ) -> dict[str | None, LearnedGate]:
     """A gate for each text, by name: tuned to its development text; that for all texts where it has none, and at None.
 
-    Raises:
-        UserError: no domain has development text to fit a gate on.
+    `scores` has the experts' on the development text of the domains and of these texts.
     """
-    merging, domains = ground.plan.merging, [domain for domain in ground.domains if domain.tokens["development"]]
-    if not domains:
-        raise UserError(
-            "no domain has development text, on which a gate is fitted",
-            remedy="give the domains some, or choose another merging.posterior",
-        )
+    merging = ground.plan.merging
     tuned = [text for text in texts if text.tokens["development"]]
-    pairs = [(expert, text) for text in {t.name: t for t in (*domains, *tuned)}.values() for expert in experts]
-    scores = score_models(ground, pairs, driver, splits=["development"])
 
     def scored(text: PreparedText) -> ScoredSplit:
         refs = tuple(scores[expert.identity, text.name, "development"].ref for expert in experts)
         return ScoredSplit(refs, text.tokens["development"])
 
-    for_all = FitForAll("gate for all texts", "gate", tuple(map(scored, domains)), merging)
+    for_all = FitForAll("gate for all texts", "gate", tuple(map(scored, ground.domains)), merging)
     (shared,) = driver.require(driver.workers.mix, [for_all])
     requests = [TuneGate(f"gate for {text.name}", scored(text), for_all.ref, merging) for text in tuned]
     own = driver.require(driver.workers.mix, requests)

@@ -1,4 +1,7 @@
-"""What was fitted to mix experts by, as a file of an artifact."""
+"""What was fitted to mix experts by, as a file of an artifact: written by the verb *mix*, read by it and by `evaluation.py`.
+
+Knows of no text and of no way to fit.
+"""
 
 from pathlib import Path
 from typing import TypeAlias

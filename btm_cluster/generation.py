@@ -1,4 +1,4 @@
-"""`btm generate`: the whole forest writes on, its experts weighted as the posterior says, token after token."""
+"""`btm generate`: the whole forest writes on, its experts weighted as the posterior or the gate says, token after token."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from btm_cluster.algorithm import Grown
 from btm_cluster.driver import Driver
 from btm_cluster.equations.gates import Gate
 from btm_cluster.errors import UserError
-from btm_cluster.evaluation import fit_gates, fit_text
+from btm_cluster.evaluation import fit_gates, fit_text, score_models
 from btm_cluster.forest import Expert
 from btm_cluster.ground import PreparedText
 from btm_cluster.language_model.ensemble import Ensemble, Sampling
@@ -29,7 +29,7 @@ class Generated:
     text: str
     tokens: int
     trust: Mapping[str, float]
-    """The mean posterior over the written tokens, by domain; experts that the plan's `top_k` leaves out are missing."""
+    """The mean weight over the written tokens, by domain; experts that the plan's `top_k` leaves out are missing."""
 
     @property
     def trust_line(self) -> str:
@@ -92,11 +92,13 @@ def generate(
 
 
 def _experts_and_gate(grown: Grown, text: PreparedText | None, driver: Driver) -> tuple[Sequence[Expert], Gate]:
-    """Who writes for a text, and how they are weighed: those that the plan's `top_k` keeps."""
+    """Who writes for a text, and how they are weighed. Under a posterior, those that the plan's `top_k` keeps."""
     ground, experts = grown.ground, grown.forest.experts
     if ground.plan.merging.posterior == "gate":
         models = [Ref("model", expert.identity) for expert in experts]
-        gates = fit_gates(ground, models, [text] if text else [], driver)
+        texts = [text] if text else []
+        pairs = [(model, one) for one in {t.name: t for t in (*ground.domains, *texts)}.values() for model in models]
+        gates = fit_gates(ground, models, texts, score_models(ground, pairs, driver, ["development"]), driver)
         return experts, gates[text.name if text else None]
     mixing = fit_text(ground, grown.forest, text, driver).planned
     kept = [j for j, share in enumerate(mixing.log_prior_E.tolist()) if share > float("-inf")]

@@ -19,6 +19,8 @@ CALIBRATED_ENSEMBLE = "ensemble, calibrated"
 GATED_ENSEMBLE = "ensemble, learned gate"
 PAPER_DEMIX = "DEMix, paper's posterior"
 CALIBRATED_DEMIX = "DEMix, calibrated"
+FORESTS = (PAPER_ENSEMBLE, CALIBRATED_ENSEMBLE, GATED_ENSEMBLE)
+"""What the last sentences judge."""
 GROUPS = ("domains", "targets", "all")
 
 
@@ -147,7 +149,7 @@ def _cell(system: _Sampled, baseline: _Sampled | None) -> Cell:
 
 def _sentence(rows: Sequence[Row], baseline: str) -> str:
     """Whether the forest beat the baseline on test text, and where it did not."""
-    return " ".join(_judge(row, baseline) for row in rows if row.system in (CALIBRATED_ENSEMBLE, PAPER_ENSEMBLE))
+    return " ".join(_judge(row, baseline) for row in rows if row.system in FORESTS)
 
 
 def _judge(row: Row, baseline: str) -> str:

@@ -1,7 +1,8 @@
 """Whether new experts make a forest worse on what it knew before, and what they bring on their own text.
 
-Perplexities of the ensemble on development text, as the plan mixes it: fitted on one half of the blocks and measured on the
-other, both ways, since a mixture that is fitted and measured on the same text only gains by another expert.
+Perplexities of the ensemble on development text, as the plan mixes it (by the calibrated posterior where that is a gate): fitted on
+one half of the blocks and measured on the other, both ways, since a mixture that is fitted and measured on the same text only
+gains by another expert.
 """
 
 from collections.abc import Callable, Mapping, Sequence

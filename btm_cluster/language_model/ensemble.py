@@ -55,31 +55,32 @@ class Ensemble:
     def __init__(self, models: Sequence[PreTrainedModel], gate: Gate, end_of_text: int) -> None:
         self._readers = [_Reader(model.eval()) for model in models]
         self._gate = gate
-        self._logp_ET = self._entropy_ET = torch.zeros(len(models), 0, dtype=torch.float64)
-        self._next_EV = self._go_on([end_of_text])[:, -1]
+        said_ETV = self._go_on([end_of_text])
+        self._logp_ET = torch.zeros(len(models), 0, dtype=torch.float64)
+        self._entropy_ET = _entropies(said_ETV)
+        self._next_EV = said_ETV[:, -1]
+        self._log_weights_E = self._weigh()
 
     def log_weights(self) -> torch.Tensor:
         """log p(D=j | what was read): [E]."""
-        unseen_E1 = torch.zeros(len(self._readers), 1, dtype=torch.float64)
-        logp_EBT = torch.cat([self._logp_ET, unseen_E1], dim=1)[:, None]
-        entropy_EBT = torch.cat([self._entropy_ET, _entropy(self._next_EV)[:, None]], dim=1)[:, None]
-        log_weights_EBT = self._gate.log_weights(logp_EBT, entropy_EBT)
-        return log_weights_EBT[:, 0, -1]
+        return self._log_weights_E
 
     def log_probs(self) -> torch.Tensor:
         """log p of every next token: [V]."""
-        return torch.logsumexp(self.log_weights()[:, None] + self._next_EV, dim=0)
+        return torch.logsumexp(self._log_weights_E[:, None] + self._next_EV, dim=0)
 
     def read(self, tokens: Sequence[int]) -> None:
         """Goes on by these tokens."""
         if not tokens:
             return
-        said_ETV = torch.cat([self._next_EV[:, None], self._go_on(tokens)], dim=1)
+        fresh_ETV = self._go_on(tokens)
+        said_ETV = torch.cat([self._next_EV[:, None], fresh_ETV], dim=1)
         seen_T = torch.tensor(list(tokens))
         seen_ET = said_ETV[:, :-1].gather(2, seen_T.expand(len(said_ETV), -1)[..., None])[..., 0]
         self._logp_ET = torch.cat([self._logp_ET, seen_ET], dim=1)
-        self._entropy_ET = torch.cat([self._entropy_ET, _entropy(said_ETV[:, :-1])], dim=1)
+        self._entropy_ET = torch.cat([self._entropy_ET, _entropies(fresh_ETV)], dim=1)
         self._next_EV = said_ETV[:, -1]
+        self._log_weights_E = self._weigh()
 
     def write(self, most_tokens: int, end_of_text: int, vocabulary: int, sampling: Sampling) -> Iterator[int]:
         """Draws and reads tokens, below `vocabulary`, until end of text or `most_tokens`; yields each."""
@@ -91,14 +92,20 @@ class Ensemble:
             self.read([token])
             yield token
 
+    def _weigh(self) -> torch.Tensor:
+        unseen_E1 = torch.zeros(len(self._readers), 1, dtype=torch.float64)
+        logp_EBT = torch.cat([self._logp_ET, unseen_E1], dim=1)[:, None]
+        log_weights_EBT = self._gate.log_weights(logp_EBT, self._entropy_ET[:, None])
+        return log_weights_EBT[:, 0, -1]
+
     @torch.inference_mode()
     def _go_on(self, tokens: Sequence[int]) -> torch.Tensor:
         return torch.stack([reader.go_on(tokens) for reader in self._readers])
 
 
-def _entropy(log_probs_V: torch.Tensor) -> torch.Tensor:
-    """In nats, of [..., V]: [...]."""
-    return -(log_probs_V.exp() * log_probs_V).nan_to_num().sum(-1)
+def _entropies(log_probs_ETV: torch.Tensor) -> torch.Tensor:
+    """In nats: [E, T]. One expert after the other, since a long prompt's predictions are gigabytes."""
+    return torch.stack([torch.special.entr(said_TV.exp()).sum(-1) for said_TV in log_probs_ETV])
 
 
 def _draw(log_probs_V: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:

@@ -172,7 +172,9 @@ class MergingPlan(Section):
     rules: ClassVar = plan_rules.merging_rules
     posterior: Literal["calibrated", "full", "last-token", "window", "gate"] = "calibrated"
     """What the posterior sees: `full` is the paper's equation, `last-token` its scorer, `calibrated` weighs the evidence.
-    `gate` is a small network instead, learned on development text, on how well and how surely each expert has predicted so far."""
+    `gate` is a small network instead, learned on development text, on how well and how surely each expert has predicted so far:
+    better where it was measured, and some seconds more for each text. It has no use for `prior` and `top_k`; averages are weighted
+    as ever."""
     prior: Literal["fitted", "ema", "mean", "uniform"] = "fitted"
     """`ema` is the paper's estimate; `fitted` maximises the likelihood of the development text."""
     average_prior: Literal["fitted", "ema", "mean", "uniform"] = "fitted"

@@ -105,7 +105,8 @@ def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str | None:
 
 
 def _description(field: FieldInfo | None) -> str:
-    return (field.description or "").strip().rstrip(".") if field is not None else ""
+    """On one line, as every part of a problem is."""
+    return " ".join((field.description or "").split()).rstrip(".") if field is not None else ""
 
 
 def _path(location: Location) -> str:

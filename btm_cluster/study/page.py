@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from btm_cluster.study.results import KEY, Entry, Results
+from btm_cluster.study.results import KEY, Entry, Results, repeats_left
 
 Wanted = Mapping[str, object]
 PAPERS: Wanted = {"posterior": "full", "prior": "ema"}
@@ -89,7 +89,7 @@ def write_page(results: Results, folder: Path) -> None:
         "test text, mean over texts; everything fitted or chosen was so on development text. "
         f"Random seeds: {', '.join(map(str, seeds))}; ± is the standard deviation over them.\n"
     )
-    left = sum(run.get("repeats_left", 0) for run in results.runs)
+    left = repeats_left(results)
     if left:
         opening += f"\n**Not finished: written with {left} of the sizes and random seeds still to come.**\n"
     (folder / "README.md").write_text(opening + "\n" + "\n".join(filter(None, sections)), encoding="utf-8")

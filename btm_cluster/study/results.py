@@ -72,7 +72,7 @@ def read_results(folders: Sequence[Path]) -> Results:
     entries: dict[tuple[Any, ...], Entry] = {}
     texts: dict[str, Entry] = {}
     rest: dict[str, list[Entry]] = {"texts": [], "speeds": [], "trials": [], "runs": []}
-    for folder in folders:
+    for folder in {folder.resolve(): folder for folder in folders}.values():
         try:
             found = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
             entries |= {_key(entry): entry for entry in found}
@@ -90,6 +90,31 @@ def read_results(folders: Sequence[Path]) -> Results:
         raise UserError("there are no results to show", found=f"{SUMMARY_FILE} without an entry")
     others = (tuple(rest[name]) for name in ("speeds", "trials", "runs"))
     return Results(tuple(entries.values()), tuple(texts.values()), *others)
+
+
+def check_nothing_is_lost(folder: Path, results: Results) -> None:
+    """Refuses results that would replace others in a folder which they do not hold, or finished ones by unfinished ones.
+
+    Raises:
+        UserError: naming the folder.
+    """
+    if not (folder / SUMMARY_FILE).exists():
+        return
+    old = read_results([folder])
+    missing = {_key(entry) for entry in old.entries} - {_key(entry) for entry in results.entries}
+    if missing or (repeats_left(results) and not repeats_left(old)):
+        raise UserError(
+            f"results in {folder} would be lost",
+            found=f"{len(missing)} entries that the new ones lack"
+            if missing
+            else "finished results, and unfinished new ones",
+            remedy="name another folder with --to",
+        )
+
+
+def repeats_left(results: Results) -> int:
+    """Sizes and random seeds that the studies had still to come when they were written."""
+    return sum(run.get("repeats_left", 0) for run in results.runs)
 
 
 def _key(entry: Entry) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ from btm_cluster.requests import way_of
 from btm_cluster.storage import Storage
 
 MIXED = ("fit-for-all", "gate", "mixture")
-"""What is made of scores; the second of the first."""
+"""What is made of scores; the others of the first too."""
 
 
 @dataclass(frozen=True)

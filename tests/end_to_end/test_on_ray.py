@@ -12,14 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from btm_cluster.algorithm import grow, plant, prepare
 from btm_cluster.driver import Driver
-from btm_cluster.evaluation import score_models, stack_of
+from btm_cluster.equations.learned_gate import fit_gate_for_all, tune_gate
+from btm_cluster.evaluation import fit_gates, score_models, stack_of
 from btm_cluster.forest import Forest
 from btm_cluster.ground import PreparedText
 from btm_cluster.ledger import Ref
-from btm_cluster.mixing import fit_mixing, shared_mixing
+from btm_cluster.mixing import fit_mixing, one_thread_each, shared_mixing
 from btm_cluster.on_ray.lazily import LazyRayWorkers
 from btm_cluster.plan import Plan
 from btm_cluster.requests import FitForAll, MixText, ScoredSplit, Way
@@ -111,12 +113,18 @@ def test_scores_are_mixed_in_the_cluster_as_their_fits_say(
         in_cluster = Driver(ledger, workers)
         in_cluster.require(workers.mix, [fit])
         (mixture,) = in_cluster.require(workers.mix, [wanted])
+        gates = fit_gates(ground, experts, [target], scores, in_cluster)
     stacks = [stack_of(ledger, scores, experts, text, "development") for text in (*domains, target)]
     *of_domains, own = [stack.take(0, merging.development_blocks) for stack in stacks]
     by_hand = [fit_mixing("full", "ema", *own, merging), shared_mixing(of_domains, merging)]
     test = stack_of(ledger, scores, experts, target, "test")
     expected = [test.mixture_sums(mixing.log_prior_E, mixing.posterior).numpy() for mixing in by_hand]
     np.testing.assert_allclose(np.load(ledger.open_file(mixture, SUMS)), expected, rtol=1e-6)
+    assert in_cluster.made["gate"] == 1
+    *for_domains, own_text = [stack.sample(merging.development_blocks) for stack in stacks]
+    with one_thread_each():
+        gate = tune_gate(own_text, fit_gate_for_all(for_domains))
+    torch.testing.assert_close(test.gated_sums(gates[target.name]), test.gated_sums(gate), rtol=1e-5, atol=1e-5)
 
 
 def test_a_failed_expert_is_named_its_siblings_are_merged_and_only_it_is_tried_again(

@@ -182,6 +182,7 @@ PROBLEMS = {
     "training: 3": ("training", "keys such as block_tokens"),
     "branching: {start: posterio}": ("branching.start", "did you mean `posterior`?"),
     "merging: {discount: 1.5}": ("merging.discount", "less than or equal to 1"),
+    "merging: {posterior: fuller}": ("merging.posterior", "'calibrated', 'full', 'last-token', 'window' or 'gate'"),
     "merging: {posterior: gate, top_k: 2}": ("merging.top_k", "a gate has no prior"),
     "merging: {posterior: gate, prior: ema}": ("merging.prior", "a gate has no prior"),
     "cluster: {seed_gpus: 129}": ("cluster.seed_gpus", "at most 128"),

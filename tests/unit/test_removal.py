@@ -229,7 +229,7 @@ def test_a_studys_mixtures_go_with_an_expert_that_took_part_in_them(
     mixed = mix(ground, scores, [with_it, without], driver).committed
     assert driver.made["mixture"] == 2 * len(ground.texts)
     assert driver.made["fit-for-all"] == 2
-    fit_gates(ground, [model for _, model in with_it.models], ground.texts, driver)
+    fit_gates(ground, with_it.refs, ground.texts, scores, driver)
     assert (driver.made["fit-for-all"], driver.made["gate"]) == (2, len(ground.texts)), "one gate for all serves both"
     for path in Path(plan.store).rglob("*"):
         os.utime(path, (time.time() - 100 * DAY,) * 2)

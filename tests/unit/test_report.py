@@ -9,6 +9,7 @@ import torch
 
 from btm_cluster.report import (
     CALIBRATED_ENSEMBLE,
+    GATED_ENSEMBLE,
     PAPER_ENSEMBLE,
     SEED,
     TRANSFORMER_LM,
@@ -51,13 +52,14 @@ def test_identical_systems_differ_by_exactly_zero_and_cannot_be_told_apart() -> 
     assert "can not be told apart from the Transformer-LM" in found.sentence
 
 
+@pytest.mark.parametrize("system", [PAPER_ENSEMBLE, CALIBRATED_ENSEMBLE, GATED_ENSEMBLE])
 @pytest.mark.parametrize(("factor", "outcome"), [(0.9, "beat the"), (1.1, "lost to the")])
 def test_a_system_that_is_better_on_every_document_beats_the_baseline_and_a_worse_one_loses(
-    factor: float, outcome: str
+    factor: float, outcome: str, system: str
 ) -> None:
-    found = verdict(texts_with({TRANSFORMER_LM: 1.0, SEED: 1.3, PAPER_ENSEMBLE: factor}))
+    found = verdict(texts_with({TRANSFORMER_LM: 1.0, SEED: 1.3, system: factor}))
     assert found.baseline == TRANSFORMER_LM
-    assert outcome in found.sentence
+    assert f"The {system}, {outcome}" in found.sentence
     assert ("better on every text" in found.sentence) == (factor < 1)
 
 

@@ -16,7 +16,7 @@ from btm_cluster.equations import learned_gate
 from btm_cluster.equations.gates import fit_discounts
 from btm_cluster.equations.learned_gate import LearnedGate, TextScores, fit_gate_for_all, tune_gate
 from btm_cluster.errors import UserError
-from btm_cluster.evaluation import evaluate, score_models, stack_of
+from btm_cluster.evaluation import evaluate, fit_gates, score_models, stack_of
 from btm_cluster.fits import read_fit, write_fit
 from btm_cluster.forest import Expert, Forest
 from btm_cluster.ground import PreparedText
@@ -134,6 +134,15 @@ def test_the_forest_of_a_study_is_evaluated_as_any_other(studied: Studied) -> No
     for system, posterior, prior in ((PAPER_ENSEMBLE, "full", "ema"), (GATED_ENSEMBLE, "gate", "fitted")):
         entry = studied.entry(system="forest", posterior=posterior, prior=prior, **wanted)
         assert entry["all"] == pytest.approx(found[system], rel=1e-4), system
+    models = [Ref("model", expert.identity) for expert in forest.experts]
+    scores = score_models(ground, [(model, text) for model in models for text in ground.texts], studied.driver)
+    made = studied.driver.made["gate"]
+    gates = fit_gates(ground, models, ground.texts, scores, studied.driver)
+    assert studied.driver.made["gate"] == made == len(ground.texts), "those of the evaluation are found again"
+    bare = replace(ground.texts[-1], tokens={**ground.texts[-1].tokens, "development": ()})
+    assert set(gates) == {None, *(text.name for text in ground.texts)}
+    without = fit_gates(ground, models, [bare], scores, studied.driver)
+    assert without[bare.name] is without[None], "no text to tune it to"
 
 
 def test_mixtures_are_those_of_fits_on_development_text_made_by_hand(studied: Studied) -> None:
@@ -266,6 +275,10 @@ def test_results_are_read_back_and_those_of_several_seeds_make_one_page(studied:
     assert read_results([tmp_path / "page"]) == together
     with pytest.raises(UserError, match="would be replaced by those of all"):
         write_report(folders, tmp_path / "two")
+    with pytest.raises(UserError, match=rf"would be lost\n.*{len(other)} entries"):
+        write_report(folders[:1], tmp_path / "two")
+    write_report([*folders, *folders], tmp_path / "page")
+    assert read_results([tmp_path / "page"]) == together, "a folder that is named twice counts once"
     page = (tmp_path / "page" / "README.md").read_text()
     all_texts = studied.entry(system="transformer-lm")["all"]
     assert f"{1.5 * all_texts:.1f} ± {all_texts / 2**0.5:.1f}" in page
