@@ -105,9 +105,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @contextmanager
 def start_object_store(folder: Path) -> Iterator[dict[str, str]]:
     """A real S3 server on loopback: the environment variables that lead boto3 to it."""
-    port = next(port for port in iter(_object_store_port, None) if _are_free(port, port + 5820, port + 9309))
     try:
-        subprocess.run([Path(__file__).parent / "start-radosgw", folder, str(port)], check=True, capture_output=True)
+        port = _start_on_a_free_port(folder)
         yield {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
             "AWS_ACCESS_KEY_ID": "btmkey",
@@ -128,8 +127,21 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str,
         yield variables
 
 
+def _start_on_a_free_port(folder: Path) -> int:
+    """Again with others where a port was taken between the look and its use."""
+    for attempt in range(3):
+        port = next(port for port in iter(_object_store_port, None) if _are_free(port, port + 5820, port + 9309))
+        command = [Path(__file__).parent / "start-radosgw", folder, str(port)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            return port
+        print(f"start-radosgw on port {port}, attempt {attempt + 1}:\n{done.stderr}")
+    raise AssertionError("radosgw did not start")
+
+
 def _object_store_port() -> int:
-    return 20_000 + free_port() % 20_000
+    """All three between the ports that Ray gives its workers and those that outgoing connections get."""
+    return 20_000 + free_port() % 3_400
 
 
 def _are_free(*ports: int) -> bool:
