@@ -10,7 +10,8 @@
     ├── StoreError                     the store did not do what was asked
     │   ├── MissingError               an object or artifact that should be there
     │   └── IntegrityError             bytes that are not those that were written
-    ├── TrainingError                  training that cannot go on, such as a loss that is not finite
+    ├── TrainingError                  training that cannot go on, such as one out of memory
+    │   └── DivergedError              a loss or weights that are not finite: the recipe's doing, not the machine's
     ├── StepError                      steps that failed on the cluster, by name, attempts and cause
     └── Stopped               exit 130 the user or the cluster asked to stop; everything was saved
 
@@ -79,6 +80,10 @@ class IntegrityError(StoreError):
 
 
 class TrainingError(BtmError):
+    pass
+
+
+class DivergedError(TrainingError):
     pass
 
 

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from btm_cluster.errors import BtmError, Stopped, UserError
+from btm_cluster.errors import BtmError, DivergedError, Stopped, UserError
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import (
     AverageRequest,
@@ -74,4 +74,4 @@ class InProcess:
         except (UserError, Stopped):
             raise
         except BtmError as exc:
-            return Failure(request.label, 1, "in this process", str(exc))
+            return Failure(request.label, 1, "in this process", str(exc), isinstance(exc, DivergedError))

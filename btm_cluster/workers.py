@@ -19,6 +19,8 @@ class Failure:
     attempts: int
     where: str
     cause: str
+    has_diverged: bool = False
+    """Whether it was the recipe's doing: the same everywhere, at every attempt."""
 
 
 Outcome: TypeAlias = Artifact | Failure

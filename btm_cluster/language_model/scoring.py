@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from btm_cluster.errors import TrainingError
+from btm_cluster.errors import DivergedError
 from btm_cluster.language_model.blocks import Blocks
 from btm_cluster.language_model.training import autocast, device_of, read_after_end
 from btm_cluster.requests import Resources
@@ -25,7 +25,7 @@ def score_blocks(
     The log-softmax is taken in float32 whatever the arithmetic of the forward pass. Returns the files below `folder` by name.
 
     Raises:
-        TrainingError: the model gives log-probabilities that are not finite.
+        DivergedError: the model gives log-probabilities that are not finite.
     """
     device = device_of(how)
     model = model.to(device).eval()
@@ -44,7 +44,7 @@ def score_blocks(
                 out.write(values_BT.cpu().numpy().astype("<f4", copy=False).tobytes())
             total += float(scored[0].double().sum())
     if not math.isfinite(total):
-        raise TrainingError(
+        raise DivergedError(
             "the model gives log-probabilities that are not finite",
             found=f"a sum of {total} over {len(blocks)} blocks",
             remedy="its training diverged: lower training.learning_rate or gradient_clip",

@@ -23,7 +23,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from btm_cluster.errors import IntegrityError, Stopped, TrainingError
+from btm_cluster.errors import DivergedError, IntegrityError, Stopped
 from btm_cluster.language_model.blocks import Blocks, block_order
 from btm_cluster.language_model.checkpoint import TrainingCheckpoints, load_training, optimizer_tensors
 from btm_cluster.language_model.demix import split_feed_forwards
@@ -120,7 +120,7 @@ def train(
 
     Raises:
         Stopped: `control` asked to stop; the state was saved.
-        TrainingError: the loss is not finite; the last training checkpoint is kept.
+        DivergedError: the loss is not finite; the last training checkpoint is kept.
     """
     run = _TrainingRun(request, ledger, control, texts, end_of_text)
     return run.run(at_milestone)
@@ -326,7 +326,7 @@ class _TrainingRun:
         """Raises on all ranks, or on none, since a rank that left alone would leave the others waiting for it."""
         spoiled = not math.isfinite(self.loss.item()) or (weights and not self._has_finite_weights())
         if any(self._any(spoiled)):
-            raise TrainingError(
+            raise DivergedError(
                 f"{self.request.label}: the loss or the weights are not finite at update {self.update}",
                 found=f"loss {self.loss.item()}",
                 remedy="lower training.learning_rate or gradient_clip; the last training checkpoint is kept",

@@ -3,7 +3,7 @@
 import ray.exceptions
 import ray.train
 
-from btm_cluster.errors import BtmError, Stopped, UserError
+from btm_cluster.errors import BtmError, DivergedError, Stopped, UserError
 from btm_cluster.workers import Failure
 
 LOG_LINES = 8
@@ -25,7 +25,8 @@ def failure_of(label: str, error: Exception, attempts: int, host: str, log: str)
     words = str(cause) if isinstance(cause, BtmError) else f"{type(cause).__name__}: {cause}"
     if not isinstance(cause, BtmError):
         words += "".join(f"\n    | {line}" for line in (log or str(error)).splitlines()[-LOG_LINES:])
-    return Failure(label, max(attempts, 1), f"on {host}, {where}" if host else where, words)
+    place = f"on {host}, {where}" if host else where
+    return Failure(label, max(attempts, 1), place, words, isinstance(cause, DivergedError))
 
 
 def root_cause(error: BaseException) -> BaseException:

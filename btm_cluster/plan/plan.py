@@ -261,7 +261,7 @@ class StudyPlan(Section):
     """Model sizes; without any, the plan's own model and recipe."""
     trials: tuple[TrialPlan, ...] = ()
     """Recipes tried on the Transformer-LM alone, with each size and the first random seed: all systems are then trained by the
-    one with the lowest perplexity on the domains' development text, so that no rival is handicapped."""
+    one with the lowest perplexity on the domains' development text, so that no rival is handicapped. One that diverges is out of the running."""
     systems: tuple[Literal["demix", "demix-from-seed", "random-split", "adapted"], ...] = (
         "demix",
         "demix-from-seed",

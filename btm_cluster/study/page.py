@@ -201,7 +201,7 @@ def _trials_section(results: Results) -> str:
         "|---|---|---|---|---|",
     ]
     for trial in results.trials:
-        found = f"{trial['development']:.2f}"
+        found = "diverged" if trial["development"] is None else f"{trial['development']:.2f}"
         cells = [f"{trial['learning_rate']:g}", f"{trial['updates']:,}", str(trial["blocks_per_domain_update"])]
         cells.append(f"**{found}**" if trial["chosen"] else found)
         lines.append(f"| {trial['size']} | {' | '.join(cells)} |")

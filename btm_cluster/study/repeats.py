@@ -6,15 +6,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from btm_cluster.algorithm import prepare, resumed
-from btm_cluster.driver import Driver
+from btm_cluster.driver import Driver, step_error
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation import score_models, stack_of
 from btm_cluster.ground import Ground, model_config, vocabulary_of
-from btm_cluster.ledger import Ref
+from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.plan import Plan, SizePlan, StudyPlan, TrainingPlan
 from btm_cluster.recipes import check_demix_fits, seed_request, transformer_lm_request
 from btm_cluster.requests import TrainRequest
 from btm_cluster.study.controls import DEMIXES
+from btm_cluster.workers import Failure
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,13 @@ def _recipes(size: SizePlan, study: StudyPlan) -> list[TrainingPlan]:
 
 
 def _by_the_best(repeat: Repeat, recipes: Sequence[TrainingPlan], driver: Driver) -> Repeat:
-    """The repeat with the recipe whose Transformer-LM has the lowest perplexity on the domains' development text."""
+    """The repeat with the recipe whose Transformer-LM has the lowest perplexity on the domains' development text.
+
+    A recipe that diverges is out of the running; whatever else fails, fails the study.
+
+    Raises:
+        StepError: a trial failed, or all of them diverged.
+    """
     if not recipes:
         return repeat
     random_seed = repeat.ground.plan.training.random_seed
@@ -155,8 +162,13 @@ def _by_the_best(repeat: Repeat, recipes: Sequence[TrainingPlan], driver: Driver
     called = [
         replace(whole, label=f"{whole.label}-{repeat.size}-trial-{number}") for number, whole in enumerate(wholes, 1)
     ]
-    driver.require(driver.workers.train, [resumed(request, driver.ledger) for request in called])
-    perplexities = _development_perplexities(repeat.ground, [whole.ref for whole in wholes], driver)
+    outcomes = driver.obtain(driver.workers.train, [resumed(request, driver.ledger) for request in called])
+    failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
+    if len(failures) == len(outcomes) or not all(failure.has_diverged for failure in failures):
+        raise step_error(failures)
+    trained = [outcome.ref for outcome in outcomes if isinstance(outcome, Artifact)]
+    found = dict(zip(trained, _development_perplexities(repeat.ground, trained, driver), strict=True))
+    perplexities = [found.get(whole.ref, math.inf) for whole in wholes]
     best = perplexities.index(min(perplexities))
     rows = [
         {
@@ -164,7 +176,7 @@ def _by_the_best(repeat: Repeat, recipes: Sequence[TrainingPlan], driver: Driver
             "learning_rate": recipe.learning_rate,
             "updates": recipe.updates,
             "blocks_per_domain_update": recipe.blocks_per_domain_update,
-            "development": round(perplexity, 4),
+            "development": round(perplexity, 4) if perplexity < math.inf else None,
             "chosen": number == best,
         }
         for number, (recipe, perplexity) in enumerate(zip(recipes, perplexities, strict=True))
@@ -179,6 +191,6 @@ def _development_perplexities(ground: Ground, models: Sequence[Ref], driver: Dri
     totals = [0.0] * len(models)
     for text in ground.domains:
         stack = stack_of(driver.ledger, scores, models, text, "development")
-        losses = -stack.sums().sum(1) / stack.tokens().sum()
-        totals = [total + math.exp(loss) for total, loss in zip(totals, losses.tolist(), strict=True)]
+        perplexities = (-stack.sums().sum(1) / stack.tokens().sum()).exp()
+        totals = [total + one for total, one in zip(totals, perplexities.tolist(), strict=True)]
     return [total / len(ground.domains) for total in totals]

@@ -15,24 +15,27 @@ from btm_cluster.driver import Driver
 from btm_cluster.equations import learned_gate
 from btm_cluster.equations.gates import fit_discounts
 from btm_cluster.equations.learned_gate import LearnedGate, TextScores, fit_gate_for_all, tune_gate
-from btm_cluster.errors import UserError
+from btm_cluster.errors import StepError, TrainingError, UserError
 from btm_cluster.evaluation import evaluate, fit_gates, score_models, stack_of
 from btm_cluster.fits import read_fit, write_fit
 from btm_cluster.forest import Expert, Forest
 from btm_cluster.ground import PreparedText
 from btm_cluster.language_model import soup
-from btm_cluster.ledger import Ref
+from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.mixing import Mixing, fit_mixing, shared_mixing
 from btm_cluster.plan import MergingPlan, Plan, StudyPlan
 from btm_cluster.recipes import expert_request, seed_request, seed_start, transformer_lm_request
 from btm_cluster.report import GATED_ENSEMBLE, PAPER_ENSEMBLE, verdict
+from btm_cluster.requests import TrainRequest
 from btm_cluster.steps.mix import fit_for_all
 from btm_cluster.steps.prepare import documents_of
+from btm_cluster.steps.train import train
 from btm_cluster.study.controls import random_part_requests
 from btm_cluster.study.page import write_page
 from btm_cluster.study.repeats import repeats_of
 from btm_cluster.study.results import read_results, results_of, write_results
 from btm_cluster.study.run import Study, run_study
+from btm_cluster.workers import Control
 from tests.conftest import DOMAINS, in_process, plan_fields
 
 
@@ -260,7 +263,8 @@ def test_random_splits_deal_every_document_once(studied: Studied) -> None:
 def test_results_are_read_back_and_those_of_several_seeds_make_one_page(studied: Studied, tmp_path: Path) -> None:
     trial = {"size": "model", "learning_rate": 0.01, "updates": 12, "blocks_per_domain_update": 4, "development": 9.87}
     lower = {**trial, "learning_rate": 0.001, "development": 12.3, "chosen": False}
-    study = replace(studied.study, trials=({**trial, "chosen": True}, lower))
+    diverged = {**lower, "size": "large", "development": None}
+    study = replace(studied.study, trials=({**trial, "chosen": True}, lower, diverged))
     results = results_of(studied.plan, study)
     write_results(results, tmp_path / "one")
     other = [entry | {"random_seed": 1, "all": entry["all"] and 2 * entry["all"]} for entry in results.entries]
@@ -292,6 +296,7 @@ def test_results_are_read_back_and_those_of_several_seeds_make_one_page(studied:
         "Top-k",
         "Speed",
         "| model | 0.01 | 12 | 4 | **9.87** |",
+        "| large | 0.001 | 12 | 4 | diverged |",
         "The highest learning rate tried for model is the best",
     ):
         assert heading in page
@@ -328,21 +333,42 @@ def test_shares_that_leave_no_update_are_refused_before_a_text_is_read(
 def test_all_systems_are_trained_by_the_recipe_that_the_transformer_lm_does_best_with(
     texts: dict[str, Path], tmp_path: Path
 ) -> None:
-    trials = [{"learning_rate": 1e-4}, {"learning_rate": 1e-2, "updates": 6, "blocks_per_domain_update": 8}]
+    better = {"learning_rate": 1e-2, "updates": 6, "blocks_per_domain_update": 8}
+    trials = [{"learning_rate": 1e-4}, better, {"learning_rate": 1e30}]
     plan = study_plan(texts, tmp_path / "store", trials=trials, systems=[], random_seeds=[3, 4])
     driver = in_process(plan)
     first, second = repeats_of(plan, driver)
-    assert [trial["chosen"] for trial in first.trials] == [False, True]
+    assert [trial["chosen"] for trial in first.trials] == [False, True, False]
+    assert first.trials[2]["development"] is None, "it diverged, and is out of the running"
     assert first.trials[1]["development"] < first.trials[0]["development"]
     assert second.trials == ()
     for repeat, random_seed in ((first, 3), (second, 4)):
         training = repeat.ground.plan.training
         assert (training.learning_rate, training.updates, training.random_seed) == (1e-2, 6, random_seed)
-    made = driver.made.total()
     whole = driver.ledger.get(first.transformer_lm().ref)
     assert whole.facts["passed"] == [first.seeds[0.5].ref.identity], "the trial is the study's Transformer-LM"
+    made = driver.made.copy()
     assert repeats_of(plan, driver)[0].trials == first.trials
-    assert driver.made.total() == made
+    assert driver.made - made == {"model": 1}, "only what diverged is tried again"
+
+
+def train_but_the_third(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
+    if request.label.endswith("trial-3"):
+        raise TrainingError("no room")
+    return train(request, ledger, control)
+
+
+def test_a_study_whose_trials_all_fail_or_one_other_than_by_diverging_fails(
+    texts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = [{"learning_rate": 1e30}, {"learning_rate": 1e29}]
+    plan = study_plan(texts, tmp_path / "store", trials=trials, systems=[])
+    with pytest.raises(StepError, match=r"2 step\(s\) failed(.|\n)*trial-1(.|\n)*not finite"):
+        repeats_of(plan, in_process(plan))
+    plan = study_plan(texts, tmp_path / "store", trials=[*trials, {"learning_rate": 1e-3}], systems=[])
+    monkeypatch.setattr("btm_cluster.in_process.train", train_but_the_third)
+    with pytest.raises(StepError, match="no room"):
+        repeats_of(plan, in_process(plan))
 
 
 def test_a_recipe_of_other_compute_is_refused_before_a_text_is_read(texts: dict[str, Path], tmp_path: Path) -> None:
