@@ -26,6 +26,8 @@ from btm_cluster.report import (
     PAPER_DEMIX,
     PAPER_ENSEMBLE,
     SEED,
+    SEEDED_ENSEMBLE,
+    SEEDED_GATE,
     TRANSFORMER_LM,
     SplitResult,
 )
@@ -34,6 +36,8 @@ from btm_cluster.scores import ScoreStack
 
 ModelScores = Mapping[tuple[str, str, str], Artifact]
 """Scores by model identity, text name and split."""
+Stacks = Mapping[tuple[str, str], ScoreStack]
+"""Scores of the same models in the same order, by text name and split."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +57,8 @@ def evaluate(
     experts = [Ref("model", expert.identity) for expert in forest.experts]
     single = [Ref("model", forest.foundation.seed), *experts, *([baseline] if baseline else [])]
     scores = score_models(ground, [(model, text) for model in single for text in ground.texts], driver)
-    stacks = {
-        (text.name, split): stack_of(ledger, scores, experts, text, split)
-        for text in ground.texts
-        for split in HELD_OUT
-        if text.tokens[split]
-    }
+    stacks = _stacks(ground, experts, scores, ledger)
     fits = fit_targets(ground, stacks)
-    if ground.plan.merging.posterior == "gate":
-        gates = fit_gates(ground, experts, ground.texts, scores, driver)
-        fits = {name: replace(fit, gate=gates[name]) for name, fit in fits.items()}
     averages = average_models(ground, forest, fits, driver)
     scored_on = [(averages["uniform"], text) for text in ground.texts]
     scored_on += [(averages[f"posterior for {text.name}"], text) for text in ground.texts]
@@ -73,10 +69,58 @@ def evaluate(
         for text in ground.texts
         if text.tokens[split]
     )
+    results = _with_planned(ground, forest, results, stacks, fits, scores, driver)
     if demix:
         results = _with_demix(ground, results, demix, driver)
     results = with_cluster_ensemble(results, ground, forest, stacks, ledger)
     return Evaluation(results, fits, averages)
+
+
+def mixed_models(ground: Ground, forest: Forest) -> dict[str, Ref]:
+    """What the plan's posterior or gate mixes, by what it is called: the experts, and the seed where the plan says so."""
+    models = {expert.domain: Ref("model", expert.identity) for expert in forest.experts}
+    return models | ({"the seed": Ref("model", forest.foundation.seed)} if ground.plan.merging.with_seed else {})
+
+
+def _stacks(ground: Ground, models: Sequence[Ref], scores: ModelScores, ledger: Ledger) -> Stacks:
+    return {
+        (text.name, split): stack_of(ledger, scores, models, text, split)
+        for text in ground.texts
+        for split in HELD_OUT
+        if text.tokens[split]
+    }
+
+
+def _with_planned(
+    ground: Ground,
+    forest: Forest,
+    results: Sequence[SplitResult],
+    stacks: Stacks,
+    fits: Mapping[str, TargetFit],
+    scores: ModelScores,
+    driver: Driver,
+) -> tuple[SplitResult, ...]:
+    """The ensemble that the plan asks for beside those that are always there. Stacks and fits are the experts'."""
+    merging, models = ground.plan.merging, list(mixed_models(ground, forest).values())
+    if merging.with_seed:
+        stacks = _stacks(ground, models, scores, driver.ledger)
+        fits = fit_targets(ground, stacks)
+    gates = fit_gates(ground, models, ground.texts, scores, driver) if merging.posterior == "gate" else {}
+    is_calibrated = all(_same(fit.planned, fit.calibrated) for fit in fits.values())
+    planned, gated = "ensemble, as planned", GATED_ENSEMBLE
+    if merging.with_seed:
+        planned, gated = SEEDED_ENSEMBLE if is_calibrated else "ensemble with the seed, as planned", SEEDED_GATE
+
+    def logp(result: SplitResult) -> dict[str, torch.Tensor]:
+        stack, mixing = stacks[result.text, result.split], fits[result.text].planned
+        sums = {}
+        if merging.with_seed or not is_calibrated:
+            sums[planned] = stack.mixture_sums(mixing.log_prior_E, mixing.posterior)
+        if gates:
+            sums[gated] = stack.gated_sums(gates[result.text])
+        return sums
+
+    return tuple(replace(result, logp={**result.logp, **logp(result)}) for result in results)
 
 
 def _with_demix(
@@ -115,7 +159,7 @@ def average_models(ground: Ground, forest: Forest, fits: Mapping[str, TargetFit]
     return {label: request.ref for label, request in zip(weights, requests, strict=True)}
 
 
-def fit_targets(ground: Ground, stacks: Mapping[tuple[str, str], ScoreStack]) -> dict[str, TargetFit]:
+def fit_targets(ground: Ground, stacks: Stacks) -> dict[str, TargetFit]:
     """Fits each text's mixing on its development blocks; texts without any get the calibrated default of the others."""
     merging = ground.plan.merging
     found = {name: stack for (name, split), stack in stacks.items() if split == "development"}
@@ -131,15 +175,14 @@ def fit_targets(ground: Ground, stacks: Mapping[tuple[str, str], ScoreStack]) ->
     return fits
 
 
-def fit_text(ground: Ground, forest: Forest, text: PreparedText | None, driver: Driver) -> TargetFit:
+def fit_text(ground: Ground, models: Sequence[Ref], text: PreparedText | None, driver: Driver) -> TargetFit:
     """Fits one text alone, scoring what it takes: its development text; the domains' where it has none, or none is given."""
-    experts = [Ref("model", expert.identity) for expert in forest.experts]
     has_its_own = text is not None and bool(text.tokens["development"])
     needed = [text] if text is not None and has_its_own else list(ground.domains)
-    pairs = [(model, one) for one in needed for model in experts]
+    pairs = [(model, one) for one in needed for model in models]
     scores = score_models(ground, pairs, driver, splits=["development"])
     samples = [
-        stack_of(driver.ledger, scores, experts, one, "development").take(0, ground.plan.merging.development_blocks)
+        stack_of(driver.ledger, scores, models, one, "development").take(0, ground.plan.merging.development_blocks)
         for one in needed
     ]
     if has_its_own:
@@ -148,17 +191,17 @@ def fit_text(ground: Ground, forest: Forest, text: PreparedText | None, driver: 
 
 
 def fit_gates(
-    ground: Ground, experts: Sequence[Ref], texts: Sequence[PreparedText], scores: ModelScores, driver: Driver
+    ground: Ground, models: Sequence[Ref], texts: Sequence[PreparedText], scores: ModelScores, driver: Driver
 ) -> dict[str | None, LearnedGate]:
     """A gate for each text, by name: tuned to its development text; that for all texts where it has none, and at None.
 
-    `scores` has the experts' on the development text of the domains and of these texts.
+    `scores` has the models' on the development text of the domains and of these texts.
     """
     merging = ground.plan.merging
     tuned = [text for text in texts if text.tokens["development"]]
 
     def scored(text: PreparedText) -> ScoredSplit:
-        refs = tuple(scores[expert.identity, text.name, "development"].ref for expert in experts)
+        refs = tuple(scores[model.identity, text.name, "development"].ref for model in models)
         return ScoredSplit(refs, text.tokens["development"])
 
     for_all = FitForAll("gate for all texts", "gate", tuple(map(scored, ground.domains)), merging)
@@ -194,7 +237,7 @@ def _split_result(
     forest: Forest,
     text: PreparedText,
     split: str,
-    stacks: Mapping[tuple[str, str], ScoreStack],
+    stacks: Stacks,
     fit: TargetFit,
     scores: ModelScores,
     averages: Mapping[str, Ref],
@@ -224,17 +267,14 @@ def _ensembles(stack: ScoreStack, fit: TargetFit) -> dict[str, torch.Tensor]:
     half = max(1, len(fit.calibrated.log_prior_E) // 2)
     top = Mixing(keep_top(fit.calibrated.log_prior_E, half), fit.calibrated.posterior)
     mixings = {PAPER_ENSEMBLE: fit.paper, CALIBRATED_ENSEMBLE: fit.calibrated, f"ensemble, top-{half}": top}
-    if fit.planned is not fit.calibrated and not _same(fit.planned, fit.calibrated):
-        mixings["ensemble, as planned"] = fit.planned
-    sums = {name: stack.mixture_sums(m.log_prior_E, m.posterior) for name, m in mixings.items()}
-    return sums if fit.gate is None else sums | {GATED_ENSEMBLE: stack.gated_sums(fit.gate)}
+    return {name: stack.mixture_sums(m.log_prior_E, m.posterior) for name, m in mixings.items()}
 
 
 def _same(one: Mixing, other: Mixing) -> bool:
     return one.posterior == other.posterior and torch.equal(one.log_prior_E, other.log_prior_E)
 
 
-def _best_expert(stacks: Mapping[tuple[str, str], ScoreStack], text: PreparedText, fit: TargetFit) -> int:
+def _best_expert(stacks: Stacks, text: PreparedText, fit: TargetFit) -> int:
     """The expert with the lowest development perplexity; without development text, the one the prior favours."""
     development = stacks.get((text.name, "development"))
     if development is None:

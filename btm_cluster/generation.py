@@ -1,4 +1,4 @@
-"""`btm generate`: the whole forest writes on, its experts weighted as the posterior or the gate says, token after token."""
+"""`btm generate`: the whole forest writes on, its models weighted as the posterior or the gate says, token after token."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,8 +10,7 @@ from btm_cluster.algorithm import Grown
 from btm_cluster.driver import Driver
 from btm_cluster.equations.gates import Gate
 from btm_cluster.errors import UserError
-from btm_cluster.evaluation import fit_gates, fit_text, score_models
-from btm_cluster.forest import Expert
+from btm_cluster.evaluation import fit_gates, fit_text, mixed_models, score_models
 from btm_cluster.ground import PreparedText
 from btm_cluster.language_model.ensemble import Ensemble, Sampling
 from btm_cluster.language_model.model import load_model
@@ -29,7 +28,7 @@ class Generated:
     text: str
     tokens: int
     trust: Mapping[str, float]
-    """The mean weight over the written tokens, by domain; experts that the plan's `top_k` leaves out are missing."""
+    """The mean weight over the written tokens, by domain, and the seed's; what the plan's `top_k` leaves out is missing."""
 
     @property
     def trust_line(self) -> str:
@@ -79,35 +78,35 @@ def generate(
             expected=f"fewer than {plan.training.block_tokens}: the forest reads no further back than a block",
             remedy="give its end alone",
         )
-    experts, gate = _experts_and_gate(grown, text, driver)
-    ensemble = open_ensemble(driver.ledger, [expert.identity for expert in experts], gate, tokenizer)
+    models, gate = _models_and_gate(grown, text, driver)
+    ensemble = open_ensemble(driver.ledger, list(models.values()), gate, tokenizer)
     ensemble.read(read)
-    written, trust_E = [], torch.zeros(len(experts), dtype=torch.float64)
+    written, trust_E = [], torch.zeros(len(models), dtype=torch.float64)
     for token in ensemble.write(min(most_tokens, room), tokenizer.eos_token_id, len(tokenizer), sampling):
         written.append(token)
         trust_E += ensemble.log_weights().exp()
     trust_E = trust_E / max(1, len(written))
-    domains = [expert.domain for expert in experts]
-    return Generated(tokenizer.decode(written), len(written), dict(zip(domains, trust_E.tolist(), strict=True)))
+    return Generated(tokenizer.decode(written), len(written), dict(zip(models, trust_E.tolist(), strict=True)))
 
 
-def _experts_and_gate(grown: Grown, text: PreparedText | None, driver: Driver) -> tuple[Sequence[Expert], Gate]:
-    """Who writes for a text, and how they are weighed. Under a posterior, those that the plan's `top_k` keeps."""
-    ground, experts = grown.ground, grown.forest.experts
+def _models_and_gate(grown: Grown, text: PreparedText | None, driver: Driver) -> tuple[dict[str, Ref], Gate]:
+    """Who writes for a text, by name, and how they are weighed. Under a posterior, those that the plan's `top_k` keeps."""
+    ground = grown.ground
+    named = mixed_models(ground, grown.forest)
+    names, models = list(named), list(named.values())
     if ground.plan.merging.posterior == "gate":
-        models = [Ref("model", expert.identity) for expert in experts]
         texts = [text] if text else []
         pairs = [(model, one) for one in {t.name: t for t in (*ground.domains, *texts)}.values() for model in models]
         gates = fit_gates(ground, models, texts, score_models(ground, pairs, driver, ["development"]), driver)
-        return experts, gates[text.name if text else None]
-    mixing = fit_text(ground, grown.forest, text, driver).planned
+        return named, gates[text.name if text else None]
+    mixing = fit_text(ground, models, text, driver).planned
     kept = [j for j, share in enumerate(mixing.log_prior_E.tolist()) if share > float("-inf")]
-    return [experts[j] for j in kept], replace(mixing, log_prior_E=mixing.log_prior_E[kept])
+    return {names[j]: models[j] for j in kept}, replace(mixing, log_prior_E=mixing.log_prior_E[kept])
 
 
-def open_ensemble(ledger: Ledger, experts: Sequence[str], gate: Gate, tokenizer: PreTrainedTokenizerFast) -> Ensemble:
-    """Experts, by identity, loaded as one model."""
+def open_ensemble(ledger: Ledger, models: Sequence[Ref], gate: Gate, tokenizer: PreTrainedTokenizerFast) -> Ensemble:
+    """Several models loaded as one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = [ledger.get(Ref("model", identity)) for identity in experts]
-    models = [load_model(open_config(ledger, one), ledger.open_file(one, "model.safetensors")) for one in found]
-    return Ensemble([model.to(device) for model in models], gate, tokenizer.eos_token_id)
+    found = [ledger.get(model) for model in models]
+    loaded = [load_model(open_config(ledger, one), ledger.open_file(one, "model.safetensors")) for one in found]
+    return Ensemble([model.to(device) for model in loaded], gate, tokenizer.eos_token_id)

@@ -68,7 +68,8 @@ def _average(grown: Grown, weights: str, target: str | None, driver: Driver) -> 
         raise UserError(f"{target!r} was taken out of the forest", remedy="merge for another text")
     label = f"{weights} for {target}"
     if weights not in ("greedy", "learned"):
-        fit = fit_text(ground, forest, text, driver)
+        experts = [Ref("model", expert.identity) for expert in forest.experts]
+        fit = fit_text(ground, experts, text, driver)
         chosen = fit.argmax_weights if weights == "argmax" else fit.average_weights
         return average_request(ground, label, forest, chosen)
     if not text.tokens["development"]:

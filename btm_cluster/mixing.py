@@ -14,7 +14,7 @@ import torch
 
 from btm_cluster.equations.averaging import argmax_weights, posterior_weights
 from btm_cluster.equations.calibration import calibrate
-from btm_cluster.equations.learned_gate import LearnedGate
+from btm_cluster.equations.mixture import log_mixture
 from btm_cluster.equations.posterior import Kind, Posterior, PriorKind, keep_top, log_posterior, log_prior
 from btm_cluster.plan import MergingPlan
 
@@ -47,8 +47,6 @@ class TargetFit:
     average_prior_E: torch.Tensor
     """By which averages are weighted."""
     development_blocks: int
-    gate: LearnedGate | None = None
-    """Where the plan asks for one."""
 
     @property
     def average_weights(self) -> list[float]:
@@ -71,6 +69,18 @@ def fit_target(logp_EBT: torch.Tensor, mask_BT: torch.Tensor, merging: MergingPl
     kept = Mixing(keep_top(planned.log_prior_E, merging.top_k), planned.posterior)
     average_E = log_prior(merging.average_prior, logp_EBT, mask_BT, FULL).exp()
     return TargetFit(paper, calibrated, kept, average_E, len(mask_BT))
+
+
+def cross_fitted_perplexity(logp_EBT: torch.Tensor, mask_BT: torch.Tensor, merging: MergingPlan) -> float:
+    """Of the ensemble on blocks, each half of which is measured with what was fitted on the other half."""
+    even_B = torch.arange(len(mask_BT)) % 2 == 0
+    halves = [(even_B, ~even_B), (~even_B, even_B)] if len(mask_BT) > 1 else [(even_B, even_B)]
+    total = 0.0
+    for fitted_B, measured_B in halves:
+        mixing = fit_target(logp_EBT[:, fitted_B], mask_BT[fitted_B], merging).planned
+        logp_BT = log_mixture(logp_EBT[:, measured_B], mixing.log_prior_E, mixing.posterior)
+        total += float(logp_BT[mask_BT[measured_B]].sum())
+    return float(torch.exp(torch.tensor(-total / int(mask_BT.sum()), dtype=torch.float64)))
 
 
 def fit_mixing(

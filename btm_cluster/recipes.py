@@ -67,10 +67,13 @@ def check_demix_fits(plan: Plan, model: Mapping[str, Any], domains: int) -> None
 
 
 def expert_request(ground: Ground, domain: PreparedText, start: Start) -> TrainRequest:
-    """An expert: (1-s)·U updates on its domain alone."""
+    """An expert: (1-s)·U updates on its domain alone, at its own scale of the learning rate."""
     training = ground.plan.training
     text = TrainingText(domain.identity, domain.tokens["train"])
-    return train_request(ground, domain.name, "expert", (text,), (training.seed_updates, training.updates), start)
+    span = (training.seed_updates, training.updates)
+    request = train_request(ground, domain.name, "expert", (text,), span, start)
+    rate = training.learning_rate * ground.plan.branching.learning_rate_scale
+    return replace(request, training=training.model_copy(update={"learning_rate": rate}))
 
 
 def seed_start(ground: Ground, seed: Ref) -> Start:

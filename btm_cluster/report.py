@@ -17,9 +17,11 @@ SEED = "seed"
 PAPER_ENSEMBLE = "ensemble, paper's posterior"
 CALIBRATED_ENSEMBLE = "ensemble, calibrated"
 GATED_ENSEMBLE = "ensemble, learned gate"
+SEEDED_ENSEMBLE = "ensemble with the seed, calibrated"
+SEEDED_GATE = "ensemble with the seed, learned gate"
 PAPER_DEMIX = "DEMix, paper's posterior"
 CALIBRATED_DEMIX = "DEMix, calibrated"
-FORESTS = (PAPER_ENSEMBLE, CALIBRATED_ENSEMBLE, GATED_ENSEMBLE)
+FORESTS = (PAPER_ENSEMBLE, CALIBRATED_ENSEMBLE, GATED_ENSEMBLE, SEEDED_ENSEMBLE, SEEDED_GATE)
 """What the last sentences judge."""
 GROUPS = ("domains", "targets", "all")
 

@@ -30,7 +30,7 @@ training:
   learning_rate: 5.0e-4
 baselines: [transformer-lm]           # the rival of the same compute, so that you know whether it was worth it
 
-merging: {posterior: calibrated, prior: fitted, development_blocks: 100}    # posterior: gate learns more, in more time
+merging: {posterior: calibrated, prior: fitted, development_blocks: 100}    # posterior: gate learns more; with_seed: true
 
 # expansion:                          # how `btm expand` adds what arrives in the store's inbox
 #   accept_if: {development_perplexity_rise_at_most: 0.01}    # hold back experts that make the forest worse

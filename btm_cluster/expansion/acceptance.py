@@ -10,16 +10,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TypeAlias
 
-import torch
-
 from btm_cluster.driver import Driver
-from btm_cluster.equations.mixture import log_mixture
 from btm_cluster.evaluation import score_models
 from btm_cluster.forest import Expert, Forest
 from btm_cluster.ground import Ground, PreparedText, stored_text, tokenize_requests
 from btm_cluster.ledger import Ref
-from btm_cluster.mixing import fit_target, fits_at_once
-from btm_cluster.plan import MergingPlan
+from btm_cluster.mixing import cross_fitted_perplexity, fits_at_once
 from btm_cluster.records import Held, branch_point_identity
 from btm_cluster.scores import ScoreStack
 
@@ -69,18 +65,6 @@ def judge(ground: Ground, forest: Forest, experts: Sequence[Expert], driver: Dri
     domains = [expert.domain for expert in accepted]
     gains = dict(zip(domains, fits_at_once(gain, domains), strict=True))
     return Judgement(accepted, held, gains)
-
-
-def cross_fitted_perplexity(logp_EBT: torch.Tensor, mask_BT: torch.Tensor, merging: MergingPlan) -> float:
-    """Of the ensemble on blocks, each half of which is measured with what was fitted on the other half."""
-    even_B = torch.arange(len(mask_BT)) % 2 == 0
-    halves = [(even_B, ~even_B), (~even_B, even_B)] if len(mask_BT) > 1 else [(even_B, even_B)]
-    total = 0.0
-    for fitted_B, measured_B in halves:
-        mixing = fit_target(logp_EBT[:, fitted_B], mask_BT[fitted_B], merging).planned
-        logp_BT = log_mixture(logp_EBT[:, measured_B], mixing.log_prior_E, mixing.posterior)
-        total += float(logp_BT[mask_BT[measured_B]].sum())
-    return float(torch.exp(torch.tensor(-total / int(mask_BT.sum()), dtype=torch.float64)))
 
 
 Perplexity: TypeAlias = Callable[[tuple[Expert, ...], str], float]

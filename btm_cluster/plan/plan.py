@@ -164,6 +164,9 @@ class BranchingPlan(Section):
     """The seed, or the average of the current experts weighted by their posterior on the new domain, or uniformly."""
     optimizer: Literal["keep", "reset"] = "keep"
     """Continue the seed's Adam moments and learning-rate line, or start them anew. An average has none to keep."""
+    learning_rate_scale: PositiveReal = 1.0
+    """An expert's learning rate over the seed's at the same update; the paper: 1. With more, experts differ more, which a fitted
+    posterior gains by; with less they stay closer to their seed, which averages and the paper's posterior gain by."""
 
 
 class MergingPlan(Section):
@@ -175,6 +178,10 @@ class MergingPlan(Section):
     `gate` is a small network instead, learned on development text, on how well and how surely each expert has predicted so far:
     better where it was measured, and some seconds more for each text. It has no use for `prior` and `top_k`; averages are weighted
     as ever."""
+    with_seed: bool = False
+    """Mix the seed with the experts, as one model more: in `btm generate`, and in a row of its own beside the ensembles of experts
+    alone. Better wherever it was measured, most where experts learn their text by heart, for one model more to run. Averages are
+    of experts."""
     prior: Literal["fitted", "ema", "mean", "uniform"] = "fitted"
     """`ema` is the paper's estimate; `fitted` maximises the likelihood of the development text."""
     average_prior: Literal["fitted", "ema", "mean", "uniform"] = "fitted"
@@ -261,7 +268,11 @@ class StudyPlan(Section):
     """Model sizes; without any, the plan's own model and recipe."""
     trials: tuple[TrialPlan, ...] = ()
     """Recipes tried on the Transformer-LM alone, with each size and the first random seed: all systems are then trained by the
-    one with the lowest perplexity on the domains' development text, so that no rival is handicapped. One that diverges is out of the running."""
+    one with the lowest perplexity on the domains' development text, so that no rival is handicapped. One that diverges is out of
+    the running."""
+    learning_rate_scales: tuple[PositiveReal, ...] = ()
+    """Values of `branching.learning_rate_scale` tried on the forest alone, with each size and the first random seed, after the
+    recipes: all forests take the one whose calibrated ensemble has the lowest perplexity on the domains' development text."""
     systems: tuple[Literal["demix", "demix-from-seed", "random-split", "adapted"], ...] = (
         "demix",
         "demix-from-seed",

@@ -212,6 +212,7 @@ def study_rules(given: Given) -> Iterator[Broken]:
         ("sizes", [_field(size, "name") for size in _entries(given.get("sizes"))]),
         ("random_seeds", _entries(given.get("random_seeds"))),
         ("seed_shares", _entries(given.get("seed_shares"))),
+        ("learning_rate_scales", _entries(given.get("learning_rate_scales"))),
         ("systems", _entries(given.get("systems"))),
     ):
         for value, count in Counter(map(str, values)).items():

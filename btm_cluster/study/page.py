@@ -192,7 +192,30 @@ def _texts_section(results: Results) -> str:
 
 
 def _trials_section(results: Results) -> str:
-    if not results.trials:
+    recipes = [trial for trial in results.trials if "learning_rate" in trial]
+    return _recipes_section(recipes) + _scales_section([trial for trial in results.trials if trial not in recipes])
+
+
+def _scales_section(trials: Sequence[Entry]) -> str:
+    if not trials:
+        return ""
+    lines = [
+        "\n## Experts' learning rates\n",
+        "Over the seed's at the same update. Tried on the forest alone; all forests were trained by the one in bold.\n",
+        "| | scale | perplexity of the ensemble on the domains' development text |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {trial['size']} | {trial['learning_rate_scale']:g} | {_tried(trial)} |" for trial in trials]
+    return "\n".join(lines) + "\n"
+
+
+def _tried(trial: Entry) -> str:
+    found = "diverged" if trial["development"] is None else f"{trial['development']:.2f}"
+    return f"**{found}**" if trial["chosen"] else found
+
+
+def _recipes_section(trials: Sequence[Entry]) -> str:
+    if not trials:
         return ""
     lines = [
         "## Recipes\n",
@@ -200,12 +223,10 @@ def _trials_section(results: Results) -> str:
         "| | learning rate | updates | blocks of a domain per update | perplexity on the domains' development text |",
         "|---|---|---|---|---|",
     ]
-    for trial in results.trials:
-        found = "diverged" if trial["development"] is None else f"{trial['development']:.2f}"
+    for trial in trials:
         cells = [f"{trial['learning_rate']:g}", f"{trial['updates']:,}", str(trial["blocks_per_domain_update"])]
-        cells.append(f"**{found}**" if trial["chosen"] else found)
-        lines.append(f"| {trial['size']} | {' | '.join(cells)} |")
-    return "\n".join([*lines, *_edges(results.trials)]) + "\n"
+        lines.append(f"| {trial['size']} | {' | '.join(cells)} | {_tried(trial)} |")
+    return "\n".join([*lines, *_edges(trials)]) + "\n"
 
 
 def _edges(trials: Sequence[Entry]) -> Iterator[str]:

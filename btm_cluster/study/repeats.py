@@ -1,8 +1,8 @@
-"""What a study repeats: sizes and random seeds, each with the recipe that its Transformer-LM does best with."""
+"""What a study repeats: sizes and random seeds, each with the recipe that its Transformer-LM does best with, and its forest."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from btm_cluster.algorithm import prepare, resumed
@@ -11,49 +11,13 @@ from btm_cluster.errors import UserError
 from btm_cluster.evaluation import score_models, stack_of
 from btm_cluster.ground import Ground, model_config, vocabulary_of
 from btm_cluster.ledger import Artifact, Ref
+from btm_cluster.mixing import cross_fitted_perplexity, fits_at_once
 from btm_cluster.plan import Plan, SizePlan, StudyPlan, TrainingPlan
-from btm_cluster.recipes import check_demix_fits, seed_request, transformer_lm_request
+from btm_cluster.recipes import check_demix_fits
 from btm_cluster.requests import TrainRequest
 from btm_cluster.study.controls import DEMIXES
+from btm_cluster.study.repeat import Repeat, branches, fill_in, marked, train
 from btm_cluster.workers import Failure
-
-
-@dataclass(frozen=True)
-class Repeat:
-    """One size and random seed."""
-
-    size: str
-    ground: Ground
-    """Of a plan with that size's model and recipe, and that random seed."""
-    seed_shares: tuple[float, ...]
-    """Of all forests; the first is the one that is compared with everything."""
-    trials: tuple[Mapping[str, Any], ...] = field(default=(), compare=False)
-    """How the recipes tried for this size did, where this is its first random seed."""
-
-    @property
-    def grounds(self) -> dict[float, Ground]:
-        """The ground with each seed share."""
-        return {share: self._at(share) for share in self.seed_shares}
-
-    @property
-    def seeds(self) -> dict[float, TrainRequest]:
-        """The seed of each share but 0."""
-        return {share: seed_request(ground) for share, ground in self.grounds.items() if share}
-
-    def transformer_lm(self) -> TrainRequest:
-        """The Transformer-LM, which leaves all seeds on its way."""
-        whole = transformer_lm_request(self.ground, self.seeds[self.seed_shares[0]].ref)
-        return replace(whole, milestones=tuple(sorted(seed.last_update for seed in self.seeds.values())))
-
-    def by(self, training: TrainingPlan) -> "Repeat":
-        """The same with another recipe."""
-        plan = self.ground.plan.model_copy(update={"training": training})
-        return replace(self, ground=replace(self.ground, plan=plan))
-
-    def _at(self, seed_share: float) -> Ground:
-        plan = self.ground.plan
-        training = plan.training.model_copy(update={"seed_share": seed_share})
-        return replace(self.ground, plan=plan.model_copy(update={"training": training}))
 
 
 def repeats_of(plan: Plan, driver: Driver) -> list[Repeat]:
@@ -81,6 +45,7 @@ def repeats_of(plan: Plan, driver: Driver) -> list[Repeat]:
         ground = replace(grounds[size.name], plan=_variant(plan, size, study.random_seeds[0]))
         first = Repeat(size.name, ground, _seed_shares(study, size, is_first=number == 0))
         first = _by_the_best(first, _recipes(size, study), driver)
+        first = _by_the_best_scale(first, study.learning_rate_scales, driver)
         repeats.append(first)
         for random_seed in study.random_seeds[1:]:
             training = first.ground.plan.training.model_copy(update={"random_seed": random_seed})
@@ -162,26 +127,86 @@ def _by_the_best(repeat: Repeat, recipes: Sequence[TrainingPlan], driver: Driver
     called = [
         replace(whole, label=f"{whole.label}-{repeat.size}-trial-{number}") for number, whole in enumerate(wholes, 1)
     ]
-    outcomes = driver.obtain(driver.workers.train, [resumed(request, driver.ledger) for request in called])
-    failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
-    if len(failures) == len(outcomes) or not all(failure.has_diverged for failure in failures):
-        raise step_error(failures)
-    trained = [outcome.ref for outcome in outcomes if isinstance(outcome, Artifact)]
-    found = dict(zip(trained, _development_perplexities(repeat.ground, trained, driver), strict=True))
+    trained = _that_converged([[request] for request in called], driver)
+    refs = [models[0] for models in trained if models]
+    found = dict(zip(refs, _development_perplexities(repeat.ground, refs, driver), strict=True))
     perplexities = [found.get(whole.ref, math.inf) for whole in wholes]
     best = perplexities.index(min(perplexities))
+    recipe_rows = _rows(repeat, [recipe.learning_rate for recipe in recipes], perplexities, "learning_rate")
     rows = [
+        row | {"updates": recipe.updates, "blocks_per_domain_update": recipe.blocks_per_domain_update}
+        for row, recipe in zip(recipe_rows, recipes, strict=True)
+    ]
+    return replace(tried[best], trials=tuple(rows))
+
+
+def _by_the_best_scale(repeat: Repeat, scales: Sequence[float], driver: Driver) -> Repeat:
+    """The repeat with the scale whose experts, calibrated, have the lowest perplexity on the domains' development text.
+
+    Fitted on one half of a text's blocks and measured on the other, both ways. A scale under which an expert diverges is out.
+
+    Raises:
+        StepError: an expert failed otherwise, or one diverged under each scale.
+    """
+    if not scales:
+        return repeat
+    ground, share = repeat.ground, repeat.seed_shares[0]
+    train(repeat, [repeat.transformer_lm()], driver)
+    fill_in(repeat, list(repeat.seeds.values()), driver)
+    tried = [repeat.scaled(scale) for scale in scales]
+    asked = [
+        marked(repeat, [replace(r, label=f"{r.label}-scale-{scale:g}") for r in branches(one, ground.domains, share)])
+        for one, scale in zip(tried, scales, strict=True)
+    ]
+    perplexities = [
+        _ensemble_perplexity(ground, experts, driver) if experts else math.inf
+        for experts in _that_converged(asked, driver)
+    ]
+    best = perplexities.index(min(perplexities))
+    return replace(tried[best], trials=(*repeat.trials, *_rows(repeat, scales, perplexities, "learning_rate_scale")))
+
+
+def _rows(repeat: Repeat, values: Sequence[float], perplexities: Sequence[float], what: str) -> list[dict[str, Any]]:
+    best = perplexities.index(min(perplexities))
+    return [
         {
             "size": repeat.size,
-            "learning_rate": recipe.learning_rate,
-            "updates": recipe.updates,
-            "blocks_per_domain_update": recipe.blocks_per_domain_update,
+            what: value,
             "development": round(perplexity, 4) if perplexity < math.inf else None,
             "chosen": number == best,
         }
-        for number, (recipe, perplexity) in enumerate(zip(recipes, perplexities, strict=True))
+        for number, (value, perplexity) in enumerate(zip(values, perplexities, strict=True))
     ]
-    return replace(tried[best], trials=tuple(rows))
+
+
+def _that_converged(tried: Sequence[Sequence[TrainRequest]], driver: Driver) -> list[list[Ref]]:
+    """The models of each that was tried, all trained at once; none where one of them diverged.
+
+    Raises:
+        StepError: one failed otherwise, or one diverged in each.
+    """
+    requests = [resumed(request, driver.ledger) for one in tried for request in one]
+    outcomes = driver.obtain(driver.workers.train, requests)
+    failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
+    made = {outcome.ref for outcome in outcomes if isinstance(outcome, Artifact)}
+    models = [[request.ref for request in one] for one in tried]
+    converged = [refs if made.issuperset(refs) else [] for refs in models]
+    if not any(converged) or not all(failure.has_diverged for failure in failures):
+        raise step_error(failures)
+    return converged
+
+
+def _ensemble_perplexity(ground: Ground, experts: Sequence[Ref], driver: Driver) -> float:
+    """Mean over domains, on development text, of the ensemble as the plan mixes it."""
+    pairs = [(expert, text) for expert in experts for text in ground.domains]
+    scores = score_models(ground, pairs, driver, ["development"])
+    texts, merging = {text.name: text for text in ground.domains}, ground.plan.merging
+
+    def perplexity(name: str) -> float:
+        stack = stack_of(driver.ledger, scores, experts, texts[name], "development")
+        return cross_fitted_perplexity(*stack.take(0, merging.development_blocks), merging)
+
+    return sum(fits_at_once(perplexity, list(texts))) / len(texts)
 
 
 def _development_perplexities(ground: Ground, models: Sequence[Ref], driver: Driver) -> list[float]:

@@ -8,14 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from btm_cluster.algorithm import resumed
 from btm_cluster.driver import Driver
 from btm_cluster.ground import Ground, PreparedText, tokenize_requests
 from btm_cluster.language_model.demix import count_demix_parameters
 from btm_cluster.language_model.model import count_parameters
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.plan import Plan, StudyPlan
-from btm_cluster.recipes import demix_request, expert_request, seed_start
+from btm_cluster.recipes import demix_request
 from btm_cluster.requests import TrainRequest
 from btm_cluster.study.adaptation import adapt
 from btm_cluster.study.comparison import Comparison, Models, compare
@@ -27,7 +26,8 @@ from btm_cluster.study.controls import (
     seeded_demix_request,
 )
 from btm_cluster.study.mixtures import Members
-from btm_cluster.study.repeats import Repeat, repeats_of
+from btm_cluster.study.repeat import Repeat, branches, fill_in, train
+from btm_cluster.study.repeats import repeats_of
 from btm_cluster.texts import TextReport, report_texts
 
 
@@ -80,20 +80,15 @@ def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[Tra
     whole = repeat.transformer_lm()
     scratch = [scratch_request(ground, d, i) for i, d in enumerate(ground.domains)] if 0 in grounds else []
     demix = [demix_request(ground)] if "demix" in systems else []
-    trained = _train(repeat, [whole, *demix, *scratch], driver)
-    _fill_in(repeat, list(seeds.values()), driver)
-
-    def branches(texts: Sequence[PreparedText], share: float) -> list[TrainRequest]:
-        at, start = grounds[share], seed_start(ground, seeds[share].ref)
-        # A label of its own, since all of them train at once.
-        return [replace(expert_request(at, text, start), label=f"{text.name}-{share}") for text in texts]
+    trained = train(repeat, [whole, *demix, *scratch], driver)
+    fill_in(repeat, list(seeds.values()), driver)
 
     first = repeat.seed_shares[0]
-    experts = {share: branches(ground.domains, share) for share in seeds}
+    experts = {share: branches(repeat, ground.domains, share) for share in seeds}
     parts = _random_parts(ground, driver) if "random-split" in systems else []
-    dealt = branches(parts, first)
+    dealt = branches(repeat, parts, first)
     seeded = [seeded_demix_request(ground, seeds[first].ref)] if "demix-from-seed" in systems else []
-    trained += _train(repeat, [*(expert for share in seeds for expert in experts[share]), *dealt, *seeded], driver)
+    trained += train(repeat, [*(expert for share in seeds for expert in experts[share]), *dealt, *seeded], driver)
     experts |= {0.0: scratch} if scratch else {}
 
     def members(system: str, share: float, texts: Sequence[PreparedText], requests: Sequence[TrainRequest]) -> Members:
@@ -117,21 +112,6 @@ def _named(ground: Ground, demix: TrainRequest) -> tuple[tuple[str, Ref], ...]:
     """A DEMix's parts by domain."""
     names = {text: domain for domain, text in ground.founders}
     return tuple((names[part.text], part.ref) for part in demix.parts)
-
-
-def _train(repeat: Repeat, requests: Sequence[TrainRequest], driver: Driver) -> list[tuple[TrainRequest, Artifact]]:
-    """By labels that no other repeat has: attempts, metrics and curves go by them."""
-    mark = f"{repeat.size}-{repeat.ground.plan.training.random_seed}"
-    requests = [replace(request, label=f"{request.label}-{mark}") for request in requests]
-    models = driver.require(driver.workers.train, [resumed(request, driver.ledger) for request in requests])
-    return list(zip(requests, models, strict=True))
-
-
-def _fill_in(repeat: Repeat, seeds: Sequence[TrainRequest], driver: Driver) -> None:
-    """Trains the seeds that a Transformer-LM of an earlier run did not leave on its way."""
-    missing = sorted((s for s in seeds if driver.ledger.find(s.ref) is None), key=lambda seed: seed.last_update)
-    if missing:
-        _train(repeat, [replace(missing[-1], milestones=tuple(seed.last_update for seed in missing[:-1]))], driver)
 
 
 def _random_parts(ground: Ground, driver: Driver) -> list[PreparedText]:

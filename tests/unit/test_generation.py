@@ -152,12 +152,13 @@ def test_a_grown_forest_continues_a_prompt_and_says_whom_it_trusts(
         assert sum(found["trust"].values()) == pytest.approx(1)
     assert len(found["trust"]) == 2, "top_k of the plan"
     monkeypatch.setattr(learned_gate, "LOOKS", 1)
-    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(fields | {"merging": {"posterior": "gate"}}))
-    for arguments in ((), ("--for", "market")):
-        assert btm("--prompt", "a b", "--tokens", "8", *arguments) == 0
-        found = json.loads(capsys.readouterr().out)
-        assert set(found["trust"]) == set(forest.domains)
-        assert sum(found["trust"].values()) == pytest.approx(1)
+    for merging in ({"posterior": "gate"}, {"posterior": "gate", "with_seed": True}, {"with_seed": True}):
+        (tmp_path / "plan.yaml").write_text(yaml.safe_dump(fields | {"merging": merging}))
+        for arguments in ((), ("--for", "market")):
+            assert btm("--prompt", "a b", "--tokens", "8", *arguments) == 0
+            found = json.loads(capsys.readouterr().out)
+            assert set(found["trust"]) == {*forest.domains, *(["the seed"] if "with_seed" in merging else [])}
+            assert sum(found["trust"].values()) == pytest.approx(1)
     assert btm("--prompt", "word " * 40) == 2
     assert "the prompt is too long" in capsys.readouterr().err
     assert btm("--for", "nowhere") == 2

@@ -9,7 +9,7 @@ import torch
 
 from btm_cluster.report import (
     CALIBRATED_ENSEMBLE,
-    GATED_ENSEMBLE,
+    FORESTS,
     PAPER_ENSEMBLE,
     SEED,
     TRANSFORMER_LM,
@@ -52,7 +52,7 @@ def test_identical_systems_differ_by_exactly_zero_and_cannot_be_told_apart() -> 
     assert "can not be told apart from the Transformer-LM" in found.sentence
 
 
-@pytest.mark.parametrize("system", [PAPER_ENSEMBLE, CALIBRATED_ENSEMBLE, GATED_ENSEMBLE])
+@pytest.mark.parametrize("system", FORESTS)
 @pytest.mark.parametrize(("factor", "outcome"), [(0.9, "beat the"), (1.1, "lost to the")])
 def test_a_system_that_is_better_on_every_document_beats_the_baseline_and_a_worse_one_loses(
     factor: float, outcome: str, system: str

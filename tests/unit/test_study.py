@@ -15,6 +15,7 @@ from btm_cluster.driver import Driver
 from btm_cluster.equations import learned_gate
 from btm_cluster.equations.gates import fit_discounts
 from btm_cluster.equations.learned_gate import LearnedGate, TextScores, fit_gate_for_all, tune_gate
+from btm_cluster.equations.mixture import log_mixture
 from btm_cluster.errors import StepError, TrainingError, UserError
 from btm_cluster.evaluation import evaluate, fit_gates, score_models, stack_of
 from btm_cluster.fits import read_fit, write_fit
@@ -25,7 +26,7 @@ from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.mixing import Mixing, fit_mixing, shared_mixing
 from btm_cluster.plan import MergingPlan, Plan, StudyPlan
 from btm_cluster.recipes import expert_request, seed_request, seed_start, transformer_lm_request
-from btm_cluster.report import GATED_ENSEMBLE, PAPER_ENSEMBLE, verdict
+from btm_cluster.report import GATED_ENSEMBLE, PAPER_ENSEMBLE, SEEDED_ENSEMBLE, SEEDED_GATE, verdict
 from btm_cluster.requests import TrainRequest
 from btm_cluster.steps.mix import fit_for_all
 from btm_cluster.steps.prepare import documents_of
@@ -34,7 +35,7 @@ from btm_cluster.study.controls import random_part_requests
 from btm_cluster.study.page import write_page
 from btm_cluster.study.repeats import repeats_of
 from btm_cluster.study.results import read_results, results_of, write_results
-from btm_cluster.study.run import Study, run_study
+from btm_cluster.study.run import Study, run_study, train_repeat
 from btm_cluster.workers import Control
 from tests.conftest import DOMAINS, in_process, plan_fields
 
@@ -129,19 +130,25 @@ def test_the_forest_of_a_study_is_evaluated_as_any_other(studied: Studied) -> No
         Expert(texts[m.recipe["texts"][0]], m.identity, "", "", ()) for m in own if m.recipe["texts"][0] in texts
     ]
     forest = Forest(0, ground.foundation(seed.identity), tuple(sorted(experts, key=lambda e: e.domain)), {}, "")
-    merging = ground.plan.merging.model_copy(update={"posterior": "gate"})
-    ground = replace(ground, plan=ground.plan.model_copy(update={"merging": merging}))
-    rows = verdict(evaluate(ground, forest, baseline, studied.driver).results).rows["test"]
-    found = {row.system: row.means["all"].perplexity for row in rows if "all" in row.means}
     wanted = {"top_k": None, "seed_share": 0.5, "development_blocks": None}
-    for system, posterior, prior in ((PAPER_ENSEMBLE, "full", "ema"), (GATED_ENSEMBLE, "gate", "fitted")):
-        entry = studied.entry(system="forest", posterior=posterior, prior=prior, **wanted)
-        assert entry["all"] == pytest.approx(found[system], rel=1e-4), system
+    paper = (PAPER_ENSEMBLE, "forest", "full", "ema")
+    for settings, *same in (
+        ({"posterior": "gate", "with_seed": True}, paper, (SEEDED_GATE, "forest with its seed", "gate", "fitted")),
+        ({"with_seed": True}, (SEEDED_ENSEMBLE, "forest with its seed", "calibrated", "fitted")),
+        ({"posterior": "gate"}, paper, (GATED_ENSEMBLE, "forest", "gate", "fitted")),
+    ):
+        merging = MergingPlan.model_validate(settings)
+        ground = replace(ground, plan=ground.plan.model_copy(update={"merging": merging}))
+        rows = verdict(evaluate(ground, forest, baseline, studied.driver).results).rows["test"]
+        found = {row.system: row.means["all"].perplexity for row in rows if "all" in row.means}
+        for row, system, posterior, prior in same:
+            entry = studied.entry(system=system, posterior=posterior, prior=prior, **wanted)
+            assert entry["all"] == pytest.approx(found[row], rel=1e-4), row
     models = [Ref("model", expert.identity) for expert in forest.experts]
     scores = score_models(ground, [(model, text) for model in models for text in ground.texts], studied.driver)
     made = studied.driver.made["gate"]
     gates = fit_gates(ground, models, ground.texts, scores, studied.driver)
-    assert studied.driver.made["gate"] == made == len(ground.texts), "those of the evaluation are found again"
+    assert studied.driver.made["gate"] == made == 2 * len(ground.texts), "those of the evaluation are found again"
     bare = replace(ground.texts[-1], tokens={**ground.texts[-1].tokens, "development": ()})
     assert set(gates) == {None, *(text.name for text in ground.texts)}
     without = fit_gates(ground, models, [bare], scores, studied.driver)
@@ -264,7 +271,8 @@ def test_results_are_read_back_and_those_of_several_seeds_make_one_page(studied:
     trial = {"size": "model", "learning_rate": 0.01, "updates": 12, "blocks_per_domain_update": 4, "development": 9.87}
     lower = {**trial, "learning_rate": 0.001, "development": 12.3, "chosen": False}
     diverged = {**lower, "size": "large", "development": None}
-    study = replace(studied.study, trials=({**trial, "chosen": True}, lower, diverged))
+    scale = {"size": "model", "learning_rate_scale": 2.0, "development": 8.76, "chosen": True}
+    study = replace(studied.study, trials=({**trial, "chosen": True}, lower, diverged, scale))
     results = results_of(studied.plan, study)
     write_results(results, tmp_path / "one")
     other = [entry | {"random_seed": 1, "all": entry["all"] and 2 * entry["all"]} for entry in results.entries]
@@ -297,6 +305,7 @@ def test_results_are_read_back_and_those_of_several_seeds_make_one_page(studied:
         "Speed",
         "| model | 0.01 | 12 | 4 | **9.87** |",
         "| large | 0.001 | 12 | 4 | diverged |",
+        "| model | 2 | **8.76** |",
         "The highest learning rate tried for model is the best",
     ):
         assert heading in page
@@ -350,6 +359,44 @@ def test_all_systems_are_trained_by_the_recipe_that_the_transformer_lm_does_best
     made = driver.made.copy()
     assert repeats_of(plan, driver)[0].trials == first.trials
     assert driver.made - made == {"model": 1}, "only what diverged is tried again"
+
+
+def test_all_forests_take_the_experts_learning_rate_that_their_ensemble_does_best_with(
+    texts: dict[str, Path], tmp_path: Path
+) -> None:
+    scales = [0.01, 1.5, 1e30]
+    plan = study_plan(
+        texts, tmp_path / "store", learning_rate_scales=scales, systems=["random-split"], random_seeds=[3, 4]
+    )
+    driver = in_process(plan)
+    first, second = repeats_of(plan, driver)
+    assert [(trial["learning_rate_scale"], trial["chosen"]) for trial in first.trials] == [
+        (0.01, False),
+        (1.5, True),
+        (1e30, False),
+    ]
+    assert first.trials[2]["development"] is None, "it diverged, and is out of the running"
+    assert second.trials == ()
+    for repeat in (first, second):
+        models, trained = train_repeat(repeat, driver)
+        rates = {(request.role, request.training.learning_rate) for request, _ in trained}
+        assert rates == {("transformer-lm", 1e-2), ("expert", 1.5 * 1e-2)}, "random splits too, and no rival"
+    # By hand, on the first: each half of a domain's blocks under what was fitted on the other.
+    repeat = replace(first, trials=())
+    models, _ = train_repeat(repeat, driver)
+    experts, ground = list(models.members[0].refs), repeat.ground
+    pairs = [(expert, text) for expert in experts for text in ground.domains]
+    scores = score_models(ground, pairs, driver, ["development"])
+    perplexities = []
+    for text in ground.domains:
+        logp_EBT, mask_BT = stack_of(driver.ledger, scores, experts, text, "development").take(0, 100)
+        total = 0.0
+        for fitted, measured in ((0, 1), (1, 0)):
+            mixing = fit_mixing("calibrated", "fitted", logp_EBT[:, fitted::2], mask_BT[fitted::2], MergingPlan())
+            logp_BT = log_mixture(logp_EBT[:, measured::2], mixing.log_prior_E, mixing.posterior)
+            total += float(logp_BT[mask_BT[measured::2]].sum())
+        perplexities.append(math.exp(-total / int(mask_BT.sum())))
+    assert first.trials[1]["development"] == pytest.approx(sum(perplexities) / len(perplexities), rel=1e-4)
 
 
 def train_but_the_third(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:

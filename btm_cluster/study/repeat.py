@@ -1,0 +1,86 @@
+"""One repeat of a study, a size and a random seed: its ground, its requests, and how they are trained."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from btm_cluster.algorithm import resumed
+from btm_cluster.driver import Driver
+from btm_cluster.ground import Ground, PreparedText
+from btm_cluster.ledger import Artifact
+from btm_cluster.plan import TrainingPlan
+from btm_cluster.recipes import expert_request, seed_request, seed_start, transformer_lm_request
+from btm_cluster.requests import TrainRequest
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """One size and random seed."""
+
+    size: str
+    ground: Ground
+    """Of a plan with that size's model and recipe, and that random seed."""
+    seed_shares: tuple[float, ...]
+    """Of all forests; the first is the one that is compared with everything."""
+    trials: tuple[Mapping[str, Any], ...] = field(default=(), compare=False)
+    """How what was tried for this size did, where this is its first random seed: recipes, and then scales of the experts'
+    learning rate."""
+
+    @property
+    def grounds(self) -> dict[float, Ground]:
+        """The ground with each seed share."""
+        return {share: self._at(share) for share in self.seed_shares}
+
+    @property
+    def seeds(self) -> dict[float, TrainRequest]:
+        """The seed of each share but 0."""
+        return {share: seed_request(ground) for share, ground in self.grounds.items() if share}
+
+    def transformer_lm(self) -> TrainRequest:
+        """The Transformer-LM, which leaves all seeds on its way."""
+        whole = transformer_lm_request(self.ground, self.seeds[self.seed_shares[0]].ref)
+        return replace(whole, milestones=tuple(sorted(seed.last_update for seed in self.seeds.values())))
+
+    def by(self, training: TrainingPlan) -> "Repeat":
+        """The same with another recipe."""
+        return self._with({"training": training})
+
+    def scaled(self, scale: float) -> "Repeat":
+        """The same with another learning rate of the experts."""
+        branching = self.ground.plan.branching
+        return self._with({"branching": branching.model_copy(update={"learning_rate_scale": scale})})
+
+    def _with(self, update: Mapping[str, Any]) -> "Repeat":
+        return replace(self, ground=replace(self.ground, plan=self.ground.plan.model_copy(update=update)))
+
+    def _at(self, seed_share: float) -> Ground:
+        plan = self.ground.plan
+        training = plan.training.model_copy(update={"seed_share": seed_share})
+        return replace(self.ground, plan=plan.model_copy(update={"training": training}))
+
+
+def branches(repeat: Repeat, texts: Sequence[PreparedText], share: float) -> list[TrainRequest]:
+    """An expert on each text, from the seed of that share."""
+    ground, start = repeat.grounds[share], seed_start(repeat.ground, repeat.seeds[share].ref)
+    # A label of its own, since all of them train at once.
+    return [replace(expert_request(ground, text, start), label=f"{text.name}-{share}") for text in texts]
+
+
+def train(repeat: Repeat, requests: Sequence[TrainRequest], driver: Driver) -> list[tuple[TrainRequest, Artifact]]:
+    """All of them, or a StepError."""
+    requests = marked(repeat, requests)
+    models = driver.require(driver.workers.train, [resumed(request, driver.ledger) for request in requests])
+    return list(zip(requests, models, strict=True))
+
+
+def marked(repeat: Repeat, requests: Sequence[TrainRequest]) -> list[TrainRequest]:
+    """By labels that no other repeat has: attempts, metrics and curves go by them."""
+    mark = f"{repeat.size}-{repeat.ground.plan.training.random_seed}"
+    return [replace(request, label=f"{request.label}-{mark}") for request in requests]
+
+
+def fill_in(repeat: Repeat, seeds: Sequence[TrainRequest], driver: Driver) -> None:
+    """Trains the seeds that a Transformer-LM of an earlier run did not leave on its way."""
+    missing = sorted((s for s in seeds if driver.ledger.find(s.ref) is None), key=lambda seed: seed.last_update)
+    if missing:
+        train(repeat, [replace(missing[-1], milestones=tuple(seed.last_update for seed in missing[:-1]))], driver)
