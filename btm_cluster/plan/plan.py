@@ -180,8 +180,8 @@ class MergingPlan(Section):
     as ever."""
     with_seed: bool = False
     """Mix the seed with the experts, as one model more: in `btm generate`, and in a row of its own beside the ensembles of experts
-    alone. Better wherever it was measured, most where experts learn their text by heart, for one model more to run. Averages are
-    of experts."""
+    alone. Worth most where experts learn their text by heart, nothing where they have left a weak seed behind, for one model more
+    to run. Averages are of experts."""
     prior: Literal["fitted", "ema", "mean", "uniform"] = "fitted"
     """`ema` is the paper's estimate; `fitted` maximises the likelihood of the development text."""
     average_prior: Literal["fitted", "ema", "mean", "uniform"] = "fitted"
