@@ -165,8 +165,8 @@ class BranchingPlan(Section):
     optimizer: Literal["keep", "reset"] = "keep"
     """Continue the seed's Adam moments and learning-rate line, or start them anew. An average has none to keep."""
     learning_rate_scale: PositiveReal = 1.0
-    """An expert's learning rate over the seed's at the same update; the paper: 1. With more, experts differ more, which a fitted
-    posterior gains by; with less they stay closer to their seed, which averages and the paper's posterior gain by."""
+    """An expert's learning rate over the seed's at the same update; the paper: 1. With more, experts leave their seed further
+    behind and differ more, with less they stay closer to it; which is better depends on how they are mixed."""
 
 
 class MergingPlan(Section):
@@ -272,7 +272,8 @@ class StudyPlan(Section):
     the running."""
     learning_rate_scales: tuple[PositiveReal, ...] = ()
     """Values of `branching.learning_rate_scale` tried on the forest alone, with each size and the first random seed, after the
-    recipes: all forests take the one whose calibrated ensemble has the lowest perplexity on the domains' development text."""
+    recipes: all forests take the one whose experts, mixed as `merging` says (by the calibrated posterior for a gate), have the
+    lowest perplexity on the domains' development text."""
     systems: tuple[Literal["demix", "demix-from-seed", "random-split", "adapted"], ...] = (
         "demix",
         "demix-from-seed",

@@ -141,7 +141,7 @@ def _by_the_best(repeat: Repeat, recipes: Sequence[TrainingPlan], driver: Driver
 
 
 def _by_the_best_scale(repeat: Repeat, scales: Sequence[float], driver: Driver) -> Repeat:
-    """The repeat with the scale whose experts, calibrated, have the lowest perplexity on the domains' development text.
+    """The repeat with the scale whose experts, mixed as planned, have the lowest perplexity on the domains' development text.
 
     Fitted on one half of a text's blocks and measured on the other, both ways. A scale under which an expert diverges is out.
 
