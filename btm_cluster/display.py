@@ -198,6 +198,12 @@ def show_run(run: "Run", json_output: bool) -> None:
         console.print(f"note: {notice}", highlight=False)
     for name in run.passed_over:
         console.print(f"note: {name} was taken out of the forest and is passed over", highlight=False)
+    if run.trained_otherwise:
+        console.print(
+            f"note: {', '.join(run.trained_otherwise)}: kept as trained before the plan's `branching` changed; "
+            "with another `store` all experts are trained by it",
+            highlight=False,
+        )
     console.print(fits_table(run.priors, run.evidence_weights))
     verdict_tables(run.verdict, console)
     notes.print(run.steps_line, highlight=False)

@@ -71,7 +71,12 @@ def expert_request(ground: Ground, domain: PreparedText, start: Start) -> TrainR
     training = ground.plan.training
     text = TrainingText(domain.identity, domain.tokens["train"])
     span = (training.seed_updates, training.updates)
-    request = train_request(ground, domain.name, "expert", (text,), span, start)
+    return at_experts_rate(ground, train_request(ground, domain.name, "expert", (text,), span, start))
+
+
+def at_experts_rate(ground: Ground, request: TrainRequest) -> TrainRequest:
+    """The request with the plan's learning rate times the experts' scale."""
+    training = ground.plan.training
     rate = training.learning_rate * ground.plan.branching.learning_rate_scale
     return replace(request, training=training.model_copy(update={"learning_rate": rate}))
 

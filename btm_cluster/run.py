@@ -10,10 +10,10 @@ from btm_cluster.driver import Driver, steps_line
 from btm_cluster.errors import StepError, UserError
 from btm_cluster.evaluation import evaluate
 from btm_cluster.forest import Forest, check_foundation, describe_forest
-from btm_cluster.ground import block_requests, stored_text
-from btm_cluster.ledger import Ledger
+from btm_cluster.ground import Ground, block_requests, stored_text
+from btm_cluster.ledger import Ledger, Ref
 from btm_cluster.plan import Plan
-from btm_cluster.recipes import demix_request, seed_request, transformer_lm_request
+from btm_cluster.recipes import demix_request, expert_request, seed_request, seed_start, transformer_lm_request
 from btm_cluster.report import Verdict, verdict
 from btm_cluster.texts import TextReport, report_texts
 from btm_cluster.workers import Failure
@@ -33,6 +33,8 @@ class Run:
     verdict: Verdict
     passed_over: tuple[str, ...]
     """Domains of the plan that were taken out of the forest."""
+    trained_otherwise: tuple[str, ...]
+    """Founding domains whose expert stands in the forest since the plan's `branching` was another."""
     failures: tuple[Failure, ...]
     made: Mapping[str, int]
     reused: Mapping[str, int]
@@ -51,6 +53,7 @@ class Run:
             "evidence_weights": dict(self.evidence_weights),
             "verdict": self.verdict.to_json(),
             "passed_over": list(self.passed_over),
+            "trained_otherwise": list(self.trained_otherwise),
             "failures": [asdict(failure) for failure in self.failures],
             "steps": {"run": dict(self.made), "reused": dict(self.reused)},
         }
@@ -83,10 +86,21 @@ def run_plan(plan: Plan, driver: Driver, evaluate_only: bool = False) -> Run:
         evidence_weights={text: fit.calibrated.posterior.weight for text, fit in fits.items()},
         verdict=verdict(evaluation.results),
         passed_over=tuple(d.name for d in plan.domains if d.name in grown.forest.withdrawn),
+        trained_otherwise=_trained_otherwise(grown.ground, grown.forest),
         failures=grown.failures,
         made=driver.made,
         reused=driver.reused,
     )
+
+
+def _trained_otherwise(ground: Ground, forest: Forest) -> tuple[str, ...]:
+    start = seed_start(ground, Ref("model", forest.foundation.seed))
+    asked = {
+        domain.name: expert_request(ground, domain, start).ref.identity
+        for domain in ground.domains
+        if (domain.name, domain.identity) in forest.foundation.domains
+    }
+    return tuple(e.domain for e in forest.experts if asked.get(e.domain, e.identity) != e.identity)
 
 
 def check_text_is_known(plan: Plan, name: str, ledger: Ledger) -> None:

@@ -84,8 +84,8 @@ TOGETHER = {
     "tests/end_to_end/test_partition.py": "lost machines",
     "tests/end_to_end/test_survival.py::test_when_a_machine_is_lost": "lost machines",
     "tests/end_to_end/test_on_ray.py": "the cluster",
-    "tests/end_to_end/test_survival.py": "the cluster",
-    "tests/end_to_end/test_worker_group.py": "the cluster",
+    "tests/end_to_end/test_survival.py": "another cluster",
+    "tests/end_to_end/test_worker_group.py": "another cluster",
 }
 """What goes to one process where several share the tests, since it shares something dear; the rest goes by file."""
 

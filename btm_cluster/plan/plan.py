@@ -166,7 +166,8 @@ class BranchingPlan(Section):
     """Continue the seed's Adam moments and learning-rate line, or start them anew. An average has none to keep."""
     learning_rate_scale: PositiveReal = 1.0
     """An expert's learning rate over the seed's at the same update; the paper: 1. With more, experts leave their seed further
-    behind and differ more, with less they stay closer to it; which is better depends on how they are mixed."""
+    behind and differ more, with less they stay closer to it; which is better depends on how they are mixed. Experts that a forest
+    has already stay as they are."""
 
 
 class MergingPlan(Section):

@@ -30,6 +30,8 @@ class Models:
     transformer_lm: Ref
     members: tuple[Members, ...]
     """The first is the forest that everything is compared with, the second that forest with its seed."""
+    at_experts_rate: Ref | None
+    """The Transformer-LM at the experts' learning rate, where that is another."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +93,17 @@ def _rounded(cell: Cell | None) -> float | None:
 def compare(ground: Ground, models: Models, driver: Driver) -> Comparison:
     """Scores every model on the held-out text, combines them, averages them, and scores the averages."""
     seeds = {m.seed_share: m.seed for m in models.members if m.seed}
-    combined = dict.fromkeys(model for members in models.members for _, model in members.models)
-    everywhere = [*seeds.values(), models.transformer_lm, *combined]
+    single = {System("transformer-lm"): models.transformer_lm}
+    if models.at_experts_rate:
+        single[System("transformer-lm at the experts' rate")] = models.at_experts_rate
+    single |= {System("seed", share): seed for share, seed in seeds.items()}
+    combined = [model for members in models.members for _, model in members.models]
     scores = score_models(
-        ground, [(model, text) for model in dict.fromkeys(everywhere) for text in ground.texts], driver
+        ground,
+        [(model, text) for model in dict.fromkeys([*single.values(), *combined]) for text in ground.texts],
+        driver,
     )
-    rows: Rows = {System("transformer-lm"): _sums(ground, scores, models.transformer_lm, driver)}
-    for share, seed in seeds.items():
-        rows[System("seed", share)] = _sums(ground, scores, seed, driver)
+    rows: Rows = {system: _sums(ground, scores, model, driver) for system, model in single.items()}
     rows |= single_experts(ground, scores, models.members[0], driver)
     mixtures = mix(ground, scores, models.members, driver)
     rows |= mixtures.rows() | _averages(ground, mixtures, models.members, driver)

@@ -1,14 +1,15 @@
 """Requests of the controls that a study sets beside forest and Transformer-LM.
 
 A forest is only worth something if it beats what is not the idea of the paper: experts on random splits, experts without a
-seed, a DEMix that has a seed, and the Transformer-LM given the development text that the forest's priors are fitted on.
+seed, a DEMix that has a seed, the Transformer-LM at the learning rate that the experts have, and the Transformer-LM given the
+development text that the forest's priors are fitted on (`adaptation.py`).
 """
 
 from dataclasses import replace
 
 from btm_cluster.ground import Ground, PreparedText, tokenize_requests
 from btm_cluster.ledger import Artifact, Ledger, Ref
-from btm_cluster.recipes import seed_start, train_request
+from btm_cluster.recipes import at_experts_rate, seed_start, train_request
 from btm_cluster.requests import ShuffleTexts, TrainingText, TrainRequest
 
 DEMIXES = ("demix", "demix-from-seed")
@@ -29,6 +30,14 @@ def seeded_demix_request(ground: Ground, seed: Ref) -> TrainRequest:
     span, start = (training.seed_updates, training.updates), seed_start(ground, seed)
     request = train_request(ground, "demix-from-seed", "demix", ground.founding_texts, span, start)
     return replace(request, is_demix=True)
+
+
+def transformer_lm_at_experts_rate_request(ground: Ground, seed: Ref) -> TrainRequest:
+    """The Transformer-LM from the seed on as experts are trained: at their scale of the learning rate."""
+    training = ground.plan.training
+    span, start = (training.seed_updates, training.updates), seed_start(ground, seed)
+    label = "transformer-lm-at-experts-rate"
+    return at_experts_rate(ground, train_request(ground, label, "transformer-lm", ground.founding_texts, span, start))
 
 
 def random_part_requests(ground: Ground) -> list[ShuffleTexts]:

@@ -19,6 +19,7 @@ PLAIN: Wanted = {"development_blocks": None, "top_k": None}
 # Rows of table 1: what it is called, and which entries it is.
 TABLE_1: dict[str, Wanted] = {
     "Transformer-LM": {"system": "transformer-lm"},
+    "Transformer-LM, at the experts' learning rate": {"system": "transformer-lm at the experts' rate"},
     "seed": {"system": "seed"},
     "best single expert": {"system": "best single expert"},
     "the domain's own expert": {"system": "own expert"},

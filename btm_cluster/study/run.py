@@ -24,6 +24,7 @@ from btm_cluster.study.controls import (
     random_part_requests,
     scratch_request,
     seeded_demix_request,
+    transformer_lm_at_experts_rate_request,
 )
 from btm_cluster.study.mixtures import Members
 from btm_cluster.study.repeat import Repeat, branches, fill_in, train
@@ -76,7 +77,7 @@ def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[Tra
     """All models of a repeat: first the one run that all seeds lie on, then what branches from it, then what follows it."""
     ground, grounds, seeds = repeat.ground, repeat.grounds, repeat.seeds
     assert ground.plan.study is not None
-    systems = ground.plan.study.systems
+    systems, scale = ground.plan.study.systems, ground.plan.branching.learning_rate_scale
     whole = repeat.transformer_lm()
     scratch = [scratch_request(ground, d, i) for i, d in enumerate(ground.domains)] if 0 in grounds else []
     demix = [demix_request(ground)] if "demix" in systems else []
@@ -88,7 +89,9 @@ def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[Tra
     parts = _random_parts(ground, driver) if "random-split" in systems else []
     dealt = branches(repeat, parts, first)
     seeded = [seeded_demix_request(ground, seeds[first].ref)] if "demix-from-seed" in systems else []
-    trained += train(repeat, [*(expert for share in seeds for expert in experts[share]), *dealt, *seeded], driver)
+    rated = [] if scale == 1 else [transformer_lm_at_experts_rate_request(ground, seeds[first].ref)]
+    branched = [*(expert for share in seeds for expert in experts[share]), *dealt, *seeded, *rated]
+    trained += train(repeat, branched, driver)
     experts |= {0.0: scratch} if scratch else {}
 
     def members(system: str, share: float, texts: Sequence[PreparedText], requests: Sequence[TrainRequest]) -> Members:
@@ -105,7 +108,8 @@ def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[Tra
     models = (*forests[0].models, ("seed", seeds[first].ref))
     with_seed = replace(forests[0], system="forest with its seed", models=models, averaged=False, gated=True)
     forests[0] = replace(forests[0], many_ways=True)
-    return Models(whole.ref, (forests[0], with_seed, *forests[1:], *others)), trained
+    at_experts_rate = rated[0].ref if rated else None
+    return Models(whole.ref, (forests[0], with_seed, *forests[1:], *others), at_experts_rate), trained
 
 
 def _named(ground: Ground, demix: TrainRequest) -> tuple[tuple[str, Ref], ...]:

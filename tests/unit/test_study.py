@@ -31,8 +31,11 @@ from btm_cluster.requests import TrainRequest
 from btm_cluster.steps.mix import fit_for_all
 from btm_cluster.steps.prepare import documents_of
 from btm_cluster.steps.train import train
-from btm_cluster.study.controls import random_part_requests
+from btm_cluster.study.comparison import compare
+from btm_cluster.study.controls import random_part_requests, transformer_lm_at_experts_rate_request
+from btm_cluster.study.mixtures import System
 from btm_cluster.study.page import write_page
+from btm_cluster.study.repeat import train as train_requests
 from btm_cluster.study.repeats import repeats_of
 from btm_cluster.study.results import read_results, results_of, write_results
 from btm_cluster.study.run import Study, run_study, train_repeat
@@ -361,6 +364,20 @@ def test_all_systems_are_trained_by_the_recipe_that_the_transformer_lm_does_best
     assert driver.made - made == {"model": 1}, "only what diverged is tried again"
 
 
+def test_the_transformer_lm_at_the_experts_rate_is_the_transformer_lm_but_for_the_rate(
+    texts: dict[str, Path], tmp_path: Path
+) -> None:
+    plan = study_plan(texts, tmp_path / "store")
+    driver = in_process(plan)
+    repeat = repeats_of(plan, driver)[0]
+    seed = repeat.seeds[0.5].ref
+    (_, whole), *_ = train_requests(repeat, [repeat.transformer_lm()], driver)
+    asked = [transformer_lm_at_experts_rate_request(repeat.scaled(scale).ground, seed) for scale in (1, 2)]
+    (_, same), (_, faster) = train_requests(repeat, asked, driver)
+    weights = [model.blob("model.safetensors").sha256 for model in (whole, same, faster)]
+    assert weights[0] == weights[1] != weights[2]
+
+
 def test_all_forests_take_the_experts_learning_rate_that_their_ensemble_does_best_with(
     texts: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -380,10 +397,15 @@ def test_all_forests_take_the_experts_learning_rate_that_their_ensemble_does_bes
     for repeat in (first, second):
         _, trained = train_repeat(repeat, driver)
         rates = {(request.role, request.training.learning_rate) for request, _ in trained}
-        assert rates == {("transformer-lm", 1e-2), ("expert", 1.5 * 1e-2)}, "random splits too, and no rival"
+        rival = ("transformer-lm", 1e-2)
+        assert rates == {rival, ("expert", 1.5e-2), ("transformer-lm", 1.5e-2)}, "random splits too, and as a control"
     # By hand, on the first: each half of a domain's blocks under what was fitted on the other.
     models, _ = train_repeat(first, driver)
     experts, ground = list(models.members[0].refs), first.ground
+    rows = compare(ground, models, driver).rows
+    control = rows[System("transformer-lm at the experts' rate")]
+    assert control.keys() == {text.name for text in ground.texts}
+    assert not any(torch.equal(control[name], sums_D) for name, sums_D in rows[System("transformer-lm")].items())
     pairs = [(expert, text) for expert in experts for text in ground.domains]
     scores = score_models(ground, pairs, driver, ["development"])
     perplexities = []
