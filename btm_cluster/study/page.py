@@ -193,51 +193,48 @@ def _texts_section(results: Results) -> str:
 
 
 def _trials_section(results: Results) -> str:
-    recipes = [trial for trial in results.trials if "learning_rate" in trial]
-    return _recipes_section(recipes) + _scales_section([trial for trial in results.trials if trial not in recipes])
+    recipes = _tried_section(
+        "## Recipes\n\nTried on the Transformer-LM alone; all systems were trained by the one in bold.\n",
+        {
+            "learning_rate": "learning rate",
+            "updates": "updates",
+            "blocks_per_domain_update": "blocks of a domain per update",
+        },
+        "perplexity on the domains' development text",
+        results.trials,
+    )
+    scales = _tried_section(
+        "## Experts' learning rates\n\nOver the seed's at the same update. Tried on the forest alone; all forests were trained by "
+        "the one in bold.\n",
+        {"learning_rate_scale": "scale"},
+        "perplexity of the ensemble on the domains' development text",
+        results.trials,
+    )
+    return "\n".join(filter(None, [recipes, scales]))
 
 
-def _scales_section(trials: Sequence[Entry]) -> str:
+def _tried_section(opening: str, columns: Mapping[str, str], measured: str, trials: Sequence[Entry]) -> str:
+    """The trials that have the first of the columns, with what they were measured by."""
+    first = next(iter(columns))
+    trials = [trial for trial in trials if first in trial]
     if not trials:
         return ""
-    lines = [
-        "\n## Experts' learning rates\n",
-        "Over the seed's at the same update. Tried on the forest alone; all forests were trained by the one in bold.\n",
-        "| | scale | perplexity of the ensemble on the domains' development text |",
-        "|---|---|---|",
-    ]
-    lines += [f"| {trial['size']} | {trial['learning_rate_scale']:g} | {_tried(trial)} |" for trial in trials]
-    return "\n".join(lines) + "\n"
-
-
-def _tried(trial: Entry) -> str:
-    found = "diverged" if trial["development"] is None else f"{trial['development']:.2f}"
-    return f"**{found}**" if trial["chosen"] else found
-
-
-def _recipes_section(trials: Sequence[Entry]) -> str:
-    if not trials:
-        return ""
-    lines = [
-        "## Recipes\n",
-        "Tried on the Transformer-LM alone; all systems were trained by the one in bold.\n",
-        "| | learning rate | updates | blocks of a domain per update | perplexity on the domains' development text |",
-        "|---|---|---|---|---|",
-    ]
+    lines = [opening, f"| | {' | '.join(columns.values())} | {measured} |", "|---" * (len(columns) + 2) + "|"]
     for trial in trials:
-        cells = [f"{trial['learning_rate']:g}", f"{trial['updates']:,}", str(trial["blocks_per_domain_update"])]
-        lines.append(f"| {trial['size']} | {' | '.join(cells)} | {_tried(trial)} |")
-    return "\n".join([*lines, *_edges(trials)]) + "\n"
+        cells = [f"{trial[name]:,}" if isinstance(trial[name], int) else f"{trial[name]:g}" for name in columns]
+        found = "diverged" if trial["development"] is None else f"{trial['development']:.2f}"
+        lines.append(f"| {trial['size']} | {' | '.join(cells)} | {f'**{found}**' if trial['chosen'] else found} |")
+    return "\n".join([*lines, *_edges(trials, first, columns[first])]) + "\n"
 
 
-def _edges(trials: Sequence[Entry]) -> Iterator[str]:
-    """A warning for each size whose chosen learning rate has none tried beyond it: the rival may do better there."""
+def _edges(trials: Sequence[Entry], name: str, words: str) -> Iterator[str]:
+    """A warning for each size whose chosen value has none tried beyond it."""
     for size in dict.fromkeys(trial["size"] for trial in trials):
-        rates = {trial["learning_rate"] for trial in select(trials, size=size)}
-        chosen = {trial["learning_rate"] for trial in select(trials, size=size, chosen=True)}
-        for edge, side in ((max(rates), "highest"), (min(rates), "lowest")):
-            if len(rates) > 1 and edge in chosen:
-                yield f"\nThe {side} learning rate tried for {size} is the best: one beyond it may be better still."
+        values = {trial[name] for trial in select(trials, size=size)}
+        chosen = {trial[name] for trial in select(trials, size=size, chosen=True)}
+        for edge, side in ((max(values), "highest"), (min(values), "lowest")):
+            if len(values) > 1 and edge in chosen:
+                yield f"\nThe {side} {words} tried for {size} is the best: one beyond it may be better still."
 
 
 def _speeds_section(results: Results) -> str:

@@ -275,7 +275,8 @@ def test_results_are_read_back_and_those_of_several_seeds_make_one_page(studied:
     lower = {**trial, "learning_rate": 0.001, "development": 12.3, "chosen": False}
     diverged = {**lower, "size": "large", "development": None}
     scale = {"size": "model", "learning_rate_scale": 2.0, "development": 8.76, "chosen": True}
-    study = replace(studied.study, trials=({**trial, "chosen": True}, lower, diverged, scale))
+    slower = {**scale, "learning_rate_scale": 1.0, "development": 8.9, "chosen": False}
+    study = replace(studied.study, trials=({**trial, "chosen": True}, lower, diverged, slower, scale))
     results = results_of(studied.plan, study)
     write_results(results, tmp_path / "one")
     other = [entry | {"random_seed": 1, "all": entry["all"] and 2 * entry["all"]} for entry in results.entries]
@@ -310,6 +311,7 @@ def test_results_are_read_back_and_those_of_several_seeds_make_one_page(studied:
         "| large | 0.001 | 12 | 4 | diverged |",
         "| model | 2 | **8.76** |",
         "The highest learning rate tried for model is the best",
+        "The highest scale tried for model is the best",
     ):
         assert heading in page
     for figure in ("seed-share-model", "top-k-model"):
