@@ -200,7 +200,7 @@ def show_run(run: "Run", json_output: bool) -> None:
         console.print(f"note: {name} was taken out of the forest and is passed over", highlight=False)
     if run.trained_otherwise:
         console.print(
-            f"note: {', '.join(run.trained_otherwise)}: kept as trained before the plan's `branching` changed; "
+            f"note: the plan's `branching` has changed, and these stay as they were trained: {', '.join(run.trained_otherwise)}; "
             "with another `store` all experts are trained by it",
             highlight=False,
         )

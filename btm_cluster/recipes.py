@@ -75,10 +75,9 @@ def expert_request(ground: Ground, domain: PreparedText, start: Start) -> TrainR
 
 
 def at_experts_rate(ground: Ground, request: TrainRequest) -> TrainRequest:
-    """The request with the plan's learning rate times the experts' scale."""
-    training = ground.plan.training
-    rate = training.learning_rate * ground.plan.branching.learning_rate_scale
-    return replace(request, training=training.model_copy(update={"learning_rate": rate}))
+    """The request with its learning rate times the experts' scale."""
+    rate = request.training.learning_rate * ground.plan.branching.learning_rate_scale
+    return replace(request, training=request.training.model_copy(update={"learning_rate": rate}))
 
 
 def seed_start(ground: Ground, seed: Ref) -> Start:

@@ -9,8 +9,8 @@ from btm_cluster.cluster_ensemble import check_clusters
 from btm_cluster.driver import Driver, steps_line
 from btm_cluster.errors import StepError, UserError
 from btm_cluster.evaluation import evaluate
-from btm_cluster.forest import Forest, check_foundation, describe_forest
-from btm_cluster.ground import Ground, block_requests, stored_text
+from btm_cluster.forest import Expert, Forest, check_foundation, describe_forest
+from btm_cluster.ground import Ground, PreparedText, block_requests, stored_text
 from btm_cluster.ledger import Ledger, Ref
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import demix_request, expert_request, seed_request, seed_start, transformer_lm_request
@@ -34,7 +34,7 @@ class Run:
     passed_over: tuple[str, ...]
     """Domains of the plan that were taken out of the forest."""
     trained_otherwise: tuple[str, ...]
-    """Founding domains whose expert stands in the forest since the plan's `branching` was another."""
+    """Domains of the plan whose expert was trained under another `branching`, and stays."""
     failures: tuple[Failure, ...]
     made: Mapping[str, int]
     reused: Mapping[str, int]
@@ -94,13 +94,17 @@ def run_plan(plan: Plan, driver: Driver, evaluate_only: bool = False) -> Run:
 
 
 def _trained_otherwise(ground: Ground, forest: Forest) -> tuple[str, ...]:
-    start = seed_start(ground, Ref("model", forest.foundation.seed))
-    asked = {
-        domain.name: expert_request(ground, domain, start).ref.identity
-        for domain in ground.domains
-        if (domain.name, domain.identity) in forest.foundation.domains
-    }
-    return tuple(e.domain for e in forest.experts if asked.get(e.domain, e.identity) != e.identity)
+    """A plan that changes anything else of an expert's recipe is refused by the foundation."""
+    from_seed = seed_start(ground, Ref("model", forest.foundation.seed))
+
+    def asked(domain: PreparedText, expert: Expert) -> str:
+        is_from_seed = expert.parents == from_seed.parents
+        start = from_seed if is_from_seed else replace(from_seed, parents=expert.parents, keep_optimizer=False)
+        return expert_request(ground, domain, start).ref.identity
+
+    experts = {(expert.domain, expert.text): expert for expert in forest.experts}
+    found = [(domain, experts.get((domain.name, domain.identity))) for domain in ground.domains]
+    return tuple(sorted(domain.name for domain, expert in found if expert and asked(domain, expert) != expert.identity))
 
 
 def check_text_is_known(plan: Plan, name: str, ledger: Ledger) -> None:

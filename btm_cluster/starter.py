@@ -28,7 +28,7 @@ training:
   seed_share: 0.5                     # small models want more: 0.75
   blocks_per_domain_update: 128       # an expert's batch; the seed takes this times the number of domains
   learning_rate: 5.0e-4
-branching: {learning_rate_scale: 1}   # the experts' over the seed's; 1 is the paper's, 2 was better for small models
+branching: {learning_rate_scale: 1}   # the experts' over the seed's; 1 is the paper's, 2 made ensembles of small models better
 baselines: [transformer-lm]           # the rival of the same compute, so that you know whether it was worth it
 
 merging: {posterior: calibrated, prior: fitted, development_blocks: 100}    # posterior: gate learns more; with_seed: true

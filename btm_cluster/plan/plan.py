@@ -158,16 +158,16 @@ class TrainingPlan(Section):
 
 
 class BranchingPlan(Section):
-    """Where an expert starts when its domain is added to a forest that has experts. The first batch starts from the seed."""
+    """How an expert starts and is trained. The first batch starts from the seed. Experts that a forest has stay as they are."""
 
     start: Literal["seed", "posterior", "uniform"] = "posterior"
-    """The seed, or the average of the current experts weighted by their posterior on the new domain, or uniformly."""
+    """Where an expert starts whose domain is added to a forest that has experts: the seed, or the average of the current experts
+    weighted by their posterior on the new domain, or uniformly."""
     optimizer: Literal["keep", "reset"] = "keep"
     """Continue the seed's Adam moments and learning-rate line, or start them anew. An average has none to keep."""
     learning_rate_scale: PositiveReal = 1.0
     """An expert's learning rate over the seed's at the same update; the paper: 1. With more, experts leave their seed further
-    behind and differ more, with less they stay closer to it; which is better depends on how they are mixed. Experts that a forest
-    has already stay as they are."""
+    behind and differ more, with less they stay closer to it; which is better depends on how they are mixed."""
 
 
 class MergingPlan(Section):
@@ -273,8 +273,9 @@ class StudyPlan(Section):
     the running."""
     learning_rate_scales: tuple[PositiveReal, ...] = ()
     """Values of `branching.learning_rate_scale` tried on the forest alone, with each size and the first random seed, after the
-    recipes: all forests take the one whose experts, mixed as `merging` says (by the calibrated posterior for a gate), have the
-    lowest perplexity on the domains' development text."""
+    recipes: all experts that branch from a seed take the one whose ensemble, mixed as `merging` says (by the calibrated posterior
+    for a gate), has the lowest perplexity on the domains' development text. Where that is not 1, the Transformer-LM is trained
+    from the seed on at the experts' rate too, as a control."""
     systems: tuple[Literal["demix", "demix-from-seed", "random-split", "adapted"], ...] = (
         "demix",
         "demix-from-seed",

@@ -28,10 +28,10 @@ class Models:
     """All models of one size and random seed."""
 
     transformer_lm: Ref
+    transformer_lm_at_experts_rate: Ref | None
+    """From the seed on; where that rate is another, and it did not diverge."""
     members: tuple[Members, ...]
     """The first is the forest that everything is compared with, the second that forest with its seed."""
-    at_experts_rate: Ref | None
-    """The Transformer-LM at the experts' learning rate, where that is another."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ def compare(ground: Ground, models: Models, driver: Driver) -> Comparison:
     """Scores every model on the held-out text, combines them, averages them, and scores the averages."""
     seeds = {m.seed_share: m.seed for m in models.members if m.seed}
     single = {System("transformer-lm"): models.transformer_lm}
-    if models.at_experts_rate:
-        single[System("transformer-lm at the experts' rate")] = models.at_experts_rate
+    if models.transformer_lm_at_experts_rate:
+        single[System("transformer-lm at the experts' rate")] = models.transformer_lm_at_experts_rate
     single |= {System("seed", share): seed for share, seed in seeds.items()}
     combined = [model for members in models.members for _, model in members.models]
     scores = score_models(

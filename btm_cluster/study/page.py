@@ -19,7 +19,7 @@ PLAIN: Wanted = {"development_blocks": None, "top_k": None}
 # Rows of table 1: what it is called, and which entries it is.
 TABLE_1: dict[str, Wanted] = {
     "Transformer-LM": {"system": "transformer-lm"},
-    "Transformer-LM, at the experts' learning rate": {"system": "transformer-lm at the experts' rate"},
+    "Transformer-LM, from the seed on at the experts' rate": {"system": "transformer-lm at the experts' rate"},
     "seed": {"system": "seed"},
     "best single expert": {"system": "best single expert"},
     "the domain's own expert": {"system": "own expert"},
@@ -135,8 +135,14 @@ def _means_table(entries: Sequence[Entry], rows: Mapping[str, Wanted]) -> str:
         if not found:
             continue
         cells = [_words([entry[group] for entry in found]) for group in ("train", "eval", "all")]
-        lines.append(f"| {name} | {' | '.join(cells)} | {_difference(found)} |")
+        lines.append(f"| {name}{_some_seeds(found, entries)} | {' | '.join(cells)} | {_difference(found)} |")
     return "\n".join(lines) + "\n"
+
+
+def _some_seeds(found: Sequence[Entry], entries: Sequence[Entry]) -> str:
+    """Which random seeds a row has, where the table has others too: its means are not to be held against theirs."""
+    own, every = ({entry["random_seed"] for entry in some} for some in (found, entries))
+    return "" if own == every else f" (random seed {', '.join(map(str, sorted(own)))})"
 
 
 def _words(values: Sequence[float | None]) -> str:
@@ -195,6 +201,7 @@ def _texts_section(results: Results) -> str:
 def _trials_section(results: Results) -> str:
     recipes = _tried_section(
         "## Recipes\n\nTried on the Transformer-LM alone; all systems were trained by the one in bold.\n",
+        "learning_rate",
         {
             "learning_rate": "learning rate",
             "updates": "updates",
@@ -204,8 +211,9 @@ def _trials_section(results: Results) -> str:
         results.trials,
     )
     scales = _tried_section(
-        "## Experts' learning rates\n\nOver the seed's at the same update. Tried on the forest alone; all forests were trained by "
-        "the one in bold.\n",
+        "## Experts' learning rates\n\nOver the seed's at the same update. Tried on the forest alone; all experts that branch from "
+        "a seed were trained by the one in bold.\n",
+        "learning_rate_scale",
         {"learning_rate_scale": "scale"},
         "perplexity of the ensemble on the domains' development text",
         results.trials,
@@ -213,22 +221,25 @@ def _trials_section(results: Results) -> str:
     return "\n".join(filter(None, [recipes, scales]))
 
 
-def _tried_section(opening: str, columns: Mapping[str, str], measured: str, trials: Sequence[Entry]) -> str:
-    """The trials that have the first of the columns, with what they were measured by."""
-    first = next(iter(columns))
-    trials = [trial for trial in trials if first in trial]
+def _tried_section(opening: str, tried: str, columns: Mapping[str, str], measured: str, trials: Sequence[Entry]) -> str:
+    """The trials of one thing, with what each column is called and what they were measured by."""
+    trials = [trial for trial in trials if tried in trial]
     if not trials:
         return ""
     lines = [opening, f"| | {' | '.join(columns.values())} | {measured} |", "|---" * (len(columns) + 2) + "|"]
     for trial in trials:
-        cells = [f"{trial[name]:,}" if isinstance(trial[name], int) else f"{trial[name]:g}" for name in columns]
+        cells = [_number(trial[name]) for name in columns]
         found = "diverged" if trial["development"] is None else f"{trial['development']:.2f}"
         lines.append(f"| {trial['size']} | {' | '.join(cells)} | {f'**{found}**' if trial['chosen'] else found} |")
-    return "\n".join([*lines, *_edges(trials, first, columns[first])]) + "\n"
+    return "\n".join([*lines, *_edges(trials, tried, columns[tried])]) + "\n"
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def _edges(trials: Sequence[Entry], name: str, words: str) -> Iterator[str]:
-    """A warning for each size whose chosen value has none tried beyond it."""
+    """A warning for each size whose chosen value has none tried beyond it: of a recipe, the rival may do better there."""
     for size in dict.fromkeys(trial["size"] for trial in trials):
         values = {trial[name] for trial in select(trials, size=size)}
         chosen = {trial[name] for trial in select(trials, size=size, chosen=True)}

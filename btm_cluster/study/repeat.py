@@ -5,12 +5,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from btm_cluster.algorithm import resumed
-from btm_cluster.driver import Driver
+from btm_cluster.driver import Driver, step_error
 from btm_cluster.ground import Ground, PreparedText
 from btm_cluster.ledger import Artifact
 from btm_cluster.plan import TrainingPlan
 from btm_cluster.recipes import expert_request, seed_request, seed_start, transformer_lm_request
 from btm_cluster.requests import TrainRequest
+from btm_cluster.workers import Failure
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,21 @@ def branches(repeat: Repeat, texts: Sequence[PreparedText], share: float) -> lis
     return [replace(expert_request(ground, text, start), label=f"{text.name}-{share}") for text in texts]
 
 
-def train(repeat: Repeat, requests: Sequence[TrainRequest], driver: Driver) -> list[tuple[TrainRequest, Artifact]]:
-    """All of them, or a StepError."""
-    requests = marked(repeat, requests)
-    models = driver.require(driver.workers.train, [resumed(request, driver.ledger) for request in requests])
-    return list(zip(requests, models, strict=True))
+def train(
+    repeat: Repeat, requests: Sequence[TrainRequest], driver: Driver, may_diverge: Sequence[TrainRequest] = ()
+) -> list[tuple[TrainRequest, Artifact]]:
+    """All of them, or a StepError; of those that may diverge, all that did not."""
+    everything = marked(repeat, [*requests, *may_diverge])
+    outcomes = driver.obtain(driver.workers.train, [resumed(request, driver.ledger) for request in everything])
+    failures = [
+        outcome
+        for number, outcome in enumerate(outcomes)
+        if isinstance(outcome, Failure) and not (outcome.has_diverged and number >= len(requests))
+    ]
+    if failures:
+        raise step_error(failures)
+    pairs = zip(everything, outcomes, strict=True)
+    return [(request, outcome) for request, outcome in pairs if isinstance(outcome, Artifact)]
 
 
 def marked(repeat: Repeat, requests: Sequence[TrainRequest]) -> list[TrainRequest]:

@@ -89,9 +89,10 @@ def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[Tra
     parts = _random_parts(ground, driver) if "random-split" in systems else []
     dealt = branches(repeat, parts, first)
     seeded = [seeded_demix_request(ground, seeds[first].ref)] if "demix-from-seed" in systems else []
-    rated = [] if scale == 1 else [transformer_lm_at_experts_rate_request(ground, seeds[first].ref)]
-    branched = [*(expert for share in seeds for expert in experts[share]), *dealt, *seeded, *rated]
-    trained += train(repeat, branched, driver)
+    at_experts_rate = [] if scale == 1 else [transformer_lm_at_experts_rate_request(ground, seeds[first].ref)]
+    branched = [*(expert for share in seeds for expert in experts[share]), *dealt, *seeded]
+    trained += train(repeat, branched, driver, at_experts_rate)
+    made = {request.ref for request, _ in trained}
     experts |= {0.0: scratch} if scratch else {}
 
     def members(system: str, share: float, texts: Sequence[PreparedText], requests: Sequence[TrainRequest]) -> Members:
@@ -108,8 +109,8 @@ def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[Tra
     models = (*forests[0].models, ("seed", seeds[first].ref))
     with_seed = replace(forests[0], system="forest with its seed", models=models, averaged=False, gated=True)
     forests[0] = replace(forests[0], many_ways=True)
-    at_experts_rate = rated[0].ref if rated else None
-    return Models(whole.ref, (forests[0], with_seed, *forests[1:], *others), at_experts_rate), trained
+    control = next((request.ref for request in at_experts_rate if request.ref in made), None)
+    return Models(whole.ref, control, (forests[0], with_seed, *forests[1:], *others)), trained
 
 
 def _named(ground: Ground, demix: TrainRequest) -> tuple[tuple[str, Ref], ...]:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from btm_cluster.algorithm import branch, grow, merge, prepare, train
+from btm_cluster.display import show_run
 from btm_cluster.errors import FoundationError, UserError
 from btm_cluster.plan import Plan
 from btm_cluster.run import run_plan
@@ -57,16 +58,25 @@ def test_a_plan_may_leave_out_founding_domains_and_their_experts_stay(fields: di
     assert run.forest == forest
 
 
-def test_experts_stay_when_branching_changes_and_a_run_names_them(fields: dict[str, Any]) -> None:
+def test_experts_stay_when_branching_changes_and_a_run_names_them(
+    fields: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     two = fields | {"domains": fields["domains"][:2]}
     plan = Plan.model_validate(two)
     assert run_plan(plan, in_process(plan)).trained_otherwise == ()
     plan = Plan.model_validate(two | {"branching": {"learning_rate_scale": 2.0}})
     run = run_plan(plan, driver := in_process(plan))
     assert (run.trained_otherwise, driver.made["model"]) == (tuple(sorted(DOMAINS[:2])), 0)
-    plan = Plan.model_validate(fields | {"branching": {"start": "seed", "learning_rate_scale": 2.0}})
+    plan = Plan.model_validate(fields | {"branching": {"learning_rate_scale": 2.0}})
     run = run_plan(plan, in_process(plan))
     assert run.trained_otherwise == tuple(sorted(DOMAINS[:2])), "the later one is trained by it"
+    plan = Plan.model_validate(fields | {"branching": {"start": "uniform", "learning_rate_scale": 3.0}})
+    run = run_plan(plan, in_process(plan))
+    assert run.trained_otherwise == tuple(sorted(DOMAINS)), "where the later one started is its own matter"
+    show_run(run, json_output=False)
+    assert f"these stay as they were trained: {', '.join(sorted(DOMAINS))};" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_a_changed_tokenizer_is_refused_before_a_token_is_made(fields: dict[str, Any]) -> None:

@@ -31,9 +31,7 @@ from btm_cluster.requests import TrainRequest
 from btm_cluster.steps.mix import fit_for_all
 from btm_cluster.steps.prepare import documents_of
 from btm_cluster.steps.train import train
-from btm_cluster.study.comparison import compare
 from btm_cluster.study.controls import random_part_requests, transformer_lm_at_experts_rate_request
-from btm_cluster.study.mixtures import System
 from btm_cluster.study.page import write_page
 from btm_cluster.study.repeat import train as train_requests
 from btm_cluster.study.repeats import repeats_of
@@ -380,6 +378,36 @@ def test_the_transformer_lm_at_the_experts_rate_is_the_transformer_lm_but_for_th
     assert weights[0] == weights[1] != weights[2]
 
 
+def test_a_study_of_experts_at_another_rate_has_that_control_unless_it_diverges(
+    texts: dict[str, Path], tmp_path: Path
+) -> None:
+    fields = plan_fields(texts, tmp_path / "store")
+    fields["domains"] = fields["domains"][:2]
+
+    def at(scale: float) -> tuple[Plan, Driver]:
+        study = {"systems": [], "random_seeds": [3]}
+        plan = Plan.model_validate(fields | {"branching": {"learning_rate_scale": scale}, "study": study})
+        return plan, in_process(plan)
+
+    study = studied_by(*at(2.0))
+    found = {entry["system"]: entry["all"] for entry in study.entries}
+    assert found["transformer-lm at the experts' rate"] not in (found["transformer-lm"], found["seed"])
+    others = [entry | {"random_seed": 4} for entry in study.entries if "experts' rate" not in entry["system"]]
+    results = results_of(at(2.0)[0], replace(study, entries=(*study.entries, *others)))
+    write_page(results, tmp_path / "page")
+    page = (tmp_path / "page" / "README.md").read_text()
+    assert "| Transformer-LM, from the seed on at the experts' rate (random seed 3) |" in page
+    assert "| Transformer-LM |" in page
+
+    plan, driver = at(1e30)
+    repeat = repeats_of(plan, driver)[0]
+    with pytest.raises(StepError, match="not finite"):
+        train_repeat(repeat, driver)
+    train_requests(repeat, [repeat.transformer_lm()], driver)
+    control = transformer_lm_at_experts_rate_request(repeat.ground, repeat.seeds[0.5].ref)
+    assert train_requests(repeat, [], driver, [control]) == []
+
+
 def test_all_forests_take_the_experts_learning_rate_that_their_ensemble_does_best_with(
     texts: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -399,15 +427,11 @@ def test_all_forests_take_the_experts_learning_rate_that_their_ensemble_does_bes
     for repeat in (first, second):
         _, trained = train_repeat(repeat, driver)
         rates = {(request.role, request.training.learning_rate) for request, _ in trained}
-        rival = ("transformer-lm", 1e-2)
-        assert rates == {rival, ("expert", 1.5e-2), ("transformer-lm", 1.5e-2)}, "random splits too, and as a control"
+        rivals = {("transformer-lm", 1e-2), ("transformer-lm", 1.5e-2)}
+        assert rates == {("expert", 1.5e-2), *rivals}, "random splits too; the Transformer-LM as it was, and a control"
     # By hand, on the first: each half of a domain's blocks under what was fitted on the other.
     models, _ = train_repeat(first, driver)
     experts, ground = list(models.members[0].refs), first.ground
-    rows = compare(ground, models, driver).rows
-    control = rows[System("transformer-lm at the experts' rate")]
-    assert control.keys() == {text.name for text in ground.texts}
-    assert not any(torch.equal(control[name], sums_D) for name, sums_D in rows[System("transformer-lm")].items())
     pairs = [(expert, text) for expert in experts for text in ground.domains]
     scores = score_models(ground, pairs, driver, ["development"])
     perplexities = []
