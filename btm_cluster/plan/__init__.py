@@ -3,21 +3,18 @@
 from btm_cluster.plan.expansion import ExpansionPlan, InboxPlan
 from btm_cluster.plan.plan import (
     ClusterPlan,
-    DatasetPlan,
-    DomainPlan,
     MergingPlan,
     ModelPlan,
     Plan,
     Preset,
-    ReadingPlan,
     SizePlan,
     StudyPlan,
-    TextPlan,
     TrainedTokenizerPlan,
     TrainingPlan,
     plan_schema,
     read_plan,
 )
+from btm_cluster.plan.texts import DatasetPlan, DomainPlan, ReadingPlan, TextPlan
 from btm_cluster.plan.tracking import TrackingPlan
 
 __all__ = [

@@ -1,0 +1,67 @@
+"""The part of a plan that says what is read: texts, domains, and how files become documents."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from btm_cluster.plan import rules as plan_rules
+from btm_cluster.plan.section import Section
+from btm_cluster.plan.values import Files, Location, Name, Positive, Share, Text
+
+
+class DatasetPlan(Section):
+    """A Hugging Face data set, by hub name or local folder, streamed through `datasets`."""
+
+    rules: ClassVar = plan_rules.dataset_rules
+    name: Location
+    """Hub name, or the path of a local folder."""
+    configuration: Text | None = None
+    """The data set's configuration, where it has several."""
+    revision: Text | None = None
+    """Commit or tag on the hub; state it to keep the text from changing under you."""
+    split: Text = "train"
+    """Split that is the text."""
+    development_split: Text | None = None
+    """Split that is development text; without it, a share of the text is."""
+    test_split: Text | None = None
+    """Split that is test text; without it, a share of the text is."""
+
+
+class TextPlan(Section):
+    """A named text. A document is a JSON or Parquet row, or a text file (or its parts, by a delimiter)."""
+
+    rules: ClassVar = plan_rules.text_rules
+    name: Name
+    """Stands once in a forest: lower-case letters, digits, - and _."""
+    text: Files = ()
+    """Files or globs, local or s3://: .jsonl .parquet .txt and source text, plain, .gz, .zst or .bz2."""
+    development: Files = ()
+    """Development text from given files; without it, a share of `text` by content hash."""
+    test: Files = ()
+    """Test text from given files; without it, a share of `text` by content hash."""
+    dataset: DatasetPlan | None = None
+    """A Hugging Face data set instead of files."""
+    field: Text = "text"
+    """Field of a JSON or Parquet row that holds the document."""
+    delimiter: Text | None = None
+    """Cuts text files into documents; without it, a file is a document."""
+
+
+class DomainPlan(TextPlan):
+    """A text that gets an expert of its own."""
+
+    rules: ClassVar = plan_rules.domain_rules
+
+
+class ReadingPlan(Section):
+    """How texts become documents. Part of a text's identity through the documents that result."""
+
+    rules: ClassVar = plan_rules.reading_rules
+    development_share: Share = 0.02
+    """Share of documents held out for everything that is fitted."""
+    test_share: Share = 0.02
+    """Share of documents held out for what is reported."""
+    longest_document_characters: Annotated[Positive, Field(le=10**9)] = 1_000_000
+    """Longer documents are bad documents: one such line is more often a mistake than a text."""
+    bad_documents: Literal["refuse", "skip"] = "refuse"
+    """A line that is not JSON, lacks the field, is not UTF-8, or is too long: refuse the text, or skip, count and report."""
