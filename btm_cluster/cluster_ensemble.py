@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from btm_cluster.equations.clusters import cluster_log_weights, log_weighted_mixture
 from btm_cluster.equations.mixture import document_sums
@@ -19,7 +18,7 @@ from btm_cluster.errors import UserError
 from btm_cluster.forest import Forest
 from btm_cluster.ground import Ground
 from btm_cluster.language_model.blocks import Blocks
-from btm_cluster.language_model.tokenizer import TOKENIZER_FILES, load_tokenizer
+from btm_cluster.language_model.tokenizer import TOKENIZER_FILES, TextTokenizer, load_tokenizer
 from btm_cluster.ledger import Ledger
 from btm_cluster.plan import Plan
 from btm_cluster.report import SplitResult
@@ -88,7 +87,7 @@ def cluster_sums(
     blocks: Blocks,
     clusters: "Clusters",
     experts: Sequence[int],
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: TextTokenizer,
     temperature: float,
 ) -> torch.Tensor:
     """The ensemble's summed log-probability by document: [D]. `experts` are the clusters of the stack's models, in order."""
@@ -107,17 +106,17 @@ def context_log_weights(
     tokens_BT: np.ndarray,
     clusters: "Clusters",
     experts: Sequence[int],
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: TextTokenizer,
     temperature: float,
 ) -> torch.Tensor:
     """log p(D=j | x_<t) by distance for every token: [E, B, T]. Uniform before the first context is embedded."""
     blocks, block_tokens = tokens_BT.shape
     log_weight_EBT = torch.zeros(len(experts), blocks, block_tokens, dtype=torch.float64)
     log_weight_EBT -= float(np.log(len(experts)))
-    seen = FIRST_CONTEXT_TOKENS
+    seen, end = FIRST_CONTEXT_TOKENS, tokenizer.name(tokenizer.end_of_text)
     while seen < block_tokens:
-        contexts = tokenizer.batch_decode(tokens_BT[:, :seen].tolist())
-        squared_EB = clusters.squared_distances([text.replace(tokenizer.eos_token, "\n") for text in contexts])[experts]
+        contexts = map(tokenizer.decode, tokens_BT[:, :seen].tolist())
+        squared_EB = clusters.squared_distances([text.replace(end, "\n") for text in contexts])[experts]
         log_weight_EBT[:, :, seen : 2 * seen] = cluster_log_weights(squared_EB, temperature)[:, :, None]
         seen *= 2
     return log_weight_EBT

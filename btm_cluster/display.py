@@ -233,6 +233,7 @@ def preview_table(preview: "Preview", console: Console) -> None:
         f"{preview.parameters:,} parameters, {preview.non_embedding_parameters:,} without embeddings; {total}.",
         highlight=False,
     )
+    console.print(f"Every block is read after the token {preview.first_token}.", highlight=False, markup=False)
 
 
 def forest_table(forest: "Forest") -> Table:

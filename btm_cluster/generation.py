@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from btm_cluster.algorithm import Grown
 from btm_cluster.driver import Driver
@@ -69,7 +68,7 @@ def generate(
     if target is not None and text is None:
         raise UserError(f"{target!r} was taken out of the forest", remedy="generate for another text, or for none")
     tokenizer = open_tokenizer(driver.ledger, grown.ground.tokenizer)
-    read = tokenizer.encode(prompt, add_special_tokens=False)
+    read = tokenizer.encode(prompt)
     room = plan.training.block_tokens - len(read)
     if room < 1:
         raise UserError(
@@ -79,14 +78,14 @@ def generate(
             remedy="give its end alone",
         )
     models, gate = _models_and_gate(grown, text, driver)
-    ensemble = open_ensemble(driver.ledger, list(models.values()), gate, tokenizer)
-    ensemble.read(read)
+    ensemble = open_ensemble(driver.ledger, list(models.values()), gate, tokenizer.first_token, read)
     written, trust_E = [], torch.zeros(len(models), dtype=torch.float64)
-    for token in ensemble.write(min(most_tokens, room), tokenizer.eos_token_id, len(tokenizer), sampling):
+    for token in ensemble.write(min(most_tokens, room), tokenizer.end_of_text, tokenizer.vocabulary, sampling):
         written.append(token)
         trust_E += ensemble.log_weights().exp()
     trust_E = trust_E / max(1, len(written))
-    return Generated(tokenizer.decode(written), len(written), dict(zip(models, trust_E.tolist(), strict=True)))
+    added = tokenizer.decode_continuation(read, written)
+    return Generated(added, len(written), dict(zip(models, trust_E.tolist(), strict=True)))
 
 
 def _models_and_gate(grown: Grown, text: PreparedText | None, driver: Driver) -> tuple[dict[str, Ref], Gate]:
@@ -104,9 +103,9 @@ def _models_and_gate(grown: Grown, text: PreparedText | None, driver: Driver) ->
     return {names[j]: models[j] for j in kept}, replace(mixing, log_prior_E=mixing.log_prior_E[kept])
 
 
-def open_ensemble(ledger: Ledger, models: Sequence[Ref], gate: Gate, tokenizer: PreTrainedTokenizerFast) -> Ensemble:
-    """Several models loaded as one."""
+def open_ensemble(ledger: Ledger, models: Sequence[Ref], gate: Gate, first_token: int, read: Sequence[int]) -> Ensemble:
+    """Several models loaded as one, which has read a text."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = [ledger.get(model) for model in models]
     loaded = [load_model(open_config(ledger, one), ledger.open_file(one, "model.safetensors")) for one in found]
-    return Ensemble([model.to(device) for model in loaded], gate, tokenizer.eos_token_id)
+    return Ensemble([model.to(device) for model in loaded], gate, first_token, read)

@@ -14,12 +14,10 @@ from btm_cluster.language_model.model import full_config
 from btm_cluster.language_model.pretrained import (
     pretrained_config,
     pretrained_model,
-    pretrained_tokenizer_hash,
-    pretrained_vocabulary,
-    resolve,
-    source_of,
+    pretrained_tokenizer,
 )
 from btm_cluster.language_model.sources import fingerprint
+from btm_cluster.language_model.tokenizer import END_OF_TEXT
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.plan import Plan
 from btm_cluster.requests import (
@@ -118,7 +116,14 @@ def vocabulary_of(plan: Plan) -> int:
     if plan.tokenizer.train is not None:
         return plan.tokenizer.train.vocabulary
     assert plan.tokenizer.pretrained is not None
-    return pretrained_vocabulary(resolve(plan.tokenizer.pretrained))
+    return pretrained_tokenizer(plan.tokenizer.pretrained, plan.tokenizer.first_token)[1].vocabulary
+
+
+def first_token_of(plan: Plan) -> str:
+    """What every block is read after, as the plan's tokenizer spells it."""
+    if plan.tokenizer.pretrained is None:
+        return END_OF_TEXT
+    return pretrained_tokenizer(plan.tokenizer.pretrained, plan.tokenizer.first_token)[0].first_token
 
 
 def check_distinct(plan: Plan, texts: Mapping[str, str]) -> None:
@@ -163,8 +168,7 @@ def tokenizer_request(plan: Plan, founders: Sequence[tuple[str, str]]) -> TrainT
     if plan.tokenizer.train is not None:
         return TrainTokenizer("tokenizer", tuple(text for _, text in founders), plan.tokenizer.train)
     assert plan.tokenizer.pretrained is not None
-    source = plan.tokenizer.pretrained
-    return ImportTokenizer("tokenizer", source_of(source), pretrained_tokenizer_hash(resolve(source)))
+    return pretrained_tokenizer(plan.tokenizer.pretrained, plan.tokenizer.first_token)[0]
 
 
 def tokenize_requests(

@@ -8,15 +8,20 @@ from btm_cluster.driver import Driver
 from btm_cluster.equations.averaging import uniform_weights
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation import fit_text
-from btm_cluster.ledger import Ref
+from btm_cluster.language_model.folder import say_block_length
+from btm_cluster.language_model.model_card import add_reading
+from btm_cluster.language_model.tokenizer import compare_with_transformers
+from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.new_folder import check_new_folder, new_folder
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import average_request
 from btm_cluster.requests import AverageRequest
 from btm_cluster.run import check_text_is_known, find_grown
 from btm_cluster.soups import soup_average_request, soup_request
+from btm_cluster.steps.prepare import open_tokenizer
 
 FOLDER_FILES = ("README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+"""There in every folder; what came with a pretrained model and its tokenizer lies beside them."""
 
 
 def check_merge_call(plan: Plan, weights: str, target: str | None, to: Path) -> None:
@@ -52,10 +57,25 @@ def write_merged_model(plan: Plan, weights: str, target: str | None, to: Path, d
     request = _average(grown, weights, target, driver)
     average = driver.require(driver.workers.average, [request])[0]
     with new_folder(to) as folder:
-        for name in FOLDER_FILES:
-            shutil.copyfile(driver.ledger.open_file(average, name), folder / name)
+        _write_folder(grown, average, folder, driver.ledger)
     parts = {request.card[parent.identity]: parent.weight for parent in request.parents}
     return dict(sorted(parts.items(), key=lambda part: -part[1]))
+
+
+def _write_folder(grown: Grown, average: Artifact, folder: Path, ledger: Ledger) -> None:
+    """The averaged model, its tokenizer, and what came with the pretrained model that is the seed."""
+    seed, tokenizer = ledger.get(Ref("model", grown.forest.foundation.seed)), ledger.get(grown.ground.tokenizer)
+    came_with_it = {blob.name: seed for blob in seed.blobs if grown.ground.pretrained is not None}
+    files = came_with_it | {blob.name: tokenizer for blob in tokenizer.blobs}
+    files |= dict.fromkeys(("README.md", "config.json", "model.safetensors"), average)
+    for name, source in files.items():
+        shutil.copyfile(ledger.open_file(source, name), folder / name)
+    block_tokens = grown.ground.plan.training.block_tokens
+    if grown.ground.pretrained is None:
+        say_block_length(folder, block_tokens)
+    tokens = open_tokenizer(ledger, grown.ground.tokenizer)
+    compare_with_transformers(folder, tokens)
+    add_reading(folder / "README.md", block_tokens, tokens.name(tokens.first_token), str(seed.note.get("from", "")))
 
 
 def _average(grown: Grown, weights: str, target: str | None, driver: Driver) -> AverageRequest:

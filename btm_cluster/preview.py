@@ -16,6 +16,7 @@ from btm_cluster.ground import (
     HELD_OUT,
     Ground,
     block_requests,
+    first_token_of,
     ground_of,
     model_config,
     read_requests,
@@ -62,6 +63,8 @@ class Preview:
     non_embedding_parameters: int
     on_gpus: bool
     price_per_gpu_hour: float | None
+    first_token: str
+    """What every block is read after."""
 
     @property
     def device_hours(self) -> float | None:
@@ -107,7 +110,12 @@ def preview(plan: Plan, ledger: Ledger) -> Preview:
         steps += [Step("tokenizer", UNREAD), Step("token blocks", UNREAD)]
         steps += [*_unread_trainings(plan, parameters, rate), Step("scores", UNREAD)]
     return Preview(
-        tuple(steps), parameters, non_embedding, plan.cluster.gpus_per_expert > 0, plan.cluster.price_per_gpu_hour
+        tuple(steps),
+        parameters,
+        non_embedding,
+        plan.cluster.gpus_per_expert > 0,
+        plan.cluster.price_per_gpu_hour,
+        first_token_of(plan),
     )
 
 

@@ -14,9 +14,10 @@ from btm_cluster.requests import AverageRequest, Resources, Role, ScoreRequest, 
 
 
 def seed_request(ground: Ground) -> TrainRequest:
-    """The seed: s·U updates on the mix of all founding domains; a pretrained model is one already."""
-    updates = 0 if ground.pretrained is not None else ground.plan.training.seed_updates
-    return train_request(ground, "seed", "seed", ground.founding_texts, (0, updates), None)
+    """The seed: s·U updates on the mix of all founding domains; a pretrained model is one already, whatever the domains."""
+    if ground.pretrained is not None:
+        return train_request(ground, "seed", "seed", (), (0, 0), None)
+    return train_request(ground, "seed", "seed", ground.founding_texts, (0, ground.plan.training.seed_updates), None)
 
 
 def transformer_lm_request(ground: Ground, seed: Ref) -> TrainRequest:

@@ -35,6 +35,7 @@ def show(
     """Show a version of the forest: its experts and what they descend from."""
     from btm_cluster.display import consoles, forest_table
     from btm_cluster.forest import describe_forest
+    from btm_cluster.ledger import Ref
     from btm_cluster.upkeep.removal import version_of
 
     ledger = open_ledger(store)
@@ -47,7 +48,12 @@ def show(
     if json_output:
         print(json.dumps(describe_forest(forest), indent=1))
     else:
-        consoles(False)[0].print(forest_table(forest))
+        console, foundation = consoles(False)[0], forest.foundation
+        console.print(forest_table(forest))
+        tokenizer = ledger.find(Ref("tokenizer", foundation.tokenizer))
+        first = tokenizer.recipe.get("first_token", "end of text") if tokenizer else "which the store has lost"
+        said = f"blocks of {foundation.block_tokens} tokens, each read after the token {first}"
+        console.print(said, highlight=False, markup=False)
 
 
 def log(store: Store, json_output: Json = False) -> None:

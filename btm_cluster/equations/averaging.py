@@ -44,7 +44,17 @@ def greedy_weights(loss: Callable[[Sequence[float]], float], experts: int) -> tu
 
 
 def average_tensor(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """Σ w_i θ_i of equally shaped tensors, summed in float32, in the dtype of the first."""
+    """Σ w_i θ_i of equally shaped tensors, summed in float32, in the dtype of the first.
+
+    Whole numbers and switches have no weighted sum: they must be the same in all.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if not tensors[0].is_floating_point():
+        if not all(torch.equal(tensor, tensors[0]) for tensor in tensors[1:]):
+            raise ValueError("whole numbers that differ")
+        return tensors[0]
     total = torch.zeros(tensors[0].shape, dtype=torch.float32)
     for tensor, weight in zip(tensors, weights, strict=True):
         total.add_(tensor.to(torch.float32), alpha=weight)

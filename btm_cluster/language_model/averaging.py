@@ -17,7 +17,8 @@ def average_files(files: Sequence[Path], weights: Sequence[float], target: Path)
     """Writes Σ w_i θ_i of the models in `files` to `target`. Memory: one tensor, whatever the number of models.
 
     Raises:
-        IncompatibleError: tensors of other names or shapes; checked from the headers, before any weight is read.
+        IncompatibleError: tensors of other names or shapes, checked from the headers before any weight is read; or whole
+            numbers that differ.
     """
     header, size = _common_header(files)
     encoded = json.dumps(header, separators=(",", ":")).encode()
@@ -28,7 +29,15 @@ def average_files(files: Sequence[Path], weights: Sequence[float], target: Path)
         opened = [safe_open(file, framework="pt") for file in files]
         for name in names:
             tensors = [model.get_tensor(name) for model in opened]  # type: ignore[no-untyped-call]
-            average = average_tensor(tensors, weights)
+            try:
+                average = average_tensor(tensors, weights)
+            except ValueError as exc:
+                raise IncompatibleError(
+                    f"{files[0]} and {len(files) - 1} others cannot be averaged",
+                    found=f"{name}: {exc}",
+                    expected="floating-point tensors, or the same values in all",
+                    remedy="ensemble these models instead",
+                ) from exc
             out.write(average.reshape(-1).view(torch.uint8).numpy().tobytes())
         written = out.tell()
     assert written == 8 + len(encoded) + size, f"wrote {written} bytes, expected {8 + len(encoded) + size}"

@@ -1,29 +1,28 @@
 """Token blocks: documents packed without padding into rows of `block_tokens`, and the order in which training takes them.
 
 Every document ends with the end-of-text token. Training drops what does not fill a block; held-out splits keep it,
-padded, so that every token counts. A model reads a block with an end-of-text token before it and predicts all of it.
+padded, so that every token counts. A model reads a block after the tokenizer's first token and predicts all of it.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
-BATCH_DOCUMENTS = 512
+from btm_cluster.language_model.tokenizer import TextTokenizer
+
 PADDING_DOCUMENT = -1
 
 
 def pack_blocks(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, block_tokens: int, keep_rest: bool
+    documents: Iterable[str], tokenizer: TextTokenizer, block_tokens: int, keep_rest: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [blocks, block_tokens] in the smallest unsigned type, and each token's document number, int32, -1 for padding."""
-    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    end = tokenizer.eos_token_id
-    pieces = [np.array([*ids, end], dtype=dtype) for ids in _encode(documents, tokenizer)]
+    dtype = np.uint16 if tokenizer.vocabulary <= 2**16 else np.uint32
+    end = tokenizer.end_of_text
+    pieces = [np.array([*ids, end], dtype=dtype) for ids in tokenizer.encode_all(documents)]
     lengths = [len(piece) for piece in pieces]
     tokens = np.concatenate(pieces) if pieces else np.zeros(0, dtype=dtype)
     owners = np.repeat(np.arange(len(pieces), dtype=np.int32), lengths)
@@ -35,13 +34,6 @@ def pack_blocks(
     elif rest:
         tokens, owners = tokens[:-rest], owners[:-rest]
     return tokens.reshape(-1, block_tokens), owners.reshape(-1, block_tokens)
-
-
-def _encode(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[list[int]]:
-    remaining = iter(documents)
-    while batch := list(islice(remaining, BATCH_DOCUMENTS)):
-        for encoding in tokenizer.backend_tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-            yield encoding.ids
 
 
 class Blocks:

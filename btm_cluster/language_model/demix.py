@@ -22,7 +22,7 @@ _EXPERTS = ".mlp.experts."
 
 
 class DomainFeedForwards(torch.nn.Module):
-    """One feed-forward for each of D domains: every parameter of `mlp` stacked to [D, …], equal copies at first.
+    """One feed-forward for each of D domains: every parameter and buffer of `mlp` stacked to [D, …], equal copies at first.
 
     `domains` are those that this process trains, in a group a part of all; of a stored state it takes its own rows, and of
     a dense model's a copy for each domain.
@@ -37,13 +37,16 @@ class DomainFeedForwards(torch.nn.Module):
             for name, parameter in list(module.named_parameters(recurse=False)):
                 stacked = parameter.detach().expand(len(domains), *parameter.shape).clone()
                 setattr(module, name, torch.nn.Parameter(stacked))
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, buffer.expand(len(domains), *buffer.shape).clone())
         self.register_load_state_dict_pre_hook(_take_own_rows)  # type: ignore[no-untyped-call]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Routes hidden states [D · blocks, tokens, width], domain after domain."""
         routed = hidden.reshape(len(self.domains), -1, hidden.shape[-1])
         apply = torch.vmap(self._apply_one, randomness="different")
-        return apply(dict(self.experts.named_parameters()), routed).reshape(hidden.shape)
+        own = {**dict(self.experts.named_parameters()), **dict(self.experts.named_buffers())}
+        return apply(own, routed).reshape(hidden.shape)
 
     def _apply_one(self, parameters: dict[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
         applied: torch.Tensor = functional_call(self.experts, parameters, (hidden,))

@@ -41,25 +41,30 @@ class _Reader:
     def go_on(self, tokens: Sequence[int]) -> torch.Tensor:
         """log p_j of the token after each of these: float64 [tokens, V]."""
         self.read += tokens
-        # A model that keeps no cache reads everything again.
-        fresh = torch.tensor([tokens if self.cache is not None else self.read], device=self.model.device)
+        if self.cache is None:  # at the beginning; a model that keeps no cache reads everything again
+            return self._ask(self.read)[-len(tokens) :]
+        # One by one: Mamba and Jamba compute several tokens that continue a cache from an empty state.
+        return torch.cat([self._ask([token]) for token in tokens])
+
+    def _ask(self, tokens: Sequence[int]) -> torch.Tensor:
+        fresh = torch.tensor([tokens], device=self.model.device)
         said = self.model(input_ids=fresh, use_cache=True, **{CACHE: self.cache})
         self.cache = getattr(said, CACHE, None)
-        return torch.log_softmax(said.logits[0, -len(tokens) :].float(), dim=-1).double().cpu()
+        return torch.log_softmax(said.logits[0].float(), dim=-1).double().cpu()
 
 
 class Ensemble:
     """Experts and a gate, which a posterior with its prior is too, reading one text from its beginning. The text is at most a
     block long."""
 
-    def __init__(self, models: Sequence[PreTrainedModel], gate: Gate, end_of_text: int) -> None:
+    def __init__(
+        self, models: Sequence[PreTrainedModel], gate: Gate, first_token: int, text: Sequence[int] = ()
+    ) -> None:
+        """Reads the tokenizer's first token and a text, in one pass."""
         self._readers = [_Reader(model.eval()) for model in models]
         self._gate = gate
-        said_ETV = self._go_on([end_of_text])
-        self._logp_ET = torch.zeros(len(models), 0, dtype=torch.float64)
-        self._entropy_ET = _entropies(said_ETV)
-        self._next_EV = said_ETV[:, -1]
-        self._log_weights_E = self._weigh()
+        self._logp_ET = self._entropy_ET = torch.zeros(len(models), 0, dtype=torch.float64)
+        self._take_in(text, self._go_on([first_token, *text]))
 
     def log_weights(self) -> torch.Tensor:
         """log p(D=j | what was read): [E]."""
@@ -74,11 +79,15 @@ class Ensemble:
         if not tokens:
             return
         fresh_ETV = self._go_on(tokens)
-        said_ETV = torch.cat([self._next_EV[:, None], fresh_ETV], dim=1)
-        seen_T = torch.tensor(list(tokens))
+        self._entropy_ET = self._entropy_ET[:, :-1]  # of the prediction before these, which is taken in again
+        self._take_in(tokens, torch.cat([self._next_EV[:, None], fresh_ETV], dim=1))
+
+    def _take_in(self, tokens: Sequence[int], said_ETV: torch.Tensor) -> None:
+        """Notes how well each token was predicted. The predictions are of these tokens and of the one after them."""
+        seen_T = torch.tensor(list(tokens), dtype=torch.int64)
         seen_ET = said_ETV[:, :-1].gather(2, seen_T.expand(len(said_ETV), -1)[..., None])[..., 0]
         self._logp_ET = torch.cat([self._logp_ET, seen_ET], dim=1)
-        self._entropy_ET = torch.cat([self._entropy_ET, _entropies(fresh_ETV)], dim=1)
+        self._entropy_ET = torch.cat([self._entropy_ET, _entropies(said_ETV)], dim=1)
         self._next_EV = said_ETV[:, -1]
         self._log_weights_E = self._weigh()
 

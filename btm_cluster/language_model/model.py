@@ -2,9 +2,10 @@
 
 import difflib
 import json
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from btm_cluster.errors import PlanError, UserError, one_line
+from btm_cluster.errors import IncompatibleError, PlanError, UserError, one_line
+from btm_cluster.language_model.tokenizer import TextTokenizer
 from btm_cluster.plan import ModelPlan, Preset
 
 if TYPE_CHECKING:
@@ -22,6 +24,11 @@ if TYPE_CHECKING:
 _VOCABULARY_MULTIPLE = (
     64  # embedding rows: matrix units want multiples of 64; the rows beyond the tokenizer stay unused
 )
+
+_CHEAP_PRODUCT = 2 * 10**10
+"""Parameters times tokens that a CPU multiplies in a fraction of a second."""
+LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
+"""What configurations call the most tokens that a model reads at once; a field of another architecture's is not there."""
 
 # Paper, table 2: GPT-3 architecture. width and heads as in its released code.
 _SHAPES: dict[Preset, tuple[int, int, int]] = {
@@ -57,22 +64,23 @@ def full_config(plan: ModelPlan, vocabulary: int, block_tokens: int) -> dict[str
     if getattr(config, "num_hidden_layers", 1) < 1:
         raise PlanError("model.config has no layer", found=str(config.num_hidden_layers), remedy="give it at least one")
     check_fits(config, vocabulary, block_tokens)
+    check_reads_if_small(config, block_tokens, f"a {given['model_type']}")
     return given
 
 
-def check_causal(model: "PreTrainedModel", name: str) -> None:
-    """Refuses a model whose first tokens see the last one, such as BERT: it would read what it is asked to predict.
+def check_reads(model: "PreTrainedModel", block_tokens: int, name: str) -> None:
+    """Refuses a model that cannot read a whole block, or whose first tokens see the last one, such as BERT.
+
+    The second would read what it is asked to predict. The block is made up.
 
     Raises:
         UserError: naming the model.
     """
-    tokens = torch.arange(8).remainder(model.config.vocab_size)[None]
-    changed = tokens.clone()
-    changed[0, -1] = 0
-    was_training = model.training
-    with torch.inference_mode():
-        one, other = (model.eval()(input_ids=ids).logits[0, :-1] for ids in (tokens, changed))
-    model.train(was_training)
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens_1T = made_up_block(vocabulary, block_tokens)
+    changed_1T = tokens_1T.clone()
+    changed_1T[0, -1] = (changed_1T[0, -1] + 1) % vocabulary
+    one, other = (logits_of(model, ids_1T, name)[0, :-1] for ids_1T in (tokens_1T, changed_1T))
     if not torch.allclose(one, other, rtol=1e-3, atol=1e-5):
         raise UserError(
             f"{name} is no causal language model",
@@ -80,6 +88,50 @@ def check_causal(model: "PreTrainedModel", name: str) -> None:
             expected="a model that reads from left to right",
             remedy="give a decoder, such as gpt2 or llama",
         )
+
+
+def check_reads_if_small(config: PretrainedConfig, block_tokens: int, name: str) -> None:
+    """`check_reads` with made-up weights, where that takes no second. A larger model is checked once its weights are there."""
+    with torch.device("meta"):
+        parameters = sum(
+            p.numel() for p in AutoModelForCausalLM.from_config(config, trust_remote_code=False).parameters()
+        )
+    if parameters * block_tokens <= _CHEAP_PRODUCT:
+        check_reads(AutoModelForCausalLM.from_config(config, trust_remote_code=False), block_tokens, name)
+
+
+def made_up_block(vocabulary: int, block_tokens: int) -> torch.Tensor:
+    """A block of tokens drawn at random, always the same: int64 [1, block_tokens]."""
+    return torch.randint(vocabulary, (1, block_tokens), generator=torch.Generator().manual_seed(0))
+
+
+@torch.inference_mode()
+def logits_of(model: "PreTrainedModel", tokens_1T: torch.Tensor, name: str) -> torch.Tensor:
+    """A model's logits for a block, without dropout: [1, T, V].
+
+    Raises:
+        UserError: it cannot read a block of this length, or its logits are not finite.
+    """
+    was_training = model.training
+    try:
+        logits: torch.Tensor = model.eval()(input_ids=tokens_1T, use_cache=False).logits
+    except Exception as exc:  # whatever an architecture stumbles over
+        raise UserError(
+            f"{name} cannot read a block",
+            found=f"a block of {tokens_1T.shape[1]} tokens: {one_line(exc)}",
+            expected="a model that reads training.block_tokens tokens at once",
+            remedy="shorten the blocks or lengthen what the model can read, in its configuration",
+        ) from exc
+    finally:
+        model.train(was_training)
+    if logits.device.type != "meta" and not logits.isfinite().all():
+        raise UserError(
+            f"{name} predicts values that are not finite",
+            found="NaN or infinite logits",
+            expected="finite weights, and numbers that float32 holds",
+            remedy="take another checkpoint: a half-precision overflow or a broken merge leaves such weights",
+        )
+    return logits
 
 
 def check_fits(config: PretrainedConfig, vocabulary: int, block_tokens: int) -> None:
@@ -95,14 +147,22 @@ def check_fits(config: PretrainedConfig, vocabulary: int, block_tokens: int) -> 
             expected=f"at least {vocabulary}",
             remedy="give the tokenizer that belongs to the model: tokenizer: {pretrained: …}",
         )
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and 0 < longest < block_tokens:
+    name, longest = longest_block(config)
+    if longest < block_tokens:
         raise PlanError(
             "training.block_tokens is longer than the model can read",
             found=str(block_tokens),
-            expected=f"at most {longest}, the model's max_position_embeddings",
+            expected=f"at most {longest}, the model's {name}",
             remedy="shorten the blocks or lengthen the model's positions",
         )
+
+
+def longest_block(config: PretrainedConfig) -> tuple[str, float]:
+    """How many tokens a model says that it reads at most, and the field that says so; infinite where none does."""
+    fields = {name: getattr(config, name, None) for name in LENGTH_FIELDS}
+    limits = [(value, name) for name, value in fields.items() if isinstance(value, int) and value > 0]
+    longest, name = min(limits, default=(math.inf, ""))
+    return name, longest
 
 
 def plain_config(config: PretrainedConfig) -> dict[str, Any]:
@@ -134,7 +194,7 @@ def _build_config(given: Mapping[str, Any]) -> PretrainedConfig:
     try:
         config = AutoConfig.for_model(given["model_type"], **fields)
         with torch.device("meta"):
-            AutoModelForCausalLM.from_config(config)
+            AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as exc:  # transformers raises anything from KeyError to ZeroDivisionError on a bad shape
         raise PlanError(
             f"no {given['model_type']} can be built from model.config",
@@ -151,12 +211,33 @@ def build_model(config: Mapping[str, Any], random_seed: int) -> "PreTrainedModel
 
 
 def load_weights(model: "PreTrainedModel", file: Path) -> None:
-    """Loads a safetensors file into `model`, tied weights included."""
-    missing, unexpected = model.load_state_dict(load_file(file), strict=False)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    if unexpected or set(missing) - tied:
-        raise UserError(f"{file.name} does not fit the model", found=f"missing {missing}, unexpected {unexpected}")
+    """Loads a safetensors file into `model`, tied weights included.
+
+    Raises:
+        IncompatibleError: naming tensors that are missing, unexpected or of another shape.
+    """
+    found = ""
+    try:
+        missing, unexpected = model.load_state_dict(load_file(file), strict=False)
+        untied = sorted(set(missing) - set(getattr(model, "all_tied_weights_keys", None) or {}))
+        found = name_tensors({"missing": untied, "unexpected": unexpected})
+    except RuntimeError as exc:  # of other shapes
+        found = one_line(exc)
+    if found:
+        raise IncompatibleError(
+            f"{file.name} does not fit the model",
+            found=found,
+            expected="exactly the tensors of its configuration",
+            remedy="use the version of transformers by which the model was stored",
+        )
     model.tie_weights()
+
+
+def name_tensors(wrong: Mapping[str, Sequence[str]]) -> str:
+    """Names of tensors by what is wrong with them, the first three of each."""
+    return "; ".join(
+        f"{kind}: {', '.join(names[:3])}{' …' * (len(names) > 3)}" for kind, names in wrong.items() if names
+    )
 
 
 def load_model(config: Mapping[str, Any], file: Path) -> "PreTrainedModel":
@@ -168,8 +249,11 @@ def load_model(config: Mapping[str, Any], file: Path) -> "PreTrainedModel":
 
 
 def weights_of(model: "PreTrainedModel") -> dict[str, torch.Tensor]:
-    """The parameters by name, each tied one once, in a fixed order."""
-    return {name: p.detach() for name, p in sorted(model.named_parameters())}
+    """All that a model stores, by name, in a fixed order: its parameters, each tied one once, and its persistent buffers."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    stored = model.state_dict().keys()
+    buffers = {name: b for name, b in model.named_buffers() if name in stored}
+    return dict(sorted((parameters | buffers).items()))
 
 
 def save_weights(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
@@ -210,14 +294,16 @@ def count_parameters(config: Mapping[str, Any]) -> tuple[int, int]:
     return total, total - sum(embeddings.values())
 
 
-def write_config(config: Mapping[str, Any], end_of_text: int | None, folder: Path) -> Path:
-    """Writes config.json, with the class that opens it and the tokenizer's end-of-text token.
+def write_config(config: Mapping[str, Any], tokenizer: TextTokenizer, folder: Path) -> Path:
+    """Writes config.json, with the class that opens it. Special tokens that it does not name are the tokenizer's.
 
     Without the version of transformers: a forest outlives several, and its models must stay alike.
     """
     loaded = _config_from(config)
     loaded.architectures = [type(fresh_on_meta(config)).__name__]
-    loaded.eos_token_id = loaded.bos_token_id = end_of_text
+    for name, token in (("bos_token_id", tokenizer.first_token), ("eos_token_id", tokenizer.end_of_text)):
+        if getattr(loaded, name, None) is None:
+            setattr(loaded, name, token)
     loaded.save_pretrained(str(folder))
     file = folder / "config.json"
     fields = json.loads(file.read_text(encoding="utf-8"))
@@ -232,7 +318,9 @@ def _config_from(config: Mapping[str, Any]) -> PretrainedConfig:
 
 
 def _fresh(config: Mapping[str, Any]) -> "PreTrainedModel":
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(_config_from(config), dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        _config_from(config), dtype=torch.float32, trust_remote_code=False
+    )
     return model
 
 

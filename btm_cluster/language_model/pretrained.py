@@ -1,29 +1,36 @@
-"""Models and tokenizers from elsewhere: found on disk or on the hub, identified by content, brought into a store.
+"""Models and tokenizers from elsewhere: found on disk or on the hub, identified by content, checked before they are read.
 
 Code that comes with a model is neither downloaded nor run.
 """
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from btm_cluster.errors import UserError, one_line
-from btm_cluster.language_model.model import check_causal, check_fits, plain_config, save_weights, weights_of
-from btm_cluster.language_model.tokenizer import import_tokenizer, open_pretrained_tokenizer
-from btm_cluster.requests import ImportTokenizer, Pretrained, TrainRequest
+from btm_cluster.language_model.model import (
+    check_fits,
+    check_reads_if_small,
+    name_tensors,
+    plain_config,
+)
+from btm_cluster.language_model.tokenizer import TextTokenizer, import_tokenizer, open_pretrained_tokenizer
+from btm_cluster.requests import ImportTokenizer, Pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_TOKENIZER_PATTERNS = ("*.json", "*.txt", "*.model")
-_MODEL_PATTERNS = ("*.json", "*.safetensors")
+_TOKENIZER_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja")
+MODEL_PATTERNS = ("*.json", "*.safetensors", "LICENSE*", "NOTICE*")
 _TOKENIZER_NAMES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt")  # fmt: skip
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json")  # fmt: skip
 
 
 def resolve(source: str, patterns: Sequence[str] = _TOKENIZER_PATTERNS) -> Path:
@@ -54,15 +61,34 @@ def source_of(source: str) -> str:
     return str(folder.absolute()) if folder.is_dir() else source
 
 
-def import_pretrained_tokenizer(request: ImportTokenizer, folder: Path) -> int:
-    """Writes a pretrained tokenizer below `folder` and returns the number of its tokens.
+def pretrained_tokenizer(source: str, first_token: str | None) -> tuple[ImportTokenizer, TextTokenizer]:
+    """The request that imports a pretrained tokenizer, and the tokenizer. `first_token` as in `open_pretrained_tokenizer`.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    folder = resolve(source)
+    sha256 = pretrained_tokenizer_hash(folder)
+    tokenizer = _opened(folder, sha256, first_token)
+    first, end = tokenizer.name(tokenizer.first_token), tokenizer.name(tokenizer.end_of_text)
+    return ImportTokenizer("tokenizer", source_of(source), sha256, first, end), tokenizer
+
+
+@lru_cache(maxsize=4)
+def _opened(folder: Path, sha256: str, first_token: str | None) -> TextTokenizer:  # noqa: ARG001 (of what is there now)
+    return open_pretrained_tokenizer(folder, first_token)
+
+
+def import_pretrained_tokenizer(request: ImportTokenizer, folder: Path) -> tuple[dict[str, Path], TextTokenizer]:
+    """Writes a pretrained tokenizer below `folder`; returns its files by name, and the tokenizer.
 
     Raises:
         UserError: it cannot be used, or is another one here than the driver found.
     """
     found = resolve(request.source)
-    _check_same(request.source, request.sha256, pretrained_tokenizer_hash(found))
-    return import_tokenizer(str(found), folder)
+    check_same(request.source, request.sha256, pretrained_tokenizer_hash(found))
+    tokenizer = open_pretrained_tokenizer(found, request.first_token)
+    return import_tokenizer(found, tokenizer, folder), tokenizer
 
 
 def pretrained_tokenizer_hash(folder: Path) -> str:
@@ -71,37 +97,50 @@ def pretrained_tokenizer_hash(folder: Path) -> str:
     return _hash_files([*names, *sorted(folder.glob("*.model"))])
 
 
-def pretrained_vocabulary(folder: Path) -> int:
-    """Number of tokens of a pretrained tokenizer.
-
-    Raises:
-        UserError: it cannot be used.
-    """
-    return len(open_pretrained_tokenizer(str(folder)))
-
-
 def pretrained_model(source: str) -> Pretrained:
     """Locates a pretrained model, identified by the content of its configuration and weights.
 
     Raises:
         UserError: no model is there.
     """
-    return Pretrained(source_of(source), _model_hash(resolve(source, _MODEL_PATTERNS)))
+    return Pretrained(source_of(source), model_hash(resolve(source, MODEL_PATTERNS)))
 
 
-def _model_hash(folder: Path) -> str:
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights or not (folder / "config.json").is_file():
+def model_hash(folder: Path) -> str:
+    """Identifies a model by the content of its configuration and weights."""
+    return _hash_files([folder / "config.json", *weight_files(folder)])
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers opens: the one, or those that the index names.
+
+    Raises:
+        UserError: there are none, or some are missing.
+    """
+    one, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    found = ""
+    files = [one]
+    if not one.is_file() and index.is_file():
+        try:
+            files = [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+            found = f"{index.name}: {one_line(exc) or type(exc).__name__}"
+    missing = [file.name for file in (folder / "config.json", *files) if not file.is_file()]
+    if missing and not found:
+        there = ", ".join(sorted(p.name for p in folder.iterdir()))[:200] or "nothing in it"
+        found = f"no {', '.join(missing[:3])}{' …' * (len(missing) > 3)}; {there}"
+    if found:
         raise UserError(
             f"{folder} is no model folder",
-            found=", ".join(sorted(p.name for p in folder.iterdir()))[:200] or "nothing in it",
-            expected="config.json and *.safetensors",
-            remedy="save it with save_pretrained",
+            found=found,
+            expected="config.json, and model.safetensors or all files of model.safetensors.index.json",
+            remedy="copy what is missing, or save the model with save_pretrained; an adapter must be merged into its model first",
         )
-    return _hash_files([folder / "config.json", *weights])
+    return files
 
 
-def _check_same(source: str, expected: str, found: str) -> None:
+def check_same(source: str, expected: str, found: str) -> None:
+    """Refuses files that are others here than the driver found."""
     if found != expected:
         raise UserError(
             f"{source} is another one on this machine than where the run was started",
@@ -112,15 +151,21 @@ def _check_same(source: str, expected: str, found: str) -> None:
 
 
 def pretrained_config(pretrained: Pretrained, vocabulary: int, block_tokens: int) -> dict[str, Any]:
-    """The configuration of a pretrained model, in full.
+    """The configuration of a pretrained model, in full; of a model with parts, that of its text part.
+
+    Checks all that can be told without reading the weights.
 
     Raises:
-        UserError: it is none of a causal language model, or the model fits neither the tokenizer nor the blocks.
+        UserError: it is none of a causal language model, is quantised, its files are not whole, or the model fits neither the
+            tokenizer nor the blocks.
     """
+    folder = resolve(pretrained.source, MODEL_PATTERNS)
     try:
-        config = AutoConfig.from_pretrained(resolve(pretrained.source, _MODEL_PATTERNS))
+        whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = whole.get_text_config()
         with torch.device("meta"):
-            AutoModelForCausalLM.from_config(config)
+            AutoModelForCausalLM.from_config(whole, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as exc:  # transformers raises anything from KeyError to ImportError on what it does not know
         raise UserError(
             f"{pretrained.source} is no causal language model",
@@ -128,55 +173,69 @@ def pretrained_config(pretrained: Pretrained, vocabulary: int, block_tokens: int
             expected="a config.json that AutoModelForCausalLM knows without code of its own",
             remedy="give a model of another architecture, or save this one again with save_pretrained",
         ) from exc
+    if getattr(whole, "quantization_config", None) is not None:
+        raise UserError(
+            f"{pretrained.source} is quantised",
+            found=f"quantization_config {dict(whole.quantization_config).get('quant_method', '')}".strip(),
+            expected="weights in float32, bfloat16 or float16, which can be trained",
+            remedy="give the model from which it was quantised",
+        )
     check_fits(config, vocabulary, block_tokens)
+    headers = _headers(pretrained.source, weight_files(folder))
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    mismatched = [name for name, (_, shape) in headers.items() if shapes.get(name, shape) != shape]
+    if mismatched:
+        raise do_not_match(pretrained.source, {"mismatched": sorted(mismatched)})
+    check_reads_if_small(config, block_tokens, pretrained.source)
+    if _has_own_head(model, headers):  # transformers unties them too, whatever the configuration says
+        config.tie_word_embeddings = False
     return plain_config(config)
 
 
-def import_model(request: TrainRequest, folder: Path) -> tuple[dict[str, Path], dict[str, Any], dict[str, Any]]:
-    """Writes a pretrained model as the seed below `folder`: files, facts and note for its commit.
-
-    Raises:
-        UserError: weights that cannot be read, do not match the configuration, or see later tokens.
-    """
-    assert request.pretrained is not None
-    model = _load(request.pretrained)
-    check_causal(model, request.pretrained.source)
-    files = {"model.safetensors": folder / "model.safetensors"}
-    save_weights(weights_of(model), files["model.safetensors"])
-    return files, {"role": request.role, "tokens": 0}, {"from": request.pretrained.source}
+def _has_own_head(model: "PreTrainedModel", headers: "_Headers") -> bool:
+    """Whether the files hold an output head of other values than the embeddings, to which the configuration ties it."""
+    for one, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if one in headers and other in headers:
+            with safe_open(headers[one][0], "pt") as first, safe_open(headers[other][0], "pt") as second:
+                if not torch.equal(first.get_tensor(one), second.get_tensor(other)):
+                    return True
+    return False
 
 
-def _load(pretrained: Pretrained) -> "PreTrainedModel":
-    folder = resolve(pretrained.source, _MODEL_PATTERNS)
-    _check_same(pretrained.source, pretrained.sha256, _model_hash(folder))
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    except Exception as exc:  # safetensors has an error of its own, beside those of transformers
-        raise UserError(
-            f"cannot read the weights in {pretrained.source}",
-            found=one_line(exc),
-            expected="whole *.safetensors files",
-            remedy="copy or save the model again",
-        ) from exc
-    # Transformers starts what is missing at random, and drops what is too much.
-    names = {kind: loading[f"{kind}_keys"] for kind in ("missing", "mismatched", "unexpected")}
-    wrong = {kind: sorted(key if isinstance(key, str) else key[0] for key in keys) for kind, keys in names.items()}
-    if any(wrong.values()):
-        raise UserError(
-            f"the weights in {pretrained.source} do not match its config.json",
-            found="; ".join(
-                f"{kind}: {', '.join(keys[:3])}{' …' * (len(keys) > 3)}" for kind, keys in wrong.items() if keys
-            ),
-            expected="exactly the tensors of the configuration",
-            remedy="restore its config.json, or save the model again with save_pretrained",
-        )
-    return model
+_Headers: TypeAlias = Mapping[str, tuple[Path, list[int]]]
+"""File and shape of each stored tensor."""
+
+
+def _headers(source: str, files: Sequence[Path]) -> dict[str, tuple[Path, list[int]]]:
+    """The tensors of safetensors files, which must be as long as their headers say."""
+    found: dict[str, tuple[Path, list[int]]] = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                found |= {name: (file, opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as exc:
+            raise unreadable(source, f"{file.name}: {one_line(exc)}") from exc
+    return found
+
+
+def unreadable(source: str, found: str) -> UserError:
+    """A model folder whose weights are not whole."""
+    return UserError(
+        f"cannot read the weights in {source}",
+        found=found,
+        expected="whole *.safetensors files",
+        remedy="copy or save the model again",
+    )
+
+
+def do_not_match(source: str, wrong: Mapping[str, Sequence[str]]) -> UserError:
+    """Tensors of a model folder, by what is wrong with them."""
+    return UserError(
+        f"the weights in {source} do not match its config.json",
+        found=name_tensors(wrong),
+        expected="exactly the tensors of the configuration",
+        remedy="restore its config.json, or save the model again with save_pretrained",
+    )
 
 
 def _hash_files(paths: Sequence[Path]) -> str:

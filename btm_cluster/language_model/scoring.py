@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from btm_cluster.errors import DivergedError
 from btm_cluster.language_model.blocks import Blocks
-from btm_cluster.language_model.training import autocast, device_of, read_after_end
+from btm_cluster.language_model.training import autocast, device_of, read_after
 from btm_cluster.requests import Resources
 
 LOGITS_AT_ONCE = 2**26
@@ -18,7 +18,7 @@ LOGITS_AT_ONCE = 2**26
 
 
 def score_blocks(
-    model: PreTrainedModel, blocks: Blocks, end_of_text: int, how: Resources, folder: Path
+    model: PreTrainedModel, blocks: Blocks, first_token: int, how: Resources, folder: Path
 ) -> dict[str, Path]:
     """Writes log p(x_t | x_<t) of every token, and the entropy in nats of p(· | x_<t), as float32 [blocks, tokens] files.
 
@@ -39,7 +39,7 @@ def score_blocks(
             np.lib.format.write_array_header_1_0(out, header)
         for start in range(0, len(blocks), how.micro_batch_blocks):
             rows = np.arange(start, min(start + how.micro_batch_blocks, len(blocks)))
-            scored = score_tokens(model, torch.from_numpy(blocks.take(rows)).to(device), end_of_text, how)
+            scored = score_tokens(model, torch.from_numpy(blocks.take(rows)).to(device), first_token, how)
             for out, values_BT in zip(opened, scored, strict=True):
                 out.write(values_BT.cpu().numpy().astype("<f4", copy=False).tobytes())
             total += float(scored[0].double().sum())
@@ -54,11 +54,11 @@ def score_blocks(
 
 @torch.inference_mode()
 def score_tokens(
-    model: PreTrainedModel, blocks_BT: torch.Tensor, end_of_text: int, how: Resources
+    model: PreTrainedModel, blocks_BT: torch.Tensor, first_token: int, how: Resources
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log p(x_t | x_<t) of each token of blocks [B, T], and the entropy of the prediction it was: both float32 [B, T]."""
     with autocast(how):
-        logits = model(input_ids=read_after_end(blocks_BT, end_of_text), use_cache=False).logits
+        logits = model(input_ids=read_after(blocks_BT, first_token), use_cache=False).logits
     tokens_N = blocks_BT.flatten()
     logp_N, entropy_N = (torch.empty(len(tokens_N), device=logits.device) for _ in range(2))
     at_once = max(1, LOGITS_AT_ONCE // logits.shape[-1])

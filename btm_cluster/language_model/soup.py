@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from btm_cluster.equations.averaging import greedy_weights, posterior_weights, uniform_weights
 from btm_cluster.language_model.blocks import Blocks
 from btm_cluster.language_model.model import weights_of
-from btm_cluster.language_model.training import autocast, device_of, read_after_end
+from btm_cluster.language_model.training import autocast, device_of, read_after
 from btm_cluster.requests import Resources
 
 BATCH_BLOCKS = 16
@@ -70,9 +70,9 @@ def read_blocks(tokens: Sequence[Path], documents: Sequence[Path], most: int) ->
 class Soup:
     """Several models, and the one whose parameters are any weighted sum of theirs."""
 
-    def __init__(self, model: PreTrainedModel, files: Sequence[Path], end_of_text: int, how: Resources) -> None:
+    def __init__(self, model: PreTrainedModel, files: Sequence[Path], first_token: int, how: Resources) -> None:
         """`model` has the architecture of all; its own weights are written over."""
-        self._how, self._end_of_text = how, end_of_text
+        self._how, self._first_token = how, first_token
         self._device = device_of(how)
         self._model = model.to(self._device).eval()
         self._parts = [{n: t.to(self._device, torch.float32) for n, t in load_file(file).items()} for file in files]
@@ -102,6 +102,8 @@ class Soup:
     def _mix(self, weights: Sequence[float]) -> None:
         with torch.no_grad():
             for name, parameter in weights_of(self._model).items():
+                if not parameter.is_floating_point():
+                    continue  # the same in all, or they could not be averaged
                 parameter.zero_()
                 for part, weight in zip(self._parts, weights, strict=True):
                     if weight:
@@ -114,7 +116,7 @@ class Soup:
         """Summed negative log-probability of the real tokens. Softmax in float32 whatever the arithmetic before it."""
         tokens_BT = reading.tokens_BT.to(self._device)
         with autocast(self._how):
-            logits = self._model(input_ids=read_after_end(tokens_BT, self._end_of_text), use_cache=False).logits
+            logits = self._model(input_ids=read_after(tokens_BT, self._first_token), use_cache=False).logits
         real_N = reading.mask_BT.to(self._device).flatten()
         return functional.cross_entropy(
             logits.flatten(0, 1)[real_N].float(), tokens_BT.flatten()[real_N], reduction="sum"

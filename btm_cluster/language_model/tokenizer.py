@@ -1,17 +1,30 @@
 """Tokenizers: trained on text or brought from elsewhere, kept as a Hugging Face folder."""
 
 import json
+import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
-from btm_cluster.errors import TextError, UserError
+from btm_cluster.errors import TextError, UserError, one_line
 
+log = logging.getLogger(__name__)
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+CHAT_FILES = ("chat_template.jinja", "chat_template.json", "special_tokens_map.json")
+"""Kept with an imported tokenizer where they came with it, for whoever opens a merged model."""
+BATCH_DOCUMENTS = 512
+_PROBE = (
+    "The 12 ships, 3.14 and 1,987,654 tons: it's  two  spaces,\ttab\n\n    def f(x):\r\n        return x_1 != 'é'\n"
+    "Ünïcödé ﬁ ①, Привет мир, 你好世界, שלום, 🙂👍🏽 …—«» don't we'll I'VE\n"
+)
+"""Text on which tokenizers differ: digits, runs of spaces, line ends, contractions, other scripts, ligatures, emoji."""
 _LONGEST_RUN = 1000
 _LONG_RUN = re.compile(rf"(?<!\S)\S{{{_LONGEST_RUN + 1},}}|(?<!\s)\s{{{_LONGEST_RUN + 1},}}")
 
@@ -40,8 +53,9 @@ def train_tokenizer(documents: Iterable[str], vocabulary: int, folder: Path) -> 
             expected=f"tokenizer.train.vocabulary = {vocabulary}",
             remedy=f"give more text, or set the vocabulary to {found} or less",
         )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
-    fast.save_pretrained(str(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_config({"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}, folder)
     return found
 
 
@@ -56,52 +70,195 @@ def _cut_long_runs(documents: Iterable[str]) -> Iterator[str]:
         yield text[rest:]
 
 
-def import_tokenizer(source: str, folder: Path) -> int:
-    """Saves the pretrained tokenizer at `source`, a local folder, below `folder`; returns its number of tokens.
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A tokenizer.json, used bare: settings stored beside its vocabulary (truncation, padding, dropout) have no effect."""
+
+    backend: Tokenizer
+    end_of_text: int
+    """Id of the token that ends every document."""
+    first_token: int
+    """Id of the token that a model reads before every block: the tokenizer's own first token, or that of end of text."""
+
+    @property
+    def vocabulary(self) -> int:
+        """One more than the largest id, which need not be the number of tokens."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def name(self, token: int) -> str:
+        """A token as its tokenizer.json spells it."""
+        return str(self.backend.id_to_token(token))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone."""
+        return list(self.backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_all(self, documents: Iterable[str]) -> Iterator[list[int]]:
+        """Ids of each document alone, in batches that share the machine's cores."""
+        remaining = iter(documents)
+        while batch := list(islice(remaining, BATCH_DOCUMENTS)):
+            for encoding in self.backend.encode_batch_fast(batch, add_special_tokens=False):
+                yield encoding.ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of these tokens, special ones spelled out."""
+        return str(self.backend.decode(list(ids), skip_special_tokens=False))
+
+    def decode_continuation(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """The text that `ids` add to `before`: decoded apart from it, they would lose the space or half a character at the seam."""
+        first, whole = self.decode(before), self.decode([*before, *ids])
+        return whole[len(first) :] if whole.startswith(first) else self.decode(ids)
+
+
+def load_tokenizer(files: Mapping[str, Path], first_token: int | None = None) -> TextTokenizer:
+    """The tokenizer in the stored files TOKENIZER_FILES, which need not lie in one folder. Without a first token: end of text."""
+    config = json.loads(files["tokenizer_config.json"].read_text(encoding="utf-8"))
+    backend = _bare(Tokenizer.from_file(str(files["tokenizer.json"])))
+    end = backend.token_to_id(_content(config["eos_token"]))
+    assert end is not None, "a stored tokenizer has its end-of-text token"
+    return TextTokenizer(backend, end, end if first_token is None else first_token)
+
+
+def open_pretrained_tokenizer(source: Path, first_token: str | None = None) -> TextTokenizer:
+    """The pretrained tokenizer in the folder `source`: its tokenizer.json, or what transformers converts to one.
+
+    `first_token` is what every block is read after; without one, it is what transformers puts before a text by this
+    tokenizer, or else end of text.
 
     Raises:
-        UserError: no fast tokenizer is there, or it has no end-of-text token.
+        UserError: no fast tokenizer is there, it has no end-of-text token, or its first token cannot be told.
     """
-    fast = open_pretrained_tokenizer(source)
-    fast.save_pretrained(str(folder))
-    return len(fast)
-
-
-def open_pretrained_tokenizer(source: str) -> PreTrainedTokenizerFast:
-    """The pretrained tokenizer at `source`, a local folder.
-
-    Raises:
-        UserError: no fast tokenizer is there, or it has no end-of-text token.
-    """
-    from transformers import AutoTokenizer  # and torch with it, which reading and tokenising can do without
-
-    try:
-        fast = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as exc:  # from OSError to the bare Exception that the Rust reader raises
-        raise UserError(
-            f"cannot load the tokenizer {source}",
-            found=" ".join(f"{exc}".split())[:300] or type(exc).__name__,
-            expected="a folder with a tokenizer.json that transformers opens without code of its own",
-            remedy="save the tokenizer there with save_pretrained",
-        ) from exc
-    if not isinstance(fast, PreTrainedTokenizerFast) or fast.eos_token_id is None:
+    auto = _open_by_transformers(source)
+    own = source / "tokenizer.json"
+    backend = _bare(_read_backend(own) if own.is_file() else Tokenizer.from_str(auto.backend_tokenizer.to_str()))
+    end = None if auto.eos_token is None else backend.token_to_id(auto.eos_token)
+    if end is None:
         raise UserError(
             f"the tokenizer {source} cannot be used",
-            found=f"{type(fast).__name__}, eos_token {fast.eos_token}",
-            expected="a fast tokenizer with an eos_token among its tokens",
+            found=f"eos_token {auto.eos_token}",
+            expected="an eos_token among its tokens",
             remedy="set `eos_token` in its tokenizer_config.json",
         )
-    return fast
+    tokenizer = TextTokenizer(backend, end, _first_token(source, auto, backend, end, first_token))
+    _compare(source, auto, tokenizer)
+    return tokenizer
 
 
-def load_tokenizer(files: Mapping[str, Path]) -> PreTrainedTokenizerFast:
-    """The tokenizer in the stored files TOKENIZER_FILES, which need not lie in one folder."""
-    config = json.loads(files["tokenizer_config.json"].read_text(encoding="utf-8"))
-    file, end = str(files["tokenizer.json"]), config["eos_token"]
-    # A document that spells <|endoftext|> has not ended.
-    fast = PreTrainedTokenizerFast(tokenizer_file=file, eos_token=end, split_special_tokens=True)
-    fast.backend_tokenizer.encode_special_tokens = True
-    return fast
+def compare_with_transformers(folder: Path, tokenizer: TextTokenizer) -> None:
+    """Warns where AutoTokenizer would give other ids for a text than the folder's tokenizer.json, which is `tokenizer`."""
+    _compare(folder, _open_by_transformers(folder), tokenizer)
+
+
+def _compare(folder: Path, auto: Any, tokenizer: TextTokenizer) -> None:
+    if auto.encode(_PROBE, add_special_tokens=False) != tokenizer.encode(_PROBE):
+        log.warning(
+            "%s: AutoTokenizer builds a %s anew, which gives other token ids than the tokenizer.json that is used here; "
+            "open it with PreTrainedTokenizerFast(tokenizer_file=…)",
+            folder,
+            type(auto).__name__,
+        )
+
+
+def import_tokenizer(source: Path, tokenizer: TextTokenizer, folder: Path) -> dict[str, Path]:
+    """Copies the files of a pretrained tokenizer, opened as `tokenizer`, below `folder`; returns them by name.
+
+    tokenizer.json stays as it is, byte for byte. tokenizer_config.json names the class that opens it as it is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if (source / "tokenizer.json").is_file():
+        shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
+    else:
+        tokenizer.backend.save(str(folder / "tokenizer.json"))
+    config = source / "tokenizer_config.json"
+    given = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    given.pop("auto_map", None)
+    _write_config({"eos_token": tokenizer.name(tokenizer.end_of_text)} | given, folder)
+    kept = [name for name in CHAT_FILES if (source / name).is_file()]
+    for name in kept:
+        shutil.copyfile(source / name, folder / name)
+    return {name: folder / name for name in (*TOKENIZER_FILES, *kept)}
+
+
+def _write_config(fields: Mapping[str, Any], folder: Path) -> None:
+    # A named class such as Qwen2Tokenizer is rebuilt by transformers 5 with the class's own rules; this one opens the file.
+    whole = {**fields, "tokenizer_class": "PreTrainedTokenizerFast"}
+    text = json.dumps(whole, indent=2, ensure_ascii=False, sort_keys=True)
+    (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _open_by_transformers(source: Path) -> Any:
+    from transformers import (  # and torch with it, which tokenising can do without
+        AutoTokenizer,
+        PreTrainedTokenizerFast,
+    )
+
+    try:
+        auto = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+    except Exception as exc:  # from OSError to the bare Exception that the Rust reader raises
+        raise _unreadable(source, exc) from exc
+    if not isinstance(auto, PreTrainedTokenizerFast):
+        raise UserError(
+            f"the tokenizer {source} cannot be used",
+            found=type(auto).__name__,
+            expected="a fast tokenizer, one with a tokenizer.json",
+            remedy="convert it with transformers, and save it with save_pretrained",
+        )
+    _without_dropout(auto.backend_tokenizer)
+    return auto
+
+
+def _read_backend(file: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as exc:  # the Rust reader's own
+        raise _unreadable(file.parent, exc) from exc
+
+
+def _unreadable(source: Path, exc: Exception) -> UserError:
+    return UserError(
+        f"cannot load the tokenizer {source}",
+        found=one_line(exc),
+        expected="a folder with a tokenizer.json that transformers opens without code of its own",
+        remedy="save the tokenizer there with save_pretrained",
+    )
+
+
+def _bare(backend: Tokenizer) -> Tokenizer:
+    """Without what its file may say beside the vocabulary. A document that spells <|endoftext|> has not ended."""
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    _without_dropout(backend)
+    return backend
+
+
+def _without_dropout(backend: Tokenizer) -> None:
+    if getattr(backend.model, "dropout", None) is not None:
+        backend.model.dropout = None
+
+
+def _first_token(source: Path, auto: Any, backend: Tokenizer, end: int, given: str | None) -> int:
+    remedy = "name one of its tokens as `tokenizer.first_token` in the plan"
+    if given is not None:
+        found = backend.token_to_id(given)
+        if found is None:
+            raise UserError(f"the tokenizer {source} has no token {given!r}", remedy=remedy)
+        return int(found)
+    alone = auto.encode(_PROBE, add_special_tokens=False)
+    whole = auto.encode(_PROBE)
+    before = next((whole[:n] for n in range(len(whole) - len(alone) + 1) if whole[n : n + len(alone)] == alone), None)
+    if before is None or len(before) > 1:
+        raise UserError(
+            f"what a model reads first cannot be told from the tokenizer {source}",
+            found="no token" if before is None else f"{len(before)} tokens: {auto.convert_ids_to_tokens(before)}",
+            expected="at most one token before a text",
+            remedy=remedy,
+        )
+    return int(before[0]) if before else end
+
+
+def _content(token: str | Mapping[str, Any]) -> str:
+    return token if isinstance(token, str) else str(token["content"])
 
 
 def take_characters(documents: Iterable[str], characters: int) -> Iterator[str]:

@@ -28,7 +28,7 @@ from btm_cluster.language_model.blocks import Blocks, block_order
 from btm_cluster.language_model.checkpoint import TrainingCheckpoints, load_training, optimizer_tensors
 from btm_cluster.language_model.demix import split_feed_forwards
 from btm_cluster.language_model.demix_group import DemixGroup, share_of
-from btm_cluster.language_model.model import build_model, check_causal, has_dropout, weights_of
+from btm_cluster.language_model.model import build_model, check_reads, has_dropout, weights_of
 from btm_cluster.language_model.optimizer import build_optimizer, learning_rate_at
 from btm_cluster.language_model.utilisation import device_name, utilisation
 from btm_cluster.ledger import Ledger
@@ -39,26 +39,28 @@ log = logging.getLogger(__name__)
 REPORT_SECONDS = 1.0
 NOTICE_SECONDS = 5.0
 """Between two questions on whether this machine will be taken away."""
+CAUSAL_TOKENS = 8
+"""Enough to see whether a model reads from left to right."""
 AGREE_EVERY = 8
 """Updates between two agreements of a process group on whether to stop: each one waits for the device."""
 
 
 class NextTokenLoss(torch.nn.Module):
-    """Summed negative log-likelihood of blocks [B, T], each read after an end-of-text token."""
+    """Summed negative log-likelihood of blocks [B, T], each read after the tokenizer's first token."""
 
-    def __init__(self, model: PreTrainedModel, end_of_text: int) -> None:
+    def __init__(self, model: PreTrainedModel, first_token: int) -> None:
         super().__init__()
         self.model = model
-        self.end_of_text = end_of_text
+        self.first_token = first_token
 
     def forward(self, blocks_BT: torch.Tensor) -> torch.Tensor:
-        logits = self.model(input_ids=read_after_end(blocks_BT, self.end_of_text), use_cache=False).logits
+        logits = self.model(input_ids=read_after(blocks_BT, self.first_token), use_cache=False).logits
         return functional.cross_entropy(logits.flatten(0, 1).float(), blocks_BT.flatten(), reduction="sum")
 
 
-def read_after_end(blocks_BT: torch.Tensor, end_of_text: int) -> torch.Tensor:
-    """What a model reads to predict blocks [B, T]: an end-of-text token, then all tokens but the last."""
-    first = torch.full_like(blocks_BT[:, :1], end_of_text)
+def read_after(blocks_BT: torch.Tensor, first_token: int) -> torch.Tensor:
+    """What a model reads to predict blocks [B, T]: the first token, then all tokens but the last."""
+    first = torch.full_like(blocks_BT[:, :1], first_token)
     return torch.cat([first, blocks_BT[:, :-1]], dim=1)
 
 
@@ -113,7 +115,7 @@ def train(
     ledger: Ledger,
     control: Control,
     texts: Sequence[Blocks],
-    end_of_text: int,
+    first_token: int,
     at_milestone: Passed,
 ) -> Trained:
     """Trains as `request` says, from its start, its last milestone or its last training checkpoint.
@@ -122,7 +124,7 @@ def train(
         Stopped: `control` asked to stop; the state was saved.
         DivergedError: the loss is not finite; the last training checkpoint is kept.
     """
-    run = _TrainingRun(request, ledger, control, texts, end_of_text)
+    run = _TrainingRun(request, ledger, control, texts, first_token)
     return run.run(at_milestone)
 
 
@@ -130,7 +132,7 @@ class _TrainingRun:
     """The state of one training: model, optimiser, counter."""
 
     def __init__(
-        self, request: TrainRequest, ledger: Ledger, control: Control, texts: Sequence[Blocks], end_of_text: int
+        self, request: TrainRequest, ledger: Ledger, control: Control, texts: Sequence[Blocks], first_token: int
     ) -> None:
         self.request, self.ledger, self.control, self.texts = request, ledger, control, texts
         self.world = dist.get_world_size() if dist.is_initialized() else 1
@@ -142,7 +144,7 @@ class _TrainingRun:
             torch.set_float32_matmul_precision("high")
         self.model = build_model(request.model, request.training.random_seed)
         if request.start is None:
-            check_causal(self.model, f"a {request.model['model_type']}")
+            check_reads(self.model, CAUSAL_TOKENS, f"a {request.model['model_type']}")
         self.share = share_of(self.rank, self.world, len(request.texts)) if request.is_demix else None
         if self.share is not None:
             split_feed_forwards(self.model, self.share.domains)
@@ -151,7 +153,7 @@ class _TrainingRun:
         self.optimizer = build_optimizer(self.model, request)
         self.update = self._restore()
         self.group = DemixGroup(self.model, self.share) if self.share is not None and self.world > 1 else None
-        self.forward = self._wrap(NextTokenLoss(self.model, end_of_text))
+        self.forward = self._wrap(NextTokenLoss(self.model, first_token))
         self.checkpoints = TrainingCheckpoints(ledger, request.ref.identity, request.label)
         self.last_saved = time.monotonic()
         self.noticed = False
@@ -333,7 +335,7 @@ class _TrainingRun:
             )
 
     def _has_finite_weights(self) -> bool:
-        return bool(torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all())
+        return bool(torch.stack([parameter.isfinite().all() for parameter in weights_of(self.model).values()]).all())
 
     def _report(self) -> None:
         rate = self.pace.lap()

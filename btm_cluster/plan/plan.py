@@ -26,6 +26,7 @@ from btm_cluster.plan.values import (
     Real,
     Share,
     Switch,
+    Text,
     Whole,
 )
 
@@ -46,7 +47,10 @@ class TokenizerPlan(Section):
     train: TrainedTokenizerPlan | None = None
     """Train one on the text of the founding domains."""
     pretrained: Location | None = None
-    """Hub name or local folder."""
+    """Hub name or local folder. Its tokenizer.json is used as it is."""
+    first_token: Text | None = None
+    """The token after which every block is read, such as <bos>, of a pretrained tokenizer. Without it, the one that transformers
+    puts before a text by this tokenizer, or else its end-of-text token."""
 
 
 Preset = Literal["gpt3-125m", "gpt3-350m", "gpt3-750m", "gpt3-1.3b"]

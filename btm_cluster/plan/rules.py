@@ -113,6 +113,9 @@ def reading_rules(given: Given) -> Iterator[Broken]:
 def tokenizer_rules(given: Given) -> Iterator[Broken]:
     """One source."""
     yield from _exactly_one(given, ("train", "pretrained"), "add `train: {vocabulary: 8192}`")
+    if given.get("first_token") is not None and given.get("pretrained") is None:
+        expected = "a pretrained tokenizer: one that is trained here reads every block after its end-of-text token"
+        yield Broken("first_token", repr(given["first_token"]), expected, "leave it out")
 
 
 def model_rules(given: Given) -> Iterator[Broken]:

@@ -76,10 +76,13 @@ class ImportTokenizer(StepRequest):
     """A folder that every node sees, or a name on the hub."""
     sha256: str
     """Of its tokenizer files."""
+    first_token: str
+    """What every block is read after."""
+    end_of_text: str
 
     @property
     def recipe(self) -> Mapping[str, Any]:
-        return {"pretrained": self.sha256}
+        return {"pretrained": self.sha256, "first_token": self.first_token, "end_of_text": self.end_of_text}
 
 
 @dataclass(frozen=True)

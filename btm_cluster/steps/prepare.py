@@ -1,16 +1,16 @@
 """The verb *prepare*: sources to texts, texts to tokenizers and token blocks, and what texts have in common."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from btm_cluster.language_model.blocks import pack_blocks
 from btm_cluster.language_model.corpus import Text, read_shard, write_random_part, write_text
 from btm_cluster.language_model.overlap import TestText, mark_seen
 from btm_cluster.language_model.tokenizer import (
     TOKENIZER_FILES,
+    TextTokenizer,
     load_tokenizer,
     take_characters,
     train_tokenizer,
@@ -49,8 +49,8 @@ def prepare(request: PrepareRequest, ledger: Ledger, control: Control) -> Artifa
             case ImportTokenizer():
                 from btm_cluster.language_model.pretrained import import_pretrained_tokenizer  # and torch with it
 
-                found = import_pretrained_tokenizer(request, folder)
-                return _commit_tokenizer(request, ledger, folder, found)
+                files, tokenizer = import_pretrained_tokenizer(request, folder)
+                return _commit_tokenizer(request, ledger, files, tokenizer)
             case Tokenize():
                 control.report(Progress(request.label, "tokenising"))
                 return _tokenize(request, ledger, folder)
@@ -80,10 +80,18 @@ def documents_of(ledger: Ledger, text: str, split: str) -> Iterator[str]:
         yield from read_shard(ledger.open_file(artifact, shard))
 
 
-def open_tokenizer(ledger: Ledger, ref: Ref) -> PreTrainedTokenizerFast:
+def open_tokenizer(ledger: Ledger, ref: Ref) -> TextTokenizer:
     """A stored tokenizer."""
     artifact = ledger.get(ref)
-    return load_tokenizer({name: ledger.open_file(artifact, name) for name in TOKENIZER_FILES})
+    files = {name: ledger.open_file(artifact, name) for name in TOKENIZER_FILES}
+    return load_tokenizer(files, artifact.facts.get("first_token"))
+
+
+def first_token_of(ledger: Ledger, tokens: Sequence[Ref]) -> int:
+    """What models read before these token blocks."""
+    tokenizer = Ref("tokenizer", ledger.get(tokens[0]).recipe["tokenizer"])
+    known = ledger.get(tokenizer).facts.get("first_token")
+    return open_tokenizer(ledger, tokenizer).first_token if known is None else int(known)
 
 
 def _train_tokenizer(request: TrainTokenizer, ledger: Ledger, folder: Path) -> Artifact:
@@ -91,15 +99,16 @@ def _train_tokenizer(request: TrainTokenizer, ledger: Ledger, folder: Path) -> A
     documents = (
         document for text in request.texts for document in take_characters(documents_of(ledger, text, "train"), limit)
     )
-    found = train_tokenizer(documents, request.settings.vocabulary, folder)
-    return _commit_tokenizer(request, ledger, folder, found)
+    train_tokenizer(documents, request.settings.vocabulary, folder)
+    files = {name: folder / name for name in TOKENIZER_FILES}
+    return _commit_tokenizer(request, ledger, files, load_tokenizer(files))
 
 
 def _commit_tokenizer(
-    request: TrainTokenizer | ImportTokenizer, ledger: Ledger, folder: Path, vocabulary: int
+    request: TrainTokenizer | ImportTokenizer, ledger: Ledger, files: Mapping[str, Path], tokenizer: TextTokenizer
 ) -> Artifact:
-    files = {name: folder / name for name in TOKENIZER_FILES}
-    return ledger.commit(request.ref, request.recipe, files, {"vocabulary": vocabulary})
+    facts = {"vocabulary": tokenizer.vocabulary, "first_token": tokenizer.first_token}
+    return ledger.commit(request.ref, request.recipe, files, facts)
 
 
 def _tokenize(request: Tokenize, ledger: Ledger, folder: Path) -> Artifact:

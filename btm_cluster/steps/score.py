@@ -8,6 +8,7 @@ from btm_cluster.language_model.scoring import score_blocks
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import ScoreRequest
 from btm_cluster.steps.average import open_config
+from btm_cluster.steps.prepare import first_token_of
 from btm_cluster.storage.scratch import scratch_folder
 from btm_cluster.workers import Control, Progress
 
@@ -15,14 +16,14 @@ from btm_cluster.workers import Control, Progress
 def score(requests: Sequence[ScoreRequest], ledger: Ledger, control: Control) -> list[Artifact]:
     """Scores each requested text; all requests name the same model."""
     source = ledger.get(requests[0].model)
-    config = open_config(ledger, source)
-    model = load_model(config, ledger.open_file(source, "model.safetensors"))
+    model = load_model(open_config(ledger, source), ledger.open_file(source, "model.safetensors"))
     committed = []
     for i, request in enumerate(requests):
         assert request.model == source.ref, "one model at a time"
         control.report(Progress(request.label, "scoring", i, 0, len(requests)))
+        first_token = first_token_of(ledger, request.tokens)
         blocks = Blocks([ledger.open_file(ledger.get(ref), "tokens.npy") for ref in request.tokens])
         with scratch_folder() as scratch:
-            files = score_blocks(model, blocks, config["eos_token_id"], request.how, scratch)
+            files = score_blocks(model, blocks, first_token, request.how, scratch)
             committed.append(ledger.commit(request.ref, request.recipe, files, {"blocks": len(blocks)}))
     return committed

@@ -6,6 +6,7 @@ from btm_cluster.language_model.soup import Soup, greedy_soup, learned_soup, rea
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.requests import SoupRequest
 from btm_cluster.steps.average import check_compatible, open_config
+from btm_cluster.steps.prepare import first_token_of
 from btm_cluster.workers import Control, Progress
 
 
@@ -29,9 +30,9 @@ def soup(request: SoupRequest, ledger: Ledger, control: Control) -> Artifact:
     )
     if not len(reading):
         raise TextError(f"{request.label}: there is no development text", remedy="give the text a development split")
-    config = open_config(ledger, models[0])
+    config, first_token = open_config(ledger, models[0]), first_token_of(ledger, request.tokens)
     files = [ledger.open_file(model, "model.safetensors") for model in models]
-    pot = Soup(load_model(config, files[0]), files, config["eos_token_id"], request.how)
+    pot = Soup(load_model(config, files[0]), files, first_token, request.how)
     if request.strategy == "greedy":
         found = greedy_soup(pot, reading)
     else:

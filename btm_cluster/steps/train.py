@@ -15,7 +15,7 @@ from btm_cluster.language_model.blocks import Blocks
 from btm_cluster.language_model.checkpoint import MODEL_FILE, write_state
 from btm_cluster.language_model.demix import count_demix_parameters, dense_part
 from btm_cluster.language_model.model import save_weights, write_config
-from btm_cluster.language_model.pretrained import import_model
+from btm_cluster.language_model.model_import import import_model
 from btm_cluster.language_model.tokenizer import TOKENIZER_FILES
 from btm_cluster.language_model.training import Trained
 from btm_cluster.language_model.training import train as train_model
@@ -43,12 +43,12 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
     ledger.check_not_purged(request.ref)
     tokenizer = ledger.get(request.tokenizer)
     with scratch_folder() as folder:
-        end_of_text = open_tokenizer(ledger, request.tokenizer).eos_token_id
+        tokens = open_tokenizer(ledger, request.tokenizer)
 
         def commit(
             made: TrainRequest | DemixPart, files: dict[str, Path], facts: Mapping[str, Any], note: Mapping[str, Any]
         ) -> Artifact:
-            files["config.json"] = write_config(request.model, end_of_text, folder)
+            files["config.json"] = write_config(request.model, tokens, folder)
             files |= {name: ledger.open_file(tokenizer, name) for name in TOKENIZER_FILES}
             return ledger.commit(made.ref, made.recipe, files, facts, note)
 
@@ -61,10 +61,10 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
             return commit(made, files, trained.facts, trained.note)
 
         if request.pretrained is not None:
-            committed = commit(request, *import_model(request, folder))
+            committed = commit(request, *import_model(request, tokens, folder))
         else:
             texts = [open_blocks(ledger, text) for text in request.texts]
-            trained = _train_within_memory(request, ledger, control, texts, end_of_text, commit_trained)
+            trained = _train_within_memory(request, ledger, control, texts, tokens.first_token, commit_trained)
             if not _is_first_rank():
                 return _await_commit(ledger, request)
             committed = commit_trained(request, trained)
@@ -100,7 +100,7 @@ def _train_within_memory(
     ledger: Ledger,
     control: Control,
     texts: Sequence[Blocks],
-    end_of_text: int,
+    first_token: int,
     at_milestone: Callable[[TrainRequest, Trained], Any],
 ) -> Trained:
     """Trains; where memory runs out, once more from the last checkpoint, since a neighbour on the GPU may have taken it.
@@ -109,7 +109,7 @@ def _train_within_memory(
         TrainingError: out of memory again, or in a group, whose other ranks wait for this one.
     """
     try:
-        return train_model(request, ledger, control, texts, end_of_text, at_milestone)
+        return train_model(request, ledger, control, texts, first_token, at_milestone)
     except (RuntimeError, MemoryError) as exc:
         if not _is_out_of_memory(exc):
             raise
@@ -119,7 +119,7 @@ def _train_within_memory(
     gc.collect()  # what the failed training held
     torch.cuda.empty_cache()
     try:
-        return train_model(request, ledger, control, texts, end_of_text, at_milestone)
+        return train_model(request, ledger, control, texts, first_token, at_milestone)
     except (RuntimeError, MemoryError) as exc:
         if not _is_out_of_memory(exc):
             raise

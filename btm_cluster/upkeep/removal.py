@@ -81,10 +81,12 @@ def influence_of(ledger: Ledger, forest: Forest, expert: Expert) -> Influence:
     parents = {identity: model.parents for identity, model in models.items()} | _purged_parents(ledger)
     carriers = descendants(expert.identity, parents)
     founding = expert.text in {text for _, text in forest.foundation.domains}
+    seed = models.get(forest.foundation.seed)
+    learned = founding and not (seed is not None and seed.recipe.get("pretrained"))
     tokenizer = ledger.find(Ref("tokenizer", forest.foundation.tokenizer))
     trained = tokenizer is not None and "train" in tokenizer.recipe
     return Influence(
-        seed=forest.foundation.seed if founding else None,
+        seed=forest.foundation.seed if learned else None,
         tokenizer=forest.foundation.tokenizer if founding and trained else None,
         baselines=tuple(
             identity

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from btm_cluster.language_model.blocks import BATCH_DOCUMENTS, Blocks, block_order, pack_blocks
+from btm_cluster.language_model.blocks import Blocks, block_order, pack_blocks
+from btm_cluster.language_model.tokenizer import BATCH_DOCUMENTS
 from btm_cluster.steps.prepare import documents_of, open_tokenizer
 from tests.conftest import made_up_documents
 from tests.unit.conftest import GrownForest
@@ -16,7 +17,7 @@ def expected_stream(grown: GrownForest, documents: list[str]) -> tuple[list[int]
     tokenizer = open_tokenizer(grown.driver.ledger, grown.ground.tokenizer)
     tokens, owners = [], []
     for number, document in enumerate(documents):
-        ids = [*tokenizer.encode(document), tokenizer.eos_token_id]
+        ids = [*tokenizer.encode(document), tokenizer.end_of_text]
         tokens += ids
         owners += [number] * len(ids)
     return tokens, owners
@@ -32,7 +33,7 @@ def test_held_out_text_is_packed_completely_and_only_its_last_block_is_padded(
     tokens, owners = pack_blocks(documents, tokenizer, block_tokens, keep_rest=True)
     stream, stream_owners = expected_stream(grown, documents)
     padding = -len(stream) % block_tokens
-    assert tokens.ravel().tolist() == stream + [tokenizer.eos_token_id] * padding
+    assert tokens.ravel().tolist() == stream + [tokenizer.end_of_text] * padding
     assert owners.ravel().tolist() == stream_owners + [-1] * padding
     assert tokens.dtype == np.uint16
 
@@ -60,7 +61,7 @@ def test_a_document_that_spells_the_end_of_text_token_does_not_end_there(grown: 
     tokenizer = open_tokenizer(grown.driver.ledger, grown.ground.tokenizer)
     tokens, owners = pack_blocks(["before <|endoftext|> after"], tokenizer, 8, keep_rest=True)
     real = tokens[owners >= 0]
-    assert (real == tokenizer.eos_token_id).nonzero()[0].tolist() == [len(real) - 1]
+    assert (real == tokenizer.end_of_text).nonzero()[0].tolist() == [len(real) - 1]
     assert tokenizer.decode(real[:-1]) == "before <|endoftext|> after"
 
 

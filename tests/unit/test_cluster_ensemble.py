@@ -93,7 +93,7 @@ def test_the_row_is_the_sum_of_a_loop_over_tokens(
         for t in range(len(tokens)):
             seen = max((m for m in (8, 16) if m <= t), default=0)
             context = "\n".join(
-                tokenizer.decode(part) for part in split_at(tokens[:seen].tolist(), tokenizer.eos_token_id)
+                tokenizer.decode(part) for part in split_at(tokens[:seen].tolist(), tokenizer.end_of_text)
             )
             far = distances(clusters, context)
             weights = np.array([math.exp(-far[domain] / TEMPERATURE) for domain in domains])

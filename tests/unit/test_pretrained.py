@@ -7,18 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 
 from btm_cluster.errors import PlanError, UserError
 from btm_cluster.ground import tokenizer_request
-from btm_cluster.language_model.model import full_config, has_dropout
+from btm_cluster.language_model.model import full_config, has_dropout, load_model
 from btm_cluster.language_model.pretrained import pretrained_config, pretrained_model, resolve
 from btm_cluster.language_model.tokenizer import train_tokenizer
 from btm_cluster.ledger import Ref
+from btm_cluster.merged_model import write_merged_model
 from btm_cluster.plan import ModelPlan, Plan
+from btm_cluster.preview import preview
 from btm_cluster.requests import ImportTokenizer
 from btm_cluster.run import run_plan
+from btm_cluster.steps.average import open_config
 from tests.conftest import DOMAINS, in_process, made_up_documents
 
 SMALL = {
@@ -180,6 +183,71 @@ def test_code_that_comes_with_a_model_is_not_run(copy: Path, tmp_path: Path) -> 
     edit(copy, model_type="evil", auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"})
     assert "custom code" in str(refusal(copy))
     assert not (tmp_path / "ran").exists()
+
+
+def test_code_that_comes_with_a_model_is_not_run_even_if_somebody_says_yes(
+    copy: Path, tmp_path: Path, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers asks, where it is not told: `yes | btm plan` ran the model's code."""
+    (copy / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    edit(copy, model_type="evil", auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"})
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError):
+        preview(on(copy, fields), in_process(on(copy, fields)).ledger)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_unusable_model_is_refused_before_a_text_is_read(copy: Path, fields: dict[str, Any]) -> None:
+    weights = load_file(copy / "model.safetensors")
+    weights["transformer.h.0.mlp.c_fc.bias"][3] = float("nan")
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    plan = on(copy, fields)
+    driver = in_process(plan)
+    with pytest.raises(UserError, match="not finite"):
+        run_plan(plan, driver)
+    assert not list(driver.ledger.list_artifacts("source"))
+
+
+def test_a_merged_folder_keeps_what_came_with_the_model(copy: Path, fields: dict[str, Any], tmp_path: Path) -> None:
+    edit(copy, eos_token_id=[0, 5], bos_token_id=3)
+    (copy / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 5], "temperature": 0.6}))
+    (copy / "LICENSE").write_text("as you like")
+    plan = on(copy, fields | {"domains": fields["domains"][:2]})
+    driver = in_process(plan)
+    run_plan(plan, driver)
+    write_merged_model(plan, "uniform", None, tmp_path / "merged", driver)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert (config["eos_token_id"], config["bos_token_id"], config["n_positions"]) == ([0, 5], 3, 64)
+    for name in ("chat_template.jinja", "generation_config.json", "LICENSE"):
+        assert (tmp_path / "merged" / name).read_text() == (copy / name).read_text()
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "blocks of 32 tokens" in card
+    assert str(copy) in card
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_a_merged_folder_claims_the_block_length_that_it_was_trained_on(
+    kind: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    """A Llama trained on blocks of 128 claimed 2,048 positions, and a harness that believed it measured a worse model."""
+    model = {"config": {"model_type": kind, **SMALL[kind]}}
+    plan = Plan.model_validate(fields | {"model": model, "domains": fields["domains"][:1], "targets": []})
+    driver = in_process(plan)
+    run_plan(plan, driver)
+    write_merged_model(plan, "uniform", None, tmp_path / "merged", driver)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert (
+        config["max_position_embeddings"] == 32 == AutoTokenizer.from_pretrained(tmp_path / "merged").model_max_length
+    )
+    ours, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["mismatched_keys"]
+    average = next(m for m in driver.ledger.list_artifacts("model") if m.facts["role"] == "average")
+    stored = load_model(open_config(driver.ledger, average), driver.ledger.open_file(average, "model.safetensors"))
+    block = torch.arange(32)[None]
+    torch.testing.assert_close(ours.eval()(input_ids=block).logits, stored.eval()(input_ids=block).logits)
 
 
 def running(folder: Path, fields: dict[str, Any]) -> UserError:

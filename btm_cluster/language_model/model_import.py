@@ -1,0 +1,152 @@
+"""Brings a pretrained model into a store: as transformers opens it, and the same once it is opened again.
+
+Code that comes with a model is neither downloaded nor run.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from btm_cluster.errors import UserError, one_line
+from btm_cluster.language_model.model import (
+    check_reads,
+    fresh_on_meta,
+    load_model,
+    logits_of,
+    made_up_block,
+    name_tensors,
+    save_weights,
+    weights_of,
+)
+from btm_cluster.language_model.pretrained import (
+    MODEL_PATTERNS,
+    check_same,
+    do_not_match,
+    model_hash,
+    resolve,
+    unreadable,
+    weight_files,
+)
+from btm_cluster.language_model.tokenizer import TextTokenizer
+from btm_cluster.requests import Pretrained, TrainRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_KEPT_PATTERNS = ("generation_config.json", "LICENSE*", "NOTICE*")
+"""What comes with a model beside its weights, for whoever opens one that was merged from it."""
+_CONSTANT_NAMES = ("rotary_emb.inv_freq", ".masked_bias", "position_ids", "decoder.version")
+LARGEST_DIFFERENCE = 1e-3
+"""Nats between a token's log-probability by transformers and by the stored model: rounding is a hundredth of it."""
+
+
+def import_model(
+    request: TrainRequest, tokenizer: TextTokenizer, folder: Path
+) -> tuple[dict[str, Path], dict[str, Any], dict[str, Any]]:
+    """Writes a pretrained model as the seed below `folder`: files, facts and note for its commit.
+
+    What was written is opened again, and must predict the same as transformers' own model.
+
+    Raises:
+        UserError: weights that cannot be read, do not match the configuration, are not finite or see later tokens, or a model
+            that is another one once it is stored.
+    """
+    assert request.pretrained is not None
+    source, block_tokens = request.pretrained.source, request.training.block_tokens
+    model = _load(request.pretrained)
+    _check_finite(model, source)
+    check_reads(model, block_tokens, source)
+    probe_1T = made_up_block(tokenizer.vocabulary, block_tokens)
+    expected = logits_of(model, probe_1T, source)
+    files = {"model.safetensors": folder / "model.safetensors"}
+    save_weights(_text_weights(model, request.model, source), files["model.safetensors"])
+    del model  # one copy at a time
+    found = logits_of(load_model(request.model, files["model.safetensors"]), probe_1T, source)
+    apart = float((torch.log_softmax(found, -1) - torch.log_softmax(expected, -1)).abs().max())
+    if apart > LARGEST_DIFFERENCE:
+        raise UserError(
+            f"{source} is another model once it is stored and opened again",
+            found=f"log-probabilities that differ by up to {apart:.2g} nats on a block",
+            expected=f"those of transformers, within {LARGEST_DIFFERENCE:g}",
+            remedy="save it again with save_pretrained, by the transformers that is used here",
+        )
+    original = resolve(source, MODEL_PATTERNS)
+    kept = [path for pattern in _KEPT_PATTERNS for path in sorted(original.glob(pattern)) if path.is_file()]
+    return files | {path.name: path for path in kept}, {"role": request.role, "tokens": 0}, {"from": source}
+
+
+def _load(pretrained: Pretrained) -> "PreTrainedModel":
+    folder = resolve(pretrained.source, MODEL_PATTERNS)
+    check_same(pretrained.source, pretrained.sha256, model_hash(folder))
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+    except Exception as exc:  # safetensors has an error of its own, beside those of transformers
+        raise unreadable(pretrained.source, one_line(exc)) from exc
+    # Transformers starts what is missing at random, and drops what is too much.
+    names = {kind: loading[f"{kind}_keys"] for kind in ("missing", "mismatched", "unexpected")}
+    wrong = {kind: sorted(key if isinstance(key, str) else key[0] for key in keys) for kind, keys in names.items()}
+    if wrong["unexpected"]:
+        constants = _constants(weight_files(folder), wrong["unexpected"])
+        wrong["unexpected"] = [name for name in wrong["unexpected"] if name not in constants]
+    if any(wrong.values()):
+        raise do_not_match(pretrained.source, wrong)
+    return model
+
+
+def _text_weights(model: "PreTrainedModel", config: Mapping[str, Any], source: str) -> dict[str, torch.Tensor]:
+    """What is stored of a model: all of it, or the text part of one that has others."""
+    weights = weights_of(model)
+    if model.config.get_text_config() is model.config:
+        return weights
+    decoder = next(name for name, module in model.named_modules() if module is model.get_decoder())
+    text = fresh_on_meta(config)
+    places = {
+        name: f"{decoder}.{name.removeprefix(f'{text.base_model_prefix}.')}"
+        if name.startswith(f"{text.base_model_prefix}.")
+        else name
+        for name in weights_of(text)
+    }
+    missing = sorted(name for name, place in places.items() if place not in weights)
+    if missing:
+        raise do_not_match(source, {"missing in its text part": missing})
+    return {name: weights[place] for name, place in places.items()}
+
+
+def _check_finite(model: "PreTrainedModel", source: str) -> None:
+    spoiled = [name for name, tensor in weights_of(model).items() if not tensor.isfinite().all()]
+    if spoiled:
+        raise UserError(
+            f"the weights in {source} are not finite",
+            found=f"NaN or infinite values in {name_tensors({'tensors': spoiled})}",
+            expected="finite weights",
+            remedy="take another checkpoint: a half-precision overflow or a broken merge leaves such weights",
+        )
+
+
+def _constants(files: Sequence[Path], names: Sequence[str]) -> set[str]:
+    """Which of these tensors say nothing: masks, positions and frequencies that older versions of transformers stored."""
+    found = set()
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            for name in set(names) & set(opened.keys()):
+                if name.endswith(_CONSTANT_NAMES) or (name.endswith(".bias") and _is_mask(opened.get_tensor(name))):
+                    found.add(name)
+    return found
+
+
+def _is_mask(tensor: torch.Tensor) -> bool:
+    """A causal mask [1, 1, n, n], of a window or not: zeros and ones, and none of the ones above the diagonal."""
+    if tensor.ndim != 4 or tensor.shape[:2] != (1, 1) or tensor.shape[2] != tensor.shape[3]:
+        return False
+    return not torch.triu(tensor.float(), 1).any() and bool(((tensor == 0) | (tensor == 1)).all())
