@@ -73,7 +73,7 @@ def prepare(plan: Plan, driver: Driver) -> Ground:
     requests = read_requests(plan)
     model = model_config(plan, vocabulary_of(plan))  # a wrong model is refused before a text is read
     check_demix(plan, model[0], driver.ledger.log.version(0))
-    if model[1] is not None and plan.tokenizer.pretrained is not None:  # which needs no text, and may turn out unusable
+    if model[1] is not None:  # it needs no text, and may turn out to be unusable
         bare = ground_of(plan.model_copy(update={"domains": (), "targets": ()}), {}, model, driver.ledger)
         driver.require(workers.prepare, [tokenizer_request(plan, ())])
         driver.require(workers.train, [seed_request(bare)])
