@@ -3,12 +3,11 @@
 Code that comes with a model is neither downloaded nor run.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from btm_cluster.errors import UserError, one_line
@@ -22,15 +21,8 @@ from btm_cluster.language_model.model import (
     save_weights,
     weights_of,
 )
-from btm_cluster.language_model.pretrained import (
-    MODEL_PATTERNS,
-    check_same,
-    do_not_match,
-    model_hash,
-    resolve,
-    unreadable,
-    weight_files,
-)
+from btm_cluster.language_model.model_files import do_not_match, says_nothing, stored_tensors, unreadable, weight_files
+from btm_cluster.language_model.pretrained import MODEL_PATTERNS, check_same, model_hash, resolve
 from btm_cluster.language_model.tokenizer import TextTokenizer
 from btm_cluster.requests import Pretrained, TrainRequest
 
@@ -39,7 +31,6 @@ if TYPE_CHECKING:
 
 _KEPT_PATTERNS = ("generation_config.json", "LICENSE*", "NOTICE*")
 """What comes with a model beside its weights, for whoever opens one that was merged from it."""
-_CONSTANT_NAMES = ("rotary_emb.inv_freq", ".masked_bias", "position_ids", "decoder.version")
 LARGEST_DIFFERENCE = 1e-3
 """Nats between a token's log-probability by transformers and by the stored model: rounding is a hundredth of it."""
 
@@ -96,9 +87,8 @@ def _load(pretrained: Pretrained) -> "PreTrainedModel":
     # Transformers starts what is missing at random, and drops what is too much.
     names = {kind: loading[f"{kind}_keys"] for kind in ("missing", "mismatched", "unexpected")}
     wrong = {kind: sorted(key if isinstance(key, str) else key[0] for key in keys) for kind, keys in names.items()}
-    if wrong["unexpected"]:
-        constants = _constants(weight_files(folder), wrong["unexpected"])
-        wrong["unexpected"] = [name for name in wrong["unexpected"] if name not in constants]
+    stored = stored_tensors(pretrained.source, weight_files(folder))
+    wrong["unexpected"] = [name for name in wrong["unexpected"] if not says_nothing(stored, name)]
     if any(wrong.values()):
         raise do_not_match(pretrained.source, wrong)
     return model
@@ -132,21 +122,3 @@ def _check_finite(model: "PreTrainedModel", source: str) -> None:
             expected="finite weights",
             remedy="take another checkpoint: a half-precision overflow or a broken merge leaves such weights",
         )
-
-
-def _constants(files: Sequence[Path], names: Sequence[str]) -> set[str]:
-    """Which of these tensors say nothing: masks, positions and frequencies that older versions of transformers stored."""
-    found = set()
-    for file in files:
-        with safe_open(file, "pt") as opened:
-            for name in set(names) & set(opened.keys()):
-                if name.endswith(_CONSTANT_NAMES) or (name.endswith(".bias") and _is_mask(opened.get_tensor(name))):
-                    found.add(name)
-    return found
-
-
-def _is_mask(tensor: torch.Tensor) -> bool:
-    """A causal mask [1, 1, n, n], of a window or not: zeros and ones, and none of the ones above the diagonal."""
-    if tensor.ndim != 4 or tensor.shape[:2] != (1, 1) or tensor.shape[2] != tensor.shape[3]:
-        return False
-    return not torch.triu(tensor.float(), 1).any() and bool(((tensor == 0) | (tensor == 1)).all())

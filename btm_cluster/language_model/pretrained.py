@@ -4,28 +4,19 @@ Code that comes with a model is neither downloaded nor run.
 """
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from btm_cluster.errors import UserError, one_line
-from btm_cluster.language_model.model import (
-    check_fits,
-    check_reads_if_small,
-    name_tensors,
-    plain_config,
-)
+from btm_cluster.language_model.model import check_fits, check_reads_if_small, plain_config
+from btm_cluster.language_model.model_files import check_tensors, has_own_head, quantised, stored_tensors, weight_files
 from btm_cluster.language_model.tokenizer import TextTokenizer, import_tokenizer, open_pretrained_tokenizer
 from btm_cluster.requests import ImportTokenizer, Pretrained
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _TOKENIZER_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja")
 MODEL_PATTERNS = ("*.json", "*.safetensors", "LICENSE*", "NOTICE*")
@@ -111,34 +102,6 @@ def model_hash(folder: Path) -> str:
     return _hash_files([folder / "config.json", *weight_files(folder)])
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers opens: the one, or those that the index names.
-
-    Raises:
-        UserError: there are none, or some are missing.
-    """
-    one, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    found = ""
-    files = [one]
-    if not one.is_file() and index.is_file():
-        try:
-            files = [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
-        except (ValueError, KeyError, TypeError, AttributeError) as exc:
-            found = f"{index.name}: {one_line(exc) or type(exc).__name__}"
-    missing = [file.name for file in (folder / "config.json", *files) if not file.is_file()]
-    if missing and not found:
-        there = ", ".join(sorted(p.name for p in folder.iterdir()))[:200] or "nothing in it"
-        found = f"no {', '.join(missing[:3])}{' …' * (len(missing) > 3)}; {there}"
-    if found:
-        raise UserError(
-            f"{folder} is no model folder",
-            found=found,
-            expected="config.json, and model.safetensors or all files of model.safetensors.index.json",
-            remedy="copy what is missing, or save the model with save_pretrained; an adapter must be merged into its model first",
-        )
-    return files
-
-
 def check_same(source: str, expected: str, found: str) -> None:
     """Refuses files that are others here than the driver found."""
     if found != expected:
@@ -174,68 +137,14 @@ def pretrained_config(pretrained: Pretrained, vocabulary: int, block_tokens: int
             remedy="give a model of another architecture, or save this one again with save_pretrained",
         ) from exc
     if getattr(whole, "quantization_config", None) is not None:
-        raise UserError(
-            f"{pretrained.source} is quantised",
-            found=f"quantization_config {dict(whole.quantization_config).get('quant_method', '')}".strip(),
-            expected="weights in float32, bfloat16 or float16, which can be trained",
-            remedy="give the model from which it was quantised",
-        )
+        raise quantised(pretrained.source, "a quantization_config in its config.json")
     check_fits(config, vocabulary, block_tokens)
-    headers = _headers(pretrained.source, weight_files(folder))
-    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    mismatched = [name for name, (_, shape) in headers.items() if shapes.get(name, shape) != shape]
-    if mismatched:
-        raise do_not_match(pretrained.source, {"mismatched": sorted(mismatched)})
+    stored = stored_tensors(pretrained.source, weight_files(folder))
+    check_tensors(pretrained.source, stored, model)
     check_reads_if_small(config, block_tokens, pretrained.source)
-    if _has_own_head(model, headers):  # transformers unties them too, whatever the configuration says
+    if has_own_head(stored, model):  # transformers unties them too, whatever the configuration says
         config.tie_word_embeddings = False
     return plain_config(config)
-
-
-def _has_own_head(model: "PreTrainedModel", headers: "_Headers") -> bool:
-    """Whether the files hold an output head of other values than the embeddings, to which the configuration ties it."""
-    for one, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-        if one in headers and other in headers:
-            with safe_open(headers[one][0], "pt") as first, safe_open(headers[other][0], "pt") as second:
-                if not torch.equal(first.get_tensor(one), second.get_tensor(other)):
-                    return True
-    return False
-
-
-_Headers: TypeAlias = Mapping[str, tuple[Path, list[int]]]
-"""File and shape of each stored tensor."""
-
-
-def _headers(source: str, files: Sequence[Path]) -> dict[str, tuple[Path, list[int]]]:
-    """The tensors of safetensors files, which must be as long as their headers say."""
-    found: dict[str, tuple[Path, list[int]]] = {}
-    for file in files:
-        try:
-            with safe_open(file, "pt") as opened:
-                found |= {name: (file, opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as exc:
-            raise unreadable(source, f"{file.name}: {one_line(exc)}") from exc
-    return found
-
-
-def unreadable(source: str, found: str) -> UserError:
-    """A model folder whose weights are not whole."""
-    return UserError(
-        f"cannot read the weights in {source}",
-        found=found,
-        expected="whole *.safetensors files",
-        remedy="copy or save the model again",
-    )
-
-
-def do_not_match(source: str, wrong: Mapping[str, Sequence[str]]) -> UserError:
-    """Tensors of a model folder, by what is wrong with them."""
-    return UserError(
-        f"the weights in {source} do not match its config.json",
-        found=name_tensors(wrong),
-        expected="exactly the tensors of the configuration",
-        remedy="restore its config.json, or save the model again with save_pretrained",
-    )
 
 
 def _hash_files(paths: Sequence[Path]) -> str:

@@ -265,6 +265,13 @@ def test_weights_that_are_not_finite_are_named(folder: Path) -> None:
         assert "model.layers.1.mlp.up_proj.weight" in error.found
 
 
+def test_quantised_tensors_are_refused_though_no_configuration_says_so(folder: Path) -> None:
+    spoil(folder, model__layers__0__mlp__up_proj__weight=torch.ones(48, 32, dtype=torch.int8))
+    with pytest.raises(UserError, match="is quantised") as caught:
+        pretrained_config(pretrained_model(str(folder)), 320, BLOCK_TOKENS)
+    assert "I8" in caught.value.found
+
+
 def test_what_needs_no_weights_is_checked_before_they_are_read(folder: Path) -> None:
     change(folder, quantization_config={"quant_method": "fp8"})
     assert "is quantised" in refusal(folder).what
@@ -272,6 +279,11 @@ def test_what_needs_no_weights_is_checked_before_they_are_read(folder: Path) -> 
     with pytest.raises(UserError, match="mismatched"):
         pretrained_config(pretrained_model(str(folder)), 320, BLOCK_TOKENS)
     change(folder, intermediate_size=48)
+    for layers, part in ((1, "unexpected: model.layers.1"), (3, "missing: model.layers.2")):
+        change(folder, num_hidden_layers=layers)
+        with pytest.raises(UserError, match=part):
+            pretrained_config(pretrained_model(str(folder)), 320, BLOCK_TOKENS)
+    change(folder, num_hidden_layers=2)
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:-8])
     with pytest.raises(UserError, match="cannot read the weights"):
