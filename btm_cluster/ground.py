@@ -16,7 +16,7 @@ from btm_cluster.language_model.pretrained import (
     pretrained_model,
     pretrained_tokenizer,
 )
-from btm_cluster.language_model.sources import fingerprint
+from btm_cluster.language_model.sources import fingerprint, refuse_unread
 from btm_cluster.language_model.tokenizer import END_OF_TEXT
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.plan import Plan
@@ -91,7 +91,7 @@ def read_requests(plan: Plan) -> list[ReadText]:
     """One for each domain and target.
 
     Raises:
-        TextError: naming every text whose files or data set are not there.
+        TextError: naming every text whose files or data set are not there, or of a kind that is not read.
     """
     targets = {target.name for target in plan.targets}
     requests: list[ReadText] = []
@@ -99,6 +99,8 @@ def read_requests(plan: Plan) -> list[ReadText]:
     for source in plan.texts:
         try:
             stamp = fingerprint(source)
+            if plan.reading.bad_documents == "refuse":
+                refuse_unread(source, stamp)
         except TextError as exc:
             missing.append(exc)
         else:
@@ -107,7 +109,7 @@ def read_requests(plan: Plan) -> list[ReadText]:
         raise missing[0]
     if missing:
         listed = "\n".join(map(str, missing))
-        raise TextError(f"{len(missing)} texts are not there\n{listed}", remedy="correct each of them")
+        raise TextError(f"{len(missing)} texts cannot be read\n{listed}", remedy="correct each of them")
     return requests
 
 

@@ -33,7 +33,9 @@ def discover(
     dataset: Annotated[
         str | None, typer.Option(help="A data set, by hub name or folder, instead of files.", show_default=False)
     ] = None,
-    split: Annotated[str, typer.Option(help="The data set's split.")] = "train",
+    split: Annotated[
+        str | None, typer.Option(help="The data set's split; without it, train.", show_default=False)
+    ] = None,
     field: Annotated[str, typer.Option(help="Field of a row that holds the document.")] = "text",
     delimiter: Annotated[
         str | None, typer.Option(help="Cuts text files into documents; else a file is one.", show_default=False)
@@ -73,7 +75,7 @@ def _check_call(clusters: int | None, model: Path | None, to: Path | None) -> No
         check_new_folder(to)
 
 
-def _source(text: list[str], dataset: str | None, split: str, field: str, delimiter: str | None) -> "TextPlan":
+def _source(text: list[str], dataset: str | None, split: str | None, field: str, delimiter: str | None) -> "TextPlan":
     from pydantic import ValidationError
 
     from btm_cluster.errors import PlanError
@@ -82,7 +84,14 @@ def _source(text: list[str], dataset: str | None, split: str, field: str, delimi
 
     given: dict[str, Any] = {"name": "unlabelled", "text": text, "field": field, "delimiter": delimiter}
     if dataset is not None:
-        given["dataset"] = {"name": dataset, "split": split}
+        given["dataset"] = {"name": dataset} | ({"split": split} if split else {})
+    elif split is not None:
+        raise UserError(
+            "--split is of a data set",
+            found=f"--split {split}, and no --dataset",
+            expected="the split of a data set, which files have not",
+            remedy="leave --split out, or add --dataset NAME",
+        )
     try:
         return TextPlan.model_validate(given)
     except ValidationError as exc:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from btm_cluster.forest import identity_of
-from btm_cluster.language_model.files import ending
-from btm_cluster.language_model.sources import UNREAD
 from btm_cluster.ledger import Ledger
 from btm_cluster.plan import DomainPlan, Plan
 from btm_cluster.plan.expansion import InboxPlan
+from btm_cluster.plan.kinds import UNREAD, ending
 from btm_cluster.plan.values import NAME_PATTERN
 from btm_cluster.records import list_quarantine, quarantine
 from btm_cluster.storage import Entry, Storage

@@ -19,7 +19,8 @@ import numpy as np
 import pyarrow
 
 from btm_cluster.errors import TextError
-from btm_cluster.language_model.sources import BadDocument, Document, read_documents
+from btm_cluster.language_model.readers import BadDocument
+from btm_cluster.language_model.sources import Document, read_documents
 from btm_cluster.plan import ReadingPlan, TextPlan
 
 SPLITS = ("train", "development", "test")

@@ -1,25 +1,20 @@
-"""Files of text, local and in S3: found by path or glob, opened through `pyarrow.fs`, which undoes compression.
+"""Files of text, local and in S3, found by path or glob.
 
-Region, endpoint and credentials of S3 come from the standard AWS_* environment variables. Knows nothing of documents.
+Region, endpoint and credentials of S3 come from the standard AWS_* environment variables. Knows nothing of what is in a
+file (`streams.py` opens it).
 """
 
 import fnmatch
 import glob
-import io
 import os
-import stat
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
-import pyarrow
 import pyarrow.fs
 
-from btm_cluster.errors import TextError
-
-_S3 = "s3://"
-_CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+S3 = "s3://"
 
 
 class SourceFile(NamedTuple):
@@ -31,13 +26,19 @@ class SourceFile(NamedTuple):
 
 
 def find_files(pattern: str) -> list[SourceFile]:
-    """The files that a path or glob names, by path; empty if there are none. `**` does not follow links to folders.
+    """The files that a path or glob names, each once, by path; empty if there are none.
+
+    As in a shell: `*` stays within a folder, `**` goes down any number of them, neither finds hidden names. Both follow
+    links. Brackets are those of a name where a file or folder has it, else they stand for one of several characters.
 
     Raises:
-        OSError, pyarrow.ArrowException: a bucket that cannot be listed.
+        OSError, pyarrow.ArrowException: a folder or bucket that cannot be listed.
     """
-    found = _find_remote(pattern) if pattern.startswith(_S3) else _find_local(pattern)
-    return sorted(set(found))
+    find = _find_remote if pattern.startswith(S3) else _find_local
+    found = find(pattern)
+    if not found and "[" in pattern:
+        found = find(pattern.replace("[", "[[]"))  # such as `notes [v2]*.txt`
+    return sorted(found)
 
 
 def find_below(folder: Path) -> list[SourceFile]:
@@ -45,139 +46,185 @@ def find_below(folder: Path) -> list[SourceFile]:
     return find_files(f"{glob.escape(str(folder))}/**")
 
 
-class Budget:
-    """How many bytes, decompressed, may still be read of a source that is not trusted."""
-
-    def __init__(self, most_bytes: int) -> None:
-        self._most_bytes = self._left = most_bytes
-
-    def spend(self, path: str, size_bytes: int) -> None:
-        """Counts what was read.
-
-        Raises:
-            TextError: it was too much.
-        """
-        self._left -= size_bytes
-        if self._left < 0:
-            raise TextError(
-                "a text is larger than it may be",
-                found=f"more than {self._most_bytes:,} bytes, decompressed, up to {path}",
-                expected=f"at most {self._most_bytes:,}",
-                remedy="cut it into several domains, or raise `expansion.inbox.most_decompressed_gigabytes`",
-            )
+def is_lost(path: str) -> bool:
+    """Whether it is a link to a file or folder that is not there, rather than to itself."""
+    try:
+        return os.path.islink(path) and not os.path.lexists(os.path.realpath(path))
+    except OSError:
+        return False
 
 
-class _Counted(io.RawIOBase):
-    """A stream that spends a budget."""
-
-    def __init__(self, path: str, raw: Any, budget: Budget) -> None:
-        self._path, self._raw, self._budget = path, raw, budget
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        size = int(self._raw.readinto(buffer))
-        self._budget.spend(self._path, size)
-        return size
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
-def open_stream(path: str, budget: Budget | None = None) -> io.BufferedReader:
-    """A file's bytes, its compression undone. With a budget, which they spend, a link is not followed."""
-    system, inner = _locate(path)
-    if budget is not None and not path.startswith(_S3) and not stat.S_ISREG(os.lstat(inner).st_mode):
-        raise OSError(f"{path} is a link, or no file")  # checked once before, but it may have been put there since
-    raw = system.open_input_stream(inner, compression=_codec(path), buffer_size=_read_ahead(path))
-    return io.BufferedReader(raw if budget is None else _Counted(path, raw, budget), 1 << 20)
-
-
-def open_random(path: str) -> tuple[pyarrow.NativeFile, int]:
-    """A file to be read at any place, and how much to read ahead."""
-    system, inner = _locate(path)
-    return system.open_input_file(inner), _read_ahead(path)
-
-
-def ending(path: str) -> str:
-    """What kind of file it is by its name, without its compression: `.jsonl` for a.JSONL.gz."""
-    name = PurePosixPath(path.lower())
-    return name.with_suffix("").suffix if _codec(path) else name.suffix
-
-
-def _read_ahead(path: str) -> int:
-    # Of S3, each piece is a request of its own.
-    return (8 if path.startswith(_S3) else 1) << 20
-
-
-def _codec(path: str) -> str | None:
-    return _CODECS.get(PurePosixPath(path.lower()).suffix)
-
-
-def _locate(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    if not path.startswith(_S3):
-        return pyarrow.fs.LocalFileSystem(), str(Path(path).expanduser().absolute())
-    inner = path.removeprefix(_S3)
-    return _bucket(inner.split("/")[0]), inner
+def readable(path: str) -> str:
+    """A path as text: of a name that is not UTF-8, the odd bytes as \\xe9, so that it can be written anywhere."""
+    return path.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 @lru_cache(maxsize=16)
-def _bucket(name: str) -> pyarrow.fs.FileSystem:
+def bucket(name: str) -> pyarrow.fs.FileSystem:
+    """The file system that a bucket of S3 is in."""
     # From the bucket alone: a whole address would have to be percent-encoded.
-    return pyarrow.fs.FileSystem.from_uri(_S3 + name)[0]
+    return pyarrow.fs.FileSystem.from_uri(S3 + name)[0]
 
 
-def _find_local(pattern: str) -> Iterator[SourceFile]:
+class _Child(NamedTuple):
+    """What a folder holds."""
+
+    name: str
+    is_folder: bool
+    is_link: bool
+
+
+class _Tree(Protocol):
+    """Folders and files, local or as a bucket was listed. Names of folders have no slash at their end."""
+
+    def children(self, folder: str) -> Sequence[_Child]:
+        """By name; none, if it is no folder."""
+
+    def has(self, path: str) -> bool:
+        """Whether there is a file or folder of this name."""
+
+    def real(self, path: str) -> str:
+        """The path without links."""
+
+
+class _Disk:
+    def children(self, folder: str) -> Sequence[_Child]:
+        try:
+            with os.scandir(folder or ".") as entries:
+                return sorted(_Child(entry.name, _is_folder(entry), entry.is_symlink()) for entry in entries)
+        except (FileNotFoundError, NotADirectoryError) as exc:
+            if os.path.islink(folder):
+                raise OSError(f"{readable(folder)} is a link that leads nowhere: mend or remove it") from exc
+            return ()
+
+    def has(self, path: str) -> bool:
+        return os.path.lexists(path)
+
+    def real(self, path: str) -> str:
+        return os.path.realpath(path)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """A link that leads nowhere may lead to a folder whose disk is away, if its name has no ending."""
+    return entry.is_dir(follow_symlinks=False) or (
+        entry.is_symlink() and (os.path.isdir(entry.path) or (is_lost(entry.path) and "." not in entry.name))
+    )
+
+
+class _Listing:
+    """A bucket's keys as a tree."""
+
+    def __init__(self, keys: Mapping[str, object]) -> None:
+        self._children: dict[str, set[_Child]] = {}
+        for key in keys:
+            self._add(key, is_folder=False)
+
+    def _add(self, path: str, is_folder: bool) -> None:
+        folder, _, name = path.rpartition("/")
+        here = self._children.get(folder)
+        if here is None:
+            here = self._children[folder] = set()
+            if folder:
+                self._add(folder, is_folder=True)
+        here.add(_Child(name, is_folder, False))
+
+    def children(self, folder: str) -> Sequence[_Child]:
+        return sorted(self._children.get(folder, ()))
+
+    def has(self, path: str) -> bool:
+        folder, _, name = path.rpartition("/")
+        return any(child.name == name for child in self._children.get(folder, ()))
+
+    def real(self, path: str) -> str:
+        return path
+
+
+def _find_local(pattern: str) -> list[SourceFile]:
     pattern = os.path.expanduser(pattern)
-    if os.path.isfile(pattern):  # a name may well have brackets in it
-        paths = [pattern]
-    elif "**" in pattern.split("/"):
-        # Not glob.glob, which follows links and so runs in circles.
-        start = _fixed_part(pattern)
-        files = (os.path.join(folder, name) for folder, _, names in os.walk(start or ".") for name in names)
-        paths = [file for file in (f if start else f[2:] for f in files) if _matches(file, pattern)]
-    else:
-        paths = glob.glob(pattern)
-    for path in paths:
-        if os.path.isfile(path):
-            status = os.stat(path)
-            yield SourceFile(path, status.st_size, status.st_mtime_ns)
+    root = "/" if pattern.startswith("/") else ""
+    real_folder = cache(os.path.realpath)
+    found: dict[str, SourceFile] = {}
+    paths = dict.fromkeys(_matches(_Disk(), root, [part for part in pattern.split("/") if part]))
+    for path in sorted(paths, key=os.path.islink):  # of a file and a link to it, the file
+        if os.path.isfile(path) or (glob.has_magic(pattern) and is_lost(path)):
+            status = os.stat(path) if os.path.exists(path) else os.lstat(path)
+            folder, name = os.path.split(path)
+            real = os.path.realpath(path) if os.path.islink(path) else os.path.join(real_folder(folder or "."), name)
+            found.setdefault(real, SourceFile(path, status.st_size, status.st_mtime_ns))
+    return list(found.values())
 
 
-def _find_remote(pattern: str) -> Iterator[SourceFile]:
-    path = pattern.removeprefix(_S3)
-    system = _bucket(path.split("/")[0])
-    if glob.has_magic(path):
-        fixed = _fixed_part(path)
-        deeper = path.removeprefix(fixed).lstrip("/")
-        selector = pyarrow.fs.FileSelector(fixed, allow_not_found=True, recursive="/" in deeper or deeper == "**")
-        infos = [i for i in system.get_file_info(selector) if i.path == path or _matches(i.path, path)]
-    else:
+def _find_remote(pattern: str) -> list[SourceFile]:
+    path = pattern.removeprefix(S3)
+    parts = path.split("/")
+    system = bucket(parts[0])
+    fixed = _fixed_part(system, parts)
+    if len(fixed) == len(parts):
         infos = [system.get_file_info(path)]
-    for info in infos:
-        if info.type == pyarrow.fs.FileType.File:
-            yield SourceFile(_S3 + info.path, info.size, info.mtime_ns)
+    else:
+        deep = len(parts) - len(fixed) > 1 or parts[-1] == "**"
+        selector = pyarrow.fs.FileSelector("/".join(fixed), allow_not_found=True, recursive=deep)
+        infos = system.get_file_info(selector)
+    files = {
+        info.path: SourceFile(S3 + info.path, info.size, info.mtime_ns)
+        for info in infos
+        if info.type == pyarrow.fs.FileType.File
+    }
+    return [files[key] for key in dict.fromkeys(_matches(_Listing(files), "", parts)) if key in files]
 
 
-def _fixed_part(pattern: str) -> str:
-    """The folders before the first one with a wildcard."""
-    parts = pattern.split("/")
-    first = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
-    return "/".join(parts[:first]) or ("/" if pattern.startswith("/") else "")
+def _fixed_part(system: pyarrow.fs.FileSystem, parts: Sequence[str]) -> list[str]:
+    """The parts of a pattern before the first with a wildcard. Brackets are none where there is such a key or folder."""
+    for i, part in enumerate(parts):
+        is_name = not glob.has_magic(part) or (
+            _has_only_brackets(part)
+            and system.get_file_info("/".join(parts[: i + 1])).type != pyarrow.fs.FileType.NotFound
+        )
+        if not is_name:
+            return list(parts[:i])
+    return list(parts)
 
 
-def _matches(path: str, pattern: str) -> bool:
-    return _match_parts(path.split("/"), pattern.split("/"))
+def _has_only_brackets(part: str) -> bool:
+    return "[" in part and "*" not in part and "?" not in part
 
 
-def _match_parts(parts: Sequence[str], patterns: Sequence[str]) -> bool:
-    """As a shell: `*` stays within a folder, `**` goes down any number of them, neither finds hidden names."""
-    if not patterns:
-        return not parts
-    head, rest = patterns[0], patterns[1:]
-    visible = bool(parts) and (head.startswith(".") or not parts[0].startswith("."))
+def _matches(tree: _Tree, folder: str, parts: Sequence[str]) -> Iterator[str]:
+    """The paths below a folder that the parts of a pattern match; some of them twice, where `**` stands twice."""
+    head, rest = parts[0], parts[1:]
     if head == "**":
-        return _match_parts(parts, rest or ["*"]) or (visible and _match_parts(parts[1:], patterns))
-    return visible and fnmatch.fnmatchcase(parts[0], head) and _match_parts(parts[1:], rest)
+        for inside in _folders_below(tree, folder):
+            yield from _matches(tree, inside, rest or ["*"])
+        return
+    is_name = not glob.has_magic(head) or (_has_only_brackets(head) and tree.has(_join(folder, head)))
+    names = [head] if is_name else [c.name for c in tree.children(folder) if _is_visible_to(head, c.name)]
+    for name in names:
+        path = _join(folder, name)
+        if rest:
+            yield from _matches(tree, path, rest)
+        else:
+            yield path
+
+
+def _is_visible_to(pattern: str, name: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) and (pattern.startswith(".") or not name.startswith("."))
+
+
+def _folders_below(tree: _Tree, folder: str) -> Iterator[str]:
+    """A folder and all below it that are not hidden, each once by its real path; by a link only where no other way leads."""
+    seen: set[str] = set()
+    plain, linked = [folder], list[str]()
+    while plain or linked:
+        here = plain.pop() if plain else linked.pop(0)
+        real = tree.real(here)
+        if real in seen:
+            continue
+        seen.add(real)
+        yield here
+        below = [child for child in tree.children(here) if child.is_folder and not child.name.startswith(".")]
+        linked += [_join(here, child.name) for child in below if child.is_link]
+        plain += [_join(here, child.name) for child in reversed(below) if not child.is_link]
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}{'' if folder in ('', '/') else '/'}{name}"

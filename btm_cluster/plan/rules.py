@@ -6,13 +6,16 @@ fields. They know what fields mean and nothing of how their problems are worded 
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ModelWrapValidatorHandler, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from btm_cluster.plan.kinds import ROWS, Kind, kind_of_pattern
+
 BROKEN_RULE = "broken_rule"
+DEFAULT_FIELD = "text"
 Given = Mapping[str, Any]
 SectionType = TypeVar("SectionType", bound=BaseModel)
 
@@ -68,7 +71,7 @@ def no_rules(_: Given) -> Iterator[Broken]:
 
 
 def text_rules(given: Given) -> Iterator[Broken]:
-    """A text comes from files or from a data set."""
+    """A text comes from files or from a data set; what says how files are read applies to some of them."""
     files = [name for name in ("text", "development", "test") if _is_given(given.get(name))]
     both = [*files, "dataset"] if _is_given(given.get("dataset")) else files
     if not both or (files and both != files):
@@ -78,6 +81,28 @@ def text_rules(given: Given) -> Iterator[Broken]:
             found,
             "either files (`text`) or a `dataset`",
             "keep one of them" if both else "add `text: FILE-OR-GLOB`",
+        )
+        return
+    field, delimiter = given.get("field"), given.get("delimiter")
+    if not files and delimiter is not None:
+        expected = "nothing beside a `dataset`, whose rows are documents"
+        yield Broken("delimiter", repr(delimiter), expected, "leave `delimiter` out")
+    patterns = [p for name in files for p in (_entries(given[name]) or [given[name]]) if isinstance(p, str)]
+    yield from idle_reading(field, delimiter, {kind_of_pattern(pattern) for pattern in patterns})
+
+
+def idle_reading(field: Any, delimiter: Any, kinds: Set[Kind | None]) -> Iterator[Broken]:
+    """What says how files are read and cannot apply to any, where their kinds are known (None: one that is not)."""
+    if not kinds or None in kinds:
+        return
+    found = f"for files of these kinds: {', '.join(sorted(map(str, kinds)))}"
+    if isinstance(field, str) and field != DEFAULT_FIELD and not kinds & ROWS:
+        expected = "a field only where files have rows: JSON lines, CSV, TSV or Parquet"
+        yield Broken("field", f"{field!r} {found}", expected, "leave `field` out, or name files that have rows")
+    if isinstance(delimiter, str) and "plain text" not in kinds:
+        expected = "a delimiter only for plain text, which it cuts into documents"
+        yield Broken(
+            "delimiter", f"{delimiter!r} {found}", expected, "leave `delimiter` out, or name files of plain text"
         )
 
 

@@ -28,23 +28,23 @@ class DatasetPlan(Section):
 
 
 class TextPlan(Section):
-    """A named text. A document is a JSON or Parquet row, or a text file (or its parts, by a delimiter)."""
+    """A named text. A document is a row of JSON lines, a table or Parquet, or a text file (or its parts, by a delimiter)."""
 
     rules: ClassVar = plan_rules.text_rules
     name: Name
     """Stands once in a forest: lower-case letters, digits, - and _."""
     text: Files = ()
-    """Files or globs, local or s3://: .jsonl .parquet .txt and source text, plain, .gz, .zst or .bz2."""
+    """Files or globs, local or s3://: .jsonl .csv .tsv .parquet .txt and source text; .gz, .zst or .bz2. `**` follows links."""
     development: Files = ()
     """Development text from given files; without it, a share of `text` by content hash."""
     test: Files = ()
     """Test text from given files; without it, a share of `text` by content hash."""
     dataset: DatasetPlan | None = None
     """A Hugging Face data set instead of files."""
-    field: Text = "text"
-    """Field of a JSON or Parquet row that holds the document."""
+    field: Text = plan_rules.DEFAULT_FIELD
+    """Field or column of a row that holds the document, where files have rows."""
     delimiter: Text | None = None
-    """Cuts text files into documents; without it, a file is a document."""
+    """Cuts text files into documents; without it, a file is a document. One that stands in none of them is refused."""
 
 
 class DomainPlan(TextPlan):

@@ -7,6 +7,7 @@ import numpy as np
 
 from btm_cluster.language_model.blocks import pack_blocks
 from btm_cluster.language_model.corpus import Text, read_shard, write_random_part, write_text
+from btm_cluster.language_model.data_sets import pinned
 from btm_cluster.language_model.overlap import TestText, mark_seen
 from btm_cluster.language_model.tokenizer import (
     TOKENIZER_FILES,
@@ -60,9 +61,9 @@ def prepare(request: PrepareRequest, ledger: Ledger, control: Control) -> Artifa
 
 
 def _read_text(request: ReadText, ledger: Ledger, folder: Path) -> Artifact:
-    return _commit_text(
-        request, write_text(request.source, request.reading, request.is_target, folder, request.most_bytes), ledger
-    )
+    source = pinned(request.source, request.fingerprint)
+    text = write_text(source, request.reading, request.is_target, folder, request.most_bytes)
+    return _commit_text(request, text, ledger)
 
 
 def _commit_text(request: ReadText | ShuffleTexts, text: Text, ledger: Ledger) -> Artifact:

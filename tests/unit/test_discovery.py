@@ -264,6 +264,9 @@ def test_a_text_that_grows_while_it_is_read_is_refused_and_nothing_is_left(tmp_p
         (("--clusters", "2", "--to", "new"), "either files (`text`) or a `dataset`"),
         (("http://host/text", "--clusters", "2", "--to", "new"), "s3://bucket/key"),
         (("none.jsonl", "--clusters", "2", "--to", "new"), "matches no file"),
+        (("text.txt", "--clusters", "2", "--to", "new", "--field", "body"), "only where files have rows"),
+        (("--dataset", "d", "--clusters", "2", "--to", "new", "--delimiter", "x"), "nothing beside a `dataset`"),
+        (("text.jsonl", "--clusters", "2", "--to", "new", "--split", "test"), "--split is of a data set"),
         (("none.jsonl", "--model", "new"), "there is no cluster model in new"),
     ],
 )

@@ -154,6 +154,9 @@ PROBLEMS = {
     "domains: [{name: a, test: t}]": ("domains[0]", "training text for a domain"),
     "domains: [a]": ("domains[0]", "keys such as name, text"),
     "domains: [{name: a, dataset: {name: d, test_split: train}}]": ("domains[0].dataset", "every split once"),
+    "domains: [{name: a, text: '*.txt.gz', field: body}]": ("domains[0].field", "only where files have rows"),
+    "domains: [{name: a, text: [a.jsonl, b.csv], delimiter: x}]": ("domains[0].delimiter", "only for plain text"),
+    "domains: [{name: a, dataset: {name: d}, delimiter: x}]": ("domains[0].delimiter", "beside a `dataset`"),
     "targets: [{name: b, text: a.txt}]": ("domains, targets", "'a' and 'b' have the same text"),
     "targets: [{name: a, text: b.txt}]": ("domains, targets", "'a' 2 times"),
     "tokenizer: gpt2": ("tokenizer", "keys such as train, pretrained"),
@@ -264,11 +267,12 @@ def test_what_yaml_reads_as_something_else_is_taken_as_it_was_meant(write: Calla
 
 def test_anchors_and_merge_keys_work(write: Callable[[str], Path]) -> None:
     document = MINIMAL.replace(
-        "[{name: a, text: a.txt}]", "[&first {name: a, text: a.txt, field: body}, {<<: *first, name: b, text: b.txt}]"
+        "[{name: a, text: a.txt}]",
+        "[&first {name: a, text: a.jsonl, field: body}, {<<: *first, name: b, text: b.jsonl}]",
     )
     first, second = read_plan(write(document)).domains
     assert (first.name, first.field) == ("a", "body")
-    assert (second.name, second.text, second.field) == ("b", ("b.txt",), "body")
+    assert (second.name, second.text, second.field) == ("b", ("b.jsonl",), "body")
 
 
 def test_an_alias_that_expands_to_billions_of_values_is_refused_briefly(write: Callable[[str], Path]) -> None:
