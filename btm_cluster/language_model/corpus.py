@@ -5,11 +5,12 @@ so the result does not depend on file order. Memory: the documents pass through 
 documents of one are held at a time, so a text of 100 GB needs about 0.4 GB.
 """
 
+import bisect
 import hashlib
 import json
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -61,8 +62,8 @@ def write_text(
     if is_target and given["test"] and not given["development"]:
         shares = (1.0, 0.0)  # a target's remaining text can only be development text
     documents = usable_documents(source.name, read_documents(source, reading, most_bytes), reading, bad)
-    spools = _spool(documents, shares, folder)
-    text = _write_shards(spools, folder)
+    spools, lowest = _spool(documents, shares, folder)
+    text = _write_shards(spools, folder, fill_splits(lowest, shares))
     text.bad = bad
     _check_splits(source.name, text, is_target)
     return text
@@ -76,7 +77,7 @@ def write_random_part(documents: Iterable[str], part: int, parts: int, random_se
         return int.from_bytes(draw[:8], "big") % parts == part
 
     chosen = (Document(document, "train") for document in documents if dealt(document))
-    return _write_shards(_spool(chosen, (0.0, 0.0), folder), folder)
+    return _write_shards(_spool(chosen, (0.0, 0.0), folder)[0], folder, {})
 
 
 def read_shard(path: Path) -> Iterator[str]:
@@ -118,20 +119,53 @@ def usable_documents(
             bad[item.reason] += 1
 
 
-def _spool(documents: Iterable[Document], shares: tuple[float, float], folder: Path) -> list[Path]:
-    """Spreads the documents over at most 256 files, by the first byte of their content hash and in its order."""
+def fill_splits(lowest: Mapping[str, Sequence[bytes]], shares: tuple[float, float]) -> dict[bytes, tuple[str, str]]:
+    """Documents that change their split, from which to which, so that none that is asked for stays empty by bad luck.
+
+    `lowest` has the three lowest hashes of each split, of documents that were split by their hash; `shares` are those of
+    development and test text, and train has what they leave. A text whose splits all have documents stays as it is.
+    """
+    asked = {"test": shares[1], "development": shares[0], "train": 1 - sum(shares)}
+    held = {split: list(lowest.get(split, ())) for split, share in asked.items() if share > 0}
+    moved = {}
+    for empty in [split for split in held if not held[split]]:
+        giver = max(reversed(held), key=lambda split: len(held[split]))
+        # A target needs test text alone, so it may have its only document.
+        if len(held[giver]) > (empty != "test" or "train" in held):
+            key = held[giver].pop(0)
+            held[empty].append(key)
+            moved[key] = (giver, empty)
+    return moved
+
+
+def _spool(
+    documents: Iterable[Document], shares: tuple[float, float], folder: Path
+) -> tuple[list[Path], dict[str, list[bytes]]]:
+    """Spreads the documents over at most 256 files, by the first byte of their content hash and in its order.
+
+    Also returns, of those that are split by it, the lowest hashes of each split, as `fill_splits` needs them.
+    """
+    lowest: dict[str, list[bytes]] = {split: [] for split in SPLITS}
     paths = [folder / f"spool-{i:03d}" for i in range(256)]
     waiting = [bytearray() for _ in paths]
     for document in documents:
         key = content_hash(document.text)
         split = document.split or _split_by_hash(key, *shares)
+        if document.split is None:
+            _keep_lowest(lowest[split], key)
         data = document.text.encode()
         waiting[key[0]] += _RECORD.pack(key, _HELD_OUT_FIRST[split], len(data)) + data
         if len(waiting[key[0]]) >= _SPOOL_BUFFER_BYTES:
             _append(paths[key[0]], waiting[key[0]])
     for path, rest in zip(paths, waiting, strict=True):
         _append(path, rest)
-    return [path for path in paths if path.exists()]
+    return [path for path in paths if path.exists()], lowest
+
+
+def _keep_lowest(lowest: list[bytes], key: bytes) -> None:
+    if key not in lowest and (len(lowest) < len(SPLITS) or key < lowest[-1]):
+        bisect.insort(lowest, key)
+        del lowest[len(SPLITS) :]
 
 
 def _append(path: Path, waiting: bytearray) -> None:
@@ -164,16 +198,21 @@ def _unspool(path: Path) -> tuple[list[tuple[bytes, int, bytes]], int]:
     return [(key, *best[key]) for key in sorted(best)], count
 
 
-def _write_shards(spools: list[Path], folder: Path) -> Text:
-    """Shard files by split, and the text's identity: a hash over the documents, whose order is that of their hashes."""
+def _write_shards(spools: list[Path], folder: Path, moved: Mapping[bytes, tuple[str, str]]) -> Text:
+    """Shard files by split, and the text's identity: a hash over the documents, whose order is that of their hashes.
+
+    `moved` documents go from one split to another, but for those that the other split's own files have.
+    """
     identity = hashlib.sha256()
     writers = {split: _ShardWriter(split, folder) for split in SPLITS}
     read = kept = 0
     for spool in spools:
         survivors, count = _unspool(spool)
         read, kept = read + count, kept + len(survivors)
-        for _, rank, data in survivors:
+        for key, rank, data in survivors:
             split = ("test", "development", "train")[rank]
+            if key in moved and split == moved[key][0]:
+                split = moved[key][1]
             identity.update(split.encode() + hashlib.sha256(data).digest())
             writers[split].write(data.decode())
     files = {name: path for writer in writers.values() for name, path in writer.close().items()}

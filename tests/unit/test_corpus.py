@@ -200,7 +200,7 @@ def test_bad_and_empty_documents_are_counted_by_reason_and_change_nothing_else(t
         ([], "train 0, development 0, test 0; duplicates: 0; skipped: none"),
         (["", " "], "skipped: 2 × an empty document"),
         (["the same"] * 50, "train 0, development 1, test 0; duplicates: 49"),
-        (["one", "two", "three"], "has no document for"),
+        (["one", "two"], "has no document for"),
     ],
 )
 def test_a_split_without_documents_refuses_the_text_with_its_counts(
@@ -210,6 +210,47 @@ def test_a_split_without_documents_refuses_the_text_with_its_counts(
         make(tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", written))
     assert part in str(caught.value)
     assert "give more text" in caught.value.remedy
+
+
+@pytest.mark.parametrize("shares", [(1e-9, 1e-9), (0.5, 1e-9), (0.5, 0.499999999), (1e-9, 0.999999998), (0.02, 0.02)])
+def test_a_text_of_three_documents_has_one_for_each_split_wherever_their_hashes_fall(
+    shares: tuple[float, float], tmp_path: Path
+) -> None:
+    reading = ReadingPlan(development_share=shares[0], test_share=shares[1])
+    written = ["one", "two", "three"]
+    made = [
+        make(tmp_path / f"out-{i}", write_jsonl(tmp_path / f"{i}.jsonl", order), reading=reading)
+        for i, order in enumerate((written, written[::-1], [*written, "one", "two"]))
+    ]
+    assert counts(made[0]) == [1, 1, 1]
+    assert len({text.identity for text in made}) == 1
+
+
+def test_a_split_that_nothing_fell_to_takes_one_document_and_the_rest_stay(tmp_path: Path) -> None:
+    """143 documents at 5 % once gave no test document, and the text was refused."""
+    written = [f"document {i}" for i in range(300)]
+    none = ReadingPlan(development_share=0.2, test_share=1e-9)
+    text = make(tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", written), reading=none)
+    (moved,) = documents(text, "test")
+    rest = write_jsonl(tmp_path / "b.jsonl", [document for document in written if document != moved])
+    given = write_jsonl(tmp_path / "test.jsonl", [moved])
+    assert make(tmp_path / "given", rest, reading=none, test=str(given)).identity == text.identity
+
+
+def test_given_files_are_no_share_of_the_text_and_their_documents_stay_where_they_were_given(tmp_path: Path) -> None:
+    test = write_jsonl(tmp_path / "test.jsonl", DOCUMENTS[:2])
+    few = ReadingPlan(development_share=1e-9, test_share=0.1)
+    text = make(tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[2:4]), reading=few, test=str(test))
+    assert counts(text) == [1, 1, 2]
+    assert set(documents(text, "test")) == set(DOCUMENTS[:2])
+
+
+@pytest.mark.parametrize("i", range(8))
+def test_a_target_of_two_documents_has_one_of_each_kind_and_one_alone_is_test_text(i: int, tmp_path: Path) -> None:
+    pair = write_jsonl(tmp_path / "pair.jsonl", [f"one {i}", f"two {i}"])
+    assert counts(make(tmp_path / "pair", pair, is_target=True)) == [0, 1, 1]
+    alone = write_jsonl(tmp_path / "alone.jsonl", [f"one {i}"])
+    assert counts(make(tmp_path / "alone", alone, is_target=True)) == [0, 0, 1]
 
 
 def test_a_target_without_test_documents_is_refused_without_advice_for_domains(tmp_path: Path) -> None:
