@@ -74,22 +74,32 @@ def _read_all(plan: Plan, arrivals: Sequence[Arrival], driver: Driver) -> dict[s
     requests = [ReadText(a.domain.name, a.domain, plan.reading, False, a.fingerprint, most_bytes) for a in arrivals]
     names = [arrival.domain.name for arrival in arrivals]
     try:
-        return dict(zip(names, driver.obtain(driver.workers.prepare, requests), strict=True))
-    except UserError:  # of one of them, which is not said: each by itself, then
-        alone = [_read_alone(request, arrival, driver) for request, arrival in zip(requests, arrivals, strict=True)]
-        return dict(zip(names, alone, strict=True))
+        read: list[Outcome | str] = list(driver.obtain(driver.workers.prepare, requests))
+    except UserError as exc:  # of one of them, which is not said: each by itself, then
+        read = [_read_alone(request, driver, _one_line(exc)) for request in requests]
+    return {
+        name: outcome if still_lies_there(driver.ledger, arrival) else _changed(name)
+        for name, outcome, arrival in zip(names, read, arrivals, strict=True)
+    }
 
 
-def _read_alone(request: ReadText, arrival: Arrival, driver: Driver) -> Outcome | str:
-    """Reads one text, twice if it seems wrong: a store that was out for a moment looks the same as a broken file."""
+def _changed(name: str) -> Failure:
+    return Failure(name, 1, "in the inbox", "its files changed while they were read")
+
+
+def _read_alone(request: ReadText, driver: Driver, seen: str) -> Outcome | str:
+    """Reads one text until it is read, or the same is wrong with it twice, `seen` included: at most twice.
+
+    A store that was out for a moment looks the same as a broken file.
+    """
     reason = ""
     for _ in range(2):
         try:
             return driver.obtain(driver.workers.prepare, [request])[0]
         except UserError as exc:
             reason = _one_line(exc)
-        if not still_lies_there(driver.ledger, arrival):
-            return Failure(request.label, 1, "in the inbox", "its files changed while they were read")
+        if reason == seen:
+            break
     return reason
 
 
@@ -128,4 +138,5 @@ def _tokenize(ground: Ground, of_plan: set[str], driver: Driver) -> tuple[dict[s
 
 
 def _one_line(error: UserError) -> str:
-    return "; ".join(" ".join(part.split()) for part in (error.what, error.found) if part)
+    parts = (error.what, error.found, f"expected: {error.expected}" * bool(error.expected), error.remedy)
+    return "; ".join(" ".join(part.split()) for part in parts if part)

@@ -4,6 +4,7 @@ Whoever can write there is not trusted: names, sizes, kinds and links are checke
 documents and what files decompress to are bounded while they are read. Knows nothing of tokens or models.
 """
 
+import glob
 import re
 import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -15,7 +16,8 @@ from btm_cluster.forest import identity_of
 from btm_cluster.ledger import Ledger
 from btm_cluster.plan import DomainPlan, Plan
 from btm_cluster.plan.expansion import InboxPlan
-from btm_cluster.plan.kinds import UNREAD, ending
+from btm_cluster.plan.kinds import ROWS, UNREAD, ending, kind_of
+from btm_cluster.plan.rules import DEFAULT_FIELD
 from btm_cluster.plan.values import NAME_PATTERN
 from btm_cluster.records import list_quarantine, quarantine
 from btm_cluster.storage import Entry, Storage
@@ -23,8 +25,8 @@ from btm_cluster.storage.local_folder import walk
 
 INBOX = "inbox/"
 MARKER = "READY"
-# Of what bounds what a file becomes in memory, JSON lines and text are all: a Parquet file's sizes are what it says of itself.
-REFUSED_KINDS = {*UNREAD, ".parquet", ".arrow", ".feather", ".npy", ".npz", ".pkl", ".pt", ".safetensors"}
+# What a Parquet file becomes in memory is bounded by nothing: its sizes are what it says of itself.
+REFUSED_KINDS = {*UNREAD, ".parquet"}
 _FILE_NAME = re.compile(r"\w[\w .,+=@-]{0,199}")
 _DEEPEST_FOLDERS = 8
 
@@ -61,12 +63,13 @@ class _Folder:
 
     name: str
     files: Mapping[str, Entry]
-    odd: tuple[str, ...]
+    odd: Mapping[str, str]
+    """Why each is odd."""
 
     @property
     def identity(self) -> str:
         stamps = [[path, entry.size_bytes, entry.modified] for path, entry in sorted(self.files.items())]
-        return identity_of({"folder": self.name, "files": stamps, "odd": self.odd})
+        return identity_of({"folder": self.name, "files": stamps, "odd": sorted(self.odd)})
 
     @property
     def texts(self) -> dict[str, Entry]:
@@ -115,12 +118,12 @@ def _folders(storage: Storage, name: str = "") -> Iterator[_Folder]:
         folder, separator, path = _readable(entry.key.removeprefix(INBOX)).partition("/")
         if separator and path and not folder.startswith("."):
             found.setdefault(folder, {})[path] = entry
-    odd: dict[str, list[str]] = {}
-    for key in _odd_files(storage.address(below.rstrip("/"))):
+    odd: dict[str, dict[str, str]] = {}
+    for key, why in _odd_files(storage.address(below.rstrip("/"))):
         folder, _, path = _readable(f"{below.removeprefix(INBOX)}{key}").partition("/")
-        odd.setdefault(folder, []).append(path)
+        odd.setdefault(folder, {})[path] = why
     for folder in sorted(found.keys() | odd.keys()):
-        yield _Folder(folder, found.get(folder, {}), tuple(sorted(odd.get(folder, ()))))
+        yield _Folder(folder, found.get(folder, {}), odd.get(folder, {}))
 
 
 def _readable(name: str) -> str:
@@ -128,18 +131,21 @@ def _readable(name: str) -> str:
     return name.encode(errors="replace").decode()
 
 
-def _odd_files(address: str) -> Iterator[str]:
-    """What is no plain file below a local folder: links, pipes, devices. Object storage has none."""
+def _odd_files(address: str) -> Iterator[tuple[str, str]]:
+    """What is no file of its own below a local folder, and why: links, pipes, devices. Object storage has none."""
     if "://" in address:
         return
     for folder, folders, files in walk(address):
         for path in (Path(folder, name) for name in (*folders, *files)):
             try:
-                kind = path.lstat().st_mode
+                status = path.lstat()
             except FileNotFoundError:
                 continue  # taken away while we looked
-            if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
-                yield path.relative_to(address).as_posix()
+            key = path.relative_to(address).as_posix()
+            if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
+                yield key, "is a hard link, so it may be somebody else's file: deliver a copy"
+            elif not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+                yield key, "is a link, or no file"
 
 
 def _unfinished(folder: _Folder) -> str:
@@ -160,7 +166,8 @@ def _refusal(folder: _Folder, plan: Plan) -> str:
     if folder.name in {text.name for text in plan.texts}:
         return "the plan has a text of this name"
     if folder.odd:
-        return f"{folder.odd[0] or 'the folder'} is a link, or no file"
+        path, why = min(folder.odd.items())
+        return f"{path or 'the folder'} {why}"
     if not texts:
         return "no text files"
     if len(texts) > bounds.most_files:
@@ -175,15 +182,24 @@ def _file_refusal(path: str) -> str:
     if len(parts) > _DEEPEST_FOLDERS or not all(_FILE_NAME.fullmatch(part) for part in parts):
         return f"{path[:100]!r} is no name for a file here: letters, digits, space and .,+=@_-"
     if ending(path) in REFUSED_KINDS:
-        return f"{path} is a {ending(path)} file; text and JSON lines are taken, plain, .gz, .zst or .bz2"
+        return f"{path} is a {ending(path)} file; text, tables and JSON lines are taken, plain, .gz, .zst or .bz2"
     return ""
 
 
 def _arrival(folder: _Folder, storage: Storage, settings: InboxPlan) -> Arrival:
     addresses = {storage.address(entry.key): entry for entry in folder.texts.values()}
-    domain = DomainPlan(name=folder.name, text=tuple(addresses), field=settings.field, delimiter=settings.delimiter)
+    kinds = {
+        kind_of(path) for path in folder.texts
+    }  # a setting is for all deliveries, of which some have no use for it
+    domain = DomainPlan(
+        name=folder.name,
+        text=tuple(map(glob.escape, addresses)),
+        field=settings.field if kinds & ROWS else DEFAULT_FIELD,
+        delimiter=settings.delimiter if "plain text" in kinds else None,
+    )
     stamps = [[address, entry.size_bytes, entry.modified] for address, entry in addresses.items()]
-    return Arrival(domain, folder.identity, _contents(folder), {"inbox": stamps})
+    ready = folder.files[MARKER].modified
+    return Arrival(domain, folder.identity, _contents(folder), {"inbox": stamps, "ready": ready})
 
 
 def _contents(folder: _Folder) -> str:

@@ -15,7 +15,7 @@ import pytest
 from btm_cluster.algorithm import grow, merge, settled_branches, train
 from btm_cluster.display_expansion import show_expanded
 from btm_cluster.driver import Driver
-from btm_cluster.errors import FoundationError, UserError
+from btm_cluster.errors import FoundationError, TextError, UserError
 from btm_cluster.expansion import acceptance
 from btm_cluster.expansion.arrivals import prepare_new
 from btm_cluster.expansion.expand import Expanded, expand
@@ -24,6 +24,7 @@ from btm_cluster.forest import Expert, Forest, Foundation
 from btm_cluster.generation import generate
 from btm_cluster.in_process import InProcess, LocalControl
 from btm_cluster.language_model.ensemble import Sampling
+from btm_cluster.language_model.sources import read_documents
 from btm_cluster.ledger import Ledger
 from btm_cluster.merged_model import write_merged_model
 from btm_cluster.plan import ExpansionPlan, Plan
@@ -249,6 +250,70 @@ def test_links_and_pipes_are_refused_and_what_they_lead_to_is_not_read(
         "whole": "the folder is a link, or no file",
     }
     assert len(list(ledger.list_artifacts("source"))) == 3
+
+
+def test_a_hard_link_is_refused_since_it_may_be_somebody_elses_file(
+    plan: Plan, ledger: Ledger, arrive: Callable[..., None], tmp_path: Path
+) -> None:
+    secret = write_jsonl(tmp_path / "secret.jsonl", made_up_documents("secret", 120))
+    arrive("linked")
+    arrive("swapped")
+    inbox = Path(plan.store, "inbox")
+    os.link(secret, inbox / "linked" / "b.jsonl")
+    found = look(ledger, plan, ())
+    assert found.quarantined == {"linked": "b.jsonl is a hard link, so it may be somebody else's file: deliver a copy"}
+    (arrival,) = found.arrivals
+    (inbox / "swapped" / "a.jsonl").unlink()
+    os.link(secret, inbox / "swapped" / "a.jsonl")  # after the look
+    with pytest.raises(TextError, match="is a link"):
+        list(read_documents(arrival.domain, plan.reading, 10**9))
+
+
+def test_a_document_that_is_appended_while_its_domain_is_read_is_noticed(
+    plan: Plan, ledger: Ledger, arrive: Callable[..., None]
+) -> None:
+    arrive("meadow")
+    arrive("island")
+    base, driver = newest(ledger), in_process(plan)
+    bare = plan.model_copy(update={"domains": (), "targets": ()})
+    inbox = look(ledger, bare, base.domains)
+    with Path(plan.store, "inbox/meadow/a.jsonl").open("a") as file:
+        file.write('{"text": "one more"}\n')
+    new = prepare_new(bare, inbox.arrivals, base, driver)
+    assert [domain.name for domain in new.ground.domains] == ["island"]
+    assert [(failure.label, failure.cause) for failure in new.failures] == [
+        ("meadow", "its files changed while they were read")
+    ]
+    assert not list(ledger.storage.list("quarantine/"))
+    arrive("meadow", made_up_documents("meadow", 121))
+    assert expanded(plan).added == ("island", "meadow")
+
+
+def test_what_is_wrong_with_a_domain_is_found_by_reading_it_twice_and_its_reason_says_what_to_do(
+    plan: Plan, ledger: Ledger, tmp_path: Path
+) -> None:
+    """Once more than it takes, since a store that was out for a moment looks the same."""
+    for name in ("broken", "cut"):
+        put(ledger, tmp_path, f"{name}/a.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:-1])
+        put(ledger, tmp_path, f"{name}/READY", b"")
+    read: list[str] = []
+    control = LocalControl(lambda progress: read.append(progress.label), threading.Event())
+    found = expand(plan, Driver(ledger, InProcess(ledger, control)))
+    assert "expected: a whole file" in found.quarantined["broken"]
+    assert "mend or replace the file" in found.quarantined["broken"]
+    assert (read.count("broken"), read.count("cut")) == (2, 2)
+
+
+def test_a_setting_of_the_inbox_is_for_the_deliveries_that_it_can_apply_to(
+    plan: Plan, ledger: Ledger, tmp_path: Path
+) -> None:
+    rows = "".join(f"{i},{text}\n" for i, text in enumerate(made_up_documents("columns", 120)))
+    plain = "\n--\n".join(made_up_documents("plain", 120))
+    for name, file, data in (("columns", "a.csv", "id,body\n" + rows), ("plain", "a.txt", plain)):
+        put(ledger, tmp_path, f"{name}/{file}", data.encode())
+        put(ledger, tmp_path, f"{name}/READY", b"")
+    both = changed(plan, expansion={"inbox": {"field": "body", "delimiter": "\n--\n"}})
+    assert expanded(both).added == ("columns", "plain")
 
 
 def test_files_and_sizes_beyond_the_plans_bounds_are_refused_before_a_byte_is_read(
