@@ -12,7 +12,8 @@ from btm_cluster.driver import Driver
 from btm_cluster.equations.averaging import uniform_weights
 from btm_cluster.errors import StoreError, TextError
 from btm_cluster.evaluation import average_weights
-from btm_cluster.forest import Expert, Forest, Parent, check_foundation, check_texts, merge_into
+from btm_cluster.forest import Expert, Forest, Parent, check_texts, merge_into
+from btm_cluster.founding import check_fits, check_foundation
 from btm_cluster.ground import (
     Ground,
     PreparedText,
@@ -81,8 +82,7 @@ def prepare(plan: Plan, driver: Driver) -> Ground:
     memos = {text.name: memo for text, memo in zip(plan.texts, read, strict=True)}
     ground = ground_of(plan, memos, model, driver.ledger)
     if forest is not None:  # what does not fit is refused before anything is made
-        check_foundation(forest, ground.foundation(seed_request(ground).ref.identity))
-        check_texts(forest, {domain.name: domain.identity for domain in ground.domains})
+        check_fits(ground, forest, driver.ledger)
     driver.require(workers.prepare, [tokenizer_request(plan, ground.founders)])
     _tokenize(block_requests(ground), driver)
     return ground
@@ -100,7 +100,7 @@ def plant(ground: Ground, driver: Driver) -> Forest:
     driver.ledger.log.append(Forest(0, foundation, (), manifests, reason=f"planted by {ground.plan.name}"))
     planted = driver.ledger.log.newest()  # ours, or that of whoever was first
     assert planted is not None
-    check_foundation(planted, foundation)
+    check_foundation(ground, planted, driver.ledger)
     return planted
 
 

@@ -94,19 +94,20 @@ def _time_left(progress: "Progress") -> str:
 def verdict_tables(verdict: "Verdict", console: Console) -> None:
     """Prints a table for each split, texts in columns, and the sentence."""
     for split, rows in verdict.rows.items():
-        console.print(_means_table(split, rows, verdict.baseline))
-        console.print(_texts_table(split, rows))
+        console.print(_means_table(split, rows, verdict))
+        console.print(_texts_table(split, rows, verdict.left_out))
     console.print(verdict.sentence, highlight=False)
 
 
-def _means_table(split: str, rows: Sequence["Row"], baseline: str) -> Table:
-    from btm_cluster.report import GROUPS
-
+def _means_table(split: str, rows: Sequence["Row"], verdict: "Verdict") -> Table:
     fitted = "; what is fitted was fitted on this very text" if split == "development" else ""
+    groups = {"domains": "domains", "targets": "targets", "all": "all"}
+    if verdict.left_out:
+        groups = {"domains": "founding domains", "targets": "targets", "all": "all of these", "left_out": "left out"}
     table = plain_table(
         f"Perplexity on {split} text: means over texts, 95 % interval over documents{fitted}",
-        ["system", "domains", "targets", "all", "interval of all", f"against {baseline}"],
-        [[row.system, *(_perplexity(row.means.get(group)) for group in GROUPS), *_intervals(row)] for row in rows],
+        ["system", *groups.values(), f"interval of {groups['all']}", f"against {verdict.baseline}"],
+        [[row.system, *(_perplexity(row.means.get(group)) for group in groups), *_intervals(row)] for row in rows],
     )
     table.columns[0].no_wrap = True
     return table
@@ -117,23 +118,24 @@ def _perplexity(cell: "Cell | None") -> str:
 
 
 def _intervals(row: "Row") -> tuple[str, str]:
-    """Of the widest group that the system has a result on: the perplexity's, and the difference's."""
-    cell = row.means.get("all") or row.means.get("domains")
-    if cell is None:
+    """The perplexity's and the difference's, of all texts; of the domains, and so marked, where the system has no others."""
+    group = next((group for group in ("all", "domains") if group in row.means), None)
+    if group is None:
         return "–", "–"
-    interval = f"{cell.interval[0]:.2f}–{cell.interval[1]:.2f}"
+    cell, where = row.means[group], "" if group == "all" else f" on {group}"
+    interval = f"{cell.interval[0]:.2f}–{cell.interval[1]:.2f}{where}"
     if cell.difference is None or cell.difference_interval is None:
         return interval, "–"
     low, high = cell.difference_interval
-    return interval, f"{cell.difference:+.1%} ({low:+.1%} to {high:+.1%})"
+    return interval, f"{cell.difference:+.1%} ({low:+.1%} to {high:+.1%}){where}"
 
 
-def _texts_table(split: str, rows: Sequence["Row"]) -> Table:
+def _texts_table(split: str, rows: Sequence["Row"], left_out: Mapping[str, str]) -> Table:
     table = Table(title=f"Perplexity on {split} text, by text", box=box.SIMPLE, title_justify="left")
     table.add_column("system", no_wrap=True)
     texts = list(dict.fromkeys(text for row in rows for text in row.cells))
     for text in texts:
-        table.add_column(text, justify="right")
+        table.add_column(f"{text}\n({left_out[text]})" if text in left_out else text, justify="right")
     for row in rows:
         table.add_row(row.system, *(_perplexity(row.cells.get(t)) for t in texts))
     return table

@@ -25,6 +25,9 @@ def show_expanded(expanded: Expanded, json_output: bool) -> None:
             console.print(_visible(f"{what}: {name}: {reason}"), highlight=False, markup=False, soft_wrap=True)
     for failure in expanded.failures:
         console.print(f"failed: {failure.label}", highlight=False, markup=False, soft_wrap=True)
+    if expanded.added:
+        note = "note: `btm evaluate` compares the forest with seed and baselines on founding domains and targets alone"
+        console.print(note, highlight=False, soft_wrap=True)
     console.print(steps_line(expanded.made, expanded.reused), highlight=False, soft_wrap=True)
     console.print(outcome_line(expanded), highlight=False, markup=False, soft_wrap=True)
 

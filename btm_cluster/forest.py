@@ -7,11 +7,11 @@ make a new version of it, and what a version inherits from the first one, its fo
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from btm_cluster.errors import FoundationError, UserError
+from btm_cluster.errors import UserError
 
 
 def canonical_json(value: Any) -> bytes:
@@ -174,8 +174,8 @@ def descendants(of: str, parents: Mapping[str, Sequence[str]]) -> set[str]:
     return found
 
 
-def check_texts(forest: Forest, texts: Mapping[str, str]) -> None:
-    """Refuses a domain that stands in the forest with another text. `texts` are identities by domain name.
+def check_texts(forest: Forest, texts: Mapping[str, str], targets: Collection[str] = ()) -> None:
+    """Refuses a domain that stands in the forest with another text, and a target by its name. `texts` are identities by domain.
 
     Raises:
         UserError: naming the domain.
@@ -188,27 +188,13 @@ def check_texts(forest: Forest, texts: Mapping[str, str]) -> None:
                 expected=f"text {expert.text[:12]}, on which its expert was trained",
                 remedy="give the new text a name of its own, or restore the old one",
             )
-
-
-def check_foundation(forest: Forest, wanted: Foundation) -> None:
-    """Refuses a plan whose foundation is not the forest's.
-
-    Raises:
-        FoundationError: naming every part that differs.
-    """
-    have, want = dataclasses.asdict(forest.foundation), dataclasses.asdict(wanted)
-    differing = [name for name in ("tokenizer", "model", "block_tokens", "seed") if have[name] != want[name]]
-    if differing:
-        raise FoundationError(
-            "the plan changes what this store's forest was founded on",
-            found="another " + ", ".join(differing) + _training_hint(differing),
-            expected="the tokenizer, model, block length and seed recipe of version 0",
-            remedy="take another `store` for this plan, or restore those fields",
-        )
-
-
-def _training_hint(differing: Sequence[str]) -> str:
-    return " (a field of `training`)" if list(differing) == ["seed"] else ""
+        if expert.domain in targets:
+            raise UserError(
+                f"the target {expert.domain!r} has the name of a domain of the forest",
+                found=f"an expert of that name in forest version {forest.version}",
+                expected="a name of its own for each text",
+                remedy="rename the target",
+            )
 
 
 def describe_forest(forest: Forest) -> dict[str, Any]:

@@ -5,7 +5,7 @@ driver, and `btm plan`, which must name the same artifacts without making them, 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from btm_cluster.errors import FoundationError, TextError, UserError
@@ -154,11 +154,12 @@ def founders_of(plan: Plan, texts: Mapping[str, str], forest: Forest | None) -> 
     """
     if forest is None:
         return tuple(sorted((domain.name, texts[domain.name]) for domain in plan.domains))
+    named = {domain.name: texts[domain.name] for domain in plan.domains}
     for name, text in forest.foundation.domains:
-        if texts.get(name, text) != text:
+        if named.get(name, text) != text:
             raise FoundationError(
                 f"the forest in this store was founded on another text of {name!r}",
-                found=f"text {texts[name][:12]}",
+                found=f"text {named[name][:12]}",
                 expected=f"text {text[:12]}; documents, splits and `reading` decide it",
                 remedy="restore the text and `reading`, rename the domain to add it, or take another `store`",
             )
@@ -222,6 +223,14 @@ def stored_text(name: str, text: str, ground: Ground, ledger: Ledger) -> Prepare
     return PreparedText(name, False, text, facts, {}, tokens)
 
 
+def with_forests_texts(ground: Ground, forest: Forest, ledger: Ledger) -> Ground:
+    """The ground with the texts of the forest's domains that the plan does not name, from the store: what is evaluated on."""
+    named = {text.name for text in ground.texts}
+    others = [expert for expert in forest.experts if expert.domain not in named]
+    stored = tuple(stored_text(expert.domain, expert.text, ground, ledger) for expert in others)
+    return replace(ground, texts=(*ground.texts, *stored))
+
+
 def block_requests(ground: Ground) -> list[Tokenize]:
     """Every shard of every text that is trained or evaluated on."""
     return [
@@ -235,10 +244,10 @@ def block_requests(ground: Ground) -> list[Tokenize]:
     ]
 
 
-def overlap_requests(texts: Sequence[PreparedText]) -> list[FindOverlap]:
-    """Each training text against all test texts."""
+def overlap_requests(texts: Sequence[PreparedText], trained_on: Sequence[PreparedText]) -> list[FindOverlap]:
+    """Each text that is trained on against the test text of all `texts`."""
     tests = tuple(sorted(text.identity for text in texts if text.facts["splits"]["test"]["documents"]))
-    return [FindOverlap(text.name, text.identity, tests) for text in texts if not text.is_target]
+    return [FindOverlap(text.name, text.identity, tests) for text in trained_on]
 
 
 def model_config(plan: Plan, vocabulary: int) -> tuple[Mapping[str, Any], Pretrained | None]:

@@ -11,7 +11,8 @@ from typing import Any
 from btm_cluster.algorithm import new_domains, starts_from_seed
 from btm_cluster.cluster_ensemble import check_clusters
 from btm_cluster.equations.budget import device_hours, stored_bytes
-from btm_cluster.forest import Forest, check_foundation
+from btm_cluster.forest import Forest
+from btm_cluster.founding import check_fits
 from btm_cluster.ground import (
     HELD_OUT,
     Ground,
@@ -22,6 +23,7 @@ from btm_cluster.ground import (
     read_requests,
     tokenizer_request,
     vocabulary_of,
+    with_forests_texts,
     without_withdrawn,
 )
 from btm_cluster.language_model.model import count_parameters
@@ -138,6 +140,7 @@ def _preparation(ground: Ground, ledger: Ledger, unread: bool) -> list[Step]:
 def _scores(ground: Ground, ledger: Ledger, unread: bool) -> Step:
     """Of every model that is no average, on all held-out text."""
     forest, seed = ledger.log.newest(), seed_request(ground).ref
+    texts = (ground if forest is None else with_forests_texts(ground, forest, ledger)).texts
     models = {seed, *(Ref("model", expert.identity) for expert in (forest.experts if forest else ()))}
     new = new_domains(ground, forest) if forest is not None else list(ground.domains)
     from_seed = [domain for domain in new if starts_from_seed(ground, forest, domain)]
@@ -145,7 +148,7 @@ def _scores(ground: Ground, ledger: Ledger, unread: bool) -> Step:
     new = [domain for domain in new if domain not in from_seed]
     for rival in _rivals(ground, seed):
         models |= {part.ref for part in rival.parts} if rival.is_demix else {rival.ref}
-    parts = [(text, split) for text in ground.texts for split in HELD_OUT if text.tokens[split]]
+    parts = [(text, split) for text in texts for split in HELD_OUT if text.tokens[split]]
     scores = ledger.find_all([score_request(ground, model, *part).ref for model in models for part in parts])
     found = sum(artifact is not None for artifact in scores)
     return Step("scores", _share_done(found, (len(models) + len(new)) * len(parts), unread))
@@ -161,7 +164,7 @@ def _trainings(ground: Ground, ledger: Ledger, parameters: int, rate: float | No
     forest = ledger.log.newest()
     seed = seed_request(ground)
     if forest is not None:
-        check_foundation(forest, ground.foundation(seed.ref.identity))
+        check_fits(ground, forest, ledger)
     start = seed_start(ground, seed.ref)
     experts = [expert_request(ground, domain, start) for domain in ground.domains]
     steps = [_training(seed, _state(ledger, seed), parameters, rate)]

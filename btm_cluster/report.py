@@ -1,6 +1,7 @@
 """The verdict: perplexities of every system with intervals over documents, set beside the baseline, and a plain sentence.
 
-Pure: takes sums of log-probabilities by document and returns numbers and words. How they are shown is `display.py`'s.
+Pure: takes sums of log-probabilities by document and returns numbers and words. How they are shown is `display.py`'s, which
+texts are left out of the comparison is `texts.py`'s.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,8 @@ PAPER_DEMIX = "DEMix, paper's posterior"
 CALIBRATED_DEMIX = "DEMix, calibrated"
 FORESTS = (PAPER_ENSEMBLE, CALIBRATED_ENSEMBLE, GATED_ENSEMBLE, SEEDED_ENSEMBLE, SEEDED_GATE)
 """What the last sentences judge."""
-GROUPS = ("domains", "targets", "all")
+ADDED_LATER = "added later"
+"""Why a domain is left out of the comparison that the forest got after its founding."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A system on one split: a cell for each text, and for the means over domains, targets and all."""
+    """A system on one split: a cell for each text, and for the means over those of a group.
+
+    Groups are the domains and the targets that are compared on, `all` of these, and what is `left_out`, without a difference.
+    """
 
     system: str
     cells: Mapping[str, Cell]
@@ -63,12 +68,15 @@ class Verdict:
     baseline: str
     rows: Mapping[str, tuple[Row, ...]]
     sentence: str
+    left_out: Mapping[str, str]
+    """Texts from which the forest's experts learned and the baseline did not, or the other way round, and why."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for machines."""
         return {
             "baseline": self.baseline,
             "sentence": self.sentence,
+            "left_out": dict(self.left_out),
             "splits": {
                 split: [
                     {
@@ -83,16 +91,20 @@ class Verdict:
         }
 
 
-def verdict(results: Sequence[SplitResult], random_seed: int = 0) -> Verdict:
-    """Tables for each split, and whether the forest beat the Transformer-LM (or the seed, where there is none)."""
+def verdict(results: Sequence[SplitResult], left_out: Mapping[str, str] | None = None, random_seed: int = 0) -> Verdict:
+    """Tables for each split, and whether the forest beat the Transformer-LM (or the seed, where there is none).
+
+    The texts in `left_out`, each with a reason, are shown and not compared on.
+    """
+    left_out = left_out or {}
     systems = list(dict.fromkeys(system for result in results for system in result.logp))
     baseline = TRANSFORMER_LM if TRANSFORMER_LM in systems else SEED
     splits = dict.fromkeys(result.split for result in results)
     rows = {
-        split: _rows([result for result in results if result.split == split], systems, baseline, random_seed)
+        split: _rows([result for result in results if result.split == split], systems, baseline, left_out, random_seed)
         for split in splits
     }
-    return Verdict(baseline, rows, _sentence(rows["test"], baseline))
+    return Verdict(baseline, rows, _sentence(rows.get("test", ()), baseline, left_out), left_out)
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,13 @@ class _Sampled:
     resamples_R: torch.Tensor
 
 
-def _rows(results: Sequence[SplitResult], systems: Sequence[str], baseline: str, random_seed: int) -> tuple[Row, ...]:
+def _rows(
+    results: Sequence[SplitResult],
+    systems: Sequence[str],
+    baseline: str,
+    left_out: Mapping[str, str],
+    random_seed: int,
+) -> tuple[Row, ...]:
     sampled: dict[str, dict[str, _Sampled]] = {system: {} for system in systems}
     for number, result in enumerate(results):
         logp_SD = torch.stack(list(result.logp.values()))
@@ -112,23 +130,25 @@ def _rows(results: Sequence[SplitResult], systems: Sequence[str], baseline: str,
         resamples_SR = resampled_perplexity(logp_SD, result.tokens_D, RESAMPLES, random_seed + number)
         for system, value, resamples_R in zip(result.logp, values_S, resamples_SR, strict=True):
             sampled[system][result.text] = _Sampled(float(value), resamples_R)
+    compared = [result for result in results if result.text not in left_out]
     groups = {
-        "domains": [result.text for result in results if not result.is_target],
-        "targets": [result.text for result in results if result.is_target],
-        "all": [result.text for result in results],
+        "domains": [result.text for result in compared if not result.is_target],
+        "targets": [result.text for result in compared if result.is_target],
+        "all": [result.text for result in compared],
+        "left_out": [result.text for result in results if result.text in left_out],
     }
     return tuple(
         Row(
             system,
             {text: _cell(value, reference.get(text)) for text, value in sampled[system].items()},
             {
-                group: _cell(_mean(sampled[system], texts), _mean(reference, texts) if reference else None)
+                group: _cell(_mean(sampled[system], texts), _mean(reference, texts) if texts[0] in reference else None)
                 for group, texts in groups.items()
                 if texts and all(text in sampled[system] for text in texts)
             },
         )
         for system in systems
-        for reference in [{} if system == baseline else sampled[baseline]]
+        for reference in [{} if system == baseline else {t: sampled[baseline][t] for t in groups["all"]}]
     )
 
 
@@ -149,20 +169,35 @@ def _cell(system: _Sampled, baseline: _Sampled | None) -> Cell:
     )
 
 
-def _sentence(rows: Sequence[Row], baseline: str) -> str:
-    """Whether the forest beat the baseline on test text, and where it did not."""
-    return " ".join(_judge(row, baseline) for row in rows if row.system in FORESTS)
+def _sentence(rows: Sequence[Row], baseline: str, left_out: Mapping[str, str]) -> str:
+    """Whether the forest beat the baseline on test text, where it did not, and what that was not asked of."""
+    judged = [row for row in rows if row.system in FORESTS and "all" in row.means]
+    sentences = [_judge(row, baseline, bool(left_out)) for row in judged]
+    if not judged:
+        sentences = [f"The forest is not compared with the {baseline}: there is no test text to compare them on."]
+    if left_out:
+        reasons = {reason: [t for t, why in left_out.items() if why == reason] for reason in left_out.values()}
+        listed = "; ".join(f"{', '.join(texts)} ({reason})" for reason, texts in reasons.items())
+        sentences.append(f"Not compared on, since only one side learned from it: {listed}.")
+        if ADDED_LATER in reasons and any("targets" in row.means for row in judged):
+            sentences.append(
+                f"On targets the forest has more training than the {baseline}: that of what was added later."
+            )
+    return " ".join(sentences)
 
 
-def _judge(row: Row, baseline: str) -> str:
+def _judge(row: Row, baseline: str, is_partial: bool) -> str:
     mean = row.means["all"]
     assert mean.difference is not None
     assert mean.difference_interval is not None
     low, high = mean.difference_interval
     outcome = "beat" if high < 0 else "lost to" if low > 0 else "can not be told apart from"
-    lost = [text for text, cell in row.cells.items() if cell.difference is not None and cell.difference >= 0]
-    where = f" It was no better on: {', '.join(lost)}." if lost else " It was better on every text."
+    compared = {text: cell.difference for text, cell in row.cells.items() if cell.difference is not None}
+    over = f"over {len(compared)} texts that both or neither learned from" if is_partial else "over all texts"
+    lost = [text for text, difference in compared.items() if difference >= 0]
+    every = "each of them" if is_partial else "every text"
+    where = f" It was no better on: {', '.join(lost)}." if lost else f" It was better on {every}."
     return (
         f"The {row.system}, {outcome} the {baseline}: test perplexity {mean.perplexity:.2f}, "
-        f"{mean.difference:+.1%} (95 % interval {low:+.1%} to {high:+.1%}) over all texts.{where}"
+        f"{mean.difference:+.1%} (95 % interval {low:+.1%} to {high:+.1%}) {over}.{where}"
     )

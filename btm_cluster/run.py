@@ -9,13 +9,13 @@ from btm_cluster.cluster_ensemble import check_clusters
 from btm_cluster.driver import Driver, steps_line
 from btm_cluster.errors import StepError, UserError
 from btm_cluster.evaluation import evaluate
-from btm_cluster.forest import Expert, Forest, check_foundation, describe_forest
-from btm_cluster.ground import Ground, PreparedText, block_requests, stored_text
+from btm_cluster.forest import Expert, Forest, describe_forest
+from btm_cluster.ground import Ground, PreparedText, block_requests, with_forests_texts
 from btm_cluster.ledger import Ledger, Ref
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import demix_request, expert_request, seed_request, seed_start, transformer_lm_request
 from btm_cluster.report import Verdict, verdict
-from btm_cluster.texts import TextReport, report_texts
+from btm_cluster.texts import TextReport, left_out_of_comparison, report_texts
 from btm_cluster.workers import Failure
 
 
@@ -71,8 +71,9 @@ def run_plan(plan: Plan, driver: Driver, evaluate_only: bool = False) -> Run:
     if not grown.forest.experts:
         causes = "\n".join(f"- {failure.label}: {failure.cause}" for failure in grown.failures)
         raise StepError(f"no expert could be trained\n{causes}", remedy="mend the causes and run the plan again")
-    evaluation = evaluate(grown.ground, grown.forest, grown.baseline, driver, grown.demix)
-    texts = report_texts(grown.ground, driver)
+    ground = _with_forests_texts(grown.ground, grown.forest, driver)
+    evaluation = evaluate(ground, grown.forest, grown.baseline, driver, grown.demix)
+    texts = report_texts(ground, driver)
     domains = grown.forest.domains
     fits = evaluation.fits
     return Run(
@@ -84,7 +85,7 @@ def run_plan(plan: Plan, driver: Driver, evaluate_only: bool = False) -> Run:
             for text, fit in fits.items()
         },
         evidence_weights={text: fit.calibrated.posterior.weight for text, fit in fits.items()},
-        verdict=verdict(evaluation.results),
+        verdict=verdict(evaluation.results, left_out_of_comparison(ground, grown.forest, driver)),
         passed_over=tuple(d.name for d in plan.domains if d.name in grown.forest.withdrawn),
         trained_otherwise=_trained_otherwise(grown.ground, grown.forest),
         failures=grown.failures,
@@ -132,14 +133,16 @@ def find_grown(plan: Plan, driver: Driver) -> Grown:
         raise UserError(f"there is no forest in {plan.store} yet", remedy="`btm run` grows one")
     ground = prepare(plan, driver)
     seed = seed_request(ground).ref
-    check_foundation(forest, ground.foundation(seed.identity))
-    others = [expert for expert in forest.experts if expert.domain not in {text.name for text in ground.texts}]
-    stored = tuple(stored_text(expert.domain, expert.text, ground, driver.ledger) for expert in others)
-    ground = replace(ground, texts=(*ground.texts, *stored))
-    driver.require(driver.workers.prepare, block_requests(ground))
+    ground = _with_forests_texts(ground, forest, driver)
     baseline = transformer_lm_request(ground, seed).ref
     wanted = "transformer-lm" in plan.baselines and driver.ledger.find(baseline) is not None
     demix = demix_request(ground)
     has_demix = "demix" in plan.baselines and driver.ledger.find(demix.ref) is not None
     parts = tuple(part.ref for part in demix.parts) if has_demix else ()
     return Grown(ground, forest, baseline if wanted else None, (), parts)
+
+
+def _with_forests_texts(ground: Ground, forest: Forest, driver: Driver) -> Ground:
+    whole = with_forests_texts(ground, forest, driver.ledger)
+    driver.require(driver.workers.prepare, block_requests(replace(whole, texts=whole.texts[len(ground.texts) :])))
+    return whole

@@ -1,13 +1,19 @@
-"""What a report says of its texts: sizes by domain (the paper's Table 7), what was skipped, and test text seen in training."""
+"""What a report says of its texts: sizes by domain (the paper's Table 7), what was skipped, test text seen in training, and
+which texts a forest and its rivals are not compared on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from btm_cluster.driver import Driver
-from btm_cluster.ground import Ground, PreparedText, overlap_requests
+from btm_cluster.forest import Forest
+from btm_cluster.ground import Ground, PreparedText, overlap_requests, stored_text
 from btm_cluster.ledger import Artifact, Ref
+from btm_cluster.report import ADDED_LATER
+
+MOST_SEEN = 0.01
+"""Share of a target's test documents that one side alone may have learned from: short documents are alike by chance."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,40 @@ class TextReport:
 
 def report_texts(ground: Ground, driver: Driver) -> list[TextReport]:
     """A row for each domain and target; compares test with training text where that has not been done."""
-    overlaps = driver.require(driver.workers.prepare, overlap_requests(ground.texts))
+    overlaps = driver.require(driver.workers.prepare, overlap_requests(ground.texts, ground.domains))
     return [_report_text(text, overlaps, driver) for text in ground.texts]
+
+
+def left_out_of_comparison(ground: Ground, forest: Forest, driver: Driver) -> dict[str, str]:
+    """Texts, each with a reason, from which the forest's experts learned and its rivals did not, or the other way round.
+
+    Seed, Transformer-LM and DEMix learn from the founding domains, whatever becomes of the forest. What is left is the founding
+    domains that have an expert, and the targets of which no documents stand in a text that one side alone learned from.
+    """
+    founding = dict(forest.foundation.domains)
+    experts = {expert.domain: expert.text for expert in forest.experts}
+    reasons = {name: ADDED_LATER for name in experts if name not in founding}
+    reasons |= {name: "founding domain without an expert" for name in founding if name not in experts}
+    reasons |= {domain.name: "no expert yet" for domain in ground.domains if domain.name not in {**founding, **experts}}
+    one_sided = {name: text for name, text in (founding | experts).items() if name in reasons}
+    return reasons | _seen_by_one_side(ground, one_sided, driver)
+
+
+def _seen_by_one_side(ground: Ground, one_sided: Mapping[str, str], driver: Driver) -> dict[str, str]:
+    """Targets that share documents with the training text of a domain that one side alone learned from."""
+    targets = [text for text in ground.texts if text.is_target and text.facts["splits"]["test"]["documents"]]
+    standing = {name: text for name, text in one_sided.items() if driver.ledger.find(Ref("text", text)) is not None}
+    if not targets or not standing:
+        return {}
+    trained_on = [stored_text(name, text, ground, driver.ledger) for name, text in standing.items()]
+    overlaps = driver.require(driver.workers.prepare, overlap_requests(ground.texts, trained_on))
+    reasons = {}
+    for name, overlap in zip(standing, overlaps, strict=True):
+        for target in targets:
+            seen_D = np.load(driver.ledger.open_file(overlap, f"{target.identity}-documents.npy"))
+            if seen_D.mean() > MOST_SEEN:
+                reasons[target.name] = f"{seen_D.mean():.0%} of it in the training text of {name}"
+    return reasons
 
 
 def _report_text(text: PreparedText, overlaps: Sequence[Artifact], driver: Driver) -> TextReport:

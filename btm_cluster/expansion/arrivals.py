@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from btm_cluster.driver import Driver
 from btm_cluster.errors import TextError, UserError
 from btm_cluster.expansion.inbox import Arrival, refuse, still_lies_there
-from btm_cluster.forest import Forest, check_foundation
+from btm_cluster.forest import Forest
+from btm_cluster.founding import check_foundation
 from btm_cluster.ground import (
     Ground,
     block_requests,
@@ -21,7 +22,6 @@ from btm_cluster.ground import (
 )
 from btm_cluster.ledger import Artifact
 from btm_cluster.plan import Plan
-from btm_cluster.recipes import seed_request
 from btm_cluster.requests import ReadText
 from btm_cluster.workers import Failure, Outcome
 
@@ -44,7 +44,7 @@ def prepare_new(plan: Plan, arrivals: Sequence[Arrival], forest: Forest, driver:
     requests = read_requests(plan)
     model = model_config(plan, vocabulary_of(plan))
     bare = ground_of(plan.model_copy(update={"domains": (), "targets": ()}), {}, model, driver.ledger)
-    check_foundation(forest, bare.foundation(seed_request(bare).ref.identity))
+    check_foundation(bare, forest, driver.ledger)
     read = driver.require(driver.workers.prepare, requests)
     memos = {text.name: memo for text, memo in zip(plan.texts, read, strict=True)}
     arrived = _read_all(plan, arrivals, driver)

@@ -123,7 +123,7 @@ def test_a_store_without_a_forest_and_a_plan_of_another_forest_are_refused_befor
     with pytest.raises(UserError, match="no forest in"):
         expanded(changed(plan, store=str(tmp_path / "empty")))
     arrive("meadow")
-    with pytest.raises(FoundationError, match="another seed"):
+    with pytest.raises(FoundationError, match=r"training\.learning_rate: 0\.01 → 0\.1\n"):
         expanded(changed(plan, training=plan.training.model_dump() | {"learning_rate": 0.1}))
     assert not list(ledger.storage.list("expansions/"))
 

@@ -1,6 +1,5 @@
 """Identities, merging as set insertion, and what a forest refuses."""
 
-import dataclasses
 import json
 from typing import Any
 
@@ -8,14 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from btm_cluster.errors import FoundationError, UserError
+from btm_cluster.errors import UserError
 from btm_cluster.forest import (
     Expert,
     Forest,
     Foundation,
     Parent,
     canonical_json,
-    check_foundation,
     describe_forest,
     identity_of,
     merge_into,
@@ -126,21 +124,6 @@ def test_another_expert_on_the_same_text_is_refused_by_naming_the_experts() -> N
         merge_into(forest, [expert("law", identity="the second")], {}, "")
     assert "the second" in refused.value.found
     assert "the first" in refused.value.expected
-
-
-def test_the_same_foundation_is_accepted_whatever_domains_the_plan_names() -> None:
-    check_foundation(PLANTED, FOUNDATION)
-    check_foundation(PLANTED, Foundation("seed", "tokenizer", "model", 1024, (("beer", "text-beer"),)))
-
-
-@pytest.mark.parametrize(
-    ("field", "value"), [("seed", "other"), ("tokenizer", "other"), ("model", "other"), ("block_tokens", 512)]
-)
-def test_a_plan_with_another_foundation_is_refused_by_name(field: str, value: Any) -> None:
-    with pytest.raises(FoundationError) as refused:
-        check_foundation(PLANTED, dataclasses.replace(FOUNDATION, **{field: value}))
-    assert field in refused.value.found
-    assert refused.value.remedy
 
 
 def test_an_expert_is_found_by_its_domain_and_a_wrong_name_is_told_the_right_ones() -> None:

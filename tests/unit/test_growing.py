@@ -84,7 +84,7 @@ def test_a_changed_tokenizer_is_refused_before_a_token_is_made(fields: dict[str,
     grow(plan, in_process(plan))
     changed = Plan.model_validate(fields | {"tokenizer": {"train": {"vocabulary": 340}}})
     driver = in_process(changed)
-    with pytest.raises(FoundationError, match="another tokenizer"):
+    with pytest.raises(FoundationError, match=r"tokenizer\.train\.vocabulary: 320 → 340\n"):
         grow(changed, driver)
     assert not driver.made
 

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from btm_cluster.display import consoles, verdict_tables
 from btm_cluster.report import (
+    ADDED_LATER,
     CALIBRATED_ENSEMBLE,
     FORESTS,
     PAPER_ENSEMBLE,
@@ -135,6 +137,42 @@ def test_the_same_results_give_the_same_verdict_as_plain_json() -> None:
     first, second = (json.dumps(verdict(results).to_json(), allow_nan=False) for _ in range(2))
     assert first == second
     assert json.loads(first)["baseline"] == TRANSFORMER_LM
+
+
+def test_a_text_that_one_side_alone_learned_from_is_shown_and_not_compared_on() -> None:
+    # Against the Transformer-LM on all texts it would be a win; on what both could know it is a loss.
+    both = [
+        split_result(text, text == "mail", {TRANSFORMER_LM: 1.0, CALIBRATED_ENSEMBLE: 1.02}) for text in ("law", "mail")
+    ]
+    added = split_result("tea", False, {TRANSFORMER_LM: 1.5, CALIBRATED_ENSEMBLE: 0.5})
+    found = verdict([*both, added], {"tea": ADDED_LATER, "harbour": "no expert"})
+    assert "lost to the Transformer-LM" in found.sentence
+    assert "over 2 texts that both or neither learned from. It was no better on: law, mail." in found.sentence
+    assert "learned from it: tea (added later); harbour (no expert). On targets the forest has more" in found.sentence
+    row, alone = row_of(found, CALIBRATED_ENSEMBLE), row_of(verdict(both), CALIBRATED_ENSEMBLE)
+    assert {group: row.means[group] for group in alone.means} == alone.means
+    assert (row.cells["tea"].difference, row.means["left_out"].difference) == (None, None)
+    assert row.means["left_out"].perplexity == row.cells["tea"].perplexity
+    assert found.to_json()["left_out"] == {"tea": "added later", "harbour": "no expert"}
+
+
+@pytest.mark.parametrize("split", ["test", "development"])
+def test_where_nothing_is_left_to_compare_on_the_sentence_says_so(split: str) -> None:
+    only = split_result("tea", False, {SEED: 1.5, CALIBRATED_ENSEMBLE: 0.5}, split)
+    found = verdict([only], {"tea": ADDED_LATER} if split == "test" else {})
+    assert found.sentence.startswith(
+        "The forest is not compared with the seed: there is no test text to compare them on."
+    )
+
+
+def test_an_interval_of_the_domains_alone_is_not_shown_as_one_of_all_texts(capsys: pytest.CaptureFixture[str]) -> None:
+    results = [
+        split_result("law", False, {SEED: 1.0, CALIBRATED_ENSEMBLE: 0.9, "own expert": 0.8}),
+        split_result("mail", True, {SEED: 1.0, CALIBRATED_ENSEMBLE: 0.9}),
+    ]
+    verdict_tables(verdict(results), consoles(json_output=False)[0])
+    shown = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("own expert"))
+    assert shown.count("on domains") == 2
 
 
 def test_a_real_forests_verdict_has_every_system_on_every_text(grown: GrownForest) -> None:
