@@ -236,6 +236,8 @@ def preview_table(preview: "Preview", console: Console) -> None:
         highlight=False,
     )
     console.print(f"Every block is read after the token {preview.first_token}.", highlight=False, markup=False)
+    for note in preview.notes:
+        console.print(f"note: {note}", highlight=False)
 
 
 def forest_table(forest: "Forest") -> Table:

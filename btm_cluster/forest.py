@@ -7,7 +7,7 @@ make a new version of it, and what a version inherits from the first one, its fo
 import dataclasses
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,8 +174,8 @@ def descendants(of: str, parents: Mapping[str, Sequence[str]]) -> set[str]:
     return found
 
 
-def check_texts(forest: Forest, texts: Mapping[str, str], targets: Collection[str] = ()) -> None:
-    """Refuses a domain that stands in the forest with another text, and a target by its name. `texts` are identities by domain.
+def check_texts(forest: Forest, texts: Mapping[str, str]) -> None:
+    """Refuses a domain that stands in the forest with another text. `texts` are identities by domain name.
 
     Raises:
         UserError: naming the domain.
@@ -187,13 +187,6 @@ def check_texts(forest: Forest, texts: Mapping[str, str], targets: Collection[st
                 found=f"text {texts[expert.domain][:12]}",
                 expected=f"text {expert.text[:12]}, on which its expert was trained",
                 remedy="give the new text a name of its own, or restore the old one",
-            )
-        if expert.domain in targets:
-            raise UserError(
-                f"the target {expert.domain!r} has the name of a domain of the forest",
-                found=f"an expert of that name in forest version {forest.version}",
-                expected="a name of its own for each text",
-                remedy="rename the target",
             )
 
 

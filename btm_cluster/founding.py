@@ -8,12 +8,13 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from btm_cluster.errors import FoundationError
-from btm_cluster.forest import Forest, check_texts
+from btm_cluster.errors import FoundationError, UserError
+from btm_cluster.forest import Forest
 from btm_cluster.ground import Ground, tokenizer_request
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.recipes import seed_request
 
+_LONGEST_SHOWN = 200
 PARTS = ("tokenizer", "model", "block_tokens", "seed")
 
 
@@ -24,8 +25,69 @@ def check_fits(ground: Ground, forest: Forest, ledger: Ledger) -> None:
         UserError: naming every field that differs, or the text.
     """
     check_foundation(ground, forest, ledger)
-    targets = {text.name for text in ground.texts if text.is_target}
-    check_texts(forest, {domain.name: domain.identity for domain in ground.domains}, targets)
+    check_texts(ground, forest, ledger)
+
+
+def check_texts(ground: Ground, forest: Forest, ledger: Ledger) -> None:
+    """Refuses another text by the name of a founding domain or of an expert's.
+
+    Raises:
+        UserError: naming the domain, and in what the two texts differ.
+    """
+    named = {text.name: text for text in ground.texts}
+    founding, experts = dict(forest.foundation.domains), {expert.domain: expert.text for expert in forest.experts}
+    for name, text in (founding | experts).items():
+        if name not in named:
+            continue
+        if named[name].is_target and name in experts:
+            raise UserError(
+                f"the target {name!r} has the name of a domain of the forest",
+                found=f"an expert of that name in forest version {forest.version}",
+                expected="a name of its own for each text",
+                remedy="rename the target",
+            )
+        if not named[name].is_target and named[name].identity != text:
+            changes = changes_of_text(text, named[name].identity, ledger)
+            raise _another_text(name, name in founding, forest.version, changes)
+
+
+def _another_text(name: str, is_founding: bool, version: int, changes: str) -> UserError:
+    if is_founding:
+        return FoundationError(
+            f"the forest in this store was founded on another text of {name!r}",
+            found=changes,
+            expected="the documents and splits that the seed learned from",
+            remedy="restore them, give the domain another name to add it, or take another `store`",
+        )
+    return UserError(
+        f"the domain {name!r} already stands in forest version {version}",
+        found=changes,
+        expected="the documents and splits on which its expert was trained",
+        remedy="give the new text a name of its own, or restore the old one",
+    )
+
+
+def changes_of_text(old: str, new: str, ledger: Ledger) -> str:
+    """In what two texts differ: how they were read, where from, and how many documents they have."""
+    memos = [_newest_memo(text, ledger) for text in (old, new)]
+    found = [ledger.find(Ref("text", text)) for text in (old, new)]
+    changes: list[str] = []
+    if memos[0] and memos[1]:
+        recipes = memos[0].recipe, memos[1].recipe
+        changes += _changes("reading", recipes[0]["reading"], recipes[1]["reading"])
+        changes += _changes("its source", recipes[0]["source"], recipes[1]["source"])
+        if not changes:
+            changes.append("other documents in its files")
+    if found[0] and found[1]:
+        counts = [[f"{of['documents']:,} {split}" for split, of in t.facts["splits"].items()] for t in found if t]
+        changes.append(f"documents: {', '.join(counts[0])} → {', '.join(counts[1])}")
+    return "; ".join(changes) or f"text {new[:12]} instead of {old[:12]}"
+
+
+def _newest_memo(text: str, ledger: Ledger) -> Artifact | None:
+    """The newest result of reading a source into this text."""
+    memos = [one for one in ledger.list_artifacts("source") if one.facts.get("text") == text and "source" in one.recipe]
+    return max(memos, key=lambda memo: str(memo.note.get("created")), default=None)
 
 
 def check_foundation(ground: Ground, forest: Forest, ledger: Ledger) -> None:
@@ -115,7 +177,8 @@ def _changes(
 
 
 def _shown(section: Mapping[str, Any], name: str) -> str:
-    return json.dumps(section[name]) if name in section else "not given"
+    shown = json.dumps(section[name], ensure_ascii=False) if name in section else "not given"
+    return shown if len(shown) <= _LONGEST_SHOWN else f"{shown[:_LONGEST_SHOWN]}…"
 
 
 def _plain(recipe: Mapping[str, Any]) -> dict[str, Any]:

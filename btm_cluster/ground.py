@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from btm_cluster.errors import FoundationError, TextError, UserError
+from btm_cluster.errors import TextError, UserError
 from btm_cluster.forest import Forest, Foundation, identity_of
 from btm_cluster.language_model.model import full_config
 from btm_cluster.language_model.pretrained import (
@@ -147,22 +147,9 @@ def check_distinct(plan: Plan, texts: Mapping[str, str]) -> None:
 
 
 def founders_of(plan: Plan, texts: Mapping[str, str], forest: Forest | None) -> tuple[tuple[str, str], ...]:
-    """The founding domains: version 0's where there is one, else the plan's.
-
-    Raises:
-        FoundationError: a domain of the plan has a founding domain's name and another text.
-    """
+    """The founding domains: version 0's where there is one, else the plan's."""
     if forest is None:
         return tuple(sorted((domain.name, texts[domain.name]) for domain in plan.domains))
-    named = {domain.name: texts[domain.name] for domain in plan.domains}
-    for name, text in forest.foundation.domains:
-        if named.get(name, text) != text:
-            raise FoundationError(
-                f"the forest in this store was founded on another text of {name!r}",
-                found=f"text {named[name][:12]}",
-                expected=f"text {text[:12]}; documents, splits and `reading` decide it",
-                remedy="restore the text and `reading`, rename the domain to add it, or take another `store`",
-            )
     return forest.foundation.domains
 
 

@@ -4,7 +4,7 @@ Walks the same requests as `algorithm.py` and asks the ledger which of them exis
 on it: every training while no forest is founded, its own expert afterwards.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,6 +67,8 @@ class Preview:
     price_per_gpu_hour: float | None
     first_token: str
     """What every block is read after."""
+    notes: tuple[str, ...] = ()
+    """What the steps do not say of themselves."""
 
     @property
     def device_hours(self) -> float | None:
@@ -105,11 +107,13 @@ def preview(plan: Plan, ledger: Ledger) -> Preview:
     if ledger.log.version(0) is not None or len(known) == len(memos):  # then all founding texts are known
         parts = {part: tuple(t for t in getattr(plan, part) if t.name in known) for part in ("domains", "targets")}
         ground, unread = ground_of(plan.model_copy(update=parts), known, model, ledger), len(known) < len(memos)
+        if (forest := ledger.log.newest()) is not None:
+            check_fits(ground, forest, ledger)
         steps += _preparation(ground, ledger, unread) + _trainings(ground, ledger, parameters, rate)
         steps += _unread_experts(plan, [d.name for d in plan.domains if d.name not in known], parameters, rate)
         steps.append(_scores(ground, ledger, unread))
     else:
-        steps += [Step("tokenizer", UNREAD), Step("token blocks", UNREAD)]
+        steps += [Step("tokenizer", _unread_tokenizer(plan, ledger)), Step("token blocks", UNREAD)]
         steps += [*_unread_trainings(plan, parameters, rate), Step("scores", UNREAD)]
     return Preview(
         tuple(steps),
@@ -118,7 +122,27 @@ def preview(plan: Plan, ledger: Ledger) -> Preview:
         plan.cluster.gpus_per_expert > 0,
         plan.cluster.price_per_gpu_hour,
         first_token_of(plan),
+        tuple(_notes(plan)),
     )
+
+
+def _notes(plan: Plan) -> Iterator[str]:
+    training = plan.training
+    if plan.model.pretrained is None:
+        return
+    if not training.seed_updates:
+        yield f"the pretrained model is the seed: experts train all {training.updates:,} updates"
+        return
+    yield (
+        f"the pretrained model is the seed, and `training.seed_share` is {training.seed_share:g}: updates 1 to "
+        f"{training.seed_updates:,} of {training.updates:,} are never made, and experts begin at that point of the "
+        "learning-rate line; without `seed_share` they train all"
+    )
+
+
+def _unread_tokenizer(plan: Plan, ledger: Ledger) -> str:
+    """A pretrained tokenizer hangs on no text."""
+    return UNREAD if plan.tokenizer.pretrained is None else _state(ledger, tokenizer_request(plan, ()))
 
 
 def _reading(name: str, memo: Artifact | None, ledger: Ledger) -> Step:
@@ -163,8 +187,6 @@ def _share_done(found: int, total: int, unread: bool) -> str:
 def _trainings(ground: Ground, ledger: Ledger, parameters: int, rate: float | None) -> list[Step]:
     forest = ledger.log.newest()
     seed = seed_request(ground)
-    if forest is not None:
-        check_fits(ground, forest, ledger)
     start = seed_start(ground, seed.ref)
     experts = [expert_request(ground, domain, start) for domain in ground.domains]
     steps = [_training(seed, _state(ledger, seed), parameters, rate)]

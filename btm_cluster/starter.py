@@ -25,7 +25,7 @@ model: {preset: gpt3-125m}                    # or {config: {model_type: gpt2, n
 training:
   block_tokens: 1024
   updates: 80000                      # the whole budget: seed updates, then expert updates
-  seed_share: 0.5                     # small models want more: 0.75
+  seed_share: 0.5                     # small models want more: 0.75; leave it out where the model is pretrained
   blocks_per_domain_update: 128       # an expert's batch; the seed takes this times the number of domains
   learning_rate: 5.0e-4
 branching: {learning_rate_scale: 1}   # the experts' over the seed's; 1 is the paper's, 2 made ensembles of small models better

@@ -10,7 +10,7 @@ from btm_cluster.driver import Driver
 from btm_cluster.errors import TextError, UserError
 from btm_cluster.expansion.inbox import Arrival, refuse, still_lies_there
 from btm_cluster.forest import Forest
-from btm_cluster.founding import check_foundation
+from btm_cluster.founding import check_foundation, check_texts
 from btm_cluster.ground import (
     Ground,
     block_requests,
@@ -55,6 +55,7 @@ def prepare_new(plan: Plan, arrivals: Sequence[Arrival], forest: Forest, driver:
     memos |= {name: memo for name, memo in arrived_memos.items() if name not in refused}
     domains = (*plan.domains, *(a.domain for a in arrivals if a.domain.name in memos))
     ground = ground_of(plan.model_copy(update={"domains": domains}), memos, model, driver.ledger)
+    check_texts(ground, forest, driver.ledger)
     driver.require(driver.workers.prepare, [tokenizer_request(plan, ground.founders)])
     too_short, failed = _tokenize(ground, {d.name for d in plan.texts}, driver)
     refused |= too_short

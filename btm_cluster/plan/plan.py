@@ -5,9 +5,9 @@ refused in a fraction of a second. `read_plan` is the only way in; `problems.py`
 """
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from btm_cluster.errors import PlanError
 from btm_cluster.plan import rules as plan_rules
@@ -65,7 +65,7 @@ class ModelPlan(Section):
     config: Config | None = None
     """Fields of a transformers configuration, such as {model_type: gpt2, n_layer: 4, n_embd: 256, n_head: 4}."""
     pretrained: Location | None = None
-    """Hub name or local folder of a causal language model, which then is the seed.
+    """Hub name or local folder of a causal language model, which then is the seed: `training.seed_share` is 0 unless written.
     On a cluster every node must have the folder."""
 
 
@@ -78,13 +78,16 @@ class TrainingPlan(Section):
     updates: Positive = 80_000
     """Whole budget: seed updates and then expert updates."""
     seed_share: Share = 0.5
-    """Share of `updates` that the seed takes. The paper: 0.5, robust for ensembles from 0.2 to 0.8; averages want 0.5 to 0.75."""
+    """Share of `updates` that the seed takes. The paper: 0.5, robust for ensembles from 0.2 to 0.8; averages want 0.5 to 0.75.
+    A pretrained model is a seed already: unless this is written, it is 0 then, and experts train all `updates`. Written, it is the
+    part of the learning-rate line that the pretrained model is taken to have behind it: experts go on from there."""
     blocks_per_domain_update: Positive = 128
     """Blocks an expert takes per update; seed and Transformer-LM take this times the number of founding domains."""
     learning_rate: PositiveReal = 5e-4
     """Peak, reached after the warm-up."""
     warmup_share: Share = 0.08
-    """Share of the whole budget over which the learning rate rises; afterwards it falls linearly to 0."""
+    """Share of the whole budget over which the learning rate rises; afterwards it falls linearly to 0. A branch with fresh Adam
+    moments, of an average or a pretrained model, rises to that line over a hundredth of its own updates."""
     betas: tuple[Share, Share] = (0.9, 0.95)
     """AdamW's."""
     epsilon: PositiveReal = 1e-7
@@ -109,7 +112,8 @@ class BranchingPlan(Section):
     """Where an expert starts whose domain is added to a forest that has experts: the seed, or the average of the current experts
     weighted by their posterior on the new domain, or uniformly."""
     optimizer: Literal["keep", "reset"] = "keep"
-    """Continue the seed's Adam moments and learning-rate line, or start them anew. An average has none to keep."""
+    """Continue the seed's Adam moments and learning-rate line, or start the moments anew and rise to the line again. An average has
+    no moments to keep, nor has a pretrained model."""
     learning_rate_scale: PositiveReal = 1.0
     """An expert's learning rate over the seed's at the same update; the paper: 1. With more, experts leave their seed further
     behind and differ more, with less they stay closer to it; which is better depends on how they are mixed."""
@@ -270,6 +274,13 @@ class Plan(Section):
     """How `btm expand` takes what has arrived."""
     tracking: TrackingPlan = TrackingPlan()
     """Where curves go besides the store."""
+
+    @model_validator(mode="after")
+    def _settle_seed_share(self) -> Self:
+        """A pretrained model is a seed already, so that nothing is kept back for one unless the plan says so."""
+        if self.model.pretrained is None or "seed_share" in self.training.model_fields_set:
+            return self
+        return self.model_copy(update={"training": self.training.model_copy(update={"seed_share": 0.0})})
 
     @property
     def texts(self) -> tuple[TextPlan, ...]:

@@ -343,6 +343,18 @@ def test_whatever_stands_in_a_field_the_plan_is_read_or_refused(
     assert words.startswith("name=") or entries(words)
 
 
+def test_a_pretrained_model_has_no_seed_share_unless_the_plan_writes_one(fields: dict[str, Any]) -> None:
+    pretrained = fields | {"model": {"pretrained": "gpt2"}, "tokenizer": {"pretrained": "gpt2"}}
+    training = {name: value for name, value in fields["training"].items() if name != "seed_share"}
+    assert Plan.model_validate(pretrained | {"training": training}).training.seed_updates == 0
+    without = {name: value for name, value in pretrained.items() if name != "training"}
+    plan = Plan.model_validate(without)
+    assert (plan.training.seed_share, plan.training.updates) == (0, 80_000)
+    assert Plan.model_validate(plan.model_dump(mode="json")) == plan
+    assert Plan.model_validate(pretrained).training.seed_share == fields["training"]["seed_share"]
+    assert Plan.model_validate(fields | {"training": training}).training.seed_share == 0.5
+
+
 def test_an_expansions_conditions_are_checked_as_all_else(fields: dict[str, Any]) -> None:
     given = {"accept_if": {"development_perplexity_rise_at_most": 0.01}, "inbox": {"most_gigabytes": 5}}
     assert Plan.model_validate(fields | {"expansion": given}).expansion.inbox.most_files == 10_000

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from btm_cluster.algorithm import prepare
+from btm_cluster.display import consoles, preview_table
 from btm_cluster.errors import FoundationError, UserError
 from btm_cluster.language_model.tokenizer import train_tokenizer
 from btm_cluster.ledger import Ledger, Ref
@@ -220,18 +221,52 @@ def test_a_plan_that_a_run_would_refuse_is_refused(fields: dict[str, Any]) -> No
         assert part in str(caught.value)
 
 
-def test_a_pretrained_seed_takes_no_updates_and_stores_no_optimizer(fields: dict[str, Any], tmp_path: Path) -> None:
+@pytest.fixture
+def pretrained(fields: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """The plan's fields with a pretrained model and its tokenizer, and without a seed share."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = tmp_path / "pretrained"
     small = {"n_positions": 32, "n_embd": 32, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
     AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", vocab_size=320, **small)).save_pretrained(folder)
     train_tokenizer(made_up_documents("kitchen", 100), 320, folder)
-    plan_fields = fields | {"model": {"pretrained": str(folder)}, "tokenizer": {"pretrained": str(folder)}}
-    plan = Plan.model_validate(plan_fields)
-    before = look(plan_fields)
+    training = {name: value for name, value in fields["training"].items() if name != "seed_share"}
+    source = {"pretrained": str(folder)}
+    return fields | {"model": source, "tokenizer": source, "training": training, "baselines": ["transformer-lm"]}
+
+
+def test_a_pretrained_seed_takes_no_updates_and_stores_no_optimizer_and_experts_take_all(
+    pretrained: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = look(pretrained)
+    plan = Plan.model_validate(pretrained)
     prepare(plan, in_process(plan))
-    for seen in (before, look(plan_fields)):
+    for seen in (before, look(pretrained)):
         seed = step(seen, "seed")
         assert (seed.updates, seed.tokens, seed.stored_bytes) == (0, 0, 4 * seen.parameters)
-        assert step(seen, "expert kitchen").updates == 6
+        assert (step(seen, "expert kitchen").updates, step(seen, "transformer-lm").updates) == (12, 12)
+        preview_table(seen, consoles(json_output=False)[0])
+        assert "note: the pretrained model is the seed: experts train all 12 updates\n" in capsys.readouterr().out
+        assert seen.to_json()["notes"]
+
+
+def test_a_seed_share_that_is_written_for_a_pretrained_model_says_what_it_leaves_out(
+    pretrained: dict[str, Any],
+) -> None:
+    pretrained["training"]["seed_share"] = 0.5
+    seen = look(pretrained)
+    assert (step(seen, "expert kitchen").updates, step(seen, "transformer-lm").updates) == (6, 6)
+    assert "updates 1 to 6 of 12 are never made" in seen.notes[0]
+    assert not look(
+        pretrained | {"model": {"config": {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2}}}
+    ).notes
+
+
+def test_a_pretrained_tokenizer_is_new_or_done_whatever_text_is_read(pretrained: dict[str, Any]) -> None:
+    assert states(look(pretrained))["tokenizer"] == NEW
+    plan = Plan.model_validate(pretrained)
+    prepare(plan, in_process(plan))
+    text = Path(pretrained["store"]).parent / "other.jsonl"
+    write_jsonl(text, made_up_documents("other", 100))
+    seen = states(look(pretrained | {"domains": [{"name": "other", "text": str(text)}]}))
+    assert (seen["tokenizer"], seen["token blocks"]) == (DONE, UNREAD)
