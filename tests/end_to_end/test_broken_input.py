@@ -325,11 +325,11 @@ def after(grown: Path, fields: Fields) -> Fields:
 
 
 CHANGES = {
-    "the model": ("model.config.n_embd", 64, "another model"),
-    "the tokenizer": ("tokenizer.train.vocabulary", 330, "another tokenizer"),
-    "the block length": ("training.block_tokens", 16, "block_tokens"),
-    "the seed's recipe": ("training.learning_rate", 1e-3, "another seed (a field of `training`)"),
-    "the seed's number": ("training.random_seed", 7, "another seed (a field of `training`)"),
+    "the model": ("model.config.n_embd", 64, "found:    model.config.n_embd: 32 → 64\n"),
+    "the tokenizer": ("tokenizer.train.vocabulary", 330, "found:    tokenizer.train.vocabulary: 320 → 330\n"),
+    "the block length": ("training.block_tokens", 16, "found:    training.block_tokens: 32 → 16\n"),
+    "the seed's recipe": ("training.learning_rate", 1e-3, "found:    training.learning_rate: 0.003 → 0.001\n"),
+    "the seed's number": ("training.random_seed", 7, "found:    training.random_seed: 0 → 7\n"),
 }
 
 
