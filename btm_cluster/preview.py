@@ -128,6 +128,8 @@ def preview(plan: Plan, ledger: Ledger) -> Preview:
 
 def _notes(plan: Plan) -> Iterator[str]:
     training = plan.training
+    if plan.cluster.price_per_gpu_hour is not None and not plan.cluster.gpus_per_expert:
+        yield "`cluster.price_per_gpu_hour` prices nothing: experts train on CPU (`cluster.gpus_per_expert` is 0)"
     if plan.model.pretrained is None:
         return
     if not training.seed_updates:

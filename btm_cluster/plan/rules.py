@@ -153,28 +153,28 @@ def model_rules(given: Given) -> Iterator[Broken]:
 
 
 def training_rules(given: Given) -> Iterator[Broken]:
-    """Something is left of the updates for the experts."""
+    """Something is left of the updates for the experts, and a seed that gets a share gets an update."""
     numbers = _numbers(given, updates=80_000, seed_share=0.5)
     if numbers is None or not (1 <= numbers[0] < 1e15 and 0 <= numbers[1] < 1):
         return
     seed = round(numbers[1] * numbers[0])
+    found = f"the seed takes {seed} of {numbers[0]:g} updates"
     if seed >= numbers[0]:
-        found = f"the seed takes {seed} of {numbers[0]:g} updates"
         yield Broken("", found, "at least one update for the experts", "raise `updates` or lower `seed_share`")
+    if not seed and given.get("seed_share"):
+        yield Broken("seed_share", found, "a share that comes to an update, or 0", "raise `updates` or `seed_share`")
 
 
 def merging_rules(given: Given) -> Iterator[Broken]:
-    """A gate learns what a prior says, of all experts."""
-    if given.get("posterior") != "gate":
-        return
-    for name, right in (("prior", "fitted"), ("top_k", None)):
-        if given.get(name, right) != right:
-            yield Broken(
-                name,
-                repr(given[name]),
-                "nothing, since a gate has no prior",
-                f"leave `{name}` out, or choose another posterior",
-            )
+    """A gate learns what a prior says, of all experts; and a temperature wants clusters."""
+    if given.get("posterior") == "gate":
+        for name, right in (("prior", "fitted"), ("top_k", None)):
+            if given.get(name, right) != right:
+                remedy = f"leave `{name}` out, or choose another posterior"
+                yield Broken(name, repr(given[name]), "nothing, since a gate has no prior", remedy)
+    if given.get("cluster_temperature", 0.1) != 0.1 and not _is_given(given.get("clusters")):
+        found, expected = repr(given["cluster_temperature"]), "nothing, since no cluster model is named"
+        yield Broken("cluster_temperature", found, expected, "leave it out, or name the model in `clusters`")
 
 
 def cluster_rules(given: Given) -> Iterator[Broken]:
@@ -201,6 +201,7 @@ def plan_rules(given: Given) -> Iterator[Broken]:
         if count > 1:
             yield Broken("baselines", f"{name!r} {count} times", "every baseline once", "write it once")
     yield from _idle_gpus(given)
+    yield from _without_effect(given)
     model, tokenizer = given.get("model"), given.get("tokenizer")
     if "demix" in baselines and _is_given(_field(model, "pretrained")):
         found, expected = "demix beside a pretrained model", "DEMix only where the model is trained from the start"
@@ -208,6 +209,19 @@ def plan_rules(given: Given) -> Iterator[Broken]:
     if _is_given(_field(model, "pretrained")) and _is_given(_field(tokenizer, "train")):
         found, expected = "a pretrained model and a new tokenizer", "the tokenizer that the model was trained with"
         yield Broken("tokenizer", found, expected, f"write `tokenizer: {{pretrained: {_field(model, 'pretrained')}}}`")
+
+
+def _without_effect(given: Given) -> Iterator[Broken]:
+    """What is written of something that the plan does not have."""
+    merging = _section(given, "merging")
+    posterior, window = merging.get("posterior", "calibrated"), merging.get("window_tokens", 32)
+    if window != 32 and posterior != "window" and given.get("study") is None:  # a study measures every posterior
+        expected = f"nothing, since the posterior is `{posterior}`"
+        yield Broken("merging.window_tokens", repr(window), expected, "leave it out, or say `posterior: window`")
+    optimizer = _field(given.get("branching"), "optimizer")
+    if optimizer == "keep" and _is_given(_field(given.get("model"), "pretrained")):
+        expected = "nothing, since a pretrained model comes without Adam moments"
+        yield Broken("branching.optimizer", "'keep'", expected, "leave it out: they start anew")
 
 
 def _idle_gpus(given: Given) -> Iterator[Broken]:
@@ -232,6 +246,12 @@ def size_rules(given: Given) -> Iterator[Broken]:
         yield Broken(
             "model", "`pretrained`", "`preset` or `config`", "a study grows its own seeds: give the model's shape"
         )
+    random_seed = _field(given.get("training"), "random_seed")
+    if random_seed:
+        expected = "nothing, since a study repeats each size with `study.random_seeds`"
+        yield Broken(
+            "training.random_seed", repr(random_seed), expected, "leave it out, and give it in `study.random_seeds`"
+        )
 
 
 def study_rules(given: Given) -> Iterator[Broken]:
@@ -242,6 +262,7 @@ def study_rules(given: Given) -> Iterator[Broken]:
         ("seed_shares", _entries(given.get("seed_shares"))),
         ("learning_rate_scales", _entries(given.get("learning_rate_scales"))),
         ("systems", _entries(given.get("systems"))),
+        ("trials", [dict(trial) for trial in _entries(given.get("trials")) if isinstance(trial, Mapping | BaseModel)]),
     ):
         for value, count in Counter(map(str, values)).items():
             if count > 1:

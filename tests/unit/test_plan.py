@@ -188,6 +188,10 @@ PROBLEMS = {
     "merging: {posterior: fuller}": ("merging.posterior", "'calibrated', 'full', 'last-token', 'window' or 'gate'"),
     "merging: {posterior: gate, top_k: 2}": ("merging.top_k", "a gate has no prior"),
     "merging: {posterior: gate, prior: ema}": ("merging.prior", "a gate has no prior"),
+    "merging: {cluster_temperature: 0.2}": ("merging.cluster_temperature", "no cluster model is named"),
+    "merging: {window_tokens: 8, posterior: full}": ("merging.window_tokens", "the posterior is `full`"),
+    "merging: {window_tokens: 8}": ("merging.window_tokens", "the posterior is `calibrated`"),
+    "training: {updates: 12, seed_share: 0.01}": ("training.seed_share", "a share that comes to an update, or 0"),
     "cluster: {seed_gpus: 129}": ("cluster.seed_gpus", "at most 128"),
     "cluster: {gpus_per_expert: .inf}": ("cluster.gpus_per_expert", "finite"),
     "cluster: {checkpoint_minutes: .inf}": ("cluster.checkpoint_minutes", "finite"),
@@ -350,9 +354,31 @@ def test_a_pretrained_model_has_no_seed_share_unless_the_plan_writes_one(fields:
     without = {name: value for name, value in pretrained.items() if name != "training"}
     plan = Plan.model_validate(without)
     assert (plan.training.seed_share, plan.training.updates) == (0, 80_000)
-    assert Plan.model_validate(plan.model_dump(mode="json")) == plan
+    assert Plan.model_validate(plan.model_dump(mode="json", exclude_defaults=True)) == plan, "as a study keeps it"
     assert Plan.model_validate(pretrained).training.seed_share == fields["training"]["seed_share"]
     assert Plan.model_validate(fields | {"training": training}).training.seed_share == 0.5
+
+
+def test_what_applies_or_says_no_more_than_a_default_is_accepted(fields: dict[str, Any]) -> None:
+    for merging in (
+        {"window_tokens": 8, "posterior": "window"},
+        {"cluster_temperature": 0.2, "clusters": "found"},
+        {"discount": 0.9, "posterior": "full"},  # of the calibrated ensemble, which stands beside it
+        {"top_k": 9},  # a forest may grow beyond its plan
+    ):
+        assert Plan.model_validate(fields | {"merging": merging})
+    assert Plan.model_validate(fields | {"merging": {"window_tokens": 8}, "study": {}}), (
+        "which measures every posterior"
+    )
+    assert Plan.model_validate(Plan.model_validate(fields).model_dump())
+
+
+def test_there_is_nothing_to_keep_of_a_pretrained_models_optimizer(fields: dict[str, Any]) -> None:
+    pretrained = fields | {"model": {"pretrained": "gpt2"}, "tokenizer": {"pretrained": "gpt2"}}
+    assert Plan.model_validate(pretrained | {"branching": {"optimizer": "reset"}})
+    with pytest.raises(ValidationError) as wrong:
+        Plan.model_validate(pretrained | {"branching": {"optimizer": "keep"}})
+    assert "branching.optimizer" in "".join(describe_problems(wrong.value, Plan))
 
 
 def test_an_expansions_conditions_are_checked_as_all_else(fields: dict[str, Any]) -> None:
@@ -384,6 +410,11 @@ def test_every_plan_that_is_shipped_is_one(plan: str) -> None:
         ({"systems": ["demix", "demix"]}, "demix 2 times"),
         ({"sizes": [{"name": "a", "model": {"pretrained": "gpt2"}}]}, "a study grows its own seeds"),
         ({"random_seeds": []}, "at least one entry"),
+        ({"trials": [{"learning_rate": 0.1}, {"learning_rate": 0.1}]}, "each once"),
+        (
+            {"sizes": [{"name": "a", "model": {"preset": "gpt3-125m"}, "training": {"random_seed": 3}}]},
+            "give it in `study.random_seeds`",
+        ),
     ],
 )
 def test_a_study_that_would_train_twice_or_not_at_all_is_refused(

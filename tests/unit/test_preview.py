@@ -221,6 +221,12 @@ def test_a_plan_that_a_run_would_refuse_is_refused(fields: dict[str, Any]) -> No
         assert part in str(caught.value)
 
 
+def test_a_price_that_prices_nothing_is_told(fields: dict[str, Any]) -> None:
+    seen = look(fields | {"cluster": fields["cluster"] | {"price_per_gpu_hour": 3, "tokens_per_gpu_second": 10}})
+    assert seen.money is None
+    assert "prices nothing" in seen.notes[0]
+
+
 @pytest.fixture
 def pretrained(fields: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     """The plan's fields with a pretrained model and its tokenizer, and without a seed share."""
