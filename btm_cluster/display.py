@@ -100,17 +100,20 @@ def verdict_tables(verdict: "Verdict", console: Console) -> None:
 
 
 def _means_table(split: str, rows: Sequence["Row"], verdict: "Verdict") -> Table:
-    fitted = "; what is fitted was fitted on this very text" if split == "development" else ""
     groups = {"domains": "domains", "targets": "targets", "all": "all"}
     if verdict.left_out:
         groups = {"domains": "founding domains", "targets": "targets", "all": "all of these", "left_out": "left out"}
     table = plain_table(
-        f"Perplexity on {split} text: means over texts, 95 % interval over documents{fitted}",
+        f"Perplexity on {split} text: means over texts, 95 % interval over documents{_fitted_on(split)}",
         ["system", *groups.values(), f"interval of {groups['all']}", f"against {verdict.baseline}"],
         [[row.system, *(_perplexity(row.means.get(group)) for group in groups), *_intervals(row)] for row in rows],
     )
     table.columns[0].no_wrap = True
     return table
+
+
+def _fitted_on(split: str) -> str:
+    return "; what is fitted was fitted on this very text" if split == "development" else ""
 
 
 def _perplexity(cell: "Cell | None") -> str:
@@ -131,7 +134,7 @@ def _intervals(row: "Row") -> tuple[str, str]:
 
 
 def _texts_table(split: str, rows: Sequence["Row"], left_out: Mapping[str, str]) -> Table:
-    table = Table(title=f"Perplexity on {split} text, by text", box=box.SIMPLE, title_justify="left")
+    table = Table(title=f"Perplexity on {split} text, by text{_fitted_on(split)}", box=box.SIMPLE, title_justify="left")
     table.add_column("system", no_wrap=True)
     texts = list(dict.fromkeys(text for row in rows for text in row.cells))
     for text in texts:

@@ -175,7 +175,7 @@ def _posteriors(entries: Sequence[Entry]) -> dict[str, Wanted]:
 
 def _texts_table(entries: Sequence[Entry], texts: Sequence[Entry]) -> str:
     rows = {name: select(entries, **TABLE_1[name]) for name in TABLE_8}
-    rows = {name: found for name, found in rows.items() if found}
+    rows = {f"{name}{_some_seeds(found, entries)}": found for name, found in rows.items() if found}
     lines = ["| | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
     for text in texts:
         cells = [_words([entry["per_domain"].get(text["name"]) for entry in found]) for found in rows.values()]
@@ -271,9 +271,11 @@ def _figures(results: Results, folder: Path) -> Iterator[str]:
         entries = select(results.entries, size=size)
         shares = sorted({entry["seed_share"] for entry in entries if entry["seed_share"] is not None})
         if len(shares) > 2:
-            curves = {name: _curve(entries, wanted, "seed_share") for name, wanted in FIGURE_1.items()}
-            _draw(curves, _baseline(entries), "seed share", folder / f"seed-share-{size}")
-            yield f"## Figure 1: perplexity over seed share, {size}\n\n![seed share](seed-share-{size}.svg)\n"
+            swept, seeds = _of_every_share(entries, shares)
+            curves = {name: _curve(swept, wanted, "seed_share") for name, wanted in FIGURE_1.items()}
+            _draw(curves, _baseline(swept), "seed share", folder / f"seed-share-{size}")
+            heading = f"## Figure 1: perplexity over seed share, {size}, random seed {', '.join(map(str, seeds))}"
+            yield f"{heading}\n\n![seed share](seed-share-{size}.svg)\n"
         tops = _main(entries)
         curves = {
             name: _curve(tops, {"system": "forest", "development_blocks": None, **posterior}, "top_k")
@@ -282,6 +284,13 @@ def _figures(results: Results, folder: Path) -> Iterator[str]:
         if any(len(points) > 1 for points in curves.values()):
             _draw(curves, _baseline(tops), "experts kept, of the largest prior", folder / f"top-k-{size}")
             yield f"## Top-k, {size}\n\n![top-k](top-k-{size}.svg)\n"
+
+
+def _of_every_share(entries: Sequence[Entry], shares: Sequence[float]) -> tuple[list[Entry], list[int]]:
+    """The entries of the random seeds that every seed share has, and these: others would move one point of a curve alone."""
+    of_shares = [{entry["random_seed"] for entry in select(entries, system="forest", seed_share=s)} for s in shares]
+    seeds = sorted(set.intersection(*of_shares)) or sorted(set.union(*of_shares))
+    return [entry for entry in entries if entry["random_seed"] in seeds], seeds
 
 
 def _baseline(entries: Sequence[Entry]) -> float:

@@ -9,6 +9,7 @@ from btm_cluster.algorithm import prepare, resumed
 from btm_cluster.driver import Driver, step_error
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation import score_models, stack_of
+from btm_cluster.forest import Forest
 from btm_cluster.ground import Ground, model_config, vocabulary_of
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.mixing import cross_fitted_perplexity, fits_at_once
@@ -26,6 +27,7 @@ def repeats_of(plan: Plan, driver: Driver) -> list[Repeat]:
     assert study is not None
     sizes = study.sizes or (SizePlan.model_construct(name="model", model=plan.model, training=plan.training),)
     _check(plan, study, sizes)
+    _check_founders(plan, driver.ledger.log.newest())
     base = prepare(_variant(plan, sizes[0], study.random_seeds[0]), driver)
     for text in base.texts:
         if not text.tokens["development"]:
@@ -78,6 +80,20 @@ def _check(plan: Plan, study: StudyPlan, sizes: Sequence[SizePlan]) -> None:
                     expected=f"updates × blocks_per_domain_update = {_blocks(size.training)}",
                     remedy="give both, so that their product stays the same",
                 )
+
+
+def _check_founders(plan: Plan, forest: Forest | None) -> None:
+    """That all systems learn from the same domains: Transformer-LM and DEMix from those that the store's forest was founded on."""
+    if forest is None:
+        return
+    founders, studied = {name for name, _ in forest.foundation.domains}, {domain.name for domain in plan.domains}
+    if studied - {*forest.withdrawn} != founders:
+        raise UserError(
+            "a study compares what learned from the same domains",
+            found=f"{', '.join(sorted(studied - {*forest.withdrawn}))}; the store's forest was founded on "
+            + ", ".join(sorted(founders)),
+            remedy="give the study a `store` of its own, or just the founding domains",
+        )
 
 
 def _blocks(training: TrainingPlan) -> int:

@@ -4,6 +4,7 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def read_results(folders: Sequence[Path]) -> Results:
     """The results in several folders together; where two have the same system, size and random seed, the later one's counts.
 
     Raises:
-        UserError: a folder without them, or not one entry in all of them.
+        UserError: a folder without them, not one entry in all of them, or two that cannot stand in one table.
     """
     entries: dict[tuple[Any, ...], Entry] = {}
     texts: dict[str, Entry] = {}
@@ -75,7 +76,9 @@ def read_results(folders: Sequence[Path]) -> Results:
     for folder in {folder.resolve(): folder for folder in folders}.values():
         try:
             found = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
-            entries |= {_key(entry): entry for entry in found}
+            keyed = {_key(entry): entry for entry in found}
+            _check_alike([*entries.values()], found, folder)
+            entries |= keyed
             study = json.loads((folder / STUDY_FILE).read_text(encoding="utf-8"))
             for name, values in rest.items():
                 values += study[name]
@@ -90,6 +93,31 @@ def read_results(folders: Sequence[Path]) -> Results:
         raise UserError("there are no results to show", found=f"{SUMMARY_FILE} without an entry")
     others = (tuple(rest[name]) for name in ("speeds", "trials", "runs"))
     return Results(tuple(entries.values()), tuple(texts.values()), *others)
+
+
+def _check_alike(earlier: Sequence[Entry], later: Sequence[Entry], folder: Path) -> None:
+    """Refuses to join studies of one size whose rows are not to be held against each other.
+
+    Raises:
+        UserError: naming in what they differ.
+    """
+    rivals = [[entry for entry in entries if entry["system"] == "transformer-lm"] for entries in (earlier, later)]
+    for one, other in product(*rivals):
+        if one["size"] != other["size"]:
+            continue
+        alike = ("tokens", "experts", "non_embedding_parameters")
+        pairs = {name: (one[name], other[name]) for name in alike}
+        pairs["texts"] = tuple(", ".join(sorted(entry["per_domain"])) for entry in (one, other))
+        if one["random_seed"] == other["random_seed"]:
+            pairs[f"the Transformer-LM's perplexity with random seed {one['random_seed']}"] = (one["all"], other["all"])
+        differing = [f"{name}: {old} and {new}" for name, (old, new) in pairs.items() if old != new]
+        if differing:
+            raise UserError(
+                f"the results in {folder} cannot stand in one table with those before it",
+                found=f"size {one['size']}, {'; '.join(differing)}",
+                expected="one size, budget and set of texts, and one Transformer-LM for each random seed",
+                remedy="write a page for each, or give their sizes names of their own",
+            )
 
 
 def check_nothing_is_lost(folder: Path, results: Results) -> None:

@@ -32,7 +32,7 @@ from btm_cluster.steps.mix import fit_for_all
 from btm_cluster.steps.prepare import documents_of
 from btm_cluster.steps.train import train
 from btm_cluster.study.controls import random_part_requests, transformer_lm_at_experts_rate_request
-from btm_cluster.study.page import write_page
+from btm_cluster.study.page import _of_every_share, write_page
 from btm_cluster.study.repeat import train as train_requests
 from btm_cluster.study.repeats import repeats_of
 from btm_cluster.study.results import read_results, results_of, write_results
@@ -315,6 +315,53 @@ def test_results_are_read_back_and_those_of_several_seeds_make_one_page(studied:
     for figure in ("seed-share-model", "top-k-model"):
         assert (tmp_path / "page" / f"{figure}.png").stat().st_size > 5_000
         assert (tmp_path / "page" / f"{figure}.svg").read_text().startswith("<?xml")
+
+
+def test_a_study_in_the_store_of_a_forest_that_was_founded_on_other_domains_is_refused(
+    founded_plan: Plan, texts: dict[str, Path]
+) -> None:
+    # The Transformer-LM would learn from the two founding domains, and the forest from all three.
+    domains = [{"name": name, "text": str(texts[name])} for name in DOMAINS]
+    plan = Plan.model_validate(founded_plan.model_dump(mode="json") | {"domains": domains, "study": {}})
+    with pytest.raises(UserError, match="compares what learned from the same domains"):
+        repeats_of(plan, driver := in_process(plan))
+    assert not driver.made
+
+
+def test_a_curve_over_seed_shares_is_of_random_seeds_that_all_of_them_have(studied: Studied) -> None:
+    # One share alone had three random seeds: its point was their mean, the others' of one, and the line the mean of three.
+    entries = results_of(studied.plan, studied.study).entries
+    main = studied.plan.training.seed_share
+    again = [
+        e | {"random_seed": 1, "all": e["all"] and 2 * e["all"]} for e in entries if e["seed_share"] in (None, main)
+    ]
+    shares = sorted({entry["seed_share"] for entry in entries if entry["seed_share"] is not None})
+    swept, seeds = _of_every_share([*entries, *again], shares)
+    assert (swept, seeds) == (list(entries), [0])
+    assert _of_every_share(again, [main])[1] == [1]
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"random_seed": 1, "tokens": 5}, "tokens: "),
+        ({"random_seed": 1, "experts": 5}, "experts: "),
+        ({"random_seed": 1, "per_domain": {"elsewhere": 2.0}}, "texts: "),
+        ({"all": 5.0}, "the Transformer-LM's perplexity with random seed 0: "),
+    ],
+)
+def test_studies_that_cannot_stand_in_one_table_are_not_joined(
+    change: dict[str, Any], found: str, studied: Studied, tmp_path: Path
+) -> None:
+    results = results_of(studied.plan, studied.study)
+    write_results(results, tmp_path / "one")
+    write_results(replace(results, entries=tuple(entry | change for entry in results.entries)), tmp_path / "two")
+    with pytest.raises(UserError, match="cannot stand in one table") as refused:
+        read_results([tmp_path / "one", tmp_path / "two"])
+    assert found in refused.value.found
+    apart = tuple(entry | change | {"size": "another"} for entry in results.entries)
+    write_results(replace(results, entries=apart), tmp_path / "two")
+    assert len(read_results([tmp_path / "one", tmp_path / "two"]).entries) == 2 * len(results.entries)
 
 
 @pytest.mark.parametrize("summary", [None, "{", "7", "[7]", "{}", '[{"random_seed": 0}]'])
