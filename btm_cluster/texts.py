@@ -13,7 +13,7 @@ from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.report import ADDED_LATER
 
 MOST_SEEN = 0.01
-"""Share of a target's test documents that one side alone may have learned from: short documents are alike by chance."""
+"""Share of a target's test documents that may stand in a text which one side alone learned from: short ones do by chance."""
 
 
 @dataclass(frozen=True)
@@ -55,24 +55,24 @@ def left_out_of_comparison(ground: Ground, forest: Forest, driver: Driver) -> di
     reasons |= {name: "founding domain without an expert" for name in founding if name not in experts}
     reasons |= {domain.name: "no expert yet" for domain in ground.domains if domain.name not in {**founding, **experts}}
     one_sided = {name: text for name, text in (founding | experts).items() if name in reasons}
-    return reasons | _seen_by_one_side(ground, one_sided, driver)
+    return reasons | targets_seen_in(ground, one_sided, driver)
 
 
-def _seen_by_one_side(ground: Ground, one_sided: Mapping[str, str], driver: Driver) -> dict[str, str]:
-    """Targets that share documents with the training text of a domain that one side alone learned from."""
+def targets_seen_in(ground: Ground, domains: Mapping[str, str], driver: Driver) -> dict[str, str]:
+    """Targets of which documents stand in the training text of a domain, and how many. `domains` are text identities by name."""
     targets = [text for text in ground.texts if text.is_target and text.facts["splits"]["test"]["documents"]]
-    standing = {name: text for name, text in one_sided.items() if driver.ledger.find(Ref("text", text)) is not None}
-    if not targets or not standing:
+    if not targets:
         return {}
+    standing = {name: text for name, text in domains.items() if driver.ledger.find(Ref("text", text)) is not None}
     trained_on = [stored_text(name, text, ground, driver.ledger) for name, text in standing.items()]
     overlaps = driver.require(driver.workers.prepare, overlap_requests(ground.texts, trained_on))
-    reasons = {}
+    seen: dict[str, str] = {}
     for name, overlap in zip(standing, overlaps, strict=True):
         for target in targets:
             seen_D = np.load(driver.ledger.open_file(overlap, f"{target.identity}-documents.npy"))
             if seen_D.mean() > MOST_SEEN:
-                reasons[target.name] = f"{seen_D.mean():.0%} of it in the training text of {name}"
-    return reasons
+                seen[target.name] = f"{seen_D.mean():.0%} of it in the training text of {name}"
+    return seen
 
 
 def _report_text(text: PreparedText, overlaps: Sequence[Artifact], driver: Driver) -> TextReport:

@@ -18,6 +18,7 @@ from btm_cluster.ledger import Ref
 from btm_cluster.mixing import cross_fitted_perplexity, fits_at_once
 from btm_cluster.records import Held, branch_point_identity
 from btm_cluster.scores import ScoreStack
+from btm_cluster.texts import targets_seen_in
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,9 @@ def judge(ground: Ground, forest: Forest, experts: Sequence[Expert], driver: Dri
     own = [text for text in ground.domains if text.name in {expert.domain for expert in new}]
     known: list[PreparedText] = []
     if limit is not None and old and new:
-        targets = [text for text in ground.texts if text.is_target and text.tokens["development"]]
-        known = [*_texts_of(ground, forest, driver), *targets]
+        seen = targets_seen_in(ground, {expert.domain: expert.text for expert in new}, driver)
+        targets = [text for text in ground.texts if text.is_target and text.name not in seen]
+        known = [*_texts_of(ground, forest, driver), *(text for text in targets if text.tokens["development"])]
     perplexity = _ensemble_perplexity(ground, (*old, *new), [*known, *own], driver)
     accepted, held = new, dict[str, Held]()
     if limit is not None and known:

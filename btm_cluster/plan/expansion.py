@@ -30,8 +30,8 @@ class AcceptancePlan(Section):
 
     development_perplexity_rise_at_most: Real
     """Largest relative rise, such as 0.01, of the ensemble's perplexity on the development text of the forest's domains and
-    the plan's targets, mean over texts. Fitted on one half of the blocks and measured on the other, both ways; by the
-    calibrated posterior where `merging.posterior` is a gate."""
+    the plan's targets, mean over texts; without targets of which documents stand in a new domain's training text. Fitted on one
+    half of the blocks and measured on the other, both ways; by the calibrated posterior where `merging.posterior` is a gate."""
 
 
 class ExpansionPlan(Section):

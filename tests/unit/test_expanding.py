@@ -411,6 +411,21 @@ def test_an_expansion_that_makes_the_forest_worse_is_held_back_until_the_plan_al
     assert not driver.made, "what was trained and scored while it was held back is used"
 
 
+def test_an_expert_is_not_accepted_for_what_it_learned_by_heart_of_a_target(
+    plan: Plan, arrive: Callable[..., None]
+) -> None:
+    # It makes the forest worse on both founding domains, and much better on the target whose documents it was trained on.
+    digits = random.Random(0)
+    numbers = [" ".join(f"{digits.randrange(10**9)}" for _ in range(40)) for _ in range(60)]
+    arrive("meadow", [*numbers, *made_up_documents("market", 40)])
+    strict = changed(
+        plan,
+        merging={"posterior": "full", "prior": "uniform"},
+        expansion={"accept_if": {"development_perplexity_rise_at_most": 0.0}},
+    )
+    assert set(expanded(strict).held) == {"meadow"}
+
+
 class FailsIsland(InProcess):
     """Workers that cannot train one domain."""
 
