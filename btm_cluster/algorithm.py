@@ -84,7 +84,7 @@ def prepare(plan: Plan, driver: Driver) -> Ground:
     if forest is not None:  # what does not fit is refused before anything is made
         check_fits(ground, forest, driver.ledger)
     driver.require(workers.prepare, [tokenizer_request(plan, ground.founders)])
-    _tokenize(block_requests(ground), driver)
+    _tokenize(block_requests(ground), forest is not None, driver)
     return ground
 
 
@@ -220,7 +220,7 @@ def resumed(request: TrainRequest, ledger: Ledger) -> TrainRequest:
     return request if saved is None else replace(request, how=Resources(**saved.facts["how"]))
 
 
-def _tokenize(requests: Sequence[Tokenize], driver: Driver) -> None:
+def _tokenize(requests: Sequence[Tokenize], is_founded: bool, driver: Driver) -> None:
     tokenized = driver.require(driver.workers.prepare, requests)
     blocks: dict[tuple[str, str], int] = {}
     for request, artifact in zip(requests, tokenized, strict=True):
@@ -231,7 +231,7 @@ def _tokenize(requests: Sequence[Tokenize], driver: Driver) -> None:
             raise TextError(
                 f"the {split} text of {name!r} fills no block",
                 expected=f"at least {requests[0].block_tokens} tokens",
-                remedy="give more text or lower training.block_tokens",
+                remedy="give it more text" + ("" if is_founded else ", or lower `training.block_tokens`"),
             )
 
 

@@ -71,7 +71,9 @@ def step_error(failures: Sequence[Failure]) -> StepError:
     lines = [f"{f.label}: {f.attempts} attempt(s), {f.where}: {f.cause}" for f in failures]
     return StepError(
         f"{len(failures)} step(s) failed\n" + "\n".join(f"- {line}" for line in lines),
-        remedy="the same command tries only these again",
+        remedy="change what each of them names; the same would come of the same recipe"
+        if all(f.has_diverged for f in failures)
+        else "the same command tries only these again",
     )
 
 

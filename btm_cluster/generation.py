@@ -15,7 +15,7 @@ from btm_cluster.language_model.ensemble import Ensemble, Sampling
 from btm_cluster.language_model.model import load_model
 from btm_cluster.ledger import Ledger, Ref
 from btm_cluster.plan import Plan
-from btm_cluster.run import check_text_is_known, find_grown
+from btm_cluster.run import TAKEN_OUT, check_text_is_known, find_grown
 from btm_cluster.steps.average import open_config
 from btm_cluster.steps.prepare import open_tokenizer
 
@@ -66,7 +66,7 @@ def generate(
     grown = find_grown(plan, driver)
     text = next((text for text in grown.ground.texts if text.name == target), None)
     if target is not None and text is None:
-        raise UserError(f"{target!r} was taken out of the forest", remedy="generate for another text, or for none")
+        raise UserError(f"{target!r} was taken out of the forest", remedy=TAKEN_OUT)
     tokenizer = open_tokenizer(driver.ledger, grown.ground.tokenizer)
     read = tokenizer.encode(prompt)
     room = plan.training.block_tokens - len(read)

@@ -16,7 +16,7 @@ from btm_cluster.new_folder import check_new_folder, new_folder
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import average_request
 from btm_cluster.requests import AverageRequest
-from btm_cluster.run import check_text_is_known, find_grown
+from btm_cluster.run import TAKEN_OUT, check_text_is_known, find_grown
 from btm_cluster.soups import soup_average_request, soup_request
 from btm_cluster.steps.prepare import open_tokenizer
 
@@ -85,7 +85,7 @@ def _average(grown: Grown, weights: str, target: str | None, driver: Driver) -> 
         return average_request(ground, weights, forest, uniform_weights(len(forest.experts)))
     text = next((text for text in ground.texts if text.name == target), None)
     if text is None:
-        raise UserError(f"{target!r} was taken out of the forest", remedy="merge for another text")
+        raise UserError(f"{target!r} was taken out of the forest", remedy=TAKEN_OUT)
     label = f"{weights} for {target}"
     if weights not in ("greedy", "learned"):
         experts = [Ref("model", expert.identity) for expert in forest.experts]
@@ -94,7 +94,8 @@ def _average(grown: Grown, weights: str, target: str | None, driver: Driver) -> 
         return average_request(ground, label, forest, chosen)
     if not text.tokens["development"]:
         raise UserError(
-            f"{target!r} has no development text to search weights on", remedy="give it some, or merge uniformly"
+            f"{target!r} has no development text to search weights on",
+            remedy="name `development` files for it in the plan, or say --weights uniform",
         )
     called = {expert.identity: expert.domain for expert in forest.experts}
     if weights == "learned":  # the seed may have a part in it

@@ -94,8 +94,9 @@ def preview(plan: Plan, ledger: Ledger) -> Preview:
     Raises:
         UserError: whatever a run would refuse before it spends anything.
     """
-    check_clusters(plan, [domain.name for domain in plan.domains])
-    plan = without_withdrawn(plan, ledger.log.newest())
+    forest = ledger.log.newest()
+    check_clusters(plan, list(dict.fromkeys([*(d.name for d in plan.domains), *(forest.domains if forest else ())])))
+    plan = without_withdrawn(plan, forest)
     reads = read_requests(plan)
     model = model_config(plan, vocabulary_of(plan))
     check_demix(plan, model[0], ledger.log.version(0))
@@ -107,7 +108,7 @@ def preview(plan: Plan, ledger: Ledger) -> Preview:
     if ledger.log.version(0) is not None or len(known) == len(memos):  # then all founding texts are known
         parts = {part: tuple(t for t in getattr(plan, part) if t.name in known) for part in ("domains", "targets")}
         ground, unread = ground_of(plan.model_copy(update=parts), known, model, ledger), len(known) < len(memos)
-        if (forest := ledger.log.newest()) is not None:
+        if forest is not None:
             check_fits(ground, forest, ledger)
         steps += _preparation(ground, ledger, unread) + _trainings(ground, ledger, parameters, rate)
         steps += _unread_experts(plan, [d.name for d in plan.domains if d.name not in known], parameters, rate)

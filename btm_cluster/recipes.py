@@ -63,7 +63,7 @@ def check_demix_fits(plan: Plan, model: Mapping[str, Any], domains: int) -> None
             "cluster.seed_gpus does not fit a DEMix",
             found=f"{workers} GPUs for {domains} domains",
             expected=f"a divisor or a multiple of {domains}: a GPU has whole domains, or a domain whole GPUs",
-            remedy="change cluster.seed_gpus, or leave DEMix out of `baselines` and `study.systems`",
+            remedy=f"set cluster.seed_gpus to {domains}, or leave DEMix out of `baselines` and `study.systems`",
         )
 
 

@@ -18,6 +18,8 @@ from btm_cluster.report import Verdict, verdict
 from btm_cluster.texts import TextReport, left_out_of_comparison, report_texts
 from btm_cluster.workers import Failure
 
+TAKEN_OUT = "name another text, or bring it back with `btm forest remove DOMAIN --undo`"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -66,7 +68,10 @@ def run_plan(plan: Plan, driver: Driver, evaluate_only: bool = False) -> Run:
         StepError: not one expert could be trained.
         UserError: `merging.clusters` does not fit the domains.
     """
-    check_clusters(plan, [domain.name for domain in plan.domains])
+    standing = driver.ledger.log.newest()
+    check_clusters(
+        plan, list(dict.fromkeys([*(d.name for d in plan.domains), *(standing.domains if standing else ())]))
+    )
     grown = find_grown(plan, driver) if evaluate_only else grow(plan, driver)
     if not grown.forest.experts:
         causes = "\n".join(f"- {failure.label}: {failure.cause}" for failure in grown.failures)
@@ -126,11 +131,17 @@ def find_grown(plan: Plan, driver: Driver) -> Grown:
     """The forest as it stands, with the plan's texts prepared, and those of its domains that the plan does not name.
 
     Raises:
-        UserError: there is none yet.
+        UserError: there is none yet, or it has no expert.
     """
     forest = driver.ledger.log.newest()
     if forest is None:
         raise UserError(f"there is no forest in {plan.store} yet", remedy="`btm run` grows one")
+    if not forest.experts:
+        raise UserError(
+            f"forest version {forest.version} in {plan.store} has no expert",
+            found=forest.reason,
+            remedy="`btm run` trains the plan's domains; `btm forest remove DOMAIN --undo` brings back what was taken out",
+        )
     ground = prepare(plan, driver)
     seed = seed_request(ground).ref
     ground = _with_forests_texts(ground, forest, driver)

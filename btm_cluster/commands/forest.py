@@ -62,7 +62,10 @@ def log(store: Store, json_output: Json = False) -> None:
 
     entries = [_log_entry(forest, note) for forest, note in reversed(open_ledger(store).log.history())]
     if not entries:
-        raise UserError(f"no forest in {store}", found="no version")
+        raise UserError(
+            f"there is no forest in {store}",
+            remedy="check --store, which is relative to this folder; `btm run` grows one",
+        )
     if json_output:
         print(json.dumps(entries, indent=1))
     else:

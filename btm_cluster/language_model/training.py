@@ -32,7 +32,7 @@ from btm_cluster.language_model.model import build_model, check_reads, has_dropo
 from btm_cluster.language_model.optimizer import build_optimizer, learning_rate_at
 from btm_cluster.language_model.utilisation import device_name, utilisation
 from btm_cluster.ledger import Ledger
-from btm_cluster.requests import Resources, TrainRequest
+from btm_cluster.requests import Resources, Role, TrainRequest
 from btm_cluster.workers import Control, Progress
 
 log = logging.getLogger(__name__)
@@ -331,7 +331,7 @@ class _TrainingRun:
             raise DivergedError(
                 f"{self.request.label}: the loss or the weights are not finite at update {self.update}",
                 found=f"loss {self.loss.item()}",
-                remedy="lower training.learning_rate or gradient_clip; the last training checkpoint is kept",
+                remedy=_calmer_recipe(self.request.role),
             )
 
     def _has_finite_weights(self) -> bool:
@@ -383,3 +383,12 @@ class _TrainingRun:
             "device": device_name(self.device),
             "checkpoint_stall_seconds": round(self.checkpoints.stalled_seconds, 3),
         }
+
+
+def _calmer_recipe(role: Role) -> str:
+    """What can be changed against divergence. Of what a seed was trained by, nothing any more once it stands."""
+    if role == "expert":
+        return "lower `branching.learning_rate_scale`"
+    return (
+        "lower `training.learning_rate` or `training.gradient_clip`, where a forest stands already in another `store`"
+    )

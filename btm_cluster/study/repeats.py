@@ -34,7 +34,7 @@ def repeats_of(plan: Plan, driver: Driver) -> list[Repeat]:
             raise UserError(
                 f"the text {text.name!r} has no development text",
                 expected="some, since a study fits and chooses on it",
-                remedy="name `development` files for it",
+                remedy="name `development` files for it, or raise `reading.development_share`",
             )
     grounds = {}
     for size in sizes:
@@ -60,7 +60,9 @@ def _check(plan: Plan, study: StudyPlan, sizes: Sequence[SizePlan]) -> None:
     """That nothing in a study is at odds with itself: before a text is read."""
     if plan.model.pretrained is not None and not study.sizes:
         raise UserError(
-            "a study grows its own seeds", found="model.pretrained", remedy="give `study.sizes` with shapes"
+            "a study grows its own seeds",
+            found="model.pretrained",
+            remedy="give shapes in `study.sizes`: [{name: …, model: {config: …}}]",
         )
     for size in sizes:
         if size.training.block_tokens != plan.training.block_tokens:
@@ -68,7 +70,7 @@ def _check(plan: Plan, study: StudyPlan, sizes: Sequence[SizePlan]) -> None:
                 f"study.sizes: {size.name} has blocks of another length",
                 found=f"{size.training.block_tokens} tokens",
                 expected=f"{plan.training.block_tokens}, the plan's: texts are cut into blocks once for all sizes",
-                remedy="give the same training.block_tokens",
+                remedy=f"write `block_tokens: {plan.training.block_tokens}` in its `training`",
             )
         for recipe in (size.training, *_recipes(size, study)):
             for share in (recipe.seed_share, *study.seed_shares):
@@ -78,7 +80,7 @@ def _check(plan: Plan, study: StudyPlan, sizes: Sequence[SizePlan]) -> None:
                     f"study.trials: a recipe for {size.name} costs other compute than the size's own",
                     found=f"{recipe.updates} updates of {recipe.blocks_per_domain_update} blocks per domain",
                     expected=f"updates × blocks_per_domain_update = {_blocks(size.training)}",
-                    remedy="give both, so that their product stays the same",
+                    remedy="give the trial `updates` and `blocks_per_domain_update` of the same product",
                 )
 
 
@@ -117,7 +119,7 @@ def _check_share(size: str, training: TrainingPlan, share: float) -> None:
         raise UserError(
             f"a seed share of {share} leaves the seed or the experts of {size} no update",
             found=f"{round(share * updates)} of {updates} updates for the seed",
-            remedy="choose a share between, or more updates; `study.seed_shares` alone may hold 0",
+            remedy="change `training.seed_share` or `study.seed_shares`, which alone may hold 0, or give more `updates`",
         )
 
 

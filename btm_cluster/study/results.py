@@ -88,6 +88,7 @@ def read_results(folders: Sequence[Path]) -> Results:
                 f"cannot read the results in {folder}",
                 found=f"nothing called {exc}" if isinstance(exc, KeyError) else str(exc),
                 expected=f"{SUMMARY_FILE} and {STUDY_FILE}, as `btm study` writes them",
+                remedy="name folders that `btm study --to` or `btm report --to` wrote",
             ) from exc
     if not entries:
         raise UserError("there are no results to show", found=f"{SUMMARY_FILE} without an entry")
@@ -107,7 +108,7 @@ def _check_alike(earlier: Sequence[Entry], later: Sequence[Entry], folder: Path)
             continue
         alike = ("tokens", "experts", "non_embedding_parameters")
         pairs = {name: (one[name], other[name]) for name in alike}
-        pairs["texts"] = tuple(", ".join(sorted(entry["per_domain"])) for entry in (one, other))
+        pairs["texts"] = (", ".join(sorted(one["per_domain"])), ", ".join(sorted(other["per_domain"])))
         if one["random_seed"] == other["random_seed"]:
             pairs[f"the Transformer-LM's perplexity with random seed {one['random_seed']}"] = (one["all"], other["all"])
         differing = [f"{name}: {old} and {new}" for name, (old, new) in pairs.items() if old != new]

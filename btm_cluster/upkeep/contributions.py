@@ -69,7 +69,9 @@ def contributions(ledger: Ledger) -> Contributions:
     forest = ledger.log.newest()
     if forest is None or len(forest.experts) < 2:
         raise UserError(
-            f"there are no two experts in {ledger.storage.location}", expected="an expert to leave out, and another"
+            f"there are no two experts in {ledger.storage.location}",
+            expected="one to leave out, and another",
+            remedy="check --store; `btm run` grows a forest, `btm expand` adds to it",
         )
     scored = _scored(ledger, forest)
     names = _names(ledger, forest)
@@ -82,7 +84,7 @@ def contributions(ledger: Ledger) -> Contributions:
     if not found:
         raise UserError(
             f"no text was scored under every expert of forest version {forest.version}",
-            remedy="`btm evaluate PLAN` scores them on the plan's texts",
+            remedy="`btm evaluate PLAN` scores them on all texts of the plan and the forest",
         )
     ordered = sorted(found, key=lambda one: (not one.is_domain, one.text))
     return Contributions(forest.version, forest.domains, tuple(ordered))

@@ -7,9 +7,11 @@ import pytest
 
 from btm_cluster.algorithm import branch, grow, merge, prepare, train
 from btm_cluster.display import show_run
-from btm_cluster.errors import FoundationError, UserError
+from btm_cluster.driver import step_error
+from btm_cluster.errors import FoundationError, StepError, UserError
 from btm_cluster.plan import Plan
 from btm_cluster.run import run_plan
+from btm_cluster.upkeep.removal import rollback
 from tests.conftest import DOMAINS, in_process, made_up_documents, write_jsonl
 
 
@@ -109,3 +111,42 @@ def test_two_drivers_that_add_one_domain_from_different_versions_end_in_one_fore
     winner = Plan.model_validate(fields | {"domains": all_domains[:2], "branching": {"start": "seed"}})
     merged = grow(winner, in_process(winner)).forest
     assert merge(grown.forest, late, second.ledger) == merged
+
+
+def test_an_expert_that_diverges_is_told_what_can_still_be_changed(fields: dict[str, Any]) -> None:
+    # The learning rate is the seed's too: a plan that lowers it is refused, since the seed stands.
+    plan = Plan.model_validate(fields | {"domains": fields["domains"][:1], "branching": {"learning_rate_scale": 1e30}})
+    with pytest.raises(StepError, match=r"remedy: +lower `branching\.learning_rate_scale`"):
+        run_plan(plan, in_process(plan))
+    failures = grow(plan, in_process(plan)).failures
+    assert step_error(failures).remedy == "change what each of them names; the same would come of the same recipe"
+    calmer = Plan.model_validate(fields | {"domains": fields["domains"][:1]})
+    assert grow(calmer, in_process(calmer)).forest.domains == (DOMAINS[0],)
+
+
+def test_a_forest_without_an_expert_is_told_how_to_get_some(fields: dict[str, Any]) -> None:
+    plan = Plan.model_validate(fields | {"domains": fields["domains"][:1]})
+    grow(plan, driver := in_process(plan))
+    rollback(driver.ledger, 0)
+    with pytest.raises(UserError, match=r"forest version 2 in .* has no expert") as refused:
+        run_plan(plan, in_process(plan), evaluate_only=True)
+    assert "btm forest remove DOMAIN --undo" in refused.value.remedy
+
+
+def test_a_text_that_fills_no_block_is_not_advised_shorter_blocks_where_a_forest_has_settled_them(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    short = {"name": "short", "text": str(write_jsonl(tmp_path / "short.jsonl", [f"{'a' * i}" for i in range(1, 9)]))}
+    reading = {"development_share": 0.3, "test_share": 0.3}
+    for domains, remedy in (
+        ([short, *fields["domains"][:1]], "give it more text, or lower `training.block_tokens`"),
+        (fields["domains"][:1], ""),
+        ([short, *fields["domains"][:1]], "give it more text"),
+    ):
+        plan = Plan.model_validate(fields | {"domains": domains, "reading": reading})
+        if not remedy:
+            grow(plan, in_process(plan))
+            continue
+        with pytest.raises(UserError, match="fills no block") as refused:
+            prepare(plan, in_process(plan))
+        assert refused.value.remedy == remedy
