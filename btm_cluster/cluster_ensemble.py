@@ -48,7 +48,7 @@ def check_clusters(plan: Plan, domains: Sequence[str]) -> None:
             f"`merging.clusters` has no cluster for {', '.join(missing)}",
             found=f"clusters {', '.join(names)} in {plan.merging.clusters}",
             expected="a cluster by the name of every domain",
-            remedy="name its clusters as the domains, in its clusters.json; for domains that it has none of, leave `merging.clusters` out",
+            remedy="name clusters in its clusters.json as the domains; where a domain has none, leave `merging.clusters` out",
         )
 
 

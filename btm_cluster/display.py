@@ -209,6 +209,8 @@ def show_run(run: "Run", json_output: bool) -> None:
             "with another `store` all experts are trained by it",
             highlight=False,
         )
+    for name in run.missing_baselines:
+        console.print(f"note: {name} is not trained, and not compared with; `btm run` trains it", highlight=False)
     console.print(fits_table(run.priors, run.evidence_weights))
     verdict_tables(run.verdict, console)
     notes.print(run.steps_line, highlight=False)

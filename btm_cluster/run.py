@@ -37,6 +37,8 @@ class Run:
     """Domains of the plan that were taken out of the forest."""
     trained_otherwise: tuple[str, ...]
     """Domains of the plan whose expert was trained under another `branching`, and stays."""
+    missing_baselines: tuple[str, ...]
+    """Of the plan, and not trained: the verdict goes without them."""
     failures: tuple[Failure, ...]
     made: Mapping[str, int]
     reused: Mapping[str, int]
@@ -56,6 +58,7 @@ class Run:
             "verdict": self.verdict.to_json(),
             "passed_over": list(self.passed_over),
             "trained_otherwise": list(self.trained_otherwise),
+            "missing_baselines": list(self.missing_baselines),
             "failures": [asdict(failure) for failure in self.failures],
             "steps": {"run": dict(self.made), "reused": dict(self.reused)},
         }
@@ -93,10 +96,16 @@ def run_plan(plan: Plan, driver: Driver, evaluate_only: bool = False) -> Run:
         verdict=verdict(evaluation.results, left_out_of_comparison(ground, grown.forest, driver)),
         passed_over=tuple(d.name for d in plan.domains if d.name in grown.forest.withdrawn),
         trained_otherwise=_trained_otherwise(grown.ground, grown.forest),
+        missing_baselines=_missing_baselines(plan, grown),
         failures=grown.failures,
         made=driver.made,
         reused=driver.reused,
     )
+
+
+def _missing_baselines(plan: Plan, grown: Grown) -> tuple[str, ...]:
+    trained = {"transformer-lm": grown.baseline is not None, "demix": bool(grown.demix)}
+    return tuple(name for name in plan.baselines if not trained[name])
 
 
 def _trained_otherwise(ground: Ground, forest: Forest) -> tuple[str, ...]:

@@ -88,6 +88,16 @@ def test_a_forest_is_compared_on_what_its_rivals_learned_from_too_or_nobody_did(
     assert run_plan(plan, in_process(plan)).to_json()["verdict"] == evaluated.to_json()["verdict"], "run or evaluate"
 
 
+def test_a_baseline_that_the_plan_names_and_nobody_trained_is_told(
+    plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = changed(plan, baselines=["transformer-lm", "demix"])
+    run = run_plan(both, in_process(both), evaluate_only=True)
+    assert (run.missing_baselines, run.to_json()["missing_baselines"]) == (("demix",), ["demix"])
+    show_run(run, json_output=False)
+    assert "note: demix is not trained, and not compared with" in capsys.readouterr().out
+
+
 def test_a_target_of_an_added_domains_documents_is_not_compared_on(
     plan: Plan, arrive: Callable[..., None], tmp_path: Path
 ) -> None:
