@@ -12,8 +12,8 @@ from btm_cluster.driver import Driver
 from btm_cluster.equations.averaging import uniform_weights
 from btm_cluster.errors import StoreError, TextError
 from btm_cluster.evaluation import average_weights
-from btm_cluster.forest import Expert, Forest, Parent, check_texts, merge_into
-from btm_cluster.founding import check_fits, check_foundation
+from btm_cluster.forest import Expert, Forest, Parent, check_merge, merge_into
+from btm_cluster.founding import check_foundation, check_texts
 from btm_cluster.ground import (
     Ground,
     PreparedText,
@@ -23,6 +23,7 @@ from btm_cluster.ground import (
     read_requests,
     tokenizer_request,
     vocabulary_of,
+    without_texts,
     without_withdrawn,
 )
 from btm_cluster.ledger import THREADS, Artifact, Ledger, Ref
@@ -74,15 +75,17 @@ def prepare(plan: Plan, driver: Driver) -> Ground:
     requests = read_requests(plan)
     model = model_config(plan, vocabulary_of(plan))  # a wrong model is refused before a text is read
     check_demix(plan, model[0], driver.ledger.log.version(0))
+    bare = without_texts(plan, model, driver.ledger)
+    if forest is not None:
+        check_foundation(bare, forest, driver.ledger)
     if model[1] is not None:  # it needs no text, and may turn out to be unusable
-        bare = ground_of(plan.model_copy(update={"domains": (), "targets": ()}), {}, model, driver.ledger)
         driver.require(workers.prepare, [tokenizer_request(plan, ())])
         driver.require(workers.train, [seed_request(bare)])
     read = driver.require(workers.prepare, requests)
     memos = {text.name: memo for text, memo in zip(plan.texts, read, strict=True)}
     ground = ground_of(plan, memos, model, driver.ledger)
     if forest is not None:  # what does not fit is refused before anything is made
-        check_fits(ground, forest, driver.ledger)
+        check_texts(ground, forest, driver.ledger)
     driver.require(workers.prepare, [tokenizer_request(plan, ground.founders)])
     _tokenize(block_requests(ground), forest is not None, driver)
     return ground
@@ -176,7 +179,7 @@ def merge(forest: Forest, experts: Sequence[Expert], ledger: Ledger) -> Forest:
         # Another driver may have added the same domain meanwhile, branched from another version: the first one stays.
         # And a domain that was taken out meanwhile stays out.
         new = [expert for expert in experts if expert.domain not in (*forest.domains, *forest.withdrawn)]
-        check_texts(forest, {expert.domain: expert.text for expert in experts})
+        check_merge(forest, {expert.domain: expert.text for expert in experts})
         if not new:
             return forest
         named = {expert.identity: manifests[expert.identity] for expert in new}

@@ -174,7 +174,7 @@ def descendants(of: str, parents: Mapping[str, Sequence[str]]) -> set[str]:
     return found
 
 
-def check_texts(forest: Forest, texts: Mapping[str, str]) -> None:
+def check_merge(forest: Forest, texts: Mapping[str, str]) -> None:
     """Refuses a domain that stands in the forest with another text. `texts` are identities by domain name.
 
     Raises:

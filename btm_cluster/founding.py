@@ -138,8 +138,12 @@ def _tokenizer_causes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterato
     elif "train" in old or "train" in new:
         kinds = ("train" if "train" in old else "pretrained", "train" if "train" in new else "pretrained")
         yield "tokenizer: `{}` → `{}`".format(*kinds)
-    else:
+    elif "first_token" not in old:
+        yield "tokenizer.pretrained: brought in by an earlier release, which read blocks otherwise"
+    elif old["pretrained"] != new["pretrained"]:
         yield "tokenizer.pretrained: other files than those of version 0"
+    else:
+        yield from _changes("tokenizer", old, new)
 
 
 def _pretrained_cause(seed: Artifact, ground: Ground) -> str:

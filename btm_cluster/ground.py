@@ -202,6 +202,11 @@ def ground_of(
     return Ground(plan, texts, founders, founding, tokenizer, *model)
 
 
+def without_texts(plan: Plan, model: tuple[Mapping[str, Any], Pretrained | None], ledger: Ledger) -> Ground:
+    """The ground of a plan before any of its texts is read: enough to tell its foundation in a store that has a forest."""
+    return ground_of(plan.model_copy(update={"domains": (), "targets": ()}), {}, model, ledger)
+
+
 def stored_text(name: str, text: str, ground: Ground, ledger: Ledger) -> PreparedText:
     """A domain's text that the store has, whether the plan names it or not."""
     facts = ledger.get(Ref("text", text)).facts

@@ -24,6 +24,7 @@ from btm_cluster.ground import (
     tokenizer_request,
     vocabulary_of,
     with_forests_texts,
+    without_texts,
     without_withdrawn,
 )
 from btm_cluster.language_model.model import count_parameters
@@ -115,7 +116,9 @@ def preview(plan: Plan, ledger: Ledger) -> Preview:
         steps.append(_scores(ground, ledger, unread))
     else:
         steps += [Step("tokenizer", _unread_tokenizer(plan, ledger)), Step("token blocks", UNREAD)]
-        steps += [*_unread_trainings(plan, parameters, rate), Step("scores", UNREAD)]
+        seed = seed_request(without_texts(plan, model, ledger))
+        seed_state = UNREAD if seed.pretrained is None else _state(ledger, seed)
+        steps += [*_unread_trainings(plan, seed_state, parameters, rate), Step("scores", UNREAD)]
     return Preview(
         tuple(steps),
         parameters,
@@ -227,13 +230,13 @@ def _training(request: TrainRequest, state: str, parameters: int, rate: float | 
     )
 
 
-def _unread_trainings(plan: Plan, parameters: int, rate: float | None) -> list[Step]:
+def _unread_trainings(plan: Plan, seed_state: str, parameters: int, rate: float | None) -> list[Step]:
     """Sizes follow from the plan alone; identities do not."""
     training, pretrained = plan.training, plan.model.pretrained is not None
     tokens = len(plan.domains) * training.blocks_per_domain_update * training.block_tokens
     seed, later = 0 if pretrained else training.seed_updates, training.updates - training.seed_updates
     size, with_optimizer = stored_bytes(parameters, False), stored_bytes(parameters, not pretrained)
-    steps = [_training_step("seed", UNREAD, seed, seed * tokens, with_optimizer, rate)]
+    steps = [_training_step("seed", seed_state, seed, seed * tokens, with_optimizer, rate)]
     steps += _unread_experts(plan, [domain.name for domain in plan.domains], parameters, rate)
     if "transformer-lm" in plan.baselines:
         steps.append(_training_step("transformer-lm", UNREAD, later, later * tokens, size, rate))

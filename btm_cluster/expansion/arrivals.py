@@ -19,6 +19,7 @@ from btm_cluster.ground import (
     read_requests,
     tokenizer_request,
     vocabulary_of,
+    without_texts,
 )
 from btm_cluster.ledger import Artifact
 from btm_cluster.plan import Plan
@@ -43,8 +44,7 @@ def prepare_new(plan: Plan, arrivals: Sequence[Arrival], forest: Forest, driver:
     """
     requests = read_requests(plan)
     model = model_config(plan, vocabulary_of(plan))
-    bare = ground_of(plan.model_copy(update={"domains": (), "targets": ()}), {}, model, driver.ledger)
-    check_foundation(bare, forest, driver.ledger)
+    check_foundation(without_texts(plan, model, driver.ledger), forest, driver.ledger)
     read = driver.require(driver.workers.prepare, requests)
     memos = {text.name: memo for text, memo in zip(plan.texts, read, strict=True)}
     arrived = _read_all(plan, arrivals, driver)

@@ -35,7 +35,7 @@ def refusal(fields: dict[str, Any]) -> FoundationError:
     with pytest.raises(FoundationError) as of_a_run:
         prepare(plan, driver := in_process(plan))
     assert str(of_a_run.value) == str(refused.value)
-    assert set(driver.made) <= {"source"}
+    assert not driver.made, "not even read"
     return refused.value
 
 
@@ -136,6 +136,9 @@ def test_another_pretrained_model_or_none_is_named(
     assert found == f"model.pretrained: {one['pretrained']} → {other['pretrained']}"
     found = refusal(fields | {"model": one, "tokenizer": other}).found
     assert found == "tokenizer.pretrained: other files than those of version 0"
+    found = refusal(fields | {"model": one, "tokenizer": one | {"first_token": "a"}}).found
+    assert found.startswith("tokenizer.first_token: ")
+    assert found.endswith(' → "a"')
     found = refusal(fields).found
     assert found.startswith("tokenizer: `pretrained` → `train`; model: `pretrained: ")
     assert found.endswith("→ a model trained from the start")

@@ -268,11 +268,12 @@ def test_a_seed_share_that_is_written_for_a_pretrained_model_says_what_it_leaves
     ).notes
 
 
-def test_a_pretrained_tokenizer_is_new_or_done_whatever_text_is_read(pretrained: dict[str, Any]) -> None:
-    assert states(look(pretrained))["tokenizer"] == NEW
+def test_a_pretrained_tokenizer_and_seed_are_new_or_done_whatever_text_is_read(pretrained: dict[str, Any]) -> None:
+    before = states(look(pretrained))
+    assert (before["tokenizer"], before["seed"], before["expert kitchen"]) == (NEW, NEW, UNREAD)
     plan = Plan.model_validate(pretrained)
     prepare(plan, in_process(plan))
     text = Path(pretrained["store"]).parent / "other.jsonl"
     write_jsonl(text, made_up_documents("other", 100))
     seen = states(look(pretrained | {"domains": [{"name": "other", "text": str(text)}]}))
-    assert (seen["tokenizer"], seen["token blocks"]) == (DONE, UNREAD)
+    assert (seen["tokenizer"], seen["seed"], seen["token blocks"]) == (DONE, DONE, UNREAD)
