@@ -2,7 +2,6 @@
 
 import json
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -206,6 +205,7 @@ def run_study_plan(plan: Plan, to: str, address: str | None, in_process: bool, d
     Results that are there already are replaced by finished ones alone.
     """
     from btm_cluster.storage import open_storage
+    from btm_cluster.storage.scratch import scratch_folder
 
     place = open_storage(to)
     if "://" not in to:
@@ -221,10 +221,10 @@ def run_study_plan(plan: Plan, to: str, address: str | None, in_process: bool, d
             if has_results and study.repeats_left:
                 continue
             results = results_of(plan, study)
-            with tempfile.TemporaryDirectory() as scratch:
-                write_results(results, Path(scratch))
-                write_page(results, Path(scratch))
-                for file in sorted(Path(scratch).iterdir()):
+            with scratch_folder() as scratch:
+                write_results(results, scratch)
+                write_page(results, scratch)
+                for file in sorted(scratch.iterdir()):
                     place.upload(file.name, file)
             print(f"wrote {place.address('README.md')}", flush=True)
 

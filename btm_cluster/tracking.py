@@ -8,10 +8,10 @@ import importlib
 import logging
 import os
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +21,7 @@ from btm_cluster.errors import StoreError, UserError
 from btm_cluster.plan import Plan
 from btm_cluster.records import LOGS
 from btm_cluster.storage import Storage
+from btm_cluster.storage.scratch import scratch_folder
 from btm_cluster.workers import Progress, Watcher
 
 log = logging.getLogger(__name__)
@@ -129,7 +130,8 @@ class TensorBoard:
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self._run = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{socket.gethostname()}-{os.getpid()}"
-        self._scratch = tempfile.TemporaryDirectory(prefix="btm-curves-")
+        self._scratch = ExitStack()
+        self._folder = self._scratch.enter_context(scratch_folder())
         self._writers: dict[str, Any] = {}
         self._stored: dict[Path, int] = {}
         self._ended = threading.Event()
@@ -140,14 +142,14 @@ class TensorBoard:
         if label not in self._writers:
             from tensorboardX import SummaryWriter
 
-            self._writers[label] = SummaryWriter(str(Path(self._scratch.name, label)), write_to_disk=True)
+            self._writers[label] = SummaryWriter(str(self._folder / label), write_to_disk=True)
         for name, value in values.items():
             self._writers[label].add_scalar(name, value, update)
 
     def close(self, ended_well: bool) -> None:  # noqa: ARG002 - a curve's end says it
         self._ended.set()
         self._thread.join(LAST_SECONDS)
-        self._scratch.cleanup()
+        self._scratch.close()
 
     def _store_now_and_then(self) -> None:
         while not self._ended.wait(STORE_SECONDS):
@@ -159,11 +161,11 @@ class TensorBoard:
         self._store()
 
     def _store(self) -> None:
-        for file in Path(self._scratch.name).rglob("*"):
+        for file in self._folder.rglob("*"):
             if file.is_file() and self._stored.get(file) != file.stat().st_size:
                 size = file.stat().st_size
                 try:
-                    self._storage.upload(f"{LOGS}{self._run}/{file.relative_to(self._scratch.name).as_posix()}", file)
+                    self._storage.upload(f"{LOGS}{self._run}/{file.relative_to(self._folder).as_posix()}", file)
                 except StoreError as exc:
                     log.warning("curves were not stored, the next time tries again: %s", exc)
                     return

@@ -1,12 +1,27 @@
-"""A step's own folder on this machine's disk, for the files that it is about to store. Gone when the step is done."""
+"""Folders on this machine's disk for files that are about to be stored. Gone when their owner is done, or was killed.
+
+A killed process cannot clean up. Each folder therefore names its process and machine, and the process holds a lock on it, which
+ends with the process; whoever opens the next folder removes those that nobody holds. The number alone would not do: in
+a container that starts again it is the same, and in one that shares the temporary folder it says nothing.
+"""
 
 import errno
+import fcntl
+import os
+import re
+import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from btm_cluster.errors import StoreError
+
+_PREFIX = "btm-scratch-"
+_YOUNG_SECONDS = 60.0
+"""Younger folders are left alone: their owner may be about to lock them."""
 
 
 @contextmanager
@@ -17,7 +32,8 @@ def scratch_folder() -> Iterator[Path]:
         StoreError: its disk is full; what was stored before stays.
     """
     try:
-        with tempfile.TemporaryDirectory() as scratch:
+        remove_abandoned()
+        with tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{_host()}-{os.getpid()}-") as scratch, _held(scratch):
             yield Path(scratch)
     except OSError as exc:
         if exc.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -27,3 +43,43 @@ def scratch_folder() -> Iterator[Path]:
             found=str(exc),
             remedy="free some disk space there, or set TMPDIR to a larger disk; the same command goes on",
         ) from exc
+
+
+def remove_abandoned() -> None:
+    """Removes this user's scratch folders on this machine whose process is gone."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}{_host()}-*"):
+        with _held(str(folder)) as lock:
+            if lock is None:
+                continue
+            found = os.fstat(lock)
+            if found.st_uid == os.geteuid() and time.time() - found.st_mtime > _YOUNG_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _held(folder: str) -> Iterator[int | None]:
+    """A descriptor of a folder whose lock is held meanwhile, at most until the process ends.
+
+    None for one that is another's, that is gone or a link, or whose disk has no locks.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        yield None
+        return
+    try:
+        yield descriptor if _locks(descriptor) else None
+    finally:
+        os.close(descriptor)
+
+
+def _locks(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _host() -> str:
+    return re.sub("[^A-Za-z0-9.]", "_", socket.gethostname())
