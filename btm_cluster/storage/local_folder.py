@@ -6,11 +6,13 @@ Objects appear whole or not at all: a temporary file beside the target, flushed 
 
 import errno
 import os
+import re
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from btm_cluster.errors import MissingError, StoreError, UserError
 from btm_cluster.storage.port import Entry, check_key, check_prefix
@@ -19,6 +21,9 @@ from btm_cluster.storage.requests import DONE, FAILED, count_request
 JOBS_COPY = "/runtime_resources/working_dir_files/"
 """Part of every path in what Ray unpacks of a job's working directory."""
 _TEMPORARY = ".writing-"
+_UNFINISHED = re.compile(rf"{re.escape(_TEMPORARY)}[0-9a-f]{{32}}")
+_IN_THE_WAY = "move it out of the store, and restore what belongs there from a backup or by running the plan again"
+_REMEDIES = {errno.ENOSPC: "free some disk space", errno.EISDIR: _IN_THE_WAY, errno.ELOOP: _IN_THE_WAY}
 Result = TypeVar("Result")
 
 
@@ -91,27 +96,37 @@ class LocalFolder:
 
     def read(self, key: str, start: int = 0, size: int | None = None) -> bytes:
         def read(path: Path) -> bytes:
-            with path.open("rb") as file:
+            with _open(path) as file:
                 file.seek(start)
-                return file.read(size)
+                left = max(0, os.fstat(file.fileno()).st_size - start)
+                return file.read(left if size is None else min(size, left))
 
         return self._attempt("read", key, read)
 
     def download(self, key: str, anew: bool = False) -> Path:  # noqa: ARG002 - the folder is the source itself
-        def stat(path: Path) -> Path:
-            path.stat()
+        def find(path: Path) -> Path:
+            _open(path).close()
             return path
 
-        return self._attempt("download", key, stat)
+        return self._attempt("download", key, find)
+
+    def size(self, key: str) -> int:
+        return self._attempt("look up", key, lambda path: _check_file(path, path.stat()).st_size)
 
     def list(self, prefix: str) -> Iterator[Entry]:
+        yield from (entry for entry in self._entries(prefix) if not _is_temporary(entry.key))
+
+    def unfinished(self, prefix: str) -> Iterator[Entry]:
+        check_prefix("list", prefix)
+        yield from (entry for entry in self._entries(prefix) if _UNFINISHED.fullmatch(entry.key.rpartition("/")[2]))
+
+    def _entries(self, prefix: str) -> Iterator[Entry]:
         # Only the folder that the prefix names is walked, not the whole store.
         start = self._root / prefix.rpartition("/")[0]
         outcome = FAILED
         try:
             paths = (Path(folder, name) for folder, _, names in walk(start) for name in names)
-            plain = (path for path in paths if not path.name.startswith(_TEMPORARY))
-            found = {key: path for path in plain if (key := path.relative_to(self._root).as_posix()).startswith(prefix)}
+            found = {key: path for path in paths if (key := path.relative_to(self._root).as_posix()).startswith(prefix)}
             entries = [_entry(key, found[key]) for key in sorted(found)]
             outcome = DONE
         except OSError as exc:
@@ -149,7 +164,7 @@ class LocalFolder:
             count_request(verb, outcome)
 
     def _failed(self, verb: str, key: str, exc: OSError) -> StoreError:
-        remedy = "free some disk space" if exc.errno == errno.ENOSPC else "check the folder and its permissions"
+        remedy = _REMEDIES.get(exc.errno or 0, "check the folder and its permissions")
         return StoreError(f"cannot {verb} {key} in {self.location}", found=str(exc), remedy=remedy)
 
 
@@ -164,11 +179,38 @@ def walk(start: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
 
 
 def _entry(key: str, path: Path) -> Entry | None:
+    """None for what was deleted while we listed. A link that leads nowhere is listed: whoever reads it hears of it."""
     try:
-        stat = path.stat()
+        try:
+            found = path.stat()
+        except OSError as exc:
+            if exc.errno not in (errno.ENOENT, errno.ELOOP):
+                raise
+            found = path.lstat()
     except FileNotFoundError:
-        return None  # deleted while we listed
-    return Entry(key, stat.st_size, stat.st_mtime)
+        return None
+    return Entry(key, found.st_size, found.st_mtime)
+
+
+def _open(path: Path) -> BinaryIO:
+    """Opens a file. A pipe would wait for a writer, and a device might never end: both are refused, as a folder is."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _check_file(path, os.fstat(descriptor))
+    except OSError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
+
+
+def _check_file(path: Path, found: os.stat_result) -> os.stat_result:
+    if not stat.S_ISREG(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "a folder, pipe or device, where an object should be", str(path))
+    return found
+
+
+def _is_temporary(key: str) -> bool:
+    return key.rpartition("/")[2].startswith(_TEMPORARY)
 
 
 def _temporary_beside(target: Path) -> Path:

@@ -154,6 +154,15 @@ class ObjectStorage:
         check_key("download", key)
         return self._cache.get(self._cached_name(key), fetch, anew)
 
+    def size(self, key: str) -> int:
+        def head() -> int:
+            return int(self._client.head_object(**self._at(key), **self._always)["ContentLength"])
+
+        return self._attempt("look up", key, head)
+
+    def unfinished(self, prefix: str) -> Iterator[Entry]:  # noqa: ARG002 - what is uploaded in parts is no object yet
+        return iter(())
+
     def list(self, prefix: str) -> Iterator[Entry]:
         token: dict[str, Any] = {}
         while True:

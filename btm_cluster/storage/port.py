@@ -48,8 +48,17 @@ class Storage(Protocol):
     def download(self, key: str, anew: bool = False) -> Path:
         """A local file with the object's bytes, to be read only; `anew` fetches it even where the node has it."""
 
+    def size(self, key: str) -> int:
+        """Bytes of the object, without reading it."""
+
     def list(self, prefix: str) -> Iterator[Entry]:
         """Every object whose key starts with `prefix`, by key."""
+
+    def unfinished(self, prefix: str) -> Iterator[Entry]:
+        """What was being written below `prefix`, a folder, and is no object yet, or never will be. `delete` removes it.
+
+        Object storage shows none; a lifecycle rule ends uploads that were broken off.
+        """
 
     def delete(self, key: str) -> None:
         """Removes the object, if it is there."""
@@ -62,8 +71,8 @@ class Storage(Protocol):
 
 
 def check_key(verb: str, key: str) -> None:
-    """Refuses a key that would lead out of the store."""
-    if key.startswith("/") or ".." in key.split("/"):
+    """Refuses a key that would lead out of the store, or that no store can have."""
+    if key.startswith("/") or ".." in key.split("/") or "\0" in key:
         raise StoreError(f"cannot {verb} {key!r}", expected="a relative key without ..")
 
 

@@ -266,7 +266,29 @@ def test_an_address_leads_to_the_object_without_this_port(storage: Storage) -> N
         assert Path(address).read_bytes() == b"words"
 
 
-@pytest.mark.parametrize("verb", ["read", "download"])
+def test_the_size_of_an_object_is_told_without_reading_it(storage: Storage, file: Callable[[bytes], Path]) -> None:
+    storage.create("artifacts/model/a.json", b"12345")
+    storage.upload("blobs/empty", file(b""))
+    storage.upload("blobs/a", file(b"1"))
+    storage.upload("blobs/a", file(b"longer"))
+    assert [storage.size(key) for key in ("artifacts/model/a.json", "blobs/empty", "blobs/a")] == [5, 0, 6]
+
+
+def test_a_prefix_or_a_folder_has_no_size(storage: Storage) -> None:
+    storage.create("blobs/abcdef", b"x")
+    for key in ("blobs/abc", "blobs"):
+        with pytest.raises(StoreError):
+            storage.size(key)
+
+
+def test_what_is_whole_is_not_unfinished(storage: Storage, file: Callable[[bytes], Path]) -> None:
+    storage.create("artifacts/model/a.json", b"x")
+    storage.upload("blobs/a", file(b"x"))
+    assert list(storage.unfinished("artifacts/")) == list(storage.unfinished("blobs/")) == []
+    assert list(storage.unfinished("never/")) == []
+
+
+@pytest.mark.parametrize("verb", ["read", "download", "size"])
 def test_what_is_not_there_is_missing_and_the_error_names_it(storage: Storage, verb: str) -> None:
     storage.create("blobs/another", b"x")
     with pytest.raises(MissingError) as missing:
@@ -278,13 +300,14 @@ def test_what_is_not_there_is_missing_and_the_error_names_it(storage: Storage, v
         getattr(storage, verb)("blobs/0123")
 
 
-@pytest.mark.parametrize("key", ["/etc/passwd", "../outside", "blobs/../../outside"])
+@pytest.mark.parametrize("key", ["/etc/passwd", "../outside", "blobs/../../outside", "blobs/\0"])
 def test_a_key_cannot_lead_out_of_the_store(storage: Storage, file: Callable[[bytes], Path], key: str) -> None:
     for use in (
         lambda: storage.create(key, b"x"),
         lambda: storage.upload(key, file(b"x")),
         lambda: storage.read(key),
         lambda: storage.download(key),
+        lambda: storage.size(key),
         lambda: storage.delete(key),
     ):
         with pytest.raises(StoreError):
@@ -317,6 +340,43 @@ def test_a_file_half_written_by_a_process_that_died_is_no_object(tmp_path: Path)
     (left,) = tmp_path.glob("artifacts/model/*")
     left.with_name(".writing-0123").write_bytes(b"ha")
     assert keys(storage, "") == ["artifacts/model/a.json"]
+
+
+def test_a_file_half_written_by_a_process_that_died_is_shown_as_unfinished_and_can_be_deleted(tmp_path: Path) -> None:
+    storage = LocalFolder(str(tmp_path))
+    storage.create("artifacts/model/a.json", b"whole")
+    left = tmp_path / "artifacts/model" / f".writing-{'0123456789abcdef' * 2}"
+    left.write_bytes(b"ha")
+    left.with_name(".writing-my-notes").write_bytes(b"none of ours")
+    (entry,) = storage.unfinished("artifacts/")
+    assert (entry.key, entry.size_bytes) == (f"artifacts/model/{left.name}", 2)
+    storage.delete(entry.key)
+    assert not left.exists()
+    assert list(storage.unfinished("artifacts/")) == []
+
+
+@pytest.mark.parametrize("stands", ["folder", "pipe", "device"])
+def test_what_is_no_file_is_neither_read_nor_waited_for(tmp_path: Path, stands: str) -> None:
+    storage = LocalFolder(str(tmp_path / "store"))
+    storage.create("blobs/a", b"x")
+    path = tmp_path / "store/blobs/b"
+    {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "device": lambda: path.symlink_to("/dev/zero")}[stands]()
+    for use in (storage.read, storage.download, storage.size):
+        with pytest.raises(StoreError, match="blobs/b") as refused:
+            use("blobs/b")
+        assert not isinstance(refused.value, MissingError)
+        assert "move it" in refused.value.remedy
+    assert storage.read("blobs/a") == b"x"
+
+
+def test_links_that_lead_nowhere_or_in_a_circle_stop_no_listing(tmp_path: Path) -> None:
+    storage = LocalFolder(str(tmp_path / "store"))
+    storage.create("blobs/a", b"x")
+    (tmp_path / "store/blobs/b").symlink_to("b")
+    (tmp_path / "store/blobs/c").symlink_to("nowhere")
+    (tmp_path / "store/blobs/d").symlink_to("a")
+    assert keys(storage, "blobs/") == ["blobs/a", "blobs/b", "blobs/c", "blobs/d"]
+    assert storage.read("blobs/d") == b"x"
 
 
 def test_a_folder_that_cannot_be_written_is_a_store_error_that_says_where(tmp_path: Path) -> None:
