@@ -9,17 +9,17 @@
 Knows what they say and where they lie; decides nothing.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
-from typing import Any
 
 from btm_cluster.forest import Forest, Parent, identity_of
-from btm_cluster.ledger import THREADS, Ledger, Ref
+from btm_cluster.ledger import THREADS, Ledger, Ref, check_place, known_form, list_ours
 from btm_cluster.requests import Start
 
 EXPANSIONS, HELD, QUARANTINE, TOMBSTONES, LOGS = "expansions/", "held/", "quarantine/", "tombstones/", "logs/"
+PINS = "pins/"
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,16 @@ class Held:
     reason: str
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """What the inbox had in a folder and was refused."""
+
+    folder: str
+    reason: str
+    identity: str = ""
+    """Of the files as they lay there; records of older stores have it in their key alone."""
+
+
 def branch_point_identity(domain: str, text: str, seed: str) -> str:
     """Of the start of a domain's expert: the question that its branch point answers."""
     return identity_of({"domain": domain, "text": text, "seed": seed})
@@ -72,61 +82,107 @@ def settle_branch_point(ledger: Ledger, wanted: BranchPoint) -> BranchPoint:
 
 def find_branch_point(ledger: Ledger, identity: str) -> BranchPoint | None:
     """The branch point of that identity, or None where none was settled."""
-    record = ledger.documents.read(_pin_key(identity))
+    return read_branch_point(ledger, _pin_key(identity))
+
+
+def read_branch_point(ledger: Ledger, key: str) -> BranchPoint | None:
+    """The branch point at a key."""
+    record = ledger.documents.read(key)
     if record is None:
         return None
-    body = dict(record.body)
-    start = body.pop("start")
-    parents = tuple(Parent(**parent) for parent in start["parents"])
-    return BranchPoint(**body, start=Start(Ref("model", start["model"]), parents, start["keep_optimizer"]))
+    with known_form(key):
+        body = dict(record.body)
+        start = body.pop("start")
+        parents = tuple(Parent(**parent) for parent in start["parents"])
+        found = BranchPoint(**body, start=Start(Ref("model", start["model"]), parents, start["keep_optimizer"]))
+        own = _pin_key(found.identity)
+    check_place(key, own)
+    return found
 
 
 def list_branch_points(ledger: Ledger) -> Iterator[BranchPoint]:
     """Every one."""
-    identities = [_stem(entry.key) for entry in ledger.storage.list(EXPANSIONS)]
+    keys = [entry.key for entry in list_ours(ledger.storage, EXPANSIONS)]
     with ThreadPoolExecutor(THREADS) as pool:
-        yield from (
-            found for found in pool.map(lambda one: find_branch_point(ledger, one), identities) if found is not None
-        )
+        yield from (found for found in pool.map(lambda key: read_branch_point(ledger, key), keys) if found is not None)
 
 
 def open_branch_points(ledger: Ledger, forest: Forest | None) -> list[BranchPoint]:
     """Pins of experts that are neither in the forest nor taken out of it: expansions in the making, or held back."""
-    settled = () if forest is None else (*forest.domains, *forest.withdrawn)
-    return [one for one in list_branch_points(ledger) if one.domain not in settled]
+    return [one for one in list_branch_points(ledger) if is_open(one, forest)]
+
+
+def is_open(point: BranchPoint, forest: Forest | None) -> bool:
+    """Whether an expert is neither in the forest nor taken out of it."""
+    return forest is None or point.domain not in (*forest.domains, *forest.withdrawn)
 
 
 def hold(ledger: Ledger, held: Held) -> None:
     """Notes that an expert is held back from a version."""
-    ledger.documents.create(f"{HELD}{held.branch_point}-{held.base_version:06d}.json", asdict(held))
+    ledger.documents.create(_held_key(held), asdict(held))
 
 
 def newest_held(ledger: Ledger) -> dict[str, Held]:
     """What is held back, by the identity of its branch point: the newest judgement of each."""
-    newest = {_stem(entry.key).partition("-")[0]: entry.key for entry in ledger.storage.list(HELD)}
-    found: dict[str, Held] = {}
-    for identity, key in newest.items():
-        record = ledger.documents.read(key)
-        if record is not None:
-            found[identity] = Held(**record.body)
+    newest = {_stem(entry.key).partition("-")[0]: entry.key for entry in list_ours(ledger.storage, HELD)}
+    found = ((identity, read_held(ledger, key)) for identity, key in newest.items())
+    return {identity: held for identity, held in found if held is not None}
+
+
+def read_held(ledger: Ledger, key: str) -> Held | None:
+    """The judgement at a key."""
+    record = ledger.documents.read(key)
+    if record is None:
+        return None
+    with known_form(key):
+        found = Held(**record.body)
+        own = _held_key(found)
+    check_place(key, own)
     return found
 
 
 def quarantine(ledger: Ledger, folder: str, identity: str, reason: str) -> None:
     """Notes that what the inbox has in `folder` was refused. `identity` is that of the files as they lie there."""
-    ledger.documents.create(f"{QUARANTINE}{identity}.json", {"folder": folder, "reason": reason})
+    ledger.documents.create(_refusal_key(identity), asdict(Refusal(folder, reason, identity)))
 
 
-def list_quarantine(ledger: Ledger) -> dict[str, Mapping[str, Any]]:
+def find_refusals(ledger: Ledger, identities: Iterable[str]) -> dict[str, Refusal]:
+    """Those of some files, by their identity: a store keeps many more."""
+    return _read_refusals(ledger, [_refusal_key(identity) for identity in identities])
+
+
+def list_refusals(ledger: Ledger) -> dict[str, Refusal]:
     """Every refusal, by the identity of what was refused."""
-    keys = [entry.key for entry in ledger.storage.list(QUARANTINE)]
+    return _read_refusals(ledger, [entry.key for entry in list_ours(ledger.storage, QUARANTINE)])
+
+
+def read_refusal(ledger: Ledger, key: str) -> Refusal | None:
+    """The refusal at a key."""
+    record = ledger.documents.read(key)
+    if record is None:
+        return None
+    with known_form(key):
+        found = Refusal(**record.body)
+    check_place(key, _refusal_key(found.identity or _stem(key)))
+    return found
+
+
+def _read_refusals(ledger: Ledger, keys: list[str]) -> dict[str, Refusal]:
     with ThreadPoolExecutor(THREADS) as pool:
-        read = zip(keys, pool.map(ledger.documents.read, keys), strict=True)
-        return {_stem(key): record.body for key, record in read if record is not None}
+        read = zip(keys, pool.map(lambda key: read_refusal(ledger, key), keys), strict=True)
+        return {_stem(key): found for key, found in read if found is not None}
 
 
 def _pin_key(identity: str) -> str:
     return f"{EXPANSIONS}{identity}.json"
+
+
+def _held_key(held: Held) -> str:
+    return f"{HELD}{held.branch_point}-{held.base_version:06d}.json"
+
+
+def _refusal_key(identity: str) -> str:
+    return f"{QUARANTINE}{identity}.json"
 
 
 def _stem(key: str) -> str:

@@ -1,6 +1,7 @@
 """The commands that look after a forest's store, `btm forest verify | gc | pin`: thin, like `cli.py`."""
 
 import json
+import time
 from dataclasses import asdict
 from typing import Annotated
 
@@ -27,6 +28,8 @@ def verify(store: Store, json_output: Json = False) -> None:
         print(
             f"read {seen.versions} versions, {seen.artifacts} artifacts, {seen.blobs} blobs of {seen.size_bytes:,} bytes"
         )
+        for note in seen.notes:
+            print(f"note: {note}")
     if seen.problems:
         raise IntegrityError(
             f"{len(seen.problems)} problem(s) in {store}\n" + "\n".join(f"- {p}" for p in seen.problems)
@@ -40,11 +43,14 @@ def gc(
     delete: Annotated[bool, typer.Option("--delete", help="Delete it; without this, only say what would go.")] = False,
     json_output: Json = False,
 ) -> None:
-    """Find, and with --delete remove, what no kept version, no run in the making and nothing young reaches."""
+    """Find, and with --delete remove, what no kept version, no run in the making and nothing young reaches.
+
+    Without --delete nothing is written, so ages are by this machine's clock and not by the store's.
+    """
     from btm_cluster.upkeep.housekeeping import collect, find_garbage
 
     ledger = open_ledger(store)
-    garbage = find_garbage(ledger, keep_versions, 86_400 * grace_days)
+    garbage = find_garbage(ledger, keep_versions, 86_400 * grace_days, now=None if delete else time.time())
     if delete:
         collect(ledger, garbage)
     if json_output:
@@ -55,7 +61,7 @@ def gc(
         f"{'deleted' if delete else 'would delete'}: {kinds}, {len(garbage.blobs)} blobs of {garbage.size_bytes:,} bytes"
     )
     if not delete and (garbage.manifests or garbage.blobs):
-        print("the same with --delete deletes them")
+        print("the same with --delete deletes them; ages are by this machine's clock here, and by the store's there")
 
 
 def pin(

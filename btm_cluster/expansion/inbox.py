@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from btm_cluster.forest import identity_of
-from btm_cluster.ledger import Ledger
+from btm_cluster.ledger import Ledger, is_ours, list_ours
 from btm_cluster.plan import DomainPlan, Plan
 from btm_cluster.plan.expansion import InboxPlan
 from btm_cluster.plan.kinds import ROWS, UNREAD, ending, kind_of
 from btm_cluster.plan.rules import DEFAULT_FIELD
 from btm_cluster.plan.values import NAME_PATTERN
-from btm_cluster.records import list_quarantine, quarantine
+from btm_cluster.records import find_refusals, quarantine
 from btm_cluster.storage import Entry, Storage
 from btm_cluster.storage.local_folder import walk
 
@@ -73,21 +73,21 @@ class _Folder:
 
     @property
     def texts(self) -> dict[str, Entry]:
-        """The files that are text: all but the marker and hidden ones."""
-        hidden = re.compile(r"(^|/)\.")
-        return {path: e for path, e in sorted(self.files.items()) if path != MARKER and not hidden.search(path)}
+        """The files that are text: all but the marker."""
+        return {path: entry for path, entry in sorted(self.files.items()) if path != MARKER}
 
 
 def look(ledger: Ledger, plan: Plan, known: Collection[str]) -> Inbox:
     """What has arrived, but for the domains in `known`. What is refused is quarantined, and so is not looked at again."""
-    earlier, bounds = list_quarantine(ledger), plan.expansion.inbox
+    folders, bounds = list(_folders(ledger.storage)), plan.expansion.inbox
+    earlier = find_refusals(ledger, [folder.identity for folder in folders if folder.name not in known])
     arrivals: list[Arrival] = []
     waiting, refused, old = dict[str, str](), dict[str, str](), dict[str, str]()
-    for folder in _folders(ledger.storage):
+    for folder in folders:
         if folder.name in known:
             old[folder.name] = _contents(folder)
         elif folder.identity in earlier:
-            refused[folder.name] = str(earlier[folder.identity]["reason"])
+            refused[folder.name] = earlier[folder.identity].reason
         elif not_yet := _unfinished(folder):
             waiting[folder.name] = not_yet
         elif reason := _refusal(folder, plan):
@@ -114,14 +114,14 @@ def still_lies_there(ledger: Ledger, arrival: Arrival) -> bool:
 def _folders(storage: Storage, name: str = "") -> Iterator[_Folder]:
     found: dict[str, dict[str, Entry]] = {}
     below = f"{INBOX}{name}/" if name else INBOX
-    for entry in storage.list(below):
-        folder, separator, path = _readable(entry.key.removeprefix(INBOX)).partition("/")
-        if separator and path and not folder.startswith("."):
-            found.setdefault(folder, {})[path] = entry
+    for entry in list_ours(storage, below):
+        folder, _, path = _readable(entry.key.removeprefix(INBOX)).partition("/")
+        found.setdefault(folder, {})[path] = entry
     odd: dict[str, dict[str, str]] = {}
     for key, why in _odd_files(storage.address(below.rstrip("/"))):
         folder, _, path = _readable(f"{below.removeprefix(INBOX)}{key}").partition("/")
-        odd.setdefault(folder, {})[path] = why
+        if is_ours(f"{INBOX}{folder}/{path or MARKER}"):  # an editor's lock is a link, too
+            odd.setdefault(folder, {})[path] = why
     for folder in sorted(found.keys() | odd.keys()):
         yield _Folder(folder, found.get(folder, {}), odd.get(folder, {}))
 

@@ -11,12 +11,14 @@ exist. Knows the layout of the store and how to check what it reads; knows nothi
     pins/<n>.json                      version n is never collected
     tombstones/<kind>/<identity>.json  a text or model that was purged, and never comes back
 
-Other documents that are created once have their places in `records.py`.
+Other documents that are created once have their places in `records.py`. `keys.py` has the form of every key; what has another is
+none of the store's. Whatever is read is compared with its key: number, kind, identity, and the hash of its recipe.
 """
 
 from btm_cluster.ledger.artifact import (
     CHUNK_BYTES,
     Artifact,
+    Blob,
     Ref,
     artifact_key,
     blob_key,
@@ -24,20 +26,30 @@ from btm_cluster.ledger.artifact import (
     tombstone_key,
     training_folder,
 )
-from btm_cluster.ledger.documents import THREADS
-from btm_cluster.ledger.forest_log import ForestLog
+from btm_cluster.ledger.documents import THREADS, check_fields, check_place, known_form
+from btm_cluster.ledger.forest_log import ForestLog, version_key
+from btm_cluster.ledger.keys import FOLDERS, is_ours, list_ours, list_strays
 from btm_cluster.ledger.ledger import Ledger
 
 __all__ = [
     "CHUNK_BYTES",
+    "FOLDERS",
     "THREADS",
     "Artifact",
+    "Blob",
     "ForestLog",
     "Ledger",
     "Ref",
     "artifact_key",
     "blob_key",
+    "check_fields",
+    "check_place",
     "describe_file",
+    "is_ours",
+    "known_form",
+    "list_ours",
+    "list_strays",
     "tombstone_key",
     "training_folder",
+    "version_key",
 ]

@@ -1,14 +1,17 @@
 """Values: what names an artifact, what its manifest says, and the keys under which a store has it."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from btm_cluster.errors import MissingError
+from btm_cluster.errors import IntegrityError, MissingError
+from btm_cluster.forest import identity_of
 
 CHUNK_BYTES = 8 * 2**20
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,58 @@ class Artifact:
     def has(self, name: str) -> bool:
         """Whether the artifact has a file called `name`."""
         return any(blob.name == name for blob in self.blobs)
+
+
+def check_artifact(artifact: Artifact, key: str) -> None:
+    """Refuses an artifact that is not what the key of its manifest says, or whose files cannot be what it says of them.
+
+    Raises:
+        IntegrityError: naming the key.
+    """
+    training = artifact.kind == "training"
+    own = training_key(artifact.identity, artifact.recipe["update"]) if training else artifact_key(artifact.ref)
+    if own != key:
+        raise _refused(f"{key} is another artifact's manifest", own, key)
+    if (made_from := _identity_by_recipe(artifact)) != artifact.identity:
+        raise _refused(f"{key} is not of the recipe that it names", made_from, artifact.identity)
+    names = [blob.name for blob in artifact.blobs]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise _refused(f"{key} names a file twice", ", ".join(sorted(twice)), "a name of its own for each")
+    for blob in artifact.blobs:
+        if wrong := _blob_problem(blob):
+            raise _refused(f"{key} names a file that cannot be", f"{blob.name!r}: {wrong}", "a file that was stored")
+
+
+def is_named_by(ref: Ref, recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
+    """Whether an identity is the one that a recipe gives."""
+    return _identity_by_recipe(Artifact(ref.kind, ref.identity, recipe, facts, {}, (), "")) == ref.identity
+
+
+def _identity_by_recipe(artifact: Artifact) -> str:
+    """The hash of the recipe. A text's is over its documents, and a training checkpoint's is that of its model's recipe."""
+    if artifact.kind == "text":
+        return str(artifact.recipe["documents"])
+    if artifact.kind == "training":
+        return identity_of(artifact.facts["model"]) if "model" in artifact.facts else artifact.identity
+    return identity_of(artifact.recipe)
+
+
+def _blob_problem(blob: Blob) -> str:
+    """Why an artifact cannot have such a file; nothing, if it can."""
+    if blob.name in ("", ".", "..") or "/" in blob.name or "\0" in blob.name:
+        return "a name that no file can have"
+    if blob.size_bytes < 0 or not all(map(_SHA256.fullmatch, (blob.sha256, *blob.chunks))):
+        return "a size or SHA-256 that is none"
+    if len(blob.chunks) != -(-blob.size_bytes // CHUNK_BYTES):
+        return f"{len(blob.chunks)} chunk hashes for {blob.size_bytes} bytes"
+    if len(blob.chunks) == 1 and blob.chunks != (blob.sha256,):
+        return "another SHA-256 for its only chunk than for the whole"
+    return ""
+
+
+def _refused(what: str, found: str, expected: str) -> IntegrityError:
+    remedy = "restore it from a backup, or move it out of the store and run the plan again"
+    return IntegrityError(what, found=found, expected=expected, remedy=remedy)
 
 
 def describe_file(name: str, path: Path) -> Blob:

@@ -5,6 +5,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,17 @@ from btm_cluster.ledger.artifact import (
     Ref,
     artifact_key,
     blob_key,
+    check_artifact,
     describe_file,
+    is_named_by,
     pin_key,
     tombstone_key,
     training_folder,
     training_key,
 )
-from btm_cluster.ledger.documents import THREADS, Document, Documents
+from btm_cluster.ledger.documents import THREADS, Document, Documents, check_fields, check_place, known_form
 from btm_cluster.ledger.forest_log import ForestLog
+from btm_cluster.ledger.keys import list_ours
 from btm_cluster.storage import Storage, open_storage
 
 logger = logging.getLogger(__name__)
@@ -51,17 +55,42 @@ class Ledger:
         return self.read_manifest(artifact_key(ref))
 
     def find_all(self, refs: Sequence[Ref]) -> list[Artifact | None]:
-        """`find` for each, in order; many at once, since each costs a round trip to the store."""
+        """What there is of each and still serves, in order; many at once, since each costs a round trip to the store.
+
+        Reading a source ends in a note that names the text. It serves while that text and its files are there: lost, they
+        are read again.
+        """
         if len(refs) < 2:
-            return [self.find(ref) for ref in refs]
+            return [self._find_serving(ref) for ref in refs]
         with ThreadPoolExecutor(THREADS, thread_name_prefix="find") as pool:
-            return list(pool.map(self.find, refs))
+            return list(pool.map(self._find_serving, refs))
+
+    def _find_serving(self, ref: Ref) -> Artifact | None:
+        found = self.find(ref)
+        if found is None or found.kind != "source":
+            return found
+        with known_form(artifact_key(ref)):
+            named = Ref("text", found.facts["text"])
+        text = self.find(named)
+        if text is None:
+            return None
+        try:
+            for blob in text.blobs:
+                self._check_blob_stands(text.ref, blob)
+        except MissingError as exc:
+            logger.warning("a text is read again: %s", exc.what)
+            return None
+        return found
 
     def get(self, ref: Ref) -> Artifact:
         """The artifact, which must be there."""
         found = self.find(ref)
         if found is None:
-            raise MissingError(f"the store has no {ref.kind} {ref.identity[:12]}", remedy="run the plan again")
+            raise MissingError(
+                f"the store has no {ref.kind} {ref.identity[:12]}",
+                expected=artifact_key(ref),
+                remedy="run the plan again; what that does not make anew must come from a backup",
+            )
         return found
 
     def check_standing(self, ref: Ref, manifest_hash: str) -> None:
@@ -83,7 +112,19 @@ class Ledger:
 
     def tombstone(self, ref: Ref) -> Document | None:
         """What is left of an artifact that was purged; None where none was."""
-        return self.documents.read(tombstone_key(ref))
+        return self.read_tombstone(tombstone_key(ref))
+
+    def read_tombstone(self, key: str) -> Document | None:
+        """The tombstone at a key, whose body has `domain`, `kind`, `identity` and `parents`; None where there is none."""
+        found = self.documents.read(key)
+        if found is None:
+            return None
+        with known_form(key):
+            check_fields(found.body, {"domain", "kind", "identity", "parents"})
+            own = tombstone_key(Ref(found.body["kind"], found.body["identity"]))
+            list(found.body["parents"])
+        check_place(key, own)
+        return found
 
     def parents_of(self, model: str) -> tuple[str, ...]:
         """Identities of the models that one was made from, even if it was purged."""
@@ -111,7 +152,7 @@ class Ledger:
 
     def list_artifacts(self, kind: str) -> Iterator[Artifact]:
         """Every committed artifact of a kind."""
-        keys = [entry.key for entry in self.storage.list(f"artifacts/{kind}/")]
+        keys = [entry.key for entry in list_ours(self.storage, f"artifacts/{kind}/")]
         with ThreadPoolExecutor(THREADS) as pool:
             yield from (found for found in pool.map(self.read_manifest, keys) if found is not None)
 
@@ -135,7 +176,8 @@ class Ledger:
         blob = artifact.blob(name)
         key = blob_key(artifact.ref, blob.sha256)
         for again in (False, True):  # a mismatch is read once more from the source before it fails
-            path = self.storage.download(key, anew=again)
+            with _named_if_lost(artifact.ref, blob):
+                path = self.storage.download(key, anew=again)
             found = describe_file(name, path)
             if found == blob:
                 return path
@@ -156,7 +198,8 @@ class Ledger:
         key = blob_key(artifact.ref, blob.sha256)
         for i, expected in enumerate(blob.chunks):
             for _ in range(2):
-                chunk = self.storage.read(key, i * CHUNK_BYTES, CHUNK_BYTES)
+                with _named_if_lost(artifact.ref, blob):
+                    chunk = self.storage.read(key, i * CHUNK_BYTES, CHUNK_BYTES)
                 found = hashlib.sha256(chunk).hexdigest()
                 if found == expected:
                     break
@@ -202,11 +245,17 @@ class Ledger:
 
     def clear_training(self, identity: str) -> None:
         """Drops every training checkpoint of a model that is committed, and what was left of unfinished ones."""
-        for entry in list(self.storage.list(training_folder(identity))):  # by key: manifests before their blobs
+        for entry in list_ours(self.storage, training_folder(identity)):  # by key: manifests before their blobs
             self.storage.delete(entry.key)
 
     def _standing(self, ref: Ref, manifest_hash: str) -> Artifact:
-        artifact = self.get(ref)
+        artifact = self.find(ref)
+        if artifact is None:
+            raise MissingError(
+                f"the store has lost {ref.kind} {ref.identity[:12]}, which a forest version names",
+                expected=artifact_key(ref),
+                remedy="restore it from a backup; `btm forest remove` goes on without a domain whose expert is lost",
+            )
         if artifact.manifest_hash != manifest_hash:
             raise IntegrityError(
                 f"{artifact_key(ref)} was replaced since this forest version was written",
@@ -217,16 +266,14 @@ class Ledger:
         return artifact
 
     def _check_blob_stands(self, ref: Ref, blob: Blob) -> None:
-        key = blob_key(ref, blob.sha256)
-        if [entry.size_bytes for entry in self.storage.list(key)] != [blob.size_bytes]:
-            raise MissingError(
-                f"{ref.kind} {ref.identity[:12]} has lost its file {blob.name} ({key})",
-                remedy=f"delete {artifact_key(ref)} and run the plan again, which makes it anew",
-            )
+        with _named_if_lost(ref, blob):
+            found = self.storage.size(blob_key(ref, blob.sha256))
+        if found != blob.size_bytes:
+            raise _lost(ref, blob, f"{found} bytes of {blob.size_bytes}")
 
     def _training_keys(self, identity: str) -> list[str]:
         """Of the manifests of training checkpoints, by update."""
-        return [e.key for e in self.storage.list(training_folder(identity)) if e.key.endswith(".json")]
+        return [e.key for e in list_ours(self.storage, training_folder(identity)) if e.key.endswith(".json")]
 
     def pin(self, version: int) -> None:
         """Keeps a version of the forest, which must be whole, from being collected, however old it becomes."""
@@ -249,6 +296,7 @@ class Ledger:
         facts: Mapping[str, Any],
         note: Mapping[str, Any],
     ) -> Artifact:
+        assert is_named_by(ref, recipe, facts), f"{ref} is not of its recipe"
         blobs = [describe_file(name, path) for name, path in sorted(files.items())]
         for blob in blobs:
             self.storage.upload(blob_key(ref, blob.sha256), files[blob.name])
@@ -259,26 +307,53 @@ class Ledger:
             "facts": facts,
             "blobs": [dataclasses.asdict(blob) for blob in blobs],
         }
-        self.documents.create(key, body, note)
+        is_first = self.documents.create(key, body, note)
         committed = self.read_manifest(key)
         if committed is None:
             raise IntegrityError(
                 f"{key} vanished right after it was created", remedy="check who deletes from this store"
             )
+        if not is_first and ref.kind != "training":  # another driver may drop a checkpoint at any time
+            for blob in set(committed.blobs) - set(blobs):  # what we uploaded ourselves is there
+                self._check_blob_stands(ref, blob)
         return committed
 
     def read_manifest(self, key: str) -> Artifact | None:
-        """The artifact whose manifest is the object at `key`; None where there is none."""
+        """The artifact whose manifest is the object at `key`; None where there is none.
+
+        Raises:
+            IntegrityError: it is not what was written, or not of the artifact that the key names.
+            StoreError: it has a form that this version does not know.
+        """
         document = self.documents.read(key)
         if document is None:
             return None
-        body = document.body
-        if (found := f"{body['kind']}/{body['identity']}") not in key:
-            raise IntegrityError(f"{key} is another artifact's manifest", found=found, expected=key)
-        blobs = tuple(Blob(**{**blob, "chunks": tuple(blob["chunks"])}) for blob in body["blobs"])
-        return Artifact(
-            body["kind"], body["identity"], body["recipe"], body["facts"], document.note, blobs, document.hash
-        )
+        with known_form(key):
+            body = document.body
+            check_fields(body, {"kind", "identity", "recipe", "facts", "blobs"})
+            blobs = tuple(Blob(**{**blob, "chunks": tuple(blob["chunks"])}) for blob in body["blobs"])
+            recipe, facts = dict(body["recipe"]), dict(body["facts"])
+            artifact = Artifact(body["kind"], body["identity"], recipe, facts, document.note, blobs, document.hash)
+            check_artifact(artifact, key)
+        return artifact
+
+
+@contextmanager
+def _named_if_lost(ref: Ref, blob: Blob) -> Iterator[None]:
+    """Says which artifact lost a file, where the store says only that an object is not there."""
+    try:
+        yield
+    except MissingError as exc:
+        raise _lost(ref, blob, "no such object") from exc
+
+
+def _lost(ref: Ref, blob: Blob, found: str) -> MissingError:
+    manifest = training_folder(ref.identity) if ref.kind == "training" else artifact_key(ref)
+    return MissingError(
+        f"{ref.kind} {ref.identity[:12]} has lost its file {blob.name} ({blob_key(ref, blob.sha256)})",
+        found=found,
+        remedy=f"delete {manifest} and run the plan again, which makes it anew",
+    )
 
 
 def _damaged(artifact: Artifact, blob: Blob, found: str, expected: str) -> IntegrityError:

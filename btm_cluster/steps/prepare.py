@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from btm_cluster.errors import IntegrityError
 from btm_cluster.language_model.blocks import pack_blocks
 from btm_cluster.language_model.corpus import Text, read_shard, write_random_part, write_text
 from btm_cluster.language_model.data_sets import pinned
@@ -16,7 +17,7 @@ from btm_cluster.language_model.tokenizer import (
     take_characters,
     train_tokenizer,
 )
-from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.ledger import Artifact, Ledger, Ref, artifact_key
 from btm_cluster.requests import (
     FindOverlap,
     ImportTokenizer,
@@ -71,7 +72,15 @@ def _commit_text(request: ReadText | ShuffleTexts, text: Text, ledger: Ledger) -
     # The text first, its memo last: a memo must never name a text that is not there.
     ledger.commit(Ref("text", text.identity), {"documents": text.identity}, text.files, text.facts)
     facts = {"text": text.identity, "skipped": dict(sorted(text.bad.items()))}
-    return ledger.commit(request.ref, request.recipe, {}, facts, {"name": request.label})
+    memo = ledger.commit(request.ref, request.recipe, {}, facts, {"name": request.label})
+    if memo.facts["text"] != text.identity:
+        raise IntegrityError(
+            f"the text {memo.facts['text'][:12]} of {request.label!r} was lost, and reading its source again gives another",
+            found=f"text {text.identity[:12]}",
+            expected=artifact_key(Ref("text", memo.facts["text"])),
+            remedy=f"restore that from a backup, or delete {artifact_key(request.ref)} to go on with the other text",
+        )
+    return memo
 
 
 def documents_of(ledger: Ledger, text: str, split: str) -> Iterator[str]:

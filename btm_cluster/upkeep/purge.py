@@ -13,8 +13,9 @@ from btm_cluster.errors import UserError
 from btm_cluster.expansion.inbox import INBOX, MARKER
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import THREADS, Artifact, Ledger, Ref, artifact_key, blob_key, tombstone_key, training_folder
-from btm_cluster.records import EXPANSIONS, HELD, LOGS, QUARANTINE, list_branch_points, list_quarantine, newest_held
-from btm_cluster.upkeep.housekeeping import MIXED, needs, read_manifests
+from btm_cluster.records import EXPANSIONS, HELD, LOGS, QUARANTINE, list_branch_points, list_refusals, newest_held
+from btm_cluster.upkeep.housekeeping import read_manifests
+from btm_cluster.upkeep.lineage import MIXED, needs
 
 DERIVED = ("scores", *MIXED)
 """Each kind is found by those before it, so they are deleted in reverse: an interrupted purge still finds what is left."""
@@ -130,7 +131,7 @@ def _records_of(
         if point.domain == domain
         or (point.domain not in standing and {parent.identity for parent in point.start.parents} & experts.keys())
     }
-    refused = {i for i, record in list_quarantine(ledger).items() if record["folder"] == domain}
+    refused = {identity for identity, refusal in list_refusals(ledger).items() if refusal.folder == domain}
     keys = {f"{EXPANSIONS}{point}.json" for point in points} | {f"{QUARANTINE}{identity}.json" for identity in refused}
     curves = (entry.key.split("/")[:3] for entry in ledger.storage.list(LOGS))
     keys |= {"/".join([*folders, ""]) for folders in curves if folders[-1] == domain}

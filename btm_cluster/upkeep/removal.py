@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from btm_cluster.errors import StoreError, UserError
 from btm_cluster.forest import Expert, Forest, descendants, put_back, roll_back, take_out
-from btm_cluster.ledger import THREADS, Ledger, Ref
+from btm_cluster.ledger import THREADS, Ledger, Ref, list_ours
 from btm_cluster.records import TOMBSTONES
 
 APPEND_ATTEMPTS = 100
@@ -117,9 +117,9 @@ def version_of(ledger: Ledger, version: int) -> Forest:
 
 
 def _purged_parents(ledger: Ledger) -> dict[str, tuple[str, ...]]:
-    keys = [entry.key for entry in ledger.storage.list(f"{TOMBSTONES}model/")]
+    keys = [entry.key for entry in list_ours(ledger.storage, f"{TOMBSTONES}model/")]
     with ThreadPoolExecutor(THREADS) as pool:
-        read = [record.body for record in pool.map(ledger.documents.read, keys) if record is not None]
+        read = [record.body for record in pool.map(ledger.read_tombstone, keys) if record is not None]
     return {body["identity"]: tuple(body["parents"]) for body in read}
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from btm_cluster.equations.averaging import argmax_weights, average_tensor, post
 from btm_cluster.equations.posterior import log_prior
 from btm_cluster.errors import IncompatibleError
 from btm_cluster.evaluation import average_weights, score_models, stack_of
-from btm_cluster.forest import Parent
+from btm_cluster.forest import Parent, identity_of
 from btm_cluster.language_model.averaging import average_files, read_header
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.merged_model import FOLDER_FILES
@@ -234,7 +235,8 @@ def test_another_architecture_or_tokenizer_is_refused_before_a_weight_is_read(
     files = files_of(store, expert)
     changed = json.loads(files[name].read_text()) | {"a field": "of another"}
     (tmp_path / name).write_text(json.dumps(changed))
-    other = store.ledger.commit(Ref("model", "other"), expert.recipe, files | {name: tmp_path / name}, {})
+    recipe = {**expert.recipe, "last_update": 10**6}
+    other = store.ledger.commit(Ref("model", identity_of(recipe)), recipe, files | {name: tmp_path / name}, {})
     lose_weights(store, expert)
     with pytest.raises(IncompatibleError) as refused:
         store.workers.average([request_for(expert, other)])
@@ -250,20 +252,22 @@ def test_models_that_two_versions_of_transformers_wrote_can_be_averaged(
     assert "transformers_version" not in config
     (tmp_path / "config.json").write_text(json.dumps(config | {"transformers_version": "5.1.0"}))
     older = files | {"config.json": tmp_path / "config.json"}
-    other = store.ledger.commit(Ref("model", "older"), expert.recipe, older, {})
+    recipe = {**expert.recipe, "last_update": 10**6}
+    other = store.ledger.commit(Ref("model", identity_of(recipe)), recipe, older, {})
     assert isinstance(store.workers.average([request_for(expert, other)])[0], Artifact)
 
 
 def test_models_of_two_seeds_are_refused_before_a_weight_is_read(grown: GrownForest, store: Driver) -> None:
     expert = grown.experts[0]
     files = files_of(store, expert)
-    seed = store.ledger.commit(Ref("model", "another-seed"), {"start": None}, files, {})
-    start = {"parents": [{"identity": seed.identity, "weight": 1.0}], "keep_optimizer": True}
-    stranger = store.ledger.commit(Ref("model", "stranger"), {"start": start}, files, {})
+    recipe: dict[str, Any] = {"start": None}
+    seed = store.ledger.commit(Ref("model", identity_of(recipe)), recipe, files, {})
+    recipe = {"start": {"parents": [{"identity": seed.identity, "weight": 1.0}], "keep_optimizer": True}}
+    stranger = store.ledger.commit(Ref("model", identity_of(recipe)), recipe, files, {})
     lose_weights(store, expert)
     with pytest.raises(IncompatibleError) as refused:
         store.workers.average([request_for(expert, stranger)])
-    assert "another-seed" in refused.value.found
+    assert seed.identity[:12] in refused.value.found
     assert grown.grown.forest.foundation.seed[:12] in refused.value.expected
 
 

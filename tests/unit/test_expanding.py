@@ -5,7 +5,7 @@ import os
 import random
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +31,10 @@ from btm_cluster.plan import ExpansionPlan, Plan
 from btm_cluster.plan.expansion import AcceptancePlan
 from btm_cluster.requests import TrainRequest
 from btm_cluster.run import run_plan
+from btm_cluster.storage import Entry
+from btm_cluster.storage.local_folder import LocalFolder
 from btm_cluster.upkeep.contributions import contributions
+from btm_cluster.upkeep.housekeeping import verify
 from btm_cluster.workers import Failure, Outcome
 from tests.conftest import in_process, made_up_documents, write_jsonl
 from tests.living import deliver, put
@@ -228,6 +231,69 @@ def test_bad_domains_are_quarantined_with_their_reasons_and_do_not_stop_the_othe
     assert "broken" in expanded(bounded).waiting
     arrive("broken", made_up_documents("mended", 120))
     assert expanded(bounded).added == ("broken",)
+
+
+def test_what_editors_browsers_and_consoles_leave_in_the_store_stops_no_schedule_and_refuses_no_domain(
+    plan: Plan, ledger: Ledger, arrive: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    arrive("meadow")
+    store = Path(plan.store)
+    left = [".DS_Store", ".nfs0000001", "a.jsonl~", "#a.jsonl#", ".a.jsonl.swp", ".git/config"]
+    folders = [
+        "inbox",
+        "inbox/meadow",
+        "inbox/meadow/deeper",
+        "forest",
+        "quarantine",
+        "expansions",
+        "held",
+        "tombstones",
+    ]
+    for folder in folders:
+        for name in left:
+            (store / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (store / folder / name).write_bytes(b"\0 no text")
+    (store / "inbox/meadow/.#a.jsonl").symlink_to("somebody@somewhere.1234")
+    (store / "inbox/.lock").symlink_to("nowhere")
+    (store / "inbox/a.jsonl").write_text("no folder of its own")
+    found = expanded(plan)
+    assert (found.added, found.quarantined, found.waiting) == (("meadow",), {}, {})
+    told = [record.getMessage() for record in caplog.records if "none of the store's" in record.getMessage()]
+    assert sum("in inbox/" in line for line in told) == 1
+    caplog.clear()
+    again = expanded(plan)
+    assert (again.added, again.quarantined) == ((), {})
+    assert not [record for record in caplog.records if "none of the store's" in record.getMessage()], "told once"
+    assert verify(ledger).problems == ()
+
+
+def test_folder_markers_of_object_storage_belong_to_no_domain(
+    plan: Plan, ledger: Ledger, arrive: Callable[..., None]
+) -> None:
+    class WithMarkers(LocalFolder):
+        """As an S3 console makes folders: an object of no bytes whose key ends in a slash."""
+
+        def list(self, prefix: str) -> Iterator[Entry]:
+            yield from super().list(prefix)
+            yield from (Entry(key, 0, 1e12) for key in ("inbox/", "inbox/meadow/", "inbox/meadow/deeper/"))
+
+    arrive("meadow")
+    bare = plan.model_copy(update={"domains": (), "targets": ()})
+    found = look(Ledger(WithMarkers(plan.store)), bare, ())
+    assert [arrival.domain.name for arrival in found.arrivals] == ["meadow"]
+    assert found == look(ledger, bare, ())
+
+
+def test_old_refusals_are_not_read_again_unless_what_was_refused_still_lies_there(
+    plan: Plan, ledger: Ledger, arrive: Callable[..., None]
+) -> None:
+    # 5,000 of them took 4.6 s of every expansion.
+    arrive("Bad Name")
+    first = expanded(plan).quarantined
+    assert first.keys() == {"Bad Name"}
+    for number in range(20):
+        Path(ledger.storage.address(f"quarantine/{number:064x}.json")).write_bytes(b"not even read")
+    assert expanded(plan).quarantined == first
 
 
 def test_links_and_pipes_are_refused_and_what_they_lead_to_is_not_read(

@@ -79,7 +79,7 @@ class AtOnce:
                 for split in ("train", "development", "test")
             }
             text = Ref("text", request.label.ljust(64, "0"))
-            self._ledger.commit(text, {}, {}, {"duplicates": 0, "splits": splits})
+            self._ledger.commit(text, {"documents": text.identity}, {}, {"duplicates": 0, "splits": splits})
             return self._ledger.commit(request.ref, request.recipe, {}, {"text": text.identity, "skipped": {}})
         if isinstance(request, Tokenize):
             owners = np.tile(np.arange(BLOCKS)[:, None], TOKENS)

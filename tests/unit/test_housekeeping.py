@@ -2,20 +2,26 @@
 
 import os
 import shutil
+import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from btm_cluster.algorithm import grow, merge
-from btm_cluster.errors import IntegrityError, MissingError
-from btm_cluster.forest import Parent
-from btm_cluster.ledger import Artifact, Ledger, Ref, blob_key
+from btm_cluster.cli import app, run_command
+from btm_cluster.errors import IntegrityError, MissingError, StoreError
+from btm_cluster.forest import Parent, identity_of
+from btm_cluster.ledger import Artifact, Ledger, Ref, artifact_key, blob_key
 from btm_cluster.plan import Plan
 from btm_cluster.records import BranchPoint, Held, hold, quarantine, settle_branch_point
 from btm_cluster.requests import Start
 from btm_cluster.run import run_plan
-from btm_cluster.upkeep.housekeeping import collect, find_garbage, reached, store_time, verify
+from btm_cluster.storage.local_folder import LocalFolder
+from btm_cluster.upkeep.housekeeping import collect, find_garbage, store_time, verify
+from btm_cluster.upkeep.lineage import KINDS, reached
 from tests.conftest import in_process, plan_fields
 
 DAY = 86_400.0
@@ -102,6 +108,192 @@ def test_what_is_lost_cut_short_or_too_long_is_named(ledger: Ledger) -> None:
     assert any("names model" in problem and "no manifest" in problem for problem in verify(ledger).problems)
 
 
+def only_problem(ledger: Ledger) -> str:
+    (problem,) = verify(ledger).problems
+    return problem
+
+
+def test_versions_without_the_first_or_with_a_gap_are_a_problem(ledger: Ledger) -> None:
+    store = Path(ledger.storage.location)
+    forest = ledger.log.newest()
+    assert forest is not None
+    for version in (2, 3):
+        ledger.log.append(replace(forest, version=version, parent=None))
+    for version in (0, 2):
+        whole = (store / f"forest/{version:06d}.json").read_bytes()
+        (store / f"forest/{version:06d}.json").unlink()
+        assert f"forest version {version} is missing" in only_problem(ledger)
+        (store / f"forest/{version:06d}.json").write_bytes(whole)
+    assert verify(ledger).problems == ()
+    shutil.copy(store / "forest/000001.json", store / "forest/000009.json")
+    problems = verify(ledger).problems
+    assert any("forest/000009.json" in problem for problem in problems)
+    assert any("forest version 4 to 8 is missing" in problem for problem in problems)
+
+
+def test_a_version_of_a_monstrous_number_is_named_like_any_other(ledger: Ledger) -> None:
+    store = Path(ledger.storage.location)
+    shutil.copy(store / "forest/000001.json", store / f"forest/{10**200}.json")
+    assert any("forest version 2 to 9" in problem for problem in verify(ledger).problems)
+
+
+def test_pins_are_read_and_their_versions_must_be_there(ledger: Ledger) -> None:
+    store = Path(ledger.storage.location)
+    ledger.pin(1)
+    assert verify(ledger).problems == ()
+    shutil.copy(store / "pins/000001.json", store / "pins/000000.json")
+    assert "pins/000000.json" in only_problem(ledger)
+    (store / "pins/000000.json").unlink()
+    ledger.documents.create("pins/000007.json", {"version": 7})
+    assert "forest version 7 is missing" in only_problem(ledger)
+    (store / "pins/000007.json").write_bytes(b"")
+    assert "pins/000007.json" in only_problem(ledger)
+
+
+@pytest.mark.parametrize("kind", ["text", "tokenizer", "tokens", "model"])
+def test_an_artifact_that_a_kept_one_needs_and_that_is_gone_is_a_problem(ledger: Ledger, kind: str) -> None:
+    forest = ledger.log.newest()
+    assert forest is not None
+    expert = ledger.get(Ref("model", forest.experts[0].identity))
+    scores = next(scores for scores in ledger.list_artifacts("scores") if scores.recipe["model"] == expert.identity)
+    lost = {
+        "text": expert.recipe["texts"][0],
+        "tokenizer": expert.recipe["tokenizer"],
+        "tokens": scores.recipe["tokens"][0],
+        "model": forest.foundation.seed,
+    }[kind]
+    Path(ledger.storage.address(f"artifacts/{kind}/{lost}.json")).unlink()
+    problems = verify(ledger).problems
+    assert any(f"{kind} {lost[:12]} is missing" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("folder", ["artifacts/text", "forest", "pins"])
+def test_a_link_that_leads_nowhere_is_a_problem(ledger: Ledger, folder: str) -> None:
+    ledger.pin(1)
+    last = sorted(Path(ledger.storage.location, folder).iterdir())[-1]
+    last.unlink()
+    last.symlink_to("nowhere")
+    assert any(last.name in problem and "cannot be read" in problem for problem in verify(ledger).problems)
+
+
+def test_the_text_of_a_target_is_needed_by_what_read_it_alone(ledger: Ledger) -> None:
+    trained = {text for model in ledger.list_artifacts("model") for text in model.recipe.get("texts", ())}
+    target = next(text for text in ledger.list_artifacts("text") if text.identity not in trained)
+    Path(ledger.storage.address(artifact_key(target.ref))).unlink()
+    assert any(f"text {target.identity[:12]} is missing" in problem for problem in verify(ledger).problems)
+
+
+def test_what_is_none_of_the_stores_is_noted_is_no_problem_and_is_never_collected(plan: Plan, ledger: Ledger) -> None:
+    store = Path(plan.store)
+    folders = ["forest", "artifacts/model", "artifacts/later-kind", "blobs", "pins", "quarantine", "inbox", "training"]
+    strays = {f"{folder}/{name}" for folder in folders for name in (".DS_Store", "000001.json~", "#x#", ".nfs01")}
+    for key in strays:
+        (store / key).parent.mkdir(parents=True, exist_ok=True)
+        (store / key).write_bytes(b"what an editor left")
+    let_all_be_old(plan.store)
+    seen = verify(ledger)
+    assert seen.problems == ()
+    assert len(seen.notes) == len(strays)
+    assert all(any(repr(key) in note for note in seen.notes) for key in strays)
+    found = find_garbage(ledger, keep_versions=1, grace_seconds=DAY)
+    assert found.manifests
+    collect(ledger, found)
+    assert all((store / key).exists() for key in strays)
+
+
+def test_what_a_killed_process_was_writing_is_collected_once_it_is_old(plan: Plan, ledger: Ledger) -> None:
+    keys = [
+        f"{folder}/.writing-{'0123456789abcdef' * 2}" for folder in ("blobs", "artifacts/model", "forest", "logs/run")
+    ]
+    for key in keys:
+        Path(plan.store, key).parent.mkdir(parents=True, exist_ok=True)
+        Path(plan.store, key).write_bytes(b"ha")
+    assert not set(keys) & set(find_garbage(ledger, 10, DAY).blobs)
+    let_all_be_old(plan.store)
+    found = find_garbage(ledger, 10, DAY)
+    assert set(keys) <= set(found.blobs)
+    collect(ledger, found)
+    assert not any(Path(plan.store, key).exists() for key in keys)
+    assert verify(ledger).problems == ()
+
+
+def test_a_kind_of_a_newer_version_is_not_collected_nor_what_it_may_need(plan: Plan, ledger: Ledger) -> None:
+    recipe = {"of": "a later version"}
+    ledger.commit(Ref("distilled", identity_of(recipe)), recipe, {}, {})
+    let_all_be_old(plan.store)
+    assert verify(ledger).problems == ()
+    with pytest.raises(StoreError, match="artifacts/distilled/") as refused:
+        find_garbage(ledger, 1, DAY)
+    assert "newer" in refused.value.remedy
+
+
+def test_a_collection_deletes_what_is_made_before_what_it_is_made_from(plan: Plan, ledger: Ledger) -> None:
+    forest = ledger.log.newest()
+    assert forest is not None
+    ledger.log.append(replace(forest, version=2, experts=(), manifests={}, parent=None))
+    let_all_be_old(plan.store)
+    found = find_garbage(ledger, 1, DAY)
+    deleted: list[str] = []
+
+    class Remembering(LocalFolder):
+        def delete(self, key: str) -> None:
+            deleted.append(key)
+            super().delete(key)
+
+    collect(Ledger(Remembering(plan.store)), found)
+    kinds = list(dict.fromkeys(key.split("/")[1] for key in deleted if key.startswith("artifacts/")))
+    assert kinds == [kind for kind in reversed(KINDS) if kind in kinds]
+    assert len(kinds) > 5
+
+
+@pytest.fixture
+def read_only(grown: Plan) -> Iterator[str]:
+    """A store that nobody may write to, where somebody else than root can see it."""
+    with tempfile.TemporaryDirectory() as folder:
+        store, user = Path(folder, "store"), os.geteuid()
+        shutil.copytree(grown.store, store)
+        Path(folder).chmod(0o755)
+        folders = [store, *(path for path in store.rglob("*") if path.is_dir())]
+        for one in folders:
+            one.chmod(0o555)
+        try:
+            yield str(store)
+        finally:
+            os.seteuid(user)
+            for one in folders:
+                one.chmod(0o755)
+
+
+@pytest.mark.parametrize("command", ["gc", "verify", "show", "log"])
+def test_a_store_that_cannot_be_written_can_be_looked_at(
+    read_only: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def look() -> int:
+        return run_command(lambda: app(["forest", command, "--store", read_only]))
+
+    assert look() == 0  # and everything is imported, which the other user may not read
+    capsys.readouterr()
+    os.seteuid(os.geteuid() or 65534)  # who is root writes everything
+    with pytest.raises(StoreError, match="cannot create"):
+        store_time(Ledger.open(read_only).storage)
+    assert look() == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    if command == "gc":
+        assert "would delete" in shown.out
+
+
+def test_a_collection_without_delete_writes_nothing_and_says_whose_clock_it_goes_by(
+    plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    let_all_be_old(plan.store)
+    before = os.stat(plan.store).st_mtime_ns
+    assert run_command(lambda: app(["forest", "gc", "--store", plan.store])) == 0
+    assert "this machine's clock" in capsys.readouterr().out
+    assert os.stat(plan.store).st_mtime_ns == before
+    assert not Path(plan.store, "clock").exists()
+
+
 def test_nothing_young_is_garbage(ledger: Ledger) -> None:
     ledger.storage.create("blobs/" + "0" * 64, b"an upload whose manifest is still to come")
     found = find_garbage(ledger, keep_versions=1, grace_seconds=DAY)
@@ -159,7 +351,9 @@ def test_a_training_in_the_making_keeps_its_checkpoint_and_what_it_is_made_from(
     ledger.log.append(type(forest)(2, forest.foundation, (), {}, reason="as if nothing were kept"))
     let_all_be_old(plan.store)
     weights = ledger.open_file(expert, "model.safetensors")
-    ledger.save_training("0" * 64, 7, {"model.safetensors": weights}, {"how": {}, "model": dict(expert.recipe)})
+    recipe = dict(expert.recipe) | {"last_update": 10**6}
+    identity = identity_of(recipe)
+    ledger.save_training(identity, 7, {"model.safetensors": weights}, {"how": {}, "model": recipe})
     found = set(find_garbage(ledger, keep_versions=1, grace_seconds=DAY).manifests)
     needed = {f"artifacts/text/{text}.json" for text in expert.recipe["texts"]}
     needed |= {
@@ -171,7 +365,7 @@ def test_a_training_in_the_making_keeps_its_checkpoint_and_what_it_is_made_from(
     assert any(key.startswith("artifacts/model/") for key in found)
     let_all_be_old(plan.store)
     abandoned = find_garbage(ledger, keep_versions=1, grace_seconds=DAY)
-    assert f"training/{'0' * 64}/000000007.json" in abandoned.manifests
+    assert f"training/{identity}/000000007.json" in abandoned.manifests
     assert any(key.startswith("training/") for key in abandoned.blobs)
 
 
@@ -204,7 +398,8 @@ def test_an_expansion_in_the_making_keeps_what_its_expert_starts_from_however_ol
     assert f"artifacts/model/{harbour.identity}.json" in found.manifests or harbour.identity in averages[0].parents
     hold(ledger, Held(settled.identity, "0" * 64, 1, 0.5, "worse"))
     quarantine(ledger, "bad", "1" * 64, "a link")
-    ledger.documents.create(f"tombstones/text/{'2' * 64}.json", {"domain": "gone", "parents": []})
+    gone = {"domain": "gone", "kind": "text", "identity": "2" * 64, "parents": []}
+    ledger.documents.create(f"tombstones/text/{'2' * 64}.json", gone)
     let_all_be_old(plan.store)
     collect(ledger, find_garbage(ledger, keep_versions=1, grace_seconds=DAY))
     records = {
@@ -219,13 +414,15 @@ def test_an_expansion_in_the_making_keeps_what_its_expert_starts_from_however_ol
 
 def test_a_blob_that_is_named_anew_before_it_is_deleted_stays(plan: Plan, ledger: Ledger, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"bytes that come back")
-    made = ledger.commit(Ref("model", "0" * 64), {}, {"w": tmp_path / "file"}, {})
-    ledger.storage.delete(f"artifacts/model/{'0' * 64}.json")
+    recipes = [{"model": name} for name in ("first", "second")]
+    refs = [Ref("model", identity_of(recipe)) for recipe in recipes]
+    made = ledger.commit(refs[0], recipes[0], {"w": tmp_path / "file"}, {})
+    ledger.storage.delete(artifact_key(refs[0]))
     let_all_be_old(plan.store)
     found = find_garbage(ledger, keep_versions=10, grace_seconds=DAY)
     key = blob_key(made.ref, made.blob("w").sha256)
     assert key in found.blobs
-    ledger.commit(Ref("model", "1" * 64), {}, {"w": tmp_path / "file"}, {})
+    ledger.commit(refs[1], recipes[1], {"w": tmp_path / "file"}, {})
     collect(ledger, found)
     assert key in all_keys(ledger)
 

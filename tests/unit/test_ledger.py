@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import os
+import re
+import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +15,13 @@ from typing import Any
 import pytest
 
 from btm_cluster.errors import IntegrityError, MissingError, StoreError
-from btm_cluster.forest import Expert, Forest, Foundation, Parent, merge_into
+from btm_cluster.forest import Expert, Forest, Foundation, Parent, canonical_json, identity_of, merge_into
 from btm_cluster.ledger import CHUNK_BYTES, Artifact, Ledger, Ref, describe_file
+from btm_cluster.storage import Entry
 from btm_cluster.storage.local_folder import LocalFolder
 
-MODEL = Ref("model", "0123456789abcdef")
+RECIPE = {"made": "of this"}
+MODEL = Ref("model", identity_of(RECIPE))
 FOUNDATION = Foundation("seed", "tokenizer", "model", 1024, (("code", "text-code"), ("law", "text-law")))
 PLANTED = Forest(0, FOUNDATION, (), {"seed": "hash"}, "planted")
 
@@ -40,8 +45,20 @@ def files(folder: Path, contents: Mapping[str, bytes]) -> dict[str, Path]:
     return paths
 
 
-def commit(ledger: Ledger, folder: Path, contents: Mapping[str, bytes], ref: Ref = MODEL, **facts: Any) -> Artifact:
-    return ledger.commit(ref, {"made": "of this"}, files(folder, contents), facts)
+def commit(
+    ledger: Ledger,
+    folder: Path,
+    contents: Mapping[str, bytes],
+    made: str = "of this",
+    kind: str = "model",
+    **facts: Any,
+) -> Artifact:
+    return ledger.commit(ref_of(made, kind), {"made": made}, files(folder, contents), facts)
+
+
+def ref_of(made: str, kind: str = "model") -> Ref:
+    """What `commit` names an artifact."""
+    return Ref(kind, identity_of({"made": made}))
 
 
 def everything_below(folder: Path) -> dict[str, bytes]:
@@ -100,11 +117,12 @@ def test_what_is_committed_is_found_and_opened_by_every_ledger_of_the_store(
     ledger: Ledger, store: Path, tmp_path: Path
 ) -> None:
     recipe = {"texts": ["a", "b"], "rate": 5e-4, "deep": {"none": None, "ü": [1, 2.5]}}
-    made = ledger.commit(MODEL, recipe, files(tmp_path, {"w": b"weights", "c": b""}), {"tokens": 7}, {"seconds": 1.5})
-    found = Ledger.open(str(store)).find(MODEL)
+    ref = Ref("model", identity_of(recipe))
+    made = ledger.commit(ref, recipe, files(tmp_path, {"w": b"weights", "c": b""}), {"tokens": 7}, {"seconds": 1.5})
+    found = Ledger.open(str(store)).find(ref)
     assert found == made
     assert found is not None
-    assert (found.ref, found.recipe, found.facts, found.note["seconds"]) == (MODEL, recipe, {"tokens": 7}, 1.5)
+    assert (found.ref, found.recipe, found.facts, found.note["seconds"]) == (ref, recipe, {"tokens": 7}, 1.5)
     assert {blob.name: ledger.open_file(found, blob.name).read_bytes() for blob in found.blobs} == {
         "w": b"weights",
         "c": b"",
@@ -124,10 +142,10 @@ def test_what_was_never_committed_is_none_or_missing(ledger: Ledger, tmp_path: P
 
 
 def test_artifacts_are_listed_by_kind(ledger: Ledger, tmp_path: Path) -> None:
-    refs = [Ref("model", "b"), Ref("model", "a"), Ref("models", "c"), Ref("scores", "a")]
-    for ref in refs:
-        commit(ledger, tmp_path, {"w": ref.identity.encode()}, ref)
-    assert [artifact.ref for artifact in ledger.list_artifacts("model")] == [Ref("model", "a"), Ref("model", "b")]
+    for made, kind in [("b", "model"), ("a", "model"), ("c", "models"), ("a", "scores")]:
+        commit(ledger, tmp_path, {"w": made.encode()}, made, kind)
+    expected = sorted([ref_of("a"), ref_of("b")], key=lambda ref: ref.identity)
+    assert [artifact.ref for artifact in ledger.list_artifacts("model")] == expected
     assert list(ledger.list_artifacts("tokens")) == []
 
 
@@ -162,7 +180,7 @@ def test_all_who_race_to_commit_one_artifact_get_the_winners(store: Path, tmp_pa
         mine = Ledger.open(str(store))
         paths = files(tmp_path, {"w": b"made by %d" % number})
         together.wait()
-        return mine.commit(MODEL, {}, paths, {"by": number})
+        return mine.commit(MODEL, RECIPE, paths, {"by": number})
 
     with ThreadPoolExecutor(6) as pool:
         outcomes = list(pool.map(race, range(6)))
@@ -279,12 +297,323 @@ def test_what_is_no_manifest_is_refused_by_its_key(ledger: Ledger, store: Path, 
 
 def test_a_manifest_in_anothers_place_is_not_taken_for_it(ledger: Ledger, store: Path, tmp_path: Path) -> None:
     commit(ledger, tmp_path, {"w": b"weights"})
-    other = Ref("model", "fedcba9876543210")
+    other = ref_of("something else")
     manifest_of(store, other).write_bytes(manifest_of(store).read_bytes())
     with pytest.raises(IntegrityError) as refused:
         ledger.find(other)
     assert MODEL.identity in refused.value.found
     assert other.identity in refused.value.expected
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any]], Any], to: Path | None = None) -> None:
+    """Changes a document and gives it the hash of what it says now: what a newer version, or a hand, would write."""
+    whole = json.loads(path.read_text())
+    change(whole)
+    whole.pop("hash")
+    whole["hash"] = hashlib.sha256(canonical_json(whole)).hexdigest()
+    data = json.dumps(whole, indent=1, sort_keys=True, ensure_ascii=False).encode()
+    (to or path).write_bytes(data)
+
+
+@pytest.mark.parametrize("added", ["0", "abc", "-"])
+def test_an_identity_that_is_a_part_of_the_keys_is_not_taken_for_it(
+    ledger: Ledger, store: Path, tmp_path: Path, added: str
+) -> None:
+    # The identity was looked for anywhere in the key.
+    commit(ledger, tmp_path, {"w": b"weights"})
+    for other in (Ref("model", MODEL.identity + added), Ref("a-model", MODEL.identity)):
+        manifest_of(store, other).parent.mkdir(exist_ok=True)
+        manifest_of(store, other).write_bytes(manifest_of(store).read_bytes())
+        with pytest.raises(IntegrityError, match="another artifact's manifest"):
+            ledger.find(other)
+
+
+def test_a_manifest_whose_recipe_is_not_the_one_that_its_identity_is_the_hash_of_is_refused(
+    ledger: Ledger, store: Path, tmp_path: Path
+) -> None:
+    commit(ledger, tmp_path, {"w": b"weights"})
+    rewritten(manifest_of(store), lambda whole: whole["body"]["recipe"].update(made="of that"))
+    with pytest.raises(IntegrityError) as refused:
+        ledger.find(MODEL)
+    assert (refused.value.found, refused.value.expected) == (ref_of("of that").identity, MODEL.identity)
+    assert refused.value.remedy
+
+
+@pytest.mark.parametrize("kind", ["text", "training"])
+def test_a_text_and_a_training_checkpoint_have_their_own_rule_for_what_their_identity_is_of(
+    ledger: Ledger, store: Path, tmp_path: Path, kind: str
+) -> None:
+    if kind == "text":
+        ref = Ref("text", "0123456789abcdef" * 4)
+        ledger.commit(ref, {"documents": ref.identity}, {}, {})
+        path, change = manifest_of(store, ref), lambda whole: whole["body"]["recipe"].update(documents="f" * 64)
+    else:
+        save(ledger, tmp_path, 3)
+        path = store / "training" / MODEL.identity / "000000003.json"
+        change = lambda whole: whole["body"]["facts"]["model"].update(made="of that")  # noqa: E731
+    key = path.relative_to(store).as_posix()
+    assert ledger.read_manifest(key) is not None
+    rewritten(path, change)
+    with pytest.raises(IntegrityError, match=re.escape(key)):
+        ledger.read_manifest(key)
+
+
+def test_a_training_checkpoint_under_the_number_of_another_update_is_passed_over(
+    ledger: Ledger, store: Path, tmp_path: Path
+) -> None:
+    save(ledger, tmp_path, 3)
+    folder = store / "training" / MODEL.identity
+    shutil.copy(folder / "000000003.json", folder / "000000009.json")
+    latest = ledger.latest_training(MODEL.identity)
+    assert latest is not None
+    assert latest.recipe["update"] == 3
+
+
+SHA = hashlib.sha256(b"weights").hexdigest()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"chunks": []},
+        {"chunks": [SHA, SHA]},
+        {"chunks": ["0" * 64]},
+        {"size_bytes": CHUNK_BYTES + 1},
+        {"size_bytes": -7},
+        {"sha256": "../../etc/passwd"},
+        {"sha256": SHA.upper()},
+        {"name": "../outside"},
+        {"name": ".."},
+        {"name": ""},
+    ],
+    ids=str,
+)
+def test_a_manifest_that_names_a_file_which_cannot_be_is_refused(
+    ledger: Ledger, store: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    commit(ledger, tmp_path, {"w": b"weights"})
+    rewritten(manifest_of(store), lambda whole: whole["body"]["blobs"][0].update(change))
+    with pytest.raises(IntegrityError, match=MODEL.identity):
+        ledger.find(MODEL)
+
+
+def test_a_manifest_that_names_a_file_twice_is_refused(ledger: Ledger, store: Path, tmp_path: Path) -> None:
+    commit(ledger, tmp_path, {"w": b"weights"})
+    rewritten(manifest_of(store), lambda whole: whole["body"].update(blobs=2 * whole["body"]["blobs"]))
+    with pytest.raises(IntegrityError, match="twice"):
+        ledger.find(MODEL)
+
+
+NEWER: list[Callable[[dict[str, Any]], Any]] = [
+    lambda whole: whole.update(format=2),
+    lambda whole: whole["body"].update(shards=3),
+    lambda whole: whole.update(body=[1, 2]),
+    lambda whole: whole.update(note=7),
+    lambda whole: whole.pop("note"),
+    lambda whole: whole["body"].clear(),
+]
+
+
+@pytest.mark.parametrize("change", NEWER)
+def test_what_a_newer_version_wrote_is_one_clear_error_and_stays(
+    ledger: Ledger, store: Path, tmp_path: Path, change: Callable[[dict[str, Any]], Any]
+) -> None:
+    commit(ledger, tmp_path, {"w": b"weights"})
+    save(ledger, tmp_path, 3)
+    ledger.log.append(PLANTED)
+    looks: dict[str, Callable[[], Any]] = {
+        f"artifacts/model/{MODEL.identity}.json": lambda: ledger.find(MODEL),
+        f"training/{MODEL.identity}/000000003.json": lambda: ledger.latest_training(MODEL.identity),
+        "forest/000000.json": lambda: ledger.log.newest(),
+    }
+    for key, look in looks.items():
+        rewritten(store / key, change)
+        with pytest.raises(StoreError) as refused:
+            look()
+        assert not isinstance(refused.value, IntegrityError | MissingError), "what is not damaged may not be dropped"
+        assert key in refused.value.what
+        assert "newer" in refused.value.remedy
+    with pytest.raises(StoreError):
+        save(ledger, tmp_path, 4)
+    assert (store / "training" / MODEL.identity / "000000003.json").exists()
+
+
+@pytest.mark.parametrize("blobs", [[{"name": "w"}], [7], "text", None, [{"name": "w", "chunks": None}]])
+def test_a_manifest_whose_files_are_of_another_form_is_one_clear_error(
+    ledger: Ledger, store: Path, tmp_path: Path, blobs: Any
+) -> None:
+    commit(ledger, tmp_path, {"w": b"weights"})
+    rewritten(manifest_of(store), lambda whole: whole["body"].update(blobs=blobs))
+    with pytest.raises(StoreError, match=MODEL.identity):
+        ledger.find(MODEL)
+
+
+def test_deeply_nested_json_in_place_of_a_manifest_is_damage(ledger: Ledger, store: Path, tmp_path: Path) -> None:
+    commit(ledger, tmp_path, {"w": b"weights"})
+    for data in (b"[" * 200_000 + b"]" * 200_000, b'{"a":' * 200_000 + b"0" + b"}" * 200_000):
+        manifest_of(store).write_bytes(data)
+        with pytest.raises(IntegrityError, match=MODEL.identity):
+            ledger.find(MODEL)
+
+
+def test_a_monstrous_file_in_place_of_a_manifest_is_not_read_into_memory(
+    ledger: Ledger, store: Path, tmp_path: Path
+) -> None:
+    commit(ledger, tmp_path, {"w": b"weights"})
+    with manifest_of(store).open("wb") as file:
+        file.truncate(10**12)  # of holes: it takes no disk
+    with pytest.raises(IntegrityError, match="damaged"):
+        ledger.find(MODEL)
+
+
+@pytest.mark.parametrize("stands", ["folder", "pipe", "device", "loop"])
+def test_what_is_no_file_in_the_place_of_a_manifest_a_blob_or_a_version_is_one_clear_error(
+    ledger: Ledger, store: Path, tmp_path: Path, stands: str
+) -> None:
+    made = commit(ledger, tmp_path, {"w": b"weights"})
+    ledger.log.append(PLANTED)
+    put = {
+        "folder": lambda path: path.mkdir(),
+        "pipe": os.mkfifo,
+        "device": lambda path: path.symlink_to("/dev/zero"),
+        "loop": lambda path: path.symlink_to(path),
+    }[stands]
+    looks: dict[Path, Callable[[], Any]] = {
+        store / "blobs" / made.blob("w").sha256: lambda: ledger.open_file(made, "w"),
+        manifest_of(store): lambda: ledger.find(MODEL),
+        store / "forest/000000.json": lambda: ledger.log.version(0),
+    }
+    for path, look in looks.items():
+        path.unlink()
+        put(path)
+        with pytest.raises(StoreError, match=path.name) as refused:
+            look()
+        assert "move it" in refused.value.remedy
+    with pytest.raises(StoreError):
+        ledger.log.append(PLANTED)
+    with pytest.raises(StoreError):
+        commit(ledger, tmp_path, {"w": b"weights"})
+
+
+def test_a_broken_link_in_the_place_of_a_version_is_no_forest_less_and_no_endless_race(
+    ledger: Ledger, store: Path
+) -> None:
+    ledger.log.append(PLANTED)
+    (store / "forest/000001.json").symlink_to("nowhere")
+    with pytest.raises(MissingError, match="000001"):
+        ledger.log.newest()
+    with pytest.raises(StoreError, match="cannot create forest/000001"):
+        ledger.log.append(merge_into(PLANTED, [expert("law")], {}, ""))
+
+
+def test_a_lost_blob_is_named_with_its_artifact_and_what_to_do(ledger: Ledger, store: Path, tmp_path: Path) -> None:
+    made = commit(ledger, tmp_path, {"w": b"weights"})
+    (store / "blobs" / made.blob("w").sha256).unlink()
+    for use in (
+        lambda: ledger.open_file(made, "w"),
+        lambda: list(ledger.read_chunks(made, "w")),
+        lambda: ledger.check_standing(MODEL, made.manifest_hash),
+    ):
+        with pytest.raises(MissingError, match="has lost its file w") as missing:
+            use()
+        assert f"artifacts/model/{MODEL.identity}.json" in missing.value.remedy
+
+
+def test_a_commit_of_what_stands_without_its_files_is_no_success(ledger: Ledger, store: Path, tmp_path: Path) -> None:
+    # The manifest that stands names other bytes than those that were just stored.
+    made = commit(ledger, tmp_path, {"w": b"weights"})
+    (store / "blobs" / made.blob("w").sha256).unlink()
+    with pytest.raises(MissingError, match="has lost its file w"):
+        commit(ledger, tmp_path, {"w": b"other weights"})
+    assert commit(ledger, tmp_path, {"w": b"weights"}) == made
+
+
+# What is none of the store's
+
+
+STRAYS = [
+    ".DS_Store",
+    "._000001.json",
+    ".nfs000000000001",
+    "000001.json~",
+    ".000001.json.swp",
+    "#000001.json#",
+    "000001 (copy).json",
+    "0000001.json",
+    "000001.json.part",
+    "٠٠٠٠٠٧.json",
+    "README",
+    "a\nnew line.json",
+    "deeper/000001.json",
+    "",
+]
+
+
+@pytest.mark.parametrize("folder", ["forest", "pins", f"training/{MODEL.identity}", "artifacts/model", "blobs"])
+def test_objects_that_are_none_of_the_stores_are_left_alone_and_told_of_once(
+    ledger: Ledger, store: Path, tmp_path: Path, folder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    ledger.log.append(PLANTED)
+    made = commit(ledger, tmp_path, {"w": b"weights"})
+    ledger.log.append(merge_into(PLANTED, [expert("law")], {}, ""))
+    ledger.documents.create("pins/000001.json", {"version": 1})
+    save(ledger, tmp_path, 3)
+    (store / folder / "deeper").mkdir()
+    (store / folder / os.fsdecode(b"caf\xe9.json")).write_bytes(b"not UTF-8")
+    for name in filter(None, STRAYS):
+        (store / folder / name).write_bytes(b"what an editor left")
+    before = everything_below(store)
+    for _ in range(2):
+        assert ledger.log.versions() == [0, 1]
+        assert [forest.version for forest, _ in ledger.log.history()] == [0, 1]
+        assert ledger.log.pinned() == [1]
+        assert list(ledger.list_artifacts("model")) == [made]
+        latest = ledger.latest_training(MODEL.identity)
+        assert latest is not None
+        assert latest.recipe["update"] == 3
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (folder != "blobs"), "blobs are never listed but by gc and verify"
+    assert all(str(len(STRAYS)) in line and ".DS_Store" in line for line in told)
+    ledger.clear_training(MODEL.identity)
+    left = set(before) - set(everything_below(store))
+    assert left == {key for key in before if key.startswith("training/") and not set(key.split("/")) & {*STRAYS, "deeper"}
+                    and "caf" not in key}  # fmt: skip
+
+
+def test_folder_markers_of_object_storage_are_no_objects_of_ours(ledger: Ledger, store: Path, tmp_path: Path) -> None:
+    class WithMarkers(LocalFolder):
+        """As an S3 console makes folders: an object of no bytes whose key ends in a slash."""
+
+        def list(self, prefix: str) -> Iterator[Entry]:
+            yield Entry(f"{prefix.partition('/')[0]}/", 0, 0.0)
+            yield from super().list(prefix)
+
+    ledger.log.append(PLANTED)
+    commit(ledger, tmp_path, {"w": b"weights"})
+    marked = Ledger(WithMarkers(str(store)))
+    assert marked.log.versions() == [0]
+    assert marked.log.pinned() == []
+    assert [artifact.ref for artifact in marked.list_artifacts("model")] == [MODEL]
+
+
+# A text that was read, and lost
+
+
+def test_a_source_whose_text_is_lost_counts_as_unread(ledger: Ledger, store: Path, tmp_path: Path) -> None:
+    text = Ref("text", "0123456789abcdef" * 4)
+    source = Ref("source", identity_of({"of": "files"}))
+
+    def read() -> None:
+        ledger.commit(text, {"documents": text.identity}, files(tmp_path, {"shard": b"documents"}), {})
+        ledger.commit(source, {"of": "files"}, {}, {"text": text.identity})
+
+    read()
+    for lost in (manifest_of(store, text), store / "blobs" / ledger.get(text).blob("shard").sha256):
+        assert ledger.find_all([source, MODEL]) == [ledger.get(source), None]
+        lost.unlink()
+        assert ledger.find_all([source]) == [None]
+        read()
+    assert ledger.find_all([source]) == [ledger.get(source)]
 
 
 # The forest log
@@ -348,6 +677,18 @@ def test_of_all_who_append_one_version_exactly_one_succeeds_and_stays(store: Pat
     assert newest.domains == (f"d{won.index(True)}",)
 
 
+def test_a_version_that_was_copied_to_another_number_is_not_taken_for_it(ledger: Ledger, store: Path) -> None:
+    ledger.log.append(PLANTED)
+    ledger.log.append(merge_into(PLANTED, [expert("law")], {}, ""))
+    shutil.copy(store / "forest/000000.json", store / "forest/000005.json")
+    for look in (ledger.log.newest, lambda: ledger.log.version(5), ledger.log.history):
+        with pytest.raises(IntegrityError, match="forest/000005") as refused:
+            look()
+        assert "000000" in refused.value.found
+        assert refused.value.remedy
+    assert ledger.log.version(1) is not None
+
+
 def test_a_damaged_version_is_refused_and_the_others_are_read(ledger: Ledger, store: Path) -> None:
     ledger.log.append(PLANTED)
     ledger.log.append(merge_into(PLANTED, [expert("law")], {}, ""))
@@ -363,9 +704,10 @@ def test_a_damaged_version_is_refused_and_the_others_are_read(ledger: Ledger, st
 # Training checkpoints
 
 
-def save(ledger: Ledger, folder: Path, update: int, identity: str = MODEL.identity, **contents: bytes) -> None:
+def save(ledger: Ledger, folder: Path, update: int, made: str = "of this", **contents: bytes) -> None:
     contents = contents or {"w": b"weights at %d" % update, "o": b"moments at %d" % update}
-    ledger.save_training(identity, update, files(folder, contents), {"at": update})
+    facts = {"at": update, "model": {"made": made}}
+    ledger.save_training(ref_of(made).identity, update, files(folder, contents), facts)
 
 
 def below_training(store: Path) -> list[str]:
@@ -420,15 +762,15 @@ def test_dropping_checkpoints_takes_no_byte_from_what_is_committed_nor_from_anot
     ledger: Ledger, store: Path, tmp_path: Path
 ) -> None:
     # A checkpoint saved before the first update of a branch has the very bytes of its parent, and so has its sibling's.
-    seed = commit(ledger, tmp_path, {"w": b"weights", "o": b"moments"}, Ref("model", "seed"))
-    for identity in ("law", "code"):
-        save(ledger, tmp_path, 0, identity, w=b"weights", o=b"moments")
+    seed = commit(ledger, tmp_path, {"w": b"weights", "o": b"moments"}, "seed")
+    for made in ("law", "code"):
+        save(ledger, tmp_path, 0, made, w=b"weights", o=b"moments")
     save(ledger, tmp_path, 1, "law", w=b"weights", o=b"other moments")
-    model = commit(ledger, tmp_path, {"w": b"weights"}, Ref("model", "law"))
-    ledger.clear_training("law")
-    assert ledger.latest_training("law") is None
-    assert not [key for key in below_training(store) if "law" in key]
-    sibling = ledger.latest_training("code")
+    model = commit(ledger, tmp_path, {"w": b"weights"}, "law")
+    ledger.clear_training(model.identity)
+    assert ledger.latest_training(model.identity) is None
+    assert not [key for key in below_training(store) if model.identity in key]
+    sibling = ledger.latest_training(ref_of("code").identity)
     assert sibling is not None
     for artifact in (seed, sibling, model):
         for blob in artifact.blobs:

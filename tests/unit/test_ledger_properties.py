@@ -35,7 +35,8 @@ Result = TypeVar("Result")
 KEEP_VERSIONS = 2
 GRACE_SECONDS = 4.0
 
-TOKENIZER = Ref("tokenizer", identity_of({"made": "tokenizer"}))
+TOKENIZER_RECIPE = {"made": "tokenizer"}
+TOKENIZER = Ref("tokenizer", identity_of(TOKENIZER_RECIPE))
 SEED_RECIPE = {"tokenizer": TOKENIZER.identity, "texts": []}
 SEED = Ref("model", identity_of(SEED_RECIPE))
 FOUNDATION = Foundation(SEED.identity, TOKENIZER.identity, "config", 1024, (("law", "text-law"),))
@@ -95,6 +96,12 @@ class InMemory:
         path = self.folder / key.replace("/", "-")
         self._do(lambda: path.write_bytes(self._bytes(key)))
         return path
+
+    def size(self, key: str) -> int:
+        return self._do(lambda: len(self._bytes(key)))
+
+    def unfinished(self, _prefix: str) -> Iterator[Entry]:
+        return iter(())
 
     def list(self, prefix: str) -> Iterator[Entry]:
         here = self._do(lambda: [(key, *self.objects[key]) for key in sorted(self.objects) if key.startswith(prefix)])
@@ -190,7 +197,7 @@ def plant(ledger: Ledger, folder: Path) -> Forest:
     planted = ledger.log.newest()
     if planted is not None:
         return planted
-    ledger.commit(TOKENIZER, {}, written(folder, {"tokenizer.json": b"{}"}), {})
+    ledger.commit(TOKENIZER, TOKENIZER_RECIPE, written(folder, {"tokenizer.json": b"{}"}), {})
     seed = ledger.commit(SEED, SEED_RECIPE, model_files(folder, b"seed"), {})
     ledger.log.append(Forest(0, FOUNDATION, (), {SEED.identity: seed.manifest_hash}, "planted"))
     planted = ledger.log.newest()
@@ -202,7 +209,7 @@ def commit_expert(ledger: Ledger, folder: Path, domain: str, recipe: Mapping[str
     """Commits an expert and the text that it was trained on."""
     text = Ref("text", recipe["texts"][0])
     if ledger.find(text) is None:
-        ledger.commit(text, {}, written(folder, {"text": text.identity[:4].encode()}), {})
+        ledger.commit(text, {"documents": text.identity}, written(folder, {"text": text.identity[:4].encode()}), {})
     model = ledger.commit(Ref("model", identity_of(recipe)), recipe, model_files(folder, weights), {})
     parents = tuple(Parent(**parent) for parent in recipe["start"]["parents"])
     return Expert(domain, model.identity, model.blob("model.safetensors").sha256, text.identity, parents)
@@ -692,21 +699,23 @@ def test_after_a_crash_while_checkpoints_are_dropped_the_latest_that_is_left_is_
     first: bool, tmp_path: Path
 ) -> None:
     files = [written(tmp_path, {"moments": b"moments of %d" % update, "w": b"w"}) for update in range(3)]
+    recipe = expert_recipe("law")
+    identity = identity_of(recipe)
     operation, crashed = 0, True
     while crashed:
         operation += 1
         storage = InMemory(tmp_path)
         ledger = Ledger(storage)
         for update in (1, 2):
-            ledger.save_training("law", update, files[update], {})
+            ledger.save_training(identity, update, files[update], {"model": recipe})
         storage.arm(operation, **{"before" if first else "after": storage.crash})
         try:
-            ledger.clear_training("law")
+            ledger.clear_training(identity)
             crashed = False
         except Crash:
             pass
         storage.arm(0)
-        latest = ledger.latest_training("law")
+        latest = ledger.latest_training(identity)
         for blob in latest.blobs if latest else ():
             ledger.open_file(latest, blob.name)
         assert verify(ledger).problems == (), f"operation {operation}"

@@ -21,6 +21,7 @@ from btm_cluster.equations.mixture import (
 )
 from btm_cluster.equations.posterior import Posterior, keep_top
 from btm_cluster.evaluation import score_models
+from btm_cluster.forest import identity_of
 from btm_cluster.ground import PreparedText
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.scores import BLOCKS_AT_ONCE, ScoreStack
@@ -158,11 +159,13 @@ def commit_split(
     for i, owners_BT in enumerate(shards):
         path = Path(folder, f"documents-{i}.npy")
         np.save(path, owners_BT)
-        refs.append(ledger.commit(Ref("tokens", f"shard{i}"), {}, {"documents.npy": path}, {}).ref)
+        shard = {"shard": i}
+        refs.append(ledger.commit(Ref("tokens", identity_of(shard)), shard, {"documents.npy": path}, {}).ref)
     for i, scores_BT in enumerate(scores_EBT):
         path = Path(folder, f"logp-{i}.npy")
         np.save(path, scores_BT.astype(np.float32))
-        models.append(ledger.commit(Ref("scores", f"model{i}"), {}, {"logp.npy": path}, {}))
+        model = {"model": i}
+        models.append(ledger.commit(Ref("scores", identity_of(model)), model, {"logp.npy": path}, {}))
     return models, refs
 
 

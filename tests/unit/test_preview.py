@@ -11,12 +11,13 @@ import pytest
 
 from btm_cluster.algorithm import prepare
 from btm_cluster.display import consoles, preview_table
-from btm_cluster.errors import FoundationError, UserError
+from btm_cluster.errors import FoundationError, StepError, UserError
 from btm_cluster.language_model.tokenizer import train_tokenizer
-from btm_cluster.ledger import Ledger, Ref
+from btm_cluster.ledger import Ledger, Ref, artifact_key, blob_key
 from btm_cluster.plan import Plan
 from btm_cluster.preview import DONE, NEW, UNREAD, Preview, Step, preview
 from btm_cluster.run import run_plan
+from btm_cluster.upkeep.housekeeping import verify
 from tests.conftest import DOMAINS, in_process, made_up_documents, plan_fields, write_jsonl
 
 
@@ -175,6 +176,38 @@ def test_a_file_that_was_touched_is_read_again_and_trainings_stay_done(
     os.utime(own, ns=(0, 0))
     changed = {name: state for name, state in states(look(fields)).items() if state != DONE}
     assert changed.keys() == {"read market", "token blocks", "scores"}
+
+
+@pytest.mark.parametrize("lost", ["manifest", "file"])
+def test_a_text_that_was_read_and_lost_is_read_again_and_nothing_else_is_made(after: dict[str, Any], lost: str) -> None:
+    plan, ledger = Plan.model_validate(after), Ledger.open(after["store"])
+    memos = {memo.note["name"]: memo for memo in ledger.list_artifacts("source")}
+    for name in (DOMAINS[0], "market"):
+        text = ledger.get(Ref("text", memos[name].facts["text"]))
+        key = artifact_key(text.ref) if lost == "manifest" else blob_key(text.ref, text.blobs[-1].sha256)
+        Path(ledger.storage.address(key)).unlink()
+    assert verify(ledger).problems
+    assert states(look(after))[f"read {DOMAINS[0]}"] == NEW
+    assert states(look(after))[f"read {DOMAINS[1]}"] == DONE
+    made = run_plan(plan, in_process(plan)).made
+    assert made == {"source": 2}
+    assert verify(ledger).problems == ()
+    assert set(states(look(after)).values()) == {DONE}
+
+
+def test_a_lost_text_that_its_source_no_longer_gives_is_one_clear_error(after: dict[str, Any], tmp_path: Path) -> None:
+    text = write_jsonl(tmp_path / "later.jsonl", made_up_documents("later", 200))
+    stamp = os.stat(text)
+    fields = after | {"targets": [{"name": "later", "text": str(text)}]}
+    plan, ledger = Plan.model_validate(fields), Ledger.open(after["store"])
+    run_plan(plan, in_process(plan))
+    (memo,) = [memo for memo in ledger.list_artifacts("source") if memo.note["name"] == "later"]
+    Path(ledger.storage.address(f"artifacts/text/{memo.facts['text']}.json")).unlink()
+    text.write_bytes(text.read_bytes().replace(b"a", b"e"))
+    os.utime(text, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    with pytest.raises(StepError, match="was lost, and reading its source again gives another") as failed:
+        run_plan(plan, in_process(plan))
+    assert f"artifacts/text/{memo.facts['text']}.json" in str(failed.value)
 
 
 def test_a_plan_of_fewer_domains_than_its_forest_is_done(after: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from btm_cluster.errors import TrainingError
+from btm_cluster.forest import identity_of
 from btm_cluster.language_model.blocks import Blocks
 from btm_cluster.language_model.model import load_model
 from btm_cluster.language_model.scoring import score_blocks, score_tokens
@@ -153,7 +154,7 @@ def test_a_model_that_diverged_is_a_failure_that_says_so_and_stores_no_scores(
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     files = {name: ledger.open_file(grown.experts[0], name) for name in ("config.json", "tokenizer.json")}
     files["model.safetensors"] = tmp_path / "model.safetensors"
-    diverged = ledger.commit(Ref("model", "diverged"), {}, files, {})
+    diverged = ledger.commit(Ref("model", identity_of({})), {}, files, {})
     request = score_request(grown.ground, diverged.ref, grown.text("market"), "test")
     (outcome,) = driver.workers.score([request])
     assert isinstance(outcome, Failure)

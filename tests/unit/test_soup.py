@@ -12,6 +12,7 @@ from btm_cluster.driver import Driver
 from btm_cluster.equations.averaging import greedy_weights
 from btm_cluster.errors import IncompatibleError, TextError
 from btm_cluster.evaluation import score_models
+from btm_cluster.forest import identity_of
 from btm_cluster.language_model.model import load_model
 from btm_cluster.language_model.soup import (
     HELD_OUT_EVERY,
@@ -198,7 +199,8 @@ def test_a_learned_search_passes_its_starts_on_by_model(grown: GrownForest, stor
 def test_models_without_a_common_ancestor_or_without_text_are_refused(grown: GrownForest, store: Driver) -> None:
     expert, text = grown.experts[0], grown.text("market")
     files = {blob.name: store.ledger.open_file(expert, blob.name) for blob in expert.blobs}
-    stranger = store.ledger.commit(Ref("model", "stranger"), {"start": None}, files, {})
+    recipe = {"start": None}
+    stranger = store.ledger.commit(Ref("model", identity_of(recipe)), recipe, files, {})
     with pytest.raises(IncompatibleError):
         store.workers.soup([soup_request(grown.ground, "greedy", [expert.ref, stranger.ref], text)])
     nothing = dataclasses.replace(soup_request(grown.ground, "greedy", [expert.ref], text), tokens=())
