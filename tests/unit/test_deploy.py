@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,43 @@ def test_a_change_of_the_projects_source_leaves_the_images_dependencies_alone() 
         assert "--requirement requirements.txt" in stages[f"dependencies-{kind}"]
         assert re.findall(r"^COPY (?!--from)(.+) \S+$", stages[f"dependencies-{kind}"], re.M) == ["constraints.txt"]
         assert stages[kind].index(f"--from=dependencies-{kind}") < stages[kind].index("--from=package")
+
+
+def pins(name: str) -> dict[str, str]:
+    """Versions by package, in the one spelling of their names, of a file of pins."""
+    lines = [line for line in (REPOSITORY / name).read_text().splitlines() if not line.startswith("#")]
+    found = [line.split(" ")[0].partition("==") for line in lines]
+    return {re.sub(r"[-_.]+", "-", package).lower(): version for package, _, version in found}
+
+
+def test_what_the_image_installs_is_pinned_by_hash_and_agrees_with_the_pins_of_development() -> None:
+    """Whoever could replace a file of the index would else have replaced it in every image."""
+    locked, for_cuda = pins("docker/requirements.lock"), pins("docker/torch-cuda.lock")
+    assert not locked.keys() & for_cuda.keys()
+    for name in ("requirements.lock", "torch-cuda.lock"):
+        for line in (REPOSITORY / "docker" / name).read_text().splitlines()[1:]:
+            assert re.fullmatch(r"[a-z0-9-]+==\S+ --hash=sha256:[0-9a-f]{64}", line), line
+    known = pins("constraints.txt")
+    different = {name: version for name, version in (locked | for_cuda).items() if known.get(name, version) != version}
+    assert different == {}, "python3.11 docker/lock.py writes the lock anew"
+    wanted = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.sub(r"[-_.]+", "-", re.split(r"[\[>=]", requirement)[0]).lower() for requirement in wanted}
+    assert names <= (locked | for_cuda).keys()
+    assert for_cuda.keys() - {"torch", "triton"} == {n for n in for_cuda if n.startswith(("nvidia-", "cuda-"))}
+    assert "torch" in for_cuda
+
+
+def test_the_images_installs_take_nothing_that_is_not_pinned() -> None:
+    stages = image_stages()
+    for stage in ("dependencies-cpu", "dependencies-cuda", "package"):
+        installs = re.findall(r"pip install .+", stages[stage])
+        assert installs
+        assert all("--no-deps" in install for install in installs), "what is missing from the lock fails `pip check`"
+        open_ = [i for i in installs if "--require-hashes" not in i]
+        assert all(i.endswith("--constraint constraints.txt torch \\") or "--no-build-isolation" in i for i in open_), (
+            open_
+        )
+        assert stage == "package" or "pip check" in stages[stage]
 
 
 def test_the_image_holds_the_programs_that_others_call_in_it() -> None:
