@@ -3,6 +3,8 @@
 A file is named by its content's hash where its key is, so it never goes stale; whoever opens one checks it. Each node says
 where and how much: BTM_CACHE_FOLDER (default: a folder of this user below the temporary one) and BTM_CACHE_GIGABYTES (50).
 
+Others may write to the temporary folder too, so the cache is this user's alone and no link in it is followed.
+
 The folder is looked through only when a running count of its bytes passes the limit, and once a day. The count is raised
 before a file appears, so it is rather too high (a file fetched twice or deleted by hand), which costs a look at most; only what
 a process leaves behind that is killed while it fetches has to wait for the day's look.
@@ -11,7 +13,9 @@ a process leaves behind that is killed while it fetches has to wait for the day'
 import errno
 import getpass
 import os
+import pwd
 import re
+import stat
 import tempfile
 import time
 import uuid
@@ -23,6 +27,7 @@ from filelock import FileLock, Timeout
 from btm_cluster.errors import StoreError, UserError
 
 DEFAULT_GIGABYTES = 50.0
+PRIVATE = 0o700
 IN_USE_SECONDS = 600.0
 """A file handed out this recently is not evicted: whoever asked for it is about to open it."""
 _UNFINISHED = "fetching-"
@@ -39,10 +44,42 @@ _COUNT = re.compile(rb"(\d{20}) (\d{12})\n")
 
 
 class NodeCache:
-    """A bounded folder of files by name, shared by the processes of a node."""
+    """A bounded folder of files by name, shared by the processes of a node and one user."""
 
-    def __init__(self, folder: Path, limit_bytes: int) -> None:
-        self.folder, self.limit_bytes = folder, limit_bytes
+    def __init__(self, folder: Path, limit_bytes: int, was_named: bool = False) -> None:
+        """`was_named`: the user said which folder. It may then be a link, or a volume of root's that many may write to."""
+        self.folder, self.limit_bytes, self._was_named = folder, limit_bytes, was_named
+
+    def check(self) -> None:
+        """Refuses a folder that another user has prepared or can change; makes none.
+
+        Raises:
+            UserError: naming the folder, and the remedy.
+        """
+        _check_private(self.folder, self._was_named)
+        for below in ("files", "locks", "compiled"):
+            _check_private(self.folder / below)
+
+    def folder_for_code(self) -> Path:
+        """Where torch.compile may keep what it compiles: its own default, below the temporary folder, others may prepare.
+
+        Raises:
+            UserError: they have.
+            StoreError: it cannot be written.
+        """
+        try:
+            return self._make("compiled")
+        except OSError as exc:
+            raise self._failed(exc) from exc
+
+    def _make(self, below: str) -> Path:
+        folder = self.folder / below
+        self.check()
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        for made in (self.folder, folder):
+            made.mkdir(exist_ok=True, mode=PRIVATE)
+        self.check()  # of two users who make it at once, one is first
+        return folder
 
     def get(self, name: str, fetch: Callable[[Path], None], anew: bool = False) -> Path:
         """The file called `name`, from here or by `fetch`, which writes to the path it is given. Others wait for it.
@@ -52,10 +89,11 @@ class NodeCache:
         """
         path = self.folder / "files" / name
         try:
+            self.check()
             if not anew and _use(path):
                 return path
-            for folder in (path.parent, self.folder / "locks"):
-                folder.mkdir(parents=True, exist_ok=True)
+            for below in ("files", "locks"):
+                self._make(below)
             # One of 256 locks: a lock's file cannot be deleted safely, so there must not be one for each name.
             with FileLock(self.folder / "locks" / name[-2:]):
                 if anew:
@@ -66,19 +104,22 @@ class NodeCache:
             if counted > self.limit_bytes or time.time() - looked > _UNFINISHED_SECONDS:
                 self._evict(self.limit_bytes)
         except OSError as exc:
-            full = exc.errno in (errno.ENOSPC, errno.EDQUOT)
-            raise StoreError(
-                f"cannot keep a file in this node's cache {self.folder}",
-                found=str(exc),
-                remedy="free some disk space there, or set BTM_CACHE_FOLDER to a larger disk"
-                if full
-                else "set BTM_CACHE_FOLDER to a folder that can be written",
-            ) from exc
+            raise self._failed(exc) from exc
         return path
 
     def drop(self, name: str) -> None:
         """Removes the file called `name`, if it is here."""
         (self.folder / "files" / name).unlink(missing_ok=True)
+
+    def _failed(self, exc: OSError) -> StoreError:
+        full = exc.errno in (errno.ENOSPC, errno.EDQUOT)
+        return StoreError(
+            f"cannot keep a file in this node's cache {self.folder}",
+            found=str(exc),
+            remedy="free some disk space there, or set BTM_CACHE_FOLDER to a larger disk"
+            if full
+            else "set BTM_CACHE_FOLDER to a folder that can be written",
+        )
 
     def _fetch(self, path: Path, fetch: Callable[[Path], None]) -> tuple[int, float]:
         unfinished = path.parent / f"{_UNFINISHED}{uuid.uuid4().hex}"
@@ -104,7 +145,7 @@ class NodeCache:
         """Adds to the count of bytes, sets when the folder was last looked through if given, and returns both."""
         path = self.folder / "count"
         lock = FileLock(self.folder / "locks" / "count", poll_interval=COUNT_POLL_SECONDS)
-        with lock, open(path, "r+b" if path.exists() else "w+b", 0) as file:
+        with lock, open(path, "r+b", 0, opener=_open_own) as file:
             known = _COUNT.fullmatch(file.read())
             counted, last_look = (int(known[1]), float(known[2])) if known else (_UNKNOWN_BYTES, 0.0)
             counted, last_look = max(counted + added, 0), last_look if looked is None else looked
@@ -130,11 +171,11 @@ class NodeCache:
         files = []
         for file in os.scandir(self.folder / "files"):
             try:
-                stat = file.stat()
+                found = file.stat(follow_symlinks=False)
             except FileNotFoundError:
                 continue
             kept_for = _UNFINISHED_SECONDS if file.name.startswith(_UNFINISHED) else IN_USE_SECONDS
-            files.append((stat.st_mtime, stat.st_size, file.path, now - stat.st_mtime > kept_for))
+            files.append((found.st_mtime, found.st_size, file.path, now - found.st_mtime > kept_for))
         total = sum(size for _, size, _, _ in files)
         if total <= limit_bytes:
             return total
@@ -153,7 +194,8 @@ def node_cache() -> NodeCache:
     Raises:
         UserError: BTM_CACHE_GIGABYTES is no positive number.
     """
-    folder = os.environ.get("BTM_CACHE_FOLDER") or Path(tempfile.gettempdir(), f"btm-cluster-cache-{getpass.getuser()}")
+    named = os.environ.get("BTM_CACHE_FOLDER")
+    folder = named or Path(tempfile.gettempdir(), f"btm-cluster-cache-{getpass.getuser()}")
     given = os.environ.get("BTM_CACHE_GIGABYTES") or str(DEFAULT_GIGABYTES)
     try:
         gigabytes = float(given)
@@ -161,13 +203,59 @@ def node_cache() -> NodeCache:
         gigabytes = 0.0
     if not 0 < gigabytes < float("inf"):
         raise UserError("BTM_CACHE_GIGABYTES is no size", found=given, expected="a positive number, such as 50")
-    return NodeCache(Path(folder), int(gigabytes * 1e9))
+    return NodeCache(Path(folder), int(gigabytes * 1e9), was_named=bool(named))
 
 
 def _use(path: Path) -> bool:
-    """Whether the file is there; marks it as used now."""
+    """Whether the file is there; marks it as used now. What is no file is none, and is replaced."""
     try:
-        os.utime(path)
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return False
+        os.utime(path, follow_symlinks=False)
     except FileNotFoundError:
         return False
     return True
+
+
+def _open_own(path: str, flags: int) -> int:
+    """Opens a file of ours for reading and writing, and makes it where it is not there; never what a link leads to."""
+    descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or found.st_uid != os.geteuid():
+        os.close(descriptor)
+        raise OSError(errno.EPERM, "not a plain file of ours", path)
+    return descriptor
+
+
+def _check_private(folder: Path, was_named: bool = False) -> None:
+    """Refuses a folder that is a link, another user's, or that others may write to. One that is not there is well."""
+    try:
+        found = folder.stat() if was_named else folder.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if stat.S_ISLNK(found.st_mode):
+        wrong = "a symbolic link"
+    elif found.st_uid != os.geteuid() and not (was_named and found.st_uid == 0):
+        wrong = f"a folder of the user {_user(found.st_uid)}"
+    elif not was_named and stat.S_ISDIR(found.st_mode) and _is_open(found.st_mode):
+        wrong = f"mode {stat.S_IMODE(found.st_mode):04o}, so that others can write to it"
+    else:
+        return
+    raise UserError(
+        f"this node's cache {folder} may have been prepared by another user",
+        found=wrong,
+        expected="a folder of ours that nobody else can write to, or none",
+        remedy="set BTM_CACHE_FOLDER to a folder of your own, or remove this one",
+    )
+
+
+def _is_open(mode: int) -> bool:
+    """Whether others can replace what lies in a folder: the sticky bit keeps them from that."""
+    return bool(mode & (stat.S_IWGRP | stat.S_IWOTH)) and not mode & stat.S_ISVTX
+
+
+def _user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)

@@ -103,6 +103,7 @@ class ObjectStorage:
                     remedy=error.remedy,
                 ) from exc
 
+        self._cache.check()
         self._attempt("list", "", list_one)
 
     def create(self, key: str, data: bytes) -> bool:

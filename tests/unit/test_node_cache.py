@@ -445,3 +445,128 @@ def test_a_file_that_is_damaged_in_the_store_is_an_integrity_error(
     with pytest.raises(IntegrityError) as failed:
         ledger.open_file(artifact, "weights")
     assert key in str(failed.value)
+
+
+# On a machine that others use too
+
+NOBODY = 65534
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a folder to another user")
+
+
+def a_strangers(folder: Path) -> None:
+    folder.mkdir(parents=True, mode=0o755)
+    os.chown(folder, NOBODY, NOBODY)
+
+
+def a_link(folder: Path) -> None:
+    elsewhere = folder.parent / "elsewhere"
+    elsewhere.mkdir()
+    folder.parent.mkdir(exist_ok=True)
+    folder.symlink_to(elsewhere)
+
+
+def open_to_all(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+
+
+@pytest.mark.parametrize("below", ["", "files", "locks"])
+@pytest.mark.parametrize("prepare", [pytest.param(a_strangers, marks=AS_ROOT), a_link, open_to_all])
+def test_a_cache_that_another_user_may_have_prepared_is_refused_and_nothing_in_it_is_touched(
+    tmp_path: Path, prepare: Callable[[Path], None], below: str
+) -> None:
+    """Below a shared /tmp its name can be guessed, and what lies there led to whatever file its owner liked."""
+    cache = NodeCache(tmp_path / "cache", 10**6)
+    if below:
+        cache.folder.mkdir(mode=0o700)
+    prepare(cache.folder / below)
+    before = set(tmp_path.rglob("*"))
+    for look in (lambda: cache.get(name_of("a"), not_to_be_called), cache.check, cache.folder_for_code):
+        with pytest.raises(UserError, match="may have been prepared by another user") as refused:
+            look()
+        assert "BTM_CACHE_FOLDER" in refused.value.remedy
+        assert str(cache.folder / below) in refused.value.what
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_what_the_cache_makes_is_its_users_alone(cache: NodeCache) -> None:
+    umask = os.umask(0)
+    try:
+        cache.get(name_of("a"), writes(DATA))
+        cache.folder_for_code()
+    finally:
+        os.umask(umask)
+    folders = [cache.folder, *(path for path in cache.folder.iterdir() if path.is_dir())]
+    assert len(folders) == 4
+    assert {oct(folder.stat().st_mode & 0o777) for folder in folders} == {"0o700"}
+    cache.check()
+
+
+def test_a_count_that_is_a_link_to_a_file_of_anothers_leaves_that_file_alone(cache: NodeCache, tmp_path: Path) -> None:
+    """As root, the cache wrote its count to wherever the link led."""
+    precious = tmp_path / "precious"
+    precious.write_text("not to be lost")
+    for make in (os.symlink, os.link):
+        cache.folder.mkdir(mode=0o700, exist_ok=True)
+        make(precious, cache.folder / "count")
+        with pytest.raises(StoreError, match="cannot keep a file"):
+            cache.get(name_of("a"), writes(DATA))
+        (cache.folder / "count").unlink()
+    assert precious.read_text() == "not to be lost"
+    cache.get(name_of("a"), writes(DATA))
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_what_is_no_file_in_a_files_place_is_replaced_or_named_and_hangs_nobody(
+    cache: NodeCache, tmp_path: Path, kind: str
+) -> None:
+    cache.get(name_of("b"), writes(DATA))
+    place = cache.folder / "files" / name_of("a")
+    precious = tmp_path / "precious"
+    precious.write_text("not to be lost")
+    if kind == "folder":
+        place.mkdir()
+        with pytest.raises(StoreError, match="cannot keep a file"):
+            cache.get(name_of("a"), writes(DATA))
+        return
+    place.symlink_to(precious) if kind == "link" else os.mkfifo(place)
+    assert cache.get(name_of("a"), writes(DATA)).read_bytes() == DATA
+    assert not place.is_symlink()
+    assert precious.read_text() == "not to be lost"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_a_cache_whose_count_or_folder_is_of_another_kind_is_a_store_error(
+    cache: NodeCache, tmp_path: Path, kind: str
+) -> None:
+    make = os.mkfifo if kind == "pipe" else os.mkdir
+    cache.folder.mkdir(mode=0o700)
+    make(cache.folder / "count")
+    make(tmp_path / "cache of another kind", 0o600)
+    with pytest.raises(StoreError, match="cannot keep a file"):
+        cache.get(name_of("a"), writes(DATA))
+    if kind == "pipe":
+        with pytest.raises(StoreError, match="cannot keep a file"):
+            NodeCache(tmp_path / "cache of another kind", 10**6).get(name_of("a"), writes(DATA))
+
+
+def test_a_folder_that_the_user_names_may_be_a_link_or_a_volume_that_is_open_to_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    open_to_all(tmp_path / "volume")
+    (tmp_path / "link").symlink_to(tmp_path / "volume")
+    monkeypatch.setenv("BTM_CACHE_FOLDER", str(tmp_path / "link"))
+    assert node_cache().get(name_of("a"), writes(DATA)).read_bytes() == DATA
+    open_to_all(tmp_path / "volume" / "compiled")
+    with pytest.raises(UserError, match="compiled may have been prepared"):
+        node_cache().get(name_of("a"), writes(DATA))
+
+
+@AS_ROOT
+def test_a_folder_that_the_user_names_and_another_user_owns_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    a_strangers(tmp_path / "theirs")
+    monkeypatch.setenv("BTM_CACHE_FOLDER", str(tmp_path / "theirs"))
+    with pytest.raises(UserError, match="prepared by another user"):
+        node_cache().check()
