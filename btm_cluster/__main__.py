@@ -1,5 +1,15 @@
-"""`python -m btm_cluster` is `btm`."""
+"""`btm`, and `python -m btm_cluster`: signals are heard before anything is imported that takes long."""
 
-from btm_cluster.cli import main
+from btm_cluster.stopping import end_at_signals
 
-main()
+
+def main() -> None:
+    """Runs the command line."""
+    end_at_signals()
+    from btm_cluster.cli import main
+
+    main()
+
+
+if __name__ == "__main__":
+    main()

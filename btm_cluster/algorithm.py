@@ -6,7 +6,7 @@ the forest log.
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from btm_cluster.driver import Driver
 from btm_cluster.equations.averaging import uniform_weights
@@ -27,6 +27,7 @@ from btm_cluster.ground import (
     without_withdrawn,
 )
 from btm_cluster.ledger import THREADS, Artifact, Ledger, Ref
+from btm_cluster.outstanding import asks_of, new_domains, resumed, starts_from_seed
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import (
     average_request,
@@ -38,7 +39,7 @@ from btm_cluster.recipes import (
     transformer_lm_request,
 )
 from btm_cluster.records import BranchPoint, branch_point_identity, find_branch_point, settle_branch_point
-from btm_cluster.requests import Resources, Start, Tokenize, TrainRequest
+from btm_cluster.requests import Start, Tokenize, TrainRequest
 from btm_cluster.workers import Failure, Outcome
 
 MERGE_ATTEMPTS = 100
@@ -58,7 +59,7 @@ class Grown:
 
 def grow(plan: Plan, driver: Driver) -> Grown:
     """Branch-Train-Merge: from a plan to a forest with an expert for each of its domains."""
-    ground = prepare(plan, driver)
+    ground = prepare(plan, driver, trains=True)
     forest = plant(ground, driver)
     branches = branch(ground, forest, driver)
     experts, failures = train(branches, driver)
@@ -68,8 +69,11 @@ def grow(plan: Plan, driver: Driver) -> Grown:
     return Grown(ground, forest, baseline, (*failures, *failed, *failed_demix), demix)
 
 
-def prepare(plan: Plan, driver: Driver) -> Ground:
-    """Texts to documents, documents to token blocks, and the configuration that all models share."""
+def prepare(plan: Plan, driver: Driver, trains: bool = False) -> Ground:
+    """Texts to documents, documents to token blocks, and the configuration that all models share.
+
+    Where it `trains` afterwards, asks that can never be met are refused before a text is read.
+    """
     workers, forest = driver.workers, driver.ledger.log.newest()
     plan = without_withdrawn(plan, forest)
     requests = read_requests(plan)
@@ -78,6 +82,10 @@ def prepare(plan: Plan, driver: Driver) -> Ground:
     bare = without_texts(plan, model, driver.ledger)
     if forest is not None:
         check_foundation(bare, forest, driver.ledger)
+    if trains:
+        found = zip(requests, driver.ledger.find_all([request.ref for request in requests]), strict=True)
+        known = {request.label: memo for request, memo in found if memo is not None}
+        driver.check_room(asks_of(plan, known, model, driver.ledger, driver.new_resources))
     if model[1] is not None:  # it needs no text, and may turn out to be unusable
         driver.require(workers.prepare, [tokenizer_request(plan, ())])
         driver.require(workers.train, [seed_request(bare)])
@@ -98,7 +106,7 @@ def plant(ground: Ground, driver: Driver) -> Forest:
     forest = driver.ledger.log.newest()
     if forest is not None:
         return forest
-    seed = driver.require(driver.workers.train, [resumed(request, driver.ledger)])[0]
+    seed = driver.require(driver.workers.train, [resumed(request, driver.ledger, driver.new_resources)])[0]
     manifests = {seed.identity: seed.manifest_hash}
     driver.ledger.log.append(Forest(0, foundation, (), manifests, reason=f"planted by {ground.plan.name}"))
     planted = driver.ledger.log.newest()  # ours, or that of whoever was first
@@ -146,24 +154,11 @@ def starts_for(ground: Ground, forest: Forest, new: Sequence[PreparedText], driv
     return [start if starts_from_seed(ground, forest, domain) else next(averaged) for domain in new]
 
 
-def new_domains(ground: Ground, forest: Forest) -> list[PreparedText]:
-    """The plan's domains that have no expert yet."""
-    texts = {expert.domain: expert.text for expert in forest.experts}
-    return [domain for domain in ground.domains if texts.get(domain.name) != domain.identity]
-
-
-def starts_from_seed(ground: Ground, forest: Forest | None, domain: PreparedText) -> bool:
-    """Whether a new expert starts from the seed itself: the founding domains' do, even if their first training failed and
-    their siblings are merged by now; those of later domains where the plan says so, or while there is nothing to average.
-    """
-    if forest is None or not forest.experts or ground.plan.branching.start == "seed":
-        return True
-    return (domain.name, domain.identity) in forest.foundation.domains
-
-
 def train(branches: Sequence[TrainRequest], driver: Driver) -> tuple[list[Expert], list[Failure]]:
     """The experts, in parallel and without communication. One that fails does not stop the others."""
-    outcomes = driver.obtain(driver.workers.train, [resumed(request, driver.ledger) for request in branches])
+    outcomes = driver.obtain(
+        driver.workers.train, [resumed(request, driver.ledger, driver.new_resources) for request in branches]
+    )
     pairs = list(zip(branches, outcomes, strict=True))
     experts = [_expert(request, outcome) for request, outcome in pairs if isinstance(outcome, Artifact)]
     return experts, [outcome for outcome in outcomes if isinstance(outcome, Failure)]
@@ -214,13 +209,7 @@ def _train_rival(request: TrainRequest, driver: Driver) -> Outcome:
             f"a founding domain was purged, and the {request.role} learns from all of them; take it out of `baselines`"
         )
         return Failure(request.label, 0, "in this store", cause)
-    return driver.obtain(driver.workers.train, [resumed(request, driver.ledger)])[0]
-
-
-def resumed(request: TrainRequest, ledger: Ledger) -> TrainRequest:
-    """The request with the resources of its first start, where it was started before: results depend on them."""
-    saved = ledger.latest_training(request.ref.identity)
-    return request if saved is None else replace(request, how=Resources(**saved.facts["how"]))
+    return driver.obtain(driver.workers.train, [resumed(request, driver.ledger, driver.new_resources)])[0]
 
 
 def _tokenize(requests: Sequence[Tokenize], is_founded: bool, driver: Driver) -> None:

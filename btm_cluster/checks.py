@@ -9,13 +9,15 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from btm_cluster.errors import BtmError, UserError
+from btm_cluster.errors import BtmError, ResourcesError, UserError
+from btm_cluster.room import Ask, fits, nodes_words
 from btm_cluster.storage import open_storage
 from btm_cluster.storage.node_cache import node_cache
 
@@ -45,6 +47,8 @@ class Needs:
     """To write the largest model once before it is stored, and to read it."""
     compiles: bool = False
     """Whether models are compiled for a GPU."""
+    compiles_on_cpu: bool = False
+    """Whether they are for a CPU."""
 
 
 @dataclass(frozen=True)
@@ -72,20 +76,24 @@ class Machine:
     """Why the cache of what was fetched cannot be; empty: it can."""
     has_compiler: bool = True
     """For C: what torch.compile makes for a GPU is started by a small program that is built there."""
+    no_cpu_compiler: str = ""
+    """What is missing to build what torch.compile makes for a CPU; empty: nothing."""
 
 
 def look_around(store: str | None, claimed_cpus: float = 0, claimed_gpus: float = 0) -> Machine:
     """The facts of the machine that this runs on."""
     folders, cache = [Path(tempfile.gettempdir())], ""
     try:
-        folders.append(node_cache().folder)
+        cached = node_cache()
+        folders.append(cached.folder)
+        cached.check()
     except UserError as exc:
         cache = f"{exc.what}: {exc.found}"
     gpus = _gpus()
     torch_cuda, torch_gpus = _torch_sees() if gpus or claimed_gpus else (None, 0)
     return Machine(
         socket.gethostname(),
-        _usable_cpus(),
+        usable_cpus(),
         {str(folder): shutil.disk_usage(_existing(folder)).free for folder in folders},
         {name: os.environ[name] for name in _THREAD_VARIABLES if name in os.environ},
         gpus,
@@ -95,14 +103,59 @@ def look_around(store: str | None, claimed_cpus: float = 0, claimed_gpus: float 
         claimed_cpus,
         claimed_gpus,
         cache,
-        any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))),
+        not missing_compiler(on_gpu=True),
+        missing_compiler(on_gpu=False),
     )
+
+
+def missing_compiler(on_gpu: bool) -> str:
+    """What torch.compile lacks on this machine to build its code: a compiler, or Python's headers; empty: nothing."""
+    names = (os.environ.get("CC", "cc"), "gcc", "clang") if on_gpu else (os.environ.get("CXX", "g++"),)
+    if not any(map(shutil.which, names)):
+        return f"no {'C' if on_gpu else 'C++'} compiler ({', '.join(dict.fromkeys(names))})"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return "" if header.exists() else f"no {header}"
+
+
+def check_compiler(asks: Sequence[Ask]) -> None:
+    """Refuses to compile on this machine where it has nothing to compile with.
+
+    Raises:
+        ResourcesError: naming what is missing.
+    """
+    for ask in asks:
+        if ask.how.compile and (missing := missing_compiler(ask.how.gpus_per_worker > 0)):
+            raise ResourcesError(
+                f"the model of {ask.label} cannot be compiled on this machine",
+                found=missing,
+                expected="a compiler and Python's headers, which torch.compile wants",
+                remedy="install them, or set `compile: off` in the plan's `cluster`",
+            )
+
+
+def notes_on_this_machine(asks: Sequence[Ask]) -> list[str]:
+    """Why a run without a cluster would be refused on this machine, which may not be the one that the plan is for."""
+    gpus = _torch_sees()[1] if any(ask.how.gpus_per_worker for ask in asks) and _gpus() else 0
+    node = {"CPU": float(usable_cpus()), "GPU": float(gpus)}
+    there = "a run refuses that here, and looks at the nodes of a cluster when it joins one, as `btm doctor` does"
+    notes = []
+    for ask in asks:
+        if not fits([node], ask.how):
+            asked = ", ".join(filter(None, [ask.words, ask.origin]))
+            notes.append(f"{ask.label} asks for {asked}, and this machine has {nodes_words([node])}: {there}")
+    try:
+        check_compiler(asks)
+    except ResourcesError as exc:
+        notes.append(f"{exc.what}: {exc.found}")
+    return notes
 
 
 def judge_machines(machines: Sequence[Machine], needs: Needs) -> list[Check]:
     """A line for each kind of check where all machines pass, and a line for each machine that does not."""
     checks = []
     judges: list[Callable[[Machine, Needs], Check]] = [_judge_disk, _judge_gpu, _judge_threads]
+    if needs.compiles_on_cpu:
+        judges.append(_judge_compiler)
     if any(machine.cache for machine in machines):
         judges.append(_judge_cache)
     if any(machine.store is not None for machine in machines):
@@ -170,9 +223,18 @@ def _judge_threads(machine: Machine, needs: Needs) -> Check:
     return Check("threads", "ok", f"{machine.usable_cpus} CPU usable, nothing holds threads back")
 
 
+def _judge_compiler(machine: Machine, _: Needs) -> Check:
+    if machine.no_cpu_compiler:
+        remedy = "install g++ and Python's headers there, or set `compile: off` in the plan's `cluster`"
+        return Check("compiler", "wrong", f"{machine.no_cpu_compiler}, which torch.compile wants", remedy)
+    return Check("compiler", "ok", "there, and Python's headers")
+
+
 def _judge_cache(machine: Machine, _: Needs) -> Check:
     if machine.cache:
-        remedy = "set BTM_CACHE_GIGABYTES to a positive number in this machine's environment, or unset it"
+        remedy = (
+            "mend BTM_CACHE_GIGABYTES (a positive number) or BTM_CACHE_FOLDER (yours) in this machine's environment"
+        )
         return Check("cache", "wrong", machine.cache, remedy)
     return Check("cache", "ok", "can be")
 
@@ -184,7 +246,7 @@ def _judge_store(machine: Machine, _: Needs) -> Check:
     return Check("store from a node", "ok", "answers")
 
 
-def _usable_cpus() -> int:
+def usable_cpus() -> int:
     """CPUs that this process may use: its affinity, and what a container's quota leaves of it."""
     usable = len(os.sched_getaffinity(0))
     try:

@@ -12,12 +12,13 @@ import typer
 from btm_cluster.commands import forest as forest_commands
 from btm_cluster.commands import store as store_commands
 from btm_cluster.commands.discover import discover
-from btm_cluster.commands.driving import Address, Dashboard, InProcess, Json, PlanPath, driving
+from btm_cluster.commands.driving import Address, Dashboard, InProcess, Json, NewResources, PlanPath, driving
 from btm_cluster.commands.forest import open_ledger
 from btm_cluster.commands.models import generate, merge
 from btm_cluster.errors import BtmError, UserError
 from btm_cluster.new_folder import check_folder
 from btm_cluster.plan import Plan, read_plan
+from btm_cluster.stopping import end_at_signals
 
 app = typer.Typer(
     help="Branch-Train-Merge: grow a forest of expert language models on Ray.",
@@ -32,7 +33,8 @@ store_commands.register(forest_app)
 
 
 def main() -> None:
-    """The `btm` command. Exit codes: 0 done, 1 some experts failed and are named, 2 the plan or the call is wrong."""
+    """The `btm` command. Exit codes: 0 done, 1 some experts failed and are named, 2 the plan or the call is wrong, 130 stopped."""
+    end_at_signals()
     sys.exit(run_command(app))
 
 
@@ -63,17 +65,19 @@ def init(path: Annotated[Path, typer.Argument(help="Where to write the plan.")] 
 
 
 @app.command("plan")
-def show_plan(plan_path: PlanPath, json_output: Json = False) -> None:
+def show_plan(plan_path: PlanPath, json_output: Json = False, address: Address = None) -> None:
     """Say what a run would do, what is done already, and what the rest would cost. Starts nothing."""
     plan = read_plan(plan_path)
+    from btm_cluster.checks import notes_on_this_machine
     from btm_cluster.display import consoles, preview_table
     from btm_cluster.preview import preview
 
     seen = preview(plan, open_ledger(plan.store))
+    notes = notes_on_this_machine(seen.asks) if address is None else []
     if json_output:
-        print(json.dumps(seen.to_json(), indent=1))
+        print(json.dumps(seen.to_json() | {"notes": notes}, indent=1))
     else:
-        preview_table(seen, consoles(False)[0])
+        preview_table(seen, notes, consoles(False)[0])
 
 
 @app.command()
@@ -96,9 +100,11 @@ def run(
     address: Address = None,
     in_process: InProcess = False,
     dashboard: Dashboard = False,
+    new_resources: NewResources = False,
 ) -> None:
     """Grow the forest: seed, experts, merge, and the verdict. Run again, it goes on where it was."""
-    grow_forest(read_plan(plan_path), json_output, address, in_process, dashboard, evaluate_only=False)
+    plan = read_plan(plan_path)
+    grow_forest(plan, json_output, address, in_process, dashboard, evaluate_only=False, new_resources=new_resources)
 
 
 @app.command()
@@ -108,9 +114,10 @@ def expand(
     address: Address = None,
     in_process: InProcess = False,
     dashboard: Dashboard = False,
+    new_resources: NewResources = False,
 ) -> None:
     """Add the domains that the plan or the store's inbox has and the forest has not. Nothing to add: starts nothing."""
-    expand_forest(read_plan(plan_path), json_output, address, in_process, dashboard)
+    expand_forest(read_plan(plan_path), json_output, address, in_process, dashboard, new_resources)
 
 
 @app.command()
@@ -132,9 +139,10 @@ def study(
     address: Address = None,
     in_process: InProcess = False,
     dashboard: Dashboard = False,
+    new_resources: NewResources = False,
 ) -> None:
     """Run the paper's comparison on the plan's texts: rivals, controls, sizes, repeats; tables and figures."""
-    run_study_plan(read_plan(plan_path), to, address, in_process, dashboard)
+    run_study_plan(read_plan(plan_path), to, address, in_process, dashboard, new_resources)
 
 
 @app.command("report")
@@ -184,13 +192,19 @@ def doctor(
 
 
 def grow_forest(
-    plan: Plan, json_output: bool, address: str | None, in_process: bool, dashboard: bool, evaluate_only: bool
+    plan: Plan,
+    json_output: bool,
+    address: str | None,
+    in_process: bool,
+    dashboard: bool,
+    evaluate_only: bool,
+    new_resources: bool = False,
 ) -> None:
     """Runs a plan and shows the verdict. Raises StepError at the end if some experts failed."""
     from btm_cluster.display import show_run
     from btm_cluster.run import run_plan
 
-    with driving(plan, address, in_process, dashboard, json_output) as driver:
+    with driving(plan, address, in_process, dashboard, json_output, new_resources) as driver:
         result = run_plan(plan, driver, evaluate_only)
     show_run(result, json_output)
     if result.failures:
@@ -199,7 +213,9 @@ def grow_forest(
         raise step_error(result.failures)
 
 
-def run_study_plan(plan: Plan, to: str, address: str | None, in_process: bool, dashboard: bool) -> None:
+def run_study_plan(
+    plan: Plan, to: str, address: str | None, in_process: bool, dashboard: bool, new_resources: bool = False
+) -> None:
     """Runs a plan's study and writes its results to a folder or a bucket, after each size and random seed anew.
 
     Results that are there already are replaced by finished ones alone.
@@ -216,7 +232,7 @@ def run_study_plan(plan: Plan, to: str, address: str | None, in_process: bool, d
     from btm_cluster.study.run import run_study
 
     has_results = any(place.list(SUMMARY_FILE))
-    with driving(plan, address, in_process, dashboard, json_output=False) as driver:
+    with driving(plan, address, in_process, dashboard, False, new_resources) as driver:
         for study in run_study(plan, driver):
             if has_results and study.repeats_left:
                 continue
@@ -229,12 +245,14 @@ def run_study_plan(plan: Plan, to: str, address: str | None, in_process: bool, d
             print(f"wrote {place.address('README.md')}", flush=True)
 
 
-def expand_forest(plan: Plan, json_output: bool, address: str | None, in_process: bool, dashboard: bool) -> None:
+def expand_forest(
+    plan: Plan, json_output: bool, address: str | None, in_process: bool, dashboard: bool, new_resources: bool = False
+) -> None:
     """Expands a plan's forest and says what came of it. Raises StepError at the end if some experts failed."""
     from btm_cluster.display_expansion import show_expanded
     from btm_cluster.expansion.expand import expand
 
-    with driving(plan, address, in_process, dashboard, json_output) as driver:
+    with driving(plan, address, in_process, dashboard, json_output, new_resources) as driver:
         result = expand(plan, driver)
     show_expanded(result, json_output)
     if result.failures:

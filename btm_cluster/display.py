@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from btm_cluster.room import NEW_RESOURCES
+
 if TYPE_CHECKING:
     from btm_cluster.checks import Check
     from btm_cluster.forest import Forest
@@ -216,8 +218,8 @@ def show_run(run: "Run", json_output: bool) -> None:
     notes.print(run.steps_line, highlight=False)
 
 
-def preview_table(preview: "Preview", console: Console) -> None:
-    """Prints what a run would do, and what that would cost."""
+def preview_table(preview: "Preview", notes: Sequence[str], console: Console) -> None:
+    """Prints what a run would do, what that would cost, and what should be known of the machine."""
     unit = "GPU-hours" if preview.on_gpus else "hours"
     rows = [
         [
@@ -241,7 +243,13 @@ def preview_table(preview: "Preview", console: Console) -> None:
         highlight=False,
     )
     console.print(f"Every block is read after the token {preview.first_token}.", highlight=False, markup=False)
-    for note in preview.notes:
+    goes_on = [
+        f"{ask.label} goes on at update {ask.saved_at} with the resources of its start, {ask.words}; "
+        f"with the plan's by {NEW_RESOURCES}"
+        for ask in preview.asks
+        if ask.saved_at is not None
+    ]
+    for note in (*preview.notes, *goes_on, *notes):
         console.print(f"note: {note}", highlight=False)
 
 

@@ -3,7 +3,7 @@
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from btm_cluster.ledger import Ledger
 from btm_cluster.plan import Plan
 from btm_cluster.preview import Preview, preview
 from btm_cluster.recipes import expert_resources, seed_resources
-from btm_cluster.requests import Resources
+from btm_cluster.room import Ask
 from btm_cluster.storage import Storage, open_storage
 from btm_cluster.tracking import check_tracking
 from btm_cluster.upkeep.housekeeping import store_time
@@ -30,7 +30,7 @@ def examine(plan: Plan | None, address: str | None, folder: Path) -> list[Check]
     from btm_cluster.on_ray.examination import examine_cluster, examine_local, examine_working_directory
 
     checks, seen = examine_plan(plan) if plan is not None else ([], None)
-    asks = asks_of(plan) if plan is not None else []
+    asks = asks_of(plan, seen) if plan is not None else []
     store = plan.store if plan is not None else None
     if address is None:
         machines = [look_around(None)]
@@ -83,20 +83,23 @@ def examine_store(storage: Storage) -> list[Check]:
     return checks
 
 
-def asks_of(plan: Plan) -> list[tuple[str, Resources]]:
-    """The groups that a run asks for."""
-    asks = [("an expert", expert_resources(plan))]
-    return asks if plan.model.pretrained is not None else [("the seed", seed_resources(plan)), *asks]
+def asks_of(plan: Plan, seen: Preview | None) -> Sequence[Ask]:
+    """The groups that a run asks for: those of the preview, or what the plan says where there is none."""
+    if seen is not None:
+        return seen.asks
+    return [Ask("seed", seed_resources(plan)), Ask("an expert", expert_resources(plan))]
 
 
 def needs_of(plan: Plan | None, seen: Preview | None) -> Needs:
     """What each machine must have for the plan's largest training."""
     if plan is None:
         return Needs()
-    asked = [how for _, how in asks_of(plan)]
+    asked = [ask.how for ask in asks_of(plan, seen)]
     largest = 2 * stored_bytes(seen.parameters, with_optimizer=True) if seen is not None else 0
-    compiles = any(how.compile and how.gpus_per_worker > 0 for how in asked)
-    return Needs(max(how.cpus_per_worker for how in asked), LEAST_FREE_BYTES + largest, compiles)
+    compiles, on_cpu = (
+        any(how.compile and (how.gpus_per_worker > 0) == on_gpu for how in asked) for on_gpu in (True, False)
+    )
+    return Needs(max([1, *(how.cpus_per_worker for how in asked)]), LEAST_FREE_BYTES + largest, compiles, on_cpu)
 
 
 def _written_and_read(storage: Storage) -> Check:

@@ -4,27 +4,55 @@ Running a plan again is the resume path: whatever the ledger has is not asked fo
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TypeAlias, TypeVar
 
 from btm_cluster.errors import StepError
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.requests import Request
+from btm_cluster.room import Ask
 from btm_cluster.workers import Failure, Outcome, Workers
 
 AnyRequest = TypeVar("AnyRequest", bound=Request)
+
+CheckRoom: TypeAlias = Callable[[Sequence[Ask]], None]
+"""Refuses asks that the machines behind the workers can never meet."""
 
 
 class Driver:
     """Asks the workers for what the ledger lacks."""
 
-    def __init__(self, ledger: Ledger, workers: Workers) -> None:
+    def __init__(
+        self, ledger: Ledger, workers: Workers, check_room: CheckRoom | None = None, new_resources: bool = False
+    ) -> None:
         self.ledger = ledger
         self.workers = workers
+        self._check_room = check_room
+        self.new_resources = new_resources
+        """Whether trainings go on from their checkpoints with the plan's resources, and not with those of their start."""
         self.made: Counter[str] = Counter()
         self.reused: Counter[str] = Counter()
         self.is_asking = False
         """Whether workers are at something: they notice themselves when the run is stopped, and save."""
+
+    def check_room(self, asks: Sequence[Ask]) -> None:
+        """Refuses asks that can never be met, before anything is spent.
+
+        Raises:
+            ResourcesError: naming what there is and what is asked.
+        """
+        if self._check_room is not None:
+            with self._asking():
+                self._check_room(asks)
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        self.is_asking = True
+        try:
+            yield
+        finally:
+            self.is_asking = False
 
     def obtain(
         self, verb: Callable[[Sequence[AnyRequest]], list[Outcome]], requests: Sequence[AnyRequest]
@@ -42,13 +70,12 @@ class Driver:
                 outcomes[ref.identity] = found
                 self.reused[request.kind] += 1
         if missing:
-            self.is_asking = True
-            try:
+            with self._asking():
                 made = verb(list(missing.values()))
-            finally:
-                self.is_asking = False
             outcomes |= dict(zip(missing, made, strict=True))
-            self.made.update(request.kind for request in missing.values())
+            self.made.update(
+                request.kind for request in missing.values() if isinstance(outcomes[request.ref.identity], Artifact)
+            )
         return [outcomes[request.ref.identity] for request in requests]
 
     def require(

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from btm_cluster.algorithm import new_domains, starts_from_seed
 from btm_cluster.cluster_ensemble import check_clusters
 from btm_cluster.equations.budget import device_hours, stored_bytes
 from btm_cluster.forest import Forest
@@ -29,17 +28,17 @@ from btm_cluster.ground import (
 )
 from btm_cluster.language_model.model import count_parameters
 from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.outstanding import asks_of, new_domains, rivals, starts_from_seed
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import (
     check_demix,
-    demix_request,
     expert_request,
     score_request,
     seed_request,
     seed_start,
-    transformer_lm_request,
 )
 from btm_cluster.requests import Request, TrainRequest
+from btm_cluster.room import Ask
 
 DONE, NEW, UNREAD = "done", "new", "unknown until its text is read"
 
@@ -70,6 +69,8 @@ class Preview:
     """What every block is read after."""
     notes: tuple[str, ...] = ()
     """What the steps do not say of themselves."""
+    asks: tuple[Ask, ...] = ()
+    """The groups that the trainings to come ask for, with the resources of their checkpoints where they have any."""
 
     @property
     def device_hours(self) -> float | None:
@@ -127,6 +128,7 @@ def preview(plan: Plan, ledger: Ledger) -> Preview:
         plan.cluster.price_per_gpu_hour,
         first_token_of(plan),
         tuple(_notes(plan)),
+        asks_of(plan, known, model, ledger),
     )
 
 
@@ -176,7 +178,7 @@ def _scores(ground: Ground, ledger: Ledger, unread: bool) -> Step:
     from_seed = [domain for domain in new if starts_from_seed(ground, forest, domain)]
     models |= {expert_request(ground, domain, seed_start(ground, seed)).ref for domain in from_seed}
     new = [domain for domain in new if domain not in from_seed]
-    for rival in _rivals(ground, seed):
+    for rival in rivals(ground):
         models |= {part.ref for part in rival.parts} if rival.is_demix else {rival.ref}
     parts = [(text, split) for text in texts for split in HELD_OUT if text.tokens[split]]
     scores = ledger.find_all([score_request(ground, model, *part).ref for model in models for part in parts])
@@ -197,12 +199,7 @@ def _trainings(ground: Ground, ledger: Ledger, parameters: int, rate: float | No
     experts = [expert_request(ground, domain, start) for domain in ground.domains]
     steps = [_training(seed, _state(ledger, seed), parameters, rate)]
     steps += [_training(e, _expert_state(ground, ledger, forest, e), parameters, rate) for e in experts]
-    return steps + [_training(r, _state(ledger, r), parameters, rate) for r in _rivals(ground, seed.ref)]
-
-
-def _rivals(ground: Ground, seed: Ref) -> list[TrainRequest]:
-    rivals = {"transformer-lm": transformer_lm_request(ground, seed), "demix": demix_request(ground)}
-    return [rivals[name] for name in ground.plan.baselines]
+    return steps + [_training(r, _state(ledger, r), parameters, rate) for r in rivals(ground)]
 
 
 def _expert_state(ground: Ground, ledger: Ledger, forest: Forest | None, request: TrainRequest) -> str:

@@ -3,22 +3,39 @@
 ray job submit --working-dir . -- python jobs/expand_forest.py plan.yaml
 
 With nothing to add it ends in seconds and asks the cluster for nothing. Two at once are safe: one waits for the other.
+With --new-resources trainings go on from their checkpoints with the plan's resources, and not with those of their start.
 """
 
 import sys
 from pathlib import Path
 
-from btm_cluster.cli import expand_forest, run_command
-from btm_cluster.errors import UserError
-from btm_cluster.plan import read_plan
+from btm_cluster.stopping import end_at_signals
+
+NEW_RESOURCES = "--new-resources"
 
 
 def main() -> None:
     """Like `btm expand PLAN --address auto`."""
-    if len(sys.argv) != 2:
+    from btm_cluster.cli import expand_forest
+    from btm_cluster.errors import UserError
+    from btm_cluster.plan import read_plan
+
+    arguments = [argument for argument in sys.argv[1:] if argument != NEW_RESOURCES]
+    new_resources = NEW_RESOURCES in sys.argv
+    if len(arguments) != 1:
         raise UserError("expand_forest.py takes one argument", expected="the plan, a YAML file")
-    expand_forest(read_plan(Path(sys.argv[1])), json_output=False, address="auto", in_process=False, dashboard=False)
+    expand_forest(
+        read_plan(Path(arguments[0])),
+        json_output=False,
+        address="auto",
+        in_process=False,
+        dashboard=False,
+        new_resources=new_resources,
+    )
 
 
 if __name__ == "__main__":
+    end_at_signals()
+    from btm_cluster.cli import run_command
+
     sys.exit(run_command(main))

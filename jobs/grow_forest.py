@@ -3,23 +3,41 @@
 ray job submit --working-dir . -- python jobs/grow_forest.py plan.yaml
 
 Stopping the job saves first, if it gets the time: set RAY_JOB_STOP_WAIT_TIME_S in the job's environment variables.
+With --new-resources trainings go on from their checkpoints with the plan's resources, and not with those of their start.
 """
 
 import sys
 from pathlib import Path
 
-from btm_cluster.cli import grow_forest, run_command
-from btm_cluster.errors import UserError
-from btm_cluster.plan import read_plan
+from btm_cluster.stopping import end_at_signals
+
+NEW_RESOURCES = "--new-resources"
 
 
 def main() -> None:
     """Like `btm run PLAN --address auto`."""
-    if len(sys.argv) != 2:
+    from btm_cluster.cli import grow_forest
+    from btm_cluster.errors import UserError
+    from btm_cluster.plan import read_plan
+
+    arguments = [argument for argument in sys.argv[1:] if argument != NEW_RESOURCES]
+    new_resources = NEW_RESOURCES in sys.argv
+    if len(arguments) != 1:
         raise UserError("grow_forest.py takes one argument", expected="the plan, a YAML file")
-    plan = read_plan(Path(sys.argv[1]))
-    grow_forest(plan, json_output=False, address="auto", in_process=False, dashboard=False, evaluate_only=False)
+    plan = read_plan(Path(arguments[0]))
+    grow_forest(
+        plan,
+        json_output=False,
+        address="auto",
+        in_process=False,
+        dashboard=False,
+        evaluate_only=False,
+        new_resources=new_resources,
+    )
 
 
 if __name__ == "__main__":
+    end_at_signals()
+    from btm_cluster.cli import run_command
+
     sys.exit(run_command(main))

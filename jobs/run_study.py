@@ -1,22 +1,40 @@
 """Run a study on the cluster that runs this job.
 
 ray job submit --working-dir . -- python jobs/run_study.py plan.yaml s3://bucket/results
+
+With --new-resources trainings go on from their checkpoints with the plan's resources, and not with those of their start.
 """
 
 import sys
 from pathlib import Path
 
-from btm_cluster.cli import run_command, run_study_plan
-from btm_cluster.errors import UserError
-from btm_cluster.plan import read_plan
+from btm_cluster.stopping import end_at_signals
+
+NEW_RESOURCES = "--new-resources"
 
 
 def main() -> None:
     """Like `btm study PLAN --to PLACE --address auto`."""
-    if len(sys.argv) != 3:
+    from btm_cluster.cli import run_study_plan
+    from btm_cluster.errors import UserError
+    from btm_cluster.plan import read_plan
+
+    arguments = [argument for argument in sys.argv[1:] if argument != NEW_RESOURCES]
+    new_resources = NEW_RESOURCES in sys.argv
+    if len(arguments) != 2:
         raise UserError("run_study.py takes two arguments", expected="the plan, and a place for the results")
-    run_study_plan(read_plan(Path(sys.argv[1])), sys.argv[2], address="auto", in_process=False, dashboard=False)
+    run_study_plan(
+        read_plan(Path(arguments[0])),
+        arguments[1],
+        address="auto",
+        in_process=False,
+        dashboard=False,
+        new_resources=new_resources,
+    )
 
 
 if __name__ == "__main__":
+    end_at_signals()
+    from btm_cluster.cli import run_command
+
     sys.exit(run_command(main))

@@ -10,8 +10,7 @@ import os
 import shlex
 import sys
 
-from btm_cluster.cli import run_command
-from btm_cluster.errors import UserError
+from btm_cluster.stopping import end_at_signals
 
 STOP_WAIT_SECONDS = "150"
 """Longer than the plan's cluster.stop_grace_seconds: a job that is stopped saves first."""
@@ -19,6 +18,8 @@ STOP_WAIT_SECONDS = "150"
 
 def main() -> None:
     """Reads the arguments, submits, waits."""
+    from btm_cluster.errors import UserError
+
     if len(sys.argv) < 5 or sys.argv[3] != "--":
         raise UserError("submit.py cannot be called so", expected="SCHEDULE TICK -- COMMAND …")
     from btm_cluster.on_ray.submission import submit_and_wait
@@ -32,4 +33,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    end_at_signals()
+    from btm_cluster.cli import run_command
+
     sys.exit(run_command(main))

@@ -10,6 +10,7 @@ import typer
 
 from btm_cluster.errors import UserError
 from btm_cluster.new_folder import check_new_folder
+from btm_cluster.stopping import unwinding
 
 if TYPE_CHECKING:
     from btm_cluster.discovery import Discovery
@@ -53,11 +54,15 @@ def discover(
 
     reading = ReadingPlan(bad_documents=bad_documents)
     if model is not None:
-        found = assign(source, reading, model, to)
+        with unwinding():
+            found = assign(source, reading, model, to)
     else:
         assert clusters is not None
         assert to is not None
-        found = discover(source, reading, clusters, to, random_seed, sample, lambda line: print(line, file=sys.stderr))
+        with unwinding():
+            found = discover(
+                source, reading, clusters, to, random_seed, sample, lambda line: print(line, file=sys.stderr)
+            )
     _show(found, to, json_output)
 
 

@@ -1,17 +1,16 @@
 """What commands that work on a plan have in common: their options, and a driver that saves when it is asked to stop."""
 
-import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from btm_cluster.commands.forest import open_ledger
-from btm_cluster.errors import Stopped
 from btm_cluster.plan import Plan
+from btm_cluster.stopping import end_at_signals, handling, stopped
 
 if TYPE_CHECKING:
     from btm_cluster.driver import Driver
@@ -26,9 +25,23 @@ InProcess = Annotated[bool, typer.Option("--in-process", help="Without Ray, one 
 Dashboard = Annotated[bool, typer.Option("--dashboard", help="Serve the Ray dashboard of a local cluster.")]
 
 
+NewResources = Annotated[
+    bool,
+    typer.Option(
+        "--new-resources",
+        help="Go on from training checkpoints with the plan's GPUs, CPUs and precision, not with those of their start.",
+    ),
+]
+
+
 @contextmanager
 def driving(
-    plan: Plan, address: str | None, in_process: bool, dashboard: bool, json_output: bool
+    plan: Plan,
+    address: str | None,
+    in_process: bool,
+    dashboard: bool,
+    json_output: bool,
+    new_resources: bool = False,
 ) -> Iterator["Driver"]:
     """A driver for the plan's store. Ray is joined or started only once there is something to do.
 
@@ -36,43 +49,39 @@ def driving(
     """
     from btm_cluster.display import ProgressView, consoles
     from btm_cluster.driver import Driver
+    from btm_cluster.in_process import InProcess, LocalControl
+    from btm_cluster.on_ray.lazily import LazyRayWorkers
+    from btm_cluster.recipes import expert_resources
     from btm_cluster.tracking import Tracking
 
     ledger = open_ledger(plan.store)
-    stop = threading.Event()
+    asked = _Asked()
     with (
         ProgressView(consoles(json_output)[1]) as view,
         Tracking(plan, ledger.storage, view) as watcher,
+        handling(asked),
+        ExitStack() as stack,
     ):
-        if in_process:
-            from btm_cluster.in_process import InProcess, LocalControl
-
-            driver = Driver(ledger, InProcess(ledger, LocalControl(watcher, stop)))
-            with _stop_on_signals(stop, driver):
-                yield driver
-        else:
-            from btm_cluster.on_ray.lazily import LazyRayWorkers
-            from btm_cluster.recipes import expert_resources
-
+        workers: InProcess | LazyRayWorkers = InProcess(ledger, LocalControl(watcher, asked.stop))
+        if not in_process:
             store, expert = ledger.storage.location, expert_resources(plan)
-            with LazyRayWorkers(store, watcher, stop, plan.cluster, expert, address, dashboard) as workers:
-                driver = Driver(ledger, workers)
-                with _stop_on_signals(stop, driver):
-                    yield driver
+            lazy = LazyRayWorkers(store, watcher, asked.stop, plan.cluster, expert, address, dashboard)
+            workers = stack.enter_context(lazy)
+        asked.driver = Driver(ledger, workers, workers.check_room, new_resources)
+        yield asked.driver
 
 
-@contextmanager
-def _stop_on_signals(stop: threading.Event, driver: "Driver") -> Iterator[None]:
-    def ask(*_: object) -> None:
-        if stop.is_set():  # asked twice: do not save, go
-            raise KeyboardInterrupt
-        stop.set()
-        if not driver.is_asking:  # the driver itself computes, and has nothing to save
-            raise Stopped("the run was stopped", remedy="the same command goes on from here")
+class _Asked:
+    """Hears signals: the first one asks to save and stop, a second one to go without saving, a third ends the process."""
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self.driver: Driver | None = None
+
+    def __call__(self, *_: object) -> None:
+        if self.stop.is_set():
+            end_at_signals()
+            raise stopped()
+        self.stop.set()
+        if self.driver is None or not self.driver.is_asking:  # the driver itself computes, and has nothing to save
+            raise stopped()

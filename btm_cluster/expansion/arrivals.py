@@ -23,7 +23,9 @@ from btm_cluster.ground import (
 )
 from btm_cluster.ledger import Artifact
 from btm_cluster.plan import Plan
+from btm_cluster.recipes import expert_resources
 from btm_cluster.requests import ReadText
+from btm_cluster.room import Ask
 from btm_cluster.workers import Failure, Outcome
 
 
@@ -45,6 +47,7 @@ def prepare_new(plan: Plan, arrivals: Sequence[Arrival], forest: Forest, driver:
     requests = read_requests(plan)
     model = model_config(plan, vocabulary_of(plan))
     check_foundation(without_texts(plan, model, driver.ledger), forest, driver.ledger)
+    _check_room(plan, requests, arrivals, driver)
     read = driver.require(driver.workers.prepare, requests)
     memos = {text.name: memo for text, memo in zip(plan.texts, read, strict=True)}
     arrived = _read_all(plan, arrivals, driver)
@@ -69,10 +72,21 @@ def prepare_new(plan: Plan, arrivals: Sequence[Arrival], forest: Forest, driver:
     )
 
 
+def _check_room(plan: Plan, requests: Sequence[ReadText], arrivals: Sequence[Arrival], driver: Driver) -> None:
+    """Refuses an expert that can never be trained before the text of one is read."""
+    new = [*(request for request in requests if not request.is_target), *_arrivals_requests(plan, arrivals)]
+    if any(found is None for found in driver.ledger.find_all([request.ref for request in new])):
+        driver.check_room([Ask("an expert", expert_resources(plan))])
+
+
+def _arrivals_requests(plan: Plan, arrivals: Sequence[Arrival]) -> list[ReadText]:
+    most_bytes = int(1e9 * plan.expansion.inbox.most_decompressed_gigabytes)
+    return [ReadText(a.domain.name, a.domain, plan.reading, False, a.fingerprint, most_bytes) for a in arrivals]
+
+
 def _read_all(plan: Plan, arrivals: Sequence[Arrival], driver: Driver) -> dict[str, Outcome | str]:
     """What became of each arrival: its memo, a failure that another try may mend, or why it is refused."""
-    most_bytes = int(1e9 * plan.expansion.inbox.most_decompressed_gigabytes)
-    requests = [ReadText(a.domain.name, a.domain, plan.reading, False, a.fingerprint, most_bytes) for a in arrivals]
+    requests = _arrivals_requests(plan, arrivals)
     names = [arrival.domain.name for arrival in arrivals]
     try:
         read: list[Outcome | str] = list(driver.obtain(driver.workers.prepare, requests))

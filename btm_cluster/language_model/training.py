@@ -8,6 +8,7 @@ Knows nothing of Ray: a process group, where there is one, was set up by the cal
 import dataclasses
 import logging
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -23,16 +24,18 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from btm_cluster.errors import DivergedError, IntegrityError, Stopped
+from btm_cluster.errors import DivergedError, IntegrityError, MissingError, Stopped, StoreError
 from btm_cluster.language_model.blocks import Blocks, block_order
 from btm_cluster.language_model.checkpoint import TrainingCheckpoints, load_training, optimizer_tensors
 from btm_cluster.language_model.demix import split_feed_forwards
 from btm_cluster.language_model.demix_group import DemixGroup, share_of
 from btm_cluster.language_model.model import build_model, check_reads, has_dropout, weights_of
 from btm_cluster.language_model.optimizer import build_optimizer, learning_rate_at
+from btm_cluster.language_model.resuming import AlreadyTrained, Source, earlier_spans, find_source, profiles
 from btm_cluster.language_model.utilisation import device_name, utilisation
 from btm_cluster.ledger import Ledger
 from btm_cluster.requests import Resources, Role, TrainRequest
+from btm_cluster.storage.node_cache import node_cache
 from btm_cluster.workers import Control, Progress
 
 log = logging.getLogger(__name__)
@@ -142,19 +145,16 @@ class _TrainingRun:
             torch.set_num_threads(request.how.cpus_per_worker)
         else:
             torch.set_float32_matmul_precision("high")
-        self.model = build_model(request.model, request.training.random_seed)
-        if request.start is None:
-            check_reads(self.model, CAUSAL_TOKENS, f"a {request.model['model_type']}")
         self.share = share_of(self.rank, self.world, len(request.texts)) if request.is_demix else None
-        if self.share is not None:
-            split_feed_forwards(self.model, self.share.domains)
-        self.model = self.model.to(self.device)
+        self._build()
         self.has_dropout = has_dropout(self.model)
-        self.optimizer = build_optimizer(self.model, request)
-        self.update = self._restore()
+        self.passed_over: set[str] = set()
+        """Manifest hashes of training checkpoints that could not be loaded."""
+        self.source = self._restore()
+        self.update = self.source.update
         self.group = DemixGroup(self.model, self.share) if self.share is not None and self.world > 1 else None
         self.forward = self._wrap(NextTokenLoss(self.model, first_token))
-        self.checkpoints = TrainingCheckpoints(ledger, request.ref.identity, request.label)
+        self.checkpoints = TrainingCheckpoints(ledger, request.ref.identity, request.label, self.passed_over)
         self.last_saved = time.monotonic()
         self.noticed = False
         self.next_question = time.monotonic()
@@ -189,25 +189,59 @@ class _TrainingRun:
     def _trained(self, role: str) -> Trained:
         return Trained(self.model, self.optimizer, self._facts(role), self._note())
 
-    def _restore(self) -> int:
-        """Loads the last training checkpoint, milestone, or the start; returns the update to go on from."""
-        request = self.request
-        saved = self.ledger.latest_training(request.ref.identity)
-        passed = {update: self.ledger.find(request.until(update).ref) for update in sorted(request.milestones)}
-        milestone, model = max(((u, found) for u, found in passed.items() if found), default=(-1, None))
-        if saved is not None and int(saved.recipe["update"]) > milestone:
+    def _build(self) -> None:
+        """A model with its first weights, and an optimiser that has made no step."""
+        model = build_model(self.request.model, self.request.training.random_seed)
+        if self.request.start is None:
+            check_reads(model, CAUSAL_TOKENS, f"a {self.request.model['model_type']}")
+        if self.share is not None:
+            split_feed_forwards(model, self.share.domains)
+        self.model = model.to(self.device)
+        self.optimizer = build_optimizer(self.model, self.request)
+
+    def _restore(self) -> Source:
+        """Loads the last training checkpoint that can be read, the last milestone, or the start.
+
+        All ranks of a group load the same, or all pass it over. A checkpoint may be dropped by another driver while it is
+        read here: then there is a newer one, or the model.
+        """
+        while True:
+            source = self._agree_on_source()
+            trouble = self._load(source)
+            if not any(self._any(trouble is not None)):
+                return source
+            assert source.stored is not None
+            self.passed_over.add(source.stored.manifest_hash)
+            self._build()  # a part of it may have been loaded
+
+    def _agree_on_source(self) -> Source:
+        """What the first rank finds."""
+        agreed: list[Any] = [None]
+        if self.rank == 0:
             try:
-                load_training(self.model, self.optimizer, self.ledger, saved, keep_optimizer=True)
-                return int(saved.recipe["update"])
-            except IntegrityError as exc:
-                log.warning("%s: starts again, its training checkpoint is damaged: %s", request.label, exc)
-        if model is not None:
-            load_training(self.model, self.optimizer, self.ledger, model, keep_optimizer=True)
-            return milestone
-        if request.start is not None:
-            start = self.ledger.get(request.start.model)
-            load_training(self.model, self.optimizer, self.ledger, start, request.start.keep_optimizer)
-        return request.first_update
+                agreed = [find_source(self.request, self.ledger, self.passed_over)]
+            except AlreadyTrained as exc:
+                agreed = [exc]
+        if self.world > 1:
+            dist.broadcast_object_list(agreed, src=0, device=self.device)
+        if isinstance(agreed[0], AlreadyTrained):
+            raise agreed[0]
+        source: Source = agreed[0]
+        return source
+
+    def _load(self, source: Source) -> StoreError | None:
+        """What is wrong with a training checkpoint, if it cannot be read; it was made here, and can be made again."""
+        if source.stored is None:
+            return None
+        try:
+            load_training(self.model, self.optimizer, self.ledger, source.stored, source.keep_optimizer)
+        except (IntegrityError, MissingError) as exc:
+            if not source.is_checkpoint:
+                raise
+            words = "%s: passed over, its training checkpoint is damaged (update %d): %s"
+            log.warning(words, self.request.label, source.update, exc)
+            return exc
+        return None
 
     def _wrap(self, loss: NextTokenLoss) -> torch.nn.Module:
         wrapped: torch.nn.Module = loss
@@ -216,6 +250,7 @@ class _TrainingRun:
         if self.world > 1:
             wrapped = DistributedDataParallel(loss, device_ids=[self.device] if self.device.type == "cuda" else None)
         if self.request.how.compile:
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(node_cache().folder_for_code()))
             wrapped.compile(dynamic=False, mode="reduce-overhead" if self._fits_a_graph() else None)
         return wrapped
 
@@ -361,17 +396,20 @@ class _TrainingRun:
         state = weights_of(self.model), optimizer_tensors(self.model, self.optimizer)
         weights, moments = (tensors.items() if self.group is None else self.group.gather(tensors) for tensors in state)
         if self.rank == 0:
-            facts = {"how": dataclasses.asdict(self.request.how), "model": self.request.recipe}
+            facts = {"how": dataclasses.asdict(self.request.how), "model": self.request.recipe} | self._profiles()
             self.checkpoints.save(self.update, weights, moments, facts, wait)
         elif self.group is not None:
             deque(chain(weights, moments), maxlen=0)  # the first rank gathers what this one holds
 
     def _facts(self, role: str) -> dict[str, Any]:
         request = self.request
-        profile = dataclasses.asdict(request.how) | {"torch": torch.__version__, "device": self.device.type}
         passed = [request.until(update).ref.identity for update in request.milestones if update < self.update]
         tokens = (self.update - request.first_update) * request.blocks_per_update * request.training.block_tokens
-        return {"role": role, "tokens": tokens, "profile": profile, "passed": passed}
+        return {"role": role, "tokens": tokens, **self._profiles(), "passed": passed}
+
+    def _profiles(self) -> dict[str, Any]:
+        earlier = earlier_spans(self.source, self.request.first_update)
+        return profiles(earlier, self.source.update, self.request.how, self.update)
 
     def _note(self) -> dict[str, Any]:
         seconds = time.monotonic() - self.pace.started

@@ -3,13 +3,13 @@
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from btm_cluster.errors import IntegrityError, MissingError, UserError
+from btm_cluster.errors import IntegrityError, MissingError, StoreError, UserError
 from btm_cluster.ledger.artifact import (
     CHUNK_BYTES,
     Artifact,
@@ -178,9 +178,14 @@ class Ledger:
         for again in (False, True):  # a mismatch is read once more from the source before it fails
             with _named_if_lost(artifact.ref, blob):
                 path = self.storage.download(key, anew=again)
-            found = describe_file(name, path)
+            try:
+                found = describe_file(name, path)
+            except FileNotFoundError:  # deleted since
+                found = None
             if found == blob:
                 return path
+        if found is None:
+            raise _lost(artifact.ref, blob, "no such object")
         raise _damaged(
             artifact,
             blob,
@@ -208,40 +213,68 @@ class Ledger:
                 raise _damaged(artifact, blob, f"SHA-256 {found} of {at}", f"SHA-256 {expected}")
             yield chunk
 
-    def save_training(self, identity: str, update: int, files: Mapping[str, Path], facts: Mapping[str, Any]) -> None:
-        """Commits a training checkpoint at `update`, then drops the older ones."""
+    def save_training(
+        self,
+        identity: str,
+        update: int,
+        files: Mapping[str, Path],
+        facts: Mapping[str, Any],
+        passed_over: Collection[str] = (),
+    ) -> None:
+        """Commits a training checkpoint at `update`, then drops the older ones.
+
+        One at the same update stays, unless its manifest hash is among those that could not be loaded, `passed_over`.
+        """
         ref, key = Ref("training", identity), training_key(identity, update)
-        self._trainings(identity)  # a damaged one may have this very key
-        self._commit(key, ref, {"update": update}, files, facts, {})
-        manifests = self._trainings(identity)
+        whole, damaged = self._trainings(identity)
+        if key in whole and whole[key].manifest_hash in passed_over:
+            self.storage.delete(key)
+        for lost in damaged:  # nobody can go on from them, and one may have this very key
+            self.storage.delete(lost)
+        self._write(key, ref, {"update": update}, files, facts, {})
+        manifests, _ = self._trainings(identity)
         kept = {blob.sha256 for k, manifest in manifests.items() if k >= key for blob in manifest.blobs}
         for older in sorted(k for k in manifests if k < key):
             self.storage.delete(older)
             for sha256 in {blob.sha256 for blob in manifests[older].blobs} - kept:
                 self.storage.delete(blob_key(ref, sha256))
 
-    def _trainings(self, identity: str) -> dict[str, Artifact]:
-        """The manifests of a model's training checkpoints, by key; damaged ones are dropped, since nobody can go on from them."""
-        manifests = {}
-        for key in self._training_keys(identity):
-            try:
-                manifest = self.read_manifest(key)
-            except IntegrityError as exc:
-                logger.warning("dropped a training checkpoint: %s", exc)
-                self.storage.delete(key)
-                continue
-            if manifest is not None:
-                manifests[key] = manifest
-        return manifests
+    def latest_training(self, identity: str, passed_over: Collection[str] = ()) -> Artifact | None:
+        """The training checkpoint with the most updates, but for those whose manifest hashes are `passed_over`.
 
-    def latest_training(self, identity: str) -> Artifact | None:
-        """The training checkpoint with the most updates; a damaged one is passed over, since training can make it again."""
-        for key in reversed(self._training_keys(identity)):
-            try:
-                return self.read_manifest(key)
-            except IntegrityError as exc:
-                logger.warning("passed over a training checkpoint: %s", exc)
-        return None
+        One that is damaged or has lost a file is passed over with a warning, since training can make it again.
+        """
+        manifests, damaged = self._trainings(identity)
+        for key, exc in damaged.items():
+            logger.warning("passed over the training checkpoint %s: %s", key, exc)
+        return max(
+            (m for m in manifests.values() if m.manifest_hash not in passed_over),
+            key=lambda manifest: int(manifest.recipe["update"]),
+            default=None,
+        )
+
+    def _trainings(self, identity: str) -> tuple[dict[str, Artifact], dict[str, StoreError]]:
+        """The manifests of a model's training checkpoints by key, and what is wrong with those that are not whole.
+
+        Another driver may drop some while they are looked at. Then the folder is looked at again, since a newer one is there.
+        """
+        before: dict[str, int] = {}
+        while True:
+            sizes = {entry.key: entry.size_bytes for entry in list_ours(self.storage, training_folder(identity))}
+            manifests: dict[str, Artifact] = {}
+            damaged: dict[str, StoreError] = {}
+            keys = [key for key in sizes if key.endswith(".json")]
+            for key in keys:
+                try:
+                    manifest = self.read_manifest(key)
+                    if manifest is not None:
+                        _check_training(identity, manifest, sizes)
+                        manifests[key] = manifest
+                except (IntegrityError, MissingError) as exc:
+                    damaged[key] = exc
+            if len(manifests) == len(keys) or sizes == before:
+                return manifests, damaged
+            before = sizes
 
     def clear_training(self, identity: str) -> None:
         """Drops every training checkpoint of a model that is committed, and what was left of unfinished ones."""
@@ -271,10 +304,6 @@ class Ledger:
         if found != blob.size_bytes:
             raise _lost(ref, blob, f"{found} bytes of {blob.size_bytes}")
 
-    def _training_keys(self, identity: str) -> list[str]:
-        """Of the manifests of training checkpoints, by update."""
-        return [e.key for e in list_ours(self.storage, training_folder(identity)) if e.key.endswith(".json")]
-
     def pin(self, version: int) -> None:
         """Keeps a version of the forest, which must be whole, from being collected, however old it becomes."""
         forest = self.log.version(version)
@@ -296,6 +325,27 @@ class Ledger:
         facts: Mapping[str, Any],
         note: Mapping[str, Any],
     ) -> Artifact:
+        blobs, is_first = self._write(key, ref, recipe, files, facts, note)
+        committed = self.read_manifest(key)
+        if committed is None:
+            raise IntegrityError(
+                f"{key} vanished right after it was created", remedy="check who deletes from this store"
+            )
+        if not is_first:
+            for blob in set(committed.blobs) - set(blobs):  # what we uploaded ourselves is there
+                self._check_blob_stands(ref, blob)
+        return committed
+
+    def _write(
+        self,
+        key: str,
+        ref: Ref,
+        recipe: Mapping[str, Any],
+        files: Mapping[str, Path],
+        facts: Mapping[str, Any],
+        note: Mapping[str, Any],
+    ) -> tuple[list[Blob], bool]:
+        """Stores files and their manifest; what they are, and whether the manifest was not there yet."""
         assert is_named_by(ref, recipe, facts), f"{ref} is not of its recipe"
         blobs = [describe_file(name, path) for name, path in sorted(files.items())]
         for blob in blobs:
@@ -307,16 +357,7 @@ class Ledger:
             "facts": facts,
             "blobs": [dataclasses.asdict(blob) for blob in blobs],
         }
-        is_first = self.documents.create(key, body, note)
-        committed = self.read_manifest(key)
-        if committed is None:
-            raise IntegrityError(
-                f"{key} vanished right after it was created", remedy="check who deletes from this store"
-            )
-        if not is_first and ref.kind != "training":  # another driver may drop a checkpoint at any time
-            for blob in set(committed.blobs) - set(blobs):  # what we uploaded ourselves is there
-                self._check_blob_stands(ref, blob)
-        return committed
+        return blobs, self.documents.create(key, body, note)
 
     def read_manifest(self, key: str) -> Artifact | None:
         """The artifact whose manifest is the object at `key`; None where there is none.
@@ -354,6 +395,18 @@ def _lost(ref: Ref, blob: Blob, found: str) -> MissingError:
         found=found,
         remedy=f"delete {manifest} and run the plan again, which makes it anew",
     )
+
+
+def _check_training(identity: str, manifest: Artifact, sizes: Mapping[str, int]) -> None:
+    """Whether a training checkpoint has files of the right size."""
+    for blob in manifest.blobs:
+        at = blob_key(Ref("training", identity), blob.sha256)
+        if sizes.get(at) != blob.size_bytes:
+            raise MissingError(
+                f"the training checkpoint at update {manifest.recipe['update']} has lost its file {blob.name} ({at})",
+                found=f"{sizes[at]} bytes" if at in sizes else "nothing",
+                expected=f"{blob.size_bytes} bytes",
+            )
 
 
 def _damaged(artifact: Artifact, blob: Blob, found: str, expected: str) -> IntegrityError:

@@ -14,8 +14,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from btm_cluster.checks import Check, Machine, look_around
 from btm_cluster.errors import ResourcesError, one_line
-from btm_cluster.on_ray.cluster import connected, fits, group_words, nodes_words
-from btm_cluster.requests import Resources
+from btm_cluster.on_ray.cluster import connected
+from btm_cluster.room import NEW_RESOURCES, Ask, fits, nodes_words
 
 LOOK_SECONDS = 180.0
 MOST_FILES = 100_000
@@ -23,7 +23,7 @@ _TOKEN_REMEDY = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_toke
 
 
 def examine_cluster(
-    address: str, store: str | None, asks: Sequence[tuple[str, Resources]], autoscaling: bool
+    address: str, store: str | None, asks: Sequence[Ask], autoscaling: bool
 ) -> tuple[list[Check], list[Machine]]:
     """Joins the cluster, and leaves it: what it says, and the facts of each of its nodes."""
     if address.startswith(("http://", "https://")):
@@ -32,18 +32,18 @@ def examine_cluster(
         with connected(address, dashboard=False):
             checks = [Check("Ray", "ok", f"{ray.__version__} at {address}, {len(ray.nodes())} node(s)"), _token()]
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            checks += [_room(label, how, nodes, autoscaling) for label, how in asks]
+            checks += [_room(ask, nodes, autoscaling) for ask in asks]
             unseen, machines = _look_at_nodes(store)
             return checks + unseen, machines
     except ResourcesError as exc:
         return [Check("Ray", "wrong", f"{exc.what}: {exc.found}", exc.remedy)], []
 
 
-def examine_local(asks: Sequence[tuple[str, Resources]], machine: Machine) -> list[Check]:
+def examine_local(asks: Sequence[Ask], machine: Machine) -> list[Check]:
     """Of a cluster that a run would start on this machine."""
     node = {"CPU": float(machine.usable_cpus), "GPU": float(machine.torch_gpus)}
     ours = Check("Ray", "ok", f"{ray.__version__}; no --address or RAY_ADDRESS, so a run starts one on this machine")
-    return [ours, *(_room(label, how, [node], autoscaling=False) for label, how in asks)]
+    return [ours, *(_room(ask, [node], autoscaling=False) for ask in asks)]
 
 
 def examine_working_directory(folder: Path) -> Check:
@@ -93,16 +93,18 @@ def _token() -> Check:
     return Check("token", "note", found, "start every node with RAY_AUTH_MODE=token")
 
 
-def _room(label: str, how: Resources, nodes: Sequence[dict[str, float]], autoscaling: bool) -> Check:
-    name = f"room for {label}"
-    if fits(nodes, how):
-        return Check(name, "ok", group_words(how))
-    found = f"{group_words(how)} asked, nodes with {nodes_words(nodes)}"
+def _room(ask: Ask, nodes: Sequence[dict[str, float]], autoscaling: bool) -> Check:
+    name = f"room for {'' if ask.label.startswith('an ') else 'the '}{ask.label}"
+    asked = ", ".join(filter(None, [ask.words, ask.origin]))
+    if fits(nodes, ask.how):
+        return Check(name, "ok", asked)
+    found = f"{asked}: asked; nodes with {nodes_words(nodes)}"
     if autoscaling:
         return Check(name, "note", found, "a run waits until the autoscaler has made room")
-    return Check(
-        name, "wrong", found, "ask for less in the plan's `cluster`, add nodes, or set `autoscaling: true` there"
-    )
+    less = "ask for less in the plan's `cluster`"
+    if ask.saved_at is not None:
+        less = f"go on with the plan's resources by {NEW_RESOURCES}"
+    return Check(name, "wrong", found, f"{less}, add nodes, or set `autoscaling: true` in the plan's `cluster`")
 
 
 def _look_at_nodes(store: str | None) -> tuple[list[Check], list[Machine]]:

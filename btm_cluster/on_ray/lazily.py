@@ -1,12 +1,13 @@
 """The workers' port, joined to a cluster at the first request: a run with nothing to do starts no Ray."""
 
 import os
-import signal
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from types import TracebackType
+from typing import TYPE_CHECKING
 
+from btm_cluster.checks import check_compiler
 from btm_cluster.plan import ClusterPlan
 from btm_cluster.requests import (
     AverageRequest,
@@ -17,7 +18,11 @@ from btm_cluster.requests import (
     SoupRequest,
     TrainRequest,
 )
-from btm_cluster.workers import Outcome, Watcher, Workers
+from btm_cluster.room import Ask
+from btm_cluster.workers import Outcome, Watcher
+
+if TYPE_CHECKING:
+    from btm_cluster.on_ray.workers import RayWorkers
 
 # Ray reads these once, when it is imported, so they are set before.
 _ENVIRONMENT = {
@@ -42,10 +47,12 @@ class LazyRayWorkers:
         address: str | None,
         dashboard: bool,
     ) -> None:
+        if address is None:  # which never grows
+            cluster = cluster.model_copy(update={"autoscaling": False})
         self._arguments = (store, watcher, stop, cluster, expert)
         self._address, self._dashboard = address, dashboard
         self._stack = ExitStack()
-        self._workers: Workers | None = None
+        self._workers: RayWorkers | None = None
 
     def __enter__(self) -> "LazyRayWorkers":
         return self
@@ -54,6 +61,12 @@ class LazyRayWorkers:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+
+    def check_room(self, asks: Sequence[Ask]) -> None:
+        if asks:
+            if self._address is None:
+                check_compiler(asks)
+            self._connected().check_room(asks)
 
     def prepare(self, requests: Sequence[PrepareRequest]) -> list[Outcome]:
         return self._connected().prepare(requests)
@@ -73,15 +86,13 @@ class LazyRayWorkers:
     def soup(self, requests: Sequence[SoupRequest]) -> list[Outcome]:
         return self._connected().soup(requests)
 
-    def _connected(self) -> Workers:
+    def _connected(self) -> "RayWorkers":
         if self._workers is None:
             for name, value in (_ENVIRONMENT | (_LOCAL_ENVIRONMENT if self._address is None else {})).items():
                 os.environ.setdefault(name, value)
             from btm_cluster.on_ray.cluster import connected
             from btm_cluster.on_ray.workers import RayWorkers
 
-            handler = signal.getsignal(signal.SIGTERM)
             self._stack.enter_context(connected(self._address, self._dashboard))
-            signal.signal(signal.SIGTERM, handler)  # ray.init puts its own in place, which exits at once
             self._workers = RayWorkers(*self._arguments)
         return self._workers

@@ -7,7 +7,6 @@ training goes on from its last checkpoint in the store.
 
 import hashlib
 import os
-import tempfile
 import threading
 import uuid
 from pathlib import Path
@@ -19,9 +18,10 @@ from ray.train.torch import TorchTrainer
 
 from btm_cluster.errors import BtmError, Stopped, TrainingError, UserError
 from btm_cluster.ledger import Artifact, Ledger
-from btm_cluster.on_ray.cluster import bundle
 from btm_cluster.on_ray.progress import STARTING, Process, RayControl, StopPoll
 from btm_cluster.requests import Resources, TrainRequest
+from btm_cluster.room import bundle
+from btm_cluster.storage.scratch import scratch_folder
 from btm_cluster.workers import Progress
 
 
@@ -48,9 +48,9 @@ class Trainer:
                 board.enter.remote(request.label, Process.this())
                 return _step(request, store, RayControl(board, StopPoll(trainer), lambda: is_to_go() is not None))
 
-        result = TorchTrainer(
-            loop, scaling_config=_scaling(request.how), run_config=_run_config(request, retries)
-        ).fit()
+        with scratch_folder() as folder:  # Ray Train keeps notes of a run there, which nobody needs afterwards
+            run_config = _run_config(request, retries, folder)
+            result = TorchTrainer(loop, scaling_config=_scaling(request.how), run_config=run_config).fit()
         if isinstance(result.return_value, BtmError):
             raise result.return_value
         if not isinstance(result.return_value, Artifact):
@@ -122,11 +122,11 @@ def _scaling(how: Resources) -> ray.train.ScalingConfig:
     )
 
 
-def _run_config(request: TrainRequest, retries: int) -> ray.train.RunConfig:
+def _run_config(request: TrainRequest, retries: int, folder: Path) -> ray.train.RunConfig:
     # A name used before would resume that run's state; ours lives in the store.
     name = f"{request.role}-{request.label}-{request.ref.identity[:8]}-{uuid.uuid4().hex[:6]}"
     return ray.train.RunConfig(
         name=name,
-        storage_path=str(Path(tempfile.gettempdir(), "btm-cluster-train")),
+        storage_path=str(folder),
         failure_config=ray.train.FailureConfig(max_failures=retries),
     )

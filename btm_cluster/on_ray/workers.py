@@ -13,9 +13,8 @@ import ray
 import ray.util.state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from btm_cluster.errors import Stopped
 from btm_cluster.ledger import Ledger
-from btm_cluster.on_ray.cluster import bundle, group_words, has_room
+from btm_cluster.on_ray.cluster import has_room
 from btm_cluster.on_ray.failures import LOG_LINES, failure_of
 from btm_cluster.on_ray.metrics import Metrics
 from btm_cluster.on_ray.progress import STARTING, News, ProgressBoardActor
@@ -31,6 +30,8 @@ from btm_cluster.requests import (
     SoupRequest,
     TrainRequest,
 )
+from btm_cluster.room import Ask, ask_of, bundle
+from btm_cluster.stopping import stopped
 from btm_cluster.storage.requests import take_requests
 from btm_cluster.workers import Failure, Outcome, Progress, Watcher
 
@@ -72,13 +73,19 @@ class RayWorkers:
         self._metrics = Metrics(store)
         self._retried = {"max_restarts": cluster.retries, "max_task_retries": -1}
 
+    def check_room(self, asks: Sequence[Ask]) -> None:
+        if self._stop.is_set():
+            raise stopped()
+        for ask in asks:
+            has_room(ask, self._cluster.autoscaling)
+
     def prepare(self, requests: Sequence[PrepareRequest]) -> list[Outcome]:
         return self._run("prepare", self._on_one_cpu(prepare_task), requests)
 
     def train(self, requests: Sequence[TrainRequest]) -> list[Outcome]:
         if any(request.role == "seed" or request.milestones for request in requests):
-            has_room("an expert", self._expert, self._cluster.autoscaling)  # before its seed is paid for
-        room = {request.label: has_room(request.label, request.how, self._cluster.autoscaling) for request in requests}
+            has_room(Ask("an expert", self._expert), self._cluster.autoscaling)  # before its seed is paid for
+        room = {request.label: has_room(ask_of(request), self._cluster.autoscaling) for request in requests}
 
         def start(request: TrainRequest) -> _Running:
             options = trainer_options(request, self._store, self._cluster.retries)
@@ -89,7 +96,7 @@ class RayWorkers:
                 return _Running(request.label, await_other_task.remote(request, self._store, options["name"]))
             result = trainer.train.remote(request, self._store, self._cluster.retries, self._board)
             self._metrics.asked(request)
-            waits_for = "" if room[request.label] else self._say_what_waits(request.label, request.how)
+            waits_for = "" if room[request.label] else self._say_what_waits(ask_of(request))
             return _Running(request.label, result, trainer, waits_for)
 
         return self._run("train", start, requests, self._cluster.concurrent_experts)
@@ -135,16 +142,15 @@ class RayWorkers:
 
     def _start_task(self, step: Any, label: str, how: Resources, asked: Any) -> _Running:
         """Starts a step that holds what one worker does."""
-        alone = replace(how, workers=1)
-        waits_for = "" if has_room(label, alone, self._cluster.autoscaling) else self._say_what_waits(label, alone)
-        held = bundle(alone)
+        alone = Ask(label, replace(how, workers=1))
+        waits_for = "" if has_room(alone, self._cluster.autoscaling) else self._say_what_waits(alone)
+        held = bundle(alone.how)
         task = step.options(num_cpus=held["CPU"], num_gpus=held.get("GPU", 0), max_retries=self._cluster.retries)
         return _Running(label, task.remote(asked, self._store, self._board), waits_for=waits_for)
 
-    def _say_what_waits(self, label: str, how: Resources) -> str:
-        waits_for = group_words(how)
-        self._watcher(Progress(label, f"waiting for the cluster to grow to {waits_for}"))
-        return waits_for
+    def _say_what_waits(self, ask: Ask) -> str:
+        self._watcher(Progress(ask.label, f"waiting for the cluster to grow to {ask.words}"))
+        return ask.words
 
     def _run(
         self, verb: str, start: Callable[[Any], _Running], requests: Sequence[Any], at_once: int | None = None
@@ -158,7 +164,7 @@ class RayWorkers:
             while waiting or running:
                 if self._stop.is_set():
                     self._stop_all([one for _, one in running.values()])
-                    raise Stopped("the run was stopped", remedy="the same command goes on from here")
+                    raise stopped()
                 while waiting and len(running) < (at_once or len(requests)):
                     index = next(iter(waiting))
                     started = start(waiting.pop(index))

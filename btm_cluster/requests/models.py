@@ -76,6 +76,8 @@ class TrainRequest(StepRequest):
     """Count blocks from the branch point (an expert) and not from update 0 (the Transformer-LM)."""
     how: Resources
     checkpoint_seconds: float
+    saved_at: int | None = None
+    """The update of the training checkpoint whose resources `how` are; None: they are the plan's."""
     milestones: tuple[int, ...] = ()
     """Updates on the way at which the model is an artifact too, that of the request which ends there: training goes on from
     the latest one that is there, and commits those that it passes. Seeds and Transformer-LM are one such way."""

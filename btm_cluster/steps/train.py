@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from btm_cluster.errors import TrainingError
+from btm_cluster.errors import MissingError, TrainingError
 from btm_cluster.language_model.blocks import Blocks
 from btm_cluster.language_model.checkpoint import MODEL_FILE, write_state
 from btm_cluster.language_model.demix import count_demix_parameters, dense_part
 from btm_cluster.language_model.model import save_weights, write_config
 from btm_cluster.language_model.model_import import import_model
+from btm_cluster.language_model.resuming import AlreadyTrained
 from btm_cluster.language_model.tokenizer import TOKENIZER_FILES
 from btm_cluster.language_model.training import Trained
 from btm_cluster.language_model.training import train as train_model
@@ -64,7 +65,10 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
             committed = commit(request, *import_model(request, tokens, folder))
         else:
             texts = [open_blocks(ledger, text) for text in request.texts]
-            trained = _train_within_memory(request, ledger, control, texts, tokens.first_token, commit_trained)
+            try:
+                trained = _train_within_memory(request, ledger, control, texts, tokens.first_token, commit_trained)
+            except AlreadyTrained:
+                return ledger.get(request.ref)
             if not _is_first_rank():
                 return _await_commit(ledger, request)
             committed = commit_trained(request, trained)
@@ -82,10 +86,12 @@ def _commit_demix(request: TrainRequest, trained: Trained, ledger: Ledger, commi
 
     All are cut from the state that training stored at its end: it has every domain, which a rank of a group has not.
     """
-    last = ledger.latest_training(request.ref.identity)
-    assert last is not None
-    assert last.recipe["update"] == request.last_update
-    weights = load_file(ledger.open_file(last, MODEL_FILE))
+    try:
+        weights = load_file(_last_state(request, ledger))
+    except (MissingError, FileNotFoundError):
+        if (done := ledger.find(request.ref)) is not None:  # by another driver, which cleared what this one had stored
+            return done
+        raise
     for domain, part in enumerate(request.parts):
         save_weights(dense_part(weights, domain), file)
         commit(part, {MODEL_FILE: file}, {"role": "demix-part"}, {})
@@ -93,6 +99,13 @@ def _commit_demix(request: TrainRequest, trained: Trained, ledger: Ledger, commi
     parts = [part.ref.identity for part in request.parts]
     facts = {"parts": parts, "parameters": total, "non_embedding_parameters": non_embedding}
     return ledger.commit(request.ref, request.recipe, {}, {**trained.facts, **facts}, trained.note)
+
+
+def _last_state(request: TrainRequest, ledger: Ledger) -> Path:
+    last = ledger.latest_training(request.ref.identity)
+    if last is None or last.recipe["update"] != request.last_update:
+        raise MissingError(f"{request.label}: the state of its last update is not in the store", remedy="run it again")
+    return ledger.open_file(last, MODEL_FILE)
 
 
 def _train_within_memory(

@@ -17,6 +17,7 @@ from btm_cluster.forest import Expert, Forest, Parent
 from btm_cluster.ground import Ground, PreparedText
 from btm_cluster.ledger import Ref
 from btm_cluster.mixing import fit_mixing
+from btm_cluster.outstanding import resumed
 from btm_cluster.recipes import train_request
 from btm_cluster.requests import Start, TrainingText, TrainRequest
 from btm_cluster.study.mixtures import Members, Rows, System
@@ -47,7 +48,10 @@ def adapt(ground: Ground, transformer_lm: Ref, forest: Members, driver: Driver) 
     carried_on = [(text, held_in[text.name], whole) for text in texts]
     new = [(text, held_in[text.name], start) for text, start in zip(texts, branched, strict=True)]
     requests = [adapted_requests(ground, *one) for one in (*carried_on, *new)]
-    driver.require(driver.workers.train, [request for both in requests for request in both])
+    driver.require(
+        driver.workers.train,
+        [resumed(request, driver.ledger, driver.new_resources) for both in requests for request in both],
+    )
     adapted = [
         Adapted(text, blocks, (start.model, *(stage for request in both for stage in _stages(request))))
         for (text, blocks, start), both in zip((*carried_on, *new), requests, strict=True)

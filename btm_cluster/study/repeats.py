@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from btm_cluster.algorithm import prepare, resumed
+from btm_cluster.algorithm import prepare
 from btm_cluster.driver import Driver, step_error
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation import score_models, stack_of
@@ -13,6 +13,7 @@ from btm_cluster.forest import Forest
 from btm_cluster.ground import Ground, model_config, vocabulary_of
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.mixing import cross_fitted_perplexity, fits_at_once
+from btm_cluster.outstanding import resumed
 from btm_cluster.plan import Plan, SizePlan, StudyPlan, TrainingPlan
 from btm_cluster.recipes import check_demix_fits
 from btm_cluster.requests import TrainRequest
@@ -203,7 +204,7 @@ def _that_converged(tried: Sequence[Sequence[TrainRequest]], driver: Driver) -> 
     Raises:
         StepError: one failed otherwise, or one diverged in each.
     """
-    requests = [resumed(request, driver.ledger) for one in tried for request in one]
+    requests = [resumed(request, driver.ledger, driver.new_resources) for one in tried for request in one]
     outcomes = driver.obtain(driver.workers.train, requests)
     failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
     made = {outcome.ref for outcome in outcomes if isinstance(outcome, Artifact)}

@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import subprocess
+import sys
 import threading
 import urllib.request
 from collections.abc import Callable
@@ -180,6 +181,21 @@ def test_an_ask_that_an_autoscaler_may_meet_waits_and_says_so(
     run.wait_until_said(r"seed: waiting for the cluster to grow to 1 worker\(s\) with 1 CPU, 1 GPU each")
     run.process.send_signal(signal.SIGTERM)
     assert run.exit_code() == 130, run.said
+
+
+@pytest.mark.parametrize("module", ["ray", "ray._private.node", "btm_cluster.on_ray.workers"])
+def test_a_signal_while_ray_is_imported_or_joined_ends_in_exit_code_130(
+    cluster: dict[str, str], fields: dict[str, Any], write_plan: Callable[[dict[str, Any]], Path], module: str
+) -> None:
+    """Ray's own handler, in place while it starts, ended the process with the signal's number."""
+    command = [sys.executable, "-P", "-m", "tests.stopped_while_importing", module, str(int(signal.SIGTERM)), "btm"]
+    environment = cluster | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [*command, "run", str(write_plan(fields))], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((Path(fields["store"]) / "artifacts").glob("*"))
 
 
 def test_an_address_where_no_cluster_answers_is_refused_at_once(

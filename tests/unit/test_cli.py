@@ -1,6 +1,7 @@
 """The command line: what it answers, with which exit code, and what it does not import to say so."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -141,6 +142,22 @@ def test_a_preview_is_a_table_or_json(
     seen = json.loads(out)
     assert {"name", "state", "updates", "tokens", "stored_bytes", "device_hours"} <= seen["steps"][0].keys()
     assert seen["money"] == pytest.approx(2.5 * seen["device_hours"])
+
+
+def test_a_preview_says_what_this_machine_could_never_do_unless_a_cluster_is_named(
+    fields: dict[str, Any], write_plan: Callable[..., Path], btm: Callable[..., tuple[int, str, str]]
+) -> None:
+    """It may be planned on a laptop for a cluster: a note, where a run would refuse."""
+    path = write_plan(fields | {"cluster": {"seed_cpus": 100_000}})
+    code, out, _ = btm("plan", path)
+    assert code == 0
+    assert re.search(
+        r"note: seed asks for 1 worker\(s\) with 100000 CPU, 0 GPU each, and this machine has \d+ CPU", out
+    )
+    seen = json.loads(btm("plan", path, "--json")[1])
+    assert [note.split(" asks")[0] for note in seen["notes"]] == ["seed"]
+    assert seen["asks"][0]["how"]["cpus_per_worker"] == 100_000
+    assert "note:" not in btm("plan", path, "--address", "auto")[1]
 
 
 def set_price(fields: dict[str, Any]) -> dict[str, Any]:

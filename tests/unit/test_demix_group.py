@@ -54,21 +54,30 @@ def test_groups_of_ranks_train_the_demix_of_one_process(texts: dict[str, Path], 
             fields = demix_fields(texts, copy, domains)
             # Stopped where all agree on it; then it goes on.
             jobs += [(fields, ranks, 2, is_seeded), (fields, ranks, None, is_seeded)]
+        if domains == 2:  # and once it goes on with half of the ranks, as new resources make it
+            copy = tmp_path / "resized"
+            shutil.copytree(store, copy)
+            fields = demix_fields(texts, copy, domains)
+            resized = [(fields, 4, 2, is_seeded), (fields, 2, None, is_seeded)]
         train(request, driver.ledger, Undisturbed())
         alone[domains, is_seeded] = request, parts_of(request, driver.ledger)
     made = subprocess.run(
         [sys.executable, "-m", "tests.unit.train_in_groups"],
-        input=json.dumps(jobs),
+        input=json.dumps([*jobs, *resized]),
         text=True,
         capture_output=True,
         cwd=Path(__file__).parents[2],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert made.returncode == 0, made.stderr
-    for fields, ranks, _, is_seeded in jobs[1::2]:
+    for fields, ranks, _, is_seeded in (*jobs[1::2], resized[1]):
         request, expected = alone[len(fields["domains"]), is_seeded]
         ledger = Ledger.open(fields["store"])
-        assert ledger.get(request.ref).facts["profile"]["workers"] == ranks
+        profile = ledger.get(request.ref).facts["profile"]
+        if fields is resized[1][0]:
+            assert [span["workers"] for span in profile] == [4, 2]
+        else:
+            assert profile["workers"] == ranks
         found = parts_of(request, ledger)
         for part, other in zip(found, expected, strict=True):
             for name, tensor in part.items():

@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 
 from btm_cluster import doctor
-from btm_cluster.checks import Check, Machine, Needs, judge_machines, look_around
+from btm_cluster.checks import Check, Machine, Needs, check_compiler, judge_machines, look_around
 from btm_cluster.cli import app, run_command
-from btm_cluster.on_ray.examination import examine_cluster, examine_working_directory, unseen_node
+from btm_cluster.errors import ResourcesError
+from btm_cluster.on_ray.examination import examine_cluster, examine_local, examine_working_directory, unseen_node
 from btm_cluster.plan import Plan
+from btm_cluster.requests import Resources
+from btm_cluster.room import Ask
 from btm_cluster.storage.local_folder import LocalFolder
 from btm_cluster.storage.port import Entry
 
@@ -46,6 +49,7 @@ def only_wrong(checks: list[Check]) -> Check:
         (dataclasses.replace(WITH_GPUS, gpus=()), "GPU", "nvidia-smi finds none", "install NVIDIA's driver"),
         (dataclasses.replace(SOUND, claimed_cpus=64), "threads", "its processes may use 8", "--num-cpus"),
         (dataclasses.replace(SOUND, variables={"MKL_NUM_THREADS": "1"}), "threads", "MKL_NUM_THREADS=1", "unset"),
+        (dataclasses.replace(SOUND, no_cpu_compiler="no C++ compiler (g++)"), "compiler", "no C++ compiler", "g++"),
         (dataclasses.replace(SOUND, cache="it is no size: x"), "cache", "no size: x", "BTM_CACHE_GIGABYTES"),
         (dataclasses.replace(SOUND, store="AccessDenied: no"), "store from a node", "AccessDenied", "credentials"),
     ],
@@ -55,7 +59,7 @@ def test_what_is_wrong_with_one_of_two_machines_is_said_of_that_machine(
     machine: Machine, named: str, found: str, remedy: str
 ) -> None:
     other = dataclasses.replace(SOUND, host="node-2", store="" if machine.store is not None else None)
-    wrong = only_wrong(judge_machines([machine, other], Needs(cpus=4, compiles=True)))
+    wrong = only_wrong(judge_machines([machine, other], Needs(cpus=4, compiles=True, compiles_on_cpu=True)))
     assert wrong.name == f"{named} on node-1"
     assert found in wrong.found
     assert remedy in wrong.remedy
@@ -144,6 +148,28 @@ def test_a_large_model_asks_for_room_on_the_disk(fields: dict[str, Any]) -> None
     small, large = doctor.needs_of(plan, seen), doctor.needs_of(plan, dataclasses.replace(seen, parameters=10**9))
     assert large.free_bytes - small.free_bytes == pytest.approx(2 * 12 * 10**9, rel=1e-3)
     assert large.cpus == 1
+
+
+def test_a_checkpoint_that_asks_for_more_than_there_is_is_named_with_the_flag_that_helps() -> None:
+    """The doctor looked at the plan alone, said ok, and the run was refused."""
+    four = Ask("seed", Resources(1, 0.0, 4, 4, "float32", False), saved_at=300)
+    wrong = only_wrong(examine_local([four], dataclasses.replace(SOUND, usable_cpus=2)))
+    assert wrong.name == "room for the seed"
+    assert "checkpoint at update 300" in wrong.found
+    assert "4 CPU" in wrong.found
+    assert "--new-resources" in wrong.remedy
+    assert {check.state for check in examine_local([four], dataclasses.replace(SOUND, usable_cpus=4))} == {"ok"}
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_what_compiles_needs_a_compiler_and_says_which(monkeypatch: pytest.MonkeyPatch, on_gpu: bool) -> None:
+    asks = [Ask("seed", Resources(1, float(on_gpu), 1, 4, "float32", True))]
+    check_compiler(asks)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ResourcesError, match="cannot be compiled") as refused:
+        check_compiler(asks)
+    assert ("gcc" if on_gpu else "g++") in refused.value.found
+    check_compiler([dataclasses.replace(asks[0], how=dataclasses.replace(asks[0].how, compile=False))])
 
 
 def test_a_folder_too_large_for_ray_is_refused_and_rayignore_mends_it(

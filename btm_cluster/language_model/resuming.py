@@ -1,0 +1,89 @@
+"""Where a training goes on from, and the numerics profiles that it has run under so far.
+
+A profile is kept as spans of updates, since results depend on it: one span is written as the profile alone. Knows
+nothing of loading.
+"""
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.requests import Resources, TrainRequest
+
+SPAN = ("first_update", "last_update")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is loaded before the first update, and the update to go on from. Nothing stored: weights are drawn."""
+
+    update: int
+    stored: Artifact | None = None
+    keep_optimizer: bool = True
+
+    @property
+    def is_checkpoint(self) -> bool:
+        return self.stored is not None and self.stored.kind == "training"
+
+
+class AlreadyTrained(Exception):
+    """Another driver has committed the model since it was looked for, and its training checkpoints are gone."""
+
+
+def find_source(request: TrainRequest, ledger: Ledger, passed_over: Collection[str] = ()) -> Source:
+    """The last training checkpoint or milestone, or else the start. `passed_over` are manifest hashes of checkpoints.
+
+    Raises:
+        AlreadyTrained: there is nothing left to train.
+    """
+    saved = ledger.latest_training(request.ref.identity, passed_over)
+    passed = {update: ledger.find(request.until(update).ref) for update in request.milestones}
+    milestone, model = max(((u, found) for u, found in passed.items() if found), default=(-1, None))
+    if saved is not None and int(saved.recipe["update"]) > milestone:
+        return Source(int(saved.recipe["update"]), saved)
+    if ledger.find(request.ref) is not None:  # committed first, cleared afterwards: so it is looked for last
+        raise AlreadyTrained
+    if model is not None:
+        return Source(milestone, model)
+    if request.start is not None:
+        return Source(request.first_update, ledger.get(request.start.model), request.start.keep_optimizer)
+    return Source(request.first_update)
+
+
+def profile_of(how: Resources) -> dict[str, Any]:
+    """What results depend on beside the recipe."""
+    device = "cuda" if how.gpus_per_worker > 0 else "cpu"
+    return dataclasses.asdict(how) | {"torch": torch.__version__, "device": device}
+
+
+def profiles(earlier: Sequence[Mapping[str, Any]], update: int, how: Resources, last: int) -> dict[str, Any]:
+    """For an artifact's facts: the profile of all updates until `last`, or a list of spans where there were several.
+
+    `earlier` are the spans until `update`, from which on `how` was in force.
+    """
+    spans = [dict(span) for span in earlier]
+    span = {"first_update": update, "last_update": last, **profile_of(how)}
+    if spans and _profile(spans[-1]) == _profile(span):
+        spans[-1]["last_update"] = last
+    elif last > update or not spans:
+        spans.append(span)
+    return {"profile": spans if len(spans) > 1 else _profile(spans[0])}
+
+
+def earlier_spans(source: Source, first_update: int) -> list[dict[str, Any]]:
+    """The spans of this training until the update that it goes on from."""
+    if source.stored is None or source.update == first_update:
+        return []
+    facts = source.stored.facts
+    profile = facts.get("profile") or profile_of(Resources(**facts["how"]))  # checkpoints of before kept no profile
+    if isinstance(profile, list):
+        return [dict(span) for span in profile]
+    return [{"first_update": first_update, "last_update": source.update, **profile}]
+
+
+def _profile(span: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in span.items() if name not in SPAN}

@@ -1,0 +1,77 @@
+"""Whether machines can hold what trainings ask for, and the refusal where they cannot. Knows neither Ray nor plans."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from btm_cluster.errors import ResourcesError
+from btm_cluster.requests import Resources, TrainRequest
+
+NEW_RESOURCES = "--new-resources"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A group of workers that something asks for."""
+
+    label: str
+    how: Resources
+    saved_at: int | None = None
+    """The update of the training checkpoint whose resources these are; None: they are the plan's."""
+
+    @property
+    def words(self) -> str:
+        """What is asked for."""
+        return f"{self.how.workers} worker(s) with {_words(bundle(self.how))} each"
+
+    @property
+    def origin(self) -> str:
+        """Where the resources come from, if not from the plan."""
+        if self.saved_at is None:
+            return ""
+        return f"with which the training was started whose checkpoint at update {self.saved_at} it goes on from"
+
+
+def ask_of(request: TrainRequest) -> Ask:
+    """What a training asks for."""
+    return Ask(request.label, request.how, request.saved_at)
+
+
+def bundle(how: Resources) -> dict[str, float]:
+    """What one worker of a group holds."""
+    asked: dict[str, float] = {"CPU": float(how.cpus_per_worker)}
+    if how.gpus_per_worker:
+        asked["GPU"] = float(how.gpus_per_worker)
+    return asked
+
+
+def fits(nodes: Sequence[Mapping[str, float]], how: Resources) -> bool:
+    """Whether nodes with these resources, empty, can hold the group."""
+    return sum(_fitting(node, bundle(how)) for node in nodes) >= how.workers
+
+
+def no_room(ask: Ask, place: str, nodes: Sequence[Mapping[str, float]], elsewhere: str) -> ResourcesError:
+    """The refusal of an ask that a place, `nodes`, can never meet; `elsewhere` says what else would help."""
+    less = "lower seed_gpus, seed_cpus, gpus_per_expert or cpus_per_expert in the plan's `cluster`"
+    if ask.saved_at is not None:
+        less = f"go on with the plan's resources by {NEW_RESOURCES}, which the model's profile then tells"
+    return ResourcesError(
+        f"{place} has no room for {ask.label}, and never will",
+        found=f"nodes with {nodes_words(nodes)}",
+        expected=", ".join(filter(None, [ask.words, ask.origin])) + "; a worker on one node",
+        remedy=f"{less}, or {elsewhere}",
+    )
+
+
+def nodes_words(nodes: Sequence[Mapping[str, float]]) -> str:
+    """What nodes have, in words."""
+    return "; ".join(_words(node) for node in nodes) or "nothing"
+
+
+def _fitting(node: Mapping[str, float], asked: Mapping[str, float]) -> int:
+    """How many bundles a node can hold."""
+    return min(math.floor(node.get(name, 0) / amount + 1e-9) for name, amount in asked.items())
+
+
+def _words(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU"))

@@ -1,0 +1,69 @@
+"""A signal at any moment: one line and exit code 130. While Ray is joined: tests/end_to_end/test_on_ray.py."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from btm_cluster.commands.driving import driving
+from btm_cluster.errors import Stopped
+from btm_cluster.plan import Plan
+from btm_cluster.stopping import end_at_signals, handling, unwinding
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("module", "number", "program"),
+    [
+        ("typer", signal.SIGTERM, "btm"),
+        ("torch", signal.SIGINT, "btm"),
+        ("btm_cluster.on_ray.lazily", signal.SIGTERM, "btm"),
+        ("pydantic", signal.SIGTERM, "jobs/grow_forest.py"),
+        ("typer", signal.SIGINT, "jobs/submit.py"),
+    ],
+)
+def test_a_signal_while_something_is_imported_ends_in_one_error_and_exit_code_130(
+    fields: dict[str, Any],
+    write_plan: Callable[[dict[str, Any]], Path],
+    module: str,
+    number: signal.Signals,
+    program: str,
+) -> None:
+    """It was a traceback, or a death by the bare signal, which a schedule takes for a crash."""
+    arguments = [*(["run"] if program == "btm" else []), str(write_plan(fields))]
+    command = [sys.executable, "-P", "-m", "tests.stopped_while_importing", module, str(int(number)), program]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([*command, *arguments], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "error: the run was stopped\n  remedy:   the same command goes on from here\n"
+    assert not Path(fields["store"]).exists()
+
+
+def test_what_is_half_written_is_cleaned_up_and_the_handlers_are_put_back() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with pytest.raises(Stopped), unwinding():
+            signal.raise_signal(number)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_the_second_signal_does_not_wait_until_all_is_saved_and_a_third_ends_the_process(plan: Plan) -> None:
+    with handling(signal.SIG_IGN), driving(plan, None, True, False, True) as driver:
+        driver.is_asking = True
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Stopped):
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM).__name__ == "end_at_once"  # type: ignore[union-attr]
+
+
+def test_a_program_hears_both_signals_from_its_start() -> None:
+    with handling(signal.SIG_DFL):
+        end_at_signals()
+        assert {signal.getsignal(number).__name__ for number in (signal.SIGTERM, signal.SIGINT)} == {"end_at_once"}  # type: ignore[union-attr]
