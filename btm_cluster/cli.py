@@ -1,6 +1,7 @@
 """The command line, thin: reads arguments, calls, shows. What is heavy is imported once arguments are parsed."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,10 +16,11 @@ from btm_cluster.commands.discover import discover
 from btm_cluster.commands.driving import Address, Dashboard, InProcess, Json, NewResources, PlanPath, driving
 from btm_cluster.commands.forest import open_ledger
 from btm_cluster.commands.models import generate, merge
-from btm_cluster.errors import BtmError, UserError
+from btm_cluster.errors import BtmError, OutputError, Stopped, UserError
 from btm_cluster.new_folder import check_folder
 from btm_cluster.plan import Plan, read_plan
 from btm_cluster.stopping import end_at_signals
+from btm_cluster.streams import CLOSED_PIPE, printable, safe_output
 
 app = typer.Typer(
     help="Branch-Train-Merge: grow a forest of expert language models on Ray.",
@@ -40,14 +42,41 @@ def main() -> None:
 
 def run_command(command: Callable[[], Any]) -> int:
     """Runs a command and words its errors; returns the exit code."""
+    with safe_output() as output:
+        try:
+            code = _run_and_word(command)
+            output.flush()
+        except OutputError as exc:
+            output.abandon()
+            if exc.exit_code != CLOSED_PIPE:
+                print(f"error: {exc}", file=sys.stderr)
+            code = exc.exit_code
+    return code
+
+
+def _run_and_word(command: Callable[[], Any]) -> int:
     try:
+        _check_current_folder()
         command()
+    except OutputError:
+        raise
     except BtmError as exc:
-        print(f"error: {exc}", file=sys.stderr)
+        print(f"error: {printable(str(exc))}", file=sys.stderr)
         return exc.exit_code
     except SystemExit as exc:
-        return exc.code if isinstance(exc.code, int) else 0
+        if isinstance(exc.code, str):
+            print(exc.code, file=sys.stderr)
+        return exc.code if isinstance(exc.code, int) else int(exc.code is not None)
+    except KeyboardInterrupt:
+        return Stopped.exit_code
     return 0
+
+
+def _check_current_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError as exc:
+        raise UserError("the current folder is not there any more", found=str(exc), remedy="cd to one that is") from exc
 
 
 @app.command()

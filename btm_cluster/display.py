@@ -8,13 +8,15 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from btm_cluster.errors import OutputError
 from btm_cluster.room import NEW_RESOURCES
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from btm_cluster.workers import Progress
 
 PLAIN_SECONDS = 10.0
+MOST_COLUMNS = 100_000
+"""Wider than any table."""
 
 
 class ProgressView:
@@ -36,7 +40,8 @@ class ProgressView:
         self._console = console
         self._latest: dict[str, Progress] = {}
         self._said: dict[str, tuple[str, float]] = {}
-        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        is_live = console.is_terminal and not console.is_dumb_terminal
+        self._live = Live(console=console, refresh_per_second=4, transient=True) if is_live else None
 
     def __enter__(self) -> "ProgressView":
         if self._live:
@@ -58,7 +63,13 @@ class ProgressView:
         is_last = progress.phase == "training" and progress.update == progress.last_update
         if phase != progress.phase or time.monotonic() - said >= PLAIN_SECONDS or is_last:
             self._said[progress.label] = (progress.phase, time.monotonic())
-            self._console.print(" ".join(filter(None, _columns(progress))), highlight=False, soft_wrap=True)
+            self._say(" ".join(filter(None, _columns(progress))))
+
+    def _say(self, line: str) -> None:
+        try:
+            self._console.print(line, soft_wrap=True)
+        except OutputError:  # a run is worth more than its progress; the verdict says that nothing can be written
+            self._console.quiet = True
 
     def _table(self) -> Table:
         table = Table(box=None, show_header=False, pad_edge=False)
@@ -96,9 +107,9 @@ def _time_left(progress: "Progress") -> str:
 def verdict_tables(verdict: "Verdict", console: Console) -> None:
     """Prints a table for each split, texts in columns, and the sentence."""
     for split, rows in verdict.rows.items():
-        console.print(_means_table(split, rows, verdict))
-        console.print(_texts_table(split, rows, verdict.left_out))
-    console.print(verdict.sentence, highlight=False)
+        show_table(_means_table(split, rows, verdict), console)
+        show_table(_texts_table(split, rows, verdict.left_out), console)
+    console.print(verdict.sentence, soft_wrap=True)
 
 
 def _means_table(split: str, rows: Sequence["Row"], verdict: "Verdict") -> Table:
@@ -180,9 +191,24 @@ def plain_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str
 
 
 def consoles(json_output: bool) -> tuple[Console, Console]:
-    """Where results go and where progress goes: with --json, standard output is for the JSON alone."""
-    wide = None if sys.stdout.isatty() else 200
-    return Console(width=wide), Console(stderr=json_output, width=None if sys.stderr.isatty() else 200)
+    """Where results go and where progress goes: with --json, standard output is for the JSON alone.
+
+    What is printed is shown as it is: names may have square brackets or colons, which rich would take for its markup.
+    """
+    as_it_is: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+    results = Console(width=None if sys.stdout.isatty() else 200, **as_it_is)
+    return results, Console(stderr=json_output, width=None if sys.stderr.isatty() else 200, **as_it_is)
+
+
+def show_table(table: Table, console: Console) -> None:
+    """Prints a table, wider than the terminal where it must be: no name and no number is cut."""
+    for column in table.columns:
+        if column.no_wrap:
+            column.min_width = max(map(cell_len, map(str, (column.header, *column.cells))))
+    least = table.__rich_measure__(console, console.options.update(width=MOST_COLUMNS)).minimum
+    if least > console.width:
+        table.width = least
+    console.print(table, crop=False)
 
 
 def skipped_notice(texts: Sequence["TextReport"], wanted_blocks: int) -> list[str]:
@@ -198,24 +224,24 @@ def show_run(run: "Run", json_output: bool) -> None:
     """Prints the outcome of a run: texts, what was fitted, the verdict; or all of it as JSON."""
     console, notes = consoles(json_output)
     if json_output:
-        console.print_json(json.dumps(run.to_json()))
+        print(json.dumps(run.to_json(), indent=2))
         return
-    console.print(texts_table(run.texts))
+    show_table(texts_table(run.texts), console)
     for notice in skipped_notice(run.texts, run.wanted_development_blocks):
-        console.print(f"note: {notice}", highlight=False)
+        console.print(f"note: {notice}", soft_wrap=True)
     for name in run.passed_over:
-        console.print(f"note: {name} was taken out of the forest and is passed over", highlight=False)
+        console.print(f"note: {name} was taken out of the forest and is passed over", soft_wrap=True)
     if run.trained_otherwise:
         console.print(
             f"note: the plan's `branching` has changed, and these stay as they were trained: {', '.join(run.trained_otherwise)}; "
             "with another `store` all experts are trained by it",
-            highlight=False,
+            soft_wrap=True,
         )
     for name in run.missing_baselines:
-        console.print(f"note: {name} is not trained, and not compared with; `btm run` trains it", highlight=False)
-    console.print(fits_table(run.priors, run.evidence_weights))
+        console.print(f"note: {name} is not trained, and not compared with; `btm run` trains it", soft_wrap=True)
+    show_table(fits_table(run.priors, run.evidence_weights), console)
     verdict_tables(run.verdict, console)
-    notes.print(run.steps_line, highlight=False)
+    notes.print(run.steps_line, soft_wrap=True)
 
 
 def preview_table(preview: "Preview", notes: Sequence[str], console: Console) -> None:
@@ -232,7 +258,9 @@ def preview_table(preview: "Preview", notes: Sequence[str], console: Console) ->
         ]
         for step in preview.steps
     ]
-    console.print(plain_table("What a run would do", ["step", "state", "updates", "tokens", "stored", unit], rows))
+    show_table(
+        plain_table("What a run would do", ["step", "state", "updates", "tokens", "stored", unit], rows), console
+    )
     total = "no rate known: give cluster.tokens_per_gpu_second, or train something in this store first"
     if preview.device_hours is not None:
         total = f"{preview.device_hours:,.3f} {unit} of training to come"
@@ -240,9 +268,9 @@ def preview_table(preview: "Preview", notes: Sequence[str], console: Console) ->
         total += f", {preview.money:,.2f} at {preview.price_per_gpu_hour} per GPU-hour"
     console.print(
         f"{preview.parameters:,} parameters, {preview.non_embedding_parameters:,} without embeddings; {total}.",
-        highlight=False,
+        soft_wrap=True,
     )
-    console.print(f"Every block is read after the token {preview.first_token}.", highlight=False, markup=False)
+    console.print(f"Every block is read after the token {preview.first_token}.", soft_wrap=True)
     goes_on = [
         f"{ask.label} goes on at update {ask.saved_at} with the resources of its start, {ask.words}; "
         f"with the plan's by {NEW_RESOURCES}"
@@ -250,7 +278,7 @@ def preview_table(preview: "Preview", notes: Sequence[str], console: Console) ->
         if ask.saved_at is not None
     ]
     for note in (*preview.notes, *goes_on, *notes):
-        console.print(f"note: {note}", highlight=False)
+        console.print(f"note: {note}", soft_wrap=True)
 
 
 def forest_table(forest: "Forest") -> Table:

@@ -12,7 +12,7 @@ def show_expanded(expanded: Expanded, json_output: bool) -> None:
     """Prints it as lines, of which the last is the outcome; or all of it as JSON."""
     console, _ = consoles(json_output)
     if json_output:
-        console.print_json(json.dumps(expanded.to_json()))
+        print(json.dumps(expanded.to_json(), indent=2))
         return
     told = {
         "not ready": expanded.waiting,
@@ -22,14 +22,14 @@ def show_expanded(expanded: Expanded, json_output: bool) -> None:
     }
     for what, reasons in told.items():
         for name, reason in sorted(reasons.items()):
-            console.print(_visible(f"{what}: {name}: {reason}"), highlight=False, markup=False, soft_wrap=True)
+            console.print(_visible(f"{what}: {name}: {reason}"), soft_wrap=True)
     for failure in expanded.failures:
-        console.print(f"failed: {failure.label}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"failed: {failure.label}", soft_wrap=True)
     if expanded.added:
         note = "note: `btm evaluate` compares the forest with seed and baselines on founding domains and targets alone"
-        console.print(note, highlight=False, soft_wrap=True)
-    console.print(steps_line(expanded.made, expanded.reused), highlight=False, soft_wrap=True)
-    console.print(outcome_line(expanded), highlight=False, markup=False, soft_wrap=True)
+        console.print(note, soft_wrap=True)
+    console.print(steps_line(expanded.made, expanded.reused), soft_wrap=True)
+    console.print(outcome_line(expanded), soft_wrap=True)
 
 
 def outcome_line(expanded: Expanded) -> str:

@@ -13,6 +13,7 @@
     ├── TrainingError                  training that cannot go on, such as one out of memory
     │   └── DivergedError              a loss or weights that are not finite: the recipe's doing, not the machine's
     ├── StepError                      steps that failed on the cluster, by name, attempts and cause
+    ├── OutputError                    standard output cannot be written; exit 141 where its reader has gone
     └── Stopped               exit 130 the user or the cluster asked to stop; everything was saved
 
 Each carries four parts: what failed, what was found, what was expected, the remedy. All of them survive pickling,
@@ -88,6 +89,10 @@ class DivergedError(TrainingError):
 
 
 class StepError(BtmError):
+    pass
+
+
+class OutputError(BtmError):
     pass
 
 

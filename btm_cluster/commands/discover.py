@@ -105,10 +105,10 @@ def _source(text: list[str], dataset: str | None, split: str | None, field: str,
 
 
 def _show(found: "Discovery", to: Path | None, json_output: bool) -> None:
-    from btm_cluster.display import consoles, plain_table
+    from btm_cluster.display import consoles, plain_table, show_table
 
     if json_output:
-        print(json.dumps(asdict(found), indent=1, ensure_ascii=False))
+        print(json.dumps(asdict(found), indent=1))
         return
     documents = max(1, sum(cluster.documents for cluster in found.clusters))
     rows = [
@@ -116,7 +116,7 @@ def _show(found: "Discovery", to: Path | None, json_output: bool) -> None:
         for c in found.clusters
     ]
     headings = ["cluster", "documents", "share", "characters", "most characteristic words"]
-    consoles(False)[0].print(plain_table("Clusters", headings, rows))
+    show_table(plain_table("Clusters", headings, rows), consoles(False)[0])
     for reason, count in found.skipped.items():
         print(f"note: skipped {count} × {reason}")
     if to is not None:

@@ -33,7 +33,7 @@ def show(
     json_output: Json = False,
 ) -> None:
     """Show a version of the forest: its experts and what they descend from."""
-    from btm_cluster.display import consoles, forest_table
+    from btm_cluster.display import consoles, forest_table, show_table
     from btm_cluster.forest import describe_forest
     from btm_cluster.ledger import Ref
     from btm_cluster.upkeep.removal import version_of
@@ -48,17 +48,16 @@ def show(
     if json_output:
         print(json.dumps(describe_forest(forest), indent=1))
     else:
-        console, foundation = consoles(False)[0], forest.foundation
-        console.print(forest_table(forest))
+        foundation = forest.foundation
+        show_table(forest_table(forest), consoles(False)[0])
         tokenizer = ledger.find(Ref("tokenizer", foundation.tokenizer))
         first = tokenizer.recipe.get("first_token", "end of text") if tokenizer else "which the store has lost"
-        said = f"blocks of {foundation.block_tokens} tokens, each read after the token {first}"
-        console.print(said, highlight=False, markup=False)
+        print(f"blocks of {foundation.block_tokens} tokens, each read after the token {first}")
 
 
 def log(store: Store, json_output: Json = False) -> None:
     """Show the versions of the forest, the newest first."""
-    from btm_cluster.display import consoles, plain_table
+    from btm_cluster.display import consoles, plain_table, show_table
 
     entries = [_log_entry(forest, note) for forest, note in reversed(open_ledger(store).log.history())]
     if not entries:
@@ -70,9 +69,8 @@ def log(store: Store, json_output: Json = False) -> None:
         print(json.dumps(entries, indent=1))
     else:
         rows = [[str(value) for value in entry.values()] for entry in entries]
-        consoles(False)[0].print(
-            plain_table(f"Forest log of {store}", ["version", "experts", "when", "by", "why"], rows)
-        )
+        table = plain_table(f"Forest log of {store}", ["version", "experts", "when", "by", "why"], rows)
+        show_table(table, consoles(False)[0])
 
 
 def remove(
@@ -147,7 +145,7 @@ def diff(
 
 def contributions(store: Store, json_output: Json = False) -> None:
     """Show what each expert is worth on each text: how test perplexity rises without it, from cached scores alone."""
-    from btm_cluster.display import consoles, plain_table
+    from btm_cluster.display import consoles, plain_table, show_table
     from btm_cluster.upkeep import contributions as weigh
 
     found = weigh.contributions(open_ledger(store))
@@ -160,7 +158,8 @@ def contributions(store: Store, json_output: Json = False) -> None:
         for domain in sorted(found.domains, key=found.mean_rise, reverse=True)
     ]
     title = f"Test perplexity of forest version {found.version}, and its rise without an expert"
-    consoles(False)[0].print(plain_table(title, ["ensemble", "mean", *(text.text for text in found.texts)], rows))
+    table = plain_table(title, ["ensemble", "mean", *(text.text for text in found.texts)], rows)
+    show_table(table, consoles(False)[0])
 
 
 def _purge(ledger: "Ledger", domain: str, yes: bool, json_output: bool) -> None:

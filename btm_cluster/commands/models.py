@@ -1,6 +1,7 @@
 """What a forest is used for: `btm merge` writes one averaged model, `btm generate` lets all experts write together."""
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated
 import typer
 
 from btm_cluster.commands.driving import Address, InProcess, Json, PlanPath, driving
+from btm_cluster.errors import UserError
 from btm_cluster.plan import read_plan
 
 
@@ -54,8 +56,16 @@ def generate(
 
     sampling = Sampling(temperature, top_p, random_seed)
     check_generate_call(tokens, sampling)
-    prompt = sys.stdin.read() if prompt == "-" else prompt
+    prompt = _in_utf8(sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt))
     with driving(plan, address, in_process, dashboard=False, json_output=json_output) as driver:
         found = generate_text(plan, target, prompt, tokens, sampling, driver)
     print(json.dumps(asdict(found)) if json_output else prompt + found.text)
     print(found.trust_line, file=sys.stderr)
+
+
+def _in_utf8(prompt: bytes) -> str:
+    """As all text is read here, whatever the terminal's own encoding is."""
+    try:
+        return prompt.decode()
+    except UnicodeDecodeError as exc:
+        raise UserError("the prompt is no UTF-8", found=str(exc), remedy="convert it, such as by iconv") from exc

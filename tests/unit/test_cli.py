@@ -1,6 +1,8 @@
 """The command line: what it answers, with which exit code, and what it does not import to say so."""
 
+import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -233,3 +235,19 @@ def test_a_forest_is_shown_with_its_versions(fields: dict[str, Any], btm: Callab
 def test_what_needs_no_torch_answers_without_it(modules: str, absent: set[str]) -> None:
     code = f"import sys; import btm_cluster.{modules}; print(*{absent} & sys.modules.keys())"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "\n"
+
+
+@pytest.mark.parametrize("given", ["argument", "standard input"])
+def test_a_prompt_that_is_no_utf8_is_refused(
+    given: str,
+    fields: dict[str, Any],
+    write_plan: Callable[..., Path],
+    btm: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Text is read as UTF-8 whatever the terminal's encoding is, so that a prompt means what the same text in a file does."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "latin-1"))
+    prompt = "-" if given == "standard input" else os.fsdecode(b"caf\xe9")
+    code, _, err = btm("generate", write_plan(fields), "--prompt", prompt)
+    assert code == 2
+    assert "the prompt is no UTF-8" in err

@@ -1,0 +1,119 @@
+"""Standard output and standard error of a command: what is printed arrives in whatever encoding the terminal has.
+
+Characters that an encoding lacks are written as ASCII. A full disk or a closed pipe is an error of ours. Knows no commands.
+"""
+
+import codecs
+import io
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO, cast
+
+from btm_cluster.errors import OutputError
+
+CLOSED_PIPE = 128 + signal.SIGPIPE
+"""Exit code where the reader has gone, as in `btm forest log | head`: what a shell reports of a program that SIGPIPE ended."""
+_LIKENESSES = {"–": "-", "−": "-", "─": "-", "│": "|", "…": "...", "×": "x", "·": "*", "β": "beta", "±": "+-", "²": "2"}
+"""ASCII for what our own tables and sentences are set in. Other characters, such as those of a name, are written as escapes."""
+
+
+@contextmanager
+def safe_output() -> Iterator["Output"]:
+    """While it is entered, no print fails for its characters, and one that cannot be written raises OutputError.
+
+    What cannot be written to standard error is dropped: the exit code says what it would.
+    """
+    before = sys.stdout, sys.stderr
+    output = Output(_in_any_encoding(sys.stdout))
+    notes = _Notes(_in_any_encoding(sys.stderr))
+    sys.stdout, sys.stderr = cast(TextIO, output), cast(TextIO, notes)
+    try:
+        yield output
+    finally:
+        notes.flush()
+        sys.stdout, sys.stderr = before
+
+
+def _in_any_encoding(stream: TextIO | None) -> TextIO:
+    if stream is None:  # it was closed when Python started
+        return open(os.devnull, "w", encoding="utf-8")
+    if isinstance(stream, io.TextIOWrapper):
+        with suppress(OSError):  # it writes what is left from before, which is reported when it is next written
+            stream.reconfigure(errors=_ERRORS)
+    return stream
+
+
+def printable(text: str) -> str:
+    """Text of several lines without control characters: names of files and what other programs say may have any."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
+
+
+class Output:
+    """A stream whose failures to write are ours."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as exc:
+            raise _not_written(exc) from exc
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as exc:
+            raise _not_written(exc) from exc
+
+    def abandon(self) -> None:
+        """Lets what is left in the buffer go nowhere: Python would complain of it at exit, with a code of its own."""
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
+class _Notes(Output):
+    """A stream that may fail to be written."""
+
+    def write(self, text: str) -> int:
+        with suppress(OutputError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OutputError:
+            self.abandon()
+
+
+def _not_written(exc: OSError) -> OutputError:
+    remedy = "make room or print elsewhere; the same command says it again"
+    failed = OutputError("standard output cannot be written", found=exc.strerror or str(exc), remedy=remedy)
+    if isinstance(exc, BrokenPipeError):
+        failed.exit_code = CLOSED_PIPE
+    return failed
+
+
+def _in_ascii(exc: UnicodeError) -> tuple[str, int]:
+    if not isinstance(exc, UnicodeEncodeError):
+        raise exc
+    escape = codecs.lookup_error("backslashreplace")
+    written = "".join(
+        _LIKENESSES.get(character) or str(escape(UnicodeEncodeError(exc.encoding, character, 0, 1, exc.reason))[0])
+        for character in exc.object[exc.start : exc.end]
+    )
+    return written, exc.end
+
+
+_ERRORS = "btm_cluster.ascii"
+codecs.register_error(_ERRORS, _in_ascii)
