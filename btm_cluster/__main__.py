@@ -1,5 +1,14 @@
 """`btm`, and `python -m btm_cluster`: signals are heard before anything is imported that takes long."""
 
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    # `-m` puts the current folder first, where a module of the user's own may hide a library; a checkout is found by it.
+    if os.path.realpath(sys.path[0]) != os.path.realpath(Path(__file__).parents[1]):
+        del sys.path[0]
+
 from btm_cluster.stopping import end_at_signals
 
 

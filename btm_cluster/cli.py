@@ -18,6 +18,7 @@ from btm_cluster.commands.forest import open_ledger
 from btm_cluster.commands.models import generate, merge
 from btm_cluster.errors import BtmError, OutputError, Stopped, UserError
 from btm_cluster.new_folder import check_folder
+from btm_cluster.own_modules import check_own_modules
 from btm_cluster.plan import Plan, read_plan
 from btm_cluster.stopping import end_at_signals
 from btm_cluster.streams import CLOSED_PIPE, printable, safe_output
@@ -97,6 +98,7 @@ def init(path: Annotated[Path, typer.Argument(help="Where to write the plan.")] 
 def show_plan(plan_path: PlanPath, json_output: Json = False, address: Address = None) -> None:
     """Say what a run would do, what is done already, and what the rest would cost. Starts nothing."""
     plan = read_plan(plan_path)
+    check_own_modules()
     from btm_cluster.checks import notes_on_this_machine
     from btm_cluster.display import consoles, preview_table
     from btm_cluster.preview import preview
@@ -208,6 +210,7 @@ def doctor(
 ) -> None:
     """Look for what would make a run fail: Ray, token, store, clock, disk, GPUs, threads, room. Trains nothing."""
     plan = None if plan_path is None else read_plan(plan_path)
+    check_own_modules()
     from btm_cluster.display import check_lines
     from btm_cluster.doctor import examine
 
@@ -230,6 +233,7 @@ def grow_forest(
     new_resources: bool = False,
 ) -> None:
     """Runs a plan and shows the verdict. Raises StepError at the end if some experts failed."""
+    check_own_modules()
     from btm_cluster.display import show_run
     from btm_cluster.run import run_plan
 
@@ -249,6 +253,7 @@ def run_study_plan(
 
     Results that are there already are replaced by finished ones alone.
     """
+    check_own_modules()
     from btm_cluster.storage import open_storage
     from btm_cluster.storage.scratch import scratch_folder
 
@@ -278,6 +283,7 @@ def expand_forest(
     plan: Plan, json_output: bool, address: str | None, in_process: bool, dashboard: bool, new_resources: bool = False
 ) -> None:
     """Expands a plan's forest and says what came of it. Raises StepError at the end if some experts failed."""
+    check_own_modules()
     from btm_cluster.display_expansion import show_expanded
     from btm_cluster.expansion.expand import expand
 

@@ -10,6 +10,7 @@ import typer
 
 from btm_cluster.errors import UserError
 from btm_cluster.new_folder import check_new_folder
+from btm_cluster.own_modules import check_own_modules
 from btm_cluster.stopping import unwinding
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def discover(
 ) -> None:
     """Find domains in unlabelled text: a file for each, and a model that places new documents."""
     _check_call(clusters, model, to)
+    check_own_modules()
     source = _source(text or [], dataset, split, field, delimiter)
     from btm_cluster.discovery import assign, discover
     from btm_cluster.plan import ReadingPlan

@@ -11,6 +11,7 @@ import typer
 
 from btm_cluster.commands.driving import Address, InProcess, Json, PlanPath, driving
 from btm_cluster.errors import UserError
+from btm_cluster.own_modules import check_own_modules
 from btm_cluster.plan import read_plan
 
 
@@ -27,6 +28,7 @@ def merge(
 ) -> None:
     """Average the experts into one model and write it as a Hugging Face folder."""
     plan = read_plan(plan_path)
+    check_own_modules()
     from btm_cluster.merged_model import check_merge_call, write_merged_model
 
     check_merge_call(plan, weights, target, to)
@@ -50,6 +52,7 @@ def generate(
 ) -> None:
     """Let the whole forest continue a prompt, and say which experts it trusted."""
     plan = read_plan(plan_path)
+    check_own_modules()
     from btm_cluster.generation import check_generate_call
     from btm_cluster.generation import generate as generate_text
     from btm_cluster.language_model.ensemble import Sampling

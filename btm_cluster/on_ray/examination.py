@@ -14,12 +14,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from btm_cluster.checks import Check, Machine, look_around
 from btm_cluster.errors import ResourcesError, one_line
-from btm_cluster.on_ray.cluster import connected
+from btm_cluster.on_ray.cluster import TOKEN_REMEDY, connected, ray_folder
+from btm_cluster.own_modules import hiding_modules
 from btm_cluster.room import NEW_RESOURCES, Ask, fits, nodes_words
 
 LOOK_SECONDS = 180.0
 MOST_FILES = 100_000
-_TOKEN_REMEDY = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token to the cluster's token"
 
 
 def examine_cluster(
@@ -36,13 +36,19 @@ def examine_cluster(
             unseen, machines = _look_at_nodes(store)
             return checks + unseen, machines
     except ResourcesError as exc:
-        return [Check("Ray", "wrong", f"{exc.what}: {exc.found}", exc.remedy)], []
+        return [_wrong_ray(exc)], []
 
 
 def examine_local(asks: Sequence[Ask], machine: Machine) -> list[Check]:
     """Of a cluster that a run would start on this machine."""
     node = {"CPU": float(machine.usable_cpus), "GPU": float(machine.torch_gpus)}
-    ours = Check("Ray", "ok", f"{ray.__version__}; no --address or RAY_ADDRESS, so a run starts one on this machine")
+    try:
+        ray_folder()
+        ours = Check(
+            "Ray", "ok", f"{ray.__version__}; no --address or RAY_ADDRESS, so a run starts one on this machine"
+        )
+    except ResourcesError as exc:
+        ours = _wrong_ray(exc)
     return [ours, *(_room(ask, [node], autoscaling=False) for ask in asks)]
 
 
@@ -50,10 +56,13 @@ def examine_working_directory(folder: Path) -> Check:
     """What `ray job submit --working-dir` would carry of a folder, against Ray's limit."""
     limit = packaging.GCS_STORAGE_MAX_SIZE
     sizes: list[int] = []
+    carried: set[Path] = set()
 
     def add(path: Path) -> None:
         if path.is_file():
             sizes.append(path.stat().st_size)
+        if path.parent == folder:
+            carried.add(path)
         if sum(sizes) > limit or len(sizes) > MOST_FILES:
             raise OverflowError
 
@@ -65,6 +74,10 @@ def examine_working_directory(folder: Path) -> Check:
     except OverflowError:
         found = f"{folder}: more than {limit / 2**20:.0f} MiB or {MOST_FILES:,} files, Ray's limit"
         return Check("working directory", "wrong", found, "leave out what a job does not need in a .rayignore")
+    if hiding := [path.name for path in hiding_modules(folder) if path in carried]:
+        found = f"{', '.join(hiding)} would hide the libraries of these names in a job that carries it"
+        remedy = "rename them before `ray job submit --working-dir`, or name them in a .rayignore"
+        return Check("working directory", "note", found, remedy)
     return Check(
         "working directory", "ok", f"{sum(sizes) / 2**20:.1f} MiB in {len(sizes)} files of {limit / 2**20:.0f} MiB"
     )
@@ -76,12 +89,16 @@ def _examine_dashboard(address: str) -> list[Check]:
         client.list_jobs()
         client.get_version()
     except ray.exceptions.AuthenticationError as exc:
-        return [Check("token", "wrong", one_line(exc, 160), _TOKEN_REMEDY)]
+        return [Check("token", "wrong", one_line(exc, 160), TOKEN_REMEDY)]
     except (ConnectionError, RuntimeError) as exc:
         found = one_line(exc, 200)
         return [Check("Ray", "wrong", f"{address}: {found}", "check the address, and that the head runs")]
     inside = "nodes are seen from inside alone: ray job submit --working-dir . -- btm doctor PLAN --address auto"
     return [Check("Ray", "ok", f"its dashboard answers at {address}"), Check("nodes", "note", "not looked at", inside)]
+
+
+def _wrong_ray(exc: ResourcesError) -> Check:
+    return Check("Ray", "wrong", f"{exc.what}{': ' if exc.found else ''}{exc.found}", exc.remedy)
 
 
 def _token() -> Check:

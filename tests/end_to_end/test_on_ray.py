@@ -57,6 +57,40 @@ def test_a_submitted_job_grows_the_same_forest_as_one_process_and_shows_itself_i
     assert any(name.startswith("merge-") for name in names), names
 
 
+IMPORTS = """
+import sys
+import ray
+from btm_cluster.on_ray.cluster import connected
+
+def imported():
+    import datasets, random, tokenizers
+    return [datasets.__file__, random.__file__, tokenizers.__file__]
+
+class Actor:
+    def imported(self):
+        return imported()
+
+with connected(sys.argv[1], dashboard=False):
+    ours = imported()
+    assert ray.get(ray.remote(imported).remote()) == ours
+    assert ray.get(ray.remote(Actor).remote().imported.remote()) == ours
+"""
+
+
+def test_workers_import_what_the_driver_does_and_not_a_module_beside_the_plan(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
+    """Ray puts the folder that a driver is run in first on its workers' path; a `datasets` there hid the library."""
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "__init__.py").touch()
+    for name in ("random.py", "tokenizers.py"):
+        (tmp_path / name).touch()
+    program = [sys.executable, "-P", "-c", IMPORTS, cluster["RAY_ADDRESS"]]
+    environment = cluster | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def _metrics(cluster: dict[str, str]) -> str:
     """What the node exports to Prometheus."""
     nodes = subprocess.run(

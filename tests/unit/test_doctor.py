@@ -186,6 +186,37 @@ def test_a_folder_too_large_for_ray_is_refused_and_rayignore_mends_it(
     assert examine_working_directory(tmp_path).state == "ok"
 
 
+def test_modules_that_would_hide_libraries_in_a_job_are_named_unless_it_does_not_carry_them(tmp_path: Path) -> None:
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "__init__.py").touch()
+    (tmp_path / "torch").mkdir()  # without an `__init__.py`, it hides nothing
+    for name in ("tokenizers.py", "random.py", "mine.py", "plan.yaml"):
+        (tmp_path / name).touch()
+    check = examine_working_directory(tmp_path)
+    assert (check.name, check.state) == ("working directory", "note")
+    assert check.found.startswith("datasets, random.py, tokenizers.py would hide")
+    assert "rename" in check.remedy
+    (tmp_path / ".rayignore").write_text("/datasets\n/random.py\n/tokenizers.py\n")
+    assert examine_working_directory(tmp_path).state == "ok"
+
+
+@pytest.mark.parametrize("command", ["plan", "run", "doctor"])
+def test_a_folder_on_pythonpath_that_hides_a_library_is_refused_before_that_is_imported(
+    command: str, fields: dict[str, Any], write_plan: Callable[[dict[str, Any]], Path], tmp_path: Path
+) -> None:
+    """As in a job whose working directory has a `datasets` of the user's own."""
+    plan = write_plan(fields)
+    (tmp_path / "datasets.py").write_text("")
+    (tmp_path / "ray.py").write_text("raise RuntimeError")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"}
+    arguments = [sys.executable, "-P", "-m", "btm_cluster", command, str(plan)]
+    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "found:    datasets.py, ray.py" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not Path(fields["store"]).exists()
+
+
 def test_an_address_where_nothing_answers_is_named() -> None:
     checks, machines = examine_cluster("127.0.0.1:9", None, [], autoscaling=False)
     assert machines == []
