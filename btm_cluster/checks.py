@@ -197,7 +197,7 @@ def _judge_gpu(machine: Machine, needs: Needs) -> Check:
         found, remedy = f"Ray hands out {machine.claimed_gpus:g} GPU, nvidia-smi finds none", "install NVIDIA's driver"
     elif machine.torch_cuda is None:
         found = f"{seen}, and a torch without CUDA"
-        remedy = "install torch from PyPI or its CUDA index, without the CPU index"
+        remedy = "install torch there from pip's own index, which has it with CUDA; download.pytorch.org/whl/cpu has it without"
     elif machine.torch_gpus == 0:
         found = f"{seen}, too old for torch's CUDA {machine.torch_cuda}, or not given to this process"
         remedy = "update the driver, or install a torch for an older CUDA"
@@ -259,7 +259,15 @@ def usable_cpus() -> int:
 def _gpus() -> tuple[str, ...]:
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        said = subprocess.run(query, capture_output=True, text=True, timeout=PROGRAM_SECONDS, check=True).stdout
+        said = subprocess.run(
+            query,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=PROGRAM_SECONDS,
+            check=True,
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return ()
     return tuple(line.strip().replace(", ", ", driver ") for line in said.splitlines() if line.strip())
@@ -271,8 +279,9 @@ def _torch_sees() -> tuple[str | None, int]:
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     try:
         said = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", program],
+            [sys.executable, "-P", "-W", "ignore", "-c", program],  # -P: not from the current folder
             env=environment,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=PROGRAM_SECONDS,

@@ -111,7 +111,7 @@ def check_tracking(plan: Plan) -> None:
     Raises:
         UserError: naming it, and how to install it.
     """
-    for name in ("wandb", "mlflow"):
+    for name, package in (("wandb", "wandb"), ("mlflow", "mlflow-skinny")):
         if getattr(plan.tracking, name) is None:
             continue
         try:
@@ -120,7 +120,7 @@ def check_tracking(plan: Plan) -> None:
             raise UserError(
                 f"tracking.{name} is asked for, and cannot be imported",
                 found=str(exc),
-                remedy=f"pip install 'btm-cluster[{name}]' where the driver runs, or leave it out of the plan",
+                remedy=f"pip install {package} where the driver runs, or leave it out of the plan",
             ) from exc
 
 

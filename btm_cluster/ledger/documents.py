@@ -1,6 +1,5 @@
 """Small documents in a store, each created once, with its own hash and its circumstances: manifests, versions, records."""
 
-import getpass
 import hashlib
 import json
 import socket
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from btm_cluster.account import account
 from btm_cluster.errors import IntegrityError, MissingError, StoreError, one_line
 from btm_cluster.forest import canonical_json
 from btm_cluster.storage import Storage
@@ -49,7 +49,7 @@ class Documents:
         transaction = uuid.uuid4().hex
         circumstances = {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "by": f"{getpass.getuser()}@{socket.gethostname()}",
+            "by": f"{account()}@{socket.gethostname()}",
             "transaction": transaction,
         }
         whole: dict[str, Any] = {"body": dict(body), "note": dict(note or {}) | circumstances}

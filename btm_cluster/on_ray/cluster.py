@@ -35,8 +35,10 @@ _ADDRESS = re.compile(r"(ray://)?(?P<host>\[[\da-fA-F:.]+\]|[\w.-]+):(?P<port>\d
 
 
 @contextmanager
-def connected(address: str | None, dashboard: bool) -> Iterator[None]:
+def connected(address: str | None, dashboard: bool) -> Iterator[str]:
     """Joins the cluster at `address` (`auto`: the one this machine belongs to), or starts a local one, and leaves it.
+
+    Yields the host and port of its dashboard, nothing where it has none.
 
     Raises:
         ResourcesError: there is none, it lets nobody in, or none can be started.
@@ -44,17 +46,17 @@ def connected(address: str | None, dashboard: bool) -> Iterator[None]:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         if address is None or address == "local":
-            _start(dashboard)
+            joined = _start(dashboard)
         else:
             _check_answers(address)
-            _join(address)
+            joined = _join(address)
     except SystemExit as exc:  # of Ray's own handler of SIGTERM, which is in place from here on
         ray.shutdown()
         raise stopped() from exc
     finally:
         signal.signal(signal.SIGTERM, handler)
     try:
-        yield
+        yield joined.dashboard_url or ""
     finally:
         ray.shutdown()
 
@@ -106,10 +108,10 @@ def _options() -> dict[str, Any]:
     return {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "WARNING"}
 
 
-def _start(dashboard: bool) -> None:
+def _start(dashboard: bool) -> Any:
     folder = ray_folder()
     try:
-        ray.init("local", include_dashboard=dashboard, job_config=_Job(), _temp_dir=folder, **_options())
+        return ray.init("local", include_dashboard=dashboard, job_config=_Job(), _temp_dir=folder, **_options())
     except BtmError:
         raise
     except Exception as exc:  # of whatever kind Ray has for it: bare ones are among them
@@ -156,10 +158,10 @@ def _greet(host: str, port: int) -> None:
         raise ConnectionError(f"something else listens there: it said {answer!r}")
 
 
-def _join(address: str) -> None:
+def _join(address: str) -> Any:
     job = {} if "://" in address else {"job_config": _Job()}  # a Ray Client's job has no folder added
     try:
-        ray.init(address, **job, **_options())
+        return ray.init(address, **job, **_options())
     except BtmError:
         raise
     except ray.exceptions.AuthenticationError as exc:

@@ -1,7 +1,9 @@
 """What `btm doctor` asks of Ray: that it answers, in which version, with which token, what its nodes are, what it would carry."""
 
 import logging
-from collections.abc import Sequence
+import socket
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,18 @@ from ray.job_submission import JobSubmissionClient
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from btm_cluster.checks import Check, Machine, look_around
-from btm_cluster.errors import ResourcesError, one_line
-from btm_cluster.on_ray.cluster import TOKEN_REMEDY, connected, ray_folder
+from btm_cluster.errors import BtmError, ResourcesError, one_line
+from btm_cluster.on_ray.cluster import CONNECT_SECONDS, TOKEN_REMEDY, connected, ray_folder
+from btm_cluster.on_ray.submission import try_job
 from btm_cluster.own_modules import hiding_modules
 from btm_cluster.room import NEW_RESOURCES, Ask, fits, nodes_words
 
 LOOK_SECONDS = 180.0
+JOB_SECONDS = 90.0
+"""For a job that does nothing: a head that was just started takes jobs only once its agent is up."""
 MOST_FILES = 100_000
+HEAD = "node:__internal_head__"
+"""The resource by which a cluster's head is known."""
 
 
 def examine_cluster(
@@ -29,8 +36,9 @@ def examine_cluster(
     if address.startswith(("http://", "https://")):
         return _examine_dashboard(address), []
     try:
-        with connected(address, dashboard=False):
+        with connected(address, dashboard=False) as dashboard:
             checks = [Check("Ray", "ok", f"{ray.__version__} at {address}, {len(ray.nodes())} node(s)"), _token()]
+            checks.append(_jobs_of_joined(dashboard))
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             checks += [_room(ask, nodes, autoscaling) for ask in asks]
             unseen, machines = _look_at_nodes(store)
@@ -84,17 +92,66 @@ def examine_working_directory(folder: Path) -> Check:
 
 
 def _examine_dashboard(address: str) -> list[Check]:
-    try:
+    def ask() -> None:
         client = JobSubmissionClient(address)
         client.list_jobs()
         client.get_version()
+
+    try:
+        _within(LOOK_SECONDS, ask)
     except ray.exceptions.AuthenticationError as exc:
         return [Check("token", "wrong", one_line(exc, 160), TOKEN_REMEDY)]
-    except (ConnectionError, RuntimeError) as exc:
+    except Exception as exc:  # of whatever kind Ray has for it; a service that is none answers in odd ways
         found = one_line(exc, 200)
         return [Check("Ray", "wrong", f"{address}: {found}", "check the address, and that the head runs")]
     inside = "nodes are seen from inside alone: ray job submit --working-dir . -- btm doctor PLAN --address auto"
-    return [Check("Ray", "ok", f"its dashboard answers at {address}"), Check("nodes", "note", "not looked at", inside)]
+    answers = Check("Ray", "ok", f"its dashboard answers at {address}")
+    return [answers, _jobs(address), Check("nodes", "note", "not looked at", inside)]
+
+
+def _jobs(dashboard: str) -> Check:
+    """Whether the cluster takes a job: its dashboard may answer, and the agent that starts jobs be dead."""
+    try:
+        _within(LOOK_SECONDS, lambda: try_job(dashboard, JOB_SECONDS))
+    except Exception as exc:  # as above
+        found = f"{exc.what}: {exc.found}" if isinstance(exc, BtmError) else one_line(exc)
+        remedy = "see dashboard_agent.log on the head; Rays on one machine want a --dashboard-agent-listen-port each"
+        return Check("jobs", "wrong", found[:300], remedy)
+    return Check("jobs", "ok", "one that does nothing was taken and ended well")
+
+
+def _jobs_of_joined(dashboard: str) -> Check:
+    """The same, where the dashboard is reached from here: it often listens on the head's loopback alone."""
+    host, _, port = dashboard.rpartition(":")
+    heads = [node["NodeManagerAddress"] for node in ray.nodes() if HEAD in node["Resources"]]
+    try:
+        if host in ("127.0.0.1", "localhost") and ray.util.get_node_ip_address() not in heads:
+            raise ConnectionError("that is the head's loopback")
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, ValueError) as exc:
+        why = f"its dashboard at {dashboard} is not reached from here: {exc}" if dashboard else "it has no dashboard"
+        remedy = "on the head, or with --address of a dashboard that is reached, a job is submitted"
+        return Check("jobs", "note", f"not looked at: {why}", remedy)
+    return _jobs(f"http://{dashboard}")
+
+
+def _within(seconds: float, act: Callable[[], None]) -> None:
+    """Raises what it raises, or a TimeoutError: the client of a dashboard waits for an answer without end."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            act()
+        except BaseException as exc:
+            raised.append(exc)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    if raised:
+        raise raised[0]
 
 
 def _wrong_ray(exc: ResourcesError) -> Check:

@@ -31,7 +31,12 @@ class LocalFolder:
     """Adapter of the storage port for a folder."""
 
     def __init__(self, location: str) -> None:
-        self.location = str(Path(location).expanduser().absolute())
+        try:
+            self.location = str(Path(location).expanduser().absolute())
+        except RuntimeError as exc:  # an account without a home
+            raise UserError(
+                f"cannot use the store {location}", found=str(exc), remedy="set HOME, or write the path out"
+            ) from exc
         self._root = Path(self.location)
 
     def check(self) -> None:

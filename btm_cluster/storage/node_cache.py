@@ -11,7 +11,6 @@ a process leaves behind that is killed while it fetches has to wait for the day'
 """
 
 import errno
-import getpass
 import os
 import pwd
 import re
@@ -24,6 +23,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from btm_cluster.account import account
 from btm_cluster.errors import StoreError, UserError
 
 DEFAULT_GIGABYTES = 50.0
@@ -195,7 +195,7 @@ def node_cache() -> NodeCache:
         UserError: BTM_CACHE_GIGABYTES is no positive number.
     """
     named = os.environ.get("BTM_CACHE_FOLDER")
-    folder = named or Path(tempfile.gettempdir(), f"btm-cluster-cache-{getpass.getuser()}")
+    folder = named or Path(tempfile.gettempdir(), f"btm-cluster-cache-{account()}")
     given = os.environ.get("BTM_CACHE_GIGABYTES") or str(DEFAULT_GIGABYTES)
     try:
         gigabytes = float(given)

@@ -20,6 +20,12 @@ def test_a_token_that_is_missing_or_wrong_is_named_so(cluster: dict[str, str], t
     assert "Traceback" not in err
 
 
+def test_a_sound_cluster_takes_the_doctors_job(cluster: dict[str, str]) -> None:
+    _, checks, err = ask(cluster)
+    jobs = next(check for check in checks if check["name"] == "jobs")
+    assert jobs["state"] == "ok", (jobs, err)
+
+
 def ask(environment: dict[str, str], *arguments: str) -> tuple[int, list[dict[str, str]], str]:
     """Exit code, checks and standard error of `btm doctor --json`."""
     command = [str(BIN / "btm"), "doctor", "--json", *arguments]

@@ -5,11 +5,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from btm_cluster import doctor
 from btm_cluster.checks import Check, Machine, Needs, check_compiler, judge_machines, look_around
@@ -256,3 +259,51 @@ def test_without_a_plan_this_machine_and_ray_are_looked_at(tmp_path: Path) -> No
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     names = {check["name"] for check in json.loads(done.stdout)}
     assert {"Ray", "working directory", "disk", "GPU", "threads"} <= {name.partition(" on ")[0] for name in names}
+
+
+class _Refuses(BaseHTTPRequestHandler):
+    """A dashboard that answers while the agent that starts jobs is dead."""
+
+    def do_GET(self) -> None:
+        version = {"version": "4", "ray_version": ray.__version__, "ray_commit": "c", "session_name": "s"}
+        self._answer(200, json.dumps(version if self.path.endswith("version") else []).encode())
+
+    def do_POST(self) -> None:
+        self._answer(500, b"No available agent to submit job, please try again later.")
+
+    def _answer(self, code: int, body: bytes) -> None:
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class _IsNone(_Refuses):
+    """A service that is no dashboard."""
+
+    def do_GET(self) -> None:
+        self._answer(200, b"<html>")
+
+
+@pytest.mark.parametrize(
+    ("service", "named", "found"),
+    [(_Refuses, "jobs", "No available agent to submit job"), (_IsNone, "Ray", "http://127.0.0.1")],
+)
+def test_a_cluster_that_takes_no_job_is_found_out(
+    service: type[BaseHTTPRequestHandler], named: str, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second Ray on a machine, whose agent found its port taken, passed every other check."""
+    monkeypatch.setattr("btm_cluster.on_ray.examination.JOB_SECONDS", 0)
+    monkeypatch.setenv("no_proxy", "*")
+    with ThreadingHTTPServer(("127.0.0.1", 0), service) as server:
+        threading.Thread(target=server.serve_forever).start()
+        checks, _ = examine_cluster(f"http://127.0.0.1:{server.server_port}", None, [], autoscaling=False)
+        server.shutdown()
+    wrong = only_wrong(checks)
+    assert wrong.name == named
+    assert found in wrong.found
+    assert wrong.remedy

@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 
-from btm_cluster.errors import IntegrityError, MissingError, StoreError
+from btm_cluster.errors import IntegrityError, MissingError, StoreError, UserError
 from btm_cluster.forest import Expert, Forest, Foundation, Parent, canonical_json, identity_of, merge_into
 from btm_cluster.ledger import CHUNK_BYTES, Artifact, Ledger, Ref, describe_file
+from btm_cluster.ledger.documents import Documents
 from btm_cluster.storage import Entry
 from btm_cluster.storage.local_folder import LocalFolder
+from btm_cluster.storage.node_cache import node_cache
 
 RECIPE = {"made": "of this"}
 MODEL = Ref("model", identity_of(RECIPE))
@@ -795,3 +797,28 @@ def test_a_training_saved_twice_at_one_update_stays_as_it_was_first(ledger: Ledg
     latest = ledger.latest_training(MODEL.identity)
     assert latest is not None
     assert ledger.open_file(latest, "w").read_bytes() == b"weights at 5"
+
+
+def test_a_record_is_written_under_an_account_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under any number: Python has no name for it, and none is in the environment."""
+
+    def no_entry(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr("pwd.getpwuid", no_entry)
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    documents = Documents(LocalFolder(str(tmp_path)))
+    assert documents.create("pins/000001.json", {"version": 1})
+    found = documents.read("pins/000001.json")
+    assert found is not None
+    assert found.note["by"].startswith(f"{os.getuid()}@")
+    monkeypatch.delenv("BTM_CACHE_FOLDER", raising=False)
+    assert node_cache().folder.name == f"btm-cluster-cache-{os.getuid()}"
+
+
+def test_a_store_in_a_home_that_nobody_knows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    with pytest.raises(UserError, match="set HOME"):
+        LocalFolder("~/forest")
