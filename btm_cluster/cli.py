@@ -21,7 +21,7 @@ from btm_cluster.new_folder import check_folder
 from btm_cluster.own_modules import check_own_modules
 from btm_cluster.plan import Plan, read_plan
 from btm_cluster.stopping import end_at_signals
-from btm_cluster.streams import CLOSED_PIPE, printable, safe_output
+from btm_cluster.streams import CLOSED_PIPE, end_input, printable, safe_output
 
 app = typer.Typer(
     help="Branch-Train-Merge: grow a forest of expert language models on Ray.",
@@ -99,6 +99,7 @@ def show_plan(plan_path: PlanPath, json_output: Json = False, address: Address =
     """Say what a run would do, what is done already, and what the rest would cost. Starts nothing."""
     plan = read_plan(plan_path)
     check_own_modules()
+    end_input()
     from btm_cluster.checks import notes_on_this_machine
     from btm_cluster.display import consoles, preview_table
     from btm_cluster.preview import preview
@@ -211,6 +212,7 @@ def doctor(
     """Look for what would make a run fail: Ray, token, store, clock, disk, GPUs, threads, room. Trains nothing."""
     plan = None if plan_path is None else read_plan(plan_path)
     check_own_modules()
+    end_input()
     from btm_cluster.display import check_lines
     from btm_cluster.doctor import examine
 

@@ -47,6 +47,20 @@ def _in_any_encoding(stream: TextIO | None) -> TextIO:
     return stream
 
 
+def end_input() -> None:
+    """From here on, no question of a library is answered by what is piped in: not here, and in no process that is started.
+
+    At a terminal, whoever sits there may answer.
+    """
+    if sys.stdin is not sys.__stdin__ or (sys.stdin is not None and sys.stdin.isatty()):
+        return
+    nowhere = os.open(os.devnull, os.O_RDONLY)
+    if nowhere != 0:  # it is where standard input was closed
+        os.dup2(nowhere, 0)
+        os.close(nowhere)
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+
+
 def printable(text: str) -> str:
     """Text of several lines without control characters: names of files and what other programs say may have any."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)

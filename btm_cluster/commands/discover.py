@@ -12,6 +12,7 @@ from btm_cluster.errors import UserError
 from btm_cluster.new_folder import check_new_folder
 from btm_cluster.own_modules import check_own_modules
 from btm_cluster.stopping import unwinding
+from btm_cluster.streams import end_input
 
 if TYPE_CHECKING:
     from btm_cluster.discovery import Discovery
@@ -50,6 +51,7 @@ def discover(
     """Find domains in unlabelled text: a file for each, and a model that places new documents."""
     _check_call(clusters, model, to)
     check_own_modules()
+    end_input()
     source = _source(text or [], dataset, split, field, delimiter)
     from btm_cluster.discovery import assign, discover
     from btm_cluster.plan import ReadingPlan

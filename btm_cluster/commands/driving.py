@@ -11,6 +11,7 @@ import typer
 from btm_cluster.commands.forest import open_ledger
 from btm_cluster.plan import Plan
 from btm_cluster.stopping import end_at_signals, handling, stopped
+from btm_cluster.streams import end_input
 
 if TYPE_CHECKING:
     from btm_cluster.driver import Driver
@@ -47,6 +48,7 @@ def driving(
 
     SIGTERM and Ctrl-C ask the trainings to save first, and end in Stopped.
     """
+    end_input()
     from btm_cluster.display import ProgressView, consoles
     from btm_cluster.driver import Driver
     from btm_cluster.in_process import InProcess, LocalControl

@@ -174,6 +174,25 @@ def test_a_command_ends_without_a_traceback_and_with_its_exit_code(case: str, tm
     assert "Exception ignored" not in done.stderr
 
 
+@pytest.mark.parametrize("given", ["", "<&-"])
+def test_what_is_piped_in_answers_no_question_here_or_in_a_process_that_is_started(given: str) -> None:
+    """`yes | btm plan plan.yaml` once answered a library that asked whether to run a model's own code."""
+    program = """
+import subprocess
+from btm_cluster.streams import end_input
+end_input()
+assert subprocess.run(["cat"], capture_output=True).stdout == b""
+try:
+    input("run its code? [y/N]")
+except EOFError:
+    raise SystemExit(7)
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = ["bash", "-c", f'exec {sys.executable} -c "$0" {given}', program]
+    done = subprocess.run(command, input="y\n", env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 7, done.stderr
+
+
 def test_streams_are_given_back() -> None:
     before = sys.stdout
     with safe_output():
