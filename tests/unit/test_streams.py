@@ -13,7 +13,7 @@ from rich.console import Console
 
 from btm_cluster.cli import app, run_command
 from btm_cluster.display import ProgressView, consoles, plain_table, show_table
-from btm_cluster.streams import CLOSED_PIPE, safe_output
+from btm_cluster.output import CLOSED_PIPE, safe_output
 from btm_cluster.workers import Progress
 
 
@@ -179,7 +179,7 @@ def test_what_is_piped_in_answers_no_question_here_or_in_a_process_that_is_start
     """`yes | btm plan plan.yaml` once answered a library that asked whether to run a model's own code."""
     program = """
 import subprocess
-from btm_cluster.streams import end_input
+from btm_cluster.output import end_input
 end_input()
 assert subprocess.run(["cat"], capture_output=True).stdout == b""
 try:
