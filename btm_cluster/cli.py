@@ -18,10 +18,10 @@ from btm_cluster.commands.forest import open_ledger
 from btm_cluster.commands.models import generate, merge
 from btm_cluster.errors import BtmError, OutputError, Stopped, UserError
 from btm_cluster.new_folder import check_folder
+from btm_cluster.output import CLOSED_PIPE, end_input, printable, safe_output
 from btm_cluster.own_modules import check_own_modules
 from btm_cluster.plan import Plan, read_plan
 from btm_cluster.stopping import end_at_signals
-from btm_cluster.output import CLOSED_PIPE, end_input, printable, safe_output
 
 app = typer.Typer(
     help="Branch-Train-Merge: grow a forest of expert language models on Ray.",

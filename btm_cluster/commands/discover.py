@@ -10,9 +10,9 @@ import typer
 
 from btm_cluster.errors import UserError
 from btm_cluster.new_folder import check_new_folder
+from btm_cluster.output import end_input
 from btm_cluster.own_modules import check_own_modules
 from btm_cluster.stopping import unwinding
-from btm_cluster.output import end_input
 
 if TYPE_CHECKING:
     from btm_cluster.discovery import Discovery

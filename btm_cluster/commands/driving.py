@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from btm_cluster.commands.forest import open_ledger
+from btm_cluster.output import end_input
 from btm_cluster.plan import Plan
 from btm_cluster.stopping import end_at_signals, handling, stopped
-from btm_cluster.output import end_input
 
 if TYPE_CHECKING:
     from btm_cluster.driver import Driver
