@@ -284,7 +284,7 @@ def test_a_pretrained_seed_takes_no_updates_and_stores_no_optimizer_and_experts_
         seed = step(seen, "seed")
         assert (seed.updates, seed.tokens, seed.stored_bytes) == (0, 0, 4 * seen.parameters)
         assert (step(seen, "expert kitchen").updates, step(seen, "transformer-lm").updates) == (12, 12)
-        preview_table(seen, consoles(json_output=False)[0])
+        preview_table(seen, (), consoles(json_output=False)[0])
         assert "note: the pretrained model is the seed: experts train all 12 updates\n" in capsys.readouterr().out
         assert seen.to_json()["notes"]
 
