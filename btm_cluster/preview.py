@@ -172,7 +172,7 @@ def _preparation(ground: Ground, ledger: Ledger, unread: bool) -> list[Step]:
 def _scores(ground: Ground, ledger: Ledger, unread: bool) -> Step:
     """Of every model that is no average, on all held-out text."""
     forest, seed = ledger.log.newest(), seed_request(ground).ref
-    texts = (ground if forest is None else with_forests_texts(ground, forest, ledger)).texts
+    texts = (ground if forest is None or unread else with_forests_texts(ground, forest, ledger)).texts
     models = {seed, *(Ref("model", expert.identity) for expert in (forest.experts if forest else ()))}
     new = new_domains(ground, forest) if forest is not None else list(ground.domains)
     from_seed = [domain for domain in new if starts_from_seed(ground, forest, domain)]

@@ -186,7 +186,7 @@ def test_a_checkpoint_under_another_updates_name_is_passed_over(
     folder = folder_of(prepared, prepared.seed)
     (folder / "000000003.json").rename(folder / "000000005.json")
     assert weights_of(run(prepared, prepared.seed)) == undisturbed
-    assert "000000005.json is another training checkpoint's manifest" in caplog.text
+    assert "000000005.json is another artifact's manifest" in caplog.text
 
 
 # Two drivers at once

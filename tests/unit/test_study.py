@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from btm_cluster.study.repeat import train as train_requests
 from btm_cluster.study.repeats import repeats_of
 from btm_cluster.study.results import read_results, results_of, write_results
 from btm_cluster.study.run import Study, run_study, train_repeat
-from btm_cluster.workers import Control
+from btm_cluster.workers import Control, Outcome
 from tests.conftest import DOMAINS, in_process, plan_fields
 
 
@@ -390,7 +390,7 @@ def test_shares_that_leave_no_update_are_refused_before_a_text_is_read(
 
 
 def test_all_systems_are_trained_by_the_recipe_that_the_transformer_lm_does_best_with(
-    texts: dict[str, Path], tmp_path: Path
+    texts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     better = {"learning_rate": 1e-2, "updates": 6, "blocks_per_domain_update": 8}
     trials = [{"learning_rate": 1e-4}, better, {"learning_rate": 1e30}]
@@ -406,9 +406,16 @@ def test_all_systems_are_trained_by_the_recipe_that_the_transformer_lm_does_best
         assert (training.learning_rate, training.updates, training.random_seed) == (1e-2, 6, random_seed)
     whole = driver.ledger.get(first.transformer_lm().ref)
     assert whole.facts["passed"] == [first.seeds[0.5].ref.identity], "the trial is the study's Transformer-LM"
-    made = driver.made.copy()
+    made, asked, ask = driver.made.copy(), list[TrainRequest](), driver.workers.train
+
+    def asking(requests: Sequence[TrainRequest]) -> list[Outcome]:
+        asked.extend(requests)
+        return ask(requests)
+
+    monkeypatch.setattr(driver.workers, "train", asking)
     assert repeats_of(plan, driver)[0].trials == first.trials
-    assert driver.made - made == {"model": 1}, "only what diverged is tried again"
+    assert [request.training.learning_rate for request in asked] == [1e30], "only what diverged is tried again"
+    assert driver.made == made, "and it is not counted as made"
 
 
 def test_the_transformer_lm_at_the_experts_rate_is_the_transformer_lm_but_for_the_rate(
