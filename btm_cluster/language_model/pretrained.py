@@ -4,6 +4,7 @@ Code that comes with a model is neither downloaded nor run.
 """
 
 import hashlib
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -30,7 +31,7 @@ def resolve(source: str, patterns: Sequence[str] = _TOKENIZER_PATTERNS) -> Path:
     Raises:
         UserError: neither is there.
     """
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))
     if folder.is_dir():
         return folder.absolute()
     from huggingface_hub import snapshot_download
@@ -48,7 +49,7 @@ def resolve(source: str, patterns: Sequence[str] = _TOKENIZER_PATTERNS) -> Path:
 
 def source_of(source: str) -> str:
     """What another node, with other folders, understands by a source: a whole path, or the hub's name."""
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))
     return str(folder.absolute()) if folder.is_dir() else source
 
 
