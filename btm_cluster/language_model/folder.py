@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig
 
 from btm_cluster.errors import UserError
 from btm_cluster.language_model.model import (
     LENGTH_FIELDS,
+    config_from,
     fresh_on_meta,
     load_model,
     logits_of,
@@ -33,7 +33,7 @@ def say_block_length(folder: Path, block_tokens: int) -> None:
     tokenizer = _read(folder / "tokenizer_config.json") | {"model_max_length": block_tokens}
     _write(folder / "tokenizer_config.json", tokenizer)
     before = _read(folder / _CONFIG)
-    known = AutoConfig.for_model(**before)
+    known = config_from(before)
     longer = [name for name in LENGTH_FIELDS if name in known.to_dict() and (getattr(known, name) or 0) > block_tokens]
     if not longer:
         return

@@ -167,7 +167,8 @@ def longest_block(config: PretrainedConfig) -> tuple[str, float]:
 
 def plain_config(config: PretrainedConfig) -> dict[str, Any]:
     """A configuration as plain JSON values, without what depends on the installation."""
-    plain: dict[str, Any] = config.to_dict()
+    # By transformers' own JSON: it has words for infinity, which some configurations hold and JSON does not.
+    plain: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     for name in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures"):
         plain.pop(name, None)
     return plain
@@ -299,7 +300,7 @@ def write_config(config: Mapping[str, Any], tokenizer: TextTokenizer, folder: Pa
 
     Without the version of transformers: a forest outlives several, and its models must stay alike.
     """
-    loaded = _config_from(config)
+    loaded = config_from(config)
     loaded.architectures = [type(fresh_on_meta(config)).__name__]
     for name, token in (("bos_token_id", tokenizer.first_token), ("eos_token_id", tokenizer.end_of_text)):
         if getattr(loaded, name, None) is None:
@@ -312,14 +313,24 @@ def write_config(config: Mapping[str, Any], tokenizer: TextTokenizer, folder: Pa
     return file
 
 
-def _config_from(config: Mapping[str, Any]) -> PretrainedConfig:
-    fields = {name: value for name, value in config.items() if name != "model_type"}
-    return AutoConfig.for_model(config["model_type"], **fields)
+def config_from(plain: Mapping[str, Any]) -> PretrainedConfig:
+    """The configuration in plain JSON values: those of a plan, of `plain_config` or of a config.json."""
+    fields = {name: _with_floats(value) for name, value in plain.items() if name != "model_type"}
+    return AutoConfig.for_model(plain["model_type"], **fields)
+
+
+def _with_floats(value: Any) -> Any:
+    """A value in which infinity and NaN are numbers again: transformers writes them as {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {name: _with_floats(part) for name, part in value.items()}
+    return [_with_floats(part) for part in value] if isinstance(value, list) else value
 
 
 def _fresh(config: Mapping[str, Any]) -> "PreTrainedModel":
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        _config_from(config), dtype=torch.float32, trust_remote_code=False
+        config_from(config), dtype=torch.float32, trust_remote_code=False
     )
     return model
 

@@ -116,6 +116,7 @@ def import_request(folder: Path, tokenizer: TextTokenizer) -> TrainRequest:
     """The request that makes a pretrained model the seed."""
     pretrained = pretrained_model(str(folder))
     config = pretrained_config(pretrained, tokenizer.vocabulary, BLOCK_TOKENS)
+    assert json.loads(json.dumps(config, allow_nan=False)) == config, "a request is stored as JSON"
     training = TrainingPlan(block_tokens=BLOCK_TOKENS)
     return TrainRequest(
         "seed", "seed", config, Ref("tokenizer", ""), (), training, 0, 0, None, pretrained, False, HOW, 900.0
