@@ -11,7 +11,7 @@ from btm_cluster.equations.gates import Gate
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation import fit_gates, fit_text, mixed_models, score_models
 from btm_cluster.ground import PreparedText
-from btm_cluster.language_model.ensemble import Ensemble, Sampling
+from btm_cluster.language_model.ensemble import Ensemble, Sampling, reads_on_as_it_scores
 from btm_cluster.language_model.model import load_model
 from btm_cluster.ledger import Ledger, Ref
 from btm_cluster.plan import Plan
@@ -78,7 +78,9 @@ def generate(
             remedy="give its end alone",
         )
     models, gate = _models_and_gate(grown, text, driver)
-    ensemble = open_ensemble(driver.ledger, list(models.values()), gate, tokenizer.first_token, read)
+    ensemble = open_ensemble(
+        driver.ledger, list(models.values()), gate, tokenizer.first_token, read, plan.training.block_tokens
+    )
     written, trust_E = [], torch.zeros(len(models), dtype=torch.float64)
     for token in ensemble.write(min(most_tokens, room), tokenizer.end_of_text, tokenizer.vocabulary, sampling):
         written.append(token)
@@ -103,9 +105,13 @@ def _models_and_gate(grown: Grown, text: PreparedText | None, driver: Driver) ->
     return {names[j]: models[j] for j in kept}, replace(mixing, log_prior_E=mixing.log_prior_E[kept])
 
 
-def open_ensemble(ledger: Ledger, models: Sequence[Ref], gate: Gate, first_token: int, read: Sequence[int]) -> Ensemble:
-    """Several models loaded as one, which has read a text."""
+def open_ensemble(
+    ledger: Ledger, models: Sequence[Ref], gate: Gate, first_token: int, read: Sequence[int], block_tokens: int
+) -> Ensemble:
+    """Several models of one architecture loaded as one, which has read a text and predicts as their scores say."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = [ledger.get(model) for model in models]
     loaded = [load_model(open_config(ledger, one), ledger.open_file(one, "model.safetensors")) for one in found]
-    return Ensemble([model.to(device) for model in loaded], gate, first_token, read)
+    on_device = [model.to(device) for model in loaded]
+    anew = None if reads_on_as_it_scores(on_device[0], block_tokens) else block_tokens
+    return Ensemble(on_device, gate, first_token, read, anew)

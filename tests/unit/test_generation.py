@@ -114,6 +114,13 @@ def test_what_is_read_has_the_probability_that_scoring_gives_it_in_one_go_or_in_
     torch.testing.assert_close(at_once.log_probs(), ensemble.log_probs(), rtol=1e-5, atol=1e-6)
 
 
+def test_a_block_is_written_to_its_end(experts: list[PreTrainedModel]) -> None:
+    """Its last token was read too, at a position that GPT-2 does not have: an IndexError after all was written."""
+    for read in (0, 15):
+        ensemble = Ensemble(experts, Mixing(PRIOR, POSTERIORS[0]), END, (TEXT * 2)[:read])
+        assert len(list(ensemble.write(16 - read, -1, VOCABULARY, Sampling()))) == 16 - read
+
+
 def test_tokens_are_drawn_as_asked_and_end_of_text_ends(experts: list[PreTrainedModel]) -> None:
     def written(sampling: Sampling, end: int = -1) -> list[int]:
         return list(Ensemble(experts, mixing, END).write(10, end, VOCABULARY, sampling))

@@ -21,7 +21,7 @@ from btm_cluster.errors import PlanError, UserError
 from btm_cluster.ground import model_config
 from btm_cluster.language_model.averaging import average_files
 from btm_cluster.language_model.blocks import Blocks, pack_blocks
-from btm_cluster.language_model.ensemble import Ensemble
+from btm_cluster.language_model.ensemble import Ensemble, reads_on_as_it_scores
 from btm_cluster.language_model.model import load_model
 from btm_cluster.language_model.model_import import import_model
 from btm_cluster.language_model.pretrained import pretrained_config, pretrained_model
@@ -77,6 +77,17 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "apertus": shape(),
     "mixtral": shape(num_local_experts=4),
     "jamba": shape(attn_layer_period=2, attn_layer_offset=1, num_experts=2, mamba_d_state=8, use_mamba_kernels=False),
+    "bamba": shape(attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8),
+    "phi3 longrope": shape(
+        original_max_position_embeddings=16,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0] * 4,
+            "long_factor": [3.0] * 4,
+            "original_max_position_embeddings": 16,
+        },
+    ),
     "rwkv": {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32, "context_length": 64},
 }
 
@@ -151,7 +162,7 @@ def some_blocks(tokenizer: TextTokenizer) -> np.ndarray:
 def test_a_model_scores_and_writes_here_as_in_transformers(kind: str, tmp_path: Path) -> None:
     begins = kind in ("gemma2", "gemma3_text", "llama", "opt")
     save_tokenizer(tmp_path / "model", begins)
-    save_model(tmp_path / "model", kind, **ARCHITECTURES[kind])
+    save_model(tmp_path / "model", kind.split()[0], **ARCHITECTURES[kind])
     ours, tokenizer = brought_in(tmp_path / "model", tmp_path / "imported")
     assert tokenizer.first_token == int(begins)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
@@ -162,12 +173,14 @@ def test_a_model_scores_and_writes_here_as_in_transformers(kind: str, tmp_path: 
     np.testing.assert_allclose(scores, by_transformers(theirs, blocks, tokenizer.first_token), atol=1e-4)
     # And what it writes has the probability that it scores, wherever the prompt ends.
     alone, block = Mixing(torch.zeros(1, dtype=torch.float64), Posterior("full")), blocks[0].tolist()
+    anew = None if reads_on_as_it_scores(ours, BLOCK_TOKENS) else BLOCK_TOKENS
     for prompt in (0, 1, 2 * WINDOW + 3):
-        ensemble = Ensemble([ours], alone, tokenizer.first_token, block[:prompt])
+        ensemble = Ensemble([ours], alone, tokenizer.first_token, block[:prompt], anew)
         written = []
         for token in block[prompt:]:
             written.append(float(ensemble.log_probs()[token]))
-            ensemble.read([token])
+            if len(written) < len(block) - prompt:
+                ensemble.read([token])
         np.testing.assert_allclose(written, scores[0, prompt:], atol=1e-4)
 
 
