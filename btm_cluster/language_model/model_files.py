@@ -92,7 +92,8 @@ def check_tensors(source: str, stored: Mapping[str, StoredTensor], model: "PreTr
     ]
     if floats:
         raise quantised(source, f"{stored[floats[0]].dtype} in {name_tensors({'tensors': floats})}")
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = {*ties, *(other for one, other in ties.items() if one in stored)}  # either of the two is stored
     wrong = {
         "missing": sorted(own.keys() - stored.keys() - tied),
         "mismatched": sorted(name for name, t in stored.items() if name in own and list(own[name].shape) != t.shape),

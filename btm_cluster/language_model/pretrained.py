@@ -16,7 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from btm_cluster.errors import UserError, one_line
 from btm_cluster.language_model.model import check_fits, check_reads_if_small, plain_config
 from btm_cluster.language_model.model_files import check_tensors, has_own_head, quantised, stored_tensors, weight_files
-from btm_cluster.language_model.tokenizer import TextTokenizer, import_tokenizer, open_pretrained_tokenizer
+from btm_cluster.language_model.tokenizer import (
+    MORE_CHAT_TEMPLATES,
+    TextTokenizer,
+    import_tokenizer,
+    open_pretrained_tokenizer,
+)
 from btm_cluster.requests import ImportTokenizer, Pretrained
 
 _TOKENIZER_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -86,7 +91,7 @@ def import_pretrained_tokenizer(request: ImportTokenizer, folder: Path) -> tuple
 def pretrained_tokenizer_hash(folder: Path) -> str:
     """Identifies a tokenizer by the content of its files."""
     names = [folder / name for name in _TOKENIZER_NAMES if (folder / name).is_file()]
-    return _hash_files([*names, *sorted(folder.glob("*.model"))])
+    return _hash_files([*names, *sorted(folder.glob("*.model")), *sorted(folder.glob(MORE_CHAT_TEMPLATES))])
 
 
 def pretrained_model(source: str) -> Pretrained:

@@ -19,6 +19,8 @@ END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 CHAT_FILES = ("chat_template.jinja", "chat_template.json", "special_tokens_map.json")
 """Kept with an imported tokenizer where they came with it, for whoever opens a merged model."""
+MORE_CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
+"""Beside the one in chat_template.jinja; named, they fit into tokenizer_config.json too."""
 BATCH_DOCUMENTS = 512
 _PROBE = (
     "The 12 ships, 3.14 and 1,987,654 tons: it's  two  spaces,\ttab\n\n    def f(x):\r\n        return x_1 != 'é'\n"
@@ -172,8 +174,12 @@ def import_tokenizer(source: Path, tokenizer: TextTokenizer, folder: Path) -> di
     config = source / "tokenizer_config.json"
     given = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     given.pop("auto_map", None)
-    _write_config({"eos_token": tokenizer.name(tokenizer.end_of_text)} | given, folder)
     kept = [name for name in CHAT_FILES if (source / name).is_file()]
+    if more := sorted(source.glob(MORE_CHAT_TEMPLATES)):
+        named = {"default": source / kept.pop(0)} if "chat_template.jinja" in kept else {}
+        named |= {file.stem: file for file in more}
+        given["chat_template"] = [{"name": n, "template": f.read_text(encoding="utf-8")} for n, f in named.items()]
+    _write_config({"eos_token": tokenizer.name(tokenizer.end_of_text)} | given, folder)
     for name in kept:
         shutil.copyfile(source / name, folder / name)
     return {name: folder / name for name in (*TOKENIZER_FILES, *kept)}

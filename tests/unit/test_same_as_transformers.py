@@ -239,6 +239,15 @@ def test_a_head_of_its_own_stays_whatever_the_configuration_says_of_tied_embeddi
     assert assert_scores_alike(folder, tmp_path / "tied").config.tie_word_embeddings is True
 
 
+def test_embeddings_may_be_stored_under_the_name_of_the_head_that_is_tied_to_them(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "tied", begins=False)
+    save_model(tmp_path / "tied", "llama", **ARCHITECTURES["llama"], tie_word_embeddings=True)
+    stored = load_file(tmp_path / "tied" / "model.safetensors")
+    stored["lm_head.weight"] = stored.pop("model.embed_tokens.weight")
+    save_file(stored, tmp_path / "tied" / "model.safetensors", metadata={"format": "pt"})
+    assert_scores_alike(tmp_path / "tied", tmp_path / "imported")
+
+
 MASK = torch.tril(torch.ones(64, 64))[None, None]
 CONSTANTS = {
     "gpt2": {"transformer__h__0__attn__masked_bias": torch.tensor(-1e4), "transformer__h__1__attn__bias": MASK},

@@ -212,6 +212,19 @@ def test_ids_are_those_of_the_file_though_transformers_would_build_the_named_cla
     assert "PreTrainedTokenizerFast" in caplog.text
 
 
+def test_every_chat_template_that_came_with_a_tokenizer_stays(trained: Path, tmp_path: Path) -> None:
+    """Those in a folder of their own were dropped."""
+    source = Path(shutil.copytree(trained, tmp_path / "source"))
+    before = pretrained_tokenizer_hash(source)
+    (source / "chat_template.jinja").write_text("one")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("other")
+    assert AutoTokenizer.from_pretrained(source).chat_template == {"default": "one", "tool_use": "other"}
+    assert pretrained_tokenizer_hash(source) != before
+    bring(source, tmp_path / "imported")
+    assert AutoTokenizer.from_pretrained(tmp_path / "imported").chat_template == {"default": "one", "tool_use": "other"}
+
+
 def beginning(trained: Path, single: str = "<bos> $A") -> Tokenizer:
     """A tokenizer that puts tokens before a text."""
     tokenizer = Tokenizer.from_file(str(trained / "tokenizer.json"))
