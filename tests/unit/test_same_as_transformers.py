@@ -363,6 +363,19 @@ def test_the_text_part_of_a_model_that_also_sees_pictures_is_a_language_model(tm
     np.testing.assert_allclose(by_transformers(ours, blocks, 1), by_transformers(theirs, blocks, 1), atol=1e-4)
 
 
+def test_a_text_part_that_transformers_opens_alone_leaves_the_other_parts_behind(tmp_path: Path) -> None:
+    """Of Llama 4, transformers' causal model takes the tensors of the text part, and reports those of the rest."""
+    save_tokenizer(tmp_path / "whole", begins=False)
+    text = shape(head_dim=8, intermediate_size_mlp=48, num_local_experts=2, vocab_size=320, pad_token_id=0)
+    vision = VISION | {"projector_input_dim": 16, "projector_output_dim": 16, "vision_output_dim": 16}
+    config = AutoConfig.for_model("llama4", text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "whole")
+    assert assert_scores_alike(tmp_path / "whole", tmp_path / "imported").config.model_type == "llama4_text"
+    spoil(tmp_path / "whole", language_model__model__layers__0__self_attn__q_norm__weight=torch.ones(8))
+    assert "q_norm" in refusal(tmp_path / "whole").found
+
+
 def test_values_in_buffers_are_imported_trained_on_and_averaged(tmp_path: Path, fields: dict[str, Any]) -> None:
     """A router's corrections are no parameters: they were dropped, and no expert could start from the seed."""
     source = tmp_path / "deepseek"
