@@ -202,9 +202,10 @@ def consoles(json_output: bool) -> tuple[Console, Console]:
 
 def show_table(table: Table, console: Console) -> None:
     """Prints a table, wider than the terminal where it must be: no name and no number is cut."""
-    for column in table.columns:
-        if column.no_wrap:
-            column.min_width = max(map(cell_len, map(str, (column.header, *column.cells))))
+    for column in table.columns:  # rich would take from the widest, which may have one long word alone
+        cells = map(str, (column.header, *column.cells))
+        parts = cells if column.no_wrap else (word for cell in cells for word in cell.split())
+        column.min_width = max(map(cell_len, parts), default=0)
     least = table.__rich_measure__(console, console.options.update(width=MOST_COLUMNS)).minimum
     if least > console.width:
         table.width = least

@@ -27,6 +27,7 @@ def safe_output() -> Iterator["Output"]:
 
     What cannot be written to standard error is dropped: the exit code says what it would.
     """
+    _open_all_three()
     before = sys.stdout, sys.stderr
     output = Output(_in_any_encoding(sys.stdout))
     notes = _Notes(_in_any_encoding(sys.stderr))
@@ -36,6 +37,17 @@ def safe_output() -> Iterator["Output"]:
     finally:
         notes.flush()
         sys.stdout, sys.stderr = before
+
+
+def _open_all_three() -> None:
+    """Descriptors 0, 1 and 2 lead nowhere if they were closed: a file of ours would get the number, and libraries print to it."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number that is free
+    if sys.stdin is None:
+        sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
 
 
 def _in_any_encoding(stream: TextIO | None) -> TextIO:

@@ -59,11 +59,18 @@ def generate(
 
     sampling = Sampling(temperature, top_p, random_seed)
     check_generate_call(tokens, sampling)
-    prompt = _in_utf8(sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt))
+    prompt = _in_utf8(_standard_input() if prompt == "-" else os.fsencode(prompt))
     with driving(plan, address, in_process, dashboard=False, json_output=json_output) as driver:
         found = generate_text(plan, target, prompt, tokens, sampling, driver)
     print(json.dumps(asdict(found)) if json_output else prompt + found.text)
     print(found.trust_line, file=sys.stderr)
+
+
+def _standard_input() -> bytes:
+    try:
+        return sys.stdin.buffer.read()
+    except OSError as exc:
+        raise UserError("the prompt cannot be read", found=str(exc), remedy="give it as `--prompt TEXT`") from exc
 
 
 def _in_utf8(prompt: bytes) -> str:

@@ -88,6 +88,17 @@ def test_a_narrow_terminal_cuts_no_name_and_no_number(columns: int) -> None:
     assert "the ensemble" in shown
 
 
+@pytest.mark.parametrize("columns", [1, 30, 50])
+def test_a_narrow_terminal_cuts_no_word_where_another_column_could_give_way(columns: int) -> None:
+    """Rich takes from the widest columns first, which are those of identities as often as of sentences."""
+    console = Console(file=io.StringIO(), width=columns)
+    rows = [["code", "260ce3c80989", "2026-11-29T03:44:48+00:00", "the seed, and an average of three experts"]]
+    show_table(plain_table("Forest", ["domain", "expert", "when", "branched from"], rows), console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(word in shown for cell in rows[0] for word in cell.split())
+    assert "…" not in shown
+
+
 class Full(io.RawIOBase):
     """A disk without room, or a pipe without a reader."""
 
@@ -141,10 +152,25 @@ def test_control_characters_in_an_error_do_not_reach_the_terminal(capsys: pytest
     assert "a?[2Jb.yaml" in said
 
 
+ENDS_INPUT = """
+import os, sys
+from btm_cluster.output import end_input, safe_output
+with safe_output() as output:
+    end_input()
+    assert not sys.stdin.isatty()
+    with open(__file__) as file:
+        assert file.fileno() > 2  # or what other libraries print would be written to a file of ours
+    os.write(1, b"by another library")
+    print("by us")
+    output.flush()
+raise SystemExit(7)
+"""
 SHELL = {
     "a full disk": ("{btm} schema > /dev/full", 1),
     "a closed standard output": ("{btm} schema >&-", 0),
     "a closed standard error": ("{btm} plan none.yaml 2>&-", 2),
+    "no standard stream at all": ("{python} <&- >&- 2>&-", 7),
+    "a prompt from a closed standard input": ("{btm} init >&2 && {btm} generate plan.yaml --prompt - <&-", 2),
     "a folder that is gone": ("mkdir gone && cd gone && rmdir ../gone && {btm} schema > /dev/null", 2),
     "a reader that has gone": ("{btm} schema", CLOSED_PIPE),
 }
@@ -153,13 +179,14 @@ SHELL = {
 @pytest.mark.parametrize("case", SHELL)
 def test_a_command_ends_without_a_traceback_and_with_its_exit_code(case: str, tmp_path: Path) -> None:
     command, code = SHELL[case]
-    btm = f"{sys.executable} -P -m btm_cluster"
+    btm, python = f"{sys.executable} -P -m btm_cluster", f"{sys.executable} {tmp_path / 'ends_input.py'}"
+    (tmp_path / "ends_input.py").write_text(ENDS_INPUT)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     reader, writer = os.pipe()
     os.close(reader)
     try:
         done = subprocess.run(
-            ["bash", "-c", command.format(btm=btm)],
+            ["bash", "-c", command.format(btm=btm, python=python)],
             cwd=tmp_path,
             env=environment,
             stdout=writer,
