@@ -19,6 +19,7 @@ from btm_cluster.ledger import (
     Blob,
     Ledger,
     Ref,
+    artifact_key,
     blob_key,
     list_ours,
     list_strays,
@@ -108,15 +109,18 @@ def find_garbage(ledger: Ledger, keep_versions: int, grace_seconds: float, now: 
     themselves, a few kB each, always stay.
 
     Raises:
-        StoreError: the store has what this version of the package does not know, so that it cannot tell what that needs.
+        StoreError: the store has what this version of the package does not know, so that it cannot tell what that needs; or
+            a model that the newest or a pinned version names has lost its manifest, so that nothing names its files.
     """
     storage = ledger.storage
+    named_models = _models_of_use(ledger)  # before what is there is listed, since a run may add both meanwhile
     oldest_kept = (store_time(storage) if now is None else now) - grace_seconds
     entries = {entry.key: entry for entry in _manifest_entries(storage)}
     manifests = read_manifests(ledger, entries)
     young = {key for key in manifests if entries[key].modified >= oldest_kept}
     artifacts = {a.ref: a for key, a in manifests.items() if a.kind != "training"}
     _check_kinds(manifests)
+    _check_none_lost(ledger, named_models, artifacts)
 
     points = open_branch_points(ledger, ledger.log.newest())
     expanding = {point.text for point in points}
@@ -195,6 +199,24 @@ def _check_kinds(manifests: Mapping[str, Artifact]) -> None:
                 found=artifact.kind,
                 expected=", ".join(KINDS),
                 remedy="collect with the version that made it, or a newer one",
+            )
+
+
+def _models_of_use(ledger: Ledger) -> dict[Ref, int]:
+    """Models that the newest or a pinned version names, with that version."""
+    found = [ledger.log.version(version) for version in {*ledger.log.versions()[-1:], *ledger.log.pinned()}]
+    return {Ref("model", identity): forest.version for forest in found if forest for identity in forest.manifests}
+
+
+def _check_none_lost(ledger: Ledger, named: Mapping[Ref, int], artifacts: Mapping[Ref, Artifact]) -> None:
+    for ref, version in named.items():
+        if ref not in artifacts and ledger.tombstone(ref) is None:
+            raise StoreError(
+                f"forest version {version} names model {ref.identity[:12]}, whose files would be deleted",
+                found="no manifest of it where a store has its own: lost, renamed, or behind a linked folder",
+                expected=artifact_key(ref),
+                remedy="restore it from a backup; `btm forest remove` goes on without a domain whose expert is lost, "
+                "and `btm forest pin VERSION --remove` gives up a pinned version",
             )
 
 

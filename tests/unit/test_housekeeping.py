@@ -22,6 +22,7 @@ from btm_cluster.run import run_plan
 from btm_cluster.storage.local_folder import LocalFolder
 from btm_cluster.upkeep.housekeeping import collect, find_garbage, store_time, verify
 from btm_cluster.upkeep.lineage import KINDS, reached
+from btm_cluster.upkeep.removal import remove
 from tests.conftest import in_process, plan_fields
 
 DAY = 86_400.0
@@ -225,6 +226,34 @@ def test_a_kind_of_a_newer_version_is_not_collected_nor_what_it_may_need(plan: P
     with pytest.raises(StoreError, match="artifacts/distilled/") as refused:
         find_garbage(ledger, 1, DAY)
     assert "newer" in refused.value.remedy
+
+
+@pytest.mark.parametrize("how", ["deleted", "a folder", "renamed", "behind a linked folder"])
+def test_nothing_is_collected_while_a_model_of_the_forest_has_lost_its_manifest(
+    how: str, plan: Plan, ledger: Ledger, tmp_path: Path
+) -> None:
+    """Its files would go, as named by nobody; and a manifest from a backup would then name nothing."""
+    forest = ledger.log.newest()
+    assert forest is not None
+    manifest = Path(plan.store, artifact_key(Ref("model", forest.experts[0].identity)))
+    match how:
+        case "behind a linked folder":
+            manifest.parent.rename(tmp_path / "other-disk")
+            manifest.parent.symlink_to(tmp_path / "other-disk")
+        case "renamed":
+            manifest.rename(manifest.with_suffix(".bak"))
+        case _:
+            manifest.unlink()
+    if how == "a folder":
+        manifest.mkdir()
+    let_all_be_old(plan.store)
+    with pytest.raises(StoreError, match=f"forest version 1 names model {forest.experts[0].identity[:12]}") as refused:
+        find_garbage(ledger, keep_versions=1, grace_seconds=DAY)
+    assert "forest remove" in refused.value.remedy
+    # A store without that domain is collected again: its expert is named by an older version alone.
+    if how != "behind a linked folder":
+        remove(ledger, forest.experts[0].domain)
+        assert find_garbage(ledger, keep_versions=1, grace_seconds=DAY).blobs
 
 
 def test_a_collection_deletes_what_is_made_before_what_it_is_made_from(plan: Plan, ledger: Ledger) -> None:
