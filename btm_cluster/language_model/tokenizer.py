@@ -152,7 +152,8 @@ def compare_with_transformers(folder: Path, tokenizer: TextTokenizer) -> None:
 
 
 def _compare(folder: Path, auto: Any, tokenizer: TextTokenizer) -> None:
-    if auto.encode(_PROBE, add_special_tokens=False) != tokenizer.encode(_PROBE):
+    # Not verbose: it would warn that the probe is longer than a block.
+    if auto.encode(_PROBE, add_special_tokens=False, verbose=False) != tokenizer.encode(_PROBE):
         log.warning(
             "%s: AutoTokenizer builds a %s anew, which gives other token ids than the tokenizer.json that is used here; "
             "open it with PreTrainedTokenizerFast(tokenizer_file=…)",
@@ -250,8 +251,8 @@ def _first_token(source: Path, auto: Any, backend: Tokenizer, end: int, given: s
         if found is None:
             raise UserError(f"the tokenizer {source} has no token {given!r}", remedy=remedy)
         return int(found)
-    alone = auto.encode(_PROBE, add_special_tokens=False)
-    whole = auto.encode(_PROBE)
+    alone = auto.encode(_PROBE, add_special_tokens=False, verbose=False)
+    whole = auto.encode(_PROBE, verbose=False)
     before = next((whole[:n] for n in range(len(whole) - len(alone) + 1) if whole[n : n + len(alone)] == alone), None)
     if before is None or len(before) > 1:
         raise UserError(

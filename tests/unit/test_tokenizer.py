@@ -1,6 +1,7 @@
 """Tokenizers: trained, imported, stored; what they refuse."""
 
 import json
+import logging
 import random
 import shutil
 from pathlib import Path
@@ -179,6 +180,17 @@ def test_settings_stored_beside_a_vocabulary_change_no_ids(trained: Path, tmp_pa
     assert [imported.encode(document) for document in DOCUMENTS[:20]] == expected
     same = (tmp_path / "imported" / "tokenizer.json").read_bytes()
     assert same == (tmp_path / "settings" / "tokenizer.json").read_bytes(), "byte for byte"
+
+
+def test_a_tokenizer_for_short_blocks_is_compared_without_a_warning_of_another_library(
+    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text it is compared on is longer than the block: each `btm merge` of small blocks spoke of indexing errors."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    tokenizer = Tokenizer.from_file(str(trained / "tokenizer.json"))
+    source = save(tmp_path / "source", tokenizer, model_max_length=32)
+    compare_with_transformers(source, open_pretrained_tokenizer(source))
+    assert not caplog.text
 
 
 ODD = ["ship   12345\n\n1987: 20 tons", "it's x_1 != y", "\t\tif  a:\r\n  b"]
