@@ -126,6 +126,8 @@ def _causes(ground: Ground, forest: Forest, ledger: Ledger) -> Iterator[str]:
     named = "model.config" if ground.plan.model.config is not None else "model"
     follows = {"vocab_size"} if asked.ref != tokenizer.ref else set()
     follows |= {name for name, value in old["model"].items() if (value, new["model"].get(name)) == block_tokens}
+    if old["model"].get("model_type") != new["model"].get("model_type"):  # whose fields are others
+        follows |= {*old["model"], *new["model"]} - {"model_type"}
     yield from _changes(named, old["model"], new["model"], follows)
     spans = old["last_update"], new["last_update"]
     if spans[0] != spans[1] and old["training"]["updates"] == new["training"]["updates"]:

@@ -60,6 +60,7 @@ SHAPE = {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2}
         ("model", {"config": SHAPE | {"n_embd": 64}}, "model.config.n_embd: 32 → 64"),
         ("model", {"config": SHAPE | {"n_positions": 48}}, "model.config.n_positions: 32 → 48"),
         ("model", {"config": SHAPE | {"n_inner": 99}}, "model.config.n_inner: not given → 99"),
+        ("model", {"config": {"model_type": "llama"}}, 'model.config.model_type: "gpt2" → "llama"'),
         ("model", {"preset": "gpt3-125m"}, "model.n_embd: 32 → 768; model.n_head: 2 → 12; model.n_layer: 1 → 12"),
     ],
 )
