@@ -18,7 +18,7 @@ def register(app: typer.Typer) -> None:
 
 def verify(store: Store, json_output: Json = False) -> None:
     """Read the whole store and check every byte against its hash."""
-    from btm_cluster.errors import IntegrityError
+    from btm_cluster.errors import IntegrityError, UserError
     from btm_cluster.upkeep.housekeeping import verify as read_all
 
     seen = read_all(open_ledger(store))
@@ -33,6 +33,10 @@ def verify(store: Store, json_output: Json = False) -> None:
     if seen.problems:
         raise IntegrityError(
             f"{len(seen.problems)} problem(s) in {store}\n" + "\n".join(f"- {p}" for p in seen.problems)
+        )
+    if not (seen.versions or seen.artifacts):
+        raise UserError(
+            f"there is nothing of a forest in {store}", remedy="check --store, which is relative to this folder"
         )
 
 

@@ -308,7 +308,10 @@ class Ledger:
         """Keeps a version of the forest, which must be whole, from being collected, however old it becomes."""
         forest = self.log.version(version)
         if forest is None:
-            raise UserError(f"there is no forest version {version}", found=f"versions {self.log.versions()}")
+            raise UserError(
+                f"there is no forest version {version}",
+                found=f"versions {', '.join(map(str, self.log.versions())) or 'none'}",
+            )
         self.check_all_standing(forest.manifests)
         self.documents.create(pin_key(version), {"version": version})
 

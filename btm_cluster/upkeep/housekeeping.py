@@ -61,7 +61,7 @@ class Verified:
     size_bytes: int
     problems: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    """What is no damage: objects in its folders that are none of the store's."""
+    """What is no damage: objects in its folders that are none of the store's, and models of no forest."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,11 @@ def verify(ledger: Ledger) -> Verified:
     problems += check_needs(ledger, forests, records.values(), artifacts, named)
     problems += [f"{key} was purged, and is there again" for key in sorted(purged & artifacts.keys())]
     notes = [f"{key!r} is none of the store's, and was left alone" for key in list_strays(storage)]
+    models = sum(artifact.kind == "model" for artifact in artifacts.values())
+    if models and not by_key:
+        notes.append(
+            f"no forest version, but {models} models: of a study or a run that was stopped, or forest/ was lost"
+        )
     size = sum(blob.size_bytes for _, blob in blobs.values())
     return Verified(len(by_key), len(artifacts), len(blobs), size, tuple(problems), tuple(notes))
 

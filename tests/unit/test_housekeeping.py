@@ -312,6 +312,21 @@ def test_a_store_that_cannot_be_written_can_be_looked_at(
         assert "would delete" in shown.out
 
 
+def test_verifying_a_place_where_no_store_is_does_not_find_it_sound(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A schedule with a slip in its `--store` would be content for ever."""
+    assert run_command(lambda: app(["forest", "verify", "--store", str(tmp_path / "slip")])) == 2
+    assert "nothing of a forest" in capsys.readouterr().err
+
+
+def test_a_store_of_models_without_any_forest_version_is_told_of(plan: Plan, ledger: Ledger) -> None:
+    """A study keeps no versions, so it is no damage; who knows that there was a forest hears that its log is gone."""
+    for path in Path(plan.store, "forest").glob("*.json"):
+        path.unlink()
+    assert "no forest version" in " ".join(verify(ledger).notes)
+
+
 def test_a_collection_without_delete_writes_nothing_and_says_whose_clock_it_goes_by(
     plan: Plan, capsys: pytest.CaptureFixture[str]
 ) -> None:
