@@ -118,8 +118,8 @@ def find_garbage(ledger: Ledger, keep_versions: int, grace_seconds: float, now: 
             a model that the newest or a pinned version names has lost its manifest, so that nothing names its files.
     """
     storage = ledger.storage
-    named_models = _models_of_use(ledger)  # before what is there is listed, since a run may add both meanwhile
     oldest_kept = (store_time(storage) if now is None else now) - grace_seconds
+    named_models = _models_of_use(ledger)  # before what is there is listed, since a run may add both meanwhile
     entries = {entry.key: entry for entry in _manifest_entries(storage)}
     manifests = read_manifests(ledger, entries)
     young = {key for key in manifests if entries[key].modified >= oldest_kept}
