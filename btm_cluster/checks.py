@@ -77,7 +77,7 @@ class Machine:
     has_compiler: bool = True
     """For C: what torch.compile makes for a GPU is started by a small program that is built there."""
     no_cpu_compiler: str = ""
-    """What is missing to build what torch.compile makes for a CPU; empty: nothing."""
+    """Tool that torch.compile needs to build code for a CPU and that is missing; empty: none."""
 
 
 def look_around(store: str | None, claimed_cpus: float = 0, claimed_gpus: float = 0) -> Machine:
@@ -109,7 +109,7 @@ def look_around(store: str | None, claimed_cpus: float = 0, claimed_gpus: float 
 
 
 def missing_compiler(on_gpu: bool) -> str:
-    """What torch.compile lacks on this machine to build its code: a compiler, or Python's headers; empty: nothing."""
+    """The tool that torch.compile lacks here to build its code: a compiler, or Python's headers; empty: nothing."""
     names = (os.environ.get("CC", "cc"), "gcc", "clang") if on_gpu else (os.environ.get("CXX", "g++"),)
     if not any(map(shutil.which, names)):
         return f"no {'C' if on_gpu else 'C++'} compiler ({', '.join(dict.fromkeys(names))})"

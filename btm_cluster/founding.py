@@ -176,7 +176,7 @@ def _experts_span(ground: Ground, forest: Forest, ledger: Ledger) -> Iterator[st
 def _changes(
     section: str, old: Mapping[str, Any], new: Mapping[str, Any], follows: set[str] | None = None
 ) -> Iterator[str]:
-    """What differs between two sections of plain values, but for names that follow from elsewhere."""
+    """Differences between two sections of plain values, but for names that follow from elsewhere."""
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name) and name not in (follows or ()):
             yield f"{section}.{name}: {_shown(old, name)} → {_shown(new, name)}"

@@ -122,7 +122,7 @@ def vocabulary_of(plan: Plan) -> int:
 
 
 def first_token_of(plan: Plan) -> str:
-    """What every block is read after, as the plan's tokenizer spells it."""
+    """The token after which every block is read, as the plan's tokenizer spells it."""
     if plan.tokenizer.pretrained is None:
         return END_OF_TEXT
     return pretrained_tokenizer(plan.tokenizer.pretrained, plan.tokenizer.first_token)[0].first_token

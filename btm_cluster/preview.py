@@ -66,7 +66,7 @@ class Preview:
     on_gpus: bool
     price_per_gpu_hour: float | None
     first_token: str
-    """What every block is read after."""
+    """The token after which every block is read."""
     notes: tuple[str, ...] = ()
     """What the steps do not say of themselves."""
     asks: tuple[Ask, ...] = ()

@@ -132,7 +132,7 @@ def _readable(name: str) -> str:
 
 
 def _odd_files(address: str) -> Iterator[tuple[str, str]]:
-    """What is no file of its own below a local folder, and why: links, pipes, devices. Object storage has none."""
+    """Paths below a local folder that are no files of their own, and why: links, pipes, devices. Object storage has none."""
     if "://" in address:
         return
     for folder, folders, files in walk(address):

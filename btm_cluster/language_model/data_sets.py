@@ -18,7 +18,7 @@ from btm_cluster.language_model.readers import BadDocument, cell_value, checked
 from btm_cluster.plan import DatasetPlan, TextPlan
 
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
-"""What `save_to_disk` writes beside the Arrow files of one data set, and beside several splits."""
+"""Files that `save_to_disk` writes beside the Arrow files of one data set, and beside several splits."""
 _COMMIT = re.compile("[0-9a-f]{40}")
 _PYTHON = re.compile(
     r"load_dataset|load_from_disk|save_to_disk|trust_remote_code|pip install|\w\(|\be\.g\.$|Example of usage"
@@ -27,7 +27,7 @@ Item = tuple[str | None, str | BadDocument]
 
 
 def stamp_of(name: str, dataset: DatasetPlan) -> dict[str, Any]:
-    """What tells that a data set has changed: the files of a local folder, or the commit on the hub.
+    """Identifies the state of a data set: the files of a local folder, or the commit on the hub.
 
     Raises:
         TextError: it is not there, or the plan asks of a local folder what only the hub has.
@@ -165,7 +165,7 @@ def _unreadable(name: str, where: str, exc: Exception) -> TextError:
 
 
 def _without_python(exc: Exception) -> str:
-    """What another library says, without the sentences that tell a programmer what to call."""
+    """Another library's message without the sentences that tell a programmer what to call."""
     sentences = re.split(r"\n|(?<=[.!?])\s+", str(exc))
     kept = " ".join(sentence.strip() for sentence in sentences if not _PYTHON.search(sentence.strip()))
     return one_line(Exception(kept)) if kept.strip() else type(exc).__name__

@@ -77,7 +77,7 @@ class ImportTokenizer(StepRequest):
     sha256: str
     """Of its tokenizer files."""
     first_token: str
-    """What every block is read after."""
+    """The token after which every block is read."""
     end_of_text: str
 
     @property
