@@ -127,12 +127,22 @@ def _method(by: str, gpus: int) -> str:
 
 @dataclass(frozen=True)
 class Process:
-    """A process of the run as it was last seen, by its last name in use; times in seconds since the epoch."""
+    """A process of the run as it was last seen; times in seconds since the epoch.
+
+    A worker of Ray has the names of all that ran in it.
+    """
 
     name: str
     began: float
     seen: float
     cpu_seconds: float
+
+
+def joined(names: str, name: str) -> str:
+    """The names that a process had before, and the one that it has now."""
+    seen = dict.fromkeys([*names.split(", "), name.partition(".")[0]])  # of an actor's method, the actor
+    tasks = [one for one in seen if one.startswith("ray::") and one != IDLE]
+    return ", ".join(tasks) or name
 
 
 class CpuMeter:
@@ -193,8 +203,8 @@ class CpuMeter:
             except psutil.Error:
                 continue
             before = self._seen.get((one.pid, began))
-            if before is not None and name == IDLE:  # a worker of Ray between two tasks
-                name = before.name
+            if before is not None:
+                name = joined(before.name, name)
             self._seen[one.pid, began] = Process(name, began, time.time(), times.user + times.system)
         self.readings.append((time.time(), sum(process.cpu_seconds for process in self._seen.values())))
 

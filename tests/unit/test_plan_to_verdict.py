@@ -11,7 +11,7 @@ import pytest
 from btm_cluster.plan import Plan
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts import what lies beside them
-from busy_share import CpuMeter, gpu_meter, mean_between, used_between
+from busy_share import CpuMeter, gpu_meter, joined, mean_between, used_between
 from corpus_plan import corpus_plan
 from run_timeline import (
     Event,
@@ -131,6 +131,15 @@ def test_the_cpu_time_of_a_process_is_seen():
         pass
     assert meter.readings
     assert meter.processes[0].cpu_seconds > 0
+
+
+def test_a_worker_has_the_names_of_all_that_ran_in_it():
+    names = "python"
+    for name in ("ray::IDLE", "ray::score_task", "ray::IDLE", "ray::prepare_task", "ray::score_task"):
+        names = joined(names, name)
+    assert names == "ray::score_task, ray::prepare_task"
+    assert joined("raylet", "raylet") == "raylet"
+    assert joined("ray::Trainer", "ray::Trainer.train") == "ray::Trainer"
 
 
 def test_gpus_are_read_by_nvml(monkeypatch):
