@@ -18,7 +18,8 @@ from ray.train.torch import TorchTrainer
 
 from btm_cluster.errors import BtmError, Stopped, TrainingError, UserError
 from btm_cluster.ledger import Artifact, Ledger
-from btm_cluster.on_ray.progress import STARTING, Process, RayControl, StopPoll
+from btm_cluster.on_ray.progress import Process, RayControl, StopPoll
+from btm_cluster.on_ray.supervision import LOADING, STARTING
 from btm_cluster.requests import Resources, TrainRequest
 from btm_cluster.room import bundle
 from btm_cluster.storage.scratch import scratch_folder
@@ -82,7 +83,7 @@ def _step(request: TrainRequest, store: str, control: RayControl) -> Artifact | 
     try:
         with control:
             if rank == 0:
-                control.report(Progress(request.label, "loading"))  # its turn has come: a group may wait for it long
+                control.report(Progress(request.label, LOADING))  # its turn has come: a group may wait for it long
             return train(request, Ledger.open(store), control)
     except (UserError, Stopped, TrainingError) as exc:
         return exc

@@ -6,7 +6,7 @@ Admission is `concurrent_experts` and `ray.wait`; everything else is Ray's. A fa
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
 import ray
@@ -17,7 +17,8 @@ from btm_cluster.ledger import Ledger
 from btm_cluster.on_ray.cluster import has_room
 from btm_cluster.on_ray.failures import LOG_LINES, failure_of
 from btm_cluster.on_ray.metrics import Metrics
-from btm_cluster.on_ray.progress import STARTING, News, ProgressBoardActor
+from btm_cluster.on_ray.progress import News, ProgressBoardActor
+from btm_cluster.on_ray.supervision import Kill, Limits, StepState, supervise, waiting_message
 from btm_cluster.on_ray.tasks import MergerActor, await_other_task, mix_task, prepare_task, score_task, soup_task
 from btm_cluster.on_ray.training import TrainerActor, trainer_options
 from btm_cluster.plan import ClusterPlan
@@ -36,10 +37,6 @@ from btm_cluster.storage.requests import take_requests
 from btm_cluster.workers import Failure, Outcome, Progress, Watcher
 
 POLL_SECONDS = 0.25
-WAITING_SECONDS = 60.0
-"""Between two words on a training that waits for room."""
-START_MINUTES = 10.0
-"""What a training that has started may take, beside `hang_minutes`, until its first update: it loads and compiles."""
 
 
 @dataclass
@@ -49,14 +46,12 @@ class _Running:
     label: str
     result: Any
     trainer: Any = None
-    waits_for: str = ""
-    """What the cluster had no room for when this was submitted."""
-    last_word: float = field(default_factory=time.monotonic)
-    trains: bool = False
-    """Whether it was seen training: before that, there is nothing to save."""
-    has_started: bool = False
-    """Whether it was heard at work in this attempt: before that it waits for its turn, and does not hang."""
-    last_sign: float = field(default_factory=time.monotonic)
+    waits_for: InitVar[str] = ""
+    """Capacity that the cluster lacked when this was submitted."""
+    state: StepState = field(init=False)
+
+    def __post_init__(self, waits_for: str) -> None:
+        self.state = StepState.submitted(time.monotonic(), self.trainer is not None, waits_for)
 
 
 class RayWorkers:
@@ -149,7 +144,7 @@ class RayWorkers:
         return _Running(label, task.remote(asked, self._store, self._board), waits_for=waits_for)
 
     def _say_what_waits(self, ask: Ask) -> str:
-        self._watcher(Progress(ask.label, f"waiting for the cluster to grow to {ask.words}"))
+        self._watcher(Progress(ask.label, waiting_message(ask.words)))
         return ask.words
 
     def _run(
@@ -195,7 +190,7 @@ class RayWorkers:
             _end(finished)
 
     def _relay(self, running: Sequence[_Running]) -> None:
-        """Passes progress on to the watcher, and says every minute what waits for room."""
+        """Passes progress on to the watcher, says what waits for room, and kills what hangs."""
         news: News = ray.get(self._board.take.remote())
         fresh = {progress.label: progress for progress in news.progress}
         for progress in fresh.values():
@@ -204,30 +199,18 @@ class RayWorkers:
         for requests in (news.requests, take_requests()):
             self._metrics.requested(requests)
         self._metrics.renew()
-        now = time.monotonic()
+        limits = Limits(60 * self._cluster.hang_minutes)
         for one in running:
-            if one.label in fresh:
-                said = fresh[one.label]  # begun anew, it loads and compiles again
-                one.has_started = said.phase != STARTING
-                one.waits_for = "" if one.has_started else one.waits_for
-                one.trains = said.loss is not None or (one.trains and said.phase != STARTING)
-                one.last_sign = now
-            elif one.has_started and one.trainer is not None and now - one.last_sign >= self._patience(one):
-                one.last_sign = now
-                self._watcher(Progress(one.label, f"hangs: no update for {self._patience(one) / 60:g} min, killed"))
+            one.state, action = supervise(one.state, fresh.get(one.label), time.monotonic(), limits)
+            if action is not None:
+                self._watcher(Progress(one.label, action.message))
+            if isinstance(action, Kill):
                 for process in ray.get(self._board.processes.remote(one.label)):
                     process.kill()
-            elif one.waits_for and now - one.last_word >= WAITING_SECONDS:
-                one.last_word = now
-                self._watcher(Progress(one.label, f"waiting for the cluster to grow to {one.waits_for}"))
-
-    def _patience(self, one: _Running) -> float:
-        """Seconds without a sign after which a training counts as hanging."""
-        return 60 * (self._cluster.hang_minutes + (0 if one.trains else START_MINUTES))
 
     def _stop_all(self, running: Sequence[_Running]) -> None:
         """Asks every trainer to save and stop, and waits for them as long as the plan allows."""
-        trainings = [one for one in running if one.trains]
+        trainings = [one for one in running if one.state.phase == "updating"]
         for one in trainings:
             self._watcher(Progress(one.label, "saving, to stop"))
             one.trainer.stop.remote()
