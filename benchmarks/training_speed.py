@@ -45,62 +45,63 @@ def main() -> None:
 
 
 def ours(size: str, micro_batch: int) -> float:
-    """The project's own step, store and all."""
+    """The project's train loop, without a store."""
     import torch
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
 
+    from btm_cluster.language_model.blocks import Blocks
+    from btm_cluster.language_model.compute import Compute
     from btm_cluster.language_model.model import full_config
-    from btm_cluster.ledger import Ledger, Ref
+    from btm_cluster.language_model.process_group import ProcessGroup
+    from btm_cluster.language_model.training import UpdateReport, train
+    from btm_cluster.language_model.training_spec import TextBlocks, TrainingSpec
+    from btm_cluster.language_model.training_state import TrainingState, build_state
     from btm_cluster.plan import ModelPlan, TrainingPlan
-    from btm_cluster.requests import Resources, TrainingText, TrainRequest
-    from btm_cluster.steps.train import train
-    from btm_cluster.workers import Progress
 
     layers, width, heads, batch, vocabulary, updates = SIZES[size]
     on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    compute = Compute(device, 1, micro_batch, "bfloat16" if on_gpu else "float32", compile=on_gpu)
+    rates: list[float] = []
 
-    class Laps:
-        def __init__(self) -> None:
-            self.rates: list[float] = []
-
-        def report(self, progress: Progress) -> None:
-            if progress.tokens_per_second:
-                self.rates.append(progress.tokens_per_second)
-
-        def stopping(self) -> bool:
+    class Rates:
+        def should_stop(self) -> bool:
             return False
 
-        def saving(self) -> bool:
+        def should_save(self) -> bool:
             return False
 
+        def save(self, state: TrainingState, wait: bool) -> None:
+            pass
+
+        def passed_milestone(self, state: TrainingState) -> None:
+            pass
+
+        def report(self, state: TrainingState, report: UpdateReport) -> None:
+            if state.update > updates // 2:
+                rates.append(report.tokens_per_second)
+
+    shape = {"model_type": "gpt2", "n_layer": layers, "n_embd": width, "n_head": heads}
     with tempfile.TemporaryDirectory() as scratch:
-        ledger = Ledger.open(str(Path(scratch, "store")))
-        words = Tokenizer(models.WordLevel({"<|endoftext|>": 0}, unk_token="<|endoftext|>"))
-        PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>").save_pretrained(scratch)
-        names = ("tokenizer.json", "tokenizer_config.json")
-        tokenizer = ledger.commit(Ref("tokenizer", "t"), {}, {name: Path(scratch, name) for name in names}, {})
         np.save(Path(scratch, "tokens.npy"), _random_blocks(vocabulary, 512).astype(np.uint16))
-        tokens = ledger.commit(Ref("tokens", "t"), {}, {"tokens.npy": Path(scratch, "tokens.npy")}, {})
-        shape = {"model_type": "gpt2", "n_layer": layers, "n_embd": width, "n_head": heads}
-        request = TrainRequest(
+        spec = TrainingSpec(
             label=size,
-            role="seed",
             model=full_config(ModelPlan(config=shape), vocabulary, 1024),
-            tokenizer=tokenizer.ref,
-            texts=(TrainingText("t", (tokens.ref,)),),
+            texts=(TextBlocks("random", Blocks([Path(scratch, "tokens.npy")])),),
+            first_token=0,
             training=TrainingPlan(updates=updates, blocks_per_domain_update=batch),
             first_update=0,
             last_update=updates,
-            start=None,
-            pretrained=None,
+            milestones=(),
+            from_scratch=True,
+            rewarms=False,
             restart_data=False,
-            how=Resources(1, float(on_gpu), 1, micro_batch, "bfloat16" if on_gpu else "float32", on_gpu),
-            checkpoint_seconds=1e9,
+            is_demix=False,
+            compute=compute,
+            divergence_remedy="",
         )
-        laps = Laps()
-        train(request, ledger, laps)
-    return statistics.median(laps.rates[len(laps.rates) // 2 :])
+        compute.set_up()
+        train(spec, build_state(spec, ProcessGroup.joined(device)), Rates())
+    return statistics.median(rates)
 
 
 def trainer(size: str, micro_batch: int) -> float:

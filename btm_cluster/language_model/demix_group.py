@@ -73,12 +73,14 @@ class DemixGroup:
         for gradient in gradients:
             gradient /= self._world  # the loss is scaled for the mean that data parallelism takes of what is shared
 
-    def gather(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Tensors by name with the rows of all domains, one after the other; exhaust it on every rank."""
-        for name, tensor in tensors.items():
-            if not has_row_per_domain(name):
-                yield name, tensor
-                continue
-            of_ranks = [torch.empty_like(tensor) for _ in range(self._world)]
-            dist.all_gather(of_ranks, tensor.contiguous())
-            yield name, torch.cat(of_ranks[:: self._share.ranks_per_domain])
+
+def gather_domains(tensors: Mapping[str, torch.Tensor], share: Share) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors by name with the rows of all domains, one after the other. A collective: every rank exhausts it."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    for name, tensor in tensors.items():
+        if world == 1 or not has_row_per_domain(name):
+            yield name, tensor
+            continue
+        of_ranks = [torch.empty_like(tensor) for _ in range(world)]
+        dist.all_gather(of_ranks, tensor.contiguous())
+        yield name, torch.cat(of_ranks[:: share.ranks_per_domain])

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from btm_cluster.errors import DivergedError
 from btm_cluster.language_model.blocks import Blocks
-from btm_cluster.language_model.training import autocast, device_of, read_after
+from btm_cluster.language_model.compute import autocast, device_of
+from btm_cluster.language_model.loss import read_after
 from btm_cluster.requests import Resources
 
 LOGITS_AT_ONCE = 2**26
@@ -27,7 +28,7 @@ def score_blocks(
     Raises:
         DivergedError: the model gives log-probabilities that are not finite.
     """
-    device = device_of(how)
+    device = device_of(how.gpus_per_worker)
     model = model.to(device).eval()
     block_tokens = blocks.take(np.zeros(1, dtype=np.int64)).shape[1]
     files = {name: folder / name for name in ("logp.npy", "entropy.npy")}
@@ -57,7 +58,7 @@ def score_tokens(
     model: PreTrainedModel, blocks_BT: torch.Tensor, first_token: int, how: Resources
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log p(x_t | x_<t) of each token of blocks [B, T], and the entropy of the prediction it was: both float32 [B, T]."""
-    with autocast(how):
+    with autocast(device_of(how.gpus_per_worker), how.precision):
         logits = model(input_ids=read_after(blocks_BT, first_token), use_cache=False).logits
     tokens_N = blocks_BT.flatten()
     logp_N, entropy_N = (torch.empty(len(tokens_N), device=logits.device) for _ in range(2))

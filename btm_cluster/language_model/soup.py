@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from btm_cluster.equations.averaging import greedy_weights, posterior_weights, uniform_weights
 from btm_cluster.language_model.blocks import Blocks
+from btm_cluster.language_model.compute import autocast, device_of
+from btm_cluster.language_model.loss import read_after
 from btm_cluster.language_model.model import weights_of
-from btm_cluster.language_model.training import autocast, device_of, read_after
 from btm_cluster.requests import Resources
 
 BATCH_BLOCKS = 16
@@ -73,7 +74,7 @@ class Soup:
     def __init__(self, model: PreTrainedModel, files: Sequence[Path], first_token: int, how: Resources) -> None:
         """`model` has the architecture of all; its own weights are written over."""
         self._how, self._first_token = how, first_token
-        self._device = device_of(how)
+        self._device = device_of(how.gpus_per_worker)
         self._model = model.to(self._device).eval()
         self._parts = [{n: t.to(self._device, torch.float32) for n, t in load_file(file).items()} for file in files]
 
@@ -115,7 +116,7 @@ class Soup:
     def _summed(self, reading: Reading) -> torch.Tensor:
         """Summed negative log-probability of the real tokens. Softmax in float32 whatever the arithmetic before it."""
         tokens_BT = reading.tokens_BT.to(self._device)
-        with autocast(self._how):
+        with autocast(self._device, self._how.precision):
             logits = self._model(input_ids=read_after(tokens_BT, self._first_token), use_cache=False).logits
         real_N = reading.mask_BT.to(self._device).flatten()
         return functional.cross_entropy(

@@ -1,6 +1,5 @@
 """Model FLOPs utilisation: how much of a GPU's arithmetic a training uses. Shown while it runs; decides nothing."""
 
-import torch
 from transformers import PreTrainedModel
 
 from btm_cluster.equations.budget import training_flops_per_token
@@ -35,8 +34,3 @@ def utilisation(
     layers, width = (getattr(model.config, name, 0) for name in ("num_hidden_layers", "hidden_size"))
     flops = training_flops_per_token(parameters, layers, width, block_tokens)
     return tokens_per_second * flops / (gpus * peak)
-
-
-def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -12,17 +12,16 @@ from safetensors.torch import load_file
 
 from btm_cluster.errors import MissingError, TrainingError
 from btm_cluster.language_model.blocks import Blocks
-from btm_cluster.language_model.checkpoint import MODEL_FILE, write_state
 from btm_cluster.language_model.demix import count_demix_parameters, dense_part
 from btm_cluster.language_model.model import save_weights, write_config
 from btm_cluster.language_model.model_import import import_model
-from btm_cluster.language_model.resuming import AlreadyTrained
 from btm_cluster.language_model.tokenizer import TOKENIZER_FILES
-from btm_cluster.language_model.training import Trained
-from btm_cluster.language_model.training import train as train_model
+from btm_cluster.language_model.training_state import MODEL_FILE, write_state
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.requests import DemixPart, TrainingText, TrainRequest
 from btm_cluster.steps.prepare import open_tokenizer
+from btm_cluster.steps.resuming import AlreadyTrained
+from btm_cluster.steps.training_run import AtMilestone, Trained, run_training
 from btm_cluster.storage.scratch import scratch_folder
 from btm_cluster.workers import Control, Progress
 
@@ -58,7 +57,7 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
             if made.is_demix:
                 return _commit_demix(made, trained, ledger, commit, folder / MODEL_FILE)
             keeps_optimizer = made.last_update < made.training.updates
-            files = write_state(trained.model, trained.optimizer if keeps_optimizer else None, folder)
+            files = write_state(trained.state, folder, keeps_optimizer)
             return commit(made, files, trained.facts, trained.note)
 
         if request.pretrained is not None:
@@ -114,7 +113,7 @@ def _train_within_memory(
     control: Control,
     texts: Sequence[Blocks],
     first_token: int,
-    at_milestone: Callable[[TrainRequest, Trained], Any],
+    at_milestone: AtMilestone,
 ) -> Trained:
     """Trains; where memory runs out, once more from the last checkpoint, since a neighbour on the GPU may have taken it.
 
@@ -122,7 +121,7 @@ def _train_within_memory(
         TrainingError: out of memory again, or in a group, whose other ranks wait for this one.
     """
     try:
-        return train_model(request, ledger, control, texts, first_token, at_milestone)
+        return run_training(request, ledger, control, texts, first_token, at_milestone)
     except (RuntimeError, MemoryError) as exc:
         if not _is_out_of_memory(exc):
             raise
@@ -132,7 +131,7 @@ def _train_within_memory(
     gc.collect()  # what the failed training held
     torch.cuda.empty_cache()
     try:
-        return train_model(request, ledger, control, texts, first_token, at_milestone)
+        return run_training(request, ledger, control, texts, first_token, at_milestone)
     except (RuntimeError, MemoryError) as exc:
         if not _is_out_of_memory(exc):
             raise

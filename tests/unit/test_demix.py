@@ -20,10 +20,9 @@ from btm_cluster.language_model.demix import (
     dense_part,
     split_feed_forwards,
 )
+from btm_cluster.language_model.loss import NextTokenLoss
 from btm_cluster.language_model.model import load_model
 from btm_cluster.language_model.scoring import score_tokens
-from btm_cluster.language_model.training import NextTokenLoss
-from btm_cluster.language_model.training import train as train_model
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.plan import Plan, read_plan
 from btm_cluster.preview import DONE, preview
@@ -31,6 +30,7 @@ from btm_cluster.recipes import demix_request, seed_request, transformer_lm_requ
 from btm_cluster.requests import TrainRequest
 from btm_cluster.run import find_grown, run_plan
 from btm_cluster.steps.train import open_blocks, train
+from btm_cluster.steps.training_run import run_training
 from btm_cluster.study.controls import seeded_demix_request
 from btm_cluster.upkeep.housekeeping import find_garbage, verify
 from tests.conftest import DOMAINS, in_process
@@ -242,10 +242,10 @@ def test_the_parts_of_a_trained_demix_say_of_a_block_what_it_says_when_it_routes
 ) -> None:
     ledger, end = prepared.driver.ledger, end_of_text(prepared)
     texts = [open_blocks(ledger, text) for text in request_.texts]
-    trained = train_model(request_, ledger, Undisturbed(), texts, end, lambda *_: None)
+    trained = run_training(request_, ledger, Undisturbed(), texts, end, lambda *_: None)
     run(prepared, request_)
     block = torch.from_numpy(texts[0].take(np.zeros(1, dtype=np.int64)))
-    routed = score_tokens(trained.model.eval(), block.expand(3, -1), end, request_.how)[0]
+    routed = score_tokens(trained.state.model.eval(), block.expand(3, -1), end, request_.how)[0]
     for part, logp in zip(stored_parts(ledger, request_), routed, strict=True):
         model = load_model(request_.model, ledger.open_file(part, "model.safetensors"))
         torch.testing.assert_close(score_tokens(model, block, end, request_.how)[0][0], logp)

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from btm_cluster.algorithm import prepare
 from btm_cluster.driver import Driver
 from btm_cluster.errors import MissingError, ResourcesError, Stopped
-from btm_cluster.language_model.resuming import profiles
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.outstanding import resumed
 from btm_cluster.plan import Plan
@@ -22,6 +21,7 @@ from btm_cluster.preview import preview
 from btm_cluster.recipes import demix_request
 from btm_cluster.requests import Resources, TrainRequest
 from btm_cluster.room import ask_of, fits, no_room
+from btm_cluster.steps.resuming import profiles
 from btm_cluster.steps.train import train
 from btm_cluster.storage import Entry
 from btm_cluster.storage.local_folder import LocalFolder

@@ -20,14 +20,16 @@ from btm_cluster.algorithm import prepare, resumed
 from btm_cluster.errors import Stopped, TrainingError
 from btm_cluster.forest import Parent, identity_of
 from btm_cluster.language_model import training
-from btm_cluster.language_model.checkpoint import load_training, write_state
+from btm_cluster.language_model.loss import NextTokenLoss
 from btm_cluster.language_model.model import build_model
 from btm_cluster.language_model.optimizer import build_optimizer
-from btm_cluster.language_model.training import NextTokenLoss
+from btm_cluster.language_model.training_state import TrainingState, write_state
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.plan import Plan
 from btm_cluster.requests import AverageRequest, Start, TrainRequest
+from btm_cluster.steps.checkpoints import load_stored
 from btm_cluster.steps.train import open_blocks, train
+from btm_cluster.steps.training_run import run_training
 from btm_cluster.workers import Progress
 from tests.conftest import in_process
 from tests.unit.conftest import Prepared, copy_store
@@ -163,7 +165,7 @@ def test_training_killed_between_its_last_checkpoint_and_its_commit_has_nothing_
 ) -> None:
     ledger, request = prepared.driver.ledger, replace(prepared.seed, checkpoint_seconds=AT_EVERY_UPDATE)
     texts = [open_blocks(ledger, text) for text in request.texts]
-    training.train(request, ledger, Undisturbed(), texts, end_of_text(prepared), lambda *_: None)
+    run_training(request, ledger, Undisturbed(), texts, end_of_text(prepared), lambda *_: None)
     assert last_saved(prepared, request) == request.last_update
     assert weights_of(run(prepared, request, Interrupting(0, dies=True))) == undisturbed["seed"]
 
@@ -514,15 +516,19 @@ def test_a_parameter_that_never_had_a_gradient_has_no_moments_and_is_no_trouble(
     prepared: Prepared, tmp_path: Path
 ) -> None:
     ledger = prepared.driver.ledger
-    model = build_model(prepared.seed.model, 0)
-    unused = model.get_parameter("transformer.wpe.weight").requires_grad_(False)
-    optimizer = build_optimizer(model, prepared.seed)
-    NextTokenLoss(model, 0)(torch.arange(32)[None]).backward()
-    optimizer.step()
-    stored = ledger.commit(Ref("model", identity_of({})), {}, write_state(model, optimizer, tmp_path), {})
-    again = build_model(prepared.seed.model, 1)
-    fresh = build_optimizer(again, prepared.seed)
-    load_training(again, fresh, ledger, stored, keep_optimizer=True)
-    without = {name for name, parameter in again.named_parameters() if not fresh.state[parameter]}
+
+    def fresh(random_seed: int) -> TrainingState:
+        model = build_model(prepared.seed.model, random_seed)
+        return TrainingState(model, build_optimizer(model, prepared.seed.training), update=0)
+
+    trained, again = fresh(0), fresh(1)
+    unused = trained.model.get_parameter("transformer.wpe.weight").requires_grad_(False)
+    NextTokenLoss(trained.model, 0)(torch.arange(32)[None]).backward()
+    trained.optimizer.step()
+    stored = ledger.commit(Ref("model", identity_of({})), {}, write_state(trained, tmp_path, with_optimizer=True), {})
+    load_stored(again, 1, ledger, stored, keep_optimizer=True)
+    parameters = again.model.named_parameters()
+    without = {name for name, parameter in parameters if not again.optimizer.state[parameter]}
     assert without == {"transformer.wpe.weight"}
-    assert torch.equal(again.get_parameter("transformer.wpe.weight"), unused)
+    assert torch.equal(again.model.get_parameter("transformer.wpe.weight"), unused)
+    assert again.update == 1

@@ -1,19 +1,25 @@
-"""Where a training goes on from, and the numerics profiles that it has run under so far.
+"""Where a training goes on from, its state loaded from there, and the numerics profiles that it has run under so far.
 
-A profile is kept as spans of updates, since results depend on it: one span is written as the profile alone. Knows
-nothing of loading.
+A profile is kept as spans of updates, since results depend on it: one span is written as the profile alone.
 """
 
 import dataclasses
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from btm_cluster.errors import IntegrityError, MissingError
+from btm_cluster.language_model.process_group import ProcessGroup
+from btm_cluster.language_model.training_spec import TrainingSpec
+from btm_cluster.language_model.training_state import TrainingState, build_state
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import Resources, TrainRequest
+from btm_cluster.steps.checkpoints import load_stored
 
+log = logging.getLogger(__name__)
 SPAN = ("first_update", "last_update")
 
 
@@ -32,6 +38,62 @@ class Source:
 
 class AlreadyTrained(Exception):
     """Another driver has committed the model since it was looked for, and its training checkpoints are gone."""
+
+
+def restore(
+    request: TrainRequest, spec: TrainingSpec, ledger: Ledger, group: ProcessGroup
+) -> tuple[TrainingState, Source, set[str]]:
+    """The state to go on from: the last training checkpoint that can be read, the last milestone, or the start.
+
+    All ranks of a group load the same, or all pass it over. A checkpoint may be dropped by another driver while it is
+    read here: then there is a newer one, or the model. Returns, too, the manifest hashes of checkpoints passed over.
+
+    Raises:
+        AlreadyTrained: there is nothing left to train.
+    """
+    passed_over: set[str] = set()
+    while True:
+        source = _agree_on_source(request, ledger, group, passed_over)
+        state = build_state(spec, group)  # anew after a failure, which may have loaded a part of it
+        damaged = not _loads(state, source, ledger, request.label)
+        if not any(group.any(damaged)):
+            return state, source, passed_over
+        assert source.stored is not None
+        passed_over.add(source.stored.manifest_hash)
+        del state
+
+
+def _agree_on_source(
+    request: TrainRequest, ledger: Ledger, group: ProcessGroup, passed_over: Collection[str]
+) -> Source:
+    """The source that the first rank finds."""
+    found: Source | AlreadyTrained | None = None
+    if group.is_first:
+        try:
+            found = find_source(request, ledger, passed_over)
+        except AlreadyTrained as exc:
+            found = exc
+    found = group.from_first(found)
+    if isinstance(found, AlreadyTrained):
+        raise found
+    assert found is not None
+    return found
+
+
+def _loads(state: TrainingState, source: Source, ledger: Ledger, label: str) -> bool:
+    """Fills `state` from its source; False where that is a training checkpoint which cannot be read: it was made here, and
+    can be made again."""
+    if source.stored is None:
+        return True
+    try:
+        load_stored(state, source.update, ledger, source.stored, source.keep_optimizer)
+    except (IntegrityError, MissingError) as exc:
+        if not source.is_checkpoint:
+            raise
+        words = "%s: passed over, its training checkpoint is damaged (update %d): %s"
+        log.warning(words, label, source.update, exc)
+        return False
+    return True
 
 
 def find_source(request: TrainRequest, ledger: Ledger, passed_over: Collection[str] = ()) -> Source:

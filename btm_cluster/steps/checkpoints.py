@@ -1,4 +1,4 @@
-"""Model and optimiser state to files and back, and training checkpoints written in the background.
+"""Training checkpoints in the store: read back, and written in the background.
 
 Training stops only for the copy out of the model; hashing and storing overlap with it. A failed intermediate checkpoint
 warns: the next one is due soon. The final one is stored by the caller, and fails loudly.
@@ -8,91 +8,46 @@ import logging
 import time
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from transformers import PreTrainedModel
 
-from btm_cluster.errors import IntegrityError, MissingError, StoreError, UserError, one_line
-from btm_cluster.language_model.demix import own_moments
-from btm_cluster.language_model.model import load_weights, save_weights, weights_of
+from btm_cluster.errors import MissingError, StoreError, UserError, one_line
+from btm_cluster.language_model.model import save_weights
+from btm_cluster.language_model.training_state import (
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    TrainingState,
+    does_not_fit,
+    load_state,
+)
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.storage.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
-MODEL_FILE = "model.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
-    """Adam's moments by parameter name, and its step count: what a branch continues from."""
-    tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in sorted(model.named_parameters()):
-        state = optimizer.state.get(parameter)
-        if state:
-            tensors |= {f"{moment}.{name}": state[moment] for moment in _MOMENTS}
-            tensors["step"] = torch.as_tensor(state["step"], dtype=torch.float32)
-    return tensors
-
-
-def load_training(
-    model: PreTrainedModel, optimizer: torch.optim.AdamW, ledger: Ledger, source: Artifact, keep_optimizer: bool
-) -> None:
-    """Puts a stored model's weights, and its optimiser where asked, into `model` and `optimizer`.
+def load_stored(state: TrainingState, update: int, ledger: Ledger, source: Artifact, keep_optimizer: bool) -> None:
+    """Fills `state`, which then stands at `update`, with a stored model's weights, and its optimiser where asked.
 
     Raises:
         MissingError: a file is gone, perhaps while it was read.
         IntegrityError: a file is damaged, or of another model.
     """
     keep_optimizer = keep_optimizer and source.has(OPTIMIZER_FILE)
-    files = {name: ledger.open_file(source, name) for name in (MODEL_FILE, *([OPTIMIZER_FILE] * keep_optimizer))}
+    name = f"{source.kind} {source.identity[:12]}"
+    # Both files are known to be whole before either is loaded.
+    weights = ledger.open_file(source, MODEL_FILE)
+    optimizer = ledger.open_file(source, OPTIMIZER_FILE) if keep_optimizer else None
     try:
-        load_weights(model, files[MODEL_FILE])  # only once both files are known to be whole
-        if keep_optimizer:
-            _load_moments(model, optimizer, load_file(files[OPTIMIZER_FILE]), source)
+        load_state(state, update, weights, optimizer, name)
     except FileNotFoundError as exc:
-        what = f"{source.kind} {source.identity[:12]}: a file was deleted while it was read"
+        what = f"{name}: a file was deleted while it was read"
         raise MissingError(what, found=str(exc), remedy="run the plan again") from exc
     except (UserError, RuntimeError) as exc:
         if source.kind != "training" or not (isinstance(exc, UserError) or "size mismatch" in str(exc)):
             raise
-        raise _misfit(source, one_line(exc)) from exc
-
-
-def _load_moments(
-    model: PreTrainedModel, optimizer: torch.optim.AdamW, tensors: Mapping[str, torch.Tensor], source: Artifact
-) -> None:
-    for name, parameter in model.named_parameters():
-        stored = {moment: own_moments(model, name, moment, tensors) for moment in _MOMENTS}
-        moments = {moment: tensor.to(parameter.device) for moment, tensor in stored.items() if tensor is not None}
-        if not moments:
-            continue
-        if "step" not in tensors or any(tensor.shape != parameter.shape for tensor in moments.values()):
-            raise _misfit(source, f"the optimiser's state of {name}")
-        fused_device = parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")
-        optimizer.state[parameter] = {"step": tensors["step"].clone().to(fused_device), **moments}
-
-
-def _misfit(source: Artifact, found: str) -> IntegrityError:
-    return IntegrityError(
-        f"{source.kind} {source.identity[:12]} does not fit the model",
-        found=found,
-        expected="the names and shapes that this version of transformers gives its parameters",
-        remedy="go back to the version that stored it, or delete it, and training starts again",
-    )
-
-
-def write_state(model: PreTrainedModel, optimizer: torch.optim.AdamW | None, folder: Path) -> dict[str, Path]:
-    """Writes weights, and the optimiser's state if given, as files below `folder`."""
-    files = {MODEL_FILE: folder / MODEL_FILE}
-    save_weights(weights_of(model), files[MODEL_FILE])
-    if optimizer is not None:
-        files[OPTIMIZER_FILE] = folder / OPTIMIZER_FILE
-        save_weights(optimizer_tensors(model, optimizer), files[OPTIMIZER_FILE])
-    return files
+        raise does_not_fit(name, one_line(exc)) from exc
 
 
 class TrainingCheckpoints:
@@ -100,9 +55,9 @@ class TrainingCheckpoints:
 
     def __init__(self, ledger: Ledger, identity: str, label: str, passed_over: Collection[str] = ()) -> None:
         self.stalled_seconds = 0.0
-        """Standstill of training for all saves."""
+        """How long training stood still for all saves."""
         self.stall_seconds: float | None = None
-        """Standstill for the last save."""
+        """How long it stood still for the last save."""
         self.upload_seconds: float | None = None
         """How long the last save that was stored took for that, meanwhile."""
         self._ledger, self._identity, self._label = ledger, identity, label

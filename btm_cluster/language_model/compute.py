@@ -1,0 +1,45 @@
+"""How a model is computed: device, threads, precision, micro-batch. Results depend on it; a model's identity does not."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Settings of one process."""
+
+    device: torch.device
+    threads: int
+    """CPU threads; without effect on a GPU."""
+    micro_batch_blocks: int
+    """Blocks in one forward pass."""
+    precision: str
+    """float32 or bfloat16, in the forward pass. Weights, gradients and moments are float32."""
+    compile: bool
+
+    def set_up(self) -> None:
+        """Sets torch's settings of this process; to be called before a model is built."""
+        if self.device.type == "cpu":
+            torch.set_num_threads(self.threads)
+        else:
+            torch.set_float32_matmul_precision("high")
+
+
+def device_of(gpus: float) -> torch.device:
+    """The device of a process that holds so many GPUs."""
+    return torch.device("cuda" if gpus > 0 else "cpu")
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Runs a forward pass in a precision."""
+    if precision == "bfloat16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def device_name(device: torch.device) -> str:
+    """The device's name, such as "NVIDIA H200" or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

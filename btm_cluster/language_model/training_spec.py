@@ -1,0 +1,55 @@
+"""Specification of one training, with its texts opened: all that the train loop is told. Knows no store."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from btm_cluster.language_model.blocks import Blocks
+from btm_cluster.language_model.compute import Compute
+from btm_cluster.plan import TrainingPlan
+
+
+@dataclass(frozen=True)
+class TextBlocks:
+    """A text's training blocks. Their order is a function of its identity."""
+
+    identity: str
+    blocks: Blocks
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """Train a model from `first_update` to `last_update` on blocks of its texts, equally many of each."""
+
+    label: str
+    """Names the training in messages."""
+    model: Mapping[str, Any]
+    """The transformers configuration in full."""
+    texts: tuple[TextBlocks, ...]
+    first_token: int
+    """Token after which each block is read."""
+    training: TrainingPlan
+    first_update: int
+    last_update: int
+    milestones: tuple[int, ...]
+    """Updates at which the milestone callback is called."""
+    from_scratch: bool
+    """Whether the weights at `first_update` are drawn from the random seed, not another model's."""
+    rewarms: bool
+    """Whether the learning rate rises anew from `first_update` on, since the optimiser starts anew there."""
+    restart_data: bool
+    """Whether block order starts anew at `first_update`, in an order of its own."""
+    is_demix: bool
+    """One feed-forward per text in every layer."""
+    compute: Compute
+    divergence_remedy: str
+    """What its user can change where the loss is not finite: part of that error's message."""
+
+    @property
+    def blocks_per_update(self) -> int:
+        """Blocks of all texts together."""
+        return len(self.texts) * self.training.blocks_per_domain_update
+
+    @property
+    def tokens_per_update(self) -> int:
+        return self.blocks_per_update * self.training.block_tokens

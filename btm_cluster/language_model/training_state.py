@@ -1,0 +1,123 @@
+"""The state of a training: model, optimiser and update. It is built, filled from files, and read out to be saved.
+
+Knows no store: files are local, and the caller has found and checked them.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from btm_cluster.errors import IntegrityError
+from btm_cluster.language_model.demix import own_moments, split_feed_forwards
+from btm_cluster.language_model.demix_group import Share, gather_domains, share_of
+from btm_cluster.language_model.model import build_model, check_reads, load_weights, save_weights, weights_of
+from btm_cluster.language_model.optimizer import build_optimizer
+from btm_cluster.language_model.process_group import ProcessGroup
+from btm_cluster.language_model.training_spec import TrainingSpec
+
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+CAUSAL_TOKENS = 8
+"""Enough to see whether a model reads from left to right."""
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class TrainingState:
+    """A model in the making, as this rank holds it. The train loop changes it in place."""
+
+    model: PreTrainedModel
+    optimizer: torch.optim.AdamW
+    update: int
+    """Updates made so far."""
+    share: Share | None = None
+    """The domains of a DEMix that this rank trains; None for another model."""
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The whole model's weights by name. Every rank of a group exhausts it."""
+        return self._gathered(weights_of(self.model))
+
+    def moments(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Adam's moments of the whole model by parameter name, and its step count. Every rank of a group exhausts it."""
+        tensors: dict[str, torch.Tensor] = {}
+        for name, parameter in sorted(self.model.named_parameters()):
+            kept = self.optimizer.state.get(parameter)
+            if kept:
+                tensors |= {f"{moment}.{name}": kept[moment] for moment in _MOMENTS}
+                tensors["step"] = torch.as_tensor(kept["step"], dtype=torch.float32)
+        return self._gathered(tensors)
+
+    def has_finite_weights(self) -> bool:
+        """Whether every weight that this rank holds is a finite number."""
+        return bool(torch.stack([tensor.isfinite().all() for tensor in weights_of(self.model).values()]).all())
+
+    def _gathered(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        return iter(tensors.items()) if self.share is None else gather_domains(tensors, self.share)
+
+
+def build_state(spec: TrainingSpec, group: ProcessGroup) -> TrainingState:
+    """A model with the weights that the random seed draws, and an optimiser that has made no step.
+
+    Raises:
+        UserError: an architecture that does not read from left to right, or of which no DEMix can be made.
+    """
+    model = build_model(spec.model, spec.training.random_seed)
+    if spec.from_scratch:
+        check_reads(model, CAUSAL_TOKENS, f"a {spec.model['model_type']}")
+    share = share_of(group.rank, group.world, len(spec.texts)) if spec.is_demix else None
+    if share is not None:
+        split_feed_forwards(model, share.domains)
+    model = model.to(spec.compute.device)
+    return TrainingState(model, build_optimizer(model, spec.training, spec.is_demix), spec.first_update, share)
+
+
+def load_state(state: TrainingState, update: int, weights: Path, optimizer: Path | None, name: str) -> None:
+    """Fills `state` with the whole model's weights and moments from files; without `optimizer`, that starts anew.
+
+    In a group each rank takes its own domains of a DEMix; a dense model's feed-forwards are copied for each domain.
+
+    Raises:
+        IncompatibleError: weights of another model.
+        IntegrityError: moments of another model, which `name` names.
+        FileNotFoundError: a file was deleted meanwhile.
+    """
+    load_weights(state.model, weights)
+    if optimizer is not None:
+        _load_moments(state, load_file(optimizer), name)
+    state.update = update
+
+
+def _load_moments(state: TrainingState, tensors: Mapping[str, torch.Tensor], name_of_state: str) -> None:
+    for name, parameter in state.model.named_parameters():
+        stored = {moment: own_moments(state.model, name, moment, tensors) for moment in _MOMENTS}
+        moments = {moment: tensor.to(parameter.device) for moment, tensor in stored.items() if tensor is not None}
+        if not moments:
+            continue
+        if "step" not in tensors or any(tensor.shape != parameter.shape for tensor in moments.values()):
+            raise does_not_fit(name_of_state, f"the optimiser's state of {name}")
+        fused_device = parameter.device if state.optimizer.defaults.get("fused") else torch.device("cpu")
+        state.optimizer.state[parameter] = {"step": tensors["step"].clone().to(fused_device), **moments}
+
+
+def does_not_fit(name: str, found: str) -> IntegrityError:
+    """The error of a stored state that is another model's."""
+    return IntegrityError(
+        f"{name} does not fit the model",
+        found=found,
+        expected="the names and shapes that this version of transformers gives its parameters",
+        remedy="go back to the version that stored it, or delete it, and training starts again",
+    )
+
+
+def write_state(state: TrainingState, folder: Path, with_optimizer: bool) -> dict[str, Path]:
+    """Writes weights, and the optimiser's state where asked, as files below `folder`; returns them by name."""
+    files = {MODEL_FILE: folder / MODEL_FILE}
+    save_weights(dict(state.weights()), files[MODEL_FILE])
+    if with_optimizer:
+        files[OPTIMIZER_FILE] = folder / OPTIMIZER_FILE
+        save_weights(dict(state.moments()), files[OPTIMIZER_FILE])
+    return files

@@ -1,0 +1,192 @@
+"""One run of the train loop for a request: goes on from what the store has, and saves and reports on the way.
+
+Here the loop's callbacks meet store and driver. Committing what comes out is the caller's.
+"""
+
+import dataclasses
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, TypeAlias
+
+from btm_cluster.language_model.blocks import Blocks
+from btm_cluster.language_model.compute import Compute, device_name, device_of
+from btm_cluster.language_model.process_group import ProcessGroup
+from btm_cluster.language_model.training import UpdateReport, train
+from btm_cluster.language_model.training_spec import TextBlocks, TrainingSpec
+from btm_cluster.language_model.training_state import TrainingState
+from btm_cluster.language_model.utilisation import utilisation
+from btm_cluster.ledger import Ledger
+from btm_cluster.requests import Resources, Role, TrainRequest
+from btm_cluster.steps.checkpoints import TrainingCheckpoints
+from btm_cluster.steps.resuming import Source, earlier_spans, profiles, restore
+from btm_cluster.storage.node_cache import node_cache
+from btm_cluster.workers import Control, Progress
+
+NOTICE_SECONDS = 5.0
+"""Between two questions on whether this machine will be taken away."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training as it stands at its end or at a milestone, with what an artifact's manifest says of it."""
+
+    state: TrainingState
+    facts: dict[str, Any]
+    note: dict[str, Any]
+
+
+AtMilestone: TypeAlias = Callable[[TrainRequest, Trained], Any]
+"""Called on the first rank at a milestone, with the request that ends there."""
+
+
+def run_training(
+    request: TrainRequest,
+    ledger: Ledger,
+    control: Control,
+    texts: Sequence[Blocks],
+    first_token: int,
+    at_milestone: AtMilestone,
+) -> Trained:
+    """Trains as `request` says, from its start, its last milestone or its last training checkpoint.
+
+    Raises:
+        AlreadyTrained: another driver has committed the model meanwhile.
+        Stopped: `control` asked to stop; the state was saved.
+        DivergedError: the loss is not finite; the last training checkpoint is kept.
+    """
+    spec = spec_of(request, texts, first_token)
+    spec.compute.set_up()
+    if spec.compute.compile:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(node_cache().folder_for_code()))
+    group = ProcessGroup.joined(spec.compute.device)
+    state, source, passed_over = restore(request, spec, ledger, group)
+    checkpoints = TrainingCheckpoints(ledger, request.ref.identity, request.label, passed_over)
+    run = TrainingRun(request, spec, control, group, source, checkpoints, at_milestone)
+    try:
+        train(spec, state, run)
+        if request.is_demix:  # its parts are stored one by one, and all must come from one state
+            run.save(state, wait=True)
+    finally:
+        checkpoints.close()
+    return run.trained(request.role, state)
+
+
+def spec_of(request: TrainRequest, texts: Sequence[Blocks], first_token: int) -> TrainingSpec:
+    """Specification of a request's training for the train loop; `texts` are its texts, opened."""
+    return TrainingSpec(
+        label=request.label,
+        model=request.model,
+        texts=tuple(TextBlocks(text.identity, blocks) for text, blocks in zip(request.texts, texts, strict=True)),
+        first_token=first_token,
+        training=request.training,
+        first_update=request.first_update,
+        last_update=request.last_update,
+        milestones=request.milestones,
+        from_scratch=request.start is None,
+        rewarms=request.start is not None and not request.start.keep_optimizer,
+        restart_data=request.restart_data,
+        is_demix=request.is_demix,
+        compute=compute_of(request.how),
+        divergence_remedy=_calmer_recipe(request.role),
+    )
+
+
+def compute_of(how: Resources) -> Compute:
+    """Settings of each process of a training."""
+    device = device_of(how.gpus_per_worker)
+    return Compute(device, how.cpus_per_worker, how.micro_batch_blocks, how.precision, how.compile)
+
+
+def _calmer_recipe(role: Role) -> str:
+    """What the user can change against divergence; once a seed stands, nothing that it was trained by."""
+    if role == "expert":
+        return "lower `branching.learning_rate_scale`"
+    return (
+        "lower `training.learning_rate` or `training.gradient_clip`, where a forest stands already in another `store`"
+    )
+
+
+class TrainingRun:
+    """The train loop's callbacks (`TrainingCallbacks`) for one request."""
+
+    def __init__(
+        self,
+        request: TrainRequest,
+        spec: TrainingSpec,
+        control: Control,
+        group: ProcessGroup,
+        source: Source,
+        checkpoints: TrainingCheckpoints,
+        at_milestone: AtMilestone,
+    ) -> None:
+        self._request, self._spec, self._control, self._group = request, spec, control, group
+        self._source, self._checkpoints, self._at_milestone = source, checkpoints, at_milestone
+        self._started = self._last_saved = self._next_question = time.monotonic()
+        self._is_warned = False
+        """Whether this machine is known to be taken away: that is heard, and answered by a save, once."""
+
+    def should_stop(self) -> bool:
+        return self._control.stopping()
+
+    def should_save(self) -> bool:
+        """Whether it is time, or, once, this machine will be taken away; any rank's yes holds for all."""
+        now = time.monotonic()
+        is_time = now - self._last_saved >= self._request.checkpoint_seconds
+        is_time, ask = self._group.any(is_time, not self._is_warned and now >= self._next_question)
+        if not ask:
+            return is_time
+        self._next_question = now + NOTICE_SECONDS
+        (self._is_warned,) = self._group.any(self._control.saving())
+        return is_time or self._is_warned
+
+    def save(self, state: TrainingState, wait: bool) -> None:
+        weights, moments = state.weights(), state.moments()
+        if self._group.is_first:
+            how = {"how": dataclasses.asdict(self._request.how), "model": self._request.recipe}
+            self._checkpoints.save(state.update, weights, moments, how | self._profiles(state), wait)
+        else:
+            deque(chain(weights, moments), maxlen=0)  # the first rank gathers what this one holds
+        self._last_saved = time.monotonic()
+
+    def passed_milestone(self, state: TrainingState) -> None:
+        if self._group.is_first:
+            passed = self._request.until(state.update)
+            self._at_milestone(passed, self.trained(passed.role, state))
+
+    def report(self, state: TrainingState, report: UpdateReport) -> None:
+        request, rate = self._request, report.tokens_per_second
+        span = (state.update, request.first_update, request.last_update)
+        seconds_left = (request.last_update - state.update) * self._spec.tokens_per_update / max(rate, 1e-9)
+        stored = (self._checkpoints.stall_seconds, self._checkpoints.upload_seconds)
+        device = device_name(self._spec.compute.device)
+        mfu = utilisation(state.model, request.how, request.training.block_tokens, rate, device)
+        self._control.report(Progress(request.label, "training", *span, report.loss, rate, seconds_left, *stored, mfu))
+
+    def trained(self, role: Role, state: TrainingState) -> Trained:
+        """The training as it stands, for an artifact of `role`."""
+        return Trained(state, self._facts(role, state), self._note(state))
+
+    def _facts(self, role: Role, state: TrainingState) -> dict[str, Any]:
+        request = self._request
+        passed = [request.until(update).ref.identity for update in request.milestones if update < state.update]
+        tokens = (state.update - request.first_update) * self._spec.tokens_per_update
+        return {"role": role, "tokens": tokens, **self._profiles(state), "passed": passed}
+
+    def _profiles(self, state: TrainingState) -> dict[str, Any]:
+        earlier = earlier_spans(self._source, self._request.first_update)
+        return profiles(earlier, self._source.update, self._request.how, state.update)
+
+    def _note(self, state: TrainingState) -> dict[str, Any]:
+        seconds = time.monotonic() - self._started
+        tokens = (state.update - self._source.update) * self._spec.tokens_per_update
+        return {
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+            "gpus": self._request.how.workers * self._request.how.gpus_per_worker,
+            "device": device_name(self._spec.compute.device),
+            "checkpoint_stall_seconds": round(self._checkpoints.stalled_seconds, 3),
+        }

@@ -1,0 +1,130 @@
+"""The train loop by itself, on a state and callbacks in memory: no store, no request."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from btm_cluster.errors import DivergedError, Stopped
+from btm_cluster.language_model import training
+from btm_cluster.language_model.blocks import Blocks
+from btm_cluster.language_model.compute import Compute
+from btm_cluster.language_model.process_group import ProcessGroup
+from btm_cluster.language_model.training import UpdateReport, train
+from btm_cluster.language_model.training_spec import TextBlocks, TrainingSpec
+from btm_cluster.language_model.training_state import (
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    TrainingState,
+    build_state,
+    load_state,
+    write_state,
+)
+from btm_cluster.plan import TrainingPlan
+
+CPU = torch.device("cpu")
+ALONE = ProcessGroup(0, 1, CPU)
+MODEL = {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 8, "vocab_size": 64}
+MODEL |= {"resid_pdrop": 0.1, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None}
+
+
+@pytest.fixture(autouse=True)
+def _report_every_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "REPORT_SECONDS", 0.0)
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> TrainingSpec:
+    """Four updates on two texts of five blocks."""
+    tokens = np.random.default_rng(0).integers(64, size=(2, 5, 8), dtype=np.uint16)
+    for name, blocks in zip("ab", tokens, strict=True):
+        np.save(tmp_path / f"{name}.npy", blocks)
+    return TrainingSpec(
+        label="tiny",
+        model=MODEL,
+        texts=tuple(TextBlocks(name, Blocks([tmp_path / f"{name}.npy"])) for name in "ab"),
+        first_token=0,
+        training=TrainingPlan(block_tokens=8, updates=4, blocks_per_domain_update=2, learning_rate=1e-2),
+        first_update=0,
+        last_update=4,
+        milestones=(2,),
+        from_scratch=True,
+        rewarms=False,
+        restart_data=False,
+        is_demix=False,
+        compute=Compute(CPU, 1, 3, "float32", compile=False),
+        divergence_remedy="train more calmly",
+    )
+
+
+@dataclass
+class Recorded:
+    """Notes what the loop calls, and at which update; stops before the update `stops_at`, and saves as `saves_at` says."""
+
+    state: TrainingState
+    stops_at: int = -1
+    saves_at: tuple[int, ...] = ()
+    calls: list[Any] = field(default_factory=list)
+
+    def should_stop(self) -> bool:
+        return self.state.update == self.stops_at
+
+    def should_save(self) -> bool:
+        return self.state.update in self.saves_at
+
+    def save(self, state: TrainingState, wait: bool) -> None:
+        self.calls.append(("save and wait" if wait else "save", state.update))
+
+    def passed_milestone(self, state: TrainingState) -> None:
+        self.calls.append(("milestone", state.update))
+
+    def report(self, state: TrainingState, report: UpdateReport) -> None:
+        assert report.loss > 0
+        self.calls.append(("report", state.update))
+
+
+def weights(state: TrainingState) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in state.weights()}
+
+
+def test_callbacks_are_called_at_their_moments(spec: TrainingSpec) -> None:
+    state = build_state(spec, ALONE)
+    callbacks = Recorded(state, saves_at=(0, 1))
+    train(spec, state, callbacks)
+    assert state.update == 4
+    assert callbacks.calls == [
+        ("report", 1), ("save", 1), ("report", 2), ("save", 2), ("milestone", 2), ("report", 3), ("report", 4),
+    ]  # fmt: skip
+
+
+def test_a_stop_saves_what_there_is_and_a_state_loaded_from_it_ends_in_the_same_weights(
+    spec: TrainingSpec, tmp_path: Path
+) -> None:
+    whole = build_state(spec, ALONE)
+    train(spec, whole, Recorded(whole))
+    cut = build_state(spec, ALONE)
+    callbacks = Recorded(cut, stops_at=3)
+    with pytest.raises(Stopped, match="tiny was stopped"):
+        train(spec, cut, callbacks)
+    assert callbacks.calls[-1] == ("save and wait", 3)
+    write_state(cut, tmp_path, with_optimizer=True)
+    resumed = build_state(spec, ALONE)
+    load_state(resumed, 3, tmp_path / MODEL_FILE, tmp_path / OPTIMIZER_FILE, "a test's state")
+    train(spec, resumed, Recorded(resumed))
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(resumed)[name]), name
+
+
+def test_a_spoiled_state_is_neither_saved_nor_a_milestone_and_the_error_has_the_callers_remedy(
+    spec: TrainingSpec,
+) -> None:
+    endless = replace(spec, training=spec.training.model_copy(update={"learning_rate": 1e300}))
+    state = build_state(endless, ALONE)
+    callbacks = Recorded(state, saves_at=(0, 1, 2, 3))
+    with pytest.raises(DivergedError, match="tiny: the loss or the weights are not finite") as failed:
+        train(endless, state, callbacks)
+    assert failed.value.remedy == "train more calmly"
+    assert {call for call, _ in callbacks.calls} == {"report"}
