@@ -2,6 +2,7 @@
 
 Objects appear whole or not at all: a temporary file beside the target, flushed to disk, then linked (create) or renamed
 (upload) into place. Both are atomic on a POSIX file system, and a link to an existing name fails, which decides races.
+A folder of the store's own, such as `blobs`, may be a link to another disk. No other link is followed by listing or deleting.
 """
 
 import errno
@@ -11,6 +12,7 @@ import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -24,6 +26,7 @@ _TEMPORARY = ".writing-"
 _UNFINISHED = re.compile(rf"{re.escape(_TEMPORARY)}[0-9a-f]{{32}}")
 _IN_THE_WAY = "move it out of the store, and restore what belongs there from a backup or by running the plan again"
 _REMEDIES = {errno.ENOSPC: "free some disk space", errno.EISDIR: _IN_THE_WAY, errno.ELOOP: _IN_THE_WAY}
+_NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 Result = TypeVar("Result")
 
 
@@ -83,7 +86,7 @@ class LocalFolder:
             finally:
                 temporary.unlink(missing_ok=True)
 
-        return self._attempt("create", key, write)
+        return self._attempt("create", key, partial(_again_if_discarded, write))
 
     def upload(self, key: str, path: Path) -> None:
         def write(target: Path) -> None:
@@ -97,7 +100,7 @@ class LocalFolder:
             finally:
                 temporary.unlink(missing_ok=True)
 
-        self._attempt("upload", key, write)
+        self._attempt("upload", key, partial(_again_if_discarded, write))
 
     def read(self, key: str, start: int = 0, size: int | None = None) -> bytes:
         def read(path: Path) -> bytes:
@@ -125,12 +128,15 @@ class LocalFolder:
         check_prefix("list", prefix)
         yield from (entry for entry in self._entries(prefix) if _UNFINISHED.fullmatch(entry.key.rpartition("/")[2]))
 
+    def discard(self, key: str) -> None:
+        self.delete(key)
+
     def _entries(self, prefix: str) -> Iterator[Entry]:
         # Only the folder that the prefix names is walked, not the whole store.
         start = self._root / prefix.rpartition("/")[0]
         outcome = FAILED
         try:
-            paths = (Path(folder, name) for folder, _, names in walk(start) for name in names)
+            paths = () if self._is_behind_link(start / "any name") else _files_and_links(start)
             found = {key: path for path in paths if (key := path.relative_to(self._root).as_posix()).startswith(prefix)}
             entries = [_entry(key, found[key]) for key in sorted(found)]
             outcome = DONE
@@ -141,17 +147,38 @@ class LocalFolder:
         yield from filter(None, entries)
 
     def delete(self, key: str) -> None:
-        self._attempt("delete", key, lambda path: path.unlink(missing_ok=True))
+        def remove(path: Path) -> None:
+            try:
+                if not self._is_behind_link(path):
+                    path.unlink(missing_ok=True)
+            except OSError as exc:
+                if exc.errno not in _NOTHING_THERE:
+                    raise
+
+        self._attempt("delete", key, remove)
 
     def erase(self, prefix: str) -> None:
         check_prefix("erase", prefix)
         if prefix.endswith("/"):  # with what is no object: empty folders, links, files half written
-            self._attempt("erase", prefix, _remove_folder)
+            self._attempt("erase", prefix, self._remove_folder)
         for entry in self.list(prefix):
             self.delete(entry.key)
 
     def address(self, key: str) -> str:
         return str(self._root / key)
+
+    def _remove_folder(self, folder: Path) -> None:
+        if self._is_behind_link(folder):
+            return
+        if folder.is_symlink():
+            folder.unlink()
+        elif folder.is_dir():
+            shutil.rmtree(folder)
+
+    def _is_behind_link(self, path: Path) -> bool:
+        """Whether a folder above it is a link. Those right below the root may be: they can lie on other disks."""
+        above = list(path.relative_to(self._root).parents)[:-2]
+        return any((self._root / folder).is_symlink() for folder in above)
 
     def _attempt(self, verb: str, key: str, act: Callable[[Path], Result]) -> Result:
         check_key(verb, key)
@@ -174,27 +201,38 @@ class LocalFolder:
 
 
 def walk(start: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """`os.walk`, but what cannot be read raises its OSError instead of counting as empty; what is not there is empty."""
+    """`os.walk`, but what cannot be read raises its OSError instead of counting as empty. What is no folder is empty."""
 
     def refuse(exc: OSError) -> None:
-        if not isinstance(exc, FileNotFoundError):
+        if exc.errno not in _NOTHING_THERE:
             raise exc
 
     return os.walk(start, onerror=refuse)
 
 
+def _files_and_links(start: Path) -> Iterator[Path]:
+    for folder, folders, names in walk(start):
+        yield from (Path(folder, name) for name in names)
+        yield from (path for path in (Path(folder, name) for name in folders) if path.is_symlink())
+
+
 def _entry(key: str, path: Path) -> Entry | None:
-    """None for what was deleted while we listed. A link that leads nowhere is listed: whoever reads it hears of it."""
+    """None for what was deleted while we listed. A link is listed as it is: whoever reads it hears where it does not lead."""
     try:
-        try:
-            found = path.stat()
-        except OSError as exc:
-            if exc.errno not in (errno.ENOENT, errno.ELOOP):
-                raise
-            found = path.lstat()
+        found = path.lstat()
     except FileNotFoundError:
         return None
     return Entry(key, found.st_size, found.st_mtime)
+
+
+def _again_if_discarded(write: Callable[[Path], Result], target: Path) -> Result:
+    """Writes anew where the temporary file, or its folder, was discarded meanwhile as what a killed process had left."""
+    for _ in range(2):
+        try:
+            return write(target)
+        except FileNotFoundError:
+            continue
+    return write(target)
 
 
 def _open(path: Path) -> BinaryIO:
@@ -221,13 +259,6 @@ def _is_temporary(key: str) -> bool:
 def _temporary_beside(target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     return target.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
-
-
-def _remove_folder(folder: Path) -> None:
-    if folder.is_symlink():
-        folder.unlink()
-    elif folder.is_dir():
-        shutil.rmtree(folder)
 
 
 def _flush_folder(folder: Path) -> None:

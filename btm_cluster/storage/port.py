@@ -52,19 +52,22 @@ class Storage(Protocol):
         """Bytes of the object, without reading it."""
 
     def list(self, prefix: str) -> Iterator[Entry]:
-        """Every object whose key starts with `prefix`, by key."""
+        """Every object whose key starts with `prefix`, by key, whatever its name. A link counts as one, and is not followed."""
 
     def unfinished(self, prefix: str) -> Iterator[Entry]:
-        """What was being written below `prefix`, a folder, and is no object yet, or never will be. `delete` removes it.
+        """What was being written below `prefix`, a folder, and is no object yet, or never will be. For `discard` alone."""
 
-        Object storage shows none; a lifecycle rule ends uploads that were broken off.
-        """
+    def discard(self, key: str) -> None:
+        """Removes what `unfinished` listed. Who is still writing it begins anew."""
 
     def delete(self, key: str) -> None:
-        """Removes the object, if it is there."""
+        """Removes the object, if it is there. A link is removed, and never followed."""
 
     def erase(self, prefix: str) -> None:
-        """Removes every object whose key starts with `prefix`, all versions that the store keeps of it, and this node's copies."""
+        """Removes every object whose key starts with `prefix`, all versions that the store keeps of it, and this node's copies.
+
+        Of a folder also what is unfinished in it.
+        """
 
     def address(self, key: str) -> str:
         """Where a program that knows nothing of this port finds the object: a path, or s3://bucket/key."""
