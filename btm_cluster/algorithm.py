@@ -1,17 +1,21 @@
-"""Branch-Train-Merge itself. The driver is the paper: prepare the texts, plant a seed, branch, train, merge.
+"""Branch-Train-Merge itself. The driver is the paper: prepare the texts, train the seed, branch, train, merge.
 
 Source: Li, Gururangan et al., 2022, section 3. Asks the workers for everything that takes time, and reads and appends
 the forest log.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from typing import TypeAlias
 
-from btm_cluster.driver import Driver
-from btm_cluster.equations.averaging import uniform_weights
+from btm_cluster.driver import Driver, require_all
 from btm_cluster.errors import StoreError, TextError
-from btm_cluster.evaluation import average_weights
+from btm_cluster.evaluation.evaluate import forest_ensemble
+from btm_cluster.evaluation.fitting import average_request, weight_requests
+from btm_cluster.evaluation.scoring import score_requests
+from btm_cluster.evaluation.systems import Ensemble
 from btm_cluster.forest import Expert, Forest, Parent, check_merge, merge_into
 from btm_cluster.founding import check_foundation, check_texts
 from btm_cluster.ground import (
@@ -27,19 +31,18 @@ from btm_cluster.ground import (
     without_withdrawn,
 )
 from btm_cluster.ledger import THREADS, Artifact, Ledger, Ref
-from btm_cluster.outstanding import asks_of, new_domains, resumed, starts_from_seed
+from btm_cluster.outstanding import new_domains, rivals, starts_from_seed
 from btm_cluster.plan import Plan
-from btm_cluster.recipes import (
-    average_request,
-    check_demix,
-    demix_request,
-    expert_request,
-    seed_request,
-    seed_start,
-    transformer_lm_request,
+from btm_cluster.recipes import check_demix, expert_request, seed_request, seed_start
+from btm_cluster.records import (
+    Baseline,
+    BranchPoint,
+    branch_point_identity,
+    find_branch_point,
+    record_baseline,
+    settle_branch_point,
 )
-from btm_cluster.records import BranchPoint, branch_point_identity, find_branch_point, settle_branch_point
-from btm_cluster.requests import Start, Tokenize, TrainRequest
+from btm_cluster.requests import Start, StepRequest, TrainRequest
 from btm_cluster.workers import Failure, Outcome
 
 MERGE_ATTEMPTS = 100
@@ -57,24 +60,52 @@ class Grown:
     """The models that a DEMix is for each founding domain."""
 
 
-def grow(plan: Plan, driver: Driver) -> Grown:
-    """Branch-Train-Merge: from a plan to a forest with an expert for each of its domains."""
-    ground = prepare(plan, driver, trains=True)
-    forest = plant(ground, driver)
-    branches = branch(ground, forest, driver)
-    experts, failures = train(branches, driver)
-    forest = merge(forest, experts, driver.ledger)
-    baseline, failed = train_baseline(ground, driver)
-    demix, failed_demix = train_demix(ground, driver)
-    return Grown(ground, forest, baseline, (*failures, *failed, *failed_demix), demix)
+Alongside: TypeAlias = Callable[[Ground, Forest, Sequence[TrainRequest]], Iterable[StepRequest]]
+"""Steps on what is grown, which are asked for with it: given the forest to come and its rivals."""
 
 
-def prepare(plan: Plan, driver: Driver, trains: bool = False) -> Ground:
-    """Texts to documents, documents to token blocks, and the configuration that all models share.
+def grow(plan: Plan, driver: Driver, alongside: Alongside = lambda *_: ()) -> Grown:
+    """Branch-Train-Merge: from a plan to a forest with an expert for each of its domains.
 
-    Where it `trains` afterwards, asks that can never be met are refused before a text is read.
+    Seed, experts and rivals are asked for together, and each starts once its inputs are there. The forest is merged as soon as its
+    experts are done, whatever the rivals and the steps `alongside` still do.
     """
-    workers, forest = driver.workers, driver.ledger.log.newest()
+    ground = prepare(plan, driver)
+    seed, forest = seed_request(ground), driver.ledger.log.newest()
+    branches = branch(ground, forest, driver)
+    rivals, impossible = rivals_to_train(ground, driver.ledger)
+    follow = alongside(ground, forest_to_come(ground, forest, branches), rivals)
+    outcomes: dict[Ref, Outcome] = {}
+    merged: Forest | None = None
+    with closing(driver.run([*([] if forest else [seed]), *branches, *rivals, *follow])) as steps:
+        for request, outcome in steps:
+            outcomes[request.ref] = outcome
+            if forest is None and request.ref == seed.ref:
+                forest = found(ground, outcome, driver)
+            if forest and not merged and all(one.ref in outcomes for one in branches):
+                merged = merge(forest, experts_among(branches, outcomes, driver.ledger), driver.ledger)
+    forest = merged or forest
+    assert forest is not None
+    made = [request for request in rivals if isinstance(outcomes[request.ref], Artifact)]
+    for request in made:
+        record_baseline(driver.ledger, Baseline(request.role, request.ref.identity, forest.version))
+    failures = [one for request in (*branches, *rivals) if isinstance(one := outcomes[request.ref], Failure)]
+    baseline = next((request.ref for request in made if not request.is_demix), None)
+    demix = next((request.parts for request in made if request.is_demix), ())
+    return Grown(ground, forest, baseline, (*failures, *impossible), tuple(part.ref for part in demix))
+
+
+def forest_to_come(ground: Ground, forest: Forest | None, branches: Sequence[TrainRequest]) -> Forest:
+    """The forest once all branches are trained and merged, as far as it is known before."""
+    new = [Expert(request.label, request.ref.identity, "", request.texts[0].text, ()) for request in branches]
+    foundation = forest.foundation if forest else ground.foundation(seed_request(ground).ref.identity)
+    experts = sorted([*(forest.experts if forest else ()), *new], key=lambda expert: expert.domain)
+    return Forest(0, foundation, tuple(experts), {}, reason="still to be grown")
+
+
+def prepare(plan: Plan, driver: Driver) -> Ground:
+    """Texts to documents, documents to token blocks, and the configuration that all models share."""
+    forest = driver.ledger.log.newest()
     plan = without_withdrawn(plan, forest)
     requests = read_requests(plan)
     model = model_config(plan, vocabulary_of(plan))  # a wrong model is refused before a text is read
@@ -82,41 +113,44 @@ def prepare(plan: Plan, driver: Driver, trains: bool = False) -> Ground:
     bare = without_texts(plan, model, driver.ledger)
     if forest is not None:
         check_foundation(bare, forest, driver.ledger)
-    if trains:
-        found = zip(requests, driver.ledger.find_all([request.ref for request in requests]), strict=True)
-        known = {request.label: memo for request, memo in found if memo is not None}
-        driver.check_room(asks_of(plan, known, model, driver.ledger, driver.new_resources))
     if model[1] is not None:  # it needs no text, and may turn out to be unusable
-        driver.require(workers.prepare, [tokenizer_request(plan, ())])
-        driver.require(workers.train, [seed_request(bare)])
-    read = driver.require(workers.prepare, requests)
+        driver.require([tokenizer_request(plan, ()), seed_request(bare)])
+    read = driver.require(requests)
     memos = {text.name: memo for text, memo in zip(plan.texts, read, strict=True)}
     ground = ground_of(plan, memos, model, driver.ledger)
     if forest is not None:  # what does not fit is refused before anything is made
         check_texts(ground, forest, driver.ledger)
-    driver.require(workers.prepare, [tokenizer_request(plan, ground.founders)])
-    _tokenize(block_requests(ground), forest is not None, driver)
+    _tokenize(ground, forest is not None, driver)
     return ground
 
 
-def plant(ground: Ground, driver: Driver) -> Forest:
-    """Version 0: the seed, and what all later versions inherit from it. A plan that changes that is refused."""
-    request = seed_request(ground)
-    foundation = ground.foundation(request.ref.identity)
+def train_seed(ground: Ground, driver: Driver) -> Forest:
+    """Trains the seed where there is no forest yet, and founds one on it."""
     forest = driver.ledger.log.newest()
-    if forest is not None:
-        return forest
-    seed = driver.require(driver.workers.train, [resumed(request, driver.ledger, driver.new_resources)])[0]
-    manifests = {seed.identity: seed.manifest_hash}
-    driver.ledger.log.append(Forest(0, foundation, (), manifests, reason=f"planted by {ground.plan.name}"))
-    planted = driver.ledger.log.newest()  # ours, or that of whoever was first
-    assert planted is not None
-    check_foundation(ground, planted, driver.ledger)
-    return planted
+    return forest or found(ground, driver.obtain([seed_request(ground)])[0], driver)
 
 
-def branch(ground: Ground, forest: Forest, driver: Driver) -> list[TrainRequest]:
+def found(ground: Ground, seed: Outcome, driver: Driver) -> Forest:
+    """Version 0: the seed, and what all later versions inherit from it. A plan that changes that is refused.
+
+    Raises:
+        StepError: the seed could not be trained.
+    """
+    (model,) = require_all([seed])
+    foundation = ground.foundation(model.identity)
+    manifests = {model.identity: model.manifest_hash}
+    driver.ledger.log.append(Forest(0, foundation, (), manifests, reason=f"founded by {ground.plan.name}"))
+    founded = driver.ledger.log.newest()  # ours, or that of whoever was first
+    assert founded is not None
+    check_foundation(ground, founded, driver.ledger)
+    return founded
+
+
+def branch(ground: Ground, forest: Forest | None, driver: Driver) -> list[TrainRequest]:
     """Where each domain's expert starts: the first batch from the seed, later ones as the plan says, all from one forest."""
+    if forest is None:
+        start = seed_start(ground, seed_request(ground).ref)
+        return [expert_request(ground, domain, start) for domain in ground.domains]
     return settled_branches(ground, forest, new_domains(ground, forest), {}, driver)
 
 
@@ -149,19 +183,22 @@ def settled_branches(
 def starts_for(ground: Ground, forest: Forest, new: Sequence[PreparedText], driver: Driver) -> list[Start]:
     """A start for each new domain, in order."""
     later = [domain for domain in new if not starts_from_seed(ground, forest, domain)]
-    averaged = iter(averaged_starts(ground, forest, later, driver) if later else ())
+    averaged = iter(averaged_starts(ground, forest_ensemble(ground, forest), later, driver) if later else ())
     start = seed_start(ground, Ref("model", forest.foundation.seed))
     return [start if starts_from_seed(ground, forest, domain) else next(averaged) for domain in new]
 
 
 def train(branches: Sequence[TrainRequest], driver: Driver) -> tuple[list[Expert], list[Failure]]:
     """The experts, in parallel and without communication. One that fails does not stop the others."""
-    outcomes = driver.obtain(
-        driver.workers.train, [resumed(request, driver.ledger, driver.new_resources) for request in branches]
-    )
-    pairs = list(zip(branches, outcomes, strict=True))
-    experts = [_expert(request, outcome) for request, outcome in pairs if isinstance(outcome, Artifact)]
-    return experts, [outcome for outcome in outcomes if isinstance(outcome, Failure)]
+    outcomes = {request.ref: outcome for request, outcome in driver.run(branches)}
+    failures = [outcome for outcome in outcomes.values() if isinstance(outcome, Failure)]
+    return experts_among(branches, outcomes, driver.ledger), failures
+
+
+def experts_among(branches: Sequence[TrainRequest], outcomes: Mapping[Ref, Outcome], ledger: Ledger) -> list[Expert]:
+    """The experts that were trained."""
+    pairs = [(request, outcomes[request.ref]) for request in branches]
+    return [_expert(request, outcome, ledger) for request, outcome in pairs if isinstance(outcome, Artifact)]
 
 
 def merge(forest: Forest, experts: Sequence[Expert], ledger: Ledger) -> Forest:
@@ -179,41 +216,44 @@ def merge(forest: Forest, experts: Sequence[Expert], ledger: Ledger) -> Forest:
             return forest
         named = {expert.identity: manifests[expert.identity] for expert in new}
         ledger.check_all_standing({**forest.manifests, **named})
+        _check_none_purged(new, ledger)
         ledger.log.append(merge_into(forest, new, named, reason="added " + ", ".join(e.domain for e in new)))
+        _check_none_purged(new, ledger)  # a purge that began in between has taken them out, or is told to
         newest = ledger.log.newest()
         assert newest is not None
         forest = newest
     raise StoreError("could not append to the forest log", found=f"{MERGE_ATTEMPTS} lost races", remedy="try again")
 
 
-def train_baseline(ground: Ground, driver: Driver) -> tuple[Ref | None, list[Failure]]:
-    """The compute-matched Transformer-LM, where the plan asks for it."""
-    if "transformer-lm" not in ground.plan.baselines:
-        return None, []
-    outcome = _train_rival(transformer_lm_request(ground, seed_request(ground).ref), driver)
-    return (None, [outcome]) if isinstance(outcome, Failure) else (outcome.ref, [])
+def _check_none_purged(experts: Sequence[Expert], ledger: Ledger) -> None:
+    refs = {ref for e in experts for ref in (Ref("model", e.identity), Ref("text", e.text))}
+    for ref in sorted(ledger.tombstones.purged_among(refs), key=str):
+        ledger.check_not_purged(ref)
 
 
-def train_demix(ground: Ground, driver: Driver) -> tuple[tuple[Ref, ...], list[Failure]]:
-    """The parts of a DEMix of the same compute, where the plan asks for it."""
-    if "demix" not in ground.plan.baselines:
-        return (), []
-    request = demix_request(ground)
-    outcome = _train_rival(request, driver)
-    return ((), [outcome]) if isinstance(outcome, Failure) else (tuple(part.ref for part in request.parts), [])
-
-
-def _train_rival(request: TrainRequest, driver: Driver) -> Outcome:
-    if not all(text.tokens for text in request.texts) and driver.ledger.find(request.ref) is None:
-        cause = (
-            f"a founding domain was purged, and the {request.role} learns from all of them; take it out of `baselines`"
+def rivals_to_train(ground: Ground, ledger: Ledger) -> tuple[list[TrainRequest], list[Failure]]:
+    """The plan's baselines, and those that can never be trained, since a text that they learn from was purged."""
+    asked = rivals(ground)
+    lost = [
+        request
+        for request in asked
+        if not all(text.tokens for text in request.texts) and ledger.find(request.ref) is None
+    ]
+    impossible = [
+        Failure(
+            request.label,
+            0,
+            "in this store",
+            f"a founding domain was purged, and the {request.role} learns from all of them; take it out of `baselines`",
         )
-        return Failure(request.label, 0, "in this store", cause)
-    return driver.obtain(driver.workers.train, [resumed(request, driver.ledger, driver.new_resources)])[0]
+        for request in lost
+    ]
+    return [request for request in asked if request not in lost], impossible
 
 
-def _tokenize(requests: Sequence[Tokenize], is_founded: bool, driver: Driver) -> None:
-    tokenized = driver.require(driver.workers.prepare, requests)
+def _tokenize(ground: Ground, is_founded: bool, driver: Driver) -> None:
+    requests = block_requests(ground)
+    _, *tokenized = driver.require([tokenizer_request(ground.plan, ground.founders), *requests])
     blocks: dict[tuple[str, str], int] = {}
     for request, artifact in zip(requests, tokenized, strict=True):
         key = (request.label, request.split)
@@ -227,20 +267,23 @@ def _tokenize(requests: Sequence[Tokenize], is_founded: bool, driver: Driver) ->
             )
 
 
-def averaged_starts(ground: Ground, forest: Forest, new: Sequence[PreparedText], driver: Driver) -> list[Start]:
+def averaged_starts(ground: Ground, experts: Ensemble, new: Sequence[PreparedText], driver: Driver) -> list[Start]:
     """The average of the forest's experts for each new domain, by its posterior on the domain's text or uniformly."""
-    weights = [uniform_weights(len(forest.experts))] * len(new)
-    if ground.plan.branching.start == "posterior":
-        weights = average_weights(ground, forest, new, driver)
-    requests = [
-        average_request(ground, f"start of {domain.name}", forest, w) for domain, w in zip(new, weights, strict=True)
-    ]
-    averages = driver.require(driver.workers.average, requests)
-    return [Start(a.ref, r.parents, keep_optimizer=False) for a, r in zip(averages, requests, strict=True)]
+    if ground.plan.branching.start == "uniform":
+        averages = [average_request(ground, experts, "uniform", None)] * len(new)
+        driver.require(averages[:1])
+    else:
+        prior = ground.plan.merging.average_prior
+        averages = [average_request(ground, experts, prior, domain) for domain in new]
+        fits = [fit for domain in new for fit in weight_requests(ground, experts, prior, domain)]
+        driver.require([*score_requests(ground, experts.refs, new, ["development"]), *fits, *averages])
+    return [Start(average.ref, keep_optimizer=False) for average in averages]
 
 
-def _expert(request: TrainRequest, model: Artifact) -> Expert:
+def _expert(request: TrainRequest, model: Artifact, ledger: Ledger) -> Expert:
     assert request.start is not None
-    parents = tuple(Parent(parent.identity, parent.weight) for parent in request.start.parents)
-    weights = model.blob("model.safetensors").sha256
-    return Expert(request.label, model.identity, weights, request.texts[0].identity, parents)
+    start = ledger.get(request.start.model)
+    weights = start.facts.get("weights", {start.identity: 1.0})
+    parents = tuple(Parent(identity, weight) for identity, weight in weights.items())
+    sha256 = model.blob("model.safetensors").sha256
+    return Expert(request.label, model.identity, sha256, request.texts[0].text, parents)

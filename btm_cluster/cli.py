@@ -237,9 +237,12 @@ def grow_forest(
     """Runs a plan and shows the verdict. Raises StepError at the end if some experts failed."""
     check_own_modules()
     from btm_cluster.display import show_run
+    from btm_cluster.preview import check_room
     from btm_cluster.run import run_plan
 
     with driving(plan, address, in_process, dashboard, json_output, new_resources) as driver:
+        if not evaluate_only:
+            check_room(plan, driver)
         result = run_plan(plan, driver, evaluate_only)
     show_run(result, json_output)
     if result.failures:

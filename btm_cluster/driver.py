@@ -4,17 +4,16 @@ Running a plan again is the resume path: whatever the ledger has is not asked fo
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TypeAlias, TypeVar
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from typing import TypeAlias
 
 from btm_cluster.errors import StepError
 from btm_cluster.ledger import Artifact, Ledger, Ref
-from btm_cluster.requests import Request
+from btm_cluster.requests import Resources, StepRequest, TrainRequest
 from btm_cluster.room import Ask
 from btm_cluster.workers import Failure, Outcome, Workers
-
-AnyRequest = TypeVar("AnyRequest", bound=Request)
 
 CheckRoom: TypeAlias = Callable[[Sequence[Ask]], None]
 """Refuses asks that the machines behind the workers can never meet."""
@@ -33,6 +32,7 @@ class Driver:
         """Whether trainings go on from their checkpoints with the plan's resources, and not with those of their start."""
         self.made: Counter[str] = Counter()
         self.reused: Counter[str] = Counter()
+        self._counted: set[Ref] = set()
         self.is_asking = False
         """Whether workers are at something: they notice themselves when the run is stopped, and save."""
 
@@ -54,43 +54,73 @@ class Driver:
         finally:
             self.is_asking = False
 
-    def obtain(
-        self, verb: Callable[[Sequence[AnyRequest]], list[Outcome]], requests: Sequence[AnyRequest]
-    ) -> list[Outcome]:
-        """An outcome for each request, in order: from the ledger, or from the workers. A request made twice runs once."""
-        asked: dict[Ref, AnyRequest] = {}
+    def run(self, requests: Iterable[StepRequest]) -> Generator[tuple[StepRequest, Outcome], None, None]:
+        """Each distinct request with its outcome: first what the ledger has, then what the workers make, as it is there.
+
+        A training that was started before goes on with the resources of its first start.
+        """
+        asked: dict[Ref, StepRequest] = {}
         for request in requests:
             asked.setdefault(request.ref, request)
-        outcomes: dict[str, Outcome] = {}
-        missing: dict[str, AnyRequest] = {}
-        for (ref, request), found in zip(asked.items(), self.ledger.find_all(list(asked)), strict=True):
+        missing: list[StepRequest] = []
+        for request, found in zip(asked.values(), self.ledger.find_all(list(asked)), strict=True):
             if found is None:
-                missing[ref.identity] = request
+                missing.append(request)
             else:
-                outcomes[ref.identity] = found
-                self.reused[request.kind] += 1
-        if missing:
-            with self._asking():
-                made = verb(list(missing.values()))
-            outcomes |= dict(zip(missing, made, strict=True))
-            self.made.update(
-                request.kind for request in missing.values() if isinstance(outcomes[request.ref.identity], Artifact)
-            )
-        return [outcomes[request.ref.identity] for request in requests]
+                self._count(self.reused, request)
+                yield request, found
+        if not missing:
+            return
+        with self._asking(), closing(self.workers.run([self._resumed(request) for request in missing])) as steps:
+            for request, outcome in steps:
+                if isinstance(outcome, Artifact):
+                    self._count(self.made, request)
+                yield request, outcome
 
-    def require(
-        self, verb: Callable[[Sequence[AnyRequest]], list[Outcome]], requests: Sequence[AnyRequest]
-    ) -> list[Artifact]:
+    def _count(self, tally: Counter[str], request: StepRequest) -> None:
+        """Counts an artifact once, whatever asks for it again."""
+        if request.ref not in self._counted:
+            self._counted.add(request.ref)
+            tally[request.kind] += 1
+
+    def _resumed(self, request: StepRequest) -> StepRequest:
+        return resumed(request, self.ledger, self.new_resources) if isinstance(request, TrainRequest) else request
+
+    def obtain(self, requests: Sequence[StepRequest]) -> list[Outcome]:
+        """An outcome for each request, in order. A request made twice runs once."""
+        outcomes = {request.ref: outcome for request, outcome in self.run(requests)}
+        return [outcomes[request.ref] for request in requests]
+
+    def require(self, requests: Sequence[StepRequest]) -> list[Artifact]:
         """Like `obtain`, where nothing can go on without every one of them.
 
         Raises:
             StepError: naming what failed, attempts and cause.
         """
-        outcomes = self.obtain(verb, requests)
-        failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
-        if failures:
-            raise step_error(failures)
-        return [outcome for outcome in outcomes if isinstance(outcome, Artifact)]
+        return require_all(self.obtain(requests))
+
+
+def resumed(request: TrainRequest, ledger: Ledger, new_resources: bool = False) -> TrainRequest:
+    """The request with the resources of its first start, where it was started before: results depend on them.
+
+    With `new_resources` it goes on with its own, which the model's profile then tells by spans of updates.
+    """
+    saved = None if new_resources else ledger.latest_training(request.ref.identity)
+    if saved is None:
+        return request
+    return replace(request, how=Resources(**saved.facts["how"]), saved_at=int(saved.recipe["update"]))
+
+
+def require_all(outcomes: Sequence[Outcome]) -> list[Artifact]:
+    """The artifacts.
+
+    Raises:
+        StepError: naming what failed instead, attempts and cause.
+    """
+    failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
+    if failures:
+        raise step_error(failures)
+    return [outcome for outcome in outcomes if isinstance(outcome, Artifact)]
 
 
 def step_error(failures: Sequence[Failure]) -> StepError:

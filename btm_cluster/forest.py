@@ -7,7 +7,7 @@ make a new version of it, and what a version inherits from the first one, its fo
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,7 +162,7 @@ def difference(before: Forest, after: Forest) -> Difference:
     )
 
 
-def descendants(of: str, parents: Mapping[str, Sequence[str]]) -> set[str]:
+def descendants(of: str, parents: Mapping[str, Collection[str]]) -> set[str]:
     """Every model that descends from one, through whatever lies between. `parents` are identities by identity."""
     found: set[str] = set()
     waiting = [of]

@@ -86,7 +86,8 @@ def changes_of_text(old: str, new: str, ledger: Ledger) -> str:
 
 def _newest_memo(text: str, ledger: Ledger) -> Artifact | None:
     """The newest result of reading a source into this text."""
-    memos = [one for one in ledger.list_artifacts("source") if one.facts.get("text") == text and "source" in one.recipe]
+    ref = Ref("text", text)
+    memos = [one for one in ledger.list_artifacts("source") if ref in one.parts and not one.inputs]  # dealt from none
     return max(memos, key=lambda memo: str(memo.note.get("created")), default=None)
 
 

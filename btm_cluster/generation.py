@@ -9,15 +9,17 @@ from btm_cluster.algorithm import Grown
 from btm_cluster.driver import Driver
 from btm_cluster.equations.gates import Gate
 from btm_cluster.errors import UserError
-from btm_cluster.evaluation import fit_gates, fit_text, mixed_models, score_models
+from btm_cluster.evaluation.evaluate import planned_ensemble
+from btm_cluster.evaluation.fitting import fit_for
+from btm_cluster.evaluation.systems import planned_method
 from btm_cluster.ground import PreparedText
 from btm_cluster.language_model.ensemble import Ensemble, Sampling, reads_on_as_it_scores
 from btm_cluster.language_model.model import load_model
 from btm_cluster.ledger import Ledger, Ref
+from btm_cluster.mixing import Mixing
 from btm_cluster.plan import Plan
 from btm_cluster.run import TAKEN_OUT, check_text_is_known, find_grown
-from btm_cluster.steps.average import open_config
-from btm_cluster.steps.prepare import open_tokenizer
+from btm_cluster.steps.stored import open_config, open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -93,16 +95,13 @@ def generate(
 def _models_and_gate(grown: Grown, text: PreparedText | None, driver: Driver) -> tuple[dict[str, Ref], Gate]:
     """Who writes for a text, by name, and how they are weighed. Under a posterior, those that the plan's `top_k` keeps."""
     ground = grown.ground
-    named = mixed_models(ground, grown.forest)
-    names, models = list(named), list(named.values())
-    if ground.plan.merging.posterior == "gate":
-        texts = [text] if text else []
-        pairs = [(model, one) for one in {t.name: t for t in (*ground.domains, *texts)}.values() for model in models]
-        gates = fit_gates(ground, models, texts, score_models(ground, pairs, driver, ["development"]), driver)
-        return named, gates[text.name if text else None]
-    mixing = fit_text(ground, models, text, driver).planned
-    kept = [j for j, share in enumerate(mixing.log_prior_E.tolist()) if share > float("-inf")]
-    return {names[j]: models[j] for j in kept}, replace(mixing, log_prior_E=mixing.log_prior_E[kept])
+    ensemble = planned_ensemble(ground, grown.forest)
+    method = planned_method(ground.plan.merging, len(ensemble.models))
+    fit = fit_for(ground, ensemble, text, driver)[method]
+    if not isinstance(fit, Mixing):
+        return dict(ensemble.models), fit
+    kept = [j for j, share in enumerate(fit.log_prior_E.tolist()) if share > float("-inf")]
+    return dict(ensemble.models[j] for j in kept), replace(fit, log_prior_E=fit.log_prior_E[kept])
 
 
 def open_ensemble(

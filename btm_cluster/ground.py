@@ -63,6 +63,11 @@ class Ground:
     def domains(self) -> tuple[PreparedText, ...]:
         return tuple(text for text in self.texts if not text.is_target)
 
+    @property
+    def founders_by_text(self) -> tuple[tuple[str, str], ...]:
+        """The founding domains in the order of their texts, which is that of a DEMix's parts."""
+        return tuple(sorted(self.founders, key=lambda founder: founder[1]))
+
     def foundation(self, seed: str) -> Foundation:
         """What version 0 freezes."""
         return Foundation(
@@ -128,6 +133,12 @@ def first_token_of(plan: Plan) -> str:
     return pretrained_tokenizer(plan.tokenizer.pretrained, plan.tokenizer.first_token)[0].first_token
 
 
+def text_of(read: Artifact) -> str:
+    """The identity of the text that a source was read into."""
+    (text,) = read.parts
+    return text.identity
+
+
 def check_distinct(plan: Plan, texts: Mapping[str, str]) -> None:
     """Refuses two domains of the same documents: they would be one expert under two names.
 
@@ -178,7 +189,7 @@ def ground_of(
 
     A plan need not name all founding domains again: the store has their texts.
     """
-    identities = {name: str(memo.facts["text"]) for name, memo in memos.items()}
+    identities = {name: text_of(read) for name, read in memos.items()}
     check_distinct(plan, identities)
     founders = founders_of(plan, identities, ledger.log.version(0))
     tokenizer = tokenizer_request(plan, founders).ref

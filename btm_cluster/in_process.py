@@ -2,34 +2,19 @@
 
 import math
 import threading
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Generator, Iterator, Sequence
 
 import torch
 
 from btm_cluster.checks import check_compiler, usable_cpus
 from btm_cluster.errors import BtmError, DivergedError, Stopped, UserError
-from btm_cluster.ledger import Artifact, Ledger
-from btm_cluster.requests import (
-    AverageRequest,
-    MixRequest,
-    PrepareRequest,
-    Request,
-    ScoreRequest,
-    SoupRequest,
-    TrainRequest,
-)
+from btm_cluster.ledger import Ledger
+from btm_cluster.pending import Pending
+from btm_cluster.requests import StepRequest, TrainRequest
 from btm_cluster.room import Ask, ask_of, no_room
-from btm_cluster.steps.average import average
-from btm_cluster.steps.mix import mix
-from btm_cluster.steps.prepare import prepare
-from btm_cluster.steps.score import score
-from btm_cluster.steps.soup import soup
-from btm_cluster.steps.train import train
+from btm_cluster.steps.registry import run_batch
 from btm_cluster.stopping import stopped
 from btm_cluster.workers import Control, Failure, Outcome, Progress, Watcher
-
-AnyRequest = TypeVar("AnyRequest", bound=Request)
 
 
 class LocalControl:
@@ -63,31 +48,25 @@ class InProcess:
                 node = {"CPU": float(usable_cpus()), "GPU": float(usable)}
                 raise no_room(ask, "this machine", [node], "run it on one that has them")
 
-    def prepare(self, requests: Sequence[PrepareRequest]) -> list[Outcome]:
-        return [self._attempt(request, lambda r: prepare(r, self._ledger, self._control)) for request in requests]
+    def run(self, requests: Sequence[StepRequest]) -> Generator[tuple[StepRequest, Outcome], None, None]:
+        self.check_room([ask_of(request) for request in requests if isinstance(request, TrainRequest)])
+        pending = Pending(requests)
+        while batch := pending.next_batch():
+            for request, outcome in self._run(batch):
+                yield request, outcome
+                yield from pending.finish(request, outcome)
 
-    def train(self, requests: Sequence[TrainRequest]) -> list[Outcome]:
-        self.check_room([ask_of(request) for request in requests])
-        return [self._attempt(request, lambda r: train(r, self._ledger, self._control)) for request in requests]
-
-    def score(self, requests: Sequence[ScoreRequest]) -> list[Outcome]:
-        return [self._attempt(request, lambda r: score([r], self._ledger, self._control)[0]) for request in requests]
-
-    def mix(self, requests: Sequence[MixRequest]) -> list[Outcome]:
-        return [self._attempt(request, lambda r: mix(r, self._ledger, self._control)) for request in requests]
-
-    def average(self, requests: Sequence[AverageRequest]) -> list[Outcome]:
-        return [self._attempt(request, lambda r: average(r, self._ledger, self._control)) for request in requests]
-
-    def soup(self, requests: Sequence[SoupRequest]) -> list[Outcome]:
-        return [self._attempt(request, lambda r: soup(r, self._ledger, self._control)) for request in requests]
-
-    def _attempt(self, request: AnyRequest, step: Callable[[AnyRequest], Artifact]) -> Outcome:
-        if self._control.stopping():
-            raise stopped()
-        try:
-            return step(request)
-        except (UserError, Stopped):
-            raise
-        except BtmError as exc:
-            return Failure(request.label, 1, "in this process", str(exc), isinstance(exc, DivergedError))
+    def _run(self, batch: Sequence[StepRequest]) -> Iterator[tuple[StepRequest, Outcome]]:
+        """The requests of a batch with their outcomes. What one fails of, those after it fail of."""
+        artifacts = run_batch(batch, self._ledger, self._control)
+        for done, request in enumerate(batch):
+            if self._control.stopping():
+                raise stopped()
+            try:
+                yield request, next(artifacts)
+            except (UserError, Stopped):
+                raise
+            except BtmError as exc:
+                cause = (1, "in this process", str(exc), isinstance(exc, DivergedError))
+                yield from ((one, Failure(one.label, *cause)) for one in batch[done:])
+                return

@@ -5,20 +5,19 @@ from pathlib import Path
 
 from btm_cluster.algorithm import Grown
 from btm_cluster.driver import Driver
-from btm_cluster.equations.averaging import uniform_weights
 from btm_cluster.errors import UserError
-from btm_cluster.evaluation import fit_text
+from btm_cluster.evaluation.evaluate import forest_ensemble
+from btm_cluster.evaluation.fitting import SEARCHES, average_request, scores_for, weight_requests
+from btm_cluster.evaluation.systems import Ensemble, with_seed
+from btm_cluster.ground import PreparedText
 from btm_cluster.language_model.folder import say_block_length
 from btm_cluster.language_model.model_card import add_reading
 from btm_cluster.language_model.tokenizer import compare_with_transformers
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.new_folder import check_new_folder, new_folder
 from btm_cluster.plan import Plan
-from btm_cluster.recipes import average_request
-from btm_cluster.requests import AverageRequest
 from btm_cluster.run import TAKEN_OUT, check_text_is_known, find_grown
-from btm_cluster.soups import soup_average_request, soup_request
-from btm_cluster.steps.prepare import open_tokenizer
+from btm_cluster.steps.stored import open_tokenizer
 
 FOLDER_FILES = ("README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 """There in every folder; what came with a pretrained model and its tokenizer lies beside them."""
@@ -54,11 +53,14 @@ def write_merged_model(plan: Plan, weights: str, target: str | None, to: Path, d
     if target is not None:
         check_text_is_known(plan, target, driver.ledger)
     grown = find_grown(plan, driver)
-    request = _average(grown, weights, target, driver)
-    average = driver.require(driver.workers.average, [request])[0]
+    ensemble, name, text = _wanted(grown, weights, target)
+    steps = weight_requests(grown.ground, ensemble, name, text)
+    scores = scores_for(grown.ground, ensemble, text) if name != "greedy" and text is not None else []
+    average = driver.require([*scores, *steps, average_request(grown.ground, ensemble, name, text)])[-1]
     with new_folder(to) as folder:
         _write_folder(grown, average, folder, driver.ledger)
-    parts = {request.card[parent.identity]: parent.weight for parent in request.parents}
+    called = {model.identity: called for called, model in ensemble.models}
+    parts = {called[identity]: weight for identity, weight in average.facts["weights"].items()}
     return dict(sorted(parts.items(), key=lambda part: -part[1]))
 
 
@@ -78,28 +80,20 @@ def _write_folder(grown: Grown, average: Artifact, folder: Path, ledger: Ledger)
     add_reading(folder / "README.md", block_tokens, tokens.name(tokens.first_token), str(seed.note.get("from", "")))
 
 
-def _average(grown: Grown, weights: str, target: str | None, driver: Driver) -> AverageRequest:
-    """Which average is wanted: by given weights, or by those that a search on the text's development blocks finds."""
+def _wanted(grown: Grown, weights: str, target: str | None) -> tuple[Ensemble, str, PreparedText | None]:
+    """The models to average, the name of their weights, and the text that these are for."""
     forest, ground = grown.forest, grown.ground
+    experts = forest_ensemble(ground, forest)
     if weights == "uniform":
-        return average_request(ground, weights, forest, uniform_weights(len(forest.experts)))
+        return experts, weights, None
     text = next((text for text in ground.texts if text.name == target), None)
     if text is None:
         raise UserError(f"{target!r} was taken out of the forest", remedy=TAKEN_OUT)
-    label = f"{weights} for {target}"
-    if weights not in ("greedy", "learned"):
-        experts = [Ref("model", expert.identity) for expert in forest.experts]
-        fit = fit_text(ground, experts, text, driver)
-        chosen = fit.argmax_weights if weights == "argmax" else fit.average_weights
-        return average_request(ground, label, forest, chosen)
-    if not text.tokens["development"]:
+    if weights in SEARCHES and not text.tokens["development"]:
         raise UserError(
             f"{target!r} has no development text to search weights on",
             remedy="name `development` files for it in the plan, or say --weights uniform",
         )
-    called = {expert.identity: expert.domain for expert in forest.experts}
-    if weights == "learned":  # the seed may have a part in it
-        called[forest.foundation.seed] = "the seed"
-    models = [Ref("model", identity) for identity in called]
-    search = soup_request(ground, "greedy" if weights == "greedy" else "learned", models, text)
-    return soup_average_request(ground, label, driver.require(driver.workers.soup, [search])[0], called)
+    if weights == "learned":
+        return with_seed(experts), weights, text
+    return experts, ground.plan.merging.average_prior if weights == "posterior" else weights, text

@@ -12,7 +12,6 @@ from typing import Literal, TypeVar
 
 import torch
 
-from btm_cluster.equations.averaging import argmax_weights, posterior_weights
 from btm_cluster.equations.calibration import calibrate
 from btm_cluster.equations.mixture import log_mixture
 from btm_cluster.equations.posterior import Kind, Posterior, PriorKind, keep_top, log_posterior, log_prior
@@ -36,51 +35,24 @@ class Mixing:
         return log_posterior(logp_EBT, self.log_prior_E, self.posterior)
 
 
-@dataclass(frozen=True)
-class TargetFit:
-    """Everything fitted for one text."""
-
-    paper: Mixing
-    calibrated: Mixing
-    planned: Mixing
-    """By the plan's posterior and prior; the calibrated one beside a gate, where one is asked for."""
-    average_prior_E: torch.Tensor
-    """By which averages are weighted."""
-    development_blocks: int
-
-    @property
-    def average_weights(self) -> list[float]:
-        """Of the posterior-weighted average."""
-        return posterior_weights(self.average_prior_E)
-
-    @property
-    def argmax_weights(self) -> list[float]:
-        """Of the average that is the one expert with the largest prior, the paper's."""
-        return argmax_weights(self.paper.log_prior_E)
-
-
-def fit_target(logp_EBT: torch.Tensor, mask_BT: torch.Tensor, merging: MergingPlan) -> TargetFit:
-    """Everything fitted for a text, from its development blocks in hash order."""
-    paper = Mixing(log_prior("ema", logp_EBT, mask_BT, FULL), FULL)
-    calibrated = fit_mixing("calibrated", "fitted", logp_EBT, mask_BT, merging)
-    planned = calibrated
-    if merging.posterior != "gate" and (merging.posterior, merging.prior) != ("calibrated", "fitted"):
-        planned = fit_mixing(merging.posterior, merging.prior, logp_EBT, mask_BT, merging)
-    kept = Mixing(keep_top(planned.log_prior_E, merging.top_k), planned.posterior)
-    average_E = log_prior(merging.average_prior, logp_EBT, mask_BT, FULL).exp()
-    return TargetFit(paper, calibrated, kept, average_E, len(mask_BT))
-
-
 def cross_fitted_perplexity(logp_EBT: torch.Tensor, mask_BT: torch.Tensor, merging: MergingPlan) -> float:
     """Of the ensemble on blocks, each half of which is measured with what was fitted on the other half."""
     even_B = torch.arange(len(mask_BT)) % 2 == 0
     halves = [(even_B, ~even_B), (~even_B, even_B)] if len(mask_BT) > 1 else [(even_B, even_B)]
     total = 0.0
     for fitted_B, measured_B in halves:
-        mixing = fit_target(logp_EBT[:, fitted_B], mask_BT[fitted_B], merging).planned
+        mixing = fit_planned(logp_EBT[:, fitted_B], mask_BT[fitted_B], merging)
         logp_BT = log_mixture(logp_EBT[:, measured_B], mixing.log_prior_E, mixing.posterior)
         total += float(logp_BT[mask_BT[measured_B]].sum())
     return float(torch.exp(torch.tensor(-total / int(mask_BT.sum()), dtype=torch.float64)))
+
+
+def fit_planned(logp_EBT: torch.Tensor, mask_BT: torch.Tensor, merging: MergingPlan) -> Mixing:
+    """As the plan mixes; by the calibrated posterior where that is a gate."""
+    if merging.posterior == "gate":
+        return fit_mixing("calibrated", "fitted", logp_EBT, mask_BT, merging)
+    mixing = fit_mixing(merging.posterior, merging.prior, logp_EBT, mask_BT, merging)
+    return Mixing(keep_top(mixing.log_prior_E, merging.top_k), mixing.posterior)
 
 
 def fit_mixing(
@@ -101,17 +73,6 @@ def shared_mixing(samples: Sequence[tuple[torch.Tensor, torch.Tensor]], merging:
     """One setting for all texts: a uniform prior, and the evidence weight fitted on several texts' samples together."""
     logp_EBT = torch.cat([logp for logp, _ in samples], dim=1)
     return fit_mixing("calibrated", "uniform", logp_EBT, torch.cat([mask for _, mask in samples]), merging)
-
-
-def default_fit(samples: Sequence[tuple[torch.Tensor, torch.Tensor]], merging: MergingPlan) -> TargetFit:
-    """For a text without development text: a uniform prior, and the evidence weight fitted on the domains' together."""
-    calibrated = shared_mixing(samples, merging)
-    uniform_E = calibrated.log_prior_E
-    planned = calibrated
-    if merging.posterior != "calibrated" and merging.posterior != "gate":
-        planned = Mixing(uniform_E, Posterior(merging.posterior, merging.window_tokens))
-    kept = Mixing(keep_top(planned.log_prior_E, merging.top_k), planned.posterior)
-    return TargetFit(Mixing(uniform_E, FULL), calibrated, kept, uniform_E.exp(), 0)
 
 
 Fit = TypeVar("Fit")

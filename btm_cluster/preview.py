@@ -1,44 +1,37 @@
 """`btm plan`: what a run would do, what is done already, and what the rest would cost. Starts nothing, spends nothing.
 
-Walks the same requests as `algorithm.py` and asks the ledger which of them exist. A text not read yet hides what depends
-on it: every training while no forest is founded, its own expert afterwards.
+It is the run itself, on workers that make nothing (`dry_run.py`). A text not read yet hides what depends on it: every training
+while no forest is founded, its own expert afterwards.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from btm_cluster.cluster_ensemble import check_clusters
+from btm_cluster.algorithm import Grown
+from btm_cluster.driver import Driver
+from btm_cluster.dry_run import DryRun, Overlay
 from btm_cluster.equations.budget import device_hours, stored_bytes
-from btm_cluster.forest import Forest
-from btm_cluster.founding import check_fits
-from btm_cluster.ground import (
-    HELD_OUT,
-    Ground,
-    block_requests,
-    first_token_of,
-    ground_of,
-    model_config,
-    read_requests,
-    tokenizer_request,
-    vocabulary_of,
-    with_forests_texts,
-    without_texts,
-    without_withdrawn,
-)
+from btm_cluster.ground import first_token_of, text_of
 from btm_cluster.language_model.model import count_parameters
 from btm_cluster.ledger import Artifact, Ledger, Ref
-from btm_cluster.outstanding import asks_of, new_domains, rivals, starts_from_seed
+from btm_cluster.outstanding import rivals
 from btm_cluster.plan import Plan
-from btm_cluster.recipes import (
-    check_demix,
-    expert_request,
-    score_request,
-    seed_request,
-    seed_start,
+from btm_cluster.recipes import expert_request, seed_request, seed_start
+from btm_cluster.requests import (
+    AverageRequest,
+    ImportTokenizer,
+    ReadText,
+    Resources,
+    ScoreRequest,
+    StepRequest,
+    Tokenize,
+    TrainRequest,
+    TrainTokenizer,
 )
-from btm_cluster.requests import Request, TrainRequest
 from btm_cluster.room import Ask
+from btm_cluster.run import grow_and_evaluate
+from btm_cluster.workers import Outcome
 
 DONE, NEW, UNREAD = "done", "new", "unknown until its text is read"
 
@@ -90,36 +83,17 @@ class Preview:
         return asdict(self) | {"device_hours": self.device_hours, "money": self.money}
 
 
-def preview(plan: Plan, ledger: Ledger) -> Preview:
+def preview(plan: Plan, ledger: Ledger, new_resources: bool = False) -> Preview:
     """What a run of `plan` would do with this store.
 
     Raises:
         UserError: whatever a run would refuse before it spends anything.
     """
-    forest = ledger.log.newest()
-    check_clusters(plan, list(dict.fromkeys([*(d.name for d in plan.domains), *(forest.domains if forest else ())])))
-    plan = without_withdrawn(plan, forest)
-    reads = read_requests(plan)
-    model = model_config(plan, vocabulary_of(plan))
-    check_demix(plan, model[0], ledger.log.version(0))
-    parameters, non_embedding = count_parameters(model[0])
-    memos = dict(zip([request.label for request in reads], ledger.find_all([r.ref for r in reads]), strict=True))
-    known = {name: memo for name, memo in memos.items() if memo is not None}
-    steps = [_reading(name, memo, ledger) for name, memo in memos.items()]
+    walk = _Walk(Ledger(Overlay(ledger.storage)), new_resources)
+    grown = grow_and_evaluate(plan, walk)
+    parameters, non_embedding = count_parameters(grown.ground.model)
     rate = _rate(plan, ledger)
-    if ledger.log.version(0) is not None or len(known) == len(memos):  # then all founding texts are known
-        parts = {part: tuple(t for t in getattr(plan, part) if t.name in known) for part in ("domains", "targets")}
-        ground, unread = ground_of(plan.model_copy(update=parts), known, model, ledger), len(known) < len(memos)
-        if forest is not None:
-            check_fits(ground, forest, ledger)
-        steps += _preparation(ground, ledger, unread) + _trainings(ground, ledger, parameters, rate)
-        steps += _unread_experts(plan, [d.name for d in plan.domains if d.name not in known], parameters, rate)
-        steps.append(_scores(ground, ledger, unread))
-    else:
-        steps += [Step("tokenizer", _unread_tokenizer(plan, ledger)), Step("token blocks", UNREAD)]
-        seed = seed_request(without_texts(plan, model, ledger))
-        seed_state = UNREAD if seed.pretrained is None else _state(ledger, seed)
-        steps += [*_unread_trainings(plan, seed_state, parameters, rate), Step("scores", UNREAD)]
+    steps = [*_readings(walk, ledger), *_preparation(walk), *_trainings(grown, walk, parameters, rate), _scores(walk)]
     return Preview(
         tuple(steps),
         parameters,
@@ -128,8 +102,44 @@ def preview(plan: Plan, ledger: Ledger) -> Preview:
         plan.cluster.price_per_gpu_hour,
         first_token_of(plan),
         tuple(_notes(plan)),
-        asks_of(plan, known, model, ledger),
+        _asks(walk),
     )
+
+
+def check_room(plan: Plan, driver: Driver) -> None:
+    """Refuses a run whose trainings can never have what they ask for, before a text is read.
+
+    Raises:
+        ResourcesError: naming what there is and what is asked.
+    """
+    driver.check_room(preview(plan, driver.ledger, driver.new_resources).asks)
+
+
+class _Walk(Driver):
+    """A driver that walks a dry run, and remembers every request and whether the store had its artifact."""
+
+    def __init__(self, ledger: Ledger, new_resources: bool) -> None:
+        self.dry_run = DryRun(ledger)
+        super().__init__(ledger, self.dry_run, new_resources=new_resources)
+        self.found: dict[Ref, Artifact] = {}
+        self.requests: dict[Ref, StepRequest] = {}
+
+    def run(self, requests: Iterable[StepRequest]) -> Generator[tuple[StepRequest, Outcome], None, None]:
+        for request, outcome in super().run(requests):
+            self.requests.setdefault(request.ref, request)
+            if request.ref not in self.dry_run.asked and isinstance(outcome, Artifact):
+                self.found[request.ref] = outcome
+            yield request, outcome
+
+    def state(self, request: StepRequest) -> str:
+        """Whether a step is done, new, or unknown until its text is read."""
+        if self.dry_run.hides(request):
+            return UNREAD
+        return DONE if request.ref in self.found else NEW
+
+    def all_of(self, *kinds: type[StepRequest]) -> list[StepRequest]:
+        """The requests of some kinds, in the order in which they were asked for."""
+        return [request for request in self.requests.values() if isinstance(request, kinds)]
 
 
 def _notes(plan: Plan) -> Iterator[str]:
@@ -148,71 +158,57 @@ def _notes(plan: Plan) -> Iterator[str]:
     )
 
 
-def _unread_tokenizer(plan: Plan, ledger: Ledger) -> str:
-    """A pretrained tokenizer hangs on no text."""
-    return UNREAD if plan.tokenizer.pretrained is None else _state(ledger, tokenizer_request(plan, ()))
+def _readings(walk: _Walk, ledger: Ledger) -> Iterator[Step]:
+    for request in walk.all_of(ReadText):
+        if (read := walk.found.get(request.ref)) is None:
+            yield Step(f"read {request.label}", NEW)
+        else:
+            text = ledger.get(Ref("text", text_of(read)))
+            yield Step(f"read {request.label}", DONE, stored_bytes=_size([text]))
 
 
-def _reading(name: str, memo: Artifact | None, ledger: Ledger) -> Step:
-    if memo is None:
-        return Step(f"read {name}", NEW)
-    text = ledger.get(Ref("text", str(memo.facts["text"])))
-    return Step(f"read {name}", DONE, stored_bytes=sum(blob.size_bytes for blob in text.blobs))
+def _preparation(walk: _Walk) -> Iterator[Step]:
+    (tokenizer,) = walk.all_of(TrainTokenizer, ImportTokenizer)
+    yield Step("tokenizer", walk.state(tokenizer))
+    blocks = walk.all_of(Tokenize)
+    found = [walk.found[request.ref] for request in blocks if request.ref in walk.found]
+    yield Step("token blocks", _share_done(walk, blocks), stored_bytes=_size(found))
 
 
-def _preparation(ground: Ground, ledger: Ledger, unread: bool) -> list[Step]:
-    blocks = block_requests(ground)
-    found = [artifact for artifact in ledger.find_all([request.ref for request in blocks]) if artifact is not None]
-    size = sum(blob.size_bytes for artifact in found for blob in artifact.blobs)
-    tokenizer = _state(ledger, tokenizer_request(ground.plan, ground.founders))
-    tokenized = Step("token blocks", _share_done(len(found), len(blocks), unread), stored_bytes=size)
-    return [Step("tokenizer", tokenizer), tokenized]
+def _scores(walk: _Walk) -> Step:
+    """The scores of every model that is no average, on all held-out text."""
+    averages = {request.ref for request in walk.all_of(AverageRequest)}
+    scores = [request for request in walk.all_of(ScoreRequest) if request.inputs["model"][0] not in averages]
+    return Step("scores", _share_done(walk, scores))
 
 
-def _scores(ground: Ground, ledger: Ledger, unread: bool) -> Step:
-    """Of every model that is no average, on all held-out text."""
-    forest, seed = ledger.log.newest(), seed_request(ground).ref
-    texts = (ground if forest is None or unread else with_forests_texts(ground, forest, ledger)).texts
-    models = {seed, *(Ref("model", expert.identity) for expert in (forest.experts if forest else ()))}
-    new = new_domains(ground, forest) if forest is not None else list(ground.domains)
-    from_seed = [domain for domain in new if starts_from_seed(ground, forest, domain)]
-    models |= {expert_request(ground, domain, seed_start(ground, seed)).ref for domain in from_seed}
-    new = [domain for domain in new if domain not in from_seed]
-    for rival in rivals(ground):
-        models |= {part.ref for part in rival.parts} if rival.is_demix else {rival.ref}
-    parts = [(text, split) for text in texts for split in HELD_OUT if text.tokens[split]]
-    scores = ledger.find_all([score_request(ground, model, *part).ref for model in models for part in parts])
-    found = sum(artifact is not None for artifact in scores)
-    return Step("scores", _share_done(found, (len(models) + len(new)) * len(parts), unread))
+def _size(artifacts: Iterable[Artifact]) -> int:
+    return sum(blob.size_bytes for artifact in artifacts for blob in artifact.blobs)
 
 
-def _share_done(found: int, total: int, unread: bool) -> str:
-    if unread:
-        return f"{found} of {total} done, and more once all texts are read"
-    return DONE if found == total else NEW if not found else f"{total - found} of {total} new"
+def _share_done(walk: _Walk, requests: Sequence[StepRequest]) -> str:
+    states = [walk.state(request) for request in requests]
+    done, hidden = states.count(DONE), states.count(UNREAD)
+    if hidden == len(states):
+        return UNREAD
+    if hidden:
+        return f"{done} of {len(states) - hidden} done, and more once all texts are read"
+    return DONE if done == len(states) else NEW if not done else f"{len(states) - done} of {len(states)} new"
 
 
-def _trainings(ground: Ground, ledger: Ledger, parameters: int, rate: float | None) -> list[Step]:
-    forest = ledger.log.newest()
+def _trainings(grown: Grown, walk: _Walk, parameters: int, rate: float | None) -> Iterator[Step]:
+    """Seed, an expert for each of the plan's domains, and the rivals."""
+    ground = grown.ground
     seed = seed_request(ground)
+    asked = {request.label: request for request in walk.all_of(TrainRequest) if isinstance(request, TrainRequest)}
     start = seed_start(ground, seed.ref)
-    experts = [expert_request(ground, domain, start) for domain in ground.domains]
-    steps = [_training(seed, _state(ledger, seed), parameters, rate)]
-    steps += [_training(e, _expert_state(ground, ledger, forest, e), parameters, rate) for e in experts]
-    return steps + [_training(r, _state(ledger, r), parameters, rate) for r in rivals(ground)]
-
-
-def _expert_state(ground: Ground, ledger: Ledger, forest: Forest | None, request: TrainRequest) -> str:
-    new = new_domains(ground, forest) if forest is not None else ground.domains
-    domain = next((domain for domain in new if domain.name == request.label), None)
-    if domain is None:
-        return DONE
-    # An expert that starts from an average has an identity that only scoring its text can tell.
-    return _state(ledger, request) if starts_from_seed(ground, forest, domain) else NEW
-
-
-def _state(ledger: Ledger, request: Request) -> str:
-    return NEW if ledger.find(request.ref) is None else DONE
+    yield _training(seed, walk.state(seed) if seed.label in asked else DONE, parameters, rate)
+    for domain in ground.domains:
+        request = asked.get(domain.name)
+        state = DONE if request is None else walk.state(request)
+        yield _training(request or expert_request(ground, domain, start), state, parameters, rate)
+    for rival in rivals(ground):
+        yield _training(rival, walk.state(rival) if rival.ref in walk.requests else NEW, parameters, rate)
 
 
 def _training(request: TrainRequest, state: str, parameters: int, rate: float | None) -> Step:
@@ -225,30 +221,6 @@ def _training(request: TrainRequest, state: str, parameters: int, rate: float | 
         stored_bytes(parameters, request.role == "seed" and request.pretrained is None) * max(1, len(request.parts)),
         rate,
     )
-
-
-def _unread_trainings(plan: Plan, seed_state: str, parameters: int, rate: float | None) -> list[Step]:
-    """Sizes follow from the plan alone; identities do not."""
-    training, pretrained = plan.training, plan.model.pretrained is not None
-    tokens = len(plan.domains) * training.blocks_per_domain_update * training.block_tokens
-    seed, later = 0 if pretrained else training.seed_updates, training.updates - training.seed_updates
-    size, with_optimizer = stored_bytes(parameters, False), stored_bytes(parameters, not pretrained)
-    steps = [_training_step("seed", seed_state, seed, seed * tokens, with_optimizer, rate)]
-    steps += _unread_experts(plan, [domain.name for domain in plan.domains], parameters, rate)
-    if "transformer-lm" in plan.baselines:
-        steps.append(_training_step("transformer-lm", UNREAD, later, later * tokens, size, rate))
-    if "demix" in plan.baselines:
-        size *= len(plan.domains)
-        steps.append(_training_step("demix", UNREAD, training.updates, training.updates * tokens, size, rate))
-    return steps
-
-
-def _unread_experts(plan: Plan, names: Sequence[str], parameters: int, rate: float | None) -> list[Step]:
-    training = plan.training
-    updates = training.updates - training.seed_updates
-    tokens = updates * training.blocks_per_domain_update * training.block_tokens
-    size = stored_bytes(parameters, False)
-    return [_training_step(f"expert {name}", UNREAD, updates, tokens, size, rate) for name in names]
 
 
 def _training_step(name: str, state: str, updates: int, tokens: int, size: int, rate: float | None) -> Step:
@@ -266,3 +238,15 @@ def _rate(plan: Plan, ledger: Ledger) -> float | None:
         return None
     newest = max(alike, key=lambda note: note["created"])
     return float(newest["tokens_per_second"]) / (newest["gpus"] or 1)
+
+
+def _asks(walk: _Walk) -> tuple[Ask, ...]:
+    """The groups that the trainings to come ask for: one for each size, and one for each training that goes on."""
+    seen: dict[tuple[Resources, str], Ask] = {}
+    for request in walk.dry_run.asked.values():
+        if isinstance(request, TrainRequest):
+            is_new_expert = request.role == "expert" and request.saved_at is None
+            label = f"expert {request.label}" if request.role == "expert" else request.label
+            ask = Ask("an expert" if is_new_expert else label, request.how, request.saved_at)
+            seen.setdefault((ask.how, ask.label if ask.saved_at is not None else ""), ask)
+    return tuple(seen.values())

@@ -1,16 +1,16 @@
 """From a plan or a forest to requests: which models each step of growing and evaluating asks of the workers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from btm_cluster.errors import PlanError
-from btm_cluster.forest import Forest, Parent
+from btm_cluster.forest import Forest
 from btm_cluster.ground import Ground, PreparedText
 from btm_cluster.language_model.demix import check_splits
 from btm_cluster.ledger import Ref
 from btm_cluster.plan import Plan
-from btm_cluster.requests import AverageRequest, Resources, Role, ScoreRequest, Start, TrainingText, TrainRequest
+from btm_cluster.requests import Resources, Role, ScoreRequest, Start, TrainingText, TrainRequest
 
 
 def seed_request(ground: Ground) -> TrainRequest:
@@ -24,7 +24,7 @@ def transformer_lm_request(ground: Ground, seed: Ref) -> TrainRequest:
     """The compute-matched dense baseline: the seed run, carried on to the end on the mix of all domains."""
     training = ground.plan.training
     if ground.pretrained is not None:
-        start = Start(seed, (Parent(seed.identity, 1.0),), keep_optimizer=False)
+        start = Start(seed, keep_optimizer=False)
         span = (training.seed_updates, training.updates)
         return train_request(ground, "transformer-lm", "transformer-lm", ground.founding_texts, span, start)
     whole = train_request(
@@ -84,18 +84,7 @@ def at_experts_rate(ground: Ground, request: TrainRequest) -> TrainRequest:
 def seed_start(ground: Ground, seed: Ref) -> Start:
     """Branching from the seed, with its optimiser unless the plan resets it or it has none."""
     keep = ground.plan.branching.optimizer == "keep" and ground.pretrained is None
-    return Start(seed, (Parent(seed.identity, 1.0),), keep)
-
-
-def average_request(ground: Ground, label: str, forest: Forest, weights: Sequence[float]) -> AverageRequest:
-    """An average of the forest's experts; those of weight zero are left out."""
-    return average_of(ground, label, {expert.identity: expert.domain for expert in forest.experts}, weights)
-
-
-def average_of(ground: Ground, label: str, models: Mapping[str, str], weights: Sequence[float]) -> AverageRequest:
-    """An average of models, given by identity with what each is called."""
-    parents = tuple(Parent(identity, w) for identity, w in zip(models, weights, strict=True) if w)
-    return AverageRequest(label, parents, {"plan": ground.plan.name, **models})
+    return Start(seed, keep)
 
 
 def score_request(ground: Ground, model: Ref, text: PreparedText, split: str) -> ScoreRequest:

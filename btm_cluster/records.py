@@ -1,6 +1,7 @@
 """What a living forest notes down in its store, beside artifacts and versions: small documents, each created once.
 
     expansions/<id>.json               where a new domain's expert branches, settled before anything of it is made
+    baselines/<model>.json             a Transformer-LM or DEMix that was trained for a version of the forest
     held/<id>-<version>.json           an expert without which version n of the forest was better
     quarantine/<id>.json               what the inbox had under a name and was refused, until it is replaced
 
@@ -14,12 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 
-from btm_cluster.forest import Forest, Parent, identity_of
+from btm_cluster.forest import Forest, identity_of
 from btm_cluster.ledger import THREADS, Ledger, Ref, check_place, known_form, list_ours
 from btm_cluster.requests import Start
 
 EXPANSIONS, HELD, QUARANTINE, TOMBSTONES, LOGS = "expansions/", "held/", "quarantine/", "tombstones/", "logs/"
-PINS = "pins/"
+PINS, BASELINES = "pins/", "baselines/"
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,39 @@ class Refusal:
     """Of the files as they lay there; records of older stores have it in their key alone."""
 
 
+@dataclass(frozen=True)
+class Baseline:
+    """A rival that was trained for a forest: kept as long as the store has the forest."""
+
+    name: str
+    """`transformer-lm` or `demix`."""
+    model: str
+    version: int
+    """The version of the forest that it was trained for."""
+
+
+def record_baseline(ledger: Ledger, baseline: Baseline) -> None:
+    """Notes a baseline, once."""
+    ledger.documents.create(_baseline_key(baseline.model), asdict(baseline))
+
+
+def read_baseline(ledger: Ledger, key: str) -> Baseline | None:
+    """The baseline at a key."""
+    record = ledger.documents.read(key)
+    if record is None:
+        return None
+    with known_form(key):
+        found = Baseline(**record.body)
+    check_place(key, _baseline_key(found.model))
+    return found
+
+
+def list_baselines(ledger: Ledger) -> list[Baseline]:
+    """Every one."""
+    found = (read_baseline(ledger, entry.key) for entry in list_ours(ledger.storage, BASELINES))
+    return [baseline for baseline in found if baseline is not None]
+
+
 def branch_point_identity(domain: str, text: str, seed: str) -> str:
     """Of the start of a domain's expert: the question that its branch point answers."""
     return identity_of({"domain": domain, "text": text, "seed": seed})
@@ -69,11 +103,7 @@ def branch_point_identity(domain: str, text: str, seed: str) -> str:
 def settle_branch_point(ledger: Ledger, wanted: BranchPoint) -> BranchPoint:
     """Pins a start, and returns it: ours, or that of whoever was first."""
     body = {name: value for name, value in asdict(wanted).items() if name != "start"}
-    start = {
-        "model": wanted.start.model.identity,
-        "parents": [asdict(parent) for parent in wanted.start.parents],
-        "keep_optimizer": wanted.start.keep_optimizer,
-    }
+    start = {"model": str(wanted.start.model), "keep_optimizer": wanted.start.keep_optimizer}
     ledger.documents.create(_pin_key(wanted.identity), body | {"start": start})
     standing = find_branch_point(ledger, wanted.identity)
     assert standing is not None
@@ -93,8 +123,7 @@ def read_branch_point(ledger: Ledger, key: str) -> BranchPoint | None:
     with known_form(key):
         body = dict(record.body)
         start = body.pop("start")
-        parents = tuple(Parent(**parent) for parent in start["parents"])
-        found = BranchPoint(**body, start=Start(Ref("model", start["model"]), parents, start["keep_optimizer"]))
+        found = BranchPoint(**body, start=Start(Ref.parse(start["model"]), start["keep_optimizer"]))
         own = _pin_key(found.identity)
     check_place(key, own)
     return found
@@ -171,6 +200,10 @@ def _read_refusals(ledger: Ledger, keys: list[str]) -> dict[str, Refusal]:
     with ThreadPoolExecutor(THREADS) as pool:
         read = zip(keys, pool.map(lambda key: read_refusal(ledger, key), keys), strict=True)
         return {_stem(key): found for key, found in read if found is not None}
+
+
+def _baseline_key(model: str) -> str:
+    return f"{BASELINES}{model}.json"
 
 
 def _pin_key(identity: str) -> str:

@@ -1,20 +1,24 @@
 """A whole run of a plan, from texts to verdict: grow the forest, evaluate it, report. What `btm run` and the jobs call."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from btm_cluster.algorithm import Grown, grow, prepare
-from btm_cluster.cluster_ensemble import check_clusters
+from btm_cluster.algorithm import Alongside, Grown, grow, prepare
 from btm_cluster.driver import Driver, steps_line
-from btm_cluster.errors import StepError, UserError
-from btm_cluster.evaluation import evaluate
+from btm_cluster.errors import StepError, StoreError, UserError
+from btm_cluster.evaluation.cluster_ensemble import check_clusters
+from btm_cluster.evaluation.evaluate import comparer_of, evaluate
+from btm_cluster.evaluation.systems import CALIBRATED
+from btm_cluster.fits import Fitted
 from btm_cluster.forest import Expert, Forest, describe_forest
-from btm_cluster.ground import Ground, PreparedText, block_requests, with_forests_texts
+from btm_cluster.ground import Ground, PreparedText, block_requests, overlap_requests, with_forests_texts
 from btm_cluster.ledger import Ledger, Ref
+from btm_cluster.mixing import Mixing
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import demix_request, expert_request, seed_request, seed_start, transformer_lm_request
 from btm_cluster.report import Verdict, verdict
+from btm_cluster.requests import Start, StepRequest, TrainRequest
 from btm_cluster.texts import TextReport, left_out_of_comparison, report_texts
 from btm_cluster.workers import Failure
 
@@ -71,11 +75,7 @@ def run_plan(plan: Plan, driver: Driver, evaluate_only: bool = False) -> Run:
         StepError: not one expert could be trained.
         UserError: `merging.clusters` does not fit the domains.
     """
-    standing = driver.ledger.log.newest()
-    check_clusters(
-        plan, list(dict.fromkeys([*(d.name for d in plan.domains), *(standing.domains if standing else ())]))
-    )
-    grown = find_grown(plan, driver) if evaluate_only else grow(plan, driver)
+    grown = find_grown(plan, driver) if evaluate_only else grow_and_evaluate(plan, driver)
     if not grown.forest.experts:
         causes = "\n".join(f"- {failure.label}: {failure.cause}" for failure in grown.failures)
         raise StepError(f"no expert could be trained\n{causes}", remedy="mend the causes and run the plan again")
@@ -83,19 +83,18 @@ def run_plan(plan: Plan, driver: Driver, evaluate_only: bool = False) -> Run:
     evaluation = evaluate(ground, grown.forest, grown.baseline, driver, grown.demix)
     texts = report_texts(ground, driver)
     domains = grown.forest.domains
-    fits = evaluation.fits
+    calibrated = {text: _mixing(fits[CALIBRATED]) for text, fits in evaluation.fits.items()}
     return Run(
         forest=grown.forest,
         texts=tuple(texts),
         wanted_development_blocks=plan.merging.development_blocks,
         priors={
-            text: dict(zip(domains, fit.calibrated.log_prior_E.exp().tolist(), strict=True))
-            for text, fit in fits.items()
+            text: dict(zip(domains, fit.log_prior_E.exp().tolist(), strict=True)) for text, fit in calibrated.items()
         },
-        evidence_weights={text: fit.calibrated.posterior.weight for text, fit in fits.items()},
+        evidence_weights={text: fit.posterior.weight for text, fit in calibrated.items()},
         verdict=verdict(evaluation.results, left_out_of_comparison(ground, grown.forest, driver)),
         passed_over=tuple(d.name for d in plan.domains if d.name in grown.forest.withdrawn),
-        trained_otherwise=_trained_otherwise(grown.ground, grown.forest),
+        trained_otherwise=_trained_otherwise(grown.ground, grown.forest, driver.ledger),
         missing_baselines=_missing_baselines(plan, grown),
         failures=grown.failures,
         made=driver.made,
@@ -103,23 +102,63 @@ def run_plan(plan: Plan, driver: Driver, evaluate_only: bool = False) -> Run:
     )
 
 
+def grow_and_evaluate(plan: Plan, driver: Driver) -> Grown:
+    """Grows the forest, with every step of its evaluation asked for alongside.
+
+    Raises:
+        UserError: `merging.clusters` does not fit the domains, or what any run refuses.
+    """
+    _check_clusters(plan, driver.ledger)
+    return grow(plan, driver, _evaluation_steps(driver.ledger))
+
+
+def _check_clusters(plan: Plan, ledger: Ledger) -> None:
+    forest = ledger.log.newest()
+    check_clusters(plan, list(dict.fromkeys([*(d.name for d in plan.domains), *(forest.domains if forest else ())])))
+
+
+def _evaluation_steps(ledger: Ledger) -> Alongside:
+    """The steps of the evaluation and the report, so that none of them waits for the last training."""
+
+    def steps(ground: Ground, forest: Forest, rivals: Sequence[TrainRequest]) -> Iterator[StepRequest]:
+        if not forest.experts:
+            return
+        try:
+            whole = with_forests_texts(ground, forest, ledger)
+        except StoreError:  # a text is lost: the evaluation says so, once the forest is grown
+            return
+        yield from block_requests(replace(whole, texts=whole.texts[len(ground.texts) :]))
+        baseline = next((rival.ref for rival in rivals if not rival.is_demix), None)
+        demix = [part.ref for rival in rivals for part in rival.parts]
+        yield from comparer_of(whole, forest, baseline, demix).requests()
+        yield from overlap_requests(whole.texts, whole.domains)
+
+    return steps
+
+
+def _mixing(fit: Fitted) -> Mixing:
+    assert isinstance(fit, Mixing)
+    return fit
+
+
 def _missing_baselines(plan: Plan, grown: Grown) -> tuple[str, ...]:
     trained = {"transformer-lm": grown.baseline is not None, "demix": bool(grown.demix)}
     return tuple(name for name in plan.baselines if not trained[name])
 
 
-def _trained_otherwise(ground: Ground, forest: Forest) -> tuple[str, ...]:
+def _trained_otherwise(ground: Ground, forest: Forest, ledger: Ledger) -> tuple[str, ...]:
     """A plan that changes anything else of an expert's recipe is refused by the foundation."""
     from_seed = seed_start(ground, Ref("model", forest.foundation.seed))
 
-    def asked(domain: PreparedText, expert: Expert) -> str:
-        is_from_seed = expert.parents == from_seed.parents
-        start = from_seed if is_from_seed else replace(from_seed, parents=expert.parents, keep_optimizer=False)
-        return expert_request(ground, domain, start).ref.identity
+    def is_as_asked(domain: PreparedText, expert: Expert) -> bool:
+        model = ledger.get(Ref("model", expert.identity))
+        (start,) = model.inputs["start"]
+        asked = expert_request(ground, domain, from_seed if start == from_seed.model else Start(start, False))
+        return asked.ref.identity == expert.identity
 
     experts = {(expert.domain, expert.text): expert for expert in forest.experts}
     found = [(domain, experts.get((domain.name, domain.identity))) for domain in ground.domains]
-    return tuple(sorted(domain.name for domain, expert in found if expert and asked(domain, expert) != expert.identity))
+    return tuple(sorted(domain.name for domain, expert in found if expert and not is_as_asked(domain, expert)))
 
 
 def check_text_is_known(plan: Plan, name: str, ledger: Ledger) -> None:
@@ -142,6 +181,7 @@ def find_grown(plan: Plan, driver: Driver) -> Grown:
     Raises:
         UserError: there is none yet, or it has no expert.
     """
+    _check_clusters(plan, driver.ledger)
     forest = driver.ledger.log.newest()
     if forest is None:
         raise UserError(f"there is no forest in {plan.store} yet", remedy="`btm run` grows one")
@@ -164,5 +204,5 @@ def find_grown(plan: Plan, driver: Driver) -> Grown:
 
 def _with_forests_texts(ground: Ground, forest: Forest, driver: Driver) -> Ground:
     whole = with_forests_texts(ground, forest, driver.ledger)
-    driver.require(driver.workers.prepare, block_requests(replace(whole, texts=whole.texts[len(ground.texts) :])))
+    driver.require(block_requests(replace(whole, texts=whole.texts[len(ground.texts) :])))
     return whole

@@ -11,6 +11,7 @@ from btm_cluster.equations.learned_gate import TextScores
 from btm_cluster.equations.mixture import document_sums, document_tokens, log_mixture
 from btm_cluster.equations.posterior import Posterior
 from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.requests import ScoredSplit
 
 BLOCKS_AT_ONCE = 64
 
@@ -22,6 +23,13 @@ class ScoreStack:
         self._ledger, self._artifacts = ledger, scores
         self._scores = self._open("logp.npy")
         self.documents_BT = _documents(ledger, tokens)
+
+    @staticmethod
+    def of(ledger: Ledger, split: ScoredSplit) -> "ScoreStack":
+        """The stored scores of a split."""
+        found = ledger.find_all(split.scores)
+        scores = [one or ledger.get(ref) for one, ref in zip(found, split.scores, strict=True)]
+        return ScoreStack(ledger, scores, split.tokens)
 
     def _open(self, name: str) -> list[np.ndarray]:
         return [np.load(self._ledger.open_file(artifact, name), mmap_mode="r") for artifact in self._artifacts]

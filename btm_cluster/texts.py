@@ -39,7 +39,7 @@ class TextReport:
 
 def report_texts(ground: Ground, driver: Driver) -> list[TextReport]:
     """A row for each domain and target; compares test with training text where that has not been done."""
-    overlaps = driver.require(driver.workers.prepare, overlap_requests(ground.texts, ground.domains))
+    overlaps = driver.require(overlap_requests(ground.texts, ground.domains))
     return [_report_text(text, overlaps, driver) for text in ground.texts]
 
 
@@ -65,7 +65,7 @@ def targets_seen_in(ground: Ground, domains: Mapping[str, str], driver: Driver) 
         return {}
     standing = {name: text for name, text in domains.items() if driver.ledger.find(Ref("text", text)) is not None}
     trained_on = [stored_text(name, text, ground, driver.ledger) for name, text in standing.items()]
-    overlaps = driver.require(driver.workers.prepare, overlap_requests(ground.texts, trained_on))
+    overlaps = driver.require(overlap_requests(ground.texts, trained_on))
     seen: dict[str, str] = {}
     for name, overlap in zip(standing, overlaps, strict=True):
         for target in targets:

@@ -1,14 +1,14 @@
-"""The port between the driver and whoever does the work: its verbs, and the records that come back.
+"""The port between the driver and the workers: one method, and the records that come back.
 
 `requests/` has what is asked. `on_ray/` and `in_process.py` implement the port.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from btm_cluster.ledger import Artifact
-from btm_cluster.requests import AverageRequest, MixRequest, PrepareRequest, ScoreRequest, SoupRequest, TrainRequest
+from btm_cluster.requests import StepRequest
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ Outcome: TypeAlias = Artifact | Failure
 
 @dataclass(frozen=True)
 class Progress:
-    """A sign of life of one training: what the live line shows."""
+    """Progress report of a step: what the live line shows."""
 
     label: str
     phase: str
@@ -63,25 +63,14 @@ Watcher: TypeAlias = Callable[[Progress], None]
 
 
 class Workers(Protocol):
-    """The verbs. Each takes any number of requests and returns an outcome for each, in order; none cancels another.
+    """Runs steps, wherever that is."""
 
-    A user's mistake (UserError) and a stop (Stopped) are raised, not returned.
-    """
+    def run(self, requests: Sequence[StepRequest]) -> Generator[tuple[StepRequest, Outcome], None, None]:
+        """Runs the requests, all distinct, and yields each with its outcome as it finishes; none cancels another.
 
-    def prepare(self, requests: Sequence[PrepareRequest]) -> list[Outcome]:
-        """Text to token blocks."""
+        A request may need what another one of the same call makes, and starts once that is there. Where it failed, so does
+        the request. Where several could start, the first ones do.
 
-    def train(self, requests: Sequence[TrainRequest]) -> list[Outcome]:
-        """Token blocks to models."""
-
-    def score(self, requests: Sequence[ScoreRequest]) -> list[Outcome]:
-        """Models and token blocks to token log-probabilities."""
-
-    def mix(self, requests: Sequence[MixRequest]) -> list[Outcome]:
-        """Several models' log-probabilities of a text to those of their mixtures."""
-
-    def average(self, requests: Sequence[AverageRequest]) -> list[Outcome]:
-        """Models to one model."""
-
-    def soup(self, requests: Sequence[SoupRequest]) -> list[Outcome]:
-        """Models and token blocks to the weights of an average."""
+        Raises:
+            UserError, Stopped: a user's mistake and a stop are raised, not returned.
+        """

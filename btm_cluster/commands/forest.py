@@ -177,6 +177,9 @@ def _purge(ledger: "Ledger", domain: str, yes: bool, json_output: bool) -> None:
     influence = removal.influence_of(ledger, forest, expert) if forest and expert else None
     condemned = purge.condemn(ledger, domain)
     purge.purge(ledger, condemned)
+    newest = ledger.log.newest()
+    if newest is not None and domain in newest.domains:  # a run merged it before there were tombstones to see
+        forest = removal.remove(ledger, domain)
     if json_output:
         told = {"version": forest.version if forest else None, "purged": asdict(condemned)}
         print(json.dumps(told | {"influence": asdict(influence) if influence else None}, indent=1))

@@ -51,7 +51,7 @@ def gc(
 
     Without --delete nothing is written, so ages are by this machine's clock and not by the store's.
     """
-    from btm_cluster.upkeep.housekeeping import collect, find_garbage
+    from btm_cluster.upkeep.gc import collect, find_garbage
 
     ledger = open_ledger(store)
     garbage = find_garbage(ledger, keep_versions, 86_400 * grace_days, now=None if delete else time.time())
@@ -61,10 +61,9 @@ def gc(
         print(json.dumps(asdict(garbage) | {"deleted": delete}, indent=1))
         return
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(garbage.kinds.items())) or "no artifacts"
-    print(
-        f"{'deleted' if delete else 'would delete'}: {kinds}, {len(garbage.blobs)} blobs of {garbage.size_bytes:,} bytes"
-    )
-    if not delete and (garbage.manifests or garbage.blobs):
+    blobs = f"{len(garbage.blobs)} blobs" + (f" and {len(garbage.unfinished)} unfinished" if garbage.unfinished else "")
+    print(f"{'deleted' if delete else 'would delete'}: {kinds}, {blobs} of {garbage.size_bytes:,} bytes")
+    if not delete and (garbage.manifests or garbage.blobs or garbage.unfinished):
         print("the same with --delete deletes them; ages are by this machine's clock here, and by the store's there")
 
 

@@ -11,13 +11,12 @@ from functools import cache
 from typing import TypeAlias
 
 from btm_cluster.driver import Driver
-from btm_cluster.evaluation import score_models
+from btm_cluster.evaluation.scoring import score_models, stack_of
 from btm_cluster.forest import Expert, Forest
 from btm_cluster.ground import Ground, PreparedText, stored_text, tokenize_requests
 from btm_cluster.ledger import Ref
 from btm_cluster.mixing import cross_fitted_perplexity, fits_at_once
 from btm_cluster.records import Held, branch_point_identity
-from btm_cluster.scores import ScoreStack
 from btm_cluster.texts import targets_seen_in
 
 
@@ -78,13 +77,13 @@ def _ensemble_perplexity(
 ) -> Perplexity:
     """Scores every text under every expert, and answers, once, for any of them."""
     models = [Ref("model", expert.identity) for expert in experts]
-    scores = score_models(ground, [(m, t) for m in models for t in texts], driver, splits=["development"])
-    tokens = {text.name: text.tokens["development"] for text in texts}
+    scores = score_models(ground, models, texts, driver, ["development"])
+    by_name = {text.name: text for text in texts}
 
     @cache
     def perplexity(chosen: tuple[Expert, ...], text: str) -> float:
-        found = [scores[expert.identity, text, "development"] for expert in chosen]
-        stack, merging = ScoreStack(driver.ledger, found, tokens[text]), ground.plan.merging
+        models, merging = [Ref("model", expert.identity) for expert in chosen], ground.plan.merging
+        stack = stack_of(driver.ledger, models, by_name[text], "development", scores)
         return cross_fitted_perplexity(*stack.take(0, merging.development_blocks), merging)
 
     return perplexity
@@ -104,7 +103,7 @@ def _texts_of(ground: Ground, forest: Forest, driver: Driver) -> list[PreparedTe
             text.name, text.identity, text.facts, ground.tokenizer, ground.plan.training.block_tokens
         )["development"]
     ]
-    driver.require(driver.workers.prepare, requests)
+    driver.require(requests)
     return texts
 
 

@@ -17,6 +17,7 @@ from btm_cluster.ground import (
     ground_of,
     model_config,
     read_requests,
+    text_of,
     tokenizer_request,
     vocabulary_of,
     without_texts,
@@ -48,7 +49,7 @@ def prepare_new(plan: Plan, arrivals: Sequence[Arrival], forest: Forest, driver:
     model = model_config(plan, vocabulary_of(plan))
     check_foundation(without_texts(plan, model, driver.ledger), forest, driver.ledger)
     _check_room(plan, requests, arrivals, driver)
-    read = driver.require(driver.workers.prepare, requests)
+    read = driver.require(requests)
     memos = {text.name: memo for text, memo in zip(plan.texts, read, strict=True)}
     arrived = _read_all(plan, arrivals, driver)
     failures = [outcome for outcome in arrived.values() if isinstance(outcome, Failure)]
@@ -59,7 +60,7 @@ def prepare_new(plan: Plan, arrivals: Sequence[Arrival], forest: Forest, driver:
     domains = (*plan.domains, *(a.domain for a in arrivals if a.domain.name in memos))
     ground = ground_of(plan.model_copy(update={"domains": domains}), memos, model, driver.ledger)
     check_texts(ground, forest, driver.ledger)
-    driver.require(driver.workers.prepare, [tokenizer_request(plan, ground.founders)])
+    driver.require([tokenizer_request(plan, ground.founders)])
     too_short, failed = _tokenize(ground, {d.name for d in plan.texts}, driver)
     refused |= too_short
     failures += failed
@@ -89,7 +90,7 @@ def _read_all(plan: Plan, arrivals: Sequence[Arrival], driver: Driver) -> dict[s
     requests = _arrivals_requests(plan, arrivals)
     names = [arrival.domain.name for arrival in arrivals]
     try:
-        read: list[Outcome | str] = list(driver.obtain(driver.workers.prepare, requests))
+        read: list[Outcome | str] = list(driver.obtain(requests))
     except UserError as exc:  # of one of them, which is not said: each by itself, then
         read = [_read_alone(request, driver, _one_line(exc)) for request in requests]
     return {
@@ -110,7 +111,7 @@ def _read_alone(request: ReadText, driver: Driver, seen: str) -> Outcome | str:
     reason = ""
     for _ in range(2):
         try:
-            return driver.obtain(driver.workers.prepare, [request])[0]
+            return driver.obtain([request])[0]
         except UserError as exc:
             reason = _one_line(exc)
         if reason == seen:
@@ -121,10 +122,10 @@ def _read_alone(request: ReadText, driver: Driver, seen: str) -> Outcome | str:
 def _copies(arrived: Mapping[str, Artifact], of_plan: Mapping[str, Artifact], forest: Forest) -> dict[str, str]:
     """Arrivals whose documents are those of another domain: they would be one expert under two names."""
     known = {expert.text: expert.domain for expert in forest.experts}
-    known |= {str(memo.facts["text"]): name for name, memo in of_plan.items()}
+    known |= {text_of(memo): name for name, memo in of_plan.items()}
     refused = {}
     for name, memo in arrived.items():
-        first = known.setdefault(str(memo.facts["text"]), name)
+        first = known.setdefault(text_of(memo), name)
         if first != name:
             refused[name] = f"the same documents as {first!r}"
     return refused
@@ -137,7 +138,7 @@ def _tokenize(ground: Ground, of_plan: set[str], driver: Driver) -> tuple[dict[s
         TextError: a text of the plan fills no block.
     """
     requests = block_requests(ground)
-    outcomes = driver.obtain(driver.workers.prepare, requests)
+    outcomes = driver.obtain(requests)
     blocks: dict[tuple[str, str], int] = {}
     for request, outcome in zip(requests, outcomes, strict=True):
         if isinstance(outcome, Artifact):

@@ -1,15 +1,16 @@
 """The README.md of a merged model: what it is made of, in words and for the hub."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from btm_cluster.requests import AverageRequest
 
 
-def write_card(request: AverageRequest, file: Path) -> None:
-    """Writes the card of an average: its plan, its parents and their weights."""
+def write_card(request: AverageRequest, weights: Mapping[str, float], file: Path) -> None:
+    """Writes the card of an average: its plan, its models and their weights, by identity."""
     rows = [
-        f"| {request.card.get(parent.identity, '')} | `{parent.identity}` | {parent.weight:.6f} |"
-        for parent in sorted(request.parents, key=lambda p: -p.weight)
+        f"| {request.card.get(identity, '')} | `{identity}` | {weight:.6f} |"
+        for identity, weight in sorted(weights.items(), key=lambda item: -item[1])
     ]
     file.write_text(
         f"""---

@@ -14,8 +14,16 @@ from btm_cluster.language_model.compute import autocast, device_of
 from btm_cluster.language_model.loss import read_after
 from btm_cluster.requests import Resources
 
-LOGITS_AT_ONCE = 2**26
-"""Logits in float32 held at once beside the model's own, three times: 0.8 GB."""
+LOGITS_AT_ONCE = {"cuda": 2**26, "cpu": 2**20}
+"""Logits in float32 held at once beside the model's own, twice: 0.5 GB on a GPU. On a CPU as many as its caches and malloc like:
+with 16 blocks of 128 tokens and a vocabulary of 2,048, 73 ms instead of 106."""
+
+
+def set_up_scoring(how: Resources) -> None:
+    """Sets this process's threads and arithmetic, whatever it has done before: the same scores in any process."""
+    torch.set_float32_matmul_precision("highest")
+    if not how.gpus_per_worker:
+        torch.set_num_threads(how.cpus_per_worker)
 
 
 def score_blocks(
@@ -62,10 +70,19 @@ def score_tokens(
         logits = model(input_ids=read_after(blocks_BT, first_token), use_cache=False).logits
     tokens_N = blocks_BT.flatten()
     logp_N, entropy_N = (torch.empty(len(tokens_N), device=logits.device) for _ in range(2))
-    at_once = max(1, LOGITS_AT_ONCE // logits.shape[-1])
+    at_once = max(1, LOGITS_AT_ONCE[logits.device.type] // logits.shape[-1])
     for start in range(0, len(tokens_N), at_once):
         part = slice(start, start + at_once)
         logp_NV = torch.log_softmax(logits.flatten(0, 1)[part].float(), dim=-1)
         logp_N[part] = logp_NV.gather(1, tokens_N[part, None])[:, 0]
-        entropy_N[part] = torch.special.entr(logp_NV.exp()).sum(-1)
+        entropy_N[part] = _entropy(logp_NV)
     return logp_N.view_as(blocks_BT), entropy_N.view_as(blocks_BT)
+
+
+def _entropy(logp_NV: torch.Tensor) -> torch.Tensor:
+    """Entropies in nats: [N]. A product of rows is four times as fast as `entr`, but for tokens that a model rules out."""
+    probability_NV = logp_NV.exp()
+    entropy_N: torch.Tensor = -torch.linalg.vecdot(probability_NV, logp_NV)
+    if not entropy_N.isfinite().all():
+        entropy_N = torch.special.entr(probability_NV).sum(-1)  # 0 · -inf is 0 there
+    return entropy_N

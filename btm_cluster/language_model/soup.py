@@ -51,7 +51,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class FittedWeights:
+class SearchedWeights:
     """What a search found, in the order of the models; they sum to one, rounded so that an average's name can hang on them."""
 
     weights: list[float]
@@ -124,15 +124,15 @@ class Soup:
         )
 
 
-def greedy_soup(soup: Soup, reading: Reading) -> FittedWeights:
+def greedy_soup(soup: Soup, reading: Reading) -> SearchedWeights:
     """Experts by their own loss, best first; each is kept where the uniform average of those kept gets better with it."""
     weights, loss = greedy_weights(lambda weights: soup.loss(weights, reading), len(soup))
-    return FittedWeights(posterior_weights(torch.tensor(weights, dtype=torch.float64)), loss)
+    return SearchedWeights(posterior_weights(torch.tensor(weights, dtype=torch.float64)), loss)
 
 
 def learned_soup(
     soup: Soup, reading: Reading, starts: Sequence[Sequence[float]] = (), random_seed: int = 0
-) -> FittedWeights:
+) -> SearchedWeights:
     """Weights by descent on the loss of the averaged model, from the best expert, the uniform average, and given starts.
 
     A fifth of the blocks is held out: the weights with the lowest loss there win, those of the starts among them.
@@ -158,10 +158,10 @@ def softmax_slope(slope_E: torch.Tensor, weights_E: torch.Tensor) -> torch.Tenso
 
 def _descend(
     soup: Soup, learning: Reading, held_out: Reading, start: Sequence[float], random_seed: int
-) -> FittedWeights:
+) -> SearchedWeights:
     """The best of a start and of what Adam passes from there."""
     generator = torch.Generator().manual_seed(random_seed)
-    best = FittedWeights(list(start), soup.loss(start, held_out))
+    best = SearchedWeights(list(start), soup.loss(start, held_out))
     start_E = torch.tensor(start, dtype=torch.float64)
     logits_E = ((1 - SMOOTHING) * start_E / start_E.sum() + SMOOTHING / len(start)).log().requires_grad_()
     optimizer = torch.optim.Adam([logits_E], LEARNING_RATE)
@@ -175,7 +175,7 @@ def _descend(
         weights = posterior_weights(torch.softmax(logits_E.detach(), dim=0))
         loss = soup.loss(weights, held_out)
         if loss < best.loss:
-            best, best_look = FittedWeights(weights, loss), look
+            best, best_look = SearchedWeights(weights, loss), look
         if look - best_look >= PATIENCE or not math.isfinite(loss):
             break
     return best

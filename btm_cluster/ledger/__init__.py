@@ -10,6 +10,8 @@ exist. Knows the layout of the store and how to check what it reads; knows nothi
     forest/<n>.json                    version n
     pins/<n>.json                      version n is never collected
     tombstones/<kind>/<identity>.json  a text or model that was purged, and never comes back
+    tombstones/purge/<id>.json         everything that a purge deletes, written before it does
+    tombstones/purged/<id>.json        it has
 
 Other documents that are created once have their places in `records.py`. `keys.py` has the form of every key; what has another is
 none of the store's. Whatever is read is compared with its key: number, kind, identity, and the hash of its recipe.
@@ -19,17 +21,21 @@ from btm_cluster.ledger.artifact import (
     CHUNK_BYTES,
     Artifact,
     Blob,
+    Inputs,
+    Named,
+    Origin,
     Ref,
     artifact_key,
     blob_key,
     describe_file,
-    tombstone_key,
+    identity_by,
     training_folder,
 )
-from btm_cluster.ledger.documents import THREADS, check_fields, check_place, known_form
+from btm_cluster.ledger.documents import THREADS, at_once, check_fields, check_place, known_form
 from btm_cluster.ledger.forest_log import ForestLog, version_key
 from btm_cluster.ledger.keys import FOLDERS, is_ours, list_ours, list_strays
 from btm_cluster.ledger.ledger import Ledger
+from btm_cluster.ledger.tombstones import PurgeRecord, tombstone_key
 
 __all__ = [
     "CHUNK_BYTES",
@@ -38,13 +44,19 @@ __all__ = [
     "Artifact",
     "Blob",
     "ForestLog",
+    "Inputs",
     "Ledger",
+    "Named",
+    "Origin",
+    "PurgeRecord",
     "Ref",
     "artifact_key",
+    "at_once",
     "blob_key",
     "check_fields",
     "check_place",
     "describe_file",
+    "identity_by",
     "is_ours",
     "known_form",
     "list_ours",

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 from btm_cluster.errors import IntegrityError, MissingError
 from btm_cluster.forest import identity_of
@@ -32,6 +32,41 @@ class Ref:
     kind: str
     identity: str
 
+    def __str__(self) -> str:
+        return f"{self.kind}/{self.identity}"
+
+    @staticmethod
+    def parse(text: str) -> "Ref":
+        """Reads what `str` wrote."""
+        kind, identity = text.split("/")
+        return Ref(kind, identity)
+
+
+Inputs: TypeAlias = Mapping[str, tuple[Ref, ...]]
+"""The artifacts that something is made from, by the part that they play in it."""
+
+
+class Named(Protocol):
+    """An artifact to be made, named by what it is made from: a step's request, for instance."""
+
+    @property
+    def ref(self) -> Ref: ...
+
+    @property
+    def recipe(self) -> Mapping[str, Any]: ...
+
+    @property
+    def inputs(self) -> Inputs: ...
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Names an artifact that is made in passing, without a request of its own."""
+
+    ref: Ref
+    recipe: Mapping[str, Any]
+    inputs: Inputs
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -40,8 +75,11 @@ class Artifact:
     kind: str
     identity: str
     recipe: Mapping[str, Any]
+    inputs: Inputs
+    parts: tuple[Ref, ...]
+    """Artifacts that the same step committed and that this one consists of: the text that a source was read into."""
     facts: Mapping[str, Any]
-    """What was found out while making it: the same for equal runs in one numerics profile."""
+    """Results beside the files: the same for equal runs in one numerics profile."""
     note: Mapping[str, Any]
     """Circumstances: when, where, how fast, called what. Never used to decide anything but estimates and what is purged."""
     blobs: tuple[Blob, ...]
@@ -52,10 +90,20 @@ class Artifact:
         return Ref(self.kind, self.identity)
 
     @property
+    def made_from(self) -> tuple[Ref, ...]:
+        """Every input."""
+        return tuple(ref for refs in self.inputs.values() for ref in refs)
+
+    @property
+    def needs(self) -> tuple[Ref, ...]:
+        """Artifacts without which this one is of no use: its inputs and parts. A trained model is whole without its start."""
+        inputs = (ref for role, refs in self.inputs.items() if role != "start" for ref in refs)
+        return (*inputs, *self.parts)
+
+    @property
     def parents(self) -> tuple[str, ...]:
-        """Identities of the models that a model was made from."""
-        start = self.recipe.get("start") or {}
-        return tuple(p["identity"] for p in self.recipe.get("average") or start.get("parents") or ())
+        """Identities of the models that a model was made from: its start, those that it averages, or the DEMix it is part of."""
+        return tuple(ref.identity for role in ("start", "models", "demix") for ref in self.inputs.get(role, ()))
 
     def blob(self, name: str) -> Blob:
         """The file called `name`."""
@@ -81,8 +129,8 @@ def check_artifact(artifact: Artifact, key: str) -> None:
     own = training_key(artifact.identity, artifact.recipe["update"]) if training else artifact_key(artifact.ref)
     if own != key:
         raise _refused(f"{key} is another artifact's manifest", own, key)
-    if (made_from := _identity_by_recipe(artifact)) != artifact.identity:
-        raise _refused(f"{key} is not of the recipe that it names", made_from, artifact.identity)
+    if (made_from := named_identity(artifact)) != artifact.identity:
+        raise _refused(f"{key} is not of the recipe and inputs that it names", made_from, artifact.identity)
     names = [blob.name for blob in artifact.blobs]
     if twice := {name for name in names if names.count(name) > 1}:
         raise _refused(f"{key} names a file twice", ", ".join(sorted(twice)), "a name of its own for each")
@@ -91,18 +139,23 @@ def check_artifact(artifact: Artifact, key: str) -> None:
             raise _refused(f"{key} names a file that cannot be", f"{blob.name!r}: {wrong}", "a file that was stored")
 
 
-def is_named_by(ref: Ref, recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
-    """Whether an identity is the one that a recipe gives."""
-    return _identity_by_recipe(Artifact(ref.kind, ref.identity, recipe, facts, {}, (), "")) == ref.identity
+def identity_by(kind: str, recipe: Mapping[str, Any], inputs: Inputs) -> str:
+    """The identity of an artifact: SHA-256 of its kind, its recipe and the artifacts that it is made from."""
+    return identity_of({"kind": kind, "recipe": recipe, "inputs": plain_inputs(inputs)})
 
 
-def _identity_by_recipe(artifact: Artifact) -> str:
-    """The hash of the recipe. A text's is over its documents, and a training checkpoint's is that of its model's recipe."""
-    if artifact.kind == "text":
-        return str(artifact.recipe["documents"])
-    if artifact.kind == "training":
-        return identity_of(artifact.facts["model"]) if "model" in artifact.facts else artifact.identity
-    return identity_of(artifact.recipe)
+def named_identity(made: Named | Artifact) -> str:
+    """The identity that recipe and inputs give. A text's is over its documents; a training checkpoint has its model's."""
+    if made.ref.kind == "text":
+        return str(made.recipe["documents"])
+    if made.ref.kind == "training":
+        return identity_by("model", made.recipe["model"], made.inputs)
+    return identity_by(made.ref.kind, made.recipe, made.inputs)
+
+
+def plain_inputs(inputs: Inputs) -> dict[str, list[str]]:
+    """As a manifest has them: `<kind>/<identity>`."""
+    return {role: [str(ref) for ref in refs] for role, refs in inputs.items()}
 
 
 def _blob_problem(blob: Blob) -> str:
@@ -143,11 +196,6 @@ def blob_key(ref: Ref, sha256: str) -> str:
     """Of a file of an artifact."""
     folder = training_folder(ref.identity) if ref.kind == "training" else ""
     return f"{folder}blobs/{sha256}"
-
-
-def tombstone_key(ref: Ref) -> str:
-    """Of what is left of an artifact that was purged."""
-    return f"tombstones/{ref.kind}/{ref.identity}.json"
 
 
 def pin_key(version: int) -> str:

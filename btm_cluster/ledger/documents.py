@@ -4,11 +4,12 @@ import hashlib
 import json
 import socket
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from btm_cluster.account import account
 from btm_cluster.errors import IntegrityError, MissingError, StoreError, one_line
@@ -22,6 +23,14 @@ MOST_BYTES = 64 * 2**20
 
 
 _REMEDY = "restore it from a backup"
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def at_once(call: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """The results of a small store call on each item, in order; many are under way at a time."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(call, items))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ _UPDATE = "(?:[0-9]{9}|[1-9][0-9]{9,})"
 _IN_INBOX = r"[^./][^/]*/(?!(?:.*/)?(?:\.|#[^/]*#(?:/|$)))(?:.*[^/~])"
 _FORMS = {
     "artifacts/": rf"[a-z]+(?:-[a-z]+)*/{_HASH}\.json",
+    "baselines/": rf"{_HASH}\.json",
     "blobs/": _HASH,
     "clock/": "[0-9a-f]{32}",
     "expansions/": rf"{_HASH}\.json",

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,21 +14,24 @@ from btm_cluster.ledger.artifact import (
     CHUNK_BYTES,
     Artifact,
     Blob,
+    Named,
+    Origin,
     Ref,
     artifact_key,
     blob_key,
-    check_artifact,
     describe_file,
-    is_named_by,
+    named_identity,
     pin_key,
-    tombstone_key,
+    plain_inputs,
     training_folder,
     training_key,
 )
-from btm_cluster.ledger.documents import THREADS, Document, Documents, check_fields, check_place, known_form
+from btm_cluster.ledger.documents import THREADS, Document, Documents, known_form
 from btm_cluster.ledger.forest_log import ForestLog
 from btm_cluster.ledger.keys import list_ours
-from btm_cluster.storage import Storage, open_storage
+from btm_cluster.ledger.manifests import list_manifests, read_manifest, read_manifests
+from btm_cluster.ledger.tombstones import OTHER_TEXT, Tombstones, withdraw
+from btm_cluster.storage import Entry, Storage, open_storage
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +43,7 @@ class Ledger:
         self.storage = storage
         self.documents = Documents(storage)
         self.log = ForestLog(storage, self.documents)
+        self.tombstones = Tombstones(storage, self.documents)
 
     @staticmethod
     def open(location: str) -> "Ledger":
@@ -70,7 +74,7 @@ class Ledger:
         if found is None or found.kind != "source":
             return found
         with known_form(artifact_key(ref)):
-            named = Ref("text", found.facts["text"])
+            (named,) = found.parts
         text = self.find(named)
         if text is None:
             return None
@@ -111,61 +115,49 @@ class Ledger:
             list(pool.map(lambda item: self._check_blob_stands(*item), blobs.values()))
 
     def tombstone(self, ref: Ref) -> Document | None:
-        """What is left of an artifact that was purged; None where none was."""
-        return self.read_tombstone(tombstone_key(ref))
+        """What is left of a text or model that was purged; None where none was."""
+        return self.tombstones.find(ref)
 
-    def read_tombstone(self, key: str) -> Document | None:
-        """The tombstone at a key, whose body has `domain`, `kind`, `identity` and `parents`; None where there is none."""
-        found = self.documents.read(key)
-        if found is None:
-            return None
-        with known_form(key):
-            check_fields(found.body, {"domain", "kind", "identity", "parents"})
-            own = tombstone_key(Ref(found.body["kind"], found.body["identity"]))
-            list(found.body["parents"])
-        check_place(key, own)
-        return found
-
-    def parents_of(self, model: str) -> tuple[str, ...]:
-        """Identities of the models that one was made from, even if it was purged."""
-        tombstone = None if (found := self.find(Ref("model", model))) else self.tombstone(Ref("model", model))
-        return tuple(tombstone.body["parents"]) if tombstone else (found or self.get(Ref("model", model))).parents
-
-    def check_not_purged(
-        self,
-        ref: Ref,
-        remedy: str = "take the domain out of the plan or the inbox; other text may come under another name",
-    ) -> None:
+    def check_not_purged(self, ref: Ref, remedy: str = OTHER_TEXT) -> None:
         """Refuses an artifact that was purged once.
 
         Raises:
             UserError: naming when and by whom.
         """
-        found = self.tombstone(ref)
-        if found is not None:
-            raise UserError(
-                f"this {ref.kind}, {ref.identity[:12]}, was purged from the store",
-                found=f"purged as {found.body['domain']!r} at {found.note['created']} by {found.note['by']}",
-                expected="what was purged stays away",
-                remedy=remedy,
-            )
+        self.tombstones.check_not_purged(ref, remedy)
 
     def list_artifacts(self, kind: str) -> Iterator[Artifact]:
         """Every committed artifact of a kind."""
         keys = [entry.key for entry in list_ours(self.storage, f"artifacts/{kind}/")]
-        with ThreadPoolExecutor(THREADS) as pool:
-            yield from (found for found in pool.map(self.read_manifest, keys) if found is not None)
+        yield from self.read_manifests(keys).values()
 
     def commit(
         self,
-        ref: Ref,
-        recipe: Mapping[str, Any],
+        made: Named,
         files: Mapping[str, Path],
         facts: Mapping[str, Any],
         note: Mapping[str, Any] | None = None,
+        parts: Sequence[Ref] = (),
     ) -> Artifact:
-        """Stores `files` and creates the manifest. Whoever loses a race gets the winner's artifact."""
-        return self._commit(artifact_key(ref), ref, recipe, files, facts, note or {})
+        """Stores `files` and creates the manifest of what was `made`. Whoever loses a race gets the winner's artifact.
+
+        Raises:
+            UserError: it was purged meanwhile, or something that it is made from was. It is not stored then.
+        """
+        key = artifact_key(made.ref)
+        blobs, is_first = self._write(key, made, files, facts, note or {}, parts)
+        committed = self.read_manifest(key)
+        if committed is None:
+            raise IntegrityError(
+                f"{key} vanished right after it was created", remedy="check who deletes from this store"
+            )
+        if not is_first:
+            for blob in set(committed.blobs) - set(blobs):  # what we uploaded ourselves is there
+                self._check_blob_stands(made.ref, blob)
+        if purged := self.tombstones.found_among(committed):  # looked for last: a purge sees what was created before
+            withdraw(self.storage, self.documents, committed)
+            raise purged
+        return committed
 
     def open_file(self, artifact: Artifact, name: str) -> Path:
         """A local file with the blob called `name`, checked.
@@ -215,23 +207,31 @@ class Ledger:
 
     def save_training(
         self,
-        identity: str,
+        model: Named,
         update: int,
         files: Mapping[str, Path],
         facts: Mapping[str, Any],
         passed_over: Collection[str] = (),
     ) -> None:
-        """Commits a training checkpoint at `update`, then drops the older ones.
+        """Commits a training checkpoint of a `model` in the making at `update`, then drops the older ones.
 
         One at the same update stays, unless its manifest hash is among those that could not be loaded, `passed_over`.
+
+        Raises:
+            UserError: the model was purged meanwhile, or something that it is made from was. Nothing of it is stored then.
         """
+        identity = model.ref.identity
         ref, key = Ref("training", identity), training_key(identity, update)
+        checkpoint = Origin(ref, {"update": update, "model": model.recipe}, model.inputs)
         whole, damaged = self._trainings(identity)
         if key in whole and whole[key].manifest_hash in passed_over:
             self.storage.delete(key)
         for lost in damaged:  # nobody can go on from them, and one may have this very key
             self.storage.delete(lost)
-        self._write(key, ref, {"update": update}, files, facts, {})
+        self._write(key, checkpoint, files, facts, {})
+        if purged := self.tombstones.found_among(checkpoint):
+            self.storage.erase(training_folder(identity))
+            raise purged
         manifests, _ = self._trainings(identity)
         kept = {blob.sha256 for k, manifest in manifests.items() if k >= key for blob in manifest.blobs}
         for older in sorted(k for k in manifests if k < key):
@@ -319,44 +319,26 @@ class Ledger:
         """Undoes `pin`."""
         self.storage.delete(pin_key(version))
 
-    def _commit(
-        self,
-        key: str,
-        ref: Ref,
-        recipe: Mapping[str, Any],
-        files: Mapping[str, Path],
-        facts: Mapping[str, Any],
-        note: Mapping[str, Any],
-    ) -> Artifact:
-        blobs, is_first = self._write(key, ref, recipe, files, facts, note)
-        committed = self.read_manifest(key)
-        if committed is None:
-            raise IntegrityError(
-                f"{key} vanished right after it was created", remedy="check who deletes from this store"
-            )
-        if not is_first:
-            for blob in set(committed.blobs) - set(blobs):  # what we uploaded ourselves is there
-                self._check_blob_stands(ref, blob)
-        return committed
-
     def _write(
         self,
         key: str,
-        ref: Ref,
-        recipe: Mapping[str, Any],
+        made: Named,
         files: Mapping[str, Path],
         facts: Mapping[str, Any],
         note: Mapping[str, Any],
+        parts: Sequence[Ref] = (),
     ) -> tuple[list[Blob], bool]:
         """Stores files and their manifest; what they are, and whether the manifest was not there yet."""
-        assert is_named_by(ref, recipe, facts), f"{ref} is not of its recipe"
+        assert named_identity(made) == made.ref.identity, f"{made.ref} is not of its recipe and inputs"
         blobs = [describe_file(name, path) for name, path in sorted(files.items())]
         for blob in blobs:
-            self.storage.upload(blob_key(ref, blob.sha256), files[blob.name])
+            self.storage.upload(blob_key(made.ref, blob.sha256), files[blob.name])
         body = {
-            "kind": ref.kind,
-            "identity": ref.identity,
-            "recipe": recipe,
+            "kind": made.ref.kind,
+            "identity": made.ref.identity,
+            "recipe": made.recipe,
+            "inputs": plain_inputs(made.inputs),
+            "parts": [str(ref) for ref in parts],
             "facts": facts,
             "blobs": [dataclasses.asdict(blob) for blob in blobs],
         }
@@ -369,17 +351,20 @@ class Ledger:
             IntegrityError: it is not what was written, or not of the artifact that the key names.
             StoreError: it has a form that this version does not know.
         """
-        document = self.documents.read(key)
-        if document is None:
-            return None
-        with known_form(key):
-            body = document.body
-            check_fields(body, {"kind", "identity", "recipe", "facts", "blobs"})
-            blobs = tuple(Blob(**{**blob, "chunks": tuple(blob["chunks"])}) for blob in body["blobs"])
-            recipe, facts = dict(body["recipe"]), dict(body["facts"])
-            artifact = Artifact(body["kind"], body["identity"], recipe, facts, document.note, blobs, document.hash)
-            check_artifact(artifact, key)
-        return artifact
+        return read_manifest(self.documents, key)
+
+    def list_manifests(self) -> list[Entry]:
+        """Every manifest: of artifacts and of training checkpoints."""
+        return list_manifests(self.storage)
+
+    def read_manifests(self, keys: Iterable[str] | None = None) -> dict[str, Artifact]:
+        """The manifests at some keys, or all of them, by key: artifacts and training checkpoints."""
+        return read_manifests(self.documents, [e.key for e in self.list_manifests()] if keys is None else keys)
+
+    def find_listed(self, ref: Ref) -> Artifact | None:
+        """Like `find`, but only where a listing shows it too: what lies behind a linked folder is none of the store's."""
+        key = artifact_key(ref)
+        return self.find(ref) if any(entry.key == key for entry in self.storage.list(key)) else None
 
 
 @contextmanager

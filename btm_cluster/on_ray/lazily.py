@@ -2,22 +2,14 @@
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from btm_cluster.checks import check_compiler
 from btm_cluster.plan import ClusterPlan
-from btm_cluster.requests import (
-    AverageRequest,
-    MixRequest,
-    PrepareRequest,
-    Resources,
-    ScoreRequest,
-    SoupRequest,
-    TrainRequest,
-)
+from btm_cluster.requests import Resources, StepRequest
 from btm_cluster.room import Ask
 from btm_cluster.workers import Outcome, Watcher
 
@@ -68,23 +60,8 @@ class LazyRayWorkers:
                 check_compiler(asks)
             self._connected().check_room(asks)
 
-    def prepare(self, requests: Sequence[PrepareRequest]) -> list[Outcome]:
-        return self._connected().prepare(requests)
-
-    def train(self, requests: Sequence[TrainRequest]) -> list[Outcome]:
-        return self._connected().train(requests)
-
-    def score(self, requests: Sequence[ScoreRequest]) -> list[Outcome]:
-        return self._connected().score(requests)
-
-    def mix(self, requests: Sequence[MixRequest]) -> list[Outcome]:
-        return self._connected().mix(requests)
-
-    def average(self, requests: Sequence[AverageRequest]) -> list[Outcome]:
-        return self._connected().average(requests)
-
-    def soup(self, requests: Sequence[SoupRequest]) -> list[Outcome]:
-        return self._connected().soup(requests)
+    def run(self, requests: Sequence[StepRequest]) -> Generator[tuple[StepRequest, Outcome], None, None]:
+        return self._connected().run(requests)
 
     def _connected(self) -> "RayWorkers":
         if self._workers is None:

@@ -87,7 +87,7 @@ class Metrics:
             for name, description in _OF_TRAINING.items()
         }
         self._tokens = Counter("btm_tokens", "tokens trained on", tag_keys=TRAINING_TAGS)
-        self._steps = Counter("btm_steps", "steps that ended", tag_keys=("store", "verb", "outcome"))
+        self._steps = Counter("btm_steps", "steps that ended", tag_keys=("store", "step", "outcome"))
         self._requests = Counter("btm_store_requests", "operations on the store", tag_keys=("store", "verb", "outcome"))
         self._version = Gauge("btm_forest_version", "newest version of the forest", tag_keys=("store",))
         self._experts = Gauge("btm_forest_experts", "experts in the newest version", tag_keys=("store",))
@@ -109,10 +109,10 @@ class Metrics:
         if tokens > 0:
             self._tokens.inc(tokens, self._tags(progress.label))
 
-    def ended(self, label: str, verb: str, failed: bool) -> None:
+    def ended(self, label: str, step: str, failed: bool) -> None:
         """A step came to its end."""
-        self._steps.inc(1, self._store | {"verb": verb, "outcome": "failed" if failed else "done"})
-        if label in self._watched and verb == "train":
+        self._steps.inc(1, self._store | {"step": step, "outcome": "failed" if failed else "done"})
+        if label in self._watched and step == "train":
             self._watched[label].ended = self._clock()
 
     def requested(self, requests: Requests) -> None:

@@ -5,23 +5,27 @@ has a placement group of its own, the actor holds nothing, and Train restarts th
 training goes on from its last checkpoint in the store.
 """
 
+import gc
 import hashlib
 import os
 import threading
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
+import torch
 from ray.train.torch import TorchTrainer
 
 from btm_cluster.errors import BtmError, Stopped, TrainingError, UserError
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.on_ray.progress import Process, RayControl, StopPoll
 from btm_cluster.on_ray.supervision import LOADING, STARTING
-from btm_cluster.requests import Resources, TrainRequest
+from btm_cluster.requests import Resources, ScoreRequest, TrainRequest
 from btm_cluster.room import bundle
+from btm_cluster.steps.registry import run_batch
 from btm_cluster.storage.scratch import scratch_folder
 from btm_cluster.workers import Progress
 
@@ -32,8 +36,8 @@ class Trainer:
     def __init__(self) -> None:
         self._stop = threading.Event()
 
-    def train(self, request: TrainRequest, store: str, retries: int, board: Any) -> Artifact:
-        """The committed model."""
+    def train(self, request: TrainRequest, store: str, retries: int, board: Any) -> list[Artifact]:
+        """The committed model, alone in a list."""
         control = RayControl(board, self._stop.is_set)
         control.report(Progress(request.label, STARTING))
         board.enter.remote(request.label, Process.this())
@@ -56,7 +60,14 @@ class Trainer:
             raise result.return_value
         if not isinstance(result.return_value, Artifact):
             raise TrainingError(f"{request.label}: Ray Train ended without a model", found=str(result))
-        return result.return_value
+        return [result.return_value]
+
+    def score(self, batch: Sequence[ScoreRequest], store: str, board: Any) -> list[Artifact]:
+        """Scores texts under the model that this process has trained: it need not start and load anew for that."""
+        gc.collect()
+        torch.cuda.empty_cache()  # of what training held
+        with RayControl(board, lambda: False) as control:
+            return list(run_batch(batch, Ledger.open(store), control))
 
     @ray.method(concurrency_group="control")
     def stop(self) -> None:

@@ -1,11 +1,12 @@
-"""The workers' port on Ray: tasks for preparing, scoring, mixing and searching, a named actor for each training, one for averaging.
+"""The workers' port on Ray: a named actor for each training, one actor for averages, a task for every other step.
 
-Admission is `concurrent_experts` and `ray.wait`; everything else is Ray's. A failed request never cancels its siblings.
+Steps wait here for the inputs that others of the same call make, and trainings for `concurrent_experts`; everything else is
+Ray's. A failed request never cancels its siblings.
 """
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
@@ -19,19 +20,13 @@ from btm_cluster.on_ray.failures import LOG_LINES, failure_of
 from btm_cluster.on_ray.metrics import Metrics
 from btm_cluster.on_ray.progress import News, ProgressBoardActor
 from btm_cluster.on_ray.supervision import Kill, Limits, StepState, supervise, waiting_message
-from btm_cluster.on_ray.tasks import MergerActor, await_other_task, mix_task, prepare_task, score_task, soup_task
+from btm_cluster.on_ray.tasks import MergerActor, await_other_task, step_task
 from btm_cluster.on_ray.training import TrainerActor, trainer_options
+from btm_cluster.pending import Pending
 from btm_cluster.plan import ClusterPlan
-from btm_cluster.requests import (
-    AverageRequest,
-    MixRequest,
-    PrepareRequest,
-    Resources,
-    ScoreRequest,
-    SoupRequest,
-    TrainRequest,
-)
+from btm_cluster.requests import AverageRequest, Resources, ScoreRequest, StepRequest, TrainRequest
 from btm_cluster.room import Ask, ask_of, bundle
+from btm_cluster.steps.registry import STEPS
 from btm_cluster.stopping import stopped
 from btm_cluster.storage.requests import take_requests
 from btm_cluster.workers import Failure, Outcome, Progress, Watcher
@@ -41,9 +36,9 @@ POLL_SECONDS = 0.25
 
 @dataclass
 class _Running:
-    """Something under way: what it is called, its result to come, and the trainer actor where it has one."""
+    """A batch under way: its result to come, and the trainer actor where it has one."""
 
-    label: str
+    batch: list[StepRequest]
     result: Any
     trainer: Any = None
     waits_for: InitVar[str] = ""
@@ -51,7 +46,18 @@ class _Running:
     state: StepState = field(init=False)
 
     def __post_init__(self, waits_for: str) -> None:
-        self.state = StepState.submitted(time.monotonic(), self.trainer is not None, waits_for)
+        is_training = self.trainer is not None and self.is_training
+        self.state = StepState.submitted(time.monotonic(), is_training, waits_for)
+
+    @property
+    def label(self) -> str:
+        """The name that progress goes by."""
+        return self.batch[0].label
+
+    @property
+    def is_training(self) -> bool:
+        """Whether it is a training."""
+        return isinstance(self.batch[0], TrainRequest)
 
 
 class RayWorkers:
@@ -67,6 +73,7 @@ class RayWorkers:
         self._board = ProgressBoardActor.options(name=f"progress-{time.time_ns()}", **board).remote()
         self._metrics = Metrics(store)
         self._retried = {"max_restarts": cluster.retries, "max_task_retries": -1}
+        self._merger: Any = None
 
     def check_room(self, asks: Sequence[Ask]) -> None:
         if self._stop.is_set():
@@ -74,120 +81,131 @@ class RayWorkers:
         for ask in asks:
             has_room(ask, self._cluster.autoscaling)
 
-    def prepare(self, requests: Sequence[PrepareRequest]) -> list[Outcome]:
-        return self._run("prepare", self._on_one_cpu(prepare_task), requests)
+    def run(self, requests: Sequence[StepRequest]) -> Generator[tuple[StepRequest, Outcome], None, None]:
+        room = self._check_trainings([request for request in requests if isinstance(request, TrainRequest)])
+        self._metrics.stands(Ledger.open(self._store).log.newest())
+        pending = Pending(requests)
+        running: dict[Any, _Running] = {}
+        at_once = self._cluster.concurrent_experts or len(requests)
 
-    def train(self, requests: Sequence[TrainRequest]) -> list[Outcome]:
-        if any(request.role == "seed" or request.milestones for request in requests):
-            has_room(Ask("an expert", self._expert), self._cluster.autoscaling)  # before its seed is paid for
-        room = {request.label: has_room(ask_of(request), self._cluster.autoscaling) for request in requests}
-
-        def start(request: TrainRequest) -> _Running:
-            options = trainer_options(request, self._store, self._cluster.retries)
-            try:
-                trainer = TrainerActor.options(**options).remote()
-            except ValueError:  # the name is taken
-                self._watcher(Progress(request.label, "waiting for another driver, which trains it"))
-                return _Running(request.label, await_other_task.remote(request, self._store, options["name"]))
-            result = trainer.train.remote(request, self._store, self._cluster.retries, self._board)
-            self._metrics.asked(request)
-            waits_for = "" if room[request.label] else self._say_what_waits(ask_of(request))
-            return _Running(request.label, result, trainer, waits_for)
-
-        return self._run("train", start, requests, self._cluster.concurrent_experts)
-
-    def score(self, requests: Sequence[ScoreRequest]) -> list[Outcome]:
-        groups: dict[str, list[ScoreRequest]] = {}
-        for request in requests:
-            groups.setdefault(request.model.identity, []).append(request)
-
-        def start(group: list[ScoreRequest]) -> _Running:
-            return self._start_task(score_task, group[0].label, group[0].how, group)
-
-        outcomes = self._run("score", start, list(groups.values()))
-        by_request: dict[str, Outcome] = {}
-        for group, outcome in zip(groups.values(), outcomes, strict=True):
-            each = [outcome] * len(group) if isinstance(outcome, Failure) else outcome
-            by_request |= {r.ref.identity: o for r, o in zip(group, each, strict=True)}
-        return [by_request[request.ref.identity] for request in requests]
-
-    def mix(self, requests: Sequence[MixRequest]) -> list[Outcome]:
-        return self._run("mix", self._on_one_cpu(mix_task), requests)
-
-    def average(self, requests: Sequence[AverageRequest]) -> list[Outcome]:
-        merger = MergerActor.options(name=f"merge-{time.time_ns()}", num_cpus=1, **self._retried).remote()
-
-        def start(request: AverageRequest) -> _Running:
-            return _Running(request.label, merger.average.remote(request, self._store, self._board))
+        def may_start(request: StepRequest) -> bool:
+            return (
+                STEPS[type(request)].runs_in != "trainer" or sum(one.is_training for one in running.values()) < at_once
+            )
 
         try:
-            return self._run("average", start, requests)
+            while pending or running:
+                if self._stop.is_set():
+                    self._stop_all(list(running.values()))
+                    raise stopped()
+                while batch := pending.next_batch(may_start):
+                    started = self._start(batch, room)
+                    running[started.result] = started
+                done, _ = ray.wait(list(running), timeout=POLL_SECONDS)
+                self._relay(list(running.values()))
+                for result in done:
+                    finished = running[result]
+                    outcomes = self._collect(finished)
+                    if outcomes is None:  # another driver left it unfinished: ours now
+                        pending.put_back(finished.batch[0])
+                    for request, outcome in zip(finished.batch, outcomes or (), strict=outcomes is not None):
+                        step = STEPS[type(request)].function
+                        self._metrics.ended(request.label, step, failed=isinstance(outcome, Failure))
+                        yield request, outcome
+                        yield from pending.finish(request, outcome)
+                    if finished.is_training:  # whoever asked may have merged it
+                        self._metrics.stands(Ledger.open(self._store).log.newest())
+                    del running[result]
+                    if follower := self._go_on(finished, pending):
+                        running[follower.result] = follower
+                    else:
+                        _end(finished)
+                if not any(isinstance(one.batch[0], AverageRequest) for one in running.values()):
+                    self._end_merger()
         finally:
-            ray.kill(merger)
+            for one in running.values():
+                _end(one)
+            self._end_merger()
 
-    def soup(self, requests: Sequence[SoupRequest]) -> list[Outcome]:
-        def start(request: SoupRequest) -> _Running:
-            return self._start_task(soup_task, request.label, request.how, request)
+    def _end_merger(self) -> None:
+        """Ends the merge actor while there is nothing to average: a training may wait for the CPU that it holds."""
+        if self._merger is not None:
+            ray.kill(self._merger)
+            self._merger = None
 
-        return self._run("soup", start, requests)
+    def _check_trainings(self, requests: Sequence[TrainRequest]) -> dict[str, bool]:
+        """Whether the cluster as it stands has room for each training, by label.
 
-    def _on_one_cpu(self, step: Any) -> Callable[[Any], _Running]:
-        task = step.options(num_cpus=1, max_retries=self._cluster.retries)
-        return lambda request: _Running(request.label, task.remote(request, self._store, self._board))
+        Raises:
+            ResourcesError: it never will have.
+        """
+        if any(request.role == "seed" or request.milestones for request in requests):
+            has_room(Ask("an expert", self._expert), self._cluster.autoscaling)  # before its seed is paid for
+        return {request.label: has_room(ask_of(request), self._cluster.autoscaling) for request in requests}
 
-    def _start_task(self, step: Any, label: str, how: Resources, asked: Any) -> _Running:
-        """Starts a step that holds what one worker does."""
-        alone = Ask(label, replace(how, workers=1))
-        waits_for = "" if has_room(alone, self._cluster.autoscaling) else self._say_what_waits(alone)
-        held = bundle(alone.how)
-        task = step.options(num_cpus=held["CPU"], num_gpus=held.get("GPU", 0), max_retries=self._cluster.retries)
-        return _Running(label, task.remote(asked, self._store, self._board), waits_for=waits_for)
+    def _start(self, batch: list[StepRequest], room: Mapping[str, bool]) -> _Running:
+        request, step = batch[0], STEPS[type(batch[0])]
+        if isinstance(request, TrainRequest):
+            return self._start_training(request, has_room_now=room[request.label])
+        if step.runs_in == "merger":
+            if self._merger is None:
+                self._merger = MergerActor.options(name=f"merge-{time.time_ns()}", num_cpus=1, **self._retried).remote()
+            return _Running(batch, self._merger.average.remote(batch, self._store, self._board))
+        options: dict[str, Any] = {"name": f"{step.function} {request.label}", "max_retries": self._cluster.retries}
+        waits_for = ""
+        if request.group is None:
+            options["num_cpus"] = 1
+        else:
+            alone = Ask(request.label, replace(request.group, workers=1))
+            waits_for = "" if has_room(alone, self._cluster.autoscaling) else self._say_what_waits(alone)
+            held = bundle(alone.how)
+            options |= {"num_cpus": held["CPU"], "num_gpus": held.get("GPU", 0)}
+        result = step_task.options(**options).remote(batch, self._store, self._board)
+        return _Running(batch, result, waits_for=waits_for)
+
+    def _start_training(self, request: TrainRequest, has_room_now: bool) -> _Running:
+        options = trainer_options(request, self._store, self._cluster.retries)
+        try:
+            trainer = TrainerActor.options(**options).remote()
+        except ValueError:  # the name is taken
+            self._watcher(Progress(request.label, "waiting for another driver, which trains it"))
+            return _Running([request], await_other_task.remote(request, self._store, options["name"]))
+        result = trainer.train.remote(request, self._store, self._cluster.retries, self._board)
+        self._metrics.asked(request)
+        waits_for = "" if has_room_now else self._say_what_waits(ask_of(request))
+        return _Running([request], result, trainer, waits_for)
 
     def _say_what_waits(self, ask: Ask) -> str:
         self._watcher(Progress(ask.label, waiting_message(ask.words)))
         return ask.words
 
-    def _run(
-        self, verb: str, start: Callable[[Any], _Running], requests: Sequence[Any], at_once: int | None = None
-    ) -> list[Any]:
-        """Starts what there is room for, waits for all of it, and returns results or Failures in order."""
-        self._metrics.stands(Ledger.open(self._store).log.newest())
-        outcomes: dict[int, Any] = {}
-        waiting = dict(enumerate(requests))
-        running: dict[Any, tuple[int, _Running]] = {}
-        try:
-            while waiting or running:
-                if self._stop.is_set():
-                    self._stop_all([one for _, one in running.values()])
-                    raise stopped()
-                while waiting and len(running) < (at_once or len(requests)):
-                    index = next(iter(waiting))
-                    started = start(waiting.pop(index))
-                    running[started.result] = (index, started)
-                done, _ = ray.wait(list(running), timeout=POLL_SECONDS)
-                self._relay([one for _, one in running.values()])
-                for result in done:
-                    index, finished = running.pop(result)
-                    outcome = self._collect(finished)
-                    if outcome is None:  # another driver left it unfinished: ours now
-                        waiting[index] = requests[index]
-                    else:
-                        outcomes[index] = outcome
-                        self._metrics.ended(finished.label, verb, failed=isinstance(outcome, Failure))
-        finally:
-            for _, one in running.values():
-                _end(one)
-        return [outcomes[i] for i in range(len(requests))]
+    def _go_on(self, finished: _Running, pending: Pending) -> _Running | None:
+        """Has a trainer score its model on every text that is ready, in the process that has just trained it."""
+        trained = finished.batch[0]
+        if finished.trainer is None or not isinstance(trained, TrainRequest) or trained.how.workers > 1:
+            return None
 
-    def _collect(self, finished: _Running) -> Any:
-        """The result, or the Failure that it ended in; a trainer's process goes with it."""
+        def is_its_score(request: StepRequest) -> bool:
+            return (
+                isinstance(request, ScoreRequest)
+                and request.model == trained.ref
+                and bool(request.how.gpus_per_worker) == bool(trained.how.gpus_per_worker)
+            )
+
+        batch = pending.next_batch(is_its_score)
+        if not batch:
+            return None
+        return _Running(batch, finished.trainer.score.remote(batch, self._store, self._board), finished.trainer)
+
+    def _collect(self, finished: _Running) -> list[Outcome] | None:
+        """An outcome for each request of the batch. None: another driver's training came to nothing."""
         try:
-            return ray.get(finished.result)
+            outcomes: list[Outcome] | None = ray.get(finished.result)
+            return outcomes
         except ray.exceptions.RayError as exc:
             attempts, host = ray.get(self._board.story.remote(finished.label))
-            return failure_of(finished.label, exc, attempts, host, _log_of(finished.trainer))
-        finally:
-            _end(finished)
+            log = _log_of(finished.trainer)
+            return [failure_of(one.label, exc, attempts, host, log) for one in finished.batch]
 
     def _relay(self, running: Sequence[_Running]) -> None:
         """Passes progress on to the watcher, says what waits for room, and kills what hangs."""

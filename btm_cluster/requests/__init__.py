@@ -1,20 +1,25 @@
 """What the driver asks of the workers: a record per step, of a few kB. Weights, tokens and scores go through the store."""
 
-from typing import TypeAlias
-
 from btm_cluster.requests.models import (
     AverageRequest,
     DemixPart,
+    FittedWeights,
     Pretrained,
-    Resources,
     Role,
     SoupRequest,
     Start,
     TrainingText,
     TrainRequest,
-    way_of,
 )
-from btm_cluster.requests.scores import FitForAll, MixRequest, MixText, ScoredSplit, ScoreRequest, TuneGate, Way
+from btm_cluster.requests.request import Resources, StepRequest
+from btm_cluster.requests.scores import (
+    FitForAll,
+    FitText,
+    MixingMethod,
+    MixText,
+    ScoredSplit,
+    ScoreRequest,
+)
 from btm_cluster.requests.texts import (
     FindOverlap,
     ImportTokenizer,
@@ -25,20 +30,19 @@ from btm_cluster.requests.texts import (
     TrainTokenizer,
 )
 
-Request: TypeAlias = PrepareRequest | TrainRequest | ScoreRequest | MixRequest | AverageRequest | SoupRequest
-
 __all__ = [
     "AverageRequest",
     "DemixPart",
     "FindOverlap",
     "FitForAll",
+    "FitText",
+    "FittedWeights",
     "ImportTokenizer",
-    "MixRequest",
     "MixText",
+    "MixingMethod",
     "PrepareRequest",
     "Pretrained",
     "ReadText",
-    "Request",
     "Resources",
     "Role",
     "ScoreRequest",
@@ -46,11 +50,9 @@ __all__ = [
     "ShuffleTexts",
     "SoupRequest",
     "Start",
+    "StepRequest",
     "Tokenize",
     "TrainRequest",
     "TrainTokenizer",
     "TrainingText",
-    "TuneGate",
-    "Way",
-    "way_of",
 ]

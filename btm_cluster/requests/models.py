@@ -1,23 +1,44 @@
-"""Requests that end in a model: of the verbs *train* and *average*, and of *soup*, which looks for an average's weights."""
+"""Requests for models: to train one, to average several, and to search for an average's weights."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeAlias
 
-from btm_cluster.forest import Parent, identity_of
-from btm_cluster.ledger import Ref
+from btm_cluster.forest import identity_of
+from btm_cluster.ledger import Inputs, Ref
+from btm_cluster.ledger.artifact import plain_inputs
 from btm_cluster.plan import TrainingPlan
-from btm_cluster.requests.request import StepRequest
+from btm_cluster.requests.request import Resources, StepRequest, texts_of
+
+_TRAINING = {
+    "block_tokens",
+    "updates",
+    "blocks_per_domain_update",
+    "learning_rate",
+    "warmup_share",
+    "betas",
+    "epsilon",
+    "weight_decay",
+    "gradient_clip",
+    "random_seed",
+}
+"""Fields of a plan's `training` that a model's identity hangs on; `seed_share` is in its first and last update."""
 
 
 @dataclass(frozen=True)
 class TrainingText:
-    """A text as training sees it: its identity, and the artifacts of its training blocks in shard order."""
+    """A text as training sees it: its identity, and the artifacts of its token blocks in shard order."""
 
-    identity: str
+    text: str
     tokens: tuple[Ref, ...]
+    split: str = "train"
     first_blocks: int | None = None
-    """Train on so many blocks only; the identity says so too."""
+    """Train on so many blocks only."""
+
+    @property
+    def name(self) -> str:
+        """The name that the order of blocks is drawn by."""
+        return self.text if self.split == "train" else f"{self.text}/{self.split}/{self.first_blocks}"
 
 
 @dataclass(frozen=True)
@@ -25,20 +46,7 @@ class Start:
     """Where training starts: a stored model, with its optimiser kept or reset."""
 
     model: Ref
-    parents: tuple[Parent, ...]
     keep_optimizer: bool
-
-
-@dataclass(frozen=True)
-class Resources:
-    """How a model is trained. Fixed at a model's first start and kept by its retries, since results depend on it."""
-
-    workers: int
-    gpus_per_worker: float
-    cpus_per_worker: int
-    micro_batch_blocks: int
-    precision: str
-    compile: bool
 
 
 @dataclass(frozen=True)
@@ -86,27 +94,63 @@ class TrainRequest(StepRequest):
 
     @property
     def recipe(self) -> Mapping[str, Any]:
-        start = None
-        if self.start is not None:
-            parents = [asdict(parent) for parent in self.start.parents]
-            start = {"parents": parents, "keep_optimizer": self.start.keep_optimizer}
-        recipe = {
+        return {**self._trajectory, "last_update": self.last_update}
+
+    @property
+    def _trajectory(self) -> dict[str, Any]:
+        """The recipe of a training that does not say how far it goes."""
+        return {
             "model": self.model,
-            "tokenizer": self.tokenizer.identity,
-            "texts": sorted(text.identity for text in self.texts),
-            "training": self.training.model_dump(mode="json", exclude={"seed_share"}),  # the updates say it
+            "training": self.training.model_dump(mode="json", include=_TRAINING),
             "first_update": self.first_update,
-            "last_update": self.last_update,
-            "start": start,
+            "keep_optimizer": self.start is not None and self.start.keep_optimizer,
             "pretrained": self.pretrained.sha256 if self.pretrained else None,
             "restart_data": self.restart_data,
+            "is_demix": self.is_demix,
+            "parts_of_texts": [[text.split, text.first_blocks] for text in self._ordered if text.split != "train"],
         }
-        return recipe | {"is_demix": True} if self.is_demix else recipe
+
+    @property
+    def trajectory(self) -> str:
+        """The same for all trainings that differ in how far they go: a seed, and the Transformer-LM that passes it."""
+        return identity_of({"recipe": self._trajectory, "inputs": plain_inputs(self.inputs)})
+
+    @property
+    def _ordered(self) -> list[TrainingText]:
+        return sorted(self.texts, key=lambda text: text.text)
+
+    @property
+    def inputs(self) -> Inputs:
+        start = () if self.start is None else (self.start.model,)
+        texts = texts_of(tuple(text.text for text in self.texts))
+        return {"texts": texts, "tokenizer": (self.tokenizer,), "start": start}
+
+    @property
+    def needs(self) -> tuple[Ref, ...]:
+        tokens = (ref for text in self.texts for ref in text.tokens)
+        return (self.tokenizer, *self.inputs["start"], *tokens, *self._passed)
+
+    @property
+    def priority(self) -> int:
+        return int(self.role in ("transformer-lm", "demix"))  # the forest comes before its rivals
+
+    @property
+    def group(self) -> Resources:
+        return self.how
+
+    @property
+    def makes(self) -> tuple[Ref, ...]:
+        return (self.ref, *self._passed, *(part.ref for part in self.parts))
+
+    @property
+    def _passed(self) -> list[Ref]:
+        """The models on the way."""
+        return [self.until(update).ref for update in self.milestones]
 
     @property
     def parts(self) -> tuple["DemixPart", ...]:
         """Of a DEMix: the models that it is for each text, in order of `texts`."""
-        return tuple(DemixPart(self.label, self.ref, text.identity) for text in self.texts) if self.is_demix else ()
+        return tuple(DemixPart(self.label, self.ref, text.text) for text in self.texts) if self.is_demix else ()
 
     def until(self, milestone: int) -> "TrainRequest":
         """The request that ends at a milestone of this one: a seed's, on the Transformer-LM's way."""
@@ -124,11 +168,6 @@ class TrainRequest(StepRequest):
         return (self.last_update - self.first_update) * self.blocks_per_update * self.training.block_tokens
 
 
-def way_of(recipe: Mapping[str, Any]) -> str:
-    """The same for all trainings that differ in how far they go: a seed, and the Transformer-LM that passes it."""
-    return identity_of({name: value for name, value in recipe.items() if name != "last_update"})
-
-
 @dataclass(frozen=True)
 class DemixPart(StepRequest):
     """What a DEMix is for one of its texts, an ordinary model: all that is shared, and that text's feed-forwards."""
@@ -140,31 +179,57 @@ class DemixPart(StepRequest):
 
     @property
     def recipe(self) -> Mapping[str, Any]:
-        return {"demix": self.demix.identity, "text": self.text}
+        return {"part_of": "demix"}
+
+    @property
+    def inputs(self) -> Inputs:
+        return {"demix": (self.demix,), "texts": (Ref("text", self.text),)}
+
+
+@dataclass(frozen=True)
+class FittedWeights:
+    """Weights of an average that an artifact holds in its facts, by model: the fit of a text, or the result of a search."""
+
+    fit: Ref
+    name: str
+    """Which of those that it holds."""
 
 
 @dataclass(frozen=True)
 class AverageRequest(StepRequest):
-    """Average models into one."""
+    """Average models into one. The weights are given, in order of the models, or those of a fit, made or still to be made."""
 
     kind: ClassVar[str] = "model"
     label: str
-    parents: tuple[Parent, ...]
+    models: tuple[Ref, ...]
+    weights: tuple[float, ...] | FittedWeights
     card: Mapping[str, str]
-    """For the model card: the plan's name, and the parents' domains by identity."""
+    """For the model card: the plan's name, and the models' domains by identity."""
     unrelated: bool = False
     """Average models without a common ancestor too: a control, whose result is noise."""
 
     @property
     def recipe(self) -> Mapping[str, Any]:
-        return {"average": [asdict(parent) for parent in sorted(self.parents, key=lambda p: p.identity)]}
+        if isinstance(self.weights, FittedWeights):
+            return {"weights": self.weights.name}
+        by_model = dict(zip(self.models, self.weights, strict=True))
+        return {"weights": [by_model[model] for model in self._ordered]}
+
+    @property
+    def inputs(self) -> Inputs:
+        fit = (self.weights.fit,) if isinstance(self.weights, FittedWeights) else ()
+        return {"models": self._ordered, "fit": fit}
+
+    @property
+    def _ordered(self) -> tuple[Ref, ...]:
+        return tuple(sorted(self.models, key=lambda model: model.identity))
 
 
 @dataclass(frozen=True)
 class SoupRequest(StepRequest):
     """Search for the weights by which an average of models does best on development text.
 
-    The artifact's facts hold them by model identity; the model itself is then an AverageRequest's.
+    The artifact's facts hold them as a fit's do; the model itself is then an AverageRequest's.
     """
 
     kind: ClassVar[str] = "soup"
@@ -175,16 +240,22 @@ class SoupRequest(StepRequest):
     tokens: tuple[Ref, ...]
     blocks: int
     """How many development blocks are looked at, at most."""
-    starts: tuple[tuple[Parent, ...], ...]
+    starts: tuple[FittedWeights, ...]
     """Averages from which `learned` sets out too, beside the best expert and the uniform one: the prior's, for instance."""
     how: Resources
 
     @property
     def recipe(self) -> Mapping[str, Any]:
+        return {"strategy": self.strategy, "blocks": self.blocks, "starts": [start.name for start in self.starts]}
+
+    @property
+    def inputs(self) -> Inputs:
         return {
-            "strategy": self.strategy,
-            "models": sorted(model.identity for model in self.models),
-            "tokens": [ref.identity for ref in self.tokens],
-            "blocks": self.blocks,
-            "starts": [[asdict(parent) for parent in sorted(start, key=lambda p: p.identity)] for start in self.starts],
+            "models": tuple(sorted(self.models, key=lambda model: model.identity)),
+            "tokens": self.tokens,
+            "fit": tuple(start.fit for start in self.starts),
         }
+
+    @property
+    def group(self) -> Resources:
+        return self.how

@@ -1,18 +1,31 @@
-"""What every request has.
+"""The part that all requests share: a recipe, inputs, and the identity that follows from both.
 
-A request names what it is made from, so its recipe is its identity; how it is made (`how`, labels) is no part of it.
+A request is a frozen record of a few kB. Recipe and inputs say what is made; labels and resources say how it is shown and
+made, and are no part of the identity.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from btm_cluster.forest import identity_of
-from btm_cluster.ledger import Ref
+from btm_cluster.ledger import Inputs, Ref, identity_by
+
+
+@dataclass(frozen=True)
+class Resources:
+    """How a step is run. Fixed at a model's first start and kept by its retries, since results depend on it."""
+
+    workers: int
+    gpus_per_worker: float
+    cpus_per_worker: int
+    micro_batch_blocks: int
+    precision: str
+    compile: bool
 
 
 class StepRequest(ABC):
-    """What every request has: a label to show, and the artifact that it asks for."""
+    """Asks for one artifact, made by one step."""
 
     kind: ClassVar[str]
     label: str
@@ -20,8 +33,44 @@ class StepRequest(ABC):
     @property
     @abstractmethod
     def recipe(self) -> Mapping[str, Any]:
-        """What the artifact is made from: its identity is this one's hash."""
+        """Settings that the artifact is made by, each named here: a new plan field renames nothing."""
+
+    @property
+    @abstractmethod
+    def inputs(self) -> Inputs:
+        """Artifacts that the artifact is made from, by the part that they play in it."""
 
     @property
     def ref(self) -> Ref:
-        return Ref(self.kind, identity_of(self.recipe))
+        """The artifact: its identity is the hash of kind, recipe and inputs."""
+        return Ref(self.kind, identity_by(self.kind, self.recipe, self.inputs))
+
+    @property
+    def needs(self) -> tuple[Ref, ...]:
+        """Artifacts that the step reads. It starts once they are there, as far as others make them."""
+        return tuple(ref for refs in self.inputs.values() for ref in refs)
+
+    @property
+    def batch(self) -> object:
+        """Requests of one batch are done by one process, one after the other, where they can start together. None: alone."""
+        return None
+
+    @property
+    def priority(self) -> int | None:
+        """Of trainings: one of a higher number starts once none of a lower one waits to start."""
+        return None
+
+    @property
+    def group(self) -> Resources | None:
+        """The resources that the step runs with. None: one CPU."""
+        return None
+
+    @property
+    def makes(self) -> tuple[Ref, ...]:
+        """Every artifact that the step commits, the one asked for among them."""
+        return (self.ref,)
+
+
+def texts_of(identities: tuple[str, ...]) -> tuple[Ref, ...]:
+    """Texts as inputs, in an order that no plan changes."""
+    return tuple(Ref("text", identity) for identity in sorted(identities))

@@ -1,13 +1,14 @@
-"""Requests of the verbs *score* and *mix*: models and token blocks to log-probabilities, and those of several models to one."""
+"""Requests for scores, for fits of how models are mixed, and for the mixtures of their scores."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
-from btm_cluster.ledger import Ref
+from btm_cluster.ledger import Inputs, Ref
 from btm_cluster.plan import MergingPlan
-from btm_cluster.requests.models import Resources
-from btm_cluster.requests.request import StepRequest
+from btm_cluster.requests.request import Resources, StepRequest
+
+_MERGING = {"development_blocks", "window_tokens", "discount"}
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,23 @@ class ScoreRequest(StepRequest):
 
     @property
     def recipe(self) -> Mapping[str, Any]:
-        tokens = [ref.identity for ref in self.tokens]
-        return {"model": self.model.identity, "tokens": tokens, "of_each_token": ["logp", "entropy"]}
+        return {"of_each_token": ["logp", "entropy"]}
+
+    @property
+    def inputs(self) -> Inputs:
+        return {"model": (self.model,), "tokens": self.tokens}
+
+    @property
+    def batch(self) -> object:
+        return self.model  # which is loaded once
+
+    @property
+    def group(self) -> Resources:
+        return self.how
 
 
 @dataclass(frozen=True)
-class Way:
+class MixingMethod:
     """A way to mix models: the posterior, how its prior comes about, on how many development blocks, and of how many models."""
 
     posterior: str
@@ -49,14 +61,14 @@ class ScoredSplit:
 
 
 FITS = 1
-"""The way fits are made. Raise it where a change of theirs must reach the studies that were run before."""
+"""The version of the fits' arithmetic. Raise it where a change must reach the studies that were run before."""
 
 
 @dataclass(frozen=True)
 class FitForAll(StepRequest):
-    """Fit what a text without development text of its own is mixed by."""
+    """Fit one setting for all texts, on the development text of the domains together."""
 
-    kind: ClassVar[str] = "fit-for-all"
+    kind: ClassVar[str] = "fit"
     label: str
     posterior: str
     """`calibrated`, `discounts` or `gate`."""
@@ -65,52 +77,80 @@ class FitForAll(StepRequest):
     merging: MergingPlan
 
     @property
+    def methods(self) -> tuple[MixingMethod, ...]:
+        """The one method that is fitted."""
+        return (MixingMethod(self.posterior, "uniform", is_for_all=True),)
+
+    @property
     def recipe(self) -> Mapping[str, Any]:
-        return {"posterior": self.posterior, **_mixing_recipe(self.domains, self.merging)}
+        return _fit_recipe(self.methods, self.merging) | {"texts": len(self.domains)}
+
+    @property
+    def inputs(self) -> Inputs:
+        return {"scores": tuple(score for domain in self.domains for score in domain.scores)}
+
+    @property
+    def needs(self) -> tuple[Ref, ...]:
+        return (*self.inputs["scores"], *(ref for domain in self.domains for ref in domain.tokens))
+
+
+@dataclass(frozen=True)
+class FitText(StepRequest):
+    """Fit how several models are mixed for one text, by several methods, on its development text.
+
+    A text without any gets what was fitted for all, and uniform priors. The artifact's facts hold `weights`, by name and model:
+    those of averages that the fitted priors give.
+    """
+
+    kind: ClassVar[str] = "fit"
+    label: str
+    models: tuple[Ref, ...]
+    development: ScoredSplit
+    """Scores in the models' order; none where the text has no development text."""
+    methods: tuple[MixingMethod, ...]
+    for_all: tuple[Ref, ...]
+    """The fits of those methods that are one setting for all. A text's own gate sets out from the one for all."""
+    merging: MergingPlan
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        return _fit_recipe(self.methods, self.merging)
+
+    @property
+    def inputs(self) -> Inputs:
+        return {"models": self.models, "scores": self.development.scores, "for_all": self.for_all}
+
+    @property
+    def needs(self) -> tuple[Ref, ...]:
+        return (*self.development.scores, *self.development.tokens, *self.for_all)
 
 
 @dataclass(frozen=True)
 class MixText(StepRequest):
-    """Mix several models' scores of one text in several ways.
+    """Mix several models' scores of one split of a text by every method of a fit.
 
-    The artifact has, by way, the summed log-probability of each test document and the log-prior that was fitted for it.
+    The artifact has, by method, the summed log-probability of each document.
     """
 
     kind: ClassVar[str] = "mixture"
     label: str
-    development: ScoredSplit
-    test: ScoredSplit
-    ways: tuple[Way, ...]
-    for_all: tuple[tuple[str, Ref], ...]
-    """By posterior: the fits of those ways that are one setting for all. A text's own gate sets out from the one for all."""
-    merging: MergingPlan
+    fit: Ref
+    scored: ScoredSplit
+    """In the order of the fit's models."""
 
     @property
     def recipe(self) -> Mapping[str, Any]:
-        ways = [asdict(way) for way in self.ways]
-        for_all = {posterior: ref.identity for posterior, ref in self.for_all}
-        return {"ways": ways, "for_all": for_all, **_mixing_recipe((self.development, self.test), self.merging)}
-
-
-@dataclass(frozen=True)
-class TuneGate(StepRequest):
-    """Tune the gate for all texts to one of them, on its development text."""
-
-    kind: ClassVar[str] = "gate"
-    label: str
-    development: ScoredSplit
-    for_all: Ref
-    merging: MergingPlan
+        return {}
 
     @property
-    def recipe(self) -> Mapping[str, Any]:
-        return {"for_all": {"gate": self.for_all.identity}, **_mixing_recipe((self.development,), self.merging)}
+    def inputs(self) -> Inputs:
+        return {"fit": (self.fit,), "scores": self.scored.scores}
+
+    @property
+    def needs(self) -> tuple[Ref, ...]:
+        return (self.fit, *self.scored.scores, *self.scored.tokens)
 
 
-def _mixing_recipe(splits: Sequence[ScoredSplit], merging: MergingPlan) -> dict[str, Any]:
-    """Scores say which tokens they are of."""
-    settings = merging.model_dump(mode="json", include={"development_blocks", "window_tokens", "discount"})
-    return {"scores": [[ref.identity for ref in split.scores] for split in splits], "fits": FITS, **settings}
-
-
-MixRequest: TypeAlias = FitForAll | MixText | TuneGate
+def _fit_recipe(methods: Sequence[MixingMethod], merging: MergingPlan) -> dict[str, Any]:
+    settings = merging.model_dump(mode="json", include=_MERGING)
+    return {"methods": [asdict(method) for method in methods], "version": FITS, **settings}

@@ -1,17 +1,22 @@
-"""Requests of the verb *prepare*: text to token blocks."""
+"""Requests for texts, tokenizers and token blocks, and for what texts have in common."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
-from btm_cluster.ledger import Ref
+from btm_cluster.ledger import Inputs, Ref
 from btm_cluster.plan import ReadingPlan, TextPlan, TrainedTokenizerPlan
-from btm_cluster.requests.request import StepRequest
+from btm_cluster.requests.request import StepRequest, texts_of
+
+_SOURCE = {"text", "development", "test", "dataset", "field", "delimiter"}
+_READING = {"development_share", "test_share", "longest_document_characters", "bad_documents"}
+_TOKENIZER = {"vocabulary", "characters_per_domain"}
+WINDOW_WORDS = 20
 
 
 @dataclass(frozen=True)
 class ReadText(StepRequest):
-    """Read a source into documents. The result, a memo, names the text by its content."""
+    """Read a source into documents. The artifact names the text, whose identity is that of its documents, as its part."""
 
     kind: ClassVar[str] = "source"
     label: str
@@ -25,20 +30,23 @@ class ReadText(StepRequest):
 
     @property
     def recipe(self) -> Mapping[str, Any]:
-        how = self.source.model_dump(mode="json", exclude={"name"})
         return {
-            "source": how,
-            "reading": self.reading.model_dump(mode="json"),
+            "source": self.source.model_dump(mode="json", include=_SOURCE),
+            "reading": self.reading.model_dump(mode="json", include=_READING),
             "is_target": self.is_target,
             "fingerprint": self.fingerprint,
         }
+
+    @property
+    def inputs(self) -> Inputs:
+        return {}
 
 
 @dataclass(frozen=True)
 class ShuffleTexts(StepRequest):
     """Deal the training documents of several texts at random into as many texts, and write one of them: a control.
 
-    The result is a memo, as that of reading a source.
+    The artifact names the text, as that of reading a source does.
     """
 
     kind: ClassVar[str] = "source"
@@ -49,12 +57,16 @@ class ShuffleTexts(StepRequest):
 
     @property
     def recipe(self) -> Mapping[str, Any]:
-        return {"shuffle": sorted(self.texts), "part": self.part, "random_seed": self.random_seed}
+        return {"part": self.part, "random_seed": self.random_seed}
+
+    @property
+    def inputs(self) -> Inputs:
+        return {"texts": texts_of(self.texts)}
 
 
 @dataclass(frozen=True)
 class TrainTokenizer(StepRequest):
-    """Train a byte-level BPE on the training text of the founding domains."""
+    """Train a byte-level BPE on the training text of several texts."""
 
     kind: ClassVar[str] = "tokenizer"
     label: str
@@ -63,7 +75,11 @@ class TrainTokenizer(StepRequest):
 
     @property
     def recipe(self) -> Mapping[str, Any]:
-        return {"train": self.settings.model_dump(mode="json"), "texts": sorted(self.texts)}
+        return {"train": self.settings.model_dump(mode="json", include=_TOKENIZER)}
+
+    @property
+    def inputs(self) -> Inputs:
+        return {"texts": texts_of(self.texts)}
 
 
 @dataclass(frozen=True)
@@ -84,6 +100,10 @@ class ImportTokenizer(StepRequest):
     def recipe(self) -> Mapping[str, Any]:
         return {"pretrained": self.sha256, "first_token": self.first_token, "end_of_text": self.end_of_text}
 
+    @property
+    def inputs(self) -> Inputs:
+        return {}
+
 
 @dataclass(frozen=True)
 class Tokenize(StepRequest):
@@ -99,12 +119,11 @@ class Tokenize(StepRequest):
 
     @property
     def recipe(self) -> Mapping[str, Any]:
-        return {
-            "text": self.text,
-            "shard": self.shard,
-            "tokenizer": self.tokenizer.identity,
-            "block_tokens": self.block_tokens,
-        }
+        return {"split": self.split, "shard": self.shard, "block_tokens": self.block_tokens}
+
+    @property
+    def inputs(self) -> Inputs:
+        return {"text": (Ref("text", self.text),), "tokenizer": (self.tokenizer,)}
 
 
 @dataclass(frozen=True)
@@ -118,7 +137,11 @@ class FindOverlap(StepRequest):
 
     @property
     def recipe(self) -> Mapping[str, Any]:
-        return {"train": self.text, "tests": sorted(self.tests), "window_words": 20}
+        return {"window_words": WINDOW_WORDS}
+
+    @property
+    def inputs(self) -> Inputs:
+        return {"text": (Ref("text", self.text),), "tests": texts_of(self.tests)}
 
 
 PrepareRequest: TypeAlias = ReadText | ShuffleTexts | TrainTokenizer | ImportTokenizer | Tokenize | FindOverlap

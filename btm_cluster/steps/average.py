@@ -1,50 +1,56 @@
-"""The verb *average*: models to one model, as a Hugging Face folder whose card says what it is made of."""
-
-import json
-from typing import Any
+"""Averages models into one, as a Hugging Face folder whose card says what it is made of."""
 
 from btm_cluster.errors import IncompatibleError
 from btm_cluster.language_model.averaging import average_files
 from btm_cluster.language_model.model_card import write_card
 from btm_cluster.language_model.tokenizer import TOKENIZER_FILES
-from btm_cluster.ledger import Artifact, Ledger, Ref
-from btm_cluster.requests import AverageRequest, way_of
+from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.requests import AverageRequest, FittedWeights
+from btm_cluster.steps.stored import open_config
 from btm_cluster.storage.scratch import scratch_folder
 from btm_cluster.workers import Control, Progress
 
 
 def average(request: AverageRequest, ledger: Ledger, control: Control) -> Artifact:
-    """Averages the parents with their weights.
+    """Averages the models with their weights; those of weight zero are not read.
+
+    Its facts hold `weights` by model identity, and `origin` as those of any model.
 
     Raises:
-        IncompatibleError: parents without a common ancestor, or of other shapes or tokenizers; before a weight is read.
+        IncompatibleError: models of different origins, shapes or tokenizers; before a weight is read.
     """
     control.report(Progress(request.label, "averaging"))
-    # In the recipe's order: sums in float32 depend on it.
-    ordered = sorted(request.parents, key=lambda parent: parent.identity)
-    parents = [ledger.get(Ref("model", parent.identity)) for parent in ordered]
-    check_compatible(ledger, parents, request.unrelated)
+    # In the order of identities: sums in float32 depend on it.
+    weights = dict(sorted(weights_of(request, ledger).items()))
+    models = [ledger.get(model) for model in request.inputs["models"] if model.identity in weights]
+    check_compatible(ledger, models, request.unrelated)
     with scratch_folder() as folder:
         files = {"model.safetensors": folder / "model.safetensors", "README.md": folder / "README.md"}
-        weights = [parent.weight for parent in ordered]
         average_files(
-            [ledger.open_file(parent, "model.safetensors") for parent in parents], weights, files["model.safetensors"]
+            [ledger.open_file(model, "model.safetensors") for model in models],
+            list(weights.values()),
+            files["model.safetensors"],
         )
-        write_card(request, files["README.md"])
+        write_card(request, weights, files["README.md"])
         for name in ("config.json", *TOKENIZER_FILES):
-            files[name] = ledger.open_file(parents[0], name)
-        return ledger.commit(request.ref, request.recipe, files, {"role": "average"}, {"name": request.label})
+            files[name] = ledger.open_file(models[0], name)
+        facts = {"role": "average", "weights": weights, "origin": models[0].facts["origin"]}
+        return ledger.commit(request, files, facts, {"name": request.label})
 
 
-def open_config(ledger: Ledger, model: Artifact) -> dict[str, Any]:
-    """A stored model's configuration."""
-    return dict(json.loads(ledger.open_file(model, "config.json").read_text(encoding="utf-8")))
+def weights_of(request: AverageRequest, ledger: Ledger) -> dict[str, float]:
+    """The weight of each model that has one, by identity: as given, or as the fit found them."""
+    if isinstance(request.weights, FittedWeights):
+        fitted: dict[str, float] = ledger.get(request.weights.fit).facts["weights"][request.weights.name]
+        return {identity: weight for identity, weight in fitted.items() if weight}
+    pairs = zip(request.models, request.weights, strict=True)
+    return {model.identity: weight for model, weight in pairs if weight}
 
 
 def check_compatible(ledger: Ledger, models: list[Artifact], unrelated: bool = False) -> None:
-    """Refuses models whose average would be noise: their configurations, tokenizers and ancestor must be the same.
+    """Refuses models whose average would be noise: their configurations, tokenizers and origin must be the same.
 
-    With `unrelated`, ancestors may differ.
+    With `unrelated`, origins may differ.
     """
     first = models[0]
     for other in models[1:]:
@@ -54,12 +60,12 @@ def check_compatible(ledger: Ledger, models: list[Artifact], unrelated: bool = F
         if other.blob("tokenizer.json").sha256 != first.blob("tokenizer.json").sha256:
             remedy = "average only models that share a tokenizer"
             raise _incompatible(first, other, "another tokenizer.json", "the same tokenizer.json", remedy)
-        if not unrelated and _origin(ledger, other) != _origin(ledger, first):
+        if not unrelated and other.facts["origin"] != first.facts["origin"]:
             raise _incompatible(
                 first,
                 other,
-                f"branched from {ancestor(ledger, other)[:12]}",
-                f"branched from {ancestor(ledger, first)[:12]}",
+                f"a model that goes back to initialisation {other.facts['origin'][:12]}",
+                f"one that goes back to {first.facts['origin'][:12]}",
                 "average only experts that branched from one seed; experts without a common ancestor can be ensembled",
             )
 
@@ -72,21 +78,6 @@ def _are_alike(ledger: Ledger, first: Artifact, other: Artifact) -> bool:
     for config in configs:
         config.pop("transformers_version", None)
     return configs[0] == configs[1]
-
-
-def ancestor(ledger: Ledger, model: Artifact) -> str:
-    """Identity of the seed that a model descends from, through purged models too; its own, if it has no parents."""
-    seen, parents = model.identity, model.parents
-    while parents:
-        seen, parents = parents[0], ledger.parents_of(parents[0])
-    return seen
-
-
-def _origin(ledger: Ledger, model: Artifact) -> str:
-    """The same for models that come from one initialisation: a Transformer-LM is no descendant of the seeds that it passed."""
-    root = ancestor(ledger, model)
-    found = ledger.find(Ref("model", root))
-    return root if found is None else way_of(found.recipe)
 
 
 def _incompatible(first: Artifact, other: Artifact, found: str, expected: str, remedy: str) -> IncompatibleError:

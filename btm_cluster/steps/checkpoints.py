@@ -21,7 +21,7 @@ from btm_cluster.language_model.training_state import (
     does_not_fit,
     load_state,
 )
-from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.ledger import Artifact, Ledger, Named
 from btm_cluster.storage.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
@@ -53,14 +53,14 @@ def load_stored(state: TrainingState, update: int, ledger: Ledger, source: Artif
 class TrainingCheckpoints:
     """Saves a model in the making, at most one save under way at a time."""
 
-    def __init__(self, ledger: Ledger, identity: str, label: str, passed_over: Collection[str] = ()) -> None:
+    def __init__(self, ledger: Ledger, model: Named, label: str, passed_over: Collection[str] = ()) -> None:
         self.stalled_seconds = 0.0
         """How long training stood still for all saves."""
         self.stall_seconds: float | None = None
         """How long it stood still for the last save."""
         self.upload_seconds: float | None = None
         """How long the last save that was stored took for that, meanwhile."""
-        self._ledger, self._identity, self._label = ledger, identity, label
+        self._ledger, self._model, self._label = ledger, model, label
         self._passed_over = passed_over
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
@@ -111,5 +111,5 @@ class TrainingCheckpoints:
             files = {MODEL_FILE: scratch / MODEL_FILE, OPTIMIZER_FILE: scratch / OPTIMIZER_FILE}
             save_weights(weights, files[MODEL_FILE])
             save_weights(moments, files[OPTIMIZER_FILE])
-            self._ledger.save_training(self._identity, update, files, facts, self._passed_over)
+            self._ledger.save_training(self._model, update, files, facts, self._passed_over)
         self.upload_seconds = time.monotonic() - started

@@ -1,23 +1,22 @@
-"""The verb *score*: a model and token blocks to log-probabilities and entropies per token. One model, loaded once, many texts."""
+"""Scores token blocks under a model: a log-probability and an entropy per token. One model, loaded once, many texts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from btm_cluster.language_model.blocks import Blocks
 from btm_cluster.language_model.model import load_model
-from btm_cluster.language_model.scoring import score_blocks
+from btm_cluster.language_model.scoring import score_blocks, set_up_scoring
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import ScoreRequest
-from btm_cluster.steps.average import open_config
-from btm_cluster.steps.prepare import first_token_of
+from btm_cluster.steps.stored import first_token_of, open_config
 from btm_cluster.storage.scratch import scratch_folder
 from btm_cluster.workers import Control, Progress
 
 
-def score(requests: Sequence[ScoreRequest], ledger: Ledger, control: Control) -> list[Artifact]:
+def score(requests: Sequence[ScoreRequest], ledger: Ledger, control: Control) -> Iterator[Artifact]:
     """Scores each requested text; all requests name the same model."""
+    set_up_scoring(requests[0].how)
     source = ledger.get(requests[0].model)
     model = load_model(open_config(ledger, source), ledger.open_file(source, "model.safetensors"))
-    committed = []
     for i, request in enumerate(requests):
         assert request.model == source.ref, "one model at a time"
         control.report(Progress(request.label, "scoring", i, 0, len(requests)))
@@ -25,5 +24,4 @@ def score(requests: Sequence[ScoreRequest], ledger: Ledger, control: Control) ->
         blocks = Blocks([ledger.open_file(ledger.get(ref), "tokens.npy") for ref in request.tokens])
         with scratch_folder() as scratch:
             files = score_blocks(model, blocks, first_token, request.how, scratch)
-            committed.append(ledger.commit(request.ref, request.recipe, files, {"blocks": len(blocks)}))
-    return committed
+            yield ledger.commit(request, files, {"blocks": len(blocks)})

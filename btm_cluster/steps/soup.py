@@ -1,26 +1,26 @@
-"""The verb *soup*: models and development blocks to the weights by which their average does best. One process, one search."""
+"""Searches for the weights by which an average of models does best on development blocks. One process, one search."""
 
 from btm_cluster.errors import TextError
 from btm_cluster.language_model.model import load_model
 from btm_cluster.language_model.soup import Soup, greedy_soup, learned_soup, read_blocks
-from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import SoupRequest
-from btm_cluster.steps.average import check_compatible, open_config
-from btm_cluster.steps.prepare import first_token_of
+from btm_cluster.steps.average import check_compatible
+from btm_cluster.steps.stored import first_token_of, open_config
 from btm_cluster.workers import Control, Progress
 
 
-def soup(request: SoupRequest, ledger: Ledger, control: Control) -> Artifact:
-    """Searches, and commits what was found: facts hold `weights` by model identity, and `loss` in nats per token.
+def search(request: SoupRequest, ledger: Ledger, control: Control) -> Artifact:
+    """Searches, and commits the result: facts hold `weights` by strategy and model identity, and `loss` in nats per token.
 
     Raises:
         IncompatibleError: models that cannot be averaged; before a weight is read.
         TextError: no development block to search on.
     """
     control.report(Progress(request.label, "searching weights"))
-    # In the recipe's order, as averages are: sums in float32 depend on it.
-    identities = sorted({model.identity for model in request.models})
-    models = [ledger.get(Ref("model", identity)) for identity in identities]
+    # In the order of identities, as averages are: sums in float32 depend on it.
+    models = [ledger.get(model) for model in request.inputs["models"]]
+    identities = [model.identity for model in models]
     check_compatible(ledger, models)
     shards = [ledger.get(ref) for ref in request.tokens]
     reading = read_blocks(
@@ -32,13 +32,13 @@ def soup(request: SoupRequest, ledger: Ledger, control: Control) -> Artifact:
         raise TextError(f"{request.label}: there is no development text", remedy="give the text a development split")
     config, first_token = open_config(ledger, models[0]), first_token_of(ledger, request.tokens)
     files = [ledger.open_file(model, "model.safetensors") for model in models]
-    pot = Soup(load_model(config, files[0]), files, first_token, request.how)
+    soup = Soup(load_model(config, files[0]), files, first_token, request.how)
     if request.strategy == "greedy":
-        found = greedy_soup(pot, reading)
+        found = greedy_soup(soup, reading)
     else:
-        by_identity = [{parent.identity: parent.weight for parent in start} for start in request.starts]
-        starts = [[start.get(identity, 0.0) for identity in identities] for start in by_identity]
-        found = learned_soup(pot, reading, starts)
+        fitted = [ledger.get(start.fit).facts["weights"][start.name] for start in request.starts]
+        starts = [[by_model.get(identity, 0.0) for identity in identities] for by_model in fitted]
+        found = learned_soup(soup, reading, starts)
     weights = dict(zip(identities, found.weights, strict=True))
-    facts = {"weights": weights, "loss": found.loss, "blocks": len(reading)}
-    return ledger.commit(request.ref, request.recipe, {}, facts)
+    facts = {"weights": {request.strategy: weights}, "loss": found.loss, "blocks": len(reading)}
+    return ledger.commit(request, {}, facts)

@@ -1,4 +1,4 @@
-"""The verb *train*: token blocks to a model, committed with what a branch from it needs."""
+"""Trains a model on token blocks, and commits it with what a branch from it needs."""
 
 import gc
 import logging
@@ -17,10 +17,10 @@ from btm_cluster.language_model.model import save_weights, write_config
 from btm_cluster.language_model.model_import import import_model
 from btm_cluster.language_model.tokenizer import TOKENIZER_FILES
 from btm_cluster.language_model.training_state import MODEL_FILE, write_state
-from btm_cluster.ledger import Artifact, Ledger, Ref
-from btm_cluster.requests import DemixPart, TrainingText, TrainRequest
-from btm_cluster.steps.prepare import open_tokenizer
+from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.requests import DemixPart, TrainRequest
 from btm_cluster.steps.resuming import AlreadyTrained
+from btm_cluster.steps.stored import open_blocks, open_tokenizer
 from btm_cluster.steps.training_run import AtMilestone, Trained, run_training
 from btm_cluster.storage.scratch import scratch_folder
 from btm_cluster.workers import Control, Progress
@@ -50,7 +50,7 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
         ) -> Artifact:
             files["config.json"] = write_config(request.model, tokens, folder)
             files |= {name: ledger.open_file(tokenizer, name) for name in TOKENIZER_FILES}
-            return ledger.commit(made.ref, made.recipe, files, facts, note)
+            return ledger.commit(made, files, {**facts, "origin": _origin(made, ledger)}, note)
 
         def commit_trained(made: TrainRequest, trained: Trained) -> Artifact:
             control.report(Progress(request.label, "storing", made.last_update, 0, request.last_update))
@@ -95,9 +95,16 @@ def _commit_demix(request: TrainRequest, trained: Trained, ledger: Ledger, commi
         save_weights(dense_part(weights, domain), file)
         commit(part, {MODEL_FILE: file}, {"role": "demix-part"}, {})
     total, non_embedding = count_demix_parameters(request.model, len(request.parts))
-    parts = [part.ref.identity for part in request.parts]
-    facts = {"parts": parts, "parameters": total, "non_embedding_parameters": non_embedding}
-    return ledger.commit(request.ref, request.recipe, {}, {**trained.facts, **facts}, trained.note)
+    facts = {"parameters": total, "non_embedding_parameters": non_embedding, "origin": _origin(request, ledger)}
+    parts = [part.ref for part in request.parts]
+    return ledger.commit(request, {}, {**trained.facts, **facts}, trained.note, parts)
+
+
+def _origin(made: TrainRequest | DemixPart, ledger: Ledger) -> str:
+    """The initialisation that a model goes back to, over all starts: only models of one origin can be averaged."""
+    if isinstance(made, DemixPart):
+        return made.ref.identity
+    return made.trajectory if made.start is None else str(ledger.get(made.start.model).facts["origin"])
 
 
 def _last_state(request: TrainRequest, ledger: Ledger) -> Path:
@@ -151,15 +158,10 @@ def _out_of_memory(request: TrainRequest, exc: BaseException) -> TrainingError:
     )
 
 
-def open_blocks(ledger: Ledger, text: TrainingText) -> Blocks:
-    """A training text's blocks, memory-mapped."""
-    return Blocks([ledger.open_file(ledger.get(ref), "tokens.npy") for ref in text.tokens], text.first_blocks)
-
-
 def _is_first_rank() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _await_commit(ledger: Ledger, request: TrainRequest) -> Artifact:
     dist.barrier()
-    return ledger.get(Ref(request.kind, request.ref.identity))
+    return ledger.get(request.ref)

@@ -64,7 +64,7 @@ def run_training(
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(node_cache().folder_for_code()))
     group = ProcessGroup.joined(spec.compute.device)
     state, source, passed_over = restore(request, spec, ledger, group)
-    checkpoints = TrainingCheckpoints(ledger, request.ref.identity, request.label, passed_over)
+    checkpoints = TrainingCheckpoints(ledger, request, request.label, passed_over)
     run = TrainingRun(request, spec, control, group, source, checkpoints, at_milestone)
     try:
         train(spec, state, run)
@@ -80,7 +80,7 @@ def spec_of(request: TrainRequest, texts: Sequence[Blocks], first_token: int) ->
     return TrainingSpec(
         label=request.label,
         model=request.model,
-        texts=tuple(TextBlocks(text.identity, blocks) for text, blocks in zip(request.texts, texts, strict=True)),
+        texts=tuple(TextBlocks(text.name, blocks) for text, blocks in zip(request.texts, texts, strict=True)),
         first_token=first_token,
         training=request.training,
         first_update=request.first_update,
@@ -146,7 +146,7 @@ class TrainingRun:
     def save(self, state: TrainingState, wait: bool) -> None:
         weights, moments = state.weights(), state.moments()
         if self._group.is_first:
-            how = {"how": dataclasses.asdict(self._request.how), "model": self._request.recipe}
+            how = {"how": dataclasses.asdict(self._request.how)}
             self._checkpoints.save(state.update, weights, moments, how | self._profiles(state), wait)
         else:
             deque(chain(weights, moments), maxlen=0)  # the first rank gathers what this one holds
@@ -172,9 +172,8 @@ class TrainingRun:
 
     def _facts(self, role: Role, state: TrainingState) -> dict[str, Any]:
         request = self._request
-        passed = [request.until(update).ref.identity for update in request.milestones if update < state.update]
         tokens = (state.update - request.first_update) * self._spec.tokens_per_update
-        return {"role": role, "tokens": tokens, **self._profiles(state), "passed": passed}
+        return {"role": role, "tokens": tokens, **self._profiles(state)}
 
     def _profiles(self, state: TrainingState) -> dict[str, Any]:
         earlier = earlier_spans(self._source, self._request.first_update)

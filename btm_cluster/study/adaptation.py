@@ -12,15 +12,14 @@ import torch
 
 from btm_cluster.algorithm import averaged_starts
 from btm_cluster.driver import Driver
-from btm_cluster.evaluation import score_models, stack_of
-from btm_cluster.forest import Expert, Forest, Parent
+from btm_cluster.evaluation.comparison import Rows
+from btm_cluster.evaluation.scoring import score_requests, stack_of
+from btm_cluster.evaluation.systems import Ensemble, System
 from btm_cluster.ground import Ground, PreparedText
 from btm_cluster.ledger import Ref
 from btm_cluster.mixing import fit_mixing
-from btm_cluster.outstanding import resumed
 from btm_cluster.recipes import train_request
 from btm_cluster.requests import Start, TrainingText, TrainRequest
-from btm_cluster.study.mixtures import Members, Rows, System
 
 BLOCKS_PER_UPDATE = 8
 RATES = (0.1, 0.3)
@@ -39,19 +38,16 @@ class Adapted:
     stages: tuple[Ref, ...]
 
 
-def adapt(ground: Ground, transformer_lm: Ref, forest: Members, driver: Driver) -> Rows:
+def adapt(ground: Ground, transformer_lm: Ref, forest: Ensemble, driver: Driver) -> Rows:
     """Trains both on every text's development blocks; their sums on test text."""
     held_in = {text.name: _held_in(ground, text, driver) for text in ground.texts}
     texts = [text for text in ground.texts if held_in[text.name]]
-    whole = Start(transformer_lm, (Parent(transformer_lm.identity, 1.0),), keep_optimizer=False)
-    branched = averaged_starts(ground, _as_forest(ground, forest), texts, driver)
+    whole = Start(transformer_lm, keep_optimizer=False)
+    branched = averaged_starts(ground, forest, texts, driver)
     carried_on = [(text, held_in[text.name], whole) for text in texts]
     new = [(text, held_in[text.name], start) for text, start in zip(texts, branched, strict=True)]
     requests = [adapted_requests(ground, *one) for one in (*carried_on, *new)]
-    driver.require(
-        driver.workers.train,
-        [resumed(request, driver.ledger, driver.new_resources) for both in requests for request in both],
-    )
+    driver.require([request for both in requests for request in both])
     adapted = [
         Adapted(text, blocks, (start.model, *(stage for request in both for stage in _stages(request))))
         for (text, blocks, start), both in zip((*carried_on, *new), requests, strict=True)
@@ -63,7 +59,7 @@ def adapted_requests(ground: Ground, text: PreparedText, blocks: int, start: Sta
     """One for each learning rate, with milestones after the first numbers of passes."""
     at_once = min(BLOCKS_PER_UPDATE, blocks)
     epoch = -(-blocks // at_once)
-    trained_on = TrainingText(f"{text.identity}/development/{blocks}", text.tokens["development"], blocks)
+    trained_on = TrainingText(text.identity, text.tokens["development"], "development", blocks)
     requests = []
     for rate in RATES:
         peak = rate * ground.plan.training.learning_rate
@@ -88,24 +84,13 @@ def _stages(request: TrainRequest) -> list[Ref]:
     return [*(request.until(update).ref for update in request.milestones), request.ref]
 
 
-def _as_forest(ground: Ground, members: Members) -> Forest:
-    """A forest of a study, which stands in no log."""
-    assert members.seed is not None
-    texts = {domain.name: domain.identity for domain in ground.domains}
-    experts = tuple(Expert(domain, model.identity, "", texts[domain], ()) for domain, model in sorted(members.models))
-    return Forest(0, ground.foundation(members.seed.identity), experts, {}, reason="a study's")
-
-
 def _rows(
-    ground: Ground, carried_on: Sequence[Adapted], new: Sequence[Adapted], forest: Members, driver: Driver
+    ground: Ground, carried_on: Sequence[Adapted], new: Sequence[Adapted], forest: Ensemble, driver: Driver
 ) -> Rows:
-    experts = [model for _, model in forest.models]
-    pairs = [(stage, one.text) for one in (*carried_on, *new) for stage in one.stages]
-    pairs += [(expert, one.text) for one in new for expert in experts]
-    scores = score_models(ground, pairs, driver)
+    driver.require([score for one in (*carried_on, *new) for score in score_requests(ground, one.stages, [one.text])])
 
     def left_out(one: Adapted, models: Sequence[Ref]) -> tuple[torch.Tensor, torch.Tensor]:
-        stack = stack_of(driver.ledger, scores, models, one.text, "development")
+        stack = stack_of(driver.ledger, models, one.text, "development")
         return stack.take(one.held_in, ground.plan.merging.development_blocks)
 
     def best(one: Adapted) -> Ref:
@@ -113,12 +98,12 @@ def _rows(
 
     rows: Rows = {}
     for rival, expert in zip(carried_on, new, strict=True):
-        name, combined = expert.text.name, [*experts, best(expert)]
-        single = stack_of(driver.ledger, scores, [best(rival), best(expert)], expert.text, "test").sums()
-        rows.setdefault(System("transformer-lm on development text"), {})[name] = single[0]
-        rows.setdefault(System("expert on development text"), {})[name] = single[1]
+        part, combined = (expert.text.name, "test"), [*forest.refs, best(expert)]
+        single = stack_of(driver.ledger, [best(rival), best(expert)], expert.text, "test").sums()
+        rows.setdefault(System("transformer-lm on development text"), {})[part] = single[0]
+        rows.setdefault(System("expert on development text"), {})[part] = single[1]
         mixing = fit_mixing("calibrated", "fitted", *left_out(expert, combined), ground.plan.merging)
-        stack = stack_of(driver.ledger, scores, combined, expert.text, "test")
+        stack = stack_of(driver.ledger, combined, expert.text, "test")
         system = System("forest with an expert on development text", posterior="calibrated", prior="fitted")
-        rows.setdefault(system, {})[name] = stack.mixture_sums(mixing.log_prior_E, mixing.posterior)
+        rows.setdefault(system, {})[part] = stack.mixture_sums(mixing.log_prior_E, mixing.posterior)
     return rows

@@ -7,7 +7,7 @@ development text that the forest's priors are fitted on (`adaptation.py`).
 
 from dataclasses import replace
 
-from btm_cluster.ground import Ground, PreparedText, tokenize_requests
+from btm_cluster.ground import Ground, PreparedText, text_of, tokenize_requests
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.recipes import at_experts_rate, seed_start, train_request
 from btm_cluster.requests import ShuffleTexts, TrainingText, TrainRequest
@@ -48,7 +48,7 @@ def random_part_requests(ground: Ground) -> list[ShuffleTexts]:
 
 def random_part(ground: Ground, request: ShuffleTexts, memo: Artifact, ledger: Ledger) -> PreparedText:
     """One of them as a text to train on."""
-    identity = str(memo.facts["text"])
+    identity = text_of(memo)
     facts = ledger.get(Ref("text", identity)).facts
     shards = tokenize_requests(request.label, identity, facts, ground.tokenizer, ground.plan.training.block_tokens)
     tokens = {split: tuple(shard.ref for shard in requests) for split, requests in shards.items()}

@@ -7,7 +7,6 @@ from typing import Any
 from btm_cluster.driver import Driver, step_error
 from btm_cluster.ground import Ground, PreparedText
 from btm_cluster.ledger import Artifact
-from btm_cluster.outstanding import resumed
 from btm_cluster.plan import TrainingPlan
 from btm_cluster.recipes import expert_request, seed_request, seed_start, transformer_lm_request
 from btm_cluster.requests import TrainRequest
@@ -72,9 +71,7 @@ def train(
 ) -> list[tuple[TrainRequest, Artifact]]:
     """All of them, or a StepError; of those that may diverge, all that did not."""
     everything = marked(repeat, [*requests, *may_diverge])
-    outcomes = driver.obtain(
-        driver.workers.train, [resumed(request, driver.ledger, driver.new_resources) for request in everything]
-    )
+    outcomes = driver.obtain(everything)
     failures = [
         outcome
         for number, outcome in enumerate(outcomes)

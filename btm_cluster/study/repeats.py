@@ -8,12 +8,11 @@ from typing import Any
 from btm_cluster.algorithm import prepare
 from btm_cluster.driver import Driver, step_error
 from btm_cluster.errors import UserError
-from btm_cluster.evaluation import score_models, stack_of
+from btm_cluster.evaluation.scoring import score_models, stack_of
 from btm_cluster.forest import Forest
 from btm_cluster.ground import Ground, model_config, vocabulary_of
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.mixing import cross_fitted_perplexity, fits_at_once
-from btm_cluster.outstanding import resumed
 from btm_cluster.plan import Plan, SizePlan, StudyPlan, TrainingPlan
 from btm_cluster.recipes import check_demix_fits
 from btm_cluster.requests import TrainRequest
@@ -204,8 +203,7 @@ def _that_converged(tried: Sequence[Sequence[TrainRequest]], driver: Driver) -> 
     Raises:
         StepError: one failed otherwise, or one diverged in each.
     """
-    requests = [resumed(request, driver.ledger, driver.new_resources) for one in tried for request in one]
-    outcomes = driver.obtain(driver.workers.train, requests)
+    outcomes = driver.obtain([request for one in tried for request in one])
     failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
     made = {outcome.ref for outcome in outcomes if isinstance(outcome, Artifact)}
     models = [[request.ref for request in one] for one in tried]
@@ -217,12 +215,11 @@ def _that_converged(tried: Sequence[Sequence[TrainRequest]], driver: Driver) -> 
 
 def _ensemble_perplexity(ground: Ground, experts: Sequence[Ref], driver: Driver) -> float:
     """Mean over domains, on development text, of the ensemble as the plan mixes it."""
-    pairs = [(expert, text) for expert in experts for text in ground.domains]
-    scores = score_models(ground, pairs, driver, ["development"])
+    scores = score_models(ground, experts, ground.domains, driver, ["development"])
     texts, merging = {text.name: text for text in ground.domains}, ground.plan.merging
 
     def perplexity(name: str) -> float:
-        stack = stack_of(driver.ledger, scores, experts, texts[name], "development")
+        stack = stack_of(driver.ledger, experts, texts[name], "development", scores)
         return cross_fitted_perplexity(*stack.take(0, merging.development_blocks), merging)
 
     return sum(fits_at_once(perplexity, list(texts))) / len(texts)
@@ -230,11 +227,10 @@ def _ensemble_perplexity(ground: Ground, experts: Sequence[Ref], driver: Driver)
 
 def _development_perplexities(ground: Ground, models: Sequence[Ref], driver: Driver) -> list[float]:
     """Each model's mean over domains."""
-    pairs = [(model, text) for model in models for text in ground.domains]
-    scores = score_models(ground, pairs, driver, ["development"])
+    scores = score_models(ground, models, ground.domains, driver, ["development"])
     totals = [0.0] * len(models)
     for text in ground.domains:
-        stack = stack_of(driver.ledger, scores, models, text, "development")
+        stack = stack_of(driver.ledger, models, text, "development", scores)
         perplexities = (-stack.sums().sum(1) / stack.tokens().sum()).exp()
         totals = [total + one for total, one in zip(totals, perplexities.tolist(), strict=True)]
     return [total / len(ground.domains) for total in totals]

@@ -9,6 +9,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from btm_cluster.driver import Driver
+from btm_cluster.evaluation.comparison import Comparison
+from btm_cluster.evaluation.systems import (
+    DEMIX,
+    FEW_METHODS,
+    FOREST,
+    GATE,
+    GATE_FOR_ALL,
+    MANY_METHODS,
+    PRIOR_ALONE,
+    Ensemble,
+    with_seed,
+)
 from btm_cluster.ground import Ground, PreparedText, tokenize_requests
 from btm_cluster.language_model.demix import count_demix_parameters
 from btm_cluster.language_model.model import count_parameters
@@ -17,7 +29,7 @@ from btm_cluster.plan import Plan, StudyPlan
 from btm_cluster.recipes import demix_request
 from btm_cluster.requests import TrainRequest
 from btm_cluster.study.adaptation import adapt
-from btm_cluster.study.comparison import Comparison, Models, compare
+from btm_cluster.study.comparison import Models, compare, entries_from
 from btm_cluster.study.controls import (
     DEMIXES,
     random_part,
@@ -26,10 +38,12 @@ from btm_cluster.study.controls import (
     seeded_demix_request,
     transformer_lm_at_experts_rate_request,
 )
-from btm_cluster.study.mixtures import Members
 from btm_cluster.study.repeat import Repeat, branches, fill_in, train
 from btm_cluster.study.repeats import repeats_of
 from btm_cluster.texts import TextReport, report_texts
+
+PRIORS = ("uniform", "argmax", "ema", "fitted")
+"""The averages of parameters that are measured: the paper's three, and the posterior by the fitted prior."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +80,7 @@ def run_study(plan: Plan, driver: Driver) -> Iterator[Study]:
         models, trained = train_repeat(repeat, driver)
         comparison = compare(repeat.ground, models, driver)
         if "adapted" in study.systems:
-            rows = adapt(repeat.ground, models.transformer_lm, models.members[0], driver)
+            rows = adapt(repeat.ground, models.transformer_lm, models.ensembles[0], driver)
             comparison = replace(comparison, rows=comparison.rows | rows)
         entries += entries_of(repeat, comparison)
         speeds += [_speed(repeat, request, model) for request, model in trained]
@@ -88,29 +102,30 @@ def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[Tra
     experts = {share: branches(repeat, ground.domains, share) for share in seeds}
     parts = _random_parts(ground, driver) if "random-split" in systems else []
     dealt = branches(repeat, parts, first)
-    seeded = [seeded_demix_request(ground, seeds[first].ref)] if "demix-from-seed" in systems else []
+    demix_from_seed = [seeded_demix_request(ground, seeds[first].ref)] if "demix-from-seed" in systems else []
     at_experts_rate = [] if scale == 1 else [transformer_lm_at_experts_rate_request(ground, seeds[first].ref)]
-    branched = [*(expert for share in seeds for expert in experts[share]), *dealt, *seeded]
+    branched = [*(expert for share in seeds for expert in experts[share]), *dealt, *demix_from_seed]
     trained += train(repeat, branched, driver, at_experts_rate)
     made = {request.ref for request, _ in trained}
     experts |= {0.0: scratch} if scratch else {}
 
-    def members(system: str, share: float, texts: Sequence[PreparedText], requests: Sequence[TrainRequest]) -> Members:
+    def members(system: str, share: float, texts: Sequence[PreparedText], requests: Sequence[TrainRequest]) -> Ensemble:
         models = tuple((text.name, request.ref) for text, request in zip(texts, requests, strict=True))
-        return Members(system, share, seeds[share].ref if share else None, models)
+        seed = seeds[share].ref if share else None
+        return Ensemble(system, models, (*FEW_METHODS, PRIOR_ALONE), PRIORS, seed, share)
 
-    forests = [members("forest", share, ground.domains, experts[share]) for share in repeat.seed_shares]
+    forests = [members(FOREST, share, ground.domains, experts[share]) for share in repeat.seed_shares]
+    seeded = with_seed(forests[0], (*FEW_METHODS, PRIOR_ALONE, GATE_FOR_ALL, GATE))
+    seeded = replace(seeded, averages=("learned",))
+    forests[0] = replace(forests[0], methods=MANY_METHODS, averages=(*PRIORS, "greedy"))
     others = [members("random-split", first, parts, dealt)] if dealt else []
-    others += [Members("demix", None, None, _named(ground, request), averaged=False) for request in demix]
+    others += [Ensemble(DEMIX, _named(ground, request), FEW_METHODS) for request in demix]
     others += [
-        Members("demix-from-seed", first, seeds[first].ref, _named(ground, request), averaged=False)
-        for request in seeded
+        Ensemble("demix-from-seed", _named(ground, request), FEW_METHODS, (), seeds[first].ref, first)
+        for request in demix_from_seed
     ]
-    models = (*forests[0].models, ("seed", seeds[first].ref))
-    with_seed = replace(forests[0], system="forest with its seed", models=models, averaged=False, gated=True)
-    forests[0] = replace(forests[0], many_ways=True)
     control = next((request.ref for request in at_experts_rate if request.ref in made), None)
-    return Models(whole.ref, control, (forests[0], with_seed, *forests[1:], *others)), trained
+    return Models(whole.ref, control, (forests[0], seeded, *forests[1:], *others)), trained
 
 
 def _named(ground: Ground, demix: TrainRequest) -> tuple[tuple[str, Ref], ...]:
@@ -121,7 +136,7 @@ def _named(ground: Ground, demix: TrainRequest) -> tuple[tuple[str, Ref], ...]:
 
 def _random_parts(ground: Ground, driver: Driver) -> list[PreparedText]:
     requests = random_part_requests(ground)
-    memos = driver.require(driver.workers.prepare, requests)
+    memos = driver.require(requests)
     parts = [random_part(ground, r, memo, driver.ledger) for r, memo in zip(requests, memos, strict=True)]
     block_tokens = ground.plan.training.block_tokens
     shards = [
@@ -129,7 +144,7 @@ def _random_parts(ground: Ground, driver: Driver) -> list[PreparedText]:
         for part in parts
         for shard in tokenize_requests(part.name, part.identity, part.facts, ground.tokenizer, block_tokens)["train"]
     ]
-    driver.require(driver.workers.prepare, shards)
+    driver.require(shards)
     return parts
 
 
@@ -148,7 +163,7 @@ def entries_of(repeat: Repeat, comparison: Comparison) -> list[Mapping[str, Any]
     }
     return [
         common | {"non_embedding_parameters": demix_parameters if entry["system"] in DEMIXES else parameters} | entry
-        for entry in comparison.entries()
+        for entry in entries_from(repeat.ground, comparison)
     ]
 
 

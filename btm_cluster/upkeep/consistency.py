@@ -1,12 +1,18 @@
-"""Whether what a store holds fits together: versions, pins, and what artifacts are made from. Yields a line for each problem."""
+"""Whether what a store holds fits together: versions, pins, records, purges, and what artifacts are made from.
+
+Each check yields a line for each problem.
+"""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from btm_cluster.errors import StoreError
-from btm_cluster.forest import Forest, identity_of
-from btm_cluster.ledger import Artifact, Ledger, Ref, artifact_key
-from btm_cluster.records import BranchPoint, is_open
-from btm_cluster.upkeep.lineage import needs, reached
+from btm_cluster.forest import Forest
+from btm_cluster.ledger import Artifact, Ledger, PurgeRecord, Ref, artifact_key
+from btm_cluster.ledger.documents import Document
+from btm_cluster.records import Baseline, BranchPoint, is_open
+from btm_cluster.upkeep.lineage import lost, purged_with, reached
+
+_SHOWN = 3
 
 
 def check_history(
@@ -45,38 +51,69 @@ def check_needs(
     artifacts: Mapping[str, Artifact],
     named: Collection[str],
 ) -> Iterator[str]:
-    """What `gc` keeps for the newest and the pinned versions and for expansions in the making has all that it is made from.
+    """What `gc` keeps for the newest and the pinned versions, baselines and expansions in the making has all that it is made from.
 
     `named` are the keys of manifests that are there, whole or damaged, and of those that were purged.
     """
     present = {artifact.ref: artifact for artifact in artifacts.values() if artifact.kind != "training"}
-    kept = [forest for version, forest in forests.items() if version in {max(forests), *_pinned(records)}]
+    used = [forest for version, forest in forests.items() if version in {max(forests), *_pinned(records)}]
     newest = forests[max(forests)] if forests else None
     points = [record for record in records if isinstance(record, BranchPoint) and is_open(record, newest)]
-    roots = {Ref("model", identity) for forest in kept for identity in forest.manifests}
-    roots |= {ref for point in points for ref in roots_of(point)}
-    accounted = {*named, *_purged_parts(present.values(), named)}
-    try:
-        of_use = reached(roots, present) | {ref for ref in present if ref.kind == "source"}
-        needed = {need: ref for ref in sorted(of_use, key=str) for need in needs(present[ref])}
-        needed |= {ref: ref for ref in roots if ref.kind == "text"}
-    except StoreError as exc:  # what an artifact of a newer version needs is unknown
-        yield str(exc)
-        return
-    for need, of in needed.items():
-        if need in present or artifact_key(need) in accounted:
+    roots = named_roots(used, points, [record for record in records if isinstance(record, Baseline)])
+    of_use = reached(roots, present) | {ref for ref in present if ref.kind == "source"}
+    by_versions = named_roots(used, [], [])  # which `check_history` looks for
+    for need, by in lost(roots, of_use, present).items():
+        if artifact_key(need) in named or need in by_versions:
             continue
         try:
-            if ledger.find(need) is None:  # nor did a run make it since the store was listed
-                yield _lost(f"{need.kind} {need.identity[:12]}", f"{of.kind} {of.identity[:12]}, which is made from it")
+            if ledger.find_listed(need) is None:  # nor did a run make it since the store was listed
+                yield _lost(f"{need.kind} {need.identity[:12]}", by)
         except StoreError as exc:  # a folder in its place
             yield str(exc)
 
 
-def roots_of(point: BranchPoint) -> set[Ref]:
-    """What an expansion in the making starts from."""
-    parents = (Ref("model", parent.identity) for parent in point.start.parents)
-    return {Ref("text", point.text), point.start.model, *parents}
+def check_purges(
+    tombstones: Mapping[Ref, Document],
+    unfinished: Sequence[PurgeRecord],
+    left: Sequence[Collection[str]],
+    newest: Forest | None,
+    artifacts: Mapping[str, Artifact],
+) -> Iterator[str]:
+    """Every purge came to its end, and nothing is there that it would delete. `left` is what is there of each unfinished one."""
+    for record, keys in zip(unfinished, left, strict=True):
+        shown = ", ".join(sorted(keys)[:_SHOWN]) + (", …" if len(keys) > _SHOWN else "")
+        found = f"{len(keys)} of its objects are still there: {shown}" if keys else "nothing that a listing shows"
+        yield f"the purge of {record.domain!r} is not finished\n  found:    {found}\n  remedy:   {_purge_again(record.domain)}"
+    told = {key for keys in left for key in keys}
+    purged = {artifact_key(ref) for ref in tombstones}
+    yield from (f"{key} was purged, and is there again" for key in sorted((purged & artifacts.keys()) - told))
+    made_of_it = purged_with(tombstones, artifacts) - purged - told
+    domains = {str(document.body["domain"]) for document in tombstones.values()} if made_of_it else ()
+    for domain in sorted(domains):
+        refs = {ref for ref, document in tombstones.items() if document.body["domain"] == domain}
+        for key in sorted(purged_with(refs, artifacts) - purged - told):
+            yield f"{key} is made from what was purged as {domain!r}\n  remedy:   {_purge_again(domain)}"
+    for expert in newest.experts if newest else ():
+        if not tombstones.keys().isdisjoint({Ref("text", expert.text), Ref("model", expert.identity)}):
+            yield (
+                f"the forest has the domain {expert.domain!r}, which was purged\n  found:    forest version "
+                f"{newest.version if newest else ''}\n  remedy:   `btm forest remove {expert.domain}`"
+            )
+
+
+def named_roots(
+    forests: Iterable[Forest], points: Iterable[BranchPoint], baselines: Iterable[Baseline]
+) -> dict[Ref, str]:
+    """What the records of a store name, with what names it: models of versions, where open expansions start, baselines."""
+    named: dict[Ref, str] = {}
+    for forest in forests:
+        named |= dict.fromkeys((Ref("model", i) for i in forest.manifests), f"forest version {forest.version}")
+    for point in points:
+        for ref in (Ref("text", point.text), point.start.model):
+            named.setdefault(ref, f"the branch point of {point.domain!r}")
+    for one in baselines:
+        named.setdefault(Ref("model", one.model), f"the record of a {one.name} of forest version {one.version}")
+    return named
 
 
 def _pinned(records: Iterable[object]) -> set[int]:
@@ -90,13 +127,8 @@ def _check_parent(ledger: Ledger, forest: Forest, has_parent: bool) -> Iterator[
             yield f"forest version {forest.version} names another parent\n  found:    {forest.parent}\n  expected: {parent}"
 
 
-def _purged_parts(artifacts: Iterable[Artifact], named: Collection[str]) -> Iterator[str]:
-    """What a DEMix was for a text that was purged went with it, without a tombstone of its own."""
-    present = {artifact.ref for artifact in artifacts}
-    for artifact in artifacts:
-        for text in artifact.recipe["texts"] if artifact.recipe.get("is_demix") else ():
-            if Ref("text", text) not in present and artifact_key(Ref("text", text)) in named:
-                yield artifact_key(Ref("model", identity_of({"demix": artifact.identity, "text": text})))
+def _purge_again(domain: str) -> str:
+    return f"run it again: `btm forest remove {domain} --purge`"
 
 
 def _lost(

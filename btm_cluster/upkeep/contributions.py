@@ -92,25 +92,25 @@ def contributions(ledger: Ledger) -> Contributions:
 
 def _scored(ledger: Ledger, forest: Forest) -> dict[str, dict[str, _Scored]]:
     """What all experts were scored on: by text identity and split."""
-    wanted = [expert.identity for expert in forest.experts]
-    tokens = {artifact.identity: artifact.recipe for artifact in ledger.list_artifacts("tokens")}
-    by_tokens: dict[tuple[str, ...], dict[str, Artifact]] = {}
+    experts = [Ref("model", expert.identity) for expert in forest.experts]
+    tokens = {artifact.ref: artifact for artifact in ledger.list_artifacts("tokens")}
+    by_tokens: dict[tuple[Ref, ...], dict[Ref, Artifact]] = {}
     for scores in ledger.list_artifacts("scores"):
-        if scores.recipe["model"] in wanted:
-            by_tokens.setdefault(tuple(scores.recipe["tokens"]), {})[scores.recipe["model"]] = scores
+        (model,) = scores.inputs["model"]
+        if model in experts:
+            by_tokens.setdefault(scores.inputs["tokens"], {})[model] = scores
     found: dict[str, dict[str, _Scored]] = {}
     for shards, by_model in by_tokens.items():
-        if len(by_model) == len(wanted) and all(shard in tokens for shard in shards):
-            text, split = tokens[shards[0]]["text"], tokens[shards[0]]["shard"].partition("-")[0]
-            refs = tuple(Ref("tokens", shard) for shard in shards)
-            found.setdefault(text, {})[split] = _Scored([by_model[model] for model in wanted], refs)
+        if len(by_model) == len(experts) and all(shard in tokens for shard in shards):
+            (text,), split = tokens[shards[0]].inputs["text"], tokens[shards[0]].recipe["split"]
+            found.setdefault(text.identity, {})[split] = _Scored([by_model[model] for model in experts], shards)
     return found
 
 
 def _names(ledger: Ledger, forest: Forest) -> dict[str, str]:
     """Names of texts by identity: as they were called when they were read, and domains as the forest calls them."""
-    memos = sorted(ledger.list_artifacts("source"), key=lambda memo: str(memo.note.get("created")))
-    named = {str(memo.facts["text"]): str(memo.note["name"]) for memo in memos if "name" in memo.note}
+    sources = sorted(ledger.list_artifacts("source"), key=lambda source: str(source.note.get("created")))
+    named = {text.identity: str(one.note["name"]) for one in sources if "name" in one.note for text in one.parts}
     return named | {expert.text: expert.domain for expert in forest.experts}
 
 

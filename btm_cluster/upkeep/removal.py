@@ -4,14 +4,12 @@ A removal is at once effective in whatever is made of the forest afterwards. Wha
 influence, and that is found from lineage. Deleting for good is `purge.py`'s.
 """
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from btm_cluster.errors import StoreError, UserError
 from btm_cluster.forest import Expert, Forest, descendants, put_back, roll_back, take_out
-from btm_cluster.ledger import THREADS, Ledger, Ref, list_ours
-from btm_cluster.records import TOMBSTONES
+from btm_cluster.ledger import Artifact, Ledger, Ref
 
 APPEND_ATTEMPTS = 100
 
@@ -75,27 +73,35 @@ def rollback(ledger: Ledger, version: int) -> Forest:
 def influence_of(ledger: Ledger, forest: Forest, expert: Expert) -> Influence:
     """What still carries an expert's domain, in the forest and in the store.
 
-    `forest` is without it. Lineage is that of every model in the store, and of what was purged.
+    `forest` is without it.
     """
     models = {model.identity: model for model in ledger.list_artifacts("model")}
-    parents = {identity: model.parents for identity, model in models.items()} | _purged_parents(ledger)
-    carriers = descendants(expert.identity, parents)
+    text, carriers = Ref("text", expert.text), descendants(expert.identity, parents_of(ledger, models))
     founding = expert.text in {text for _, text in forest.foundation.domains}
     seed = models.get(forest.foundation.seed)
-    learned = founding and not (seed is not None and seed.recipe.get("pretrained"))
     tokenizer = ledger.find(Ref("tokenizer", forest.foundation.tokenizer))
-    trained = tokenizer is not None and "train" in tokenizer.recipe
+    learned = [model for model in models.values() if text in model.inputs.get("texts", ())]
     return Influence(
-        seed=forest.foundation.seed if learned else None,
-        tokenizer=forest.foundation.tokenizer if founding and trained else None,
-        baselines=tuple(
-            identity
-            for identity, model in models.items()
-            if model.facts.get("role") in ("transformer-lm", "demix") and expert.text in model.recipe["texts"]
-        ),
+        seed=forest.foundation.seed if founding and (seed is None or seed in learned) else None,
+        tokenizer=tokenizer.identity if tokenizer and text in tokenizer.inputs.get("texts", ()) else None,
+        baselines=tuple(m.identity for m in learned if m.facts.get("role") in ("transformer-lm", "demix")),
         descendants=tuple(e.domain for e in forest.experts if e.identity in carriers),
-        merged=tuple(sorted(i for i in carriers if i in models and "average" in models[i].recipe)),
+        merged=tuple(sorted(i for i in carriers if i in models and "models" in models[i].inputs)),
     )
+
+
+def parents_of(ledger: Ledger, models: Mapping[str, Artifact]) -> dict[str, set[str]]:
+    """The models that each model was made from, by identity: of those in the store, of what was purged, and of every version.
+
+    The average that an expert started from may be collected. What it averaged is in the forest's log.
+    """
+    parents = {identity: set(model.parents) for identity, model in models.items()}
+    for ref, tombstone in ledger.tombstones.all().items():
+        parents.setdefault(ref.identity, set()).update(tombstone.body["parents"])
+    for forest, _ in ledger.log.history():
+        for expert in forest.experts:
+            parents.setdefault(expert.identity, set()).update(parent.identity for parent in expert.parents)
+    return parents
 
 
 def last_expert(ledger: Ledger, domain: str) -> Expert | None:
@@ -114,13 +120,6 @@ def version_of(ledger: Ledger, version: int) -> Forest:
         found = ", ".join(map(str, ledger.log.versions())) or "no version"
         raise UserError(f"there is no forest version {version}", found=f"versions {found}")
     return forest
-
-
-def _purged_parents(ledger: Ledger) -> dict[str, tuple[str, ...]]:
-    keys = [entry.key for entry in list_ours(ledger.storage, f"{TOMBSTONES}model/")]
-    with ThreadPoolExecutor(THREADS) as pool:
-        read = [record.body for record in pool.map(ledger.read_tombstone, keys) if record is not None]
-    return {body["identity"]: tuple(body["parents"]) for body in read}
 
 
 def _newest(ledger: Ledger) -> Forest:

@@ -17,11 +17,12 @@ import pytest
 from botocore.stub import Stubber
 
 from btm_cluster.errors import MissingError, StoreError, UserError
-from btm_cluster.forest import Forest, Foundation, identity_of
-from btm_cluster.ledger import CHUNK_BYTES, Ledger, Ref
+from btm_cluster.forest import Forest, Foundation
+from btm_cluster.ledger import CHUNK_BYTES, Ledger
 from btm_cluster.storage import open_storage
 from btm_cluster.storage.object_storage import ObjectStorage
 from tests.fault_proxy import SURVIVED, Fault, FaultProxy, no_faults, on_first_try, random_faults
+from tests.made import origin
 
 MULTI_PART = random.Random(0).randbytes(20 * 2**20 + 5)
 BLOB = f"blobs/{hashlib.sha256(MULTI_PART).hexdigest()}"
@@ -391,16 +392,15 @@ def test_what_is_committed_and_opened_through_random_faults_is_right(
     ledger = Ledger(ObjectStorage(f"s3://{bucket}/random-{seed}", patience_seconds=1e6))  # paths decide the draws
     proxy.follow(random_faults(seed, rate=0.3))
     for number in range(5):
-        ref = Ref("model", identity_of({"number": number}))
         files = {"weights": file(MULTI_PART if number == 0 else b"%d" % number), "empty": file(b"")}
-        artifact = ledger.commit(ref, {"number": number}, files, {})
-        assert ledger.get(ref) == artifact
+        artifact = ledger.commit(origin("model", {"number": number}), files, {})
+        assert ledger.get(artifact.ref) == artifact
         for name, path in files.items():
             assert ledger.open_file(artifact, name).read_bytes() == path.read_bytes()
             assert b"".join(ledger.read_chunks(artifact, name)) == path.read_bytes()
     assert len({*proxy.seen}) > 30
     assert {fault for _, _, fault in proxy.seen} > {Fault.NONE, Fault.LOSE_REPLY}
-    made = sorted(identity_of({"number": number}) for number in range(5))
+    made = sorted(origin("model", {"number": number}).ref.identity for number in range(5))
     assert [found.identity for found in ledger.list_artifacts("model")] == made
 
 

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +14,13 @@ import moto
 import pytest
 
 from btm_cluster.errors import MissingError, StoreError, UserError
-from btm_cluster.storage import Storage, open_storage
+from btm_cluster.ledger import Ledger
+from btm_cluster.storage import Entry, Storage, open_storage
 from btm_cluster.storage.local_folder import LocalFolder
+from btm_cluster.upkeep.gc import collect, find_garbage
+from btm_cluster.upkeep.housekeeping import verify
+from btm_cluster.upkeep.purge import condemn, purge
+from tests.house import House
 
 
 @pytest.fixture(params=["local folder", "radosgw", "moto"])
@@ -27,7 +33,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     with ExitStack() as stack:
         if request.param == "moto":
             if request.node.get_closest_marker("races"):
-                pytest.skip("moto lets two racers win, and reads half an object")
+                pytest.skip("moto lets two racers win, reads half an object, and lists what another thread deletes")
             given = dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "any")
             given["AWS_DEFAULT_REGION"] = "us-east-1"
             stack.enter_context(moto.mock_aws())
@@ -331,7 +337,171 @@ def test_what_fails_to_upload_leaves_no_object(storage: Storage, tmp_path: Path)
     assert keys(storage, "") == []
 
 
+def begin_to_write(storage: Storage, key: str) -> None:
+    """What a process that was killed meanwhile leaves behind: 5 MiB of a file."""
+    if "://" in storage.location:
+        bucket, _, prefix = storage.location.removeprefix("s3://").partition("/")
+        name = {"Bucket": bucket, "Key": f"{prefix}/{key}"}
+        upload = boto3.client("s3").create_multipart_upload(**name)["UploadId"]
+        boto3.client("s3").upload_part(**name, UploadId=upload, PartNumber=1, Body=bytes(5 * 2**20))
+        return
+    path = Path(storage.location, key).parent / f".writing-{uuid.uuid4().hex}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes(5 * 2**20))
+
+
+def test_what_a_killed_process_was_writing_is_no_object_and_is_discarded(
+    storage: Storage, file: Callable[[bytes], Path]
+) -> None:
+    storage.upload("blobs/ab", file(b"whole"))
+    for key in ("blobs/ab", "blobs/ab", "training/law/blobs/c", "inbox/law/../d"):
+        if ".." not in key or "://" in storage.location:
+            begin_to_write(storage, key)
+    assert keys(storage, "") == ["blobs/ab"]
+    begun = [*storage.unfinished("blobs/"), *storage.unfinished("training/"), *storage.unfinished("inbox/")]
+    assert [entry.size_bytes for entry in begun] == [5 * 2**20] * len(begun)
+    assert len(begun) >= 3
+    if "://" not in storage.location or "AWS_ENDPOINT_URL" in os.environ:  # moto's uploads all began in 2010
+        assert all(abs(entry.modified - time.time()) < 600 for entry in begun)
+    storage.discard(begun[0].key)
+    storage.discard(begun[0].key)
+    assert [*storage.unfinished("blobs/")] == begun[1:2]
+    for entry in begun:
+        storage.discard(entry.key)
+    assert [*storage.unfinished("blobs/"), *storage.unfinished("training/"), *storage.unfinished("inbox/")] == []
+    assert storage.read("blobs/ab") == b"whole"
+
+
+def test_erasing_a_folder_discards_what_was_being_written_in_it_and_nothing_beside_it(storage: Storage) -> None:
+    for key in ("training/law/blobs/a", "training/lawyers/blobs/a", "blobs/a"):
+        begin_to_write(storage, key)
+    storage.erase("training/law/")
+    storage.erase("blobs/a")
+    assert [entry.key.rpartition("/")[0] for entry in storage.unfinished("training/")] == ["training/lawyers/blobs"]
+    assert len([*storage.unfinished("blobs/")]) == 1
+
+
+@pytest.fixture
+def house(storage: Storage, tmp_path: Path) -> House:
+    """A store whose forest lost the domain law just now."""
+    (tmp_path / "files").mkdir()
+    house = House(storage, tmp_path / "files")
+    house.found()
+    house.remove("law")
+    return house
+
+
+def unfinished(storage: Storage) -> list[Entry]:
+    return [entry for folder in ("artifacts/", "blobs/", "training/") for entry in storage.unfinished(folder)]
+
+
+def test_what_killed_processes_were_writing_is_collected_once_it_is_old(house: House) -> None:
+    for key in ("blobs/ab", "training/law/blobs/c", "artifacts/model/d"):
+        begin_to_write(house.storage, key)
+    if "://" not in house.storage.location or "AWS_ENDPOINT_URL" in os.environ:
+        assert find_garbage(house.ledger, 10, 3600).unfinished == ()
+    garbage = find_garbage(house.ledger, 10, -3600)
+    assert {*garbage.unfinished} == {entry.key for entry in unfinished(house.storage)}
+    assert garbage.size_bytes >= 15 * 2**20
+    collect(house.ledger, garbage)
+    assert unfinished(house.storage) == []
+
+
+@pytest.mark.races
+def test_what_killed_processes_were_writing_goes_with_a_purge_whatever_its_age(house: House) -> None:
+    """Nobody knows whose text it holds."""
+    expert = house.refs["law expert"].identity
+    for key in ("blobs/ab", f"training/{expert}/blobs/c", "training/another/blobs/c"):
+        begin_to_write(house.storage, key)
+    purge(house.ledger, condemn(house.ledger, "law"))
+    assert [entry.key.rpartition("/")[0] for entry in unfinished(house.storage)] == ["training/another/blobs"]
+    assert not house.is_there("law text")
+    assert verify(house.ledger).problems == ()
+
+
+@pytest.mark.races
+def test_keys_that_somebody_else_wrote_with_dots_in_them_are_listed_and_erased_as_they_are(storage: Storage) -> None:
+    """`inbox/x/../y` is a key like any other in a bucket. It kept a purge of x from ever coming to its end."""
+    if "://" not in storage.location:
+        pytest.skip("a folder can have no such name")
+    bucket, _, prefix = storage.location.removeprefix("s3://").partition("/")
+    odd = ["inbox/x/../y", "inbox/x/./a", "inbox/x//b", "inbox/x/..", "inbox/x/a/../../z"]
+    for key in (*odd, "inbox/y", "inbox/z", "inbox/xy/../a"):
+        boto3.client("s3").put_object(Bucket=bucket, Key=f"{prefix}/{key}", Body=b"text")
+    assert keys(storage, "inbox/x/") == sorted(odd)
+    ledger = Ledger(storage)
+    purge(ledger, condemn(ledger, "x"))
+    assert keys(storage, "inbox/") == ["inbox/xy/../a", "inbox/y", "inbox/z"]
+    assert verify(ledger).problems == ()
+
+
 # A local folder alone
+
+
+@pytest.mark.parametrize("verb", ["create", "upload"])
+def test_who_is_still_writing_what_somebody_discards_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    (tmp_path / "file").write_bytes(b"bytes")
+    storage, flush, discarded = LocalFolder(str(tmp_path / "store")), os.fsync, []
+
+    def discard_then_flush(descriptor: int) -> None:
+        if not discarded:
+            discarded.extend(storage.unfinished("blobs/"))
+            storage.discard(discarded[0].key)
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", discard_then_flush)
+    if verb == "create":
+        assert storage.create("blobs/a", b"bytes")
+    else:
+        storage.upload("blobs/a", tmp_path / "file")
+    assert storage.read("blobs/a") == b"bytes"
+    assert len(discarded) == 1
+    assert list(storage.unfinished("blobs/")) == []
+
+
+@pytest.mark.parametrize("leads", ["x", "a" * 300, "../elsewhere", "nowhere", "../../file/below"])
+@pytest.mark.parametrize("place", ["inbox/x", "inbox/x/deep/link"])
+def test_links_are_listed_and_removed_and_never_followed(tmp_path: Path, place: str, leads: str) -> None:
+    """A loop below `inbox/x/` kept a purge, and an expansion, from ever looking at the inbox again."""
+    storage = LocalFolder(str(tmp_path / "store"))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/READY").write_bytes(b"somebody else's")
+    (tmp_path / "store/elsewhere").mkdir(parents=True)
+    (tmp_path / "store/elsewhere/READY").write_bytes(b"another's")
+    storage.create("inbox/other/READY", b"")
+    link = tmp_path / "store" / place
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(leads)
+    assert keys(storage, "inbox/") == sorted(["inbox/other/READY", place])
+    storage.delete("inbox/x/READY")
+    storage.erase("inbox/x/")
+    storage.erase("inbox/x/")
+    assert keys(storage, "inbox/") == ["inbox/other/READY"]
+    assert not os.path.lexists(link)
+    assert (tmp_path / "elsewhere/READY").exists()
+    assert (tmp_path / "store/elsewhere/READY").exists()
+
+
+def test_a_folder_of_the_stores_own_may_lie_on_another_disk(tmp_path: Path) -> None:
+    storage = LocalFolder(str(tmp_path / "store"))
+    (tmp_path / "other disk").mkdir()
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store/blobs").symlink_to(tmp_path / "other disk")
+    storage.create("blobs/a", b"x")
+    assert keys(storage, "blobs/") == ["blobs/a"]
+    storage.delete("blobs/a")
+    assert keys(storage, "blobs/") == []
+
+
+def test_where_a_file_stands_instead_of_a_folder_nothing_is_below_it(tmp_path: Path) -> None:
+    storage = LocalFolder(str(tmp_path))
+    storage.create("inbox/x", b"a file")
+    assert keys(storage, "inbox/x/") == []
+    storage.delete("inbox/x/READY")
+    storage.erase("inbox/x/")
+    assert keys(storage, "") == ["inbox/x"]
 
 
 def test_a_file_half_written_by_a_process_that_died_is_no_object(tmp_path: Path) -> None:

@@ -7,11 +7,13 @@ from btm_cluster.cli import run_command
 from btm_cluster.commands.driving import driving
 from btm_cluster.driver import step_error
 from btm_cluster.plan import read_plan
+from btm_cluster.preview import check_room
 
 
 def main(path: str) -> None:
     plan = read_plan(path)
     with driving(plan, "auto", in_process=False, dashboard=False, json_output=False) as driver:
+        check_room(plan, driver)
         grown = grow(plan, driver)
     if grown.failures:
         raise step_error(grown.failures)

@@ -8,6 +8,7 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,19 @@ import numpy as np
 import pytest
 import torch
 
-from btm_cluster.algorithm import grow, plant, prepare
+from btm_cluster.algorithm import grow, prepare, train_seed
 from btm_cluster.driver import Driver
 from btm_cluster.equations.learned_gate import fit_gate_for_all, tune_gate
-from btm_cluster.evaluation import fit_gates, score_models, stack_of
+from btm_cluster.evaluation.evaluate import forest_ensemble
+from btm_cluster.evaluation.fitting import fit_request, for_all_requests, mix_request
+from btm_cluster.evaluation.scoring import score_models, stack_of
+from btm_cluster.evaluation.systems import CALIBRATED, GATE, PAPERS
+from btm_cluster.fits import SUMS
 from btm_cluster.forest import Forest
-from btm_cluster.ground import PreparedText
 from btm_cluster.ledger import Ref
 from btm_cluster.mixing import fit_mixing, one_thread_each, shared_mixing
 from btm_cluster.on_ray.lazily import LazyRayWorkers
 from btm_cluster.plan import Plan
-from btm_cluster.requests import FitForAll, MixText, ScoredSplit, Way
-from btm_cluster.steps.mix import SUMS
 from tests.conftest import DOMAINS, in_process
 from tests.end_to_end.conftest import BIN, REPOSITORY, Btm, _wait_for, experts_in, plain
 
@@ -134,32 +136,27 @@ def test_scores_are_mixed_in_the_cluster_as_their_fits_say(
     grown = grow(plan, driver := in_process(plan))
     ground, merging, ledger = grown.ground, plan.merging, driver.ledger
     experts = [Ref("model", expert.identity) for expert in grown.forest.experts]
-    scores = score_models(ground, [(expert, text) for expert in experts for text in ground.texts], driver)
-
-    def scored(text: PreparedText, split: str) -> ScoredSplit:
-        return ScoredSplit(tuple(scores[e.identity, text.name, split].ref for e in experts), text.tokens[split])
-
+    score_models(ground, experts, ground.texts, driver)
     target, domains = ground.texts[-1], ground.domains
-    fit = FitForAll("for all", "calibrated", tuple(scored(domain, "development") for domain in domains), merging)
-    paper, shared = Way("full", "ema"), Way("calibrated", "fitted", is_for_all=True)
-    splits = (scored(target, "development"), scored(target, "test"))
-    wanted = MixText("mixed", *splits, (paper, shared), (("calibrated", fit.ref),), merging)
+    methods = (PAPERS, replace(CALIBRATED, is_for_all=True), GATE)
+    ensemble = replace(forest_ensemble(ground, grown.forest), methods=methods)
+    fits = [*for_all_requests(ground, ensemble, target), fit_request(ground, ensemble, target)]
     with connect(ledger, lambda _: None, threading.Event()) as workers:
         in_cluster = Driver(ledger, workers)
-        in_cluster.require(workers.mix, [fit])
-        (mixture,) = in_cluster.require(workers.mix, [wanted])
-        gates = fit_gates(ground, experts, [target], scores, in_cluster)
-    stacks = [stack_of(ledger, scores, experts, text, "development") for text in (*domains, target)]
+        # All in one call: each starts once those are there that it needs.
+        *_, mixture = in_cluster.require([*fits[::-1], mix_request(ground, ensemble, target, "test")])
+        assert in_cluster.made == {"fit": 3, "mixture": 1}
+    stacks = [stack_of(ledger, experts, text, "development") for text in (*domains, target)]
     *of_domains, own = [stack.take(0, merging.development_blocks) for stack in stacks]
     by_hand = [fit_mixing("full", "ema", *own, merging), shared_mixing(of_domains, merging)]
-    test = stack_of(ledger, scores, experts, target, "test")
+    test = stack_of(ledger, experts, target, "test")
     expected = [test.mixture_sums(mixing.log_prior_E, mixing.posterior).numpy() for mixing in by_hand]
-    np.testing.assert_allclose(np.load(ledger.open_file(mixture, SUMS)), expected, rtol=1e-6)
-    assert in_cluster.made["gate"] == 1
+    sums = np.load(ledger.open_file(mixture, SUMS))
+    np.testing.assert_allclose(sums[:2], expected, rtol=1e-6)
     *for_domains, own_text = [stack.sample(merging.development_blocks) for stack in stacks]
     with one_thread_each():
         gate = tune_gate(own_text, fit_gate_for_all(for_domains))
-    torch.testing.assert_close(test.gated_sums(gates[target.name]), test.gated_sums(gate), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(sums[2]), test.gated_sums(gate), rtol=1e-5, atol=1e-5)
 
 
 def test_a_failed_expert_is_named_its_siblings_are_merged_and_only_it_is_tried_again(
@@ -176,7 +173,7 @@ def test_a_failed_expert_is_named_its_siblings_are_merged_and_only_it_is_tried_a
     damaged = store / "blobs" / tokens.sha256
     whole = damaged.read_bytes()
     failing, other = DOMAINS[:2]
-    plant(ground, driver)  # the seed learns from all founding domains, so it comes before the damage
+    train_seed(ground, driver)  # the seed learns from all founding domains, so it comes before the damage
     damaged.write_bytes(whole[:-1] + b"?")
     run = btm("run", str(path))
     assert run.exit_code() == 1, run.said

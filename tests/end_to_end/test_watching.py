@@ -20,7 +20,7 @@ from tests.end_to_end.conftest import REPOSITORY, Btm, _wait_for
 
 GRAFANA = REPOSITORY / "deploy" / "grafana"
 NEEDS_A_GPU = {"Model FLOPs utilisation"}
-LABELS = {"store", "expert", "phase", "verb", "outcome"}
+LABELS = {"store", "expert", "phase", "step", "verb", "outcome"}
 OF_RAY = {"__name__", "job", "instance", "Component", "NodeAddress", "SessionName", "Version", "WorkerId"}
 
 

@@ -22,7 +22,7 @@ from btm_cluster.plan import Plan
 from btm_cluster.recipes import seed_request
 from btm_cluster.requests import TrainRequest
 from btm_cluster.workers import Progress
-from tests.conftest import in_process
+from tests.conftest import in_process, run_all
 from tests.end_to_end.conftest import BIN, ray_node
 
 
@@ -42,7 +42,7 @@ def model_of_one_worker(request: TrainRequest, ledger: Ledger, folder: Path) -> 
     shutil.rmtree(folder / "artifacts" / "model")
     alone = dataclasses.replace(request, how=dataclasses.replace(request.how, workers=1))
     copy = Ledger.open(str(folder))
-    outcome = InProcess(copy, LocalControl(lambda _: None, threading.Event())).train([alone])[0]
+    outcome = run_all(InProcess(copy, LocalControl(lambda _: None, threading.Event())), [alone])[0]
     assert isinstance(outcome, Artifact), outcome
     return copy.open_file(outcome, "model.safetensors")
 
@@ -107,7 +107,7 @@ def test_a_group_makes_the_model_of_one_worker(
 ) -> None:
     request, ledger = request_for_two
     with connect(ledger, lambda _: None, threading.Event()) as workers:
-        outcome = workers.train([request])[0]
+        outcome = run_all(workers, [request])[0]
     assert isinstance(outcome, Artifact), outcome
     assert outcome.facts["profile"]["workers"] == 2
     assert any(name.startswith(f"seed-seed-{request.ref.identity[:8]}-") for name in train_runs(cluster))
@@ -128,7 +128,7 @@ def test_a_group_saves_when_it_is_stopped_and_when_a_machine_of_it_will_be_taken
     endless = dataclasses.replace(request, training=training, last_update=1_000_000)
     stopped = StopAtFirstUpdate()
     with connect(ledger, stopped, stopped.stop) as workers, pytest.raises(Stopped):
-        workers.train([endless])
+        run_all(workers, [endless])
     saved = ledger.latest_training(endless.ref.identity)
     assert saved is not None
     # A machine each for the two workers, of which Ray's own notice takes one.
@@ -139,6 +139,6 @@ def test_a_group_saves_when_it_is_stopped_and_when_a_machine_of_it_will_be_taken
         connect(ledger, preempted, preempted.stop) as workers,
         pytest.raises(Stopped),
     ):
-        workers.train([apart])
+        run_all(workers, [apart])
     assert preempted.saved_at is not None
     assert preempted.saved_at > saved.recipe["update"] > 0

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from btm_cluster.algorithm import Grown, branch, grow, plant, prepare
+from btm_cluster.algorithm import Grown, branch, grow, prepare, train_seed
 from btm_cluster.driver import Driver
-from btm_cluster.evaluation import Evaluation, evaluate
+from btm_cluster.evaluation.evaluate import Evaluation, evaluate
 from btm_cluster.forest import Forest
 from btm_cluster.ground import Ground, PreparedText
 from btm_cluster.ledger import Artifact, Ref
@@ -37,12 +37,12 @@ class Prepared:
     def transformer_lm(self) -> TrainRequest:
         return transformer_lm_request(self.ground, self.seed.ref)
 
-    def plant(self) -> Forest:
-        return plant(self.ground, self.driver)
+    def train_seed(self) -> Forest:
+        return train_seed(self.ground, self.driver)
 
     def branches(self) -> list[TrainRequest]:
-        """The experts' requests, once the seed is planted."""
-        return branch(self.ground, self.plant(), self.driver)
+        """The experts' requests, once the seed is trained."""
+        return branch(self.ground, self.train_seed(), self.driver)
 
 
 @dataclass(frozen=True)

@@ -9,27 +9,28 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from btm_cluster.algorithm import averaged_starts
 from btm_cluster.driver import Driver
 from btm_cluster.equations.averaging import argmax_weights, average_tensor, posterior_weights, uniform_weights
 from btm_cluster.equations.posterior import log_prior
 from btm_cluster.errors import IncompatibleError
-from btm_cluster.evaluation import average_weights, score_models, stack_of
-from btm_cluster.forest import Parent, identity_of
+from btm_cluster.evaluation.evaluate import forest_ensemble
+from btm_cluster.evaluation.scoring import score_models, stack_of
 from btm_cluster.language_model.averaging import average_files, read_header
-from btm_cluster.ledger import Artifact, Ref
+from btm_cluster.ledger import Artifact, Origin, Ref
 from btm_cluster.merged_model import FOLDER_FILES
-from btm_cluster.mixing import FULL, fit_target
+from btm_cluster.mixing import FULL
 from btm_cluster.plan import MergingPlan
 from btm_cluster.requests import AverageRequest
 from btm_cluster.steps.average import check_compatible
-from tests.conftest import in_process
+from tests.conftest import in_process, run_all
+from tests.made import origin
 from tests.unit.conftest import GrownForest, copy_store
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -184,7 +185,7 @@ def files_of(driver: Driver, model: Artifact) -> dict[str, Path]:
 def test_a_forests_average_is_that_of_its_experts_weights(grown: GrownForest, label: str) -> None:
     ledger = grown.driver.ledger
     average = ledger.get(grown.evaluation.averages[label])
-    weights = {parent["identity"]: parent["weight"] for parent in average.recipe["average"]}
+    weights = average.facts["weights"]
     parents = [expert for expert in grown.experts if expert.identity in weights]
     assert sum(weights.values()) == pytest.approx(1)
     assert len(parents) == len(weights) > 1
@@ -223,8 +224,13 @@ def lose_weights(driver: Driver, *models: Artifact) -> None:
         driver.ledger.storage.delete(f"blobs/{model.blob('model.safetensors').sha256}")
 
 
+def further(model: Artifact) -> Origin:
+    """A model that was trained further than another."""
+    return origin("model", {**model.recipe, "last_update": 10**6}, model.inputs)
+
+
 def request_for(*models: Artifact) -> AverageRequest:
-    return AverageRequest("average", tuple(Parent(model.identity, 1 / len(models)) for model in models), {})
+    return AverageRequest("average", tuple(m.ref for m in models), (1 / len(models),) * len(models), {})
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
@@ -235,11 +241,10 @@ def test_another_architecture_or_tokenizer_is_refused_before_a_weight_is_read(
     files = files_of(store, expert)
     changed = json.loads(files[name].read_text()) | {"a field": "of another"}
     (tmp_path / name).write_text(json.dumps(changed))
-    recipe = {**expert.recipe, "last_update": 10**6}
-    other = store.ledger.commit(Ref("model", identity_of(recipe)), recipe, files | {name: tmp_path / name}, {})
+    other = store.ledger.commit(further(expert), files | {name: tmp_path / name}, expert.facts)
     lose_weights(store, expert)
     with pytest.raises(IncompatibleError) as refused:
-        store.workers.average([request_for(expert, other)])
+        run_all(store.workers, [request_for(expert, other)])
     assert name in refused.value.found
 
 
@@ -252,23 +257,19 @@ def test_models_that_two_versions_of_transformers_wrote_can_be_averaged(
     assert "transformers_version" not in config
     (tmp_path / "config.json").write_text(json.dumps(config | {"transformers_version": "5.1.0"}))
     older = files | {"config.json": tmp_path / "config.json"}
-    recipe = {**expert.recipe, "last_update": 10**6}
-    other = store.ledger.commit(Ref("model", identity_of(recipe)), recipe, older, {})
-    assert isinstance(store.workers.average([request_for(expert, other)])[0], Artifact)
+    other = store.ledger.commit(further(expert), older, expert.facts)
+    assert isinstance(run_all(store.workers, [request_for(expert, other)])[0], Artifact)
 
 
 def test_models_of_two_seeds_are_refused_before_a_weight_is_read(grown: GrownForest, store: Driver) -> None:
     expert = grown.experts[0]
     files = files_of(store, expert)
-    recipe: dict[str, Any] = {"start": None}
-    seed = store.ledger.commit(Ref("model", identity_of(recipe)), recipe, files, {})
-    recipe = {"start": {"parents": [{"identity": seed.identity, "weight": 1.0}], "keep_optimizer": True}}
-    stranger = store.ledger.commit(Ref("model", identity_of(recipe)), recipe, files, {})
+    another_seed = expert.facts | {"origin": "0123456789abcdef" * 4}
+    stranger = store.ledger.commit(further(expert), files, another_seed)
     lose_weights(store, expert)
     with pytest.raises(IncompatibleError) as refused:
-        store.workers.average([request_for(expert, stranger)])
-    assert seed.identity[:12] in refused.value.found
-    assert grown.grown.forest.foundation.seed[:12] in refused.value.expected
+        run_all(store.workers, [request_for(expert, stranger)])
+    assert {refused.value.found[-12:], refused.value.expected[-12:]} == {"0123456789ab", expert.facts["origin"][:12]}
 
 
 def test_whatever_descends_from_one_seed_can_be_averaged(grown: GrownForest) -> None:
@@ -281,15 +282,17 @@ def test_whatever_descends_from_one_seed_can_be_averaged(grown: GrownForest) -> 
 
 def test_averages_are_weighted_by_the_prior_that_the_plan_says(grown: GrownForest) -> None:
     market, experts, driver = grown.text("market"), [expert.ref for expert in grown.experts], grown.driver
+    forest = forest_ensemble(grown.ground, grown.grown.forest)
     found = {}
     for prior in ("fitted", "ema"):
         merging = grown.ground.plan.merging.model_copy(update={"average_prior": prior})
         ground = replace(grown.ground, plan=grown.ground.plan.model_copy(update={"merging": merging}))
-        scores = score_models(ground, [(expert, market) for expert in experts], driver, ["development"])
-        sample = stack_of(driver.ledger, scores, experts, market, "development").take(0, merging.development_blocks)
+        score_models(ground, experts, [market], driver, ["development"])
+        sample = stack_of(driver.ledger, experts, market, "development").take(0, merging.development_blocks)
         expected = posterior_weights(log_prior(prior, *sample, FULL).exp())
-        (found[prior],) = average_weights(ground, grown.grown.forest, [market], driver)
-        assert found[prior] == fit_target(*sample, merging).average_weights == expected
+        average = driver.ledger.get(averaged_starts(ground, forest, [market], driver)[0].model)
+        found[prior] = [average.facts["weights"].get(expert.identity, 0.0) for expert in experts]
+        assert found[prior] == expected
     assert found["fitted"] != found["ema"]
     assert MergingPlan().average_prior == "fitted"
 

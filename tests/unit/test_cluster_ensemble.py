@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from btm_cluster.cluster_ensemble import CLUSTER_ENSEMBLE, context_log_weights
 from btm_cluster.errors import UserError
-from btm_cluster.evaluation import evaluate
+from btm_cluster.evaluation.cluster_ensemble import CLUSTER_ENSEMBLE, context_log_weights
+from btm_cluster.evaluation.evaluate import evaluate
 from btm_cluster.ground import Ground
 from btm_cluster.language_model.blocks import Blocks
 from btm_cluster.language_model.clusters import Clusters, find_clusters, load_clusters, save_clusters
@@ -23,7 +23,7 @@ from btm_cluster.recipes import score_request
 from btm_cluster.report import SplitResult, verdict
 from btm_cluster.run import run_plan
 from btm_cluster.scores import ScoreStack
-from btm_cluster.steps.prepare import documents_of, open_tokenizer
+from btm_cluster.steps.stored import documents_of, open_tokenizer
 from tests.conftest import DOMAINS, in_process
 from tests.unit.conftest import GrownForest
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from btm_cluster.errors import PlanError, UserError
-from btm_cluster.evaluation import evaluate
+from btm_cluster.evaluation.evaluate import evaluate
 from btm_cluster.language_model.demix import (
     check_splits,
     count_demix_parameters,
@@ -23,16 +23,18 @@ from btm_cluster.language_model.demix import (
 from btm_cluster.language_model.loss import NextTokenLoss
 from btm_cluster.language_model.model import load_model
 from btm_cluster.language_model.scoring import score_tokens
-from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.ledger import Artifact, Ledger, Named
 from btm_cluster.plan import Plan, read_plan
 from btm_cluster.preview import DONE, preview
 from btm_cluster.recipes import demix_request, seed_request, transformer_lm_request
 from btm_cluster.requests import TrainRequest
 from btm_cluster.run import find_grown, run_plan
-from btm_cluster.steps.train import open_blocks, train
+from btm_cluster.steps.stored import open_blocks
+from btm_cluster.steps.train import train
 from btm_cluster.steps.training_run import run_training
 from btm_cluster.study.controls import seeded_demix_request
-from btm_cluster.upkeep.housekeeping import find_garbage, verify
+from btm_cluster.upkeep.gc import find_garbage
+from btm_cluster.upkeep.housekeeping import verify
 from tests.conftest import DOMAINS, in_process
 from tests.unit.conftest import Prepared
 from tests.unit.test_housekeeping import let_all_be_old
@@ -207,7 +209,7 @@ def request_(prepared: Prepared) -> TrainRequest:
 def stored_parts(ledger: Ledger, request: TrainRequest) -> list[Artifact]:
     demix = ledger.get(request.ref)
     parts = [ledger.get(part.ref) for part in request.parts]
-    assert demix.facts["parts"] == [part.identity for part in parts]
+    assert list(demix.parts) == [part.ref for part in parts]
     return parts
 
 
@@ -228,7 +230,7 @@ def test_a_trained_demix_is_a_plain_loop_over_dense_models_that_share_all_but_th
     adam = PlainAdam(dict(once.values()))
     for update in range(12):
         for text, blocks, model in zip(request.texts, training_blocks(ledger, request), models, strict=True):
-            rows = blocks[shuffled(0, text.identity, len(blocks), range(4 * update, 4 * update + 4))]
+            rows = blocks[shuffled(0, text.name, len(blocks), range(4 * update, 4 * update + 4))]
             (plain_loss(model, rows, end) / len(models)).backward()
         adam.step(LINE[update], request)
     for part, model in zip(stored_parts(ledger, request), models, strict=True):
@@ -284,7 +286,7 @@ def test_a_demix_of_one_domain_that_branches_from_the_seed_is_the_transformer_lm
 
 
 def test_every_part_of_a_demix_that_branches_from_the_seed_starts_as_the_seed(prepared: Prepared) -> None:
-    prepared.plant()
+    prepared.train_seed()
     ledger, seed = prepared.driver.ledger, prepared.seed.ref
     request = seeded_demix_request(prepared.ground, seed)
     request = replace(request, last_update=request.first_update)
@@ -298,11 +300,11 @@ class DyingLedger(Ledger):
 
     commits = 0
 
-    def commit(self, ref: Ref, *rest: Any) -> Artifact:
+    def commit(self, made: Named, *rest: Any) -> Artifact:
         self.commits += 1
         if self.commits > 1:
             raise MachineDied
-        return super().commit(ref, *rest)
+        return super().commit(made, *rest)
 
 
 def test_parts_whose_storing_was_cut_short_are_all_of_one_training(prepared: Prepared, request_: TrainRequest) -> None:

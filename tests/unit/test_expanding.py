@@ -5,7 +5,7 @@ import os
 import random
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +29,7 @@ from btm_cluster.ledger import Ledger
 from btm_cluster.merged_model import write_merged_model
 from btm_cluster.plan import ExpansionPlan, Plan
 from btm_cluster.plan.expansion import AcceptancePlan
-from btm_cluster.requests import TrainRequest
+from btm_cluster.requests import StepRequest, TrainRequest
 from btm_cluster.run import run_plan
 from btm_cluster.storage import Entry
 from btm_cluster.storage.local_folder import LocalFolder
@@ -92,7 +92,7 @@ def test_a_domain_in_the_inbox_becomes_an_expert_and_nothing_that_exists_is_made
     assert gain.before is not None
     assert gain.after < gain.before
     # Its text, its blocks, the average that it starts from and itself; a score of each of three experts on its text.
-    assert first.made == {"source": 1, "tokens": 3, "model": 2, "scores": 3}
+    assert first.made == {"source": 1, "tokens": 3, "model": 2, "scores": 3, "fit": 1}
     assert {parent.identity for parent in first.forest.expert("meadow").parents} <= {e.identity for e in before.experts}
     again = expanded(plan)
     assert (again.forest, again.added, dict(again.made)) == (first.forest, (), {})
@@ -495,9 +495,10 @@ def test_an_expert_is_not_accepted_for_what_it_learned_by_heart_of_a_target(
 class FailsIsland(InProcess):
     """Workers that cannot train one domain."""
 
-    def train(self, requests: Sequence[TrainRequest]) -> list[Outcome]:
-        failure = Failure("island", 4, "on a host", "its process died")
-        return [failure if r.label == "island" else super(FailsIsland, self).train([r])[0] for r in requests]
+    def run(self, requests: Sequence[StepRequest]) -> Generator[tuple[StepRequest, Outcome], None, None]:
+        lost = [one for one in requests if isinstance(one, TrainRequest) and one.label == "island"]
+        yield from ((request, Failure("island", 4, "on a host", "its process died")) for request in lost)
+        yield from super().run([request for request in requests if request not in lost])
 
 
 def test_one_expert_that_fails_does_not_stop_the_others_and_only_it_is_tried_again(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,13 +13,17 @@ import numpy as np
 from btm_cluster.algorithm import grow
 from btm_cluster.driver import Driver
 from btm_cluster.expansion.expand import expand
-from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.in_process import LocalControl
+from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.plan import Plan
-from btm_cluster.requests import AverageRequest, PrepareRequest, ReadText, ScoreRequest, Tokenize, TrainRequest
+from btm_cluster.requests import AverageRequest, FitText, ReadText, ScoreRequest, StepRequest, Tokenize, TrainRequest
+from btm_cluster.steps.average import weights_of
+from btm_cluster.steps.fit import fit_text
 from btm_cluster.storage import Entry
 from btm_cluster.storage.local_folder import LocalFolder
 from btm_cluster.workers import Outcome
 from tests.living import put
+from tests.made import text
 
 BLOCKS, TOKENS = 4, 8
 
@@ -60,36 +65,36 @@ class AtOnce:
     def __init__(self, ledger: Ledger, folder: Path) -> None:
         self._ledger, self._folder = ledger, folder
 
-    def prepare(self, requests: Sequence[PrepareRequest]) -> list[Outcome]:
-        return [self._prepare(request) for request in requests]
+    def run(self, requests: Sequence[StepRequest]) -> Iterator[tuple[StepRequest, Outcome]]:
+        yield from ((request, self._make(request)) for request in requests)
 
-    def train(self, requests: Sequence[TrainRequest]) -> list[Outcome]:
-        return [self._model(request) for request in requests]
-
-    def average(self, requests: Sequence[AverageRequest]) -> list[Outcome]:
-        return [self._model(request) for request in requests]
-
-    def score(self, requests: Sequence[ScoreRequest]) -> list[Outcome]:
-        return [self._commit(r, {"logp.npy": -np.ones((BLOCKS, TOKENS), np.float32)}) for r in requests]
-
-    def _prepare(self, request: PrepareRequest) -> Artifact:
+    def _make(self, request: StepRequest) -> Artifact:
+        if isinstance(request, FitText):
+            return fit_text(request, self._ledger, LocalControl(lambda _: None, threading.Event()))
+        if isinstance(request, ScoreRequest):
+            nothing = -np.ones((BLOCKS, TOKENS), np.float32)
+            return self._commit(request, {"logp.npy": nothing, "entropy.npy": nothing})
+        if isinstance(request, TrainRequest):
+            return self._model(request, {"role": request.role})
+        if isinstance(request, AverageRequest):
+            return self._model(request, {"weights": weights_of(request, self._ledger)})
         if isinstance(request, ReadText):
             splits = {
                 split: {"documents": 4, "characters": 9, "words": 9, "shards": [f"{split}-00000.jsonl.zst"]}
                 for split in ("train", "development", "test")
             }
-            text = Ref("text", request.label.ljust(64, "0"))
-            self._ledger.commit(text, {"documents": text.identity}, {}, {"duplicates": 0, "splits": splits})
-            return self._ledger.commit(request.ref, request.recipe, {}, {"text": text.identity, "skipped": {}})
+            documents = text(request.label.ljust(64, "0"))
+            self._ledger.commit(documents, {}, {"duplicates": 0, "splits": splits})
+            return self._ledger.commit(request, {}, {"skipped": {}}, parts=[documents.ref])
         if isinstance(request, Tokenize):
             owners = np.tile(np.arange(BLOCKS)[:, None], TOKENS)
             return self._commit(request, {"tokens.npy": owners, "documents.npy": owners}, {"blocks": BLOCKS})
         return self._commit(request, {})
 
-    def _model(self, request: TrainRequest | AverageRequest) -> Artifact:
+    def _model(self, request: StepRequest, facts: dict[str, Any]) -> Artifact:
         own = np.frombuffer(bytes.fromhex(request.ref.identity), np.uint8)
         shared = {name: np.zeros(1) for name in ("config.json", "tokenizer.json")}
-        return self._commit(request, {"model.safetensors": own, **shared})
+        return self._commit(request, {"model.safetensors": own, **shared}, facts)
 
     def _commit(self, request: Any, arrays: dict[str, Any], facts: dict[str, Any] | None = None) -> Artifact:
         files = {}
@@ -97,7 +102,7 @@ class AtOnce:
             files[name] = self._folder / name
             with files[name].open("wb") as file:
                 np.save(file, array)
-        return self._ledger.commit(request.ref, request.recipe, files, facts or {})
+        return self._ledger.commit(request, files, facts or {})
 
 
 def plan_of(fields: dict[str, Any], folder: Path, names: Iterator[str]) -> Plan:
@@ -121,8 +126,8 @@ def test_sixteen_into_sixty_four_asks_the_store_a_few_times_for_each_new_score_a
     storage = Counting(plan.store)
     found = expand(plan, Driver(Ledger(storage), AtOnce(ledger, tmp_path)))
     assert len(found.forest.experts) == 80
-    assert found.made == {"source": 16, "tokens": 48, "model": 17, "scores": 1280}
-    # One average, since all scores are alike. The scores of 80 experts on 16 texts are looked up once, and those of the 64 once
+    assert found.made == {"source": 16, "tokens": 48, "fit": 16, "model": 32, "scores": 1280}
+    # A fit and an average for each new domain. The scores of 80 experts on 16 texts are looked up once, and those of the 64 once
     # more beside the new ones; they are opened for the averages, and for the gains without and with the new experts.
     assert storage.asked["read"] < 2 * 1280 + 300
     assert storage.asked["download"] < 3 * 1280

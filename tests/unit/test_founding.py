@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from btm_cluster.algorithm import grow, plant, prepare
+from btm_cluster.algorithm import grow, prepare, train_seed
 from btm_cluster.errors import FoundationError, UserError
 from btm_cluster.language_model.tokenizer import train_tokenizer
 from btm_cluster.ledger import Ledger, Ref, artifact_key
@@ -23,7 +23,7 @@ def founded(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     fields = plan_fields(texts, tmp_path_factory.mktemp("founded") / "store")
     plan = Plan.model_validate(fields)
     driver = in_process(plan)
-    plant(prepare(plan, driver), driver)
+    train_seed(prepare(plan, driver), driver)
     return fields
 
 
@@ -132,7 +132,7 @@ def test_another_pretrained_model_or_none_is_named(
     one, other = pretrained
     plan = Plan.model_validate(fields | {"model": one, "tokenizer": one})
     driver = in_process(plan)
-    plant(prepare(plan, driver), driver)
+    train_seed(prepare(plan, driver), driver)
     found = refusal(fields | {"model": other, "tokenizer": one}).found
     assert found == f"model.pretrained: {one['pretrained']} → {other['pretrained']}"
     found = refusal(fields | {"model": one, "tokenizer": other}).found

@@ -53,13 +53,14 @@ def grow_golden(folder: Path) -> dict[str, Any]:
         for split, of_split in run.verdict.rows.items()
         for row in of_split
     }
+    names = {identity: name for name, identity in models.items()}
     texts_read = {one.domain: one.text for one in run.forest.experts}
     return {
         "machine": machine(),
         "identities": models | {"tokenizer": run.forest.foundation.tokenizer},
         "texts": texts_read,
         "weights": weights,
-        "parents": {parent.identity: parent.weight for parent in expert.parents},
+        "parents": {names[parent.identity]: parent.weight for parent in expert.parents},
         "rows": rows,
     }
 
@@ -69,7 +70,9 @@ def machine() -> str:
     capability = torch.backends.cpu.get_cpu_capability()
     torch.manual_seed(0)
     left, right = torch.randn(2, 64, 64)
-    probe = identity_of({"probe": (left @ right).flatten().tolist() + torch.nn.functional.gelu(left).flatten().tolist()})
+    probe = identity_of(
+        {"probe": (left @ right).flatten().tolist() + torch.nn.functional.gelu(left).flatten().tolist()}
+    )
     return f"{platform.machine()} {capability} torch {torch.__version__} {probe[:12]}"
 
 
@@ -103,7 +106,7 @@ def test_weights_are_the_same_bit_for_bit_on_the_same_kind_of_machine(
     if golden["machine"] != grown["machine"]:
         pytest.skip(f"written on {golden['machine']}, this is {grown['machine']}")
     assert grown["weights"] == golden["weights"]
-    assert grown["parents"].values() and list(grown["parents"].values()) == list(golden["parents"].values())
+    assert grown["parents"] == golden["parents"]
     assert grown["rows"] == golden["rows"]
 
 

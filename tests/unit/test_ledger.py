@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 
 from btm_cluster.errors import IntegrityError, MissingError, StoreError, UserError
-from btm_cluster.forest import Expert, Forest, Foundation, Parent, canonical_json, identity_of, merge_into
+from btm_cluster.forest import Expert, Forest, Foundation, Parent, canonical_json, merge_into
 from btm_cluster.ledger import CHUNK_BYTES, Artifact, Ledger, Ref, describe_file
 from btm_cluster.ledger.documents import Documents
 from btm_cluster.storage import Entry
 from btm_cluster.storage.local_folder import LocalFolder
 from btm_cluster.storage.node_cache import node_cache
+from tests.made import origin, text
 
 RECIPE = {"made": "of this"}
-MODEL = Ref("model", identity_of(RECIPE))
+MODEL = origin("model", RECIPE).ref
 FOUNDATION = Foundation("seed", "tokenizer", "model", 1024, (("code", "text-code"), ("law", "text-law")))
 PLANTED = Forest(0, FOUNDATION, (), {"seed": "hash"}, "planted")
 
@@ -55,12 +56,12 @@ def commit(
     kind: str = "model",
     **facts: Any,
 ) -> Artifact:
-    return ledger.commit(ref_of(made, kind), {"made": made}, files(folder, contents), facts)
+    return ledger.commit(origin(kind, {"made": made}), files(folder, contents), facts)
 
 
 def ref_of(made: str, kind: str = "model") -> Ref:
     """What `commit` names an artifact."""
-    return Ref(kind, identity_of({"made": made}))
+    return origin(kind, {"made": made}).ref
 
 
 def everything_below(folder: Path) -> dict[str, bytes]:
@@ -119,12 +120,15 @@ def test_what_is_committed_is_found_and_opened_by_every_ledger_of_the_store(
     ledger: Ledger, store: Path, tmp_path: Path
 ) -> None:
     recipe = {"texts": ["a", "b"], "rate": 5e-4, "deep": {"none": None, "ü": [1, 2.5]}}
-    ref = Ref("model", identity_of(recipe))
-    made = ledger.commit(ref, recipe, files(tmp_path, {"w": b"weights", "c": b""}), {"tokens": 7}, {"seconds": 1.5})
-    found = Ledger.open(str(store)).find(ref)
+    inputs = {"texts": (Ref("text", "a"), Ref("text", "b")), "start": (), "tokenizer": (Ref("tokenizer", "t"),)}
+    asked, parts = origin("model", recipe, inputs), [Ref("model", "a-part")]
+    contents = files(tmp_path, {"w": b"weights", "c": b""})
+    made = ledger.commit(asked, contents, {"tokens": 7}, {"seconds": 1.5}, parts)
+    found = Ledger.open(str(store)).find(asked.ref)
     assert found == made
     assert found is not None
-    assert (found.ref, found.recipe, found.facts, found.note["seconds"]) == (ref, recipe, {"tokens": 7}, 1.5)
+    assert (found.ref, found.recipe, found.facts, found.note["seconds"]) == (asked.ref, recipe, {"tokens": 7}, 1.5)
+    assert (found.inputs, found.parts) == (inputs, tuple(parts))
     assert {blob.name: ledger.open_file(found, blob.name).read_bytes() for blob in found.blobs} == {
         "w": b"weights",
         "c": b"",
@@ -182,7 +186,7 @@ def test_all_who_race_to_commit_one_artifact_get_the_winners(store: Path, tmp_pa
         mine = Ledger.open(str(store))
         paths = files(tmp_path, {"w": b"made by %d" % number})
         together.wait()
-        return mine.commit(MODEL, RECIPE, paths, {"by": number})
+        return mine.commit(origin("model", RECIPE), paths, {"by": number})
 
     with ThreadPoolExecutor(6) as pool:
         outcomes = list(pool.map(race, range(6)))
@@ -341,18 +345,47 @@ def test_a_manifest_whose_recipe_is_not_the_one_that_its_identity_is_the_hash_of
     assert refused.value.remedy
 
 
+def test_a_manifest_with_other_inputs_than_its_identity_is_the_hash_of_is_refused(
+    ledger: Ledger, store: Path, tmp_path: Path
+) -> None:
+    commit(ledger, tmp_path, {"w": b"weights"})
+    rewritten(manifest_of(store), lambda whole: whole["body"]["inputs"].update(texts=["text/another"]))
+    with pytest.raises(IntegrityError, match="recipe and inputs"):
+        ledger.find(MODEL)
+
+
+def test_an_identity_hangs_on_kind_recipe_and_inputs_in_their_parts() -> None:
+    one, other = Ref("text", "1"), Ref("text", "2")
+    names = [
+        origin("model", RECIPE).ref.identity,
+        origin("tokenizer", RECIPE).ref.identity,
+        origin("model", {"made": "of that"}).ref.identity,
+        *(
+            origin("model", RECIPE, inputs).ref.identity
+            for inputs in (
+                {"texts": (one,)},
+                {"texts": (one, other)},
+                {"texts": (other, one)},
+                {"tests": (one,)},
+                {"texts": (one,), "tests": (other,)},
+                {"texts": (Ref("tokens", "1"),)},
+            )
+        ),
+    ]
+    assert len(set(names)) == len(names)
+
+
 @pytest.mark.parametrize("kind", ["text", "training"])
 def test_a_text_and_a_training_checkpoint_have_their_own_rule_for_what_their_identity_is_of(
     ledger: Ledger, store: Path, tmp_path: Path, kind: str
 ) -> None:
     if kind == "text":
-        ref = Ref("text", "0123456789abcdef" * 4)
-        ledger.commit(ref, {"documents": ref.identity}, {}, {})
+        ref = ledger.commit(text("0123456789abcdef" * 4), {}, {}).ref
         path, change = manifest_of(store, ref), lambda whole: whole["body"]["recipe"].update(documents="f" * 64)
     else:
         save(ledger, tmp_path, 3)
         path = store / "training" / MODEL.identity / "000000003.json"
-        change = lambda whole: whole["body"]["facts"]["model"].update(made="of that")  # noqa: E731
+        change = lambda whole: whole["body"]["recipe"]["model"].update(made="of that")  # noqa: E731
     key = path.relative_to(store).as_posix()
     assert ledger.read_manifest(key) is not None
     rewritten(path, change)
@@ -602,15 +635,15 @@ def test_folder_markers_of_object_storage_are_no_objects_of_ours(ledger: Ledger,
 
 
 def test_a_source_whose_text_is_lost_counts_as_unread(ledger: Ledger, store: Path, tmp_path: Path) -> None:
-    text = Ref("text", "0123456789abcdef" * 4)
-    source = Ref("source", identity_of({"of": "files"}))
+    of_files = origin("source", {"of": "files"})
+    source, documents = of_files.ref, text("0123456789abcdef" * 4)
 
     def read() -> None:
-        ledger.commit(text, {"documents": text.identity}, files(tmp_path, {"shard": b"documents"}), {})
-        ledger.commit(source, {"of": "files"}, {}, {"text": text.identity})
+        ledger.commit(documents, files(tmp_path, {"shard": b"documents"}), {})
+        ledger.commit(of_files, {}, {}, parts=[documents.ref])
 
     read()
-    for lost in (manifest_of(store, text), store / "blobs" / ledger.get(text).blob("shard").sha256):
+    for lost in (manifest_of(store, documents.ref), store / "blobs" / ledger.get(documents.ref).blob("shard").sha256):
         assert ledger.find_all([source, MODEL]) == [ledger.get(source), None]
         lost.unlink()
         assert ledger.find_all([source]) == [None]
@@ -708,8 +741,7 @@ def test_a_damaged_version_is_refused_and_the_others_are_read(ledger: Ledger, st
 
 def save(ledger: Ledger, folder: Path, update: int, made: str = "of this", **contents: bytes) -> None:
     contents = contents or {"w": b"weights at %d" % update, "o": b"moments at %d" % update}
-    facts = {"at": update, "model": {"made": made}}
-    ledger.save_training(ref_of(made).identity, update, files(folder, contents), facts)
+    ledger.save_training(origin("model", {"made": made}), update, files(folder, contents), {"at": update})
 
 
 def below_training(store: Path) -> list[str]:

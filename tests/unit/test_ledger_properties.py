@@ -26,109 +26,24 @@ from hypothesis.stateful import (
 from btm_cluster.algorithm import merge
 from btm_cluster.errors import IntegrityError, MissingError, StoreError, UserError
 from btm_cluster.forest import Expert, Forest, Foundation, Parent, describe_forest, identity_of, merge_into
-from btm_cluster.ledger import Artifact, ForestLog, Ledger, Ref, blob_key
-from btm_cluster.storage import Entry
-from btm_cluster.upkeep import housekeeping
-from btm_cluster.upkeep.housekeeping import collect, find_garbage, verify
+from btm_cluster.ledger import Artifact, ForestLog, Inputs, Ledger, Origin, Ref, blob_key, identity_by
+from btm_cluster.upkeep.gc import collect, find_garbage
+from btm_cluster.upkeep.housekeeping import verify
+from tests.memory_store import Crash, InMemory, without_threads
 
 Result = TypeVar("Result")
 KEEP_VERSIONS = 2
 GRACE_SECONDS = 4.0
 
-TOKENIZER_RECIPE = {"made": "tokenizer"}
-TOKENIZER = Ref("tokenizer", identity_of(TOKENIZER_RECIPE))
-SEED_RECIPE = {"tokenizer": TOKENIZER.identity, "texts": []}
-SEED = Ref("model", identity_of(SEED_RECIPE))
-FOUNDATION = Foundation(SEED.identity, TOKENIZER.identity, "config", 1024, (("law", "text-law"),))
+
+def made(kind: str, recipe: Mapping[str, Any], **inputs: tuple[Ref, ...]) -> Origin:
+    """What the product's requests are: an artifact's name, and what it is made from."""
+    return Origin(Ref(kind, identity_by(kind, recipe, inputs)), recipe, inputs)
 
 
-class Crash(BaseException):
-    """The process is gone; nothing of ours catches this."""
-
-
-class InMemory:
-    """A store in a dictionary, with a clock that a test sets, and trouble at the operation that a test names."""
-
-    location = "memory"
-
-    def __init__(self, folder: Path) -> None:
-        self.objects: dict[str, tuple[bytes, float]] = {}
-        self.now = 1_000_000.0
-        self.folder = folder
-        self.dead = False
-        self.operations = 0
-        self.trouble_at = 0
-        self.before: Callable[[], None] = lambda: None
-        self.after: Callable[[], None] = lambda: None
-        self.repeats = False
-        """The operation in trouble is done twice, as by an adapter that did not hear the first answer."""
-
-    def crash(self) -> None:
-        self.dead = True  # what cleans up in a process that is gone does nothing more either
-        raise Crash
-
-    def arm(self, operation: int, **trouble: Any) -> None:
-        """Trouble at the n-th operation from now; none with 0."""
-        self.dead, self.operations, self.trouble_at = False, 0, operation
-        self.before = trouble.get("before", lambda: None)
-        self.after = trouble.get("after", lambda: None)
-        self.repeats = trouble.get("repeats", False)
-
-    def check(self) -> None:
-        pass
-
-    def create(self, key: str, data: bytes) -> bool:
-        def act() -> bool:
-            taken = key in self.objects
-            if not taken:
-                self.objects[key] = (data, self.now)
-            return not taken
-
-        return self._do(act)
-
-    def upload(self, key: str, path: Path) -> None:
-        self._do(lambda: self.objects.update({key: (path.read_bytes(), self.now)}))
-
-    def read(self, key: str, start: int = 0, size: int | None = None) -> bytes:
-        return self._do(lambda: self._bytes(key)[start : None if size is None else start + size])
-
-    def download(self, key: str, anew: bool = False) -> Path:  # noqa: ARG002 - nothing is cached
-        path = self.folder / key.replace("/", "-")
-        self._do(lambda: path.write_bytes(self._bytes(key)))
-        return path
-
-    def size(self, key: str) -> int:
-        return self._do(lambda: len(self._bytes(key)))
-
-    def unfinished(self, _prefix: str) -> Iterator[Entry]:
-        return iter(())
-
-    def list(self, prefix: str) -> Iterator[Entry]:
-        here = self._do(lambda: [(key, *self.objects[key]) for key in sorted(self.objects) if key.startswith(prefix)])
-        return iter([Entry(key, len(data), modified) for key, data, modified in here])
-
-    def delete(self, key: str) -> None:
-        self._do(lambda: self.objects.pop(key, None))
-
-    def _bytes(self, key: str) -> bytes:
-        if key not in self.objects:
-            raise MissingError(f"cannot read {key}")
-        return self.objects[key][0]
-
-    def _do(self, act: Callable[[], Result]) -> Result:
-        if self.dead:
-            raise Crash
-        self.operations += 1
-        troubled = self.operations == self.trouble_at
-        if troubled:
-            self.before()
-            if self.repeats:
-                act()
-        try:
-            return act()
-        finally:
-            if troubled:
-                self.after()
+TOKENIZER = made("tokenizer", {"made": "tokenizer"})
+SEED = made("model", {"made": "seed"}, texts=(), tokenizer=(TOKENIZER.ref,), start=())
+FOUNDATION = Foundation(SEED.ref.identity, TOKENIZER.ref.identity, "config", 1024, (("law", "text-law"),))
 
 
 class WatchedLog(ForestLog):
@@ -145,36 +60,24 @@ class WatchedLog(ForestLog):
         return appended
 
 
-class OneAfterAnother:
-    """A pool of no threads, so that the n-th operation of a collection is the same one each time."""
-
-    def __init__(self, _threads: int) -> None:
-        self.map = map
-
-    def __enter__(self) -> "OneAfterAnother":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _no_threads() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(housekeeping, "ThreadPoolExecutor", OneAfterAnother)
+        without_threads(patch)
         yield
 
 
 # What is committed: small, but as the product lays it out
 
 
-def text_ref(domain: str, edition: int = 0) -> Ref:
-    return Ref("text", identity_of({"text": domain, "edition": edition}))
+def text_of(domain: str, edition: int = 0) -> Origin:
+    identity = identity_of({"text": domain, "edition": edition})
+    return Origin(Ref("text", identity), {"documents": identity}, {})
 
 
-def expert_recipe(domain: str, edition: int = 0, parent: str = SEED.identity) -> dict[str, Any]:
-    start = {"parents": [{"identity": parent, "weight": 1.0}]}
-    return {"start": start, "texts": [text_ref(domain, edition).identity], "tokenizer": TOKENIZER.identity}
+def expert_of(domain: str, edition: int = 0, parent: Ref = SEED.ref) -> Origin:
+    texts = (text_of(domain, edition).ref,)
+    return made("model", {"made": "expert"}, texts=texts, tokenizer=(TOKENIZER.ref,), start=(parent,))
 
 
 def written(folder: Path, contents: Mapping[str, bytes]) -> dict[str, Path]:
@@ -192,27 +95,35 @@ def model_files(folder: Path, weights: bytes) -> dict[str, Path]:
     return written(folder, {"model.safetensors": weights, "config.json": b"{}"})
 
 
-def plant(ledger: Ledger, folder: Path) -> Forest:
-    """As `algorithm.plant`: version 0, made once."""
-    planted = ledger.log.newest()
-    if planted is not None:
-        return planted
-    ledger.commit(TOKENIZER, TOKENIZER_RECIPE, written(folder, {"tokenizer.json": b"{}"}), {})
-    seed = ledger.commit(SEED, SEED_RECIPE, model_files(folder, b"seed"), {})
-    ledger.log.append(Forest(0, FOUNDATION, (), {SEED.identity: seed.manifest_hash}, "planted"))
-    planted = ledger.log.newest()
-    assert planted is not None
-    return planted
+def train_seed(ledger: Ledger, folder: Path) -> Forest:
+    """As `algorithm.train_seed`: version 0, made once."""
+    founded = ledger.log.newest()
+    if founded is not None:
+        return founded
+    ledger.commit(TOKENIZER, written(folder, {"tokenizer.json": b"{}"}), {})
+    seed = ledger.commit(SEED, model_files(folder, b"seed"), {"role": "seed"})
+    ledger.log.append(Forest(0, FOUNDATION, (), {seed.identity: seed.manifest_hash}, "founded"))
+    founded = ledger.log.newest()
+    assert founded is not None
+    return founded
 
 
-def commit_expert(ledger: Ledger, folder: Path, domain: str, recipe: Mapping[str, Any], weights: bytes) -> Expert:
+def commit_text(ledger: Ledger, folder: Path, domain: str, edition: int = 0) -> Ref:
+    text = text_of(domain, edition)
+    if ledger.find(text.ref) is None:
+        ledger.commit(text, written(folder, {"text": text.ref.identity[:4].encode()}), {})
+    return text.ref
+
+
+def commit_expert(
+    ledger: Ledger, folder: Path, domain: str, edition: int, weights: bytes, parent: Ref = SEED.ref
+) -> Expert:
     """Commits an expert and the text that it was trained on."""
-    text = Ref("text", recipe["texts"][0])
-    if ledger.find(text) is None:
-        ledger.commit(text, {"documents": text.identity}, written(folder, {"text": text.identity[:4].encode()}), {})
-    model = ledger.commit(Ref("model", identity_of(recipe)), recipe, model_files(folder, weights), {})
-    parents = tuple(Parent(**parent) for parent in recipe["start"]["parents"])
-    return Expert(domain, model.identity, model.blob("model.safetensors").sha256, text.identity, parents)
+    text = commit_text(ledger, folder, domain, edition)
+    expert = expert_of(domain, edition, parent)
+    model = ledger.commit(expert, model_files(folder, weights), {"role": "expert"})
+    sha256 = model.blob("model.safetensors").sha256
+    return Expert(domain, model.identity, sha256, text.identity, (Parent(parent.identity, 1.0),))
 
 
 def without(forest: Forest, domain: str) -> Forest:
@@ -248,12 +159,12 @@ class Checkpoint:
     update: int
     moments: bytes
     made: float
-    recipe: Mapping[str, Any]
+    inputs: Inputs
 
 
-def needs_of(recipe: Mapping[str, Any]) -> tuple[Ref, ...]:
-    parents = [Ref("model", parent["identity"]) for parent in recipe.get("start", {}).get("parents", ())]
-    return (*parents, *(Ref("text", text) for text in recipe["texts"]), Ref("tokenizer", recipe["tokenizer"]))
+def needs_of(made: Origin) -> tuple[Ref, ...]:
+    """A model is whole without its start."""
+    return (*made.inputs["texts"], *made.inputs["tokenizer"])
 
 
 CRASHES = st.tuples(st.integers(0, 9) | st.integers(10, 70), st.booleans())
@@ -311,13 +222,13 @@ class Store(RuleBasedStateMachine):
             self.artifacts[ref] = Standing(self.ledger.get(ref).manifest_hash, self.storage.now, needs)
 
     @initialize(crash=CRASHES)
-    def plant(self, crash: tuple[int, bool]) -> None:
-        planted = self.attempt(lambda: plant(self.ledger, self.folder), crash)
-        self.held = [planted, planted]
-        self.log = [planted]
-        self.found(TOKENIZER, ())
-        self.found(SEED, needs_of(SEED_RECIPE))
-        assert planted.manifests == {SEED.identity: self.artifacts[SEED].manifest_hash}
+    def train_seed(self, crash: tuple[int, bool]) -> None:
+        founded = self.attempt(lambda: train_seed(self.ledger, self.folder), crash)
+        self.held = [founded, founded]
+        self.log = [founded]
+        self.found(TOKENIZER.ref, ())
+        self.found(SEED.ref, needs_of(SEED))
+        assert founded.manifests == {SEED.ref.identity: self.artifacts[SEED.ref].manifest_hash}
 
     @rule(domain=DOMAINS, edition=EDITIONS, parent=CHOICES, weights=WEIGHTS, merger=st.none() | DRIVERS, crash=CRASHES)
     def commit(
@@ -329,12 +240,12 @@ class Store(RuleBasedStateMachine):
         merger: int | None,
         crash: tuple[int, bool],
     ) -> None:
-        standing = [SEED.identity, *(i for i in self.experts if Ref("model", i) in self.artifacts)]
-        recipe = expert_recipe(domain, edition, standing[parent % min(len(standing), 3)])
-        expert = self.attempt(lambda: commit_expert(self.ledger, self.folder, domain, recipe, weights), crash)
+        standing = [SEED.ref, *(ref for i in self.experts if (ref := Ref("model", i)) in self.artifacts)]
+        start = standing[parent % min(len(standing), 3)]
+        expert = self.attempt(lambda: commit_expert(self.ledger, self.folder, domain, edition, weights, start), crash)
         self.experts[expert.identity] = expert
         self.found(Ref("text", expert.text), ())
-        self.found(Ref("model", expert.identity), needs_of(recipe))
+        self.found(Ref("model", expert.identity), needs_of(expert_of(domain, edition, start)))
         if merger is not None:
             self.merge_experts(merger, [expert], crash)
 
@@ -375,7 +286,7 @@ class Store(RuleBasedStateMachine):
             if grows:
                 self.log.append(replace(merged, parent=None))
                 assert merged.experts == tuple(together[domain] for domain in sorted(together))
-                expected = {expert.identity for expert in merged.experts} | {SEED.identity}
+                expected = {expert.identity for expert in merged.experts} | {SEED.ref.identity}
                 assert expected <= set(merged.manifests)
                 assert self.stands(merged)
 
@@ -434,20 +345,25 @@ class Store(RuleBasedStateMachine):
 
     @rule(domain=DOMAINS, more=st.integers(0, 2), moments=WEIGHTS, crash=CRASHES)
     def save(self, domain: str, more: int, moments: bytes, crash: tuple[int, bool]) -> None:
-        recipe = expert_recipe(domain)
-        identity = identity_of(recipe)
+        expert = expert_of(domain)
+        identity = expert.ref.identity
         before = self.training.get(identity)
         update = (before.update if before else 0) + more
         files = written(self.folder, {"model.safetensors": b"w0", "moments": moments})
-        facts = {"how": {}, "model": recipe}
-        self.attempt(lambda: self.ledger.save_training(identity, update, files, facts), crash)
+
+        def save() -> None:
+            commit_text(self.ledger, self.folder, domain)
+            self.ledger.save_training(expert, update, files, {"how": {}})
+
+        self.attempt(save, crash)
+        self.found(text_of(domain).ref, ())
         if before is None or more:  # a training saved twice at one update stays as it was first
-            self.training[identity] = Checkpoint(update, moments, self.storage.now, recipe)
+            self.training[identity] = Checkpoint(update, moments, self.storage.now, expert.inputs)
 
     @precondition(lambda self: self.training)
     @rule(domain=DOMAINS, clears=st.booleans(), crash=CRASHES)
     def resume_or_clear(self, domain: str, clears: bool, crash: tuple[int, bool]) -> None:
-        identity = identity_of(expert_recipe(domain))
+        identity = expert_of(domain).ref.identity
 
         def resume() -> Checkpoint | None:
             latest = self.ledger.latest_training(identity)
@@ -477,7 +393,7 @@ class Store(RuleBasedStateMachine):
         assert young <= set(self.storage.objects), "something young was collected"
         roots = [ref for ref, known in self.artifacts.items() if known.made >= oldest_kept]
         self.training = {i: known for i, known in self.training.items() if known.made >= oldest_kept}
-        roots += [ref for known in self.training.values() for ref in needs_of(known.recipe)]
+        roots += [ref for known in self.training.values() for refs in known.inputs.values() for ref in refs]
         roots += [Ref("model", identity) for version in self.kept() for identity in self.log[version].manifests]
         reached: set[Ref] = set()
         while roots:
@@ -537,9 +453,10 @@ def test_a_store_holds_what_the_model_says_whatever_is_done_and_wherever_it_cras
 
 def train(ledger: Ledger, folder: Path, domain: str) -> Expert:
     """As `steps.train`: goes on from the latest checkpoint, commits, and drops the checkpoints."""
-    recipe = expert_recipe(domain)
-    identity = identity_of(recipe)
-    is_done = ledger.find(Ref("model", identity)) is not None
+    commit_text(ledger, folder, domain)
+    expert = expert_of(domain)
+    identity = expert.ref.identity
+    is_done = ledger.find(expert.ref) is not None
     if not is_done:
         latest = ledger.latest_training(identity)
         start = latest.recipe["update"] if latest else 0
@@ -547,11 +464,11 @@ def train(ledger: Ledger, folder: Path, domain: str) -> Expert:
             assert ledger.open_file(latest, "moments").read_bytes() == b"moments of %d" % start
         for update in range(start + 1, 3):
             files = written(folder, {"moments": b"moments of %d" % update, "model.safetensors": b"halfway"})
-            ledger.save_training(identity, update, files, {"how": {}, "model": recipe})
-    expert = commit_expert(ledger, folder, domain, recipe, b"weights of " + domain.encode())
+            ledger.save_training(expert, update, files, {"how": {}})
+    committed = commit_expert(ledger, folder, domain, 0, b"weights of " + domain.encode())
     if not is_done:
         ledger.clear_training(identity)
-    return expert
+    return committed
 
 
 def tidy(storage: InMemory) -> None:
@@ -561,12 +478,12 @@ def tidy(storage: InMemory) -> None:
 
 
 def run_scenario(storage: InMemory) -> None:
-    """Plants, trains two experts, merges them, and collects an average that nothing needs."""
+    """Trains the seed and two experts, merges them, and collects an average that nothing needs."""
     ledger, folder = Ledger(storage), storage.folder
-    forest = plant(ledger, folder)
+    forest = train_seed(ledger, folder)
     experts = [train(ledger, folder, domain) for domain in ("law", "code")]
-    average = {"average": [{"identity": expert.identity, "weight": 0.5} for expert in experts]}
-    ledger.commit(Ref("model", identity_of(average)), average, model_files(folder, b"average"), {})
+    average = made("model", {"weights": [0.5, 0.5]}, models=tuple(Ref("model", e.identity) for e in experts), fit=())
+    ledger.commit(average, model_files(folder, b"average"), {"role": "average"})
     merge(forest, experts, ledger)
     tidy(storage)
 
@@ -630,8 +547,8 @@ def ledger(storage: InMemory) -> Ledger:
     return Ledger(storage)
 
 
-def make_expert(ledger: Ledger, folder: Path, domain: str, parent: str = SEED.identity) -> Expert:
-    return commit_expert(ledger, folder, domain, expert_recipe(domain, 0, parent), b"weights of " + domain.encode())
+def make_expert(ledger: Ledger, folder: Path, domain: str, parent: Ref = SEED.ref) -> Expert:
+    return commit_expert(ledger, folder, domain, 0, b"weights of " + domain.encode(), parent)
 
 
 def next_version(forest: Forest, domain: str) -> Forest:
@@ -642,8 +559,8 @@ def next_version(forest: Forest, domain: str) -> Forest:
 def test_an_append_whose_answer_was_lost_knows_its_own_version_from_anothers(
     ledger: Ledger, storage: InMemory, tmp_path: Path
 ) -> None:
-    planted = plant(ledger, tmp_path)
-    ours, theirs = next_version(planted, "law"), next_version(planted, "code")
+    founded = train_seed(ledger, tmp_path)
+    ours, theirs = next_version(founded, "law"), next_version(founded, "code")
     # An append reads the version before, then creates: the adapter's second try hears that the key is taken.
     storage.arm(2, repeats=True)
     assert ledger.log.append(ours)
@@ -658,8 +575,8 @@ def test_an_append_whose_answer_was_lost_knows_its_own_version_from_anothers(
 def test_an_append_between_whose_steps_another_was_first_says_so(
     ledger: Ledger, storage: InMemory, tmp_path: Path
 ) -> None:
-    planted = plant(ledger, tmp_path)
-    ours, theirs = next_version(planted, "law"), next_version(planted, "code")
+    founded = train_seed(ledger, tmp_path)
+    ours, theirs = next_version(founded, "law"), next_version(founded, "code")
     won: list[bool] = []
     storage.arm(2, before=lambda: won.append(Ledger(storage).log.append(theirs)), repeats=True)
     assert not ledger.log.append(ours)
@@ -675,16 +592,16 @@ def test_another_driver_that_merges_at_any_moment_of_a_merge_loses_nobodys_exper
         operation += 1
         storage = InMemory(tmp_path)
         ledger = Ledger(storage)
-        planted = plant(ledger, tmp_path)
+        founded = train_seed(ledger, tmp_path)
         experts = {domain: make_expert(ledger, tmp_path, domain) for domain in ("law", "code")}
         reached: list[Forest] = []
 
-        def interrupt(storage: InMemory = storage, planted: Forest = planted, theirs: Expert = experts["code"],
+        def interrupt(storage: InMemory = storage, founded: Forest = founded, theirs: Expert = experts["code"],
                       reached: list[Forest] = reached) -> None:  # fmt: skip
-            reached.append(merge(planted, [theirs], Ledger(storage)))
+            reached.append(merge(founded, [theirs], Ledger(storage)))
 
         storage.arm(operation, before=interrupt)
-        merge(planted, [experts["law"]], ledger)
+        merge(founded, [experts["law"]], ledger)
         storage.arm(0)
         ends = not reached
         newest = ledger.log.newest()
@@ -699,15 +616,15 @@ def test_after_a_crash_while_checkpoints_are_dropped_the_latest_that_is_left_is_
     first: bool, tmp_path: Path
 ) -> None:
     files = [written(tmp_path, {"moments": b"moments of %d" % update, "w": b"w"}) for update in range(3)]
-    recipe = expert_recipe("law")
-    identity = identity_of(recipe)
+    expert = expert_of("law")
+    identity = expert.ref.identity
     operation, crashed = 0, True
     while crashed:
         operation += 1
         storage = InMemory(tmp_path)
         ledger = Ledger(storage)
         for update in (1, 2):
-            ledger.save_training(identity, update, files[update], {"model": recipe})
+            ledger.save_training(expert, update, files[update], {})
         storage.arm(operation, **{"before" if first else "after": storage.crash})
         try:
             ledger.clear_training(identity)
@@ -735,7 +652,7 @@ def old_orphans(storage: InMemory, contents: Sequence[bytes]) -> None:
 
 
 def commit_contents(ledger: Ledger, folder: Path, contents: Sequence[bytes]) -> Artifact:
-    return ledger.commit(SEED, SEED_RECIPE, written(folder, {data.decode(): data for data in contents}), {})
+    return ledger.commit(SEED, written(folder, {data.decode(): data for data in contents}), {})
 
 
 @pytest.mark.parametrize("operation", range(1, 5))
@@ -766,7 +683,7 @@ def test_what_a_collection_that_crashed_left_of_its_clock_is_collected_by_a_late
 
 def removed_and_collected(ledger: Ledger, storage: InMemory) -> Forest:
     """Version 1 of a forest whose expert was removed since, and collected."""
-    first = merge(plant(ledger, storage.folder), [make_expert(ledger, storage.folder, "law")], ledger)
+    first = merge(train_seed(ledger, storage.folder), [make_expert(ledger, storage.folder, "law")], ledger)
     assert ledger.log.append(without(first, "law"))
     for domain in ("code", "news"):
         newest = ledger.log.newest()
@@ -794,10 +711,10 @@ def test_a_version_whose_models_were_collected_cannot_be_pinned(ledger: Ledger, 
 
 def test_a_version_names_no_expert_that_lost_its_domain_to_another(ledger: Ledger, storage: InMemory) -> None:
     # Named, it would never be collected, and each later merge would fail without it.
-    planted = plant(ledger, storage.folder)
+    founded = train_seed(ledger, storage.folder)
     first = make_expert(ledger, storage.folder, "law")
-    merge(planted, [first], ledger)
-    second = make_expert(ledger, storage.folder, "law", parent=first.identity)
-    merged = merge(planted, [second, make_expert(ledger, storage.folder, "code")], ledger)
+    merge(founded, [first], ledger)
+    second = make_expert(ledger, storage.folder, "law", parent=Ref("model", first.identity))
+    merged = merge(founded, [second, make_expert(ledger, storage.folder, "code")], ledger)
     assert first in merged.experts
-    assert set(merged.manifests) == {SEED.identity, *(expert.identity for expert in merged.experts)}
+    assert set(merged.manifests) == {SEED.ref.identity, *(expert.identity for expert in merged.experts)}

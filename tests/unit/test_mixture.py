@@ -20,11 +20,11 @@ from btm_cluster.equations.mixture import (
     resampled_perplexity,
 )
 from btm_cluster.equations.posterior import Posterior, keep_top
-from btm_cluster.evaluation import score_models
-from btm_cluster.forest import identity_of
+from btm_cluster.evaluation.scoring import score_models, scored_split
 from btm_cluster.ground import PreparedText
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.scores import BLOCKS_AT_ONCE, ScoreStack
+from tests.made import origin
 from tests.unit.conftest import GrownForest
 
 POSTERIORS = [
@@ -91,10 +91,9 @@ def full_distributions(grown: GrownForest) -> dict[str, tuple[np.ndarray, torch.
 
 def stack_of(grown: GrownForest, text: PreparedText, split: str) -> ScoreStack:
     """The experts' stored scores on a split."""
-    pairs = [(artifact.ref, text) for artifact in grown.experts]
-    scores = score_models(grown.ground, pairs, grown.driver, splits=[split])
-    ordered = [scores[artifact.identity, text.name, split] for artifact in grown.experts]
-    return ScoreStack(grown.driver.ledger, ordered, text.tokens[split])
+    experts = [artifact.ref for artifact in grown.experts]
+    score_models(grown.ground, experts, [text], grown.driver, [split])
+    return ScoreStack.of(grown.driver.ledger, scored_split(experts, text, split))
 
 
 @pytest.mark.parametrize("posterior", POSTERIORS, ids=lambda p: p.kind)
@@ -159,13 +158,11 @@ def commit_split(
     for i, owners_BT in enumerate(shards):
         path = Path(folder, f"documents-{i}.npy")
         np.save(path, owners_BT)
-        shard = {"shard": i}
-        refs.append(ledger.commit(Ref("tokens", identity_of(shard)), shard, {"documents.npy": path}, {}).ref)
+        refs.append(ledger.commit(origin("tokens", {"shard": i}), {"documents.npy": path}, {}).ref)
     for i, scores_BT in enumerate(scores_EBT):
         path = Path(folder, f"logp-{i}.npy")
         np.save(path, scores_BT.astype(np.float32))
-        model = {"model": i}
-        models.append(ledger.commit(Ref("scores", identity_of(model)), model, {"logp.npy": path}, {}))
+        models.append(ledger.commit(origin("scores", {"model": i}), {"logp.npy": path}, {}))
     return models, refs
 
 

@@ -16,9 +16,9 @@ import moto
 import pytest
 
 from btm_cluster.errors import IntegrityError, MissingError, StoreError, UserError
-from btm_cluster.forest import identity_of
-from btm_cluster.ledger import Artifact, Ledger, Ref, blob_key
+from btm_cluster.ledger import Artifact, Ledger, blob_key
 from btm_cluster.storage.node_cache import DEFAULT_GIGABYTES, IN_USE_SECONDS, NodeCache, node_cache
+from tests.made import origin
 
 DATA = b"0123456789" * 100
 
@@ -414,7 +414,7 @@ def ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ledger]:
 def artifact(ledger: Ledger, tmp_path: Path) -> Artifact:
     path = tmp_path / "weights"
     path.write_bytes(DATA)
-    return ledger.commit(Ref("model", identity_of({})), {}, {"weights": path}, {})
+    return ledger.commit(origin("model", {}), {"weights": path}, {})
 
 
 def test_a_file_that_is_opened_twice_is_the_same_file(ledger: Ledger, artifact: Artifact) -> None:

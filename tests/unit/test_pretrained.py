@@ -21,8 +21,8 @@ from btm_cluster.plan import ModelPlan, Plan
 from btm_cluster.preview import preview
 from btm_cluster.requests import ImportTokenizer
 from btm_cluster.run import run_plan
-from btm_cluster.steps.average import open_config
-from tests.conftest import DOMAINS, in_process, made_up_documents
+from btm_cluster.steps.stored import open_config
+from tests.conftest import DOMAINS, in_process, made_up_documents, run_all
 
 SMALL = {
     "gpt2": {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2},
@@ -120,7 +120,7 @@ def test_a_source_that_is_another_on_a_second_machine_is_refused(copy: Path, fie
     vocabulary = json.loads((copy / "tokenizer.json").read_text())
     (copy / "tokenizer.json").write_text(json.dumps(vocabulary, indent=3))
     with pytest.raises(UserError, match="another one on this machine"):
-        driver.workers.prepare([request])
+        run_all(driver.workers, [request])
 
 
 def test_dropout_is_known_whether_the_plan_names_it_or_the_architecture_has_it_by_default() -> None:

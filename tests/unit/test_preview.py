@@ -12,6 +12,7 @@ import pytest
 from btm_cluster.algorithm import prepare
 from btm_cluster.display import consoles, preview_table
 from btm_cluster.errors import FoundationError, StepError, UserError
+from btm_cluster.ground import text_of
 from btm_cluster.language_model.tokenizer import train_tokenizer
 from btm_cluster.ledger import Ledger, Ref, artifact_key, blob_key
 from btm_cluster.plan import Plan
@@ -183,7 +184,7 @@ def test_a_text_that_was_read_and_lost_is_read_again_and_nothing_else_is_made(af
     plan, ledger = Plan.model_validate(after), Ledger.open(after["store"])
     memos = {memo.note["name"]: memo for memo in ledger.list_artifacts("source")}
     for name in (DOMAINS[0], "market"):
-        text = ledger.get(Ref("text", memos[name].facts["text"]))
+        text = ledger.get(Ref("text", text_of(memos[name])))
         key = artifact_key(text.ref) if lost == "manifest" else blob_key(text.ref, text.blobs[-1].sha256)
         Path(ledger.storage.address(key)).unlink()
     assert verify(ledger).problems
@@ -202,12 +203,12 @@ def test_a_lost_text_that_its_source_no_longer_gives_is_one_clear_error(after: d
     plan, ledger = Plan.model_validate(fields), Ledger.open(after["store"])
     run_plan(plan, in_process(plan))
     (memo,) = [memo for memo in ledger.list_artifacts("source") if memo.note["name"] == "later"]
-    Path(ledger.storage.address(f"artifacts/text/{memo.facts['text']}.json")).unlink()
+    Path(ledger.storage.address(f"artifacts/text/{text_of(memo)}.json")).unlink()
     text.write_bytes(text.read_bytes().replace(b"a", b"e"))
     os.utime(text, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     with pytest.raises(StepError, match="was lost, and reading its source again gives another") as failed:
         run_plan(plan, in_process(plan))
-    assert f"artifacts/text/{memo.facts['text']}.json" in str(failed.value)
+    assert f"artifacts/text/{text_of(memo)}.json" in str(failed.value)
 
 
 def test_a_plan_of_fewer_domains_than_its_forest_is_done(after: dict[str, Any]) -> None:
@@ -309,4 +310,5 @@ def test_a_pretrained_tokenizer_and_seed_are_new_or_done_whatever_text_is_read(p
     text = Path(pretrained["store"]).parent / "other.jsonl"
     write_jsonl(text, made_up_documents("other", 100))
     seen = states(look(pretrained | {"domains": [{"name": "other", "text": str(text)}]}))
-    assert (seen["tokenizer"], seen["seed"], seen["token blocks"]) == (DONE, DONE, UNREAD)
+    assert (seen["tokenizer"], seen["seed"], seen["expert other"]) == (DONE, DONE, UNREAD)
+    assert seen["token blocks"] == "2 of 2 done, and more once all texts are read", "those of the target"

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from btm_cluster.errors import IntegrityError, StoreError
-from btm_cluster.forest import Parent
 from btm_cluster.ledger import Ledger, Ref
 from btm_cluster.records import (
     BranchPoint,
@@ -25,9 +24,7 @@ from btm_cluster.records import (
 from btm_cluster.requests import Start
 from tests.unit.test_ledger import STRAYS, rewritten
 
-POINT = BranchPoint(
-    "law", "1" * 64, "2" * 64, 3, "3" * 64, Start(Ref("model", "4" * 64), (Parent("5" * 64, 1.0),), True), ""
-)
+POINT = BranchPoint("law", "1" * 64, "2" * 64, 3, "3" * 64, Start(Ref("model", "4" * 64), True), "")
 OTHER = "a" * 64
 
 

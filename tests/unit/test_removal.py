@@ -13,17 +13,21 @@ from btm_cluster.algorithm import prepare
 from btm_cluster.cli import app, run_command
 from btm_cluster.equations import learned_gate
 from btm_cluster.errors import UserError
-from btm_cluster.evaluation import fit_gates, score_models
+from btm_cluster.evaluation.comparison import Comparer
+from btm_cluster.evaluation.evaluate import forest_ensemble
+from btm_cluster.evaluation.fitting import average_request, fit_requests, mix_request, weight_requests
+from btm_cluster.evaluation.scoring import score_requests
+from btm_cluster.evaluation.systems import CALIBRATED, GATE, Ensemble
 from btm_cluster.expansion.expand import expand
 from btm_cluster.forest import Forest, difference
-from btm_cluster.ledger import Artifact, Ledger, Ref, artifact_key
+from btm_cluster.ledger import Ledger, Ref
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import demix_request
 from btm_cluster.records import list_branch_points
 from btm_cluster.requests import ShuffleTexts
 from btm_cluster.run import run_plan
-from btm_cluster.study.mixtures import Members, mix
-from btm_cluster.upkeep.housekeeping import collect, find_garbage, verify
+from btm_cluster.upkeep.gc import collect, find_garbage
+from btm_cluster.upkeep.housekeeping import verify
 from btm_cluster.upkeep.purge import condemn, purge
 from btm_cluster.upkeep.removal import bring_back, influence_of, last_expert, remove, rollback
 from tests.conftest import in_process, made_up_documents, write_jsonl
@@ -76,6 +80,11 @@ def newest(ledger: Ledger) -> Forest:
     forest = ledger.log.newest()
     assert forest is not None
     return forest
+
+
+def let_all_be_old(plan: Plan) -> None:
+    for path in Path(plan.store).rglob("*"):
+        os.utime(path, (time.time() - 100 * DAY,) * 2)
 
 
 def named_in(store: str, trace: str) -> set[str]:
@@ -135,7 +144,7 @@ def test_what_still_carries_a_removed_domain_is_told_from_lineage(ledger: Ledger
     # Through meadow, which is out of the forest by now, too.
     assert of_kitchen.descendants == ("island",)
     carriers = {forest.expert(domain).identity for domain in ("kitchen", "meadow", "island")}
-    averages = [m for m in ledger.list_artifacts("model") if "average" in m.recipe]
+    averages = [m for m in ledger.list_artifacts("model") if m.facts["role"] == "average"]
     assert set(of_kitchen.merged) == {m.identity for m in averages if carriers & set(m.parents)}
 
 
@@ -166,10 +175,10 @@ def test_a_purged_domain_leaves_nothing_but_tombstones_and_the_store_stays_sound
     purge(ledger, condemn(ledger, "meadow"))
     for trace in (document, expert.text, expert.weights_sha256, "meadow"):
         assert not named_in(plan.store, trace)
-    # Its descendant's lineage is an identity that leads to a tombstone.
-    (point,) = [point.identity for point in list_branch_points(ledger) if point.domain == "island"]
-    island = artifact_key(Ref("model", forest.expert("island").identity))
-    assert named_in(plan.store, expert.identity) == {island, f"expansions/{point}.json"}
+    # Its descendant's lineage is an identity that leads to a tombstone: that of the average it started from.
+    (start,) = [point.start.model for point in list_branch_points(ledger) if point.domain == "island"]
+    assert expert.identity in ledger.tombstones.all()[start].body["parents"]
+    assert named_in(plan.store, expert.identity) == set()
     assert ledger.find(Ref("model", forest.expert("island").identity)) is not None
     assert {path.name for path in Path(plan.store, "blobs").iterdir()} >= shared
     assert not Path(plan.store, "inbox/meadow").exists()
@@ -179,8 +188,7 @@ def test_a_purged_domain_leaves_nothing_but_tombstones_and_the_store_stays_sound
     # A descendant still knows its seed, though its parent is gone, and the forest is evaluated as ever.
     again = run_plan(plan, in_process(plan))
     assert again.forest.domains == ("harbour", "island", "kitchen")
-    for path in Path(plan.store).rglob("*"):
-        os.utime(path, (time.time() - 100 * DAY,) * 2)
+    let_all_be_old(plan)
     collect(ledger, find_garbage(ledger, 10, DAY))
     assert verify(ledger).problems == ()
     assert ledger.tombstone(Ref("text", expert.text))
@@ -193,7 +201,8 @@ def test_a_target_that_went_by_the_name_is_purged_too(plan: Plan, ledger: Ledger
     with_it = plan.model_copy(update={"targets": (earlier,)})
     with pytest.raises(UserError, match="the target 'meadow' has the name of a domain"):
         prepare(with_it, in_process(with_it))  # read, all the same
-    assert [a for a in ledger.list_artifacts("source") if a.note["name"] == "meadow" and a.recipe["is_target"]]
+    assert len([a for a in ledger.list_artifacts("source") if a.note["name"] == "meadow"]) == 2
+    remove(ledger, "meadow")
     purge(ledger, condemn(ledger, "meadow"))
     assert not [a for a in ledger.list_artifacts("source") if a.note["name"] == "meadow"]
     assert verify(ledger).problems == ()
@@ -203,57 +212,72 @@ def test_a_studys_random_splits_that_hold_its_documents_are_purged_too(plan: Pla
     texts = {expert.domain: expert.text for expert in newest(ledger).experts}
     pairs = {"with": ("meadow", "harbour"), "without": ("island", "harbour")}
     asked = {name: ShuffleTexts(name, tuple(texts[d] for d in pair), 0, 0) for name, pair in pairs.items()}
-    made = dict(zip(asked, in_process(plan).workers.prepare(list(asked.values())), strict=True))
+    made = dict(zip(asked, in_process(plan).require(list(asked.values())), strict=True))
     remove(ledger, "meadow")
     purge(ledger, condemn(ledger, "meadow"))
-    for name, memo in made.items():
-        assert isinstance(memo, Artifact)
-        kept = ledger.find(Ref("text", memo.facts["text"])) is not None
+    for name, read in made.items():
+        kept = ledger.find(read.parts[0]) is not None
         assert kept == (name == "without")
         assert (ledger.find(asked[name].ref) is not None) == kept
     assert verify(ledger).problems == ()
 
 
 @pytest.mark.parametrize("way", ["purge", "collection"])
-def test_a_studys_mixtures_go_with_an_expert_that_took_part_in_them(
+def test_what_is_mixed_goes_with_an_expert_that_took_part_in_it(
     plan: Plan, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     monkeypatch.setattr(learned_gate, "LOOKS", 1)
     experts = {expert.domain: Ref("model", expert.identity) for expert in newest(ledger).experts}
     driver = in_process(plan)
     ground = prepare(plan, driver)
-    scores = score_models(ground, [(model, text) for model in experts.values() for text in ground.texts], driver)
     with_it, without = (
-        Members("forest", None, None, tuple((domain, experts[domain]) for domain in pair), gated=True)
-        for pair in (("island", "harbour"), ("kitchen", "harbour"))
+        Ensemble("forest", tuple((domain, experts[domain]) for domain in pair), (CALIBRATED, GATE), ("fitted",), seed)
+        for pair, seed in (
+            (("island", "harbour"), Ref("model", newest(ledger).foundation.seed)),
+            (("kitchen", "harbour"), Ref("model", newest(ledger).foundation.seed)),
+        )
     )
-    mixed = mix(ground, scores, [with_it, without], driver).committed
-    assert driver.made["mixture"] == 2 * len(ground.texts)
-    assert driver.made["fit-for-all"] == 2
-    fit_gates(ground, with_it.refs, ground.texts, scores, driver)
-    assert (driver.made["fit-for-all"], driver.made["gate"]) == (2, len(ground.texts)), "one gate for all serves both"
-    for path in Path(plan.store).rglob("*"):
-        os.utime(path, (time.time() - 100 * DAY,) * 2)
+    Comparer(ground, {}, [with_it, without]).compare(driver)
+
+    def there(ensemble: Ensemble) -> set[bool]:
+        made = [mix_request(ground, ensemble, text, "test") for text in ground.texts]
+        made += [fit for text in ground.texts for fit in fit_requests(ground, ensemble, text)]
+        return {ledger.find(request.ref) is not None for request in made}
+
+    def averages(ensemble: Ensemble) -> set[bool]:
+        made = [average_request(ground, ensemble, "fitted", text) for text in ground.texts]
+        return {ledger.find(request.ref) is not None for request in made}
+
+    assert there(with_it) == there(without) == averages(with_it) == averages(without) == {True}
+    let_all_be_old(plan)
     collect(ledger, find_garbage(ledger, 10, DAY))
-    assert all(ledger.find(mixture.ref) for mixture in mixed.values()), "they go with the scores they are made of"
+    assert there(with_it) == there(without) == {True}, "they go with the scores that they are made of"
+    assert averages(with_it) == averages(without) == {False}
     remove(ledger, "island")
     if way == "collection":
-        for path in Path(plan.store).rglob("*"):
-            os.utime(path, (time.time() - 100 * DAY,) * 2)
+        let_all_be_old(plan)
         collect(ledger, find_garbage(ledger, 1, DAY))
     else:
-        erased: list[str] = []
-        erase = ledger.storage.erase
-        monkeypatch.setattr(ledger.storage, "erase", lambda key: (erased.append(key), erase(key))[1])
         purge(ledger, condemn(ledger, "island"))
-        kinds = list(dict.fromkeys(key.split("/")[1] for key in erased if key.startswith("artifacts/")))
-        assert kinds[:4] == ["mixture", "gate", "fit-for-all", "scores"], (
-            "an interrupted purge finds what is left by what it is made of"
-        )
-    for (members, _), mixture in mixed.items():
-        assert (ledger.find(mixture.ref) is not None) == (members == without)
-    assert len(list(ledger.list_artifacts("fit-for-all"))) == 1
-    assert not list(ledger.list_artifacts("gate"))
+    assert (there(with_it), there(without)) == ({False}, {True})
+    assert verify(ledger).problems == ()
+
+
+def test_an_average_whose_weights_were_fitted_on_a_purged_target_goes_too(plan: Plan, ledger: Ledger) -> None:
+    """None of its experts goes, and its label names no domain."""
+    driver = in_process(plan)
+    ground = prepare(plan, driver)
+    experts = forest_ensemble(ground, newest(ledger))
+    market = next(text for text in ground.texts if text.is_target)
+    average = average_request(ground, experts, "fitted", market)
+    fits = weight_requests(ground, experts, "fitted", market)
+    driver.require([*score_requests(ground, experts.refs, [market], ["development"]), *fits, average])
+    others = [m.ref for m in ledger.list_artifacts("model") if m.facts["role"] == "average" and m.ref != average.ref]
+    purge(ledger, condemn(ledger, "market"))
+    assert ledger.find(average.ref) is None
+    assert any(ledger.find(other) for other in others)
+    assert all(ledger.find(expert) for expert in experts.refs)
+    assert not named_in(plan.store, "market")
     assert verify(ledger).problems == ()
 
 
@@ -289,7 +313,9 @@ def test_an_interrupted_purge_is_found_by_verify_and_goes_on_when_it_is_run_agai
     assert (again.manifests, again.blobs) == (condemned.manifests, condemned.blobs)
     purge(ledger, again)
     assert verify(ledger).problems == ()
-    assert ledger.parents_of(expert.identity) == tuple(parent.identity for parent in expert.parents)
+    tombstone = ledger.tombstone(Ref("model", expert.identity))
+    assert tombstone is not None
+    assert tombstone.body["parents"] == [parent.identity for parent in expert.parents]
 
 
 def test_a_purged_founding_domain_leaves_seed_and_tokenizer_and_the_forest_lives_on(
@@ -301,7 +327,7 @@ def test_a_purged_founding_domain_leaves_seed_and_tokenizer_and_the_forest_lives
     deliver(ledger, tmp_path, "desert")
     assert expand(plan, in_process(plan)).added == ("desert",)
     assert run_plan(plan, in_process(plan)).forest.domains == ("desert", "harbour", "island", "meadow")
-    assert len(named_in(plan.store, "start of desert")) == 2  # an average of others, by its card and its manifest
+    assert named_in(plan.store, "fitted for desert"), "averages for it, by their cards and manifests"
     remove(ledger, "desert")
     purge(ledger, condemn(ledger, "desert"))
     assert not named_in(plan.store, "desert")
@@ -312,7 +338,7 @@ def test_of_a_demix_the_part_of_a_purged_domain_goes_and_the_rest_is_named(plan:
     driver = in_process(plan)
     ground = prepare(plan, driver)
     demix = demix_request(ground)
-    driver.require(driver.workers.train, [demix])
+    driver.require([demix])
     remove(ledger, "kitchen")
     expert = last_expert(ledger, "kitchen")
     assert expert is not None

@@ -12,12 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from btm_cluster.algorithm import prepare
-from btm_cluster.driver import Driver
+from btm_cluster.driver import Driver, resumed
 from btm_cluster.errors import MissingError, ResourcesError, Stopped
 from btm_cluster.ledger import Artifact, Ledger
-from btm_cluster.outstanding import resumed
 from btm_cluster.plan import Plan
-from btm_cluster.preview import preview
+from btm_cluster.preview import check_room, preview
 from btm_cluster.recipes import demix_request
 from btm_cluster.requests import Resources, TrainRequest
 from btm_cluster.room import ask_of, fits, no_room
@@ -164,7 +163,7 @@ def test_a_checkpoint_of_other_shapes_or_names_is_passed_over_whole(
         files[blob.name] = tmp_path / blob.name
         tensors = load_file(ledger.open_file(saved, blob.name))
         save_file(change(tensors) if blob.name == name else tensors, files[blob.name])
-    ledger.save_training(request.ref.identity, 4, files, saved.facts)
+    ledger.save_training(request, 4, files, saved.facts)
     assert weights_of(run(prepared, request)) == undisturbed
     assert "does not fit the model" in caplog.text
 
@@ -337,7 +336,7 @@ def test_a_checkpoint_of_before_that_kept_no_profile_is_gone_on_from(prepared: P
     files = {blob.name: shutil.copy(ledger.open_file(saved, blob.name), tmp_path / blob.name) for blob in saved.blobs}
     facts = {name: value for name, value in saved.facts.items() if name != "profile"}
     ledger.clear_training(request.ref.identity)
-    ledger.save_training(request.ref.identity, 3, files, facts)
+    ledger.save_training(request, 3, files, facts)
     spans = train(with_micro_batch(request, 5), ledger, Undisturbed()).facts["profile"]
     assert [(s["first_update"], s["micro_batch_blocks"], s["torch"]) for s in spans] == [
         (0, 4, torch.__version__), (3, 5, torch.__version__),
@@ -345,7 +344,7 @@ def test_a_checkpoint_of_before_that_kept_no_profile_is_gone_on_from(prepared: P
 
 
 def test_a_transformer_lm_that_goes_on_from_a_seed_of_other_resources_says_so(prepared: Prepared) -> None:
-    prepared.plant()
+    prepared.train_seed()
     spans = run(prepared, with_micro_batch(prepared.transformer_lm, 5)).facts["profile"]
     assert [(s["first_update"], s["last_update"], s["micro_batch_blocks"]) for s in spans] == [(0, 6, 4), (6, 12, 5)]
 
@@ -396,7 +395,7 @@ def test_the_refusal_names_the_checkpoint_and_the_flag_that_helps(saved_with_fou
 def test_a_step_that_failed_does_not_count_as_run(prepared: Prepared) -> None:
     driver = prepared.driver
     endless = replace(prepared.seed, training=prepared.seed.training.model_copy(update={"learning_rate": 1e300}))
-    outcomes = driver.obtain(driver.workers.train, [endless, prepared.seed])
+    outcomes = driver.obtain([endless, prepared.seed])
     assert [type(outcome) for outcome in outcomes] == [Failure, Artifact]
     assert driver.made["model"] == 1
 
@@ -408,7 +407,7 @@ def test_gpus_that_this_machine_lacks_are_refused_before_a_text_is_read(fields: 
     driver = in_process(plan := Plan.model_validate(fields))
     asking = Driver(driver.ledger, driver.workers, driver.workers.check_room)
     with pytest.raises(ResourcesError, match="no room for an expert"):
-        prepare(plan, asking, trains=True)
+        check_room(plan, asking)
     assert not Path(plan.store).exists()
 
 

@@ -14,7 +14,7 @@ from btm_cluster.plan import Plan
 from btm_cluster.recipes import score_request
 from btm_cluster.upkeep.housekeeping import verify
 from btm_cluster.workers import Failure, Progress
-from tests.conftest import in_process
+from tests.conftest import in_process, run_all
 from tests.unit.conftest import Prepared, copy_store
 from tests.unit.test_training import AT_EVERY_UPDATE, Undisturbed, last_saved, run, weights_of
 
@@ -132,7 +132,7 @@ def test_a_disk_that_is_full_while_training_costs_its_checkpoints_and_then_is_na
         assert "No space left on device" in failed.value.found
         assert "TMPDIR" in failed.value.remedy
         assert caplog.text.count("a training checkpoint was not stored") == UPDATES
-        (outcome,) = prepared.driver.workers.train([request])
+        (outcome,) = run_all(prepared.driver.workers, [request])
         assert isinstance(outcome, Failure)
         assert str(small_disk) in outcome.cause
     assert verify(ledger).problems == ()
@@ -142,10 +142,10 @@ def test_a_disk_that_is_full_while_training_costs_its_checkpoints_and_then_is_na
     text = prepared.ground.texts[0]
     score = score_request(prepared.ground, made.ref, text, "test")
     with filled(small_disk):
-        (outcome,) = prepared.driver.workers.score([score])
+        (outcome,) = run_all(prepared.driver.workers, [score])
         assert isinstance(outcome, Failure)
         assert str(small_disk) in outcome.cause
-    (outcome,) = prepared.driver.workers.score([score])
+    (outcome,) = run_all(prepared.driver.workers, [score])
     assert not isinstance(outcome, Failure)
 
 

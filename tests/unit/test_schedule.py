@@ -8,7 +8,7 @@ import pytest
 from btm_cluster.equations.schedule import decay_line, learning_rate, rewarmed_learning_rate
 from btm_cluster.language_model.optimizer import learning_rate_at
 from btm_cluster.requests import TrainRequest
-from btm_cluster.steps.train import open_blocks
+from btm_cluster.steps.stored import open_blocks
 from btm_cluster.steps.training_run import spec_of
 from tests.unit.conftest import Prepared
 

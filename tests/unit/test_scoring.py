@@ -10,16 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from btm_cluster.errors import TrainingError
-from btm_cluster.forest import identity_of
 from btm_cluster.language_model.blocks import Blocks
 from btm_cluster.language_model.model import load_model
-from btm_cluster.language_model.scoring import score_blocks, score_tokens
+from btm_cluster.language_model.scoring import _entropy, score_blocks, score_tokens
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.recipes import expert_resources, score_request
 from btm_cluster.requests import Resources
-from btm_cluster.steps.average import open_config
+from btm_cluster.steps.stored import open_config
 from btm_cluster.workers import Failure
-from tests.conftest import in_process
+from tests.conftest import in_process, run_all
+from tests.made import origin
 from tests.unit.conftest import GrownForest, copy_store
 from tests.unit.test_mixture import distributions
 
@@ -154,9 +154,9 @@ def test_a_model_that_diverged_is_a_failure_that_says_so_and_stores_no_scores(
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     files = {name: ledger.open_file(grown.experts[0], name) for name in ("config.json", "tokenizer.json")}
     files["model.safetensors"] = tmp_path / "model.safetensors"
-    diverged = ledger.commit(Ref("model", identity_of({})), {}, files, {})
+    diverged = ledger.commit(origin("model", {}), files, {})
     request = score_request(grown.ground, diverged.ref, grown.text("market"), "test")
-    (outcome,) = driver.workers.score([request])
+    (outcome,) = run_all(driver.workers, [request])
     assert isinstance(outcome, Failure)
     assert "not finite" in outcome.cause
     assert ledger.find(request.ref) is None
@@ -164,3 +164,10 @@ def test_a_model_that_diverged_is_a_failure_that_says_so_and_stores_no_scores(
     blocks = Blocks([ledger.open_file(ledger.get(ref), "tokens.npy") for ref in request.tokens])
     with pytest.raises(TrainingError):
         score_blocks(model, blocks, 0, request.how, tmp_path)
+
+
+def test_a_token_that_a_model_rules_out_adds_nothing_to_an_entropy() -> None:
+    logp_NV = torch.log_softmax(torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, -math.inf]]), dim=-1)
+    expected = [float(-sum(p * math.log(p) for p in row.exp().tolist() if p)) for row in logp_NV]
+    assert _entropy(logp_NV).tolist() == pytest.approx(expected)
+    assert _entropy(logp_NV[:1]).tolist() == pytest.approx(expected[:1])

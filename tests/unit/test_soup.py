@@ -4,20 +4,21 @@ import dataclasses
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from btm_cluster.driver import Driver
 from btm_cluster.equations.averaging import greedy_weights
 from btm_cluster.errors import IncompatibleError, TextError
-from btm_cluster.evaluation import score_models
-from btm_cluster.forest import identity_of
+from btm_cluster.evaluation.evaluate import forest_ensemble
+from btm_cluster.evaluation.fitting import average_request, scores_for, soup_request, weight_requests
+from btm_cluster.evaluation.scoring import score_models, stack_of
+from btm_cluster.evaluation.systems import Ensemble, with_seed
 from btm_cluster.language_model.model import load_model
 from btm_cluster.language_model.soup import (
     HELD_OUT_EVERY,
-    FittedWeights,
     Reading,
+    SearchedWeights,
     Soup,
     greedy_soup,
     learned_soup,
@@ -26,10 +27,10 @@ from btm_cluster.language_model.soup import (
 )
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.recipes import expert_resources
-from btm_cluster.soups import soup_average_request, soup_request
-from btm_cluster.steps.average import open_config
-from btm_cluster.upkeep.housekeeping import find_garbage
-from tests.conftest import in_process
+from btm_cluster.steps.stored import open_config
+from btm_cluster.upkeep.gc import find_garbage
+from tests.conftest import in_process, run_all
+from tests.made import origin
 from tests.unit.conftest import GrownForest, copy_store
 
 
@@ -67,10 +68,11 @@ def test_the_loss_of_a_single_expert_is_that_of_its_stored_scores(
 ) -> None:
     assert not reading.mask_BT.all(), "padding is part of this test"
     driver, ground = grown.driver, grown.ground
-    scores = score_models(ground, [(m.ref, grown.text("market")) for m in models_of(grown)], driver, ["development"])
-    for one_hot, model in zip(one_hots(len(pot)), models_of(grown), strict=True):
-        stored = np.load(driver.ledger.open_file(scores[model.identity, "market", "development"], "logp.npy"))
-        expected = -stored[reading.mask_BT.numpy()].mean(dtype=np.float64)
+    models, market = [model.ref for model in models_of(grown)], grown.text("market")
+    score_models(ground, models, [market], driver, ["development"])
+    for one_hot, model in zip(one_hots(len(pot)), models, strict=True):
+        stored = stack_of(driver.ledger, [model], market, "development").take(0, 100)[0][0]
+        expected = -float(stored[reading.mask_BT].mean())
         assert pot.loss(one_hot, reading) == pytest.approx(expected, rel=1e-5)
 
 
@@ -133,11 +135,17 @@ def test_a_learned_soup_is_never_worse_than_its_starts_on_the_blocks_held_out(po
 
 def test_a_single_block_is_enough_to_search_on(pot: Soup, reading: Reading) -> None:
     found = learned_soup(pot, reading.take(torch.arange(1)))
-    assert isinstance(found, FittedWeights)
+    assert isinstance(found, SearchedWeights)
     assert sum(found.weights) == pytest.approx(1, abs=1e-9)
 
 
-# The verb
+# The step
+
+
+def ensemble_of(grown: GrownForest) -> Ensemble:
+    """The experts and the seed, in the order of `models_of`."""
+    ensemble = with_seed(forest_ensemble(grown.ground, grown.grown.forest))
+    return dataclasses.replace(ensemble, models=tuple(sorted(ensemble.models, key=lambda model: model[1].identity)))
 
 
 @pytest.fixture
@@ -149,16 +157,16 @@ def store(grown: GrownForest, tmp_path: Path) -> Driver:
 def test_a_search_commits_weights_from_which_the_average_is_made(
     grown: GrownForest, store: Driver, pot: Soup, reading: Reading
 ) -> None:
-    models = [model.ref for model in models_of(grown)]
-    request = soup_request(grown.ground, "greedy", models, grown.text("market"))
-    (found,) = store.require(store.workers.soup, [request])
+    models = ensemble_of(grown).refs
+    request = soup_request(grown.ground, ensemble_of(grown), "greedy", grown.text("market"))
+    (found,) = store.require([request])
     assert found.ref == request.ref
     assert found.facts["blocks"] == len(reading)
     expected = greedy_soup(pot, reading)
-    assert found.facts["weights"] == dict(zip([m.identity for m in models], expected.weights, strict=True))
-    (average,) = store.require(
-        store.workers.average, [soup_average_request(grown.ground, "greedy soup", found, {models[0].identity: "one"})]
-    )
+    weights = dict(zip([m.identity for m in models], expected.weights, strict=True))
+    assert found.facts["weights"] == {"greedy": weights}
+    (average,) = store.require([average_request(grown.ground, ensemble_of(grown), "greedy", grown.text("market"))])
+    assert average.facts["weights"] == {identity: weight for identity, weight in weights.items() if weight}
     model = load_model(open_config(store.ledger, average), store.ledger.open_file(average, "model.safetensors"))
     alone = Soup(
         model,
@@ -172,37 +180,41 @@ def test_a_search_commits_weights_from_which_the_average_is_made(
 
 
 def test_the_order_of_models_names_no_other_search_and_starts_strategy_and_blocks_do(grown: GrownForest) -> None:
-    models, text = [model.ref for model in models_of(grown)], grown.text("market")
-    start = [0.4, 0.3, 0.2, 0.1]
-    request = soup_request(grown.ground, "learned", models, text, [start])
-    turned = soup_request(grown.ground, "learned", models[::-1], text, [start[::-1]])
+    ensemble, text = ensemble_of(grown), grown.text("market")
+    request = soup_request(grown.ground, ensemble, "learned", text)
+    assert request.starts, "a learned search sets out from the prior's average too"
+    turned = dataclasses.replace(request, models=request.models[::-1])
     assert turned.ref == request.ref
     assert json.dumps(request.recipe) == json.dumps(turned.recipe)
     others = [
-        soup_request(grown.ground, "learned", models, text),
-        soup_request(grown.ground, "greedy", models, text, [start]),
-        soup_request(grown.ground, "learned", models[:3], text, [start[:3]]),
+        dataclasses.replace(request, starts=()),
+        dataclasses.replace(request, starts=(dataclasses.replace(request.starts[0], name="ema"),)),
+        soup_request(grown.ground, ensemble, "greedy", text),
+        dataclasses.replace(request, models=request.models[:3]),
         dataclasses.replace(request, blocks=3),
     ]
-    assert len({request.ref, *(other.ref for other in others)}) == 5
+    assert len({request.ref, *(other.ref for other in others)}) == 6
 
 
 def test_a_learned_search_passes_its_starts_on_by_model(grown: GrownForest, store: Driver) -> None:
-    models, text = [model.ref for model in models_of(grown)][::-1], grown.text("market")
-    request = dataclasses.replace(soup_request(grown.ground, "learned", models, text, [[1.0, 0.0, 0.0, 0.0]]), blocks=6)
-    (found,) = store.require(store.workers.soup, [request])
-    assert found.facts["weights"].keys() == {model.identity for model in models}
-    assert sum(found.facts["weights"].values()) == pytest.approx(1, abs=1e-9)
+    ensemble, text = ensemble_of(grown), grown.text("market")
+    backwards = dataclasses.replace(ensemble, models=ensemble.models[::-1])
+    request = dataclasses.replace(soup_request(grown.ground, backwards, "learned", text), blocks=6)
+    fits = weight_requests(grown.ground, backwards, "fitted", text)
+    *_, found = store.require([*scores_for(grown.ground, backwards, text), *fits, request])
+    weights = found.facts["weights"]["learned"]
+    assert weights.keys() == {model.identity for model in ensemble.refs}
+    assert sum(weights.values()) == pytest.approx(1, abs=1e-9)
     assert found.facts["blocks"] == 6
 
 
 def test_models_without_a_common_ancestor_or_without_text_are_refused(grown: GrownForest, store: Driver) -> None:
     expert, text = grown.experts[0], grown.text("market")
     files = {blob.name: store.ledger.open_file(expert, blob.name) for blob in expert.blobs}
-    recipe = {"start": None}
-    stranger = store.ledger.commit(Ref("model", identity_of(recipe)), recipe, files, {})
+    stranger = store.ledger.commit(origin("model", {"stranger": 1}), files, {"origin": "of another seed"})
+    request = soup_request(grown.ground, ensemble_of(grown), "greedy", text)
     with pytest.raises(IncompatibleError):
-        store.workers.soup([soup_request(grown.ground, "greedy", [expert.ref, stranger.ref], text)])
-    nothing = dataclasses.replace(soup_request(grown.ground, "greedy", [expert.ref], text), tokens=())
+        run_all(store.workers, [dataclasses.replace(request, models=(expert.ref, stranger.ref))])
+    nothing = dataclasses.replace(request, tokens=())
     with pytest.raises(TextError):
-        store.workers.soup([nothing])
+        run_all(store.workers, [nothing])

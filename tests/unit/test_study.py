@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,29 @@ from btm_cluster.equations.gates import fit_discounts
 from btm_cluster.equations.learned_gate import LearnedGate, TextScores, fit_gate_for_all, tune_gate
 from btm_cluster.equations.mixture import log_mixture
 from btm_cluster.errors import StepError, TrainingError, UserError
-from btm_cluster.evaluation import evaluate, fit_gates, score_models, stack_of
-from btm_cluster.fits import read_fit, write_fit
-from btm_cluster.forest import Expert, Forest
-from btm_cluster.ground import PreparedText
+from btm_cluster.evaluation.fitting import fit_for
+from btm_cluster.evaluation.scoring import stack_of
+from btm_cluster.evaluation.systems import CALIBRATED, GATE, MANY_METHODS, PAPERS, PRIOR_ALONE, Ensemble
+from btm_cluster.fits import FIT_FILE, open_fits, write_fits
+from btm_cluster.ground import PreparedText, text_of
 from btm_cluster.language_model import soup
-from btm_cluster.ledger import Artifact, Ledger, Ref
-from btm_cluster.mixing import Mixing, fit_mixing, shared_mixing
+from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.mixing import fit_mixing, shared_mixing
 from btm_cluster.plan import MergingPlan, Plan, StudyPlan
 from btm_cluster.recipes import expert_request, seed_request, seed_start, transformer_lm_request
-from btm_cluster.report import GATED_ENSEMBLE, PAPER_ENSEMBLE, SEEDED_ENSEMBLE, SEEDED_GATE, verdict
-from btm_cluster.requests import TrainRequest
-from btm_cluster.steps.mix import fit_for_all
-from btm_cluster.steps.prepare import documents_of
+from btm_cluster.report import (
+    CALIBRATED_DEMIX,
+    CALIBRATED_ENSEMBLE,
+    GATED_ENSEMBLE,
+    PAPER_DEMIX,
+    PAPER_ENSEMBLE,
+    SEEDED_ENSEMBLE,
+    SEEDED_GATE,
+)
+from btm_cluster.requests import MixingMethod, StepRequest, TrainRequest
+from btm_cluster.run import run_plan
+from btm_cluster.steps.fit import fit_methods, fit_together, for_all_of
+from btm_cluster.steps.stored import documents_of
 from btm_cluster.steps.train import train
 from btm_cluster.study.controls import random_part_requests, transformer_lm_at_experts_rate_request
 from btm_cluster.study.page import _of_every_share, write_page
@@ -39,6 +49,7 @@ from btm_cluster.study.results import read_results, results_of, write_results
 from btm_cluster.study.run import Study, run_study, train_repeat
 from btm_cluster.workers import Control, Outcome
 from tests.conftest import DOMAINS, in_process, plan_fields
+from tests.made import origin
 
 
 @dataclass(frozen=True)
@@ -120,40 +131,52 @@ def test_the_mean_over_all_texts_is_that_of_the_single_ones(studied: Studied) ->
             assert entry["all"] == pytest.approx(sum(values) / len(values), rel=1e-4)
 
 
-def test_the_forest_of_a_study_is_evaluated_as_any_other(studied: Studied) -> None:
-    ground = repeats_of(studied.plan, studied.driver)[0].ground
-    seed = seed_request(ground).ref
-    baseline = transformer_lm_request(ground, seed).ref
-    found = [model for model in studied.driver.ledger.list_artifacts("model") if model.facts["role"] == "expert"]
-    own = [m for m in found if (m.recipe["start"] or {}).get("parents", [{}])[0].get("identity") == seed.identity]
-    texts = {domain.identity: domain.name for domain in ground.domains}
-    experts = [
-        Expert(texts[m.recipe["texts"][0]], m.identity, "", "", ()) for m in own if m.recipe["texts"][0] in texts
-    ]
-    forest = Forest(0, ground.foundation(seed.identity), tuple(sorted(experts, key=lambda e: e.domain)), {}, "")
-    wanted = {"top_k": None, "seed_share": 0.5, "development_blocks": None}
-    paper = (PAPER_ENSEMBLE, "forest", "full", "ema")
-    for settings, *same in (
-        ({"posterior": "gate", "with_seed": True}, paper, (SEEDED_GATE, "forest with its seed", "gate", "fitted")),
-        ({"with_seed": True}, (SEEDED_ENSEMBLE, "forest with its seed", "calibrated", "fitted")),
-        ({"posterior": "gate"}, paper, (GATED_ENSEMBLE, "forest", "gate", "fitted")),
-    ):
-        merging = MergingPlan.model_validate(settings)
-        ground = replace(ground, plan=ground.plan.model_copy(update={"merging": merging}))
-        rows = verdict(evaluate(ground, forest, baseline, studied.driver).results).rows["test"]
-        found = {row.system: row.means["all"].perplexity for row in rows if "all" in row.means}
-        for row, system, posterior, prior in same:
-            entry = studied.entry(system=system, posterior=posterior, prior=prior, **wanted)
-            assert entry["all"] == pytest.approx(found[row], rel=1e-4), row
-    models = [Ref("model", expert.identity) for expert in forest.experts]
-    scores = score_models(ground, [(model, text) for model in models for text in ground.texts], studied.driver)
-    made = studied.driver.made["gate"]
-    gates = fit_gates(ground, models, ground.texts, scores, studied.driver)
-    assert studied.driver.made["gate"] == made == 2 * len(ground.texts), "those of the evaluation are found again"
-    bare = replace(ground.texts[-1], tokens={**ground.texts[-1].tokens, "development": ()})
-    assert set(gates) == {None, *(text.name for text in ground.texts)}
-    without = fit_gates(ground, models, [bare], scores, studied.driver)
-    assert without[bare.name] is without[None], "no text to tune it to"
+SHOWN_AS = {
+    "seed": ("seed", None, None),
+    "Transformer-LM": ("transformer-lm", None, None),
+    "best single expert": ("best single expert", None, None),
+    "the domain's own expert": ("own expert", None, None),
+    "average, uniform": ("average", None, "uniform"),
+    "average, argmax": ("average", None, "argmax"),
+    "average, posterior": ("average", None, "fitted"),
+    PAPER_ENSEMBLE: ("forest", "full", "ema"),
+    CALIBRATED_ENSEMBLE: ("forest", "calibrated", "fitted"),
+    GATED_ENSEMBLE: ("forest", "gate", "fitted"),
+    SEEDED_ENSEMBLE: ("forest with its seed", "calibrated", "fitted"),
+    SEEDED_GATE: ("forest with its seed", "gate", "fitted"),
+    PAPER_DEMIX: ("demix", "full", "ema"),
+    CALIBRATED_DEMIX: ("demix", "calibrated", "fitted"),
+}
+"""What a run calls a row, and what a study calls it: system, posterior, prior."""
+
+
+@pytest.mark.parametrize("merging", [{}, {"posterior": "gate"}, {"posterior": "gate", "with_seed": True}], ids=str)
+def test_a_run_and_a_study_of_the_same_plan_give_the_same_rows_to_the_last_digit(
+    studied: Studied, merging: dict[str, Any], tmp_path: Path
+) -> None:
+    fields = studied.plan.model_dump(mode="json", exclude={"study"}, exclude_defaults=True)
+    plan = Plan.model_validate(
+        fields | {"store": str(tmp_path / "store"), "baselines": ["transformer-lm", "demix"], "merging": merging}
+    )
+    found = run_plan(plan, in_process(plan)).verdict
+    names = [row.system for row in found.rows["test"]]
+    assert {*SHOWN_AS, "ensemble, top-1"} >= {*names}
+    assert len(names) >= 12
+    for row in found.rows["test"]:
+        if row.system not in SHOWN_AS:
+            continue
+        system, posterior, prior = SHOWN_AS[row.system]
+        share = None if system in ("transformer-lm", "demix") else 0.5
+        wanted = {
+            "seed_share": share,
+            "posterior": posterior,
+            "prior": prior,
+            "top_k": None,
+            "development_blocks": None,
+        }
+        entry = studied.entry(system=system, **wanted)
+        rounded = {text: round(cell.perplexity, 4) for text, cell in row.cells.items()}
+        assert {text: value for text, value in entry["per_domain"].items() if value is not None} == rounded, row.system
 
 
 def test_mixtures_are_those_of_fits_on_development_text_made_by_hand(studied: Studied) -> None:
@@ -162,12 +185,11 @@ def test_mixtures_are_those_of_fits_on_development_text_made_by_hand(studied: St
     target = ground.texts[-1]
     seed = seed_request(ground).ref
     experts = [expert_request(ground, domain, seed_start(ground, seed)).ref for domain in ground.domains]
-    scores = score_models(ground, [(expert, text) for expert in experts for text in ground.texts], studied.driver)
 
     def sample(text: PreparedText) -> TextScores:
-        return stack_of(ledger, scores, experts, text, "development").sample(merging.development_blocks)
+        return stack_of(ledger, experts, text, "development").sample(merging.development_blocks)
 
-    test = stack_of(ledger, scores, experts, target, "test")
+    test = stack_of(ledger, experts, target, "test")
     own = sample(target)
     calibrated = fit_mixing("calibrated", "fitted", own.logp_EBT, own.mask_BT, merging)
     for_all = fit_gate_for_all([sample(domain) for domain in ground.domains])
@@ -194,26 +216,43 @@ def test_mixtures_are_those_of_fits_on_development_text_made_by_hand(studied: St
         assert entry["per_domain"][target.name] == pytest.approx(perplexity, rel=1e-5), (posterior, prior)
 
 
-@pytest.mark.parametrize("posterior", ["calibrated", "discounts", "gate"])
-def test_a_fit_for_all_texts_is_read_back_as_it_was(posterior: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", [*MANY_METHODS, MixingMethod("calibrated", "mean", top_k=2)], ids=str)
+def test_a_fit_is_read_back_as_it_was(method: MixingMethod, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     logp_EBT = -torch.rand(3, 4, 32, generator=generator, dtype=torch.float64)
     sample = TextScores(logp_EBT, -logp_EBT.flip(0), torch.ones(4, 32, dtype=torch.bool))
     merging = MergingPlan(window_tokens=7, discount=0.9)
-    fitted = fit_for_all(posterior, [sample], merging)
+    for_all = {for_all_of(p): fit_together(p, [sample], merging) for p in ("calibrated", "discounts", "gate")}
+    (fitted,) = fit_methods([method], sample, merging, for_all).values()
     if isinstance(fitted, LearnedGate):
         moved = {name: torch.rand_like(tensor) for name, tensor in vars(fitted).items() if tensor is not None}
         fitted = replace(fitted, **moved)
-    write_fit(fitted, tmp_path / "fit")
-    found = read_fit(posterior, tmp_path / "fit", sample, merging)
-    if isinstance(fitted, Mixing):
-        assert isinstance(found, Mixing)
-        assert found.posterior == fitted.posterior
-        return
-    assert type(found) is type(fitted)
-    torch.testing.assert_close(
-        found.log_weights(logp_EBT, sample.entropy_EBT), fitted.log_weights(logp_EBT, sample.entropy_EBT)
-    )
+    ledger = Ledger.open(str(tmp_path / "store"))
+    recipe = {"methods": [asdict(method)], "window_tokens": 7, "discount": 0.9}
+    write_fits([fitted], tmp_path / "fit")
+    artifact = ledger.commit(origin("fit", recipe), {FIT_FILE: tmp_path / "fit"}, {})
+    found = open_fits(ledger, artifact)
+    assert list(found) == [method]
+    assert type(found[method]) is type(fitted)
+    expected = fitted.log_weights(logp_EBT, sample.entropy_EBT)
+    assert torch.equal(found[method].log_weights(logp_EBT, sample.entropy_EBT), expected)
+
+
+def test_a_text_without_development_text_gets_what_was_fitted_for_all_and_uniform_priors(studied: Studied) -> None:
+    ground = repeats_of(studied.plan, studied.driver)[0].ground
+    seed = seed_request(ground).ref
+    models = tuple((d.name, expert_request(ground, d, seed_start(ground, seed)).ref) for d in ground.domains)
+    methods = (PAPERS, CALIBRATED, GATE, PRIOR_ALONE)
+    ensemble, target = Ensemble("forest", models, methods), ground.texts[-1]
+    bare = replace(target, tokens={**target.tokens, "development": ()})
+    unknown, without = (fit_for(ground, ensemble, text, studied.driver) for text in (None, bare))
+    fitted = fit_for(ground, ensemble, target, studied.driver)
+    for method in methods:
+        sample = stack_of(studied.driver.ledger, ensemble.refs, target, "test").sample(10)
+        weights = [f[method].log_weights(sample.logp_EBT, sample.entropy_EBT) for f in (unknown, without, fitted)]
+        assert torch.equal(weights[0], weights[1])
+        assert not torch.allclose(weights[0], weights[2]), method
+        assert weights[0][:, 0, 0].exp().tolist() == pytest.approx([0.5, 0.5], abs=0.2 if method == GATE else 1e-9)
 
 
 def test_the_command_writes_after_each_random_seed_but_replaces_results_by_finished_ones_alone(
@@ -249,14 +288,14 @@ def test_a_study_that_is_run_again_makes_nothing_and_says_the_same(studied: Stud
 def test_all_seeds_lie_on_the_transformer_lms_way(studied: Studied) -> None:
     ground = repeats_of(studied.plan, studied.driver)[0].ground
     whole = studied.driver.ledger.get(transformer_lm_request(ground, seed_request(ground).ref).ref)
-    seeds = [studied.driver.ledger.get(Ref("model", identity)) for identity in whole.facts["passed"]]
-    assert [seed.recipe["last_update"] for seed in seeds] == [3, 6]
+    models = [m for m in studied.driver.ledger.list_artifacts("model") if m.facts["origin"] == whole.facts["origin"]]
+    assert sorted(model.recipe["last_update"] for model in models if model.facts["role"] == "seed") == [3, 6]
 
 
 def test_random_splits_deal_every_document_once(studied: Studied) -> None:
     ledger = studied.driver.ledger
     ground = repeats_of(studied.plan, studied.driver)[0].ground
-    dealt = [ledger.get(request.ref).facts["text"] for request in random_part_requests(ground)]
+    dealt = [text_of(ledger.get(request.ref)) for request in random_part_requests(ground)]
     parts = [list(documents_of(ledger, text, "train")) for text in dealt]
     whole = [
         document for text in (d.identity for d in ground.domains) for document in documents_of(ledger, text, "train")
@@ -405,16 +444,18 @@ def test_all_systems_are_trained_by_the_recipe_that_the_transformer_lm_does_best
         training = repeat.ground.plan.training
         assert (training.learning_rate, training.updates, training.random_seed) == (1e-2, 6, random_seed)
     whole = driver.ledger.get(first.transformer_lm().ref)
-    assert whole.facts["passed"] == [first.seeds[0.5].ref.identity], "the trial is the study's Transformer-LM"
-    made, asked, ask = driver.made.copy(), list[TrainRequest](), driver.workers.train
+    seed = driver.ledger.get(first.seeds[0.5].ref)
+    assert seed.facts["origin"] == whole.facts["origin"], "the trial is the study's Transformer-LM"
+    made, asked, ask = driver.made.copy(), list[StepRequest](), driver.workers.run
 
-    def asking(requests: Sequence[TrainRequest]) -> list[Outcome]:
+    def asking(requests: Sequence[StepRequest]) -> Iterator[tuple[StepRequest, Outcome]]:
         asked.extend(requests)
         return ask(requests)
 
-    monkeypatch.setattr(driver.workers, "train", asking)
+    monkeypatch.setattr(driver.workers, "run", asking)
     assert repeats_of(plan, driver)[0].trials == first.trials
-    assert [request.training.learning_rate for request in asked] == [1e30], "only what diverged is tried again"
+    rates = [request.training.learning_rate for request in asked if isinstance(request, TrainRequest)]
+    assert rates == [1e30], "only what diverged is tried again"
     assert driver.made == made, "and it is not counted as made"
 
 
@@ -485,12 +526,10 @@ def test_all_forests_take_the_experts_learning_rate_that_their_ensemble_does_bes
         assert rates == {("expert", 1.5e-2), *rivals}, "random splits too; the Transformer-LM as it was, and a control"
     # By hand, on the first: each half of a domain's blocks under what was fitted on the other.
     models, _ = train_repeat(first, driver)
-    experts, ground = list(models.members[0].refs), first.ground
-    pairs = [(expert, text) for expert in experts for text in ground.domains]
-    scores = score_models(ground, pairs, driver, ["development"])
+    experts, ground = list(models.ensembles[0].refs), first.ground
     perplexities = []
     for text in ground.domains:
-        logp_EBT, mask_BT = stack_of(driver.ledger, scores, experts, text, "development").take(0, 100)
+        logp_EBT, mask_BT = stack_of(driver.ledger, experts, text, "development").take(0, 100)
         total = 0.0
         for fitted, measured in ((0, 1), (1, 0)):
             mixing = fit_mixing("calibrated", "fitted", logp_EBT[:, fitted::2], mask_BT[fitted::2], MergingPlan())
@@ -514,7 +553,7 @@ def test_a_study_whose_trials_all_fail_or_one_other_than_by_diverging_fails(
     with pytest.raises(StepError, match=r"2 step\(s\) failed(.|\n)*trial-1(.|\n)*not finite"):
         repeats_of(plan, in_process(plan))
     plan = study_plan(texts, tmp_path / "store", trials=[*trials, {"learning_rate": 1e-3}], systems=[])
-    monkeypatch.setattr("btm_cluster.in_process.train", train_but_the_third)
+    monkeypatch.setattr("btm_cluster.steps.train.train", train_but_the_third)
     with pytest.raises(StepError, match="no room"):
         repeats_of(plan, in_process(plan))
 

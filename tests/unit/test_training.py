@@ -16,22 +16,24 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from btm_cluster.algorithm import prepare, resumed
+from btm_cluster.algorithm import prepare
+from btm_cluster.driver import resumed
 from btm_cluster.errors import Stopped, TrainingError
-from btm_cluster.forest import Parent, identity_of
 from btm_cluster.language_model import training
 from btm_cluster.language_model.loss import NextTokenLoss
 from btm_cluster.language_model.model import build_model
 from btm_cluster.language_model.optimizer import build_optimizer
 from btm_cluster.language_model.training_state import TrainingState, write_state
-from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.plan import Plan
 from btm_cluster.requests import AverageRequest, Start, TrainRequest
 from btm_cluster.steps.checkpoints import load_stored
-from btm_cluster.steps.train import open_blocks, train
+from btm_cluster.steps.stored import open_blocks
+from btm_cluster.steps.train import train
 from btm_cluster.steps.training_run import run_training
 from btm_cluster.workers import Progress
-from tests.conftest import in_process
+from tests.conftest import in_process, run_all
+from tests.made import origin
 from tests.unit.conftest import Prepared, copy_store
 
 AT_EVERY_UPDATE = 1e-9
@@ -87,10 +89,11 @@ def last_saved(prepared: Prepared, request: TrainRequest) -> int | None:
 
 def average_of(prepared: Prepared, models: list[Artifact]) -> Start:
     """A start from the uniform average of models, as a later branch has it."""
-    parents = tuple(Parent(model.identity, 1 / len(models)) for model in models)
-    (average,) = prepared.driver.workers.average([AverageRequest("start", parents, {})])
+    weights = (1 / len(models),) * len(models)
+    request = AverageRequest("start", tuple(model.ref for model in models), weights, {})
+    (average,) = run_all(prepared.driver.workers, [request])
     assert isinstance(average, Artifact)
-    return Start(average.ref, parents, keep_optimizer=False)
+    return Start(average.ref, keep_optimizer=False)
 
 
 def branched_from_average(prepared: Prepared) -> TrainRequest:
@@ -102,7 +105,7 @@ REQUESTS: dict[str, Callable[[Prepared], TrainRequest]] = {
     "seed": lambda prepared: prepared.seed,
     "expert": lambda prepared: prepared.branches()[0],
     "expert from an average": branched_from_average,
-    "transformer-lm": lambda prepared: (prepared.plant(), prepared.transformer_lm)[1],
+    "transformer-lm": lambda prepared: (prepared.train_seed(), prepared.transformer_lm)[1],
 }
 
 
@@ -176,7 +179,8 @@ from dataclasses import replace
 from btm_cluster.algorithm import prepare
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import seed_request
-from btm_cluster.steps.train import open_blocks, train
+from btm_cluster.steps.stored import open_blocks
+from btm_cluster.steps.train import train
 from tests.conftest import in_process
 
 class Killed:
@@ -263,7 +267,7 @@ def test_a_transformer_lm_that_is_trained_first_leaves_the_seeds_on_its_way(
     prepared.driver.ledger.clear_training(request.ref.identity)  # then the latest seed is what is left to go on from
     finished = run(prepared, request)
     assert weights_of(finished) == undisturbed["transformer-lm"]
-    assert finished.facts["passed"] == [found[update].identity for update in request.milestones]
+    assert {found[update].facts["origin"] for update in request.milestones} == {finished.facts["origin"]}
 
 
 def test_seed_and_experts_together_see_as_many_tokens_as_the_transformer_lm(prepared: Prepared) -> None:
@@ -361,7 +365,7 @@ class PlainTraining:
         for i, update in enumerate(range(request.first_update, request.last_update)):
             positions = range(first_position + i * count, first_position + (i + 1) * count)
             rows = [
-                blocks[shuffled(order_seed, text.identity, len(blocks), positions)]
+                blocks[shuffled(order_seed, text.name, len(blocks), positions)]
                 for text, blocks in zip(request.texts, texts, strict=True)
             ]
             loss = plain_loss(self.model, np.concatenate(rows), end)
@@ -477,7 +481,7 @@ def test_a_loss_that_is_not_finite_is_an_error_that_keeps_the_last_good_checkpoi
 
 
 def test_a_diverged_training_fails_alone(prepared: Prepared) -> None:
-    failed, made = prepared.driver.workers.train([diverging(prepared), prepared.seed])
+    failed, made = run_all(prepared.driver.workers, [diverging(prepared), prepared.seed])
     assert not isinstance(failed, Artifact)
     assert isinstance(made, Artifact)
 
@@ -525,7 +529,7 @@ def test_a_parameter_that_never_had_a_gradient_has_no_moments_and_is_no_trouble(
     unused = trained.model.get_parameter("transformer.wpe.weight").requires_grad_(False)
     NextTokenLoss(trained.model, 0)(torch.arange(32)[None]).backward()
     trained.optimizer.step()
-    stored = ledger.commit(Ref("model", identity_of({})), {}, write_state(trained, tmp_path, with_optimizer=True), {})
+    stored = ledger.commit(origin("model", {}), write_state(trained, tmp_path, with_optimizer=True), {})
     load_stored(again, 1, ledger, stored, keep_optimizer=True)
     parameters = again.model.named_parameters()
     without = {name for name, parameter in parameters if not again.optimizer.state[parameter]}

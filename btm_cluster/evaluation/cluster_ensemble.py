@@ -1,10 +1,10 @@
-"""The ensemble that weighs experts by a context's distance to their clusters: one more row beside those of `evaluation.py`.
+"""The ensemble that weighs experts by a context's distance to their clusters: one more row of an evaluation.
 
 A token's weights follow from the text before it in its block, the same that the posterior sees; nothing is fitted. The text is
 embedded after 8, 16, 32, … tokens, each embedding serving until the next: c-BTM embeds it anew for every token.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,11 +15,12 @@ import torch
 from btm_cluster.equations.clusters import cluster_log_weights, log_weighted_mixture
 from btm_cluster.equations.mixture import document_sums
 from btm_cluster.errors import UserError
+from btm_cluster.evaluation.scoring import stack_of
 from btm_cluster.forest import Forest
 from btm_cluster.ground import Ground
 from btm_cluster.language_model.blocks import Blocks
 from btm_cluster.language_model.tokenizer import TOKENIZER_FILES, TextTokenizer, load_tokenizer
-from btm_cluster.ledger import Ledger
+from btm_cluster.ledger import Ledger, Ref
 from btm_cluster.plan import Plan
 from btm_cluster.report import SplitResult
 from btm_cluster.scores import BLOCKS_AT_ONCE, ScoreStack
@@ -53,13 +54,9 @@ def check_clusters(plan: Plan, domains: Sequence[str]) -> None:
 
 
 def with_cluster_ensemble(
-    results: tuple[SplitResult, ...],
-    ground: Ground,
-    forest: Forest,
-    stacks: Mapping[tuple[str, str], ScoreStack],
-    ledger: Ledger,
+    results: tuple[SplitResult, ...], ground: Ground, forest: Forest, ledger: Ledger
 ) -> tuple[SplitResult, ...]:
-    """The results, with the cluster ensemble's beside them if the plan names a cluster model. Stacks hold the experts alone."""
+    """The results, with the cluster ensemble's beside them if the plan names a cluster model."""
     merging = ground.plan.merging
     if merging.clusters is None:
         return results
@@ -68,6 +65,7 @@ def with_cluster_ensemble(
 
     clusters = load_clusters(Path(merging.clusters))
     experts = [clusters.names.index(domain) for domain in forest.domains]
+    models = [Ref("model", expert.identity) for expert in forest.experts]
     tokenizer_files = ledger.get(ground.tokenizer)
     tokenizer = load_tokenizer({name: ledger.open_file(tokenizer_files, name) for name in TOKENIZER_FILES})
     texts = {text.name: text for text in ground.texts}
@@ -75,7 +73,7 @@ def with_cluster_ensemble(
     def with_row(result: SplitResult) -> SplitResult:
         refs = texts[result.text].tokens[result.split]
         blocks = Blocks([ledger.open_file(ledger.get(ref), "tokens.npy") for ref in refs])
-        stack = stacks[result.text, result.split]
+        stack = stack_of(ledger, models, texts[result.text], result.split)
         logp_D = cluster_sums(stack, blocks, clusters, experts, tokenizer, merging.cluster_temperature)
         return replace(result, logp={**result.logp, CLUSTER_ENSEMBLE: logp_D})
 

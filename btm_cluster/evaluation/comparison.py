@@ -1,0 +1,154 @@
+"""The comparison engine: models and ensembles in, the summed log-probability of every document under every system out.
+
+Runs, studies and trials ask it for different rows of the same table. Everything is asked for in one call, and the workers
+start each step once its inputs are there. Whatever is fitted or chosen is so on development text.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import torch
+
+from btm_cluster.driver import Driver
+from btm_cluster.evaluation.fitting import (
+    average_request,
+    fit_request,
+    fit_requests,
+    mix_request,
+    weight_requests,
+    weights_request,
+)
+from btm_cluster.evaluation.scoring import by_ref, score_requests, stack_of
+from btm_cluster.evaluation.systems import Ensemble, System
+from btm_cluster.fits import SUMS
+from btm_cluster.ground import HELD_OUT, Ground, PreparedText
+from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.requests import StepRequest
+from btm_cluster.scores import ScoreStack
+
+Part: TypeAlias = tuple[str, str]
+"""A text by name, and one of its splits."""
+Rows: TypeAlias = dict[System, dict[Part, torch.Tensor]]
+"""Summed log-probability by document [D], by text and split, of each system."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Every system's sums, and the tokens of each document [D], by text and split."""
+
+    rows: Rows
+    tokens: Mapping[Part, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Comparer:
+    """What is compared: single models by system, and ensembles. The first ensemble is the forest, whose experts get rows too."""
+
+    ground: Ground
+    single: Mapping[System, Ref]
+    ensembles: Sequence[Ensemble]
+    splits: Sequence[str] = HELD_OUT
+
+    @property
+    def parts(self) -> list[tuple[PreparedText, str]]:
+        """Texts and splits that rows are made for."""
+        return [(text, split) for split in self.splits for text in self.ground.texts if text.tokens[split]]
+
+    def requests(self) -> Iterator[StepRequest]:
+        """Every step that the comparison takes; some come up twice."""
+        ground = self.ground
+        models = [*self.single.values(), *(model for ensemble in self.ensembles for model in ensemble.refs)]
+        yield from score_requests(ground, models, ground.texts)
+        for ensemble in self.ensembles:
+            if ensemble.methods:
+                yield from (fit for text in ground.texts for fit in fit_requests(ground, ensemble, text))
+                yield from (mix_request(ground, ensemble, *part) for part in self.parts)
+            for weights, text in self.averages(ensemble):
+                yield from weight_requests(ground, ensemble, weights, text)
+                if weights != "argmax":  # which is one of the models
+                    average = average_request(ground, ensemble, weights, text)
+                    yield average
+                    yield from score_requests(ground, [average.ref], [text] if text else ground.texts, self.splits)
+
+    def compare(self, driver: Driver) -> Comparison:
+        """Makes what is missing and reads the rows."""
+        return _Reader(self, driver.ledger, by_ref(driver.require(list(self.requests())))).read()
+
+    def averages(self, ensemble: Ensemble) -> Iterator[tuple[str, PreparedText | None]]:
+        """Averages by weights; the uniform one is the same for all texts."""
+        for weights in ensemble.averages:
+            yield from [(weights, None)] if weights == "uniform" else [(weights, text) for text in self.ground.texts]
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads the rows of a comparison from the artifacts that it took."""
+
+    asked: Comparer
+    ledger: Ledger
+    made: Mapping[Ref, Artifact]
+
+    def read(self) -> Comparison:
+        single, ensembles = self.asked.single, self.asked.ensembles
+        rows: Rows = {system: self._alone(model) for system, model in single.items()}
+        if ensembles:
+            rows |= self._experts(ensembles[0])
+        for ensemble in ensembles:
+            rows |= self._mixed(ensemble) | self._averaged(ensemble)
+        any_model = next(iter([*single.values(), *(ref for ensemble in ensembles for ref in ensemble.refs)]))
+        tokens = {
+            (text.name, split): self._stack([any_model], text, split).tokens() for text, split in self.asked.parts
+        }
+        return Comparison(rows, tokens)
+
+    def _stack(self, models: Sequence[Ref], text: PreparedText, split: str) -> ScoreStack:
+        return stack_of(self.ledger, models, text, split, self.made)
+
+    def _alone(self, model: Ref) -> dict[Part, torch.Tensor]:
+        return {(text.name, split): self._stack([model], text, split).sums()[0] for text, split in self.asked.parts}
+
+    def _mixed(self, ensemble: Ensemble) -> Rows:
+        rows: Rows = {}
+        for text, split in self.asked.parts if ensemble.methods else ():
+            mixture = self.made[mix_request(self.asked.ground, ensemble, text, split).ref]
+            sums_MD = np.load(self.ledger.open_file(mixture, SUMS))
+            for method, sums_D in zip(ensemble.methods, sums_MD, strict=True):
+                rows.setdefault(ensemble.mixed_by(method), {})[text.name, split] = torch.from_numpy(sums_D)
+        return rows
+
+    def _averaged(self, ensemble: Ensemble) -> Rows:
+        rows: Rows = {}
+        for weights in ensemble.averages:
+            row = rows.setdefault(ensemble.averaged_by(weights), {})
+            for text, split in self.asked.parts:
+                row[text.name, split] = self._stack([self._average(ensemble, weights, text)], text, split).sums()[0]
+        return rows
+
+    def _average(self, ensemble: Ensemble, weights: str, text: PreparedText) -> Ref:
+        ground = self.asked.ground
+        if weights == "argmax":
+            fit = self.made[weights_request(ground, ensemble, text).ref]
+            return next(Ref("model", model) for model, share in fit.facts["weights"]["argmax"].items() if share)
+        return average_request(ground, ensemble, weights, None if weights == "uniform" else text).ref
+
+    def _experts(self, forest: Ensemble) -> Rows:
+        """The expert that is best on a text's development blocks (without any, the first), and the domain's own."""
+        rows: Rows = {System("best single expert", forest.seed_share): {}, System("own expert", forest.seed_share): {}}
+        best_row, own_row = rows.values()
+        names = [name for name, _ in forest.models]
+        for text, split in self.asked.parts:
+            sums_ED = self._stack(forest.refs, text, split).sums()
+            best = 0
+            if text.tokens["development"]:
+                best = int(self._stack(forest.refs, text, "development").sums().sum(1).argmax())
+            best_row[text.name, split] = sums_ED[best]
+            if text.name in names:
+                own_row[text.name, split] = sums_ED[names.index(text.name)]
+        return rows
+
+
+def fits_of(ground: Ground, ensemble: Ensemble) -> dict[str, Ref]:
+    """The fit of each text, by name."""
+    return {text.name: fit_request(ground, ensemble, text).ref for text in ground.texts}

@@ -1,0 +1,157 @@
+"""The evaluation of a forest as its plan asks for it: which rows there are, and the names they are shown by."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from btm_cluster.driver import Driver
+from btm_cluster.evaluation.cluster_ensemble import with_cluster_ensemble
+from btm_cluster.evaluation.comparison import Comparer, Comparison, fits_of
+from btm_cluster.evaluation.fitting import average_request
+from btm_cluster.evaluation.systems import (
+    CALIBRATED,
+    DEMIX,
+    FOREST,
+    GATE,
+    PAPERS,
+    SEEDED_FOREST,
+    TRANSFORMER_LM,
+    Ensemble,
+    System,
+    judged_method,
+    planned_method,
+    with_seed,
+)
+from btm_cluster.fits import Fitted, open_fits
+from btm_cluster.forest import Forest
+from btm_cluster.ground import Ground
+from btm_cluster.ledger import Ref
+from btm_cluster.report import (
+    CALIBRATED_DEMIX,
+    CALIBRATED_ENSEMBLE,
+    GATED_ENSEMBLE,
+    PAPER_DEMIX,
+    PAPER_ENSEMBLE,
+    SEEDED_ENSEMBLE,
+    SEEDED_GATE,
+    SplitResult,
+)
+from btm_cluster.report import SEED as SEED_NAME
+from btm_cluster.report import TRANSFORMER_LM as TRANSFORMER_LM_NAME
+from btm_cluster.requests import MixingMethod
+
+SEED = System("seed")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Every system's result on every text, what was fitted for each, and the averaged models by label."""
+
+    results: tuple[SplitResult, ...]
+    fits: Mapping[str, Mapping[MixingMethod, Fitted]]
+    """Of the experts alone, by text."""
+    averages: Mapping[str, Ref]
+
+
+def evaluate(
+    ground: Ground, forest: Forest, baseline: Ref | None, driver: Driver, demix: Sequence[Ref] = ()
+) -> Evaluation:
+    """Scores seed, experts, baseline and averages on every held-out text, and combines them."""
+    comparer = comparer_of(ground, forest, baseline, demix)
+    comparison, experts = comparer.compare(driver), comparer.ensembles[0]
+    results = with_cluster_ensemble(_results(ground, comparison, comparer.ensembles), ground, forest, driver.ledger)
+    fits = {text: open_fits(driver.ledger, driver.ledger.get(ref)) for text, ref in fits_of(ground, experts).items()}
+    prior = ground.plan.merging.average_prior
+    averages = {"uniform": average_request(ground, experts, "uniform", None).ref}
+    averages |= {f"posterior for {t.name}": average_request(ground, experts, prior, t).ref for t in ground.texts}
+    return Evaluation(results, fits, averages)
+
+
+def comparer_of(ground: Ground, forest: Forest, baseline: Ref | None, demix: Sequence[Ref]) -> Comparer:
+    """Everything that the plan compares."""
+    single = {SEED: Ref("model", forest.foundation.seed)} | ({TRANSFORMER_LM: baseline} if baseline else {})
+    ensembles = [forest_ensemble(ground, forest)]
+    if ground.plan.merging.with_seed:
+        ensembles.append(planned_ensemble(ground, forest))
+    if demix:
+        parts = tuple((domain, part) for (domain, _), part in zip(ground.founders_by_text, demix, strict=True))
+        ensembles.append(Ensemble(DEMIX, parts, (PAPERS, CALIBRATED)))
+    return Comparer(ground, single, ensembles)
+
+
+def forest_ensemble(ground: Ground, forest: Forest) -> Ensemble:
+    """The forest's experts, with every mixing method and average that a run shows."""
+    merging, experts = ground.plan.merging, len(forest.experts)
+    half = max(1, experts // 2)
+    methods = [PAPERS, CALIBRATED, replace(CALIBRATED, top_k=half), judged_method(merging, experts)]
+    methods += [GATE] if merging.posterior == "gate" and not merging.with_seed else []
+    return Ensemble(
+        FOREST,
+        tuple((expert.domain, Ref("model", expert.identity)) for expert in forest.experts),
+        tuple(dict.fromkeys(methods)),
+        ("uniform", "argmax", merging.average_prior),
+        Ref("model", forest.foundation.seed),
+    )
+
+
+def planned_ensemble(ground: Ground, forest: Forest) -> Ensemble:
+    """The ensemble that the plan asks for: the experts, and the seed where the plan says so."""
+    experts = forest_ensemble(ground, forest)
+    if not ground.plan.merging.with_seed:
+        return experts
+    merging, models = ground.plan.merging, len(experts.models) + 1
+    methods = dict.fromkeys([judged_method(merging, models), planned_method(merging, models)])
+    return with_seed(experts, tuple(methods))
+
+
+def _names(ground: Ground, ensembles: Sequence[Ensemble]) -> dict[System, str]:
+    """The rows of a run's tables in order, by the names that they are shown by."""
+    experts, *others = ensembles
+    half = max(1, len(experts.models) // 2)
+    prior = ground.plan.merging.average_prior
+    names = {
+        SEED: SEED_NAME,
+        TRANSFORMER_LM: TRANSFORMER_LM_NAME,
+        System("best single expert"): "best single expert",
+        System("own expert"): "the domain's own expert",
+        experts.averaged_by("uniform"): "average, uniform",
+        experts.averaged_by("argmax"): "average, argmax",
+        experts.averaged_by(prior): "average, posterior",
+        experts.mixed_by(PAPERS): PAPER_ENSEMBLE,
+        experts.mixed_by(CALIBRATED): CALIBRATED_ENSEMBLE,
+        experts.mixed_by(replace(CALIBRATED, top_k=half)): f"ensemble, top-{half}",
+    }
+    for ensemble in others:
+        names |= {ensemble.mixed_by(method): _name(ensemble, method) for method in ensemble.methods}
+    names |= {
+        experts.mixed_by(method): _name(experts, method)
+        for method in experts.methods
+        if experts.mixed_by(method) not in names
+    }
+    return names
+
+
+def _name(ensemble: Ensemble, method: MixingMethod) -> str:
+    if ensemble.system == DEMIX:
+        return {PAPERS: PAPER_DEMIX, CALIBRATED: CALIBRATED_DEMIX}[method]
+    if ensemble.system == SEEDED_FOREST:
+        return {CALIBRATED: SEEDED_ENSEMBLE, GATE: SEEDED_GATE}.get(method, "ensemble with the seed, as planned")
+    return {GATE: GATED_ENSEMBLE}.get(method, "ensemble, as planned")
+
+
+def _results(ground: Ground, comparison: Comparison, ensembles: Sequence[Ensemble]) -> tuple[SplitResult, ...]:
+    names = _names(ground, ensembles)
+    targets = {text.name: text.is_target for text in ground.texts}
+    return tuple(
+        SplitResult(
+            name,
+            targets[name],
+            split,
+            {
+                shown: comparison.rows[system][name, split]
+                for system, shown in names.items()
+                if (name, split) in comparison.rows.get(system, {})
+            },
+            tokens_D,
+        )
+        for (name, split), tokens_D in comparison.tokens.items()
+    )

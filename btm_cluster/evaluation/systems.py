@@ -1,0 +1,104 @@
+"""The systems that are compared: single models, and ensembles by mixing method. One set of names for runs and studies."""
+
+from dataclasses import dataclass, replace
+
+from btm_cluster.ledger import Ref
+from btm_cluster.plan import MergingPlan
+from btm_cluster.requests import MixingMethod
+
+PAPERS = MixingMethod("full", "ema")
+CALIBRATED = MixingMethod("calibrated", "fitted")
+GATE = MixingMethod("gate", "fitted")
+GATE_FOR_ALL = replace(GATE, is_for_all=True)
+PRIOR_ALONE = MixingMethod("none", "fitted")
+DISCOUNTS = MixingMethod("discounts", "fitted")
+FEW_METHODS = (PAPERS, MixingMethod("last-token", "ema"), CALIBRATED)
+MANY_METHODS = (
+    *FEW_METHODS,
+    PRIOR_ALONE,
+    MixingMethod("full", "uniform"),
+    MixingMethod("window", "ema"),
+    MixingMethod("last-token", "uniform"),
+    MixingMethod("calibrated", "uniform"),
+    MixingMethod("fixed-share", "uniform"),
+    DISCOUNTS,
+    *(replace(method, development_blocks=n) for method in (CALIBRATED, DISCOUNTS, GATE) for n in (3, 10, 30)),
+    *(replace(method, top_k=k) for method in (PAPERS, CALIBRATED) for k in (1, 2, 4)),
+    *(replace(method, is_for_all=True) for method in (CALIBRATED, DISCOUNTS)),
+    GATE_FOR_ALL,
+    GATE,
+)
+FITTED_FOR_ALL = ("calibrated", "discounts", "gate")
+"""Posteriors of which one setting for all texts can be fitted."""
+
+
+@dataclass(frozen=True)
+class System:
+    """A row of a comparison: a model, or a way to combine several."""
+
+    system: str
+    seed_share: float | None = None
+    posterior: str | None = None
+    prior: str | None = None
+    development_blocks: int | None = None
+    """On which it was fitted, where that is not the plan's number."""
+    top_k: int | None = None
+
+
+FOREST, SEEDED_FOREST, DEMIX = "forest", "forest with its seed", "demix"
+TRANSFORMER_LM = System("transformer-lm")
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Models that are combined: a forest's experts, or a DEMix's parts."""
+
+    system: str
+    models: tuple[tuple[str, Ref], ...]
+    """By domain, or as they are called."""
+    methods: tuple[MixingMethod, ...]
+    averages: tuple[str, ...] = ()
+    """Averages of their parameters: `uniform`, `argmax`, a prior by name, or a search by its strategy, `greedy` or `learned`."""
+    seed: Ref | None = None
+    """The model that all of them started from; without one, averages of them are noise."""
+    seed_share: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The name that progress shows: a study may have several ensembles of a system."""
+        return f"{self.system} of {self.models[0][1].identity[:8]}"
+
+    @property
+    def refs(self) -> tuple[Ref, ...]:
+        """The models alone."""
+        return tuple(model for _, model in self.models)
+
+    def mixed_by(self, method: MixingMethod) -> System:
+        """The row of a mixing method."""
+        prior = "uniform, one setting for all" if method.is_for_all else method.prior
+        return System(self.system, self.seed_share, method.posterior, prior, method.development_blocks, method.top_k)
+
+    def averaged_by(self, weights: str) -> System:
+        """The row of an average."""
+        system = "average" if self.system in (FOREST, SEEDED_FOREST) else f"average of {self.system}"
+        return System(system, self.seed_share, prior=weights)
+
+
+def with_seed(forest: Ensemble, methods: tuple[MixingMethod, ...] = ()) -> Ensemble:
+    """The experts and the seed that they started from, as one model more."""
+    assert forest.seed is not None
+    models = (*forest.models, ("the seed", forest.seed))
+    return Ensemble(SEEDED_FOREST, models, methods, (), forest.seed, forest.seed_share)
+
+
+def planned_method(merging: MergingPlan, models: int) -> MixingMethod:
+    """The method that a plan asks for."""
+    if merging.posterior == "gate":
+        return GATE
+    top_k = merging.top_k if merging.top_k is not None and merging.top_k < models else None
+    return MixingMethod(merging.posterior, merging.prior, top_k=top_k)
+
+
+def judged_method(merging: MergingPlan, models: int) -> MixingMethod:
+    """The method by which recipes and new experts are judged: the plan's, or the calibrated posterior where that is a gate."""
+    return CALIBRATED if merging.posterior == "gate" else planned_method(merging, models)

@@ -1,0 +1,43 @@
+"""Manifests in a store: every one that there is, and the artifact that each describes."""
+
+from collections.abc import Iterable
+
+from btm_cluster.ledger.artifact import Artifact, Blob, Ref, check_artifact
+from btm_cluster.ledger.documents import Documents, at_once, check_fields, known_form
+from btm_cluster.ledger.keys import list_ours
+from btm_cluster.storage import Entry, Storage
+
+
+def list_manifests(storage: Storage) -> list[Entry]:
+    """Those of artifacts, and those of training checkpoints."""
+    return [e for folder in ("artifacts/", "training/") for e in list_ours(storage, folder) if e.key.endswith(".json")]
+
+
+def read_manifest(documents: Documents, key: str) -> Artifact | None:
+    """The artifact whose manifest is the object at `key`; None where there is none.
+
+    Raises:
+        IntegrityError: it is not what was written, or not of the artifact that the key names.
+        StoreError: it has a form that this version does not know.
+    """
+    document = documents.read(key)
+    if document is None:
+        return None
+    with known_form(key):
+        body = document.body
+        check_fields(body, {"kind", "identity", "recipe", "inputs", "parts", "facts", "blobs"})
+        blobs = tuple(Blob(**{**blob, "chunks": tuple(blob["chunks"])}) for blob in body["blobs"])
+        inputs = {role: tuple(map(Ref.parse, refs)) for role, refs in body["inputs"].items()}
+        parts = tuple(map(Ref.parse, body["parts"]))
+        recipe, facts = dict(body["recipe"]), dict(body["facts"])
+        names = (body["kind"], body["identity"])
+        artifact = Artifact(*names, recipe, inputs, parts, facts, document.note, blobs, document.hash)
+        check_artifact(artifact, key)
+    return artifact
+
+
+def read_manifests(documents: Documents, keys: Iterable[str]) -> dict[str, Artifact]:
+    """The artifacts at those keys that have a manifest, by key."""
+    keys = list(keys)
+    read = zip(keys, at_once(lambda key: read_manifest(documents, key), keys), strict=True)
+    return {key: artifact for key, artifact in read if artifact is not None}

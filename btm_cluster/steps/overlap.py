@@ -1,0 +1,26 @@
+"""Finds test documents, and windows of them, in a training text."""
+
+from pathlib import Path
+
+import numpy as np
+
+from btm_cluster.language_model.overlap import TestText, mark_seen
+from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.requests import FindOverlap
+from btm_cluster.steps.stored import documents_of
+from btm_cluster.storage.scratch import scratch_folder
+from btm_cluster.workers import Control, Progress
+
+
+def find_overlap(request: FindOverlap, ledger: Ledger, control: Control) -> Artifact:
+    """Marks, for each test text, the documents and windows that also stand in the training text: bool arrays."""
+    control.report(Progress(request.label, "comparing"))
+    tests = {text: TestText(documents_of(ledger, text, "test")) for text in request.tests}
+    mark_seen(list(tests.values()), documents_of(ledger, request.text, "train"))
+    with scratch_folder() as folder:
+        files: dict[str, Path] = {}
+        for text, test in tests.items():
+            for name, seen in (("documents", test.seen_documents), ("windows", test.seen_windows)):
+                files[f"{text}-{name}.npy"] = folder / f"{text}-{name}.npy"
+                np.save(files[f"{text}-{name}.npy"], seen)
+        return ledger.commit(request, files, {})

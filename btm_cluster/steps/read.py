@@ -1,0 +1,49 @@
+"""Reads sources into texts, and deals texts into random parts. Either ends in an artifact that names the text as its part."""
+
+from pathlib import Path
+
+from btm_cluster.errors import IntegrityError
+from btm_cluster.language_model.corpus import Text, write_random_part, write_text
+from btm_cluster.language_model.data_sets import pinned
+from btm_cluster.ledger import Artifact, Ledger, Origin, Ref, artifact_key
+from btm_cluster.requests import ReadText, ShuffleTexts
+from btm_cluster.steps.stored import documents_of
+from btm_cluster.storage.scratch import scratch_folder
+from btm_cluster.workers import Control, Progress
+
+
+def read_text(request: ReadText, ledger: Ledger, control: Control) -> Artifact:
+    """Reads a source: its documents become shards of a text."""
+    control.report(Progress(request.label, "reading"))
+    source = pinned(request.source, request.fingerprint)
+    with scratch_folder() as folder:
+        text = write_text(source, request.reading, request.is_target, folder, request.most_bytes)
+        return _commit_text(request, text, ledger)
+
+
+def shuffle_texts(request: ShuffleTexts, ledger: Ledger, control: Control) -> Artifact:
+    """Writes one of the parts that the texts' training documents are dealt into."""
+    control.report(Progress(request.label, "shuffling"))
+    documents = (d for text in sorted(request.texts) for d in documents_of(ledger, text, "train"))
+    with scratch_folder() as folder:
+        part = write_random_part(documents, request.part, len(request.texts), request.random_seed, folder)
+        return _commit_text(request, part, ledger)
+
+
+def _commit_text(request: ReadText | ShuffleTexts, text: Text, ledger: Ledger) -> Artifact:
+    ref = Ref("text", text.identity)
+    ledger.check_not_purged(ref)
+    files: dict[str, Path] = text.files
+    # The text first, then what names it: a text that is named must be there.
+    ledger.commit(Origin(ref, {"documents": text.identity}, {}), files, text.facts)
+    facts = {"skipped": dict(sorted(text.bad.items()))}
+    read = ledger.commit(request, {}, facts, {"name": request.label}, parts=[ref])
+    (named,) = read.parts
+    if named != ref:
+        raise IntegrityError(
+            f"the text {named.identity[:12]} of {request.label!r} was lost, and reading its source again gives another",
+            found=f"text {ref.identity[:12]}",
+            expected=artifact_key(named),
+            remedy=f"restore that from a backup, or delete {artifact_key(request.ref)} to go on with the other text",
+        )
+    return read

@@ -1,0 +1,64 @@
+"""Which function does what a request asks for, and where it runs. A new kind of step is one line here."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Literal
+
+from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.requests import (
+    AverageRequest,
+    FindOverlap,
+    FitForAll,
+    FitText,
+    ImportTokenizer,
+    MixText,
+    ReadText,
+    ScoreRequest,
+    ShuffleTexts,
+    SoupRequest,
+    StepRequest,
+    Tokenize,
+    TrainRequest,
+    TrainTokenizer,
+)
+from btm_cluster.workers import Control
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step function by module and name, imported where it runs: a process that only reads texts has no use for torch."""
+
+    module: str
+    function: str
+    runs_in: Literal["task", "trainer", "merger"] = "task"
+    """A task of its own, a named actor that trains, or the merge actor."""
+    takes_batches: bool = False
+    """Whether the function takes several requests of one batch and yields an artifact for each."""
+
+
+STEPS: Mapping[type[StepRequest], Step] = {
+    ReadText: Step("read", "read_text"),
+    ShuffleTexts: Step("read", "shuffle_texts"),
+    TrainTokenizer: Step("tokenizer", "train_tokenizer"),
+    ImportTokenizer: Step("tokenizer", "import_tokenizer"),
+    Tokenize: Step("tokenize", "tokenize"),
+    FindOverlap: Step("overlap", "find_overlap"),
+    TrainRequest: Step("train", "train", runs_in="trainer"),
+    AverageRequest: Step("average", "average", runs_in="merger"),
+    SoupRequest: Step("soup", "search"),
+    ScoreRequest: Step("score", "score", takes_batches=True),
+    FitForAll: Step("fit", "fit_for_all"),
+    FitText: Step("fit", "fit_text"),
+    MixText: Step("mix", "mix"),
+}
+
+
+def run_batch(requests: Sequence[StepRequest], ledger: Ledger, control: Control) -> Iterator[Artifact]:
+    """Does what the requests of one batch ask for: commits an artifact for each, and yields them in order."""
+    step = STEPS[type(requests[0])]
+    function = getattr(import_module(f"btm_cluster.steps.{step.module}"), step.function)
+    if step.takes_batches:
+        yield from function(requests, ledger, control)
+    else:
+        yield from (function(request, ledger, control) for request in requests)

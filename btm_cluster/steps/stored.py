@@ -1,0 +1,46 @@
+"""Stored artifacts as the values that steps work with: documents, tokenizers, token blocks, configurations."""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from btm_cluster.language_model.corpus import read_shard
+from btm_cluster.language_model.tokenizer import TOKENIZER_FILES, TextTokenizer, load_tokenizer
+from btm_cluster.ledger import Artifact, Ledger, Ref
+
+if TYPE_CHECKING:
+    from btm_cluster.language_model.blocks import Blocks
+    from btm_cluster.requests import TrainingText
+
+
+def documents_of(ledger: Ledger, text: str, split: str) -> Iterator[str]:
+    """The documents of one split of a stored text, streaming, in hash order."""
+    artifact = ledger.get(Ref("text", text))
+    for shard in artifact.facts["splits"][split]["shards"]:
+        yield from read_shard(ledger.open_file(artifact, shard))
+
+
+def open_tokenizer(ledger: Ledger, ref: Ref) -> TextTokenizer:
+    """A stored tokenizer."""
+    artifact = ledger.get(ref)
+    files = {name: ledger.open_file(artifact, name) for name in TOKENIZER_FILES}
+    return load_tokenizer(files, artifact.facts.get("first_token"))
+
+
+def first_token_of(ledger: Ledger, tokens: Sequence[Ref]) -> int:
+    """The token that models read before these token blocks."""
+    (tokenizer,) = ledger.get(tokens[0]).inputs["tokenizer"]
+    known = ledger.get(tokenizer).facts.get("first_token")
+    return open_tokenizer(ledger, tokenizer).first_token if known is None else int(known)
+
+
+def open_blocks(ledger: Ledger, text: "TrainingText") -> "Blocks":
+    """A training text's blocks, memory-mapped."""
+    from btm_cluster.language_model.blocks import Blocks
+
+    return Blocks([ledger.open_file(ledger.get(ref), "tokens.npy") for ref in text.tokens], text.first_blocks)
+
+
+def open_config(ledger: Ledger, model: Artifact) -> dict[str, Any]:
+    """A stored model's configuration."""
+    return dict(json.loads(ledger.open_file(model, "config.json").read_text(encoding="utf-8")))

@@ -1,0 +1,46 @@
+"""Trains a tokenizer on texts, or brings a pretrained one into the store."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from btm_cluster.language_model.tokenizer import (
+    TOKENIZER_FILES,
+    TextTokenizer,
+    load_tokenizer,
+    take_characters,
+)
+from btm_cluster.language_model.tokenizer import train_tokenizer as train_on
+from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.requests import ImportTokenizer, TrainTokenizer
+from btm_cluster.steps.stored import documents_of
+from btm_cluster.storage.scratch import scratch_folder
+from btm_cluster.workers import Control, Progress
+
+
+def train_tokenizer(request: TrainTokenizer, ledger: Ledger, control: Control) -> Artifact:
+    """Trains one on the first characters of each text."""
+    control.report(Progress(request.label, "training the tokenizer"))
+    limit = request.settings.characters_per_domain
+    documents = (
+        document for text in request.texts for document in take_characters(documents_of(ledger, text, "train"), limit)
+    )
+    with scratch_folder() as folder:
+        train_on(documents, request.settings.vocabulary, folder)
+        files = {name: folder / name for name in TOKENIZER_FILES}
+        return _commit(request, ledger, files, load_tokenizer(files))
+
+
+def import_tokenizer(request: ImportTokenizer, ledger: Ledger, control: Control) -> Artifact:
+    """Stores a pretrained tokenizer as it is."""
+    from btm_cluster.language_model.pretrained import import_pretrained_tokenizer  # and torch with it
+
+    control.report(Progress(request.label, "importing the tokenizer"))
+    with scratch_folder() as folder:
+        return _commit(request, ledger, *import_pretrained_tokenizer(request, folder))
+
+
+def _commit(
+    request: TrainTokenizer | ImportTokenizer, ledger: Ledger, files: Mapping[str, Path], tokenizer: TextTokenizer
+) -> Artifact:
+    facts = {"vocabulary": tokenizer.vocabulary, "first_token": tokenizer.first_token}
+    return ledger.commit(request, files, facts)
