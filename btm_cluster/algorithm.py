@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from btm_cluster.driver import Driver, require_all
+from btm_cluster.driver import Driver, find_made, require_all
 from btm_cluster.errors import StoreError, TextError
 from btm_cluster.evaluation.evaluate import forest_ensemble
 from btm_cluster.evaluation.fitting import average_request, weight_requests
@@ -87,7 +87,7 @@ def grow(plan: Plan, driver: Driver, alongside: Alongside = lambda *_: ()) -> Gr
     forest = merged or forest
     assert forest is not None
     made = [request for request in rivals if isinstance(outcomes[request.ref], Artifact)]
-    for request in made:
+    for request in (one for rival in made for one in (rival, *rival.at_snapshots)):
         record_baseline(driver.ledger, Baseline(request.role, request.ref.identity, forest.version))
     failures = [one for request in (*branches, *rivals) if isinstance(one := outcomes[request.ref], Failure)]
     baseline = next((request.ref for request in made if not request.is_demix), None)
@@ -237,7 +237,7 @@ def rivals_to_train(ground: Ground, ledger: Ledger) -> tuple[list[TrainRequest],
     lost = [
         request
         for request in asked
-        if not all(text.tokens for text in request.texts) and ledger.find(request.ref) is None
+        if not all(text.tokens for text in request.texts) and find_made([request], ledger) == [None]
     ]
     impossible = [
         Failure(

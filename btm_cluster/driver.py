@@ -63,7 +63,7 @@ class Driver:
         for request in requests:
             asked.setdefault(request.ref, request)
         missing: list[StepRequest] = []
-        for request, found in zip(asked.values(), self.ledger.find_all(list(asked)), strict=True):
+        for request, found in zip(asked.values(), find_made(list(asked.values()), self.ledger), strict=True):
             if found is None:
                 missing.append(request)
             else:
@@ -98,6 +98,22 @@ class Driver:
             StepError: naming what failed, attempts and cause.
         """
         return require_all(self.obtain(requests))
+
+
+def find_made(requests: Sequence[StepRequest], ledger: Ledger) -> list[Artifact | None]:
+    """The artifact of each request, in order; None where it, or one of a training's snapshots, is still to be made."""
+    found = ledger.find_all([request.ref for request in requests])
+    trained = [
+        request
+        for request, one in zip(requests, found, strict=True)
+        if one is not None and isinstance(request, TrainRequest) and request.snapshots
+    ]
+    lacking = {
+        request.ref
+        for request in trained
+        if None in ledger.find_all([snapshot.ref for snapshot in request.at_snapshots])
+    }
+    return [None if one is not None and one.ref in lacking else one for one in found]
 
 
 def resumed(request: TrainRequest, ledger: Ledger, new_resources: bool = False) -> TrainRequest:

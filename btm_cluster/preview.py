@@ -218,7 +218,8 @@ def _training(request: TrainRequest, state: str, parameters: int, rate: float | 
         state,
         updates,
         updates * request.blocks_per_update * request.training.block_tokens,
-        stored_bytes(parameters, request.role == "seed" and request.pretrained is None) * max(1, len(request.parts)),
+        stored_bytes(parameters, request.role == "seed" and request.pretrained is None)
+        * (max(1, len(request.parts)) + len(request.snapshots)),
         rate,
     )
 

@@ -23,14 +23,24 @@ def seed_request(ground: Ground) -> TrainRequest:
 def transformer_lm_request(ground: Ground, seed: Ref) -> TrainRequest:
     """The compute-matched dense baseline: the seed run, carried on to the end on the mix of all domains."""
     training = ground.plan.training
-    if ground.pretrained is not None:
-        start = Start(seed, keep_optimizer=False)
-        span = (training.seed_updates, training.updates)
-        return train_request(ground, "transformer-lm", "transformer-lm", ground.founding_texts, span, start)
-    whole = train_request(
-        ground, "transformer-lm", "transformer-lm", ground.founding_texts, (0, training.updates), None
-    )
-    return replace(whole, milestones=(training.seed_updates,))
+    start = None if ground.pretrained is None else Start(seed, keep_optimizer=False)
+    span = (0 if start is None else training.seed_updates, training.updates)
+    whole = train_request(ground, "transformer-lm", "transformer-lm", ground.founding_texts, span, start)
+    milestones = (training.seed_updates,) if start is None else ()
+    return replace(whole, milestones=milestones, snapshots=_between(training.seed_updates, training.updates))
+
+
+def _between(first: int, last: int) -> tuple[int, ...]:
+    """Two updates that lie evenly between two others; fewer where there are not so many."""
+    thirds = (first + round((last - first) * third / 3) for third in (1, 2))
+    return tuple(dict.fromkeys(update for update in thirds if first < update < last))
+
+
+def transformer_lm_milestones(ground: Ground, seed: Ref) -> dict[int, Ref]:
+    """The Transformer-LM at each of its milestones, by update: the seed first, two between, and the finished model last."""
+    whole = transformer_lm_request(ground, seed)
+    between = {one.last_update: one.ref for one in whole.at_snapshots}
+    return {ground.plan.training.seed_updates: seed, **between, whole.last_update: whole.ref}
 
 
 def demix_request(ground: Ground) -> TrainRequest:

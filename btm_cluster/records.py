@@ -1,7 +1,7 @@
 """What a living forest notes down in its store, beside artifacts and versions: small documents, each created once.
 
     expansions/<id>.json               where a new domain's expert branches, settled before anything of it is made
-    baselines/<model>.json             a Transformer-LM or DEMix that was trained for a version of the forest
+    baselines/<model>.json             a DEMix, or a Transformer-LM's milestone, that was trained for a version of the forest
     held/<id>-<version>.json           an expert without which version n of the forest was better
     quarantine/<id>.json               what the inbox had under a name and was refused, until it is replaced
 
@@ -67,7 +67,7 @@ class Baseline:
     """A rival that was trained for a forest: kept as long as the store has the forest."""
 
     name: str
-    """`transformer-lm` or `demix`."""
+    """`transformer-lm`, for each of its milestones but the seed, or `demix`."""
     model: str
     version: int
     """The version of the forest that it was trained for."""

@@ -14,6 +14,8 @@ from btm_cluster.equations.mixture import interval, perplexity, resampled_perple
 
 RESAMPLES = 1000
 TRANSFORMER_LM = "Transformer-LM"
+BEST_MILESTONE = "Transformer-LM at its best milestone"
+"""A row where that is not the finished one."""
 SEED = "seed"
 PAPER_ENSEMBLE = "ensemble, paper's posterior"
 CALIBRATED_ENSEMBLE = "ensemble, calibrated"
@@ -37,6 +39,27 @@ class SplitResult:
     split: str
     logp: Mapping[str, torch.Tensor]
     tokens_D: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Milestones:
+    """The Transformer-LM's milestones by update: perplexities on development text, mean over the founding domains."""
+
+    perplexities: Mapping[int, float]
+    best: int
+
+    @property
+    def last(self) -> int:
+        """The update of the finished model."""
+        return max(self.perplexities)
+
+    @property
+    def is_finished_best(self) -> bool:
+        return self.best == self.last
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for machines."""
+        return {"best": self.best, "last": self.last, "development": {str(u): p for u, p in self.perplexities.items()}}
 
 
 @dataclass(frozen=True)
@@ -70,6 +93,8 @@ class Verdict:
     sentence: str
     left_out: Mapping[str, str]
     """Texts from which the forest's experts learned and the baseline did not, or the other way round, and why."""
+    milestones: Milestones | None = None
+    """The Transformer-LM's, where one of them was chosen as the baseline."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for machines."""
@@ -77,6 +102,7 @@ class Verdict:
             "baseline": self.baseline,
             "sentence": self.sentence,
             "left_out": dict(self.left_out),
+            "milestones": self.milestones.to_json() if self.milestones else None,
             "splits": {
                 split: [
                     {
@@ -91,20 +117,27 @@ class Verdict:
         }
 
 
-def verdict(results: Sequence[SplitResult], left_out: Mapping[str, str] | None = None, random_seed: int = 0) -> Verdict:
-    """Tables for each split, and whether the forest beat the Transformer-LM (or the seed, where there is none).
+def verdict(
+    results: Sequence[SplitResult],
+    left_out: Mapping[str, str] | None = None,
+    milestones: Milestones | None = None,
+    random_seed: int = 0,
+) -> Verdict:
+    """Tables for each split, and whether the forest beat the baseline.
 
-    The texts in `left_out`, each with a reason, are shown and not compared on.
+    That is the Transformer-LM at its best milestone where it has that row, else the finished one, else the seed. The texts in
+    `left_out`, each with a reason, are shown and not compared on.
     """
     left_out = left_out or {}
     systems = list(dict.fromkeys(system for result in results for system in result.logp))
-    baseline = TRANSFORMER_LM if TRANSFORMER_LM in systems else SEED
+    baseline = next((name for name in (BEST_MILESTONE, TRANSFORMER_LM) if name in systems), SEED)
     splits = dict.fromkeys(result.split for result in results)
     rows = {
         split: _rows([result for result in results if result.split == split], systems, baseline, left_out, random_seed)
         for split in splits
     }
-    return Verdict(baseline, rows, _sentence(rows.get("test", ()), baseline, left_out), left_out)
+    sentence = _sentence(rows.get("test", ()), baseline, left_out, milestones)
+    return Verdict(baseline, rows, sentence, left_out, milestones)
 
 
 @dataclass(frozen=True)
@@ -169,21 +202,34 @@ def _cell(system: _Sampled, baseline: _Sampled | None) -> Cell:
     )
 
 
-def _sentence(rows: Sequence[Row], baseline: str, left_out: Mapping[str, str]) -> str:
-    """Whether the forest beat the baseline on test text, where it did not, and what that was not asked of."""
+def _sentence(rows: Sequence[Row], baseline: str, left_out: Mapping[str, str], milestones: Milestones | None) -> str:
+    """Whether the forest beat the baseline on test text, where it did not, which one that is, and what is left out."""
     judged = [row for row in rows if row.system in FORESTS and "all" in row.means]
     sentences = [_judge(row, baseline, bool(left_out)) for row in judged]
     if not judged:
         sentences = [f"The forest is not compared with the {baseline}: there is no test text to compare them on."]
+    elif milestones:
+        sentences.append(_which_milestone(milestones))
     if left_out:
         reasons = {reason: [t for t, why in left_out.items() if why == reason] for reason in left_out.values()}
         listed = "; ".join(f"{', '.join(texts)} ({reason})" for reason, texts in reasons.items())
         sentences.append(f"Not compared on, since only one side learned from it: {listed}.")
-        if ADDED_LATER in reasons and any("targets" in row.means for row in judged):
+        if added := reasons.get(ADDED_LATER):
+            sentences.append(f"The {baseline} never saw {', '.join(added)}.")
+        if added and any("targets" in row.means for row in judged):
             sentences.append(
                 f"On targets the forest has more training than the {baseline}: that of what was added later."
             )
     return " ".join(sentences)
+
+
+def _which_milestone(milestones: Milestones) -> str:
+    updates = [f"{update:,}" for update in sorted(milestones.perplexities)]
+    of_all = (
+        f"of updates {', '.join(updates[:-1])} and {updates[-1]} it has the lowest perplexity on the founding domains'"
+    )
+    which = "finished one" if milestones.is_finished_best else f"one at update {milestones.best:,}"
+    return f"That Transformer-LM is the {which}: {of_all} development text."
 
 
 def _judge(row: Row, baseline: str, is_partial: bool) -> str:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from btm_cluster.algorithm import Alongside, Grown, grow, prepare
-from btm_cluster.driver import Driver, steps_line
+from btm_cluster.driver import Driver, find_made, steps_line
 from btm_cluster.errors import StepError, StoreError, UserError
 from btm_cluster.evaluation.cluster_ensemble import check_clusters
 from btm_cluster.evaluation.evaluate import comparer_of, evaluate
@@ -92,7 +92,9 @@ def run_plan(plan: Plan, driver: Driver, evaluate_only: bool = False) -> Run:
             text: dict(zip(domains, fit.log_prior_E.exp().tolist(), strict=True)) for text, fit in calibrated.items()
         },
         evidence_weights={text: fit.posterior.weight for text, fit in calibrated.items()},
-        verdict=verdict(evaluation.results, left_out_of_comparison(ground, grown.forest, driver)),
+        verdict=verdict(
+            evaluation.results, left_out_of_comparison(ground, grown.forest, driver), evaluation.milestones
+        ),
         passed_over=tuple(d.name for d in plan.domains if d.name in grown.forest.withdrawn),
         trained_otherwise=_trained_otherwise(grown.ground, grown.forest, driver.ledger),
         missing_baselines=_missing_baselines(plan, grown),
@@ -194,12 +196,12 @@ def find_grown(plan: Plan, driver: Driver) -> Grown:
     ground = prepare(plan, driver)
     seed = seed_request(ground).ref
     ground = _with_forests_texts(ground, forest, driver)
-    baseline = transformer_lm_request(ground, seed).ref
-    wanted = "transformer-lm" in plan.baselines and driver.ledger.find(baseline) is not None
+    baseline = transformer_lm_request(ground, seed)
+    wanted = "transformer-lm" in plan.baselines and find_made([baseline], driver.ledger) != [None]
     demix = demix_request(ground)
     has_demix = "demix" in plan.baselines and driver.ledger.find(demix.ref) is not None
     parts = tuple(part.ref for part in demix.parts) if has_demix else ()
-    return Grown(ground, forest, baseline if wanted else None, (), parts)
+    return Grown(ground, forest, baseline.ref if wanted else None, (), parts)
 
 
 def _with_forests_texts(ground: Ground, forest: Forest, driver: Driver) -> Ground:

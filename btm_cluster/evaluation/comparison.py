@@ -5,7 +5,7 @@ start each step once its inputs are there. Whatever is fitted or chosen is so on
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -20,11 +20,13 @@ from btm_cluster.evaluation.fitting import (
     weight_requests,
     weights_request,
 )
+from btm_cluster.evaluation.milestones import choose_milestone, milestone_scores
 from btm_cluster.evaluation.scoring import by_ref, score_requests, stack_of
-from btm_cluster.evaluation.systems import Ensemble, System
+from btm_cluster.evaluation.systems import BEST_TRANSFORMER_LM, Ensemble, System
 from btm_cluster.fits import SUMS
 from btm_cluster.ground import HELD_OUT, Ground, PreparedText
 from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.report import Milestones
 from btm_cluster.requests import StepRequest
 from btm_cluster.scores import ScoreStack
 
@@ -40,6 +42,8 @@ class Comparison:
 
     rows: Rows
     tokens: Mapping[Part, torch.Tensor]
+    milestones: Milestones | None = None
+    """The Transformer-LM's, of which the best has a row of its own where it is not the finished one."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Comparer:
     single: Mapping[System, Ref]
     ensembles: Sequence[Ensemble]
     splits: Sequence[str] = HELD_OUT
+    milestones: Mapping[int, Ref] = field(default_factory=dict)
+    """The Transformer-LM's models by update, the finished one among them."""
 
     @property
     def parts(self) -> list[tuple[PreparedText, str]]:
@@ -61,6 +67,7 @@ class Comparer:
         ground = self.ground
         models = [*self.single.values(), *(model for ensemble in self.ensembles for model in ensemble.refs)]
         yield from score_requests(ground, models, ground.texts)
+        yield from milestone_scores(ground, self.milestones)
         for ensemble in self.ensembles:
             if ensemble.methods:
                 yield from (fit for text in ground.texts for fit in fit_requests(ground, ensemble, text))
@@ -73,8 +80,16 @@ class Comparer:
                     yield from score_requests(ground, [average.ref], [text] if text else ground.texts, self.splits)
 
     def compare(self, driver: Driver) -> Comparison:
-        """Makes what is missing and reads the rows."""
-        return _Reader(self, driver.ledger, by_ref(driver.require(list(self.requests())))).read()
+        """Makes what is missing and reads the rows. The best milestone is known, and scored on all texts, last."""
+        made = by_ref(driver.require(list(self.requests())))
+        milestones = choose_milestone(self.ground, self.milestones, driver.ledger, made)
+        asked = self
+        if milestones is not None and not milestones.is_finished_best:
+            best = self.milestones[milestones.best]
+            asked = replace(self, single={**self.single, BEST_TRANSFORMER_LM: best})
+            scores = score_requests(self.ground, [best], self.ground.texts, self.splits)
+            made |= by_ref(driver.require([request for request in scores if request.ref not in made]))
+        return replace(_Reader(asked, driver.ledger, made).read(), milestones=milestones)
 
     def averages(self, ensemble: Ensemble) -> Iterator[tuple[str, PreparedText | None]]:
         """Averages by weights; the uniform one is the same for all texts."""

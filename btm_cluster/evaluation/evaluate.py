@@ -8,6 +8,7 @@ from btm_cluster.evaluation.cluster_ensemble import with_cluster_ensemble
 from btm_cluster.evaluation.comparison import Comparer, Comparison, fits_of
 from btm_cluster.evaluation.fitting import average_request
 from btm_cluster.evaluation.systems import (
+    BEST_TRANSFORMER_LM,
     CALIBRATED,
     DEMIX,
     FOREST,
@@ -25,7 +26,9 @@ from btm_cluster.fits import Fitted, open_fits
 from btm_cluster.forest import Forest
 from btm_cluster.ground import Ground
 from btm_cluster.ledger import Ref
+from btm_cluster.recipes import transformer_lm_milestones
 from btm_cluster.report import (
+    BEST_MILESTONE,
     CALIBRATED_DEMIX,
     CALIBRATED_ENSEMBLE,
     GATED_ENSEMBLE,
@@ -33,6 +36,7 @@ from btm_cluster.report import (
     PAPER_ENSEMBLE,
     SEEDED_ENSEMBLE,
     SEEDED_GATE,
+    Milestones,
     SplitResult,
 )
 from btm_cluster.report import SEED as SEED_NAME
@@ -50,6 +54,8 @@ class Evaluation:
     fits: Mapping[str, Mapping[MixingMethod, Fitted]]
     """Of the experts alone, by text."""
     averages: Mapping[str, Ref]
+    milestones: Milestones | None
+    """The Transformer-LM's."""
 
 
 def evaluate(
@@ -63,19 +69,21 @@ def evaluate(
     prior = ground.plan.merging.average_prior
     averages = {"uniform": average_request(ground, experts, "uniform", None).ref}
     averages |= {f"posterior for {t.name}": average_request(ground, experts, prior, t).ref for t in ground.texts}
-    return Evaluation(results, fits, averages)
+    return Evaluation(results, fits, averages, comparison.milestones)
 
 
 def comparer_of(ground: Ground, forest: Forest, baseline: Ref | None, demix: Sequence[Ref]) -> Comparer:
     """Everything that the plan compares."""
-    single = {SEED: Ref("model", forest.foundation.seed)} | ({TRANSFORMER_LM: baseline} if baseline else {})
+    seed = Ref("model", forest.foundation.seed)
+    single = {SEED: seed} | ({TRANSFORMER_LM: baseline} if baseline else {})
+    milestones = transformer_lm_milestones(ground, seed) if baseline else {}
     ensembles = [forest_ensemble(ground, forest)]
     if ground.plan.merging.with_seed:
         ensembles.append(planned_ensemble(ground, forest))
     if demix:
         parts = tuple((domain, part) for (domain, _), part in zip(ground.founders_by_text, demix, strict=True))
         ensembles.append(Ensemble(DEMIX, parts, (PAPERS, CALIBRATED)))
-    return Comparer(ground, single, ensembles)
+    return Comparer(ground, single, ensembles, milestones=milestones)
 
 
 def forest_ensemble(ground: Ground, forest: Forest) -> Ensemble:
@@ -111,6 +119,7 @@ def _names(ground: Ground, ensembles: Sequence[Ensemble]) -> dict[System, str]:
     names = {
         SEED: SEED_NAME,
         TRANSFORMER_LM: TRANSFORMER_LM_NAME,
+        BEST_TRANSFORMER_LM: BEST_MILESTONE,
         System("best single expert"): "best single expert",
         System("own expert"): "the domain's own expert",
         experts.averaged_by("uniform"): "average, uniform",

@@ -56,6 +56,21 @@ def _score_ref(model: Ref, tokens: tuple[Ref, ...]) -> Ref:
     return ScoreRequest("", model, tokens, ONE_CPU).ref
 
 
+def mean_perplexities(
+    ledger: Ledger,
+    models: Sequence[Ref],
+    texts: Sequence[PreparedText],
+    known: Mapping[Ref, Artifact] | None = None,
+) -> list[float]:
+    """Each model's perplexity on development text, mean over texts."""
+    totals = [0.0] * len(models)
+    for text in texts:
+        stack = stack_of(ledger, models, text, "development", known)
+        perplexities = (-stack.sums().sum(1) / stack.tokens().sum()).exp()
+        totals = [total + one for total, one in zip(totals, perplexities.tolist(), strict=True)]
+    return [total / len(texts) for total in totals]
+
+
 def stack_of(
     ledger: Ledger,
     models: Sequence[Ref],

@@ -47,6 +47,7 @@ class System:
 
 FOREST, SEEDED_FOREST, DEMIX = "forest", "forest with its seed", "demix"
 TRANSFORMER_LM = System("transformer-lm")
+BEST_TRANSFORMER_LM = System("transformer-lm at its best milestone")
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class TrainRequest(StepRequest):
     kind: ClassVar[str] = "model"
     label: str
     role: Role
-    """seed, expert, transformer-lm or demix. Shown, and more: a milestone of a Transformer-LM is called a seed, names of actors
+    """seed, expert, transformer-lm or demix. Shown, and more: a seed on a Transformer-LM's way is called a seed, names of actors
     begin with it, and what is stored under it tells a removal which models are baselines. Resources and `restart_data` follow
     from it in `recipes.py`."""
     model: Mapping[str, Any]
@@ -89,12 +89,17 @@ class TrainRequest(StepRequest):
     milestones: tuple[int, ...] = ()
     """Updates on the way at which the model is an artifact too, that of the request which ends there: training goes on from
     the latest one that is there, and commits those that it passes. Seeds and Transformer-LM are one such way."""
+    snapshots: tuple[int, ...] = ()
+    """Updates on the way at which the weights alone are an artifact too, to be compared: no training goes on from them."""
+    weights_only: bool = False
+    """Whether it is such a snapshot. That is in its name: a seed that ends at the same update has its optimiser."""
     is_demix: bool = False
     """One feed-forward per text in every layer. What comes out is a model for each of `parts`, and an artifact that names them."""
 
     @property
     def recipe(self) -> Mapping[str, Any]:
-        return {**self._trajectory, "last_update": self.last_update}
+        kept = {"weights_only": True} if self.weights_only else {}
+        return {**self._trajectory, "last_update": self.last_update, **kept}
 
     @property
     def _trajectory(self) -> dict[str, Any]:
@@ -140,7 +145,7 @@ class TrainRequest(StepRequest):
 
     @property
     def makes(self) -> tuple[Ref, ...]:
-        return (self.ref, *self._passed, *(part.ref for part in self.parts))
+        return (self.ref, *self._passed, *(one.ref for one in self.at_snapshots), *(part.ref for part in self.parts))
 
     @property
     def _passed(self) -> list[Ref]:
@@ -155,7 +160,19 @@ class TrainRequest(StepRequest):
     def until(self, milestone: int) -> "TrainRequest":
         """The request that ends at a milestone of this one: a seed's, on the Transformer-LM's way."""
         role: Role = "seed" if self.role == "transformer-lm" else self.role
-        return replace(self, label=role, role=role, last_update=milestone, milestones=())
+        whole = replace(self, milestones=(), snapshots=(), weights_only=False)
+        return replace(whole, label=role, role=role, last_update=milestone)
+
+    @property
+    def at_snapshots(self) -> list["TrainRequest"]:
+        """The requests that end at the snapshots of this one."""
+        snapshot = replace(self, milestones=(), snapshots=(), weights_only=True)
+        return [replace(snapshot, last_update=update) for update in sorted(self.snapshots)]
+
+    def passing(self, update: int) -> list["TrainRequest"]:
+        """The requests that end at an update on the way of this one: its milestone's and its snapshot's, where it has them."""
+        milestones = [self.until(update)] if update in self.milestones else []
+        return [*milestones, *(one for one in self.at_snapshots if one.last_update == update)]
 
     @property
     def blocks_per_update(self) -> int:

@@ -3,6 +3,7 @@
 import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -37,6 +38,7 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
     """
     done = ledger.find(request.ref)
     if done is not None:
+        _fill_in_snapshots(request, ledger, control)
         if _is_first_rank():
             ledger.clear_training(request.ref.identity)  # a crash may have come between commit and clearing
         return done
@@ -53,10 +55,12 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
             return ledger.commit(made, files, {**facts, "origin": _origin(made, ledger)}, note)
 
         def commit_trained(made: TrainRequest, trained: Trained) -> Artifact:
+            if made.ref != request.ref and (found := ledger.find(made.ref)) is not None:
+                return found  # an attempt before this one has passed it
             control.report(Progress(request.label, "storing", made.last_update, 0, request.last_update))
             if made.is_demix:
                 return _commit_demix(made, trained, ledger, commit, folder / MODEL_FILE)
-            keeps_optimizer = made.last_update < made.training.updates
+            keeps_optimizer = made.last_update < made.training.updates and not made.weights_only
             files = write_state(trained.state, folder, keeps_optimizer)
             return commit(made, files, trained.facts, trained.note)
 
@@ -75,6 +79,17 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
     if dist.is_initialized():
         dist.barrier()
     return committed
+
+
+def _fill_in_snapshots(request: TrainRequest, ledger: Ledger, control: Control) -> None:
+    """Trains once more up to the snapshots that an earlier training of the same model was not asked for."""
+    missing = [one for one in request.at_snapshots if ledger.find(one.ref) is None]
+    if missing:
+        last = missing[-1]
+        seeds = tuple(update for update in request.milestones if update <= last.last_update)
+        train(
+            replace(last, milestones=seeds, snapshots=tuple(one.last_update for one in missing[:-1])), ledger, control
+        )
 
 
 Commit: TypeAlias = Callable[[DemixPart, dict[str, Path], Mapping[str, Any], Mapping[str, Any]], Artifact]

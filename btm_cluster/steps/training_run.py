@@ -40,7 +40,7 @@ class Trained:
 
 
 AtMilestone: TypeAlias = Callable[[TrainRequest, Trained], Any]
-"""Called on the first rank at a milestone, with the request that ends there."""
+"""Called on the first rank at a milestone or a snapshot, with the request that ends there."""
 
 
 def run_training(
@@ -85,7 +85,7 @@ def spec_of(request: TrainRequest, texts: Sequence[Blocks], first_token: int) ->
         training=request.training,
         first_update=request.first_update,
         last_update=request.last_update,
-        milestones=request.milestones,
+        milestones=tuple(sorted({*request.milestones, *request.snapshots})),
         from_scratch=request.start is None,
         rewarms=request.start is not None and not request.start.keep_optimizer,
         restart_data=request.restart_data,
@@ -154,8 +154,8 @@ class TrainingRun:
 
     def passed_milestone(self, state: TrainingState) -> None:
         if self._group.is_first:
-            passed = self._request.until(state.update)
-            self._at_milestone(passed, self.trained(passed.role, state))
+            for passed in self._request.passing(state.update):
+                self._at_milestone(passed, self.trained(passed.role, state))
 
     def report(self, state: TrainingState, report: UpdateReport) -> None:
         request, rate = self._request, report.tokens_per_second

@@ -1,16 +1,16 @@
 """The rows of a study: every system of one size and random seed on test text, as plain values."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from btm_cluster.driver import Driver
 from btm_cluster.evaluation.comparison import Comparer, Comparison
-from btm_cluster.evaluation.systems import TRANSFORMER_LM, Ensemble, System
+from btm_cluster.evaluation.systems import BEST_TRANSFORMER_LM, TRANSFORMER_LM, Ensemble, System
 from btm_cluster.ground import Ground
 from btm_cluster.ledger import Ref
+from btm_cluster.report import BEST_MILESTONE, Cell, Milestones, SplitResult, verdict
 from btm_cluster.report import TRANSFORMER_LM as BASELINE
-from btm_cluster.report import Cell, SplitResult, verdict
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class Models:
     transformer_lm: Ref
     transformer_lm_at_experts_rate: Ref | None
     """From the seed on; where that rate is another, and it did not diverge."""
+    milestones: Mapping[int, Ref]
+    """The Transformer-LM by update: the seed of the first forest, two between, and the finished one."""
     ensembles: tuple[Ensemble, ...]
     """The first is the forest that everything is compared with."""
 
@@ -30,11 +32,14 @@ def compare(ground: Ground, models: Models, driver: Driver) -> Comparison:
     if models.transformer_lm_at_experts_rate:
         single[System("transformer-lm at the experts' rate")] = models.transformer_lm_at_experts_rate
     single |= {System("seed", one.seed_share): one.seed for one in models.ensembles if one.seed}
-    return Comparer(ground, single, models.ensembles, ("test",)).compare(driver)
+    return Comparer(ground, single, models.ensembles, ("test",), models.milestones).compare(driver)
 
 
 def entries_from(ground: Ground, comparison: Comparison) -> Iterator[dict[str, Any]]:
-    """A row of plain values for each system: perplexities, and the difference to the Transformer-LM with its interval."""
+    """A row of plain values for each system: perplexities, and the difference with its interval.
+
+    The difference is to the Transformer-LM at its best milestone, which the Transformer-LM's own row names.
+    """
     names = {_name(system): system for system in comparison.rows}
     results = [
         SplitResult(
@@ -47,6 +52,7 @@ def entries_from(ground: Ground, comparison: Comparison) -> Iterator[dict[str, A
         for text in ground.texts
         for part in [(text.name, "test")]
     ]
+    best = comparison.milestones
     for row in verdict(results).rows["test"]:
         means = {entry: row.means.get(group) for entry, group in _GROUPS.items()}
         whole = row.means.get("all")
@@ -55,6 +61,7 @@ def entries_from(ground: Ground, comparison: Comparison) -> Iterator[dict[str, A
             "per_domain": {text: _rounded(cell) for text, cell in row.cells.items()},
             "difference": _share(whole.difference) if whole else None,
             "difference_interval": _shares(whole.difference_interval) if whole else None,
+            **({"milestones": _plain(best)} if best and names[row.system] == TRANSFORMER_LM else {}),
         }
 
 
@@ -62,10 +69,15 @@ _GROUPS = {"train": "domains", "eval": "targets", "all": "all"}
 
 
 def _name(system: System) -> str:
-    """One name per system; the Transformer-LM's is what differences are taken to."""
-    if system == TRANSFORMER_LM:
-        return BASELINE
+    """One name per system; differences are taken to the Transformer-LM at its best milestone, or else the finished one."""
+    if system in (TRANSFORMER_LM, BEST_TRANSFORMER_LM):
+        return BASELINE if system == TRANSFORMER_LM else BEST_MILESTONE
     return " ".join(f"{name}={value}" for name, value in asdict(system).items() if value is not None)
+
+
+def _plain(milestones: Milestones) -> dict[str, Any]:
+    development = {str(update): round(value, 4) for update, value in milestones.perplexities.items()}
+    return {"best": milestones.best, "last": milestones.last, "development": development}
 
 
 def _share(value: float | None) -> float | None:

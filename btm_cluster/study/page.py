@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from btm_cluster.study.results import KEY, Entry, Results, repeats_left
 
@@ -16,9 +17,13 @@ CALIBRATED: Wanted = {"posterior": "calibrated", "prior": "fitted"}
 GATE: Wanted = {"posterior": "gate", "prior": "fitted"}
 PLAIN: Wanted = {"development_blocks": None, "top_k": None}
 
+BASELINES: dict[str, Wanted] = {
+    "Transformer-LM": {"system": "transformer-lm"},
+    "Transformer-LM at its best milestone": {"system": "transformer-lm at its best milestone"},
+}
 # Rows of table 1: what it is called, and which entries it is.
 TABLE_1: dict[str, Wanted] = {
-    "Transformer-LM": {"system": "transformer-lm"},
+    **BASELINES,
     "Transformer-LM, from the seed on at the experts' rate": {"system": "transformer-lm at the experts' rate"},
     "seed": {"system": "seed"},
     "best single expert": {"system": "best single expert"},
@@ -39,7 +44,7 @@ TABLE_1: dict[str, Wanted] = {
     "forest with an expert on the development text": {"system": "forest with an expert on development text"},
 }
 TABLE_2: dict[str, Wanted] = {
-    "Transformer-LM": {"system": "transformer-lm"},
+    **BASELINES,
     "average, uniform": {"system": "average", "prior": "uniform"},
     "average, argmax": {"system": "average", "prior": "argmax"},
     "average, posterior (ema)": {"system": "average", "prior": "ema"},
@@ -50,7 +55,7 @@ TABLE_2: dict[str, Wanted] = {
     "ensemble, paper's posterior": {"system": "forest", **PAPERS, **PLAIN},
     "ensemble, calibrated": {"system": "forest", **CALIBRATED, **PLAIN},
 }
-TABLE_8 = ("Transformer-LM", "DEMix, paper's posterior", "forest, paper's posterior", "forest, calibrated")
+TABLE_8 = (*BASELINES, "DEMix, paper's posterior", "forest, paper's posterior", "forest, calibrated")
 FIGURE_1: dict[str, Wanted] = {
     "ensemble, paper's posterior": {"system": "forest", **PAPERS, **PLAIN},
     "ensemble, calibrated": {"system": "forest", **CALIBRATED, **PLAIN},
@@ -109,12 +114,33 @@ def _size_sections(results: Results) -> Iterator[str]:
             f"## {size}: {first['non_embedding_parameters']:,} parameters without embeddings, {first['tokens']:,} tokens, "
             f"seed share {_main_share(entries)}\n"
         )
+        yield _compared_with(entries)
         yield "### Table 1: systems\n\n" + _means_table(entries, TABLE_1)
         yield "### Table 2: averages of parameters, at the inference cost of one model\n\n" + _means_table(
             entries, TABLE_2
         )
         yield "### Table 8: by text\n\n" + _texts_table(entries, results.texts)
         yield "### What a posterior is worth\n\n" + _means_table(entries, _posteriors(entries))
+
+
+def _compared_with(entries: Sequence[Entry]) -> str:
+    """Which Transformer-LM differences are taken to, by random seed."""
+    seeds: dict[str, list[str]] = {}
+    for entry in select(entries, **BASELINES["Transformer-LM"]):
+        seeds.setdefault(_chosen(entry.get("milestones")), []).append(str(entry["random_seed"]))
+    if len(seeds) == 1:
+        return f"Differences are to {next(iter(seeds))}.\n"
+    listed = "; ".join(f"with random seed {', '.join(own)} to {chosen}" for chosen, own in seeds.items())
+    return f"Differences are {listed}.\n"
+
+
+def _chosen(milestones: Mapping[str, Any] | None) -> str:
+    if milestones is None:
+        return "the finished Transformer-LM; its milestones were not compared"
+    best, last = milestones["best"], milestones["last"]
+    if best == last:
+        return "the finished Transformer-LM, which is its best milestone by the domains' development text"
+    return f"the Transformer-LM at update {best:,} of {last:,}, its best milestone by the domains' development text"
 
 
 def _main(entries: Sequence[Entry]) -> list[Entry]:
@@ -151,11 +177,13 @@ def _words(values: Sequence[float | None]) -> str:
 
 
 def _difference(entries: Sequence[Entry]) -> str:
-    """The mean difference on all texts; with one random seed alone, the interval over documents."""
-    known = [entry["difference"] for entry in entries if entry["difference"] is not None]
-    if not known:
+    """The mean difference on all texts; with one random seed alone, the interval over documents.
+
+    A Transformer-LM that is the baseline with one random seed and not with another differs by nothing with the first.
+    """
+    if all(entry["difference"] is None for entry in entries):
         return ""
-    words = spread([100 * value for value in known]).words("{:+.1f}") + " %"
+    words = spread([100 * (entry["difference"] or 0.0) for entry in entries]).words("{:+.1f}") + " %"
     if len(entries) > 1:
         return words
     low, high = entries[0]["difference_interval"]
@@ -164,7 +192,7 @@ def _difference(entries: Sequence[Entry]) -> str:
 
 def _posteriors(entries: Sequence[Entry]) -> dict[str, Wanted]:
     """Every way of mixing the forest's experts."""
-    rows: dict[str, Wanted] = {"Transformer-LM": {"system": "transformer-lm"}}
+    rows = dict(BASELINES)
     for entry in select(entries, system="forest"):
         key = {name: entry[name] for name in KEY if name not in ("size", "seed_share")}
         blocks, k = entry["development_blocks"], entry["top_k"]
@@ -293,8 +321,11 @@ def _of_every_share(entries: Sequence[Entry], shares: Sequence[float]) -> tuple[
     return [entry for entry in entries if entry["random_seed"] in seeds], seeds
 
 
-def _baseline(entries: Sequence[Entry]) -> float:
-    return spread([entry["all"] for entry in select(entries, system="transformer-lm")]).mean
+def _baseline(entries: Sequence[Entry]) -> tuple[str, float]:
+    """What differences are taken to: its name, and its perplexity on all texts."""
+    found = {name: {e["random_seed"]: e["all"] for e in select(entries, **one)} for name, one in BASELINES.items()}
+    finished, best = found.values()
+    return [name for name, values in found.items() if values][-1], spread(list((finished | best).values())).mean
 
 
 def _curve(entries: Sequence[Entry], wanted: Wanted, over: str) -> list[tuple[float, float]]:
@@ -307,15 +338,18 @@ def _curve(entries: Sequence[Entry], wanted: Wanted, over: str) -> list[tuple[fl
     return [(value, spread(seen).mean) for value, seen in sorted(values.items())]
 
 
-def _draw(curves: Mapping[str, Sequence[tuple[float, float]]], baseline: float, over: str, file: Path) -> None:
+def _draw(
+    curves: Mapping[str, Sequence[tuple[float, float]]], compared_with: tuple[str, float], over: str, file: Path
+) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "btm"  # the same results give the same bytes
     from matplotlib import pyplot
 
+    called, baseline = compared_with
     figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
-    axes.axhline(baseline, color="black", linestyle="--", linewidth=1, label="Transformer-LM")
+    axes.axhline(baseline, color="black", linestyle="--", linewidth=1, label=called)
     for name, points in curves.items():
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)

@@ -37,7 +37,7 @@ class Repeat:
         return {share: seed_request(ground) for share, ground in self.grounds.items() if share}
 
     def transformer_lm(self) -> TrainRequest:
-        """The Transformer-LM, which leaves all seeds on its way."""
+        """The Transformer-LM, which leaves all seeds on its way beside its own milestones."""
         whole = transformer_lm_request(self.ground, self.seeds[self.seed_shares[0]].ref)
         return replace(whole, milestones=tuple(sorted(seed.last_update for seed in self.seeds.values())))
 

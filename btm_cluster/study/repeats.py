@@ -8,7 +8,7 @@ from typing import Any
 from btm_cluster.algorithm import prepare
 from btm_cluster.driver import Driver, step_error
 from btm_cluster.errors import UserError
-from btm_cluster.evaluation.scoring import score_models, stack_of
+from btm_cluster.evaluation.scoring import mean_perplexities, score_models, stack_of
 from btm_cluster.forest import Forest
 from btm_cluster.ground import Ground, model_config, vocabulary_of
 from btm_cluster.ledger import Artifact, Ref
@@ -228,9 +228,4 @@ def _ensemble_perplexity(ground: Ground, experts: Sequence[Ref], driver: Driver)
 def _development_perplexities(ground: Ground, models: Sequence[Ref], driver: Driver) -> list[float]:
     """Each model's mean over domains."""
     scores = score_models(ground, models, ground.domains, driver, ["development"])
-    totals = [0.0] * len(models)
-    for text in ground.domains:
-        stack = stack_of(driver.ledger, models, text, "development", scores)
-        perplexities = (-stack.sums().sum(1) / stack.tokens().sum()).exp()
-        totals = [total + one for total, one in zip(totals, perplexities.tolist(), strict=True)]
-    return [total / len(ground.domains) for total in totals]
+    return mean_perplexities(driver.ledger, models, ground.domains, scores)

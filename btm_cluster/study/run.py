@@ -26,7 +26,7 @@ from btm_cluster.language_model.demix import count_demix_parameters
 from btm_cluster.language_model.model import count_parameters
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.plan import Plan, StudyPlan
-from btm_cluster.recipes import demix_request
+from btm_cluster.recipes import demix_request, transformer_lm_milestones
 from btm_cluster.requests import TrainRequest
 from btm_cluster.study.adaptation import adapt
 from btm_cluster.study.comparison import Models, compare, entries_from
@@ -125,7 +125,8 @@ def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[Tra
         for request in demix_from_seed
     ]
     control = next((request.ref for request in at_experts_rate if request.ref in made), None)
-    return Models(whole.ref, control, (forests[0], seeded, *forests[1:], *others)), trained
+    milestones = transformer_lm_milestones(ground, seeds[first].ref)
+    return Models(whole.ref, control, milestones, (forests[0], seeded, *forests[1:], *others)), trained
 
 
 def _named(ground: Ground, demix: TrainRequest) -> tuple[tuple[str, Ref], ...]:

@@ -64,7 +64,8 @@ def test_a_forest_is_compared_on_what_its_rivals_learned_from_too_or_nobody_did(
     assert (founded.verdict.left_out, set(differences(founded))) == ({}, {"kitchen", "harbour", "market"})
     arrive("meadow")
     expand(plan, in_process(plan))
-    assert scores_of(plan).endswith("of 40 new"), "five models on both splits of four texts"
+    parts = "five models on both splits of four texts, two milestones on the development text of two founding domains"
+    assert scores_of(plan).endswith("of 44 new"), parts
     evaluated = run_plan(plan, in_process(plan), evaluate_only=True)
     assert scores_of(plan) == DONE
     assert evaluated.verdict.left_out == {"meadow": "added later"}
@@ -80,6 +81,8 @@ def test_a_forest_is_compared_on_what_its_rivals_learned_from_too_or_nobody_did(
     assert forest.means["left_out"].perplexity == forest.cells["meadow"].perplexity
     assert f"{judged:+.1%}" in evaluated.verdict.sentence
     assert "Not compared on, since only one side learned from it: meadow (added later)." in evaluated.verdict.sentence
+    assert f"The {evaluated.verdict.baseline} never saw meadow." in evaluated.verdict.sentence
+    assert evaluated.verdict.milestones == founded.verdict.milestones, "chosen by the founding domains alone"
     show_run(evaluated, json_output=False)
     shown = capsys.readouterr().out
     assert "founding domains" in shown

@@ -339,7 +339,7 @@ def test_a_run_sets_demix_beside_the_forest_and_collection_keeps_it(fields: dict
     steps = {step.name: step for step in preview(plan, driver.ledger).steps}
     assert steps["demix"].state == steps["scores"].state == DONE
     assert steps["demix"].tokens == 12 * 3 * 4 * 32
-    assert steps["demix"].stored_bytes == 3 * steps["transformer-lm"].stored_bytes
+    assert steps["demix"].stored_bytes == steps["transformer-lm"].stored_bytes, "three parts, and three milestones"
     again = in_process(plan)
     found = find_grown(plan, again)
     evaluate(found.ground, found.forest, found.baseline, again, found.demix)

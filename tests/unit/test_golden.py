@@ -43,8 +43,9 @@ def grow_golden(folder: Path) -> dict[str, Any]:
     expert = run.forest.expert(domains[2]["name"])
     assert len(expert.parents) == 2, "the later domain starts from the average of two experts"
     models = {"seed": run.forest.foundation.seed} | {one.domain: one.identity for one in run.forest.experts}
-    roles = [model for model in ledger.list_artifacts("model") if model.facts.get("role") == "transformer-lm"]
-    models |= {"transformer-lm": roles[0].identity}
+    rivals = [model for model in ledger.list_artifacts("model") if model.facts.get("role") == "transformer-lm"]
+    (finished,) = [model.identity for model in rivals if model.recipe["last_update"] == whole.training.updates]
+    models |= {"transformer-lm": finished}
     weights = {
         name: ledger.get(Ref("model", identity)).blob("model.safetensors").sha256 for name, identity in models.items()
     }

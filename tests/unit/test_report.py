@@ -10,11 +10,13 @@ import torch
 from btm_cluster.display import consoles, verdict_tables
 from btm_cluster.report import (
     ADDED_LATER,
+    BEST_MILESTONE,
     CALIBRATED_ENSEMBLE,
     FORESTS,
     PAPER_ENSEMBLE,
     SEED,
     TRANSFORMER_LM,
+    Milestones,
     Row,
     SplitResult,
     Verdict,
@@ -100,6 +102,41 @@ def test_without_a_transformer_lm_the_seed_is_the_baseline_and_is_not_held_again
     assert row_of(found, CALIBRATED_ENSEMBLE).means["all"].difference is not None
 
 
+def test_the_forest_is_judged_against_the_best_milestone_whatever_test_text_says_of_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # By test text the finished one is better: which one the rival is was settled on development text.
+    factors = {TRANSFORMER_LM: 0.95, BEST_MILESTONE: 1.0, CALIBRATED_ENSEMBLE: 0.97}
+    milestones = Milestones({900: 9.5, 1000: 9.1, 1100: 9.2, 1200: 9.3}, best=1000)
+    found = verdict(texts_with(factors), milestones=milestones)
+    assert found.baseline == BEST_MILESTONE
+    assert "The ensemble, calibrated, beat the Transformer-LM at its best milestone: test perplexity" in found.sentence
+    assert found.sentence.endswith(
+        "That Transformer-LM is the one at update 1,000: of updates 900, 1,000, 1,100 and 1,200 it has the lowest "
+        "perplexity on the founding domains' development text."
+    )
+    assert row_of(found, BEST_MILESTONE).means["all"].difference is None
+    finished = row_of(found, TRANSFORMER_LM).means["all"].difference
+    assert finished is not None
+    assert finished < 0
+    told = found.to_json()
+    assert told["milestones"]["best"] == 1000
+    assert told["milestones"]["development"]["1100"] == 9.2
+    verdict_tables(found, consoles(json_output=False)[0])
+    assert "Transformer-LM at its best milestone" in capsys.readouterr().out
+
+
+def test_where_the_finished_transformer_lm_is_the_best_the_sentence_says_so() -> None:
+    found = verdict(
+        texts_with({TRANSFORMER_LM: 1.0, CALIBRATED_ENSEMBLE: 0.9}), milestones=Milestones({6: 3.0, 9: 2.0}, best=9)
+    )
+    assert found.baseline == TRANSFORMER_LM
+    assert "That Transformer-LM is the finished one: of updates 6 and 9 it has the lowest" in found.sentence
+    unknown = verdict(texts_with({TRANSFORMER_LM: 1.0, CALIBRATED_ENSEMBLE: 0.9}))
+    assert "That Transformer-LM" not in unknown.sentence
+    assert unknown.to_json()["milestones"] is None
+
+
 def test_a_system_that_some_texts_lack_has_means_only_where_it_has_them_all() -> None:
     results = [
         split_result("law", False, {SEED: 1.0, CALIBRATED_ENSEMBLE: 0.9, "own expert": 0.8}),
@@ -148,7 +185,10 @@ def test_a_text_that_one_side_alone_learned_from_is_shown_and_not_compared_on() 
     found = verdict([*both, added], {"tea": ADDED_LATER, "harbour": "no expert"})
     assert "lost to the Transformer-LM" in found.sentence
     assert "over 2 texts that both or neither learned from. It was no better on: law, mail." in found.sentence
-    assert "learned from it: tea (added later); harbour (no expert). On targets the forest has more" in found.sentence
+    assert (
+        "learned from it: tea (added later); harbour (no expert). The Transformer-LM never saw tea." in found.sentence
+    )
+    assert "On targets the forest has more training than the Transformer-LM" in found.sentence
     row, alone = row_of(found, CALIBRATED_ENSEMBLE), row_of(verdict(both), CALIBRATED_ENSEMBLE)
     assert {group: row.means[group] for group in alone.means} == alone.means
     assert (row.cells["tea"].difference, row.means["left_out"].difference) == (None, None)

@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from btm_cluster.algorithm import prepare
 from btm_cluster.driver import Driver, resumed
 from btm_cluster.errors import MissingError, ResourcesError, Stopped
+from btm_cluster.language_model.training_state import TrainingState, write_state
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.plan import Plan
 from btm_cluster.preview import check_room, preview
 from btm_cluster.recipes import demix_request
 from btm_cluster.requests import Resources, TrainRequest
 from btm_cluster.room import ask_of, fits, no_room
-from btm_cluster.steps.resuming import profiles
+from btm_cluster.steps.resuming import find_source, profiles
 from btm_cluster.steps.train import train
 from btm_cluster.storage import Entry
 from btm_cluster.storage.local_folder import LocalFolder
@@ -291,6 +292,34 @@ def test_a_demix_whose_last_state_another_driver_cleared_is_that_drivers(prepare
 
     assert train(request, driver.ledger, Late()).manifest_hash == copied.manifest_hash
     assert last_saved(prepared, request) is None
+
+
+def test_training_never_goes_on_from_a_milestone_without_its_optimiser(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared.train_seed()
+    request, ledger = prepared.transformer_lm, prepared.driver.ledger
+    stop_after(prepared, request, 5)  # past the two updates of the first one
+    kept = ledger.get(request.at_snapshots[0].ref)
+    source = find_source(request, ledger)
+    assert (source.update, source.is_checkpoint) == (11, True)
+    ledger.clear_training(request.ref.identity)
+    source = find_source(request, ledger)
+    assert source.stored is not None
+    assert (source.update, source.stored.ref) == (6, prepared.seed.ref)
+    monkeypatch.setattr("btm_cluster.steps.train.write_state", without_writing_again(kept.recipe["last_update"]))
+    control = Counting()
+    assert train(request, ledger, control).facts["tokens"] == request.tokens
+    assert control.updates == 6
+    assert ledger.get(kept.ref) == kept
+
+
+def without_writing_again(update: int) -> Callable[..., dict[str, Path]]:
+    def write(state: TrainingState, folder: Path, keeps_optimizer: bool) -> dict[str, Path]:
+        assert state.update != update, "this one is in the store"
+        return write_state(state, folder, keeps_optimizer)
+
+    return write
 
 
 # Other resources

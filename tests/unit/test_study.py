@@ -28,13 +28,16 @@ from btm_cluster.mixing import fit_mixing, shared_mixing
 from btm_cluster.plan import MergingPlan, Plan, StudyPlan
 from btm_cluster.recipes import expert_request, seed_request, seed_start, transformer_lm_request
 from btm_cluster.report import (
+    BEST_MILESTONE,
     CALIBRATED_DEMIX,
     CALIBRATED_ENSEMBLE,
     GATED_ENSEMBLE,
     PAPER_DEMIX,
     PAPER_ENSEMBLE,
+    SEED,
     SEEDED_ENSEMBLE,
     SEEDED_GATE,
+    TRANSFORMER_LM,
 )
 from btm_cluster.requests import MixingMethod, StepRequest, TrainRequest
 from btm_cluster.run import run_plan
@@ -50,6 +53,7 @@ from btm_cluster.study.run import Study, run_study, train_repeat
 from btm_cluster.workers import Control, Outcome
 from tests.conftest import DOMAINS, in_process, plan_fields
 from tests.made import origin
+from tests.unit.test_milestones import overtrained_fields
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,7 @@ def test_the_mean_over_all_texts_is_that_of_the_single_ones(studied: Studied) ->
 SHOWN_AS = {
     "seed": ("seed", None, None),
     "Transformer-LM": ("transformer-lm", None, None),
+    BEST_MILESTONE: ("transformer-lm at its best milestone", None, None),
     "best single expert": ("best single expert", None, None),
     "the domain's own expert": ("own expert", None, None),
     "average, uniform": ("average", None, "uniform"),
@@ -166,7 +171,7 @@ def test_a_run_and_a_study_of_the_same_plan_give_the_same_rows_to_the_last_digit
         if row.system not in SHOWN_AS:
             continue
         system, posterior, prior = SHOWN_AS[row.system]
-        share = None if system in ("transformer-lm", "demix") else 0.5
+        share = None if system.startswith(("transformer-lm", "demix")) else 0.5
         wanted = {
             "seed_share": share,
             "posterior": posterior,
@@ -177,6 +182,48 @@ def test_a_run_and_a_study_of_the_same_plan_give_the_same_rows_to_the_last_digit
         entry = studied.entry(system=system, **wanted)
         rounded = {text: round(cell.perplexity, 4) for text, cell in row.cells.items()}
         assert {text: value for text, value in entry["per_domain"].items() if value is not None} == rounded, row.system
+
+
+def test_a_study_compares_with_the_transformer_lm_at_its_best_milestone_as_a_run_does(
+    texts: dict[str, Path], tmp_path: Path
+) -> None:
+    plan = Plan.model_validate(
+        overtrained_fields(texts, tmp_path, 0.17) | {"study": {"systems": [], "seed_shares": [0.5]}}
+    )
+    study = studied_by(plan, driver := in_process(plan))
+    entries = {entry["system"]: entry for entry in study.entries if entry["seed_share"] in (None, 0.17)}
+    finished, best = entries["transformer-lm"], entries["transformer-lm at its best milestone"]
+    assert (finished["milestones"]["best"], finished["milestones"]["last"]) == (11, 24)
+    assert best["difference"] is None
+    assert finished["difference"] == pytest.approx(finished["all"] / best["all"] - 1, rel=1e-3)
+
+    def trained() -> set[str]:
+        models = driver.ledger.list_artifacts("model")
+        return {model.identity for model in models if model.facts["role"] != "average"}
+
+    by_the_study = trained()
+    found = run_plan(plan, driver).verdict
+    assert trained() == by_the_study
+    rows = {row.system: row.cells for row in found.rows["test"]}
+    for entry, name in ((best, BEST_MILESTONE), (finished, TRANSFORMER_LM), (entries["seed"], SEED)):
+        assert entry["per_domain"] == {text: round(cell.perplexity, 4) for text, cell in rows[name].items()}
+    assert found.milestones is not None
+    development = {str(update): round(value, 4) for update, value in found.milestones.perplexities.items()}
+    assert finished["milestones"]["development"] == development
+    write_page(results := results_of(plan, study), tmp_path / "one")
+    page = (tmp_path / "one" / "README.md").read_text()
+    assert "Differences are to the Transformer-LM at update 11 of 24, its best milestone" in page
+    assert page.count("| Transformer-LM at its best milestone |") == 4, "tables 1, 2, 8 and that of the posteriors"
+    # With another random seed the finished one is the best: it is the baseline there, and differs by nothing from itself.
+    others = [e | {"random_seed": 1} for e in study.entries if e is not best and e is not finished]
+    alone = finished | {"random_seed": 1, "difference": None, "milestones": finished["milestones"] | {"best": 24}}
+    older = {name: value for name, value in alone.items() if name != "milestones"} | {"random_seed": 2}
+    write_page(replace(results, entries=(*study.entries, *others, alone, older)), tmp_path / "several")
+    page = (tmp_path / "several" / "README.md").read_text()
+    assert "with random seed 1 to the finished Transformer-LM, which is its best milestone" in page
+    assert "with random seed 2 to the finished Transformer-LM; its milestones were not compared" in page
+    assert "| Transformer-LM at its best milestone (random seed 0) |" in page
+    assert f"{100 * finished['difference'] / 3:+.1f} ± " in page
 
 
 def test_mixtures_are_those_of_fits_on_development_text_made_by_hand(studied: Studied) -> None:

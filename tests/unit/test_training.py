@@ -270,6 +270,49 @@ def test_a_transformer_lm_that_is_trained_first_leaves_the_seeds_on_its_way(
     assert {found[update].facts["origin"] for update in request.milestones} == {finished.facts["origin"]}
 
 
+def test_a_transformer_lm_leaves_the_weights_of_its_milestones_on_its_way(
+    prepared: Prepared, undisturbed: Mapping[str, dict[str, str]]
+) -> None:
+    prepared.train_seed()
+    request, ledger = prepared.transformer_lm, prepared.driver.ledger
+    assert (request.first_update, request.milestones, request.snapshots, request.last_update) == (0, (6,), (8, 10), 12)
+    finished = run(prepared, request)
+    assert weights_of(finished) == undisturbed["transformer-lm"]
+    for snapshot in request.at_snapshots:
+        stored = ledger.get(snapshot.ref)
+        ends_there = run(prepared, request.until(snapshot.last_update))
+        assert stored.blob("model.safetensors") == ends_there.blob("model.safetensors")
+        assert stored.identity != ends_there.identity, "an expert that branches there needs the optimiser"
+        assert (stored.has("optimizer.safetensors"), ends_there.has("optimizer.safetensors")) == (False, True)
+        assert stored.facts["role"] == "transformer-lm"
+        assert stored.facts["origin"] == finished.facts["origin"]
+        assert stored.facts["tokens"] == snapshot.last_update * 3 * 4 * 32
+
+
+def test_a_milestone_at_the_update_of_a_seed_is_kept_beside_it(prepared: Prepared) -> None:
+    request = replace(prepared.transformer_lm, milestones=(6, 8))
+    run(prepared, request)
+    found = [prepared.driver.ledger.get(one.ref) for one in request.passing(8)]
+    assert [(one.facts["role"], one.has("optimizer.safetensors")) for one in found] == [
+        ("seed", True),
+        ("transformer-lm", False),
+    ]
+
+
+def test_milestones_that_an_earlier_transformer_lm_did_not_leave_are_trained_once_more(prepared: Prepared) -> None:
+    driver = prepared.driver
+    prepared.train_seed()
+    finished = run(prepared, replace(prepared.transformer_lm, snapshots=(9,)))
+    request = prepared.transformer_lm
+    assert driver.require([request]) == [finished]
+    made = [driver.ledger.get(one.ref) for one in request.at_snapshots]
+    assert [one.recipe["last_update"] for one in made] == [8, 10]
+    assert made[0].note["tokens_per_second"] > 0
+    count = driver.made["model"]
+    assert driver.require([request]) == [finished]
+    assert driver.made["model"] == count
+
+
 def test_seed_and_experts_together_see_as_many_tokens_as_the_transformer_lm(prepared: Prepared) -> None:
     seed = run(prepared, prepared.seed).facts["tokens"]
     experts = [request.tokens for request in prepared.branches()]

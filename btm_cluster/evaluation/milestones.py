@@ -1,0 +1,41 @@
+"""The Transformer-LM's best milestone: chosen by perplexity on the founding domains' development text, never by test text.
+
+A Transformer-LM that passes over little text many times gets worse before its end, and its finished model alone is then an
+easy rival.
+"""
+
+from collections.abc import Mapping
+
+from btm_cluster.evaluation.scoring import mean_perplexities, score_requests
+from btm_cluster.ground import Ground, PreparedText
+from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.report import Milestones
+from btm_cluster.requests import ScoreRequest
+
+
+def best_milestone(perplexities: Mapping[int, float]) -> int:
+    """The update of the lowest perplexity; of equal ones the last."""
+    return min(perplexities, key=lambda update: (perplexities[update], -update))
+
+
+def milestone_scores(ground: Ground, milestones: Mapping[int, Ref]) -> list[ScoreRequest]:
+    """The scores that the choice takes. `milestones` are models by update."""
+    return score_requests(ground, milestones.values(), _judged_on(ground), ["development"])
+
+
+def choose_milestone(
+    ground: Ground, milestones: Mapping[int, Ref], ledger: Ledger, scores: Mapping[Ref, Artifact]
+) -> Milestones | None:
+    """The milestones with the best of them; None where there are none, or no development text to choose on."""
+    domains = _judged_on(ground)
+    if not milestones or not domains:
+        return None
+    found = mean_perplexities(ledger, list(milestones.values()), domains, scores)
+    perplexities = dict(zip(milestones, found, strict=True))
+    return Milestones(perplexities, best_milestone(perplexities))
+
+
+def _judged_on(ground: Ground) -> list[PreparedText]:
+    """The domains that the Transformer-LM learned from, as far as they have development text."""
+    founders = {text for _, text in ground.founders}
+    return [domain for domain in ground.domains if domain.identity in founders and domain.tokens["development"]]
