@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help run test check chaos clean
+.PHONY: help run test test-unit check chaos clean
 
 help:  ## What there is to make.
-	@sed -n 's/^\([a-z]*\):.*##/\1:/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' Makefile
 
 run: $(INSTALLED)  ## The quickstart: real text from this installation, seed, experts, baseline, verdict.
 	$(BIN)/python jobs/quickstart_text.py forests/quickstart-text
@@ -16,6 +16,9 @@ run: $(INSTALLED)  ## The quickstart: real text from this installation, seed, ex
 TESTS_AT_ONCE ?= 3
 test: $(INSTALLED)  ## All tests.
 	$(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadscope --no-loadscope-reorder
+
+test-unit: $(INSTALLED)  ## The pure tests: no process, no pipeline, in about a minute.
+	$(BIN)/python -m pytest -n 2 tests/unit
 
 check: $(INSTALLED)  ## Style, types and the direction of imports.
 	$(BIN)/ruff check .

@@ -196,3 +196,17 @@ def run_all(workers: Workers, requests: Sequence[StepRequest]) -> list[Outcome]:
     """An outcome for each request, in order, without asking the ledger first."""
     outcomes = {request.ref: outcome for request, outcome in workers.run(requests)}
     return [outcomes[request.ref] for request in requests]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real disk of 1 MiB."""
+    folder = tmp_path / "small disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)

@@ -13,7 +13,6 @@ from btm_cluster.report import (
     BEST_MILESTONE,
     CALIBRATED_ENSEMBLE,
     FORESTS,
-    PAPER_ENSEMBLE,
     SEED,
     TRANSFORMER_LM,
     Milestones,
@@ -22,7 +21,6 @@ from btm_cluster.report import (
     Verdict,
     verdict,
 )
-from tests.unit.conftest import GrownForest
 
 DOCUMENTS = 200
 
@@ -213,21 +211,3 @@ def test_an_interval_of_the_domains_alone_is_not_shown_as_one_of_all_texts(capsy
     verdict_tables(verdict(results), consoles(json_output=False)[0])
     shown = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("own expert"))
     assert shown.count("on domains") == 2
-
-
-def test_a_real_forests_verdict_has_every_system_on_every_text(grown: GrownForest) -> None:
-    found = verdict(grown.evaluation.results)
-    systems = {row.system for row in found.rows["test"]}
-    assert {
-        SEED,
-        TRANSFORMER_LM,
-        PAPER_ENSEMBLE,
-        CALIBRATED_ENSEMBLE,
-        "average, uniform",
-        "average, posterior",
-    } <= systems
-    for row in found.rows["test"]:
-        wanted = {"kitchen", "harbour", "orchard"} | ({"market"} if row.system != "the domain's own expert" else set())
-        assert set(row.cells) == wanted
-    best = {text: row.cells[text].perplexity for row in found.rows["test"] for text in row.cells if row.system == SEED}
-    assert all(1 < perplexity < 320 for perplexity in best.values())

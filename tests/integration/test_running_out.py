@@ -15,8 +15,8 @@ from btm_cluster.recipes import score_request
 from btm_cluster.upkeep.housekeeping import verify
 from btm_cluster.workers import Failure, Progress
 from tests.conftest import in_process, run_all
-from tests.unit.conftest import Prepared, copy_store
-from tests.unit.test_training import AT_EVERY_UPDATE, Undisturbed, last_saved, run, weights_of
+from tests.integration.conftest import Prepared, copy_store
+from tests.integration.test_training import AT_EVERY_UPDATE, Undisturbed, last_saved, run, weights_of
 
 UPDATES = 6
 

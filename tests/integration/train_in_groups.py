@@ -1,4 +1,4 @@
-"""Trains a DEMix over groups of processes that are forked from this one: `python -m tests.unit.train_in_groups < JOBS`.
+"""Trains a DEMix over groups of processes that are forked from this one: `python -m tests.integration.train_in_groups < JOBS`.
 
 JOBS are JSON: a plan, a number of ranks, the update after which one rank asks to stop, or null, and whether the DEMix
 branches from the seed, which the store then has.
@@ -21,7 +21,7 @@ from btm_cluster.requests import TrainRequest
 from btm_cluster.steps.train import train
 from btm_cluster.study.controls import seeded_demix_request
 from tests.conftest import in_process
-from tests.unit.test_training import AT_EVERY_UPDATE, Interrupting, Undisturbed
+from tests.integration.test_training import AT_EVERY_UPDATE, Interrupting, Undisturbed
 
 
 def request_for(plan: Plan, ranks: int, is_seeded: bool) -> TrainRequest:

@@ -33,8 +33,8 @@ from btm_cluster.steps.train import train
 from btm_cluster.steps.training_run import run_training
 from btm_cluster.workers import Progress
 from tests.conftest import in_process, run_all
+from tests.integration.conftest import Prepared, copy_store
 from tests.made import origin
-from tests.unit.conftest import Prepared, copy_store
 
 AT_EVERY_UPDATE = 1e-9
 """A time between two training checkpoints that is always over."""

@@ -9,7 +9,7 @@ from btm_cluster.language_model.blocks import Blocks, block_order, pack_blocks
 from btm_cluster.language_model.tokenizer import BATCH_DOCUMENTS
 from btm_cluster.steps.stored import documents_of, open_tokenizer
 from tests.conftest import made_up_documents
-from tests.unit.conftest import GrownForest
+from tests.integration.conftest import GrownForest
 
 
 def expected_stream(grown: GrownForest, documents: list[str]) -> tuple[list[int], list[int]]:

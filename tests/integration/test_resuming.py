@@ -27,8 +27,8 @@ from btm_cluster.storage import Entry
 from btm_cluster.storage.local_folder import LocalFolder
 from btm_cluster.workers import Failure
 from tests.conftest import in_process
-from tests.unit.conftest import Prepared, copy_store
-from tests.unit.test_training import Interrupting, Undisturbed, last_saved, run, weights_of
+from tests.integration.conftest import Prepared, copy_store
+from tests.integration.test_training import Interrupting, Undisturbed, last_saved, run, weights_of
 
 
 @pytest.fixture(scope="module")

@@ -36,9 +36,9 @@ from btm_cluster.study.controls import seeded_demix_request
 from btm_cluster.upkeep.gc import find_garbage
 from btm_cluster.upkeep.housekeeping import verify
 from tests.conftest import DOMAINS, in_process
-from tests.unit.conftest import Prepared
-from tests.unit.test_housekeeping import let_all_be_old
-from tests.unit.test_training import (
+from tests.integration.conftest import Prepared
+from tests.integration.test_housekeeping import let_all_be_old
+from tests.integration.test_training import (
     AT_EVERY_UPDATE,
     LINE,
     Interrupting,

@@ -19,9 +19,9 @@ from btm_cluster.requests import Resources
 from btm_cluster.steps.stored import open_config
 from btm_cluster.workers import Failure
 from tests.conftest import in_process, run_all
+from tests.integration.conftest import GrownForest, copy_store
+from tests.integration.test_mixture import distributions
 from tests.made import origin
-from tests.unit.conftest import GrownForest, copy_store
-from tests.unit.test_mixture import distributions
 
 
 def stored(grown: GrownForest, model: Artifact, name: str, split: str) -> tuple[np.ndarray, np.ndarray]:

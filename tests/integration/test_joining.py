@@ -10,7 +10,7 @@ import pytest
 from btm_cluster.errors import ResourcesError
 from btm_cluster.on_ray.cluster import connected, ray_folder
 from btm_cluster.on_ray.examination import examine_local
-from tests.unit.test_doctor import SOUND
+from tests.integration.test_doctor import SOUND
 
 
 def refusal(address: str | None) -> ResourcesError:

@@ -15,7 +15,7 @@ from btm_cluster.errors import UserError
 from btm_cluster.ledger import Ledger
 from btm_cluster.plan import Plan
 from btm_cluster.upkeep.contributions import contributions
-from tests.unit.conftest import GrownForest
+from tests.integration.conftest import GrownForest
 
 
 @pytest.mark.parametrize("posterior", [Posterior("calibrated", weight=0.3), Posterior("full")], ids=lambda p: p.kind)

@@ -30,8 +30,8 @@ from btm_cluster.plan import MergingPlan
 from btm_cluster.requests import AverageRequest
 from btm_cluster.steps.average import check_compatible
 from tests.conftest import in_process, run_all
+from tests.integration.conftest import GrownForest, copy_store
 from tests.made import origin
-from tests.unit.conftest import GrownForest, copy_store
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = {

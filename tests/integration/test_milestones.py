@@ -17,7 +17,7 @@ from btm_cluster.report import BEST_MILESTONE, SEED, TRANSFORMER_LM
 from btm_cluster.requests import Pretrained
 from btm_cluster.run import find_grown, run_plan
 from tests.conftest import in_process, made_up_documents, plan_fields, write_jsonl
-from tests.unit.conftest import GrownForest, Prepared
+from tests.integration.conftest import GrownForest, Prepared
 
 
 def overtrained_fields(texts: dict[str, Path], folder: Path, seed_share: float) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from btm_cluster.run import run_plan
 from btm_cluster.scores import ScoreStack
 from btm_cluster.steps.stored import documents_of, open_tokenizer
 from tests.conftest import DOMAINS, in_process
-from tests.unit.conftest import GrownForest
+from tests.integration.conftest import GrownForest
 
 TEMPERATURE = 0.3
 

@@ -30,8 +30,8 @@ from btm_cluster.recipes import expert_resources
 from btm_cluster.steps.stored import open_config
 from btm_cluster.upkeep.gc import find_garbage
 from tests.conftest import in_process, run_all
+from tests.integration.conftest import GrownForest, copy_store
 from tests.made import origin
-from tests.unit.conftest import GrownForest, copy_store
 
 
 def models_of(grown: GrownForest) -> list[Artifact]:

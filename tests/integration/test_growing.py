@@ -10,9 +10,11 @@ from btm_cluster.display import show_run
 from btm_cluster.driver import step_error
 from btm_cluster.errors import FoundationError, StepError, UserError
 from btm_cluster.plan import Plan
+from btm_cluster.report import CALIBRATED_ENSEMBLE, PAPER_ENSEMBLE, SEED, TRANSFORMER_LM, verdict
 from btm_cluster.run import run_plan
 from btm_cluster.upkeep.removal import rollback
 from tests.conftest import DOMAINS, in_process, made_up_documents, write_jsonl
+from tests.integration.conftest import GrownForest
 
 
 def test_a_run_grows_an_expert_for_each_domain_and_running_it_again_makes_nothing(plan: Plan) -> None:
@@ -150,3 +152,21 @@ def test_a_text_that_fills_no_block_is_not_advised_shorter_blocks_where_a_forest
         with pytest.raises(UserError, match="fills no block") as refused:
             prepare(plan, in_process(plan))
         assert refused.value.remedy == remedy
+
+
+def test_a_real_forests_verdict_has_every_system_on_every_text(grown: GrownForest) -> None:
+    found = verdict(grown.evaluation.results)
+    systems = {row.system for row in found.rows["test"]}
+    assert {
+        SEED,
+        TRANSFORMER_LM,
+        PAPER_ENSEMBLE,
+        CALIBRATED_ENSEMBLE,
+        "average, uniform",
+        "average, posterior",
+    } <= systems
+    for row in found.rows["test"]:
+        wanted = {"kitchen", "harbour", "orchard"} | ({"market"} if row.system != "the domain's own expert" else set())
+        assert set(row.cells) == wanted
+    best = {text: row.cells[text].perplexity for row in found.rows["test"] for text in row.cells if row.system == SEED}
+    assert all(1 < perplexity < 320 for perplexity in best.values())

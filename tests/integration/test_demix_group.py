@@ -21,7 +21,7 @@ from btm_cluster.requests import TrainRequest
 from btm_cluster.steps.train import train
 from btm_cluster.study.controls import seeded_demix_request
 from tests.conftest import DOMAINS, TARGETS, in_process, plan_fields
-from tests.unit.test_training import Undisturbed
+from tests.integration.test_training import Undisturbed
 
 
 def demix_fields(texts: dict[str, Path], store: Path, domains: int) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def test_groups_of_ranks_train_the_demix_of_one_process(texts: dict[str, Path], 
         train(request, driver.ledger, Undisturbed())
         alone[domains, is_seeded] = request, parts_of(request, driver.ledger)
     made = subprocess.run(
-        [sys.executable, "-m", "tests.unit.train_in_groups"],
+        [sys.executable, "-m", "tests.integration.train_in_groups"],
         input=json.dumps([*jobs, *resized]),
         text=True,
         capture_output=True,

@@ -2,7 +2,7 @@
 
 Grown in this process: a seed, three experts, a Transformer-LM, a DEMix, a domain that is added from the average, and the
 verdict. Weights are compared bit for bit on the machine kind that wrote them, rows of the verdict within rounding anywhere.
-`python -m tests.unit.test_golden` writes `golden.json` anew: say in the commit why the numbers changed.
+`python -m tests.integration.test_golden` writes `golden.json` anew: say in the commit why the numbers changed.
 """
 
 import json

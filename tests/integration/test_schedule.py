@@ -10,7 +10,7 @@ from btm_cluster.language_model.optimizer import learning_rate_at
 from btm_cluster.requests import TrainRequest
 from btm_cluster.steps.stored import open_blocks
 from btm_cluster.steps.training_run import spec_of
-from tests.unit.conftest import Prepared
+from tests.integration.conftest import Prepared
 
 BUDGETS = [(12, 1), (12, 0), (100, 8), (80_000, 6_400), (7, 7), (1, 0)]
 

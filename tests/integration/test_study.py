@@ -52,8 +52,8 @@ from btm_cluster.study.results import read_results, results_of, write_results
 from btm_cluster.study.run import Study, run_study, train_repeat
 from btm_cluster.workers import Control, Outcome
 from tests.conftest import DOMAINS, in_process, plan_fields
+from tests.integration.test_milestones import overtrained_fields
 from tests.made import origin
-from tests.unit.test_milestones import overtrained_fields
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from btm_cluster.evaluation.scoring import score_models, scored_split
 from btm_cluster.ground import PreparedText
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.scores import BLOCKS_AT_ONCE, ScoreStack
+from tests.integration.conftest import GrownForest
 from tests.made import origin
-from tests.unit.conftest import GrownForest
 
 POSTERIORS = [
     Posterior("full"),
