@@ -89,9 +89,12 @@ class RayWorkers:
         at_once = self._cluster.concurrent_experts or len(requests)
 
         def may_start(request: StepRequest) -> bool:
-            return (
-                STEPS[type(request)].runs_in != "trainer" or sum(one.is_training for one in running.values()) < at_once
-            )
+            if not isinstance(request, TrainRequest):
+                return True
+            trainings = [one for one in running.values() if isinstance(one.batch[0], TrainRequest)]
+            # Ray may place the later of two: a rival is submitted once every expert before it has its place.
+            queued = [one.batch[0].priority for one in trainings if one.state.phase == "queued"]
+            return len(trainings) < at_once and all((number or 0) >= request.priority for number in queued)
 
         try:
             while pending or running:
@@ -186,11 +189,9 @@ class RayWorkers:
             return None
 
         def is_its_score(request: StepRequest) -> bool:
-            return (
-                isinstance(request, ScoreRequest)
-                and request.model == trained.ref
-                and bool(request.how.gpus_per_worker) == bool(trained.how.gpus_per_worker)
-            )
+            if not isinstance(request, ScoreRequest) or request.model != trained.ref:
+                return False
+            return bundle(request.how) == bundle(trained.how)  # a larger group would be held for no use
 
         batch = pending.next_batch(is_its_score)
         if not batch:
