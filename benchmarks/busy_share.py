@@ -22,7 +22,7 @@ GPU_SECONDS = 0.1
 CPU_SECONDS = 0.5
 IDLE = "ray::IDLE"
 Readings: TypeAlias = list[tuple[float, float]]
-"""What was read at which time, in seconds since the epoch, in the order of time."""
+"""Readings of a meter by time, in seconds since the epoch, ascending."""
 
 
 def mean_between(readings: Readings, begin: float, end: float) -> float | None:
@@ -181,7 +181,7 @@ class CpuMeter:
         return max(0.0, self._machine - sum(process.cpu_seconds for process in self._seen.values()))
 
     def share(self, begin: float, end: float) -> float:
-        """Of the time of all cores."""
+        """Share of the time of all cores."""
         return used_between(self.readings, begin, end) / ((end - begin) * (psutil.cpu_count() or 1))
 
     def _poll(self) -> None:

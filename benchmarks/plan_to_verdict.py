@@ -49,7 +49,7 @@ class Tree:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run came to. Seconds count from the start of the command."""
+    """The timeline and shares of one run. Seconds count from the start of the command."""
 
     tree: str
     commit: str

@@ -48,7 +48,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Comparer:
-    """What is compared: single models by system, and ensembles. The first ensemble is the forest, whose experts get rows too."""
+    """Single models by system, and ensembles, to be compared. The first ensemble is the forest, whose experts get rows too."""
 
     ground: Ground
     single: Mapping[System, Ref]

@@ -52,7 +52,7 @@ class Evaluation:
 
     results: tuple[SplitResult, ...]
     fits: Mapping[str, Mapping[MixingMethod, Fitted]]
-    """Of the experts alone, by text."""
+    """Fits of the experts alone, by text and method."""
     averages: Mapping[str, Ref]
     milestones: Milestones | None
     """The Transformer-LM's."""

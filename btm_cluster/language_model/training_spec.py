@@ -43,7 +43,7 @@ class TrainingSpec:
     """One feed-forward per text in every layer."""
     compute: Compute
     divergence_remedy: str
-    """What its user can change where the loss is not finite: part of that error's message."""
+    """The remedy in the error message where the loss is not finite."""
 
     @property
     def blocks_per_update(self) -> int:

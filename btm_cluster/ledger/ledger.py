@@ -115,7 +115,7 @@ class Ledger:
             list(pool.map(lambda item: self._check_blob_stands(*item), blobs.values()))
 
     def tombstone(self, ref: Ref) -> Document | None:
-        """What is left of a text or model that was purged; None where none was."""
+        """The tombstone of a purged text or model; None where it was not purged."""
         return self.tombstones.find(ref)
 
     def check_not_purged(self, ref: Ref, remedy: str = OTHER_TEXT) -> None:

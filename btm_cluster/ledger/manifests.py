@@ -2,10 +2,13 @@
 
 from collections.abc import Iterable
 
+from btm_cluster.errors import StoreError
 from btm_cluster.ledger.artifact import Artifact, Blob, Ref, check_artifact
 from btm_cluster.ledger.documents import Documents, at_once, check_fields, known_form
 from btm_cluster.ledger.keys import list_ours
 from btm_cluster.storage import Entry, Storage
+
+_FIELDS = {"kind", "identity", "recipe", "inputs", "parts", "facts", "blobs"}
 
 
 def list_manifests(storage: Storage) -> list[Entry]:
@@ -23,9 +26,15 @@ def read_manifest(documents: Documents, key: str) -> Artifact | None:
     document = documents.read(key)
     if document is None:
         return None
+    if document.body.keys() == _FIELDS - {"inputs", "parts"}:
+        raise StoreError(
+            f"{key} was written by an earlier version of btm_cluster, whose stores are not read any more",
+            found="a manifest that does not name what it was made from",
+            remedy="grow the forest anew in another `store`, or use the version that wrote this one",
+        )
     with known_form(key):
         body = document.body
-        check_fields(body, {"kind", "identity", "recipe", "inputs", "parts", "facts", "blobs"})
+        check_fields(body, _FIELDS)
         blobs = tuple(Blob(**{**blob, "chunks": tuple(blob["chunks"])}) for blob in body["blobs"])
         inputs = {role: tuple(map(Ref.parse, refs)) for role, refs in body["inputs"].items()}
         parts = tuple(map(Ref.parse, body["parts"]))

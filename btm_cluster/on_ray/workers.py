@@ -14,6 +14,7 @@ import ray
 import ray.util.state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from btm_cluster.errors import UserError
 from btm_cluster.ledger import Ledger
 from btm_cluster.on_ray.cluster import has_room
 from btm_cluster.on_ray.failures import LOG_LINES, failure_of
@@ -125,6 +126,9 @@ class RayWorkers:
                         _end(finished)
                 if not any(isinstance(one.batch[0], AverageRequest) for one in running.values()):
                     self._end_merger()
+        except (UserError, GeneratorExit):  # a mistake, met here or by whoever asked, costs no training
+            self._stop_all(list(running.values()))
+            raise
         finally:
             for one in running.values():
                 _end(one)

@@ -19,6 +19,7 @@ import torch
 from btm_cluster.algorithm import grow, prepare, train_seed
 from btm_cluster.driver import Driver
 from btm_cluster.equations.learned_gate import fit_gate_for_all, tune_gate
+from btm_cluster.errors import UserError
 from btm_cluster.evaluation.evaluate import forest_ensemble
 from btm_cluster.evaluation.fitting import fit_request, for_all_requests, mix_request
 from btm_cluster.evaluation.scoring import score_models, stack_of
@@ -29,6 +30,8 @@ from btm_cluster.ledger import Ref
 from btm_cluster.mixing import fit_mixing, one_thread_each, shared_mixing
 from btm_cluster.on_ray.lazily import LazyRayWorkers
 from btm_cluster.plan import Plan
+from btm_cluster.recipes import seed_request
+from btm_cluster.workers import Progress
 from tests.conftest import DOMAINS, in_process
 from tests.end_to_end.conftest import BIN, REPOSITORY, Btm, _wait_for, experts_in, plain
 
@@ -126,6 +129,30 @@ def test_a_run_that_is_stopped_and_then_killed_resumes_to_the_very_same_forest(
     assert last.exit_code() == 0, last.said
     assert experts_in(store) == plain(undisturbed)
     assert not list((store / "training").rglob("*.json"))
+
+
+def test_a_users_mistake_in_another_step_costs_a_training_nothing(
+    connect: Callable[..., LazyRayWorkers], fields: dict[str, Any]
+) -> None:
+    plan = Plan.model_validate(fields)
+    seed = seed_request(prepare(plan, driver := in_process(plan)))
+    endless = replace(seed, training=seed.training.model_copy(update={"updates": 2_000_000}), last_update=1_000_000)
+    told: list[Progress] = []
+
+    def watch(progress: Progress) -> None:
+        if progress.phase == "training":
+            told.append(progress)
+            if len(told) == 2:
+                raise UserError("a mistake in another step")
+
+    with (
+        connect(driver.ledger, watch, threading.Event()) as workers,
+        pytest.raises(UserError, match="in another step"),
+    ):
+        list(workers.run([endless]))
+    saved = driver.ledger.latest_training(endless.ref.identity)
+    assert saved is not None
+    assert saved.recipe["update"] >= told[1].update > 0
 
 
 def test_scores_are_mixed_in_the_cluster_as_their_fits_say(

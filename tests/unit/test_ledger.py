@@ -345,6 +345,17 @@ def test_a_manifest_whose_recipe_is_not_the_one_that_its_identity_is_the_hash_of
     assert refused.value.remedy
 
 
+def test_a_manifest_of_an_earlier_version_is_refused_in_one_sentence_with_what_to_do(
+    ledger: Ledger, store: Path, tmp_path: Path
+) -> None:
+    commit(ledger, tmp_path, {"w": b"weights"})
+    rewritten(manifest_of(store), lambda whole: [whole["body"].pop(field) for field in ("inputs", "parts")])
+    with pytest.raises(StoreError, match="an earlier version of btm_cluster") as refused:
+        ledger.find(MODEL)
+    assert not isinstance(refused.value, IntegrityError), "nobody may drop it as damaged"
+    assert "another `store`" in refused.value.remedy
+
+
 def test_a_manifest_with_other_inputs_than_its_identity_is_the_hash_of_is_refused(
     ledger: Ledger, store: Path, tmp_path: Path
 ) -> None:
