@@ -107,7 +107,7 @@ def _arguments() -> argparse.Namespace:
     of_corpus.add_argument("--model-size", choices=MODEL_SIZES, default="3m")
     of_corpus.add_argument("--blocks", type=int, default=32, help="of each domain in an update")
     of_corpus.add_argument("--seed-share", type=float, default=0.75)
-    of_corpus.add_argument("--seed-gpus", type=int, help="1, or 0 on a machine without a GPU")
+    of_corpus.add_argument("--seed-gpus", type=float, help="a part of one, or 0 without a GPU")
     of_corpus.add_argument("--gpus-per-expert", type=float, help="a part of one for each domain, or 0 without a GPU")
     return parser.parse_args()
 
@@ -118,10 +118,10 @@ def _plan(arguments: argparse.Namespace, scratch: Path) -> tuple[dict[str, Any],
         return yaml.safe_load(arguments.plan.read_text(encoding="utf-8")), Path.cwd()
     if arguments.corpus:
         gpus = 0 if gpu_meter() is None else 1
-        if arguments.seed_gpus is None:
-            arguments.seed_gpus = gpus
+        if arguments.seed_gpus is None:  # beside it the Transformer-LM, and all experts at once
+            arguments.seed_gpus = 0.3 * gpus
         if arguments.gpus_per_expert is None:
-            arguments.gpus_per_expert = gpus * (10_000 // arguments.domains) / 10_000
+            arguments.gpus_per_expert = gpus * (4_000 // arguments.domains) / 10_000
         return corpus_plan(arguments), Path.cwd()
     started = time.monotonic()
     command = [sys.executable, str(ROOT / "jobs/quickstart_text.py"), "forests/quickstart-text"]

@@ -70,8 +70,10 @@ def grow(plan: Plan, driver: Driver, alongside: Alongside = lambda *_: ()) -> Gr
     Seed, experts and rivals are asked for together, and each starts once its inputs are there. The forest is merged as soon as its
     experts are done, whatever the rivals and the steps `alongside` still do.
     """
-    ground = prepare(plan, driver)
-    seed, forest = seed_request(ground), driver.ledger.log.newest()
+    ground, forest = read(plan, driver), driver.ledger.log.newest()
+    seed = seed_request(ground)
+    driver.get_ready([] if forest else [seed])
+    tokenize(ground, driver)
     branches = branch(ground, forest, driver)
     rivals, impossible = rivals_to_train(ground, driver.ledger)
     follow = alongside(ground, forest_to_come(ground, forest, branches), rivals)
@@ -105,6 +107,13 @@ def forest_to_come(ground: Ground, forest: Forest | None, branches: Sequence[Tra
 
 def prepare(plan: Plan, driver: Driver) -> Ground:
     """Texts to documents, documents to token blocks, and the configuration that all models share."""
+    ground = read(plan, driver)
+    tokenize(ground, driver)
+    return ground
+
+
+def read(plan: Plan, driver: Driver) -> Ground:
+    """Texts to documents. From here on all is known that is made of them."""
     forest = driver.ledger.log.newest()
     plan = without_withdrawn(plan, forest)
     requests = read_requests(plan)
@@ -115,13 +124,33 @@ def prepare(plan: Plan, driver: Driver) -> Ground:
         check_foundation(bare, forest, driver.ledger)
     if model[1] is not None:  # it needs no text, and may turn out to be unusable
         driver.require([tokenizer_request(plan, ()), seed_request(bare)])
-    read = driver.require(requests)
-    memos = {text.name: memo for text, memo in zip(plan.texts, read, strict=True)}
+    memos = {text.name: memo for text, memo in zip(plan.texts, driver.require(requests), strict=True)}
     ground = ground_of(plan, memos, model, driver.ledger)
     if forest is not None:  # what does not fit is refused before anything is made
         check_texts(ground, forest, driver.ledger)
-    _tokenize(ground, forest is not None, driver)
     return ground
+
+
+def tokenize(ground: Ground, driver: Driver) -> None:
+    """Documents to token blocks.
+
+    Raises:
+        TextError: a text has no block of a split.
+    """
+    is_founded = driver.ledger.log.newest() is not None
+    requests = block_requests(ground)
+    _, *tokenized = driver.require([tokenizer_request(ground.plan, ground.founders), *requests])
+    blocks: dict[tuple[str, str], int] = {}
+    for request, artifact in zip(requests, tokenized, strict=True):
+        key = (request.label, request.split)
+        blocks[key] = blocks.get(key, 0) + artifact.facts["blocks"]
+    for (name, split), count in blocks.items():
+        if count == 0:
+            raise TextError(
+                f"the {split} text of {name!r} fills no block",
+                expected=f"at least {requests[0].block_tokens} tokens",
+                remedy="give it more text" + ("" if is_founded else ", or lower `training.block_tokens`"),
+            )
 
 
 def train_seed(ground: Ground, driver: Driver) -> Forest:
@@ -249,22 +278,6 @@ def rivals_to_train(ground: Ground, ledger: Ledger) -> tuple[list[TrainRequest],
         for request in lost
     ]
     return [request for request in asked if request not in lost], impossible
-
-
-def _tokenize(ground: Ground, is_founded: bool, driver: Driver) -> None:
-    requests = block_requests(ground)
-    _, *tokenized = driver.require([tokenizer_request(ground.plan, ground.founders), *requests])
-    blocks: dict[tuple[str, str], int] = {}
-    for request, artifact in zip(requests, tokenized, strict=True):
-        key = (request.label, request.split)
-        blocks[key] = blocks.get(key, 0) + artifact.facts["blocks"]
-    for (name, split), count in blocks.items():
-        if count == 0:
-            raise TextError(
-                f"the {split} text of {name!r} fills no block",
-                expected=f"at least {requests[0].block_tokens} tokens",
-                remedy="give it more text" + ("" if is_founded else ", or lower `training.block_tokens`"),
-            )
 
 
 def averaged_starts(ground: Ground, experts: Ensemble, new: Sequence[PreparedText], driver: Driver) -> list[Start]:

@@ -86,6 +86,12 @@ class Driver:
     def _resumed(self, request: StepRequest) -> StepRequest:
         return resumed(request, self.ledger, self.new_resources) if isinstance(request, TrainRequest) else request
 
+    def get_ready(self, trainings: Sequence[TrainRequest]) -> None:
+        """Tells the workers what will be asked for after the next call, as far as it is still to be made."""
+        made = find_made(trainings, self.ledger)
+        lacking = [request for request, one in zip(trainings, made, strict=True) if one is None]
+        self.workers.get_ready([resumed(request, self.ledger, self.new_resources) for request in lacking])
+
     def obtain(self, requests: Sequence[StepRequest]) -> list[Outcome]:
         """An outcome for each request, in order. A request made twice runs once."""
         outcomes = {request.ref: outcome for request, outcome in self.run(requests)}

@@ -90,6 +90,9 @@ class DryRun:
         self.hidden: set[Ref] = set()
         """Artifacts whose identity hangs on a text that is not read yet."""
 
+    def get_ready(self, trainings: Sequence[TrainRequest]) -> None:
+        """Nothing: there is no other process."""
+
     def run(self, requests: Sequence[StepRequest]) -> Generator[tuple[StepRequest, Outcome], None, None]:
         pending = Pending(requests)
         while batch := pending.next_batch():

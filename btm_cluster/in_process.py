@@ -48,6 +48,9 @@ class InProcess:
                 node = {"CPU": float(usable_cpus()), "GPU": float(usable)}
                 raise no_room(ask, "this machine", [node], "run it on one that has them")
 
+    def get_ready(self, trainings: Sequence[TrainRequest]) -> None:
+        """Nothing: there is no other process."""
+
     def run(self, requests: Sequence[StepRequest]) -> Generator[tuple[StepRequest, Outcome], None, None]:
         self.check_room([ask_of(request) for request in requests if isinstance(request, TrainRequest)])
         pending = Pending(requests)

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from btm_cluster.ledger import Ref
-from btm_cluster.requests import StepRequest
+from btm_cluster.requests import AverageRequest, ScoreRequest, StepRequest, TrainRequest
 from btm_cluster.workers import Failure, Outcome
 
 
@@ -16,20 +16,47 @@ class Pending:
         self._requests = {request.ref: request for request in requests}
         self._place = {request.ref: number for number, request in enumerate(requests)}
         # Whoever is asked for an artifact by name makes it, and not whoever passes it on the way to another.
-        makers = {made: request.ref for request in requests for made in request.makes}
-        makers |= {ref: ref for ref in self._requests}
-        self._inputs: dict[Ref, set[Ref]] = {}
-        """What each request waits for: other requests of the call."""
+        self._makers = {made: request.ref for request in requests for made in request.makes}
+        self._makers |= {ref: ref for ref in self._requests}
+        self._finished: set[Ref] = set()
         self._followers: defaultdict[Ref, list[Ref]] = defaultdict(list)
         for ref, request in self._requests.items():
-            self._inputs[ref] = {makers[need] for need in request.needs if makers.get(need, ref) != ref}
-            for maker in self._inputs[ref]:
+            for maker in self.awaited(request):
                 self._followers[maker].append(ref)
-        self._ready = [ref for ref in self._requests if not self._inputs[ref]]
+        self._ready = [ref for ref, request in self._requests.items() if not self.awaited(request)]
         """In the order in which they were asked for."""
 
     def __len__(self) -> int:
         return len(self._requests)
+
+    @property
+    def trainings(self) -> list[TrainRequest]:
+        """The trainings that have not started, the forest's before its rivals'."""
+        trainings = [request for request in self._requests.values() if isinstance(request, TrainRequest)]
+        return sorted(trainings, key=lambda request: request.priority)
+
+    @property
+    def averages(self) -> list[AverageRequest]:
+        """The averages that have not started."""
+        return [request for request in self._requests.values() if isinstance(request, AverageRequest)]
+
+    @property
+    def models_to_score(self) -> int:
+        """How many models have scores that have not started."""
+        return len({request.model for request in self._requests.values() if isinstance(request, ScoreRequest)})
+
+    def awaited(self, request: StepRequest) -> set[Ref]:
+        """The unfinished requests of this call that make what a request needs, whether it is of this call or not."""
+        makers = {self._makers[need] for need in request.needs if need in self._makers}
+        return makers - self._finished - {request.ref}
+
+    def awaited_in_turn(self, request: StepRequest) -> set[Ref]:
+        """The unfinished requests that must be done before a request can start: what it awaits, what that awaits, and so on."""
+        found, fresh = set[Ref](), self.awaited(request)
+        while fresh:
+            found |= fresh
+            fresh = {ref for one in fresh if one in self._requests for ref in self.awaited(self._requests[one])} - found
+        return found
 
     def next_batch(self, may_start: Callable[[StepRequest], bool] = lambda _: True) -> list[StepRequest]:
         """The first request that may start and whose inputs are there, with the others that one process should do with it.
@@ -61,6 +88,7 @@ class Pending:
 
     def finish(self, request: StepRequest, outcome: Outcome) -> list[tuple[StepRequest, Failure]]:
         """Notes an outcome. The requests that can never start because of it, each with its failure."""
+        self._finished.add(request.ref)
         failed: list[tuple[StepRequest, Failure]] = []
         for follower in self._followers[request.ref]:
             other = self._requests.get(follower)
@@ -72,7 +100,6 @@ class Pending:
                 failure = Failure(other.label, 0, "not started", cause, outcome.has_diverged)
                 failed += [(other, failure), *self.finish(other, failure)]
                 continue
-            self._inputs[follower].discard(request.ref)
-            if not self._inputs[follower]:
+            if not self.awaited(other):
                 insort(self._ready, follower, key=self._place.__getitem__)
         return failed

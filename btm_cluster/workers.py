@@ -1,4 +1,4 @@
-"""The port between the driver and the workers: one method, and the records that come back.
+"""The port between the driver and the workers: what is asked for, and the records that come back.
 
 `requests/` has what is asked. `on_ray/` and `in_process.py` implement the port.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from btm_cluster.ledger import Artifact
-from btm_cluster.requests import StepRequest
+from btm_cluster.requests import StepRequest, TrainRequest
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,9 @@ Watcher: TypeAlias = Callable[[Progress], None]
 
 class Workers(Protocol):
     """Runs steps, wherever that is."""
+
+    def get_ready(self, trainings: Sequence[TrainRequest]) -> None:
+        """Announces trainings of a later call than the next one: their processes may start before."""
 
     def run(self, requests: Sequence[StepRequest]) -> Generator[tuple[StepRequest, Outcome], None, None]:
         """Runs the requests, all distinct, and yields each with its outcome as it finishes; none cancels another.

@@ -6,15 +6,14 @@ from transformers import PreTrainedModel
 
 
 class NextTokenLoss(torch.nn.Module):
-    """Summed negative log-likelihood of blocks [B, T], each read after the tokenizer's first token."""
+    """Summed negative log-likelihood of blocks [B, T], given what was read before each of their tokens (`read_after`)."""
 
-    def __init__(self, model: PreTrainedModel, first_token: int) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.first_token = first_token
 
-    def forward(self, blocks_BT: torch.Tensor) -> torch.Tensor:
-        logits = self.model(input_ids=read_after(blocks_BT, self.first_token), use_cache=False).logits
+    def forward(self, read_BT: torch.Tensor, blocks_BT: torch.Tensor) -> torch.Tensor:
+        logits = self.model(input_ids=read_BT, use_cache=False).logits
         return functional.cross_entropy(logits.flatten(0, 1).float(), blocks_BT.flatten(), reduction="sum")
 
 

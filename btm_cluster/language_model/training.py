@@ -7,23 +7,16 @@ killed continues at the exact update; on CPU, with the same threads, bit for bit
 
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from btm_cluster.errors import DivergedError, Stopped
-from btm_cluster.language_model.batches import blocks_of_update, split_into_micro_batches
-from btm_cluster.language_model.compute import autocast
-from btm_cluster.language_model.demix_group import DemixGroup
-from btm_cluster.language_model.loss import NextTokenLoss
-from btm_cluster.language_model.model import has_dropout
-from btm_cluster.language_model.optimizer import learning_rate_at
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.training_spec import TrainingSpec
 from btm_cluster.language_model.training_state import TrainingState
+from btm_cluster.language_model.update import Updates
 
 REPORT_SECONDS = 1.0
 AGREE_EVERY = 8
@@ -92,22 +85,16 @@ class _TrainLoop:
 
     def __init__(self, spec: TrainingSpec, state: TrainingState, callbacks: TrainingCallbacks) -> None:
         self.spec, self.state, self.callbacks = spec, state, callbacks
-        self.device = spec.compute.device
-        self.group = ProcessGroup.joined(self.device)
-        self.demix: DemixGroup | None = None
-        if state.share is not None and self.group.world > 1:
-            self.demix = DemixGroup(state.model, state.share)
-        self.has_dropout = has_dropout(state.model)
-        self.forward = self._wrap(NextTokenLoss(state.model, spec.first_token))
-        self.loss = torch.zeros((), device=self.device)
+        self.group = ProcessGroup.joined(spec.compute.device)
+        self.updates = Updates(spec, state, self.group)
+        self.loss = torch.zeros((), device=spec.compute.device)
         self.pace = _Pace()
 
     def run(self) -> None:
         spec, state = self.spec, self.state
-        state.model.train()
         while state.update < spec.last_update:
             must_save = self._stop_or_save()
-            self.loss = self._one_update()
+            self.loss = self.updates.make()
             state.update += 1
             self.pace.tokens += spec.tokens_per_update
             if self.pace.is_report_due() or state.update == spec.last_update:
@@ -118,56 +105,6 @@ class _TrainLoop:
                 self._check_finite(weights=True)
                 self.callbacks.passed_milestone(state)
         self._check_finite(weights=True)
-
-    # One update
-
-    def _one_update(self) -> torch.Tensor:
-        """One optimiser step; returns this rank's mean loss per token, still on the device."""
-        spec, optimizer = self.spec, self.state.optimizer
-        self._seed_dropout()
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = learning_rate_at(self.state.update, spec)
-        blocks = self._blocks()
-        micro_batches = split_into_micro_batches(blocks, spec.compute.micro_batch_blocks, self.state.share)
-        total = torch.zeros((), device=self.device)
-        for i, micro_batch in enumerate(micro_batches):
-            with self._gradients_shared(after=i == len(micro_batches) - 1):
-                with autocast(self.device, spec.compute.precision):
-                    loss = self.forward(micro_batch)
-                # DDP averages over ranks; the loss is a sum over all of them
-                (loss * (self.group.world / spec.tokens_per_update)).backward()
-            total += loss.detach()
-        norm = self._clip_gradients()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        # A gradient that is not finite spoils the weights under a finite loss: it spoils the loss that is reported too.
-        return total / blocks.numel() + 0.0 * norm
-
-    def _seed_dropout(self) -> None:
-        """Seeds dropout for each update anew, so that a resumed training draws the same."""
-        if self.has_dropout:
-            torch.manual_seed(hash((self.spec.training.random_seed, self.state.update, self.group.rank)) % 2**63)
-
-    def _blocks(self) -> torch.Tensor:
-        blocks = blocks_of_update(self.spec, self.state.update, self.group, self.state.share)
-        if self.device.type == "cuda":
-            return blocks.pin_memory().to(self.device, non_blocking=True)
-        return blocks
-
-    def _gradients_shared(self, after: bool) -> AbstractContextManager[Any]:
-        """Context of a backward pass: ranks share gradients only after the last one of an update."""
-        if after or self.group.world == 1:
-            return nullcontext()
-        no_sync: AbstractContextManager[Any] = self.forward.no_sync()  # type: ignore[operator]
-        return no_sync
-
-    def _clip_gradients(self) -> torch.Tensor:
-        largest = self.spec.training.gradient_clip
-        if self.demix is not None:
-            return self.demix.clip_gradients(largest)
-        return torch.nn.utils.clip_grad_norm_(self.state.model.parameters(), largest)
-
-    # Between updates
 
     def _stop_or_save(self) -> bool:
         """Saves and raises where a callback asked to stop; returns whether to save after this update.
@@ -210,22 +147,3 @@ class _TrainLoop:
         """Whether the loss, or the weights where asked, are not finite on any rank: all ranks get the same answer."""
         spoiled = not math.isfinite(self.loss.item()) or (weights and not self.state.has_finite_weights())
         return any(self.group.any(spoiled))
-
-    # Set-up
-
-    def _wrap(self, loss: NextTokenLoss) -> torch.nn.Module:
-        """Makes the loss data parallel, and compiled, where it is to be."""
-        wrapped: torch.nn.Module = loss
-        if self.demix is not None:
-            self.demix.hide_from(loss)
-        if self.group.world > 1:
-            wrapped = DistributedDataParallel(loss, device_ids=[self.device] if self.device.type == "cuda" else None)
-        if self.spec.compute.compile:
-            wrapped.compile(dynamic=False, mode="reduce-overhead" if self._fits_a_graph() else None)
-        return wrapped
-
-    def _fits_a_graph(self) -> bool:
-        """Whether an update can replay CUDA graphs: alone, and in one forward pass, since a second one would overwrite
-        the gradients that the first left in the graph's memory. Small experts are bound by launches: twice as fast."""
-        is_one_pass = self.spec.blocks_per_update <= self.spec.compute.micro_batch_blocks
-        return self.device.type == "cuda" and self.group.world == 1 and is_one_pass

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from btm_cluster.checks import check_compiler
 from btm_cluster.plan import ClusterPlan
-from btm_cluster.requests import Resources, StepRequest
+from btm_cluster.requests import Resources, StepRequest, TrainRequest
 from btm_cluster.room import Ask
 from btm_cluster.workers import Outcome, Watcher
 
@@ -59,6 +59,10 @@ class LazyRayWorkers:
             if self._address is None:
                 check_compiler(asks)
             self._connected().check_room(asks)
+
+    def get_ready(self, trainings: Sequence[TrainRequest]) -> None:
+        if trainings:
+            self._connected().get_ready(trainings)
 
     def run(self, requests: Sequence[StepRequest]) -> Generator[tuple[StepRequest, Outcome], None, None]:
         return self._connected().run(requests)

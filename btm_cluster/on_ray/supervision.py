@@ -11,6 +11,8 @@ from btm_cluster.workers import Progress
 
 STARTING = "starting"
 """Phase that a training reports first in each attempt, before its turn to load has come."""
+WARMING_UP = "warming up"
+"""Phase of a training whose process was started before its inputs are there."""
 LOADING = "loading"
 """Phase that a training reports once its turn has come."""
 

@@ -7,6 +7,7 @@ training goes on from its last checkpoint in the store.
 
 import gc
 import hashlib
+import logging
 import os
 import threading
 import uuid
@@ -22,12 +23,14 @@ from ray.train.torch import TorchTrainer
 from btm_cluster.errors import BtmError, Stopped, TrainingError, UserError
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.on_ray.progress import Process, RayControl, StopPoll
-from btm_cluster.on_ray.supervision import LOADING, STARTING
+from btm_cluster.on_ray.supervision import LOADING, STARTING, WARMING_UP
 from btm_cluster.requests import Resources, ScoreRequest, TrainRequest
 from btm_cluster.room import bundle
 from btm_cluster.steps.registry import run_batch
 from btm_cluster.storage.scratch import scratch_folder
 from btm_cluster.workers import Progress
+
+log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -62,8 +65,19 @@ class Trainer:
             raise TrainingError(f"{request.label}: Ray Train ended without a model", found=str(result))
         return [result.return_value]
 
+    def warm_up(self, request: TrainRequest, board: Any) -> None:
+        """Gets this process ready to train, before its inputs are there. A fault is left for the training to meet."""
+        board.enter.remote(request.label, Process.this())
+        RayControl(board, lambda: False).report(Progress(request.label, WARMING_UP))
+        from btm_cluster.steps.warm_up import warm_up
+
+        try:
+            warm_up(request)
+        except Exception:
+            log.warning("%s: its process could not be warmed up", request.label, exc_info=True)
+
     def score(self, batch: Sequence[ScoreRequest], store: str, board: Any) -> list[Artifact]:
-        """Scores texts under the model that this process has trained: it need not start and load anew for that."""
+        """Scores texts under a model, first of all the one that this process has trained: it need not start anew for that."""
         gc.collect()
         torch.cuda.empty_cache()  # of what training held
         with RayControl(board, lambda: False) as control:
@@ -110,14 +124,14 @@ def trainer_options(request: TrainRequest, store: str, retries: int) -> dict[str
     """Options of the actor: its name in the dashboard, what it holds, how often it is restarted."""
     alone = request.how.workers == 1
     held = bundle(request.how) if alone else {"CPU": 0.0}
-    threads = str(request.how.cpus_per_worker)
     return {
         "name": trainer_name(request, store),
         "num_cpus": held["CPU"],
         "num_gpus": held.get("GPU", 0.0),
         "max_restarts": retries,
         "max_task_retries": -1,  # one is spent on each call while a lost node is not yet known to be lost; restarts are the limit
-        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads} if alone else _train_variables()},
+        # Without an environment of its own the actor gets a process that Ray has ready.
+        "runtime_env": {} if alone else {"env_vars": _train_variables()},
     }
 
 

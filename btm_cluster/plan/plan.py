@@ -155,8 +155,9 @@ class ClusterPlan(Section):
     """How the work is done. Nothing here is part of an identity."""
 
     rules: ClassVar = plan_rules.cluster_rules
-    seed_gpus: Whole = 0
-    """GPUs of the seed's and the Transformer-LM's group; 0 trains on CPU."""
+    seed_gpus: Real = 0
+    """GPUs of the seed's and the Transformer-LM's group; 0 trains on CPU. A fraction leaves room on the GPU for experts, whose
+    processes then start while the seed is trained."""
     gpus_per_expert: Real = 0
     """GPUs of an expert's group. A fraction lets several experts share a GPU."""
     seed_cpus: Positive = 2

@@ -179,10 +179,11 @@ def merging_rules(given: Given) -> Iterator[Broken]:
 
 def cluster_rules(given: Given) -> Iterator[Broken]:
     """Groups of several GPUs have whole ones."""
-    gpus = _numbers(given, gpus_per_expert=0)
-    if gpus and gpus[0] > 1 and gpus[0] % 1:
-        found, remedy = f"{gpus[0]:g}", "round it, or give a fraction below 1 to share a GPU"
-        yield Broken("gpus_per_expert", found, "a whole number above 1: a group's GPUs are whole", remedy)
+    for name in ("seed_gpus", "gpus_per_expert"):
+        gpus = _numbers(given, **{name: 0})
+        if gpus and gpus[0] > 1 and gpus[0] % 1:
+            found, remedy = f"{gpus[0]:g}", "round it, or give a fraction below 1 to share a GPU"
+            yield Broken(name, found, "a whole number above 1: a group's GPUs are whole", remedy)
 
 
 def plan_rules(given: Given) -> Iterator[Broken]:

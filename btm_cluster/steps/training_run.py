@@ -59,9 +59,7 @@ def run_training(
         DivergedError: the loss is not finite; the last training checkpoint is kept.
     """
     spec = spec_of(request, texts, first_token)
-    spec.compute.set_up()
-    if spec.compute.compile:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(node_cache().folder_for_code()))
+    set_up(spec.compute)
     group = ProcessGroup.joined(spec.compute.device)
     state, source, passed_over = restore(request, spec, ledger, group)
     checkpoints = TrainingCheckpoints(ledger, request, request.label, passed_over)
@@ -73,6 +71,13 @@ def run_training(
     finally:
         checkpoints.close()
     return run.trained(request.role, state)
+
+
+def set_up(compute: Compute) -> None:
+    """Sets torch's settings of this process; to be called before a model is built."""
+    compute.set_up()
+    if compute.compile:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(node_cache().folder_for_code()))
 
 
 def spec_of(request: TrainRequest, texts: Sequence[Blocks], first_token: int) -> TrainingSpec:

@@ -20,7 +20,7 @@ from btm_cluster.language_model.demix import (
     dense_part,
     split_feed_forwards,
 )
-from btm_cluster.language_model.loss import NextTokenLoss
+from btm_cluster.language_model.loss import NextTokenLoss, read_after
 from btm_cluster.language_model.model import load_model
 from btm_cluster.language_model.scoring import score_tokens
 from btm_cluster.ledger import Artifact, Ledger, Named
@@ -101,13 +101,19 @@ def random_blocks(domains: int) -> torch.Tensor:
     return torch.randint(64, (3 * domains, 8), generator=torch.Generator().manual_seed(4))
 
 
+def loss_of(model: PreTrainedModel, blocks: torch.Tensor) -> torch.Tensor:
+    """Summed loss of blocks, each read after token 0."""
+    loss: torch.Tensor = NextTokenLoss(model)(read_after(blocks, 0), blocks)
+    return loss
+
+
 @CONFIGS
 def test_a_feed_forward_learns_from_its_domain_alone_and_all_else_from_every_domain(config: dict[str, Any]) -> None:
     models, blocks = dense_models(config, 2), random_blocks(2)
     demix = demix_of(config, models)
-    whole = NextTokenLoss(demix, 0)(blocks)
+    whole = loss_of(demix, blocks)
     whole.backward()
-    losses = [NextTokenLoss(model, 0)(blocks[3 * d : 3 * d + 3]) for d, model in enumerate(models)]
+    losses = [loss_of(model, blocks[3 * d : 3 * d + 3]) for d, model in enumerate(models)]
     sum(losses, torch.tensor(0.0)).backward()
     torch.testing.assert_close(whole, losses[0] + losses[1])
     parts = [dict(model.named_parameters()) for model in models]
@@ -157,11 +163,11 @@ def test_a_demix_compiles_in_one_graph_under_bfloat16() -> None:
     config, blocks = GPT2 | {"n_layer": 1}, random_blocks(2)
     found = []
     for compiles in (False, True):
-        loss = NextTokenLoss(demix_of(config, dense_models(config, 2)), 0)
+        loss = NextTokenLoss(demix_of(config, dense_models(config, 2)))
         if compiles:
             loss.compile(backend="aot_eager", fullgraph=True, dynamic=False)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            value = loss(blocks)
+            value = loss(read_after(blocks, 0), blocks)
         value.backward()
         found.append((value, {name: p.grad for name, p in loss.named_parameters()}))
     torch.testing.assert_close(found[1], found[0], rtol=2e-2, atol=2e-2)

@@ -20,7 +20,7 @@ from btm_cluster.algorithm import prepare
 from btm_cluster.driver import resumed
 from btm_cluster.errors import Stopped, TrainingError
 from btm_cluster.language_model import training
-from btm_cluster.language_model.loss import NextTokenLoss
+from btm_cluster.language_model.loss import NextTokenLoss, read_after
 from btm_cluster.language_model.model import build_model
 from btm_cluster.language_model.optimizer import build_optimizer
 from btm_cluster.language_model.training_state import TrainingState, write_state
@@ -570,7 +570,7 @@ def test_a_parameter_that_never_had_a_gradient_has_no_moments_and_is_no_trouble(
 
     trained, again = fresh(0), fresh(1)
     unused = trained.model.get_parameter("transformer.wpe.weight").requires_grad_(False)
-    NextTokenLoss(trained.model, 0)(torch.arange(32)[None]).backward()
+    NextTokenLoss(trained.model)(read_after(tokens := torch.arange(32)[None], 0), tokens).backward()
     trained.optimizer.step()
     stored = ledger.commit(origin("model", {}), write_state(trained, tmp_path, with_optimizer=True), {})
     load_stored(again, 1, ledger, stored, keep_optimizer=True)

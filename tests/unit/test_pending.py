@@ -132,3 +132,19 @@ def test_what_came_to_nothing_is_taken_again_in_its_place() -> None:
     assert names(pending.next_batch()) == ["first"]
     pending.put_back(first)
     assert all_ready(pending) == [["first"], ["second"]]
+
+
+def test_what_a_request_awaits_is_unfinished_and_named_by_who_makes_it() -> None:
+    text, seed = Made("text"), Made("seed")
+    average = Made("average", (seed,))
+    expert, later = Made("expert", (average, text)), Made("later", (seed,))
+    pending = Pending([text, seed, average, expert])
+    assert pending.awaited(expert) == {average.ref, text.ref}
+    assert pending.awaited_in_turn(expert) == {average.ref, text.ref, seed.ref}
+    assert pending.awaited(later) == {seed.ref}, "of another call, which needs what this one makes"
+    for request in iter(pending.next_batch, []):
+        pending.finish(request[0], DONE)
+        if request[0] is seed:
+            break
+    assert pending.awaited_in_turn(expert) == {average.ref}
+    assert pending.awaited(later) == set()

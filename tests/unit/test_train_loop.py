@@ -23,6 +23,7 @@ from btm_cluster.language_model.training_state import (
     load_state,
     write_state,
 )
+from btm_cluster.language_model.update import Updates
 from btm_cluster.plan import TrainingPlan
 
 CPU = torch.device("cpu")
@@ -128,3 +129,13 @@ def test_a_spoiled_state_is_neither_saved_nor_a_milestone_and_the_error_has_the_
         train(endless, state, callbacks)
     assert failed.value.remedy == "train more calmly"
     assert {call for call, _ in callbacks.calls} == {"report"}
+
+
+def test_trying_an_update_out_leaves_the_state_as_it_was(spec: TrainingSpec) -> None:
+    tried, untouched = build_state(spec, ALONE), build_state(spec, ALONE)
+    blocks_of_nothing = replace(spec, texts=tuple(TextBlocks(text.identity, Blocks([])) for text in spec.texts))
+    Updates(blocks_of_nothing, tried, ALONE).try_out()
+    for state in (tried, untouched):
+        train(spec, state, Recorded(state))
+    torch.testing.assert_close(dict(tried.weights()), dict(untouched.weights()), rtol=0, atol=0)
+    torch.testing.assert_close(dict(tried.moments()), dict(untouched.moments()), rtol=0, atol=0)

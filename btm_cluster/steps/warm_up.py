@@ -1,0 +1,28 @@
+"""Gets a process ready to train, before there is anything to train on."""
+
+import gc
+
+import torch
+
+from btm_cluster.language_model.blocks import Blocks
+from btm_cluster.language_model.process_group import ProcessGroup
+from btm_cluster.language_model.training_state import build_state
+from btm_cluster.language_model.update import Updates
+from btm_cluster.requests import TrainRequest
+from btm_cluster.steps.training_run import set_up, spec_of
+
+
+def warm_up(request: TrainRequest) -> None:
+    """Imports all that a training needs, opens its GPU, and compiles its passes by made-up blocks.
+
+    The training then finds them compiled, since torch keeps what it has compiled for any model of the same shape. It changes
+    no result.
+    """
+    if not request.how.gpus_per_worker or request.pretrained is not None:
+        return
+    spec = spec_of(request, [Blocks([])] * len(request.texts), first_token=0)
+    set_up(spec.compute)
+    group = ProcessGroup.joined(spec.compute.device)
+    Updates(spec, build_state(spec, group), group).try_out()
+    gc.collect()
+    torch.cuda.empty_cache()
