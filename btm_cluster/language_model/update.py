@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from btm_cluster.language_model.attention import leave_causal_masks_out
 from btm_cluster.language_model.batches import blocks_of_update, split_into_micro_batches
 from btm_cluster.language_model.compute import autocast
 from btm_cluster.language_model.demix_group import DemixGroup
@@ -105,6 +106,7 @@ class Updates:
         if self.group.world > 1:
             wrapped = DistributedDataParallel(loss, device_ids=[self.device] if self.device.type == "cuda" else None)
         if self.spec.compute.compile:
+            leave_causal_masks_out(self.state.model)
             wrapped.compile(dynamic=False, mode="reduce-overhead" if self._fits_a_graph() else None)
         return wrapped
 

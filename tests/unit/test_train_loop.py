@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from btm_cluster.errors import DivergedError, Stopped
 from btm_cluster.language_model import training
+from btm_cluster.language_model.attention import leave_causal_masks_out
 from btm_cluster.language_model.blocks import Blocks
 from btm_cluster.language_model.compute import Compute
 from btm_cluster.language_model.process_group import ProcessGroup
@@ -30,6 +32,8 @@ CPU = torch.device("cpu")
 ALONE = ProcessGroup(0, 1, CPU)
 MODEL = {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 8, "vocab_size": 64}
 MODEL |= {"resid_pdrop": 0.1, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None}
+SMALL = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 64}
+SMALL |= {"num_key_value_heads": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -139,3 +143,32 @@ def test_trying_an_update_out_leaves_the_state_as_it_was(spec: TrainingSpec) -> 
         train(spec, state, Recorded(state))
     torch.testing.assert_close(dict(tried.weights()), dict(untouched.weights()), rtol=0, atol=0)
     torch.testing.assert_close(dict(tried.moments()), dict(untouched.moments()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "masks"),
+    [
+        (MODEL | {"resid_pdrop": 0.0}, 0),
+        ({"model_type": "llama", **SMALL}, 0),
+        ({"model_type": "mistral", "sliding_window": 9, **SMALL}, 0),
+        ({"model_type": "mistral", "sliding_window": 4, **SMALL}, 2),
+    ],
+    ids=["gpt2", "llama", "window-of-more-than-a-block", "window-within-a-block"],
+)
+def test_a_compiled_model_attends_without_a_mask_where_that_is_the_same(config: dict[str, Any], masks: int) -> None:
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa").eval()
+    tokens = torch.randint(64, (2, 8))
+    expected = plain(input_ids=tokens, use_cache=False).logits
+    leave_causal_masks_out(plain)
+    masked: list[bool] = []
+
+    def look(graph: torch.fx.GraphModule, _: Any) -> Any:
+        attend = torch.nn.functional.scaled_dot_product_attention
+        calls = [node for node in graph.graph.nodes if node.target is attend]
+        masked.extend(node.kwargs.get("attn_mask") is not None for node in calls)
+        return graph.forward
+
+    compiled = torch.compile(plain, backend=look, fullgraph=True, dynamic=False)
+    torch.testing.assert_close(compiled(input_ids=tokens, use_cache=False).logits, expected)
+    assert (len(masked), sum(masked)) == (2, masks)
