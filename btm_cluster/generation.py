@@ -13,8 +13,12 @@ from btm_cluster.evaluation.evaluate import planned_ensemble
 from btm_cluster.evaluation.fitting import fit_for
 from btm_cluster.evaluation.systems import planned_method
 from btm_cluster.ground import PreparedText
-from btm_cluster.language_model.ensemble import Ensemble, Sampling, reads_on_as_it_scores
+from btm_cluster.language_model.engine import EnsembleEngine
+from btm_cluster.language_model.engine_opening import EngineSettings
 from btm_cluster.language_model.model import load_model
+from btm_cluster.language_model.prompts import Prompt, check_length
+from btm_cluster.language_model.sampling import Sampling, check_sampling
+from btm_cluster.language_model.tokenizer import TextTokenizer
 from btm_cluster.ledger import Ledger, Ref
 from btm_cluster.mixing import Mixing
 from btm_cluster.plan import Plan
@@ -46,10 +50,7 @@ def check_generate_call(most_tokens: int, sampling: Sampling) -> None:
     """
     if most_tokens < 1:
         raise UserError("--tokens is too small", found=str(most_tokens), expected="at least 1")
-    if not 0 <= sampling.temperature < float("inf"):
-        raise UserError("--temperature is out of range", found=f"{sampling.temperature:g}", expected="at least 0")
-    if not 0 < sampling.top_p <= 1:
-        raise UserError("--top-p is out of range", found=f"{sampling.top_p:g}", expected="above 0, at most 1")
+    check_sampling(sampling)
 
 
 def generate(
@@ -71,25 +72,13 @@ def generate(
         raise UserError(f"{target!r} was taken out of the forest", remedy=TAKEN_OUT)
     tokenizer = open_tokenizer(driver.ledger, grown.ground.tokenizer)
     read = tokenizer.encode(prompt)
-    room = plan.training.block_tokens - len(read)
-    if room < 1:
-        raise UserError(
-            "the prompt is too long",
-            found=f"{len(read)} tokens",
-            expected=f"fewer than {plan.training.block_tokens}: the forest reads no further back than a block",
-            remedy="give its end alone",
-        )
+    check_length(read, plan.training.block_tokens - 1, plan.training.block_tokens)
     models, gate = _models_and_gate(grown, text, driver)
-    ensemble = open_ensemble(
-        driver.ledger, list(models.values()), gate, tokenizer.first_token, read, plan.training.block_tokens
-    )
-    written, trust_E = [], torch.zeros(len(models), dtype=torch.float64)
-    for token in ensemble.write(min(most_tokens, room), tokenizer.end_of_text, tokenizer.vocabulary, sampling):
-        written.append(token)
-        trust_E += ensemble.log_weights().exp()
-    trust_E = trust_E / max(1, len(written))
-    added = tokenizer.decode_continuation(read, written)
-    return Generated(added, len(written), dict(zip(models, trust_E.tolist(), strict=True)))
+    engine = open_engine(driver.ledger, list(models.values()), gate, tokenizer, plan.training.block_tokens)
+    written = engine.generate([Prompt(read, most_tokens, sampling)])[0]
+    assert written.text is not None, "the engine has a tokenizer"
+    trust = dict(zip(models, written.mean_weights(len(models)), strict=True))
+    return Generated(written.text, len(written.tokens), trust)
 
 
 def _models_and_gate(grown: Grown, text: PreparedText | None, driver: Driver) -> tuple[dict[str, Ref], Gate]:
@@ -104,13 +93,23 @@ def _models_and_gate(grown: Grown, text: PreparedText | None, driver: Driver) ->
     return dict(ensemble.models[j] for j in kept), replace(fit, log_prior_E=fit.log_prior_E[kept])
 
 
-def open_ensemble(
-    ledger: Ledger, models: Sequence[Ref], gate: Gate, first_token: int, read: Sequence[int], block_tokens: int
-) -> Ensemble:
-    """Several models of one architecture loaded as one, which has read a text and predicts as their scores say."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def open_engine(
+    ledger: Ledger, models: Sequence[Ref], gate: Gate, tokenizer: TextTokenizer, block_tokens: int
+) -> EnsembleEngine:
+    """Several models of one architecture loaded as one, which writes one text at a time, as their scores say.
+
+    On a GPU where there is one, in float32: the ensemble that writes is then the one that was measured.
+
+    Raises:
+        UserError: the device has too little memory.
+    """
     found = [ledger.get(model) for model in models]
     loaded = [load_model(open_config(ledger, one), ledger.open_file(one, "model.safetensors")) for one in found]
-    on_device = [model.to(device) for model in loaded]
-    anew = None if reads_on_as_it_scores(on_device[0], block_tokens) else block_tokens
-    return Ensemble(on_device, gate, first_token, read, anew)
+    settings = EngineSettings(
+        first_token=tokenizer.first_token,
+        vocabulary=tokenizer.vocabulary,
+        block_tokens=block_tokens,
+        end_of_text=tokenizer.end_of_text,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    return EnsembleEngine(loaded, gate, settings, tokenizer.decode_continuation)

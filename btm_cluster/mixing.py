@@ -15,6 +15,7 @@ import torch
 from btm_cluster.equations.calibration import calibrate
 from btm_cluster.equations.mixture import log_mixture
 from btm_cluster.equations.posterior import Kind, Posterior, PriorKind, keep_top, log_posterior, log_prior
+from btm_cluster.equations.running import RunningGate, running_posterior
 from btm_cluster.plan import MergingPlan
 
 FULL = Posterior("full")
@@ -33,6 +34,10 @@ class Mixing:
     def log_weights(self, logp_EBT: torch.Tensor, entropy_EBT: torch.Tensor | None = None) -> torch.Tensor:  # noqa: ARG002
         """As a gate gives them: log p(D=j | x_<t), [E, B, T]."""
         return log_posterior(logp_EBT, self.log_prior_E, self.posterior)
+
+    def running(self) -> RunningGate:
+        """The same weights, token by token."""
+        return running_posterior(self.log_prior_E, self.posterior)
 
 
 def cross_fitted_perplexity(logp_EBT: torch.Tensor, mask_BT: torch.Tensor, merging: MergingPlan) -> float:

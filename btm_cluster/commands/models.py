@@ -55,7 +55,7 @@ def generate(
     check_own_modules()
     from btm_cluster.generation import check_generate_call
     from btm_cluster.generation import generate as generate_text
-    from btm_cluster.language_model.ensemble import Sampling
+    from btm_cluster.language_model.sampling import Sampling
 
     sampling = Sampling(temperature, top_p, random_seed)
     check_generate_call(tokens, sampling)

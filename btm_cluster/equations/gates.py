@@ -16,6 +16,7 @@ import torch
 
 from btm_cluster.equations.calibration import minimise
 from btm_cluster.equations.posterior import discounted_sums, uniform_prior
+from btm_cluster.equations.running import RunningFixedShare, RunningGate, RunningSums
 
 DISCOUNTS = (0.0, 0.5, 0.8, 0.9, 0.97, 0.99, 1.0)
 """γ of `fit_discounts`: from the last token alone to the whole prefix."""
@@ -40,6 +41,9 @@ class Gate(Protocol):
         `entropy_EBT` is each expert's entropy in nats of its prediction of token t, which is known before t is seen.
         """
 
+    def running(self) -> RunningGate:
+        """The same weights, token by token."""
+
 
 @dataclass(frozen=True)
 class FixedShare:
@@ -56,8 +60,7 @@ class FixedShare:
     def log_weights(self, logp_EBT: torch.Tensor, entropy_EBT: torch.Tensor | None = None) -> torch.Tensor:  # noqa: ARG002
         """log Σ over all paths of experts that end in j at t, of the path's prior times its likelihood; normalised."""
         prior_EB = self.log_prior_E[:, None].expand(logp_EBT.shape[:2])
-        log_stay = math.log1p(-self.switching_rate) if self.switching_rate < 1 else -math.inf
-        log_switch = math.log(self.switching_rate) if self.switching_rate > 0 else -math.inf
+        log_stay, log_switch = self._log_rates()
         weights_EBT = torch.empty_like(logp_EBT)
         now_EB = torch.log_softmax(prior_EB, dim=0)
         for t in range(logp_EBT.shape[-1]):
@@ -65,6 +68,15 @@ class FixedShare:
             seen_EB = torch.log_softmax(now_EB + logp_EBT[..., t] / self.temperature, dim=0)
             now_EB = torch.logaddexp(log_stay + seen_EB, log_switch + prior_EB)
         return weights_EBT
+
+    def running(self) -> RunningGate:
+        """The same weights, token by token."""
+        return RunningFixedShare(self.log_prior_E.double(), *self._log_rates(), self.temperature)
+
+    def _log_rates(self) -> tuple[float, float]:
+        """log(1 - α) and log α."""
+        log_stay = math.log1p(-self.switching_rate) if self.switching_rate < 1 else -math.inf
+        return log_stay, math.log(self.switching_rate) if self.switching_rate > 0 else -math.inf
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,11 @@ class Discounts:
         sums_GEBT = discounted_sums(logp_EBT, self.discounts)
         evidence_EBT = torch.einsum("g,gebt->ebt", self.weights_G.to(logp_EBT), sums_GEBT)
         return torch.log_softmax(self.log_prior_E[:, None, None] + evidence_EBT, dim=0)
+
+    def running(self) -> RunningGate:
+        """The same weights, token by token."""
+        discounts_G = torch.tensor(self.discounts, dtype=torch.float64)
+        return RunningSums(self.log_prior_E.double(), discounts_G, self.weights_G.double())
 
 
 def log_gated_mixture(gate: Gate, logp_EBT: torch.Tensor, entropy_EBT: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,10 @@
 """A gate that is trained: a small network looks at what each expert has shown so far and says how much to trust it now.
 
-It sees, for each expert and token, the expert's discounted evidence and entropies relative to its siblings', the entropy
-of the prediction it is about to make, and whether it has lately been more surprised than it expected to be. The network is
-the same for every expert, so that a gate fitted on some texts ("one for all") serves other texts and other forests; a bias
-for each expert is fitted where a text has development blocks of its own, from scratch or from a gate for all, and then all weights.
+The network is the same for every expert, so that a gate fitted on some texts ("one for all") serves other texts and other
+forests; a bias for each expert is fitted where a text has development blocks of its own, from scratch or from a gate for all,
+and then all weights.
 
-F features of an expert, C of its siblings' mean, H hidden units, N tokens of all blocks, beside the letters of the package.
+F features of an expert (gate_features.py), H hidden units, N tokens of all blocks, beside the letters of the package.
 """
 
 import math
@@ -16,8 +15,10 @@ import torch
 from torch.nn import functional
 
 from btm_cluster.equations.calibration import minimise
-from btm_cluster.equations.gates import DISCOUNTS, FIT_TOKENS, take_evenly
-from btm_cluster.equations.posterior import discounted_sums
+from btm_cluster.equations.gate_features import features
+from btm_cluster.equations.gates import FIT_TOKENS, take_evenly
+from btm_cluster.equations.running import RunningGate
+from btm_cluster.equations.running_network import RunningNetwork
 
 HIDDEN = 16
 BATCH_TOKENS = 2048
@@ -77,6 +78,10 @@ class LearnedGate:
         scores_EN = self.scores(features(logp_EBT, entropy_EBT, everything_BT))
         return torch.log_softmax(scores_EN.to(logp_EBT.dtype), dim=0).view_as(logp_EBT)
 
+    def running(self) -> RunningGate:
+        """The same weights, token by token."""
+        return RunningNetwork(**vars(self))
+
     def scores(self, features_F: torch.Tensor) -> torch.Tensor:
         """A number for each expert, from features [E, …, F]: [E, …]."""
         scaled_F = (features_F - self.center_F) / self.scale_F
@@ -85,39 +90,6 @@ class LearnedGate:
         if self.bias_E is not None:
             scores_E = scores_E + self.bias_E.view(-1, *[1] * (scores_E.dim() - 1))
         return scores_E
-
-
-def features(logp_EBT: torch.Tensor, entropy_EBT: torch.Tensor, taken_BT: torch.Tensor) -> torch.Tensor:
-    """What is known of each expert before the taken tokens are seen: float32 [E, N, F]. All of the block, none of the future.
-
-    Sums of n tokens are divided by √n, so that noise has the same size under every discount.
-    """
-    counts_GT = discounted_sums(torch.ones(1, 1, logp_EBT.shape[-1]), DISCOUNTS)[:, 0, 0].clamp(min=1)
-    counts_GN = counts_GT[:, None].expand(-1, *taken_BT.shape)[:, taken_BT]
-    roots_GN = counts_GN.sqrt()[:, None]
-    logp_EBT, entropy_EBT = logp_EBT.float(), entropy_EBT.float()
-    evidence_GEN = discounted_sums(logp_EBT, DISCOUNTS)[:, :, taken_BT] / roots_GN
-    expected_GEN = discounted_sums(entropy_EBT, DISCOUNTS)[:, :, taken_BT] / roots_GN
-    entropy_EN = entropy_EBT[:, taken_BT]
-    surprise_GEN = (-evidence_GEN - expected_GEN)[2:]  # of a token or two it is mostly chance
-    own = [
-        *_apart(evidence_GEN),
-        *_apart(expected_GEN[1:]),
-        *_apart(surprise_GEN),
-        *_apart(entropy_EN[None]),
-    ]
-    shared = [
-        *(evidence_GEN[:5] / roots_GN[:5]).mean(1, keepdim=True).expand_as(evidence_GEN[:5]),
-        *surprise_GEN[-3:].mean(1, keepdim=True).expand_as(surprise_GEN[-3:]),
-        entropy_EN.mean(0, keepdim=True).expand_as(entropy_EN),
-        _apart(entropy_EN[None])[0].abs().mean(0, keepdim=True).expand_as(entropy_EN),
-        counts_GN[-1].log().expand_as(entropy_EN),
-    ]
-    return torch.stack([*own, *shared], dim=-1)
-
-
-def _apart(values_GEN: torch.Tensor) -> torch.Tensor:
-    return values_GEN - values_GEN.mean(1, keepdim=True)
 
 
 @dataclass(frozen=True)

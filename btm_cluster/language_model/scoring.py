@@ -68,15 +68,20 @@ def score_tokens(
     """log p(x_t | x_<t) of each token of blocks [B, T], and the entropy of the prediction it was: both float32 [B, T]."""
     with autocast(device_of(how.gpus_per_worker), how.precision):
         logits = model(input_ids=read_after(blocks_BT, first_token), use_cache=False).logits
-    tokens_N = blocks_BT.flatten()
-    logp_N, entropy_N = (torch.empty(len(tokens_N), device=logits.device) for _ in range(2))
-    at_once = max(1, LOGITS_AT_ONCE[logits.device.type] // logits.shape[-1])
+    logp_N, entropy_N = said_of(logits.flatten(0, 1), blocks_BT.flatten())
+    return logp_N.view_as(blocks_BT), entropy_N.view_as(blocks_BT)
+
+
+def said_of(logits_NV: torch.Tensor, tokens_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The log-probability of each token under its logits, and the entropy of the prediction it was: both float32 [N]."""
+    logp_N, entropy_N = (torch.empty(len(tokens_N), device=logits_NV.device) for _ in range(2))
+    at_once = max(1, LOGITS_AT_ONCE[logits_NV.device.type] // logits_NV.shape[-1])
     for start in range(0, len(tokens_N), at_once):
         part = slice(start, start + at_once)
-        logp_NV = torch.log_softmax(logits.flatten(0, 1)[part].float(), dim=-1)
+        logp_NV = torch.log_softmax(logits_NV[part].float(), dim=-1)
         logp_N[part] = logp_NV.gather(1, tokens_N[part, None])[:, 0]
         entropy_N[part] = _entropy(logp_NV)
-    return logp_N.view_as(blocks_BT), entropy_N.view_as(blocks_BT)
+    return logp_N, entropy_N
 
 
 def _entropy(logp_NV: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from btm_cluster.expansion.inbox import look
 from btm_cluster.forest import Expert, Forest, Foundation
 from btm_cluster.generation import generate
 from btm_cluster.in_process import InProcess, LocalControl
-from btm_cluster.language_model.ensemble import Sampling
+from btm_cluster.language_model.sampling import Sampling
 from btm_cluster.language_model.sources import read_documents
 from btm_cluster.ledger import Ledger
 from btm_cluster.merged_model import write_merged_model

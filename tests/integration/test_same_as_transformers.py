@@ -15,16 +15,17 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from btm_cluster.equations.mixture import log_mixture
 from btm_cluster.equations.posterior import Posterior
 from btm_cluster.errors import PlanError, UserError
 from btm_cluster.ground import model_config
 from btm_cluster.language_model.averaging import average_files
 from btm_cluster.language_model.blocks import Blocks, pack_blocks
-from btm_cluster.language_model.ensemble import Ensemble, reads_on_as_it_scores
+from btm_cluster.language_model.engine import EnsembleEngine
+from btm_cluster.language_model.engine_opening import EngineSettings
 from btm_cluster.language_model.model import load_model
 from btm_cluster.language_model.model_import import import_model
 from btm_cluster.language_model.pretrained import pretrained_config, pretrained_model
+from btm_cluster.language_model.prompts import Prompt
 from btm_cluster.language_model.scoring import score_blocks
 from btm_cluster.language_model.tokenizer import TextTokenizer, open_pretrained_tokenizer
 from btm_cluster.ledger import Ref
@@ -90,6 +91,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     ),
     "rwkv": {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32, "context_length": 64},
 }
+
+NOT_BY_ROWS = ("mamba", "mamba2", "jamba", "rwkv", "bamba", "phi3 longrope")
+"""They remember by more than attention, or predict by the length of what is read at once."""
 
 
 def save_tokenizer(folder: Path, begins: bool) -> None:
@@ -171,32 +175,25 @@ def test_a_model_scores_and_writes_here_as_in_transformers(kind: str, tmp_path: 
     files = score_blocks(ours, Blocks([tmp_path / "tokens.npy"]), tokenizer.first_token, HOW, tmp_path)
     scores = np.load(files["logp.npy"])
     np.testing.assert_allclose(scores, by_transformers(theirs, blocks, tokenizer.first_token), atol=1e-4)
-    # And what it writes has the probability that it scores, wherever the prompt ends.
+    # And what it writes has the probability that it scores, wherever the prompt ends, whatever is written beside it.
     alone, block = Mixing(torch.zeros(1, dtype=torch.float64), Posterior("full")), blocks[0].tolist()
-    anew = None if reads_on_as_it_scores(ours, BLOCK_TOKENS) else BLOCK_TOKENS
-    for prompt in (0, 1, 2 * WINDOW + 3):
-        ensemble = Ensemble([ours], alone, tokenizer.first_token, block[:prompt], anew)
-        written = []
-        for token in block[prompt:]:
-            written.append(float(ensemble.log_probs()[token]))
-            if len(written) < len(block) - prompt:
-                ensemble.read([token])
-        np.testing.assert_allclose(written, scores[0, prompt:], atol=1e-4)
-
-
-def test_an_ensemble_that_reads_on_in_pieces_weighs_its_models_as_one_that_scores(tmp_path: Path) -> None:
-    """Of Mamba, several tokens after a cache has begun are computed from an empty state by transformers."""
-    experts = [save_model(tmp_path / str(n), "mamba", **ARCHITECTURES["mamba"]) for n in range(2)]
-    with torch.no_grad():
-        for parameter in experts[1].parameters():
-            parameter.mul_(1.3)
-    block, prior_E = list(range(2, 32)), torch.tensor([0.6, 0.4], dtype=torch.float64).log()
-    logp_EBT = torch.stack([torch.from_numpy(by_transformers(m, np.array([block]), 0)) for m in experts])
-    expected_T = log_mixture(logp_EBT, prior_E, Posterior("full"))[0]
-    ensemble = Ensemble(experts, Mixing(prior_E, Posterior("full")), 0, block[:9])
-    for piece in (block[9:14], block[14:15], block[15:28]):
-        ensemble.read(piece)
-    torch.testing.assert_close(ensemble.log_probs()[block[28]], expected_T[28], rtol=1e-5, atol=1e-5)
+    settings = EngineSettings(tokenizer.first_token, 320, BLOCK_TOKENS, rows=3)
+    engine = EnsembleEngine([ours], alone, settings)
+    assert (engine.way == "rows") == (kind not in NOT_BY_ROWS)
+    prompts = (0, 1, 2 * WINDOW + 3)
+    rows = engine.admit([Prompt(block[:prompt], BLOCK_TOKENS) for prompt in prompts])
+    written: dict[int, list[float]] = {row: [] for row in rows}
+    for n in range(BLOCK_TOKENS):
+        forced = {
+            row: block[prompt + n] for row, prompt in zip(rows, prompts, strict=True) if prompt + n < BLOCK_TOKENS
+        }
+        for row, token in forced.items():
+            written[row].append(float(engine.log_probs(row)[token]))
+        assert engine.step(forced).keys() == forced.keys()
+    for row, prompt in zip(rows, prompts, strict=True):
+        np.testing.assert_allclose(written[row], scores[0, prompt:], atol=1e-4)
+    for found in (*engine.score([block]), *engine.score([block[:5], block[:-1], block])[2:]):
+        np.testing.assert_allclose(found.logp_T, scores[0], atol=1e-4)
 
 
 def change(folder: Path, **fields: Any) -> None:

@@ -1,0 +1,97 @@
+"""Puts models on a device for an engine: in a precision, and read in the fastest way that predicts as scoring does."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from btm_cluster.errors import UserError
+from btm_cluster.language_model.decoding import Decoder, ReaderDecoder, RowBuffers, reads_on_as_it_scores
+from btm_cluster.language_model.row_cache import RowCacheDecoder, reads_rows_as_it_scores
+
+log = logging.getLogger(__name__)
+Way = Literal["rows", "readers", "anew"]
+"""How experts read on: all rows at once (row_cache.py); each row alone, from transformers' own cache; or each block anew."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine is for."""
+
+    first_token: int
+    """Read before every text: the tokenizer's."""
+    vocabulary: int
+    """Tokens that the tokenizer has: only these are drawn."""
+    block_tokens: int
+    """Most tokens of prompt and continuation together."""
+    end_of_text: int | None = None
+    """The token that ends a text; without one, it never ends by itself."""
+    rows: int = 1
+    """Sequences at once, at most."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of weights, keys and values. Log-probabilities and mixtures are float32, weights of experts float64."""
+    device: str = "cpu"
+    way: Way | None = None
+    """By default the fastest that the architecture is served by."""
+    captures: bool = True
+    """Whether steps are captured as CUDA graphs."""
+
+
+@torch.inference_mode()
+def open_decoder(models: Sequence[PreTrainedModel], settings: EngineSettings) -> tuple[Decoder, Way]:
+    """Moves models to the device and says how they read on.
+
+    Raises:
+        UserError: the device has too little memory; the message says how much a row and the weights take.
+    """
+    device = torch.device(settings.device)
+    try:
+        first = models[0].to(device).eval()
+        way = settings.way or fastest_way(first, settings.block_tokens)
+        placed = [in_precision(model.eval(), settings.precision).to(device) for model in models]
+        nothing = placed[0](input_ids=torch.tensor([[settings.first_token]], device=device), use_cache=False).logits
+        buffers = RowBuffers.on(device, len(placed), settings.rows, nothing.shape[-1], nothing.dtype)
+        if way == "rows":
+            decoder = RowCacheDecoder(placed, buffers, settings.block_tokens, settings.captures)
+            decoder.read([[settings.first_token]], [[0]])  # takes the memory
+            return decoder, way
+        return ReaderDecoder(placed, buffers, settings.block_tokens if way == "anew" else None), way
+    except torch.OutOfMemoryError as exc:
+        raise _too_little_memory(models, settings) from exc
+
+
+def fastest_way(model: PreTrainedModel, block_tokens: int) -> Way:
+    """How a model reads on, so that it predicts as when it reads a block at once; tried on a made-up block."""
+    if reads_rows_as_it_scores(model, block_tokens):
+        return "rows"
+    way: Way = "readers" if reads_on_as_it_scores(model, block_tokens) else "anew"
+    log.info("%s is continued row by row, %s", type(model).__name__, way)
+    return way
+
+
+def in_precision(model: PreTrainedModel, precision: str) -> PreTrainedModel:
+    """A model whose parameters are in a precision, but for those that its architecture wants in float32.
+
+    Buffers stay as they are: rotary frequencies in bf16 would blur positions.
+    """
+    if precision == "float32":
+        return model
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not kept & set(name.split(".")):
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+def _too_little_memory(models: Sequence[PreTrainedModel], settings: EngineSettings) -> UserError:
+    weights = sum(parameter.nbytes for model in models for parameter in model.parameters())
+    return UserError(
+        "the models do not fit on the device",
+        found=f"{len(models)} models of {weights / 1e9:.1f} GB in all, and {settings.rows} rows of "
+        f"{settings.block_tokens} tokens",
+        expected="room for the weights, and for each row's keys and values in every model",
+        remedy="fewer rows, bfloat16, or fewer experts (merging.top_k)",
+    )
