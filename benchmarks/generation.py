@@ -217,7 +217,7 @@ class Bench:
         """Tokens per second for one prompt, and for many together. `share`: so much fewer tokens, for slow ways."""
         many = many or self.count
         engine = self.engine(precision, many, captures, way)
-        figures: dict[str, Any] = {"way": engine.way}
+        figures: dict[str, Any] = {}
         for name, count in (("1", 1), ("many", many)):
             prompts = self.prompts(count, max(4, self.new_tokens // share), **asked)
             for _ in range(2 if captures else 1):  # run, captured; and replayed from the beginning on
@@ -229,6 +229,7 @@ class Bench:
             reading, rows = self.clock(lambda prompts=prompts: engine.admit(prompts))
             for row in rows:
                 engine.release(row)
+            figures |= {"way": engine.way, "captures": engine.captures}
             figures |= {f"prompts_{name}": count, f"tokens_per_second_{name}": round(statistics.median(rates), 1)}
             figures |= {f"read_prompts_ms_{name}": round(reading * 1e3, 1), f"warm_up_s_{name}": round(first, 2)}
             print(f"  {count} prompts: {rates}", flush=True)

@@ -59,6 +59,10 @@ class Decoder(Protocol):
     buffers: RowBuffers
 
     @property
+    def captures(self) -> bool:
+        """Whether steps are captured as CUDA graphs."""
+
+    @property
     def bytes_per_row(self) -> int:
         """Of the keys and values that are kept for every row, used or not."""
 
@@ -110,6 +114,7 @@ class Reader:
 class ReaderDecoder:
     """A `Reader` for each expert and row: slow, and right for every architecture."""
 
+    captures = False
     bytes_per_row = 0
 
     def __init__(self, models: Sequence[PreTrainedModel], buffers: RowBuffers, block_tokens: int | None) -> None:

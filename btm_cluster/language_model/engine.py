@@ -79,6 +79,11 @@ class EnsembleEngine:
         """Sequences that can be admitted now."""
         return self.settings.rows - len(self._rows)
 
+    @property
+    def captures(self) -> bool:
+        """Whether its steps are, or will be, captured as CUDA graphs."""
+        return self._step.captures and self._decoder.captures
+
     def memory(self) -> dict[str, int]:
         """Bytes that are taken for good: weights, and keys and values of all rows where these are in one place."""
         weights = sum(parameter.nbytes for model in self._models for parameter in model.parameters())

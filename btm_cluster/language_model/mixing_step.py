@@ -36,10 +36,17 @@ class MixingStep:
     def __init__(
         self, form: RunningGate, buffers: RowBuffers, vocabulary: int, block_tokens: int, captures: bool
     ) -> None:
-        """`form` says how states are read and advanced; tokens from `vocabulary` on are never drawn."""
+        """`form` says how states are read and advanced, and free rows have its numbers: they take part in steps, too.
+
+        Tokens from `vocabulary` on are never drawn.
+        """
         device, (experts, rows, _) = buffers.tokens_R.device, buffers.logits_ERV.shape
         self._form, self._buffers, self._last_place = form, buffers, block_tokens - 1
-        self._state: dict[str, torch.Tensor] = {}
+        nothing_E0 = torch.zeros(experts, 0, dtype=torch.float64)
+        self._state = {
+            name: value[..., None].repeat(*[1] * value.dim(), rows).to(device)
+            for name, value in form.begin(nothing_E0, nothing_E0).items()
+        }
         self._settings = {
             "temperature": torch.ones(rows, device=device),
             "top_p": torch.ones(rows, device=device),
@@ -60,11 +67,16 @@ class MixingStep:
         self._graphs = Graphs(device, 1, captures)
 
     def begin(self, rows: Sequence[int], begun: Sequence[Begun]) -> None:
-        """Sets rows up for sequences that were read into them."""
+        """Sets rows up for sequences that were read into them.
+
+        Raises:
+            UserError: a gate whose numbers are of other shapes than the engine's.
+        """
+        for one in begun:
+            self._check(one.state)
         into = torch.tensor(rows).to(self._kept_ER.device)
-        states = {name: torch.stack([one.state[name] for one in begun], dim=-1) for name in begun[0].state}
-        for name, value in states.items():
-            self._buffer(name, value)[..., into] = value.to(into.device)
+        for name, buffer in self._state.items():
+            buffer[..., into] = torch.stack([one.state[name] for one in begun], dim=-1).to(into.device)
         sampling = [one.prompt.sampling for one in begun]
         vocabulary = self._seen_RV.shape[1]
         numbers = {
@@ -88,19 +100,21 @@ class MixingStep:
             row_N, token_N = torch.tensor(known).T.to(into.device)
             self._seen_RV[row_N, token_N] = True
 
-    def _buffer(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        rows = len(self._seen_RV)
-        if name not in self._state:
-            self._state[name] = torch.zeros(*value.shape[:-1], rows, dtype=torch.float64, device=self._kept_ER.device)
-        if self._state[name].shape[:-1] != value.shape[:-1]:
-            found, expected = list(value.shape[:-1]), list(self._state[name].shape[:-1])
-            raise UserError(
-                f"a prompt's gate does not fit the engine's: {name}",
-                found=str(found),
-                expected=str(expected),
-                remedy="weigh all prompts of one engine by the same method",
-            )
-        return self._state[name]
+    def _check(self, state: State) -> None:
+        for name, value in state.items():
+            expected = self._state[name].shape[:-1]
+            if value.shape != expected:
+                raise UserError(
+                    f"a prompt's gate does not fit the engine's: {name}",
+                    found=str(list(value.shape)),
+                    expected=str(list(expected)),
+                    remedy="weigh all prompts of one engine by the same method",
+                )
+
+    @property
+    def captures(self) -> bool:
+        """Whether steps are captured as CUDA graphs: so far none has failed."""
+        return self._graphs.captures
 
     def force(self, tokens: Mapping[int, int]) -> None:
         """Tokens that the next step takes instead of drawing, by row."""

@@ -106,6 +106,11 @@ class RowCacheDecoder:
         self._graphs = Graphs(buffers.tokens_R.device, len(models), captures)
 
     @property
+    def captures(self) -> bool:
+        """Whether steps are captured as CUDA graphs: so far none has failed."""
+        return self._graphs.captures
+
+    @property
     def bytes_per_row(self) -> int:
         """Of keys and values of all experts, once something was read."""
         layers = [layer for cache in self._caches for layer in cache.layers]

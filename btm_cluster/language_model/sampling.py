@@ -56,7 +56,8 @@ def draw(log_probs_RV: torch.Tensor, uniform_R: torch.Tensor, temperature_R: tor
     scaled_RV = log_probs_RV / temperature_R.masked_fill(is_greedy_R, 1)[:, None]
     cumulated_RV = (scaled_RV - scaled_RV.amax(-1, keepdim=True)).exp().cumsum(-1, dtype=torch.float64)
     reached_R1 = uniform_R[:, None] * cumulated_RV[:, -1:]
-    drawn_R = torch.searchsorted(cumulated_RV, reached_R1, right=True)[:, 0]
+    # Beyond the last only where a model says NaN: an index that no buffer has would end the process on a GPU.
+    drawn_R = torch.searchsorted(cumulated_RV, reached_R1, right=True)[:, 0].clamp(max=log_probs_RV.shape[1] - 1)
     return torch.where(is_greedy_R, log_probs_RV.argmax(-1), drawn_R)
 
 
@@ -77,7 +78,7 @@ def keep_likeliest(
     scaled_RV = sorted_RV / temperature_R.masked_fill(temperature_R == 0, 1)[:, None]
     share_RV = torch.softmax(scaled_RV.masked_fill(~is_kept_RV, -torch.inf), dim=-1)
     before_RV = share_RV.cumsum(-1) - share_RV
-    is_kept_RV &= before_RV < top_p_R[:, None]
+    is_kept_RV &= (before_RV < top_p_R[:, None]) | (top_p_R[:, None] == 1)  # which rounding may reach too early
     is_kept_RV = torch.zeros_like(is_kept_RV).scatter(1, order_RV, is_kept_RV)
     return log_probs_RV.masked_fill(~is_kept_RV, -torch.inf)
 

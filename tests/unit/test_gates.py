@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from btm_cluster.equations.calibration import calibrate
+from btm_cluster.equations.gate_features import features
 from btm_cluster.equations.gates import (
     DISCOUNTS,
     Discounts,
@@ -24,12 +25,12 @@ from btm_cluster.equations.gates import (
 from btm_cluster.equations.learned_gate import (
     LearnedGate,
     TextScores,
-    features,
     fit_gate,
     fit_gate_for_all,
     tune_gate,
 )
 from btm_cluster.equations.posterior import Posterior, evidence, fitted_prior, log_posterior, uniform_prior
+from btm_cluster.mixing import Mixing
 from tests.unit.test_posterior import everything, made_up_prior, made_up_scores
 
 
@@ -315,3 +316,61 @@ def test_a_single_block_which_leaves_none_to_hold_out_still_gives_a_gate() -> No
     text = made_up_text(1, random_seed=24)
     found = fit_gate([text], fits_bias=True)
     assert torch.isfinite(found.log_weights(text.logp_EBT, text.entropy_EBT)).all()
+
+
+RUNNING: list[Gate] = [
+    Mixing(made_up_prior(4, random_seed=8), Posterior("full")),
+    Mixing(made_up_prior(4, random_seed=8), Posterior("last-token")),
+    Mixing(made_up_prior(4, random_seed=8), Posterior("window", window_tokens=5)),
+    Mixing(made_up_prior(4, random_seed=8), Posterior("calibrated", discount=0.9, weight=0.4)),
+    Mixing(made_up_prior(4, random_seed=8), Posterior("full", weight=0.0)),
+    FixedShare(made_up_prior(4, random_seed=8), 0.1, 2.0),
+    FixedShare(made_up_prior(4, random_seed=8), 0.0),
+    FixedShare(made_up_prior(4, random_seed=8), 1.0),
+    Discounts(made_up_prior(4, random_seed=8), DISCOUNTS, torch.linspace(-0.1, 0.2, 7, dtype=torch.float64)),
+]
+
+
+def assert_runs_as_it_weighs(gates: list[Gate], text: TextScores) -> None:
+    """Each gate has a sequence of its own, of one batch, and reads a beginning at once and then token by token."""
+    forms = [one.running() for one in gates]
+    for first in (0, 1, 7):
+        logp_EBF, entropy_EBF = text.logp_EBT[..., :first], text.entropy_EBT[..., :first]
+        begun = [form.begin(logp_EBF[:, b], entropy_EBF[:, b]) for b, form in enumerate(forms)]
+        state = {name: torch.stack([one[name] for one in begun], dim=-1) for name in begun[0]}
+        for t in range(first, text.logp_EBT.shape[-1]):
+            logp_EB, entropy_EB = text.logp_EBT[..., t], text.entropy_EBT[..., t]
+            found_EB = forms[0].log_weights(state, entropy_EB)
+            for b, one in enumerate(gates):
+                expected_ET = one.log_weights(text.logp_EBT[:, b : b + 1], text.entropy_EBT[:, b : b + 1])[:, 0]
+                torch.testing.assert_close(found_EB[:, b], expected_ET[:, t], rtol=1e-4, atol=1e-4)
+            state |= forms[0].advance(state, logp_EB, entropy_EB)
+
+
+@pytest.mark.parametrize("one", RUNNING, ids=str)
+def test_a_gate_weighs_token_by_token_as_it_weighs_a_block(one: Gate) -> None:
+    assert_runs_as_it_weighs([one], made_up_text(1, random_seed=4, tokens=20))
+
+
+def test_gates_of_one_form_run_side_by_side_with_numbers_of_their_own(trained: LearnedGate) -> None:
+    text = made_up_text(2, random_seed=5, tokens=20)
+    other = replace(trained, linear_F=-trained.linear_F, bias_E=None)
+    assert_runs_as_it_weighs([trained, other], text)
+    assert_runs_as_it_weighs([RUNNING[0], RUNNING[3]], text)
+    assert_runs_as_it_weighs([RUNNING[5], RUNNING[6]], text)
+
+
+def test_only_bayes_rule_is_called_the_full_posterior(trained: LearnedGate) -> None:
+    full = [one for one in [*RUNNING, trained] if one.running().is_full_posterior]
+    assert full == [RUNNING[0], RUNNING[6]]
+
+
+def test_the_full_posterior_stays_exact_over_a_long_text() -> None:
+    """Sums of thousands of nats, in float32, would have moved the weights in the third digit."""
+    logp_ET = made_up_scores(3, 1, 4000, random_seed=6)[:, 0] - 2
+    form = Mixing(uniform_prior(logp_ET), Posterior("full")).running()
+    state = {name: value[..., None] for name, value in form.begin(logp_ET[:, :0], logp_ET[:, :0]).items()}
+    for t in range(4000):
+        state |= form.advance(state, logp_ET[:, t, None], logp_ET[:, t, None])
+    expected_E = torch.log_softmax(logp_ET.sum(1), dim=0)
+    torch.testing.assert_close(form.log_weights(state, logp_ET[:, :1])[:, 0], expected_E, rtol=1e-9, atol=1e-9)
