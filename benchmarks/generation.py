@@ -46,6 +46,8 @@ def main() -> None:
     import torch
     import transformers
 
+    if arguments.device == "cpu":
+        torch.set_num_threads(1)  # models that a CPU can show are too small to be spread over several
     name = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     note("setting", vars(arguments) | {"device_name": name, **versions})
