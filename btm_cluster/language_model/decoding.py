@@ -45,7 +45,7 @@ class RowBuffers:
 
 @dataclass(frozen=True)
 class ReadPrompt:
-    """How well experts predicted a prompt, on their device: float32."""
+    """How well experts predicted a prompt, on the host: float64, of float32 values."""
 
     logp_ET: torch.Tensor
     """log p_j of each token, the tokenizer's first token apart, which none predicts."""
@@ -135,7 +135,7 @@ class ReaderDecoder:
                 logits_TV = reader.read(prompt)
                 self.buffers.logits_ERV[expert, row] = logits_TV[-1]
                 said.append(said_of(logits_TV, torch.tensor([*prompt[1:], 0], device=logits_TV.device)))
-        logp_ET, entropy_ET = (torch.stack(values) for values in zip(*said, strict=True))
+        logp_ET, entropy_ET = (torch.stack(values).double().cpu() for values in zip(*said, strict=True))
         return ReadPrompt(logp_ET[:, :-1], entropy_ET)
 
     def read_on(self, rows: Sequence[int], experts: Sequence[int], longest: int) -> None:  # noqa: ARG002

@@ -108,11 +108,8 @@ class EnsembleEngine:
         for row, prompt in zip(rows, prompts, strict=True):
             rows_of.setdefault((self.settings.first_token, *prompt.tokens), []).append(row)
         read = dict(zip(rows_of, self._decoder.read(list(rows_of), list(rows_of.values())), strict=True))
-        on_host = {
-            ids: ReadPrompt(one.logp_ET.double().cpu(), one.entropy_ET.double().cpu()) for ids, one in read.items()
-        }
         begun = [
-            _begin(prompt, form, on_host[(self.settings.first_token, *prompt.tokens)])
+            _begin(prompt, form, read[(self.settings.first_token, *prompt.tokens)])
             for prompt, form in zip(prompts, forms, strict=True)
         ]
         self._step.begin(rows, begun)

@@ -140,7 +140,9 @@ class RowCacheDecoder:
             logits_BTV = self._ask(expert, model, ids_BT)
             self.buffers.logits_ERV[expert, into] = logits_BTV[sources, lasts_B[sources]]
             said.append(said_of(logits_BTV.flatten(0, 1), targets_BT.flatten()))
-        logp_EBT, entropy_EBT = (torch.stack(values).view(-1, *ids_BT.shape) for values in zip(*said, strict=True))
+        logp_EBT, entropy_EBT = (
+            torch.stack(values).view(-1, *ids_BT.shape).double().cpu() for values in zip(*said, strict=True)
+        )
         lengths = [len(prompt) for prompt in prompts]
         return [ReadPrompt(logp_EBT[:, b, : n - 1], entropy_EBT[:, b, :n]) for b, n in enumerate(lengths)]
 

@@ -85,9 +85,7 @@ def said_of(logits_NV: torch.Tensor, tokens_N: torch.Tensor) -> tuple[torch.Tens
 
 
 def _entropy(logp_NV: torch.Tensor) -> torch.Tensor:
-    """Entropies in nats: [N]. A product of rows is faster than `entr`, which is for tokens that a model rules out."""
-    probability_NV = logp_NV.exp()
-    entropy_N: torch.Tensor = -torch.linalg.vecdot(probability_NV, logp_NV)
-    if not entropy_N.isfinite().all():
-        entropy_N = torch.special.entr(probability_NV).sum(-1)  # 0 · -inf is 0 there
+    """Entropies in nats: [N]. A product of rows is faster than `entr`; the clamp makes a token that a model rules out add 0, and
+    asks a GPU nothing."""
+    entropy_N: torch.Tensor = -torch.linalg.vecdot(logp_NV.exp(), logp_NV.clamp(min=torch.finfo(logp_NV.dtype).min))
     return entropy_N

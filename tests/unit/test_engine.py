@@ -22,9 +22,10 @@ from btm_cluster.errors import UserError
 from btm_cluster.language_model.blocks import Blocks
 from btm_cluster.language_model.engine import EnsembleEngine
 from btm_cluster.language_model.engine_opening import EngineSettings, Way, in_precision
+from btm_cluster.language_model.ensemble_scoring import passes
 from btm_cluster.language_model.prompts import Prompt, Written
 from btm_cluster.language_model.sampling import Sampling
-from btm_cluster.language_model.scoring import score_blocks, score_tokens
+from btm_cluster.language_model.scoring import said_of, score_blocks, score_tokens
 from btm_cluster.mixing import Mixing
 from btm_cluster.requests import Resources
 
@@ -175,8 +176,8 @@ def test_the_likeliest_tokens_are_told_beside_what_was_written_and_what_was_scor
         assert [other for other, _ in told] == expected[-1]
         assert [logp for _, logp in told] == pytest.approx(best.values.tolist())
     scored = engine.score([TEXT[:8], TEXT[:5]], alternatives=4)
-    assert [[token for token, _ in place] for place in scored[0].alternatives[3:]] == expected
-    assert [len(one.alternatives) for one in scored] == [8, 5]
+    assert scored[0].alternatives_TK[3:].tolist() == expected
+    assert [len(one.alternatives_TK) for one in scored] == [8, 5]
 
 
 def test_rows_and_readers_write_the_same(experts: list[PreTrainedModel]) -> None:
@@ -412,12 +413,36 @@ def test_what_cannot_be_written_is_refused_and_nothing_is_admitted(
         engine.score([[*TEXT, 1]])
 
 
+@pytest.mark.parametrize(
+    ("lengths", "at_once", "most_padding", "expected"),
+    [
+        ([], 8, 8, []),
+        ([3, 9, 5], 100, 100, [[1, 2, 0]]),
+        ([3, 9, 5], 100, 9, [[1, 2], [0]]),
+        ([4, 4, 4, 4, 4], 8, 0, [[0, 1], [2, 3], [4]]),
+        ([2, 20, 20], 8, 100, [[1], [2], [0]]),
+        ([1, 2, 3, 4], 100, 0, [[3], [2], [1], [0]]),
+        ([6, 5, 4, 3, 2], 100, 3, [[0, 1, 2], [3, 4]]),
+    ],
+)
+def test_texts_of_like_lengths_are_read_together(
+    lengths: list[int], at_once: int, most_padding: int, expected: list[list[int]]
+) -> None:
+    assert passes(lengths, at_once, most_padding) == expected
+
+
 class AsksTheHost(TorchDispatchMode):
     """Refuses operations that wait for the device, or whose shapes depend on values: none can be captured in a graph."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert not any(word in str(func) for word in ("_local_scalar_dense", "nonzero", "masked_select")), func
         return func(*args, **(kwargs or {}))
+
+
+def test_experts_read_texts_one_after_the_other_without_waiting_for_the_device(experts: list[PreTrainedModel]) -> None:
+    with torch.inference_mode(), AsksTheHost():
+        for model in experts:
+            said_of(model(torch.tensor([TEXT[:6], TEXT[6:12]])).logits.flatten(0, 1), torch.tensor(TEXT[:12]))
 
 
 @pytest.mark.parametrize("gate", GATES, ids=lambda gate: type(gate).__name__)
