@@ -15,7 +15,8 @@ from btm_cluster.commands import store as store_commands
 from btm_cluster.commands.discover import discover
 from btm_cluster.commands.driving import Address, Dashboard, InProcess, Json, NewResources, PlanPath, driving
 from btm_cluster.commands.forest import open_ledger
-from btm_cluster.commands.models import generate, merge
+from btm_cluster.commands.generate import generate
+from btm_cluster.commands.models import merge
 from btm_cluster.errors import BtmError, OutputError, Stopped, UserError
 from btm_cluster.new_folder import check_folder
 from btm_cluster.output import CLOSED_PIPE, end_input, printable, safe_output

@@ -69,7 +69,7 @@ class EnsembleScorer:
             UserError: a text longer than a block, or with unknown token ids.
         """
         for text in texts:
-            check_length(text, self._settings.block_tokens, self._settings.block_tokens)
+            check_length(text, self._settings.block_tokens, self._settings.block_tokens, "the text")
             check_ids(text, self._vocabulary)
         at_once = min(READ_AT_ONCE, self._tokens_mixed_at_once()) if alternatives else READ_AT_ONCE
         lengths = [self._length(len(text)) for text in texts]

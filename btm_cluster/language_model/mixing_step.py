@@ -60,7 +60,7 @@ class MixingStep:
         self._is_forced = False
         self._seen_RV = torch.zeros(rows, vocabulary, dtype=torch.bool, device=device)
         self._alternatives = min(MOST_ALTERNATIVES, vocabulary)
-        width = 2 + experts + 2 * self._alternatives
+        width = 2 + 2 * experts + 2 * self._alternatives
         self._told_RN = torch.zeros(rows, width, dtype=torch.float64, device=device)
         self._told_host_RN = torch.zeros(rows, width, dtype=torch.float64, pin_memory=device.type == "cuda")
         self._copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -140,9 +140,11 @@ class MixingStep:
         return [self._drawn(numbers, prompt.alternatives) for numbers, prompt in zip(told, prompts, strict=True)]
 
     def _drawn(self, numbers: Sequence[float], alternatives: int) -> Drawn:
-        weights_E, rest = numbers[2 : 2 + len(self._kept_ER)], numbers[2 + len(self._kept_ER) :]
-        likeliest = zip(map(int, rest[: self._alternatives]), rest[self._alternatives :], strict=True)
-        return Drawn(int(numbers[0]), numbers[1], weights_E, list(likeliest)[:alternatives])
+        experts = len(self._kept_ER)
+        (token, logp), weights_E, shares_E = numbers[:2], numbers[2 : 2 + experts], numbers[2 + experts :][:experts]
+        ids, logps = numbers[2 + 2 * experts :][: self._alternatives], numbers[-self._alternatives :]
+        likeliest = list(zip(map(int, ids), logps, strict=True))[:alternatives]
+        return Drawn(int(token), logp, weights_E, shares_E, likeliest)
 
     def log_probs(self, row_count: int) -> torch.Tensor:
         """log p of every next token in the first rows: float32 [B, V]. Of tokens that are never drawn, too."""
@@ -166,11 +168,12 @@ class MixingStep:
         first = slice(row_count)
         logp_EBV, mixture_BV, log_weights_EB, entropy_EB = self._mix(row_count)
         tokens_B = self._draw(mixture_BV[:, : self._seen_RV.shape[1]], filters)
-        told = [tokens_B[None], mixture_BV.gather(1, tokens_B[:, None]).T, log_weights_EB.exp()]
+        said_EB = logp_EBV.gather(2, tokens_B.expand(len(logp_EBV), -1)[..., None])[..., 0].double()
+        share_EB = torch.softmax(log_weights_EB + said_EB, dim=0)
+        told = [tokens_B[None], mixture_BV.gather(1, tokens_B[:, None]).T, log_weights_EB.exp(), share_EB]
         if alternatives:
             likeliest = mixture_BV[:, : self._seen_RV.shape[1]].topk(self._alternatives, dim=1)
             told += [likeliest.indices.T, likeliest.values.T]
-        said_EB = logp_EBV.gather(2, tokens_B.expand(len(logp_EBV), -1)[..., None])[..., 0].double()
         changed = self._form.advance(self._state_of(row_count), said_EB, entropy_EB)
         for name, value in changed.items():
             self._state[name][..., first].copy_(value)

@@ -15,8 +15,10 @@ from btm_cluster.language_model.sampling import Sampling, check_sampling
 MOST_ALTERNATIVES = 20
 """Other tokens of which a log-probability can be had at each place."""
 _PLAIN = Sampling()
-_TOKENS_BEYOND_STOP = 8
-"""Tokens that are looked at beyond a stop string's number of bytes, since a few stand for no byte."""
+_TOKENS_BEYOND = 8
+"""Tokens that are looked at beyond a stop string's number of bytes, since a few stand for no byte; and before a token's text."""
+_HALF_A_CHARACTER = "\ufffd"
+"""What tokens decode to that end within a character."""
 
 Finish = Literal["end of text", "stop", "tokens", "block"]
 """Why a sequence ended: the end-of-text token, a stop string, as many tokens as were asked for, or a full block."""
@@ -59,6 +61,8 @@ class Drawn:
     """Of the mixture, before temperature, penalty, top-k and top-p."""
     weights_E: Sequence[float]
     """p(D=j | x_<t), by which experts were mixed for it."""
+    shares_E: Sequence[float]
+    """p(D=j | x_≤t) by Bayes' rule: how much of the token's probability came from each expert."""
     alternatives: Sequence[tuple[int, float]] = ()
     """The likeliest tokens with their log-probabilities, the likeliest first."""
     finish: Finish | None = None
@@ -105,15 +109,15 @@ def check_prompt(prompt: Prompt, block_tokens: int, vocabulary: int) -> None:
         raise UserError("the number of alternatives is out of range", found=found, expected=expected)
 
 
-def check_length(tokens: Sequence[int], most: int, block_tokens: int) -> None:
-    """Refuses a text of more than `most` tokens.
+def check_length(tokens: Sequence[int], most: int, block_tokens: int, what: str = "the prompt") -> None:
+    """Refuses a text of more than `most` tokens; `what` names it.
 
     Raises:
         UserError: giving both numbers.
     """
     if len(tokens) > most:
         raise UserError(
-            "the prompt is too long",
+            f"{what} is too long",
             found=f"{len(tokens)} tokens",
             expected=f"at most {most}: the forest reads no further back than a block of {block_tokens}",
             remedy="give its end alone",
@@ -135,7 +139,7 @@ def ends_with_stop(prompt: Prompt, tokens: Sequence[int], decode: Decode) -> boo
     """Whether a stop string is in the text of the newest tokens. Looks at as many as can hold one."""
     if not prompt.stop:
         return False
-    looked_at = max(len(stop.encode()) for stop in prompt.stop) + _TOKENS_BEYOND_STOP
+    looked_at = max(len(stop.encode()) for stop in prompt.stop) + _TOKENS_BEYOND
     before = [*prompt.tokens, *tokens[:-looked_at]][-looked_at:]
     newest = decode(before, tokens[-looked_at:])
     return any(stop in newest for stop in prompt.stop)
@@ -146,3 +150,20 @@ def text_before_stop(prompt: Prompt, tokens: Sequence[int], decode: Decode) -> s
     text = decode(prompt.tokens, tokens)
     found = [place for stop in prompt.stop if (place := text.find(stop)) >= 0]
     return text[: min(found)] if found else text
+
+
+def pieces(before: Sequence[int], tokens: Sequence[int], decode: Decode) -> list[str]:
+    """Each token's part of the continuation. A character of several tokens stands at the last of them, and the others are empty."""
+    found: list[str] = []
+    seen, held = list(before[-_TOKENS_BEYOND:]), list[int]()
+    for token in tokens:
+        held.append(token)
+        text = decode(seen, held)
+        if text.endswith(_HALF_A_CHARACTER):
+            found.append("")
+            continue
+        found.append(text)
+        seen, held = [*seen, *held][-_TOKENS_BEYOND:], []
+    if held:
+        found[-1] = decode(seen, held)
+    return found

@@ -21,7 +21,7 @@ from btm_cluster.expansion.arrivals import prepare_new
 from btm_cluster.expansion.expand import Expanded, expand
 from btm_cluster.expansion.inbox import look
 from btm_cluster.forest import Expert, Forest, Foundation
-from btm_cluster.generation import generate
+from btm_cluster.generation import Continuation, generate
 from btm_cluster.in_process import InProcess, LocalControl
 from btm_cluster.language_model.sampling import Sampling
 from btm_cluster.language_model.sources import read_documents
@@ -432,7 +432,7 @@ def test_what_arrived_is_a_text_to_merge_and_to_generate_for(
     assert expanded(plan).added == ("meadow",)
     assert write_merged_model(plan, "argmax", "meadow", tmp_path / "merged", in_process(plan)) == {"meadow": 1.0}
     assert (tmp_path / "merged" / "model.safetensors").exists()
-    assert generate(plan, "meadow", "a", 2, Sampling(), in_process(plan)).tokens
+    assert generate(plan, "meadow", ["a"], Continuation(2, Sampling()), in_process(plan))[0].tokens
     with pytest.raises(UserError, match="no text of the plan or the forest"):
         write_merged_model(plan, "argmax", "prairie", tmp_path / "none", in_process(plan))
 

@@ -23,7 +23,7 @@ from btm_cluster.language_model.blocks import Blocks
 from btm_cluster.language_model.engine import EnsembleEngine
 from btm_cluster.language_model.engine_opening import EngineSettings, Way, in_precision
 from btm_cluster.language_model.ensemble_scoring import passes
-from btm_cluster.language_model.prompts import Prompt, Written
+from btm_cluster.language_model.prompts import Prompt, Written, pieces
 from btm_cluster.language_model.sampling import Sampling
 from btm_cluster.language_model.scoring import said_of, score_blocks, score_tokens
 from btm_cluster.mixing import Mixing
@@ -121,6 +121,8 @@ def test_every_next_token_has_the_probability_of_the_mixture_written_out(
         drawn = engine.step({row: TEXT[t]})[row]
         assert drawn.logp == pytest.approx(math.log(expected_V[TEXT[t]]), abs=1e-5)
         assert drawn.weights_E == pytest.approx([joint[j] / sum(joint) for j in range(3)], abs=1e-5)
+        carried = [joint[j] / sum(joint) * float(p_ETV[j, t, TEXT[t]] / expected_V[TEXT[t]]) for j in range(3)]
+        assert drawn.shares_E == pytest.approx(carried, abs=1e-5)
 
 
 @pytest.mark.parametrize("gate", GATES, ids=lambda gate: type(gate).__name__)
@@ -274,6 +276,20 @@ def test_a_stop_string_ends_a_text_before_it_even_across_tokens(experts: list[Pr
     assert other.finish == "tokens"
     with pytest.raises(UserError, match="stop strings need a tokenizer"):
         EnsembleEngine(experts, FULL, engine.settings).admit([Prompt([], 3, stop=("a",))])
+
+
+def test_the_pieces_of_tokens_make_the_text_and_a_character_stands_at_its_last_token() -> None:
+    data = "a é 🙂 ab\xff".encode() + b"\xff\xf0\x9f"
+
+    def decode(before: Sequence[int], ids: Sequence[int]) -> str:
+        first, whole = (bytes(part).decode(errors="replace") for part in (before, [*before, *ids]))
+        return whole[len(first) :]
+
+    found = pieces(list(b"of "), list(data), decode)
+    assert len(found) == len(data)
+    assert "".join(found) == data.decode(errors="replace")
+    assert found[:10] == ["a", " ", "", "é", " ", "", "", "", "🙂", " "]
+    assert pieces([], [], decode) == []
 
 
 def test_only_the_experts_with_most_weight_after_the_prompt_write(experts: list[PreTrainedModel]) -> None:
