@@ -17,6 +17,7 @@ from btm_cluster.commands.driving import Address, Dashboard, InProcess, Json, Ne
 from btm_cluster.commands.forest import open_ledger
 from btm_cluster.commands.generate import generate
 from btm_cluster.commands.models import merge
+from btm_cluster.commands.score import score
 from btm_cluster.errors import BtmError, OutputError, Stopped, UserError
 from btm_cluster.new_folder import check_folder
 from btm_cluster.output import CLOSED_PIPE, end_input, printable, safe_output
@@ -163,6 +164,7 @@ def evaluate(
 
 app.command()(merge)
 app.command()(generate)
+app.command()(score)
 
 
 @app.command()

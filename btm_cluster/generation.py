@@ -1,29 +1,16 @@
 """`btm generate`: the whole forest writes on, its models weighted as the posterior or the gate says, token after token."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
-
-from btm_cluster.algorithm import Grown
 from btm_cluster.driver import Driver
-from btm_cluster.equations.gates import Gate
+from btm_cluster.ensemble import find_target, open_engine, planned_mixture, without_ruled_out
 from btm_cluster.errors import UserError
-from btm_cluster.evaluation.evaluate import planned_ensemble
-from btm_cluster.evaluation.fitting import fit_for
-from btm_cluster.evaluation.systems import planned_method
-from btm_cluster.ground import PreparedText
-from btm_cluster.language_model.engine import EnsembleEngine
-from btm_cluster.language_model.engine_opening import EngineSettings
-from btm_cluster.language_model.model import load_model
 from btm_cluster.language_model.prompts import Finish, Prompt, Written, check_length, pieces
 from btm_cluster.language_model.sampling import Sampling, check_sampling
 from btm_cluster.language_model.tokenizer import TextTokenizer
-from btm_cluster.ledger import Ledger, Ref
-from btm_cluster.mixing import Mixing
 from btm_cluster.plan import Plan
-from btm_cluster.run import TAKEN_OUT, check_text_is_known, find_grown
-from btm_cluster.steps.stored import open_config, open_tokenizer
+from btm_cluster.steps.stored import open_tokenizer
 
 PROMPTS_AT_ONCE = 8
 """Prompts that are written on together: each takes memory for a block's keys and values in every expert."""
@@ -90,16 +77,11 @@ def generate(
     Raises:
         UserError: no forest yet, a target that is unknown or was taken out of it, or a prompt that fills a block.
     """
-    if target is not None:
-        check_text_is_known(plan, target, driver.ledger)
-    grown = find_grown(plan, driver)
-    text = next((text for text in grown.ground.texts if text.name == target), None)
-    if target is not None and text is None:
-        raise UserError(f"{target!r} was taken out of the forest", remedy=TAKEN_OUT)
+    grown, text = find_target(plan, target, driver)
     tokenizer = open_tokenizer(driver.ledger, grown.ground.tokenizer)
     block_tokens = plan.training.block_tokens
     read = read_prompts(prompts, tokenizer, block_tokens)
-    models, gate = _models_and_gate(grown, text, driver)
+    models, gate = without_ruled_out(*planned_mixture(grown, text, driver))
     rows = min(len(prompts), PROMPTS_AT_ONCE)
     engine = open_engine(driver.ledger, list(models.values()), gate, tokenizer, block_tokens, rows)
     written = engine.generate(
@@ -141,38 +123,3 @@ def _generated(
         left -= len(told[-1].text)
     trust = dict(zip(names, written.mean_weights(len(names)), strict=True))
     return Generated(prompt, written.text, len(read), len(written.tokens), written.finish, trust, tuple(told))
-
-
-def _models_and_gate(grown: Grown, text: PreparedText | None, driver: Driver) -> tuple[dict[str, Ref], Gate]:
-    """Who writes for a text, by name, and how they are weighed. Under a posterior, those that the plan's `top_k` keeps."""
-    ground = grown.ground
-    ensemble = planned_ensemble(ground, grown.forest)
-    method = planned_method(ground.plan.merging, len(ensemble.models))
-    fit = fit_for(ground, ensemble, text, driver)[method]
-    if not isinstance(fit, Mixing):
-        return dict(ensemble.models), fit
-    kept = [j for j, share in enumerate(fit.log_prior_E.tolist()) if share > float("-inf")]
-    return dict(ensemble.models[j] for j in kept), replace(fit, log_prior_E=fit.log_prior_E[kept])
-
-
-def open_engine(
-    ledger: Ledger, models: Sequence[Ref], gate: Gate, tokenizer: TextTokenizer, block_tokens: int, rows: int = 1
-) -> EnsembleEngine:
-    """Several models of one architecture loaded as one, which writes `rows` texts at a time, as their scores say.
-
-    On a GPU where there is one, in float32: the ensemble that writes is then the one that was measured.
-
-    Raises:
-        UserError: the device has too little memory.
-    """
-    found = [ledger.get(model) for model in models]
-    loaded = [load_model(open_config(ledger, one), ledger.open_file(one, "model.safetensors")) for one in found]
-    settings = EngineSettings(
-        first_token=tokenizer.first_token,
-        vocabulary=tokenizer.vocabulary,
-        block_tokens=block_tokens,
-        end_of_text=tokenizer.end_of_text,
-        rows=rows,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-    )
-    return EnsembleEngine(loaded, gate, settings, tokenizer.decode_continuation)

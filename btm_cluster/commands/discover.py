@@ -4,10 +4,11 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from btm_cluster.commands.texts import source_of
 from btm_cluster.errors import UserError
 from btm_cluster.new_folder import check_new_folder
 from btm_cluster.output import end_input
@@ -16,7 +17,6 @@ from btm_cluster.stopping import unwinding
 
 if TYPE_CHECKING:
     from btm_cluster.discovery import Discovery
-    from btm_cluster.plan import TextPlan
 
 MOST_CLUSTERS = 200
 """Each has a file open, and 256 are all that some machines allow."""
@@ -52,7 +52,7 @@ def discover(
     _check_call(clusters, model, to)
     check_own_modules()
     end_input()
-    source = _source(text or [], dataset, split, field, delimiter)
+    source = source_of("unlabelled", text or [], field, delimiter, dataset, split)
     from btm_cluster.discovery import assign, discover
     from btm_cluster.plan import ReadingPlan
 
@@ -82,30 +82,6 @@ def _check_call(clusters: int | None, model: Path | None, to: Path | None) -> No
         raise UserError("btm discover --clusters needs a place to write", remedy="add --to FOLDER")
     if to is not None:
         check_new_folder(to)
-
-
-def _source(text: list[str], dataset: str | None, split: str | None, field: str, delimiter: str | None) -> "TextPlan":
-    from pydantic import ValidationError
-
-    from btm_cluster.errors import PlanError
-    from btm_cluster.plan import TextPlan
-    from btm_cluster.plan.problems import describe_problems
-
-    given: dict[str, Any] = {"name": "unlabelled", "text": text, "field": field, "delimiter": delimiter}
-    if dataset is not None:
-        given["dataset"] = {"name": dataset} | ({"split": split} if split else {})
-    elif split is not None:
-        raise UserError(
-            "--split is of a data set",
-            found=f"--split {split}, and no --dataset",
-            expected="the split of a data set, which files have not",
-            remedy="leave --split out, or add --dataset NAME",
-        )
-    try:
-        return TextPlan.model_validate(given)
-    except ValidationError as exc:
-        problems = describe_problems(exc, TextPlan)
-    raise PlanError("this text cannot be read\n" + "\n".join(problems))
 
 
 def _show(found: "Discovery", to: Path | None, json_output: bool) -> None:

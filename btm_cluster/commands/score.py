@@ -1,0 +1,128 @@
+"""`btm score` on the command line: texts and a forest from arguments; a line for each document as it is scored, then the total."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from btm_cluster.commands.driving import Address, InProcess, Json, driving
+from btm_cluster.commands.forest import open_ledger
+from btm_cluster.commands.texts import source_of
+from btm_cluster.errors import UserError
+from btm_cluster.output import end_input
+from btm_cluster.own_modules import check_own_modules
+from btm_cluster.plan import Plan, read_plan
+
+if TYPE_CHECKING:
+    from btm_cluster.language_model.document_scores import DocumentScorer, NamedText
+
+
+def score(
+    files: Annotated[
+        list[str] | None, typer.Argument(help="Files or globs, local or s3://.", show_default=False)
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="A text itself, instead of files.", show_default=False)] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(help="A forest's store, mixed by the paper's posterior.", show_default=False),
+    ] = None,
+    plan_path: Annotated[
+        Path | None, typer.Option("--plan", help="A plan, whose forest is mixed as it says.", show_default=False)
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option("--for", help="With --plan: text whose fitted mixture to use.", show_default=False)
+    ] = None,
+    field: Annotated[str, typer.Option(help="Field of a row that holds the document.")] = "text",
+    delimiter: Annotated[
+        str | None, typer.Option(help="Cuts text files into documents; else a file is one.", show_default=False)
+    ] = None,
+    bad_documents: Annotated[Literal["refuse", "skip"], typer.Option(help="As in a plan.")] = "refuse",
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Documents follow each other in blocks, as the verdict reads them.")
+    ] = False,
+    json_output: Json = False,
+    address: Address = None,
+    in_process: InProcess = False,
+) -> None:
+    """Say how surprising texts are to each expert and to the ensemble, and which domain each is of."""
+    _check_call(files, text, store, plan_path, target)
+    plan = read_plan(plan_path) if plan_path else None
+    check_own_modules()
+    from btm_cluster.text_scores import check_sources, documents_of, reading_of
+
+    reading, bad = reading_of(bad_documents), Counter[str]()
+    sources = [source_of("scored", [file], field, delimiter) for file in files or ()]
+    check_sources(sources, reading)
+    texts = documents_of(sources, reading, bad) if text is None else _string(text)
+    end_input()
+    scorer = _scorer(store, plan, target, address, in_process, json_output)
+    _show(scorer, texts, packed, json_output, bad)
+
+
+def _check_call(
+    files: Sequence[str] | None, text: str | None, store: str | None, plan_path: Path | None, target: str | None
+) -> None:
+    if bool(files) == (text is not None):
+        found = "both" if files else "neither"
+        raise UserError("btm score needs texts", found=found, expected="files, or --text with a text itself")
+    if (store is None) == (plan_path is None):
+        found = "both" if store else "neither"
+        raise UserError("btm score needs a forest", found=found, expected="--store with its place, or --plan")
+    if target is not None and plan_path is None:
+        raise UserError("--for needs a plan", expected="--plan, by which a text's mixture is fitted")
+    if text is not None and not text.strip():
+        raise UserError("--text is empty", expected="a text")
+
+
+def _string(text: str) -> "list[NamedText]":
+    from btm_cluster.language_model.document_scores import NamedText
+    from btm_cluster.text_scores import STRING
+
+    try:
+        return [NamedText(STRING, 1, os.fsencode(text).decode())]
+    except UnicodeDecodeError as exc:
+        raise UserError("--text is no UTF-8", found=str(exc), remedy="convert it, such as by iconv") from exc
+
+
+def _scorer(
+    store: str | None, plan: Plan | None, target: str | None, address: str | None, in_process: bool, json_output: bool
+) -> "DocumentScorer":
+    from btm_cluster.text_scores import scorer_of_plan, scorer_of_store
+
+    if plan is None:
+        assert store is not None
+        return scorer_of_store(open_ledger(store))
+    with driving(plan, address, in_process, dashboard=False, json_output=json_output) as driver:
+        return scorer_of_plan(plan, target, driver)
+
+
+def _show(
+    scorer: "DocumentScorer", texts: "Iterable[NamedText]", packed: bool, json_output: bool, bad: Counter[str]
+) -> None:
+    from btm_cluster.display import consoles, show_table
+    from btm_cluster.display_scores import HEADING, as_json, document_line, total_table
+    from btm_cluster.text_scores import STRING
+
+    total = scorer.total()
+    for text, sums in scorer.score(texts, packed):
+        total.add(sums)
+        one = sums.scored(scorer.names, scorer.domains)
+        if json_output:
+            print(json.dumps({"source": text.source, "document": text.number} | as_json(one)), flush=True)
+        elif text.source != STRING:
+            if total.documents == 1:
+                print(HEADING)
+            print(document_line(text, one), flush=True)
+    if not total.documents:
+        raise UserError("there is no text to score", found=f"{sum(bad.values())} empty or bad documents")
+    whole = total.scored(scorer.names, scorer.domains)
+    if json_output:
+        print(json.dumps({"total": {"documents": total.documents} | as_json(whole), "skipped": dict(bad)}))
+        return
+    show_table(total_table(whole, total.documents), consoles(False)[0])
+    for reason, count in bad.items():
+        print(f"note: skipped {count} × {reason}")
