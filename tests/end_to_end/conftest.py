@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,15 +20,18 @@ import yaml
 
 from btm_cluster.algorithm import grow
 from btm_cluster.forest import Forest
+from btm_cluster.ledger import Ledger, Ref, artifact_key, blob_key
 from btm_cluster.on_ray.lazily import LazyRayWorkers
 from btm_cluster.plan import ClusterPlan, Plan
 from btm_cluster.requests import Resources
 from tests.conftest import free_port, in_process, plan_fields
+from tests.forked import ForkedProcess
 
 BIN = Path(sys.executable).parent
 REPOSITORY = Path(__file__).parents[2]
-BTM = (str(BIN / "btm"),)
-GROW = (str(BIN / "python"), "-m", "tests.end_to_end.grow_only")
+BTM = "btm_cluster"
+GROW = "tests.end_to_end.grow_only"
+"""Modules to be run; a program of another kind is a command."""
 
 SESSION = "BTM_TEST_SESSION"
 """The Unix session of everything that a cluster's head runs: other test runs on this machine have clusters too."""
@@ -54,7 +59,6 @@ def ray_head(folder: Path, *arguments: str, cpus: int = 2, **variables: str) -> 
     environment = os.environ | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "a-token-for-tests-0123456789abcdef",
-        "RAY_metrics_report_interval_ms": "500",
         "PATH": f"{BIN}:{os.environ['PATH']}",
     }
     session = f"/tmp/{folder.name}-{os.getpid()}"
@@ -62,6 +66,7 @@ def ray_head(folder: Path, *arguments: str, cpus: int = 2, **variables: str) -> 
         *(str(BIN / "ray"), "start", "--head", "--dashboard-port=0", f"--num-cpus={cpus}", "--disable-usage-stats"),
         # Without a port of its own, the agent of a second cluster on this machine dies, and no job can be submitted.
         f"--dashboard-agent-listen-port={free_port()}",
+        "--include-log-monitor=false",  # it copies logs to drivers, which ask for none
         *(f"--temp-dir={session}", *arguments),
     ]
     # A session of its own: its process group is killed at the end, not with `ray stop`, which stops every Ray on this machine.
@@ -83,27 +88,35 @@ def ray_head(folder: Path, *arguments: str, cpus: int = 2, **variables: str) -> 
 def ray_node(
     environment: dict[str, str], cpus: int, *arguments: str, inside: Sequence[str] = ()
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Adds a node to a cluster, started by the command `inside`; killing its process group is losing the machine."""
+    """Adds a node to a cluster, started by the command `inside`, and waits until it has joined.
+
+    Killing its process group is losing the machine.
+    """
     command = [
         *(*inside, str(BIN / "ray"), "start", f"--address={environment['RAY_ADDRESS']}", f"--num-cpus={cpus}"),
         *("--block", *arguments),
     ]
-    node = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
-        yield node
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(node.pid, signal.SIGKILL)
-        node.wait()
+    with tempfile.TemporaryFile() as log:
+        node = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            _wait_for(
+                lambda: os.pread(log.fileno(), 100_000, 0).decode(),
+                lambda said: "Ray runtime started" in said or node.poll() is not None,
+            )
+            assert node.poll() is None, os.pread(log.fileno(), 100_000, 0).decode()
+            yield node
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(node.pid, signal.SIGKILL)
+            node.wait()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A cluster of one node with two CPUs."""
+    """A cluster of one node with two CPUs, while tests of this package run: idle, it takes a tenth of a core."""
     # Ports are Ray's to choose, so that clusters of other test runs on this machine are left alone.
-    with ray_head(tmp_path_factory.mktemp("ray"), "--port=0") as environment:
+    often = {"RAY_metrics_report_interval_ms": "500"}
+    with ray_head(tmp_path_factory.mktemp("ray"), "--port=0", **often) as environment:
         yield environment
 
 
@@ -142,17 +155,42 @@ def long_plan(long_fields: dict[str, Any], tmp_path: Path) -> Path:
     return path
 
 
+def write_prepared(
+    fields: dict[str, Any], undisturbed: Forest, folder: Path, has_seed: bool = True, experts: int = 2, **cluster: Any
+) -> Path:
+    """The plan as a file, with a store that lacks the models of the first `experts`, and the seed unless it `has_seed`."""
+    store = str(folder / "store")
+    shutil.copytree(fields["store"], store)
+    ledger = Ledger.open(store)
+    for entry in list(ledger.storage.list("forest/"))[has_seed:]:
+        ledger.storage.delete(entry.key)
+    missing = [expert.identity for expert in undisturbed.experts[:experts]]
+    for identity in missing + [undisturbed.foundation.seed] * (not has_seed):
+        model = ledger.get(Ref("model", identity))
+        ledger.storage.delete(artifact_key(model.ref))
+        for blob in model.blobs:
+            if blob.name.endswith(".safetensors"):
+                ledger.storage.delete(blob_key(model.ref, blob.sha256))
+    path = folder / "plan.yaml"
+    changed = fields | {"store": store, "cluster": fields["cluster"] | cluster}
+    path.write_text(yaml.safe_dump(changed), encoding="utf-8")
+    return path
+
+
 class Btm:
     """A `btm` process, or another program of this project, watched while it runs."""
 
     def __init__(
-        self, arguments: list[str], environment: dict[str, str], log: Path, program: Sequence[str] = BTM
+        self, arguments: list[str], environment: dict[str, str], log: Path, program: str | Sequence[str] = BTM
     ) -> None:
         self._log = log
-        self._file = log.open("w")
-        self.process = subprocess.Popen(
-            [*program, *arguments], env=environment, stdout=self._file, stderr=self._file, cwd=REPOSITORY
-        )
+        self.process: ForkedProcess | subprocess.Popen[bytes]
+        with log.open("w") as file:
+            if isinstance(program, str):
+                self.process = ForkedProcess(program, arguments, environment, log, log)
+            else:
+                command = [*program, *arguments]
+                self.process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, cwd=REPOSITORY)
 
     @property
     def said(self) -> str:
@@ -181,11 +219,10 @@ class Btm:
         """Ends it where it still runs, so that a failed test leaves the cluster to the next."""
         self.process.kill()
         self.process.wait()
-        self._file.close()
 
 
 @contextmanager
-def starting(environment: dict[str, str], folder: Path, program: Sequence[str]) -> Iterator[Callable[..., Btm]]:
+def starting(environment: dict[str, str], folder: Path, program: str) -> Iterator[Callable[..., Btm]]:
     """A way to start `program` any number of times; what still runs in the end is ended."""
     started: list[Btm] = []
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import DOMAINS
-from tests.end_to_end.conftest import Btm, experts_in, ray_head
+from tests.end_to_end.conftest import GROW, Btm, experts_in, ray_head
 
 FIXED_PORT = 6379
 """Where that provider's nodes look for their head."""
@@ -61,7 +61,7 @@ def test_an_ask_that_only_another_node_can_meet_waits_until_rays_autoscaler_has_
 ) -> None:
     fields |= {"domains": fields["domains"][:1], "targets": []}
     fields["cluster"] |= {"seed_cpus": 4, "autoscaling": True}
-    run = Btm(["run", str(write_plan(fields))], growing_cluster, tmp_path / "said")
+    run = Btm([str(write_plan(fields))], growing_cluster, tmp_path / "said", GROW)
     assert run.exit_code() == 0, run.said
     assert "seed: waiting for the cluster to grow to 1 worker(s) with 4 CPU, 0 GPU each" in run.said
     assert set(experts_in(Path(fields["store"]))) == {DOMAINS[0]}

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.end_to_end.conftest import BIN, REPOSITORY
+from tests.end_to_end.conftest import BIN, BTM, REPOSITORY
+from tests.forked import run_forked
 
 LOCAL = REPOSITORY / "deploy" / "local"
 
@@ -40,8 +41,7 @@ def test_the_doctor_looks_at_the_local_cluster_and_its_store_and_names_the_one_a
     plan = tmp_path / "plan.yaml"
     fields["cluster"] |= {"seed_gpus": 4}
     plan.write_text(yaml.safe_dump(fields | {"store": "s3://forests/tiny"}))
-    command = [str(BIN / "btm"), "doctor", str(plan), "--json"]
-    done = subprocess.run(command, env=started, capture_output=True, text=True, check=False)
+    done = run_forked(BTM, ["doctor", str(plan), "--json"], started, tmp_path)
     checks = {check["name"]: check for check in json.loads(done.stdout)}
     assert done.returncode == 2
     assert [name for name, check in checks.items() if check["state"] != "ok"] == ["room for the seed"], checks

@@ -33,7 +33,8 @@ from btm_cluster.plan import Plan
 from btm_cluster.recipes import seed_request
 from btm_cluster.workers import Progress
 from tests.conftest import DOMAINS, in_process
-from tests.end_to_end.conftest import BIN, REPOSITORY, Btm, _wait_for, experts_in, plain
+from tests.end_to_end.conftest import BIN, REPOSITORY, Btm, _wait_for, experts_in, plain, write_prepared
+from tests.forked import run_forked
 
 
 def test_a_submitted_job_grows_the_same_forest_as_one_process_and_shows_itself_in_ray(
@@ -98,34 +99,31 @@ def test_workers_import_what_the_driver_does_and_not_a_module_beside_the_plan(
 
 def _metrics(cluster: dict[str, str]) -> str:
     """What the node exports to Prometheus."""
-    nodes = subprocess.run(
-        [str(BIN / "python"), "-c", "import ray; ray.init('auto'); print('port', ray.nodes()[0]['MetricsExportPort'])"],
-        env=cluster,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    port = re.search(r"port (\d+)", nodes.stdout)
-    assert port
-    with urllib.request.urlopen(f"http://127.0.0.1:{port.group(1)}/metrics") as answer:
+    (port,) = Path(cluster["SESSION_FOLDER"], "session_latest").glob("metrics_export_port_*")
+    with urllib.request.urlopen(f"http://127.0.0.1:{port.read_text()}/metrics") as answer:
         return str(answer.read().decode())
 
 
 def test_a_run_that_is_stopped_and_then_killed_resumes_to_the_very_same_forest(
-    btm: Callable[..., Btm], grow_only: Callable[[Path], Btm], long_plan: Path, undisturbed: Forest
+    btm: Callable[..., Btm],
+    grow_only: Callable[[Path], Btm],
+    long_fields: dict[str, Any],
+    undisturbed: Forest,
+    tmp_path: Path,
 ) -> None:
-    store = long_plan.parent / "store"
-    stopped = btm("run", str(long_plan))
+    path = write_prepared(long_fields, undisturbed, tmp_path, has_seed=False, experts=1)
+    store = tmp_path / "store"
+    stopped = btm("run", str(path))
     stopped.wait_until_said(r"seed: training update [1-9]")
     stopped.process.send_signal(signal.SIGTERM)
     assert stopped.exit_code() == 130, stopped.said
     assert "saving, to stop" in stopped.said
     assert list((store / "training").rglob("*.json"))
-    killed = btm("run", str(long_plan))
+    killed = btm("run", str(path))
     killed.wait_until_said(r"(kitchen|harbour): training update")
     killed.process.kill()
     assert killed.exit_code() == -signal.SIGKILL
-    last = grow_only(long_plan)
+    last = grow_only(path)
     assert last.exit_code() == 0, last.said
     assert experts_in(store) == plain(undisturbed)
     assert not list((store / "training").rglob("*.json"))
@@ -187,7 +185,6 @@ def test_scores_are_mixed_in_the_cluster_as_their_fits_say(
 
 
 def test_a_failed_expert_is_named_its_siblings_are_merged_and_only_it_is_tried_again(
-    btm: Callable[..., Btm],
     grow_only: Callable[[Path], Btm],
     fields: dict[str, Any],
     write_plan: Callable[[dict[str, Any]], Path],
@@ -202,7 +199,7 @@ def test_a_failed_expert_is_named_its_siblings_are_merged_and_only_it_is_tried_a
     failing, other = DOMAINS[:2]
     train_seed(ground, driver)  # the seed learns from all founding domains, so it comes before the damage
     damaged.write_bytes(whole[:-1] + b"?")
-    run = btm("run", str(path))
+    run = grow_only(path)
     assert run.exit_code() == 1, run.said
     assert re.search(rf"- {failing}: 1 attempt.*\n?.*is damaged", run.said), run.said
     assert set(experts_in(store)) == {other}
@@ -235,6 +232,8 @@ def test_an_ask_that_an_autoscaler_may_meet_waits_and_says_so(
     btm: Callable[..., Btm], fields: dict[str, Any], write_plan: Callable[[dict[str, Any]], Path]
 ) -> None:
     fields["cluster"] |= {"seed_gpus": 1, "autoscaling": True, "stop_grace_seconds": 0.1}
+    plan = Plan.model_validate(fields)
+    prepare(plan, in_process(plan))
     run = btm("run", str(write_plan(fields)))
     run.wait_until_said(r"seed: waiting for the cluster to grow to 1 worker\(s\) with 1 CPU, 1 GPU each")
     run.process.send_signal(signal.SIGTERM)
@@ -243,14 +242,15 @@ def test_an_ask_that_an_autoscaler_may_meet_waits_and_says_so(
 
 @pytest.mark.parametrize("module", ["ray", "ray._private.node", "btm_cluster.on_ray.workers"])
 def test_a_signal_while_ray_is_imported_or_joined_ends_in_exit_code_130(
-    cluster: dict[str, str], fields: dict[str, Any], write_plan: Callable[[dict[str, Any]], Path], module: str
+    cluster: dict[str, str],
+    fields: dict[str, Any],
+    write_plan: Callable[[dict[str, Any]], Path],
+    tmp_path: Path,
+    module: str,
 ) -> None:
     """Ray's own handler, in place while it starts, ended the process with the signal's number."""
-    command = [sys.executable, "-P", "-m", "tests.stopped_while_importing", module, str(int(signal.SIGTERM)), "btm"]
-    environment = cluster | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [*command, "run", str(write_plan(fields))], cwd=REPOSITORY, env=environment, capture_output=True, text=True
-    )
+    arguments = [module, str(int(signal.SIGTERM)), "btm", "run", str(write_plan(fields))]
+    done = run_forked("tests.stopped_while_importing", arguments, cluster, tmp_path)
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr
     assert not list((Path(fields["store"]) / "artifacts").glob("*"))

@@ -12,8 +12,8 @@ import pytest
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import Ledger
 from btm_cluster.upkeep.housekeeping import verify
-from tests.end_to_end.conftest import GROW, Btm, experts_in, plain, ray_head, ray_node, trainers
-from tests.end_to_end.test_survival import wait_until_an_expert_trains, write_prepared
+from tests.end_to_end.conftest import GROW, Btm, experts_in, plain, ray_head, ray_node, trainers, write_prepared
+from tests.end_to_end.test_survival import wait_until_an_expert_trains
 
 NOTICED_WITHIN_SECONDS = {
     "RAY_health_check_initial_delay_ms": "1000",
@@ -66,16 +66,17 @@ def cable() -> Iterator[Cable]:
         subprocess.run(["ip", "netns", "del", cable.name], check=True)
 
 
-def test_when_a_machine_is_cut_off_its_experts_go_on_at_another_though_it_trains_them_too(
+def test_when_a_machine_is_cut_off_its_expert_goes_on_at_another_though_it_trains_it_too(
     long_fields: dict[str, Any], undisturbed: Forest, tmp_path: Path, cable: Cable
 ) -> None:
     (tmp_path / "head").mkdir()
-    arguments = ("--port=0", "--include-dashboard=false", f"--node-ip-address={cable.here}")
+    arguments = ("--port=0", "--include-dashboard=false", "--no-monitor", f"--node-ip-address={cable.here}")
     with (
         ray_head(tmp_path / "head", *arguments, cpus=0, **NOTICED_WITHIN_SECONDS) as environment,
         ray_node(environment, 2, f"--node-ip-address={cable.there}", inside=cable.inside) as far,
     ):
-        run = Btm([str(write_prepared(long_fields, undisturbed, tmp_path))], environment, tmp_path / "said", GROW)
+        plan = write_prepared(long_fields, undisturbed, tmp_path, experts=1)
+        run = Btm([str(plan)], environment, tmp_path / "said", GROW)
         wait_until_an_expert_trains(run)
         with ray_node(environment, 2, f"--node-ip-address={cable.here}"):
             assert trainers(far.pid)  # there was no other place

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -10,32 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from btm_cluster.forest import Forest
-from btm_cluster.ledger import Ledger, Ref, artifact_key, blob_key
-from tests.end_to_end.conftest import GROW, SESSION, Btm, experts_in, only_trainer, plain, ray_head, ray_node, trainers
-
-
-def write_prepared(
-    fields: dict[str, Any], undisturbed: Forest, folder: Path, planted: bool = True, **cluster: Any
-) -> Path:
-    """The plan as a file, with a store that has everything but the experts, and the seed where it is `planted`."""
-    store = str(folder / "store")
-    shutil.copytree(fields["store"], store)
-    ledger = Ledger.open(store)
-    for entry in list(ledger.storage.list("forest/"))[planted:]:
-        ledger.storage.delete(entry.key)
-    for identity in [e.identity for e in undisturbed.experts] + [undisturbed.foundation.seed] * (not planted):
-        model = ledger.get(Ref("model", identity))
-        ledger.storage.delete(artifact_key(model.ref))
-        for blob in model.blobs:
-            if blob.name.endswith(".safetensors"):
-                ledger.storage.delete(blob_key(model.ref, blob.sha256))
-    path = folder / "plan.yaml"
-    changed = fields | {"store": store, "cluster": fields["cluster"] | cluster}
-    path.write_text(yaml.safe_dump(changed), encoding="utf-8")
-    return path
+from tests.end_to_end.conftest import (
+    GROW,
+    SESSION,
+    Btm,
+    experts_in,
+    only_trainer,
+    plain,
+    ray_head,
+    ray_node,
+    trainers,
+    write_prepared,
+)
 
 
 def wait_until_an_expert_trains(run: Btm) -> None:
@@ -101,28 +88,24 @@ def start_two(grow_only: Callable[[Path], Btm], plan: Path) -> tuple[Btm, Btm]:
     return first, second
 
 
-def test_of_two_drivers_of_one_plan_on_one_cluster_one_waits_for_what_the_other_trains(
+def test_of_two_drivers_of_one_plan_one_waits_for_what_the_other_trains_and_follows_it_where_it_vanishes(
     grow_only: Callable[[Path], Btm], long_fields: dict[str, Any], undisturbed: Forest, tmp_path: Path
 ) -> None:
-    runs = start_two(grow_only, write_prepared(long_fields, undisturbed, tmp_path, planted=False))
+    path = write_prepared(long_fields, undisturbed, tmp_path, has_seed=False)
+    first, second = start_two(grow_only, path)
+    first.process.kill()
+    assert first.exit_code() == -signal.SIGKILL
+    second.wait_until_said("seed: (starting|loading|training)")
+    runs = second, grow_only(path)
     for run in runs:
         assert run.exit_code() == 0, run.said
     trained = [set(re.findall(r"^(\w+): training update", run.said, re.M)) for run in runs]
     assert not trained[0] & trained[1]
     assert trained[0] | trained[1] == {"seed", "kitchen", "harbour"}
+    assert "seed" in trained[0]
+    assert "waiting for another driver, which trains it" in runs[1].said
     assert experts_in(tmp_path / "store") == plain(undisturbed)
     assert not list((tmp_path / "store/training").rglob("*.json"))
-
-
-def test_a_driver_that_vanishes_is_followed_by_the_one_that_waited_for_it(
-    grow_only: Callable[[Path], Btm], long_fields: dict[str, Any], undisturbed: Forest, tmp_path: Path
-) -> None:
-    first, second = start_two(grow_only, write_prepared(long_fields, undisturbed, tmp_path, planted=False))
-    first.process.kill()
-    assert first.exit_code() == -signal.SIGKILL
-    assert second.exit_code() == 0, second.said
-    assert "seed: training" in second.said
-    assert experts_in(tmp_path / "store") == plain(undisturbed)
 
 
 def test_when_a_machine_is_lost_its_experts_go_on_at_another(
@@ -130,7 +113,7 @@ def test_when_a_machine_is_lost_its_experts_go_on_at_another(
 ) -> None:
     (tmp_path / "head").mkdir()
     with (
-        ray_head(tmp_path / "head", "--port=0", "--include-dashboard=false", cpus=1) as environment,
+        ray_head(tmp_path / "head", "--port=0", "--include-dashboard=false", "--no-monitor", cpus=1) as environment,
         ray_node(environment, cpus=2) as lost,
         ray_node(environment, cpus=2),
     ):

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.conftest import free_port
+from btm_cluster.algorithm import prepare
+from btm_cluster.plan import Plan
+from tests.conftest import free_port, in_process
 from tests.end_to_end.conftest import REPOSITORY, Btm, _wait_for
 
 GRAFANA = REPOSITORY / "deploy" / "grafana"
@@ -87,6 +89,9 @@ def test_every_panel_shows_a_run_and_a_training_that_waits_raises_its_alert(
         endless = fields["training"] | {"updates": 2_000_000, "seed_share": 0.0002}
         fields |= {"domains": fields["domains"][:1], "training": endless, "cluster": fields["cluster"] | cluster}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(fields))
+        if name == "waits":  # for a GPU alone
+            plan = Plan.model_validate(fields)
+            prepare(plan, in_process(plan))
         return grow_only(tmp_path / f"{name}.yaml")
 
     def empty() -> set[str]:

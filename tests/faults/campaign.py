@@ -77,7 +77,7 @@ class Campaign:
         self._fields = _plan_fields(texts)
         self.expected = self._undisturbed()
         (folder / "head").mkdir()
-        arguments = ("--port=0", "--include-dashboard=false")
+        arguments = ("--port=0", "--include-dashboard=false", "--no-monitor")
         self._environment = stack.enter_context(ray_head(folder / "head", *arguments, cpus=1, **self._variables))
         self._nodes = [self._node() for _ in range(2)]
 
