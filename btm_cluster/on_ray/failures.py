@@ -1,7 +1,6 @@
 """Ray's exceptions, translated once: to the package's own where a step raised one, to a Failure otherwise."""
 
 import ray.exceptions
-import ray.train
 
 from btm_cluster.errors import BtmError, DivergedError, Stopped, UserError
 from btm_cluster.workers import Failure
@@ -38,6 +37,8 @@ def root_cause(error: BaseException) -> BaseException:
         causes = [root_cause(failure) for failure in failures.values()]
         return next((cause for cause in causes if isinstance(cause, BtmError)), causes[0])
     inner = getattr(error, "_base_exc", None) or error.__cause__
-    if isinstance(inner, BaseException) and isinstance(error, ray.train.TrainingFailedError | RuntimeError):
+    from ray.train import TrainingFailedError  # a second of imports, which a run without failures has no use for
+
+    if isinstance(inner, BaseException) and isinstance(error, TrainingFailedError | RuntimeError):
         return root_cause(inner)
     return error

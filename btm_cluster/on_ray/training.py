@@ -12,13 +12,11 @@ import os
 import threading
 import uuid
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import ray
-import ray.train
-import torch
-from ray.train.torch import TorchTrainer
 
 from btm_cluster.errors import BtmError, Stopped, TrainingError, UserError
 from btm_cluster.ledger import Artifact, Ledger
@@ -26,7 +24,7 @@ from btm_cluster.on_ray.progress import Process, RayControl, StopPoll
 from btm_cluster.on_ray.supervision import LOADING, STARTING, WARMING_UP
 from btm_cluster.requests import Resources, ScoreRequest, TrainRequest
 from btm_cluster.room import bundle
-from btm_cluster.steps.registry import run_batch
+from btm_cluster.steps.registry import function_of, quick_imports, run_batch
 from btm_cluster.storage.scratch import scratch_folder
 from btm_cluster.workers import Progress
 
@@ -44,6 +42,9 @@ class Trainer:
         control = RayControl(board, self._stop.is_set)
         control.report(Progress(request.label, STARTING))
         board.enter.remote(request.label, Process.this())
+        with quick_imports():
+            from ray.train.torch import TorchTrainer  # `ray.train` here and below; drivers have no use for it
+
         if request.how.workers == 1:
 
             def loop() -> Artifact | BtmError:
@@ -69,7 +70,10 @@ class Trainer:
         """Gets this process ready to train, before its inputs are there. A fault is left for the training to meet."""
         board.enter.remote(request.label, Process.this())
         RayControl(board, lambda: False).report(Progress(request.label, WARMING_UP))
-        from btm_cluster.steps.warm_up import warm_up
+        with quick_imports():
+            import_module("ray.train.torch")
+            function_of(TrainRequest)
+            from btm_cluster.steps.warm_up import warm_up
 
         try:
             warm_up(request)
@@ -78,6 +82,8 @@ class Trainer:
 
     def score(self, batch: Sequence[ScoreRequest], store: str, board: Any) -> list[Artifact]:
         """Scores texts under a model, first of all the one that this process has trained: it need not start anew for that."""
+        import torch
+
         gc.collect()
         torch.cuda.empty_cache()  # of what training held
         with RayControl(board, lambda: False) as control:
@@ -102,14 +108,14 @@ def _step(request: TrainRequest, store: str, control: RayControl) -> Artifact | 
 
     What trying again cannot mend is returned and not raised, since Train tries again whatever is raised.
     """
-    from btm_cluster.steps.train import train
-
+    train = function_of(TrainRequest)
     rank = ray.train.get_context().get_world_rank()  # raises where Train is not in charge: no training runs outside it
     try:
         with control:
             if rank == 0:
                 control.report(Progress(request.label, LOADING))  # its turn has come: a group may wait for it long
-            return train(request, Ledger.open(store), control)
+            model: Artifact = train(request, Ledger.open(store), control)
+            return model
     except (UserError, Stopped, TrainingError) as exc:
         return exc
 
@@ -140,7 +146,7 @@ def _train_variables() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
 
 
-def _scaling(how: Resources) -> ray.train.ScalingConfig:
+def _scaling(how: Resources) -> "ray.train.ScalingConfig":
     if how.workers == 1:
         return ray.train.ScalingConfig(num_workers=0, use_gpu=how.gpus_per_worker > 0)
     return ray.train.ScalingConfig(
@@ -148,7 +154,7 @@ def _scaling(how: Resources) -> ray.train.ScalingConfig:
     )
 
 
-def _run_config(request: TrainRequest, retries: int, folder: Path) -> ray.train.RunConfig:
+def _run_config(request: TrainRequest, retries: int, folder: Path) -> "ray.train.RunConfig":
     # A name used before would resume that run's state; ours lives in the store.
     name = f"{request.role}-{request.label}-{request.ref.identity[:8]}-{uuid.uuid4().hex[:6]}"
     return ray.train.RunConfig(

@@ -1,9 +1,11 @@
 """Which function does what a request asks for, and where it runs. A new kind of step is one line here."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Literal
+from typing import Any, Literal
 
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import (
@@ -56,9 +58,29 @@ STEPS: Mapping[type[StepRequest], Step] = {
 
 def run_batch(requests: Sequence[StepRequest], ledger: Ledger, control: Control) -> Iterator[Artifact]:
     """Does what the requests of one batch ask for: commits an artifact for each, and yields them in order."""
-    step = STEPS[type(requests[0])]
-    function = getattr(import_module(f"btm_cluster.steps.{step.module}"), step.function)
-    if step.takes_batches:
+    kind = type(requests[0])
+    function = function_of(kind)
+    if STEPS[kind].takes_batches:
         yield from function(requests, ledger, control)
     else:
         yield from (function(request, ledger, control) for request in requests)
+
+
+def function_of(kind: type[StepRequest]) -> Callable[..., Any]:
+    """The function that does what requests of a kind ask for."""
+    step = STEPS[kind]
+    with quick_imports():
+        function: Callable[..., Any] = getattr(import_module(f"btm_cluster.steps.{step.module}"), step.function)
+    return function
+
+
+@contextmanager
+def quick_imports() -> Iterator[None]:
+    """Pauses Python's garbage collector, with which importing torch and transformers takes a quarter longer."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

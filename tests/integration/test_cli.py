@@ -232,7 +232,7 @@ def test_a_forest_is_shown_with_its_versions(fields: dict[str, Any], btm: Callab
     ("modules", "absent"),
     [
         ("display, btm_cluster.upkeep.removal, btm_cluster.upkeep.purge", {"torch", "transformers"}),
-        ("on_ray.tasks, btm_cluster.steps.read, btm_cluster.steps.tokenize", {"torch"}),
+        ("on_ray.workers, btm_cluster.steps.read, btm_cluster.steps.tokenize", {"torch", "ray.train"}),
     ],
 )
 def test_what_needs_no_torch_answers_without_it(modules: str, absent: set[str]) -> None:
