@@ -13,7 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+os.environ |= {
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
+}
 
 import pytest
 import yaml
@@ -83,9 +88,14 @@ def plan_fields(texts: dict[str, Path], store: Path) -> dict[str, Any]:
 TOGETHER = {
     "tests/contracts/": "the S3 server",
     "tests/faults/test_store_faults.py": "the S3 server",
-    "tests/end_to_end/test_partition.py": "lost machines",
-    "tests/end_to_end/test_survival.py::test_when_a_machine_is_lost": "lost machines",
+    "tests/end_to_end/test_autoscaling.py": "clusters of their own",
+    "tests/end_to_end/test_partition.py": "clusters of their own",
+    "tests/end_to_end/test_survival.py::test_when_a_machine_is_lost": "clusters of their own",
+    "tests/end_to_end/test_doctor.py": "the cluster",
     "tests/end_to_end/test_on_ray.py": "the cluster",
+    "tests/end_to_end/test_submission.py": "the cluster",
+    "tests/end_to_end/test_watching.py": "the cluster",
+    "tests/end_to_end/test_schedule.py": "another cluster",
     "tests/end_to_end/test_survival.py": "another cluster",
     "tests/end_to_end/test_worker_group.py": "another cluster",
 }

@@ -66,7 +66,7 @@ def test_three_ticks_of_a_schedule_with_a_new_domain_while_that_still_runs_and_w
     tmp_path: Path,
 ) -> None:
     fields = long_fields | {"store": store, "domains": long_fields["domains"][:1], "targets": []}
-    plan = Plan.model_validate(fields | {"training": fields["training"] | {"seed_share": 0.1, "updates": 1600}})
+    plan = Plan.model_validate(fields | {"training": fields["training"] | {"seed_share": 0.1, "updates": 800}})
     founded = grow(plan, in_process(plan)).forest
     (tmp_path / "plan").mkdir()
     (tmp_path / "plan" / "plan.yaml").write_text(yaml.safe_dump(plan.model_dump(mode="json")), encoding="utf-8")

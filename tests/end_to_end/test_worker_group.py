@@ -28,8 +28,9 @@ from tests.end_to_end.conftest import BIN, ray_node
 
 @pytest.fixture
 def request_for_two(long_fields: dict[str, Any], tmp_path: Path) -> tuple[TrainRequest, Ledger]:
-    """The seed of a plan, asked of two workers."""
-    plan = Plan.model_validate(long_fields | {"store": str(tmp_path / "store")})
+    """The seed of a plan, of a hundred updates, asked of two workers."""
+    training = long_fields["training"] | {"updates": 200}
+    plan = Plan.model_validate(long_fields | {"store": str(tmp_path / "store"), "training": training})
     driver = in_process(plan)
     request = seed_request(prepare(plan, driver))
     how = dataclasses.replace(request.how, workers=2)
@@ -54,14 +55,15 @@ def train_runs(cluster: dict[str, str]) -> list[str]:
         return [run["name"] for run in json.load(answer)["train_runs"]]
 
 
-class StopAtFirstUpdate:
-    """Sets `stop` as soon as a training shows that it runs."""
+class StopAfter:
+    """Sets `stop` as soon as a training has made so many updates."""
 
-    def __init__(self) -> None:
+    def __init__(self, updates: int) -> None:
         self.stop = threading.Event()
+        self._updates = updates
 
     def __call__(self, progress: Progress) -> None:
-        if progress.phase == "training":
+        if progress.phase == "training" and progress.update >= self._updates:
             self.stop.set()
 
 
@@ -70,6 +72,7 @@ class PreemptAtFirstUpdate:
 
     def __init__(self, environment: dict[str, str], ledger: Ledger, identity: str) -> None:
         self.stop = threading.Event()
+        self.first_update: int | None = None
         self.saved_at: int | None = None
         self._environment, self._ledger, self._identity = environment, ledger, identity
         self._before: int | None = None
@@ -79,7 +82,7 @@ class PreemptAtFirstUpdate:
             return
         update = self._latest()
         if self._before is None:
-            self._before = update
+            self.first_update, self._before = progress.update, update
             self._announce()
         elif update > self._before:
             self.saved_at = update
@@ -117,7 +120,7 @@ def test_a_group_makes_the_model_of_one_worker(
         assert abs(together[name] - tensor).max() < 1e-3, name
 
 
-def test_a_group_saves_when_it_is_stopped_and_when_a_machine_of_it_will_be_taken_away_and_goes_on(
+def test_a_group_goes_on_from_a_checkpoint_and_saves_for_a_machine_that_will_be_taken_away_and_when_it_is_stopped(
     cluster: dict[str, str],
     connect: Callable[..., LazyRayWorkers],
     request_for_two: tuple[TrainRequest, Ledger],
@@ -125,20 +128,28 @@ def test_a_group_saves_when_it_is_stopped_and_when_a_machine_of_it_will_be_taken
     request, ledger = request_for_two
     # Too long to end before it is stopped, so that stopping and going on can be told from ending.
     training = request.training.model_copy(update={"updates": 2_000_000})
-    endless = dataclasses.replace(request, training=training, last_update=1_000_000)
-    stopped = StopAtFirstUpdate()
-    with connect(ledger, stopped, stopped.stop) as workers, pytest.raises(Stopped):
-        run_all(workers, [endless])
-    saved = ledger.latest_training(endless.ref.identity)
-    assert saved is not None
     # A machine each for the two workers, of which Ray's own notice takes one.
-    apart = dataclasses.replace(endless, how=dataclasses.replace(endless.how, cpus_per_worker=2))
+    how = dataclasses.replace(request.how, cpus_per_worker=2)
+    endless = dataclasses.replace(request, training=training, last_update=1_000_000, how=how)
+    alone = dataclasses.replace(endless, how=dataclasses.replace(how, workers=1, cpus_per_worker=1))
+    stopped = StopAfter(updates=300)
+    with pytest.raises(Stopped):
+        run_all(InProcess(ledger, LocalControl(stopped, stopped.stop)), [alone])
+    begun_at = latest_update(ledger, endless)
     preempted = PreemptAtFirstUpdate(cluster, ledger, endless.ref.identity)
     with (
         ray_node(cluster, cpus=2),
         connect(ledger, preempted, preempted.stop) as workers,
         pytest.raises(Stopped),
     ):
-        run_all(workers, [apart])
+        run_all(workers, [endless])
+    assert preempted.first_update is not None
     assert preempted.saved_at is not None
-    assert preempted.saved_at > saved.recipe["update"] > 0
+    assert 300 <= begun_at < preempted.first_update <= preempted.saved_at < latest_update(ledger, endless)
+
+
+def latest_update(ledger: Ledger, request: TrainRequest) -> int:
+    """The update of the last training checkpoint."""
+    saved = ledger.latest_training(request.ref.identity)
+    assert saved is not None
+    return int(saved.recipe["update"])

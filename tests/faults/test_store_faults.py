@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -19,8 +17,9 @@ from btm_cluster.ledger import Ledger
 from btm_cluster.plan import Plan
 from btm_cluster.upkeep.housekeeping import verify
 from tests.conftest import in_process, plan_fields
-from tests.end_to_end.conftest import REPOSITORY, plain
+from tests.end_to_end.conftest import plain
 from tests.fault_proxy import Fault, FaultProxy, Policy, no_faults
+from tests.forked import ForkedProcess
 
 CODE, SAID = 0, 1
 
@@ -29,6 +28,7 @@ def small_fields(texts: dict[str, Path], store: str) -> dict[str, Any]:
     """A plan of two domains whose training saves after each update."""
     fields = plan_fields(texts, Path("unused"))
     fields |= {"domains": fields["domains"][:2], "targets": [], "store": store}
+    fields["training"] |= {"updates": 6}
     fields["cluster"] |= {"checkpoint_minutes": 1e-9}
     return fields
 
@@ -152,31 +152,6 @@ def test_a_run_from_whom_the_store_is_cut_off_without_a_word_goes_on_when_it_ans
     assert experts_in(store) == undisturbed
 
 
-DRIVER = """
-import json, sys, threading, time
-from pathlib import Path
-from btm_cluster.algorithm import grow
-from btm_cluster.driver import Driver
-from btm_cluster.in_process import InProcess, LocalControl
-from btm_cluster.ledger import Ledger
-from btm_cluster.plan import Plan
-
-meeting, me = Path(sys.argv[1]), int(sys.argv[2])
-
-def meet(progress):
-    "Each model is stored only once both have trained it."
-    if progress.phase == "storing":
-        (meeting / f"{progress.label}-{me}").touch()
-        while not (meeting / f"{progress.label}-{1 - me}").exists():
-            time.sleep(0.01)
-
-plan = Plan.model_validate_json(sys.stdin.read())
-ledger = Ledger.open(plan.store)
-forest = grow(plan, Driver(ledger, InProcess(ledger, LocalControl(meet, threading.Event())))).forest
-print(json.dumps([expert.weights_sha256 for expert in forest.experts]))
-"""
-
-
 def test_two_drivers_without_a_cluster_in_common_race_for_every_model_and_end_in_one_forest(
     proxy: FaultProxy,  # noqa: ARG001 - which leads to the server
     texts: dict[str, Path],
@@ -184,25 +159,21 @@ def test_two_drivers_without_a_cluster_in_common_race_for_every_model_and_end_in
     tmp_path: Path,
 ) -> None:
     store = "s3://runs/shared"
-    plan = json.dumps(small_fields(texts, store))
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(small_fields(texts, store)))
+    logs = [(tmp_path / f"out-{i}", tmp_path / f"err-{i}") for i in range(2)]
     drivers = [
-        subprocess.Popen(
-            [sys.executable, "-c", DRIVER, str(tmp_path), str(i)],
-            env=os.environ | {"BTM_CACHE_FOLDER": str(tmp_path / f"cache-{i}"), "PYTHONPATH": str(REPOSITORY)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        ForkedProcess(
+            "tests.faults.racing_driver",
+            [str(plan), str(tmp_path), str(i)],
+            dict(os.environ) | {"BTM_CACHE_FOLDER": str(tmp_path / f"cache-{i}")},
+            *logs[i],
         )
         for i in range(2)
     ]
-    for driver in drivers:
-        assert driver.stdin
-        driver.stdin.write(plan)
-        driver.stdin.close()
-        driver.stdin = None
-    said = [driver.communicate() for driver in drivers]
-    assert [driver.returncode for driver in drivers] == [0, 0], said
+    codes = [driver.wait() for driver in drivers]
+    said = [(out.read_text(), err.read_text()) for out, err in logs]
+    assert codes == [0, 0], said
     assert experts_in(store) == undisturbed
     assert {out for out, _ in said} == {
         json.dumps([expert["weights_sha256"] for expert in undisturbed.values()]) + "\n"
