@@ -81,7 +81,7 @@ def plan_fields(texts: dict[str, Path], store: Path) -> dict[str, Any]:
             "blocks_per_domain_update": 4,
             "learning_rate": 3e-3,
         },
-        "cluster": {"seed_cpus": 1, "cpus_per_expert": 1, "micro_batch_blocks": 4},
+        "cluster": {"seed_cpus": 1, "cpus_per_expert": 1, "micro_batch_blocks": 16},
     }
 
 

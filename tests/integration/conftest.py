@@ -75,6 +75,7 @@ def prepared_plan(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     fields = plan_fields(texts, tmp_path_factory.mktemp("prepared") / "store")
     fields["model"] = {"config": {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2}}
     fields["baselines"] = ["transformer-lm"]
+    fields["cluster"]["micro_batch_blocks"] = 4  # several for an update
     plan = Plan.model_validate(fields)
     prepare(plan, in_process(plan))
     return plan
@@ -109,7 +110,8 @@ def grown(prepared_plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Grow
     """A forest of two-layer experts, trained until they differ, with its scores and averages."""
     longer = {"updates": 24, "seed_share": 0.25, "learning_rate": 1e-2}
     plan = copy_store(prepared_plan, tmp_path_factory.mktemp("grown") / "store")
-    plan = plan.model_copy(update={"training": plan.training.model_copy(update=longer)})
+    cluster = plan.cluster.model_copy(update={"micro_batch_blocks": 16})
+    plan = plan.model_copy(update={"training": plan.training.model_copy(update=longer), "cluster": cluster})
     driver = in_process(plan)
     result = grow(plan, driver)
     return GrownForest(driver, result, evaluate(result.ground, result.forest, result.baseline, driver))

@@ -34,6 +34,7 @@ def grow_golden(folder: Path) -> dict[str, Any]:
     fields["baselines"] = ["transformer-lm", "demix"]
     fields["training"] |= {"updates": 24, "seed_share": 0.5, "learning_rate": 1e-2}
     fields["branching"] = {"start": "posterior"}
+    fields["cluster"]["micro_batch_blocks"] = 4  # the last bits depend on it
     domains = fields["domains"]
     first = Plan.model_validate(fields | {"domains": domains[:2]})
     run_plan(first, in_process(first))
