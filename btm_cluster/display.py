@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from btm_cluster.forest import Forest
     from btm_cluster.preview import Preview
     from btm_cluster.report import Cell, Row, Verdict
+    from btm_cluster.requests.progress import Progress
     from btm_cluster.run import Run
     from btm_cluster.texts import TextReport
-    from btm_cluster.workers import Progress
 
 PLAIN_SECONDS = 10.0
 MOST_COLUMNS = 100_000

@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 from btm_cluster.errors import MissingError, StoreError
-from btm_cluster.forest import identity_of
+from btm_cluster.identity import identity_of
 from btm_cluster.ledger import Artifact, Ledger, Origin, Ref
 from btm_cluster.pending import Pending
 from btm_cluster.requests import AverageRequest, ReadText, ShuffleTexts, StepRequest, Tokenize, TrainRequest

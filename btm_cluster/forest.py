@@ -1,29 +1,15 @@
-"""Values: identities, experts, and the forest they form.
+"""Values: experts, and the forest they form.
 
 Knows nothing of where they are stored or how experts are trained. A forest never changes: adding and removing domains
 make a new version of it, and what a version inherits from the first one, its foundation, stays.
 """
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from btm_cluster.errors import UserError
-
-
-def canonical_json(value: Any) -> bytes:
-    """One byte string per value: sorted keys, no spaces, floats as Python writes them."""
-    # Keys that are numbers, as in transformers' id2label, must sort as the strings that they are once read back.
-    plain = json.loads(json.dumps(value))
-    return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-
-
-def identity_of(recipe: Mapping[str, Any]) -> str:
-    """SHA-256 of a recipe: what something is made from, never where, when or by how many machines."""
-    return hashlib.sha256(canonical_json(recipe)).hexdigest()
 
 
 @dataclass(frozen=True)

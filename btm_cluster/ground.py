@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from btm_cluster.errors import TextError, UserError
-from btm_cluster.forest import Forest, Foundation, identity_of
+from btm_cluster.forest import Forest, Foundation
+from btm_cluster.identity import identity_of
 from btm_cluster.language_model.model import full_config
 from btm_cluster.language_model.pretrained import (
     pretrained_config,

@@ -11,10 +11,11 @@ from btm_cluster.errors import BtmError, DivergedError, Stopped, UserError
 from btm_cluster.ledger import Ledger
 from btm_cluster.pending import Pending
 from btm_cluster.requests import StepRequest, TrainRequest
+from btm_cluster.requests.progress import Control, Progress, Watcher
 from btm_cluster.room import Ask, ask_of, no_room
 from btm_cluster.steps.registry import run_batch
 from btm_cluster.stopping import stopped
-from btm_cluster.workers import Control, Failure, Outcome, Progress, Watcher
+from btm_cluster.workers import Failure, Outcome
 
 
 class LocalControl:

@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 
-from btm_cluster.forest import Forest, identity_of
+from btm_cluster.forest import Forest
+from btm_cluster.identity import identity_of
 from btm_cluster.ledger import THREADS, Ledger, Ref, check_place, known_form, list_ours
 from btm_cluster.requests import Start
 

@@ -20,9 +20,9 @@ from typing import Any, Protocol
 from btm_cluster.errors import StoreError, UserError
 from btm_cluster.plan import Plan
 from btm_cluster.records import LOGS
+from btm_cluster.requests.progress import Progress, Watcher
 from btm_cluster.storage import Storage
 from btm_cluster.storage.scratch import scratch_folder
-from btm_cluster.workers import Progress, Watcher
 
 log = logging.getLogger(__name__)
 STORE_SECONDS = 60.0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from btm_cluster.forest import identity_of
+from btm_cluster.identity import identity_of
 from btm_cluster.ledger import Ledger, is_ours, list_ours
 from btm_cluster.plan import DomainPlan, Plan
 from btm_cluster.plan.expansion import InboxPlan

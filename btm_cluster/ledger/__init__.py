@@ -17,18 +17,16 @@ Other documents that are created once have their places in `records.py`. `keys.p
 none of the store's. Whatever is read is compared with its key: number, kind, identity, and the hash of its recipe.
 """
 
+from btm_cluster.identity import Inputs, Ref, identity_by
 from btm_cluster.ledger.artifact import (
     CHUNK_BYTES,
     Artifact,
     Blob,
-    Inputs,
     Named,
     Origin,
-    Ref,
     artifact_key,
     blob_key,
     describe_file,
-    identity_by,
     training_folder,
 )
 from btm_cluster.ledger.documents import THREADS, at_once, check_fields, check_place, known_form

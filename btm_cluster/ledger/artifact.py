@@ -1,14 +1,14 @@
-"""Values: what names an artifact, what its manifest says, and the keys under which a store has it."""
+"""Values: what an artifact's manifest says, and the keys under which a store has it."""
 
 import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 from btm_cluster.errors import IntegrityError, MissingError
-from btm_cluster.forest import identity_of
+from btm_cluster.identity import Inputs, Ref, identity_by
 
 CHUNK_BYTES = 8 * 2**20
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -23,27 +23,6 @@ class Blob:
     sha256: str
     chunks: tuple[str, ...]
     """SHA-256 of each 8 MiB, so that ranges can be checked too."""
-
-
-@dataclass(frozen=True)
-class Ref:
-    """Names an artifact: its kind and identity."""
-
-    kind: str
-    identity: str
-
-    def __str__(self) -> str:
-        return f"{self.kind}/{self.identity}"
-
-    @staticmethod
-    def parse(text: str) -> "Ref":
-        """Reads what `str` wrote."""
-        kind, identity = text.split("/")
-        return Ref(kind, identity)
-
-
-Inputs: TypeAlias = Mapping[str, tuple[Ref, ...]]
-"""The artifacts that something is made from, by the part that they play in it."""
 
 
 class Named(Protocol):
@@ -139,11 +118,6 @@ def check_artifact(artifact: Artifact, key: str) -> None:
             raise _refused(f"{key} names a file that cannot be", f"{blob.name!r}: {wrong}", "a file that was stored")
 
 
-def identity_by(kind: str, recipe: Mapping[str, Any], inputs: Inputs) -> str:
-    """The identity of an artifact: SHA-256 of its kind, its recipe and the artifacts that it is made from."""
-    return identity_of({"kind": kind, "recipe": recipe, "inputs": plain_inputs(inputs)})
-
-
 def named_identity(made: Named | Artifact) -> str:
     """The identity that recipe and inputs give. A text's is over its documents; a training checkpoint has its model's."""
     if made.ref.kind == "text":
@@ -151,11 +125,6 @@ def named_identity(made: Named | Artifact) -> str:
     if made.ref.kind == "training":
         return identity_by("model", made.recipe["model"], made.inputs)
     return identity_by(made.ref.kind, made.recipe, made.inputs)
-
-
-def plain_inputs(inputs: Inputs) -> dict[str, list[str]]:
-    """As a manifest has them: `<kind>/<identity>`."""
-    return {role: [str(ref) for ref in refs] for role, refs in inputs.items()}
 
 
 def _blob_problem(blob: Blob) -> str:

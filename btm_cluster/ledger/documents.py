@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from btm_cluster.account import account
 from btm_cluster.errors import IntegrityError, MissingError, StoreError, one_line
-from btm_cluster.forest import canonical_json
+from btm_cluster.identity import canonical_json
 from btm_cluster.storage import Storage
 
 THREADS = 16

@@ -10,19 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from btm_cluster.errors import IntegrityError, MissingError, StoreError, UserError
+from btm_cluster.identity import Ref, plain_inputs
 from btm_cluster.ledger.artifact import (
     CHUNK_BYTES,
     Artifact,
     Blob,
     Named,
     Origin,
-    Ref,
     artifact_key,
     blob_key,
     describe_file,
     named_identity,
     pin_key,
-    plain_inputs,
     training_folder,
     training_key,
 )

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 
 from btm_cluster.errors import StoreError
-from btm_cluster.ledger.artifact import Artifact, Blob, Ref, check_artifact
+from btm_cluster.identity import Ref
+from btm_cluster.ledger.artifact import Artifact, Blob, check_artifact
 from btm_cluster.ledger.documents import Documents, at_once, check_fields, known_form
 from btm_cluster.ledger.keys import list_ours
 from btm_cluster.storage import Entry, Storage

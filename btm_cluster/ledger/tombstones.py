@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from btm_cluster.errors import UserError
-from btm_cluster.forest import identity_of
-from btm_cluster.ledger.artifact import Artifact, Named, Ref, artifact_key, blob_key
+from btm_cluster.identity import Ref, identity_of
+from btm_cluster.ledger.artifact import Artifact, Named, artifact_key, blob_key
 from btm_cluster.ledger.documents import Document, Documents, at_once, check_fields, check_place, known_form
 from btm_cluster.ledger.keys import list_ours
 from btm_cluster.ledger.manifests import list_manifests, read_manifests

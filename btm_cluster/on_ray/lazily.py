@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from btm_cluster.checks import check_compiler
 from btm_cluster.plan import ClusterPlan
 from btm_cluster.requests import Resources, StepRequest, TrainRequest
+from btm_cluster.requests.progress import Watcher
 from btm_cluster.room import Ask
-from btm_cluster.workers import Outcome, Watcher
+from btm_cluster.workers import Outcome
 
 if TYPE_CHECKING:
     from btm_cluster.on_ray.workers import RayWorkers

@@ -12,8 +12,8 @@ from ray.util.metrics import Counter, Gauge
 
 from btm_cluster.forest import Forest
 from btm_cluster.requests import TrainRequest
+from btm_cluster.requests.progress import Progress
 from btm_cluster.storage.requests import Requests
-from btm_cluster.workers import Progress
 
 _OF_TRAINING = {
     "updates": "update that the training has reached",

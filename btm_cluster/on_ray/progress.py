@@ -16,8 +16,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from btm_cluster.on_ray.supervision import STARTING
+from btm_cluster.requests.progress import Progress
 from btm_cluster.storage.requests import Requests, take_requests
-from btm_cluster.workers import Progress
 
 STOP_POLL_SECONDS = 1.0
 

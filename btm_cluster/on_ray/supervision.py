@@ -7,7 +7,7 @@ state. Knows nothing of Ray or of processes.
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from btm_cluster.workers import Progress
+from btm_cluster.requests.progress import Progress
 
 STARTING = "starting"
 """Phase that a training reports first in each attempt, before its turn to load has come."""

@@ -23,10 +23,10 @@ from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.on_ray.progress import Process, RayControl, StopPoll
 from btm_cluster.on_ray.supervision import LOADING, STARTING, WARMING_UP
 from btm_cluster.requests import Resources, ScoreRequest, TrainRequest
+from btm_cluster.requests.progress import Progress
 from btm_cluster.room import bundle
 from btm_cluster.steps.registry import function_of, quick_imports, run_batch
 from btm_cluster.storage.scratch import scratch_folder
-from btm_cluster.workers import Progress
 
 log = logging.getLogger(__name__)
 

@@ -28,11 +28,12 @@ from btm_cluster.on_ray.training import trainer_name
 from btm_cluster.pending import Pending
 from btm_cluster.plan import ClusterPlan
 from btm_cluster.requests import AverageRequest, Resources, StepRequest, TrainRequest
+from btm_cluster.requests.progress import Progress, Watcher
 from btm_cluster.room import Ask, ask_of, bundle
 from btm_cluster.steps.registry import STEPS
 from btm_cluster.stopping import stopped
 from btm_cluster.storage.requests import take_requests
-from btm_cluster.workers import Failure, Outcome, Progress, Watcher
+from btm_cluster.workers import Failure, Outcome
 
 POLL_SECONDS = 0.25
 

@@ -4,9 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeAlias
 
-from btm_cluster.forest import identity_of
-from btm_cluster.ledger import Inputs, Ref
-from btm_cluster.ledger.artifact import plain_inputs
+from btm_cluster.identity import Inputs, Ref, identity_of, plain_inputs
 from btm_cluster.plan import TrainingPlan
 from btm_cluster.requests.request import Resources, StepRequest, texts_of
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from btm_cluster.ledger import Inputs, Ref, identity_by
+from btm_cluster.identity import Inputs, Ref, identity_by
 
 
 @dataclass(frozen=True)

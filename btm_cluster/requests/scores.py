@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from btm_cluster.ledger import Inputs, Ref
+from btm_cluster.identity import Inputs, Ref
 from btm_cluster.plan import MergingPlan
 from btm_cluster.requests.request import Resources, StepRequest
 

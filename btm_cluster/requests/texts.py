@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
-from btm_cluster.ledger import Inputs, Ref
+from btm_cluster.identity import Inputs, Ref
 from btm_cluster.plan import ReadingPlan, TextPlan, TrainedTokenizerPlan
 from btm_cluster.requests.request import StepRequest, texts_of
 

@@ -6,9 +6,9 @@ from btm_cluster.language_model.model_card import write_card
 from btm_cluster.language_model.tokenizer import TOKENIZER_FILES
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import AverageRequest, FittedWeights
+from btm_cluster.requests.progress import Control, Progress
 from btm_cluster.steps.stored import open_config
 from btm_cluster.storage.scratch import scratch_folder
-from btm_cluster.workers import Control, Progress
 
 
 def average(request: AverageRequest, ledger: Ledger, control: Control) -> Artifact:

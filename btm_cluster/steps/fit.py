@@ -19,9 +19,9 @@ from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.mixing import FULL, Mixing, PosteriorName, fit_mixing, one_thread_each, shared_mixing
 from btm_cluster.plan import MergingPlan
 from btm_cluster.requests import FitForAll, FitText, MixingMethod, ScoredSplit
+from btm_cluster.requests.progress import Control, Progress
 from btm_cluster.scores import ScoreStack
 from btm_cluster.storage.scratch import scratch_folder
-from btm_cluster.workers import Control, Progress
 
 GATE = "gate"
 

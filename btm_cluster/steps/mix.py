@@ -7,9 +7,9 @@ from btm_cluster.fits import SUMS, open_fits
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.mixing import Mixing, one_thread_each
 from btm_cluster.requests import MixText
+from btm_cluster.requests.progress import Control, Progress
 from btm_cluster.scores import ScoreStack
 from btm_cluster.storage.scratch import scratch_folder
-from btm_cluster.workers import Control, Progress
 
 
 def mix(request: MixText, ledger: Ledger, control: Control) -> Artifact:

@@ -7,9 +7,9 @@ import numpy as np
 from btm_cluster.language_model.overlap import TestText, mark_seen
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import FindOverlap
+from btm_cluster.requests.progress import Control, Progress
 from btm_cluster.steps.stored import documents_of
 from btm_cluster.storage.scratch import scratch_folder
-from btm_cluster.workers import Control, Progress
 
 
 def find_overlap(request: FindOverlap, ledger: Ledger, control: Control) -> Artifact:

@@ -7,9 +7,9 @@ from btm_cluster.language_model.corpus import Text, write_random_part, write_tex
 from btm_cluster.language_model.data_sets import pinned
 from btm_cluster.ledger import Artifact, Ledger, Origin, Ref, artifact_key
 from btm_cluster.requests import ReadText, ShuffleTexts
+from btm_cluster.requests.progress import Control, Progress
 from btm_cluster.steps.stored import documents_of
 from btm_cluster.storage.scratch import scratch_folder
-from btm_cluster.workers import Control, Progress
 
 
 def read_text(request: ReadText, ledger: Ledger, control: Control) -> Artifact:

@@ -24,7 +24,7 @@ from btm_cluster.requests import (
     TrainRequest,
     TrainTokenizer,
 )
-from btm_cluster.workers import Control
+from btm_cluster.requests.progress import Control
 
 
 @dataclass(frozen=True)

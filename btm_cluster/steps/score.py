@@ -7,9 +7,9 @@ from btm_cluster.language_model.model import load_model
 from btm_cluster.language_model.scoring import score_blocks, set_up_scoring
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import ScoreRequest
+from btm_cluster.requests.progress import Control, Progress
 from btm_cluster.steps.stored import first_token_of, open_config
 from btm_cluster.storage.scratch import scratch_folder
-from btm_cluster.workers import Control, Progress
 
 
 def score(requests: Sequence[ScoreRequest], ledger: Ledger, control: Control) -> Iterator[Artifact]:

@@ -5,9 +5,9 @@ from btm_cluster.language_model.model import load_model
 from btm_cluster.language_model.soup import Soup, greedy_soup, learned_soup, read_blocks
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import SoupRequest
+from btm_cluster.requests.progress import Control, Progress
 from btm_cluster.steps.average import check_compatible
 from btm_cluster.steps.stored import first_token_of, open_config
-from btm_cluster.workers import Control, Progress
 
 
 def search(request: SoupRequest, ledger: Ledger, control: Control) -> Artifact:

@@ -6,9 +6,9 @@ from btm_cluster.language_model.blocks import pack_blocks
 from btm_cluster.language_model.corpus import read_shard
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.requests import Tokenize
+from btm_cluster.requests.progress import Control, Progress
 from btm_cluster.steps.stored import open_tokenizer
 from btm_cluster.storage.scratch import scratch_folder
-from btm_cluster.workers import Control, Progress
 
 
 def tokenize(request: Tokenize, ledger: Ledger, control: Control) -> Artifact:

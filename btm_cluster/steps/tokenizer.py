@@ -12,9 +12,9 @@ from btm_cluster.language_model.tokenizer import (
 from btm_cluster.language_model.tokenizer import train_tokenizer as train_on
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import ImportTokenizer, TrainTokenizer
+from btm_cluster.requests.progress import Control, Progress
 from btm_cluster.steps.stored import documents_of
 from btm_cluster.storage.scratch import scratch_folder
-from btm_cluster.workers import Control, Progress
 
 
 def train_tokenizer(request: TrainTokenizer, ledger: Ledger, control: Control) -> Artifact:

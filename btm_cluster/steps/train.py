@@ -20,11 +20,11 @@ from btm_cluster.language_model.tokenizer import TOKENIZER_FILES
 from btm_cluster.language_model.training_state import MODEL_FILE, write_state
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import DemixPart, TrainRequest
+from btm_cluster.requests.progress import Control, Progress
 from btm_cluster.steps.resuming import AlreadyTrained
 from btm_cluster.steps.stored import open_blocks, open_tokenizer
 from btm_cluster.steps.training_run import AtMilestone, Trained, run_training
 from btm_cluster.storage.scratch import scratch_folder
-from btm_cluster.workers import Control, Progress
 
 log = logging.getLogger(__name__)
 

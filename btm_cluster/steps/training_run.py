@@ -21,10 +21,10 @@ from btm_cluster.language_model.training_state import TrainingState
 from btm_cluster.language_model.utilisation import utilisation
 from btm_cluster.ledger import Ledger
 from btm_cluster.requests import Resources, Role, TrainRequest
+from btm_cluster.requests.progress import Control, Progress
 from btm_cluster.steps.checkpoints import TrainingCheckpoints
 from btm_cluster.steps.resuming import Source, earlier_spans, profiles, restore
 from btm_cluster.storage.node_cache import node_cache
-from btm_cluster.workers import Control, Progress
 
 NOTICE_SECONDS = 5.0
 """Between two questions on whether this machine will be taken away."""

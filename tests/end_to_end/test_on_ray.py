@@ -31,7 +31,7 @@ from btm_cluster.mixing import fit_mixing, one_thread_each, shared_mixing
 from btm_cluster.on_ray.lazily import LazyRayWorkers
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import seed_request
-from btm_cluster.workers import Progress
+from btm_cluster.requests.progress import Progress
 from tests.conftest import DOMAINS, in_process
 from tests.end_to_end.conftest import BIN, REPOSITORY, Btm, _wait_for, experts_in, plain, write_prepared
 from tests.forked import run_forked

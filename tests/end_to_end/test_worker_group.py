@@ -21,7 +21,7 @@ from btm_cluster.on_ray.lazily import LazyRayWorkers
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import seed_request
 from btm_cluster.requests import TrainRequest
-from btm_cluster.workers import Progress
+from btm_cluster.requests.progress import Progress
 from tests.conftest import in_process, run_all
 from tests.end_to_end.conftest import BIN, ray_node
 

@@ -14,7 +14,7 @@ from btm_cluster.driver import Driver
 from btm_cluster.in_process import InProcess, LocalControl
 from btm_cluster.ledger import Ledger
 from btm_cluster.plan import Plan
-from btm_cluster.workers import Progress
+from btm_cluster.requests.progress import Progress
 
 
 def main(plan_path: str, meeting: Path, me: int) -> None:

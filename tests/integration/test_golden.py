@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from btm_cluster.forest import identity_of
+from btm_cluster.identity import identity_of
 from btm_cluster.ledger import Ledger, Ref
 from btm_cluster.plan import Plan
 from btm_cluster.run import run_plan

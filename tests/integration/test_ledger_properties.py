@@ -25,7 +25,8 @@ from hypothesis.stateful import (
 
 from btm_cluster.algorithm import merge
 from btm_cluster.errors import IntegrityError, MissingError, StoreError, UserError
-from btm_cluster.forest import Expert, Forest, Foundation, Parent, describe_forest, identity_of, merge_into
+from btm_cluster.forest import Expert, Forest, Foundation, Parent, describe_forest, merge_into
+from btm_cluster.identity import identity_of
 from btm_cluster.ledger import Artifact, ForestLog, Inputs, Ledger, Origin, Ref, blob_key, identity_by
 from btm_cluster.upkeep.gc import collect, find_garbage
 from btm_cluster.upkeep.housekeeping import verify

@@ -12,8 +12,9 @@ from btm_cluster.algorithm import prepare
 from btm_cluster.errors import StoreError, TrainingError
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import score_request
+from btm_cluster.requests.progress import Progress
 from btm_cluster.upkeep.housekeeping import verify
-from btm_cluster.workers import Failure, Progress
+from btm_cluster.workers import Failure
 from tests.conftest import in_process, run_all
 from tests.integration.conftest import Prepared, copy_store
 from tests.integration.test_training import AT_EVERY_UPDATE, Undisturbed, last_saved, run, weights_of

@@ -40,6 +40,7 @@ from btm_cluster.report import (
     TRANSFORMER_LM,
 )
 from btm_cluster.requests import MixingMethod, StepRequest, TrainRequest
+from btm_cluster.requests.progress import Control
 from btm_cluster.run import run_plan
 from btm_cluster.steps.fit import fit_methods, fit_together, for_all_of
 from btm_cluster.steps.stored import documents_of
@@ -50,7 +51,7 @@ from btm_cluster.study.repeat import train as train_requests
 from btm_cluster.study.repeats import repeats_of
 from btm_cluster.study.results import read_results, results_of, write_results
 from btm_cluster.study.run import Study, run_study, train_repeat
-from btm_cluster.workers import Control, Outcome
+from btm_cluster.workers import Outcome
 from tests.conftest import DOMAINS, in_process, plan_fields
 from tests.integration.test_milestones import overtrained_fields
 from tests.made import origin

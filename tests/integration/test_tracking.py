@@ -14,9 +14,9 @@ from btm_cluster.cli import app, run_command
 from btm_cluster.commands.driving import driving
 from btm_cluster.errors import Stopped, StoreError
 from btm_cluster.plan import Plan
+from btm_cluster.requests.progress import Progress
 from btm_cluster.storage.local_folder import LocalFolder
 from btm_cluster.tracking import Tracking
-from btm_cluster.workers import Progress
 
 
 @pytest.fixture(autouse=True)

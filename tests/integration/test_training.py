@@ -27,11 +27,11 @@ from btm_cluster.language_model.training_state import TrainingState, write_state
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.plan import Plan
 from btm_cluster.requests import AverageRequest, Start, TrainRequest
+from btm_cluster.requests.progress import Progress
 from btm_cluster.steps.checkpoints import load_stored
 from btm_cluster.steps.stored import open_blocks
 from btm_cluster.steps.train import train
 from btm_cluster.steps.training_run import run_training
-from btm_cluster.workers import Progress
 from tests.conftest import in_process, run_all
 from tests.integration.conftest import Prepared, copy_store
 from tests.made import origin

@@ -8,16 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from btm_cluster.errors import UserError
-from btm_cluster.forest import (
-    Expert,
-    Forest,
-    Foundation,
-    Parent,
-    canonical_json,
-    describe_forest,
-    identity_of,
-    merge_into,
-)
+from btm_cluster.forest import Expert, Forest, Foundation, Parent, describe_forest, merge_into
+from btm_cluster.identity import canonical_json, identity_of
 
 FOUNDATION = Foundation("seed", "tokenizer", "model", 1024, (("code", "text-code"), ("law", "text-law")))
 PLANTED = Forest(0, FOUNDATION, (), {"seed": "hash-seed"}, "planted")

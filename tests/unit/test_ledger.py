@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from btm_cluster.errors import IntegrityError, MissingError, StoreError, UserError
-from btm_cluster.forest import Expert, Forest, Foundation, Parent, canonical_json, merge_into
+from btm_cluster.forest import Expert, Forest, Foundation, Parent, merge_into
+from btm_cluster.identity import canonical_json
 from btm_cluster.ledger import CHUNK_BYTES, Artifact, Ledger, Ref, describe_file
 from btm_cluster.ledger.documents import Documents
 from btm_cluster.storage import Entry
