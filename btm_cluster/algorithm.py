@@ -11,29 +11,20 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from btm_cluster.driver import Driver, find_made, require_all
-from btm_cluster.errors import StoreError, TextError
+from btm_cluster.errors import StoreError
 from btm_cluster.evaluation.evaluate import forest_ensemble
-from btm_cluster.evaluation.fitting import average_request, weight_requests
-from btm_cluster.evaluation.scoring import score_requests
-from btm_cluster.evaluation.systems import Ensemble
+from btm_cluster.evaluation.fitting import averaged_starts
 from btm_cluster.forest import Expert, Forest, Parent, check_merge, merge_into
-from btm_cluster.founding import check_foundation, check_texts
+from btm_cluster.founding import check_foundation
 from btm_cluster.ground import (
     Ground,
     PreparedText,
-    block_requests,
-    ground_of,
-    model_config,
-    read_requests,
-    tokenizer_request,
-    vocabulary_of,
-    without_texts,
-    without_withdrawn,
 )
 from btm_cluster.ledger import THREADS, Artifact, Ledger, Ref
 from btm_cluster.outstanding import new_domains, rivals, starts_from_seed
 from btm_cluster.plan import Plan
-from btm_cluster.recipes import check_demix, expert_request, seed_request, seed_start
+from btm_cluster.preparation import read, tokenize
+from btm_cluster.recipes import expert_request, seed_request, seed_start
 from btm_cluster.records import (
     Baseline,
     BranchPoint,
@@ -103,54 +94,6 @@ def forest_to_come(ground: Ground, forest: Forest | None, branches: Sequence[Tra
     foundation = forest.foundation if forest else ground.foundation(seed_request(ground).ref.identity)
     experts = sorted([*(forest.experts if forest else ()), *new], key=lambda expert: expert.domain)
     return Forest(0, foundation, tuple(experts), {}, reason="still to be grown")
-
-
-def prepare(plan: Plan, driver: Driver) -> Ground:
-    """Texts to documents, documents to token blocks, and the configuration that all models share."""
-    ground = read(plan, driver)
-    tokenize(ground, driver)
-    return ground
-
-
-def read(plan: Plan, driver: Driver) -> Ground:
-    """Texts to documents. From here on all is known that is made of them."""
-    forest = driver.ledger.log.newest()
-    plan = without_withdrawn(plan, forest)
-    requests = read_requests(plan)
-    model = model_config(plan, vocabulary_of(plan))  # a wrong model is refused before a text is read
-    check_demix(plan, model[0], driver.ledger.log.version(0))
-    bare = without_texts(plan, model, driver.ledger)
-    if forest is not None:
-        check_foundation(bare, forest, driver.ledger)
-    if model[1] is not None:  # it needs no text, and may turn out to be unusable
-        driver.require([tokenizer_request(plan, ()), seed_request(bare)])
-    memos = {text.name: memo for text, memo in zip(plan.texts, driver.require(requests), strict=True)}
-    ground = ground_of(plan, memos, model, driver.ledger)
-    if forest is not None:  # what does not fit is refused before anything is made
-        check_texts(ground, forest, driver.ledger)
-    return ground
-
-
-def tokenize(ground: Ground, driver: Driver) -> None:
-    """Documents to token blocks.
-
-    Raises:
-        TextError: a text has no block of a split.
-    """
-    is_founded = driver.ledger.log.newest() is not None
-    requests = block_requests(ground)
-    _, *tokenized = driver.require([tokenizer_request(ground.plan, ground.founders), *requests])
-    blocks: dict[tuple[str, str], int] = {}
-    for request, artifact in zip(requests, tokenized, strict=True):
-        key = (request.label, request.split)
-        blocks[key] = blocks.get(key, 0) + artifact.facts["blocks"]
-    for (name, split), count in blocks.items():
-        if count == 0:
-            raise TextError(
-                f"the {split} text of {name!r} fills no block",
-                expected=f"at least {requests[0].block_tokens} tokens",
-                remedy="give it more text" + ("" if is_founded else ", or lower `training.block_tokens`"),
-            )
 
 
 def train_seed(ground: Ground, driver: Driver) -> Forest:
@@ -278,19 +221,6 @@ def rivals_to_train(ground: Ground, ledger: Ledger) -> tuple[list[TrainRequest],
         for request in lost
     ]
     return [request for request in asked if request not in lost], impossible
-
-
-def averaged_starts(ground: Ground, experts: Ensemble, new: Sequence[PreparedText], driver: Driver) -> list[Start]:
-    """The average of the forest's experts for each new domain, by its posterior on the domain's text or uniformly."""
-    if ground.plan.branching.start == "uniform":
-        averages = [average_request(ground, experts, "uniform", None)] * len(new)
-        driver.require(averages[:1])
-    else:
-        prior = ground.plan.merging.average_prior
-        averages = [average_request(ground, experts, prior, domain) for domain in new]
-        fits = [fit for domain in new for fit in weight_requests(ground, experts, prior, domain)]
-        driver.require([*score_requests(ground, experts.refs, new, ["development"]), *fits, *averages])
-    return [Start(average.ref, keep_optimizer=False) for average in averages]
 
 
 def _expert(request: TrainRequest, model: Artifact, ledger: Ledger) -> Expert:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from btm_cluster.algorithm import Alongside, Grown, grow, prepare
+from btm_cluster.algorithm import Alongside, Grown, grow
 from btm_cluster.driver import Driver, find_made, steps_line
 from btm_cluster.errors import StepError, StoreError, UserError
 from btm_cluster.evaluation.cluster_ensemble import check_clusters
@@ -16,6 +16,7 @@ from btm_cluster.ground import Ground, PreparedText, block_requests, overlap_req
 from btm_cluster.ledger import Ledger, Ref
 from btm_cluster.mixing import Mixing
 from btm_cluster.plan import Plan
+from btm_cluster.preparation import prepare
 from btm_cluster.recipes import demix_request, expert_request, seed_request, seed_start, transformer_lm_request
 from btm_cluster.report import Verdict, verdict
 from btm_cluster.requests import Start, StepRequest, TrainRequest

@@ -1,5 +1,6 @@
-"""Requests for how an ensemble is mixed and averaged for a text: fits, mixtures, searches and averages."""
+"""How an ensemble is mixed and averaged for a text: the requests for fits, mixtures, searches and averages."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, cast
 
@@ -21,6 +22,7 @@ from btm_cluster.requests import (
     ScoredSplit,
     ScoreRequest,
     SoupRequest,
+    Start,
 )
 
 SEARCHES = ("greedy", "learned")
@@ -134,3 +136,16 @@ def soup_request(ground: Ground, ensemble: Ensemble, strategy: str, text: Prepar
         starts,
         replace(how, micro_batch_blocks=min(SOUP_BLOCKS_AT_ONCE, how.micro_batch_blocks)),
     )
+
+
+def averaged_starts(ground: Ground, experts: Ensemble, new: Sequence[PreparedText], driver: Driver) -> list[Start]:
+    """The average of the forest's experts for each new domain, by its posterior on the domain's text or uniformly."""
+    if ground.plan.branching.start == "uniform":
+        averages = [average_request(ground, experts, "uniform", None)] * len(new)
+        driver.require(averages[:1])
+    else:
+        prior = ground.plan.merging.average_prior
+        averages = [average_request(ground, experts, prior, domain) for domain in new]
+        fits = [fit for domain in new for fit in weight_requests(ground, experts, prior, domain)]
+        driver.require([*score_requests(ground, experts.refs, new, ["development"]), *fits, *averages])
+    return [Start(average.ref, keep_optimizer=False) for average in averages]

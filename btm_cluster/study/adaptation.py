@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from btm_cluster.algorithm import averaged_starts
 from btm_cluster.driver import Driver
 from btm_cluster.evaluation.comparison import Rows
+from btm_cluster.evaluation.fitting import averaged_starts
 from btm_cluster.evaluation.scoring import score_requests, stack_of
 from btm_cluster.evaluation.systems import Ensemble, System
 from btm_cluster.ground import Ground, PreparedText

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from btm_cluster.algorithm import prepare
 from btm_cluster.driver import Driver, step_error
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation.scoring import mean_perplexities, score_models, stack_of
@@ -14,6 +13,7 @@ from btm_cluster.ground import Ground, model_config, vocabulary_of
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.mixing import cross_fitted_perplexity, fits_at_once
 from btm_cluster.plan import Plan, SizePlan, StudyPlan, TrainingPlan
+from btm_cluster.preparation import prepare
 from btm_cluster.recipes import check_demix_fits
 from btm_cluster.requests import TrainRequest
 from btm_cluster.study.controls import DEMIXES

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from btm_cluster.algorithm import grow, prepare, train_seed
+from btm_cluster.algorithm import grow, train_seed
 from btm_cluster.driver import Driver
 from btm_cluster.equations.learned_gate import fit_gate_for_all, tune_gate
 from btm_cluster.errors import UserError
@@ -30,6 +30,7 @@ from btm_cluster.ledger import Ref
 from btm_cluster.mixing import fit_mixing, one_thread_each, shared_mixing
 from btm_cluster.on_ray.lazily import LazyRayWorkers
 from btm_cluster.plan import Plan
+from btm_cluster.preparation import prepare
 from btm_cluster.recipes import seed_request
 from btm_cluster.requests.progress import Progress
 from tests.conftest import DOMAINS, in_process

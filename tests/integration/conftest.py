@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from btm_cluster.algorithm import Grown, branch, grow, prepare, train_seed
+from btm_cluster.algorithm import Grown, branch, grow, train_seed
 from btm_cluster.driver import Driver
 from btm_cluster.evaluation.evaluate import Evaluation, evaluate
 from btm_cluster.forest import Forest
 from btm_cluster.ground import Ground, PreparedText
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.plan import Plan
+from btm_cluster.preparation import prepare
 from btm_cluster.recipes import seed_request, transformer_lm_request
 from btm_cluster.requests import TrainRequest
 from btm_cluster.run import run_plan

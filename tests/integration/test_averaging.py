@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from btm_cluster.algorithm import averaged_starts
 from btm_cluster.driver import Driver
 from btm_cluster.equations.averaging import argmax_weights, average_tensor, posterior_weights, uniform_weights
 from btm_cluster.equations.posterior import log_prior
 from btm_cluster.errors import IncompatibleError
 from btm_cluster.evaluation.evaluate import forest_ensemble
+from btm_cluster.evaluation.fitting import averaged_starts
 from btm_cluster.evaluation.scoring import score_models, stack_of
 from btm_cluster.language_model.averaging import average_files, read_header
 from btm_cluster.ledger import Artifact, Origin, Ref

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
-from btm_cluster.algorithm import branch, grow, merge, prepare, train
+from btm_cluster.algorithm import branch, grow, merge, train
 from btm_cluster.display import show_run
 from btm_cluster.driver import step_error
 from btm_cluster.errors import FoundationError, StepError, UserError
 from btm_cluster.plan import Plan
+from btm_cluster.preparation import prepare
 from btm_cluster.report import CALIBRATED_ENSEMBLE, PAPER_ENSEMBLE, SEED, TRANSFORMER_LM, verdict
 from btm_cluster.run import run_plan
 from btm_cluster.upkeep.removal import rollback

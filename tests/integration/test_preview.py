@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from btm_cluster.algorithm import prepare
 from btm_cluster.display import consoles, preview_table
 from btm_cluster.errors import FoundationError, StepError, UserError
 from btm_cluster.ground import text_of
 from btm_cluster.language_model.tokenizer import train_tokenizer
 from btm_cluster.ledger import Ledger, Ref, artifact_key, blob_key
 from btm_cluster.plan import Plan
+from btm_cluster.preparation import prepare
 from btm_cluster.preview import DONE, NEW, UNREAD, Preview, Step, preview
 from btm_cluster.run import run_plan
 from btm_cluster.upkeep.housekeeping import verify

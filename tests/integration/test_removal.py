@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from btm_cluster.algorithm import prepare
 from btm_cluster.cli import app, run_command
 from btm_cluster.equations import learned_gate
 from btm_cluster.errors import UserError
@@ -22,6 +21,7 @@ from btm_cluster.expansion.expand import expand
 from btm_cluster.forest import Forest, difference
 from btm_cluster.ledger import Ledger, Ref
 from btm_cluster.plan import Plan
+from btm_cluster.preparation import prepare
 from btm_cluster.recipes import demix_request
 from btm_cluster.records import list_branch_points
 from btm_cluster.requests import ShuffleTexts

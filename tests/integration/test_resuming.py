@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from btm_cluster.algorithm import prepare
 from btm_cluster.driver import Driver, resumed
 from btm_cluster.errors import MissingError, ResourcesError, Stopped
 from btm_cluster.language_model.training_state import TrainingState, write_state
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.plan import Plan
+from btm_cluster.preparation import prepare
 from btm_cluster.preview import check_room, preview
 from btm_cluster.recipes import demix_request
 from btm_cluster.requests import Resources, TrainRequest

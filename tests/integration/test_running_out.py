@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from btm_cluster.algorithm import prepare
 from btm_cluster.errors import StoreError, TrainingError
 from btm_cluster.plan import Plan
+from btm_cluster.preparation import prepare
 from btm_cluster.recipes import score_request
 from btm_cluster.requests.progress import Progress
 from btm_cluster.upkeep.housekeeping import verify
