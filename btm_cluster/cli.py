@@ -102,8 +102,8 @@ def show_plan(plan_path: PlanPath, json_output: Json = False, address: Address =
     plan = read_plan(plan_path)
     check_own_modules()
     end_input()
-    from btm_cluster.checks import notes_on_this_machine
     from btm_cluster.display import consoles, preview_table
+    from btm_cluster.machine import notes_on_this_machine
     from btm_cluster.preview import preview
 
     seen = preview(plan, open_ledger(plan.store))

@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from btm_cluster.checks import LEAST_FREE_BYTES, Check, Needs, judge_machines, look_around
+from btm_cluster.checks import LEAST_FREE_BYTES, Check, Needs, judge_machines
 from btm_cluster.equations.budget import stored_bytes
 from btm_cluster.errors import BtmError, StoreError
 from btm_cluster.ledger import Ledger
+from btm_cluster.machine import look_around
 from btm_cluster.plan import Plan
 from btm_cluster.preview import Preview, preview
 from btm_cluster.recipes import expert_resources, seed_resources

@@ -6,9 +6,9 @@ from collections.abc import Generator, Iterator, Sequence
 
 import torch
 
-from btm_cluster.checks import check_compiler, usable_cpus
 from btm_cluster.errors import BtmError, DivergedError, Stopped, UserError
 from btm_cluster.ledger import Ledger
+from btm_cluster.machine import check_compiler, usable_cpus
 from btm_cluster.pending import Pending
 from btm_cluster.requests import StepRequest, TrainRequest
 from btm_cluster.requests.progress import Control, Progress, Watcher

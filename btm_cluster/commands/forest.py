@@ -36,7 +36,7 @@ def show(
     from btm_cluster.display import consoles, forest_table, show_table
     from btm_cluster.forest import describe_forest
     from btm_cluster.ledger import Ref
-    from btm_cluster.upkeep.removal import version_of
+    from btm_cluster.ledger.versions import version_of
 
     ledger = open_ledger(store)
     forest = ledger.log.newest() if version is None else version_of(ledger, version)
@@ -82,6 +82,7 @@ def remove(
     json_output: Json = False,
 ) -> None:
     """Take a domain out of the forest: a new version, at once in effect. Says what still carries its influence."""
+    from btm_cluster.ledger.versions import last_expert
     from btm_cluster.upkeep import removal
 
     if purge and undo:
@@ -98,7 +99,7 @@ def remove(
         _purge(ledger, domain, yes, json_output)
         return
     forest = removal.remove(ledger, domain)
-    expert = removal.last_expert(ledger, domain)
+    expert = last_expert(ledger, domain)
     assert expert is not None
     influence = removal.influence_of(ledger, forest, expert)
     if json_output:
@@ -129,7 +130,7 @@ def diff(
 ) -> None:
     """Show which domains two versions differ in."""
     from btm_cluster.forest import difference
-    from btm_cluster.upkeep.removal import version_of
+    from btm_cluster.ledger.versions import version_of
 
     ledger = open_ledger(store)
     found = difference(version_of(ledger, before), version_of(ledger, after))
@@ -163,6 +164,7 @@ def contributions(store: Store, json_output: Json = False) -> None:
 
 
 def _purge(ledger: "Ledger", domain: str, yes: bool, json_output: bool) -> None:
+    from btm_cluster.ledger.versions import last_expert
     from btm_cluster.upkeep import purge, removal
 
     condemned = purge.condemn(ledger, domain)
@@ -173,7 +175,7 @@ def _purge(ledger: "Ledger", domain: str, yes: bool, json_output: bool) -> None:
     forest = ledger.log.newest()
     if forest is not None and domain in forest.domains:
         forest = removal.remove(ledger, domain)
-    expert = removal.last_expert(ledger, domain)
+    expert = last_expert(ledger, domain)
     influence = removal.influence_of(ledger, forest, expert) if forest and expert else None
     condemned = purge.condemn(ledger, domain)
     purge.purge(ledger, condemned)

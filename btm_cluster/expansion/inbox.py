@@ -14,6 +14,7 @@ from typing import Any
 
 from btm_cluster.identity import identity_of
 from btm_cluster.ledger import Ledger, is_ours, list_ours
+from btm_cluster.ledger.keys import INBOX, MARKER
 from btm_cluster.plan import DomainPlan, Plan
 from btm_cluster.plan.expansion import InboxPlan
 from btm_cluster.plan.kinds import ROWS, UNREAD, ending, kind_of
@@ -23,8 +24,6 @@ from btm_cluster.records import find_refusals, quarantine
 from btm_cluster.storage import Entry, Storage
 from btm_cluster.storage.local_folder import walk
 
-INBOX = "inbox/"
-MARKER = "READY"
 # What a Parquet file becomes in memory is bounded by nothing: its sizes are what it says of itself.
 REFUSED_KINDS = {*UNREAD, ".parquet"}
 _FILE_NAME = re.compile(r"\w[\w .,+=@-]{0,199}")

@@ -13,6 +13,7 @@ from btm_cluster.storage import Entry, Storage
 
 logger = logging.getLogger(__name__)
 
+INBOX, MARKER = "inbox/", "READY"
 _HASH = "[0-9a-f]{64}"
 _VERSION = "(?:[0-9]{6}|[1-9][0-9]{6,})"
 _UPDATE = "(?:[0-9]{9}|[1-9][0-9]{9,})"
@@ -26,7 +27,7 @@ _FORMS = {
     "expansions/": rf"{_HASH}\.json",
     "forest/": rf"{_VERSION}\.json",
     "held/": rf"{_HASH}-{_VERSION}\.json",
-    "inbox/": _IN_INBOX,
+    INBOX: _IN_INBOX,
     "pins/": rf"{_VERSION}\.json",
     "quarantine/": rf"{_HASH}\.json",
     "tombstones/": rf"[a-z]+/{_HASH}\.json",

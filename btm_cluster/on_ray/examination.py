@@ -14,8 +14,9 @@ from ray._private.runtime_env import packaging
 from ray.job_submission import JobSubmissionClient
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from btm_cluster.checks import Check, Machine, look_around
+from btm_cluster.checks import Check
 from btm_cluster.errors import BtmError, ResourcesError, one_line
+from btm_cluster.machine import Machine, look_around
 from btm_cluster.on_ray.cluster import CONNECT_SECONDS, TOKEN_REMEDY, connected, ray_folder
 from btm_cluster.on_ray.submission import try_job
 from btm_cluster.own_modules import hiding_modules

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from btm_cluster.checks import check_compiler
+from btm_cluster.machine import check_compiler
 from btm_cluster.plan import ClusterPlan
 from btm_cluster.requests import Resources, StepRequest, TrainRequest
 from btm_cluster.requests.progress import Watcher

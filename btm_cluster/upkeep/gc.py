@@ -12,9 +12,13 @@ from dataclasses import dataclass
 from btm_cluster.errors import StoreError
 from btm_cluster.ledger import FOLDERS, Artifact, Ledger, Ref, artifact_key, at_once, blob_key, list_ours
 from btm_cluster.records import LOGS, BranchPoint, list_baselines, open_branch_points
+from btm_cluster.steps.registry import STEPS
 from btm_cluster.storage import Entry, Storage
 from btm_cluster.upkeep.consistency import named_roots
-from btm_cluster.upkeep.lineage import KINDS, is_expert_of, layers, lost, reached
+from btm_cluster.upkeep.lineage import is_expert_of, layers, lost, reached
+
+KINDS = frozenset({"text", "training", *(request.kind for request in STEPS)})
+"""Every kind of artifact."""
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.records import BranchPoint
-from btm_cluster.steps.registry import STEPS
 
-KINDS = frozenset({"text", "training", *(request.kind for request in STEPS)})
-"""Every kind of artifact."""
 MUST_BE_REACHED = ("text", "tokenizer", "model")
 """Kinds that are kept only where something needs them. All others are kept with what they are made from."""
 _OF_ONE_TEXT = ("expert", "demix-part")

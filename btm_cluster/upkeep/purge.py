@@ -10,7 +10,6 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from btm_cluster.errors import UserError
-from btm_cluster.expansion.inbox import INBOX, MARKER
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import (
     Artifact,
@@ -22,6 +21,7 @@ from btm_cluster.ledger import (
     blob_key,
     training_folder,
 )
+from btm_cluster.ledger.keys import INBOX, MARKER
 from btm_cluster.records import EXPANSIONS, HELD, LOGS, QUARANTINE, list_branch_points, list_refusals, newest_held
 from btm_cluster.upkeep.lineage import layers, purged_with
 

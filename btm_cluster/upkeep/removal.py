@@ -4,14 +4,13 @@ A removal is at once effective in whatever is made of the forest afterwards. Wha
 influence, and that is found from lineage. Deleting for good is `purge.py`'s.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from btm_cluster.errors import StoreError, UserError
+from btm_cluster.errors import UserError
 from btm_cluster.forest import Expert, Forest, descendants, put_back, roll_back, take_out
 from btm_cluster.ledger import Artifact, Ledger, Ref
-
-APPEND_ATTEMPTS = 100
+from btm_cluster.ledger.versions import append_next, last_expert, newest_version, version_of
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ def remove(ledger: Ledger, domain: str) -> Forest:
     Raises:
         UserError: the forest has no such domain.
     """
-    return _append(ledger, lambda forest: take_out(forest, domain, f"removed {domain}"))
+    return append_next(ledger, lambda forest: take_out(forest, domain, f"removed {domain}"))
 
 
 def bring_back(ledger: Ledger, domain: str) -> Forest:
@@ -45,12 +44,12 @@ def bring_back(ledger: Ledger, domain: str) -> Forest:
         UserError: it was not taken out, or was purged.
     """
     expert = last_expert(ledger, domain)
-    if expert is None or domain not in _newest(ledger).withdrawn:
+    if expert is None or domain not in newest_version(ledger).withdrawn:
         raise UserError(f"{domain!r} was not taken out of the forest", remedy="`btm forest log` says what was")
     ledger.check_not_purged(Ref("model", expert.identity), remedy="other text may come under another name")
     manifest_hash = ledger.get(Ref("model", expert.identity)).manifest_hash
     ledger.check_standing(Ref("model", expert.identity), manifest_hash)
-    return _append(ledger, lambda forest: put_back(forest, expert, manifest_hash, f"brought back {domain}"))
+    return append_next(ledger, lambda forest: put_back(forest, expert, manifest_hash, f"brought back {domain}"))
 
 
 def rollback(ledger: Ledger, version: int) -> Forest:
@@ -67,7 +66,7 @@ def rollback(ledger: Ledger, version: int) -> Forest:
             remedy=f"choose a version without {expert.domain!r}; `btm forest log` has them",
         )
     ledger.check_all_standing(old.manifests)
-    return _append(ledger, lambda forest: roll_back(forest, old, f"rolled back to version {version}"))
+    return append_next(ledger, lambda forest: roll_back(forest, old, f"rolled back to version {version}"))
 
 
 def influence_of(ledger: Ledger, forest: Forest, expert: Expert) -> Influence:
@@ -102,37 +101,3 @@ def parents_of(ledger: Ledger, models: Mapping[str, Artifact]) -> dict[str, set[
         for expert in forest.experts:
             parents.setdefault(expert.identity, set()).update(parent.identity for parent in expert.parents)
     return parents
-
-
-def last_expert(ledger: Ledger, domain: str) -> Expert | None:
-    """The domain's expert in the newest version that has one."""
-    for version in reversed(ledger.log.versions()):
-        forest = ledger.log.version(version)
-        if forest is not None and domain in forest.domains:
-            return forest.expert(domain)
-    return None
-
-
-def version_of(ledger: Ledger, version: int) -> Forest:
-    """A version that must be there."""
-    forest = ledger.log.version(version)
-    if forest is None:
-        found = ", ".join(map(str, ledger.log.versions())) or "no version"
-        raise UserError(f"there is no forest version {version}", found=f"versions {found}")
-    return forest
-
-
-def _newest(ledger: Ledger) -> Forest:
-    forest = ledger.log.newest()
-    if forest is None:
-        raise UserError(f"there is no forest in {ledger.storage.location} yet", remedy="`btm run` grows one")
-    return forest
-
-
-def _append(ledger: Ledger, next_version: Callable[[Forest], Forest]) -> Forest:
-    """Appends what comes after the newest version. Who loses the race for a number reads again and tries the next one."""
-    for _ in range(APPEND_ATTEMPTS):
-        wanted = next_version(_newest(ledger))
-        if ledger.log.append(wanted):
-            return ledger.log.version(wanted.version) or wanted
-    raise StoreError("could not append to the forest log", found=f"{APPEND_ATTEMPTS} lost races", remedy="try again")

@@ -15,9 +15,10 @@ import pytest
 import ray
 
 from btm_cluster import doctor
-from btm_cluster.checks import Check, Machine, Needs, check_compiler, judge_machines, look_around
+from btm_cluster.checks import Check, Needs, judge_machines
 from btm_cluster.cli import app, run_command
 from btm_cluster.errors import ResourcesError
+from btm_cluster.machine import Machine, check_compiler, look_around
 from btm_cluster.on_ray.examination import examine_cluster, examine_local, examine_working_directory, unseen_node
 from btm_cluster.plan import Plan
 from btm_cluster.requests import Resources
