@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from btm_cluster.display import plain_table
 from btm_cluster.output import printable
+from btm_cluster.terminal.tables import plain_table
 
 if TYPE_CHECKING:
     from btm_cluster.language_model.document_scores import NamedText, Scored, Surprise

@@ -19,8 +19,8 @@ from btm_cluster.language_model.model import load_model
 from btm_cluster.language_model.tokenizer import TextTokenizer
 from btm_cluster.ledger import Ledger, Ref
 from btm_cluster.mixing import Mixing
+from btm_cluster.operations.evaluate import TAKEN_OUT, check_text_is_known, find_grown
 from btm_cluster.plan import Plan
-from btm_cluster.run import TAKEN_OUT, check_text_is_known, find_grown
 from btm_cluster.steps.stored import open_config
 
 

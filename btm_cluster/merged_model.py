@@ -15,8 +15,8 @@ from btm_cluster.language_model.model_card import add_reading
 from btm_cluster.language_model.tokenizer import compare_with_transformers
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.new_folder import check_new_folder, new_folder
+from btm_cluster.operations.evaluate import TAKEN_OUT, check_text_is_known, find_grown
 from btm_cluster.plan import Plan
-from btm_cluster.run import TAKEN_OUT, check_text_is_known, find_grown
 from btm_cluster.steps.stored import open_tokenizer
 
 FOLDER_FILES = ("README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")

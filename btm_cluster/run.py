@@ -1,12 +1,12 @@
-"""A whole run of a plan, from texts to verdict: grow the forest, evaluate it, report. What `btm run` and the jobs call."""
+"""`btm run`: a whole run of a plan, from texts to verdict."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from btm_cluster.algorithm import Alongside, Grown, grow
-from btm_cluster.driver import Driver, find_made, steps_line
-from btm_cluster.errors import StepError, StoreError, UserError
+from btm_cluster.driver import Driver, steps_line
+from btm_cluster.errors import StepError, StoreError
 from btm_cluster.evaluation.cluster_ensemble import check_clusters
 from btm_cluster.evaluation.evaluate import comparer_of, evaluate
 from btm_cluster.evaluation.systems import CALIBRATED
@@ -16,14 +16,11 @@ from btm_cluster.ground import Ground, PreparedText, block_requests, overlap_req
 from btm_cluster.ledger import Ledger, Ref
 from btm_cluster.mixing import Mixing
 from btm_cluster.plan import Plan
-from btm_cluster.preparation import prepare
-from btm_cluster.recipes import demix_request, expert_request, seed_request, seed_start, transformer_lm_request
+from btm_cluster.recipes import expert_request, seed_start
 from btm_cluster.report import Verdict, verdict
 from btm_cluster.requests import Start, StepRequest, TrainRequest
 from btm_cluster.texts import TextReport, left_out_of_comparison, report_texts
 from btm_cluster.workers import Failure
-
-TAKEN_OUT = "name another text, or bring it back with `btm forest remove DOMAIN --undo`"
 
 
 @dataclass(frozen=True)
@@ -69,18 +66,23 @@ class Run:
         }
 
 
-def run_plan(plan: Plan, driver: Driver, evaluate_only: bool = False) -> Run:
-    """Grows the forest (or takes it as it stands) and evaluates it.
+def run_plan(plan: Plan, driver: Driver) -> Run:
+    """Grows the forest and evaluates it.
 
     Raises:
         StepError: not one expert could be trained.
         UserError: `merging.clusters` does not fit the domains.
     """
-    grown = find_grown(plan, driver) if evaluate_only else grow_and_evaluate(plan, driver)
+    grown = grow_and_evaluate(plan, driver)
     if not grown.forest.experts:
         causes = "\n".join(f"- {failure.label}: {failure.cause}" for failure in grown.failures)
         raise StepError(f"no expert could be trained\n{causes}", remedy="mend the causes and run the plan again")
-    ground = _with_forests_texts(grown.ground, grown.forest, driver)
+    return evaluated(plan, grown, driver)
+
+
+def evaluated(plan: Plan, grown: Grown, driver: Driver) -> Run:
+    """Evaluates a forest that has experts, and reports on it."""
+    ground = blocks_of_forest(grown.ground, grown.forest, driver)
     evaluation = evaluate(ground, grown.forest, grown.baseline, driver, grown.demix)
     texts = report_texts(ground, driver)
     domains = grown.forest.domains
@@ -111,11 +113,16 @@ def grow_and_evaluate(plan: Plan, driver: Driver) -> Grown:
     Raises:
         UserError: `merging.clusters` does not fit the domains, or what any run refuses.
     """
-    _check_clusters(plan, driver.ledger)
+    check_forests_clusters(plan, driver.ledger)
     return grow(plan, driver, _evaluation_steps(driver.ledger))
 
 
-def _check_clusters(plan: Plan, ledger: Ledger) -> None:
+def check_forests_clusters(plan: Plan, ledger: Ledger) -> None:
+    """Refuses `merging.clusters` that do not fit the domains of plan and forest.
+
+    Raises:
+        UserError: naming the domains that have no cluster.
+    """
     forest = ledger.log.newest()
     check_clusters(plan, list(dict.fromkeys([*(d.name for d in plan.domains), *(forest.domains if forest else ())])))
 
@@ -164,48 +171,8 @@ def _trained_otherwise(ground: Ground, forest: Forest, ledger: Ledger) -> tuple[
     return tuple(sorted(domain.name for domain, expert in found if expert and not is_as_asked(domain, expert)))
 
 
-def check_text_is_known(plan: Plan, name: str, ledger: Ledger) -> None:
-    """Refuses a text that neither the plan nor the forest has, before anything is read or started.
-
-    Raises:
-        UserError: naming the texts that there are.
-    """
-    forest = ledger.log.newest()
-    known = dict.fromkeys([*(text.name for text in plan.texts), *(forest.domains if forest is not None else ())])
-    if name not in known:
-        raise UserError(
-            "--for names no text of the plan or the forest", found=name, expected=f"one of {', '.join(known)}"
-        )
-
-
-def find_grown(plan: Plan, driver: Driver) -> Grown:
-    """The forest as it stands, with the plan's texts prepared, and those of its domains that the plan does not name.
-
-    Raises:
-        UserError: there is none yet, or it has no expert.
-    """
-    _check_clusters(plan, driver.ledger)
-    forest = driver.ledger.log.newest()
-    if forest is None:
-        raise UserError(f"there is no forest in {plan.store} yet", remedy="`btm run` grows one")
-    if not forest.experts:
-        raise UserError(
-            f"forest version {forest.version} in {plan.store} has no expert",
-            found=forest.reason,
-            remedy="`btm run` trains the plan's domains; `btm forest remove DOMAIN --undo` brings back what was taken out",
-        )
-    ground = prepare(plan, driver)
-    seed = seed_request(ground).ref
-    ground = _with_forests_texts(ground, forest, driver)
-    baseline = transformer_lm_request(ground, seed)
-    wanted = "transformer-lm" in plan.baselines and find_made([baseline], driver.ledger) != [None]
-    demix = demix_request(ground)
-    has_demix = "demix" in plan.baselines and driver.ledger.find(demix.ref) is not None
-    parts = tuple(part.ref for part in demix.parts) if has_demix else ()
-    return Grown(ground, forest, baseline.ref if wanted else None, (), parts)
-
-
-def _with_forests_texts(ground: Ground, forest: Forest, driver: Driver) -> Ground:
+def blocks_of_forest(ground: Ground, forest: Forest, driver: Driver) -> Ground:
+    """The ground with the texts of all domains of the forest, whose token blocks are made where they are missing."""
     whole = with_forests_texts(ground, forest, driver.ledger)
     driver.require(block_requests(replace(whole, texts=whole.texts[len(ground.texts) :])))
     return whole

@@ -1,4 +1,8 @@
-"""The plan that `btm init` writes."""
+"""`btm init`: a commented plan to begin with."""
+
+from pathlib import Path
+
+from btm_cluster.errors import UserError
 
 STARTER_PLAN = """\
 # A plan for one forest. `btm plan FILE` says what it would do and cost, `btm run FILE` does it.
@@ -45,3 +49,17 @@ cluster:                              # how, not what: changing this changes no 
   # price_per_gpu_hour: 2.5
 # tracking: {wandb: {project: forests}}         # or mlflow; TensorBoard's curves are always in the store's logs/
 """
+
+
+def write_starter_plan(path: Path) -> None:
+    """Writes it to a new file.
+
+    Raises:
+        UserError: the file is there already, or cannot be written.
+    """
+    if path.exists():
+        raise UserError(f"{path} already exists", remedy="choose another name")
+    try:
+        path.write_text(STARTER_PLAN, encoding="utf-8")
+    except OSError as exc:
+        raise UserError(f"cannot write {path}", found=str(exc), remedy="choose another place") from exc

@@ -16,24 +16,14 @@ NEW_RESOURCES = "--new-resources"
 
 def main() -> None:
     """Like `btm run PLAN --address auto`."""
-    from btm_cluster.cli import grow_forest
+    from btm_cluster.commands.run import run
     from btm_cluster.errors import UserError
-    from btm_cluster.plan import read_plan
 
     arguments = [argument for argument in sys.argv[1:] if argument != NEW_RESOURCES]
     new_resources = NEW_RESOURCES in sys.argv
     if len(arguments) != 1:
         raise UserError("grow_forest.py takes one argument", expected="the plan, a YAML file")
-    plan = read_plan(Path(arguments[0]))
-    grow_forest(
-        plan,
-        json_output=False,
-        address="auto",
-        in_process=False,
-        dashboard=False,
-        evaluate_only=False,
-        new_resources=new_resources,
-    )
+    run(Path(arguments[0]), address="auto", new_resources=new_resources)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Groups of the command line's commands; `cli.py` has the others."""
+"""A file for each command: its arguments, one call of the operation of that name, and its output."""

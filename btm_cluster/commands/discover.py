@@ -1,4 +1,4 @@
-"""`btm discover` on the command line: reads arguments, calls `discovery.py`, shows. Heavy imports come after the arguments."""
+"""`btm discover`."""
 
 import json
 import sys
@@ -85,7 +85,7 @@ def _check_call(clusters: int | None, model: Path | None, to: Path | None) -> No
 
 
 def _show(found: "Discovery", to: Path | None, json_output: bool) -> None:
-    from btm_cluster.display import consoles, plain_table, show_table
+    from btm_cluster.terminal.tables import consoles, plain_table, show_table
 
     if json_output:
         print(json.dumps(asdict(found), indent=1))

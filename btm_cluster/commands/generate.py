@@ -1,17 +1,39 @@
-"""`btm generate` on the command line: prompts from arguments, standard input or a file; then one call, and its texts."""
+"""`btm generate`: prompts from arguments, standard input or a file; and its texts, who carried which token, why each ended."""
 
 import json
 import os
 import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from btm_cluster.commands.driving import Address, InProcess, Json, PlanPath, driving
 from btm_cluster.errors import UserError
+from btm_cluster.output import printable
 from btm_cluster.own_modules import check_own_modules
 from btm_cluster.plan import read_plan
+from btm_cluster.session import driving
+from btm_cluster.terminal.options import Address, InProcess, JsonAndProgress, PlanPath
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from btm_cluster.generation import Generated
+    from btm_cluster.language_model.prompts import Finish
+
+COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red")
+STYLES = (*COLOURS, *(f"bright_{colour}" for colour in COLOURS))
+"""Of experts, those that carried most tokens first; then the same underlined."""
+ENDINGS: "Mapping[Finish, str]" = {
+    "end of text": "the text ended",
+    "stop": "a stop string came",
+    "tokens": "as many as asked for",
+    "block": "the block is full",
+}
 
 
 def generate(
@@ -38,18 +60,17 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Another one, another text.")] = 0,
     show_experts: Annotated[bool, typer.Option(help="Mark each token by the expert that carried it.")] = False,
-    json_output: Json = False,
+    json_output: JsonAndProgress = False,
     address: Address = None,
     in_process: InProcess = False,
 ) -> None:
     """Let the whole forest continue a prompt, and say which experts it trusted."""
     plan = read_plan(plan_path)
     check_own_modules()
-    from btm_cluster.display import consoles
-    from btm_cluster.display_generation import as_json, show_generated
     from btm_cluster.generation import Continuation, check_generate_call
     from btm_cluster.generation import generate as generate_texts
     from btm_cluster.language_model.sampling import Sampling
+    from btm_cluster.terminal.tables import consoles
 
     stops = tuple(_in_utf8(os.fsencode(one), "a stop string") for one in stop or ())
     sampling = Sampling(temperature, top_p, seed, top_k, repetition_penalty)
@@ -59,10 +80,10 @@ def generate(
     with driving(plan, address, in_process, dashboard=False, json_output=json_output) as driver:
         found = generate_texts(plan, target, texts, asked, driver)
     if json_output:
-        told = [as_json(one, show_experts) for one in found]
+        told = [_as_json(one, show_experts) for one in found]
         print(json.dumps(told if prompts else told[0]))
     else:
-        show_generated(found, show_experts, consoles(False)[0])
+        _show_generated(found, show_experts, consoles(False)[0])
 
 
 def _prompts(prompt: str | None, file: Path | None) -> list[str]:
@@ -110,3 +131,74 @@ def _in_utf8(data: bytes, what: str) -> str:
         return data.decode()
     except UnicodeDecodeError as exc:
         raise UserError(f"{what} is no UTF-8", found=str(exc), remedy="convert it, such as by iconv") from exc
+
+
+def _as_json(one: "Generated", show_experts: bool) -> dict[str, Any]:
+    """Plain values for machines, with each token's expert where that is asked for."""
+    return {name: value for name, value in asdict(one).items() if show_experts or name != "pieces"}
+
+
+def _show_generated(found: Sequence["Generated"], show_experts: bool, console: "Console") -> None:
+    """Prints the texts on standard output, below a line each where there are several, and on standard error how they came about."""
+    for number, one in enumerate(found, 1):
+        name = f"prompt {number} of {len(found)}"
+        if len(found) > 1:
+            print(f"--- {name}")
+        if show_experts:
+            _show_experts(one, console)
+        else:
+            print(_shown(one.prompt + one.text, console))
+        sys.stdout.flush()
+        print(f"{name}: {_summary(one)}" if len(found) > 1 else _summary(one), file=sys.stderr)
+        if one.finish == "block":
+            print(f"note: {_block_note(one)}", file=sys.stderr)
+
+
+def _summary(one: "Generated") -> str:
+    """How much was written, why it ended, and whom the forest trusted, the most trusted first."""
+    shares = sorted(one.trust.items(), key=lambda share: -share[1])
+    trusted = "; trusted " + ", ".join(f"{domain} {share:.0%}" for domain, share in shares) if one.tokens else ""
+    return f"{one.tokens} tokens, {ENDINGS[one.finish]}{trusted}"
+
+
+def _block_note(one: "Generated") -> str:
+    """Why a text ends before as many tokens as were asked for."""
+    block_tokens = one.prompt_tokens + one.tokens
+    return (
+        f"the block of {block_tokens} tokens is full: the prompt has {one.prompt_tokens}, and the forest reads no further; "
+        "to go on, give the end of the text as a prompt"
+    )
+
+
+def _show_experts(one: "Generated", console: "Console") -> None:
+    """The text in its experts' colours or, without colours, with a mark where the expert changes; then a legend."""
+    from rich.text import Text
+
+    carried = Counter(piece.expert for piece in one.pieces)
+    order = {expert: number for number, (expert, _) in enumerate(carried.most_common())}
+    has_colours = console.color_system is not None and not console.no_color
+    if has_colours:
+        text = Text(_shown(one.prompt, console))
+        for piece in one.pieces:
+            text.append(_shown(piece.text, console), _style(order[piece.expert]))
+        console.print(text, soft_wrap=True)
+    else:
+        runs = groupby(one.pieces, key=lambda piece: piece.expert)
+        told = (f"[{expert}]{''.join(piece.text for piece in run)}" for expert, run in runs)
+        print(_shown(one.prompt + "".join(told), console))
+    print()
+    for expert, number in order.items():
+        share = f" carried {carried[expert]} of {one.tokens} tokens"
+        if has_colours:
+            console.print(Text(f"■ {expert}", _style(number)).append(share, "default"), soft_wrap=True)
+        else:
+            print(f"[{expert}]{share}")
+
+
+def _style(number: int) -> str:
+    return STYLES[number % len(STYLES)] + (" underline" if number >= len(STYLES) else "")
+
+
+def _shown(text: str, console: "Console") -> str:
+    """Text as it is, but for a terminal, which control characters would steer."""
+    return printable(text) if console.is_terminal else text

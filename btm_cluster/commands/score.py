@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from btm_cluster.commands.driving import Address, InProcess, Json, driving
-from btm_cluster.commands.forest import open_ledger
 from btm_cluster.commands.texts import source_of
 from btm_cluster.errors import UserError
 from btm_cluster.output import end_input
 from btm_cluster.own_modules import check_own_modules
 from btm_cluster.plan import Plan, read_plan
+from btm_cluster.session import driving, open_ledger
+from btm_cluster.terminal.options import Address, InProcess, JsonAndProgress
 
 if TYPE_CHECKING:
     from btm_cluster.language_model.document_scores import DocumentScorer, NamedText
@@ -44,7 +44,7 @@ def score(
     packed: Annotated[
         bool, typer.Option("--packed", help="Documents follow each other in blocks, as the verdict reads them.")
     ] = False,
-    json_output: Json = False,
+    json_output: JsonAndProgress = False,
     address: Address = None,
     in_process: InProcess = False,
 ) -> None:
@@ -103,8 +103,8 @@ def _scorer(
 def _show(
     scorer: "DocumentScorer", texts: "Iterable[NamedText]", packed: bool, json_output: bool, bad: Counter[str]
 ) -> None:
-    from btm_cluster.display import consoles, show_table
     from btm_cluster.display_scores import HEADING, as_json, document_line, total_table
+    from btm_cluster.terminal.tables import consoles, show_table
     from btm_cluster.text_scores import STRING
 
     total = scorer.total()

@@ -1,19 +1,13 @@
 """A study's results as files: `summary.json`, a list with an entry for each system, and `study.json` with what it ran on."""
 
 import json
-import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 from btm_cluster.errors import UserError
-from btm_cluster.plan import Plan
-from btm_cluster.study.run import Study
 
 SUMMARY_FILE = "summary.json"
 STUDY_FILE = "study.json"
@@ -34,21 +28,6 @@ class Results:
     trials: tuple[Entry, ...]
     runs: tuple[Entry, ...]
     """Of each study: its plan, and the versions and machine it ran on."""
-
-
-def results_of(plan: Plan, study: Study) -> Results:
-    """A study's outcome as plain values."""
-    run = {
-        "plan": plan.model_dump(mode="json", exclude_defaults=True),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "repeats_left": study.repeats_left,
-    }
-    texts = tuple(asdict(text) for text in study.texts)
-    return Results(study.entries, texts, study.speeds, study.trials, (run,))
 
 
 def write_results(results: Results, folder: Path) -> None:

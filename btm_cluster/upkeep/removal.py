@@ -1,16 +1,18 @@
-"""Taking a domain out of a forest, bringing one back, and going back to an older version: each a new version.
+"""`btm forest remove`: taking a domain out of a forest, bringing one back, and purging one.
 
 A removal is at once effective in whatever is made of the forest afterwards. What was made before may still carry the domain's
-influence, and that is found from lineage. Deleting for good is `purge.py`'s.
+influence, and that is found from lineage. What a purge deletes is `purge.py`'s.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from btm_cluster.errors import UserError
-from btm_cluster.forest import Expert, Forest, descendants, put_back, roll_back, take_out
+from btm_cluster.forest import Expert, Forest, descendants, put_back, take_out
 from btm_cluster.ledger import Artifact, Ledger, Ref
-from btm_cluster.ledger.versions import append_next, last_expert, newest_version, version_of
+from btm_cluster.ledger.versions import append_next, last_expert, newest_version
+from btm_cluster.upkeep.purge import Condemned, condemn
+from btm_cluster.upkeep.purge import purge as delete
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,17 @@ class Influence:
     """Averaged models in the store."""
 
 
+@dataclass(frozen=True)
+class Purged:
+    """What a purge deleted, and what it leaves."""
+
+    forest: Forest | None
+    """The newest version; None where the store has none."""
+    condemned: Condemned
+    influence: Influence | None
+    """None where the domain never had an expert in a version."""
+
+
 def remove(ledger: Ledger, domain: str) -> Forest:
     """The next version, without the domain.
 
@@ -35,6 +48,25 @@ def remove(ledger: Ledger, domain: str) -> Forest:
         UserError: the forest has no such domain.
     """
     return append_next(ledger, lambda forest: take_out(forest, domain, f"removed {domain}"))
+
+
+def purge(ledger: Ledger, domain: str) -> Purged:
+    """Takes a domain out of the forest where it is in it, and deletes for good what the store has of it.
+
+    Raises:
+        UserError: the store has nothing of it.
+    """
+    forest = ledger.log.newest()
+    if forest is not None and domain in forest.domains:
+        forest = remove(ledger, domain)
+    expert = last_expert(ledger, domain)
+    influence = influence_of(ledger, forest, expert) if forest and expert else None
+    condemned = condemn(ledger, domain)
+    delete(ledger, condemned)
+    newest = ledger.log.newest()
+    if newest is not None and domain in newest.domains:  # a run merged it before there were tombstones to see
+        forest = remove(ledger, domain)
+    return Purged(forest, condemned, influence)
 
 
 def bring_back(ledger: Ledger, domain: str) -> Forest:
@@ -50,23 +82,6 @@ def bring_back(ledger: Ledger, domain: str) -> Forest:
     manifest_hash = ledger.get(Ref("model", expert.identity)).manifest_hash
     ledger.check_standing(Ref("model", expert.identity), manifest_hash)
     return append_next(ledger, lambda forest: put_back(forest, expert, manifest_hash, f"brought back {domain}"))
-
-
-def rollback(ledger: Ledger, version: int) -> Forest:
-    """A new version equal to an old one.
-
-    Raises:
-        UserError: there is no such version, or one of its models was purged.
-        StoreError: one of its models was collected.
-    """
-    old = version_of(ledger, version)
-    for expert in old.experts:
-        ledger.check_not_purged(
-            Ref("model", expert.identity),
-            remedy=f"choose a version without {expert.domain!r}; `btm forest log` has them",
-        )
-    ledger.check_all_standing(old.manifests)
-    return append_next(ledger, lambda forest: roll_back(forest, old, f"rolled back to version {version}"))
 
 
 def influence_of(ledger: Ledger, forest: Forest, expert: Expert) -> Influence:

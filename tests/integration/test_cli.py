@@ -231,7 +231,10 @@ def test_a_forest_is_shown_with_its_versions(fields: dict[str, Any], btm: Callab
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [
-        ("display, btm_cluster.upkeep.removal, btm_cluster.upkeep.purge", {"torch", "transformers"}),
+        (
+            "cli, btm_cluster.terminal.verdict, btm_cluster.upkeep.removal, btm_cluster.upkeep.purge",
+            {"torch", "transformers"},
+        ),
         ("on_ray.workers, btm_cluster.steps.read, btm_cluster.steps.tokenize", {"torch", "ray.train"}),
     ],
 )

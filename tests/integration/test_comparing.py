@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 
-from btm_cluster.display import show_run
+from btm_cluster.commands.run import show_run
 from btm_cluster.errors import UserError
 from btm_cluster.expansion.expand import expand
 from btm_cluster.ledger import Ledger
+from btm_cluster.operations.evaluate import evaluate_forest
+from btm_cluster.operations.rollback import rollback
 from btm_cluster.plan import Plan
 from btm_cluster.preview import DONE, preview
 from btm_cluster.report import CALIBRATED_ENSEMBLE, TRANSFORMER_LM
 from btm_cluster.run import Run, run_plan
-from btm_cluster.upkeep.removal import bring_back, remove, rollback
+from btm_cluster.upkeep.removal import bring_back, remove
 from tests.conftest import in_process, made_up_documents, write_jsonl
 from tests.living import deliver
 
@@ -60,13 +62,13 @@ def test_a_forest_is_compared_on_what_its_rivals_learned_from_too_or_nobody_did(
     plan: Plan, arrive: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     # The Transformer-LM never saw what was added. Counted in, one such text made a lead of 24.5 % one of 65 %.
-    founded = run_plan(plan, in_process(plan), evaluate_only=True)
+    founded = evaluate_forest(plan, in_process(plan))
     assert (founded.verdict.left_out, set(differences(founded))) == ({}, {"kitchen", "harbour", "market"})
     arrive("meadow")
     expand(plan, in_process(plan))
     parts = "five models on both splits of four texts, two milestones on the development text of two founding domains"
     assert scores_of(plan).endswith("of 44 new"), parts
-    evaluated = run_plan(plan, in_process(plan), evaluate_only=True)
+    evaluated = evaluate_forest(plan, in_process(plan))
     assert scores_of(plan) == DONE
     assert evaluated.verdict.left_out == {"meadow": "added later"}
     assert set(differences(evaluated)) == {"kitchen", "harbour", "market"}
@@ -95,7 +97,7 @@ def test_a_baseline_that_the_plan_names_and_nobody_trained_is_told(
     plan: Plan, capsys: pytest.CaptureFixture[str]
 ) -> None:
     both = changed(plan, baselines=["transformer-lm", "demix"])
-    run = run_plan(both, in_process(both), evaluate_only=True)
+    run = evaluate_forest(both, in_process(both))
     assert (run.missing_baselines, run.to_json()["missing_baselines"]) == (("demix",), ["demix"])
     show_run(run, json_output=False)
     assert "note: demix is not trained, and not compared with" in capsys.readouterr().out
@@ -110,15 +112,15 @@ def test_a_target_of_an_added_domains_documents_is_not_compared_on(
     alike = write_jsonl(tmp_path / "alike.jsonl", made_up_documents("meadow", 150)[120:])
     targets = [{"name": "half-known", "text": str(known)}, {"name": "alike", "text": str(alike)}]
     plan = changed(plan, targets=targets)
-    before = run_plan(plan, in_process(plan), evaluate_only=True)
+    before = evaluate_forest(plan, in_process(plan))
     assert set(differences(before)) == {"kitchen", "harbour", "half-known", "alike"}
     expand(plan, in_process(plan))
-    after = run_plan(plan, in_process(plan), evaluate_only=True)
+    after = evaluate_forest(plan, in_process(plan))
     assert set(differences(after)) == {"kitchen", "harbour", "alike"}
     assert re.fullmatch(r"\d\d% of it in the training text of meadow", after.verdict.left_out["half-known"])
     meadow = [{"name": "meadow", "text": str(alike)}]
     with pytest.raises(UserError, match="the target 'meadow' has the name of a domain"):
-        run_plan(other := changed(plan, targets=meadow), in_process(other), evaluate_only=True)
+        evaluate_forest(other := changed(plan, targets=meadow), in_process(other))
 
 
 def test_a_founding_domain_that_was_taken_out_and_what_it_shares_with_a_target_are_not_compared_on(
@@ -141,13 +143,13 @@ def test_a_forest_that_shares_no_text_with_its_rivals_is_not_judged(
     arrive("meadow")
     expand(plan, in_process(plan))
     rollback(ledger, 1)
-    rolled_back = run_plan(plan, in_process(plan), evaluate_only=True)
+    rolled_back = evaluate_forest(plan, in_process(plan))
     assert (rolled_back.verdict.left_out, set(differences(rolled_back))) == ({}, {"kitchen", "harbour", "market"})
     bring_back(ledger, "meadow")
     remove(ledger, "kitchen")
     remove(ledger, "harbour")
     meadow = ledger.storage.address("inbox/meadow")
     plan = changed(plan, targets=[], domains=[{"name": "meadow", "text": f"{meadow}/*.jsonl"}])
-    sentence = run_plan(plan, in_process(plan), evaluate_only=True).verdict.sentence
+    sentence = evaluate_forest(plan, in_process(plan)).verdict.sentence
     assert "not compared with the Transformer-LM" in sentence
     assert "harbour, kitchen (founding domain without an expert)" in sentence

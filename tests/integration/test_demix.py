@@ -24,11 +24,12 @@ from btm_cluster.language_model.loss import NextTokenLoss, read_after
 from btm_cluster.language_model.model import load_model
 from btm_cluster.language_model.scoring import score_tokens
 from btm_cluster.ledger import Artifact, Ledger, Named
+from btm_cluster.operations.evaluate import find_grown
 from btm_cluster.plan import Plan, read_plan
 from btm_cluster.preview import DONE, preview
 from btm_cluster.recipes import demix_request, seed_request, transformer_lm_request
 from btm_cluster.requests import TrainRequest
-from btm_cluster.run import find_grown, run_plan
+from btm_cluster.run import run_plan
 from btm_cluster.steps.stored import open_blocks
 from btm_cluster.steps.train import train
 from btm_cluster.steps.training_run import run_training

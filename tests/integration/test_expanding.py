@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from btm_cluster.algorithm import grow, merge, settled_branches, train
-from btm_cluster.display_expansion import show_expanded
+from btm_cluster.commands.expand import show_expanded
 from btm_cluster.driver import Driver
 from btm_cluster.errors import FoundationError, TextError, UserError
 from btm_cluster.expansion import acceptance
@@ -27,10 +27,10 @@ from btm_cluster.language_model.sampling import Sampling
 from btm_cluster.language_model.sources import read_documents
 from btm_cluster.ledger import Ledger
 from btm_cluster.merged_model import write_merged_model
+from btm_cluster.operations.evaluate import evaluate_forest
 from btm_cluster.plan import ExpansionPlan, Plan
 from btm_cluster.plan.expansion import AcceptancePlan
 from btm_cluster.requests import StepRequest, TrainRequest
-from btm_cluster.run import run_plan
 from btm_cluster.storage import Entry
 from btm_cluster.storage.local_folder import LocalFolder
 from btm_cluster.upkeep.contributions import contributions
@@ -96,7 +96,7 @@ def test_a_domain_in_the_inbox_becomes_an_expert_and_nothing_that_exists_is_made
     assert {parent.identity for parent in first.forest.expert("meadow").parents} <= {e.identity for e in before.experts}
     again = expanded(plan)
     assert (again.forest, again.added, dict(again.made)) == (first.forest, (), {})
-    evaluated = run_plan(plan, in_process(plan), evaluate_only=True)
+    evaluated = evaluate_forest(plan, in_process(plan))
     assert "meadow" in evaluated.verdict.rows["test"][0].cells, "though the plan does not name it"
     assert len(contributions(ledger).texts) == 4
 

@@ -6,14 +6,15 @@ from typing import Any
 import pytest
 
 from btm_cluster.algorithm import branch, grow, merge, train
-from btm_cluster.display import show_run
+from btm_cluster.commands.run import show_run
 from btm_cluster.driver import step_error
 from btm_cluster.errors import FoundationError, StepError, UserError
+from btm_cluster.operations.evaluate import evaluate_forest
+from btm_cluster.operations.rollback import rollback
 from btm_cluster.plan import Plan
 from btm_cluster.preparation import prepare
 from btm_cluster.report import CALIBRATED_ENSEMBLE, PAPER_ENSEMBLE, SEED, TRANSFORMER_LM, verdict
 from btm_cluster.run import run_plan
-from btm_cluster.upkeep.removal import rollback
 from tests.conftest import DOMAINS, in_process, made_up_documents, write_jsonl
 from tests.integration.conftest import GrownForest
 
@@ -132,7 +133,7 @@ def test_a_forest_without_an_expert_is_told_how_to_get_some(fields: dict[str, An
     grow(plan, driver := in_process(plan))
     rollback(driver.ledger, 0)
     with pytest.raises(UserError, match=r"forest version 2 in .* has no expert") as refused:
-        run_plan(plan, in_process(plan), evaluate_only=True)
+        evaluate_forest(plan, in_process(plan))
     assert "btm forest remove DOMAIN --undo" in refused.value.remedy
 
 

@@ -10,12 +10,13 @@ from btm_cluster.evaluation.milestones import best_milestone, choose_milestone, 
 from btm_cluster.evaluation.scoring import stack_of
 from btm_cluster.ground import Ground
 from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.operations.evaluate import evaluate_forest, find_grown
 from btm_cluster.plan import Plan
 from btm_cluster.recipes import seed_request, transformer_lm_milestones, transformer_lm_request
 from btm_cluster.records import list_baselines
 from btm_cluster.report import BEST_MILESTONE, SEED, TRANSFORMER_LM
 from btm_cluster.requests import Pretrained
-from btm_cluster.run import find_grown, run_plan
+from btm_cluster.run import run_plan
 from tests.conftest import in_process, made_up_documents, plan_fields, write_jsonl
 from tests.integration.conftest import GrownForest, Prepared
 
@@ -124,7 +125,7 @@ def test_a_forest_is_judged_against_the_milestone_that_was_better_than_the_end(
     again = in_process(plan)
     assert run_plan(plan, again).verdict.to_json() == found.to_json()
     assert not again.made
-    evaluated = run_plan(plan, again, evaluate_only=True).verdict
+    evaluated = evaluate_forest(plan, again).verdict
     assert evaluated.to_json() == found.to_json()
 
 

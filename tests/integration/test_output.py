@@ -12,9 +12,10 @@ import pytest
 from rich.console import Console
 
 from btm_cluster.cli import app, run_command
-from btm_cluster.display import ProgressView, consoles, plain_table, show_table
 from btm_cluster.output import CLOSED_PIPE, safe_output
 from btm_cluster.requests.progress import Progress
+from btm_cluster.terminal.progress import ProgressView
+from btm_cluster.terminal.tables import consoles, plain_table, show_table
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from btm_cluster.display import consoles, preview_table
+from btm_cluster.commands.plan import preview_table
 from btm_cluster.errors import FoundationError, StepError, UserError
 from btm_cluster.ground import text_of
 from btm_cluster.language_model.tokenizer import train_tokenizer
@@ -18,6 +18,7 @@ from btm_cluster.plan import Plan
 from btm_cluster.preparation import prepare
 from btm_cluster.preview import DONE, NEW, UNREAD, Preview, Step, preview
 from btm_cluster.run import run_plan
+from btm_cluster.terminal.tables import consoles
 from btm_cluster.upkeep.housekeeping import verify
 from tests.conftest import DOMAINS, in_process, made_up_documents, plan_fields, write_jsonl
 

@@ -21,6 +21,7 @@ from btm_cluster.expansion.expand import expand
 from btm_cluster.forest import Forest, difference
 from btm_cluster.ledger import Ledger, Ref
 from btm_cluster.ledger.versions import last_expert
+from btm_cluster.operations.rollback import rollback
 from btm_cluster.plan import Plan
 from btm_cluster.preparation import prepare
 from btm_cluster.recipes import demix_request
@@ -30,7 +31,7 @@ from btm_cluster.run import run_plan
 from btm_cluster.upkeep.gc import collect, find_garbage
 from btm_cluster.upkeep.housekeeping import verify
 from btm_cluster.upkeep.purge import condemn, purge
-from btm_cluster.upkeep.removal import bring_back, influence_of, remove, rollback
+from btm_cluster.upkeep.removal import bring_back, influence_of, remove
 from tests.conftest import in_process, made_up_documents, write_jsonl
 from tests.living import deliver
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from btm_cluster.commands.driving import driving
 from btm_cluster.errors import Stopped
 from btm_cluster.plan import Plan
+from btm_cluster.session import driving
 from btm_cluster.stopping import end_at_signals, handling, unwinding
 
 REPOSITORY = Path(__file__).parents[2]

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from btm_cluster.cli import run_study_plan, write_report
 from btm_cluster.driver import Driver
 from btm_cluster.equations import learned_gate
 from btm_cluster.equations.gates import fit_discounts
@@ -25,6 +24,8 @@ from btm_cluster.ground import PreparedText, text_of
 from btm_cluster.language_model import soup
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.mixing import fit_mixing, shared_mixing
+from btm_cluster.operations.report import write_report
+from btm_cluster.operations.study import open_place, results_of, write_studies
 from btm_cluster.plan import MergingPlan, Plan, StudyPlan
 from btm_cluster.recipes import expert_request, seed_request, seed_start, transformer_lm_request
 from btm_cluster.report import (
@@ -49,7 +50,7 @@ from btm_cluster.study.controls import random_part_requests, transformer_lm_at_e
 from btm_cluster.study.page import _of_every_share, write_page
 from btm_cluster.study.repeat import train as train_requests
 from btm_cluster.study.repeats import repeats_of
-from btm_cluster.study.results import read_results, results_of, write_results
+from btm_cluster.study.results import read_results, write_results
 from btm_cluster.study.run import Study, run_study, train_repeat
 from btm_cluster.workers import Outcome
 from tests.conftest import DOMAINS, in_process, plan_fields
@@ -306,12 +307,12 @@ def test_a_text_without_development_text_gets_what_was_fitted_for_all_and_unifor
 
 
 def test_the_command_writes_after_each_random_seed_but_replaces_results_by_finished_ones_alone(
-    studied: Studied, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    studied: Studied, tmp_path: Path
 ) -> None:
     plan = studied.plan.model_copy(update={"study": StudyPlan(systems=(), random_seeds=(0, 1))})
     for times in (2, 1):
-        run_study_plan(plan, str(tmp_path), None, in_process=True, dashboard=False)
-        assert capsys.readouterr().out.count("wrote ") == times
+        pages = list(write_studies(plan, open_place(str(tmp_path)), in_process(plan)))
+        assert pages == [str(tmp_path / "README.md")] * times
     (run,) = json.loads((tmp_path / "study.json").read_text())["runs"]
     assert run["repeats_left"] == 0
     assert {entry["random_seed"] for entry in json.loads((tmp_path / "summary.json").read_text())} == {0, 1}

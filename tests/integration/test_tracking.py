@@ -11,10 +11,10 @@ from tensorboardX.proto.event_pb2 import Event
 
 from btm_cluster.algorithm import grow
 from btm_cluster.cli import app, run_command
-from btm_cluster.commands.driving import driving
 from btm_cluster.errors import Stopped, StoreError
 from btm_cluster.plan import Plan
 from btm_cluster.requests.progress import Progress
+from btm_cluster.session import driving
 from btm_cluster.storage.local_folder import LocalFolder
 from btm_cluster.tracking import Tracking
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from btm_cluster.display import consoles, verdict_tables
 from btm_cluster.report import (
     ADDED_LATER,
     BEST_MILESTONE,
@@ -21,6 +20,8 @@ from btm_cluster.report import (
     Verdict,
     verdict,
 )
+from btm_cluster.terminal.tables import consoles
+from btm_cluster.terminal.verdict import verdict_tables
 
 DOCUMENTS = 200
 

@@ -1,38 +1,17 @@
-"""What commands that work on a plan have in common: their options, and a driver that saves when it is asked to stop."""
+"""A driver for one command, and what goes with it: workers, progress, tracking, and signals that save first."""
 
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from btm_cluster.commands.forest import open_ledger
 from btm_cluster.output import end_input
 from btm_cluster.plan import Plan
 from btm_cluster.stopping import end_at_signals, handling, stopped
 
 if TYPE_CHECKING:
     from btm_cluster.driver import Driver
-
-PlanPath = Annotated[Path, typer.Argument(help="The plan, a YAML file.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, progress on standard error.")]
-Address = Annotated[
-    str | None,
-    typer.Option(envvar="RAY_ADDRESS", help="A Ray cluster to join, or auto; without it a local one is started."),
-]
-InProcess = Annotated[bool, typer.Option("--in-process", help="Without Ray, one step after the other.")]
-Dashboard = Annotated[bool, typer.Option("--dashboard", help="Serve the Ray dashboard of a local cluster.")]
-
-
-NewResources = Annotated[
-    bool,
-    typer.Option(
-        "--new-resources",
-        help="Go on from training checkpoints with the plan's GPUs, CPUs and precision, not with those of their start.",
-    ),
-]
+    from btm_cluster.ledger import Ledger
 
 
 @contextmanager
@@ -49,11 +28,12 @@ def driving(
     SIGTERM and Ctrl-C ask the trainings to save first, and end in Stopped.
     """
     end_input()
-    from btm_cluster.display import ProgressView, consoles
     from btm_cluster.driver import Driver
     from btm_cluster.in_process import InProcess, LocalControl
     from btm_cluster.on_ray.lazily import LazyRayWorkers
     from btm_cluster.recipes import expert_resources
+    from btm_cluster.terminal.progress import ProgressView
+    from btm_cluster.terminal.tables import consoles
     from btm_cluster.tracking import Tracking
 
     ledger = open_ledger(plan.store)
@@ -71,6 +51,15 @@ def driving(
             workers = stack.enter_context(lazy)
         asked.driver = Driver(ledger, workers, workers.check_room, new_resources)
         yield asked.driver
+
+
+def open_ledger(store: str) -> "Ledger":
+    """The ledger of a store that was found to be usable."""
+    from btm_cluster.ledger import Ledger
+
+    ledger = Ledger.open(store)
+    ledger.storage.check()
+    return ledger
 
 
 class _Asked:

@@ -1,15 +1,44 @@
-"""How an expansion is told: what was found, what was refused or held back and why, and one last line that says it all."""
+"""`btm expand`: says what was found, what was refused or held back and why, and one last line that says it all."""
 
 import json
+from typing import TYPE_CHECKING
 
-from btm_cluster.display import consoles
-from btm_cluster.driver import steps_line
-from btm_cluster.expansion.acceptance import Gain
-from btm_cluster.expansion.expand import Expanded
+from btm_cluster.own_modules import check_own_modules
+from btm_cluster.plan import read_plan
+from btm_cluster.session import driving
+from btm_cluster.terminal.options import Address, Dashboard, InProcess, JsonAndProgress, NewResources, PlanPath
+from btm_cluster.terminal.tables import consoles
+
+if TYPE_CHECKING:
+    from btm_cluster.expansion.acceptance import Gain
+    from btm_cluster.expansion.expand import Expanded
 
 
-def show_expanded(expanded: Expanded, json_output: bool) -> None:
+def expand(
+    plan_path: PlanPath,
+    json_output: JsonAndProgress = False,
+    address: Address = None,
+    in_process: InProcess = False,
+    dashboard: Dashboard = False,
+    new_resources: NewResources = False,
+) -> None:
+    """Add the domains that the plan or the store's inbox has and the forest has not. Nothing to add: starts nothing."""
+    plan = read_plan(plan_path)
+    check_own_modules()
+    from btm_cluster.driver import step_error
+    from btm_cluster.expansion.expand import expand
+
+    with driving(plan, address, in_process, dashboard, json_output, new_resources) as driver:
+        result = expand(plan, driver)
+    show_expanded(result, json_output)
+    if result.failures:
+        raise step_error(result.failures)
+
+
+def show_expanded(expanded: "Expanded", json_output: bool) -> None:
     """Prints it as lines, of which the last is the outcome; or all of it as JSON."""
+    from btm_cluster.driver import steps_line
+
     console, _ = consoles(json_output)
     if json_output:
         print(json.dumps(expanded.to_json(), indent=2))
@@ -32,7 +61,7 @@ def show_expanded(expanded: Expanded, json_output: bool) -> None:
     console.print(outcome_line(expanded), soft_wrap=True)
 
 
-def outcome_line(expanded: Expanded) -> str:
+def outcome_line(expanded: "Expanded") -> str:
     """What an expansion came to, on one line."""
     stands = f"forest version {expanded.forest.version}, {len(expanded.forest.experts)} experts"
     if not expanded.added:
@@ -46,7 +75,7 @@ def _visible(line: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in line)
 
 
-def _gain(gain: Gain | None) -> str:
+def _gain(gain: "Gain | None") -> str:
     """Nothing for a domain that another driver added."""
     if gain is None:
         return ""

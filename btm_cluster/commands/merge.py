@@ -1,4 +1,4 @@
-"""`btm merge` on the command line: writes one averaged model."""
+"""`btm merge`."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from btm_cluster.commands.driving import Address, InProcess, Json, PlanPath, driving
 from btm_cluster.own_modules import check_own_modules
 from btm_cluster.plan import read_plan
+from btm_cluster.session import driving
+from btm_cluster.terminal.options import Address, InProcess, JsonAndProgress, PlanPath
 
 
 def merge(
@@ -18,7 +19,7 @@ def merge(
         str, typer.Option(help="uniform, argmax, posterior; or searched: greedy, learned.")
     ] = "posterior",
     target: Annotated[str | None, typer.Option("--for", help="Text to merge for; uniform needs none.")] = None,
-    json_output: Json = False,
+    json_output: JsonAndProgress = False,
     address: Address = None,
     in_process: InProcess = False,
 ) -> None:

@@ -1,0 +1,20 @@
+"""`btm evaluate`."""
+
+from btm_cluster.commands.run import show_run
+from btm_cluster.own_modules import check_own_modules
+from btm_cluster.plan import read_plan
+from btm_cluster.session import driving
+from btm_cluster.terminal.options import Address, InProcess, JsonAndProgress, PlanPath
+
+
+def evaluate(
+    plan_path: PlanPath, json_output: JsonAndProgress = False, address: Address = None, in_process: InProcess = False
+) -> None:
+    """Evaluate the forest as it stands, on the text of all its domains and of the plan's targets."""
+    plan = read_plan(plan_path)
+    check_own_modules()
+    from btm_cluster.operations.evaluate import evaluate_forest
+
+    with driving(plan, address, in_process, dashboard=False, json_output=json_output) as driver:
+        result = evaluate_forest(plan, driver)
+    show_run(result, json_output)

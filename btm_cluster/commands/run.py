@@ -1,0 +1,104 @@
+"""`btm run`: shows texts, what was fitted, and the verdict."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from btm_cluster.own_modules import check_own_modules
+from btm_cluster.plan import read_plan
+from btm_cluster.session import driving
+from btm_cluster.terminal.options import Address, Dashboard, InProcess, JsonAndProgress, NewResources, PlanPath
+from btm_cluster.terminal.tables import consoles, plain_table, show_table
+from btm_cluster.terminal.verdict import verdict_tables
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from btm_cluster.run import Run
+    from btm_cluster.texts import TextReport
+
+
+def run(
+    plan_path: PlanPath,
+    json_output: JsonAndProgress = False,
+    address: Address = None,
+    in_process: InProcess = False,
+    dashboard: Dashboard = False,
+    new_resources: NewResources = False,
+) -> None:
+    """Grow the forest: seed, experts, merge, and the verdict. Run again, it goes on where it was."""
+    plan = read_plan(plan_path)
+    check_own_modules()
+    from btm_cluster.driver import step_error
+    from btm_cluster.preview import check_room
+    from btm_cluster.run import run_plan
+
+    with driving(plan, address, in_process, dashboard, json_output, new_resources) as driver:
+        check_room(plan, driver)
+        result = run_plan(plan, driver)
+    show_run(result, json_output)
+    if result.failures:
+        raise step_error(result.failures)
+
+
+def show_run(run: "Run", json_output: bool) -> None:
+    """Prints the outcome of a run: texts, what was fitted, the verdict; or all of it as JSON."""
+    console, notes = consoles(json_output)
+    if json_output:
+        print(json.dumps(run.to_json(), indent=2))
+        return
+    show_table(texts_table(run.texts), console)
+    for notice in skipped_notice(run.texts, run.wanted_development_blocks):
+        console.print(f"note: {notice}", soft_wrap=True)
+    for name in run.passed_over:
+        console.print(f"note: {name} was taken out of the forest and is passed over", soft_wrap=True)
+    if run.trained_otherwise:
+        console.print(
+            f"note: the plan's `branching` has changed, and these stay as they were trained: {', '.join(run.trained_otherwise)}; "
+            "with another `store` all experts are trained by it",
+            soft_wrap=True,
+        )
+    for name in run.missing_baselines:
+        console.print(f"note: {name} is not trained, and not compared with; `btm run` trains it", soft_wrap=True)
+    show_table(fits_table(run.priors, run.evidence_weights), console)
+    verdict_tables(run.verdict, console)
+    notes.print(run.steps_line, soft_wrap=True)
+
+
+def texts_table(texts: Sequence["TextReport"]) -> "Table":
+    """The paper's Table 7, and how much test text also stands in training text."""
+    headings = ["text", "training words", "tokens", "development tokens", "test tokens", "duplicates", "skipped"]
+    headings += ["test documents in training", "20-word windows in training"]
+    table = plain_table("Texts", headings, [_row_of_text(text) for text in texts])
+    table.columns[0].no_wrap = True
+    return table
+
+
+def _row_of_text(text: "TextReport") -> list[str]:
+    windows = text.test_windows_in_training / max(text.test_windows, 1)
+    return [
+        text.name + (" (target)" if text.is_target else ""),
+        *(f"{count:,}" if count else "–" for count in (text.words.get("train"), text.tokens.get("train"))),
+        f"{text.tokens.get('development', 0):,}",
+        f"{text.tokens.get('test', 0):,}",
+        f"{text.duplicates:,}",
+        f"{sum(text.skipped.values()):,}",
+        f"{text.test_documents_in_training} of {text.documents['test']}",
+        f"{windows:.2%}",
+    ]
+
+
+def skipped_notice(texts: Sequence["TextReport"], wanted_blocks: int) -> list[str]:
+    """Sentences on what a reader of the tables should know: skipped documents, and less development text than asked for."""
+    notices = [f"{t.name}: skipped {n} × {reason}" for t in texts for reason, n in t.skipped.items()]
+    short = [f"{t.name} {t.development_blocks}" for t in texts if t.development_blocks < wanted_blocks]
+    if short:
+        notices.append(f"fewer than {wanted_blocks} development blocks, all of them used: {', '.join(short)}")
+    return notices
+
+
+def fits_table(weights: Mapping[str, Mapping[str, float]], evidence: Mapping[str, float]) -> "Table":
+    """What was fitted: each text's prior over the experts, and β of the calibrated posterior."""
+    experts = list(next(iter(weights.values())))
+    rows = [[text, *(f"{p[e]:.3f}" for e in experts), f"{evidence[text]:.3f}"] for text, p in weights.items()]
+    return plain_table("Fitted prior by text, and the weight of evidence", ["text", *experts, "evidence"], rows)

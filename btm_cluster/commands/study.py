@@ -1,0 +1,29 @@
+"""`btm study`."""
+
+from typing import Annotated
+
+import typer
+
+from btm_cluster.own_modules import check_own_modules
+from btm_cluster.plan import read_plan
+from btm_cluster.session import driving
+from btm_cluster.terminal.options import Address, Dashboard, InProcess, NewResources, PlanPath
+
+
+def study(
+    plan_path: PlanPath,
+    to: Annotated[str, typer.Option(help="Folder for the results, or s3://bucket/prefix.", show_default=False)],
+    address: Address = None,
+    in_process: InProcess = False,
+    dashboard: Dashboard = False,
+    new_resources: NewResources = False,
+) -> None:
+    """Run the paper's comparison on the plan's texts: rivals, controls, sizes, repeats; tables and figures."""
+    plan = read_plan(plan_path)
+    check_own_modules()
+    from btm_cluster.operations.study import open_place, write_studies
+
+    place = open_place(to)
+    with driving(plan, address, in_process, dashboard, False, new_resources) as driver:
+        for page in write_studies(plan, place, driver):
+            print(f"wrote {page}", flush=True)

@@ -1,0 +1,31 @@
+"""`btm forest verify`."""
+
+import json
+from dataclasses import asdict
+
+from btm_cluster.session import open_ledger
+from btm_cluster.terminal.options import Json, Store
+
+
+def verify(store: Store, json_output: Json = False) -> None:
+    """Read the whole store and check every byte against its hash."""
+    from btm_cluster.errors import IntegrityError, UserError
+    from btm_cluster.upkeep.housekeeping import verify as read_all
+
+    seen = read_all(open_ledger(store))
+    if json_output:
+        print(json.dumps(asdict(seen), indent=1))
+    else:
+        print(
+            f"read {seen.versions} versions, {seen.artifacts} artifacts, {seen.blobs} blobs of {seen.size_bytes:,} bytes"
+        )
+        for note in seen.notes:
+            print(f"note: {note}")
+    if seen.problems:
+        raise IntegrityError(
+            f"{len(seen.problems)} problem(s) in {store}\n" + "\n".join(f"- {p}" for p in seen.problems)
+        )
+    if not (seen.versions or seen.artifacts):
+        raise UserError(
+            f"there is nothing of a forest in {store}", remedy="check --store, which is relative to this folder"
+        )

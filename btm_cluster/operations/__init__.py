@@ -1,0 +1,1 @@
+"""What each command does: a file by the name of each in `commands/`. Prints nothing."""

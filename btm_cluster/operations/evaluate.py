@@ -1,0 +1,62 @@
+"""`btm evaluate`: the forest as it stands, on the text of all its domains and of the plan's targets."""
+
+from btm_cluster.algorithm import Grown
+from btm_cluster.driver import Driver, find_made
+from btm_cluster.errors import UserError
+from btm_cluster.ledger import Ledger
+from btm_cluster.plan import Plan
+from btm_cluster.preparation import prepare
+from btm_cluster.recipes import demix_request, seed_request, transformer_lm_request
+from btm_cluster.run import Run, blocks_of_forest, check_forests_clusters, evaluated
+
+TAKEN_OUT = "name another text, or bring it back with `btm forest remove DOMAIN --undo`"
+
+
+def evaluate_forest(plan: Plan, driver: Driver) -> Run:
+    """Evaluates the newest version of the forest. Trains nothing.
+
+    Raises:
+        UserError: there is no forest yet, or it has no expert, or `merging.clusters` does not fit the domains.
+    """
+    return evaluated(plan, find_grown(plan, driver), driver)
+
+
+def find_grown(plan: Plan, driver: Driver) -> Grown:
+    """The forest as it stands, with the plan's texts prepared, and those of its domains that the plan does not name.
+
+    Raises:
+        UserError: there is none yet, or it has no expert.
+    """
+    check_forests_clusters(plan, driver.ledger)
+    forest = driver.ledger.log.newest()
+    if forest is None:
+        raise UserError(f"there is no forest in {plan.store} yet", remedy="`btm run` grows one")
+    if not forest.experts:
+        raise UserError(
+            f"forest version {forest.version} in {plan.store} has no expert",
+            found=forest.reason,
+            remedy="`btm run` trains the plan's domains; `btm forest remove DOMAIN --undo` brings back what was taken out",
+        )
+    ground = prepare(plan, driver)
+    seed = seed_request(ground).ref
+    ground = blocks_of_forest(ground, forest, driver)
+    baseline = transformer_lm_request(ground, seed)
+    wanted = "transformer-lm" in plan.baselines and find_made([baseline], driver.ledger) != [None]
+    demix = demix_request(ground)
+    has_demix = "demix" in plan.baselines and driver.ledger.find(demix.ref) is not None
+    parts = tuple(part.ref for part in demix.parts) if has_demix else ()
+    return Grown(ground, forest, baseline.ref if wanted else None, (), parts)
+
+
+def check_text_is_known(plan: Plan, name: str, ledger: Ledger) -> None:
+    """Refuses a text that neither the plan nor the forest has, before anything is read or started.
+
+    Raises:
+        UserError: naming the texts that there are.
+    """
+    forest = ledger.log.newest()
+    known = dict.fromkeys([*(text.name for text in plan.texts), *(forest.domains if forest is not None else ())])
+    if name not in known:
+        raise UserError(
+            "--for names no text of the plan or the forest", found=name, expected=f"one of {', '.join(known)}"
+        )

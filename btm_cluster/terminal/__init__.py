@@ -1,0 +1,1 @@
+"""Terminal output and input: live progress, tables, options. Knows no commands."""
