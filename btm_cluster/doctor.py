@@ -18,7 +18,7 @@ from btm_cluster.preview import Preview, preview
 from btm_cluster.recipes import expert_resources, seed_resources
 from btm_cluster.room import Ask
 from btm_cluster.storage import Storage, open_storage
-from btm_cluster.tracking import check_tracking
+from btm_cluster.tracking.tracking import check_tracking
 from btm_cluster.upkeep.gc import store_time
 
 RACERS = 8

@@ -34,7 +34,7 @@ def driving(
     from btm_cluster.recipes import expert_resources
     from btm_cluster.terminal.progress import ProgressView
     from btm_cluster.terminal.tables import consoles
-    from btm_cluster.tracking import Tracking
+    from btm_cluster.tracking.tracking import Tracking
 
     ledger = open_ledger(plan.store)
     asked = _Asked()

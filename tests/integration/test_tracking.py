@@ -16,7 +16,7 @@ from btm_cluster.plan import Plan
 from btm_cluster.requests.progress import Progress
 from btm_cluster.session import driving
 from btm_cluster.storage.local_folder import LocalFolder
-from btm_cluster.tracking import Tracking
+from btm_cluster.tracking.tracking import Tracking
 
 
 @pytest.fixture(autouse=True)

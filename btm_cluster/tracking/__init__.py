@@ -1,0 +1,1 @@
+"""Curves of trainings, in TensorBoard, Weights & Biases and MLflow."""

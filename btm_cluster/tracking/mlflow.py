@@ -1,0 +1,26 @@
+"""MLflow: a run of a plan is a run there."""
+
+from btm_cluster.plan import Plan
+
+
+class Mlflow:
+    """A run in MLflow; a training's curves begin with its name."""
+
+    def __init__(self, plan: Plan) -> None:
+        import mlflow
+
+        asked = plan.tracking.mlflow
+        assert asked is not None
+        self._client = mlflow.MlflowClient(tracking_uri=asked.uri)
+        found = self._client.get_experiment_by_name(asked.experiment)
+        experiment = found.experiment_id if found else self._client.create_experiment(asked.experiment)
+        self._run = self._client.create_run(experiment, run_name=plan.name).info.run_id
+        for name, value in {"store": plan.store, **plan.training.model_dump(mode="json")}.items():
+            self._client.log_param(self._run, name, value)
+
+    def log(self, label: str, update: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._client.log_metric(self._run, f"{label}/{name}", value, step=update, synchronous=False)
+
+    def close(self, ended_well: bool) -> None:
+        self._client.set_terminated(self._run, "FINISHED" if ended_well else "FAILED")
