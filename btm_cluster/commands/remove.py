@@ -27,7 +27,7 @@ def remove(
 ) -> None:
     """Take a domain out of the forest: a new version, at once in effect. Says what still carries its influence."""
     from btm_cluster.ledger.versions import last_expert
-    from btm_cluster.upkeep import removal
+    from btm_cluster.upkeep.removal import bring_back, influence_of, remove
 
     if purge and undo:
         raise UserError("--purge and --undo exclude each other")
@@ -35,17 +35,17 @@ def remove(
         raise UserError("--yes without --purge has nothing to confirm", remedy="add --purge, or leave --yes out")
     ledger = open_ledger(store)
     if undo:
-        forest = removal.bring_back(ledger, domain)
+        forest = bring_back(ledger, domain)
         told = json.dumps({"version": forest.version}, indent=1)
         print(told if json_output else f"forest version {forest.version}: {forest.reason}")
         return
     if purge:
         _purge_domain(ledger, domain, yes, json_output)
         return
-    forest = removal.remove(ledger, domain)
+    forest = remove(ledger, domain)
     expert = last_expert(ledger, domain)
     assert expert is not None
-    influence = removal.influence_of(ledger, forest, expert)
+    influence = influence_of(ledger, forest, expert)
     if json_output:
         print(json.dumps({"version": forest.version, "influence": asdict(influence)}, indent=1))
         return
