@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 from sklearn.cluster import KMeans
 
-from btm_cluster.discovery import Discovery, discover, draw_sample
-from btm_cluster.language_model.clusters import load_clusters
-from btm_cluster.language_model.corpus import content_hash, read_shard
+from btm_cluster.data.clusters import load_clusters
+from btm_cluster.data.corpus import content_hash, read_shard
+from btm_cluster.operations.discover import Discovery, discover, draw_sample
 from btm_cluster.plan import ReadingPlan, TextPlan
 
 

@@ -149,7 +149,7 @@ class Bench:
         from btm_cluster.equations.posterior import Posterior, uniform_prior
         from btm_cluster.language_model.engine import EnsembleEngine
         from btm_cluster.language_model.engine_opening import EngineSettings
-        from btm_cluster.mixing import Mixing
+        from btm_cluster.mixing.fitting import Mixing
 
         key = (precision, rows, captures, way)
         if key not in self.engines:

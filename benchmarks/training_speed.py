@@ -48,7 +48,7 @@ def ours(size: str, micro_batch: int) -> float:
     """The project's train loop, without a store."""
     import torch
 
-    from btm_cluster.language_model.blocks import Blocks
+    from btm_cluster.data.blocks import Blocks
     from btm_cluster.language_model.compute import Compute
     from btm_cluster.language_model.model import full_config
     from btm_cluster.language_model.process_group import ProcessGroup

@@ -10,22 +10,19 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from btm_cluster.driver import Driver, find_made, require_all
+from btm_cluster.driver.driver import Driver, find_made, require_all
+from btm_cluster.driver.founding import check_foundation
+from btm_cluster.driver.outstanding import new_domains, rivals, starts_from_seed
+from btm_cluster.driver.port import Failure, Outcome
+from btm_cluster.driver.preparation import read, tokenize
+from btm_cluster.driver.prepared_plan import Ground, PreparedText
+from btm_cluster.driver.recipes import expert_request, seed_request, seed_start
 from btm_cluster.errors import StoreError
 from btm_cluster.evaluation.evaluate import forest_ensemble
 from btm_cluster.evaluation.fitting import averaged_starts
 from btm_cluster.forest import Expert, Forest, Parent, check_merge, merge_into
-from btm_cluster.founding import check_foundation
-from btm_cluster.ground import (
-    Ground,
-    PreparedText,
-)
 from btm_cluster.ledger import THREADS, Artifact, Ledger, Ref
-from btm_cluster.outstanding import new_domains, rivals, starts_from_seed
-from btm_cluster.plan import Plan
-from btm_cluster.preparation import read, tokenize
-from btm_cluster.recipes import expert_request, seed_request, seed_start
-from btm_cluster.records import (
+from btm_cluster.ledger.records import (
     Baseline,
     BranchPoint,
     branch_point_identity,
@@ -33,8 +30,8 @@ from btm_cluster.records import (
     record_baseline,
     settle_branch_point,
 )
+from btm_cluster.plan import Plan
 from btm_cluster.requests import Start, StepRequest, TrainRequest
-from btm_cluster.workers import Failure, Outcome
 
 MERGE_ATTEMPTS = 100
 

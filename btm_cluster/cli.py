@@ -30,8 +30,8 @@ from btm_cluster.commands.show import show
 from btm_cluster.commands.study import study
 from btm_cluster.commands.verify import verify
 from btm_cluster.errors import BtmError, OutputError, Stopped, UserError
-from btm_cluster.output import CLOSED_PIPE, printable, safe_output
 from btm_cluster.stopping import end_at_signals
+from btm_cluster.terminal.output import CLOSED_PIPE, printable, safe_output
 
 app = typer.Typer(
     help="Branch-Train-Merge: grow a forest of expert language models on Ray.",

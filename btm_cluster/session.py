@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from btm_cluster.output import end_input
 from btm_cluster.plan import Plan
 from btm_cluster.stopping import end_at_signals, handling, stopped
+from btm_cluster.terminal.output import end_input
 
 if TYPE_CHECKING:
-    from btm_cluster.driver import Driver
+    from btm_cluster.driver.driver import Driver
     from btm_cluster.ledger import Ledger
 
 
@@ -28,13 +28,13 @@ def driving(
     SIGTERM and Ctrl-C ask the trainings to save first, and end in Stopped.
     """
     end_input()
-    from btm_cluster.driver import Driver
-    from btm_cluster.in_process import InProcess, LocalControl
-    from btm_cluster.on_ray.lazily import LazyRayWorkers
-    from btm_cluster.recipes import expert_resources
+    from btm_cluster.driver.driver import Driver
+    from btm_cluster.driver.recipes import expert_resources
     from btm_cluster.terminal.progress import ProgressView
     from btm_cluster.terminal.tables import consoles
     from btm_cluster.tracking.tracking import Tracking
+    from btm_cluster.workers.in_process import InProcess, LocalControl
+    from btm_cluster.workers.on_ray.lazily import LazyRayWorkers
 
     ledger = open_ledger(plan.store)
     asked = _Asked()

@@ -22,7 +22,7 @@ def main() -> None:
 
     if len(sys.argv) < 5 or sys.argv[3] != "--":
         raise UserError("submit.py cannot be called so", expected="SCHEDULE TICK -- COMMAND …")
-    from btm_cluster.on_ray.submission import submit_and_wait
+    from btm_cluster.workers.on_ray.submission import submit_and_wait
 
     schedule, tick, _, *command = sys.argv[1:]
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": STOP_WAIT_SECONDS}

@@ -24,12 +24,12 @@ import pytest
 import yaml
 from hypothesis import settings
 
-from btm_cluster.driver import Driver
-from btm_cluster.in_process import InProcess, LocalControl
+from btm_cluster.driver.driver import Driver
+from btm_cluster.driver.port import Outcome, Workers
 from btm_cluster.ledger import Ledger
 from btm_cluster.plan import Plan
 from btm_cluster.requests import StepRequest
-from btm_cluster.workers import Outcome, Workers
+from btm_cluster.workers.in_process import InProcess, LocalControl
 
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")

@@ -7,7 +7,15 @@ from typing import Any
 from btm_cluster.algorithm import merge
 from btm_cluster.forest import Expert, Forest, Foundation, Parent, take_out
 from btm_cluster.ledger import Artifact, Inputs, Ledger, Origin, Ref, identity_by
-from btm_cluster.records import Baseline, BranchPoint, Held, hold, quarantine, record_baseline, settle_branch_point
+from btm_cluster.ledger.records import (
+    Baseline,
+    BranchPoint,
+    Held,
+    hold,
+    quarantine,
+    record_baseline,
+    settle_branch_point,
+)
 from btm_cluster.requests import Start
 from btm_cluster.storage import Storage
 

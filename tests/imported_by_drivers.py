@@ -2,12 +2,14 @@
 
 import sys
 
-import btm_cluster.display
-import transformers.models.gpt2.modeling_gpt2  # noqa: F401 (the architecture of the tests' plans)
+import transformers.models.gpt2.modeling_gpt2  # the architecture of the tests' plans
 
 import btm_cluster.cli
-import btm_cluster.in_process
-import btm_cluster.run
-import btm_cluster.tracking  # noqa: F401
+import btm_cluster.operations.run
+import btm_cluster.terminal.progress
+import btm_cluster.terminal.verdict
+import btm_cluster.tracking.tracking
+import btm_cluster.workers.in_process  # noqa: F401
 
 assert "ray" not in sys.modules
+assert transformers.models.gpt2.modeling_gpt2

@@ -6,11 +6,10 @@ from typing import Any, TypeVar
 
 import pytest
 
-from btm_cluster import records
 from btm_cluster.errors import MissingError
-from btm_cluster.ledger import documents, ledger
+from btm_cluster.ledger import documents, ledger, records
+from btm_cluster.operations import verify as housekeeping
 from btm_cluster.storage import Entry
-from btm_cluster.upkeep import housekeeping
 
 Result = TypeVar("Result")
 

@@ -9,7 +9,7 @@ from btm_cluster.terminal.tables import consoles, plain_table, show_table
 
 def contributions(store: Store, json_output: Json = False) -> None:
     """Show what each expert is worth on each text: how test perplexity rises without it, from cached scores alone."""
-    from btm_cluster.upkeep.contributions import contributions
+    from btm_cluster.operations.contributions import contributions
 
     found = contributions(open_ledger(store))
     if json_output:

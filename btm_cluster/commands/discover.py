@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from btm_cluster.commands.texts import source_of
 from btm_cluster.errors import UserError
-from btm_cluster.new_folder import check_new_folder
-from btm_cluster.output import end_input
-from btm_cluster.own_modules import check_own_modules
 from btm_cluster.stopping import unwinding
+from btm_cluster.storage.new_folder import check_new_folder
+from btm_cluster.terminal.output import end_input
+from btm_cluster.terminal.text_options import source_of
+from btm_cluster.workers.own_modules import check_own_modules
 
 if TYPE_CHECKING:
-    from btm_cluster.discovery import Discovery
+    from btm_cluster.operations.discover import Discovery
 
 MOST_CLUSTERS = 200
 """Each has a file open, and 256 are all that some machines allow."""
@@ -53,7 +53,7 @@ def discover(
     check_own_modules()
     end_input()
     source = source_of("unlabelled", text or [], field, delimiter, dataset, split)
-    from btm_cluster.discovery import assign, discover
+    from btm_cluster.operations.discover import assign, discover
     from btm_cluster.plan import ReadingPlan
 
     reading = ReadingPlan(bad_documents=bad_documents)
@@ -100,7 +100,7 @@ def _show(found: "Discovery", to: Path | None, json_output: bool) -> None:
     for reason, count in found.skipped.items():
         print(f"note: skipped {count} × {reason}")
     if to is not None:
-        from btm_cluster.discovery import PLAN_FILE
+        from btm_cluster.operations.discover import PLAN_FILE
 
         print(f"wrote {to}; the domains for a plan, to be named by you, are in {to / PLAN_FILE}:\n")
         print(found.plan_snippet, end="")

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from btm_cluster.errors import UserError
-from btm_cluster.output import end_input
-from btm_cluster.own_modules import check_own_modules
 from btm_cluster.plan import read_plan
 from btm_cluster.terminal.options import Address, JsonAndProgress
+from btm_cluster.terminal.output import end_input
+from btm_cluster.workers.own_modules import check_own_modules
 
 if TYPE_CHECKING:
-    from btm_cluster.checks import Check
+    from btm_cluster.workers.checks import Check
 
 
 def doctor(
@@ -27,7 +27,7 @@ def doctor(
     plan = None if plan_path is None else read_plan(plan_path)
     check_own_modules()
     end_input()
-    from btm_cluster.doctor import examine
+    from btm_cluster.operations.doctor import examine
 
     checks = examine(plan, address, Path.cwd())
     wrong = sum(check.state == "wrong" for check in checks)

@@ -1,10 +1,10 @@
 """`btm evaluate`."""
 
 from btm_cluster.commands.run import show_run
-from btm_cluster.own_modules import check_own_modules
 from btm_cluster.plan import read_plan
 from btm_cluster.session import driving
 from btm_cluster.terminal.options import Address, InProcess, JsonAndProgress, PlanPath
+from btm_cluster.workers.own_modules import check_own_modules
 
 
 def evaluate(

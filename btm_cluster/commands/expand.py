@@ -3,15 +3,15 @@
 import json
 from typing import TYPE_CHECKING
 
-from btm_cluster.own_modules import check_own_modules
 from btm_cluster.plan import read_plan
 from btm_cluster.session import driving
 from btm_cluster.terminal.options import Address, Dashboard, InProcess, JsonAndProgress, NewResources, PlanPath
 from btm_cluster.terminal.tables import consoles
+from btm_cluster.workers.own_modules import check_own_modules
 
 if TYPE_CHECKING:
     from btm_cluster.expansion.acceptance import Gain
-    from btm_cluster.expansion.expand import Expanded
+    from btm_cluster.operations.expand import Expanded
 
 
 def expand(
@@ -25,8 +25,8 @@ def expand(
     """Add the domains that the plan or the store's inbox has and the forest has not. Nothing to add: starts nothing."""
     plan = read_plan(plan_path)
     check_own_modules()
-    from btm_cluster.driver import step_error
-    from btm_cluster.expansion.expand import expand
+    from btm_cluster.driver.driver import step_error
+    from btm_cluster.operations.expand import expand
 
     with driving(plan, address, in_process, dashboard, json_output, new_resources) as driver:
         result = expand(plan, driver)
@@ -37,7 +37,7 @@ def expand(
 
 def show_expanded(expanded: "Expanded", json_output: bool) -> None:
     """Prints it as lines, of which the last is the outcome; or all of it as JSON."""
-    from btm_cluster.driver import steps_line
+    from btm_cluster.driver.driver import steps_line
 
     console, _ = consoles(json_output)
     if json_output:

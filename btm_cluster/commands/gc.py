@@ -22,7 +22,7 @@ def gc(
 
     Without --delete nothing is written, so ages are by this machine's clock and not by the store's.
     """
-    from btm_cluster.upkeep.gc import collect, find_garbage
+    from btm_cluster.operations.gc import collect, find_garbage
 
     ledger = open_ledger(store)
     garbage = find_garbage(ledger, keep_versions, 86_400 * grace_days, now=None if delete else time.time())

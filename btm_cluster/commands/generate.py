@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from btm_cluster.errors import UserError
-from btm_cluster.output import printable
-from btm_cluster.own_modules import check_own_modules
 from btm_cluster.plan import read_plan
 from btm_cluster.session import driving
 from btm_cluster.terminal.options import Address, InProcess, JsonAndProgress, PlanPath
+from btm_cluster.terminal.output import printable
+from btm_cluster.workers.own_modules import check_own_modules
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from btm_cluster.generation import Generated
     from btm_cluster.language_model.prompts import Finish
+    from btm_cluster.operations.generate import Generated
 
 COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red")
 STYLES = (*COLOURS, *(f"bright_{colour}" for colour in COLOURS))
@@ -67,9 +67,9 @@ def generate(
     """Let the whole forest continue a prompt, and say which experts it trusted."""
     plan = read_plan(plan_path)
     check_own_modules()
-    from btm_cluster.generation import Continuation, check_generate_call
-    from btm_cluster.generation import generate as generate_texts
     from btm_cluster.language_model.sampling import Sampling
+    from btm_cluster.operations.generate import Continuation, check_generate_call
+    from btm_cluster.operations.generate import generate as generate_texts
     from btm_cluster.terminal.tables import consoles
 
     stops = tuple(_in_utf8(os.fsencode(one), "a stop string") for one in stop or ())

@@ -8,7 +8,7 @@ import typer
 
 def init(path: Annotated[Path, typer.Argument(help="Where to write the plan.")] = Path("plan.yaml")) -> None:
     """Write a commented starter plan."""
-    from btm_cluster.starter import write_starter_plan
+    from btm_cluster.operations.init import write_starter_plan
 
     write_starter_plan(path)
     print(f"wrote {path}; next: edit its texts, then `btm plan {path}`")

@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from btm_cluster.own_modules import check_own_modules
 from btm_cluster.plan import read_plan
 from btm_cluster.session import driving
 from btm_cluster.terminal.options import Address, InProcess, JsonAndProgress, PlanPath
+from btm_cluster.workers.own_modules import check_own_modules
 
 
 def merge(
@@ -26,7 +26,7 @@ def merge(
     """Average the experts into one model and write it as a Hugging Face folder."""
     plan = read_plan(plan_path)
     check_own_modules()
-    from btm_cluster.merged_model import check_merge_call, write_merged_model
+    from btm_cluster.operations.merge import check_merge_call, write_merged_model
 
     check_merge_call(plan, weights, target, to)
     with driving(plan, address, in_process, dashboard=False, json_output=json_output) as driver:

@@ -4,18 +4,18 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from btm_cluster.output import end_input
-from btm_cluster.own_modules import check_own_modules
+from btm_cluster.driver.room import NEW_RESOURCES
 from btm_cluster.plan import read_plan
-from btm_cluster.room import NEW_RESOURCES
 from btm_cluster.session import open_ledger
 from btm_cluster.terminal.options import Address, JsonAndProgress, PlanPath
+from btm_cluster.terminal.output import end_input
 from btm_cluster.terminal.tables import consoles, plain_table, show_table
+from btm_cluster.workers.own_modules import check_own_modules
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from btm_cluster.preview import Preview
+    from btm_cluster.operations.plan import Preview
 
 
 def plan(plan_path: PlanPath, json_output: JsonAndProgress = False, address: Address = None) -> None:
@@ -23,8 +23,8 @@ def plan(plan_path: PlanPath, json_output: JsonAndProgress = False, address: Add
     plan = read_plan(plan_path)
     check_own_modules()
     end_input()
-    from btm_cluster.machine import notes_on_this_machine
-    from btm_cluster.preview import preview
+    from btm_cluster.operations.plan import preview
+    from btm_cluster.workers.machine import notes_on_this_machine
 
     seen = preview(plan, open_ledger(plan.store))
     notes = notes_on_this_machine(seen.asks) if address is None else []

@@ -13,8 +13,8 @@ from btm_cluster.terminal.options import Domain, Json, Store
 
 if TYPE_CHECKING:
     from btm_cluster.ledger import Ledger
-    from btm_cluster.upkeep.purge import Condemned
-    from btm_cluster.upkeep.removal import Influence
+    from btm_cluster.ledger.purge import Condemned
+    from btm_cluster.operations.remove import Influence
 
 
 def remove(
@@ -27,7 +27,7 @@ def remove(
 ) -> None:
     """Take a domain out of the forest: a new version, at once in effect. Says what still carries its influence."""
     from btm_cluster.ledger.versions import last_expert
-    from btm_cluster.upkeep.removal import bring_back, influence_of, remove
+    from btm_cluster.operations.remove import bring_back, influence_of, remove
 
     if purge and undo:
         raise UserError("--purge and --undo exclude each other")
@@ -54,8 +54,8 @@ def remove(
 
 
 def _purge_domain(ledger: "Ledger", domain: str, yes: bool, json_output: bool) -> None:
-    from btm_cluster.upkeep.purge import condemn
-    from btm_cluster.upkeep.removal import purge
+    from btm_cluster.ledger.purge import condemn
+    from btm_cluster.operations.remove import purge
 
     condemned = condemn(ledger, domain)
     if not json_output:

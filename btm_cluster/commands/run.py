@@ -4,18 +4,18 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from btm_cluster.own_modules import check_own_modules
 from btm_cluster.plan import read_plan
 from btm_cluster.session import driving
 from btm_cluster.terminal.options import Address, Dashboard, InProcess, JsonAndProgress, NewResources, PlanPath
 from btm_cluster.terminal.tables import consoles, plain_table, show_table
 from btm_cluster.terminal.verdict import verdict_tables
+from btm_cluster.workers.own_modules import check_own_modules
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from btm_cluster.run import Run
-    from btm_cluster.texts import TextReport
+    from btm_cluster.evaluation.texts import TextReport
+    from btm_cluster.operations.run import Run
 
 
 def run(
@@ -29,9 +29,9 @@ def run(
     """Grow the forest: seed, experts, merge, and the verdict. Run again, it goes on where it was."""
     plan = read_plan(plan_path)
     check_own_modules()
-    from btm_cluster.driver import step_error
-    from btm_cluster.preview import check_room
-    from btm_cluster.run import run_plan
+    from btm_cluster.driver.driver import step_error
+    from btm_cluster.operations.plan import check_room
+    from btm_cluster.operations.run import run_plan
 
     with driving(plan, address, in_process, dashboard, json_output, new_resources) as driver:
         check_room(plan, driver)

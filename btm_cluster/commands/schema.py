@@ -12,7 +12,7 @@ def schema(
     ] = False,
 ) -> None:
     """Print the JSON schema of a plan, for editors."""
+    from btm_cluster.operations.schema import plan_reference
     from btm_cluster.plan import plan_schema
-    from btm_cluster.plan.reference import plan_reference
 
     print(plan_reference() if markdown else json.dumps(plan_schema(), indent=1), end="" if markdown else "\n")

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from btm_cluster.commands.texts import source_of
 from btm_cluster.errors import UserError
-from btm_cluster.output import end_input
-from btm_cluster.own_modules import check_own_modules
 from btm_cluster.plan import Plan, read_plan
 from btm_cluster.session import driving, open_ledger
 from btm_cluster.terminal.options import Address, InProcess, JsonAndProgress
+from btm_cluster.terminal.output import end_input
+from btm_cluster.terminal.text_options import source_of
+from btm_cluster.workers.own_modules import check_own_modules
 
 if TYPE_CHECKING:
     from btm_cluster.language_model.document_scores import DocumentScorer, NamedText
@@ -52,7 +52,7 @@ def score(
     _check_call(files, text, store, plan_path, target)
     plan = read_plan(plan_path) if plan_path else None
     check_own_modules()
-    from btm_cluster.text_scores import check_sources, documents_of, reading_of
+    from btm_cluster.operations.score import check_sources, documents_of, reading_of
 
     reading, bad = reading_of(bad_documents), Counter[str]()
     sources = [source_of("scored", [file], field, delimiter) for file in files or ()]
@@ -80,7 +80,7 @@ def _check_call(
 
 def _string(text: str) -> "list[NamedText]":
     from btm_cluster.language_model.document_scores import NamedText
-    from btm_cluster.text_scores import STRING
+    from btm_cluster.operations.score import STRING
 
     try:
         return [NamedText(STRING, 1, os.fsencode(text).decode())]
@@ -91,7 +91,7 @@ def _string(text: str) -> "list[NamedText]":
 def _scorer(
     store: str | None, plan: Plan | None, target: str | None, address: str | None, in_process: bool, json_output: bool
 ) -> "DocumentScorer":
-    from btm_cluster.text_scores import scorer_of_plan, scorer_of_store
+    from btm_cluster.operations.score import scorer_of_plan, scorer_of_store
 
     if plan is None:
         assert store is not None
@@ -103,9 +103,9 @@ def _scorer(
 def _show(
     scorer: "DocumentScorer", texts: "Iterable[NamedText]", packed: bool, json_output: bool, bad: Counter[str]
 ) -> None:
-    from btm_cluster.display_scores import HEADING, as_json, document_line, total_table
+    from btm_cluster.operations.score import STRING
+    from btm_cluster.terminal.scores import HEADING, as_json, document_line, total_table
     from btm_cluster.terminal.tables import consoles, show_table
-    from btm_cluster.text_scores import STRING
 
     total = scorer.total()
     for text, sums in scorer.score(texts, packed):

@@ -4,10 +4,10 @@ from typing import Annotated
 
 import typer
 
-from btm_cluster.own_modules import check_own_modules
 from btm_cluster.plan import read_plan
 from btm_cluster.session import driving
 from btm_cluster.terminal.options import Address, Dashboard, InProcess, NewResources, PlanPath
+from btm_cluster.workers.own_modules import check_own_modules
 
 
 def study(

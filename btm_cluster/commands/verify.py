@@ -10,7 +10,7 @@ from btm_cluster.terminal.options import Json, Store
 def verify(store: Store, json_output: Json = False) -> None:
     """Read the whole store and check every byte against its hash."""
     from btm_cluster.errors import IntegrityError, UserError
-    from btm_cluster.upkeep.housekeeping import verify as read_all
+    from btm_cluster.operations.verify import verify as read_all
 
     seen = read_all(open_ledger(store))
     if json_output:

@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from btm_cluster.data.blocks import Blocks
+from btm_cluster.data.tokenizer import TOKENIZER_FILES, TextTokenizer, load_tokenizer
+from btm_cluster.driver.prepared_plan import Ground
 from btm_cluster.equations.clusters import cluster_log_weights, log_weighted_mixture
 from btm_cluster.equations.mixture import document_sums
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation.scoring import stack_of
+from btm_cluster.evaluation.verdict import SplitResult
 from btm_cluster.forest import Forest
-from btm_cluster.ground import Ground
-from btm_cluster.language_model.blocks import Blocks
-from btm_cluster.language_model.tokenizer import TOKENIZER_FILES, TextTokenizer, load_tokenizer
 from btm_cluster.ledger import Ledger, Ref
+from btm_cluster.mixing.scores import BLOCKS_AT_ONCE, ScoreStack
 from btm_cluster.plan import Plan
-from btm_cluster.report import SplitResult
-from btm_cluster.scores import BLOCKS_AT_ONCE, ScoreStack
 
 if TYPE_CHECKING:
-    from btm_cluster.language_model.clusters import Clusters
+    from btm_cluster.data.clusters import Clusters
 
 CLUSTER_ENSEMBLE = "ensemble, by cluster distance"
 FIRST_CONTEXT_TOKENS = 8
@@ -40,7 +40,7 @@ def check_clusters(plan: Plan, domains: Sequence[str]) -> None:
     """
     if plan.merging.clusters is None:
         return
-    from btm_cluster.language_model.clusters import cluster_names
+    from btm_cluster.data.clusters import cluster_names
 
     names = cluster_names(Path(plan.merging.clusters))
     missing = [domain for domain in domains if domain not in names]
@@ -61,7 +61,7 @@ def with_cluster_ensemble(
     if merging.clusters is None:
         return results
     check_clusters(ground.plan, forest.domains)
-    from btm_cluster.language_model.clusters import load_clusters
+    from btm_cluster.data.clusters import load_clusters
 
     clusters = load_clusters(Path(merging.clusters))
     experts = [clusters.names.index(domain) for domain in forest.domains]

@@ -11,7 +11,8 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from btm_cluster.driver import Driver
+from btm_cluster.driver.driver import Driver
+from btm_cluster.driver.prepared_plan import HELD_OUT, Ground, PreparedText
 from btm_cluster.evaluation.fitting import (
     average_request,
     fit_request,
@@ -23,12 +24,11 @@ from btm_cluster.evaluation.fitting import (
 from btm_cluster.evaluation.milestones import choose_milestone, milestone_scores
 from btm_cluster.evaluation.scoring import by_ref, score_requests, stack_of
 from btm_cluster.evaluation.systems import BEST_TRANSFORMER_LM, Ensemble, System
-from btm_cluster.fits import SUMS
-from btm_cluster.ground import HELD_OUT, Ground, PreparedText
+from btm_cluster.evaluation.verdict import Milestones
 from btm_cluster.ledger import Artifact, Ledger, Ref
-from btm_cluster.report import Milestones
+from btm_cluster.mixing.fit_file import SUMS
+from btm_cluster.mixing.scores import ScoreStack
 from btm_cluster.requests import StepRequest
-from btm_cluster.scores import ScoreStack
 
 Part: TypeAlias = tuple[str, str]
 """A text by name, and one of its splits."""

@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from btm_cluster.driver import Driver
+from btm_cluster.driver.driver import Driver
+from btm_cluster.driver.prepared_plan import Ground
+from btm_cluster.driver.recipes import transformer_lm_milestones
 from btm_cluster.evaluation.cluster_ensemble import with_cluster_ensemble
 from btm_cluster.evaluation.comparison import Comparer, Comparison, fits_of
 from btm_cluster.evaluation.fitting import average_request
@@ -22,12 +24,7 @@ from btm_cluster.evaluation.systems import (
     planned_method,
     with_seed,
 )
-from btm_cluster.fits import Fitted, open_fits
-from btm_cluster.forest import Forest
-from btm_cluster.ground import Ground
-from btm_cluster.ledger import Ref
-from btm_cluster.recipes import transformer_lm_milestones
-from btm_cluster.report import (
+from btm_cluster.evaluation.verdict import (
     BEST_MILESTONE,
     CALIBRATED_DEMIX,
     CALIBRATED_ENSEMBLE,
@@ -39,8 +36,11 @@ from btm_cluster.report import (
     Milestones,
     SplitResult,
 )
-from btm_cluster.report import SEED as SEED_NAME
-from btm_cluster.report import TRANSFORMER_LM as TRANSFORMER_LM_NAME
+from btm_cluster.evaluation.verdict import SEED as SEED_NAME
+from btm_cluster.evaluation.verdict import TRANSFORMER_LM as TRANSFORMER_LM_NAME
+from btm_cluster.forest import Forest
+from btm_cluster.ledger import Ref
+from btm_cluster.mixing.fit_file import Fitted, open_fits
 from btm_cluster.requests import MixingMethod
 
 SEED = System("seed")

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, cast
 
-from btm_cluster.driver import Driver
+from btm_cluster.driver.driver import Driver
+from btm_cluster.driver.prepared_plan import Ground, PreparedText
+from btm_cluster.driver.recipes import expert_resources
 from btm_cluster.equations.averaging import uniform_weights
 from btm_cluster.evaluation.scoring import score_requests, scored_split
 from btm_cluster.evaluation.systems import FITTED_FOR_ALL, Ensemble
-from btm_cluster.fits import Fitted, open_fits
-from btm_cluster.ground import Ground, PreparedText
+from btm_cluster.mixing.fit_file import Fitted, open_fits
 from btm_cluster.plan import MergingPlan
-from btm_cluster.recipes import expert_resources
 from btm_cluster.requests import (
     AverageRequest,
     FitForAll,

@@ -6,10 +6,10 @@ easy rival.
 
 from collections.abc import Mapping
 
+from btm_cluster.driver.prepared_plan import Ground, PreparedText
 from btm_cluster.evaluation.scoring import mean_perplexities, score_requests
-from btm_cluster.ground import Ground, PreparedText
+from btm_cluster.evaluation.verdict import Milestones
 from btm_cluster.ledger import Artifact, Ledger, Ref
-from btm_cluster.report import Milestones
 from btm_cluster.requests import ScoreRequest
 
 

@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
-from btm_cluster.driver import Driver
-from btm_cluster.ground import HELD_OUT, Ground, PreparedText
+from btm_cluster.driver.driver import Driver
+from btm_cluster.driver.prepared_plan import HELD_OUT, Ground, PreparedText
+from btm_cluster.driver.recipes import score_request
 from btm_cluster.ledger import Artifact, Ledger, Ref
-from btm_cluster.recipes import score_request
+from btm_cluster.mixing.scores import ScoreStack
 from btm_cluster.requests import Resources, ScoredSplit, ScoreRequest
-from btm_cluster.scores import ScoreStack
 
 ONE_CPU = Resources(1, 0.0, 1, 1, "float32", False)
 

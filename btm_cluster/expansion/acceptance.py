@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TypeAlias
 
-from btm_cluster.driver import Driver
+from btm_cluster.driver.driver import Driver
+from btm_cluster.driver.prepared_plan import Ground, PreparedText, stored_text, tokenize_requests
 from btm_cluster.evaluation.scoring import score_models, stack_of
+from btm_cluster.evaluation.texts import targets_seen_in
 from btm_cluster.forest import Expert, Forest
-from btm_cluster.ground import Ground, PreparedText, stored_text, tokenize_requests
 from btm_cluster.ledger import Ref
-from btm_cluster.mixing import cross_fitted_perplexity, fits_at_once
-from btm_cluster.records import Held, branch_point_identity
-from btm_cluster.texts import targets_seen_in
+from btm_cluster.ledger.records import Held, branch_point_identity
+from btm_cluster.mixing.fitting import cross_fitted_perplexity, fits_at_once
 
 
 @dataclass(frozen=True)

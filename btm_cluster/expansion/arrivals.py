@@ -6,12 +6,10 @@ A wrong text of the plan is refused as in any run. One of the inbox is quarantin
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from btm_cluster.driver import Driver
-from btm_cluster.errors import TextError, UserError
-from btm_cluster.expansion.inbox import Arrival, refuse, still_lies_there
-from btm_cluster.forest import Forest
-from btm_cluster.founding import check_foundation, check_texts
-from btm_cluster.ground import (
+from btm_cluster.driver.driver import Driver
+from btm_cluster.driver.founding import check_foundation, check_texts
+from btm_cluster.driver.port import Failure, Outcome
+from btm_cluster.driver.prepared_plan import (
     Ground,
     block_requests,
     ground_of,
@@ -22,12 +20,14 @@ from btm_cluster.ground import (
     vocabulary_of,
     without_texts,
 )
+from btm_cluster.driver.recipes import expert_resources
+from btm_cluster.driver.room import Ask
+from btm_cluster.errors import TextError, UserError
+from btm_cluster.expansion.inbox import Arrival, refuse, still_lies_there
+from btm_cluster.forest import Forest
 from btm_cluster.ledger import Artifact
 from btm_cluster.plan import Plan
-from btm_cluster.recipes import expert_resources
 from btm_cluster.requests import ReadText
-from btm_cluster.room import Ask
-from btm_cluster.workers import Failure, Outcome
 
 
 @dataclass(frozen=True)

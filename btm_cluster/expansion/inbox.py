@@ -15,12 +15,12 @@ from typing import Any
 from btm_cluster.identity import identity_of
 from btm_cluster.ledger import Ledger, is_ours, list_ours
 from btm_cluster.ledger.keys import INBOX, MARKER
+from btm_cluster.ledger.records import find_refusals, quarantine
 from btm_cluster.plan import DomainPlan, Plan
 from btm_cluster.plan.expansion import InboxPlan
 from btm_cluster.plan.kinds import ROWS, UNREAD, ending, kind_of
 from btm_cluster.plan.rules import DEFAULT_FIELD
 from btm_cluster.plan.values import NAME_PATTERN
-from btm_cluster.records import find_refusals, quarantine
 from btm_cluster.storage import Entry, Storage
 from btm_cluster.storage.local_folder import walk
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from btm_cluster.language_model.blocks import block_order
+from btm_cluster.data.blocks import block_order
 from btm_cluster.language_model.demix_group import Share
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.training_spec import TextBlocks, TrainingSpec

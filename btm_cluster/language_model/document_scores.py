@@ -12,8 +12,8 @@ from typing import Protocol
 
 import torch
 
+from btm_cluster.data.tokenizer import TextTokenizer
 from btm_cluster.language_model.ensemble_scoring import TextScores
-from btm_cluster.language_model.tokenizer import TextTokenizer
 
 TOKENS_AT_ONCE = 65_536
 """Tokens that are held until they are scored together."""

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from btm_cluster.data.tokenizer import TextTokenizer
 from btm_cluster.errors import IncompatibleError, PlanError, UserError, one_line
-from btm_cluster.language_model.tokenizer import TextTokenizer
 from btm_cluster.plan import ModelPlan, Preset
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from btm_cluster.data.tokenizer import TextTokenizer
 from btm_cluster.errors import UserError, one_line
 from btm_cluster.language_model.model import (
     check_reads,
@@ -23,7 +24,6 @@ from btm_cluster.language_model.model import (
 )
 from btm_cluster.language_model.model_files import do_not_match, says_nothing, stored_tensors, unreadable, weight_files
 from btm_cluster.language_model.pretrained import MODEL_PATTERNS, check_same, model_hash, resolve
-from btm_cluster.language_model.tokenizer import TextTokenizer
 from btm_cluster.requests import Pretrained, TrainRequest
 
 if TYPE_CHECKING:

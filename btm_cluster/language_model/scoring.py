@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from btm_cluster.data.blocks import Blocks
 from btm_cluster.errors import DivergedError
-from btm_cluster.language_model.blocks import Blocks
 from btm_cluster.language_model.compute import autocast, device_of
 from btm_cluster.language_model.loss import read_after
 from btm_cluster.requests import Resources

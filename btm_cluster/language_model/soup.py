@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from btm_cluster.data.blocks import Blocks
 from btm_cluster.equations.averaging import greedy_weights, posterior_weights, uniform_weights
-from btm_cluster.language_model.blocks import Blocks
 from btm_cluster.language_model.compute import autocast, device_of
 from btm_cluster.language_model.loss import read_after
 from btm_cluster.language_model.model import weights_of

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from btm_cluster.language_model.blocks import Blocks
+from btm_cluster.data.blocks import Blocks
 from btm_cluster.language_model.compute import Compute
 from btm_cluster.plan import TrainingPlan
 

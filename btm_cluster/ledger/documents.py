@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from btm_cluster.account import account
 from btm_cluster.errors import IntegrityError, MissingError, StoreError, one_line
 from btm_cluster.identity import canonical_json
 from btm_cluster.storage import Storage
+from btm_cluster.storage.account import account
 
 THREADS = 16
 """Small requests under way at once, where there are many."""

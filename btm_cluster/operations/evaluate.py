@@ -1,13 +1,13 @@
 """`btm evaluate`: the forest as it stands, on the text of all its domains and of the plan's targets."""
 
 from btm_cluster.algorithm import Grown
-from btm_cluster.driver import Driver, find_made
+from btm_cluster.driver.driver import Driver, find_made
+from btm_cluster.driver.preparation import prepare
+from btm_cluster.driver.recipes import demix_request, seed_request, transformer_lm_request
 from btm_cluster.errors import UserError
 from btm_cluster.ledger import Ledger
+from btm_cluster.operations.run import Run, blocks_of_forest, check_forests_clusters, evaluated
 from btm_cluster.plan import Plan
-from btm_cluster.preparation import prepare
-from btm_cluster.recipes import demix_request, seed_request, transformer_lm_request
-from btm_cluster.run import Run, blocks_of_forest, check_forests_clusters, evaluated
 
 TAKEN_OUT = "name another text, or bring it back with `btm forest remove DOMAIN --undo`"
 

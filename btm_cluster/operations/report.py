@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from btm_cluster.errors import UserError
-from btm_cluster.new_folder import check_folder
-from btm_cluster.study.page import write_page
-from btm_cluster.study.results import check_nothing_is_lost, read_results, write_results
+from btm_cluster.report.results import check_nothing_is_lost, read_results, write_results
+from btm_cluster.report.study_page import write_page
+from btm_cluster.storage.new_folder import check_folder
 
 
 def write_report(summaries: Sequence[Path], to: Path) -> Path:

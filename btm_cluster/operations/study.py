@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 import transformers
 
-from btm_cluster.driver import Driver
-from btm_cluster.new_folder import check_folder
+from btm_cluster.driver.driver import Driver
 from btm_cluster.plan import Plan
+from btm_cluster.report.results import SUMMARY_FILE, Results, write_results
+from btm_cluster.report.study_page import write_page
 from btm_cluster.storage import Storage, open_storage
+from btm_cluster.storage.new_folder import check_folder
 from btm_cluster.storage.scratch import scratch_folder
-from btm_cluster.study.page import write_page
-from btm_cluster.study.results import SUMMARY_FILE, Results, write_results
 from btm_cluster.study.run import Study, run_study
 
 

@@ -1,6 +1,6 @@
 """Kinds of text files, told by their names: how each is read, and which are not.
 
-Knows names and patterns only; `language_model/readers.py` reads what is in the files.
+Knows names and patterns only; `data/readers.py` reads what is in the files.
 """
 
 import glob

@@ -68,7 +68,7 @@ class TrainRequest(StepRequest):
     role: Role
     """seed, expert, transformer-lm or demix. Shown, and more: a seed on a Transformer-LM's way is called a seed, names of actors
     begin with it, and what is stored under it tells a removal which models are baselines. Resources and `restart_data` follow
-    from it in `recipes.py`."""
+    from it in `driver/recipes.py`."""
     model: Mapping[str, Any]
     """The transformers configuration in full."""
     tokenizer: Ref

@@ -1,9 +1,9 @@
 """Averages models into one, as a Hugging Face folder whose card says what it is made of."""
 
+from btm_cluster.data.tokenizer import TOKENIZER_FILES
 from btm_cluster.errors import IncompatibleError
 from btm_cluster.language_model.averaging import average_files
 from btm_cluster.language_model.model_card import write_card
-from btm_cluster.language_model.tokenizer import TOKENIZER_FILES
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import AverageRequest, FittedWeights
 from btm_cluster.requests.progress import Control, Progress

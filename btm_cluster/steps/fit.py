@@ -14,13 +14,13 @@ from btm_cluster.equations.averaging import argmax_weights, posterior_weights
 from btm_cluster.equations.gates import fit_discounts, fit_fixed_share
 from btm_cluster.equations.learned_gate import LearnedGate, TextScores, fit_gate_for_all, tune_gate
 from btm_cluster.equations.posterior import PriorKind, keep_top, uniform_prior
-from btm_cluster.fits import FIT_FILE, Fitted, open_fits, write_fits
 from btm_cluster.ledger import Artifact, Ledger
-from btm_cluster.mixing import FULL, Mixing, PosteriorName, fit_mixing, one_thread_each, shared_mixing
+from btm_cluster.mixing.fit_file import FIT_FILE, Fitted, open_fits, write_fits
+from btm_cluster.mixing.fitting import FULL, Mixing, PosteriorName, fit_mixing, one_thread_each, shared_mixing
+from btm_cluster.mixing.scores import ScoreStack
 from btm_cluster.plan import MergingPlan
 from btm_cluster.requests import FitForAll, FitText, MixingMethod, ScoredSplit
 from btm_cluster.requests.progress import Control, Progress
-from btm_cluster.scores import ScoreStack
 from btm_cluster.storage.scratch import scratch_folder
 
 GATE = "gate"

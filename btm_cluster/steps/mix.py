@@ -3,12 +3,12 @@
 import numpy as np
 import torch
 
-from btm_cluster.fits import SUMS, open_fits
 from btm_cluster.ledger import Artifact, Ledger
-from btm_cluster.mixing import Mixing, one_thread_each
+from btm_cluster.mixing.fit_file import SUMS, open_fits
+from btm_cluster.mixing.fitting import Mixing, one_thread_each
+from btm_cluster.mixing.scores import ScoreStack
 from btm_cluster.requests import MixText
 from btm_cluster.requests.progress import Control, Progress
-from btm_cluster.scores import ScoreStack
 from btm_cluster.storage.scratch import scratch_folder
 
 

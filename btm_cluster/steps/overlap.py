@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from btm_cluster.language_model.overlap import TestText, mark_seen
+from btm_cluster.data.overlap import TestText, mark_seen
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import FindOverlap
 from btm_cluster.requests.progress import Control, Progress

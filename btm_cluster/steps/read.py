@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from btm_cluster.data.corpus import Text, write_random_part, write_text
+from btm_cluster.data.data_sets import pinned
 from btm_cluster.errors import IntegrityError
-from btm_cluster.language_model.corpus import Text, write_random_part, write_text
-from btm_cluster.language_model.data_sets import pinned
 from btm_cluster.ledger import Artifact, Ledger, Origin, Ref, artifact_key
 from btm_cluster.requests import ReadText, ShuffleTexts
 from btm_cluster.requests.progress import Control, Progress

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from btm_cluster.language_model.blocks import Blocks
+from btm_cluster.data.blocks import Blocks
 from btm_cluster.language_model.model import load_model
 from btm_cluster.language_model.scoring import score_blocks, set_up_scoring
 from btm_cluster.ledger import Artifact, Ledger

@@ -4,12 +4,12 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from btm_cluster.language_model.corpus import read_shard
-from btm_cluster.language_model.tokenizer import TOKENIZER_FILES, TextTokenizer, load_tokenizer
+from btm_cluster.data.corpus import read_shard
+from btm_cluster.data.tokenizer import TOKENIZER_FILES, TextTokenizer, load_tokenizer
 from btm_cluster.ledger import Artifact, Ledger, Ref
 
 if TYPE_CHECKING:
-    from btm_cluster.language_model.blocks import Blocks
+    from btm_cluster.data.blocks import Blocks
     from btm_cluster.requests import TrainingText
 
 
@@ -36,7 +36,7 @@ def first_token_of(ledger: Ledger, tokens: Sequence[Ref]) -> int:
 
 def open_blocks(ledger: Ledger, text: "TrainingText") -> "Blocks":
     """A training text's blocks, memory-mapped."""
-    from btm_cluster.language_model.blocks import Blocks
+    from btm_cluster.data.blocks import Blocks
 
     return Blocks([ledger.open_file(ledger.get(ref), "tokens.npy") for ref in text.tokens], text.first_blocks)
 

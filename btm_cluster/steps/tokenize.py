@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from btm_cluster.language_model.blocks import pack_blocks
-from btm_cluster.language_model.corpus import read_shard
+from btm_cluster.data.blocks import pack_blocks
+from btm_cluster.data.corpus import read_shard
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.requests import Tokenize
 from btm_cluster.requests.progress import Control, Progress

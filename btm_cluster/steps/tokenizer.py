@@ -3,13 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from btm_cluster.language_model.tokenizer import (
-    TOKENIZER_FILES,
-    TextTokenizer,
-    load_tokenizer,
-    take_characters,
-)
-from btm_cluster.language_model.tokenizer import train_tokenizer as train_on
+from btm_cluster.data.tokenizer import TOKENIZER_FILES, TextTokenizer, load_tokenizer, take_characters
+from btm_cluster.data.tokenizer import train_tokenizer as train_on
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import ImportTokenizer, TrainTokenizer
 from btm_cluster.requests.progress import Control, Progress

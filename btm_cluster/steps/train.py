@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from btm_cluster.data.blocks import Blocks
+from btm_cluster.data.tokenizer import TOKENIZER_FILES
 from btm_cluster.errors import MissingError, TrainingError
-from btm_cluster.language_model.blocks import Blocks
 from btm_cluster.language_model.demix import count_demix_parameters, dense_part
 from btm_cluster.language_model.model import save_weights, write_config
 from btm_cluster.language_model.model_import import import_model
-from btm_cluster.language_model.tokenizer import TOKENIZER_FILES
 from btm_cluster.language_model.training_state import MODEL_FILE, write_state
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import DemixPart, TrainRequest

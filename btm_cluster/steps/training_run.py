@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeAlias
 
-from btm_cluster.language_model.blocks import Blocks
+from btm_cluster.data.blocks import Blocks
 from btm_cluster.language_model.compute import Compute, device_name, device_of
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.training import UpdateReport, train

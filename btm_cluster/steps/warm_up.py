@@ -4,7 +4,7 @@ import gc
 
 import torch
 
-from btm_cluster.language_model.blocks import Blocks
+from btm_cluster.data.blocks import Blocks
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.training_state import build_state
 from btm_cluster.language_model.update import Updates

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from btm_cluster.account import account
 from btm_cluster.errors import StoreError, UserError
+from btm_cluster.storage.account import account
 
 DEFAULT_GIGABYTES = 50.0
 PRIVATE = 0o700

@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from btm_cluster.driver import Driver
+from btm_cluster.driver.driver import Driver
+from btm_cluster.driver.prepared_plan import Ground, PreparedText
+from btm_cluster.driver.recipes import train_request
 from btm_cluster.evaluation.comparison import Rows
 from btm_cluster.evaluation.fitting import averaged_starts
 from btm_cluster.evaluation.scoring import score_requests, stack_of
 from btm_cluster.evaluation.systems import Ensemble, System
-from btm_cluster.ground import Ground, PreparedText
 from btm_cluster.ledger import Ref
-from btm_cluster.mixing import fit_mixing
-from btm_cluster.recipes import train_request
+from btm_cluster.mixing.fitting import fit_mixing
 from btm_cluster.requests import Start, TrainingText, TrainRequest
 
 BLOCKS_PER_UPDATE = 8

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from btm_cluster.driver import Driver
+from btm_cluster.driver.driver import Driver
+from btm_cluster.driver.prepared_plan import Ground
 from btm_cluster.evaluation.comparison import Comparer, Comparison
 from btm_cluster.evaluation.systems import BEST_TRANSFORMER_LM, TRANSFORMER_LM, Ensemble, System
-from btm_cluster.ground import Ground
+from btm_cluster.evaluation.verdict import BEST_MILESTONE, Cell, Milestones, SplitResult, verdict
+from btm_cluster.evaluation.verdict import TRANSFORMER_LM as BASELINE
 from btm_cluster.ledger import Ref
-from btm_cluster.report import BEST_MILESTONE, Cell, Milestones, SplitResult, verdict
-from btm_cluster.report import TRANSFORMER_LM as BASELINE
 
 
 @dataclass(frozen=True)

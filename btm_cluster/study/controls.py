@@ -7,9 +7,9 @@ development text that the forest's priors are fitted on (`adaptation.py`).
 
 from dataclasses import replace
 
-from btm_cluster.ground import Ground, PreparedText, text_of, tokenize_requests
+from btm_cluster.driver.prepared_plan import Ground, PreparedText, text_of, tokenize_requests
+from btm_cluster.driver.recipes import at_experts_rate, seed_start, train_request
 from btm_cluster.ledger import Artifact, Ledger, Ref
-from btm_cluster.recipes import at_experts_rate, seed_start, train_request
 from btm_cluster.requests import ShuffleTexts, TrainingText, TrainRequest
 
 DEMIXES = ("demix", "demix-from-seed")

@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from btm_cluster.driver import Driver, step_error
-from btm_cluster.ground import Ground, PreparedText
+from btm_cluster.driver.driver import Driver, step_error
+from btm_cluster.driver.port import Failure
+from btm_cluster.driver.prepared_plan import Ground, PreparedText
+from btm_cluster.driver.recipes import expert_request, seed_request, seed_start, transformer_lm_request
 from btm_cluster.ledger import Artifact
 from btm_cluster.plan import TrainingPlan
-from btm_cluster.recipes import expert_request, seed_request, seed_start, transformer_lm_request
 from btm_cluster.requests import TrainRequest
-from btm_cluster.workers import Failure
 
 
 @dataclass(frozen=True)

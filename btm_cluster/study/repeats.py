@@ -5,20 +5,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from btm_cluster.driver import Driver, step_error
+from btm_cluster.driver.driver import Driver, step_error
+from btm_cluster.driver.port import Failure
+from btm_cluster.driver.preparation import prepare
+from btm_cluster.driver.prepared_plan import Ground, model_config, vocabulary_of
+from btm_cluster.driver.recipes import check_demix_fits
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation.scoring import mean_perplexities, score_models, stack_of
 from btm_cluster.forest import Forest
-from btm_cluster.ground import Ground, model_config, vocabulary_of
 from btm_cluster.ledger import Artifact, Ref
-from btm_cluster.mixing import cross_fitted_perplexity, fits_at_once
+from btm_cluster.mixing.fitting import cross_fitted_perplexity, fits_at_once
 from btm_cluster.plan import Plan, SizePlan, StudyPlan, TrainingPlan
-from btm_cluster.preparation import prepare
-from btm_cluster.recipes import check_demix_fits
 from btm_cluster.requests import TrainRequest
 from btm_cluster.study.controls import DEMIXES
 from btm_cluster.study.repeat import Repeat, branches, fill_in, marked, train
-from btm_cluster.workers import Failure
 
 
 def repeats_of(plan: Plan, driver: Driver) -> list[Repeat]:

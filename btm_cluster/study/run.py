@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from btm_cluster.driver import Driver
+from btm_cluster.driver.driver import Driver
+from btm_cluster.driver.prepared_plan import Ground, PreparedText, tokenize_requests
+from btm_cluster.driver.recipes import demix_request, transformer_lm_milestones
 from btm_cluster.evaluation.comparison import Comparison
 from btm_cluster.evaluation.systems import (
     DEMIX,
@@ -21,12 +23,11 @@ from btm_cluster.evaluation.systems import (
     Ensemble,
     with_seed,
 )
-from btm_cluster.ground import Ground, PreparedText, tokenize_requests
+from btm_cluster.evaluation.texts import TextReport, report_texts
 from btm_cluster.language_model.demix import count_demix_parameters
 from btm_cluster.language_model.model import count_parameters
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.plan import Plan, StudyPlan
-from btm_cluster.recipes import demix_request, transformer_lm_milestones
 from btm_cluster.requests import TrainRequest
 from btm_cluster.study.adaptation import adapt
 from btm_cluster.study.comparison import Models, compare, entries_from
@@ -40,7 +41,6 @@ from btm_cluster.study.controls import (
 )
 from btm_cluster.study.repeat import Repeat, branches, fill_in, train
 from btm_cluster.study.repeats import repeats_of
-from btm_cluster.texts import TextReport, report_texts
 
 PRIORS = ("uniform", "argmax", "ema", "fitted")
 """The averages of parameters that are measured: the paper's three, and the posterior by the fitted prior."""

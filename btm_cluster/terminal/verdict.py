@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from btm_cluster.report import Cell, Row, Verdict
+    from btm_cluster.evaluation.verdict import Cell, Row, Verdict
 
 
 def verdict_tables(verdict: "Verdict", console: "Console") -> None:

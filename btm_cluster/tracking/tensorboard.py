@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from btm_cluster.errors import StoreError
-from btm_cluster.records import LOGS
+from btm_cluster.ledger.records import LOGS
 from btm_cluster.storage import Storage
 from btm_cluster.storage.scratch import scratch_folder
 

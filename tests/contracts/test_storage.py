@@ -15,11 +15,11 @@ import pytest
 
 from btm_cluster.errors import MissingError, StoreError, UserError
 from btm_cluster.ledger import Ledger
+from btm_cluster.ledger.purge import condemn, purge
+from btm_cluster.operations.gc import collect, find_garbage
+from btm_cluster.operations.verify import verify
 from btm_cluster.storage import Entry, Storage, open_storage
 from btm_cluster.storage.local_folder import LocalFolder
-from btm_cluster.upkeep.gc import collect, find_garbage
-from btm_cluster.upkeep.housekeeping import verify
-from btm_cluster.upkeep.purge import condemn, purge
 from tests.house import House
 
 

@@ -21,9 +21,9 @@ import yaml
 from btm_cluster.algorithm import grow
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import Ledger, Ref, artifact_key, blob_key
-from btm_cluster.on_ray.lazily import LazyRayWorkers
 from btm_cluster.plan import ClusterPlan, Plan
 from btm_cluster.requests import Resources
+from btm_cluster.workers.on_ray.lazily import LazyRayWorkers
 from tests.conftest import free_port, in_process, plan_fields
 from tests.forked import ForkedProcess
 

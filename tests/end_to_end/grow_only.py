@@ -4,9 +4,9 @@ import sys
 
 from btm_cluster.algorithm import grow
 from btm_cluster.cli import run_command
-from btm_cluster.driver import step_error
+from btm_cluster.driver.driver import step_error
+from btm_cluster.operations.plan import check_room
 from btm_cluster.plan import read_plan
-from btm_cluster.preview import check_room
 from btm_cluster.session import driving
 
 

@@ -17,22 +17,22 @@ import pytest
 import torch
 
 from btm_cluster.algorithm import grow, train_seed
-from btm_cluster.driver import Driver
+from btm_cluster.driver.driver import Driver
+from btm_cluster.driver.preparation import prepare
+from btm_cluster.driver.recipes import seed_request
 from btm_cluster.equations.learned_gate import fit_gate_for_all, tune_gate
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation.evaluate import forest_ensemble
 from btm_cluster.evaluation.fitting import fit_request, for_all_requests, mix_request
 from btm_cluster.evaluation.scoring import score_models, stack_of
 from btm_cluster.evaluation.systems import CALIBRATED, GATE, PAPERS
-from btm_cluster.fits import SUMS
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import Ref
-from btm_cluster.mixing import fit_mixing, one_thread_each, shared_mixing
-from btm_cluster.on_ray.lazily import LazyRayWorkers
+from btm_cluster.mixing.fit_file import SUMS
+from btm_cluster.mixing.fitting import fit_mixing, one_thread_each, shared_mixing
 from btm_cluster.plan import Plan
-from btm_cluster.preparation import prepare
-from btm_cluster.recipes import seed_request
 from btm_cluster.requests.progress import Progress
+from btm_cluster.workers.on_ray.lazily import LazyRayWorkers
 from tests.conftest import DOMAINS, in_process
 from tests.end_to_end.conftest import BIN, REPOSITORY, Btm, _wait_for, experts_in, plain, write_prepared
 from tests.forked import run_forked
@@ -67,7 +67,7 @@ def test_a_submitted_job_grows_the_same_forest_as_one_process_and_shows_itself_i
 IMPORTS = """
 import sys
 import ray
-from btm_cluster.on_ray.cluster import connected
+from btm_cluster.workers.on_ray.cluster import connected
 
 def imported():
     import datasets, random, tokenizers
@@ -241,7 +241,7 @@ def test_an_ask_that_an_autoscaler_may_meet_waits_and_says_so(
     assert run.exit_code() == 130, run.said
 
 
-@pytest.mark.parametrize("module", ["ray", "ray._private.node", "btm_cluster.on_ray.workers"])
+@pytest.mark.parametrize("module", ["ray", "ray._private.node", "btm_cluster.workers.on_ray.workers"])
 def test_a_signal_while_ray_is_imported_or_joined_ends_in_exit_code_130(
     cluster: dict[str, str],
     fields: dict[str, Any],

@@ -11,7 +11,7 @@ import pytest
 
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import Ledger
-from btm_cluster.upkeep.housekeeping import verify
+from btm_cluster.operations.verify import verify
 from tests.end_to_end.conftest import GROW, Btm, experts_in, plain, ray_head, ray_node, trainers, write_prepared
 from tests.end_to_end.test_survival import wait_until_an_expert_trains
 

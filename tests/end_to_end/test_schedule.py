@@ -14,10 +14,10 @@ import yaml
 
 from btm_cluster.algorithm import grow
 from btm_cluster.ledger import Ledger
+from btm_cluster.ledger.purge import condemn, purge
+from btm_cluster.operations.remove import remove
+from btm_cluster.operations.verify import verify
 from btm_cluster.plan import Plan
-from btm_cluster.upkeep.housekeeping import verify
-from btm_cluster.upkeep.purge import condemn, purge
-from btm_cluster.upkeep.removal import remove
 from tests.conftest import in_process
 from tests.end_to_end.conftest import BIN, REPOSITORY, Btm
 from tests.living import deliver

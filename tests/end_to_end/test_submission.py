@@ -10,8 +10,8 @@ import pytest
 from ray.job_submission import JobStatus
 
 from btm_cluster.errors import StepError
-from btm_cluster.on_ray import submission
-from btm_cluster.on_ray.submission import Step, choose_step
+from btm_cluster.workers.on_ray import submission
+from btm_cluster.workers.on_ray.submission import Step, choose_step
 from tests.end_to_end.conftest import REPOSITORY, Btm
 
 

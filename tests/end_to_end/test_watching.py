@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
+from btm_cluster.driver.preparation import prepare
 from btm_cluster.plan import Plan
-from btm_cluster.preparation import prepare
 from tests.conftest import free_port, in_process
 from tests.end_to_end.conftest import REPOSITORY, Btm, _wait_for
 

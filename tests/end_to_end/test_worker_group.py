@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
+from btm_cluster.driver.preparation import prepare
+from btm_cluster.driver.recipes import seed_request
 from btm_cluster.errors import Stopped
-from btm_cluster.in_process import InProcess, LocalControl
 from btm_cluster.ledger import Artifact, Ledger
-from btm_cluster.on_ray.lazily import LazyRayWorkers
 from btm_cluster.plan import Plan
-from btm_cluster.preparation import prepare
-from btm_cluster.recipes import seed_request
 from btm_cluster.requests import TrainRequest
 from btm_cluster.requests.progress import Progress
+from btm_cluster.workers.in_process import InProcess, LocalControl
+from btm_cluster.workers.on_ray.lazily import LazyRayWorkers
 from tests.conftest import in_process, run_all
 from tests.end_to_end.conftest import BIN, ray_node
 

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 from btm_cluster.algorithm import grow
-from btm_cluster.driver import Driver
-from btm_cluster.in_process import InProcess, LocalControl
+from btm_cluster.driver.driver import Driver
 from btm_cluster.ledger import Ledger
 from btm_cluster.plan import Plan
 from btm_cluster.requests.progress import Progress
+from btm_cluster.workers.in_process import InProcess, LocalControl
 
 
 def main(plan_path: str, meeting: Path, me: int) -> None:

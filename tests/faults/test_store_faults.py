@@ -14,8 +14,8 @@ import pytest
 from btm_cluster.algorithm import grow
 from btm_cluster.cli import app, run_command
 from btm_cluster.ledger import Ledger
+from btm_cluster.operations.verify import verify
 from btm_cluster.plan import Plan
-from btm_cluster.upkeep.housekeeping import verify
 from tests.conftest import in_process, plan_fields
 from tests.end_to_end.conftest import plain
 from tests.fault_proxy import Fault, FaultProxy, Policy, no_faults

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from btm_cluster.algorithm import Grown, branch, grow, train_seed
-from btm_cluster.driver import Driver
+from btm_cluster.driver.driver import Driver
+from btm_cluster.driver.preparation import prepare
+from btm_cluster.driver.prepared_plan import Ground, PreparedText
+from btm_cluster.driver.recipes import seed_request, transformer_lm_request
 from btm_cluster.evaluation.evaluate import Evaluation, evaluate
 from btm_cluster.forest import Forest
-from btm_cluster.ground import Ground, PreparedText
 from btm_cluster.ledger import Artifact, Ref
+from btm_cluster.operations.run import run_plan
 from btm_cluster.plan import Plan
-from btm_cluster.preparation import prepare
-from btm_cluster.recipes import seed_request, transformer_lm_request
 from btm_cluster.requests import TrainRequest
-from btm_cluster.run import run_plan
 from tests.conftest import in_process, plan_fields
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from btm_cluster.driver import Driver
+from btm_cluster.driver.driver import Driver
 from btm_cluster.equations.averaging import argmax_weights, average_tensor, posterior_weights, uniform_weights
 from btm_cluster.equations.posterior import log_prior
 from btm_cluster.errors import IncompatibleError
@@ -24,8 +24,8 @@ from btm_cluster.evaluation.fitting import averaged_starts
 from btm_cluster.evaluation.scoring import score_models, stack_of
 from btm_cluster.language_model.averaging import average_files, read_header
 from btm_cluster.ledger import Artifact, Origin, Ref
-from btm_cluster.merged_model import FOLDER_FILES
-from btm_cluster.mixing import FULL
+from btm_cluster.mixing.fitting import FULL
+from btm_cluster.operations.merge import FOLDER_FILES
 from btm_cluster.plan import MergingPlan
 from btm_cluster.requests import AverageRequest
 from btm_cluster.steps.average import check_compatible

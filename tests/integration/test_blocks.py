@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from btm_cluster.language_model.blocks import Blocks, block_order, pack_blocks
-from btm_cluster.language_model.tokenizer import BATCH_DOCUMENTS
+from btm_cluster.data.blocks import Blocks, block_order, pack_blocks
+from btm_cluster.data.tokenizer import BATCH_DOCUMENTS
 from btm_cluster.steps.stored import documents_of, open_tokenizer
 from tests.conftest import made_up_documents
 from tests.integration.conftest import GrownForest

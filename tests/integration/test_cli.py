@@ -232,7 +232,7 @@ def test_a_forest_is_shown_with_its_versions(fields: dict[str, Any], btm: Callab
     ("modules", "absent"),
     [
         (
-            "cli, btm_cluster.terminal.verdict, btm_cluster.upkeep.removal, btm_cluster.upkeep.purge",
+            "cli, btm_cluster.terminal.verdict, btm_cluster.operations.remove, btm_cluster.ledger.purge",
             {"torch", "transformers"},
         ),
         ("on_ray.workers, btm_cluster.steps.read, btm_cluster.steps.tokenize", {"torch", "ray.train"}),

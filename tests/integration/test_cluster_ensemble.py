@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import torch
 
+from btm_cluster.data.blocks import Blocks
+from btm_cluster.data.clusters import Clusters, find_clusters, load_clusters, save_clusters
+from btm_cluster.driver.prepared_plan import Ground
+from btm_cluster.driver.recipes import score_request
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation.cluster_ensemble import CLUSTER_ENSEMBLE, context_log_weights
 from btm_cluster.evaluation.evaluate import evaluate
-from btm_cluster.ground import Ground
-from btm_cluster.language_model.blocks import Blocks
-from btm_cluster.language_model.clusters import Clusters, find_clusters, load_clusters, save_clusters
+from btm_cluster.evaluation.verdict import SplitResult, verdict
 from btm_cluster.ledger import Artifact, Ref
+from btm_cluster.mixing.scores import ScoreStack
+from btm_cluster.operations.plan import preview
+from btm_cluster.operations.run import run_plan
 from btm_cluster.plan import Plan
-from btm_cluster.preview import preview
-from btm_cluster.recipes import score_request
-from btm_cluster.report import SplitResult, verdict
-from btm_cluster.run import run_plan
-from btm_cluster.scores import ScoreStack
 from btm_cluster.steps.stored import documents_of, open_tokenizer
 from tests.conftest import DOMAINS, in_process
 from tests.integration.conftest import GrownForest

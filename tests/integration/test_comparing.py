@@ -11,15 +11,15 @@ import pytest
 
 from btm_cluster.commands.run import show_run
 from btm_cluster.errors import UserError
-from btm_cluster.expansion.expand import expand
+from btm_cluster.evaluation.verdict import CALIBRATED_ENSEMBLE, TRANSFORMER_LM
 from btm_cluster.ledger import Ledger
 from btm_cluster.operations.evaluate import evaluate_forest
+from btm_cluster.operations.expand import expand
+from btm_cluster.operations.plan import DONE, preview
+from btm_cluster.operations.remove import bring_back, remove
 from btm_cluster.operations.rollback import rollback
+from btm_cluster.operations.run import Run, run_plan
 from btm_cluster.plan import Plan
-from btm_cluster.preview import DONE, preview
-from btm_cluster.report import CALIBRATED_ENSEMBLE, TRANSFORMER_LM
-from btm_cluster.run import Run, run_plan
-from btm_cluster.upkeep.removal import bring_back, remove
 from tests.conftest import in_process, made_up_documents, write_jsonl
 from tests.living import deliver
 

@@ -13,8 +13,8 @@ from btm_cluster.equations.mixture import log_mixture
 from btm_cluster.equations.posterior import Posterior, leave_out
 from btm_cluster.errors import UserError
 from btm_cluster.ledger import Ledger
+from btm_cluster.operations.contributions import contributions
 from btm_cluster.plan import Plan
-from btm_cluster.upkeep.contributions import contributions
 from tests.integration.conftest import GrownForest
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from btm_cluster.driver.recipes import demix_request, seed_request, transformer_lm_request
 from btm_cluster.errors import PlanError, UserError
 from btm_cluster.evaluation.evaluate import evaluate
 from btm_cluster.language_model.demix import (
@@ -25,17 +26,16 @@ from btm_cluster.language_model.model import load_model
 from btm_cluster.language_model.scoring import score_tokens
 from btm_cluster.ledger import Artifact, Ledger, Named
 from btm_cluster.operations.evaluate import find_grown
+from btm_cluster.operations.gc import find_garbage
+from btm_cluster.operations.plan import DONE, preview
+from btm_cluster.operations.run import run_plan
+from btm_cluster.operations.verify import verify
 from btm_cluster.plan import Plan, read_plan
-from btm_cluster.preview import DONE, preview
-from btm_cluster.recipes import demix_request, seed_request, transformer_lm_request
 from btm_cluster.requests import TrainRequest
-from btm_cluster.run import run_plan
 from btm_cluster.steps.stored import open_blocks
 from btm_cluster.steps.train import train
 from btm_cluster.steps.training_run import run_training
 from btm_cluster.study.controls import seeded_demix_request
-from btm_cluster.upkeep.gc import find_garbage
-from btm_cluster.upkeep.housekeeping import verify
 from tests.conftest import DOMAINS, in_process
 from tests.integration.conftest import Prepared
 from tests.integration.test_housekeeping import let_all_be_old

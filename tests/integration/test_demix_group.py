@@ -12,12 +12,12 @@ import pytest
 from safetensors.torch import load_file
 
 from btm_cluster.algorithm import grow
+from btm_cluster.driver.preparation import prepare
+from btm_cluster.driver.recipes import demix_request, seed_request
 from btm_cluster.errors import PlanError
 from btm_cluster.language_model.demix_group import share_of
 from btm_cluster.ledger import Ledger
 from btm_cluster.plan import Plan
-from btm_cluster.preparation import prepare
-from btm_cluster.recipes import demix_request, seed_request
 from btm_cluster.requests import TrainRequest
 from btm_cluster.steps.train import train
 from btm_cluster.study.controls import seeded_demix_request

@@ -20,13 +20,13 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from btm_cluster import doctor
 from btm_cluster.algorithm import grow
-from btm_cluster.driver import Driver
-from btm_cluster.in_process import InProcess, LocalControl
+from btm_cluster.driver.driver import Driver
 from btm_cluster.ledger import Ledger
+from btm_cluster.operations import doctor
 from btm_cluster.plan import ClusterPlan, Plan
 from btm_cluster.storage.local_folder import LocalFolder
+from btm_cluster.workers.in_process import InProcess, LocalControl
 
 REPOSITORY = Path(__file__).parents[2]
 KUBERAY = REPOSITORY / "deploy" / "kuberay"

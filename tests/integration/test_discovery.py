@@ -13,10 +13,10 @@ import torch
 import yaml
 
 from btm_cluster.cli import app, run_command
-from btm_cluster.discovery import BATCH_DOCUMENTS, Discovery, assign, discover, draw_sample, place
+from btm_cluster.data.clusters import Clusters, cluster_names, find_clusters, load_clusters, save_clusters
+from btm_cluster.data.sources import read_documents
 from btm_cluster.errors import TextError, UserError
-from btm_cluster.language_model.clusters import Clusters, cluster_names, find_clusters, load_clusters, save_clusters
-from btm_cluster.language_model.sources import read_documents
+from btm_cluster.operations.discover import BATCH_DOCUMENTS, Discovery, assign, discover, draw_sample, place
 from btm_cluster.plan import DomainPlan, ReadingPlan, TextPlan
 from tests.conftest import made_up_documents, write_jsonl
 

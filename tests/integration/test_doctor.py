@@ -14,17 +14,22 @@ from typing import Any
 import pytest
 import ray
 
-from btm_cluster import doctor
-from btm_cluster.checks import Check, Needs, judge_machines
 from btm_cluster.cli import app, run_command
+from btm_cluster.driver.room import Ask
 from btm_cluster.errors import ResourcesError
-from btm_cluster.machine import Machine, check_compiler, look_around
-from btm_cluster.on_ray.examination import examine_cluster, examine_local, examine_working_directory, unseen_node
+from btm_cluster.operations import doctor
 from btm_cluster.plan import Plan
 from btm_cluster.requests import Resources
-from btm_cluster.room import Ask
 from btm_cluster.storage.local_folder import LocalFolder
 from btm_cluster.storage.port import Entry
+from btm_cluster.workers.checks import Check, Needs, judge_machines
+from btm_cluster.workers.machine import Machine, check_compiler, look_around
+from btm_cluster.workers.on_ray.examination import (
+    examine_cluster,
+    examine_local,
+    examine_working_directory,
+    unseen_node,
+)
 
 SOUND = Machine("node-1", 8, {"/tmp": 10**12, "/cache": 10**12}, {}, (), claimed_cpus=8)
 WITH_GPUS = dataclasses.replace(
@@ -298,7 +303,7 @@ def test_a_cluster_that_takes_no_job_is_found_out(
     service: type[BaseHTTPRequestHandler], named: str, found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second Ray on a machine, whose agent found its port taken, passed every other check."""
-    monkeypatch.setattr("btm_cluster.on_ray.examination.JOB_SECONDS", 0)
+    monkeypatch.setattr("btm_cluster.workers.on_ray.examination.JOB_SECONDS", 0)
     monkeypatch.setenv("no_proxy", "*")
     with ThreadingHTTPServer(("127.0.0.1", 0), service) as server:
         threading.Thread(target=server.serve_forever).start()

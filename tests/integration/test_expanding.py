@@ -14,28 +14,28 @@ import pytest
 
 from btm_cluster.algorithm import grow, merge, settled_branches, train
 from btm_cluster.commands.expand import show_expanded
-from btm_cluster.driver import Driver
+from btm_cluster.data.sources import read_documents
+from btm_cluster.driver.driver import Driver
+from btm_cluster.driver.port import Failure, Outcome
 from btm_cluster.errors import FoundationError, TextError, UserError
 from btm_cluster.expansion import acceptance
 from btm_cluster.expansion.arrivals import prepare_new
-from btm_cluster.expansion.expand import Expanded, expand
 from btm_cluster.expansion.inbox import look
 from btm_cluster.forest import Expert, Forest, Foundation
-from btm_cluster.generation import Continuation, generate
-from btm_cluster.in_process import InProcess, LocalControl
 from btm_cluster.language_model.sampling import Sampling
-from btm_cluster.language_model.sources import read_documents
 from btm_cluster.ledger import Ledger
-from btm_cluster.merged_model import write_merged_model
+from btm_cluster.operations.contributions import contributions
 from btm_cluster.operations.evaluate import evaluate_forest
+from btm_cluster.operations.expand import Expanded, expand
+from btm_cluster.operations.generate import Continuation, generate
+from btm_cluster.operations.merge import write_merged_model
+from btm_cluster.operations.verify import verify
 from btm_cluster.plan import ExpansionPlan, Plan
 from btm_cluster.plan.expansion import AcceptancePlan
 from btm_cluster.requests import StepRequest, TrainRequest
 from btm_cluster.storage import Entry
 from btm_cluster.storage.local_folder import LocalFolder
-from btm_cluster.upkeep.contributions import contributions
-from btm_cluster.upkeep.housekeeping import verify
-from btm_cluster.workers import Failure, Outcome
+from btm_cluster.workers.in_process import InProcess, LocalControl
 from tests.conftest import in_process, made_up_documents, write_jsonl
 from tests.living import deliver, put
 

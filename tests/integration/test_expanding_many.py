@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 
 from btm_cluster.algorithm import grow
-from btm_cluster.driver import Driver
-from btm_cluster.expansion.expand import expand
-from btm_cluster.in_process import LocalControl
+from btm_cluster.driver.driver import Driver
+from btm_cluster.driver.port import Outcome
 from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.operations.expand import expand
 from btm_cluster.plan import Plan
 from btm_cluster.requests import AverageRequest, FitText, ReadText, ScoreRequest, StepRequest, Tokenize, TrainRequest
 from btm_cluster.steps.average import weights_of
 from btm_cluster.steps.fit import fit_text
 from btm_cluster.storage import Entry
 from btm_cluster.storage.local_folder import LocalFolder
-from btm_cluster.workers import Outcome
+from btm_cluster.workers.in_process import LocalControl
 from tests.living import put
 from tests.made import text
 

@@ -9,12 +9,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from btm_cluster.algorithm import grow, train_seed
+from btm_cluster.data.tokenizer import train_tokenizer
+from btm_cluster.driver.preparation import prepare
 from btm_cluster.errors import FoundationError, UserError
-from btm_cluster.language_model.tokenizer import train_tokenizer
 from btm_cluster.ledger import Ledger, Ref, artifact_key
+from btm_cluster.operations.plan import preview
 from btm_cluster.plan import Plan
-from btm_cluster.preparation import prepare
-from btm_cluster.preview import preview
 from tests.conftest import in_process, made_up_documents, plan_fields, write_jsonl
 
 

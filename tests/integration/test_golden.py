@@ -16,8 +16,8 @@ import torch
 
 from btm_cluster.identity import identity_of
 from btm_cluster.ledger import Ledger, Ref
+from btm_cluster.operations.run import run_plan
 from btm_cluster.plan import Plan
-from btm_cluster.run import run_plan
 from tests.conftest import DOMAINS, TARGETS, in_process, made_up_documents, plan_fields, write_jsonl
 
 GOLDEN = Path(__file__).with_name("golden.json")

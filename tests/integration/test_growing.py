@@ -7,14 +7,14 @@ import pytest
 
 from btm_cluster.algorithm import branch, grow, merge, train
 from btm_cluster.commands.run import show_run
-from btm_cluster.driver import step_error
+from btm_cluster.driver.driver import step_error
+from btm_cluster.driver.preparation import prepare
 from btm_cluster.errors import FoundationError, StepError, UserError
+from btm_cluster.evaluation.verdict import CALIBRATED_ENSEMBLE, PAPER_ENSEMBLE, SEED, TRANSFORMER_LM, verdict
 from btm_cluster.operations.evaluate import evaluate_forest
 from btm_cluster.operations.rollback import rollback
+from btm_cluster.operations.run import run_plan
 from btm_cluster.plan import Plan
-from btm_cluster.preparation import prepare
-from btm_cluster.report import CALIBRATED_ENSEMBLE, PAPER_ENSEMBLE, SEED, TRANSFORMER_LM, verdict
-from btm_cluster.run import run_plan
 from tests.conftest import DOMAINS, in_process, made_up_documents, write_jsonl
 from tests.integration.conftest import GrownForest
 

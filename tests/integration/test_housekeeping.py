@@ -14,15 +14,15 @@ from btm_cluster.algorithm import grow, merge
 from btm_cluster.cli import app, run_command
 from btm_cluster.errors import IntegrityError, MissingError, StoreError
 from btm_cluster.ledger import Artifact, Ledger, Origin, Ref, artifact_key, blob_key, identity_by
+from btm_cluster.ledger.lineage import layers, reached
+from btm_cluster.ledger.records import BranchPoint, Held, hold, quarantine, settle_branch_point
+from btm_cluster.operations.gc import collect, find_garbage, store_time
+from btm_cluster.operations.remove import remove
+from btm_cluster.operations.run import run_plan
+from btm_cluster.operations.verify import verify
 from btm_cluster.plan import Plan
-from btm_cluster.records import BranchPoint, Held, hold, quarantine, settle_branch_point
 from btm_cluster.requests import Start
-from btm_cluster.run import run_plan
 from btm_cluster.storage.local_folder import LocalFolder
-from btm_cluster.upkeep.gc import collect, find_garbage, store_time
-from btm_cluster.upkeep.housekeeping import verify
-from btm_cluster.upkeep.lineage import layers, reached
-from btm_cluster.upkeep.removal import remove
 from tests.conftest import in_process, plan_fields
 
 DAY = 86_400.0

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from btm_cluster.errors import ResourcesError
-from btm_cluster.on_ray.cluster import connected, ray_folder
-from btm_cluster.on_ray.examination import examine_local
+from btm_cluster.workers.on_ray.cluster import connected, ray_folder
+from btm_cluster.workers.on_ray.examination import examine_local
 from tests.integration.test_doctor import SOUND
 
 

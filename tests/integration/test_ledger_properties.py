@@ -28,8 +28,8 @@ from btm_cluster.errors import IntegrityError, MissingError, StoreError, UserErr
 from btm_cluster.forest import Expert, Forest, Foundation, Parent, describe_forest, merge_into
 from btm_cluster.identity import identity_of
 from btm_cluster.ledger import Artifact, ForestLog, Inputs, Ledger, Origin, Ref, blob_key, identity_by
-from btm_cluster.upkeep.gc import collect, find_garbage
-from btm_cluster.upkeep.housekeeping import verify
+from btm_cluster.operations.gc import collect, find_garbage
+from btm_cluster.operations.verify import verify
 from tests.memory_store import Crash, InMemory, without_threads
 
 Result = TypeVar("Result")

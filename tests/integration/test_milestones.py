@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 
+from btm_cluster.driver.prepared_plan import Ground
+from btm_cluster.driver.recipes import seed_request, transformer_lm_milestones, transformer_lm_request
 from btm_cluster.evaluation.milestones import best_milestone, choose_milestone, milestone_scores
 from btm_cluster.evaluation.scoring import stack_of
-from btm_cluster.ground import Ground
+from btm_cluster.evaluation.verdict import BEST_MILESTONE, SEED, TRANSFORMER_LM
 from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.ledger.records import list_baselines
 from btm_cluster.operations.evaluate import evaluate_forest, find_grown
+from btm_cluster.operations.run import run_plan
 from btm_cluster.plan import Plan
-from btm_cluster.recipes import seed_request, transformer_lm_milestones, transformer_lm_request
-from btm_cluster.records import list_baselines
-from btm_cluster.report import BEST_MILESTONE, SEED, TRANSFORMER_LM
 from btm_cluster.requests import Pretrained
-from btm_cluster.run import run_plan
 from tests.conftest import in_process, made_up_documents, plan_fields, write_jsonl
 from tests.integration.conftest import GrownForest, Prepared
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from btm_cluster.driver.prepared_plan import PreparedText
 from btm_cluster.equations import mixture
 from btm_cluster.equations.mixture import (
     document_sums,
@@ -21,9 +22,8 @@ from btm_cluster.equations.mixture import (
 )
 from btm_cluster.equations.posterior import Posterior, keep_top
 from btm_cluster.evaluation.scoring import score_models, scored_split
-from btm_cluster.ground import PreparedText
 from btm_cluster.ledger import Artifact, Ledger, Ref
-from btm_cluster.scores import BLOCKS_AT_ONCE, ScoreStack
+from btm_cluster.mixing.scores import BLOCKS_AT_ONCE, ScoreStack
 from tests.integration.conftest import GrownForest
 from tests.made import origin
 

@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from btm_cluster.cli import app, run_command
-from btm_cluster.output import CLOSED_PIPE, safe_output
 from btm_cluster.requests.progress import Progress
+from btm_cluster.terminal.output import CLOSED_PIPE, safe_output
 from btm_cluster.terminal.progress import ProgressView
 from btm_cluster.terminal.tables import consoles, plain_table, show_table
 
@@ -155,7 +155,7 @@ def test_control_characters_in_an_error_do_not_reach_the_terminal(capsys: pytest
 
 ENDS_INPUT = """
 import os, sys
-from btm_cluster.output import end_input, safe_output
+from btm_cluster.terminal.output import end_input, safe_output
 with safe_output() as output:
     end_input()
     assert not sys.stdin.isatty()
@@ -207,7 +207,7 @@ def test_what_is_piped_in_answers_no_question_here_or_in_a_process_that_is_start
     """`yes | btm plan plan.yaml` once answered a library that asked whether to run a model's own code."""
     program = """
 import subprocess
-from btm_cluster.output import end_input
+from btm_cluster.terminal.output import end_input
 end_input()
 assert subprocess.run(["cat"], capture_output=True).stdout == b""
 try:

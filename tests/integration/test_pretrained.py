@@ -10,17 +10,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 
+from btm_cluster.data.tokenizer import train_tokenizer
+from btm_cluster.driver.prepared_plan import tokenizer_request
 from btm_cluster.errors import PlanError, UserError
-from btm_cluster.ground import tokenizer_request
 from btm_cluster.language_model.model import full_config, has_dropout, load_model
 from btm_cluster.language_model.pretrained import pretrained_config, pretrained_model, resolve
-from btm_cluster.language_model.tokenizer import train_tokenizer
 from btm_cluster.ledger import Ref
-from btm_cluster.merged_model import write_merged_model
+from btm_cluster.operations.merge import write_merged_model
+from btm_cluster.operations.plan import preview
+from btm_cluster.operations.run import run_plan
 from btm_cluster.plan import ModelPlan, Plan
-from btm_cluster.preview import preview
 from btm_cluster.requests import ImportTokenizer
-from btm_cluster.run import run_plan
 from btm_cluster.steps.stored import open_config
 from tests.conftest import DOMAINS, in_process, made_up_documents, run_all
 

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 
 from btm_cluster.commands.plan import preview_table
+from btm_cluster.data.tokenizer import train_tokenizer
+from btm_cluster.driver.preparation import prepare
+from btm_cluster.driver.prepared_plan import text_of
 from btm_cluster.errors import FoundationError, StepError, UserError
-from btm_cluster.ground import text_of
-from btm_cluster.language_model.tokenizer import train_tokenizer
 from btm_cluster.ledger import Ledger, Ref, artifact_key, blob_key
+from btm_cluster.operations.plan import DONE, NEW, UNREAD, Preview, Step, preview
+from btm_cluster.operations.run import run_plan
+from btm_cluster.operations.verify import verify
 from btm_cluster.plan import Plan
-from btm_cluster.preparation import prepare
-from btm_cluster.preview import DONE, NEW, UNREAD, Preview, Step, preview
-from btm_cluster.run import run_plan
 from btm_cluster.terminal.tables import consoles
-from btm_cluster.upkeep.housekeeping import verify
 from tests.conftest import DOMAINS, in_process, made_up_documents, plan_fields, write_jsonl
 
 

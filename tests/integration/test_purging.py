@@ -11,10 +11,10 @@ import pytest
 from btm_cluster.algorithm import merge
 from btm_cluster.errors import StoreError, UserError
 from btm_cluster.ledger import Ledger, artifact_key
-from btm_cluster.upkeep.gc import collect, find_garbage
-from btm_cluster.upkeep.housekeeping import verify
-from btm_cluster.upkeep.purge import condemn, purge
-from btm_cluster.upkeep.removal import influence_of
+from btm_cluster.ledger.purge import condemn, purge
+from btm_cluster.operations.gc import collect, find_garbage
+from btm_cluster.operations.remove import influence_of
+from btm_cluster.operations.verify import verify
 from tests.house import House
 from tests.memory_store import Crash, InMemory, without_threads
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from btm_cluster.cli import app, run_command
+from btm_cluster.driver.preparation import prepare
+from btm_cluster.driver.recipes import demix_request
 from btm_cluster.equations import learned_gate
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation.comparison import Comparer
@@ -17,21 +19,19 @@ from btm_cluster.evaluation.evaluate import forest_ensemble
 from btm_cluster.evaluation.fitting import average_request, fit_requests, mix_request, weight_requests
 from btm_cluster.evaluation.scoring import score_requests
 from btm_cluster.evaluation.systems import CALIBRATED, GATE, Ensemble
-from btm_cluster.expansion.expand import expand
 from btm_cluster.forest import Forest, difference
 from btm_cluster.ledger import Ledger, Ref
+from btm_cluster.ledger.purge import condemn, purge
+from btm_cluster.ledger.records import list_branch_points
 from btm_cluster.ledger.versions import last_expert
+from btm_cluster.operations.expand import expand
+from btm_cluster.operations.gc import collect, find_garbage
+from btm_cluster.operations.remove import bring_back, influence_of, remove
 from btm_cluster.operations.rollback import rollback
+from btm_cluster.operations.run import run_plan
+from btm_cluster.operations.verify import verify
 from btm_cluster.plan import Plan
-from btm_cluster.preparation import prepare
-from btm_cluster.recipes import demix_request
-from btm_cluster.records import list_branch_points
 from btm_cluster.requests import ShuffleTexts
-from btm_cluster.run import run_plan
-from btm_cluster.upkeep.gc import collect, find_garbage
-from btm_cluster.upkeep.housekeeping import verify
-from btm_cluster.upkeep.purge import condemn, purge
-from btm_cluster.upkeep.removal import bring_back, influence_of, remove
 from tests.conftest import in_process, made_up_documents, write_jsonl
 from tests.living import deliver
 

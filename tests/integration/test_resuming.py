@@ -11,21 +11,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from btm_cluster.driver import Driver, resumed
+from btm_cluster.driver.driver import Driver, resumed
+from btm_cluster.driver.port import Failure
+from btm_cluster.driver.preparation import prepare
+from btm_cluster.driver.recipes import demix_request
+from btm_cluster.driver.room import ask_of, fits, no_room
 from btm_cluster.errors import MissingError, ResourcesError, Stopped
 from btm_cluster.language_model.training_state import TrainingState, write_state
 from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.operations.plan import check_room, preview
 from btm_cluster.plan import Plan
-from btm_cluster.preparation import prepare
-from btm_cluster.preview import check_room, preview
-from btm_cluster.recipes import demix_request
 from btm_cluster.requests import Resources, TrainRequest
-from btm_cluster.room import ask_of, fits, no_room
 from btm_cluster.steps.resuming import find_source, profiles
 from btm_cluster.steps.train import train
 from btm_cluster.storage import Entry
 from btm_cluster.storage.local_folder import LocalFolder
-from btm_cluster.workers import Failure
 from tests.conftest import in_process
 from tests.integration.conftest import Prepared, copy_store
 from tests.integration.test_training import Interrupting, Undisturbed, last_saved, run, weights_of

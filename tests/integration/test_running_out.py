@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from btm_cluster.driver.port import Failure
+from btm_cluster.driver.preparation import prepare
+from btm_cluster.driver.recipes import score_request
 from btm_cluster.errors import StoreError, TrainingError
+from btm_cluster.operations.verify import verify
 from btm_cluster.plan import Plan
-from btm_cluster.preparation import prepare
-from btm_cluster.recipes import score_request
 from btm_cluster.requests.progress import Progress
-from btm_cluster.upkeep.housekeeping import verify
-from btm_cluster.workers import Failure
 from tests.conftest import in_process, run_all
 from tests.integration.conftest import Prepared, copy_store
 from tests.integration.test_training import AT_EVERY_UPDATE, Undisturbed, last_saved, run, weights_of

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
+from btm_cluster.data.blocks import Blocks, pack_blocks
+from btm_cluster.data.tokenizer import TextTokenizer, open_pretrained_tokenizer
+from btm_cluster.driver.prepared_plan import model_config
 from btm_cluster.equations.posterior import Posterior
 from btm_cluster.errors import PlanError, UserError
-from btm_cluster.ground import model_config
 from btm_cluster.language_model.averaging import average_files
-from btm_cluster.language_model.blocks import Blocks, pack_blocks
 from btm_cluster.language_model.engine import EnsembleEngine
 from btm_cluster.language_model.engine_opening import EngineSettings
 from btm_cluster.language_model.model import load_model
@@ -27,12 +28,11 @@ from btm_cluster.language_model.model_import import import_model
 from btm_cluster.language_model.pretrained import pretrained_config, pretrained_model
 from btm_cluster.language_model.prompts import Prompt
 from btm_cluster.language_model.scoring import score_blocks
-from btm_cluster.language_model.tokenizer import TextTokenizer, open_pretrained_tokenizer
 from btm_cluster.ledger import Ref
-from btm_cluster.mixing import Mixing
+from btm_cluster.mixing.fitting import Mixing
+from btm_cluster.operations.run import run_plan
 from btm_cluster.plan import ModelPlan, Plan, TrainingPlan
 from btm_cluster.requests import Resources, TrainRequest
-from btm_cluster.run import run_plan
 from tests.conftest import DOMAINS, in_process, made_up_documents
 
 BLOCK_TOKENS = 40

@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from btm_cluster.data.blocks import Blocks
+from btm_cluster.driver.port import Failure
+from btm_cluster.driver.recipes import expert_resources, score_request
 from btm_cluster.errors import TrainingError
-from btm_cluster.language_model.blocks import Blocks
 from btm_cluster.language_model.model import load_model
 from btm_cluster.language_model.scoring import _entropy, score_blocks, score_tokens
 from btm_cluster.ledger import Artifact, Ref
-from btm_cluster.recipes import expert_resources, score_request
 from btm_cluster.requests import Resources
 from btm_cluster.steps.stored import open_config
-from btm_cluster.workers import Failure
 from tests.conftest import in_process, run_all
 from tests.integration.conftest import GrownForest, copy_store
 from tests.integration.test_mixture import distributions

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from btm_cluster.driver import Driver
+from btm_cluster.driver.driver import Driver
+from btm_cluster.driver.recipes import expert_resources
 from btm_cluster.equations.averaging import greedy_weights
 from btm_cluster.errors import IncompatibleError, TextError
 from btm_cluster.evaluation.evaluate import forest_ensemble
@@ -26,9 +27,8 @@ from btm_cluster.language_model.soup import (
     softmax_slope,
 )
 from btm_cluster.ledger import Artifact, Ref
-from btm_cluster.recipes import expert_resources
+from btm_cluster.operations.gc import find_garbage
 from btm_cluster.steps.stored import open_config
-from btm_cluster.upkeep.gc import find_garbage
 from tests.conftest import in_process, run_all
 from tests.integration.conftest import GrownForest, copy_store
 from tests.made import origin

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from btm_cluster.data.readers import BadDocument
+from btm_cluster.data.sources import Document, fingerprint, read_documents
 from btm_cluster.errors import TextError
-from btm_cluster.language_model.readers import BadDocument
-from btm_cluster.language_model.sources import Document, fingerprint, read_documents
 from btm_cluster.plan import DatasetPlan, ReadingPlan, TextPlan
 from tests.reading import read, reasons, refusal, texts, zstandard
 
@@ -277,7 +277,7 @@ def test_a_fingerprint_changes_with_the_files_and_only_with_them(tmp_path: Path)
 
 MEASURE = """
 import resource, sys
-from btm_cluster.language_model.sources import Document, read_documents
+from btm_cluster.data.sources import Document, read_documents
 from btm_cluster.plan import ReadingPlan, TextPlan
 
 def peak():

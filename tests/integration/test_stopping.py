@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).parents[2]
     [
         ("typer", signal.SIGTERM, "btm"),
         ("torch", signal.SIGINT, "btm"),
-        ("btm_cluster.on_ray.lazily", signal.SIGTERM, "btm"),
+        ("btm_cluster.workers.on_ray.lazily", signal.SIGTERM, "btm"),
         ("pydantic", signal.SIGTERM, "jobs/grow_forest.py"),
         ("typer", signal.SIGINT, "jobs/submit.py"),
     ],

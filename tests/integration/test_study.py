@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from btm_cluster.driver import Driver
+from btm_cluster.driver.driver import Driver
+from btm_cluster.driver.port import Outcome
+from btm_cluster.driver.prepared_plan import PreparedText, text_of
+from btm_cluster.driver.recipes import expert_request, seed_request, seed_start, transformer_lm_request
 from btm_cluster.equations import learned_gate
 from btm_cluster.equations.gates import fit_discounts
 from btm_cluster.equations.learned_gate import LearnedGate, TextScores, fit_gate_for_all, tune_gate
@@ -19,16 +22,7 @@ from btm_cluster.errors import StepError, TrainingError, UserError
 from btm_cluster.evaluation.fitting import fit_for
 from btm_cluster.evaluation.scoring import stack_of
 from btm_cluster.evaluation.systems import CALIBRATED, GATE, MANY_METHODS, PAPERS, PRIOR_ALONE, Ensemble
-from btm_cluster.fits import FIT_FILE, open_fits, write_fits
-from btm_cluster.ground import PreparedText, text_of
-from btm_cluster.language_model import soup
-from btm_cluster.ledger import Artifact, Ledger
-from btm_cluster.mixing import fit_mixing, shared_mixing
-from btm_cluster.operations.report import write_report
-from btm_cluster.operations.study import open_place, results_of, write_studies
-from btm_cluster.plan import MergingPlan, Plan, StudyPlan
-from btm_cluster.recipes import expert_request, seed_request, seed_start, transformer_lm_request
-from btm_cluster.report import (
+from btm_cluster.evaluation.verdict import (
     BEST_MILESTONE,
     CALIBRATED_DEMIX,
     CALIBRATED_ENSEMBLE,
@@ -40,19 +34,25 @@ from btm_cluster.report import (
     SEEDED_GATE,
     TRANSFORMER_LM,
 )
+from btm_cluster.language_model import soup
+from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.mixing.fit_file import FIT_FILE, open_fits, write_fits
+from btm_cluster.mixing.fitting import fit_mixing, shared_mixing
+from btm_cluster.operations.report import write_report
+from btm_cluster.operations.run import run_plan
+from btm_cluster.operations.study import open_place, results_of, write_studies
+from btm_cluster.plan import MergingPlan, Plan, StudyPlan
+from btm_cluster.report.results import read_results, write_results
+from btm_cluster.report.study_page import _of_every_share, write_page
 from btm_cluster.requests import MixingMethod, StepRequest, TrainRequest
 from btm_cluster.requests.progress import Control
-from btm_cluster.run import run_plan
 from btm_cluster.steps.fit import fit_methods, fit_together, for_all_of
 from btm_cluster.steps.stored import documents_of
 from btm_cluster.steps.train import train
 from btm_cluster.study.controls import random_part_requests, transformer_lm_at_experts_rate_request
-from btm_cluster.study.page import _of_every_share, write_page
 from btm_cluster.study.repeat import train as train_requests
 from btm_cluster.study.repeats import repeats_of
-from btm_cluster.study.results import read_results, write_results
 from btm_cluster.study.run import Study, run_study, train_repeat
-from btm_cluster.workers import Outcome
 from tests.conftest import DOMAINS, in_process, plan_fields
 from tests.integration.test_milestones import overtrained_fields
 from tests.made import origin

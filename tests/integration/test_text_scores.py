@@ -14,14 +14,14 @@ import yaml
 
 from btm_cluster.algorithm import Grown, grow
 from btm_cluster.cli import app, run_command
-from btm_cluster.driver import Driver
+from btm_cluster.driver.driver import Driver
 from btm_cluster.evaluation.evaluate import evaluate
+from btm_cluster.evaluation.verdict import CALIBRATED_ENSEMBLE
 from btm_cluster.language_model.document_scores import DocumentScorer, NamedText
 from btm_cluster.language_model.ensemble_scoring import TextScores
 from btm_cluster.language_model.model import load_model
 from btm_cluster.ledger import Ref
 from btm_cluster.plan import Plan
-from btm_cluster.report import CALIBRATED_ENSEMBLE
 from btm_cluster.steps.stored import documents_of, open_config, open_tokenizer
 from tests.conftest import DOMAINS, in_process, made_up_documents, plan_fields, write_jsonl
 

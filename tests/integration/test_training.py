@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from btm_cluster.driver import resumed
+from btm_cluster.driver.driver import resumed
+from btm_cluster.driver.preparation import prepare
 from btm_cluster.errors import Stopped, TrainingError
 from btm_cluster.language_model import training
 from btm_cluster.language_model.loss import NextTokenLoss, read_after
@@ -25,7 +26,6 @@ from btm_cluster.language_model.optimizer import build_optimizer
 from btm_cluster.language_model.training_state import TrainingState, write_state
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.plan import Plan
-from btm_cluster.preparation import prepare
 from btm_cluster.requests import AverageRequest, Start, TrainRequest
 from btm_cluster.requests.progress import Progress
 from btm_cluster.steps.checkpoints import load_stored
@@ -176,9 +176,9 @@ def test_training_killed_between_its_last_checkpoint_and_its_commit_has_nothing_
 KILLED = """
 import os, sys
 from dataclasses import replace
-from btm_cluster.preparation import prepare
+from btm_cluster.driver.preparation import prepare
 from btm_cluster.plan import Plan
-from btm_cluster.recipes import seed_request
+from btm_cluster.driver.recipes import seed_request
 from btm_cluster.steps.stored import open_blocks
 from btm_cluster.steps.train import train
 from tests.conftest import in_process

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from btm_cluster.driver.preparation import prepare
+from btm_cluster.driver.recipes import demix_request, seed_request
 from btm_cluster.errors import Stopped
 from btm_cluster.plan import Plan
-from btm_cluster.preparation import prepare
-from btm_cluster.recipes import demix_request, seed_request
 from btm_cluster.requests import TrainRequest
 from btm_cluster.steps.train import train
 from btm_cluster.study.controls import seeded_demix_request

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from btm_cluster.data.data_sets import pinned
+from btm_cluster.data.readers import BadDocument
+from btm_cluster.data.sources import Document, fingerprint, read_documents
 from btm_cluster.errors import TextError
-from btm_cluster.language_model.data_sets import pinned
-from btm_cluster.language_model.readers import BadDocument
-from btm_cluster.language_model.sources import Document, fingerprint, read_documents
 from btm_cluster.plan import DatasetPlan, ReadingPlan, TextPlan
 from tests.reading import reasons, texts
 

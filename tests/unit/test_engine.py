@@ -14,19 +14,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from btm_cluster.data.blocks import Blocks
 from btm_cluster.equations.gate_features import features
 from btm_cluster.equations.gates import DISCOUNTS, Discounts, FixedShare, Gate, log_gated_mixture
 from btm_cluster.equations.learned_gate import LearnedGate
 from btm_cluster.equations.posterior import Posterior, keep_top
 from btm_cluster.errors import UserError
-from btm_cluster.language_model.blocks import Blocks
 from btm_cluster.language_model.engine import EnsembleEngine
 from btm_cluster.language_model.engine_opening import EngineSettings, Way, in_precision
 from btm_cluster.language_model.ensemble_scoring import passes
 from btm_cluster.language_model.prompts import Prompt, Written, pieces
 from btm_cluster.language_model.sampling import Sampling
 from btm_cluster.language_model.scoring import said_of, score_blocks, score_tokens
-from btm_cluster.mixing import Mixing
+from btm_cluster.mixing.fitting import Mixing
 from btm_cluster.requests import Resources
 
 VOCABULARY, BLOCK, FIRST = 24, 16, 0

@@ -6,7 +6,7 @@ import pytest
 from ray.exceptions import RayTaskError
 
 from btm_cluster.errors import BtmError, DivergedError, IntegrityError, TrainingError
-from btm_cluster.on_ray.failures import failure_of
+from btm_cluster.workers.on_ray.failures import failure_of
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from btm_cluster.data.files import find_below, find_files
+from btm_cluster.data.sources import fingerprint
 from btm_cluster.errors import TextError
 from btm_cluster.identity import identity_of
-from btm_cluster.language_model.files import find_below, find_files
-from btm_cluster.language_model.sources import fingerprint
 from btm_cluster.plan import ReadingPlan, TextPlan
 from tests.reading import read, reasons, refusal, texts
 

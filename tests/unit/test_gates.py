@@ -30,7 +30,7 @@ from btm_cluster.equations.learned_gate import (
     tune_gate,
 )
 from btm_cluster.equations.posterior import Posterior, evidence, fitted_prior, log_posterior, uniform_prior
-from btm_cluster.mixing import Mixing
+from btm_cluster.mixing.fitting import Mixing
 from tests.unit.test_posterior import everything, made_up_prior, made_up_scores
 
 

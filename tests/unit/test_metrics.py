@@ -9,11 +9,11 @@ from btm_cluster.equations.budget import training_flops_per_token
 from btm_cluster.errors import StoreError
 from btm_cluster.language_model.model import build_model
 from btm_cluster.language_model.utilisation import peak_flops, utilisation
-from btm_cluster.on_ray.metrics import LINGER_SECONDS, Watched, shown
 from btm_cluster.requests import Resources
 from btm_cluster.requests.progress import Progress
 from btm_cluster.storage.local_folder import LocalFolder
 from btm_cluster.storage.requests import take_requests
+from btm_cluster.workers.on_ray.metrics import LINGER_SECONDS, Watched, shown
 
 
 def test_a_training_that_waits_shows_how_long_and_is_not_called_silent() -> None:

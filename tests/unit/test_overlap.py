@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btm_cluster.language_model.overlap import TestText, mark_seen
+from btm_cluster.data.overlap import TestText, mark_seen
 
 WORDS = st.lists(st.sampled_from("abcdef"), max_size=60).map(" ".join)
 

@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 
 import pytest
 
+from btm_cluster.driver.port import Failure, Outcome
 from btm_cluster.ledger import Inputs, Ref
-from btm_cluster.pending import Pending
 from btm_cluster.requests import StepRequest
-from btm_cluster.workers import Failure, Outcome
+from btm_cluster.workers.pending import Pending
 
 
 @dataclass(frozen=True)

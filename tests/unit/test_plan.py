@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from btm_cluster.errors import PlanError
+from btm_cluster.operations.init import STARTER_PLAN
+from btm_cluster.operations.schema import plan_reference
 from btm_cluster.plan import Plan, plan_schema, read_plan
 from btm_cluster.plan.problems import describe_problems
-from btm_cluster.plan.reference import plan_reference
-from btm_cluster.starter import STARTER_PLAN
 
 MINIMAL = """\
 name: n

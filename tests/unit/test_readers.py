@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from btm_cluster.data.readers import BadDocument, read_file
+from btm_cluster.driver.prepared_plan import read_requests
 from btm_cluster.errors import TextError
-from btm_cluster.ground import read_requests
-from btm_cluster.language_model.readers import BadDocument, read_file
 from btm_cluster.plan import Plan, ReadingPlan, TextPlan
 from btm_cluster.plan.kinds import CODECS, UNREAD, kind_of_pattern
 from tests.conftest import plan_fields

@@ -9,7 +9,7 @@ import pytest
 
 from btm_cluster.errors import IntegrityError, StoreError
 from btm_cluster.ledger import Ledger, Ref
-from btm_cluster.records import (
+from btm_cluster.ledger.records import (
     BranchPoint,
     Held,
     find_branch_point,

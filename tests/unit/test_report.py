@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from btm_cluster.report import (
+from btm_cluster.evaluation.verdict import (
     ADDED_LATER,
     BEST_MILESTONE,
     CALIBRATED_ENSEMBLE,

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from btm_cluster.on_ray.supervision import Action, Kill, Limits, Phase, Say, StepState, supervise
 from btm_cluster.requests.progress import Progress
+from btm_cluster.workers.on_ray.supervision import Action, Kill, Limits, Phase, Say, StepState, supervise
 
 LIMITS = Limits(hang_seconds=120, start_seconds=600, waiting_seconds=60)
 STARTING, LOADING, STORING = (Progress("seed", phase) for phase in ("starting", "loading", "storing"))

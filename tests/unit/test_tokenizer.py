@@ -12,10 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from btm_cluster.errors import TextError, UserError
-from btm_cluster.language_model.blocks import pack_blocks
-from btm_cluster.language_model.pretrained import pretrained_tokenizer_hash
-from btm_cluster.language_model.tokenizer import (
+from btm_cluster.data.blocks import pack_blocks
+from btm_cluster.data.tokenizer import (
     END_OF_TEXT,
     TOKENIZER_FILES,
     TextTokenizer,
@@ -26,6 +24,8 @@ from btm_cluster.language_model.tokenizer import (
     take_characters,
     train_tokenizer,
 )
+from btm_cluster.errors import TextError, UserError
+from btm_cluster.language_model.pretrained import pretrained_tokenizer_hash
 from tests.conftest import made_up_documents
 
 DOCUMENTS = [text for name in ("kitchen", "harbour") for text in made_up_documents(name, 150)]

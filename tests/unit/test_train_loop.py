@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from btm_cluster.data.blocks import Blocks
 from btm_cluster.errors import DivergedError, Stopped
 from btm_cluster.language_model import training
 from btm_cluster.language_model.attention import leave_causal_masks_out
-from btm_cluster.language_model.blocks import Blocks
 from btm_cluster.language_model.compute import Compute
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.training import UpdateReport, train

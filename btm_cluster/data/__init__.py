@@ -1,0 +1,1 @@
+"""Text: from files to documents, tokenizers and token blocks. Knows no model and no store."""

@@ -1,0 +1,303 @@
+"""Readers of files, one for each kind: a file becomes documents, one at a time, and what is bad costs only itself.
+
+JSON lines are read here, one by one: other readers take a chunk at a time, which one broken line spoils and one monstrous
+line fills. Knows nothing of splits, duplicates or tokens.
+"""
+
+import csv
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from btm_cluster.data.files import S3, is_lost, readable
+from btm_cluster.data.streams import Budget, open_random, open_stream
+from btm_cluster.errors import TextError, one_line
+from btm_cluster.plan import TextPlan
+from btm_cluster.plan.kinds import CONVERT, SEPARATORS, ending, kind_of
+
+_CHUNK_CHARACTERS = 1 << 20
+_PARQUET_ROWS = 64
+_NOT_JSON, _LONG_LINE = "a line that is not JSON in UTF-8", "a line longer than"
+_NO_JSON = object()
+_UTF_8_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class BadDocument:
+    """Something that is not a usable document: where, and why."""
+
+    where: str
+    reason: str
+
+
+@dataclass
+class Delimiter:
+    """What cuts text files into documents, and whether it was found in any."""
+
+    characters: str
+    occurs: bool = False
+
+
+def read_file(
+    path: str, source: TextPlan, longest: int, delimiter: Delimiter | None = None, budget: Budget | None = None
+) -> Iterator[str | BadDocument]:
+    """The documents of a file. A budget is for one that is not trusted: its bytes are counted, no link is followed.
+
+    Raises:
+        TextError: it cannot be read to its end.
+    """
+    where, kind = readable(path), kind_of(path)
+    if kind == "unread":
+        yield BadDocument(where, f"a {ending(path)} file, which is not read: {CONVERT}")
+        return
+    if not path.startswith(S3) and is_lost(path):
+        yield BadDocument(where, "a link that leads nowhere")
+        return
+    try:
+        if kind == "Parquet":
+            yield from _read_parquet(where, path, source.field, longest)
+            return
+        with open_stream(path, budget) as stream:
+            if kind == "JSON lines":
+                yield from _read_json_lines(where, stream, source.field, longest)
+            elif kind == "table":
+                yield from _read_table(where, stream, source.field, SEPARATORS[ending(path)], longest)
+            else:
+                yield from _read_plain(where, stream, delimiter, longest)
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as exc:
+        raise _unreadable(source.name, where, exc) from exc
+
+
+def checked(where: str, text: Any, field: str, longest: int) -> str | BadDocument:
+    """A document, if it is text that is neither too long nor broken."""
+    if not isinstance(text, str):
+        return BadDocument(where, f"a row without text in the field {field!r}")
+    if len(text) > longest:
+        return BadDocument(where, f"a document longer than {longest} characters")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return BadDocument(where, "a document that is not UTF-8")
+    return text
+
+
+def cell_value(cell: pyarrow.Scalar, longest: int) -> Any:
+    """A cell of a column as a Python value: no more of a monstrous one than shows that it is too long."""
+    if isinstance(cell, pyarrow.DictionaryScalar):
+        cell = cell.value
+    if not isinstance(cell, pyarrow.BinaryScalar) or not cell.is_valid:
+        return cell.as_py()
+    data = cell.as_buffer()
+    return data[: 4 * longest + 1].to_pybytes().decode(errors="surrogateescape")  # a character takes at most 4 bytes
+
+
+def _unreadable(name: str, where: str, exc: Exception) -> TextError:
+    if "too much memory" in str(exc):  # as Arrow passes on what zstd says; the program zstd says the rest
+        return TextError(
+            f"cannot read the text of {name!r}",
+            found=f"{where}: compressed by `zstd --long` with a window of more than 128 MiB",
+            expected="a window that can be held in memory, of at most 128 MiB (`--long=27`)",
+            remedy="compress it again: `zstd -d --long=31 --stdout FILE | zstd -o NEW-FILE`",
+        )
+    return TextError(
+        f"cannot read the text of {name!r}",
+        found=f"{where}: {one_line(exc)}",
+        expected="a whole file of the kind that its name says",
+        remedy="mend or replace the file",
+    )
+
+
+def _read_json_lines(path: str, stream: io.BufferedReader, field: str, longest: int) -> Iterator[str | BadDocument]:
+    # A character takes at most 12 bytes in JSON (\ud83d\ude00); the rest is room for other fields.
+    longest_bytes = 12 * longest + (1 << 16)
+    number, is_first = 0, True
+    while line := stream.readline(longest_bytes + 1):
+        number += 1
+        where = f"{path}:{number}"
+        stripped = line.removeprefix(_UTF_8_MARK).strip()  # files with a mark may have been joined
+        if not stripped:
+            continue
+        if len(line) > longest_bytes:
+            item: str | BadDocument = BadDocument(where, f"{_LONG_LINE} {longest_bytes} bytes")
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(1 << 20)
+        else:
+            item = _document_of(where, stripped, field, longest)
+        if is_first and isinstance(item, BadDocument) and (reason := _whole_file(stripped, item)):
+            yield BadDocument(path, reason)
+            return
+        is_first = False
+        yield item
+
+
+def _document_of(where: str, line: bytes, field: str, longest: int) -> str | BadDocument:
+    row = _parsed(line)
+    if row is _NO_JSON:
+        return BadDocument(where, _NOT_JSON)
+    if not isinstance(row, dict):
+        return BadDocument(where, "a line that is not a JSON object")
+    return checked(where, row.get(field), field, longest)
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return _NO_JSON
+
+
+def _whole_file(first: bytes, item: BadDocument) -> str:
+    """Why a file whose first line is bad has no JSON lines at all; empty, where others may be good."""
+    if item.reason != _NOT_JSON and not item.reason.startswith(_LONG_LINE):
+        return ""  # a line of JSON, and not the right one
+    before, carriage_return, _ = first.partition(b"\r")
+    if carriage_return and isinstance(_parsed(before), dict):
+        return "JSON lines that end with CR alone: write LF or CR LF"
+    if first.startswith(b"[") or first == b"{":
+        return "one JSON value over several lines, not one on each: convert it, such as by `jq -c '.[]'`"
+    return ""
+
+
+class _RowTooLong(Exception):
+    pass
+
+
+class _Lines:
+    """A table's lines, of which a row takes one, or several where a line end stands in quotes."""
+
+    def __init__(self, text: io.TextIOWrapper, longest_row: int) -> None:
+        self._text, self._longest = text, longest_row
+        self._left = longest_row
+        self.number = 0
+
+    def begin_row(self) -> None:
+        self._left = self._longest
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._text.readline(self._left + 1)
+        if not line:
+            raise StopIteration
+        self.number += 1
+        self._left -= len(line)
+        if self._left < 0:
+            while line and not line.endswith("\n"):
+                line = self._text.readline(_CHUNK_CHARACTERS)
+            raise _RowTooLong
+        return line
+
+
+def _read_table(
+    path: str, stream: io.BufferedReader, field: str, separator: str, longest: int
+) -> Iterator[str | BadDocument]:
+    """A column of a table with a head, as spreadsheets write it."""
+    head: list[str] = []
+    with _as_text(stream) as text:
+        for where, row in _rows(path, text, separator, longest):
+            if isinstance(row, BadDocument):
+                yield row
+            elif head:
+                yield _cell_of(where, row, head, field, longest)
+            elif reason := _head_problem(row, field):
+                yield BadDocument(path, reason)
+                return
+            else:
+                head = row
+
+
+def _rows(
+    path: str, text: io.TextIOWrapper, separator: str, longest: int
+) -> Iterator[tuple[str, list[str] | BadDocument]]:
+    """The rows that are not empty, each with its place."""
+    longest_row = 2 * longest + (1 << 16)  # all may be quotes, which stand twice; the rest is for other columns
+    csv.field_size_limit(max(csv.field_size_limit(), longest_row))
+    lines = _Lines(text, longest_row)
+    rows = csv.reader(lines, delimiter=separator, strict=True)
+    while True:
+        lines.begin_row()
+        where = f"{path}:{lines.number + 1}"
+        try:
+            row = next(rows, None)
+        except csv.Error:
+            yield where, BadDocument(where, "a row with a quote too many or too few")
+        except _RowTooLong:
+            yield where, BadDocument(where, f"a row longer than {longest_row} characters")
+        else:
+            if row is None:
+                return
+            if row:
+                yield where, row
+
+
+def _head_problem(head: list[str], field: str) -> str:
+    found = head.count(field)
+    if found == 1:
+        return ""
+    shown = ", ".join(map(repr, head))[:200].encode(errors="backslashreplace").decode()
+    return f"a table with {found or 'no'} column{'s' * (found > 1)} {field!r} (`field`) in its head: {shown}"
+
+
+def _cell_of(where: str, row: list[str], head: list[str], field: str, longest: int) -> str | BadDocument:
+    if len(row) != len(head):
+        return BadDocument(where, "a row of more or fewer fields than the table's head")
+    cell = row[head.index(field)]
+    return (
+        BadDocument(where, "a document with NUL characters") if "\0" in cell else checked(where, cell, field, longest)
+    )
+
+
+def _read_plain(
+    path: str, stream: io.BufferedReader, delimiter: Delimiter | None, longest: int
+) -> Iterator[str | BadDocument]:
+    """Whole files, or their parts; line ends become \\n."""
+    cut = delimiter.characters.replace("\r\n", "\n").replace("\r", "\n") if delimiter else None
+    held, too_long, part = "", False, 0
+
+    def finish(piece: str) -> str | BadDocument:
+        nonlocal part, too_long
+        part, was_too_long, too_long = part + 1, too_long, False
+        where = f"{path}, document {part}" if cut else path
+        if was_too_long:
+            return BadDocument(where, f"a document longer than {longest} characters")
+        return BadDocument(where, "a binary file") if "\0" in piece else checked(where, piece, "", longest)
+
+    with _as_text(stream) as text:
+        while chunk := text.read(_CHUNK_CHARACTERS):
+            *whole, held = (held + chunk).split(cut) if cut else [held + chunk]
+            if delimiter and whole:
+                delimiter.occurs = True
+            for piece in whole:
+                yield finish(piece)
+            if len(held) > longest + len(cut or ""):
+                # Kept short, but long enough that a delimiter across two chunks is still seen.
+                held, too_long = held[-len(cut or " ") :], True
+    yield finish(held)
+
+
+def _as_text(stream: io.BufferedReader) -> io.TextIOWrapper:
+    """With every line end as \\n. What is not UTF-8 becomes surrogates, so that it costs only the document it stands in."""
+    return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
+
+
+def _read_parquet(where: str, path: str, field: str, longest: int) -> Iterator[str | BadDocument]:
+    stream, ahead = open_random(path)
+    # Buffered in pieces: by default pyarrow holds the whole column of a row group, which may be the whole file.
+    with stream, pyarrow.parquet.ParquetFile(stream, buffer_size=ahead, pre_buffer=False) as file:
+        found = file.schema_arrow.names.count(field)
+        if found != 1:
+            columns = f"several columns {field!r}" if found else f"a Parquet file without the field {field!r}"
+            yield BadDocument(where, f"a Parquet file with {columns}" if found else columns)
+            return
+        number = 0
+        for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[field]):
+            for cell in batch.column(field):  # by name: asked for `a`, pyarrow also reads a column `a.b`
+                number += 1
+                yield checked(f"{where}, row {number}", cell_value(cell, longest), field, longest)

@@ -1,0 +1,137 @@
+"""Sources of text: files and data sets, read as a stream of documents.
+
+Files are found by `files.py` and read by `readers.py`; data sets are read by `data_sets.py`. Knows nothing of duplicates or
+tokens.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow
+
+from btm_cluster.data.data_sets import read_data_set, stamp_of
+from btm_cluster.data.files import S3, SourceFile, find_files, readable
+from btm_cluster.data.readers import BadDocument, Delimiter, read_file
+from btm_cluster.data.streams import Budget
+from btm_cluster.errors import TextError, one_line
+from btm_cluster.plan import ReadingPlan, TextPlan
+from btm_cluster.plan.kinds import CONVERT, Kind, ending, kind_of
+from btm_cluster.plan.rules import idle_reading
+
+Files = Mapping[str, list[SourceFile]]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document, and the split its file was given for (None: by content hash)."""
+
+    text: str
+    split: str | None
+
+
+def fingerprint(source: TextPlan) -> dict[str, Any]:
+    """What tells that a source has changed: path, size and modification time of its files; revision of a data set.
+
+    Raises:
+        TextError: a pattern that matches no file, files that cannot be listed, a data set that is not there.
+    """
+    if source.dataset is not None:
+        return {"dataset": source.dataset.model_dump()} | stamp_of(source.name, source.dataset)
+    files = source_files(source)
+    stamp = {split: [[readable(f.path), *f[1:]] for f in given] for split, given in files.items()}
+    # Tables were once read as plain text: what was read then does not stand for what they hold.
+    return stamp | ({"tables": "rows"} if "table" in _kinds(files) else {})
+
+
+def source_files(source: TextPlan) -> Files:
+    """The files of a source by the split they are given for; `text` is split by content hash.
+
+    Raises:
+        TextError: files that cannot be listed, a pattern that matches none, a field of the plan that applies to none.
+    """
+    patterns = {"text": source.text, "development": source.development, "test": source.test}
+    files = {
+        split: sorted({file for pattern in given for file in _expand(source.name, pattern)})
+        for split, given in patterns.items()
+    }
+    for problem in idle_reading(source.field, source.delimiter, _kinds(files)):
+        raise TextError(f"`{problem.at}` cannot apply to the text of {source.name!r}", **problem.words)
+    return files
+
+
+def refuse_unread(source: TextPlan, stamp: Mapping[str, Any]) -> None:
+    """Refuses a text with files of kinds that are not read, by its fingerprint, before any is opened.
+
+    Raises:
+        TextError: naming one of each kind.
+    """
+    paths = [file[0] for split in ("text", "development", "test") for file in stamp.get(split, ())]
+    unread = {ending(path): path for path in reversed(paths) if kind_of(path) == "unread"}
+    if unread:
+        raise TextError(
+            f"the text of {source.name!r} has files that are not read",
+            found=", ".join(unread[end] for end in sorted(unread)),
+            expected="JSON lines, CSV, TSV, Parquet or plain text; .gz, .zst or .bz2",
+            remedy=f"{CONVERT}; or set `reading: {{bad_documents: skip}}` to skip and count such files",
+        )
+
+
+def read_documents(
+    source: TextPlan, reading: ReadingPlan, most_bytes: int | None = None
+) -> Iterator[Document | BadDocument]:
+    """The documents of a source, in the order of its files; never more than one of them in memory.
+
+    `most_bytes` is for a source that is not trusted: so much is read of it, decompressed, and no link is followed.
+
+    Raises:
+        TextError: a file or data set that cannot be read to its end, or a delimiter that stands in no file.
+    """
+    longest = reading.longest_document_characters
+    if source.dataset is not None:
+        for split, item in read_data_set(source.name, source.dataset, source.field, longest):
+            yield item if isinstance(item, BadDocument) else Document(item, split)
+        return
+    budget = None if most_bytes is None else Budget(most_bytes)
+    delimiter = Delimiter(source.delimiter) if source.delimiter else None
+    files = source_files(source)
+    for split, given in files.items():
+        for file in given:
+            for item in read_file(file.path, source, longest, delimiter, budget):
+                yield item if isinstance(item, BadDocument) else Document(item, None if split == "text" else split)
+    if delimiter and not delimiter.occurs:
+        _refuse_delimiter(source, [f for given in files.values() for f in given if kind_of(f.path) == "plain text"])
+
+
+def _refuse_delimiter(source: TextPlan, plain: list[SourceFile]) -> None:
+    raise TextError(
+        f"the `delimiter` of {source.name!r} stands in none of its text files",
+        found=f"no {source.delimiter!r} in {len(plain)} files, such as {readable(plain[0].path)}",
+        expected="what separates documents; without it, each file would be one document",
+        remedy="correct it (in YAML, \\n is a line end in double quotes only), or leave it out where a file is a document",
+    )
+
+
+def _kinds(files: Files) -> set[Kind | None]:
+    return {kind_of(file.path) for given in files.values() for file in given}
+
+
+def _expand(name: str, pattern: str) -> list[SourceFile]:
+    try:
+        found = find_files(pattern)
+    except (OSError, pyarrow.ArrowException) as exc:
+        of_s3 = "check the address, and AWS_ENDPOINT_URL, AWS_REGION and the credentials in the environment"
+        raise TextError(
+            f"cannot list the text of {name!r}",
+            found=f"{pattern}: {one_line(exc)}",
+            remedy=of_s3 if pattern.startswith(S3) else "give the account that runs this the right to read the folder",
+        ) from exc
+    if not found:
+        is_folder = os.path.isdir(os.path.expanduser(pattern))
+        remedy = f"name its files, such as {pattern.rstrip('/')}/*.jsonl" if is_folder else "check the path or glob"
+        found_there = f"{pattern}{', a folder' if is_folder else ''}"
+        raise TextError(
+            f"the text of {name!r} matches no file", found=found_there, expected="at least one file", remedy=remedy
+        )
+    return found

@@ -1,0 +1,1 @@
+"""From a plan to requests, and from requests to outcomes, through the port to the workers."""

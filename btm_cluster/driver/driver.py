@@ -1,0 +1,163 @@
+"""What the driver works with: the ledger, the workers, and a tally of what was made and what was there already.
+
+Running a plan again is the resume path: whatever the ledger has is not asked for again.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from typing import TypeAlias
+
+from btm_cluster.driver.port import Failure, Outcome, Workers
+from btm_cluster.driver.room import Ask
+from btm_cluster.errors import StepError
+from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.requests import Resources, StepRequest, TrainRequest
+
+CheckRoom: TypeAlias = Callable[[Sequence[Ask]], None]
+"""Refuses asks that the machines behind the workers can never meet."""
+
+
+class Driver:
+    """Asks the workers for what the ledger lacks."""
+
+    def __init__(
+        self, ledger: Ledger, workers: Workers, check_room: CheckRoom | None = None, new_resources: bool = False
+    ) -> None:
+        self.ledger = ledger
+        self.workers = workers
+        self._check_room = check_room
+        self.new_resources = new_resources
+        """Whether trainings go on from their checkpoints with the plan's resources, and not with those of their start."""
+        self.made: Counter[str] = Counter()
+        self.reused: Counter[str] = Counter()
+        self._counted: set[Ref] = set()
+        self.is_asking = False
+        """Whether workers are at something: they notice themselves when the run is stopped, and save."""
+
+    def check_room(self, asks: Sequence[Ask]) -> None:
+        """Refuses asks that can never be met, before anything is spent.
+
+        Raises:
+            ResourcesError: naming what there is and what is asked.
+        """
+        if self._check_room is not None:
+            with self._asking():
+                self._check_room(asks)
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        self.is_asking = True
+        try:
+            yield
+        finally:
+            self.is_asking = False
+
+    def run(self, requests: Iterable[StepRequest]) -> Generator[tuple[StepRequest, Outcome], None, None]:
+        """Each distinct request with its outcome: first what the ledger has, then what the workers make, as it is there.
+
+        A training that was started before goes on with the resources of its first start.
+        """
+        asked: dict[Ref, StepRequest] = {}
+        for request in requests:
+            asked.setdefault(request.ref, request)
+        missing: list[StepRequest] = []
+        for request, found in zip(asked.values(), find_made(list(asked.values()), self.ledger), strict=True):
+            if found is None:
+                missing.append(request)
+            else:
+                self._count(self.reused, request)
+                yield request, found
+        if not missing:
+            return
+        with self._asking(), closing(self.workers.run([self._resumed(request) for request in missing])) as steps:
+            for request, outcome in steps:
+                if isinstance(outcome, Artifact):
+                    self._count(self.made, request)
+                yield request, outcome
+
+    def _count(self, tally: Counter[str], request: StepRequest) -> None:
+        """Counts an artifact once, whatever asks for it again."""
+        if request.ref not in self._counted:
+            self._counted.add(request.ref)
+            tally[request.kind] += 1
+
+    def _resumed(self, request: StepRequest) -> StepRequest:
+        return resumed(request, self.ledger, self.new_resources) if isinstance(request, TrainRequest) else request
+
+    def get_ready(self, trainings: Sequence[TrainRequest]) -> None:
+        """Tells the workers what will be asked for after the next call, as far as it is still to be made."""
+        made = find_made(trainings, self.ledger)
+        lacking = [request for request, one in zip(trainings, made, strict=True) if one is None]
+        self.workers.get_ready([resumed(request, self.ledger, self.new_resources) for request in lacking])
+
+    def obtain(self, requests: Sequence[StepRequest]) -> list[Outcome]:
+        """An outcome for each request, in order. A request made twice runs once."""
+        outcomes = {request.ref: outcome for request, outcome in self.run(requests)}
+        return [outcomes[request.ref] for request in requests]
+
+    def require(self, requests: Sequence[StepRequest]) -> list[Artifact]:
+        """Like `obtain`, where nothing can go on without every one of them.
+
+        Raises:
+            StepError: naming what failed, attempts and cause.
+        """
+        return require_all(self.obtain(requests))
+
+
+def find_made(requests: Sequence[StepRequest], ledger: Ledger) -> list[Artifact | None]:
+    """The artifact of each request, in order; None where it, or one of a training's snapshots, is still to be made."""
+    found = ledger.find_all([request.ref for request in requests])
+    trained = [
+        request
+        for request, one in zip(requests, found, strict=True)
+        if one is not None and isinstance(request, TrainRequest) and request.snapshots
+    ]
+    lacking = {
+        request.ref
+        for request in trained
+        if None in ledger.find_all([snapshot.ref for snapshot in request.at_snapshots])
+    }
+    return [None if one is not None and one.ref in lacking else one for one in found]
+
+
+def resumed(request: TrainRequest, ledger: Ledger, new_resources: bool = False) -> TrainRequest:
+    """The request with the resources of its first start, where it was started before: results depend on them.
+
+    With `new_resources` it goes on with its own, which the model's profile then tells by spans of updates.
+    """
+    saved = None if new_resources else ledger.latest_training(request.ref.identity)
+    if saved is None:
+        return request
+    return replace(request, how=Resources(**saved.facts["how"]), saved_at=int(saved.recipe["update"]))
+
+
+def require_all(outcomes: Sequence[Outcome]) -> list[Artifact]:
+    """The artifacts.
+
+    Raises:
+        StepError: naming what failed instead, attempts and cause.
+    """
+    failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
+    if failures:
+        raise step_error(failures)
+    return [outcome for outcome in outcomes if isinstance(outcome, Artifact)]
+
+
+def step_error(failures: Sequence[Failure]) -> StepError:
+    """One error for several failed requests."""
+    lines = [f"{f.label}: {f.attempts} attempt(s), {f.where}: {f.cause}" for f in failures]
+    return StepError(
+        f"{len(failures)} step(s) failed\n" + "\n".join(f"- {line}" for line in lines),
+        remedy="change what each of them names; the same would come of the same recipe"
+        if all(f.has_diverged for f in failures)
+        else "the same command tries only these again",
+    )
+
+
+def steps_line(made: Mapping[str, int], reused: Mapping[str, int]) -> str:
+    """How many steps ran, and how many were there already."""
+    kinds = sorted({*made, *reused})
+    counts = ", ".join(f"{kind} {made.get(kind, 0)} ({reused.get(kind, 0)})" for kind in kinds)
+    return f"steps run (and reused): {counts or 'none'}"

@@ -1,0 +1,43 @@
+"""The port between the driver and the workers: what is asked for, and the records that come back.
+
+`requests/` has what is asked. `workers/` implements the port.
+"""
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from btm_cluster.ledger import Artifact
+from btm_cluster.requests import StepRequest, TrainRequest
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A request that could not be met; its siblings go on."""
+
+    label: str
+    attempts: int
+    where: str
+    cause: str
+    has_diverged: bool = False
+    """Whether it was the recipe's doing: the same everywhere, at every attempt."""
+
+
+Outcome: TypeAlias = Artifact | Failure
+
+
+class Workers(Protocol):
+    """Runs steps, wherever that is."""
+
+    def get_ready(self, trainings: Sequence[TrainRequest]) -> None:
+        """Announces trainings of a later call than the next one: their processes may start before."""
+
+    def run(self, requests: Sequence[StepRequest]) -> Generator[tuple[StepRequest, Outcome], None, None]:
+        """Runs the requests, all distinct, and yields each with its outcome as it finishes; none cancels another.
+
+        A request may need what another one of the same call makes, and starts once that is there. Where it failed, so does
+        the request. Where several could start, the first ones do.
+
+        Raises:
+            UserError, Stopped: a user's mistake and a stop are raised, not returned.
+        """

@@ -1,0 +1,66 @@
+"""From a plan to token blocks: its texts are read and tokenized by the workers, after what cannot fit is refused."""
+
+from btm_cluster.driver.driver import Driver
+from btm_cluster.driver.founding import check_foundation, check_texts
+from btm_cluster.driver.prepared_plan import (
+    Ground,
+    block_requests,
+    ground_of,
+    model_config,
+    read_requests,
+    tokenizer_request,
+    vocabulary_of,
+    without_texts,
+    without_withdrawn,
+)
+from btm_cluster.driver.recipes import check_demix, seed_request
+from btm_cluster.errors import TextError
+from btm_cluster.plan import Plan
+
+
+def prepare(plan: Plan, driver: Driver) -> Ground:
+    """Texts to documents, documents to token blocks, and the configuration that all models share."""
+    ground = read(plan, driver)
+    tokenize(ground, driver)
+    return ground
+
+
+def read(plan: Plan, driver: Driver) -> Ground:
+    """Texts to documents. From here on all is known that is made of them."""
+    forest = driver.ledger.log.newest()
+    plan = without_withdrawn(plan, forest)
+    requests = read_requests(plan)
+    model = model_config(plan, vocabulary_of(plan))  # a wrong model is refused before a text is read
+    check_demix(plan, model[0], driver.ledger.log.version(0))
+    bare = without_texts(plan, model, driver.ledger)
+    if forest is not None:
+        check_foundation(bare, forest, driver.ledger)
+    if model[1] is not None:  # it needs no text, and may turn out to be unusable
+        driver.require([tokenizer_request(plan, ()), seed_request(bare)])
+    memos = {text.name: memo for text, memo in zip(plan.texts, driver.require(requests), strict=True)}
+    ground = ground_of(plan, memos, model, driver.ledger)
+    if forest is not None:  # what does not fit is refused before anything is made
+        check_texts(ground, forest, driver.ledger)
+    return ground
+
+
+def tokenize(ground: Ground, driver: Driver) -> None:
+    """Documents to token blocks.
+
+    Raises:
+        TextError: a text has no block of a split.
+    """
+    is_founded = driver.ledger.log.newest() is not None
+    requests = block_requests(ground)
+    _, *tokenized = driver.require([tokenizer_request(ground.plan, ground.founders), *requests])
+    blocks: dict[tuple[str, str], int] = {}
+    for request, artifact in zip(requests, tokenized, strict=True):
+        key = (request.label, request.split)
+        blocks[key] = blocks.get(key, 0) + artifact.facts["blocks"]
+    for (name, split), count in blocks.items():
+        if count == 0:
+            raise TextError(
+                f"the {split} text of {name!r} fills no block",
+                expected=f"at least {requests[0].block_tokens} tokens",
+                remedy="give it more text" + ("" if is_founded else ", or lower `training.block_tokens`"),
+            )

@@ -1,0 +1,262 @@
+"""What all steps of a plan stand on: its texts as token blocks, its tokenizer, its model's configuration, its founders.
+
+Pure but for looking: at what a plan points to (file stamps, a pretrained model's files), and at texts in the ledger. The
+driver, and `btm plan`, which must name the same artifacts without making them, share these functions.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from btm_cluster.data.sources import fingerprint, refuse_unread
+from btm_cluster.data.tokenizer import END_OF_TEXT
+from btm_cluster.errors import TextError, UserError
+from btm_cluster.forest import Forest, Foundation
+from btm_cluster.identity import identity_of
+from btm_cluster.language_model.model import full_config
+from btm_cluster.language_model.pretrained import (
+    pretrained_config,
+    pretrained_model,
+    pretrained_tokenizer,
+)
+from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.plan import Plan
+from btm_cluster.requests import (
+    FindOverlap,
+    ImportTokenizer,
+    Pretrained,
+    ReadText,
+    Tokenize,
+    TrainingText,
+    TrainTokenizer,
+)
+
+HELD_OUT = ("development", "test")
+
+
+@dataclass(frozen=True)
+class PreparedText:
+    """A domain's or target's text once it is read: its identity, its counts and its token blocks by split."""
+
+    name: str
+    is_target: bool
+    identity: str
+    facts: Mapping[str, Any]
+    skipped: Mapping[str, int]
+    tokens: Mapping[str, tuple[Ref, ...]]
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What all steps of a plan stand on: its texts as blocks, its tokenizer, and its model's configuration."""
+
+    plan: Plan
+    texts: tuple[PreparedText, ...]
+    founders: tuple[tuple[str, str], ...]
+    """Name and text identity of the domains that the seed learns from."""
+    founding_texts: tuple[TrainingText, ...]
+    """Their token blocks, by text identity, so that the order of domains in a plan changes nothing."""
+    tokenizer: Ref
+    model: Mapping[str, Any]
+    pretrained: Pretrained | None
+
+    @property
+    def domains(self) -> tuple[PreparedText, ...]:
+        return tuple(text for text in self.texts if not text.is_target)
+
+    @property
+    def founders_by_text(self) -> tuple[tuple[str, str], ...]:
+        """The founding domains in the order of their texts, which is that of a DEMix's parts."""
+        return tuple(sorted(self.founders, key=lambda founder: founder[1]))
+
+    def foundation(self, seed: str) -> Foundation:
+        """What version 0 freezes."""
+        return Foundation(
+            seed, self.tokenizer.identity, identity_of(self.model), self.plan.training.block_tokens, self.founders
+        )
+
+
+def without_withdrawn(plan: Plan, forest: Forest | None) -> Plan:
+    """The plan without the domains that were taken out of the forest: naming them still does not bring them back.
+
+    Raises:
+        UserError: that leaves none.
+    """
+    withdrawn = forest.withdrawn if forest is not None else ()
+    kept = tuple(domain for domain in plan.domains if domain.name not in withdrawn)
+    if not kept:
+        raise UserError(
+            "every domain of the plan was taken out of the forest",
+            found=", ".join(withdrawn),
+            remedy="name another domain, or bring one back with `btm forest remove DOMAIN --undo`",
+        )
+    return plan.model_copy(update={"domains": kept})
+
+
+def read_requests(plan: Plan) -> list[ReadText]:
+    """One for each domain and target.
+
+    Raises:
+        TextError: naming every text whose files or data set are not there, or of a kind that is not read.
+    """
+    targets = {target.name for target in plan.targets}
+    requests: list[ReadText] = []
+    missing: list[TextError] = []
+    for source in plan.texts:
+        try:
+            stamp = fingerprint(source)
+            if plan.reading.bad_documents == "refuse":
+                refuse_unread(source, stamp)
+        except TextError as exc:
+            missing.append(exc)
+        else:
+            requests.append(ReadText(source.name, source, plan.reading, source.name in targets, stamp))
+    if len(missing) == 1:
+        raise missing[0]
+    if missing:
+        listed = "\n".join(map(str, missing))
+        raise TextError(f"{len(missing)} texts cannot be read\n{listed}", remedy="correct each of them")
+    return requests
+
+
+def vocabulary_of(plan: Plan) -> int:
+    """Number of tokens of the plan's tokenizer, known before any text is read."""
+    if plan.tokenizer.train is not None:
+        return plan.tokenizer.train.vocabulary
+    assert plan.tokenizer.pretrained is not None
+    return pretrained_tokenizer(plan.tokenizer.pretrained, plan.tokenizer.first_token)[1].vocabulary
+
+
+def first_token_of(plan: Plan) -> str:
+    """The token after which every block is read, as the plan's tokenizer spells it."""
+    if plan.tokenizer.pretrained is None:
+        return END_OF_TEXT
+    return pretrained_tokenizer(plan.tokenizer.pretrained, plan.tokenizer.first_token)[0].first_token
+
+
+def text_of(read: Artifact) -> str:
+    """The identity of the text that a source was read into."""
+    (text,) = read.parts
+    return text.identity
+
+
+def check_distinct(plan: Plan, texts: Mapping[str, str]) -> None:
+    """Refuses two domains of the same documents: they would be one expert under two names.
+
+    Raises:
+        TextError: naming both.
+    """
+    names: dict[str, str] = {}
+    for domain in plan.domains:
+        first = names.setdefault(texts[domain.name], domain.name)
+        if first != domain.name:
+            raise TextError(
+                f"the domains {first!r} and {domain.name!r} have the same documents",
+                found=f"text {texts[first][:12]} twice",
+                expected="a text of its own for each domain",
+                remedy="leave one of them out",
+            )
+
+
+def founders_of(plan: Plan, texts: Mapping[str, str], forest: Forest | None) -> tuple[tuple[str, str], ...]:
+    """The founding domains: version 0's where there is one, else the plan's."""
+    if forest is None:
+        return tuple(sorted((domain.name, texts[domain.name]) for domain in plan.domains))
+    return forest.foundation.domains
+
+
+def tokenizer_request(plan: Plan, founders: Sequence[tuple[str, str]]) -> TrainTokenizer | ImportTokenizer:
+    """Train one on the founding domains, or import the pretrained one."""
+    if plan.tokenizer.train is not None:
+        return TrainTokenizer("tokenizer", tuple(text for _, text in founders), plan.tokenizer.train)
+    assert plan.tokenizer.pretrained is not None
+    return pretrained_tokenizer(plan.tokenizer.pretrained, plan.tokenizer.first_token)[0]
+
+
+def tokenize_requests(
+    name: str, text: str, facts: Mapping[str, Any], tokenizer: Ref, block_tokens: int
+) -> dict[str, tuple[Tokenize, ...]]:
+    """One for each shard of a text, by split."""
+    return {
+        split: tuple(Tokenize(name, text, split, shard, tokenizer, block_tokens) for shard in counts["shards"])
+        for split, counts in facts["splits"].items()
+    }
+
+
+def ground_of(
+    plan: Plan, memos: Mapping[str, Artifact], model: tuple[Mapping[str, Any], Pretrained | None], ledger: Ledger
+) -> Ground:
+    """The ground of a plan whose texts are read: `memos` are the results of reading, by text name.
+
+    A plan need not name all founding domains again: the store has their texts.
+    """
+    identities = {name: text_of(read) for name, read in memos.items()}
+    check_distinct(plan, identities)
+    founders = founders_of(plan, identities, ledger.log.version(0))
+    tokenizer = tokenizer_request(plan, founders).ref
+    facts = {text: ledger.get(Ref("text", text)).facts for text in identities.values()}
+    found = {text: ledger.find(Ref("text", text)) for text in dict(founders).values() if text not in facts}
+    facts |= {text: artifact.facts for text, artifact in found.items() if artifact}  # but for what was purged since
+
+    def tokens_of(name: str, text: str) -> dict[str, tuple[Ref, ...]]:
+        shards = tokenize_requests(name, text, facts[text], tokenizer, plan.training.block_tokens)
+        return {split: tuple(request.ref for request in requests) for split, requests in shards.items()}
+
+    targets = {target.name for target in plan.targets}
+    texts = tuple(
+        PreparedText(name, name in targets, text, facts[text], memos[name].facts["skipped"], tokens_of(name, text))
+        for name, text in ((source.name, identities[source.name]) for source in plan.texts)
+    )
+    founding = tuple(
+        TrainingText(text, tokens_of(name, text)["train"] if text in facts else ())
+        for name, text in sorted(founders, key=lambda f: f[1])
+    )
+    return Ground(plan, texts, founders, founding, tokenizer, *model)
+
+
+def without_texts(plan: Plan, model: tuple[Mapping[str, Any], Pretrained | None], ledger: Ledger) -> Ground:
+    """The ground of a plan before any of its texts is read: enough to tell its foundation in a store that has a forest."""
+    return ground_of(plan.model_copy(update={"domains": (), "targets": ()}), {}, model, ledger)
+
+
+def stored_text(name: str, text: str, ground: Ground, ledger: Ledger) -> PreparedText:
+    """A domain's text that the store has, whether the plan names it or not."""
+    facts = ledger.get(Ref("text", text)).facts
+    shards = tokenize_requests(name, text, facts, ground.tokenizer, ground.plan.training.block_tokens)
+    tokens = {split: tuple(request.ref for request in requests) for split, requests in shards.items()}
+    return PreparedText(name, False, text, facts, {}, tokens)
+
+
+def with_forests_texts(ground: Ground, forest: Forest, ledger: Ledger) -> Ground:
+    """The ground with the texts of the forest's domains that the plan does not name, from the store: what is evaluated on."""
+    named = {text.name for text in ground.texts}
+    others = [expert for expert in forest.experts if expert.domain not in named]
+    stored = tuple(stored_text(expert.domain, expert.text, ground, ledger) for expert in others)
+    return replace(ground, texts=(*ground.texts, *stored))
+
+
+def block_requests(ground: Ground) -> list[Tokenize]:
+    """Every shard of every text that is trained or evaluated on."""
+    return [
+        request
+        for text in ground.texts
+        for split, requests in tokenize_requests(
+            text.name, text.identity, text.facts, ground.tokenizer, ground.plan.training.block_tokens
+        ).items()
+        for request in requests
+        if not text.is_target or split != "train"
+    ]
+
+
+def overlap_requests(texts: Sequence[PreparedText], trained_on: Sequence[PreparedText]) -> list[FindOverlap]:
+    """Each text that is trained on against the test text of all `texts`."""
+    tests = tuple(sorted(text.identity for text in texts if text.facts["splits"]["test"]["documents"]))
+    return [FindOverlap(text.name, text.identity, tests) for text in trained_on]
+
+
+def model_config(plan: Plan, vocabulary: int) -> tuple[Mapping[str, Any], Pretrained | None]:
+    """The model's full configuration, and where it comes from if it is pretrained."""
+    if plan.model.pretrained is not None:
+        pretrained = pretrained_model(plan.model.pretrained)
+        return pretrained_config(pretrained, vocabulary, plan.training.block_tokens), pretrained
+    return full_config(plan.model, vocabulary, plan.training.block_tokens), None

@@ -1,0 +1,1 @@
+"""Ensembles as arithmetic on stored scores: how a text's mixture is fitted, kept and applied."""

@@ -1,0 +1,131 @@
+"""`btm expand`: the domains that the plan or the inbox has and the forest has not become experts, and a new version.
+
+Where each starts is settled in the store first, so that whoever resumes it, and whatever else the forest has grown by then, it
+is the same expert. Nothing that exists is trained or scored again; with nothing to add, nothing is started.
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from btm_cluster.algorithm import merge, settled_branches, train
+from btm_cluster.driver.driver import Driver
+from btm_cluster.driver.port import Failure
+from btm_cluster.driver.prepared_plan import Ground
+from btm_cluster.errors import UserError
+from btm_cluster.expansion.acceptance import Gain, judge
+from btm_cluster.expansion.arrivals import NewGround, prepare_new
+from btm_cluster.expansion.inbox import Inbox, look
+from btm_cluster.forest import Forest, describe_forest
+from btm_cluster.ledger import THREADS, Ledger
+from btm_cluster.ledger.records import branch_point_identity, find_branch_point, hold, newest_held
+from btm_cluster.plan import Plan
+
+
+@dataclass(frozen=True)
+class Expanded:
+    """What an expansion found and what it ended in. Reasons are by domain."""
+
+    before: Forest
+    forest: Forest
+    waiting: Mapping[str, str]
+    passed_over: Mapping[str, str]
+    quarantined: Mapping[str, str]
+    held: Mapping[str, str] = field(default_factory=dict)
+    gains: Mapping[str, Gain] = field(default_factory=dict)
+    """Of the domains that this expansion trained and that stand in the forest now."""
+    failures: tuple[Failure, ...] = ()
+    made: Mapping[str, int] = field(default_factory=dict)
+    reused: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """Domains that are in the forest now and were not, by whoever brought them."""
+        return tuple(name for name in self.forest.domains if name not in self.before.domains)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for machines."""
+        return {
+            "forest": describe_forest(self.forest),
+            "added": list(self.added),
+            "gains": {name: asdict(gain) for name, gain in self.gains.items()},
+            "held": dict(self.held),
+            "quarantined": dict(self.quarantined),
+            "waiting": dict(self.waiting),
+            "passed_over": dict(self.passed_over),
+            "failures": [asdict(failure) for failure in self.failures],
+            "steps": {"run": dict(self.made), "reused": dict(self.reused)},
+        }
+
+
+def expand(plan: Plan, driver: Driver) -> Expanded:
+    """Adds what is new. Domains of the forest are not looked at again, so the plan that founded it serves for ever.
+
+    Raises:
+        UserError: there is no forest yet, or the plan does not fit it.
+    """
+    ledger = driver.ledger
+    forest = ledger.log.newest()
+    if forest is None:
+        raise UserError(f"there is no forest in {plan.store} yet", remedy="`btm run` with this plan founds one")
+    settled = {*forest.domains, *forest.withdrawn}
+    named = tuple(domain for domain in plan.domains if domain.name not in settled)
+    plan = plan.model_copy(update={"domains": named})
+    inbox = look(ledger, plan, settled)
+    passed_over = _passed_over(ledger, forest, inbox)
+    if not named and not inbox.arrivals:
+        return Expanded(forest, forest, inbox.waiting, passed_over, inbox.quarantined)
+    targets = plan.targets if plan.expansion.accept_if is not None else ()  # what is not judged is not read either
+    new = prepare_new(plan.model_copy(update={"targets": targets}), inbox.arrivals, forest, driver)
+    return _grow(new, forest, inbox, passed_over, driver)
+
+
+def _grow(new: NewGround, forest: Forest, inbox: Inbox, passed_over: Mapping[str, str], driver: Driver) -> Expanded:
+    ledger, ground = driver.ledger, new.ground
+    held = _still_held(ground, forest, ledger)
+    domains = [domain for domain in ground.domains if domain.name not in held]
+    contents = {arrival.domain.name: arrival.contents for arrival in inbox.arrivals}
+    experts, failures = train(settled_branches(ground, forest, domains, contents, driver), driver)
+    judgement = judge(ground, ledger.log.newest() or forest, experts, driver)
+    for one in judgement.held.values():
+        hold(ledger, one)
+    merged = merge(forest, judgement.accepted, ledger)
+    return Expanded(
+        before=forest,
+        forest=ledger.log.newest() or merged,
+        waiting=inbox.waiting,
+        passed_over=passed_over,
+        quarantined={**inbox.quarantined, **new.refused},
+        held=held | {name: one.reason for name, one in judgement.held.items()},
+        gains=judgement.gains,
+        failures=(*new.failures, *failures),
+        made=driver.made,
+        reused=driver.reused,
+    )
+
+
+def _passed_over(ledger: Ledger, forest: Forest, inbox: Inbox) -> dict[str, str]:
+    """What the inbox has of settled domains and should be told: taken out, or not what the expert was trained on."""
+    reasons = {name: "it was taken out of the forest" for name in inbox.known if name in forest.withdrawn}
+    texts = {expert.domain: expert.text for expert in forest.experts if expert.domain in inbox.known}
+    identities = [branch_point_identity(name, text, forest.foundation.seed) for name, text in texts.items()]
+    with ThreadPoolExecutor(THREADS) as pool:
+        points = pool.map(lambda identity: find_branch_point(ledger, identity), identities)
+    for one in points:
+        if one is not None and one.contents and one.contents != inbox.known[one.domain]:
+            reasons[one.domain] = "its files are no longer those its expert was trained on; give new text a new name"
+    return reasons
+
+
+def _still_held(ground: Ground, forest: Forest, ledger: Ledger) -> dict[str, str]:
+    """Domains that were judged before and that the plan would still hold back, with the reason of then."""
+    limit = ground.plan.expansion.accept_if
+    if limit is None:
+        return {}
+    judged = newest_held(ledger)
+    held = {
+        d.name: judged.get(branch_point_identity(d.name, d.identity, forest.foundation.seed)) for d in ground.domains
+    }
+    allowed = limit.development_perplexity_rise_at_most
+    return {name: one.reason for name, one in held.items() if one is not None and one.rise > allowed}

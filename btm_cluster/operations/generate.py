@@ -1,0 +1,125 @@
+"""`btm generate`: the whole forest writes on, its models weighted as the posterior or the gate says, token after token."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from btm_cluster.data.tokenizer import TextTokenizer
+from btm_cluster.driver.driver import Driver
+from btm_cluster.errors import UserError
+from btm_cluster.language_model.prompts import Finish, Prompt, Written, check_length, pieces
+from btm_cluster.language_model.sampling import Sampling, check_sampling
+from btm_cluster.operations.ensemble import find_target, open_engine, planned_mixture, without_ruled_out
+from btm_cluster.plan import Plan
+from btm_cluster.steps.stored import open_tokenizer
+
+PROMPTS_AT_ONCE = 8
+"""Prompts that are written on together: each takes memory for a block's keys and values in every expert."""
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """How prompts are written on."""
+
+    most_tokens: int
+    sampling: Sampling
+    stop: tuple[str, ...] = ()
+    """Strings before which a text ends."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A token's part of a text, and the expert from which most of the token's probability came."""
+
+    text: str
+    """Empty for a token that ends within a character: the character stands at its last token."""
+    expert: str
+    share: float
+    """Of the token's probability."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a forest wrote after a prompt, and how much it trusted each expert meanwhile."""
+
+    prompt: str
+    text: str
+    prompt_tokens: int
+    tokens: int
+    finish: Finish
+    """Why it ended."""
+    trust: Mapping[str, float]
+    """The mean weight over the written tokens, by domain, and the seed's; what the plan's `top_k` leaves out is missing."""
+    pieces: tuple[Piece, ...]
+
+
+def check_generate_call(asked: Continuation) -> None:
+    """Refuses a call that cannot be met, before anything starts.
+
+    Raises:
+        UserError: saying what is wrong with it.
+    """
+    if asked.most_tokens < 1:
+        raise UserError("--max-new-tokens is too small", found=str(asked.most_tokens), expected="at least 1")
+    if "" in asked.stop:
+        raise UserError("a stop string is empty", expected="characters before which the text ends")
+    check_sampling(asked.sampling)
+
+
+def generate(
+    plan: Plan, target: str | None, prompts: Sequence[str], asked: Continuation, driver: Driver
+) -> list[Generated]:
+    """Continues each prompt, until end of text, a stop string, as many tokens as asked for, or a full block.
+
+    The experts are mixed as the plan's `merging` says, with what was fitted for the text `target`; without one, as for a text of
+    which nothing is known. They are loaded into this process, and run on its GPU where it has one. Each prompt has random numbers
+    of its own.
+
+    Raises:
+        UserError: no forest yet, a target that is unknown or was taken out of it, or a prompt that fills a block.
+    """
+    grown, text = find_target(plan, target, driver)
+    tokenizer = open_tokenizer(driver.ledger, grown.ground.tokenizer)
+    block_tokens = plan.training.block_tokens
+    read = read_prompts(prompts, tokenizer, block_tokens)
+    models, gate = without_ruled_out(*planned_mixture(grown, text, driver))
+    rows = min(len(prompts), PROMPTS_AT_ONCE)
+    engine = open_engine(driver.ledger, list(models.values()), gate, tokenizer, block_tokens, rows)
+    written = engine.generate(
+        [Prompt(ids, asked.most_tokens, asked.sampling, i, asked.stop) for i, ids in enumerate(read)]
+    )
+    return [
+        _generated(prompt, ids, one, list(models), tokenizer)
+        for prompt, ids, one in zip(prompts, read, written, strict=True)
+    ]
+
+
+def read_prompts(prompts: Sequence[str], tokenizer: TextTokenizer, block_tokens: int) -> list[list[int]]:
+    """The prompts' token ids.
+
+    Raises:
+        UserError: a prompt that leaves no room in a block; of several, with its number.
+    """
+    read = [tokenizer.encode(prompt) for prompt in prompts]
+    for number, ids in enumerate(read):
+        check_length(
+            ids,
+            block_tokens - 1,
+            block_tokens,
+            "the prompt" if len(read) == 1 else f"prompt {number + 1} of {len(read)}",
+        )
+    return read
+
+
+def _generated(
+    prompt: str, read: Sequence[int], written: Written, names: Sequence[str], tokenizer: TextTokenizer
+) -> Generated:
+    assert written.text is not None, "the engine has a tokenizer"
+    assert written.finish is not None
+    told: list[Piece] = []
+    left = len(written.text)  # less than the tokens' text where a stop string ended it
+    for text, drawn in zip(pieces(read, written.tokens, tokenizer.decode_continuation), written.drawn, strict=True):
+        best = max(range(len(names)), key=lambda j: drawn.shares_E[j])
+        told.append(Piece(text[:left], names[best], drawn.shares_E[best]))
+        left -= len(told[-1].text)
+    trust = dict(zip(names, written.mean_weights(len(names)), strict=True))
+    return Generated(prompt, written.text, len(read), len(written.tokens), written.finish, trust, tuple(told))

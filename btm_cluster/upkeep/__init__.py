@@ -1,1 +1,0 @@
-"""Looking after a forest and its store: verify, collect, remove, purge, and what each expert is worth."""

@@ -1,0 +1,80 @@
+"""The workers' port, joined to a cluster at the first request: a run with nothing to do starts no Ray."""
+
+import os
+import threading
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from btm_cluster.driver.port import Outcome
+from btm_cluster.driver.room import Ask
+from btm_cluster.plan import ClusterPlan
+from btm_cluster.requests import Resources, StepRequest, TrainRequest
+from btm_cluster.requests.progress import Watcher
+from btm_cluster.workers.machine import check_compiler
+
+if TYPE_CHECKING:
+    from btm_cluster.workers.on_ray.workers import RayWorkers
+
+# Ray reads these once, when it is imported, so they are set before.
+_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # Train polls its workers; its default of 2 s costs a small run much
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # shows Train's runs in the dashboard
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # groups queue for GPUs
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+_LOCAL_ENVIRONMENT = {"RAY_AUTH_MODE": "token"}  # what Ray does by itself for a local cluster, without its warning
+
+
+class LazyRayWorkers:
+    """RayWorkers, connected when first asked for something, disconnected on exit."""
+
+    def __init__(
+        self,
+        store: str,
+        watcher: Watcher,
+        stop: threading.Event,
+        cluster: ClusterPlan,
+        expert: Resources,
+        address: str | None,
+        dashboard: bool,
+    ) -> None:
+        if address is None:  # which never grows
+            cluster = cluster.model_copy(update={"autoscaling": False})
+        self._arguments = (store, watcher, stop, cluster, expert)
+        self._address, self._dashboard = address, dashboard
+        self._stack = ExitStack()
+        self._workers: RayWorkers | None = None
+
+    def __enter__(self) -> "LazyRayWorkers":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def check_room(self, asks: Sequence[Ask]) -> None:
+        if asks:
+            if self._address is None:
+                check_compiler(asks)
+            self._connected().check_room(asks)
+
+    def get_ready(self, trainings: Sequence[TrainRequest]) -> None:
+        if trainings:
+            self._connected().get_ready(trainings)
+
+    def run(self, requests: Sequence[StepRequest]) -> Generator[tuple[StepRequest, Outcome], None, None]:
+        return self._connected().run(requests)
+
+    def _connected(self) -> "RayWorkers":
+        if self._workers is None:
+            for name, value in (_ENVIRONMENT | (_LOCAL_ENVIRONMENT if self._address is None else {})).items():
+                os.environ.setdefault(name, value)
+            from btm_cluster.workers.on_ray.cluster import connected
+            from btm_cluster.workers.on_ray.workers import RayWorkers
+
+            self._stack.enter_context(connected(self._address, self._dashboard))
+            self._workers = RayWorkers(*self._arguments)
+        return self._workers

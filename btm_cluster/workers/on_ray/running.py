@@ -1,0 +1,60 @@
+"""A batch of requests under way on the cluster."""
+
+import time
+from dataclasses import InitVar, dataclass, field
+from typing import Any
+
+import ray
+
+from btm_cluster.requests import Resources, StepRequest, TrainRequest
+from btm_cluster.workers.on_ray.supervision import StepState
+
+EARLY_SECONDS = 60.0
+"""How long before its inputs are there the process of a training is started: it imports, opens a GPU and compiles."""
+
+
+@dataclass
+class Running:
+    """A batch under way: its result to come, and the trainer actor where it has one."""
+
+    batch: list[StepRequest]
+    result: Any
+    trainer: Any = None
+    how: Resources | None = None
+    """What the trainer holds."""
+    waits_for: InitVar[str] = ""
+    """Capacity that the cluster lacked when this was submitted."""
+    state: StepState = field(init=False)
+    seconds_left: float | None = None
+    """As a training last said."""
+
+    def __post_init__(self, waits_for: str) -> None:
+        is_training = self.trainer is not None and self.is_training
+        self.state = StepState.submitted(time.monotonic(), is_training, waits_for)
+
+    @property
+    def label(self) -> str:
+        """The name that progress goes by."""
+        return self.batch[0].label
+
+    @property
+    def is_training(self) -> bool:
+        """Whether it is a training."""
+        return isinstance(self.batch[0], TrainRequest)
+
+    @property
+    def ends_soon(self) -> bool:
+        """Whether whatever follows should get ready. Steps that do not train are short."""
+        return not self.is_training or (self.seconds_left is not None and self.seconds_left <= EARLY_SECONDS)
+
+    @property
+    def may_lack_a_place(self) -> bool:
+        """Whether it was not heard yet, and may still wait for a place on the cluster. A trainer that scores has one."""
+        return self.state.phase == "queued" and (self.trainer is None or self.is_training)
+
+    def end(self) -> None:
+        """Kills the trainer, or cancels the task."""
+        if self.trainer is not None:
+            ray.kill(self.trainer)
+        else:
+            ray.cancel(self.result, force=False)

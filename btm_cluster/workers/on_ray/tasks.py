@@ -1,0 +1,50 @@
+"""What runs in the cluster beside trainings: a task for any step, and the actor that averages."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.requests import StepRequest, TrainRequest
+from btm_cluster.steps.registry import run_batch
+from btm_cluster.workers.on_ray.progress import RayControl
+
+AVERAGES_AT_ONCE = 4
+OTHER_SECONDS = 2.0
+"""Between two looks at what another driver trains."""
+
+
+@ray.remote
+def step_task(batch: Sequence[StepRequest], store: str, board: Any) -> list[Artifact]:
+    """Does what the requests of a batch ask for."""
+    with RayControl(board, lambda: False) as control:
+        return list(run_batch(batch, Ledger.open(store), control))
+
+
+@ray.remote(num_cpus=0)
+def await_other_task(request: TrainRequest, store: str, name: str) -> list[Artifact] | None:
+    """The model that another driver's trainer is at; None where that one ended without it."""
+    while True:
+        found = Ledger.open(store).find(request.ref)
+        if found is not None:
+            return [found]
+        try:
+            ray.get_actor(name)
+        except ValueError:  # there is none of that name any more
+            found = Ledger.open(store).find(request.ref)
+            return None if found is None else [found]
+        time.sleep(OTHER_SECONDS)
+
+
+class Merger:
+    """The merge actor: averages models, a few at a time, since most of that is reading and hashing."""
+
+    def average(self, batch: Sequence[StepRequest], store: str, board: Any) -> list[Artifact]:
+        """The committed averages."""
+        with RayControl(board, lambda: False) as control:
+            return list(run_batch(batch, Ledger.open(store), control))
+
+
+MergerActor: Any = ray.remote(max_concurrency=AVERAGES_AT_ONCE)(Merger)

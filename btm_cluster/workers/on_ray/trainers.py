@@ -1,0 +1,201 @@
+"""The trainer actors of one driver: started before their turn where there is room, and kept while they can score.
+
+To start a process, import, open a GPU and compile takes longer than many a training. So a training's actor starts while the
+last of what it waits for is made, where nobody holds the place; and one that has trained scores, if need be, other models too.
+"""
+
+import sys
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import ray
+
+from btm_cluster.driver.room import bundle
+from btm_cluster.ledger import Ref
+from btm_cluster.plan import ClusterPlan
+from btm_cluster.requests import Resources, ScoreRequest, StepRequest, TrainRequest
+from btm_cluster.workers.on_ray.running import Running
+from btm_cluster.workers.on_ray.training import TrainerActor, trainer_options
+from btm_cluster.workers.pending import Pending
+
+IDLE_SECONDS = 60.0
+"""How long a trainer is kept that has nothing to score yet: others may want its place on the cluster."""
+
+SHORT_STEPS_PER_CPU = 4
+"""So many steps other than trainings, on each CPU, take about as long as a training's process takes to start."""
+
+
+@dataclass(frozen=True)
+class _Idle:
+    """A trainer that has nothing to do, what it holds, and since when on the monotonic clock."""
+
+    actor: Any
+    how: Resources
+    since: float
+
+
+class Trainers:
+    """Starts trainers, early or when asked for, has them score, and ends those that nobody needs."""
+
+    def __init__(self, store: str, cluster: ClusterPlan, board: Any) -> None:
+        self._store, self._retries, self._board = store, cluster.retries, board
+        self._at_once = cluster.concurrent_experts or sys.maxsize
+        self._cpus = ray.cluster_resources().get("CPU", 1.0)
+        self._early: dict[Ref, tuple[TrainRequest, Any]] = {}
+        self._placed: set[str] = set()
+        """Labels of trainings whose actor, started early, has its place on the cluster."""
+        self._idle: list[_Idle] = []
+
+    # Starting
+
+    def start(self, request: TrainRequest) -> tuple[Any, bool]:
+        """A training's actor, and whether it was started early and has its place on the cluster.
+
+        Raises:
+            ValueError: another driver has one for the same model.
+        """
+        if request.ref in self._early:
+            return self._early.pop(request.ref)[1], request.label in self._placed
+        return TrainerActor.options(**trainer_options(request, self._store, self._retries)).remote(), False
+
+    def heard(self, label: str) -> None:
+        """Notes that an actor that was started early is at work."""
+        self._placed.add(label)
+
+    def start_early(self, trainings: Sequence[TrainRequest], pending: Pending, running: Iterable[Running]) -> None:
+        """Starts the actors of trainings whose inputs will be there soon, in order, as far as nobody holds their place.
+
+        Ends those that were started for trainings which are not among these any more.
+        """
+        self._end_early(but={request.ref for request in trainings})
+        soon = list(self._follow_soon(trainings[: self._at_once], pending, running))
+        if all(request.ref in self._early for request in soon):
+            return
+        free = dict(ray.available_resources())
+        for early, _ in self._early.values():
+            if early.label not in self._placed:
+                _take(free, early.how)
+        for request in soon:
+            if request.ref in self._early:
+                continue
+            if not _holds(free, request.how):
+                return
+            _take(free, request.how)
+            try:
+                actor = TrainerActor.options(**trainer_options(request, self._store, self._retries)).remote()
+            except ValueError:  # another driver trains it
+                continue
+            actor.warm_up.remote(request, self._board)
+            self._early[request.ref] = (request, actor)
+
+    def _follow_soon(
+        self, trainings: Sequence[TrainRequest], pending: Pending, running: Iterable[Running]
+    ) -> Iterator[TrainRequest]:
+        """The first trainings, up to one that comes later."""
+        at_work = {request.ref: one for one in running for request in one.batch}
+        not_started = {request.ref for request in pending.trainings}
+        for request in trainings:
+            before = pending.awaited_in_turn(request)
+            are_few = 0 < len(before) <= SHORT_STEPS_PER_CPU * self._cpus
+            is_soon = (
+                are_few and not before & not_started and all(at_work[ref].ends_soon for ref in before & at_work.keys())
+            )
+            if request.how.workers > 1 or not (is_soon or request.ref in self._early):
+                return
+            yield request
+
+    # Scoring
+
+    def go_on(self, finished: Running, pending: Pending, running: Collection[Running]) -> Running | None:
+        """What the trainer does that has finished a batch: it scores the model that it has trained, or is kept, or ended.
+
+        Its own model it scores in any case where it holds no more than that takes.
+        """
+        if finished.trainer is None or finished.how is None:
+            return None
+        idle = _Idle(finished.trainer, finished.how, time.monotonic())
+        is_wanted = idle.how.workers > 1 or self._is_place_wanted(pending, running)
+        if finished.is_training:
+            trained, fits = finished.batch[0].ref, _is_as_large if is_wanted else _can_score
+            batch = pending.next_batch(lambda request: fits(idle.how, request) and trained in request.needs)
+            if batch:
+                return self._score(idle, batch)
+        self._idle.append(idle)
+        is_too_much = (
+            sum(one.how.cpus_per_worker for one in self._idle) > self._cpus / 2
+        )  # steps of one CPU need the rest
+        if is_wanted or is_too_much:
+            self._end_idle(but=self._idle[:-1])
+        return None
+
+    def score_ready(self, pending: Pending) -> Iterator[Running]:
+        """Has idle trainers score what is ready, a model each."""
+        for idle in list(self._idle):
+            if batch := pending.next_batch(partial(_can_score, idle.how)):
+                self._idle.remove(idle)
+                yield self._score(idle, batch)
+
+    def _score(self, idle: _Idle, batch: list[StepRequest]) -> Running:
+        return Running(batch, idle.actor.score.remote(batch, self._store, self._board), idle.actor, idle.how)
+
+    # Ending
+
+    def end_unneeded(self, pending: Pending, running: Collection[Running]) -> None:
+        """Ends idle trainers that are in the way, that nothing is left to score for, or that were idle too long."""
+        if not self._idle:
+            return
+        late = time.monotonic() - IDLE_SECONDS
+        at_most = 0 if self._is_place_wanted(pending, running) else pending.models_to_score
+        self._end_idle(but=[idle for idle in self._idle if idle.since > late][:at_most])
+
+    def end_all(self, announced: Collection[TrainRequest] = ()) -> None:
+        """Ends all but those that were started early for announced trainings."""
+        self._end_idle(but=())
+        self._end_early(but={request.ref for request in announced})
+
+    def _end_idle(self, but: Collection[_Idle]) -> None:
+        for idle in self._idle:
+            if idle not in but:
+                ray.kill(idle.actor)
+        self._idle = list(but)
+
+    def _end_early(self, but: Collection[Ref]) -> None:
+        for ref in [ref for ref in self._early if ref not in but]:
+            ray.kill(self._early.pop(ref)[1])
+
+    def _is_place_wanted(self, pending: Pending, running: Iterable[Running]) -> bool:
+        """Whether a training, or another step that runs in a group, waits or may have to wait for an idle trainer's place."""
+        if any(request.ref not in self._early for request in pending.trainings):
+            return True
+        if (
+            sum(idle.how.cpus_per_worker for idle in self._idle) > self._cpus / 2
+        ):  # the other half is for steps of one CPU
+            return True
+        free = ray.available_resources()
+        queued = [one.batch[0].group for one in running if one.may_lack_a_place]
+        return not all(_holds(free, group) for group in queued if group is not None)
+
+
+def _can_score(held: Resources, request: StepRequest) -> bool:
+    """Whether a request is a score that can be computed in the place of such a trainer, with no CPU held for nothing."""
+    if not isinstance(request, ScoreRequest):
+        return False
+    asked = request.how.gpus_per_worker
+    return 0 < asked <= held.gpus_per_worker if asked else _is_as_large(held, request)
+
+
+def _is_as_large(held: Resources, request: StepRequest) -> bool:
+    """Whether a request is a score that takes as much as such a trainer holds."""
+    return isinstance(request, ScoreRequest) and bundle(request.how) == bundle(held)
+
+
+def _holds(free: Mapping[str, float], asked: Resources) -> bool:
+    return all(free.get(name, 0.0) >= amount - 1e-9 for name, amount in bundle(asked).items())
+
+
+def _take(free: dict[str, float], asked: Resources) -> None:
+    for name, amount in bundle(asked).items():
+        free[name] = free.get(name, 0.0) - amount

@@ -1,0 +1,241 @@
+"""The workers' port on Ray: a named actor for each training, one actor for averages, a task for every other step.
+
+Steps wait here for the inputs that others of the same call make, and trainings for `concurrent_experts`; everything else is
+Ray's. A failed request never cancels its siblings.
+"""
+
+import threading
+import time
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import ray
+import ray.util.state
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from btm_cluster.driver.port import Failure, Outcome
+from btm_cluster.driver.room import Ask, ask_of, bundle
+from btm_cluster.errors import UserError
+from btm_cluster.ledger import Ledger
+from btm_cluster.plan import ClusterPlan
+from btm_cluster.requests import AverageRequest, Resources, StepRequest, TrainRequest
+from btm_cluster.requests.progress import Progress, Watcher
+from btm_cluster.steps.registry import STEPS
+from btm_cluster.stopping import stopped
+from btm_cluster.storage.requests import take_requests
+from btm_cluster.workers.on_ray.cluster import has_room
+from btm_cluster.workers.on_ray.failures import LOG_LINES, failure_of
+from btm_cluster.workers.on_ray.metrics import Metrics
+from btm_cluster.workers.on_ray.progress import News, ProgressBoardActor
+from btm_cluster.workers.on_ray.running import Running
+from btm_cluster.workers.on_ray.supervision import WARMING_UP, Kill, Limits, supervise, waiting_message
+from btm_cluster.workers.on_ray.tasks import MergerActor, await_other_task, step_task
+from btm_cluster.workers.on_ray.trainers import Trainers
+from btm_cluster.workers.on_ray.training import trainer_name
+from btm_cluster.workers.pending import Pending
+
+POLL_SECONDS = 0.25
+
+
+class RayWorkers:
+    """The port for a connected Ray cluster. `stop` is set when the driver was asked to stop."""
+
+    def __init__(
+        self, store: str, watcher: Watcher, stop: threading.Event, cluster: ClusterPlan, expert: Resources
+    ) -> None:
+        self._store, self._watcher, self._stop, self._cluster, self._expert = store, watcher, stop, cluster, expert
+        # On the driver's own node: another may be lost, and the driver would be lost with what it asks every moment.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        board = {"max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+        self._board = ProgressBoardActor.options(name=f"progress-{time.time_ns()}", **board).remote()
+        self._metrics = Metrics(store)
+        self._retried = {"max_restarts": cluster.retries, "max_task_retries": -1}
+        self._merger: Any = None
+        self._trainers = Trainers(store, cluster, self._board)
+        self._announced: list[TrainRequest] = []
+        self._room: Mapping[str, bool] = {}
+
+    def check_room(self, asks: Sequence[Ask]) -> None:
+        if self._stop.is_set():
+            raise stopped()
+        for ask in asks:
+            has_room(ask, self._cluster.autoscaling)
+
+    def get_ready(self, trainings: Sequence[TrainRequest]) -> None:
+        self._announced = list(trainings)
+
+    def run(self, requests: Sequence[StepRequest]) -> Generator[tuple[StepRequest, Outcome], None, None]:
+        self._room = self._check_trainings([request for request in requests if isinstance(request, TrainRequest)])
+        self._metrics.stands(Ledger.open(self._store).log.newest())
+        announced, self._announced = self._announced, []
+        pending, running = Pending(requests), dict[Any, Running]()
+        try:
+            while pending or running:
+                if self._stop.is_set():
+                    self._stop_all(running.values())
+                    raise stopped()
+                self._start_all(pending, running, announced)
+                done, _ = ray.wait(list(running), timeout=POLL_SECONDS)
+                self._relay(running.values())
+                for result in done:
+                    finished = running[result]
+                    yield from self._finish(finished, pending)
+                    del running[result]
+                    if follower := self._trainers.go_on(finished, pending, running.values()):
+                        running[follower.result] = follower
+                self._end_idle_merger(pending, running.values())
+        except (UserError, GeneratorExit):  # a mistake, met here or by whoever asked, costs no training
+            self._stop_all(running.values())
+            raise
+        finally:
+            for one in running.values():
+                one.end()
+            self._trainers.end_all(announced)
+            self._end_merger()
+
+    def _start_all(self, pending: Pending, running: dict[Any, Running], announced: Sequence[TrainRequest]) -> None:
+        """Starts every request whose inputs and turn are there, and the processes of trainings that follow soon."""
+        for scores in self._trainers.score_ready(pending):
+            running[scores.result] = scores
+        while batch := pending.next_batch(lambda request: self._may_start(request, running.values())):
+            started = self._start(batch)
+            running[started.result] = started
+        self._trainers.end_unneeded(pending, running.values())
+        self._trainers.start_early([*pending.trainings, *announced], pending, running.values())
+
+    def _may_start(self, request: StepRequest, running: Iterable[Running]) -> bool:
+        if not isinstance(request, TrainRequest):
+            return True
+        trainings = [one for one in running if isinstance(one.batch[0], TrainRequest)]
+        # Ray may place the later of two: a rival is submitted once every expert before it has its place.
+        queued = [one.batch[0].priority for one in trainings if one.state.phase == "queued"]
+        at_once = self._cluster.concurrent_experts or len(trainings) + 1
+        return len(trainings) < at_once and all((number or 0) >= request.priority for number in queued)
+
+    def _finish(self, finished: Running, pending: Pending) -> Iterator[tuple[StepRequest, Outcome]]:
+        """Every request of a batch with its outcome, and those that can never start because of it."""
+        outcomes = self._collect(finished)
+        if outcomes is None:  # another driver left it unfinished: ours now
+            pending.put_back(finished.batch[0])
+        for request, outcome in zip(finished.batch, outcomes or (), strict=outcomes is not None):
+            self._metrics.ended(request.label, STEPS[type(request)].function, failed=isinstance(outcome, Failure))
+            yield request, outcome
+            yield from pending.finish(request, outcome)
+        if finished.is_training:  # whoever asked may have merged it
+            self._metrics.stands(Ledger.open(self._store).log.newest())
+
+    def _end_idle_merger(self, pending: Pending, running: Collection[Running]) -> None:
+        """Ends the merge actor where there is nothing to average, for good or while a training waits for the CPU that it holds."""
+        averages = any(isinstance(one.batch[0], AverageRequest) for one in running)
+        trainings = pending.trainings or any(one.is_training and one.may_lack_a_place for one in running)
+        if not averages and (trainings or not pending.averages):
+            self._end_merger()
+
+    def _end_merger(self) -> None:
+        if self._merger is not None:
+            ray.kill(self._merger)
+            self._merger = None
+
+    def _check_trainings(self, requests: Sequence[TrainRequest]) -> dict[str, bool]:
+        """Whether the cluster as it stands has room for each training, by label.
+
+        Raises:
+            ResourcesError: it never will have.
+        """
+        if any(request.role == "seed" or request.milestones for request in requests):
+            has_room(Ask("an expert", self._expert), self._cluster.autoscaling)  # before its seed is paid for
+        return {request.label: has_room(ask_of(request), self._cluster.autoscaling) for request in requests}
+
+    def _start(self, batch: list[StepRequest]) -> Running:
+        request, step = batch[0], STEPS[type(batch[0])]
+        if isinstance(request, TrainRequest):
+            return self._start_training(request)
+        if step.runs_in == "merger":
+            if self._merger is None:
+                self._merger = MergerActor.options(name=f"merge-{time.time_ns()}", num_cpus=1, **self._retried).remote()
+            return Running(batch, self._merger.average.remote(batch, self._store, self._board))
+        options: dict[str, Any] = {"name": f"{step.function} {request.label}", "max_retries": self._cluster.retries}
+        waits_for = ""
+        if request.group is None:
+            options["num_cpus"] = 1
+        else:
+            alone = Ask(request.label, replace(request.group, workers=1))
+            waits_for = "" if has_room(alone, self._cluster.autoscaling) else self._say_what_waits(alone)
+            held = bundle(alone.how)
+            options |= {"num_cpus": held["CPU"], "num_gpus": held.get("GPU", 0)}
+        result = step_task.options(**options).remote(batch, self._store, self._board)
+        return Running(batch, result, waits_for=waits_for)
+
+    def _start_training(self, request: TrainRequest) -> Running:
+        try:
+            trainer, has_place = self._trainers.start(request)
+        except ValueError:  # the name is taken
+            self._watcher(Progress(request.label, "waiting for another driver, which trains it"))
+            name = trainer_name(request, self._store)
+            return Running([request], await_other_task.remote(request, self._store, name))
+        result = trainer.train.remote(request, self._store, self._cluster.retries, self._board)
+        self._metrics.asked(request)
+        has_place = has_place or self._room[request.label]
+        waits_for = "" if has_place else self._say_what_waits(ask_of(request))
+        return Running([request], result, trainer, request.how, waits_for)
+
+    def _say_what_waits(self, ask: Ask) -> str:
+        self._watcher(Progress(ask.label, waiting_message(ask.words)))
+        return ask.words
+
+    def _collect(self, finished: Running) -> list[Outcome] | None:
+        """An outcome for each request of the batch. None: another driver's training came to nothing."""
+        try:
+            outcomes: list[Outcome] | None = ray.get(finished.result)
+            return outcomes
+        except ray.exceptions.RayError as exc:
+            attempts, host = ray.get(self._board.story.remote(finished.label))
+            log = _log_of(finished.trainer)
+            finished.end()
+            finished.trainer = None
+            return [failure_of(one.label, exc, attempts, host, log) for one in finished.batch]
+
+    def _relay(self, running: Iterable[Running]) -> None:
+        """Passes progress on to the watcher, says what waits for room, and kills what hangs."""
+        news: News = ray.get(self._board.take.remote())
+        fresh = {progress.label: progress for progress in news.progress}
+        for progress in fresh.values():
+            if progress.phase == WARMING_UP:
+                self._trainers.heard(progress.label)
+            self._metrics.heard(progress, news.attempts[progress.label])
+            self._watcher(progress)
+        for requests in (news.requests, take_requests()):
+            self._metrics.requested(requests)
+        self._metrics.renew()
+        limits = Limits(60 * self._cluster.hang_minutes)
+        for one in running:
+            if (news_of := fresh.get(one.label)) is not None and news_of.seconds_left is not None:
+                one.seconds_left = news_of.seconds_left
+            one.state, action = supervise(one.state, fresh.get(one.label), time.monotonic(), limits)
+            if action is not None:
+                self._watcher(Progress(one.label, action.message))
+            if isinstance(action, Kill):
+                for process in ray.get(self._board.processes.remote(one.label)):
+                    process.kill()
+
+    def _stop_all(self, running: Iterable[Running]) -> None:
+        """Asks every trainer to save and stop, and waits for them as long as the plan allows."""
+        trainings = [one for one in running if one.state.phase == "updating"]
+        for one in trainings:
+            self._watcher(Progress(one.label, "saving, to stop"))
+            one.trainer.stop.remote()
+        if trainings:
+            results = [one.result for one in trainings]
+            ray.wait(results, num_returns=len(results), timeout=self._cluster.stop_grace_seconds)
+
+
+def _log_of(trainer: Any) -> str:
+    """The end of what a trainer's process logged, where the cluster serves logs."""
+    if trainer is None:
+        return ""
+    try:
+        lines = ray.util.state.get_log(actor_id=trainer._actor_id.hex(), tail=LOG_LINES, suffix="err", timeout=10)
+        return "".join(lines)
+    except Exception:  # a cluster without a dashboard serves none, and that is no reason to fail
+        return ""
