@@ -1,1 +1,1 @@
-"""What `btm expand` does: what has arrived in the inbox or the plan, to experts, merged where they may be."""
+"""Domains that arrive after a forest is founded: the inbox, their texts, and whether their experts are accepted."""

@@ -1,1 +1,1 @@
-"""Language models on one machine or one process group: texts, tokenizers, training, scoring. Knows nothing of Ray."""
+"""Language models on one machine or one process group: build, train, score, average, generate. Knows no Ray and no store."""

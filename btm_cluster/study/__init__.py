@@ -1,1 +1,1 @@
-"""A study: the paper's comparison with its rivals, controls and repeats, and the page made of it."""
+"""A study: the paper's comparison with its rivals, controls and repeats."""
