@@ -22,7 +22,7 @@ from tests.conftest import in_process, plan_fields
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedStore:
     """A store of one's own with texts, tokenizer and token blocks, and nothing trained yet."""
 
     driver: Driver
@@ -71,7 +71,7 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def prepared_plan(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Plan:
+def plan_with_blocks(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Plan:
     """A plan of two-layer models whose store holds its texts as blocks."""
     fields = plan_fields(texts, tmp_path_factory.mktemp("prepared") / "store")
     fields["model"] = {"config": {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2}}
@@ -99,18 +99,18 @@ def copy_store(plan: Plan, folder: Path) -> Plan:
 
 
 @pytest.fixture
-def prepared(prepared_plan: Plan, tmp_path: Path) -> Prepared:
+def prepared_store(plan_with_blocks: Plan, tmp_path: Path) -> PreparedStore:
     """A prepared store of the test's own."""
-    plan = copy_store(prepared_plan, tmp_path / "prepared-store")
+    plan = copy_store(plan_with_blocks, tmp_path / "prepared-store")
     driver = in_process(plan)
-    return Prepared(driver, prepare(plan, driver))
+    return PreparedStore(driver, prepare(plan, driver))
 
 
 @pytest.fixture(scope="session")
-def grown(prepared_plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> GrownForest:
+def grown(plan_with_blocks: Plan, tmp_path_factory: pytest.TempPathFactory) -> GrownForest:
     """A forest of two-layer experts, trained until they differ, with its scores and averages."""
     longer = {"updates": 24, "seed_share": 0.25, "learning_rate": 1e-2}
-    plan = copy_store(prepared_plan, tmp_path_factory.mktemp("grown") / "store")
+    plan = copy_store(plan_with_blocks, tmp_path_factory.mktemp("grown") / "store")
     cluster = plan.cluster.model_copy(update={"micro_batch_blocks": 16})
     plan = plan.model_copy(update={"training": plan.training.model_copy(update=longer), "cluster": cluster})
     driver = in_process(plan)

@@ -37,7 +37,7 @@ from btm_cluster.steps.train import train
 from btm_cluster.steps.training_run import run_training
 from btm_cluster.study.controls import seeded_demix_request
 from tests.conftest import DOMAINS, in_process
-from tests.integration.conftest import Prepared
+from tests.integration.conftest import PreparedStore
 from tests.integration.test_housekeeping import let_all_be_old
 from tests.integration.test_training import (
     AT_EVERY_UPDATE,
@@ -209,8 +209,8 @@ def test_a_demix_beside_a_pretrained_model_is_refused(
 
 
 @pytest.fixture
-def request_(prepared: Prepared) -> TrainRequest:
-    return demix_request(prepared.ground)
+def request_(prepared_store: PreparedStore) -> TrainRequest:
+    return demix_request(prepared_store.ground)
 
 
 def stored_parts(ledger: Ledger, request: TrainRequest) -> list[Artifact]:
@@ -222,13 +222,13 @@ def stored_parts(ledger: Ledger, request: TrainRequest) -> list[Artifact]:
 
 @pytest.mark.parametrize("at_once", [1, 8, 100])
 def test_a_trained_demix_is_a_plain_loop_over_dense_models_that_share_all_but_their_feed_forwards(
-    prepared: Prepared, request_: TrainRequest, at_once: int
+    prepared_store: PreparedStore, request_: TrainRequest, at_once: int
 ) -> None:
     how = replace(request_.how, micro_batch_blocks=at_once)
     strong_decay = request_.training.model_copy(update={"weight_decay": 10.0})  # it shows whether a bias decays
     request = replace(request_, how=how, training=strong_decay)
-    ledger, end = prepared.driver.ledger, end_of_text(prepared)
-    run(prepared, request)
+    ledger, end = prepared_store.driver.ledger, end_of_text(prepared_store)
+    run(prepared_store, request)
     torch.manual_seed(0)
     first = fresh(request.model)
     shared = {id(p): p for name, p in first.named_parameters() if not is_feed_forward(name)}
@@ -247,12 +247,12 @@ def test_a_trained_demix_is_a_plain_loop_over_dense_models_that_share_all_but_th
 
 
 def test_the_parts_of_a_trained_demix_say_of_a_block_what_it_says_when_it_routes_the_block(
-    prepared: Prepared, request_: TrainRequest
+    prepared_store: PreparedStore, request_: TrainRequest
 ) -> None:
-    ledger, end = prepared.driver.ledger, end_of_text(prepared)
+    ledger, end = prepared_store.driver.ledger, end_of_text(prepared_store)
     texts = [open_blocks(ledger, text) for text in request_.texts]
     trained = run_training(request_, ledger, Undisturbed(), texts, end, lambda *_: None)
-    run(prepared, request_)
+    run(prepared_store, request_)
     block = torch.from_numpy(texts[0].take(np.zeros(1, dtype=np.int64)))
     routed = score_tokens(trained.state.model.eval(), block.expand(3, -1), end, request_.how)[0]
     for part, logp in zip(stored_parts(ledger, request_), routed, strict=True):
@@ -262,42 +262,45 @@ def test_the_parts_of_a_trained_demix_say_of_a_block_what_it_says_when_it_routes
 
 
 def test_a_demix_that_dies_at_every_update_ends_in_the_same_weights(
-    prepared: Prepared, request_: TrainRequest, tmp_path: Path
+    prepared_store: PreparedStore, request_: TrainRequest, tmp_path: Path
 ) -> None:
-    shutil.copytree(prepared.driver.ledger.storage.location, tmp_path / "copy")
+    shutil.copytree(prepared_store.driver.ledger.storage.location, tmp_path / "copy")
     undisturbed = Ledger.open(str(tmp_path / "copy"))
     train(request_, undisturbed, Undisturbed())
     expected = [weights_of(part) for part in stored_parts(undisturbed, request_)]
     request = replace(request_, checkpoint_seconds=AT_EVERY_UPDATE)
     for update in range(1, 12):
         with pytest.raises(MachineDied):
-            run(prepared, request, Interrupting(1, dies=True))
-        assert last_saved(prepared, request) == update
-    run(prepared, request)
-    assert [weights_of(part) for part in stored_parts(prepared.driver.ledger, request)] == expected
-    assert last_saved(prepared, request) is None
+            run(prepared_store, request, Interrupting(1, dies=True))
+        assert last_saved(prepared_store, request) == update
+    run(prepared_store, request)
+    assert [weights_of(part) for part in stored_parts(prepared_store.driver.ledger, request)] == expected
+    assert last_saved(prepared_store, request) is None
 
 
 def test_a_demix_of_one_domain_that_branches_from_the_seed_is_the_transformer_lm_that_passes_it(
-    prepared: Prepared,
+    prepared_store: PreparedStore,
 ) -> None:
-    ground, ledger = replace(prepared.ground, founding_texts=prepared.ground.founding_texts[:1]), prepared.driver.ledger
+    ground, ledger = (
+        replace(prepared_store.ground, founding_texts=prepared_store.ground.founding_texts[:1]),
+        prepared_store.driver.ledger,
+    )
     seed = seed_request(ground).ref
-    dense = run(prepared, transformer_lm_request(ground, seed))
+    dense = run(prepared_store, transformer_lm_request(ground, seed))
     request = seeded_demix_request(ground, seed)
-    run(prepared, request)
+    run(prepared_store, request)
     (part,) = stored_parts(ledger, request)
     whole, found = (load_model(request.model, ledger.open_file(one, "model.safetensors")) for one in (dense, part))
     for (name, tensor), expected in zip(found.named_parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_every_part_of_a_demix_that_branches_from_the_seed_starts_as_the_seed(prepared: Prepared) -> None:
-    prepared.train_seed()
-    ledger, seed = prepared.driver.ledger, prepared.seed.ref
-    request = seeded_demix_request(prepared.ground, seed)
+def test_every_part_of_a_demix_that_branches_from_the_seed_starts_as_the_seed(prepared_store: PreparedStore) -> None:
+    prepared_store.train_seed()
+    ledger, seed = prepared_store.driver.ledger, prepared_store.seed.ref
+    request = seeded_demix_request(prepared_store.ground, seed)
     request = replace(request, last_update=request.first_update)
-    run(prepared, request)
+    run(prepared_store, request)
     for part in stored_parts(ledger, request):
         assert part.blob("model.safetensors").sha256 == ledger.get(seed).blob("model.safetensors").sha256
 
@@ -314,14 +317,16 @@ class DyingLedger(Ledger):
         return super().commit(made, *rest)
 
 
-def test_parts_whose_storing_was_cut_short_are_all_of_one_training(prepared: Prepared, request_: TrainRequest) -> None:
-    ledger = prepared.driver.ledger
+def test_parts_whose_storing_was_cut_short_are_all_of_one_training(
+    prepared_store: PreparedStore, request_: TrainRequest
+) -> None:
+    ledger = prepared_store.driver.ledger
     with pytest.raises(MachineDied):
         train(request_, DyingLedger(ledger.storage), Undisturbed())
     assert [ledger.find(part.ref) is not None for part in request_.parts] == [True, False, False]
     assert ledger.find(request_.ref) is None
-    assert last_saved(prepared, request_) == 12
-    run(prepared, request_, Interrupting(0, dies=True))  # no update is left to do
+    assert last_saved(prepared_store, request_) == 12
+    run(prepared_store, request_, Interrupting(0, dies=True))  # no update is left to do
     assert len(stored_parts(ledger, request_)) == 3
 
 

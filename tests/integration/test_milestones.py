@@ -18,7 +18,7 @@ from btm_cluster.operations.run import run_plan
 from btm_cluster.plan import Plan
 from btm_cluster.requests import Pretrained
 from tests.conftest import in_process, made_up_documents, plan_fields, write_jsonl
-from tests.integration.conftest import GrownForest, Prepared
+from tests.integration.conftest import GrownForest, PreparedStore
 
 
 def overtrained_fields(texts: dict[str, Path], folder: Path, seed_share: float) -> dict[str, Any]:
@@ -63,11 +63,11 @@ def test_the_best_milestone_has_the_lowest_perplexity_and_of_equals_is_the_last(
     ],
 )
 def test_milestones_are_the_seed_two_evenly_between_and_the_end(
-    prepared: Prepared, updates: int, seed_share: float, expected: list[int]
+    prepared_store: PreparedStore, updates: int, seed_share: float, expected: list[int]
 ) -> None:
-    plan = prepared.ground.plan
+    plan = prepared_store.ground.plan
     training = plan.training.model_copy(update={"updates": updates, "seed_share": seed_share})
-    ground = replace(prepared.ground, plan=plan.model_copy(update={"training": training}))
+    ground = replace(prepared_store.ground, plan=plan.model_copy(update={"training": training}))
     seed = seed_request(ground).ref
     milestones = transformer_lm_milestones(ground, seed)
     assert list(milestones) == expected
@@ -75,8 +75,8 @@ def test_milestones_are_the_seed_two_evenly_between_and_the_end(
     assert milestones[updates] == transformer_lm_request(ground, seed).ref
 
 
-def test_a_pretrained_seed_is_a_milestone_though_no_training_passes_it(prepared: Prepared) -> None:
-    ground = replace(prepared.ground, pretrained=Pretrained("elsewhere", "0" * 64))
+def test_a_pretrained_seed_is_a_milestone_though_no_training_passes_it(prepared_store: PreparedStore) -> None:
+    ground = replace(prepared_store.ground, pretrained=Pretrained("elsewhere", "0" * 64))
     request = transformer_lm_request(ground, seed_request(ground).ref)
     assert (request.first_update, request.milestones, request.snapshots) == (6, (), (8, 10))
     assert list(transformer_lm_milestones(ground, seed_request(ground).ref)) == [6, 8, 10, 12]
@@ -137,10 +137,10 @@ def test_every_milestone_is_recorded_as_a_baseline_so_that_none_is_collected(gro
     assert seed.identity == grown.grown.forest.foundation.seed
 
 
-def test_an_evaluation_goes_without_a_transformer_lm_that_lacks_a_milestone(prepared: Prepared) -> None:
-    plan, driver = prepared.ground.plan, prepared.driver
+def test_an_evaluation_goes_without_a_transformer_lm_that_lacks_a_milestone(prepared_store: PreparedStore) -> None:
+    plan, driver = prepared_store.ground.plan, prepared_store.driver
     run_plan(plan, driver)
-    request = prepared.transformer_lm
+    request = prepared_store.transformer_lm
     lost = request.at_snapshots[-1].ref
     Path(Ledger.open(plan.store).storage.location, "artifacts", "model", f"{lost.identity}.json").unlink()
     assert find_grown(plan, in_process(plan)).baseline is None

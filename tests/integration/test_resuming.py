@@ -27,40 +27,40 @@ from btm_cluster.steps.train import train
 from btm_cluster.storage import Entry
 from btm_cluster.storage.local_folder import LocalFolder
 from tests.conftest import in_process
-from tests.integration.conftest import Prepared, copy_store
+from tests.integration.conftest import PreparedStore, copy_store
 from tests.integration.test_training import Interrupting, Undisturbed, last_saved, run, weights_of
 
 
 @pytest.fixture(scope="module")
-def undisturbed(prepared_plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def undisturbed(plan_with_blocks: Plan, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The seed's weights when nothing happens to it."""
-    plan = copy_store(prepared_plan, tmp_path_factory.mktemp("undisturbed") / "store")
-    prepared = Prepared(driver := in_process(plan), prepare(plan, driver))
-    return weights_of(run(prepared, prepared.seed))
+    plan = copy_store(plan_with_blocks, tmp_path_factory.mktemp("undisturbed") / "store")
+    prepared_store = PreparedStore(driver := in_process(plan), prepare(plan, driver))
+    return weights_of(run(prepared_store, prepared_store.seed))
 
 
-def folder_of(prepared: Prepared, request: TrainRequest) -> Path:
-    return Path(prepared.driver.ledger.storage.location, "training", request.ref.identity)
+def folder_of(prepared_store: PreparedStore, request: TrainRequest) -> Path:
+    return Path(prepared_store.driver.ledger.storage.location, "training", request.ref.identity)
 
 
-def blob_of(prepared: Prepared, request: TrainRequest, name: str) -> Path:
-    saved = prepared.driver.ledger.latest_training(request.ref.identity)
+def blob_of(prepared_store: PreparedStore, request: TrainRequest, name: str) -> Path:
+    saved = prepared_store.driver.ledger.latest_training(request.ref.identity)
     assert saved is not None
-    return folder_of(prepared, request) / "blobs" / saved.blob(name).sha256
+    return folder_of(prepared_store, request) / "blobs" / saved.blob(name).sha256
 
 
-def stop_after(prepared: Prepared, request: TrainRequest, updates: int) -> None:
+def stop_after(prepared_store: PreparedStore, request: TrainRequest, updates: int) -> None:
     with pytest.raises(Stopped):
-        run(prepared, request, Interrupting(updates))
+        run(prepared_store, request, Interrupting(updates))
 
 
-def keep_two(prepared: Prepared, request: TrainRequest, aside: Path) -> None:
+def keep_two(prepared_store: PreparedStore, request: TrainRequest, aside: Path) -> None:
     """Checkpoints at updates 2 and 4, as a driver leaves them that is killed before it drops the older one."""
-    stop_after(prepared, request, 2)
-    folder = folder_of(prepared, request)
+    stop_after(prepared_store, request, 2)
+    folder = folder_of(prepared_store, request)
     shutil.copytree(folder, aside)
-    stop_after(prepared, request, 2)
-    assert last_saved(prepared, request) == 4
+    stop_after(prepared_store, request, 2)
+    assert last_saved(prepared_store, request) == 4
     shutil.copytree(aside, folder, dirs_exist_ok=True)
 
 
@@ -70,32 +70,32 @@ def keep_two(prepared: Prepared, request: TrainRequest, aside: Path) -> None:
 @pytest.mark.parametrize("lost", ["model.safetensors", "optimizer.safetensors", "both"])
 @pytest.mark.parametrize("how", ["deleted", "cut short"])
 def test_a_checkpoint_that_lost_a_file_is_passed_over_like_a_damaged_one(
-    prepared: Prepared, undisturbed: Mapping[str, str], caplog: pytest.LogCaptureFixture, lost: str, how: str
+    prepared_store: PreparedStore, undisturbed: Mapping[str, str], caplog: pytest.LogCaptureFixture, lost: str, how: str
 ) -> None:
     """It failed that model for ever, while one with a flipped bit was passed over."""
-    request = prepared.seed
-    stop_after(prepared, request, 3)
+    request = prepared_store.seed
+    stop_after(prepared_store, request, 3)
     names = ["model.safetensors", "optimizer.safetensors"] if lost == "both" else [lost]
-    for file in [blob_of(prepared, request, name) for name in names]:
+    for file in [blob_of(prepared_store, request, name) for name in names]:
         file.unlink() if how == "deleted" else file.write_bytes(file.read_bytes()[:-1])
-    assert weights_of(run(prepared, request)) == undisturbed
+    assert weights_of(run(prepared_store, request)) == undisturbed
     assert f"passed over the training checkpoint training/{request.ref.identity}/000000003.json" in caplog.text
     assert names[0] in caplog.text
 
 
 @pytest.mark.parametrize("trouble", ["no model", "no optimizer", "no manifest", "flipped bit", "flipped manifest"])
 def test_where_the_newest_checkpoint_cannot_be_read_training_goes_on_from_an_older_one(
-    prepared: Prepared, undisturbed: Mapping[str, str], tmp_path: Path, trouble: str
+    prepared_store: PreparedStore, undisturbed: Mapping[str, str], tmp_path: Path, trouble: str
 ) -> None:
-    request = prepared.seed
-    keep_two(prepared, request, tmp_path / "aside")
-    manifest = folder_of(prepared, request) / "000000004.json"
-    file = manifest if "manifest" in trouble else blob_of(prepared, request, "model.safetensors")
+    request = prepared_store.seed
+    keep_two(prepared_store, request, tmp_path / "aside")
+    manifest = folder_of(prepared_store, request) / "000000004.json"
+    file = manifest if "manifest" in trouble else blob_of(prepared_store, request, "model.safetensors")
     if trouble == "no optimizer":
-        file = blob_of(prepared, request, "optimizer.safetensors")
+        file = blob_of(prepared_store, request, "optimizer.safetensors")
     file.write_bytes(b"?" + file.read_bytes()[1:]) if "flipped" in trouble else file.unlink()
     control = Counting()
-    assert weights_of(run(prepared, request, control)) == undisturbed
+    assert weights_of(run(prepared_store, request, control)) == undisturbed
     assert control.updates == request.last_update - 2
 
 
@@ -109,20 +109,20 @@ class Counting(Undisturbed):
 
 
 def test_a_checkpoint_that_could_not_be_read_does_not_stand_in_the_way_of_the_next_one_at_its_update(
-    prepared: Prepared, tmp_path: Path
+    prepared_store: PreparedStore, tmp_path: Path
 ) -> None:
     """With other resources the same update has other bytes, and the damaged one would have stayed for ever."""
-    request = replace(prepared.seed, how=replace(prepared.seed.how, micro_batch_blocks=5))
-    keep_two(prepared, prepared.seed, tmp_path / "aside")
-    file = blob_of(prepared, request, "model.safetensors")
+    request = replace(prepared_store.seed, how=replace(prepared_store.seed.how, micro_batch_blocks=5))
+    keep_two(prepared_store, prepared_store.seed, tmp_path / "aside")
+    file = blob_of(prepared_store, request, "model.safetensors")
     file.write_bytes(b"?" + file.read_bytes()[1:])
     with pytest.raises(Stopped):
-        train(request, prepared.driver.ledger, Interrupting(2))
-    saved = prepared.driver.ledger.latest_training(request.ref.identity)
+        train(request, prepared_store.driver.ledger, Interrupting(2))
+    saved = prepared_store.driver.ledger.latest_training(request.ref.identity)
     assert saved is not None
     assert (saved.recipe["update"], saved.facts["how"]["micro_batch_blocks"]) == (4, 5)
     for blob in saved.blobs:
-        prepared.driver.ledger.open_file(saved, blob.name)
+        prepared_store.driver.ledger.open_file(saved, blob.name)
 
 
 def wider(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -147,7 +147,7 @@ def without_step(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     ],
 )
 def test_a_checkpoint_of_other_shapes_or_names_is_passed_over_whole(
-    prepared: Prepared,
+    prepared_store: PreparedStore,
     undisturbed: Mapping[str, str],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -155,8 +155,8 @@ def test_a_checkpoint_of_other_shapes_or_names_is_passed_over_whole(
     change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
 ) -> None:
     """Loading it may have begun: nothing of it may be left in the model that then starts again."""
-    request, ledger = prepared.seed, prepared.driver.ledger
-    stop_after(prepared, request, 3)
+    request, ledger = prepared_store.seed, prepared_store.driver.ledger
+    stop_after(prepared_store, request, 3)
     saved = ledger.latest_training(request.ref.identity)
     assert saved is not None
     files = {}
@@ -165,27 +165,27 @@ def test_a_checkpoint_of_other_shapes_or_names_is_passed_over_whole(
         tensors = load_file(ledger.open_file(saved, blob.name))
         save_file(change(tensors) if blob.name == name else tensors, files[blob.name])
     ledger.save_training(request, 4, files, saved.facts)
-    assert weights_of(run(prepared, request)) == undisturbed
+    assert weights_of(run(prepared_store, request)) == undisturbed
     assert "does not fit the model" in caplog.text
 
 
 def test_another_models_checkpoint_that_was_copied_in_is_passed_over(
-    prepared: Prepared, undisturbed: Mapping[str, str], caplog: pytest.LogCaptureFixture
+    prepared_store: PreparedStore, undisturbed: Mapping[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    other = replace(prepared.seed, training=prepared.seed.training.model_copy(update={"random_seed": 7}))
-    stop_after(prepared, other, 3)
-    shutil.copytree(folder_of(prepared, other), folder_of(prepared, prepared.seed))
-    assert weights_of(run(prepared, prepared.seed)) == undisturbed
+    other = replace(prepared_store.seed, training=prepared_store.seed.training.model_copy(update={"random_seed": 7}))
+    stop_after(prepared_store, other, 3)
+    shutil.copytree(folder_of(prepared_store, other), folder_of(prepared_store, prepared_store.seed))
+    assert weights_of(run(prepared_store, prepared_store.seed)) == undisturbed
     assert "another" in caplog.text
 
 
 def test_a_checkpoint_under_another_updates_name_is_passed_over(
-    prepared: Prepared, undisturbed: Mapping[str, str], caplog: pytest.LogCaptureFixture
+    prepared_store: PreparedStore, undisturbed: Mapping[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    stop_after(prepared, prepared.seed, 3)
-    folder = folder_of(prepared, prepared.seed)
+    stop_after(prepared_store, prepared_store.seed, 3)
+    folder = folder_of(prepared_store, prepared_store.seed)
     (folder / "000000003.json").rename(folder / "000000005.json")
-    assert weights_of(run(prepared, prepared.seed)) == undisturbed
+    assert weights_of(run(prepared_store, prepared_store.seed)) == undisturbed
     assert "000000005.json is another artifact's manifest" in caplog.text
 
 
@@ -229,21 +229,23 @@ MOMENTS = [
 ]
 
 
-def disturbed(prepared: Prepared, request: TrainRequest, moment: tuple[str, str], act: Callable[[], None]) -> Ledger:
+def disturbed(
+    prepared_store: PreparedStore, request: TrainRequest, moment: tuple[str, str], act: Callable[[], None]
+) -> Ledger:
     """The store as a second driver sees it, in which the first one does `act` at a moment of the second one's reading."""
     verb, at = moment
     if at.endswith(".safetensors"):
-        at = blob_of(prepared, request, at).name
-    return Ledger(Meanwhile(prepared.driver.ledger.storage.location, verb, at, act))
+        at = blob_of(prepared_store, request, at).name
+    return Ledger(Meanwhile(prepared_store.driver.ledger.storage.location, verb, at, act))
 
 
 @pytest.mark.parametrize("moment", MOMENTS, ids=" ".join)
 def test_a_checkpoint_that_another_driver_drops_while_it_is_read_is_followed_by_the_newer_one(
-    prepared: Prepared, undisturbed: Mapping[str, str], moment: tuple[str, str]
+    prepared_store: PreparedStore, undisturbed: Mapping[str, str], moment: tuple[str, str]
 ) -> None:
-    request = prepared.seed
-    stop_after(prepared, request, 2)
-    ledger = disturbed(prepared, request, moment, lambda: stop_after(prepared, request, 2))
+    request = prepared_store.seed
+    stop_after(prepared_store, request, 2)
+    ledger = disturbed(prepared_store, request, moment, lambda: stop_after(prepared_store, request, 2))
     control = Counting()
     assert weights_of(train(request, ledger, control)) == undisturbed
     assert control.updates == request.last_update - 4
@@ -251,35 +253,39 @@ def test_a_checkpoint_that_another_driver_drops_while_it_is_read_is_followed_by_
 
 @pytest.mark.parametrize("moment", MOMENTS, ids=" ".join)
 def test_where_another_driver_commits_and_clears_while_a_checkpoint_is_read_its_model_is_taken(
-    prepared: Prepared, moment: tuple[str, str]
+    prepared_store: PreparedStore, moment: tuple[str, str]
 ) -> None:
     """Else all of it would be trained once more, from the start."""
-    request = prepared.seed
-    stop_after(prepared, request, 2)
+    request = prepared_store.seed
+    stop_after(prepared_store, request, 2)
     made: list[Artifact] = []
-    ledger = disturbed(prepared, request, moment, lambda: made.append(run(prepared, request)))
+    ledger = disturbed(prepared_store, request, moment, lambda: made.append(run(prepared_store, request)))
     control = Counting()
     assert train(request, ledger, control) == made[0]
     assert control.updates == 0
-    assert last_saved(prepared, request) is None
+    assert last_saved(prepared_store, request) is None
 
 
-def test_a_save_that_is_overtaken_by_another_drivers_newer_one_is_no_error(prepared: Prepared) -> None:
-    request = prepared.seed
-    stop_after(prepared, request, 2)
-    overtaken = disturbed(prepared, request, ("read", "000000003.json"), lambda: stop_after(prepared, request, 2))
+def test_a_save_that_is_overtaken_by_another_drivers_newer_one_is_no_error(prepared_store: PreparedStore) -> None:
+    request = prepared_store.seed
+    stop_after(prepared_store, request, 2)
+    overtaken = disturbed(
+        prepared_store, request, ("read", "000000003.json"), lambda: stop_after(prepared_store, request, 2)
+    )
     with pytest.raises(Stopped, match="was stopped"):
         train(request, overtaken, Interrupting(1))
-    assert last_saved(prepared, request) == 5
+    assert last_saved(prepared_store, request) == 5
 
 
-def test_a_demix_whose_last_state_another_driver_cleared_is_that_drivers(prepared_plan: Plan, tmp_path: Path) -> None:
-    plan = copy_store(prepared_plan, tmp_path / "store")
+def test_a_demix_whose_last_state_another_driver_cleared_is_that_drivers(
+    plan_with_blocks: Plan, tmp_path: Path
+) -> None:
+    plan = copy_store(plan_with_blocks, tmp_path / "store")
     driver = in_process(plan)
     request = demix_request(prepare(plan, driver))
     twin = copy_store(plan, tmp_path / "twin")
     (copied := train(request, in_process(twin).ledger, Undisturbed()))
-    prepared = Prepared(driver, prepare(plan, driver))
+    prepared_store = PreparedStore(driver, prepare(plan, driver))
 
     class Late(Undisturbed):
         """The other driver's commit and clearing come after this one's last update."""
@@ -291,22 +297,22 @@ def test_a_demix_whose_last_state_another_driver_cleared_is_that_drivers(prepare
                 driver.ledger.clear_training(request.ref.identity)
 
     assert train(request, driver.ledger, Late()).manifest_hash == copied.manifest_hash
-    assert last_saved(prepared, request) is None
+    assert last_saved(prepared_store, request) is None
 
 
 def test_training_never_goes_on_from_a_milestone_without_its_optimiser(
-    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+    prepared_store: PreparedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared.train_seed()
-    request, ledger = prepared.transformer_lm, prepared.driver.ledger
-    stop_after(prepared, request, 5)  # past the two updates of the first one
+    prepared_store.train_seed()
+    request, ledger = prepared_store.transformer_lm, prepared_store.driver.ledger
+    stop_after(prepared_store, request, 5)  # past the two updates of the first one
     kept = ledger.get(request.at_snapshots[0].ref)
     source = find_source(request, ledger)
     assert (source.update, source.is_checkpoint) == (11, True)
     ledger.clear_training(request.ref.identity)
     source = find_source(request, ledger)
     assert source.stored is not None
-    assert (source.update, source.stored.ref) == (6, prepared.seed.ref)
+    assert (source.update, source.stored.ref) == (6, prepared_store.seed.ref)
     monkeypatch.setattr("btm_cluster.steps.train.write_state", without_writing_again(kept.recipe["last_update"]))
     control = Counting()
     assert train(request, ledger, control).facts["tokens"] == request.tokens
@@ -329,9 +335,11 @@ def with_micro_batch(request: TrainRequest, blocks: int) -> TrainRequest:
     return replace(request, how=replace(request.how, micro_batch_blocks=blocks))
 
 
-def test_a_model_that_goes_on_with_other_resources_says_in_spans_of_updates_which(prepared: Prepared) -> None:
-    ledger, request = prepared.driver.ledger, prepared.seed
-    plain = run(prepared, replace(request, last_update=1)).facts["profile"]
+def test_a_model_that_goes_on_with_other_resources_says_in_spans_of_updates_which(
+    prepared_store: PreparedStore,
+) -> None:
+    ledger, request = prepared_store.driver.ledger, prepared_store.seed
+    plain = run(prepared_store, replace(request, last_update=1)).facts["profile"]
     for updates, blocks in ((2, 4), (1, 5), (1, 5), (1, 6)):
         asked = resumed(with_micro_batch(request, blocks), ledger, new_resources=True)
         assert asked.how.micro_batch_blocks == blocks
@@ -341,7 +349,7 @@ def test_a_model_that_goes_on_with_other_resources_says_in_spans_of_updates_whic
     assert saved is not None
     assert saved.facts["how"]["micro_batch_blocks"] == 6
     assert resumed(request, ledger).how.micro_batch_blocks == 6
-    made = run(prepared, request)
+    made = run(prepared_store, request)
     spans = made.facts["profile"]
     assert [(s["first_update"], s["last_update"], s["micro_batch_blocks"]) for s in spans] == [
         (0, 2, 4), (2, 4, 5), (4, 6, 6),
@@ -349,17 +357,19 @@ def test_a_model_that_goes_on_with_other_resources_says_in_spans_of_updates_whic
     assert all(span.keys() == plain.keys() | {"first_update", "last_update"} for span in spans)
 
 
-def test_a_model_of_one_span_says_its_profile_as_ever_whatever_was_asked(prepared: Prepared) -> None:
-    ledger, request = prepared.driver.ledger, prepared.seed
-    plain = run(prepared, replace(request, last_update=1)).facts["profile"]
+def test_a_model_of_one_span_says_its_profile_as_ever_whatever_was_asked(prepared_store: PreparedStore) -> None:
+    ledger, request = prepared_store.driver.ledger, prepared_store.seed
+    plain = run(prepared_store, replace(request, last_update=1)).facts["profile"]
     assert plain == dataclasses.asdict(request.how) | {"torch": torch.__version__, "device": "cpu"}
-    stop_after(prepared, request, 3)
+    stop_after(prepared_store, request, 3)
     assert train(resumed(request, ledger, new_resources=True), ledger, Undisturbed()).facts["profile"] == plain
 
 
-def test_a_checkpoint_of_before_that_kept_no_profile_is_gone_on_from(prepared: Prepared, tmp_path: Path) -> None:
-    ledger, request = prepared.driver.ledger, prepared.seed
-    stop_after(prepared, request, 3)
+def test_a_checkpoint_of_before_that_kept_no_profile_is_gone_on_from(
+    prepared_store: PreparedStore, tmp_path: Path
+) -> None:
+    ledger, request = prepared_store.driver.ledger, prepared_store.seed
+    stop_after(prepared_store, request, 3)
     saved = ledger.latest_training(request.ref.identity)
     assert saved is not None
     files = {blob.name: shutil.copy(ledger.open_file(saved, blob.name), tmp_path / blob.name) for blob in saved.blobs}
@@ -372,9 +382,9 @@ def test_a_checkpoint_of_before_that_kept_no_profile_is_gone_on_from(prepared: P
     ]  # fmt: skip
 
 
-def test_a_transformer_lm_that_goes_on_from_a_seed_of_other_resources_says_so(prepared: Prepared) -> None:
-    prepared.train_seed()
-    spans = run(prepared, with_micro_batch(prepared.transformer_lm, 5)).facts["profile"]
+def test_a_transformer_lm_that_goes_on_from_a_seed_of_other_resources_says_so(prepared_store: PreparedStore) -> None:
+    prepared_store.train_seed()
+    spans = run(prepared_store, with_micro_batch(prepared_store.transformer_lm, 5)).facts["profile"]
     assert [(s["first_update"], s["last_update"], s["micro_batch_blocks"]) for s in spans] == [(0, 6, 4), (6, 12, 5)]
 
 
@@ -389,42 +399,44 @@ def test_spans_of_equal_profiles_are_one() -> None:
 
 
 @pytest.fixture
-def saved_with_four(prepared: Prepared) -> tuple[Prepared, Plan]:
+def saved_with_four(prepared_store: PreparedStore) -> tuple[PreparedStore, Plan]:
     """A seed whose training was started with four CPUs, and its plan, which asks for two by now."""
-    four = replace(prepared.seed, how=replace(prepared.seed.how, cpus_per_worker=4))
+    four = replace(prepared_store.seed, how=replace(prepared_store.seed.how, cpus_per_worker=4))
     with pytest.raises(Stopped):
-        train(four, prepared.driver.ledger, Interrupting(3))
+        train(four, prepared_store.driver.ledger, Interrupting(3))
     torch.set_num_threads(1)
-    plan = prepared.ground.plan
-    return prepared, plan.model_copy(update={"cluster": plan.cluster.model_copy(update={"seed_cpus": 2})})
+    plan = prepared_store.ground.plan
+    return prepared_store, plan.model_copy(update={"cluster": plan.cluster.model_copy(update={"seed_cpus": 2})})
 
 
-def test_a_plan_is_judged_by_what_its_checkpoints_really_ask(saved_with_four: tuple[Prepared, Plan]) -> None:
+def test_a_plan_is_judged_by_what_its_checkpoints_really_ask(saved_with_four: tuple[PreparedStore, Plan]) -> None:
     """The remedy was to change the plan, which changed nothing, and the doctor looked at the plan alone."""
-    prepared, plan = saved_with_four
-    seed, expert, baseline = preview(plan, prepared.driver.ledger).asks
+    prepared_store, plan = saved_with_four
+    seed, expert, baseline = preview(plan, prepared_store.driver.ledger).asks
     assert (seed.label, seed.how.cpus_per_worker, seed.saved_at) == ("seed", 4, 3)
     assert (expert.label, expert.how.cpus_per_worker, expert.saved_at) == ("an expert", 1, None)
     assert (baseline.label, baseline.how.cpus_per_worker, baseline.saved_at) == ("transformer-lm", 2, None)
 
 
-def test_the_refusal_names_the_checkpoint_and_the_flag_that_helps(saved_with_four: tuple[Prepared, Plan]) -> None:
-    prepared, _ = saved_with_four
+def test_the_refusal_names_the_checkpoint_and_the_flag_that_helps(saved_with_four: tuple[PreparedStore, Plan]) -> None:
+    prepared_store, _ = saved_with_four
     node = {"CPU": 2.0, "GPU": 0.0}
-    request = replace(prepared.seed, how=replace(prepared.seed.how, cpus_per_worker=2))
-    asked = ask_of(resumed(request, prepared.driver.ledger))
+    request = replace(prepared_store.seed, how=replace(prepared_store.seed.how, cpus_per_worker=2))
+    asked = ask_of(resumed(request, prepared_store.driver.ledger))
     assert not fits([node], asked.how)
     said = str(no_room(asked, "the cluster", [node], "add nodes"))
     for part in ("seed", "4 CPU", "checkpoint at update 3", "2 CPU", "--new-resources"):
         assert part in said
     assert "lower" not in said, "the plan's fields have no effect"
-    assert fits([node], resumed(request, prepared.driver.ledger, new_resources=True).how)
+    assert fits([node], resumed(request, prepared_store.driver.ledger, new_resources=True).how)
 
 
-def test_a_step_that_failed_does_not_count_as_run(prepared: Prepared) -> None:
-    driver = prepared.driver
-    endless = replace(prepared.seed, training=prepared.seed.training.model_copy(update={"learning_rate": 1e300}))
-    outcomes = driver.obtain([endless, prepared.seed])
+def test_a_step_that_failed_does_not_count_as_run(prepared_store: PreparedStore) -> None:
+    driver = prepared_store.driver
+    endless = replace(
+        prepared_store.seed, training=prepared_store.seed.training.model_copy(update={"learning_rate": 1e300})
+    )
+    outcomes = driver.obtain([endless, prepared_store.seed])
     assert [type(outcome) for outcome in outcomes] == [Failure, Artifact]
     assert driver.made["model"] == 1
 
@@ -440,9 +452,9 @@ def test_gpus_that_this_machine_lacks_are_refused_before_a_text_is_read(fields: 
     assert not Path(plan.store).exists()
 
 
-def test_a_file_that_vanishes_for_good_is_missing(prepared: Prepared) -> None:
-    request = prepared.seed
-    seed = run(prepared, request)
-    Path(prepared.driver.ledger.storage.location, "blobs", seed.blob("model.safetensors").sha256).unlink()
+def test_a_file_that_vanishes_for_good_is_missing(prepared_store: PreparedStore) -> None:
+    request = prepared_store.seed
+    seed = run(prepared_store, request)
+    Path(prepared_store.driver.ledger.storage.location, "blobs", seed.blob("model.safetensors").sha256).unlink()
     with pytest.raises(MissingError):
-        prepared.driver.ledger.open_file(seed, "model.safetensors")
+        prepared_store.driver.ledger.open_file(seed, "model.safetensors")

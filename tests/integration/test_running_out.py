@@ -16,18 +16,18 @@ from btm_cluster.operations.verify import verify
 from btm_cluster.plan import Plan
 from btm_cluster.requests.progress import Progress
 from tests.conftest import in_process, run_all
-from tests.integration.conftest import Prepared, copy_store
+from tests.integration.conftest import PreparedStore, copy_store
 from tests.integration.test_training import AT_EVERY_UPDATE, Undisturbed, last_saved, run, weights_of
 
 UPDATES = 6
 
 
 @pytest.fixture(scope="module")
-def undisturbed(prepared_plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def undisturbed(plan_with_blocks: Plan, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The seed's weights when nothing happens."""
-    plan = copy_store(prepared_plan, tmp_path_factory.mktemp("undisturbed") / "store")
-    prepared = Prepared(driver := in_process(plan), prepare(plan, driver))
-    return weights_of(run(prepared, prepared.seed))
+    plan = copy_store(plan_with_blocks, tmp_path_factory.mktemp("undisturbed") / "store")
+    prepared_store = PreparedStore(driver := in_process(plan), prepare(plan, driver))
+    return weights_of(run(prepared_store, prepared_store.seed))
 
 
 # Memory
@@ -67,35 +67,35 @@ class Hungry(Undisturbed):
 
 @pytest.mark.parametrize("run_out", RUNS_OUT)
 def test_memory_that_runs_out_once_costs_an_update_since_the_last_checkpoint(
-    prepared: Prepared, undisturbed: dict[str, str], run_out: Callable[[], None]
+    prepared_store: PreparedStore, undisturbed: dict[str, str], run_out: Callable[[], None]
 ) -> None:
     control = Hungry(run_out, times=1)
-    made = run(prepared, replace(prepared.seed, checkpoint_seconds=AT_EVERY_UPDATE), control)
+    made = run(prepared_store, replace(prepared_store.seed, checkpoint_seconds=AT_EVERY_UPDATE), control)
     assert weights_of(made) == undisturbed
     assert control.asked == UPDATES + 1
 
 
 @pytest.mark.parametrize("run_out", RUNS_OUT)
 def test_memory_that_runs_out_again_is_an_error_that_keeps_the_last_checkpoint(
-    prepared: Prepared, undisturbed: dict[str, str], run_out: Callable[[], None]
+    prepared_store: PreparedStore, undisturbed: dict[str, str], run_out: Callable[[], None]
 ) -> None:
-    request = replace(prepared.seed, checkpoint_seconds=AT_EVERY_UPDATE)
+    request = replace(prepared_store.seed, checkpoint_seconds=AT_EVERY_UPDATE)
     control = Hungry(run_out, times=2)
     with pytest.raises(TrainingError) as failed:
-        run(prepared, request, control)
+        run(prepared_store, request, control)
     assert "seed: out of memory" in failed.value.what
     assert "micro_batch_blocks" in failed.value.remedy
-    assert (control.times, last_saved(prepared, request)) == (0, 4)
-    assert weights_of(run(prepared, request)) == undisturbed
+    assert (control.times, last_saved(prepared_store, request)) == (0, 4)
+    assert weights_of(run(prepared_store, request)) == undisturbed
 
 
-def test_an_error_that_is_no_want_of_memory_is_not_tried_again(prepared: Prepared) -> None:
+def test_an_error_that_is_no_want_of_memory_is_not_tried_again(prepared_store: PreparedStore) -> None:
     def fail() -> None:
         raise RuntimeError("a bug")
 
     control = Hungry(fail, times=9)
     with pytest.raises(RuntimeError, match="a bug"):
-        run(prepared, prepared.seed, control)
+        run(prepared_store, prepared_store.seed, control)
     assert control.times == 8
 
 
@@ -116,7 +116,7 @@ def filled(disk: Path) -> Iterator[None]:
 
 
 def test_a_disk_that_is_full_while_training_costs_its_checkpoints_and_then_is_named(
-    prepared: Prepared,
+    prepared_store: PreparedStore,
     undisturbed: dict[str, str],
     small_disk: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -125,28 +125,28 @@ def test_a_disk_that_is_full_while_training_costs_its_checkpoints_and_then_is_na
     # Once the first checkpoint ended the training, and scoring the process: safetensors has errors of its own, and writing to
     # a memory map on a full disk is SIGBUS.
     monkeypatch.setattr("tempfile.tempdir", str(small_disk))
-    ledger, request = prepared.driver.ledger, replace(prepared.seed, checkpoint_seconds=AT_EVERY_UPDATE)
+    ledger, request = prepared_store.driver.ledger, replace(prepared_store.seed, checkpoint_seconds=AT_EVERY_UPDATE)
     with filled(small_disk):
         with pytest.raises(StoreError) as failed:
-            run(prepared, request)
+            run(prepared_store, request)
         assert f"the disk below {small_disk} is full" in failed.value.what
         assert "No space left on device" in failed.value.found
         assert "TMPDIR" in failed.value.remedy
         assert caplog.text.count("a training checkpoint was not stored") == UPDATES
-        (outcome,) = run_all(prepared.driver.workers, [request])
+        (outcome,) = run_all(prepared_store.driver.workers, [request])
         assert isinstance(outcome, Failure)
         assert str(small_disk) in outcome.cause
     assert verify(ledger).problems == ()
     assert list(small_disk.iterdir()) == []
-    made = run(prepared, request)
+    made = run(prepared_store, request)
     assert weights_of(made) == undisturbed
-    text = prepared.ground.texts[0]
-    score = score_request(prepared.ground, made.ref, text, "test")
+    text = prepared_store.ground.texts[0]
+    score = score_request(prepared_store.ground, made.ref, text, "test")
     with filled(small_disk):
-        (outcome,) = run_all(prepared.driver.workers, [score])
+        (outcome,) = run_all(prepared_store.driver.workers, [score])
         assert isinstance(outcome, Failure)
         assert str(small_disk) in outcome.cause
-    (outcome,) = run_all(prepared.driver.workers, [score])
+    (outcome,) = run_all(prepared_store.driver.workers, [score])
     assert not isinstance(outcome, Failure)
 
 
@@ -169,10 +169,10 @@ class Noticed(Undisturbed):
 
 
 def test_who_is_told_that_its_machine_will_go_saves_at_the_next_update_once_and_goes_on(
-    prepared: Prepared, undisturbed: dict[str, str]
+    prepared_store: PreparedStore, undisturbed: dict[str, str]
 ) -> None:
-    request, control = replace(prepared.seed, checkpoint_seconds=1e9), Noticed()
+    request, control = replace(prepared_store.seed, checkpoint_seconds=1e9), Noticed()
     with pytest.raises(RuntimeError, match="gone"):
-        run(prepared, request, control)
-    assert (last_saved(prepared, request), control.heard) == (1, 1)
-    assert weights_of(run(prepared, request)) == undisturbed
+        run(prepared_store, request, control)
+    assert (last_saved(prepared_store, request), control.heard) == (1, 1)
+    assert weights_of(run(prepared_store, request)) == undisturbed

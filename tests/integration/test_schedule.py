@@ -10,7 +10,7 @@ from btm_cluster.language_model.optimizer import learning_rate_at
 from btm_cluster.requests import TrainRequest
 from btm_cluster.steps.stored import open_blocks
 from btm_cluster.steps.training_run import spec_of
-from tests.integration.conftest import Prepared
+from tests.integration.conftest import PreparedStore
 
 BUDGETS = [(12, 1), (12, 0), (100, 8), (80_000, 6_400), (7, 7), (1, 0)]
 
@@ -31,20 +31,20 @@ def test_the_first_update_learns_and_the_line_reaches_zero_only_at_the_end_of_th
     assert rates[100] == 0
 
 
-def rate_at(update: int, request: TrainRequest, prepared: Prepared) -> float:
+def rate_at(update: int, request: TrainRequest, prepared_store: PreparedStore) -> float:
     """The learning rate as the train loop of a request has it."""
-    texts = [open_blocks(prepared.driver.ledger, text) for text in request.texts]
+    texts = [open_blocks(prepared_store.driver.ledger, text) for text in request.texts]
     return learning_rate_at(update, spec_of(request, texts, first_token=0))
 
 
-def test_a_branch_that_keeps_the_optimiser_continues_the_seeds_line(prepared: Prepared) -> None:
-    expert = prepared.branches()[0]
+def test_a_branch_that_keeps_the_optimiser_continues_the_seeds_line(prepared_store: PreparedStore) -> None:
+    expert = prepared_store.branches()[0]
     assert expert.start is not None
     assert expert.start.keep_optimizer
-    seed = prepared.seed
-    whole = [rate_at(update, prepared.transformer_lm, prepared) for update in range(12)]
-    assert [rate_at(update, seed, prepared) for update in range(6)] == whole[:6]
-    assert [rate_at(update, expert, prepared) for update in range(6, 12)] == whole[6:]
+    seed = prepared_store.seed
+    whole = [rate_at(update, prepared_store.transformer_lm, prepared_store) for update in range(12)]
+    assert [rate_at(update, seed, prepared_store) for update in range(6)] == whole[:6]
+    assert [rate_at(update, expert, prepared_store) for update in range(6, 12)] == whole[6:]
 
 
 def direct_rewarmed(update: int, branch: int, peak: float, updates: int, warmup: int) -> float:
@@ -79,12 +79,14 @@ def test_an_expert_with_a_single_update_learns_in_it() -> None:
     assert rewarmed_learning_rate(11, branch=11, peak=1.0, updates=12, warmup_updates=1) == pytest.approx(1 / 11)
 
 
-def test_an_average_or_reset_branch_is_the_one_that_warms_up_again(prepared: Prepared) -> None:
-    expert = prepared.branches()[0]
+def test_an_average_or_reset_branch_is_the_one_that_warms_up_again(prepared_store: PreparedStore) -> None:
+    expert = prepared_store.branches()[0]
     assert expert.start is not None
     reset = reset_optimizer(expert)
     for update in range(6, 12):
-        assert rate_at(update, reset, prepared) == pytest.approx(direct_rewarmed(update, 6, 3e-3, 12, 1), rel=1e-12)
+        assert rate_at(update, reset, prepared_store) == pytest.approx(
+            direct_rewarmed(update, 6, 3e-3, 12, 1), rel=1e-12
+        )
 
 
 def reset_optimizer(request: TrainRequest) -> TrainRequest:

@@ -33,7 +33,7 @@ from btm_cluster.steps.stored import open_blocks
 from btm_cluster.steps.train import train
 from btm_cluster.steps.training_run import run_training
 from tests.conftest import in_process, run_all
-from tests.integration.conftest import Prepared, copy_store
+from tests.integration.conftest import PreparedStore, copy_store
 from tests.made import origin
 
 AT_EVERY_UPDATE = 1e-9
@@ -76,46 +76,46 @@ def weights_of(model: Artifact) -> dict[str, str]:
     return {blob.name: blob.sha256 for blob in model.blobs if blob.name.endswith(".safetensors")}
 
 
-def run(prepared: Prepared, request: TrainRequest, control: Undisturbed | None = None) -> Artifact:
+def run(prepared_store: PreparedStore, request: TrainRequest, control: Undisturbed | None = None) -> Artifact:
     """Trains as the driver asks for it: with the resources of the first start."""
-    ledger = prepared.driver.ledger
+    ledger = prepared_store.driver.ledger
     return train(resumed(request, ledger), ledger, control or Undisturbed())
 
 
-def last_saved(prepared: Prepared, request: TrainRequest) -> int | None:
-    saved = prepared.driver.ledger.latest_training(request.ref.identity)
+def last_saved(prepared_store: PreparedStore, request: TrainRequest) -> int | None:
+    saved = prepared_store.driver.ledger.latest_training(request.ref.identity)
     return None if saved is None else saved.recipe["update"]
 
 
-def average_of(prepared: Prepared, models: list[Artifact]) -> Start:
+def average_of(prepared_store: PreparedStore, models: list[Artifact]) -> Start:
     """A start from the uniform average of models, as a later branch has it."""
     weights = (1 / len(models),) * len(models)
     request = AverageRequest("start", tuple(model.ref for model in models), weights, {})
-    (average,) = run_all(prepared.driver.workers, [request])
+    (average,) = run_all(prepared_store.driver.workers, [request])
     assert isinstance(average, Artifact)
     return Start(average.ref, keep_optimizer=False)
 
 
-def branched_from_average(prepared: Prepared) -> TrainRequest:
-    first, second, third = prepared.branches()
-    return replace(third, start=average_of(prepared, [run(prepared, first), run(prepared, second)]))
+def branched_from_average(prepared_store: PreparedStore) -> TrainRequest:
+    first, second, third = prepared_store.branches()
+    return replace(third, start=average_of(prepared_store, [run(prepared_store, first), run(prepared_store, second)]))
 
 
-REQUESTS: dict[str, Callable[[Prepared], TrainRequest]] = {
-    "seed": lambda prepared: prepared.seed,
-    "expert": lambda prepared: prepared.branches()[0],
+REQUESTS: dict[str, Callable[[PreparedStore], TrainRequest]] = {
+    "seed": lambda prepared_store: prepared_store.seed,
+    "expert": lambda prepared_store: prepared_store.branches()[0],
     "expert from an average": branched_from_average,
-    "transformer-lm": lambda prepared: (prepared.train_seed(), prepared.transformer_lm)[1],
+    "transformer-lm": lambda prepared_store: (prepared_store.train_seed(), prepared_store.transformer_lm)[1],
 }
 
 
 @pytest.fixture(scope="module")
-def undisturbed(prepared_plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, dict[str, str]]:
+def undisturbed(plan_with_blocks: Plan, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, dict[str, str]]:
     """Weights of every kind of training when nothing happens to it."""
-    plan = copy_store(prepared_plan, tmp_path_factory.mktemp("undisturbed") / "store")
+    plan = copy_store(plan_with_blocks, tmp_path_factory.mktemp("undisturbed") / "store")
     driver = in_process(plan)
-    prepared = Prepared(driver, prepare(plan, driver))
-    return {kind: weights_of(run(prepared, request(prepared))) for kind, request in REQUESTS.items()}
+    prepared_store = PreparedStore(driver, prepare(plan, driver))
+    return {kind: weights_of(run(prepared_store, request(prepared_store))) for kind, request in REQUESTS.items()}
 
 
 # Killed and resumed
@@ -124,31 +124,31 @@ def undisturbed(prepared_plan: Plan, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.mark.parametrize("after", range(6))
 @pytest.mark.parametrize("kind", ["seed", "expert"])
 def test_training_stopped_before_any_update_and_resumed_ends_in_the_same_weights(
-    prepared: Prepared, undisturbed: Mapping[str, dict[str, str]], kind: str, after: int
+    prepared_store: PreparedStore, undisturbed: Mapping[str, dict[str, str]], kind: str, after: int
 ) -> None:
-    request = REQUESTS[kind](prepared)
+    request = REQUESTS[kind](prepared_store)
     with pytest.raises(Stopped):
-        run(prepared, request, Interrupting(after))
-    assert last_saved(prepared, request) == request.first_update + after
-    assert prepared.driver.ledger.find(request.ref) is None
-    assert weights_of(run(prepared, request)) == undisturbed[kind]
-    assert last_saved(prepared, request) is None
+        run(prepared_store, request, Interrupting(after))
+    assert last_saved(prepared_store, request) == request.first_update + after
+    assert prepared_store.driver.ledger.find(request.ref) is None
+    assert weights_of(run(prepared_store, request)) == undisturbed[kind]
+    assert last_saved(prepared_store, request) is None
 
 
 @pytest.mark.parametrize("kind", list(REQUESTS))
 def test_training_that_dies_at_every_update_ends_in_the_same_weights(
-    prepared: Prepared, undisturbed: Mapping[str, dict[str, str]], kind: str
+    prepared_store: PreparedStore, undisturbed: Mapping[str, dict[str, str]], kind: str
 ) -> None:
-    request = replace(REQUESTS[kind](prepared), checkpoint_seconds=AT_EVERY_UPDATE)
+    request = replace(REQUESTS[kind](prepared_store), checkpoint_seconds=AT_EVERY_UPDATE)
     for update in range(max([request.first_update, *request.milestones]) + 1, request.last_update):
         with pytest.raises(MachineDied):
-            run(prepared, request, Interrupting(1, dies=True))
-        assert last_saved(prepared, request) == update
-    assert weights_of(run(prepared, request)) == undisturbed[kind]
+            run(prepared_store, request, Interrupting(1, dies=True))
+        assert last_saved(prepared_store, request) == update
+    assert weights_of(run(prepared_store, request)) == undisturbed[kind]
 
 
 def test_training_whose_last_report_fails_loses_one_update_and_ends_in_the_same_weights(
-    prepared: Prepared, undisturbed: Mapping[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+    prepared_store: PreparedStore, undisturbed: Mapping[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "REPORT_SECONDS", math.inf)  # on a slow machine an earlier report was due, and failed
 
@@ -156,21 +156,21 @@ def test_training_whose_last_report_fails_loses_one_update_and_ends_in_the_same_
         def report(self, progress: Progress) -> None:
             raise MachineDied(progress.label)
 
-    request = replace(prepared.seed, checkpoint_seconds=AT_EVERY_UPDATE)
+    request = replace(prepared_store.seed, checkpoint_seconds=AT_EVERY_UPDATE)
     with pytest.raises(MachineDied):
-        run(prepared, request, Unreachable())
-    assert last_saved(prepared, request) == 5
-    assert weights_of(run(prepared, request)) == undisturbed["seed"]
+        run(prepared_store, request, Unreachable())
+    assert last_saved(prepared_store, request) == 5
+    assert weights_of(run(prepared_store, request)) == undisturbed["seed"]
 
 
 def test_training_killed_between_its_last_checkpoint_and_its_commit_has_nothing_left_to_do(
-    prepared: Prepared, undisturbed: Mapping[str, dict[str, str]]
+    prepared_store: PreparedStore, undisturbed: Mapping[str, dict[str, str]]
 ) -> None:
-    ledger, request = prepared.driver.ledger, replace(prepared.seed, checkpoint_seconds=AT_EVERY_UPDATE)
+    ledger, request = prepared_store.driver.ledger, replace(prepared_store.seed, checkpoint_seconds=AT_EVERY_UPDATE)
     texts = [open_blocks(ledger, text) for text in request.texts]
-    run_training(request, ledger, Undisturbed(), texts, end_of_text(prepared), lambda *_: None)
-    assert last_saved(prepared, request) == request.last_update
-    assert weights_of(run(prepared, request, Interrupting(0, dies=True))) == undisturbed["seed"]
+    run_training(request, ledger, Undisturbed(), texts, end_of_text(prepared_store), lambda *_: None)
+    assert last_saved(prepared_store, request) == request.last_update
+    assert weights_of(run(prepared_store, request, Interrupting(0, dies=True))) == undisturbed["seed"]
 
 
 KILLED = """
@@ -200,87 +200,91 @@ train(replace(seed_request(prepare(plan, driver)), checkpoint_seconds=1e-9), dri
 
 
 def test_a_process_killed_in_the_middle_leaves_a_store_from_which_training_ends_in_the_same_weights(
-    prepared: Prepared, undisturbed: Mapping[str, dict[str, str]]
+    prepared_store: PreparedStore, undisturbed: Mapping[str, dict[str, str]]
 ) -> None:
     killed = subprocess.run(
         [sys.executable, "-c", KILLED],
-        input=prepared.ground.plan.model_dump_json(exclude_defaults=True),
+        input=prepared_store.ground.plan.model_dump_json(exclude_defaults=True),
         text=True,
         capture_output=True,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
     )
     assert killed.returncode == 137, killed.stderr
-    assert last_saved(prepared, prepared.seed) in (3, 4), "a save waits for the one before"
-    assert weights_of(run(prepared, prepared.seed)) == undisturbed["seed"]
+    assert last_saved(prepared_store, prepared_store.seed) in (3, 4), "a save waits for the one before"
+    assert weights_of(run(prepared_store, prepared_store.seed)) == undisturbed["seed"]
 
 
 def test_experts_stopped_before_their_first_update_harm_neither_the_seed_nor_each_other(
-    prepared: Prepared, undisturbed: Mapping[str, dict[str, str]]
+    prepared_store: PreparedStore, undisturbed: Mapping[str, dict[str, str]]
 ) -> None:
     # Their training checkpoints hold the seed's own weights. Checkpoints once shared the store's blobs with it, and the
     # first expert to finish deleted, with its checkpoint, the seed and its siblings' checkpoints.
-    branches = prepared.branches()
+    branches = prepared_store.branches()
     for request in branches:
         with pytest.raises(Stopped):
-            run(prepared, request, Interrupting(0))
-    experts = [run(prepared, request) for request in branches]
+            run(prepared_store, request, Interrupting(0))
+    experts = [run(prepared_store, request) for request in branches]
     assert weights_of(experts[0]) == undisturbed["expert"]
-    seed = prepared.driver.ledger.get(prepared.seed.ref)
+    seed = prepared_store.driver.ledger.get(prepared_store.seed.ref)
     for blob in seed.blobs:
-        prepared.driver.ledger.open_file(seed, blob.name)
+        prepared_store.driver.ledger.open_file(seed, blob.name)
 
 
 def test_a_retry_keeps_the_resources_of_the_first_start_since_results_depend_on_them(
-    prepared: Prepared, undisturbed: Mapping[str, dict[str, str]]
+    prepared_store: PreparedStore, undisturbed: Mapping[str, dict[str, str]]
 ) -> None:
     with pytest.raises(Stopped):
-        run(prepared, prepared.seed, Interrupting(3))
-    finished = run(prepared, replace(prepared.seed, how=replace(prepared.seed.how, micro_batch_blocks=5)))
-    assert finished.facts["profile"]["micro_batch_blocks"] == prepared.seed.how.micro_batch_blocks == 4
+        run(prepared_store, prepared_store.seed, Interrupting(3))
+    finished = run(
+        prepared_store, replace(prepared_store.seed, how=replace(prepared_store.seed.how, micro_batch_blocks=5))
+    )
+    assert finished.facts["profile"]["micro_batch_blocks"] == prepared_store.seed.how.micro_batch_blocks == 4
     assert weights_of(finished) == undisturbed["seed"]
 
 
-def test_a_finished_training_is_not_run_again(prepared: Prepared) -> None:
-    first = run(prepared, prepared.seed)
-    assert run(prepared, prepared.seed, Interrupting(0, dies=True)) == first
+def test_a_finished_training_is_not_run_again(prepared_store: PreparedStore) -> None:
+    first = run(prepared_store, prepared_store.seed)
+    assert run(prepared_store, prepared_store.seed, Interrupting(0, dies=True)) == first
 
 
 # The Transformer-LM
 
 
 def test_the_transformer_lms_first_half_is_the_seed_run_bit_for_bit(
-    prepared: Prepared, undisturbed: Mapping[str, dict[str, str]]
+    prepared_store: PreparedStore, undisturbed: Mapping[str, dict[str, str]]
 ) -> None:
-    in_one_go = run(prepared, replace(prepared.transformer_lm, milestones=()))
+    in_one_go = run(prepared_store, replace(prepared_store.transformer_lm, milestones=()))
     assert weights_of(in_one_go) == undisturbed["transformer-lm"]
 
 
 def test_a_transformer_lm_that_is_trained_first_leaves_the_seeds_on_its_way(
-    prepared: Prepared, undisturbed: Mapping[str, dict[str, str]]
+    prepared_store: PreparedStore, undisturbed: Mapping[str, dict[str, str]]
 ) -> None:
-    request = replace(prepared.transformer_lm, milestones=(3, 6), checkpoint_seconds=AT_EVERY_UPDATE)
+    request = replace(prepared_store.transformer_lm, milestones=(3, 6), checkpoint_seconds=AT_EVERY_UPDATE)
     with pytest.raises(MachineDied):
-        run(prepared, request, Interrupting(8, dies=True))
-    found = {update: prepared.driver.ledger.find(request.until(update).ref) for update in request.milestones}
+        run(prepared_store, request, Interrupting(8, dies=True))
+    found = {update: prepared_store.driver.ledger.find(request.until(update).ref) for update in request.milestones}
     assert weights_of(found[6]) == undisturbed["seed"]
     assert [found[update].facts["tokens"] for update in (3, 6)] == [3 * 3 * 4 * 32, 6 * 3 * 4 * 32]
-    prepared.driver.ledger.clear_training(request.ref.identity)  # then the latest seed is what is left to go on from
-    finished = run(prepared, request)
+    prepared_store.driver.ledger.clear_training(
+        request.ref.identity
+    )  # then the latest seed is what is left to go on from
+    finished = run(prepared_store, request)
     assert weights_of(finished) == undisturbed["transformer-lm"]
     assert {found[update].facts["origin"] for update in request.milestones} == {finished.facts["origin"]}
 
 
 def test_a_transformer_lm_leaves_the_weights_of_its_milestones_on_its_way(
-    prepared: Prepared, undisturbed: Mapping[str, dict[str, str]]
+    prepared_store: PreparedStore, undisturbed: Mapping[str, dict[str, str]]
 ) -> None:
-    prepared.train_seed()
-    request, ledger = prepared.transformer_lm, prepared.driver.ledger
+    prepared_store.train_seed()
+    request, ledger = prepared_store.transformer_lm, prepared_store.driver.ledger
     assert (request.first_update, request.milestones, request.snapshots, request.last_update) == (0, (6,), (8, 10), 12)
-    finished = run(prepared, request)
+    finished = run(prepared_store, request)
     assert weights_of(finished) == undisturbed["transformer-lm"]
     for snapshot in request.at_snapshots:
         stored = ledger.get(snapshot.ref)
-        ends_there = run(prepared, request.until(snapshot.last_update))
+        ends_there = run(prepared_store, request.until(snapshot.last_update))
         assert stored.blob("model.safetensors") == ends_there.blob("model.safetensors")
         assert stored.identity != ends_there.identity, "an expert that branches there needs the optimiser"
         assert (stored.has("optimizer.safetensors"), ends_there.has("optimizer.safetensors")) == (False, True)
@@ -289,21 +293,23 @@ def test_a_transformer_lm_leaves_the_weights_of_its_milestones_on_its_way(
         assert stored.facts["tokens"] == snapshot.last_update * 3 * 4 * 32
 
 
-def test_a_milestone_at_the_update_of_a_seed_is_kept_beside_it(prepared: Prepared) -> None:
-    request = replace(prepared.transformer_lm, milestones=(6, 8))
-    run(prepared, request)
-    found = [prepared.driver.ledger.get(one.ref) for one in request.passing(8)]
+def test_a_milestone_at_the_update_of_a_seed_is_kept_beside_it(prepared_store: PreparedStore) -> None:
+    request = replace(prepared_store.transformer_lm, milestones=(6, 8))
+    run(prepared_store, request)
+    found = [prepared_store.driver.ledger.get(one.ref) for one in request.passing(8)]
     assert [(one.facts["role"], one.has("optimizer.safetensors")) for one in found] == [
         ("seed", True),
         ("transformer-lm", False),
     ]
 
 
-def test_milestones_that_an_earlier_transformer_lm_did_not_leave_are_trained_once_more(prepared: Prepared) -> None:
-    driver = prepared.driver
-    prepared.train_seed()
-    finished = run(prepared, replace(prepared.transformer_lm, snapshots=(9,)))
-    request = prepared.transformer_lm
+def test_milestones_that_an_earlier_transformer_lm_did_not_leave_are_trained_once_more(
+    prepared_store: PreparedStore,
+) -> None:
+    driver = prepared_store.driver
+    prepared_store.train_seed()
+    finished = run(prepared_store, replace(prepared_store.transformer_lm, snapshots=(9,)))
+    request = prepared_store.transformer_lm
     assert driver.require([request]) == [finished]
     made = [driver.ledger.get(one.ref) for one in request.at_snapshots]
     assert [one.recipe["last_update"] for one in made] == [8, 10]
@@ -313,10 +319,10 @@ def test_milestones_that_an_earlier_transformer_lm_did_not_leave_are_trained_onc
     assert driver.made["model"] == count
 
 
-def test_seed_and_experts_together_see_as_many_tokens_as_the_transformer_lm(prepared: Prepared) -> None:
-    seed = run(prepared, prepared.seed).facts["tokens"]
-    experts = [request.tokens for request in prepared.branches()]
-    baseline = run(prepared, prepared.transformer_lm).facts["tokens"]
+def test_seed_and_experts_together_see_as_many_tokens_as_the_transformer_lm(prepared_store: PreparedStore) -> None:
+    seed = run(prepared_store, prepared_store.seed).facts["tokens"]
+    experts = [request.tokens for request in prepared_store.branches()]
+    baseline = run(prepared_store, prepared_store.transformer_lm).facts["tokens"]
     assert seed == 6 * 3 * 4 * 32
     assert baseline == sum(experts) + seed
     assert sum(experts) == seed
@@ -325,10 +331,10 @@ def test_seed_and_experts_together_see_as_many_tokens_as_the_transformer_lm(prep
 # Against a plain loop
 
 
-def end_of_text(prepared: Prepared) -> int:
+def end_of_text(prepared_store: PreparedStore) -> int:
     """The token's number, from the tokenizer's file."""
-    ledger = prepared.driver.ledger
-    file = ledger.open_file(ledger.get(prepared.ground.tokenizer), "tokenizer.json")
+    ledger = prepared_store.driver.ledger
+    file = ledger.open_file(ledger.get(prepared_store.ground.tokenizer), "tokenizer.json")
     added = json.loads(file.read_text(encoding="utf-8"))["added_tokens"]
     return next(int(token["id"]) for token in added if token["content"] == "<|endoftext|>")
 
@@ -390,7 +396,7 @@ def plain_loss(model: PreTrainedModel, rows: np.ndarray, end: int) -> torch.Tens
 class PlainTraining:
     """A whole training as one would write it in an afternoon."""
 
-    prepared: Prepared
+    prepared_store: PreparedStore
     request: TrainRequest
 
     def __post_init__(self) -> None:
@@ -403,8 +409,8 @@ class PlainTraining:
         self, request: TrainRequest, learning_rates: Mapping[int, float], first_position: int, order_seed: int
     ) -> None:
         count = request.training.blocks_per_domain_update
-        texts = training_blocks(self.prepared.driver.ledger, request)
-        end = end_of_text(self.prepared)
+        texts = training_blocks(self.prepared_store.driver.ledger, request)
+        end = end_of_text(self.prepared_store)
         for i, update in enumerate(range(request.first_update, request.last_update)):
             positions = range(first_position + i * count, first_position + (i + 1) * count)
             rows = [
@@ -433,8 +439,8 @@ class Listening(Undisturbed):
 LINE = {0: 3e-3} | {update: 3e-3 * (12 - update) / 11 for update in range(1, 12)}
 
 
-def check_weights(prepared: Prepared, found: Artifact, plain: PlainTraining) -> None:
-    stored = load_file(prepared.driver.ledger.open_file(found, "model.safetensors"))
+def check_weights(prepared_store: PreparedStore, found: Artifact, plain: PlainTraining) -> None:
+    stored = load_file(prepared_store.driver.ledger.open_file(found, "model.safetensors"))
     expected = dict(plain.model.named_parameters())
     assert stored.keys() == expected.keys()
     for name, tensor in stored.items():
@@ -444,78 +450,82 @@ def check_weights(prepared: Prepared, found: Artifact, plain: PlainTraining) -> 
 
 
 def test_seed_and_expert_are_those_of_a_plain_training_loop(
-    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+    prepared_store: PreparedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "REPORT_SECONDS", 0.0)
     heard = Listening()
-    seed = run(prepared, prepared.seed, heard)
-    plain = PlainTraining(prepared, prepared.seed)
-    plain.run(prepared.seed, LINE, first_position=0, order_seed=0)
-    check_weights(prepared, seed, plain)
-    request = prepared.branches()[1]
-    expert = run(prepared, request, heard)
+    seed = run(prepared_store, prepared_store.seed, heard)
+    plain = PlainTraining(prepared_store, prepared_store.seed)
+    plain.run(prepared_store.seed, LINE, first_position=0, order_seed=0)
+    check_weights(prepared_store, seed, plain)
+    request = prepared_store.branches()[1]
+    expert = run(prepared_store, request, heard)
     plain.run(request, LINE, first_position=0, order_seed=1)  # Adam goes on; the data start anew, in another order
-    check_weights(prepared, expert, plain)
+    check_weights(prepared_store, expert, plain)
     assert heard.losses == pytest.approx(plain.losses, rel=1e-5)
     assert plain.losses[-1] < plain.losses[0] - 0.3
 
 
-def test_the_transformer_lm_is_a_plain_training_loop_that_goes_on_with_the_mix(prepared: Prepared) -> None:
-    run(prepared, prepared.seed)
-    found = run(prepared, prepared.transformer_lm)
-    plain = PlainTraining(prepared, prepared.seed)
-    plain.run(replace(prepared.seed, last_update=12), LINE, first_position=0, order_seed=0)
-    check_weights(prepared, found, plain)
+def test_the_transformer_lm_is_a_plain_training_loop_that_goes_on_with_the_mix(prepared_store: PreparedStore) -> None:
+    run(prepared_store, prepared_store.seed)
+    found = run(prepared_store, prepared_store.transformer_lm)
+    plain = PlainTraining(prepared_store, prepared_store.seed)
+    plain.run(replace(prepared_store.seed, last_update=12), LINE, first_position=0, order_seed=0)
+    check_weights(prepared_store, found, plain)
 
 
-def test_a_branch_from_an_average_starts_a_plain_training_loop_anew(prepared: Prepared) -> None:
-    request = branched_from_average(prepared)
-    found = run(prepared, request)
-    plain = PlainTraining(prepared, request)
+def test_a_branch_from_an_average_starts_a_plain_training_loop_anew(prepared_store: PreparedStore) -> None:
+    request = branched_from_average(prepared_store)
+    found = run(prepared_store, request)
+    plain = PlainTraining(prepared_store, request)
     assert request.start is not None
-    ledger = prepared.driver.ledger
+    ledger = prepared_store.driver.ledger
     start = load_file(ledger.open_file(ledger.get(request.start.model), "model.safetensors"))
     plain.model.load_state_dict(start, strict=False)
     plain.run(request, LINE, first_position=0, order_seed=1)  # with 6 updates, 1 % of them is a rise of one update
-    check_weights(prepared, found, plain)
+    check_weights(prepared_store, found, plain)
 
 
 @pytest.mark.parametrize("at_once", [1, 5, 12, 100])
-def test_gradient_accumulation_is_one_large_batch(prepared: Prepared, at_once: int) -> None:
-    found = run(prepared, replace(prepared.seed, how=replace(prepared.seed.how, micro_batch_blocks=at_once)))
-    plain = PlainTraining(prepared, prepared.seed)
-    plain.run(prepared.seed, LINE, first_position=0, order_seed=0)
-    check_weights(prepared, found, plain)
+def test_gradient_accumulation_is_one_large_batch(prepared_store: PreparedStore, at_once: int) -> None:
+    found = run(
+        prepared_store, replace(prepared_store.seed, how=replace(prepared_store.seed.how, micro_batch_blocks=at_once))
+    )
+    plain = PlainTraining(prepared_store, prepared_store.seed)
+    plain.run(prepared_store.seed, LINE, first_position=0, order_seed=0)
+    check_weights(prepared_store, found, plain)
 
 
-def test_initial_weights_and_block_order_follow_the_random_seed(prepared: Prepared) -> None:
-    untrained = replace(prepared.seed, last_update=0)
+def test_initial_weights_and_block_order_follow_the_random_seed(prepared_store: PreparedStore) -> None:
+    untrained = replace(prepared_store.seed, last_update=0)
     reseeded = replace(untrained, training=untrained.training.model_copy(update={"random_seed": 5}))
     torch.manual_seed(99)  # whatever the process has drawn before
-    first = weights_of(run(prepared, untrained))
-    assert weights_of(run(prepared, reseeded)) != first
-    plain = PlainTraining(prepared, reseeded)
-    found = prepared.driver.ledger.get(reseeded.ref)
-    check_weights(prepared, found, plain)
+    first = weights_of(run(prepared_store, untrained))
+    assert weights_of(run(prepared_store, reseeded)) != first
+    plain = PlainTraining(prepared_store, reseeded)
+    found = prepared_store.driver.ledger.get(reseeded.ref)
+    check_weights(prepared_store, found, plain)
 
 
 # What goes wrong
 
 
-def diverging(prepared: Prepared) -> TrainRequest:
+def diverging(prepared_store: PreparedStore) -> TrainRequest:
     """A learning rate that throws the weights out of range in the first update."""
-    settings = prepared.seed.training.model_copy(update={"learning_rate": 1e30})
-    return replace(prepared.seed, training=settings, checkpoint_seconds=AT_EVERY_UPDATE)
+    settings = prepared_store.seed.training.model_copy(update={"learning_rate": 1e30})
+    return replace(prepared_store.seed, training=settings, checkpoint_seconds=AT_EVERY_UPDATE)
 
 
-def test_a_loss_that_is_not_finite_is_an_error_that_keeps_the_last_good_checkpoint(prepared: Prepared) -> None:
-    request, ledger = diverging(prepared), prepared.driver.ledger
+def test_a_loss_that_is_not_finite_is_an_error_that_keeps_the_last_good_checkpoint(
+    prepared_store: PreparedStore,
+) -> None:
+    request, ledger = diverging(prepared_store), prepared_store.driver.ledger
     for _ in range(2):
         with pytest.raises(TrainingError) as failed:
-            run(prepared, request)
+            run(prepared_store, request)
         assert "not finite" in failed.value.what
         assert failed.value.remedy
-        assert last_saved(prepared, request) == 1
+        assert last_saved(prepared_store, request) == 1
         assert ledger.find(request.ref) is None
     saved = ledger.latest_training(request.ref.identity)
     assert saved is not None
@@ -523,50 +533,53 @@ def test_a_loss_that_is_not_finite_is_an_error_that_keeps_the_last_good_checkpoi
         assert all(torch.isfinite(t).all() for t in load_file(ledger.open_file(saved, name)).values())
 
 
-def test_a_diverged_training_fails_alone(prepared: Prepared) -> None:
-    failed, made = run_all(prepared.driver.workers, [diverging(prepared), prepared.seed])
+def test_a_diverged_training_fails_alone(prepared_store: PreparedStore) -> None:
+    failed, made = run_all(prepared_store.driver.workers, [diverging(prepared_store), prepared_store.seed])
     assert not isinstance(failed, Artifact)
     assert isinstance(made, Artifact)
 
 
 @pytest.mark.parametrize("damaged", ["blobs", "manifest"])
 def test_a_damaged_training_checkpoint_is_passed_over_and_training_starts_again(
-    prepared: Prepared, undisturbed: Mapping[str, dict[str, str]], caplog: pytest.LogCaptureFixture, damaged: str
+    prepared_store: PreparedStore,
+    undisturbed: Mapping[str, dict[str, str]],
+    caplog: pytest.LogCaptureFixture,
+    damaged: str,
 ) -> None:
-    request = prepared.seed
+    request = prepared_store.seed
     with pytest.raises(Stopped):
-        run(prepared, request, Interrupting(3))
-    saved = prepared.driver.ledger.latest_training(request.ref.identity)
+        run(prepared_store, request, Interrupting(3))
+    saved = prepared_store.driver.ledger.latest_training(request.ref.identity)
     assert saved is not None
-    folder = Path(prepared.driver.ledger.storage.location, "training", request.ref.identity)
+    folder = Path(prepared_store.driver.ledger.storage.location, "training", request.ref.identity)
     for file in (folder / "blobs").iterdir() if damaged == "blobs" else folder.glob("*.json"):
         file.write_bytes(b"?" + file.read_bytes()[1:])
     with pytest.raises(Stopped):  # what it saves there takes the damaged one's place
-        run(prepared, request, Interrupting(3))
+        run(prepared_store, request, Interrupting(3))
     assert ("its training checkpoint is damaged" if damaged == "blobs" else "passed over") in caplog.text
-    again = prepared.driver.ledger.latest_training(request.ref.identity)
+    again = prepared_store.driver.ledger.latest_training(request.ref.identity)
     assert again is not None
     assert again.recipe["update"] == saved.recipe["update"]
-    assert weights_of(run(prepared, request)) == undisturbed["seed"]
+    assert weights_of(run(prepared_store, request)) == undisturbed["seed"]
 
 
-def test_weights_that_the_very_last_update_spoiled_are_not_committed(prepared: Prepared) -> None:
-    request = replace(prepared.seed, last_update=1)
-    assert isinstance(run(prepared, request), Artifact)
+def test_weights_that_the_very_last_update_spoiled_are_not_committed(prepared_store: PreparedStore) -> None:
+    request = replace(prepared_store.seed, last_update=1)
+    assert isinstance(run(prepared_store, request), Artifact)
     endless = replace(request, training=request.training.model_copy(update={"learning_rate": 1e300}))
     with pytest.raises(TrainingError, match="not finite"):
-        run(prepared, endless)
-    assert prepared.driver.ledger.find(endless.ref) is None
+        run(prepared_store, endless)
+    assert prepared_store.driver.ledger.find(endless.ref) is None
 
 
 def test_a_parameter_that_never_had_a_gradient_has_no_moments_and_is_no_trouble(
-    prepared: Prepared, tmp_path: Path
+    prepared_store: PreparedStore, tmp_path: Path
 ) -> None:
-    ledger = prepared.driver.ledger
+    ledger = prepared_store.driver.ledger
 
     def fresh(random_seed: int) -> TrainingState:
-        model = build_model(prepared.seed.model, random_seed)
-        return TrainingState(model, build_optimizer(model, prepared.seed.training), update=0)
+        model = build_model(prepared_store.seed.model, random_seed)
+        return TrainingState(model, build_optimizer(model, prepared_store.seed.training), update=0)
 
     trained, again = fresh(0), fresh(1)
     unused = trained.model.get_parameter("transformer.wpe.weight").requires_grad_(False)
