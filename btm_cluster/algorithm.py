@@ -15,7 +15,7 @@ from btm_cluster.driver.founding import check_foundation
 from btm_cluster.driver.outstanding import new_domains, rivals, starts_from_seed
 from btm_cluster.driver.port import Failure, Outcome
 from btm_cluster.driver.preparation import read, tokenize
-from btm_cluster.driver.prepared_plan import Ground, PreparedText
+from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText
 from btm_cluster.driver.recipes import expert_request, seed_request, seed_start
 from btm_cluster.errors import StoreError
 from btm_cluster.evaluation.evaluate import forest_ensemble
@@ -40,7 +40,7 @@ MERGE_ATTEMPTS = 100
 class Grown:
     """What a run of a plan ends in: the forest, the baseline where it was asked for, and what failed."""
 
-    ground: Ground
+    prepared: PreparedPlan
     forest: Forest
     baseline: Ref | None
     failures: tuple[Failure, ...]
@@ -48,7 +48,7 @@ class Grown:
     """The models that a DEMix is for each founding domain."""
 
 
-Alongside: TypeAlias = Callable[[Ground, Forest, Sequence[TrainRequest]], Iterable[StepRequest]]
+Alongside: TypeAlias = Callable[[PreparedPlan, Forest, Sequence[TrainRequest]], Iterable[StepRequest]]
 """Steps on what is grown, which are asked for with it: given the forest to come and its rivals."""
 
 
@@ -58,20 +58,20 @@ def grow(plan: Plan, driver: Driver, alongside: Alongside = lambda *_: ()) -> Gr
     Seed, experts and rivals are asked for together, and each starts once its inputs are there. The forest is merged as soon as its
     experts are done, whatever the rivals and the steps `alongside` still do.
     """
-    ground, forest = read(plan, driver), driver.ledger.log.newest()
-    seed = seed_request(ground)
+    prepared, forest = read(plan, driver), driver.ledger.log.newest()
+    seed = seed_request(prepared)
     driver.get_ready([] if forest else [seed])
-    tokenize(ground, driver)
-    branches = branch(ground, forest, driver)
-    rivals, impossible = rivals_to_train(ground, driver.ledger)
-    follow = alongside(ground, forest_to_come(ground, forest, branches), rivals)
+    tokenize(prepared, driver)
+    branches = branch(prepared, forest, driver)
+    rivals, impossible = rivals_to_train(prepared, driver.ledger)
+    follow = alongside(prepared, forest_to_come(prepared, forest, branches), rivals)
     outcomes: dict[Ref, Outcome] = {}
     merged: Forest | None = None
     with closing(driver.run([*([] if forest else [seed]), *branches, *rivals, *follow])) as steps:
         for request, outcome in steps:
             outcomes[request.ref] = outcome
             if forest is None and request.ref == seed.ref:
-                forest = found(ground, outcome, driver)
+                forest = found(prepared, outcome, driver)
             if forest and not merged and all(one.ref in outcomes for one in branches):
                 merged = merge(forest, experts_among(branches, outcomes, driver.ledger), driver.ledger)
     forest = merged or forest
@@ -82,49 +82,49 @@ def grow(plan: Plan, driver: Driver, alongside: Alongside = lambda *_: ()) -> Gr
     failures = [one for request in (*branches, *rivals) if isinstance(one := outcomes[request.ref], Failure)]
     baseline = next((request.ref for request in made if not request.is_demix), None)
     demix = next((request.parts for request in made if request.is_demix), ())
-    return Grown(ground, forest, baseline, (*failures, *impossible), tuple(part.ref for part in demix))
+    return Grown(prepared, forest, baseline, (*failures, *impossible), tuple(part.ref for part in demix))
 
 
-def forest_to_come(ground: Ground, forest: Forest | None, branches: Sequence[TrainRequest]) -> Forest:
+def forest_to_come(prepared: PreparedPlan, forest: Forest | None, branches: Sequence[TrainRequest]) -> Forest:
     """The forest once all branches are trained and merged, as far as it is known before."""
     new = [Expert(request.label, request.ref.identity, "", request.texts[0].text, ()) for request in branches]
-    foundation = forest.foundation if forest else ground.foundation(seed_request(ground).ref.identity)
+    foundation = forest.foundation if forest else prepared.foundation(seed_request(prepared).ref.identity)
     experts = sorted([*(forest.experts if forest else ()), *new], key=lambda expert: expert.domain)
     return Forest(0, foundation, tuple(experts), {}, reason="still to be grown")
 
 
-def train_seed(ground: Ground, driver: Driver) -> Forest:
+def train_seed(prepared: PreparedPlan, driver: Driver) -> Forest:
     """Trains the seed where there is no forest yet, and founds one on it."""
     forest = driver.ledger.log.newest()
-    return forest or found(ground, driver.obtain([seed_request(ground)])[0], driver)
+    return forest or found(prepared, driver.obtain([seed_request(prepared)])[0], driver)
 
 
-def found(ground: Ground, seed: Outcome, driver: Driver) -> Forest:
+def found(prepared: PreparedPlan, seed: Outcome, driver: Driver) -> Forest:
     """Version 0: the seed, and what all later versions inherit from it. A plan that changes that is refused.
 
     Raises:
         StepError: the seed could not be trained.
     """
     (model,) = require_all([seed])
-    foundation = ground.foundation(model.identity)
+    foundation = prepared.foundation(model.identity)
     manifests = {model.identity: model.manifest_hash}
-    driver.ledger.log.append(Forest(0, foundation, (), manifests, reason=f"founded by {ground.plan.name}"))
+    driver.ledger.log.append(Forest(0, foundation, (), manifests, reason=f"founded by {prepared.plan.name}"))
     founded = driver.ledger.log.newest()  # ours, or that of whoever was first
     assert founded is not None
-    check_foundation(ground, founded, driver.ledger)
+    check_foundation(prepared, founded, driver.ledger)
     return founded
 
 
-def branch(ground: Ground, forest: Forest | None, driver: Driver) -> list[TrainRequest]:
+def branch(prepared: PreparedPlan, forest: Forest | None, driver: Driver) -> list[TrainRequest]:
     """Where each domain's expert starts: the first batch from the seed, later ones as the plan says, all from one forest."""
     if forest is None:
-        start = seed_start(ground, seed_request(ground).ref)
-        return [expert_request(ground, domain, start) for domain in ground.domains]
-    return settled_branches(ground, forest, new_domains(ground, forest), {}, driver)
+        start = seed_start(prepared, seed_request(prepared).ref)
+        return [expert_request(prepared, domain, start) for domain in prepared.domains]
+    return settled_branches(prepared, forest, new_domains(prepared, forest), {}, driver)
 
 
 def settled_branches(
-    ground: Ground, forest: Forest, domains: Sequence[PreparedText], contents: Mapping[str, str], driver: Driver
+    prepared: PreparedPlan, forest: Forest, domains: Sequence[PreparedText], contents: Mapping[str, str], driver: Driver
 ) -> list[TrainRequest]:
     """A request for each domain's expert. Where a later domain's starts is settled in the store before anything of it is made.
 
@@ -139,22 +139,22 @@ def settled_branches(
     starts = {one.domain: one.start for one in found if one is not None}
     new = [domain for domain in domains if domain.name not in starts]
     base_hash = ledger.log.version_hash(forest.version) if new else ""
-    for domain, start in zip(new, starts_for(ground, forest, new, driver), strict=True):
+    for domain, start in zip(new, starts_for(prepared, forest, new, driver), strict=True):
         if domain not in later:
             starts[domain.name] = start
             continue
         files = contents.get(domain.name, "")
         wanted = BranchPoint(domain.name, domain.identity, seed, forest.version, base_hash, start, files)
         starts[domain.name] = settle_branch_point(ledger, wanted).start
-    return [expert_request(ground, domain, starts[domain.name]) for domain in domains]
+    return [expert_request(prepared, domain, starts[domain.name]) for domain in domains]
 
 
-def starts_for(ground: Ground, forest: Forest, new: Sequence[PreparedText], driver: Driver) -> list[Start]:
+def starts_for(prepared: PreparedPlan, forest: Forest, new: Sequence[PreparedText], driver: Driver) -> list[Start]:
     """A start for each new domain, in order."""
-    later = [domain for domain in new if not starts_from_seed(ground, forest, domain)]
-    averaged = iter(averaged_starts(ground, forest_ensemble(ground, forest), later, driver) if later else ())
-    start = seed_start(ground, Ref("model", forest.foundation.seed))
-    return [start if starts_from_seed(ground, forest, domain) else next(averaged) for domain in new]
+    later = [domain for domain in new if not starts_from_seed(prepared, forest, domain)]
+    averaged = iter(averaged_starts(prepared, forest_ensemble(prepared, forest), later, driver) if later else ())
+    start = seed_start(prepared, Ref("model", forest.foundation.seed))
+    return [start if starts_from_seed(prepared, forest, domain) else next(averaged) for domain in new]
 
 
 def train(branches: Sequence[TrainRequest], driver: Driver) -> tuple[list[Expert], list[Failure]]:
@@ -200,9 +200,9 @@ def _check_none_purged(experts: Sequence[Expert], ledger: Ledger) -> None:
         ledger.check_not_purged(ref)
 
 
-def rivals_to_train(ground: Ground, ledger: Ledger) -> tuple[list[TrainRequest], list[Failure]]:
+def rivals_to_train(prepared: PreparedPlan, ledger: Ledger) -> tuple[list[TrainRequest], list[Failure]]:
     """The plan's baselines, and those that can never be trained, since a text that they learn from was purged."""
-    asked = rivals(ground)
+    asked = rivals(prepared)
     lost = [
         request
         for request in asked

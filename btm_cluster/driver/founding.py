@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from btm_cluster.driver.prepared_plan import Ground, tokenizer_request
+from btm_cluster.driver.prepared_plan import PreparedPlan, tokenizer_request
 from btm_cluster.driver.recipes import seed_request
 from btm_cluster.errors import FoundationError, UserError
 from btm_cluster.forest import Forest
@@ -18,23 +18,23 @@ _LONGEST_SHOWN = 200
 PARTS = ("tokenizer", "model", "block_tokens", "seed")
 
 
-def check_fits(ground: Ground, forest: Forest, ledger: Ledger) -> None:
+def check_fits(prepared: PreparedPlan, forest: Forest, ledger: Ledger) -> None:
     """Refuses a plan whose foundation is not the forest's, or that gives a name of the forest to another text.
 
     Raises:
         UserError: naming every field that differs, or the text.
     """
-    check_foundation(ground, forest, ledger)
-    check_texts(ground, forest, ledger)
+    check_foundation(prepared, forest, ledger)
+    check_texts(prepared, forest, ledger)
 
 
-def check_texts(ground: Ground, forest: Forest, ledger: Ledger) -> None:
+def check_texts(prepared: PreparedPlan, forest: Forest, ledger: Ledger) -> None:
     """Refuses another text by the name of a founding domain or of an expert's.
 
     Raises:
         UserError: naming the domain, and in what the two texts differ.
     """
-    named = {text.name: text for text in ground.texts}
+    named = {text.name: text for text in prepared.texts}
     founding, experts = dict(forest.foundation.domains), {expert.domain: expert.text for expert in forest.experts}
     for name, text in (founding | experts).items():
         if name not in named:
@@ -69,11 +69,11 @@ def _another_text(name: str, is_founding: bool, version: int, changes: str) -> U
 
 def changes_of_text(old: str, new: str, ledger: Ledger) -> str:
     """In what two texts differ: how they were read, where from, and how many documents they have."""
-    memos = [_newest_memo(text, ledger) for text in (old, new)]
+    read_results = [_newest_read_result(text, ledger) for text in (old, new)]
     found = [ledger.find(Ref("text", text)) for text in (old, new)]
     changes: list[str] = []
-    if memos[0] and memos[1]:
-        recipes = memos[0].recipe, memos[1].recipe
+    if read_results[0] and read_results[1]:
+        recipes = read_results[0].recipe, read_results[1].recipe
         changes += _changes("reading", recipes[0]["reading"], recipes[1]["reading"])
         changes += _changes("its source", recipes[0]["source"], recipes[1]["source"])
         if not changes:
@@ -84,22 +84,24 @@ def changes_of_text(old: str, new: str, ledger: Ledger) -> str:
     return "; ".join(changes) or f"text {new[:12]} instead of {old[:12]}"
 
 
-def _newest_memo(text: str, ledger: Ledger) -> Artifact | None:
+def _newest_read_result(text: str, ledger: Ledger) -> Artifact | None:
     """The newest result of reading a source into this text."""
     ref = Ref("text", text)
-    memos = [one for one in ledger.list_artifacts("source") if ref in one.parts and not one.inputs]  # dealt from none
-    return max(memos, key=lambda memo: str(memo.note.get("created")), default=None)
+    read_results = [
+        one for one in ledger.list_artifacts("source") if ref in one.parts and not one.inputs
+    ]  # dealt from none
+    return max(read_results, key=lambda read_result: str(read_result.note.get("created")), default=None)
 
 
-def check_foundation(ground: Ground, forest: Forest, ledger: Ledger) -> None:
+def check_foundation(prepared: PreparedPlan, forest: Forest, ledger: Ledger) -> None:
     """Refuses a plan whose foundation is not the forest's.
 
     Raises:
         FoundationError: naming every field that differs; every part, where a manifest is gone.
     """
-    wanted = ground.foundation(seed_request(ground).ref.identity)
+    wanted = prepared.foundation(seed_request(prepared).ref.identity)
     differing = [part for part in PARTS if getattr(forest.foundation, part) != getattr(wanted, part)]
-    causes = list(_causes(ground, forest, ledger)) if differing else list(_experts_span(ground, forest, ledger))
+    causes = list(_causes(prepared, forest, ledger)) if differing else list(_experts_span(prepared, forest, ledger))
     if differing or causes:
         raise FoundationError(
             "the plan changes what this store's forest was founded on",
@@ -109,22 +111,22 @@ def check_foundation(ground: Ground, forest: Forest, ledger: Ledger) -> None:
         )
 
 
-def _causes(ground: Ground, forest: Forest, ledger: Ledger) -> Iterator[str]:
+def _causes(prepared: PreparedPlan, forest: Forest, ledger: Ledger) -> Iterator[str]:
     """Fields of the plan, as they were and as they are, but for what follows from others: nothing where a manifest is gone."""
     seed = ledger.find(Ref("model", forest.foundation.seed))
     tokenizer = ledger.find(Ref("tokenizer", forest.foundation.tokenizer))
     if seed is None or tokenizer is None:
         return
-    asked = tokenizer_request(ground.plan, ground.founders)
+    asked = tokenizer_request(prepared.plan, prepared.founders)
     if asked.ref != tokenizer.ref:
         yield from _tokenizer_causes(tokenizer.recipe, _plain(asked.recipe))
-    old, new = seed.recipe, _plain(seed_request(ground).recipe)
+    old, new = seed.recipe, _plain(seed_request(prepared).recipe)
     yield from _changes("training", old["training"], new["training"])
     if old["pretrained"] != new["pretrained"]:
-        yield _pretrained_cause(seed, ground)
+        yield _pretrained_cause(seed, prepared)
         return
     block_tokens = old["training"]["block_tokens"], new["training"]["block_tokens"]
-    named = "model.config" if ground.plan.model.config is not None else "model"
+    named = "model.config" if prepared.plan.model.config is not None else "model"
     follows = {"vocab_size"} if asked.ref != tokenizer.ref else set()
     follows |= {name for name, value in old["model"].items() if (value, new["model"].get(name)) == block_tokens}
     if old["model"].get("model_type") != new["model"].get("model_type"):  # whose fields are others
@@ -149,23 +151,23 @@ def _tokenizer_causes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterato
         yield from _changes("tokenizer", old, new)
 
 
-def _pretrained_cause(seed: Artifact, ground: Ground) -> str:
-    if ground.pretrained is None:
+def _pretrained_cause(seed: Artifact, prepared: PreparedPlan) -> str:
+    if prepared.pretrained is None:
         return f"model: `pretrained: {seed.note.get('from')}` → a model trained from the start"
     if seed.recipe["pretrained"] is None:
-        return f"model: a model trained from the start → `pretrained: {ground.pretrained.source}`"
+        return f"model: a model trained from the start → `pretrained: {prepared.pretrained.source}`"
     source = seed.note.get("from")
-    if source == ground.pretrained.source:
+    if source == prepared.pretrained.source:
         return f"model.pretrained: other files in {source} than those of version 0"
-    return f"model.pretrained: {source} → {ground.pretrained.source}"
+    return f"model.pretrained: {source} → {prepared.pretrained.source}"
 
 
-def _experts_span(ground: Ground, forest: Forest, ledger: Ledger) -> Iterator[str]:
+def _experts_span(prepared: PreparedPlan, forest: Forest, ledger: Ledger) -> Iterator[str]:
     """A pretrained seed is the same whatever `seed_share` says, and its experts are not: theirs must be that of the plan."""
-    if ground.pretrained is None or not forest.experts:
+    if prepared.pretrained is None or not forest.experts:
         return
     expert = ledger.find(Ref("model", forest.experts[0].identity))
-    training = ground.plan.training
+    training = prepared.plan.training
     if expert is not None and expert.recipe["first_update"] != training.seed_updates:
         share = expert.recipe["first_update"] / training.updates
         yield (

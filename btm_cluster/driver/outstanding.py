@@ -1,28 +1,28 @@
 """What a plan has still to train: domains without an expert, where each starts, and the rivals."""
 
-from btm_cluster.driver.prepared_plan import Ground, PreparedText
+from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText
 from btm_cluster.driver.recipes import demix_request, seed_request, transformer_lm_request
 from btm_cluster.forest import Forest
 from btm_cluster.requests import TrainRequest
 
 
-def new_domains(ground: Ground, forest: Forest) -> list[PreparedText]:
+def new_domains(prepared: PreparedPlan, forest: Forest) -> list[PreparedText]:
     """The plan's domains that have no expert yet."""
     texts = {expert.domain: expert.text for expert in forest.experts}
-    return [domain for domain in ground.domains if texts.get(domain.name) != domain.identity]
+    return [domain for domain in prepared.domains if texts.get(domain.name) != domain.identity]
 
 
-def starts_from_seed(ground: Ground, forest: Forest | None, domain: PreparedText) -> bool:
+def starts_from_seed(prepared: PreparedPlan, forest: Forest | None, domain: PreparedText) -> bool:
     """Whether a new expert starts from the seed itself: the founding domains' do, even if their first training failed and
     their siblings are merged by now; those of later domains where the plan says so, or while there is nothing to average.
     """
-    if forest is None or not forest.experts or ground.plan.branching.start == "seed":
+    if forest is None or not forest.experts or prepared.plan.branching.start == "seed":
         return True
     return (domain.name, domain.identity) in forest.foundation.domains
 
 
-def rivals(ground: Ground) -> list[TrainRequest]:
+def rivals(prepared: PreparedPlan) -> list[TrainRequest]:
     """The plan's baselines."""
-    seed = seed_request(ground).ref
-    named = {"transformer-lm": transformer_lm_request(ground, seed), "demix": demix_request(ground)}
-    return [named[name] for name in ground.plan.baselines]
+    seed = seed_request(prepared).ref
+    named = {"transformer-lm": transformer_lm_request(prepared, seed), "demix": demix_request(prepared)}
+    return [named[name] for name in prepared.plan.baselines]

@@ -3,10 +3,10 @@
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.founding import check_foundation, check_texts
 from btm_cluster.driver.prepared_plan import (
-    Ground,
+    PreparedPlan,
     block_requests,
-    ground_of,
     model_config,
+    prepared_from,
     read_requests,
     tokenizer_request,
     vocabulary_of,
@@ -18,14 +18,14 @@ from btm_cluster.errors import TextError
 from btm_cluster.plan import Plan
 
 
-def prepare(plan: Plan, driver: Driver) -> Ground:
+def prepare(plan: Plan, driver: Driver) -> PreparedPlan:
     """Texts to documents, documents to token blocks, and the configuration that all models share."""
-    ground = read(plan, driver)
-    tokenize(ground, driver)
-    return ground
+    prepared = read(plan, driver)
+    tokenize(prepared, driver)
+    return prepared
 
 
-def read(plan: Plan, driver: Driver) -> Ground:
+def read(plan: Plan, driver: Driver) -> PreparedPlan:
     """Texts to documents. From here on all is known that is made of them."""
     forest = driver.ledger.log.newest()
     plan = without_withdrawn(plan, forest)
@@ -37,22 +37,24 @@ def read(plan: Plan, driver: Driver) -> Ground:
         check_foundation(bare, forest, driver.ledger)
     if model[1] is not None:  # it needs no text, and may turn out to be unusable
         driver.require([tokenizer_request(plan, ()), seed_request(bare)])
-    memos = {text.name: memo for text, memo in zip(plan.texts, driver.require(requests), strict=True)}
-    ground = ground_of(plan, memos, model, driver.ledger)
+    read_results = {
+        text.name: read_result for text, read_result in zip(plan.texts, driver.require(requests), strict=True)
+    }
+    prepared = prepared_from(plan, read_results, model, driver.ledger)
     if forest is not None:  # what does not fit is refused before anything is made
-        check_texts(ground, forest, driver.ledger)
-    return ground
+        check_texts(prepared, forest, driver.ledger)
+    return prepared
 
 
-def tokenize(ground: Ground, driver: Driver) -> None:
+def tokenize(prepared: PreparedPlan, driver: Driver) -> None:
     """Documents to token blocks.
 
     Raises:
         TextError: a text has no block of a split.
     """
     is_founded = driver.ledger.log.newest() is not None
-    requests = block_requests(ground)
-    _, *tokenized = driver.require([tokenizer_request(ground.plan, ground.founders), *requests])
+    requests = block_requests(prepared)
+    _, *tokenized = driver.require([tokenizer_request(prepared.plan, prepared.founders), *requests])
     blocks: dict[tuple[str, str], int] = {}
     for request, artifact in zip(requests, tokenized, strict=True):
         key = (request.label, request.split)

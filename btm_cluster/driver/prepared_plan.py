@@ -1,4 +1,4 @@
-"""What all steps of a plan stand on: its texts as token blocks, its tokenizer, its model's configuration, its founders.
+"""A plan with its texts prepared: token blocks, tokenizer, the model's configuration, and the founding domains.
 
 Pure but for looking: at what a plan points to (file stamps, a pretrained model's files), and at texts in the ledger. The
 driver, and `btm plan`, which must name the same artifacts without making them, share these functions.
@@ -47,8 +47,8 @@ class PreparedText:
 
 
 @dataclass(frozen=True)
-class Ground:
-    """What all steps of a plan stand on: its texts as blocks, its tokenizer, and its model's configuration."""
+class PreparedPlan:
+    """A plan with its texts prepared: token blocks, tokenizer, and the model's configuration."""
 
     plan: Plan
     texts: tuple[PreparedText, ...]
@@ -183,14 +183,14 @@ def tokenize_requests(
     }
 
 
-def ground_of(
-    plan: Plan, memos: Mapping[str, Artifact], model: tuple[Mapping[str, Any], Pretrained | None], ledger: Ledger
-) -> Ground:
-    """The ground of a plan whose texts are read: `memos` are the results of reading, by text name.
+def prepared_from(
+    plan: Plan, read_results: Mapping[str, Artifact], model: tuple[Mapping[str, Any], Pretrained | None], ledger: Ledger
+) -> PreparedPlan:
+    """The prepared plan, once its texts are read: `read_results` are by text name.
 
     A plan need not name all founding domains again: the store has their texts.
     """
-    identities = {name: text_of(read) for name, read in memos.items()}
+    identities = {name: text_of(read) for name, read in read_results.items()}
     check_distinct(plan, identities)
     founders = founders_of(plan, identities, ledger.log.version(0))
     tokenizer = tokenizer_request(plan, founders).ref
@@ -204,44 +204,46 @@ def ground_of(
 
     targets = {target.name for target in plan.targets}
     texts = tuple(
-        PreparedText(name, name in targets, text, facts[text], memos[name].facts["skipped"], tokens_of(name, text))
+        PreparedText(
+            name, name in targets, text, facts[text], read_results[name].facts["skipped"], tokens_of(name, text)
+        )
         for name, text in ((source.name, identities[source.name]) for source in plan.texts)
     )
     founding = tuple(
         TrainingText(text, tokens_of(name, text)["train"] if text in facts else ())
         for name, text in sorted(founders, key=lambda f: f[1])
     )
-    return Ground(plan, texts, founders, founding, tokenizer, *model)
+    return PreparedPlan(plan, texts, founders, founding, tokenizer, *model)
 
 
-def without_texts(plan: Plan, model: tuple[Mapping[str, Any], Pretrained | None], ledger: Ledger) -> Ground:
-    """The ground of a plan before any of its texts is read: enough to tell its foundation in a store that has a forest."""
-    return ground_of(plan.model_copy(update={"domains": (), "targets": ()}), {}, model, ledger)
+def without_texts(plan: Plan, model: tuple[Mapping[str, Any], Pretrained | None], ledger: Ledger) -> PreparedPlan:
+    """A prepared plan before any of its texts is read: enough to tell its foundation in a store that has a forest."""
+    return prepared_from(plan.model_copy(update={"domains": (), "targets": ()}), {}, model, ledger)
 
 
-def stored_text(name: str, text: str, ground: Ground, ledger: Ledger) -> PreparedText:
+def stored_text(name: str, text: str, prepared: PreparedPlan, ledger: Ledger) -> PreparedText:
     """A domain's text that the store has, whether the plan names it or not."""
     facts = ledger.get(Ref("text", text)).facts
-    shards = tokenize_requests(name, text, facts, ground.tokenizer, ground.plan.training.block_tokens)
+    shards = tokenize_requests(name, text, facts, prepared.tokenizer, prepared.plan.training.block_tokens)
     tokens = {split: tuple(request.ref for request in requests) for split, requests in shards.items()}
     return PreparedText(name, False, text, facts, {}, tokens)
 
 
-def with_forests_texts(ground: Ground, forest: Forest, ledger: Ledger) -> Ground:
-    """The ground with the texts of the forest's domains that the plan does not name, from the store: what is evaluated on."""
-    named = {text.name for text in ground.texts}
+def with_forests_texts(prepared: PreparedPlan, forest: Forest, ledger: Ledger) -> PreparedPlan:
+    """With the texts of the forest's domains that the plan does not name, from the store: what is evaluated on."""
+    named = {text.name for text in prepared.texts}
     others = [expert for expert in forest.experts if expert.domain not in named]
-    stored = tuple(stored_text(expert.domain, expert.text, ground, ledger) for expert in others)
-    return replace(ground, texts=(*ground.texts, *stored))
+    stored = tuple(stored_text(expert.domain, expert.text, prepared, ledger) for expert in others)
+    return replace(prepared, texts=(*prepared.texts, *stored))
 
 
-def block_requests(ground: Ground) -> list[Tokenize]:
+def block_requests(prepared: PreparedPlan) -> list[Tokenize]:
     """Every shard of every text that is trained or evaluated on."""
     return [
         request
-        for text in ground.texts
+        for text in prepared.texts
         for split, requests in tokenize_requests(
-            text.name, text.identity, text.facts, ground.tokenizer, ground.plan.training.block_tokens
+            text.name, text.identity, text.facts, prepared.tokenizer, prepared.plan.training.block_tokens
         ).items()
         for request in requests
         if not text.is_target or split != "train"

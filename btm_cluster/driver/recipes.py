@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from btm_cluster.driver.prepared_plan import Ground, PreparedText
+from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText
 from btm_cluster.errors import PlanError
 from btm_cluster.forest import Forest
 from btm_cluster.language_model.demix import check_splits
@@ -13,19 +13,21 @@ from btm_cluster.plan import Plan
 from btm_cluster.requests import Resources, Role, ScoreRequest, Start, TrainingText, TrainRequest
 
 
-def seed_request(ground: Ground) -> TrainRequest:
+def seed_request(prepared: PreparedPlan) -> TrainRequest:
     """The seed: s·U updates on the mix of all founding domains; a pretrained model is one already, whatever the domains."""
-    if ground.pretrained is not None:
-        return train_request(ground, "seed", "seed", (), (0, 0), None)
-    return train_request(ground, "seed", "seed", ground.founding_texts, (0, ground.plan.training.seed_updates), None)
+    if prepared.pretrained is not None:
+        return train_request(prepared, "seed", "seed", (), (0, 0), None)
+    return train_request(
+        prepared, "seed", "seed", prepared.founding_texts, (0, prepared.plan.training.seed_updates), None
+    )
 
 
-def transformer_lm_request(ground: Ground, seed: Ref) -> TrainRequest:
+def transformer_lm_request(prepared: PreparedPlan, seed: Ref) -> TrainRequest:
     """The compute-matched dense baseline: the seed run, carried on to the end on the mix of all domains."""
-    training = ground.plan.training
-    start = None if ground.pretrained is None else Start(seed, keep_optimizer=False)
+    training = prepared.plan.training
+    start = None if prepared.pretrained is None else Start(seed, keep_optimizer=False)
     span = (0 if start is None else training.seed_updates, training.updates)
-    whole = train_request(ground, "transformer-lm", "transformer-lm", ground.founding_texts, span, start)
+    whole = train_request(prepared, "transformer-lm", "transformer-lm", prepared.founding_texts, span, start)
     milestones = (training.seed_updates,) if start is None else ()
     return replace(whole, milestones=milestones, snapshots=_between(training.seed_updates, training.updates))
 
@@ -36,17 +38,17 @@ def _between(first: int, last: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(update for update in thirds if first < update < last))
 
 
-def transformer_lm_milestones(ground: Ground, seed: Ref) -> dict[int, Ref]:
+def transformer_lm_milestones(prepared: PreparedPlan, seed: Ref) -> dict[int, Ref]:
     """The Transformer-LM at each of its milestones, by update: the seed first, two between, and the finished model last."""
-    whole = transformer_lm_request(ground, seed)
+    whole = transformer_lm_request(prepared, seed)
     between = {one.last_update: one.ref for one in whole.at_snapshots}
-    return {ground.plan.training.seed_updates: seed, **between, whole.last_update: whole.ref}
+    return {prepared.plan.training.seed_updates: seed, **between, whole.last_update: whole.ref}
 
 
-def demix_request(ground: Ground) -> TrainRequest:
+def demix_request(prepared: PreparedPlan) -> TrainRequest:
     """DEMix: the Transformer-LM's budget and text, from the start, with one feed-forward per founding domain."""
-    span = (0, ground.plan.training.updates)
-    request = train_request(ground, "demix", "demix", ground.founding_texts, span, None)
+    span = (0, prepared.plan.training.updates)
+    request = train_request(prepared, "demix", "demix", prepared.founding_texts, span, None)
     return replace(request, is_demix=True)
 
 
@@ -77,30 +79,30 @@ def check_demix_fits(plan: Plan, model: Mapping[str, Any], domains: int) -> None
         )
 
 
-def expert_request(ground: Ground, domain: PreparedText, start: Start) -> TrainRequest:
+def expert_request(prepared: PreparedPlan, domain: PreparedText, start: Start) -> TrainRequest:
     """An expert: (1-s)·U updates on its domain alone, at its own scale of the learning rate."""
-    training = ground.plan.training
+    training = prepared.plan.training
     text = TrainingText(domain.identity, domain.tokens["train"])
     span = (training.seed_updates, training.updates)
-    return at_experts_rate(ground, train_request(ground, domain.name, "expert", (text,), span, start))
+    return at_experts_rate(prepared, train_request(prepared, domain.name, "expert", (text,), span, start))
 
 
-def at_experts_rate(ground: Ground, request: TrainRequest) -> TrainRequest:
+def at_experts_rate(prepared: PreparedPlan, request: TrainRequest) -> TrainRequest:
     """The request with its learning rate times the experts' scale."""
-    rate = request.training.learning_rate * ground.plan.branching.learning_rate_scale
+    rate = request.training.learning_rate * prepared.plan.branching.learning_rate_scale
     return replace(request, training=request.training.model_copy(update={"learning_rate": rate}))
 
 
-def seed_start(ground: Ground, seed: Ref) -> Start:
+def seed_start(prepared: PreparedPlan, seed: Ref) -> Start:
     """Branching from the seed, with its optimiser unless the plan resets it or it has none."""
-    keep = ground.plan.branching.optimizer == "keep" and ground.pretrained is None
+    keep = prepared.plan.branching.optimizer == "keep" and prepared.pretrained is None
     return Start(seed, keep)
 
 
-def score_request(ground: Ground, model: Ref, text: PreparedText, split: str) -> ScoreRequest:
+def score_request(prepared: PreparedPlan, model: Ref, text: PreparedText, split: str) -> ScoreRequest:
     """One split of a text under a model, computed as an expert is trained."""
     return ScoreRequest(
-        f"{text.name} under {model.identity[:8]}", model, text.tokens[split], expert_resources(ground.plan)
+        f"{text.name} under {model.identity[:8]}", model, text.tokens[split], expert_resources(prepared.plan)
     )
 
 
@@ -125,25 +127,25 @@ def _resources(plan: Plan, gpus: float, cpus: int) -> Resources:
 
 
 def train_request(
-    ground: Ground,
+    prepared: PreparedPlan,
     label: str,
     role: Role,
     texts: tuple[TrainingText, ...],
     span: tuple[int, int],
     start: Start | None,
 ) -> TrainRequest:
-    plan = ground.plan
+    plan = prepared.plan
     return TrainRequest(
         label=label,
         role=role,
-        model=ground.model,
-        tokenizer=ground.tokenizer,
+        model=prepared.model,
+        tokenizer=prepared.tokenizer,
         texts=texts,
         training=plan.training,
         first_update=span[0],
         last_update=span[1],
         start=start,
-        pretrained=ground.pretrained if role == "seed" else None,
+        pretrained=prepared.pretrained if role == "seed" else None,
         restart_data=role == "expert",
         how=expert_resources(plan) if role == "expert" else seed_resources(plan),
         checkpoint_seconds=60 * plan.cluster.checkpoint_minutes,

@@ -14,7 +14,7 @@ import torch
 
 from btm_cluster.data.blocks import Blocks
 from btm_cluster.data.tokenizer import TOKENIZER_FILES, TextTokenizer, load_tokenizer
-from btm_cluster.driver.prepared_plan import Ground
+from btm_cluster.driver.prepared_plan import PreparedPlan
 from btm_cluster.equations.clusters import cluster_log_weights, log_weighted_mixture
 from btm_cluster.equations.mixture import document_sums
 from btm_cluster.errors import UserError
@@ -54,21 +54,21 @@ def check_clusters(plan: Plan, domains: Sequence[str]) -> None:
 
 
 def with_cluster_ensemble(
-    results: tuple[SplitResult, ...], ground: Ground, forest: Forest, ledger: Ledger
+    results: tuple[SplitResult, ...], prepared: PreparedPlan, forest: Forest, ledger: Ledger
 ) -> tuple[SplitResult, ...]:
     """The results, with the cluster ensemble's beside them if the plan names a cluster model."""
-    merging = ground.plan.merging
+    merging = prepared.plan.merging
     if merging.clusters is None:
         return results
-    check_clusters(ground.plan, forest.domains)
+    check_clusters(prepared.plan, forest.domains)
     from btm_cluster.data.clusters import load_clusters
 
     clusters = load_clusters(Path(merging.clusters))
     experts = [clusters.names.index(domain) for domain in forest.domains]
     models = [Ref("model", expert.identity) for expert in forest.experts]
-    tokenizer_files = ledger.get(ground.tokenizer)
+    tokenizer_files = ledger.get(prepared.tokenizer)
     tokenizer = load_tokenizer({name: ledger.open_file(tokenizer_files, name) for name in TOKENIZER_FILES})
-    texts = {text.name: text for text in ground.texts}
+    texts = {text.name: text for text in prepared.texts}
 
     def with_row(result: SplitResult) -> SplitResult:
         refs = texts[result.text].tokens[result.split]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from btm_cluster.driver.driver import Driver
-from btm_cluster.driver.prepared_plan import HELD_OUT, Ground, PreparedText
+from btm_cluster.driver.prepared_plan import HELD_OUT, PreparedPlan, PreparedText
 from btm_cluster.evaluation.fitting import (
     average_request,
     fit_request,
@@ -50,7 +50,7 @@ class Comparison:
 class Comparer:
     """Single models by system, and ensembles, to be compared. The first ensemble is the forest, whose experts get rows too."""
 
-    ground: Ground
+    prepared: PreparedPlan
     single: Mapping[System, Ref]
     ensembles: Sequence[Ensemble]
     splits: Sequence[str] = HELD_OUT
@@ -60,41 +60,41 @@ class Comparer:
     @property
     def parts(self) -> list[tuple[PreparedText, str]]:
         """Texts and splits that rows are made for."""
-        return [(text, split) for split in self.splits for text in self.ground.texts if text.tokens[split]]
+        return [(text, split) for split in self.splits for text in self.prepared.texts if text.tokens[split]]
 
     def requests(self) -> Iterator[StepRequest]:
         """Every step that the comparison takes; some come up twice."""
-        ground = self.ground
+        prepared = self.prepared
         models = [*self.single.values(), *(model for ensemble in self.ensembles for model in ensemble.refs)]
-        yield from score_requests(ground, models, ground.texts)
-        yield from milestone_scores(ground, self.milestones)
+        yield from score_requests(prepared, models, prepared.texts)
+        yield from milestone_scores(prepared, self.milestones)
         for ensemble in self.ensembles:
             if ensemble.methods:
-                yield from (fit for text in ground.texts for fit in fit_requests(ground, ensemble, text))
-                yield from (mix_request(ground, ensemble, *part) for part in self.parts)
+                yield from (fit for text in prepared.texts for fit in fit_requests(prepared, ensemble, text))
+                yield from (mix_request(prepared, ensemble, *part) for part in self.parts)
             for weights, text in self.averages(ensemble):
-                yield from weight_requests(ground, ensemble, weights, text)
+                yield from weight_requests(prepared, ensemble, weights, text)
                 if weights != "argmax":  # which is one of the models
-                    average = average_request(ground, ensemble, weights, text)
+                    average = average_request(prepared, ensemble, weights, text)
                     yield average
-                    yield from score_requests(ground, [average.ref], [text] if text else ground.texts, self.splits)
+                    yield from score_requests(prepared, [average.ref], [text] if text else prepared.texts, self.splits)
 
     def compare(self, driver: Driver) -> Comparison:
         """Makes what is missing and reads the rows. The best milestone is known, and scored on all texts, last."""
         made = by_ref(driver.require(list(self.requests())))
-        milestones = choose_milestone(self.ground, self.milestones, driver.ledger, made)
+        milestones = choose_milestone(self.prepared, self.milestones, driver.ledger, made)
         asked = self
         if milestones is not None and not milestones.is_finished_best:
             best = self.milestones[milestones.best]
             asked = replace(self, single={**self.single, BEST_TRANSFORMER_LM: best})
-            scores = score_requests(self.ground, [best], self.ground.texts, self.splits)
+            scores = score_requests(self.prepared, [best], self.prepared.texts, self.splits)
             made |= by_ref(driver.require([request for request in scores if request.ref not in made]))
         return replace(_Reader(asked, driver.ledger, made).read(), milestones=milestones)
 
     def averages(self, ensemble: Ensemble) -> Iterator[tuple[str, PreparedText | None]]:
         """Averages by weights; the uniform one is the same for all texts."""
         for weights in ensemble.averages:
-            yield from [(weights, None)] if weights == "uniform" else [(weights, text) for text in self.ground.texts]
+            yield from [(weights, None)] if weights == "uniform" else [(weights, text) for text in self.prepared.texts]
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class _Reader:
     def _mixed(self, ensemble: Ensemble) -> Rows:
         rows: Rows = {}
         for text, split in self.asked.parts if ensemble.methods else ():
-            mixture = self.made[mix_request(self.asked.ground, ensemble, text, split).ref]
+            mixture = self.made[mix_request(self.asked.prepared, ensemble, text, split).ref]
             sums_MD = np.load(self.ledger.open_file(mixture, SUMS))
             for method, sums_D in zip(ensemble.methods, sums_MD, strict=True):
                 rows.setdefault(ensemble.mixed_by(method), {})[text.name, split] = torch.from_numpy(sums_D)
@@ -142,11 +142,11 @@ class _Reader:
         return rows
 
     def _average(self, ensemble: Ensemble, weights: str, text: PreparedText) -> Ref:
-        ground = self.asked.ground
+        prepared = self.asked.prepared
         if weights == "argmax":
-            fit = self.made[weights_request(ground, ensemble, text).ref]
+            fit = self.made[weights_request(prepared, ensemble, text).ref]
             return next(Ref("model", model) for model, share in fit.facts["weights"]["argmax"].items() if share)
-        return average_request(ground, ensemble, weights, None if weights == "uniform" else text).ref
+        return average_request(prepared, ensemble, weights, None if weights == "uniform" else text).ref
 
     def _experts(self, forest: Ensemble) -> Rows:
         """The expert that is best on a text's development blocks (without any, the first), and the domain's own."""
@@ -164,6 +164,6 @@ class _Reader:
         return rows
 
 
-def fits_of(ground: Ground, ensemble: Ensemble) -> dict[str, Ref]:
+def fits_of(prepared: PreparedPlan, ensemble: Ensemble) -> dict[str, Ref]:
     """The fit of each text, by name."""
-    return {text.name: fit_request(ground, ensemble, text).ref for text in ground.texts}
+    return {text.name: fit_request(prepared, ensemble, text).ref for text in prepared.texts}

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from btm_cluster.driver.driver import Driver
-from btm_cluster.driver.prepared_plan import Ground
+from btm_cluster.driver.prepared_plan import PreparedPlan
 from btm_cluster.driver.recipes import transformer_lm_milestones
 from btm_cluster.evaluation.cluster_ensemble import with_cluster_ensemble
 from btm_cluster.evaluation.comparison import Comparer, Comparison, fits_of
@@ -59,36 +59,36 @@ class Evaluation:
 
 
 def evaluate(
-    ground: Ground, forest: Forest, baseline: Ref | None, driver: Driver, demix: Sequence[Ref] = ()
+    prepared: PreparedPlan, forest: Forest, baseline: Ref | None, driver: Driver, demix: Sequence[Ref] = ()
 ) -> Evaluation:
     """Scores seed, experts, baseline and averages on every held-out text, and combines them."""
-    comparer = comparer_of(ground, forest, baseline, demix)
+    comparer = comparer_of(prepared, forest, baseline, demix)
     comparison, experts = comparer.compare(driver), comparer.ensembles[0]
-    results = with_cluster_ensemble(_results(ground, comparison, comparer.ensembles), ground, forest, driver.ledger)
-    fits = {text: open_fits(driver.ledger, driver.ledger.get(ref)) for text, ref in fits_of(ground, experts).items()}
-    prior = ground.plan.merging.average_prior
-    averages = {"uniform": average_request(ground, experts, "uniform", None).ref}
-    averages |= {f"posterior for {t.name}": average_request(ground, experts, prior, t).ref for t in ground.texts}
+    results = with_cluster_ensemble(_results(prepared, comparison, comparer.ensembles), prepared, forest, driver.ledger)
+    fits = {text: open_fits(driver.ledger, driver.ledger.get(ref)) for text, ref in fits_of(prepared, experts).items()}
+    prior = prepared.plan.merging.average_prior
+    averages = {"uniform": average_request(prepared, experts, "uniform", None).ref}
+    averages |= {f"posterior for {t.name}": average_request(prepared, experts, prior, t).ref for t in prepared.texts}
     return Evaluation(results, fits, averages, comparison.milestones)
 
 
-def comparer_of(ground: Ground, forest: Forest, baseline: Ref | None, demix: Sequence[Ref]) -> Comparer:
+def comparer_of(prepared: PreparedPlan, forest: Forest, baseline: Ref | None, demix: Sequence[Ref]) -> Comparer:
     """Everything that the plan compares."""
     seed = Ref("model", forest.foundation.seed)
     single = {SEED: seed} | ({TRANSFORMER_LM: baseline} if baseline else {})
-    milestones = transformer_lm_milestones(ground, seed) if baseline else {}
-    ensembles = [forest_ensemble(ground, forest)]
-    if ground.plan.merging.with_seed:
-        ensembles.append(planned_ensemble(ground, forest))
+    milestones = transformer_lm_milestones(prepared, seed) if baseline else {}
+    ensembles = [forest_ensemble(prepared, forest)]
+    if prepared.plan.merging.with_seed:
+        ensembles.append(planned_ensemble(prepared, forest))
     if demix:
-        parts = tuple((domain, part) for (domain, _), part in zip(ground.founders_by_text, demix, strict=True))
+        parts = tuple((domain, part) for (domain, _), part in zip(prepared.founders_by_text, demix, strict=True))
         ensembles.append(Ensemble(DEMIX, parts, (PAPERS, CALIBRATED)))
-    return Comparer(ground, single, ensembles, milestones=milestones)
+    return Comparer(prepared, single, ensembles, milestones=milestones)
 
 
-def forest_ensemble(ground: Ground, forest: Forest) -> Ensemble:
+def forest_ensemble(prepared: PreparedPlan, forest: Forest) -> Ensemble:
     """The forest's experts, with every mixing method and average that a run shows."""
-    merging, experts = ground.plan.merging, len(forest.experts)
+    merging, experts = prepared.plan.merging, len(forest.experts)
     half = max(1, experts // 2)
     methods = [PAPERS, CALIBRATED, replace(CALIBRATED, top_k=half), judged_method(merging, experts)]
     methods += [GATE] if merging.posterior == "gate" and not merging.with_seed else []
@@ -101,21 +101,21 @@ def forest_ensemble(ground: Ground, forest: Forest) -> Ensemble:
     )
 
 
-def planned_ensemble(ground: Ground, forest: Forest) -> Ensemble:
+def planned_ensemble(prepared: PreparedPlan, forest: Forest) -> Ensemble:
     """The ensemble that the plan asks for: the experts, and the seed where the plan says so."""
-    experts = forest_ensemble(ground, forest)
-    if not ground.plan.merging.with_seed:
+    experts = forest_ensemble(prepared, forest)
+    if not prepared.plan.merging.with_seed:
         return experts
-    merging, models = ground.plan.merging, len(experts.models) + 1
+    merging, models = prepared.plan.merging, len(experts.models) + 1
     methods = dict.fromkeys([judged_method(merging, models), planned_method(merging, models)])
     return with_seed(experts, tuple(methods))
 
 
-def _names(ground: Ground, ensembles: Sequence[Ensemble]) -> dict[System, str]:
+def _names(prepared: PreparedPlan, ensembles: Sequence[Ensemble]) -> dict[System, str]:
     """The rows of a run's tables in order, by the names that they are shown by."""
     experts, *others = ensembles
     half = max(1, len(experts.models) // 2)
-    prior = ground.plan.merging.average_prior
+    prior = prepared.plan.merging.average_prior
     names = {
         SEED: SEED_NAME,
         TRANSFORMER_LM: TRANSFORMER_LM_NAME,
@@ -147,9 +147,9 @@ def _name(ensemble: Ensemble, method: MixingMethod) -> str:
     return {GATE: GATED_ENSEMBLE}.get(method, "ensemble, as planned")
 
 
-def _results(ground: Ground, comparison: Comparison, ensembles: Sequence[Ensemble]) -> tuple[SplitResult, ...]:
-    names = _names(ground, ensembles)
-    targets = {text.name: text.is_target for text in ground.texts}
+def _results(prepared: PreparedPlan, comparison: Comparison, ensembles: Sequence[Ensemble]) -> tuple[SplitResult, ...]:
+    names = _names(prepared, ensembles)
+    targets = {text.name: text.is_target for text in prepared.texts}
     return tuple(
         SplitResult(
             name,

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Literal, cast
 
 from btm_cluster.driver.driver import Driver
-from btm_cluster.driver.prepared_plan import Ground, PreparedText
+from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText
 from btm_cluster.driver.recipes import expert_resources
 from btm_cluster.equations.averaging import uniform_weights
 from btm_cluster.evaluation.scoring import score_requests, scored_split
@@ -31,7 +31,7 @@ SOUP_BLOCKS_AT_ONCE = 8
 """Blocks per forward pass: searches share a GPU, and logits with their gradients take far more memory than small models."""
 
 
-def for_all_requests(ground: Ground, ensemble: Ensemble, text: PreparedText | None) -> list[FitForAll]:
+def for_all_requests(prepared: PreparedPlan, ensemble: Ensemble, text: PreparedText | None) -> list[FitForAll]:
     """The settings for all texts that a text's fits rest on: all that there are, where it has no development text."""
     has_its_own = text is not None and bool(text.tokens["development"])
     needed = {
@@ -39,32 +39,32 @@ def for_all_requests(ground: Ground, ensemble: Ensemble, text: PreparedText | No
         for method in ensemble.methods
         if method.is_for_all or method.posterior == "gate" or not has_its_own
     }
-    domains = [domain for domain in ground.domains if domain.tokens["development"]]
+    domains = [domain for domain in prepared.domains if domain.tokens["development"]]
     scored = tuple(scored_split(ensemble.refs, domain, "development") for domain in domains)
     return [
-        FitForAll(f"{posterior} for all texts under {ensemble.name}", posterior, scored, ground.plan.merging)
+        FitForAll(f"{posterior} for all texts under {ensemble.name}", posterior, scored, prepared.plan.merging)
         for posterior in FITTED_FOR_ALL
         if posterior in needed
     ]
 
 
-def fit_request(ground: Ground, ensemble: Ensemble, text: PreparedText | None) -> FitText:
+def fit_request(prepared: PreparedPlan, ensemble: Ensemble, text: PreparedText | None) -> FitText:
     """The fit of all methods of an ensemble for a text; for one of which nothing is known, without a text."""
     scored = ScoredSplit((), ()) if text is None else scored_split(ensemble.refs, text, "development")
-    for_all = tuple(request.ref for request in for_all_requests(ground, ensemble, text))
+    for_all = tuple(request.ref for request in for_all_requests(prepared, ensemble, text))
     label = f"fit for {text.name if text else 'any text'} under {ensemble.name}"
-    return FitText(label, ensemble.refs, scored, ensemble.methods, for_all, ground.plan.merging)
+    return FitText(label, ensemble.refs, scored, ensemble.methods, for_all, prepared.plan.merging)
 
 
-def mix_request(ground: Ground, ensemble: Ensemble, text: PreparedText, split: str) -> MixText:
+def mix_request(prepared: PreparedPlan, ensemble: Ensemble, text: PreparedText, split: str) -> MixText:
     """The mixture of an ensemble's scores on a split, by all of its methods."""
-    fit = fit_request(ground, ensemble, text).ref
+    fit = fit_request(prepared, ensemble, text).ref
     return MixText(f"{text.name} under {ensemble.name}", fit, scored_split(ensemble.refs, text, split))
 
 
-def weights_request(ground: Ground, ensemble: Ensemble, text: PreparedText) -> FitText:
+def weights_request(prepared: PreparedPlan, ensemble: Ensemble, text: PreparedText) -> FitText:
     """The fit of the priors alone, by which averages for a text are weighted. It does not hang on how a plan mixes."""
-    return fit_request(ground, replace(ensemble, methods=weight_methods(ground.plan.merging)), text)
+    return fit_request(prepared, replace(ensemble, methods=weight_methods(prepared.plan.merging)), text)
 
 
 def weight_methods(merging: MergingPlan) -> tuple[MixingMethod, ...]:
@@ -72,17 +72,19 @@ def weight_methods(merging: MergingPlan) -> tuple[MixingMethod, ...]:
     return tuple(MixingMethod("none", prior) for prior in dict.fromkeys(("fitted", "ema", merging.average_prior)))
 
 
-def average_request(ground: Ground, ensemble: Ensemble, weights: str, text: PreparedText | None) -> AverageRequest:
+def average_request(
+    prepared: PreparedPlan, ensemble: Ensemble, weights: str, text: PreparedText | None
+) -> AverageRequest:
     """An average of an ensemble's models: `uniform`, or for a text by one of its priors, `argmax`, or a search."""
-    card = {"plan": ground.plan.name, **{model.identity: called for called, model in ensemble.models}}
+    card = {"plan": prepared.plan.name, **{model.identity: called for called, model in ensemble.models}}
     is_unrelated = ensemble.seed is None
     if text is None:
         assert weights == "uniform", weights
         return AverageRequest(weights, ensemble.refs, tuple(uniform_weights(len(ensemble.models))), card, is_unrelated)
     fit = (
-        soup_request(ground, ensemble, weights, text)
+        soup_request(prepared, ensemble, weights, text)
         if weights in SEARCHES
-        else weights_request(ground, ensemble, text)
+        else weights_request(prepared, ensemble, text)
     )
     return AverageRequest(
         f"{weights} for {text.name}", ensemble.refs, FittedWeights(fit.ref, weights), card, is_unrelated
@@ -90,62 +92,64 @@ def average_request(ground: Ground, ensemble: Ensemble, weights: str, text: Prep
 
 
 def weight_requests(
-    ground: Ground, ensemble: Ensemble, weights: str, text: PreparedText | None
+    prepared: PreparedPlan, ensemble: Ensemble, weights: str, text: PreparedText | None
 ) -> list[FitText | FitForAll | SoupRequest]:
     """The fit or the search that an average's weights come from, with what these rest on beside scores."""
     if text is None:
         return []
     requests: list[FitText | FitForAll | SoupRequest] = []
     if weights != "greedy":
-        requests += fit_requests(ground, replace(ensemble, methods=weight_methods(ground.plan.merging)), text)
-    return [*requests, soup_request(ground, ensemble, weights, text)] if weights in SEARCHES else requests
+        requests += fit_requests(prepared, replace(ensemble, methods=weight_methods(prepared.plan.merging)), text)
+    return [*requests, soup_request(prepared, ensemble, weights, text)] if weights in SEARCHES else requests
 
 
-def fit_requests(ground: Ground, ensemble: Ensemble, text: PreparedText | None) -> list[FitText | FitForAll]:
+def fit_requests(prepared: PreparedPlan, ensemble: Ensemble, text: PreparedText | None) -> list[FitText | FitForAll]:
     """The fit of an ensemble's methods for a text, last, and the settings for all texts that it rests on."""
-    return [*for_all_requests(ground, ensemble, text), fit_request(ground, ensemble, text)]
+    return [*for_all_requests(prepared, ensemble, text), fit_request(prepared, ensemble, text)]
 
 
-def scores_for(ground: Ground, ensemble: Ensemble, text: PreparedText | None) -> list[ScoreRequest]:
+def scores_for(prepared: PreparedPlan, ensemble: Ensemble, text: PreparedText | None) -> list[ScoreRequest]:
     """The scores that the fit of an ensemble's methods for a text rests on."""
     texts = [text] if text is not None else []
-    if for_all_requests(ground, ensemble, text):
-        texts += [domain for domain in ground.domains if domain != text]
-    return score_requests(ground, ensemble.refs, texts, ["development"])
+    if for_all_requests(prepared, ensemble, text):
+        texts += [domain for domain in prepared.domains if domain != text]
+    return score_requests(prepared, ensemble.refs, texts, ["development"])
 
 
 def fit_for(
-    ground: Ground, ensemble: Ensemble, text: PreparedText | None, driver: Driver
+    prepared: PreparedPlan, ensemble: Ensemble, text: PreparedText | None, driver: Driver
 ) -> dict[MixingMethod, Fitted]:
     """The fits of an ensemble's methods for a text, made where they are not there yet."""
-    driver.require([*scores_for(ground, ensemble, text), *fit_requests(ground, ensemble, text)])
-    return open_fits(driver.ledger, driver.ledger.get(fit_request(ground, ensemble, text).ref))
+    driver.require([*scores_for(prepared, ensemble, text), *fit_requests(prepared, ensemble, text)])
+    return open_fits(driver.ledger, driver.ledger.get(fit_request(prepared, ensemble, text).ref))
 
 
-def soup_request(ground: Ground, ensemble: Ensemble, strategy: str, text: PreparedText) -> SoupRequest:
+def soup_request(prepared: PreparedPlan, ensemble: Ensemble, strategy: str, text: PreparedText) -> SoupRequest:
     """The search for a text's own average, on as many development blocks as its prior sees."""
-    how = expert_resources(ground.plan)
+    how = expert_resources(prepared.plan)
     is_learned = strategy == "learned"
-    starts = (FittedWeights(weights_request(ground, ensemble, text).ref, "fitted"),) if is_learned else ()
+    starts = (FittedWeights(weights_request(prepared, ensemble, text).ref, "fitted"),) if is_learned else ()
     return SoupRequest(
         f"{strategy} soup for {text.name}",
         cast(Literal["greedy", "learned"], strategy),
         ensemble.refs,
         text.tokens["development"],
-        ground.plan.merging.development_blocks,
+        prepared.plan.merging.development_blocks,
         starts,
         replace(how, micro_batch_blocks=min(SOUP_BLOCKS_AT_ONCE, how.micro_batch_blocks)),
     )
 
 
-def averaged_starts(ground: Ground, experts: Ensemble, new: Sequence[PreparedText], driver: Driver) -> list[Start]:
+def averaged_starts(
+    prepared: PreparedPlan, experts: Ensemble, new: Sequence[PreparedText], driver: Driver
+) -> list[Start]:
     """The average of the forest's experts for each new domain, by its posterior on the domain's text or uniformly."""
-    if ground.plan.branching.start == "uniform":
-        averages = [average_request(ground, experts, "uniform", None)] * len(new)
+    if prepared.plan.branching.start == "uniform":
+        averages = [average_request(prepared, experts, "uniform", None)] * len(new)
         driver.require(averages[:1])
     else:
-        prior = ground.plan.merging.average_prior
-        averages = [average_request(ground, experts, prior, domain) for domain in new]
-        fits = [fit for domain in new for fit in weight_requests(ground, experts, prior, domain)]
-        driver.require([*score_requests(ground, experts.refs, new, ["development"]), *fits, *averages])
+        prior = prepared.plan.merging.average_prior
+        averages = [average_request(prepared, experts, prior, domain) for domain in new]
+        fits = [fit for domain in new for fit in weight_requests(prepared, experts, prior, domain)]
+        driver.require([*score_requests(prepared, experts.refs, new, ["development"]), *fits, *averages])
     return [Start(average.ref, keep_optimizer=False) for average in averages]

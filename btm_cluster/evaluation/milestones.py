@@ -6,7 +6,7 @@ easy rival.
 
 from collections.abc import Mapping
 
-from btm_cluster.driver.prepared_plan import Ground, PreparedText
+from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText
 from btm_cluster.evaluation.scoring import mean_perplexities, score_requests
 from btm_cluster.evaluation.verdict import Milestones
 from btm_cluster.ledger import Artifact, Ledger, Ref
@@ -18,16 +18,16 @@ def best_milestone(perplexities: Mapping[int, float]) -> int:
     return min(perplexities, key=lambda update: (perplexities[update], -update))
 
 
-def milestone_scores(ground: Ground, milestones: Mapping[int, Ref]) -> list[ScoreRequest]:
+def milestone_scores(prepared: PreparedPlan, milestones: Mapping[int, Ref]) -> list[ScoreRequest]:
     """The scores that the choice takes. `milestones` are models by update."""
-    return score_requests(ground, milestones.values(), _judged_on(ground), ["development"])
+    return score_requests(prepared, milestones.values(), _judged_on(prepared), ["development"])
 
 
 def choose_milestone(
-    ground: Ground, milestones: Mapping[int, Ref], ledger: Ledger, scores: Mapping[Ref, Artifact]
+    prepared: PreparedPlan, milestones: Mapping[int, Ref], ledger: Ledger, scores: Mapping[Ref, Artifact]
 ) -> Milestones | None:
     """The milestones with the best of them; None where there are none, or no development text to choose on."""
-    domains = _judged_on(ground)
+    domains = _judged_on(prepared)
     if not milestones or not domains:
         return None
     found = mean_perplexities(ledger, list(milestones.values()), domains, scores)
@@ -35,7 +35,7 @@ def choose_milestone(
     return Milestones(perplexities, best_milestone(perplexities))
 
 
-def _judged_on(ground: Ground) -> list[PreparedText]:
+def _judged_on(prepared: PreparedPlan) -> list[PreparedText]:
     """The domains that the Transformer-LM learned from, as far as they have development text."""
-    founders = {text for _, text in ground.founders}
-    return [domain for domain in ground.domains if domain.identity in founders and domain.tokens["development"]]
+    founders = {text for _, text in prepared.founders}
+    return [domain for domain in prepared.domains if domain.identity in founders and domain.tokens["development"]]

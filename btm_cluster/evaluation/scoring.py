@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 from btm_cluster.driver.driver import Driver
-from btm_cluster.driver.prepared_plan import HELD_OUT, Ground, PreparedText
+from btm_cluster.driver.prepared_plan import HELD_OUT, PreparedPlan, PreparedText
 from btm_cluster.driver.recipes import score_request
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.mixing.scores import ScoreStack
@@ -14,12 +14,12 @@ ONE_CPU = Resources(1, 0.0, 1, 1, "float32", False)
 
 
 def score_requests(
-    ground: Ground, models: Iterable[Ref], texts: Sequence[PreparedText], splits: Sequence[str] = HELD_OUT
+    prepared: PreparedPlan, models: Iterable[Ref], texts: Sequence[PreparedText], splits: Sequence[str] = HELD_OUT
 ) -> list[ScoreRequest]:
     """Each model on each text, as far as a text has the split."""
     distinct = dict.fromkeys(models)
     return [
-        score_request(ground, model, text, split)
+        score_request(prepared, model, text, split)
         for model in distinct
         for text in texts
         for split in splits
@@ -28,14 +28,14 @@ def score_requests(
 
 
 def score_models(
-    ground: Ground,
+    prepared: PreparedPlan,
     models: Iterable[Ref],
     texts: Sequence[PreparedText],
     driver: Driver,
     splits: Sequence[str] = HELD_OUT,
 ) -> dict[Ref, Artifact]:
     """Has each model scored on each text, all at once, so that each model is loaded once. The scores."""
-    return by_ref(driver.require(score_requests(ground, models, texts, splits)))
+    return by_ref(driver.require(score_requests(prepared, models, texts, splits)))
 
 
 def by_ref(artifacts: Iterable[Artifact]) -> dict[Ref, Artifact]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from btm_cluster.driver.driver import Driver
-from btm_cluster.driver.prepared_plan import Ground, PreparedText, overlap_requests, stored_text
+from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText, overlap_requests, stored_text
 from btm_cluster.evaluation.verdict import ADDED_LATER
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import Artifact, Ref
@@ -37,13 +37,13 @@ class TextReport:
     test_windows_in_training: int
 
 
-def report_texts(ground: Ground, driver: Driver) -> list[TextReport]:
+def report_texts(prepared: PreparedPlan, driver: Driver) -> list[TextReport]:
     """A row for each domain and target; compares test with training text where that has not been done."""
-    overlaps = driver.require(overlap_requests(ground.texts, ground.domains))
-    return [_report_text(text, overlaps, driver) for text in ground.texts]
+    overlaps = driver.require(overlap_requests(prepared.texts, prepared.domains))
+    return [_report_text(text, overlaps, driver) for text in prepared.texts]
 
 
-def left_out_of_comparison(ground: Ground, forest: Forest, driver: Driver) -> dict[str, str]:
+def left_out_of_comparison(prepared: PreparedPlan, forest: Forest, driver: Driver) -> dict[str, str]:
     """Texts, each with a reason, from which the forest's experts learned and its rivals did not, or the other way round.
 
     Seed, Transformer-LM and DEMix learn from the founding domains, whatever becomes of the forest. What is left is the founding
@@ -53,19 +53,21 @@ def left_out_of_comparison(ground: Ground, forest: Forest, driver: Driver) -> di
     experts = {expert.domain: expert.text for expert in forest.experts}
     reasons = {name: ADDED_LATER for name in experts if name not in founding}
     reasons |= {name: "founding domain without an expert" for name in founding if name not in experts}
-    reasons |= {domain.name: "no expert yet" for domain in ground.domains if domain.name not in {**founding, **experts}}
+    reasons |= {
+        domain.name: "no expert yet" for domain in prepared.domains if domain.name not in {**founding, **experts}
+    }
     one_sided = {name: text for name, text in (founding | experts).items() if name in reasons}
-    return reasons | targets_seen_in(ground, one_sided, driver)
+    return reasons | targets_seen_in(prepared, one_sided, driver)
 
 
-def targets_seen_in(ground: Ground, domains: Mapping[str, str], driver: Driver) -> dict[str, str]:
+def targets_seen_in(prepared: PreparedPlan, domains: Mapping[str, str], driver: Driver) -> dict[str, str]:
     """Targets of which documents stand in the training text of a domain, and how many. `domains` are text identities by name."""
-    targets = [text for text in ground.texts if text.is_target and text.facts["splits"]["test"]["documents"]]
+    targets = [text for text in prepared.texts if text.is_target and text.facts["splits"]["test"]["documents"]]
     if not targets:
         return {}
     standing = {name: text for name, text in domains.items() if driver.ledger.find(Ref("text", text)) is not None}
-    trained_on = [stored_text(name, text, ground, driver.ledger) for name, text in standing.items()]
-    overlaps = driver.require(overlap_requests(ground.texts, trained_on))
+    trained_on = [stored_text(name, text, prepared, driver.ledger) for name, text in standing.items()]
+    overlaps = driver.require(overlap_requests(prepared.texts, trained_on))
     seen: dict[str, str] = {}
     for name, overlap in zip(standing, overlaps, strict=True):
         for target in targets:

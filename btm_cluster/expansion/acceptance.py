@@ -11,7 +11,7 @@ from functools import cache
 from typing import TypeAlias
 
 from btm_cluster.driver.driver import Driver
-from btm_cluster.driver.prepared_plan import Ground, PreparedText, stored_text, tokenize_requests
+from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText, stored_text, tokenize_requests
 from btm_cluster.evaluation.scoring import score_models, stack_of
 from btm_cluster.evaluation.texts import targets_seen_in
 from btm_cluster.forest import Expert, Forest
@@ -38,16 +38,16 @@ class Judgement:
     gains: Mapping[str, Gain]
 
 
-def judge(ground: Ground, forest: Forest, experts: Sequence[Expert], driver: Driver) -> Judgement:
+def judge(prepared: PreparedPlan, forest: Forest, experts: Sequence[Expert], driver: Driver) -> Judgement:
     """Takes all experts if the forest with all of them is no worse than the plan allows; else one after the other, by name."""
-    old, new, limit = tuple(forest.experts), tuple(experts), ground.plan.expansion.accept_if
-    own = [text for text in ground.domains if text.name in {expert.domain for expert in new}]
+    old, new, limit = tuple(forest.experts), tuple(experts), prepared.plan.expansion.accept_if
+    own = [text for text in prepared.domains if text.name in {expert.domain for expert in new}]
     known: list[PreparedText] = []
     if limit is not None and old and new:
-        seen = targets_seen_in(ground, {expert.domain: expert.text for expert in new}, driver)
-        targets = [text for text in ground.texts if text.is_target and text.name not in seen]
-        known = [*_texts_of(ground, forest, driver), *(text for text in targets if text.tokens["development"])]
-    perplexity = _ensemble_perplexity(ground, (*old, *new), [*known, *own], driver)
+        seen = targets_seen_in(prepared, {expert.domain: expert.text for expert in new}, driver)
+        targets = [text for text in prepared.texts if text.is_target and text.name not in seen]
+        known = [*_texts_of(prepared, forest, driver), *(text for text in targets if text.tokens["development"])]
+    perplexity = _ensemble_perplexity(prepared, (*old, *new), [*known, *own], driver)
     accepted, held = new, dict[str, Held]()
     if limit is not None and known:
         allowed, before = limit.development_perplexity_rise_at_most, _mean(perplexity, old, known)
@@ -73,16 +73,16 @@ Perplexity: TypeAlias = Callable[[tuple[Expert, ...], str], float]
 
 
 def _ensemble_perplexity(
-    ground: Ground, experts: Sequence[Expert], texts: Sequence[PreparedText], driver: Driver
+    prepared: PreparedPlan, experts: Sequence[Expert], texts: Sequence[PreparedText], driver: Driver
 ) -> Perplexity:
     """Scores every text under every expert, and answers, once, for any of them."""
     models = [Ref("model", expert.identity) for expert in experts]
-    scores = score_models(ground, models, texts, driver, ["development"])
+    scores = score_models(prepared, models, texts, driver, ["development"])
     by_name = {text.name: text for text in texts}
 
     @cache
     def perplexity(chosen: tuple[Expert, ...], text: str) -> float:
-        models, merging = [Ref("model", expert.identity) for expert in chosen], ground.plan.merging
+        models, merging = [Ref("model", expert.identity) for expert in chosen], prepared.plan.merging
         stack = stack_of(driver.ledger, models, by_name[text], "development", scores)
         return cross_fitted_perplexity(*stack.take(0, merging.development_blocks), merging)
 
@@ -93,14 +93,14 @@ def _mean(perplexity: Perplexity, experts: tuple[Expert, ...], texts: Sequence[P
     return sum(fits_at_once(lambda text: perplexity(experts, text), [text.name for text in texts])) / len(texts)
 
 
-def _texts_of(ground: Ground, forest: Forest, driver: Driver) -> list[PreparedText]:
+def _texts_of(prepared: PreparedPlan, forest: Forest, driver: Driver) -> list[PreparedText]:
     """The texts that a forest's experts were trained on: the store has them, whatever the plan names."""
-    texts = [stored_text(expert.domain, expert.text, ground, driver.ledger) for expert in forest.experts]
+    texts = [stored_text(expert.domain, expert.text, prepared, driver.ledger) for expert in forest.experts]
     requests = [
         request
         for text in texts
         for request in tokenize_requests(
-            text.name, text.identity, text.facts, ground.tokenizer, ground.plan.training.block_tokens
+            text.name, text.identity, text.facts, prepared.tokenizer, prepared.plan.training.block_tokens
         )["development"]
     ]
     driver.require(requests)

@@ -10,10 +10,10 @@ from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.founding import check_foundation, check_texts
 from btm_cluster.driver.port import Failure, Outcome
 from btm_cluster.driver.prepared_plan import (
-    Ground,
+    PreparedPlan,
     block_requests,
-    ground_of,
     model_config,
+    prepared_from,
     read_requests,
     text_of,
     tokenizer_request,
@@ -31,15 +31,15 @@ from btm_cluster.requests import ReadText
 
 
 @dataclass(frozen=True)
-class NewGround:
-    """The ground that new experts stand on, and what did not come that far."""
+class PreparedArrivals:
+    """The prepared plan of new experts, and the arrivals that failed or were refused."""
 
-    ground: Ground
+    prepared: PreparedPlan
     refused: Mapping[str, str]
     failures: tuple[Failure, ...]
 
 
-def prepare_new(plan: Plan, arrivals: Sequence[Arrival], forest: Forest, driver: Driver) -> NewGround:
+def prepare_new(plan: Plan, arrivals: Sequence[Arrival], forest: Forest, driver: Driver) -> PreparedArrivals:
     """Texts to token blocks, for a plan whose domains are the new ones, and for what has arrived.
 
     Raises:
@@ -50,26 +50,26 @@ def prepare_new(plan: Plan, arrivals: Sequence[Arrival], forest: Forest, driver:
     check_foundation(without_texts(plan, model, driver.ledger), forest, driver.ledger)
     _check_room(plan, requests, arrivals, driver)
     read = driver.require(requests)
-    memos = {text.name: memo for text, memo in zip(plan.texts, read, strict=True)}
+    read_results = {text.name: read_result for text, read_result in zip(plan.texts, read, strict=True)}
     arrived = _read_all(plan, arrivals, driver)
     failures = [outcome for outcome in arrived.values() if isinstance(outcome, Failure)]
     refused = {name: outcome for name, outcome in arrived.items() if isinstance(outcome, str)}
-    arrived_memos = {name: outcome for name, outcome in arrived.items() if isinstance(outcome, Artifact)}
-    refused |= _copies(arrived_memos, memos, forest)
-    memos |= {name: memo for name, memo in arrived_memos.items() if name not in refused}
-    domains = (*plan.domains, *(a.domain for a in arrivals if a.domain.name in memos))
-    ground = ground_of(plan.model_copy(update={"domains": domains}), memos, model, driver.ledger)
-    check_texts(ground, forest, driver.ledger)
-    driver.require([tokenizer_request(plan, ground.founders)])
-    too_short, failed = _tokenize(ground, {d.name for d in plan.texts}, driver)
+    arrived_results = {name: outcome for name, outcome in arrived.items() if isinstance(outcome, Artifact)}
+    refused |= _copies(arrived_results, read_results, forest)
+    read_results |= {name: read_result for name, read_result in arrived_results.items() if name not in refused}
+    domains = (*plan.domains, *(a.domain for a in arrivals if a.domain.name in read_results))
+    prepared = prepared_from(plan.model_copy(update={"domains": domains}), read_results, model, driver.ledger)
+    check_texts(prepared, forest, driver.ledger)
+    driver.require([tokenizer_request(plan, prepared.founders)])
+    too_short, failed = _tokenize(prepared, {d.name for d in plan.texts}, driver)
     refused |= too_short
     failures += failed
     for arrival in arrivals:
         if arrival.domain.name in refused:
             refuse(driver.ledger, arrival, refused[arrival.domain.name])
     gone = {*refused, *(failure.label for failure in failures)}
-    return NewGround(
-        replace(ground, texts=tuple(t for t in ground.texts if t.name not in gone)), refused, tuple(failures)
+    return PreparedArrivals(
+        replace(prepared, texts=tuple(t for t in prepared.texts if t.name not in gone)), refused, tuple(failures)
     )
 
 
@@ -86,7 +86,7 @@ def _arrivals_requests(plan: Plan, arrivals: Sequence[Arrival]) -> list[ReadText
 
 
 def _read_all(plan: Plan, arrivals: Sequence[Arrival], driver: Driver) -> dict[str, Outcome | str]:
-    """What became of each arrival: its memo, a failure that another try may mend, or why it is refused."""
+    """What became of each arrival: its read result, a failure that another try may mend, or why it is refused."""
     requests = _arrivals_requests(plan, arrivals)
     names = [arrival.domain.name for arrival in arrivals]
     try:
@@ -122,22 +122,22 @@ def _read_alone(request: ReadText, driver: Driver, seen: str) -> Outcome | str:
 def _copies(arrived: Mapping[str, Artifact], of_plan: Mapping[str, Artifact], forest: Forest) -> dict[str, str]:
     """Arrivals whose documents are those of another domain: they would be one expert under two names."""
     known = {expert.text: expert.domain for expert in forest.experts}
-    known |= {text_of(memo): name for name, memo in of_plan.items()}
+    known |= {text_of(read_result): name for name, read_result in of_plan.items()}
     refused = {}
-    for name, memo in arrived.items():
-        first = known.setdefault(text_of(memo), name)
+    for name, read_result in arrived.items():
+        first = known.setdefault(text_of(read_result), name)
         if first != name:
             refused[name] = f"the same documents as {first!r}"
     return refused
 
 
-def _tokenize(ground: Ground, of_plan: set[str], driver: Driver) -> tuple[dict[str, str], list[Failure]]:
+def _tokenize(prepared: PreparedPlan, of_plan: set[str], driver: Driver) -> tuple[dict[str, str], list[Failure]]:
     """Makes every block; which arrivals have too little text for one, and what failed.
 
     Raises:
         TextError: a text of the plan fills no block.
     """
-    requests = block_requests(ground)
+    requests = block_requests(prepared)
     outcomes = driver.obtain(requests)
     blocks: dict[tuple[str, str], int] = {}
     for request, outcome in zip(requests, outcomes, strict=True):
@@ -147,7 +147,7 @@ def _tokenize(ground: Ground, of_plan: set[str], driver: Driver) -> tuple[dict[s
     refused = {}
     for (name, split), count in blocks.items():
         if count == 0:
-            refused[name] = f"its {split} text fills no block of {ground.plan.training.block_tokens} tokens"
+            refused[name] = f"its {split} text fills no block of {prepared.plan.training.block_tokens} tokens"
             if name in of_plan:
                 raise TextError(f"{name!r}: {refused[name]}", remedy="give more text")
     return refused, [outcome for outcome in outcomes if isinstance(outcome, Failure)]

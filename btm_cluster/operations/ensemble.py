@@ -33,7 +33,7 @@ def find_target(plan: Plan, target: str | None, driver: Driver) -> tuple[Grown, 
     if target is not None:
         check_text_is_known(plan, target, driver.ledger)
     grown = find_grown(plan, driver)
-    text = next((text for text in grown.ground.texts if text.name == target), None)
+    text = next((text for text in grown.prepared.texts if text.name == target), None)
     if target is not None and text is None:
         raise UserError(f"{target!r} was taken out of the forest", remedy=TAKEN_OUT)
     return grown, text
@@ -41,10 +41,10 @@ def find_target(plan: Plan, target: str | None, driver: Driver) -> tuple[Grown, 
 
 def planned_mixture(grown: Grown, text: PreparedText | None, driver: Driver) -> tuple[dict[str, Ref], Gate]:
     """The models that the plan mixes, by name, and how they are weighed for a text."""
-    ground = grown.ground
-    ensemble = planned_ensemble(ground, grown.forest)
-    method = planned_method(ground.plan.merging, len(ensemble.models))
-    return dict(ensemble.models), fit_for(ground, ensemble, text, driver)[method]
+    prepared = grown.prepared
+    ensemble = planned_ensemble(prepared, grown.forest)
+    method = planned_method(prepared.plan.merging, len(ensemble.models))
+    return dict(ensemble.models), fit_for(prepared, ensemble, text, driver)[method]
 
 
 def without_ruled_out(models: Mapping[str, Ref], gate: Gate) -> tuple[dict[str, Ref], Gate]:

@@ -37,15 +37,15 @@ def find_grown(plan: Plan, driver: Driver) -> Grown:
             found=forest.reason,
             remedy="`btm run` trains the plan's domains; `btm forest remove DOMAIN --undo` brings back what was taken out",
         )
-    ground = prepare(plan, driver)
-    seed = seed_request(ground).ref
-    ground = blocks_of_forest(ground, forest, driver)
-    baseline = transformer_lm_request(ground, seed)
+    prepared = prepare(plan, driver)
+    seed = seed_request(prepared).ref
+    prepared = blocks_of_forest(prepared, forest, driver)
+    baseline = transformer_lm_request(prepared, seed)
     wanted = "transformer-lm" in plan.baselines and find_made([baseline], driver.ledger) != [None]
-    demix = demix_request(ground)
+    demix = demix_request(prepared)
     has_demix = "demix" in plan.baselines and driver.ledger.find(demix.ref) is not None
     parts = tuple(part.ref for part in demix.parts) if has_demix else ()
-    return Grown(ground, forest, baseline.ref if wanted else None, (), parts)
+    return Grown(prepared, forest, baseline.ref if wanted else None, (), parts)
 
 
 def check_text_is_known(plan: Plan, name: str, ledger: Ledger) -> None:

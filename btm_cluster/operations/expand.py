@@ -12,10 +12,10 @@ from typing import Any
 from btm_cluster.algorithm import merge, settled_branches, train
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.port import Failure
-from btm_cluster.driver.prepared_plan import Ground
+from btm_cluster.driver.prepared_plan import PreparedPlan
 from btm_cluster.errors import UserError
 from btm_cluster.expansion.acceptance import Gain, judge
-from btm_cluster.expansion.arrivals import NewGround, prepare_new
+from btm_cluster.expansion.arrivals import PreparedArrivals, prepare_new
 from btm_cluster.expansion.inbox import Inbox, look
 from btm_cluster.forest import Forest, describe_forest
 from btm_cluster.ledger import THREADS, Ledger
@@ -81,13 +81,15 @@ def expand(plan: Plan, driver: Driver) -> Expanded:
     return _grow(new, forest, inbox, passed_over, driver)
 
 
-def _grow(new: NewGround, forest: Forest, inbox: Inbox, passed_over: Mapping[str, str], driver: Driver) -> Expanded:
-    ledger, ground = driver.ledger, new.ground
-    held = _still_held(ground, forest, ledger)
-    domains = [domain for domain in ground.domains if domain.name not in held]
+def _grow(
+    new: PreparedArrivals, forest: Forest, inbox: Inbox, passed_over: Mapping[str, str], driver: Driver
+) -> Expanded:
+    ledger, prepared = driver.ledger, new.prepared
+    held = _still_held(prepared, forest, ledger)
+    domains = [domain for domain in prepared.domains if domain.name not in held]
     contents = {arrival.domain.name: arrival.contents for arrival in inbox.arrivals}
-    experts, failures = train(settled_branches(ground, forest, domains, contents, driver), driver)
-    judgement = judge(ground, ledger.log.newest() or forest, experts, driver)
+    experts, failures = train(settled_branches(prepared, forest, domains, contents, driver), driver)
+    judgement = judge(prepared, ledger.log.newest() or forest, experts, driver)
     for one in judgement.held.values():
         hold(ledger, one)
     merged = merge(forest, judgement.accepted, ledger)
@@ -118,14 +120,14 @@ def _passed_over(ledger: Ledger, forest: Forest, inbox: Inbox) -> dict[str, str]
     return reasons
 
 
-def _still_held(ground: Ground, forest: Forest, ledger: Ledger) -> dict[str, str]:
+def _still_held(prepared: PreparedPlan, forest: Forest, ledger: Ledger) -> dict[str, str]:
     """Domains that were judged before and that the plan would still hold back, with the reason of then."""
-    limit = ground.plan.expansion.accept_if
+    limit = prepared.plan.expansion.accept_if
     if limit is None:
         return {}
     judged = newest_held(ledger)
     held = {
-        d.name: judged.get(branch_point_identity(d.name, d.identity, forest.foundation.seed)) for d in ground.domains
+        d.name: judged.get(branch_point_identity(d.name, d.identity, forest.foundation.seed)) for d in prepared.domains
     }
     allowed = limit.development_perplexity_rise_at_most
     return {name: one.reason for name, one in held.items() if one is not None and one.rise > allowed}

@@ -78,7 +78,7 @@ def generate(
         UserError: no forest yet, a target that is unknown or was taken out of it, or a prompt that fills a block.
     """
     grown, text = find_target(plan, target, driver)
-    tokenizer = open_tokenizer(driver.ledger, grown.ground.tokenizer)
+    tokenizer = open_tokenizer(driver.ledger, grown.prepared.tokenizer)
     block_tokens = plan.training.block_tokens
     read = read_prompts(prompts, tokenizer, block_tokens)
     models, gate = without_ruled_out(*planned_mixture(grown, text, driver))

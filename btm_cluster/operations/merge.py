@@ -54,9 +54,9 @@ def write_merged_model(plan: Plan, weights: str, target: str | None, to: Path, d
         check_text_is_known(plan, target, driver.ledger)
     grown = find_grown(plan, driver)
     ensemble, name, text = _wanted(grown, weights, target)
-    steps = weight_requests(grown.ground, ensemble, name, text)
-    scores = scores_for(grown.ground, ensemble, text) if name != "greedy" and text is not None else []
-    average = driver.require([*scores, *steps, average_request(grown.ground, ensemble, name, text)])[-1]
+    steps = weight_requests(grown.prepared, ensemble, name, text)
+    scores = scores_for(grown.prepared, ensemble, text) if name != "greedy" and text is not None else []
+    average = driver.require([*scores, *steps, average_request(grown.prepared, ensemble, name, text)])[-1]
     with new_folder(to) as folder:
         _write_folder(grown, average, folder, driver.ledger)
     called = {model.identity: called for called, model in ensemble.models}
@@ -66,27 +66,27 @@ def write_merged_model(plan: Plan, weights: str, target: str | None, to: Path, d
 
 def _write_folder(grown: Grown, average: Artifact, folder: Path, ledger: Ledger) -> None:
     """The averaged model, its tokenizer, and what came with the pretrained model that is the seed."""
-    seed, tokenizer = ledger.get(Ref("model", grown.forest.foundation.seed)), ledger.get(grown.ground.tokenizer)
-    came_with_it = {blob.name: seed for blob in seed.blobs if grown.ground.pretrained is not None}
+    seed, tokenizer = ledger.get(Ref("model", grown.forest.foundation.seed)), ledger.get(grown.prepared.tokenizer)
+    came_with_it = {blob.name: seed for blob in seed.blobs if grown.prepared.pretrained is not None}
     files = came_with_it | {blob.name: tokenizer for blob in tokenizer.blobs}
     files |= dict.fromkeys(("README.md", "config.json", "model.safetensors"), average)
     for name, source in files.items():
         shutil.copyfile(ledger.open_file(source, name), folder / name)
-    block_tokens = grown.ground.plan.training.block_tokens
-    if grown.ground.pretrained is None:
+    block_tokens = grown.prepared.plan.training.block_tokens
+    if grown.prepared.pretrained is None:
         say_block_length(folder, block_tokens)
-    tokens = open_tokenizer(ledger, grown.ground.tokenizer)
+    tokens = open_tokenizer(ledger, grown.prepared.tokenizer)
     compare_with_transformers(folder, tokens)
     add_reading(folder / "README.md", block_tokens, tokens.name(tokens.first_token), str(seed.note.get("from", "")))
 
 
 def _wanted(grown: Grown, weights: str, target: str | None) -> tuple[Ensemble, str, PreparedText | None]:
     """The models to average, the name of their weights, and the text that these are for."""
-    forest, ground = grown.forest, grown.ground
-    experts = forest_ensemble(ground, forest)
+    forest, prepared = grown.forest, grown.prepared
+    experts = forest_ensemble(prepared, forest)
     if weights == "uniform":
         return experts, weights, None
-    text = next((text for text in ground.texts if text.name == target), None)
+    text = next((text for text in prepared.texts if text.name == target), None)
     if text is None:
         raise UserError(f"{target!r} was taken out of the forest", remedy=TAKEN_OUT)
     if weights in SEARCHES and not text.tokens["development"]:
@@ -96,4 +96,4 @@ def _wanted(grown: Grown, weights: str, target: str | None) -> tuple[Ensemble, s
         )
     if weights == "learned":
         return with_seed(experts), weights, text
-    return experts, ground.plan.merging.average_prior if weights == "posterior" else weights, text
+    return experts, prepared.plan.merging.average_prior if weights == "posterior" else weights, text

@@ -91,7 +91,7 @@ def preview(plan: Plan, ledger: Ledger, new_resources: bool = False) -> Preview:
     """
     walk = _Walk(Ledger(Overlay(ledger.storage)), new_resources)
     grown = grow_and_evaluate(plan, walk)
-    parameters, non_embedding = count_parameters(grown.ground.model)
+    parameters, non_embedding = count_parameters(grown.prepared.model)
     rate = _rate(plan, ledger)
     steps = [*_readings(walk, ledger), *_preparation(walk), *_trainings(grown, walk, parameters, rate), _scores(walk)]
     return Preview(
@@ -198,16 +198,16 @@ def _share_done(walk: _Walk, requests: Sequence[StepRequest]) -> str:
 
 def _trainings(grown: Grown, walk: _Walk, parameters: int, rate: float | None) -> Iterator[Step]:
     """Seed, an expert for each of the plan's domains, and the rivals."""
-    ground = grown.ground
-    seed = seed_request(ground)
+    prepared = grown.prepared
+    seed = seed_request(prepared)
     asked = {request.label: request for request in walk.all_of(TrainRequest) if isinstance(request, TrainRequest)}
-    start = seed_start(ground, seed.ref)
+    start = seed_start(prepared, seed.ref)
     yield _training(seed, walk.state(seed) if seed.label in asked else DONE, parameters, rate)
-    for domain in ground.domains:
+    for domain in prepared.domains:
         request = asked.get(domain.name)
         state = DONE if request is None else walk.state(request)
-        yield _training(request or expert_request(ground, domain, start), state, parameters, rate)
-    for rival in rivals(ground):
+        yield _training(request or expert_request(prepared, domain, start), state, parameters, rate)
+    for rival in rivals(prepared):
         yield _training(rival, walk.state(rival) if rival.ref in walk.requests else NEW, parameters, rate)
 
 

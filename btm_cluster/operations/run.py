@@ -7,7 +7,13 @@ from typing import Any
 from btm_cluster.algorithm import Alongside, Grown, grow
 from btm_cluster.driver.driver import Driver, steps_line
 from btm_cluster.driver.port import Failure
-from btm_cluster.driver.prepared_plan import Ground, PreparedText, block_requests, overlap_requests, with_forests_texts
+from btm_cluster.driver.prepared_plan import (
+    PreparedPlan,
+    PreparedText,
+    block_requests,
+    overlap_requests,
+    with_forests_texts,
+)
 from btm_cluster.driver.recipes import expert_request, seed_start
 from btm_cluster.errors import StepError, StoreError
 from btm_cluster.evaluation.cluster_ensemble import check_clusters
@@ -82,9 +88,9 @@ def run_plan(plan: Plan, driver: Driver) -> Run:
 
 def evaluated(plan: Plan, grown: Grown, driver: Driver) -> Run:
     """Evaluates a forest that has experts, and reports on it."""
-    ground = blocks_of_forest(grown.ground, grown.forest, driver)
-    evaluation = evaluate(ground, grown.forest, grown.baseline, driver, grown.demix)
-    texts = report_texts(ground, driver)
+    prepared = blocks_of_forest(grown.prepared, grown.forest, driver)
+    evaluation = evaluate(prepared, grown.forest, grown.baseline, driver, grown.demix)
+    texts = report_texts(prepared, driver)
     domains = grown.forest.domains
     calibrated = {text: _mixing(fits[CALIBRATED]) for text, fits in evaluation.fits.items()}
     return Run(
@@ -96,10 +102,10 @@ def evaluated(plan: Plan, grown: Grown, driver: Driver) -> Run:
         },
         evidence_weights={text: fit.posterior.weight for text, fit in calibrated.items()},
         verdict=verdict(
-            evaluation.results, left_out_of_comparison(ground, grown.forest, driver), evaluation.milestones
+            evaluation.results, left_out_of_comparison(prepared, grown.forest, driver), evaluation.milestones
         ),
         passed_over=tuple(d.name for d in plan.domains if d.name in grown.forest.withdrawn),
-        trained_otherwise=_trained_otherwise(grown.ground, grown.forest, driver.ledger),
+        trained_otherwise=_trained_otherwise(grown.prepared, grown.forest, driver.ledger),
         missing_baselines=_missing_baselines(plan, grown),
         failures=grown.failures,
         made=driver.made,
@@ -130,14 +136,14 @@ def check_forests_clusters(plan: Plan, ledger: Ledger) -> None:
 def _evaluation_steps(ledger: Ledger) -> Alongside:
     """The steps of the evaluation and the report, so that none of them waits for the last training."""
 
-    def steps(ground: Ground, forest: Forest, rivals: Sequence[TrainRequest]) -> Iterator[StepRequest]:
+    def steps(prepared: PreparedPlan, forest: Forest, rivals: Sequence[TrainRequest]) -> Iterator[StepRequest]:
         if not forest.experts:
             return
         try:
-            whole = with_forests_texts(ground, forest, ledger)
+            whole = with_forests_texts(prepared, forest, ledger)
         except StoreError:  # a text is lost: the evaluation says so, once the forest is grown
             return
-        yield from block_requests(replace(whole, texts=whole.texts[len(ground.texts) :]))
+        yield from block_requests(replace(whole, texts=whole.texts[len(prepared.texts) :]))
         baseline = next((rival.ref for rival in rivals if not rival.is_demix), None)
         demix = [part.ref for rival in rivals for part in rival.parts]
         yield from comparer_of(whole, forest, baseline, demix).requests()
@@ -156,23 +162,23 @@ def _missing_baselines(plan: Plan, grown: Grown) -> tuple[str, ...]:
     return tuple(name for name in plan.baselines if not trained[name])
 
 
-def _trained_otherwise(ground: Ground, forest: Forest, ledger: Ledger) -> tuple[str, ...]:
+def _trained_otherwise(prepared: PreparedPlan, forest: Forest, ledger: Ledger) -> tuple[str, ...]:
     """A plan that changes anything else of an expert's recipe is refused by the foundation."""
-    from_seed = seed_start(ground, Ref("model", forest.foundation.seed))
+    from_seed = seed_start(prepared, Ref("model", forest.foundation.seed))
 
     def is_as_asked(domain: PreparedText, expert: Expert) -> bool:
         model = ledger.get(Ref("model", expert.identity))
         (start,) = model.inputs["start"]
-        asked = expert_request(ground, domain, from_seed if start == from_seed.model else Start(start, False))
+        asked = expert_request(prepared, domain, from_seed if start == from_seed.model else Start(start, False))
         return asked.ref.identity == expert.identity
 
     experts = {(expert.domain, expert.text): expert for expert in forest.experts}
-    found = [(domain, experts.get((domain.name, domain.identity))) for domain in ground.domains]
+    found = [(domain, experts.get((domain.name, domain.identity))) for domain in prepared.domains]
     return tuple(sorted(domain.name for domain, expert in found if expert and not is_as_asked(domain, expert)))
 
 
-def blocks_of_forest(ground: Ground, forest: Forest, driver: Driver) -> Ground:
-    """The ground with the texts of all domains of the forest, whose token blocks are made where they are missing."""
-    whole = with_forests_texts(ground, forest, driver.ledger)
-    driver.require(block_requests(replace(whole, texts=whole.texts[len(ground.texts) :])))
+def blocks_of_forest(prepared: PreparedPlan, forest: Forest, driver: Driver) -> PreparedPlan:
+    """The prepared plan with the texts of all domains of the forest, whose token blocks are made where they are missing."""
+    whole = with_forests_texts(prepared, forest, driver.ledger)
+    driver.require(block_requests(replace(whole, texts=whole.texts[len(prepared.texts) :])))
     return whole

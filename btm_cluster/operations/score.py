@@ -79,7 +79,7 @@ def scorer_of_plan(plan: Plan, target: str | None, driver: Driver) -> DocumentSc
     grown, text = find_target(plan, target, driver)
     models, gate = planned_mixture(grown, text, driver)
     domains = list(grown.forest.domains)
-    return _open(driver.ledger, models, gate, grown.ground.tokenizer, plan.training.block_tokens, domains)
+    return _open(driver.ledger, models, gate, grown.prepared.tokenizer, plan.training.block_tokens, domains)
 
 
 def _open(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from btm_cluster.driver.driver import Driver
-from btm_cluster.driver.prepared_plan import Ground, PreparedText
+from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText
 from btm_cluster.driver.recipes import train_request
 from btm_cluster.evaluation.comparison import Rows
 from btm_cluster.evaluation.fitting import averaged_starts
@@ -38,45 +38,45 @@ class Adapted:
     stages: tuple[Ref, ...]
 
 
-def adapt(ground: Ground, transformer_lm: Ref, forest: Ensemble, driver: Driver) -> Rows:
+def adapt(prepared: PreparedPlan, transformer_lm: Ref, forest: Ensemble, driver: Driver) -> Rows:
     """Trains both on every text's development blocks; their sums on test text."""
-    held_in = {text.name: _held_in(ground, text, driver) for text in ground.texts}
-    texts = [text for text in ground.texts if held_in[text.name]]
+    held_in = {text.name: _held_in(prepared, text, driver) for text in prepared.texts}
+    texts = [text for text in prepared.texts if held_in[text.name]]
     whole = Start(transformer_lm, keep_optimizer=False)
-    branched = averaged_starts(ground, forest, texts, driver)
+    branched = averaged_starts(prepared, forest, texts, driver)
     carried_on = [(text, held_in[text.name], whole) for text in texts]
     new = [(text, held_in[text.name], start) for text, start in zip(texts, branched, strict=True)]
-    requests = [adapted_requests(ground, *one) for one in (*carried_on, *new)]
+    requests = [adapted_requests(prepared, *one) for one in (*carried_on, *new)]
     driver.require([request for both in requests for request in both])
     adapted = [
         Adapted(text, blocks, (start.model, *(stage for request in both for stage in _stages(request))))
         for (text, blocks, start), both in zip((*carried_on, *new), requests, strict=True)
     ]
-    return _rows(ground, adapted[: len(texts)], adapted[len(texts) :], forest, driver)
+    return _rows(prepared, adapted[: len(texts)], adapted[len(texts) :], forest, driver)
 
 
-def adapted_requests(ground: Ground, text: PreparedText, blocks: int, start: Start) -> list[TrainRequest]:
+def adapted_requests(prepared: PreparedPlan, text: PreparedText, blocks: int, start: Start) -> list[TrainRequest]:
     """One for each learning rate, with milestones after the first numbers of passes."""
     at_once = min(BLOCKS_PER_UPDATE, blocks)
     epoch = -(-blocks // at_once)
     trained_on = TrainingText(text.identity, text.tokens["development"], "development", blocks)
     requests = []
     for rate in RATES:
-        peak = rate * ground.plan.training.learning_rate
+        peak = rate * prepared.plan.training.learning_rate
         fields = {"updates": PASSES[-1] * epoch, "blocks_per_domain_update": at_once, "learning_rate": peak}
         label = f"{text.name}-from-{start.model.identity[:6]}-at-{peak:g}"
-        request = train_request(ground, label, "expert", (trained_on,), (0, PASSES[-1] * epoch), start)
+        request = train_request(prepared, label, "expert", (trained_on,), (0, PASSES[-1] * epoch), start)
         how = replace(request.how, compile=False)  # too short to be worth it
-        training = ground.plan.training.model_copy(update=fields)
+        training = prepared.plan.training.model_copy(update=fields)
         milestones = tuple(passes * epoch for passes in PASSES[:-1])
         requests.append(replace(request, training=training, milestones=milestones, how=how))
     return requests
 
 
-def _held_in(ground: Ground, text: PreparedText, driver: Driver) -> int:
+def _held_in(prepared: PreparedPlan, text: PreparedText, driver: Driver) -> int:
     """Development blocks to train on: four fifths, none where that leaves none to choose on."""
     blocks = sum(driver.ledger.get(ref).facts["blocks"] for ref in text.tokens["development"])
-    blocks = min(blocks, ground.plan.merging.development_blocks)
+    blocks = min(blocks, prepared.plan.merging.development_blocks)
     return max(1, blocks * 4 // 5) if blocks >= 2 else 0
 
 
@@ -85,13 +85,13 @@ def _stages(request: TrainRequest) -> list[Ref]:
 
 
 def _rows(
-    ground: Ground, carried_on: Sequence[Adapted], new: Sequence[Adapted], forest: Ensemble, driver: Driver
+    prepared: PreparedPlan, carried_on: Sequence[Adapted], new: Sequence[Adapted], forest: Ensemble, driver: Driver
 ) -> Rows:
-    driver.require([score for one in (*carried_on, *new) for score in score_requests(ground, one.stages, [one.text])])
+    driver.require([score for one in (*carried_on, *new) for score in score_requests(prepared, one.stages, [one.text])])
 
     def left_out(one: Adapted, models: Sequence[Ref]) -> tuple[torch.Tensor, torch.Tensor]:
         stack = stack_of(driver.ledger, models, one.text, "development")
-        return stack.take(one.held_in, ground.plan.merging.development_blocks)
+        return stack.take(one.held_in, prepared.plan.merging.development_blocks)
 
     def best(one: Adapted) -> Ref:
         return one.stages[int(left_out(one, one.stages)[0].sum((1, 2)).argmax())]
@@ -102,7 +102,7 @@ def _rows(
         single = stack_of(driver.ledger, [best(rival), best(expert)], expert.text, "test").sums()
         rows.setdefault(System("transformer-lm on development text"), {})[part] = single[0]
         rows.setdefault(System("expert on development text"), {})[part] = single[1]
-        mixing = fit_mixing("calibrated", "fitted", *left_out(expert, combined), ground.plan.merging)
+        mixing = fit_mixing("calibrated", "fitted", *left_out(expert, combined), prepared.plan.merging)
         stack = stack_of(driver.ledger, combined, expert.text, "test")
         system = System("forest with an expert on development text", posterior="calibrated", prior="fitted")
         rows.setdefault(system, {})[part] = stack.mixture_sums(mixing.log_prior_E, mixing.posterior)

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from btm_cluster.driver.driver import Driver
-from btm_cluster.driver.prepared_plan import Ground
+from btm_cluster.driver.prepared_plan import PreparedPlan
 from btm_cluster.evaluation.comparison import Comparer, Comparison
 from btm_cluster.evaluation.systems import BEST_TRANSFORMER_LM, TRANSFORMER_LM, Ensemble, System
 from btm_cluster.evaluation.verdict import BEST_MILESTONE, Cell, Milestones, SplitResult, verdict
@@ -26,16 +26,16 @@ class Models:
     """The first is the forest that everything is compared with."""
 
 
-def compare(ground: Ground, models: Models, driver: Driver) -> Comparison:
+def compare(prepared: PreparedPlan, models: Models, driver: Driver) -> Comparison:
     """Every model and ensemble on test text."""
     single = {TRANSFORMER_LM: models.transformer_lm}
     if models.transformer_lm_at_experts_rate:
         single[System("transformer-lm at the experts' rate")] = models.transformer_lm_at_experts_rate
     single |= {System("seed", one.seed_share): one.seed for one in models.ensembles if one.seed}
-    return Comparer(ground, single, models.ensembles, ("test",), models.milestones).compare(driver)
+    return Comparer(prepared, single, models.ensembles, ("test",), models.milestones).compare(driver)
 
 
-def entries_from(ground: Ground, comparison: Comparison) -> Iterator[dict[str, Any]]:
+def entries_from(prepared: PreparedPlan, comparison: Comparison) -> Iterator[dict[str, Any]]:
     """A row of plain values for each system: perplexities, and the difference with its interval.
 
     The difference is to the Transformer-LM at its best milestone, which the Transformer-LM's own row names.
@@ -49,7 +49,7 @@ def entries_from(ground: Ground, comparison: Comparison) -> Iterator[dict[str, A
             {name: sums[part] for name, system in names.items() if part in (sums := comparison.rows[system])},
             comparison.tokens[part],
         )
-        for text in ground.texts
+        for text in prepared.texts
         for part in [(text.name, "test")]
     ]
     best = comparison.milestones

@@ -7,7 +7,7 @@ development text that the forest's priors are fitted on (`adaptation.py`).
 
 from dataclasses import replace
 
-from btm_cluster.driver.prepared_plan import Ground, PreparedText, text_of, tokenize_requests
+from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText, text_of, tokenize_requests
 from btm_cluster.driver.recipes import at_experts_rate, seed_start, train_request
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.requests import ShuffleTexts, TrainingText, TrainRequest
@@ -15,41 +15,43 @@ from btm_cluster.requests import ShuffleTexts, TrainingText, TrainRequest
 DEMIXES = ("demix", "demix-from-seed")
 
 
-def scratch_request(ground: Ground, domain: PreparedText, number: int) -> TrainRequest:
+def scratch_request(prepared: PreparedPlan, domain: PreparedText, number: int) -> TrainRequest:
     """An expert without a seed: the whole budget on its domain alone, from a random initialisation of its own."""
-    training = ground.plan.training
+    training = prepared.plan.training
     own = training.model_copy(update={"random_seed": training.random_seed + 1 + number})
     text = TrainingText(domain.identity, domain.tokens["train"])
-    request = train_request(ground, domain.name, "expert", (text,), (0, training.updates), None)
+    request = train_request(prepared, domain.name, "expert", (text,), (0, training.updates), None)
     return replace(request, training=own)
 
 
-def seeded_demix_request(ground: Ground, seed: Ref) -> TrainRequest:
+def seeded_demix_request(prepared: PreparedPlan, seed: Ref) -> TrainRequest:
     """A DEMix that branches from the seed, as experts do, and shares all but its feed-forwards from there on."""
-    training = ground.plan.training
-    span, start = (training.seed_updates, training.updates), seed_start(ground, seed)
-    request = train_request(ground, "demix-from-seed", "demix", ground.founding_texts, span, start)
+    training = prepared.plan.training
+    span, start = (training.seed_updates, training.updates), seed_start(prepared, seed)
+    request = train_request(prepared, "demix-from-seed", "demix", prepared.founding_texts, span, start)
     return replace(request, is_demix=True)
 
 
-def transformer_lm_at_experts_rate_request(ground: Ground, seed: Ref) -> TrainRequest:
+def transformer_lm_at_experts_rate_request(prepared: PreparedPlan, seed: Ref) -> TrainRequest:
     """The Transformer-LM from the seed on as experts are trained: at their scale of the learning rate."""
-    training = ground.plan.training
-    span, start = (training.seed_updates, training.updates), seed_start(ground, seed)
+    training = prepared.plan.training
+    span, start = (training.seed_updates, training.updates), seed_start(prepared, seed)
     label = "transformer-lm-at-experts-rate"
-    return at_experts_rate(ground, train_request(ground, label, "transformer-lm", ground.founding_texts, span, start))
+    return at_experts_rate(
+        prepared, train_request(prepared, label, "transformer-lm", prepared.founding_texts, span, start)
+    )
 
 
-def random_part_requests(ground: Ground) -> list[ShuffleTexts]:
+def random_part_requests(prepared: PreparedPlan) -> list[ShuffleTexts]:
     """The founding domains' training documents, dealt at random into as many texts."""
-    texts = tuple(text for _, text in ground.founders)
+    texts = tuple(text for _, text in prepared.founders)
     return [ShuffleTexts(f"random-{part}", texts, part, random_seed=0) for part in range(len(texts))]
 
 
-def random_part(ground: Ground, request: ShuffleTexts, memo: Artifact, ledger: Ledger) -> PreparedText:
+def random_part(prepared: PreparedPlan, request: ShuffleTexts, read_result: Artifact, ledger: Ledger) -> PreparedText:
     """One of them as a text to train on."""
-    identity = text_of(memo)
+    identity = text_of(read_result)
     facts = ledger.get(Ref("text", identity)).facts
-    shards = tokenize_requests(request.label, identity, facts, ground.tokenizer, ground.plan.training.block_tokens)
+    shards = tokenize_requests(request.label, identity, facts, prepared.tokenizer, prepared.plan.training.block_tokens)
     tokens = {split: tuple(shard.ref for shard in requests) for split, requests in shards.items()}
     return PreparedText(request.label, False, identity, facts, {}, tokens)

@@ -1,4 +1,4 @@
-"""One repeat of a study, a size and a random seed: its ground, its requests, and how they are trained."""
+"""One repeat of a study, a size and a random seed: its prepared plan, its requests, and how they are trained."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -6,7 +6,7 @@ from typing import Any
 
 from btm_cluster.driver.driver import Driver, step_error
 from btm_cluster.driver.port import Failure
-from btm_cluster.driver.prepared_plan import Ground, PreparedText
+from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText
 from btm_cluster.driver.recipes import expert_request, seed_request, seed_start, transformer_lm_request
 from btm_cluster.ledger import Artifact
 from btm_cluster.plan import TrainingPlan
@@ -18,7 +18,7 @@ class Repeat:
     """One size and random seed."""
 
     size: str
-    ground: Ground
+    prepared: PreparedPlan
     """Of a plan with that size's model and recipe, and that random seed."""
     seed_shares: tuple[float, ...]
     """Of all forests; the first is the one that is compared with everything."""
@@ -27,18 +27,18 @@ class Repeat:
     learning rate."""
 
     @property
-    def grounds(self) -> dict[float, Ground]:
-        """The ground with each seed share."""
+    def prepared_by_share(self) -> dict[float, PreparedPlan]:
+        """The prepared plan with each seed share."""
         return {share: self._at(share) for share in self.seed_shares}
 
     @property
     def seeds(self) -> dict[float, TrainRequest]:
         """The seed of each share but 0."""
-        return {share: seed_request(ground) for share, ground in self.grounds.items() if share}
+        return {share: seed_request(prepared) for share, prepared in self.prepared_by_share.items() if share}
 
     def transformer_lm(self) -> TrainRequest:
         """The Transformer-LM, which leaves all seeds on its way beside its own milestones."""
-        whole = transformer_lm_request(self.ground, self.seeds[self.seed_shares[0]].ref)
+        whole = transformer_lm_request(self.prepared, self.seeds[self.seed_shares[0]].ref)
         return replace(whole, milestones=tuple(sorted(seed.last_update for seed in self.seeds.values())))
 
     def by(self, training: TrainingPlan) -> "Repeat":
@@ -47,23 +47,23 @@ class Repeat:
 
     def scaled(self, scale: float) -> "Repeat":
         """The same with another learning rate of the experts."""
-        branching = self.ground.plan.branching
+        branching = self.prepared.plan.branching
         return self._with({"branching": branching.model_copy(update={"learning_rate_scale": scale})})
 
     def _with(self, update: Mapping[str, Any]) -> "Repeat":
-        return replace(self, ground=replace(self.ground, plan=self.ground.plan.model_copy(update=update)))
+        return replace(self, prepared=replace(self.prepared, plan=self.prepared.plan.model_copy(update=update)))
 
-    def _at(self, seed_share: float) -> Ground:
-        plan = self.ground.plan
+    def _at(self, seed_share: float) -> PreparedPlan:
+        plan = self.prepared.plan
         training = plan.training.model_copy(update={"seed_share": seed_share})
-        return replace(self.ground, plan=plan.model_copy(update={"training": training}))
+        return replace(self.prepared, plan=plan.model_copy(update={"training": training}))
 
 
 def branches(repeat: Repeat, texts: Sequence[PreparedText], share: float) -> list[TrainRequest]:
     """An expert on each text, from the seed of that share."""
-    ground, start = repeat.grounds[share], seed_start(repeat.ground, repeat.seeds[share].ref)
+    prepared, start = repeat.prepared_by_share[share], seed_start(repeat.prepared, repeat.seeds[share].ref)
     # A label of its own, since all of them train at once.
-    return [replace(expert_request(ground, text, start), label=f"{text.name}-{share}") for text in texts]
+    return [replace(expert_request(prepared, text, start), label=f"{text.name}-{share}") for text in texts]
 
 
 def train(
@@ -85,7 +85,7 @@ def train(
 
 def marked(repeat: Repeat, requests: Sequence[TrainRequest]) -> list[TrainRequest]:
     """By labels that no other repeat has: attempts, metrics and curves go by them."""
-    mark = f"{repeat.size}-{repeat.ground.plan.training.random_seed}"
+    mark = f"{repeat.size}-{repeat.prepared.plan.training.random_seed}"
     return [replace(request, label=f"{request.label}-{mark}") for request in requests]
 
 

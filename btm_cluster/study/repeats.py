@@ -8,7 +8,7 @@ from typing import Any
 from btm_cluster.driver.driver import Driver, step_error
 from btm_cluster.driver.port import Failure
 from btm_cluster.driver.preparation import prepare
-from btm_cluster.driver.prepared_plan import Ground, model_config, vocabulary_of
+from btm_cluster.driver.prepared_plan import PreparedPlan, model_config, vocabulary_of
 from btm_cluster.driver.recipes import check_demix_fits
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation.scoring import mean_perplexities, score_models, stack_of
@@ -36,21 +36,21 @@ def repeats_of(plan: Plan, driver: Driver) -> list[Repeat]:
                 expected="some, since a study fits and chooses on it",
                 remedy="name `development` files for it, or raise `reading.development_share`",
             )
-    grounds = {}
+    prepared_by_size = {}
     for size in sizes:
         model, _ = model_config(_variant(plan, size, 0), vocabulary_of(plan))
         if any(system in DEMIXES for system in study.systems):
             check_demix_fits(plan, model, len(plan.domains))
-        grounds[size.name] = replace(base, model=model)
+        prepared_by_size[size.name] = replace(base, model=model)
     repeats = []
     for number, size in enumerate(sizes):
-        ground = replace(grounds[size.name], plan=_variant(plan, size, study.random_seeds[0]))
-        first = Repeat(size.name, ground, _seed_shares(study, size, is_first=number == 0))
+        prepared = replace(prepared_by_size[size.name], plan=_variant(plan, size, study.random_seeds[0]))
+        first = Repeat(size.name, prepared, _seed_shares(study, size, is_first=number == 0))
         first = _by_the_best(first, _recipes(size, study), driver)
         first = _by_the_best_scale(first, study.learning_rate_scales, driver)
         repeats.append(first)
         for random_seed in study.random_seeds[1:]:
-            training = first.ground.plan.training.model_copy(update={"random_seed": random_seed})
+            training = first.prepared.plan.training.model_copy(update={"random_seed": random_seed})
             again = replace(first, seed_shares=_seed_shares(study, size, is_first=False), trials=())
             repeats.append(again.by(training))
     return repeats
@@ -138,7 +138,7 @@ def _by_the_best(repeat: Repeat, recipes: Sequence[TrainingPlan], driver: Driver
     """
     if not recipes:
         return repeat
-    random_seed = repeat.ground.plan.training.random_seed
+    random_seed = repeat.prepared.plan.training.random_seed
     tried = [repeat.by(recipe.model_copy(update={"random_seed": random_seed})) for recipe in recipes]
     wholes = [one.transformer_lm() for one in tried]
     # Labels of their own, since all of them train at once.
@@ -147,7 +147,7 @@ def _by_the_best(repeat: Repeat, recipes: Sequence[TrainingPlan], driver: Driver
     ]
     trained = _that_converged([[request] for request in called], driver)
     refs = [models[0] for models in trained if models]
-    found = dict(zip(refs, _development_perplexities(repeat.ground, refs, driver), strict=True))
+    found = dict(zip(refs, _development_perplexities(repeat.prepared, refs, driver), strict=True))
     perplexities = [found.get(whole.ref, math.inf) for whole in wholes]
     best = perplexities.index(min(perplexities))
     recipe_rows = _rows(repeat, [recipe.learning_rate for recipe in recipes], perplexities, "learning_rate")
@@ -168,16 +168,16 @@ def _by_the_best_scale(repeat: Repeat, scales: Sequence[float], driver: Driver) 
     """
     if not scales:
         return repeat
-    ground, share = repeat.ground, repeat.seed_shares[0]
+    prepared, share = repeat.prepared, repeat.seed_shares[0]
     train(repeat, [repeat.transformer_lm()], driver)
     fill_in(repeat, list(repeat.seeds.values()), driver)
     tried = [repeat.scaled(scale) for scale in scales]
     asked = [
-        marked(repeat, [replace(r, label=f"{r.label}-scale-{scale:g}") for r in branches(one, ground.domains, share)])
+        marked(repeat, [replace(r, label=f"{r.label}-scale-{scale:g}") for r in branches(one, prepared.domains, share)])
         for one, scale in zip(tried, scales, strict=True)
     ]
     perplexities = [
-        _ensemble_perplexity(ground, experts, driver) if experts else math.inf
+        _ensemble_perplexity(prepared, experts, driver) if experts else math.inf
         for experts in _that_converged(asked, driver)
     ]
     best = perplexities.index(min(perplexities))
@@ -213,10 +213,10 @@ def _that_converged(tried: Sequence[Sequence[TrainRequest]], driver: Driver) -> 
     return converged
 
 
-def _ensemble_perplexity(ground: Ground, experts: Sequence[Ref], driver: Driver) -> float:
+def _ensemble_perplexity(prepared: PreparedPlan, experts: Sequence[Ref], driver: Driver) -> float:
     """Mean over domains, on development text, of the ensemble as the plan mixes it."""
-    scores = score_models(ground, experts, ground.domains, driver, ["development"])
-    texts, merging = {text.name: text for text in ground.domains}, ground.plan.merging
+    scores = score_models(prepared, experts, prepared.domains, driver, ["development"])
+    texts, merging = {text.name: text for text in prepared.domains}, prepared.plan.merging
 
     def perplexity(name: str) -> float:
         stack = stack_of(driver.ledger, experts, texts[name], "development", scores)
@@ -225,7 +225,7 @@ def _ensemble_perplexity(ground: Ground, experts: Sequence[Ref], driver: Driver)
     return sum(fits_at_once(perplexity, list(texts))) / len(texts)
 
 
-def _development_perplexities(ground: Ground, models: Sequence[Ref], driver: Driver) -> list[float]:
+def _development_perplexities(prepared: PreparedPlan, models: Sequence[Ref], driver: Driver) -> list[float]:
     """Each model's mean over domains."""
-    scores = score_models(ground, models, ground.domains, driver, ["development"])
-    return mean_perplexities(driver.ledger, models, ground.domains, scores)
+    scores = score_models(prepared, models, prepared.domains, driver, ["development"])
+    return mean_perplexities(driver.ledger, models, prepared.domains, scores)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from btm_cluster.driver.driver import Driver
-from btm_cluster.driver.prepared_plan import Ground, PreparedText, tokenize_requests
+from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText, tokenize_requests
 from btm_cluster.driver.recipes import demix_request, transformer_lm_milestones
 from btm_cluster.evaluation.comparison import Comparison
 from btm_cluster.evaluation.systems import (
@@ -72,15 +72,15 @@ def run_study(plan: Plan, driver: Driver) -> Iterator[Study]:
     """
     study = plan.study or StudyPlan()
     repeats = repeats_of(plan.model_copy(update={"study": study}), driver)
-    texts = tuple(report_texts(repeats[0].ground, driver))
+    texts = tuple(report_texts(repeats[0].prepared, driver))
     trials = tuple(trial for repeat in repeats for trial in repeat.trials)
     entries: list[Mapping[str, Any]] = []
     speeds: list[Mapping[str, Any]] = []
     for number, repeat in enumerate(repeats, 1):
         models, trained = train_repeat(repeat, driver)
-        comparison = compare(repeat.ground, models, driver)
+        comparison = compare(repeat.prepared, models, driver)
         if "adapted" in study.systems:
-            rows = adapt(repeat.ground, models.transformer_lm, models.ensembles[0], driver)
+            rows = adapt(repeat.prepared, models.transformer_lm, models.ensembles[0], driver)
             comparison = replace(comparison, rows=comparison.rows | rows)
         entries += entries_of(repeat, comparison)
         speeds += [_speed(repeat, request, model) for request, model in trained]
@@ -89,21 +89,23 @@ def run_study(plan: Plan, driver: Driver) -> Iterator[Study]:
 
 def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[TrainRequest, Artifact]]]:
     """All models of a repeat: first the one run that all seeds lie on, then what branches from it, then what follows it."""
-    ground, grounds, seeds = repeat.ground, repeat.grounds, repeat.seeds
-    assert ground.plan.study is not None
-    systems, scale = ground.plan.study.systems, ground.plan.branching.learning_rate_scale
+    prepared, prepared_by_share, seeds = repeat.prepared, repeat.prepared_by_share, repeat.seeds
+    assert prepared.plan.study is not None
+    systems, scale = prepared.plan.study.systems, prepared.plan.branching.learning_rate_scale
     whole = repeat.transformer_lm()
-    scratch = [scratch_request(ground, d, i) for i, d in enumerate(ground.domains)] if 0 in grounds else []
-    demix = [demix_request(ground)] if "demix" in systems else []
+    scratch = (
+        [scratch_request(prepared, d, i) for i, d in enumerate(prepared.domains)] if 0 in prepared_by_share else []
+    )
+    demix = [demix_request(prepared)] if "demix" in systems else []
     trained = train(repeat, [whole, *demix, *scratch], driver)
     fill_in(repeat, list(seeds.values()), driver)
 
     first = repeat.seed_shares[0]
-    experts = {share: branches(repeat, ground.domains, share) for share in seeds}
-    parts = _random_parts(ground, driver) if "random-split" in systems else []
+    experts = {share: branches(repeat, prepared.domains, share) for share in seeds}
+    parts = _random_parts(prepared, driver) if "random-split" in systems else []
     dealt = branches(repeat, parts, first)
-    demix_from_seed = [seeded_demix_request(ground, seeds[first].ref)] if "demix-from-seed" in systems else []
-    at_experts_rate = [] if scale == 1 else [transformer_lm_at_experts_rate_request(ground, seeds[first].ref)]
+    demix_from_seed = [seeded_demix_request(prepared, seeds[first].ref)] if "demix-from-seed" in systems else []
+    at_experts_rate = [] if scale == 1 else [transformer_lm_at_experts_rate_request(prepared, seeds[first].ref)]
     branched = [*(expert for share in seeds for expert in experts[share]), *dealt, *demix_from_seed]
     trained += train(repeat, branched, driver, at_experts_rate)
     made = {request.ref for request, _ in trained}
@@ -114,36 +116,39 @@ def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[Tra
         seed = seeds[share].ref if share else None
         return Ensemble(system, models, (*FEW_METHODS, PRIOR_ALONE), PRIORS, seed, share)
 
-    forests = [members(FOREST, share, ground.domains, experts[share]) for share in repeat.seed_shares]
+    forests = [members(FOREST, share, prepared.domains, experts[share]) for share in repeat.seed_shares]
     seeded = with_seed(forests[0], (*FEW_METHODS, PRIOR_ALONE, GATE_FOR_ALL, GATE))
     seeded = replace(seeded, averages=("learned",))
     forests[0] = replace(forests[0], methods=MANY_METHODS, averages=(*PRIORS, "greedy"))
     others = [members("random-split", first, parts, dealt)] if dealt else []
-    others += [Ensemble(DEMIX, _named(ground, request), FEW_METHODS) for request in demix]
+    others += [Ensemble(DEMIX, _named(prepared, request), FEW_METHODS) for request in demix]
     others += [
-        Ensemble("demix-from-seed", _named(ground, request), FEW_METHODS, (), seeds[first].ref, first)
+        Ensemble("demix-from-seed", _named(prepared, request), FEW_METHODS, (), seeds[first].ref, first)
         for request in demix_from_seed
     ]
     control = next((request.ref for request in at_experts_rate if request.ref in made), None)
-    milestones = transformer_lm_milestones(ground, seeds[first].ref)
+    milestones = transformer_lm_milestones(prepared, seeds[first].ref)
     return Models(whole.ref, control, milestones, (forests[0], seeded, *forests[1:], *others)), trained
 
 
-def _named(ground: Ground, demix: TrainRequest) -> tuple[tuple[str, Ref], ...]:
+def _named(prepared: PreparedPlan, demix: TrainRequest) -> tuple[tuple[str, Ref], ...]:
     """A DEMix's parts by domain."""
-    names = {text: domain for domain, text in ground.founders}
+    names = {text: domain for domain, text in prepared.founders}
     return tuple((names[part.text], part.ref) for part in demix.parts)
 
 
-def _random_parts(ground: Ground, driver: Driver) -> list[PreparedText]:
-    requests = random_part_requests(ground)
-    memos = driver.require(requests)
-    parts = [random_part(ground, r, memo, driver.ledger) for r, memo in zip(requests, memos, strict=True)]
-    block_tokens = ground.plan.training.block_tokens
+def _random_parts(prepared: PreparedPlan, driver: Driver) -> list[PreparedText]:
+    requests = random_part_requests(prepared)
+    read_results = driver.require(requests)
+    parts = [
+        random_part(prepared, r, read_result, driver.ledger)
+        for r, read_result in zip(requests, read_results, strict=True)
+    ]
+    block_tokens = prepared.plan.training.block_tokens
     shards = [
         shard
         for part in parts
-        for shard in tokenize_requests(part.name, part.identity, part.facts, ground.tokenizer, block_tokens)["train"]
+        for shard in tokenize_requests(part.name, part.identity, part.facts, prepared.tokenizer, block_tokens)["train"]
     ]
     driver.require(shards)
     return parts
@@ -151,20 +156,20 @@ def _random_parts(ground: Ground, driver: Driver) -> list[PreparedText]:
 
 def entries_of(repeat: Repeat, comparison: Comparison) -> list[Mapping[str, Any]]:
     """The comparison as plain values, one entry for each system."""
-    plan = repeat.ground.plan
-    tokens = plan.training.updates * len(repeat.ground.founders)
+    plan = repeat.prepared.plan
+    tokens = plan.training.updates * len(repeat.prepared.founders)
     tokens *= plan.training.blocks_per_domain_update * plan.training.block_tokens
-    parameters = count_parameters(repeat.ground.model)[1]
-    demix_parameters = count_demix_parameters(repeat.ground.model, len(repeat.ground.founders))[1]
+    parameters = count_parameters(repeat.prepared.model)[1]
+    demix_parameters = count_demix_parameters(repeat.prepared.model, len(repeat.prepared.founders))[1]
     common = {
         "size": repeat.size,
         "tokens": tokens,
-        "experts": len(repeat.ground.domains),
+        "experts": len(repeat.prepared.domains),
         "random_seed": plan.training.random_seed,
     }
     return [
         common | {"non_embedding_parameters": demix_parameters if entry["system"] in DEMIXES else parameters} | entry
-        for entry in entries_from(repeat.ground, comparison)
+        for entry in entries_from(repeat.prepared, comparison)
     ]
 
 

@@ -160,17 +160,17 @@ def test_scores_are_mixed_in_the_cluster_as_their_fits_say(
     fields["domains"] = fields["domains"][:2]
     plan = Plan.model_validate(fields)
     grown = grow(plan, driver := in_process(plan))
-    ground, merging, ledger = grown.ground, plan.merging, driver.ledger
+    prepared, merging, ledger = grown.prepared, plan.merging, driver.ledger
     experts = [Ref("model", expert.identity) for expert in grown.forest.experts]
-    score_models(ground, experts, ground.texts, driver)
-    target, domains = ground.texts[-1], ground.domains
+    score_models(prepared, experts, prepared.texts, driver)
+    target, domains = prepared.texts[-1], prepared.domains
     methods = (PAPERS, replace(CALIBRATED, is_for_all=True), GATE)
-    ensemble = replace(forest_ensemble(ground, grown.forest), methods=methods)
-    fits = [*for_all_requests(ground, ensemble, target), fit_request(ground, ensemble, target)]
+    ensemble = replace(forest_ensemble(prepared, grown.forest), methods=methods)
+    fits = [*for_all_requests(prepared, ensemble, target), fit_request(prepared, ensemble, target)]
     with connect(ledger, lambda _: None, threading.Event()) as workers:
         in_cluster = Driver(ledger, workers)
         # All in one call: each starts once those are there that it needs.
-        *_, mixture = in_cluster.require([*fits[::-1], mix_request(ground, ensemble, target, "test")])
+        *_, mixture = in_cluster.require([*fits[::-1], mix_request(prepared, ensemble, target, "test")])
         assert in_cluster.made == {"fit": 3, "mixture": 1}
     stacks = [stack_of(ledger, experts, text, "development") for text in (*domains, target)]
     *of_domains, own = [stack.take(0, merging.development_blocks) for stack in stacks]
@@ -193,12 +193,12 @@ def test_a_failed_expert_is_named_its_siblings_are_merged_and_only_it_is_tried_a
     fields["domains"] = fields["domains"][:2]
     path, store = write_plan(fields), Path(fields["store"])
     plan = Plan.model_validate(fields)
-    ground = prepare(plan, driver := in_process(plan))
-    tokens = driver.ledger.get(ground.domains[0].tokens["train"][0]).blob("tokens.npy")
+    prepared = prepare(plan, driver := in_process(plan))
+    tokens = driver.ledger.get(prepared.domains[0].tokens["train"][0]).blob("tokens.npy")
     damaged = store / "blobs" / tokens.sha256
     whole = damaged.read_bytes()
     failing, other = DOMAINS[:2]
-    train_seed(ground, driver)  # the seed learns from all founding domains, so it comes before the damage
+    train_seed(prepared, driver)  # the seed learns from all founding domains, so it comes before the damage
     damaged.write_bytes(whole[:-1] + b"?")
     run = grow_only(path)
     assert run.exit_code() == 1, run.said

@@ -10,7 +10,7 @@ import torch
 from btm_cluster.algorithm import Grown, branch, grow, train_seed
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.preparation import prepare
-from btm_cluster.driver.prepared_plan import Ground, PreparedText
+from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText
 from btm_cluster.driver.recipes import seed_request, transformer_lm_request
 from btm_cluster.evaluation.evaluate import Evaluation, evaluate
 from btm_cluster.forest import Forest
@@ -26,22 +26,22 @@ class PreparedStore:
     """A store of one's own with texts, tokenizer and token blocks, and nothing trained yet."""
 
     driver: Driver
-    ground: Ground
+    prepared: PreparedPlan
 
     @property
     def seed(self) -> TrainRequest:
-        return seed_request(self.ground)
+        return seed_request(self.prepared)
 
     @property
     def transformer_lm(self) -> TrainRequest:
-        return transformer_lm_request(self.ground, self.seed.ref)
+        return transformer_lm_request(self.prepared, self.seed.ref)
 
     def train_seed(self) -> Forest:
-        return train_seed(self.ground, self.driver)
+        return train_seed(self.prepared, self.driver)
 
     def branches(self) -> list[TrainRequest]:
         """The experts' requests, once the seed is trained."""
-        return branch(self.ground, self.train_seed(), self.driver)
+        return branch(self.prepared, self.train_seed(), self.driver)
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,15 @@ class GrownForest:
     evaluation: Evaluation
 
     @property
-    def ground(self) -> Ground:
-        return self.grown.ground
+    def prepared(self) -> PreparedPlan:
+        return self.grown.prepared
 
     @property
     def experts(self) -> list[Artifact]:
         return [self.driver.ledger.get(Ref("model", expert.identity)) for expert in self.grown.forest.experts]
 
     def text(self, name: str) -> PreparedText:
-        return next(text for text in self.ground.texts if text.name == name)
+        return next(text for text in self.prepared.texts if text.name == name)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -115,4 +115,4 @@ def grown(plan_with_blocks: Plan, tmp_path_factory: pytest.TempPathFactory) -> G
     plan = plan.model_copy(update={"training": plan.training.model_copy(update=longer), "cluster": cluster})
     driver = in_process(plan)
     result = grow(plan, driver)
-    return GrownForest(driver, result, evaluate(result.ground, result.forest, result.baseline, driver))
+    return GrownForest(driver, result, evaluate(result.prepared, result.forest, result.baseline, driver))

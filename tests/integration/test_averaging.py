@@ -215,7 +215,7 @@ def test_a_forests_average_opens_in_transformers_with_the_very_same_weights(grow
 @pytest.fixture
 def store(grown: GrownForest, tmp_path: Path) -> Driver:
     """A copy of the grown forest's store, to be changed."""
-    return in_process(copy_store(grown.ground.plan, tmp_path / "store"))
+    return in_process(copy_store(grown.prepared.plan, tmp_path / "store"))
 
 
 def lose_weights(driver: Driver, *models: Artifact) -> None:
@@ -282,15 +282,15 @@ def test_whatever_descends_from_one_seed_can_be_averaged(grown: GrownForest) -> 
 
 def test_averages_are_weighted_by_the_prior_that_the_plan_says(grown: GrownForest) -> None:
     market, experts, driver = grown.text("market"), [expert.ref for expert in grown.experts], grown.driver
-    forest = forest_ensemble(grown.ground, grown.grown.forest)
+    forest = forest_ensemble(grown.prepared, grown.grown.forest)
     found = {}
     for prior in ("fitted", "ema"):
-        merging = grown.ground.plan.merging.model_copy(update={"average_prior": prior})
-        ground = replace(grown.ground, plan=grown.ground.plan.model_copy(update={"merging": merging}))
-        score_models(ground, experts, [market], driver, ["development"])
+        merging = grown.prepared.plan.merging.model_copy(update={"average_prior": prior})
+        prepared = replace(grown.prepared, plan=grown.prepared.plan.model_copy(update={"merging": merging}))
+        score_models(prepared, experts, [market], driver, ["development"])
         sample = stack_of(driver.ledger, experts, market, "development").take(0, merging.development_blocks)
         expected = posterior_weights(log_prior(prior, *sample, FULL).exp())
-        average = driver.ledger.get(averaged_starts(ground, forest, [market], driver)[0].model)
+        average = driver.ledger.get(averaged_starts(prepared, forest, [market], driver)[0].model)
         found[prior] = [average.facts["weights"].get(expert.identity, 0.0) for expert in experts]
         assert found[prior] == expected
     assert found["fitted"] != found["ema"]

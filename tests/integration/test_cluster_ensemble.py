@@ -12,7 +12,7 @@ import torch
 
 from btm_cluster.data.blocks import Blocks
 from btm_cluster.data.clusters import Clusters, find_clusters, load_clusters, save_clusters
-from btm_cluster.driver.prepared_plan import Ground
+from btm_cluster.driver.prepared_plan import PreparedPlan
 from btm_cluster.driver.recipes import score_request
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation.cluster_ensemble import CLUSTER_ENSEMBLE, context_log_weights
@@ -46,19 +46,19 @@ def model(grown: GrownForest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def planned(grown: GrownForest, **merging: object) -> Ground:
-    """The grown forest's ground under a plan with other `merging`."""
-    plan = grown.ground.plan
+def planned(grown: GrownForest, **merging: object) -> PreparedPlan:
+    """The grown forest's prepared plan under a plan with other `merging`."""
+    plan = grown.prepared.plan
     return dataclasses.replace(
-        grown.ground, plan=plan.model_copy(update={"merging": plan.merging.model_copy(update=merging)})
+        grown.prepared, plan=plan.model_copy(update={"merging": plan.merging.model_copy(update=merging)})
     )
 
 
 @pytest.fixture(scope="module")
 def results(grown: GrownForest, model: Path) -> tuple[SplitResult, ...]:
-    ground = planned(grown, clusters=str(model), cluster_temperature=TEMPERATURE)
-    driver = in_process(ground.plan)
-    evaluation = evaluate(ground, grown.grown.forest, grown.grown.baseline, driver)
+    prepared = planned(grown, clusters=str(model), cluster_temperature=TEMPERATURE)
+    driver = in_process(prepared.plan)
+    evaluation = evaluate(prepared, grown.grown.forest, grown.grown.baseline, driver)
     assert not driver.made, "a new question costs nothing"
     return evaluation.results
 
@@ -83,7 +83,7 @@ def test_the_row_is_the_sum_of_a_loop_over_tokens(
     grown: GrownForest, model: Path, results: tuple[SplitResult, ...], name: str, split: str
 ) -> None:
     ledger, text, domains = grown.driver.ledger, grown.text(name), grown.grown.forest.domains
-    clusters, tokenizer = load_clusters(model), open_tokenizer(ledger, grown.ground.tokenizer)
+    clusters, tokenizer = load_clusters(model), open_tokenizer(ledger, grown.prepared.tokenizer)
     models = [Ref("model", expert.identity) for expert in grown.grown.forest.experts]
     stack = ScoreStack(ledger, [score_of(grown, m, name, split) for m in models], text.tokens[split])
     logp_EBT, _ = stack.take(0, len(stack))
@@ -116,7 +116,7 @@ def split_at(tokens: list[int], end: int) -> list[list[int]]:
 
 
 def score_of(grown: GrownForest, model: Ref, name: str, split: str) -> Artifact:
-    return grown.driver.ledger.get(score_request(grown.ground, model, grown.text(name), split).ref)
+    return grown.driver.ledger.get(score_request(grown.prepared, model, grown.text(name), split).ref)
 
 
 def test_every_text_has_the_row_and_without_a_cluster_model_none_has(
@@ -130,7 +130,7 @@ def test_every_text_has_the_row_and_without_a_cluster_model_none_has(
 
 def test_a_weight_sees_only_what_stands_before_its_token(grown: GrownForest, model: Path) -> None:
     ledger, text = grown.driver.ledger, grown.text("market")
-    clusters, tokenizer = load_clusters(model), open_tokenizer(ledger, grown.ground.tokenizer)
+    clusters, tokenizer = load_clusters(model), open_tokenizer(ledger, grown.prepared.tokenizer)
     blocks = Blocks([ledger.open_file(ledger.get(ref), "tokens.npy") for ref in text.tokens["test"]])
     before_BT = blocks.take(np.arange(4))
     other_BT = Blocks(

@@ -210,7 +210,7 @@ def test_a_demix_beside_a_pretrained_model_is_refused(
 
 @pytest.fixture
 def request_(prepared_store: PreparedStore) -> TrainRequest:
-    return demix_request(prepared_store.ground)
+    return demix_request(prepared_store.prepared)
 
 
 def stored_parts(ledger: Ledger, request: TrainRequest) -> list[Artifact]:
@@ -281,13 +281,13 @@ def test_a_demix_that_dies_at_every_update_ends_in_the_same_weights(
 def test_a_demix_of_one_domain_that_branches_from_the_seed_is_the_transformer_lm_that_passes_it(
     prepared_store: PreparedStore,
 ) -> None:
-    ground, ledger = (
-        replace(prepared_store.ground, founding_texts=prepared_store.ground.founding_texts[:1]),
+    prepared, ledger = (
+        replace(prepared_store.prepared, founding_texts=prepared_store.prepared.founding_texts[:1]),
         prepared_store.driver.ledger,
     )
-    seed = seed_request(ground).ref
-    dense = run(prepared_store, transformer_lm_request(ground, seed))
-    request = seeded_demix_request(ground, seed)
+    seed = seed_request(prepared).ref
+    dense = run(prepared_store, transformer_lm_request(prepared, seed))
+    request = seeded_demix_request(prepared, seed)
     run(prepared_store, request)
     (part,) = stored_parts(ledger, request)
     whole, found = (load_model(request.model, ledger.open_file(one, "model.safetensors")) for one in (dense, part))
@@ -298,7 +298,7 @@ def test_a_demix_of_one_domain_that_branches_from_the_seed_is_the_transformer_lm
 def test_every_part_of_a_demix_that_branches_from_the_seed_starts_as_the_seed(prepared_store: PreparedStore) -> None:
     prepared_store.train_seed()
     ledger, seed = prepared_store.driver.ledger, prepared_store.seed.ref
-    request = seeded_demix_request(prepared_store.ground, seed)
+    request = seeded_demix_request(prepared_store.prepared, seed)
     request = replace(request, last_update=request.first_update)
     run(prepared_store, request)
     for part in stored_parts(ledger, request):
@@ -354,7 +354,7 @@ def test_a_run_sets_demix_beside_the_forest_and_collection_keeps_it(fields: dict
     assert steps["demix"].stored_bytes == steps["transformer-lm"].stored_bytes, "three parts, and three milestones"
     again = in_process(plan)
     found = find_grown(plan, again)
-    evaluate(found.ground, found.forest, found.baseline, again, found.demix)
+    evaluate(found.prepared, found.forest, found.baseline, again, found.demix)
     assert len(found.demix) == 3
     assert not again.made
     assert verify(driver.ledger).problems == ()

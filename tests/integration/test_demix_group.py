@@ -44,11 +44,11 @@ def test_groups_of_ranks_train_the_demix_of_one_process(texts: dict[str, Path], 
         store = tmp_path / f"alone-{domains}-{is_seeded}"
         plan = Plan.model_validate(demix_fields(texts, store, domains))
         driver = in_process(plan)
-        ground = prepare(plan, driver)
-        request = demix_request(ground)
+        prepared = prepare(plan, driver)
+        request = demix_request(prepared)
         if is_seeded:
-            seed = train(seed_request(ground), driver.ledger, Undisturbed())
-            request = seeded_demix_request(ground, seed.ref)
+            seed = train(seed_request(prepared), driver.ledger, Undisturbed())
+            request = seeded_demix_request(prepared, seed.ref)
         for ranks in {2: (2, 4), 4: (2,)}[domains]:
             copy = tmp_path / f"{domains}-{ranks}-{is_seeded}"
             shutil.copytree(store, copy)

@@ -154,8 +154,8 @@ def test_a_started_expansion_goes_on_from_where_it_was_settled_though_the_log_mo
     interrupted = in_process(plan)
     bare = plan.model_copy(update={"domains": (), "targets": ()})
     inbox = look(ledger, bare, base.domains)
-    ground = prepare_new(bare, inbox.arrivals, base, interrupted).ground
-    (settled,) = settled_branches(ground, base, ground.domains, {}, interrupted)
+    prepared = prepare_new(bare, inbox.arrivals, base, interrupted).prepared
+    (settled,) = settled_branches(prepared, base, prepared.domains, {}, interrupted)
     arrive("island")
     moved = expand(changed(plan, branching={"start": "seed"}), in_process(plan))  # as if one had come in between
     assert moved.added == ("island", "meadow")
@@ -170,8 +170,8 @@ def test_two_expansions_at_once_both_end_up_in_the_forest(
     arrive("meadow")
     bare = plan.model_copy(update={"domains": (), "targets": ()})
     slow = in_process(plan)
-    ground = prepare_new(bare, look(ledger, bare, base.domains).arrivals, base, slow).ground
-    experts, _ = train(settled_branches(ground, base, ground.domains, {}, slow), slow)
+    prepared = prepare_new(bare, look(ledger, bare, base.domains).arrivals, base, slow).prepared
+    experts, _ = train(settled_branches(prepared, base, prepared.domains, {}, slow), slow)
     arrive("island")
     fast = expanded(plan)
     assert fast.added == ("island", "meadow")
@@ -346,7 +346,7 @@ def test_a_document_that_is_appended_while_its_domain_is_read_is_noticed(
     with Path(plan.store, "inbox/meadow/a.jsonl").open("a") as file:
         file.write('{"text": "one more"}\n')
     new = prepare_new(bare, inbox.arrivals, base, driver)
-    assert [domain.name for domain in new.ground.domains] == ["island"]
+    assert [domain.name for domain in new.prepared.domains] == ["island"]
     assert [(failure.label, failure.cause) for failure in new.failures] == [
         ("meadow", "its files changed while they were read")
     ]
@@ -441,11 +441,11 @@ def test_a_batch_that_is_too_bad_is_taken_apart_in_the_order_of_names(monkeypatc
     founding, *new = (Expert(name, f"model-{name}", "", f"text-{name}", ()) for name in "fcab")
     forest = Forest(0, Foundation("seed", "tokenizer", "model", 8, ()), (founding,), {}, "")
     limit = AcceptancePlan(development_perplexity_rise_at_most=0.05)
-    ground = SimpleNamespace(plan=SimpleNamespace(expansion=ExpansionPlan(accept_if=limit)), domains=(), texts=())
+    prepared = SimpleNamespace(plan=SimpleNamespace(expansion=ExpansionPlan(accept_if=limit)), domains=(), texts=())
     monkeypatch.setattr(acceptance, "_texts_of", lambda *_: [SimpleNamespace(name="known")])
     # Each further expert costs 3 %, so that there is room for one of three.
     monkeypatch.setattr(acceptance, "_ensemble_perplexity", lambda *_: lambda chosen, _: 100 * 1.03 ** len(chosen))
-    found = acceptance.judge(ground, forest, new, None)  # type: ignore[arg-type]
+    found = acceptance.judge(prepared, forest, new, None)  # type: ignore[arg-type]
     assert [expert.domain for expert in found.accepted] == ["a"]
     assert set(found.held) == {"b", "c"}
 

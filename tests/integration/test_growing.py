@@ -109,8 +109,8 @@ def test_two_drivers_that_add_one_domain_from_different_versions_end_in_one_fore
     grown = grow(founding, first)
     both = Plan.model_validate(fields | {"domains": all_domains[:2]})
     second = in_process(both)
-    ground = prepare(both, second)
-    late, failures = train(branch(ground, grown.forest, second), second)
+    prepared = prepare(both, second)
+    late, failures = train(branch(prepared, grown.forest, second), second)
     assert not failures
     winner = Plan.model_validate(fields | {"domains": all_domains[:2], "branching": {"start": "seed"}})
     merged = grow(winner, in_process(winner)).forest

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from btm_cluster.driver.prepared_plan import Ground
+from btm_cluster.driver.prepared_plan import PreparedPlan
 from btm_cluster.driver.recipes import seed_request, transformer_lm_milestones, transformer_lm_request
 from btm_cluster.evaluation.milestones import best_milestone, choose_milestone, milestone_scores
 from btm_cluster.evaluation.scoring import stack_of
@@ -33,8 +33,8 @@ def overtrained_fields(texts: dict[str, Path], folder: Path, seed_share: float) 
     return fields | {"baselines": ["transformer-lm"]}
 
 
-def scores_of(ground: Ground, milestones: dict[int, Ref], ledger: Ledger) -> dict[Ref, Artifact]:
-    return {request.ref: ledger.get(request.ref) for request in milestone_scores(ground, milestones)}
+def scores_of(prepared: PreparedPlan, milestones: dict[int, Ref], ledger: Ledger) -> dict[Ref, Artifact]:
+    return {request.ref: ledger.get(request.ref) for request in milestone_scores(prepared, milestones)}
 
 
 @pytest.mark.parametrize(
@@ -65,40 +65,40 @@ def test_the_best_milestone_has_the_lowest_perplexity_and_of_equals_is_the_last(
 def test_milestones_are_the_seed_two_evenly_between_and_the_end(
     prepared_store: PreparedStore, updates: int, seed_share: float, expected: list[int]
 ) -> None:
-    plan = prepared_store.ground.plan
+    plan = prepared_store.prepared.plan
     training = plan.training.model_copy(update={"updates": updates, "seed_share": seed_share})
-    ground = replace(prepared_store.ground, plan=plan.model_copy(update={"training": training}))
-    seed = seed_request(ground).ref
-    milestones = transformer_lm_milestones(ground, seed)
+    prepared = replace(prepared_store.prepared, plan=plan.model_copy(update={"training": training}))
+    seed = seed_request(prepared).ref
+    milestones = transformer_lm_milestones(prepared, seed)
     assert list(milestones) == expected
     assert milestones[expected[0]] == seed
-    assert milestones[updates] == transformer_lm_request(ground, seed).ref
+    assert milestones[updates] == transformer_lm_request(prepared, seed).ref
 
 
 def test_a_pretrained_seed_is_a_milestone_though_no_training_passes_it(prepared_store: PreparedStore) -> None:
-    ground = replace(prepared_store.ground, pretrained=Pretrained("elsewhere", "0" * 64))
-    request = transformer_lm_request(ground, seed_request(ground).ref)
+    prepared = replace(prepared_store.prepared, pretrained=Pretrained("elsewhere", "0" * 64))
+    request = transformer_lm_request(prepared, seed_request(prepared).ref)
     assert (request.first_update, request.milestones, request.snapshots) == (6, (), (8, 10))
-    assert list(transformer_lm_milestones(ground, seed_request(ground).ref)) == [6, 8, 10, 12]
+    assert list(transformer_lm_milestones(prepared, seed_request(prepared).ref)) == [6, 8, 10, 12]
 
 
 def test_the_choice_is_by_the_mean_perplexity_on_development_text_of_domains_that_have_some(
     grown: GrownForest,
 ) -> None:
-    ground, ledger = grown.ground, grown.driver.ledger
-    milestones = transformer_lm_milestones(ground, seed_request(ground).ref)
-    chosen = choose_milestone(ground, milestones, ledger, scores_of(ground, milestones, ledger))
+    prepared, ledger = grown.prepared, grown.driver.ledger
+    milestones = transformer_lm_milestones(prepared, seed_request(prepared).ref)
+    chosen = choose_milestone(prepared, milestones, ledger, scores_of(prepared, milestones, ledger))
     assert chosen == grown.evaluation.milestones
-    first, *others = ground.domains
+    first, *others = prepared.domains
     bare = replace(first, tokens={**first.tokens, "development": ()})
-    few = replace(ground, texts=(bare, *others, *(text for text in ground.texts if text.is_target)))
+    few = replace(prepared, texts=(bare, *others, *(text for text in prepared.texts if text.is_target)))
     found = choose_milestone(few, milestones, ledger, scores_of(few, milestones, ledger))
     assert found is not None
     for update, model in milestones.items():
         stacks = [stack_of(ledger, [model], text, "development") for text in others]
         values = [float((-stack.sums().sum() / stack.tokens().sum()).exp()) for stack in stacks]
         assert found.perplexities[update] == pytest.approx(sum(values) / len(values))
-    none = replace(ground, texts=tuple(replace(t, tokens={**t.tokens, "development": ()}) for t in ground.texts))
+    none = replace(prepared, texts=tuple(replace(t, tokens={**t.tokens, "development": ()}) for t in prepared.texts))
     assert milestone_scores(none, milestones) == []
     assert choose_milestone(none, milestones, ledger, {}) is None
 
@@ -130,15 +130,15 @@ def test_a_forest_is_judged_against_the_milestone_that_was_better_than_the_end(
 
 
 def test_every_milestone_is_recorded_as_a_baseline_so_that_none_is_collected(grown: GrownForest) -> None:
-    ground, ledger = grown.ground, grown.driver.ledger
-    seed, *others = transformer_lm_milestones(ground, seed_request(ground).ref).values()
+    prepared, ledger = grown.prepared, grown.driver.ledger
+    seed, *others = transformer_lm_milestones(prepared, seed_request(prepared).ref).values()
     recorded = {one.model: (one.name, one.version) for one in list_baselines(ledger)}
     assert recorded == {ref.identity: ("transformer-lm", 1) for ref in others}
     assert seed.identity == grown.grown.forest.foundation.seed
 
 
 def test_an_evaluation_goes_without_a_transformer_lm_that_lacks_a_milestone(prepared_store: PreparedStore) -> None:
-    plan, driver = prepared_store.ground.plan, prepared_store.driver
+    plan, driver = prepared_store.prepared.plan, prepared_store.driver
     run_plan(plan, driver)
     request = prepared_store.transformer_lm
     lost = request.at_snapshots[-1].ref

@@ -185,9 +185,9 @@ def test_a_file_that_was_touched_is_read_again_and_trainings_stay_done(
 @pytest.mark.parametrize("lost", ["manifest", "file"])
 def test_a_text_that_was_read_and_lost_is_read_again_and_nothing_else_is_made(after: dict[str, Any], lost: str) -> None:
     plan, ledger = Plan.model_validate(after), Ledger.open(after["store"])
-    memos = {memo.note["name"]: memo for memo in ledger.list_artifacts("source")}
+    read_results = {read_result.note["name"]: read_result for read_result in ledger.list_artifacts("source")}
     for name in (DOMAINS[0], "market"):
-        text = ledger.get(Ref("text", text_of(memos[name])))
+        text = ledger.get(Ref("text", text_of(read_results[name])))
         key = artifact_key(text.ref) if lost == "manifest" else blob_key(text.ref, text.blobs[-1].sha256)
         Path(ledger.storage.address(key)).unlink()
     assert verify(ledger).problems
@@ -205,13 +205,15 @@ def test_a_lost_text_that_its_source_no_longer_gives_is_one_clear_error(after: d
     fields = after | {"targets": [{"name": "later", "text": str(text)}]}
     plan, ledger = Plan.model_validate(fields), Ledger.open(after["store"])
     run_plan(plan, in_process(plan))
-    (memo,) = [memo for memo in ledger.list_artifacts("source") if memo.note["name"] == "later"]
-    Path(ledger.storage.address(f"artifacts/text/{text_of(memo)}.json")).unlink()
+    (read_result,) = [
+        read_result for read_result in ledger.list_artifacts("source") if read_result.note["name"] == "later"
+    ]
+    Path(ledger.storage.address(f"artifacts/text/{text_of(read_result)}.json")).unlink()
     text.write_bytes(text.read_bytes().replace(b"a", b"e"))
     os.utime(text, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     with pytest.raises(StepError, match="was lost, and reading its source again gives another") as failed:
         run_plan(plan, in_process(plan))
-    assert f"artifacts/text/{text_of(memo)}.json" in str(failed.value)
+    assert f"artifacts/text/{text_of(read_result)}.json" in str(failed.value)
 
 
 def test_a_plan_of_fewer_domains_than_its_forest_is_done(after: dict[str, Any]) -> None:

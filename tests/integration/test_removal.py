@@ -231,7 +231,7 @@ def test_what_is_mixed_goes_with_an_expert_that_took_part_in_it(
     monkeypatch.setattr(learned_gate, "LOOKS", 1)
     experts = {expert.domain: Ref("model", expert.identity) for expert in newest(ledger).experts}
     driver = in_process(plan)
-    ground = prepare(plan, driver)
+    prepared = prepare(plan, driver)
     with_it, without = (
         Ensemble("forest", tuple((domain, experts[domain]) for domain in pair), (CALIBRATED, GATE), ("fitted",), seed)
         for pair, seed in (
@@ -239,15 +239,15 @@ def test_what_is_mixed_goes_with_an_expert_that_took_part_in_it(
             (("kitchen", "harbour"), Ref("model", newest(ledger).foundation.seed)),
         )
     )
-    Comparer(ground, {}, [with_it, without]).compare(driver)
+    Comparer(prepared, {}, [with_it, without]).compare(driver)
 
     def there(ensemble: Ensemble) -> set[bool]:
-        made = [mix_request(ground, ensemble, text, "test") for text in ground.texts]
-        made += [fit for text in ground.texts for fit in fit_requests(ground, ensemble, text)]
+        made = [mix_request(prepared, ensemble, text, "test") for text in prepared.texts]
+        made += [fit for text in prepared.texts for fit in fit_requests(prepared, ensemble, text)]
         return {ledger.find(request.ref) is not None for request in made}
 
     def averages(ensemble: Ensemble) -> set[bool]:
-        made = [average_request(ground, ensemble, "fitted", text) for text in ground.texts]
+        made = [average_request(prepared, ensemble, "fitted", text) for text in prepared.texts]
         return {ledger.find(request.ref) is not None for request in made}
 
     assert there(with_it) == there(without) == averages(with_it) == averages(without) == {True}
@@ -268,12 +268,12 @@ def test_what_is_mixed_goes_with_an_expert_that_took_part_in_it(
 def test_an_average_whose_weights_were_fitted_on_a_purged_target_goes_too(plan: Plan, ledger: Ledger) -> None:
     """None of its experts goes, and its label names no domain."""
     driver = in_process(plan)
-    ground = prepare(plan, driver)
-    experts = forest_ensemble(ground, newest(ledger))
-    market = next(text for text in ground.texts if text.is_target)
-    average = average_request(ground, experts, "fitted", market)
-    fits = weight_requests(ground, experts, "fitted", market)
-    driver.require([*score_requests(ground, experts.refs, [market], ["development"]), *fits, average])
+    prepared = prepare(plan, driver)
+    experts = forest_ensemble(prepared, newest(ledger))
+    market = next(text for text in prepared.texts if text.is_target)
+    average = average_request(prepared, experts, "fitted", market)
+    fits = weight_requests(prepared, experts, "fitted", market)
+    driver.require([*score_requests(prepared, experts.refs, [market], ["development"]), *fits, average])
     others = [m.ref for m in ledger.list_artifacts("model") if m.facts["role"] == "average" and m.ref != average.ref]
     purge(ledger, condemn(ledger, "market"))
     assert ledger.find(average.ref) is None
@@ -338,15 +338,15 @@ def test_a_purged_founding_domain_leaves_seed_and_tokenizer_and_the_forest_lives
 
 def test_of_a_demix_the_part_of_a_purged_domain_goes_and_the_rest_is_named(plan: Plan, ledger: Ledger) -> None:
     driver = in_process(plan)
-    ground = prepare(plan, driver)
-    demix = demix_request(ground)
+    prepared = prepare(plan, driver)
+    demix = demix_request(prepared)
     driver.require([demix])
     remove(ledger, "kitchen")
     expert = last_expert(ledger, "kitchen")
     assert expert is not None
     assert demix.ref.identity in influence_of(ledger, newest(ledger), expert).baselines
     purge(ledger, condemn(ledger, "kitchen"))
-    names = {text: name for name, text in ground.founders}
+    names = {text: name for name, text in prepared.founders}
     assert {names[part.text] for part in demix.parts if ledger.find(part.ref)} == {"harbour"}
     assert verify(ledger).problems == ()
 

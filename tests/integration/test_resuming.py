@@ -405,7 +405,7 @@ def saved_with_four(prepared_store: PreparedStore) -> tuple[PreparedStore, Plan]
     with pytest.raises(Stopped):
         train(four, prepared_store.driver.ledger, Interrupting(3))
     torch.set_num_threads(1)
-    plan = prepared_store.ground.plan
+    plan = prepared_store.prepared.plan
     return prepared_store, plan.model_copy(update={"cluster": plan.cluster.model_copy(update={"seed_cpus": 2})})
 
 

@@ -140,8 +140,8 @@ def test_a_disk_that_is_full_while_training_costs_its_checkpoints_and_then_is_na
     assert list(small_disk.iterdir()) == []
     made = run(prepared_store, request)
     assert weights_of(made) == undisturbed
-    text = prepared_store.ground.texts[0]
-    score = score_request(prepared_store.ground, made.ref, text, "test")
+    text = prepared_store.prepared.texts[0]
+    score = score_request(prepared_store.prepared, made.ref, text, "test")
     with filled(small_disk):
         (outcome,) = run_all(prepared_store.driver.workers, [score])
         assert isinstance(outcome, Failure)

@@ -27,7 +27,7 @@ from tests.made import origin
 def stored(grown: GrownForest, model: Artifact, name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and stored scores of a split under a model."""
     ledger, text = grown.driver.ledger, grown.text(name)
-    scores = ledger.get(score_request(grown.ground, model.ref, text, split).ref)
+    scores = ledger.get(score_request(grown.prepared, model.ref, text, split).ref)
     shards = [np.load(ledger.open_file(ledger.get(ref), "tokens.npy")) for ref in text.tokens[split]]
     return np.concatenate(shards), np.load(ledger.open_file(scores, "logp.npy"))
 
@@ -63,7 +63,7 @@ def scored(grown: GrownForest) -> tuple[torch.nn.Module, Blocks, int, Resources]
     config = open_config(ledger, grown.experts[0])
     model = load_model(config, ledger.open_file(grown.experts[0], "model.safetensors"))
     files = [ledger.open_file(ledger.get(ref), "tokens.npy") for ref in grown.text("market").tokens["test"]]
-    return model, Blocks(files), config["eos_token_id"], expert_resources(grown.ground.plan)
+    return model, Blocks(files), config["eos_token_id"], expert_resources(grown.prepared.plan)
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 1000])
@@ -147,7 +147,7 @@ def test_a_model_that_diverged_is_a_failure_that_says_so_and_stores_no_scores(
     grown: GrownForest, tmp_path: Path
 ) -> None:
     # Its sum of log-probabilities, nan, used to break the manifest instead: "Out of range float values are not JSON".
-    driver = in_process(copy_store(grown.ground.plan, tmp_path / "store"))
+    driver = in_process(copy_store(grown.prepared.plan, tmp_path / "store"))
     ledger = driver.ledger
     weights = load_file(ledger.open_file(grown.experts[0], "model.safetensors"))
     weights["transformer.wte.weight"][5] = math.nan
@@ -155,7 +155,7 @@ def test_a_model_that_diverged_is_a_failure_that_says_so_and_stores_no_scores(
     files = {name: ledger.open_file(grown.experts[0], name) for name in ("config.json", "tokenizer.json")}
     files["model.safetensors"] = tmp_path / "model.safetensors"
     diverged = ledger.commit(origin("model", {}), files, {})
-    request = score_request(grown.ground, diverged.ref, grown.text("market"), "test")
+    request = score_request(grown.prepared, diverged.ref, grown.text("market"), "test")
     (outcome,) = run_all(driver.workers, [request])
     assert isinstance(outcome, Failure)
     assert "not finite" in outcome.cause

@@ -46,7 +46,7 @@ def pot(grown: GrownForest) -> Soup:
     ledger, models = grown.driver.ledger, models_of(grown)
     config = open_config(ledger, models[0])
     files = [ledger.open_file(model, "model.safetensors") for model in models]
-    return Soup(load_model(config, files[0]), files, config["eos_token_id"], expert_resources(grown.ground.plan))
+    return Soup(load_model(config, files[0]), files, config["eos_token_id"], expert_resources(grown.prepared.plan))
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +67,9 @@ def test_the_loss_of_a_single_expert_is_that_of_its_stored_scores(
     grown: GrownForest, pot: Soup, reading: Reading
 ) -> None:
     assert not reading.mask_BT.all(), "padding is part of this test"
-    driver, ground = grown.driver, grown.ground
+    driver, prepared = grown.driver, grown.prepared
     models, market = [model.ref for model in models_of(grown)], grown.text("market")
-    score_models(ground, models, [market], driver, ["development"])
+    score_models(prepared, models, [market], driver, ["development"])
     for one_hot, model in zip(one_hots(len(pot)), models, strict=True):
         stored = stack_of(driver.ledger, [model], market, "development").take(0, 100)[0][0]
         expected = -float(stored[reading.mask_BT].mean())
@@ -144,28 +144,28 @@ def test_a_single_block_is_enough_to_search_on(pot: Soup, reading: Reading) -> N
 
 def ensemble_of(grown: GrownForest) -> Ensemble:
     """The experts and the seed, in the order of `models_of`."""
-    ensemble = with_seed(forest_ensemble(grown.ground, grown.grown.forest))
+    ensemble = with_seed(forest_ensemble(grown.prepared, grown.grown.forest))
     return dataclasses.replace(ensemble, models=tuple(sorted(ensemble.models, key=lambda model: model[1].identity)))
 
 
 @pytest.fixture
 def store(grown: GrownForest, tmp_path: Path) -> Driver:
     """A copy of the grown forest's store, to be added to."""
-    return in_process(copy_store(grown.ground.plan, tmp_path / "store"))
+    return in_process(copy_store(grown.prepared.plan, tmp_path / "store"))
 
 
 def test_a_search_commits_weights_from_which_the_average_is_made(
     grown: GrownForest, store: Driver, pot: Soup, reading: Reading
 ) -> None:
     models = ensemble_of(grown).refs
-    request = soup_request(grown.ground, ensemble_of(grown), "greedy", grown.text("market"))
+    request = soup_request(grown.prepared, ensemble_of(grown), "greedy", grown.text("market"))
     (found,) = store.require([request])
     assert found.ref == request.ref
     assert found.facts["blocks"] == len(reading)
     expected = greedy_soup(pot, reading)
     weights = dict(zip([m.identity for m in models], expected.weights, strict=True))
     assert found.facts["weights"] == {"greedy": weights}
-    (average,) = store.require([average_request(grown.ground, ensemble_of(grown), "greedy", grown.text("market"))])
+    (average,) = store.require([average_request(grown.prepared, ensemble_of(grown), "greedy", grown.text("market"))])
     assert average.facts["weights"] == {identity: weight for identity, weight in weights.items() if weight}
     model = load_model(open_config(store.ledger, average), store.ledger.open_file(average, "model.safetensors"))
     alone = Soup(
@@ -181,7 +181,7 @@ def test_a_search_commits_weights_from_which_the_average_is_made(
 
 def test_the_order_of_models_names_no_other_search_and_starts_strategy_and_blocks_do(grown: GrownForest) -> None:
     ensemble, text = ensemble_of(grown), grown.text("market")
-    request = soup_request(grown.ground, ensemble, "learned", text)
+    request = soup_request(grown.prepared, ensemble, "learned", text)
     assert request.starts, "a learned search sets out from the prior's average too"
     turned = dataclasses.replace(request, models=request.models[::-1])
     assert turned.ref == request.ref
@@ -189,7 +189,7 @@ def test_the_order_of_models_names_no_other_search_and_starts_strategy_and_block
     others = [
         dataclasses.replace(request, starts=()),
         dataclasses.replace(request, starts=(dataclasses.replace(request.starts[0], name="ema"),)),
-        soup_request(grown.ground, ensemble, "greedy", text),
+        soup_request(grown.prepared, ensemble, "greedy", text),
         dataclasses.replace(request, models=request.models[:3]),
         dataclasses.replace(request, blocks=3),
     ]
@@ -199,9 +199,9 @@ def test_the_order_of_models_names_no_other_search_and_starts_strategy_and_block
 def test_a_learned_search_passes_its_starts_on_by_model(grown: GrownForest, store: Driver) -> None:
     ensemble, text = ensemble_of(grown), grown.text("market")
     backwards = dataclasses.replace(ensemble, models=ensemble.models[::-1])
-    request = dataclasses.replace(soup_request(grown.ground, backwards, "learned", text), blocks=6)
-    fits = weight_requests(grown.ground, backwards, "fitted", text)
-    *_, found = store.require([*scores_for(grown.ground, backwards, text), *fits, request])
+    request = dataclasses.replace(soup_request(grown.prepared, backwards, "learned", text), blocks=6)
+    fits = weight_requests(grown.prepared, backwards, "fitted", text)
+    *_, found = store.require([*scores_for(grown.prepared, backwards, text), *fits, request])
     weights = found.facts["weights"]["learned"]
     assert weights.keys() == {model.identity for model in ensemble.refs}
     assert sum(weights.values()) == pytest.approx(1, abs=1e-9)
@@ -212,7 +212,7 @@ def test_models_without_a_common_ancestor_or_without_text_are_refused(grown: Gro
     expert, text = grown.experts[0], grown.text("market")
     files = {blob.name: store.ledger.open_file(expert, blob.name) for blob in expert.blobs}
     stranger = store.ledger.commit(origin("model", {"stranger": 1}), files, {"origin": "of another seed"})
-    request = soup_request(grown.ground, ensemble_of(grown), "greedy", text)
+    request = soup_request(grown.prepared, ensemble_of(grown), "greedy", text)
     with pytest.raises(IncompatibleError):
         run_all(store.workers, [dataclasses.replace(request, models=(expert.ref, stranger.ref))])
     nothing = dataclasses.replace(request, tokens=())

@@ -231,11 +231,11 @@ def test_a_study_compares_with_the_transformer_lm_at_its_best_milestone_as_a_run
 
 
 def test_mixtures_are_those_of_fits_on_development_text_made_by_hand(studied: Studied) -> None:
-    ground = repeats_of(studied.plan, studied.driver)[0].ground
-    merging, ledger = ground.plan.merging, studied.driver.ledger
-    target = ground.texts[-1]
-    seed = seed_request(ground).ref
-    experts = [expert_request(ground, domain, seed_start(ground, seed)).ref for domain in ground.domains]
+    prepared = repeats_of(studied.plan, studied.driver)[0].prepared
+    merging, ledger = prepared.plan.merging, studied.driver.ledger
+    target = prepared.texts[-1]
+    seed = seed_request(prepared).ref
+    experts = [expert_request(prepared, domain, seed_start(prepared, seed)).ref for domain in prepared.domains]
 
     def sample(text: PreparedText) -> TextScores:
         return stack_of(ledger, experts, text, "development").sample(merging.development_blocks)
@@ -243,10 +243,10 @@ def test_mixtures_are_those_of_fits_on_development_text_made_by_hand(studied: St
     test = stack_of(ledger, experts, target, "test")
     own = sample(target)
     calibrated = fit_mixing("calibrated", "fitted", own.logp_EBT, own.mask_BT, merging)
-    for_all = fit_gate_for_all([sample(domain) for domain in ground.domains])
+    for_all = fit_gate_for_all([sample(domain) for domain in prepared.domains])
     plain = fit_mixing("none", "fitted", own.logp_EBT, own.mask_BT, merging)
     best = int(calibrated.log_prior_E.argmax())
-    samples = [sample(domain) for domain in ground.domains]
+    samples = [sample(domain) for domain in prepared.domains]
     shared = shared_mixing([(one.logp_EBT, one.mask_BT) for one in samples], merging)
     together = torch.cat([one.logp_EBT for one in samples], dim=1), torch.cat([one.mask_BT for one in samples])
     for_all_prior = "uniform, one setting for all"
@@ -290,14 +290,14 @@ def test_a_fit_is_read_back_as_it_was(method: MixingMethod, tmp_path: Path) -> N
 
 
 def test_a_text_without_development_text_gets_what_was_fitted_for_all_and_uniform_priors(studied: Studied) -> None:
-    ground = repeats_of(studied.plan, studied.driver)[0].ground
-    seed = seed_request(ground).ref
-    models = tuple((d.name, expert_request(ground, d, seed_start(ground, seed)).ref) for d in ground.domains)
+    prepared = repeats_of(studied.plan, studied.driver)[0].prepared
+    seed = seed_request(prepared).ref
+    models = tuple((d.name, expert_request(prepared, d, seed_start(prepared, seed)).ref) for d in prepared.domains)
     methods = (PAPERS, CALIBRATED, GATE, PRIOR_ALONE)
-    ensemble, target = Ensemble("forest", models, methods), ground.texts[-1]
+    ensemble, target = Ensemble("forest", models, methods), prepared.texts[-1]
     bare = replace(target, tokens={**target.tokens, "development": ()})
-    unknown, without = (fit_for(ground, ensemble, text, studied.driver) for text in (None, bare))
-    fitted = fit_for(ground, ensemble, target, studied.driver)
+    unknown, without = (fit_for(prepared, ensemble, text, studied.driver) for text in (None, bare))
+    fitted = fit_for(prepared, ensemble, target, studied.driver)
     for method in methods:
         sample = stack_of(studied.driver.ledger, ensemble.refs, target, "test").sample(10)
         weights = [f[method].log_weights(sample.logp_EBT, sample.entropy_EBT) for f in (unknown, without, fitted)]
@@ -337,24 +337,24 @@ def test_a_study_that_is_run_again_makes_nothing_and_says_the_same(studied: Stud
 
 
 def test_all_seeds_lie_on_the_transformer_lms_way(studied: Studied) -> None:
-    ground = repeats_of(studied.plan, studied.driver)[0].ground
-    whole = studied.driver.ledger.get(transformer_lm_request(ground, seed_request(ground).ref).ref)
+    prepared = repeats_of(studied.plan, studied.driver)[0].prepared
+    whole = studied.driver.ledger.get(transformer_lm_request(prepared, seed_request(prepared).ref).ref)
     models = [m for m in studied.driver.ledger.list_artifacts("model") if m.facts["origin"] == whole.facts["origin"]]
     assert sorted(model.recipe["last_update"] for model in models if model.facts["role"] == "seed") == [3, 6]
 
 
 def test_random_splits_deal_every_document_once(studied: Studied) -> None:
     ledger = studied.driver.ledger
-    ground = repeats_of(studied.plan, studied.driver)[0].ground
-    dealt = [text_of(ledger.get(request.ref)) for request in random_part_requests(ground)]
+    prepared = repeats_of(studied.plan, studied.driver)[0].prepared
+    dealt = [text_of(ledger.get(request.ref)) for request in random_part_requests(prepared)]
     parts = [list(documents_of(ledger, text, "train")) for text in dealt]
     whole = [
-        document for text in (d.identity for d in ground.domains) for document in documents_of(ledger, text, "train")
+        document for text in (d.identity for d in prepared.domains) for document in documents_of(ledger, text, "train")
     ]
     assert sorted(document for part in parts for document in part) == sorted(whole)
     assert all(0.25 * len(whole) < len(part) < 0.75 * len(whole) for part in parts)
     for part, domain in zip(parts, DOMAINS, strict=False):
-        own = set(documents_of(ledger, next(d.identity for d in ground.domains if d.name == domain), "train"))
+        own = set(documents_of(ledger, next(d.identity for d in prepared.domains if d.name == domain), "train"))
         assert 0.2 < sum(document in own for document in part) / len(part) < 0.8, "a part is of both domains"
 
 
@@ -492,7 +492,7 @@ def test_all_systems_are_trained_by_the_recipe_that_the_transformer_lm_does_best
     assert first.trials[1]["development"] < first.trials[0]["development"]
     assert second.trials == ()
     for repeat, random_seed in ((first, 3), (second, 4)):
-        training = repeat.ground.plan.training
+        training = repeat.prepared.plan.training
         assert (training.learning_rate, training.updates, training.random_seed) == (1e-2, 6, random_seed)
     whole = driver.ledger.get(first.transformer_lm().ref)
     seed = driver.ledger.get(first.seeds[0.5].ref)
@@ -518,7 +518,7 @@ def test_the_transformer_lm_at_the_experts_rate_is_the_transformer_lm_but_for_th
     repeat = repeats_of(plan, driver)[0]
     seed = repeat.seeds[0.5].ref
     (_, whole), *_ = train_requests(repeat, [repeat.transformer_lm()], driver)
-    asked = [transformer_lm_at_experts_rate_request(repeat.scaled(scale).ground, seed) for scale in (1, 2)]
+    asked = [transformer_lm_at_experts_rate_request(repeat.scaled(scale).prepared, seed) for scale in (1, 2)]
     (_, same), (_, faster) = train_requests(repeat, asked, driver)
     weights = [model.blob("model.safetensors").sha256 for model in (whole, same, faster)]
     assert weights[0] == weights[1] != weights[2]
@@ -550,7 +550,7 @@ def test_a_study_of_experts_at_another_rate_has_that_control_unless_it_diverges(
     with pytest.raises(StepError, match="not finite"):
         train_repeat(repeat, driver)
     train_requests(repeat, [repeat.transformer_lm()], driver)
-    control = transformer_lm_at_experts_rate_request(repeat.ground, repeat.seeds[0.5].ref)
+    control = transformer_lm_at_experts_rate_request(repeat.prepared, repeat.seeds[0.5].ref)
     assert train_requests(repeat, [], driver, [control]) == []
 
 
@@ -577,9 +577,9 @@ def test_all_forests_take_the_experts_learning_rate_that_their_ensemble_does_bes
         assert rates == {("expert", 1.5e-2), *rivals}, "random splits too; the Transformer-LM as it was, and a control"
     # By hand, on the first: each half of a domain's blocks under what was fitted on the other.
     models, _ = train_repeat(first, driver)
-    experts, ground = list(models.ensembles[0].refs), first.ground
+    experts, prepared = list(models.ensembles[0].refs), first.prepared
     perplexities = []
-    for text in ground.domains:
+    for text in prepared.domains:
         logp_EBT, mask_BT = stack_of(driver.ledger, experts, text, "development").take(0, 100)
         total = 0.0
         for fitted, measured in ((0, 1), (1, 0)):

@@ -33,14 +33,14 @@ class Forest:
         self.plan, self.driver, self.grown = plan, driver, grown
         self.plan_path = folder / "plan.yaml"
         self.ledger = driver.ledger
-        self.tokenizer = open_tokenizer(driver.ledger, grown.ground.tokenizer)
+        self.tokenizer = open_tokenizer(driver.ledger, grown.prepared.tokenizer)
 
     def models(self) -> list[Any]:
         found = [self.ledger.get(Ref("model", expert.identity)) for expert in self.grown.forest.experts]
         return [load_model(open_config(self.ledger, m), self.ledger.open_file(m, "model.safetensors")) for m in found]
 
     def test_documents(self, name: str) -> list[str]:
-        text = next(text for text in self.grown.ground.texts if text.name == name)
+        text = next(text for text in self.grown.prepared.texts if text.name == name)
         return list(documents_of(self.ledger, text.identity, "test"))
 
 
@@ -144,7 +144,7 @@ def test_every_document_goes_to_its_own_domain_and_the_total_is_of_all(
 
 def test_packed_documents_have_the_perplexity_of_the_verdict(forest: Forest, score: Score, tmp_path: Path) -> None:
     grown = forest.grown
-    results = evaluate(grown.ground, grown.forest, grown.baseline, forest.driver).results
+    results = evaluate(grown.prepared, grown.forest, grown.baseline, forest.driver).results
     for name in ("kitchen", "market"):
         file = write_jsonl(tmp_path / f"{name}.jsonl", forest.test_documents(name))
         result = next(one for one in results if (one.text, one.split) == (name, "test"))

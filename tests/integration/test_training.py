@@ -204,7 +204,7 @@ def test_a_process_killed_in_the_middle_leaves_a_store_from_which_training_ends_
 ) -> None:
     killed = subprocess.run(
         [sys.executable, "-c", KILLED],
-        input=prepared_store.ground.plan.model_dump_json(exclude_defaults=True),
+        input=prepared_store.prepared.plan.model_dump_json(exclude_defaults=True),
         text=True,
         capture_output=True,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
@@ -334,7 +334,7 @@ def test_seed_and_experts_together_see_as_many_tokens_as_the_transformer_lm(prep
 def end_of_text(prepared_store: PreparedStore) -> int:
     """The token's number, from the tokenizer's file."""
     ledger = prepared_store.driver.ledger
-    file = ledger.open_file(ledger.get(prepared_store.ground.tokenizer), "tokenizer.json")
+    file = ledger.open_file(ledger.get(prepared_store.prepared.tokenizer), "tokenizer.json")
     added = json.loads(file.read_text(encoding="utf-8"))["added_tokens"]
     return next(int(token["id"]) for token in added if token["content"] == "<|endoftext|>")
 

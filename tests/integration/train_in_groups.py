@@ -26,8 +26,8 @@ from tests.integration.test_training import AT_EVERY_UPDATE, Interrupting, Undis
 
 def request_for(plan: Plan, ranks: int, is_seeded: bool) -> TrainRequest:
     """The plan's DEMix, of a group; it saves as often as the group agrees on it."""
-    ground = prepare(plan, in_process(plan))
-    request = seeded_demix_request(ground, seed_request(ground).ref) if is_seeded else demix_request(ground)
+    prepared = prepare(plan, in_process(plan))
+    request = seeded_demix_request(prepared, seed_request(prepared).ref) if is_seeded else demix_request(prepared)
     return replace(request, how=replace(request.how, workers=ranks), checkpoint_seconds=AT_EVERY_UPDATE)
 
 
