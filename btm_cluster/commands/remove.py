@@ -13,7 +13,7 @@ from btm_cluster.terminal.options import Domain, Json, Store
 
 if TYPE_CHECKING:
     from btm_cluster.ledger import Ledger
-    from btm_cluster.ledger.purge import Condemned
+    from btm_cluster.ledger.purge import PurgePlan
     from btm_cluster.operations.remove import Influence
 
 
@@ -54,18 +54,18 @@ def remove(
 
 
 def _purge_domain(ledger: "Ledger", domain: str, yes: bool, json_output: bool) -> None:
-    from btm_cluster.ledger.purge import condemn
+    from btm_cluster.ledger.purge import plan_purge
     from btm_cluster.operations.remove import purge
 
-    condemned = condemn(ledger, domain)
+    purge_plan = plan_purge(ledger, domain)
     if not json_output:
-        _state(condemned)
+        _state(purge_plan)
     if not yes and not _confirmed(domain):
         raise UserError(f"{domain!r} was not purged", found="no confirmation", remedy="confirm it, or say --yes")
     purged = purge(ledger, domain)
     forest, influence = purged.forest, purged.influence
     if json_output:
-        told = {"version": forest.version if forest else None, "purged": asdict(purged.condemned)}
+        told = {"version": forest.version if forest else None, "purged": asdict(purged.purge_plan)}
         print(json.dumps(told | {"influence": asdict(influence) if influence else None}, indent=1))
         return
     print(f"purged {domain}" + (f"; the forest stands at version {forest.version}" if forest else ""))
@@ -77,12 +77,12 @@ def _purge_domain(ledger: "Ledger", domain: str, yes: bool, json_output: bool) -
         )
 
 
-def _state(condemned: "Condemned") -> None:
+def _state(purge_plan: "PurgePlan") -> None:
     """Says what a purge deletes."""
-    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(condemned.kinds.items())) or "no artifacts"
-    print(f"purging {condemned.domain} deletes, in every version that the store keeps:")
-    print(f"  {kinds}; {len(condemned.blobs)} blobs and {condemned.inbox_files} files of the inbox")
-    print(f"  {condemned.size_bytes:,} bytes; what others share stays")
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(purge_plan.kinds.items())) or "no artifacts"
+    print(f"purging {purge_plan.domain} deletes, in every version that the store keeps:")
+    print(f"  {kinds}; {len(purge_plan.blobs)} blobs and {purge_plan.inbox_files} files of the inbox")
+    print(f"  {purge_plan.size_bytes:,} bytes; what others share stays")
     print("and ends roll-back to any version that has it. Tombstones keep its text from coming back.")
 
 

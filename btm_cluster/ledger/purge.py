@@ -35,7 +35,7 @@ from btm_cluster.ledger.records import (
 
 
 @dataclass(frozen=True)
-class Condemned:
+class PurgePlan:
     """What a purge of a domain deletes."""
 
     domain: str
@@ -61,7 +61,7 @@ class Condemned:
         return PurgeRecord(self.domain, self.texts, self.experts, self.manifests, self.blobs, prefixes)
 
 
-def condemn(ledger: Ledger, domain: str) -> Condemned:
+def plan_purge(ledger: Ledger, domain: str) -> PurgePlan:
     """Finds everything of a domain, without touching it, and what purges that were cut short have left of it.
 
     Raises:
@@ -85,7 +85,7 @@ def condemn(ledger: Ledger, domain: str) -> Condemned:
     records = _records_of(ledger, domain, forests, {manifests[key].ref for key in going})
     models = {artifact_key(Ref("model", identity)) for identity in experts}
     training = {manifests[key].identity for key in going if manifests[key].kind == "training"}
-    found = Condemned(
+    found = PurgePlan(
         domain=domain,
         texts=tuple(sorted(texts)),
         experts=dict(sorted(experts.items())),
@@ -102,14 +102,14 @@ def condemn(ledger: Ledger, domain: str) -> Condemned:
     return found
 
 
-def purge(ledger: Ledger, condemned: Condemned) -> None:
+def purge(ledger: Ledger, purge_plan: PurgePlan) -> None:
     """Deletes it: record and tombstones first, then what an expansion would pick up, then manifests, then what only they named.
 
     Whoever commits something looks for tombstones afterwards. So what is not found once they are written is not there.
     """
-    record = condemned.to_record()
+    record = purge_plan.to_record()
     ledger.tombstones.begin(record)
-    while (again := condemn(ledger, condemned.domain).to_record()) != record:
+    while (again := plan_purge(ledger, purge_plan.domain).to_record()) != record:
         record = again
         ledger.tombstones.begin(record)
     _delete(ledger, record)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from btm_cluster.errors import UserError
 from btm_cluster.forest import Expert, Forest, descendants, put_back, take_out
 from btm_cluster.ledger import Artifact, Ledger, Ref
-from btm_cluster.ledger.purge import Condemned, condemn
+from btm_cluster.ledger.purge import PurgePlan, plan_purge
 from btm_cluster.ledger.purge import purge as delete
 from btm_cluster.ledger.versions import append_next, last_expert, newest_version
 
@@ -36,7 +36,7 @@ class Purged:
 
     forest: Forest | None
     """The newest version; None where the store has none."""
-    condemned: Condemned
+    purge_plan: PurgePlan
     influence: Influence | None
     """None where the domain never had an expert in a version."""
 
@@ -61,12 +61,12 @@ def purge(ledger: Ledger, domain: str) -> Purged:
         forest = remove(ledger, domain)
     expert = last_expert(ledger, domain)
     influence = influence_of(ledger, forest, expert) if forest and expert else None
-    condemned = condemn(ledger, domain)
-    delete(ledger, condemned)
+    purge_plan = plan_purge(ledger, domain)
+    delete(ledger, purge_plan)
     newest = ledger.log.newest()
     if newest is not None and domain in newest.domains:  # a run merged it before there were tombstones to see
         forest = remove(ledger, domain)
-    return Purged(forest, condemned, influence)
+    return Purged(forest, purge_plan, influence)
 
 
 def bring_back(ledger: Ledger, domain: str) -> Forest:

@@ -15,7 +15,7 @@ import pytest
 
 from btm_cluster.errors import MissingError, StoreError, UserError
 from btm_cluster.ledger import Ledger
-from btm_cluster.ledger.purge import condemn, purge
+from btm_cluster.ledger.purge import plan_purge, purge
 from btm_cluster.operations.gc import collect, find_garbage
 from btm_cluster.operations.verify import verify
 from btm_cluster.storage import Entry, Storage, open_storage
@@ -413,7 +413,7 @@ def test_what_killed_processes_were_writing_goes_with_a_purge_whatever_its_age(h
     expert = house.refs["law expert"].identity
     for key in ("blobs/ab", f"training/{expert}/blobs/c", "training/another/blobs/c"):
         begin_to_write(house.storage, key)
-    purge(house.ledger, condemn(house.ledger, "law"))
+    purge(house.ledger, plan_purge(house.ledger, "law"))
     assert [entry.key.rpartition("/")[0] for entry in unfinished(house.storage)] == ["training/another/blobs"]
     assert not house.is_there("law text")
     assert verify(house.ledger).problems == ()
@@ -430,7 +430,7 @@ def test_keys_that_somebody_else_wrote_with_dots_in_them_are_listed_and_erased_a
         boto3.client("s3").put_object(Bucket=bucket, Key=f"{prefix}/{key}", Body=b"text")
     assert keys(storage, "inbox/x/") == sorted(odd)
     ledger = Ledger(storage)
-    purge(ledger, condemn(ledger, "x"))
+    purge(ledger, plan_purge(ledger, "x"))
     assert keys(storage, "inbox/") == ["inbox/xy/../a", "inbox/y", "inbox/z"]
     assert verify(ledger).problems == ()
 

@@ -14,7 +14,7 @@ import yaml
 
 from btm_cluster.algorithm import grow
 from btm_cluster.ledger import Ledger
-from btm_cluster.ledger.purge import condemn, purge
+from btm_cluster.ledger.purge import plan_purge, purge
 from btm_cluster.operations.remove import remove
 from btm_cluster.operations.verify import verify
 from btm_cluster.plan import Plan
@@ -99,7 +99,7 @@ def test_three_ticks_of_a_schedule_with_a_new_domain_while_that_still_runs_and_w
 
     meadow = forest.expert("meadow")
     remove(ledger, "meadow")
-    purge(ledger, condemn(ledger, "meadow"))
+    purge(ledger, plan_purge(ledger, "meadow"))
     listed = boto3.client("s3").list_object_versions(Bucket=store.split("/")[2])
     assert not listed["IsTruncated"]
     keys = {version["Key"] for version in (*listed["Versions"], *listed.get("DeleteMarkers", ()))}

@@ -11,7 +11,7 @@ import pytest
 from btm_cluster.algorithm import merge
 from btm_cluster.errors import StoreError, UserError
 from btm_cluster.ledger import Ledger, artifact_key
-from btm_cluster.ledger.purge import condemn, purge
+from btm_cluster.ledger.purge import plan_purge, purge
 from btm_cluster.operations.gc import collect, find_garbage
 from btm_cluster.operations.remove import influence_of
 from btm_cluster.operations.verify import verify
@@ -64,7 +64,7 @@ def test_an_average_whose_weights_were_fitted_on_a_purged_text_goes_though_none_
     house.commit("the best of all", "model", {"models": ["code expert", "seed"], "fit": ["other fit"]}, role="average")
     house.commit("another", "model", {"models": ["code expert", "seed"], "fit": []}, role="average")
     house.remove("law")
-    purge(house.ledger, condemn(house.ledger, "law"))
+    purge(house.ledger, plan_purge(house.ledger, "law"))
     assert not house.is_there("the best of all")
     assert not house.is_there("other fit")
     assert house.is_there("another")
@@ -74,7 +74,7 @@ def test_an_average_whose_weights_were_fitted_on_a_purged_text_goes_though_none_
 def test_with_a_text_goes_what_is_made_of_it_but_not_what_learned_from_others_too_nor_descendants(
     full: HouseInMemory,
 ) -> None:
-    purge(full.ledger, condemn(full.ledger, "law"))
+    purge(full.ledger, plan_purge(full.ledger, "law"))
     gone = {name for name in full.refs if name and not full.is_there(name)}
     assert gone == {
         *("law text", "law source", "law tokens", "law expert", "law part", "overlap", "soup", "seed on law"),
@@ -102,7 +102,7 @@ def test_a_model_that_was_trained_on_one_text_alone_and_is_no_expert_stays(tmp_p
     house.train("seed", ["law"], "seed")
     house.read("code")
     house.train("code expert", ["code"], "expert", ("seed",))
-    purge(house.ledger, condemn(house.ledger, "law"))
+    purge(house.ledger, plan_purge(house.ledger, "law"))
     assert all(map(house.is_there, ("tokenizer", "seed", "code tokens", "code expert")))
     assert not house.is_there("law tokens")
 
@@ -120,7 +120,7 @@ def copy_of(storage: InMemory) -> InMemory:
 
 def purge_law(storage: InMemory) -> None:
     ledger = Ledger(storage)
-    purge(ledger, condemn(ledger, "law"))
+    purge(ledger, plan_purge(ledger, "law"))
 
 
 def collect_all(storage: InMemory) -> None:
@@ -187,26 +187,26 @@ def test_a_collection_that_is_killed_at_any_operation_ends_like_any_other_when_i
 def test_an_unfinished_purge_is_told_with_what_is_left_of_it_and_blobs_go_whose_manifests_are_gone(
     full: HouseInMemory,
 ) -> None:
-    condemned = condemn(full.ledger, "law")
-    full.ledger.tombstones.begin(condemned.to_record())
-    for key in condemned.manifests:
+    purge_plan = plan_purge(full.ledger, "law")
+    full.ledger.tombstones.begin(purge_plan.to_record())
+    for key in purge_plan.manifests:
         full.storage.erase(key)
     assert full.holding("bytes of law text"), "its bytes are in a blob that nothing names"
     (problem,) = verify(full.ledger).problems
     assert "the purge of 'law' is not finished" in problem
     assert "btm forest remove law --purge" in problem
-    again = condemn(full.ledger, "law")
-    assert again.blobs == condemned.blobs
-    assert again.size_bytes == condemned.size_bytes
+    again = plan_purge(full.ledger, "law")
+    assert again.blobs == purge_plan.blobs
+    assert again.size_bytes == purge_plan.size_bytes
     purge(full.ledger, again)
     assert not full.holding("bytes of law text")
     assert verify(full.ledger).problems == ()
 
 
 def test_a_purge_run_again_leaves_a_blob_that_somebody_names_by_now(full: HouseInMemory) -> None:
-    condemned = condemn(full.ledger, "law")
-    full.ledger.tombstones.begin(condemned.to_record())
-    for key in condemned.manifests:
+    purge_plan = plan_purge(full.ledger, "law")
+    full.ledger.tombstones.begin(purge_plan.to_record())
+    for key in purge_plan.manifests:
         full.storage.erase(key)
     same_bytes = full.files("law tokens")
     copied = full.ledger.commit(full.origin("a copy", "tokenizer", {}), same_bytes, {})
@@ -305,7 +305,7 @@ def test_a_random_split_of_a_purged_text_goes_with_its_reading(house: HouseInMem
 
 def test_an_expert_whose_text_was_purged_is_not_merged_though_it_is_there(house: HouseInMemory) -> None:
     newest = house.remove("law")
-    house.ledger.tombstones.begin(condemn(house.ledger, "law").to_record())
+    house.ledger.tombstones.begin(plan_purge(house.ledger, "law").to_record())
     with pytest.raises(UserError, match="was purged from the store"):
         merge(newest, [replace(house.expert("law", "seed"), domain="statutes")], house.ledger)
     assert house.ledger.log.versions()[-1] == newest.version
@@ -323,7 +323,7 @@ def test_a_merge_in_whose_midst_its_domain_is_purged_is_refused_or_told_by_verif
         def interrupt(done: list[bool] = done) -> None:
             done.append(True)
             ledger = Ledger(house.memory)
-            purge(ledger, condemn(ledger, "poems"))
+            purge(ledger, plan_purge(ledger, "poems"))
 
         house.memory.arm(operation, before=interrupt)
         try:

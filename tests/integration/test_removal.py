@@ -21,7 +21,7 @@ from btm_cluster.evaluation.scoring import score_requests
 from btm_cluster.evaluation.systems import CALIBRATED, GATE, Ensemble
 from btm_cluster.forest import Forest, difference
 from btm_cluster.ledger import Ledger, Ref
-from btm_cluster.ledger.purge import condemn, purge
+from btm_cluster.ledger.purge import plan_purge, purge
 from btm_cluster.ledger.records import list_branch_points
 from btm_cluster.ledger.versions import last_expert
 from btm_cluster.operations.expand import expand
@@ -174,7 +174,7 @@ def test_a_purged_domain_leaves_nothing_but_tombstones_and_the_store_stays_sound
     shared = {blob.sha256 for blob in ledger.get(Ref("model", expert.identity)).blobs} - {expert.weights_sha256}
     assert shared, "its configuration and tokenizer are everybody's"
     remove(ledger, "meadow")
-    purge(ledger, condemn(ledger, "meadow"))
+    purge(ledger, plan_purge(ledger, "meadow"))
     for trace in (document, expert.text, expert.weights_sha256, "meadow"):
         assert not named_in(plan.store, trace)
     # Its descendant's lineage is an identity that leads to a tombstone: that of the average it started from.
@@ -205,7 +205,7 @@ def test_a_target_that_went_by_the_name_is_purged_too(plan: Plan, ledger: Ledger
         prepare(with_it, in_process(with_it))  # read, all the same
     assert len([a for a in ledger.list_artifacts("source") if a.note["name"] == "meadow"]) == 2
     remove(ledger, "meadow")
-    purge(ledger, condemn(ledger, "meadow"))
+    purge(ledger, plan_purge(ledger, "meadow"))
     assert not [a for a in ledger.list_artifacts("source") if a.note["name"] == "meadow"]
     assert verify(ledger).problems == ()
 
@@ -216,7 +216,7 @@ def test_a_studys_random_splits_that_hold_its_documents_are_purged_too(plan: Pla
     asked = {name: ShuffleTexts(name, tuple(texts[d] for d in pair), 0, 0) for name, pair in pairs.items()}
     made = dict(zip(asked, in_process(plan).require(list(asked.values())), strict=True))
     remove(ledger, "meadow")
-    purge(ledger, condemn(ledger, "meadow"))
+    purge(ledger, plan_purge(ledger, "meadow"))
     for name, read in made.items():
         kept = ledger.find(read.parts[0]) is not None
         assert kept == (name == "without")
@@ -260,7 +260,7 @@ def test_what_is_mixed_goes_with_an_expert_that_took_part_in_it(
         let_all_be_old(plan)
         collect(ledger, find_garbage(ledger, 1, DAY))
     else:
-        purge(ledger, condemn(ledger, "island"))
+        purge(ledger, plan_purge(ledger, "island"))
     assert (there(with_it), there(without)) == ({False}, {True})
     assert verify(ledger).problems == ()
 
@@ -275,7 +275,7 @@ def test_an_average_whose_weights_were_fitted_on_a_purged_target_goes_too(plan: 
     fits = weight_requests(prepared, experts, "fitted", market)
     driver.require([*score_requests(prepared, experts.refs, [market], ["development"]), *fits, average])
     others = [m.ref for m in ledger.list_artifacts("model") if m.facts["role"] == "average" and m.ref != average.ref]
-    purge(ledger, condemn(ledger, "market"))
+    purge(ledger, plan_purge(ledger, "market"))
     assert ledger.find(average.ref) is None
     assert any(ledger.find(other) for other in others)
     assert all(ledger.find(expert) for expert in experts.refs)
@@ -287,7 +287,7 @@ def test_what_was_purged_does_not_come_back_by_undo_rollback_inbox_or_plan(
     plan: Plan, ledger: Ledger, tmp_path: Path
 ) -> None:
     remove(ledger, "meadow")
-    purge(ledger, condemn(ledger, "meadow"))
+    purge(ledger, plan_purge(ledger, "meadow"))
     after = newest(ledger)
     for comes_back in (lambda: bring_back(ledger, "meadow"), lambda: rollback(ledger, 2), lambda: rollback(ledger, 3)):
         with pytest.raises(UserError, match="was purged"):
@@ -301,18 +301,18 @@ def test_what_was_purged_does_not_come_back_by_undo_rollback_inbox_or_plan(
     found = expand(plan, in_process(plan))
     assert found.added == ()
     assert "was purged from the store" in found.quarantined["another-name"]
-    assert not list(ledger.storage.list("artifacts/text/" + next(iter(condemn(ledger, "meadow").texts))))
+    assert not list(ledger.storage.list("artifacts/text/" + next(iter(plan_purge(ledger, "meadow").texts))))
 
 
 def test_an_interrupted_purge_is_found_by_verify_and_goes_on_when_it_is_run_again(ledger: Ledger) -> None:
     text, expert = newest(ledger).expert("meadow").text, newest(ledger).expert("meadow")
-    condemned = condemn(ledger, "meadow")
+    purge_plan = plan_purge(ledger, "meadow")
     remove(ledger, "meadow")
     body = {"domain": "meadow", "kind": "text", "identity": text, "parents": []}
     ledger.documents.create(f"tombstones/text/{text}.json", body)
     assert [problem for problem in verify(ledger).problems if "was purged, and is there again" in problem]
-    again = condemn(ledger, "meadow")
-    assert (again.manifests, again.blobs) == (condemned.manifests, condemned.blobs)
+    again = plan_purge(ledger, "meadow")
+    assert (again.manifests, again.blobs) == (purge_plan.manifests, purge_plan.blobs)
     purge(ledger, again)
     assert verify(ledger).problems == ()
     tombstone = ledger.tombstone(Ref("model", expert.identity))
@@ -324,14 +324,14 @@ def test_a_purged_founding_domain_leaves_seed_and_tokenizer_and_the_forest_lives
     plan: Plan, ledger: Ledger, tmp_path: Path
 ) -> None:
     remove(ledger, "kitchen")
-    purge(ledger, condemn(ledger, "kitchen"))
+    purge(ledger, plan_purge(ledger, "kitchen"))
     assert verify(ledger).problems == ()
     deliver(ledger, tmp_path, "desert")
     assert expand(plan, in_process(plan)).added == ("desert",)
     assert run_plan(plan, in_process(plan)).forest.domains == ("desert", "harbour", "island", "meadow")
     assert named_in(plan.store, "fitted for desert"), "averages for it, by their cards and manifests"
     remove(ledger, "desert")
-    purge(ledger, condemn(ledger, "desert"))
+    purge(ledger, plan_purge(ledger, "desert"))
     assert not named_in(plan.store, "desert")
     assert verify(ledger).problems == ()
 
@@ -345,7 +345,7 @@ def test_of_a_demix_the_part_of_a_purged_domain_goes_and_the_rest_is_named(plan:
     expert = last_expert(ledger, "kitchen")
     assert expert is not None
     assert demix.ref.identity in influence_of(ledger, newest(ledger), expert).baselines
-    purge(ledger, condemn(ledger, "kitchen"))
+    purge(ledger, plan_purge(ledger, "kitchen"))
     names = {text: name for name, text in prepared.founders}
     assert {names[part.text] for part in demix.parts if ledger.find(part.ref)} == {"harbour"}
     assert verify(ledger).problems == ()
@@ -354,12 +354,12 @@ def test_of_a_demix_the_part_of_a_purged_domain_goes_and_the_rest_is_named(plan:
 def test_a_domain_that_was_never_merged_can_be_purged(plan: Plan, ledger: Ledger, tmp_path: Path) -> None:
     deliver(ledger, tmp_path, "desert", ["too", "short"])
     assert set(expand(plan, in_process(plan)).quarantined) == {"desert"}
-    purge(ledger, condemn(ledger, "desert"))
+    purge(ledger, plan_purge(ledger, "desert"))
     assert not [entry.key for folder in ("inbox/desert/", "quarantine/") for entry in ledger.storage.list(folder)]
     with pytest.raises(UserError, match="has nothing of 'desert'"):
-        condemn(ledger, "desert")
+        plan_purge(ledger, "desert")
     with pytest.raises(UserError, match="is no domain"):
-        condemn(ledger, "../forest")
+        plan_purge(ledger, "../forest")
 
 
 def test_the_commands_say_what_goes_and_what_stays_and_purge_only_when_confirmed(
