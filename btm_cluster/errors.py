@@ -6,7 +6,7 @@
     │   ├── TextError                  a source that cannot be used
     │   ├── IncompatibleError          models that cannot be averaged or ensembled
     │   ├── FoundationError            a plan that changes what this store's forest was founded on
-    │   └── ResourcesError             an ask that the cluster can never meet
+    │   └── ResourcesError             a demand that the cluster can never meet
     ├── StoreError                     the store did not do what was asked
     │   ├── MissingError               an object or artifact that should be there
     │   └── IntegrityError             bytes that are not those that were written

@@ -49,7 +49,7 @@ def driving(
             store, expert = ledger.storage.location, expert_resources(plan)
             lazy = LazyRayWorkers(store, watcher, asked.stop, plan.cluster, expert, address, dashboard)
             workers = stack.enter_context(lazy)
-        asked.driver = Driver(ledger, workers, workers.check_room, new_resources)
+        asked.driver = Driver(ledger, workers, workers.check_capacity, new_resources)
         yield asked.driver
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from btm_cluster.driver.room import NEW_RESOURCES
+from btm_cluster.driver.capacity import NEW_RESOURCES
 from btm_cluster.plan import read_plan
 from btm_cluster.session import open_ledger
 from btm_cluster.terminal.options import Address, JsonAndProgress, PlanPath
@@ -27,7 +27,7 @@ def plan(plan_path: PlanPath, json_output: JsonAndProgress = False, address: Add
     from btm_cluster.workers.machine import notes_on_this_machine
 
     seen = preview(plan, open_ledger(plan.store))
-    notes = notes_on_this_machine(seen.asks) if address is None else []
+    notes = notes_on_this_machine(seen.demands) if address is None else []
     if json_output:
         print(json.dumps(seen.to_json() | {"notes": notes}, indent=1))
     else:
@@ -62,10 +62,10 @@ def preview_table(preview: "Preview", notes: Sequence[str], console: "Console") 
     )
     console.print(f"Every block is read after the token {preview.first_token}.", soft_wrap=True)
     goes_on = [
-        f"{ask.label} goes on at update {ask.saved_at} with the resources of its start, {ask.words}; "
+        f"{demand.label} goes on at update {demand.saved_at} with the resources of its start, {demand.description}; "
         f"with the plan's by {NEW_RESOURCES}"
-        for ask in preview.asks
-        if ask.saved_at is not None
+        for demand in preview.demands
+        if demand.saved_at is not None
     ]
     for note in (*preview.notes, *goes_on, *notes):
         console.print(f"note: {note}", soft_wrap=True)

@@ -30,11 +30,11 @@ def run(
     plan = read_plan(plan_path)
     check_own_modules()
     from btm_cluster.driver.driver import step_error
-    from btm_cluster.operations.plan import check_room
+    from btm_cluster.operations.plan import check_capacity
     from btm_cluster.operations.run import run_plan
 
     with driving(plan, address, in_process, dashboard, json_output, new_resources) as driver:
-        check_room(plan, driver)
+        check_capacity(plan, driver)
         result = run_plan(plan, driver)
     show_run(result, json_output)
     if result.failures:

@@ -9,25 +9,25 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import TypeAlias
 
+from btm_cluster.driver.capacity import Demand
 from btm_cluster.driver.port import Failure, Outcome, Workers
-from btm_cluster.driver.room import Ask
 from btm_cluster.errors import StepError
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.requests import Resources, StepRequest, TrainRequest
 
-CheckRoom: TypeAlias = Callable[[Sequence[Ask]], None]
-"""Refuses asks that the machines behind the workers can never meet."""
+CheckCapacity: TypeAlias = Callable[[Sequence[Demand]], None]
+"""Refuses demands that the machines behind the workers can never meet."""
 
 
 class Driver:
     """Asks the workers for what the ledger lacks."""
 
     def __init__(
-        self, ledger: Ledger, workers: Workers, check_room: CheckRoom | None = None, new_resources: bool = False
+        self, ledger: Ledger, workers: Workers, check_capacity: CheckCapacity | None = None, new_resources: bool = False
     ) -> None:
         self.ledger = ledger
         self.workers = workers
-        self._check_room = check_room
+        self._check_capacity = check_capacity
         self.new_resources = new_resources
         """Whether trainings go on from their checkpoints with the plan's resources, and not with those of their start."""
         self.made: Counter[str] = Counter()
@@ -36,15 +36,15 @@ class Driver:
         self.is_asking = False
         """Whether workers are at something: they notice themselves when the run is stopped, and save."""
 
-    def check_room(self, asks: Sequence[Ask]) -> None:
-        """Refuses asks that can never be met, before anything is spent.
+    def check_capacity(self, demands: Sequence[Demand]) -> None:
+        """Refuses demands that can never be met, before anything is spent.
 
         Raises:
             ResourcesError: naming what there is and what is asked.
         """
-        if self._check_room is not None:
+        if self._check_capacity is not None:
             with self._asking():
-                self._check_room(asks)
+                self._check_capacity(demands)
 
     @contextmanager
     def _asking(self) -> Iterator[None]:

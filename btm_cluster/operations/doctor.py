@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+from btm_cluster.driver.capacity import Demand
 from btm_cluster.driver.recipes import expert_resources, seed_resources
-from btm_cluster.driver.room import Ask
 from btm_cluster.equations.budget import stored_bytes
 from btm_cluster.errors import BtmError, StoreError
 from btm_cluster.ledger import Ledger
@@ -31,13 +31,13 @@ def examine(plan: Plan | None, address: str | None, folder: Path) -> list[Check]
     from btm_cluster.workers.on_ray.examination import examine_cluster, examine_local, examine_working_directory
 
     checks, seen = examine_plan(plan) if plan is not None else ([], None)
-    asks = asks_of(plan, seen) if plan is not None else []
+    demands = demands_of(plan, seen) if plan is not None else []
     store = plan.store if plan is not None else None
     if address is None:
         machines = [look_around(None)]
-        checks += examine_local(asks, machines[0])
+        checks += examine_local(demands, machines[0])
     else:
-        of_ray, machines = examine_cluster(address, store, asks, plan is not None and plan.cluster.autoscaling)
+        of_ray, machines = examine_cluster(address, store, demands, plan is not None and plan.cluster.autoscaling)
         checks += of_ray
     carried = examine_working_directory(folder)
     if address is None and carried.state == "wrong":  # only a job that is submitted carries it
@@ -84,18 +84,18 @@ def examine_store(storage: Storage) -> list[Check]:
     return checks
 
 
-def asks_of(plan: Plan, seen: Preview | None) -> Sequence[Ask]:
+def demands_of(plan: Plan, seen: Preview | None) -> Sequence[Demand]:
     """The groups that a run asks for: those of the preview, or what the plan says where there is none."""
     if seen is not None:
-        return seen.asks
-    return [Ask("seed", seed_resources(plan)), Ask("an expert", expert_resources(plan))]
+        return seen.demands
+    return [Demand("seed", seed_resources(plan)), Demand("an expert", expert_resources(plan))]
 
 
 def needs_of(plan: Plan | None, seen: Preview | None) -> Needs:
     """What each machine must have for the plan's largest training."""
     if plan is None:
         return Needs()
-    asked = [ask.how for ask in asks_of(plan, seen)]
+    asked = [demand.how for demand in demands_of(plan, seen)]
     largest = 2 * stored_bytes(seen.parameters, with_optimizer=True) if seen is not None else 0
     compiles, on_cpu = (
         any(how.compile and (how.gpus_per_worker > 0) == on_gpu for how in asked) for on_gpu in (True, False)

@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from btm_cluster.algorithm import Grown
+from btm_cluster.driver.capacity import Demand
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.outstanding import rivals
 from btm_cluster.driver.port import Outcome
 from btm_cluster.driver.prepared_plan import first_token_of, text_of
 from btm_cluster.driver.recipes import expert_request, seed_request, seed_start
-from btm_cluster.driver.room import Ask
 from btm_cluster.equations.budget import device_hours, stored_bytes
 from btm_cluster.language_model.model import count_parameters
 from btm_cluster.ledger import Artifact, Ledger, Ref
@@ -62,7 +62,7 @@ class Preview:
     """The token after which every block is read."""
     notes: tuple[str, ...] = ()
     """What the steps do not say of themselves."""
-    asks: tuple[Ask, ...] = ()
+    demands: tuple[Demand, ...] = ()
     """The groups that the trainings to come ask for, with the resources of their checkpoints where they have any."""
 
     @property
@@ -80,7 +80,9 @@ class Preview:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for machines."""
-        return asdict(self) | {"device_hours": self.device_hours, "money": self.money}
+        fields = asdict(self)
+        fields["asks"] = fields.pop("demands")
+        return fields | {"device_hours": self.device_hours, "money": self.money}
 
 
 def preview(plan: Plan, ledger: Ledger, new_resources: bool = False) -> Preview:
@@ -102,17 +104,17 @@ def preview(plan: Plan, ledger: Ledger, new_resources: bool = False) -> Preview:
         plan.cluster.price_per_gpu_hour,
         first_token_of(plan),
         tuple(_notes(plan)),
-        _asks(walk),
+        _demands(walk),
     )
 
 
-def check_room(plan: Plan, driver: Driver) -> None:
+def check_capacity(plan: Plan, driver: Driver) -> None:
     """Refuses a run whose trainings can never have what they ask for, before a text is read.
 
     Raises:
         ResourcesError: naming what there is and what is asked.
     """
-    driver.check_room(preview(plan, driver.ledger, driver.new_resources).asks)
+    driver.check_capacity(preview(plan, driver.ledger, driver.new_resources).demands)
 
 
 class _Walk(Driver):
@@ -241,13 +243,13 @@ def _rate(plan: Plan, ledger: Ledger) -> float | None:
     return float(newest["tokens_per_second"]) / (newest["gpus"] or 1)
 
 
-def _asks(walk: _Walk) -> tuple[Ask, ...]:
+def _demands(walk: _Walk) -> tuple[Demand, ...]:
     """The groups that the trainings to come ask for: one for each size, and one for each training that goes on."""
-    seen: dict[tuple[Resources, str], Ask] = {}
+    seen: dict[tuple[Resources, str], Demand] = {}
     for request in walk.dry_run.asked.values():
         if isinstance(request, TrainRequest):
             is_new_expert = request.role == "expert" and request.saved_at is None
             label = f"expert {request.label}" if request.role == "expert" else request.label
-            ask = Ask("an expert" if is_new_expert else label, request.how, request.saved_at)
-            seen.setdefault((ask.how, ask.label if ask.saved_at is not None else ""), ask)
+            demand = Demand("an expert" if is_new_expert else label, request.how, request.saved_at)
+            seen.setdefault((demand.how, demand.label if demand.saved_at is not None else ""), demand)
     return tuple(seen.values())

@@ -165,7 +165,7 @@ class ClusterPlan(Section):
     cpus_per_expert: Positive = 1
     """CPUs, and so threads, of an expert's whole group."""
     autoscaling: bool = False
-    """The cluster can grow: an ask that it cannot meet yet waits, saying so every minute, instead of being refused."""
+    """The cluster can grow: a demand that it cannot meet yet waits, saying so every minute, instead of being refused."""
     concurrent_experts: Positive | None = None
     """Experts trained at once; without it, as many as there is room for."""
     retries: Whole = 3

@@ -6,8 +6,8 @@ from collections.abc import Generator, Iterator, Sequence
 
 import torch
 
+from btm_cluster.driver.capacity import Demand, demand_of, no_capacity
 from btm_cluster.driver.port import Failure, Outcome
-from btm_cluster.driver.room import Ask, ask_of, no_room
 from btm_cluster.errors import BtmError, DivergedError, Stopped, UserError
 from btm_cluster.ledger import Ledger
 from btm_cluster.requests import StepRequest, TrainRequest
@@ -40,20 +40,20 @@ class InProcess:
     def __init__(self, ledger: Ledger, control: Control) -> None:
         self._ledger, self._control = ledger, control
 
-    def check_room(self, asks: Sequence[Ask]) -> None:
+    def check_capacity(self, demands: Sequence[Demand]) -> None:
         """Any number of CPUs will do, since threads can share them: the same model, later."""
-        check_compiler(asks)
-        for ask in asks:
-            gpus = math.ceil(ask.how.workers * ask.how.gpus_per_worker)
+        check_compiler(demands)
+        for demand in demands:
+            gpus = math.ceil(demand.how.workers * demand.how.gpus_per_worker)
             if gpus > (usable := torch.cuda.device_count()):
                 node = {"CPU": float(usable_cpus()), "GPU": float(usable)}
-                raise no_room(ask, "this machine", [node], "run it on one that has them")
+                raise no_capacity(demand, "this machine", [node], "run it on one that has them")
 
     def get_ready(self, trainings: Sequence[TrainRequest]) -> None:
         """Nothing: there is no other process."""
 
     def run(self, requests: Sequence[StepRequest]) -> Generator[tuple[StepRequest, Outcome], None, None]:
-        self.check_room([ask_of(request) for request in requests if isinstance(request, TrainRequest)])
+        self.check_capacity([demand_of(request) for request in requests if isinstance(request, TrainRequest)])
         pending = Pending(requests)
         while batch := pending.next_batch():
             for request, outcome in self._run(batch):

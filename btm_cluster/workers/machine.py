@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from btm_cluster.driver.room import Ask, fits, nodes_words
+from btm_cluster.driver.capacity import Demand, describe_nodes, fits
 from btm_cluster.errors import BtmError, ResourcesError, UserError
 from btm_cluster.storage import open_storage
 from btm_cluster.storage.node_cache import node_cache
@@ -90,34 +90,34 @@ def missing_compiler(on_gpu: bool) -> str:
     return "" if header.exists() else f"no {header}"
 
 
-def check_compiler(asks: Sequence[Ask]) -> None:
+def check_compiler(demands: Sequence[Demand]) -> None:
     """Refuses to compile on this machine where it has nothing to compile with.
 
     Raises:
         ResourcesError: naming what is missing.
     """
-    for ask in asks:
-        if ask.how.compile and (missing := missing_compiler(ask.how.gpus_per_worker > 0)):
+    for demand in demands:
+        if demand.how.compile and (missing := missing_compiler(demand.how.gpus_per_worker > 0)):
             raise ResourcesError(
-                f"the model of {ask.label} cannot be compiled on this machine",
+                f"the model of {demand.label} cannot be compiled on this machine",
                 found=missing,
                 expected="a compiler and Python's headers, which torch.compile wants",
                 remedy="install them, or set `compile: off` in the plan's `cluster`",
             )
 
 
-def notes_on_this_machine(asks: Sequence[Ask]) -> list[str]:
+def notes_on_this_machine(demands: Sequence[Demand]) -> list[str]:
     """Why a run without a cluster would be refused on this machine, which may not be the one that the plan is for."""
-    gpus = _torch_sees()[1] if any(ask.how.gpus_per_worker for ask in asks) and _gpus() else 0
+    gpus = _torch_sees()[1] if any(demand.how.gpus_per_worker for demand in demands) and _gpus() else 0
     node = {"CPU": float(usable_cpus()), "GPU": float(gpus)}
     there = "a run refuses that here, and looks at the nodes of a cluster when it joins one, as `btm doctor` does"
     notes = []
-    for ask in asks:
-        if not fits([node], ask.how):
-            asked = ", ".join(filter(None, [ask.words, ask.origin]))
-            notes.append(f"{ask.label} asks for {asked}, and this machine has {nodes_words([node])}: {there}")
+    for demand in demands:
+        if not fits([node], demand.how):
+            asked = ", ".join(filter(None, [demand.description, demand.origin]))
+            notes.append(f"{demand.label} asks for {asked}, and this machine has {describe_nodes([node])}: {there}")
     try:
-        check_compiler(asks)
+        check_compiler(demands)
     except ResourcesError as exc:
         notes.append(f"{exc.what}: {exc.found}")
     return notes

@@ -15,7 +15,7 @@ import pytest
 import ray
 
 from btm_cluster.cli import app, run_command
-from btm_cluster.driver.room import Ask
+from btm_cluster.driver.capacity import Demand
 from btm_cluster.errors import ResourcesError
 from btm_cluster.operations import doctor
 from btm_cluster.plan import Plan
@@ -161,7 +161,7 @@ def test_a_large_model_asks_for_room_on_the_disk(fields: dict[str, Any]) -> None
 
 def test_a_checkpoint_that_asks_for_more_than_there_is_is_named_with_the_flag_that_helps() -> None:
     """The doctor looked at the plan alone, said ok, and the run was refused."""
-    four = Ask("seed", Resources(1, 0.0, 4, 4, "float32", False), saved_at=300)
+    four = Demand("seed", Resources(1, 0.0, 4, 4, "float32", False), saved_at=300)
     wrong = only_wrong(examine_local([four], dataclasses.replace(SOUND, usable_cpus=2)))
     assert wrong.name == "room for the seed"
     assert "checkpoint at update 300" in wrong.found
@@ -172,13 +172,13 @@ def test_a_checkpoint_that_asks_for_more_than_there_is_is_named_with_the_flag_th
 
 @pytest.mark.parametrize("on_gpu", [True, False])
 def test_what_compiles_needs_a_compiler_and_says_which(monkeypatch: pytest.MonkeyPatch, on_gpu: bool) -> None:
-    asks = [Ask("seed", Resources(1, float(on_gpu), 1, 4, "float32", True))]
-    check_compiler(asks)
+    demands = [Demand("seed", Resources(1, float(on_gpu), 1, 4, "float32", True))]
+    check_compiler(demands)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ResourcesError, match="cannot be compiled") as refused:
-        check_compiler(asks)
+        check_compiler(demands)
     assert ("gcc" if on_gpu else "g++") in refused.value.found
-    check_compiler([dataclasses.replace(asks[0], how=dataclasses.replace(asks[0].how, compile=False))])
+    check_compiler([dataclasses.replace(demands[0], how=dataclasses.replace(demands[0].how, compile=False))])
 
 
 def test_a_folder_too_large_for_ray_is_refused_and_rayignore_mends_it(

@@ -11,15 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from btm_cluster.driver.capacity import demand_of, fits, no_capacity
 from btm_cluster.driver.driver import Driver, resumed
 from btm_cluster.driver.port import Failure
 from btm_cluster.driver.preparation import prepare
 from btm_cluster.driver.recipes import demix_request
-from btm_cluster.driver.room import ask_of, fits, no_room
 from btm_cluster.errors import MissingError, ResourcesError, Stopped
 from btm_cluster.language_model.training_state import TrainingState, write_state
 from btm_cluster.ledger import Artifact, Ledger
-from btm_cluster.operations.plan import check_room, preview
+from btm_cluster.operations.plan import check_capacity, preview
 from btm_cluster.plan import Plan
 from btm_cluster.requests import Resources, TrainRequest
 from btm_cluster.steps.resuming import find_source, profiles
@@ -412,7 +412,7 @@ def saved_with_four(prepared_store: PreparedStore) -> tuple[PreparedStore, Plan]
 def test_a_plan_is_judged_by_what_its_checkpoints_really_ask(saved_with_four: tuple[PreparedStore, Plan]) -> None:
     """The remedy was to change the plan, which changed nothing, and the doctor looked at the plan alone."""
     prepared_store, plan = saved_with_four
-    seed, expert, baseline = preview(plan, prepared_store.driver.ledger).asks
+    seed, expert, baseline = preview(plan, prepared_store.driver.ledger).demands
     assert (seed.label, seed.how.cpus_per_worker, seed.saved_at) == ("seed", 4, 3)
     assert (expert.label, expert.how.cpus_per_worker, expert.saved_at) == ("an expert", 1, None)
     assert (baseline.label, baseline.how.cpus_per_worker, baseline.saved_at) == ("transformer-lm", 2, None)
@@ -422,9 +422,9 @@ def test_the_refusal_names_the_checkpoint_and_the_flag_that_helps(saved_with_fou
     prepared_store, _ = saved_with_four
     node = {"CPU": 2.0, "GPU": 0.0}
     request = replace(prepared_store.seed, how=replace(prepared_store.seed.how, cpus_per_worker=2))
-    asked = ask_of(resumed(request, prepared_store.driver.ledger))
+    asked = demand_of(resumed(request, prepared_store.driver.ledger))
     assert not fits([node], asked.how)
-    said = str(no_room(asked, "the cluster", [node], "add nodes"))
+    said = str(no_capacity(asked, "the cluster", [node], "add nodes"))
     for part in ("seed", "4 CPU", "checkpoint at update 3", "2 CPU", "--new-resources"):
         assert part in said
     assert "lower" not in said, "the plan's fields have no effect"
@@ -446,9 +446,9 @@ def test_gpus_that_this_machine_lacks_are_refused_before_a_text_is_read(fields: 
         pytest.skip("it has them")
     fields["cluster"] |= {"gpus_per_expert": 4}
     driver = in_process(plan := Plan.model_validate(fields))
-    asking = Driver(driver.ledger, driver.workers, driver.workers.check_room)
+    asking = Driver(driver.ledger, driver.workers, driver.workers.check_capacity)
     with pytest.raises(ResourcesError, match="no room for an expert"):
-        check_room(plan, asking)
+        check_capacity(plan, asking)
     assert not Path(plan.store).exists()
 
 

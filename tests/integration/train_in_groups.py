@@ -35,8 +35,8 @@ def train_on(rank: int, rendezvous: str, plan: Plan, request: TrainRequest, stop
     """What one rank does."""
     ranks = request.how.workers
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
-    asks = stop_after is not None and rank == ranks - 1
-    control = Interrupting(stop_after) if asks and stop_after is not None else Undisturbed()
+    demands = stop_after is not None and rank == ranks - 1
+    control = Interrupting(stop_after) if demands and stop_after is not None else Undisturbed()
     try:
         train(request, in_process(plan).ledger, control)
         assert stop_after is None

@@ -1,6 +1,6 @@
-"""Joining a Ray cluster, or starting a local one, and whether an ask can ever be met.
+"""Joining a Ray cluster, or starting a local one, and whether a demand can ever be met.
 
-Ray supervises, schedules and retries; what it leaves to its caller, a clear word on an ask that cannot be placed, is here.
+Ray supervises, schedules and retries; what it leaves to its caller, a clear word on a demand that cannot be placed, is here.
 """
 
 import os
@@ -17,7 +17,7 @@ import ray
 import ray.exceptions
 from ray.job_config import JobConfig
 
-from btm_cluster.driver.room import Ask, fits, no_room
+from btm_cluster.driver.capacity import Demand, fits, no_capacity
 from btm_cluster.errors import BtmError, ResourcesError, one_line
 from btm_cluster.stopping import stopped
 
@@ -181,7 +181,7 @@ def _join(address: str) -> Any:
         ) from exc
 
 
-def has_room(ask: Ask, autoscaling: bool) -> bool:
+def has_capacity(demand: Demand, autoscaling: bool) -> bool:
     """Whether the cluster as it stands can hold the group; False if it cannot and an autoscaler may make room.
 
     Open-source Ray does not tell what its autoscaler could add, so the plan says whether there is one.
@@ -190,9 +190,9 @@ def has_room(ask: Ask, autoscaling: bool) -> bool:
         ResourcesError: it cannot, and it will not grow.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if fits(nodes, ask.how):
+    if fits(nodes, demand.how):
         return True
     if autoscaling:
         return False
     more = "add nodes; if an autoscaler adds them, set `autoscaling: true` there"
-    raise no_room(ask, "the cluster", nodes, more)
+    raise no_capacity(demand, "the cluster", nodes, more)

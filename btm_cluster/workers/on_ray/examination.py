@@ -14,7 +14,7 @@ from ray._private.runtime_env import packaging
 from ray.job_submission import JobSubmissionClient
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from btm_cluster.driver.room import NEW_RESOURCES, Ask, fits, nodes_words
+from btm_cluster.driver.capacity import NEW_RESOURCES, Demand, describe_nodes, fits
 from btm_cluster.errors import BtmError, ResourcesError, one_line
 from btm_cluster.workers.checks import Check
 from btm_cluster.workers.machine import Machine, look_around
@@ -31,7 +31,7 @@ HEAD = "node:__internal_head__"
 
 
 def examine_cluster(
-    address: str, store: str | None, asks: Sequence[Ask], autoscaling: bool
+    address: str, store: str | None, demands: Sequence[Demand], autoscaling: bool
 ) -> tuple[list[Check], list[Machine]]:
     """Joins the cluster, and leaves it: what it says, and the facts of each of its nodes."""
     if address.startswith(("http://", "https://")):
@@ -41,14 +41,14 @@ def examine_cluster(
             checks = [Check("Ray", "ok", f"{ray.__version__} at {address}, {len(ray.nodes())} node(s)"), _token()]
             checks.append(_jobs_of_joined(dashboard))
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            checks += [_room(ask, nodes, autoscaling) for ask in asks]
+            checks += [_check_capacity(demand, nodes, autoscaling) for demand in demands]
             unseen, machines = _look_at_nodes(store)
             return checks + unseen, machines
     except ResourcesError as exc:
         return [_wrong_ray(exc)], []
 
 
-def examine_local(asks: Sequence[Ask], machine: Machine) -> list[Check]:
+def examine_local(demands: Sequence[Demand], machine: Machine) -> list[Check]:
     """Of a cluster that a run would start on this machine."""
     node = {"CPU": float(machine.usable_cpus), "GPU": float(machine.torch_gpus)}
     try:
@@ -58,7 +58,7 @@ def examine_local(asks: Sequence[Ask], machine: Machine) -> list[Check]:
         )
     except ResourcesError as exc:
         ours = _wrong_ray(exc)
-    return [ours, *(_room(ask, [node], autoscaling=False) for ask in asks)]
+    return [ours, *(_check_capacity(demand, [node], autoscaling=False) for demand in demands)]
 
 
 def examine_working_directory(folder: Path) -> Check:
@@ -93,13 +93,13 @@ def examine_working_directory(folder: Path) -> Check:
 
 
 def _examine_dashboard(address: str) -> list[Check]:
-    def ask() -> None:
+    def query() -> None:
         client = JobSubmissionClient(address)
         client.list_jobs()
         client.get_version()
 
     try:
-        _within(LOOK_SECONDS, ask)
+        _within(LOOK_SECONDS, query)
     except ray.exceptions.AuthenticationError as exc:
         return [Check("token", "wrong", one_line(exc, 160), TOKEN_REMEDY)]
     except Exception as exc:  # of whatever kind Ray has for it; a service that is none answers in odd ways
@@ -168,16 +168,16 @@ def _token() -> Check:
     return Check("token", "note", found, "start every node with RAY_AUTH_MODE=token")
 
 
-def _room(ask: Ask, nodes: Sequence[dict[str, float]], autoscaling: bool) -> Check:
-    name = f"room for {'' if ask.label.startswith('an ') else 'the '}{ask.label}"
-    asked = ", ".join(filter(None, [ask.words, ask.origin]))
-    if fits(nodes, ask.how):
+def _check_capacity(demand: Demand, nodes: Sequence[dict[str, float]], autoscaling: bool) -> Check:
+    name = f"room for {'' if demand.label.startswith('an ') else 'the '}{demand.label}"
+    asked = ", ".join(filter(None, [demand.description, demand.origin]))
+    if fits(nodes, demand.how):
         return Check(name, "ok", asked)
-    found = f"{asked}: asked; nodes with {nodes_words(nodes)}"
+    found = f"{asked}: asked; nodes with {describe_nodes(nodes)}"
     if autoscaling:
         return Check(name, "note", found, "a run waits until the autoscaler has made room")
     less = "ask for less in the plan's `cluster`"
-    if ask.saved_at is not None:
+    if demand.saved_at is not None:
         less = f"go on with the plan's resources by {NEW_RESOURCES}"
     return Check(name, "wrong", found, f"{less}, add nodes, or set `autoscaling: true` in the plan's `cluster`")
 

@@ -7,8 +7,8 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from btm_cluster.driver.capacity import Demand
 from btm_cluster.driver.port import Outcome
-from btm_cluster.driver.room import Ask
 from btm_cluster.plan import ClusterPlan
 from btm_cluster.requests import Resources, StepRequest, TrainRequest
 from btm_cluster.requests.progress import Watcher
@@ -55,11 +55,11 @@ class LazyRayWorkers:
     ) -> None:
         self._stack.close()
 
-    def check_room(self, asks: Sequence[Ask]) -> None:
-        if asks:
+    def check_capacity(self, demands: Sequence[Demand]) -> None:
+        if demands:
             if self._address is None:
-                check_compiler(asks)
-            self._connected().check_room(asks)
+                check_compiler(demands)
+            self._connected().check_capacity(demands)
 
     def get_ready(self, trainings: Sequence[TrainRequest]) -> None:
         if trainings:

@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from btm_cluster.driver.room import bundle
+from btm_cluster.driver.capacity import bundle
 from btm_cluster.ledger import Ref
 from btm_cluster.plan import ClusterPlan
 from btm_cluster.requests import Resources, ScoreRequest, StepRequest, TrainRequest

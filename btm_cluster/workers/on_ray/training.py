@@ -18,7 +18,7 @@ from typing import Any
 
 import ray
 
-from btm_cluster.driver.room import bundle
+from btm_cluster.driver.capacity import bundle
 from btm_cluster.errors import BtmError, Stopped, TrainingError, UserError
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import Resources, ScoreRequest, TrainRequest

@@ -14,8 +14,8 @@ import ray
 import ray.util.state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from btm_cluster.driver.capacity import Demand, bundle, demand_of
 from btm_cluster.driver.port import Failure, Outcome
-from btm_cluster.driver.room import Ask, ask_of, bundle
 from btm_cluster.errors import UserError
 from btm_cluster.ledger import Ledger
 from btm_cluster.plan import ClusterPlan
@@ -24,7 +24,7 @@ from btm_cluster.requests.progress import Progress, Watcher
 from btm_cluster.steps.registry import STEPS
 from btm_cluster.stopping import stopped
 from btm_cluster.storage.requests import take_requests
-from btm_cluster.workers.on_ray.cluster import has_room
+from btm_cluster.workers.on_ray.cluster import has_capacity
 from btm_cluster.workers.on_ray.failures import LOG_LINES, failure_of
 from btm_cluster.workers.on_ray.metrics import Metrics
 from btm_cluster.workers.on_ray.progress import News, ProgressBoardActor
@@ -56,11 +56,11 @@ class RayWorkers:
         self._announced: list[TrainRequest] = []
         self._room: Mapping[str, bool] = {}
 
-    def check_room(self, asks: Sequence[Ask]) -> None:
+    def check_capacity(self, demands: Sequence[Demand]) -> None:
         if self._stop.is_set():
             raise stopped()
-        for ask in asks:
-            has_room(ask, self._cluster.autoscaling)
+        for demand in demands:
+            has_capacity(demand, self._cluster.autoscaling)
 
     def get_ready(self, trainings: Sequence[TrainRequest]) -> None:
         self._announced = list(trainings)
@@ -144,8 +144,8 @@ class RayWorkers:
             ResourcesError: it never will have.
         """
         if any(request.role == "seed" or request.milestones for request in requests):
-            has_room(Ask("an expert", self._expert), self._cluster.autoscaling)  # before its seed is paid for
-        return {request.label: has_room(ask_of(request), self._cluster.autoscaling) for request in requests}
+            has_capacity(Demand("an expert", self._expert), self._cluster.autoscaling)  # before its seed is paid for
+        return {request.label: has_capacity(demand_of(request), self._cluster.autoscaling) for request in requests}
 
     def _start(self, batch: list[StepRequest]) -> Running:
         request, step = batch[0], STEPS[type(batch[0])]
@@ -160,8 +160,8 @@ class RayWorkers:
         if request.group is None:
             options["num_cpus"] = 1
         else:
-            alone = Ask(request.label, replace(request.group, workers=1))
-            waits_for = "" if has_room(alone, self._cluster.autoscaling) else self._say_what_waits(alone)
+            alone = Demand(request.label, replace(request.group, workers=1))
+            waits_for = "" if has_capacity(alone, self._cluster.autoscaling) else self._say_what_waits(alone)
             held = bundle(alone.how)
             options |= {"num_cpus": held["CPU"], "num_gpus": held.get("GPU", 0)}
         result = step_task.options(**options).remote(batch, self._store, self._board)
@@ -177,12 +177,12 @@ class RayWorkers:
         result = trainer.train.remote(request, self._store, self._cluster.retries, self._board)
         self._metrics.asked(request)
         has_place = has_place or self._room[request.label]
-        waits_for = "" if has_place else self._say_what_waits(ask_of(request))
+        waits_for = "" if has_place else self._say_what_waits(demand_of(request))
         return Running([request], result, trainer, request.how, waits_for)
 
-    def _say_what_waits(self, ask: Ask) -> str:
-        self._watcher(Progress(ask.label, waiting_message(ask.words)))
-        return ask.words
+    def _say_what_waits(self, demand: Demand) -> str:
+        self._watcher(Progress(demand.label, waiting_message(demand.description)))
+        return demand.description
 
     def _collect(self, finished: Running) -> list[Outcome] | None:
         """An outcome for each request of the batch. None: another driver's training came to nothing."""

@@ -11,7 +11,7 @@ NEW_RESOURCES = "--new-resources"
 
 
 @dataclass(frozen=True)
-class Ask:
+class Demand:
     """A group of workers that something asks for."""
 
     label: str
@@ -20,9 +20,9 @@ class Ask:
     """The update of the training checkpoint whose resources these are; None: they are the plan's."""
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """What is asked for."""
-        return f"{self.how.workers} worker(s) with {_words(bundle(self.how))} each"
+        return f"{self.how.workers} worker(s) with {_describe(bundle(self.how))} each"
 
     @property
     def origin(self) -> str:
@@ -32,9 +32,9 @@ class Ask:
         return f"with which the training was started whose checkpoint at update {self.saved_at} it goes on from"
 
 
-def ask_of(request: TrainRequest) -> Ask:
+def demand_of(request: TrainRequest) -> Demand:
     """What a training asks for."""
-    return Ask(request.label, request.how, request.saved_at)
+    return Demand(request.label, request.how, request.saved_at)
 
 
 def bundle(how: Resources) -> dict[str, float]:
@@ -50,22 +50,22 @@ def fits(nodes: Sequence[Mapping[str, float]], how: Resources) -> bool:
     return sum(_fitting(node, bundle(how)) for node in nodes) >= how.workers
 
 
-def no_room(ask: Ask, place: str, nodes: Sequence[Mapping[str, float]], elsewhere: str) -> ResourcesError:
-    """The refusal of an ask that a place, `nodes`, can never meet; `elsewhere` says what else would help."""
+def no_capacity(demand: Demand, place: str, nodes: Sequence[Mapping[str, float]], elsewhere: str) -> ResourcesError:
+    """The refusal of a demand that a place, `nodes`, can never meet; `elsewhere` says what else would help."""
     less = "lower seed_gpus, seed_cpus, gpus_per_expert or cpus_per_expert in the plan's `cluster`"
-    if ask.saved_at is not None:
+    if demand.saved_at is not None:
         less = f"go on with the plan's resources by {NEW_RESOURCES}, which the model's profile then tells"
     return ResourcesError(
-        f"{place} has no room for {ask.label}, and never will",
-        found=f"nodes with {nodes_words(nodes)}",
-        expected=", ".join(filter(None, [ask.words, ask.origin])) + "; a worker on one node",
+        f"{place} has no room for {demand.label}, and never will",
+        found=f"nodes with {describe_nodes(nodes)}",
+        expected=", ".join(filter(None, [demand.description, demand.origin])) + "; a worker on one node",
         remedy=f"{less}, or {elsewhere}",
     )
 
 
-def nodes_words(nodes: Sequence[Mapping[str, float]]) -> str:
+def describe_nodes(nodes: Sequence[Mapping[str, float]]) -> str:
     """What nodes have, in words."""
-    return "; ".join(_words(node) for node in nodes) or "nothing"
+    return "; ".join(_describe(node) for node in nodes) or "nothing"
 
 
 def _fitting(node: Mapping[str, float], asked: Mapping[str, float]) -> int:
@@ -73,5 +73,5 @@ def _fitting(node: Mapping[str, float], asked: Mapping[str, float]) -> int:
     return min(math.floor(node.get(name, 0) / amount + 1e-9) for name, amount in asked.items())
 
 
-def _words(resources: Mapping[str, float]) -> str:
+def _describe(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
