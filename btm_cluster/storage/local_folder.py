@@ -18,7 +18,7 @@ from typing import BinaryIO, TypeVar
 
 from btm_cluster.errors import MissingError, StoreError, UserError
 from btm_cluster.storage.port import Entry, check_key, check_prefix
-from btm_cluster.storage.requests import DONE, FAILED, count_request
+from btm_cluster.storage.store_calls import DONE, FAILED, count_store_call
 
 JOBS_COPY = "/runtime_resources/working_dir_files/"
 """Part of every path in what Ray unpacks of a job's working directory."""
@@ -143,7 +143,7 @@ class LocalFolder:
         except OSError as exc:
             raise self._failed("list", prefix, exc) from exc
         finally:
-            count_request("list", outcome)
+            count_store_call("list", outcome)
         yield from filter(None, entries)
 
     def delete(self, key: str) -> None:
@@ -193,7 +193,7 @@ class LocalFolder:
             outcome = FAILED
             raise self._failed(verb, key, exc) from exc
         finally:
-            count_request(verb, outcome)
+            count_store_call(verb, outcome)
 
     def _failed(self, verb: str, key: str, exc: OSError) -> StoreError:
         remedy = _REMEDIES.get(exc.errno or 0, "check the folder and its permissions")

@@ -30,7 +30,7 @@ from s3transfer.exceptions import S3DownloadFailedError
 from btm_cluster.errors import MissingError, StoreError, UserError
 from btm_cluster.storage.node_cache import node_cache
 from btm_cluster.storage.port import Entry, check_key, check_prefix
-from btm_cluster.storage.requests import DONE, FAILED, TRIED_AGAIN, count_request
+from btm_cluster.storage.store_calls import DONE, FAILED, TRIED_AGAIN, count_store_call
 
 log = logging.getLogger(__name__)
 PATIENCE_SECONDS = 300.0
@@ -297,16 +297,16 @@ class ObjectStorage:
         while True:
             try:
                 result = act()
-                count_request(verb, DONE)
+                count_store_call(verb, DONE)
                 return result
             except _FAILURES as failed:
                 exc = failed.__context__ if isinstance(failed, S3UploadFailedError) else failed  # which has only words
                 assert exc is not None
                 if not _is_transient(exc) or time.monotonic() + pause > deadline:
                     error = self._translated(verb, key, exc)
-                    count_request(verb, DONE if isinstance(error, MissingError) else FAILED)
+                    count_store_call(verb, DONE if isinstance(error, MissingError) else FAILED)
                     raise error from exc
-                count_request(verb, TRIED_AGAIN)
+                count_store_call(verb, TRIED_AGAIN)
                 log.warning("%s: cannot %s %s yet, trying again: %s", self.location, verb, key or "it", _words(exc))
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)

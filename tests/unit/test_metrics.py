@@ -12,7 +12,7 @@ from btm_cluster.language_model.utilisation import peak_flops, utilisation
 from btm_cluster.requests import Resources
 from btm_cluster.requests.progress import Progress
 from btm_cluster.storage.local_folder import LocalFolder
-from btm_cluster.storage.requests import take_requests
+from btm_cluster.storage.store_calls import take_store_calls
 from btm_cluster.workers.on_ray.metrics import LINGER_SECONDS, Watched, shown
 
 
@@ -65,12 +65,12 @@ def test_where_the_peak_is_not_known_there_is_no_utilisation() -> None:
 
 def test_requests_are_counted_by_verb_and_outcome_until_they_are_taken(tmp_path: Path) -> None:
     store = LocalFolder(str(tmp_path))
-    take_requests()
+    take_store_calls()
     assert store.create("a/b", b"x")
     assert store.read("a/b") == b"x"
     with pytest.raises(StoreError):
         store.read("none")
     with pytest.raises(StoreError):
         store.create("a/b/c", b"x")  # below a file
-    assert take_requests() == {("create", "done"): 1, ("read", "done"): 2, ("create", "failed"): 1}
-    assert take_requests() == {}
+    assert take_store_calls() == {("create", "done"): 1, ("read", "done"): 2, ("create", "failed"): 1}
+    assert take_store_calls() == {}

@@ -13,7 +13,7 @@ from ray.util.metrics import Counter, Gauge
 from btm_cluster.forest import Forest
 from btm_cluster.requests import TrainRequest
 from btm_cluster.requests.progress import Progress
-from btm_cluster.storage.requests import Requests
+from btm_cluster.storage.store_calls import StoreCalls
 
 _OF_TRAINING = {
     "updates": "update that the training has reached",
@@ -88,7 +88,9 @@ class Metrics:
         }
         self._tokens = Counter("btm_tokens", "tokens trained on", tag_keys=TRAINING_TAGS)
         self._steps = Counter("btm_steps", "steps that ended", tag_keys=("store", "step", "outcome"))
-        self._requests = Counter("btm_store_requests", "operations on the store", tag_keys=("store", "verb", "outcome"))
+        self._store_calls = Counter(
+            "btm_store_requests", "operations on the store", tag_keys=("store", "verb", "outcome")
+        )
         self._version = Gauge("btm_forest_version", "newest version of the forest", tag_keys=("store",))
         self._experts = Gauge("btm_forest_experts", "experts in the newest version", tag_keys=("store",))
 
@@ -115,10 +117,10 @@ class Metrics:
         if label in self._watched and step == "train":
             self._watched[label].ended = self._clock()
 
-    def requested(self, requests: Requests) -> None:
+    def count_store_calls(self, store_calls: StoreCalls) -> None:
         """What some process of this run asked of the store."""
-        for (verb, outcome), count in requests.items():
-            self._requests.inc(count, self._store | {"verb": verb, "outcome": outcome})
+        for (verb, outcome), count in store_calls.items():
+            self._store_calls.inc(count, self._store | {"verb": verb, "outcome": outcome})
 
     def stands(self, forest: Forest | None) -> None:
         """The forest as it is now."""

@@ -16,7 +16,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from btm_cluster.requests.progress import Progress
-from btm_cluster.storage.requests import Requests, take_requests
+from btm_cluster.storage.store_calls import StoreCalls, take_store_calls
 from btm_cluster.workers.on_ray.supervision import STARTING
 
 STOP_POLL_SECONDS = 1.0
@@ -30,7 +30,7 @@ class News:
     """The newest of each label."""
     attempts: dict[str, int]
     """How often each of these labels was started."""
-    requests: Requests
+    store_calls: StoreCalls
     """What the steps asked of the store."""
 
 
@@ -72,7 +72,7 @@ class ProgressBoard:
         self._attempts: Counts[str] = Counts()
         self._host: dict[str, str] = {}
         self._processes: defaultdict[str, set[Process]] = defaultdict(set)
-        self._requests: Counts[tuple[str, str]] = Counts()
+        self._store_calls: Counts[tuple[str, str]] = Counts()
 
     def put(self, progress: Progress, host: str) -> None:
         self._fresh[progress.label] = progress
@@ -89,8 +89,8 @@ class ProgressBoard:
         """Those that work on a label."""
         return self._processes[label]
 
-    def count(self, requests: Requests) -> None:
-        self._requests.update(requests)
+    def count(self, store_calls: StoreCalls) -> None:
+        self._store_calls.update(store_calls)
 
     def story(self, label: str) -> tuple[int, str]:
         """How often it was started, and the host that was last heard of."""
@@ -98,9 +98,9 @@ class ProgressBoard:
 
     def take(self) -> News:
         attempts = {label: self._attempts[label] for label in self._fresh}
-        taken = News(list(self._fresh.values()), attempts, dict(self._requests))
+        taken = News(list(self._fresh.values()), attempts, dict(self._store_calls))
         self._fresh = {}
-        self._requests.clear()
+        self._store_calls.clear()
         return taken
 
 
@@ -137,9 +137,9 @@ class RayControl:
         return self._told_to_save()
 
     def _count(self) -> None:
-        requests = take_requests()
-        if requests:
-            self._board.count.remote(requests)
+        store_calls = take_store_calls()
+        if store_calls:
+            self._board.count.remote(store_calls)
 
 
 class StopPoll:

@@ -23,7 +23,7 @@ from btm_cluster.requests import AverageRequest, Resources, StepRequest, TrainRe
 from btm_cluster.requests.progress import Progress, Watcher
 from btm_cluster.steps.registry import STEPS
 from btm_cluster.stopping import stopped
-from btm_cluster.storage.requests import take_requests
+from btm_cluster.storage.store_calls import take_store_calls
 from btm_cluster.workers.on_ray.cluster import has_capacity
 from btm_cluster.workers.on_ray.failures import LOG_LINES, failure_of
 from btm_cluster.workers.on_ray.metrics import Metrics
@@ -205,8 +205,8 @@ class RayWorkers:
                 self._trainers.heard(progress.label)
             self._metrics.heard(progress, news.attempts[progress.label])
             self._watcher(progress)
-        for requests in (news.requests, take_requests()):
-            self._metrics.requested(requests)
+        for store_calls in (news.store_calls, take_store_calls()):
+            self._metrics.count_store_calls(store_calls)
         self._metrics.renew()
         limits = Limits(60 * self._cluster.hang_minutes)
         for one in running:

@@ -9,20 +9,20 @@ from collections.abc import Mapping
 from typing import TypeAlias
 
 DONE, TRIED_AGAIN, FAILED = "done", "tried again", "failed"
-Requests: TypeAlias = Mapping[tuple[str, str], int]
+StoreCalls: TypeAlias = Mapping[tuple[str, str], int]
 """How many, by verb and outcome."""
 
 _lock = threading.Lock()  # checkpoints are stored by threads of their own
 _counts: Counter[tuple[str, str]] = Counter()
 
 
-def count_request(verb: str, outcome: str) -> None:
+def count_store_call(verb: str, outcome: str) -> None:
     """Counts one. An object that is not there is an answer: `done`."""
     with _lock:
         _counts[verb, outcome] += 1
 
 
-def take_requests() -> Requests:
+def take_store_calls() -> StoreCalls:
     """What was counted since the last time."""
     with _lock:
         taken = dict(_counts)
