@@ -54,10 +54,10 @@ def main() -> None:
 
 
 def run_command(command: Callable[[], Any]) -> int:
-    """Runs a command and words its errors; returns the exit code."""
+    """Runs a command and prints its errors; returns the exit code."""
     with safe_output() as output:
         try:
-            code = _run_and_word(command)
+            code = _run_and_print_errors(command)
             output.flush()
         except OutputError as exc:
             output.abandon()
@@ -67,7 +67,7 @@ def run_command(command: Callable[[], Any]) -> int:
     return code
 
 
-def _run_and_word(command: Callable[[], Any]) -> int:
+def _run_and_print_errors(command: Callable[[], Any]) -> int:
     try:
         _check_current_folder()
         command()

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from btm_cluster.language_model.model import logits_of, made_up_block
+from btm_cluster.language_model.model import logits_of, random_block
 from btm_cluster.language_model.scoring import said_of
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -156,7 +156,7 @@ def reads_on_as_it_scores(model: PreTrainedModel, block_tokens: int) -> bool:
     transformers counts positions from zero again (Bamba, in 5.24). A made-up block is read to its first token and nearly to
     its end, and then on.
     """
-    block_1T = made_up_block(model.config.vocab_size, block_tokens).to(model.device)
+    block_1T = random_block(model.config.vocab_size, block_tokens).to(model.device)
     at_once_TV = logits_of(model, block_1T, type(model).__name__)[0]
     for first in beginnings(block_tokens):
         reader, tokens = Reader(model.eval()), block_1T[0].tolist()

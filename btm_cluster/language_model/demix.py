@@ -104,7 +104,7 @@ def check_splits(config: Mapping[str, Any], domains: int) -> None:
     feed_forward = next(module for module in model.modules() if isinstance(module, DomainFeedForwards))
     try:
         feed_forward(torch.empty(domains, 8, model.config.hidden_size, device="meta"))
-    except Exception as exc:  # whatever a feed-forward of another kind stumbles over
+    except Exception as exc:  # whatever a feed-forward of another kind fails on
         raise _refused(model, f"feed-forwards that take more than hidden states: {exc}".splitlines()[0]) from exc
 
 

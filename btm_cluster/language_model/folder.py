@@ -17,7 +17,7 @@ from btm_cluster.language_model.model import (
     fresh_on_meta,
     load_model,
     logits_of,
-    made_up_block,
+    random_block,
     save_weights,
 )
 
@@ -55,7 +55,7 @@ def _predict_alike(
 ) -> bool:
     try:
         one, other = (
-            logits_of(model, made_up_block(model.config.vocab_size, block_tokens), str(weights.parent))
+            logits_of(model, random_block(model.config.vocab_size, block_tokens), str(weights.parent))
             for model in (load_model(config, weights), load_model(other_config, other_weights))
         )
     except UserError:

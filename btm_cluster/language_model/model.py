@@ -77,7 +77,7 @@ def check_reads(model: "PreTrainedModel", block_tokens: int, name: str) -> None:
         UserError: naming the model.
     """
     vocabulary = model.config.get_text_config().vocab_size
-    tokens_1T = made_up_block(vocabulary, block_tokens)
+    tokens_1T = random_block(vocabulary, block_tokens)
     changed_1T = tokens_1T.clone()
     changed_1T[0, -1] = (changed_1T[0, -1] + 1) % vocabulary
     one, other = (logits_of(model, ids_1T, name)[0, :-1] for ids_1T in (tokens_1T, changed_1T))
@@ -100,7 +100,7 @@ def check_reads_if_small(config: PretrainedConfig, block_tokens: int, name: str)
         check_reads(AutoModelForCausalLM.from_config(config, trust_remote_code=False), block_tokens, name)
 
 
-def made_up_block(vocabulary: int, block_tokens: int) -> torch.Tensor:
+def random_block(vocabulary: int, block_tokens: int) -> torch.Tensor:
     """A block of tokens drawn at random, always the same: int64 [1, block_tokens]."""
     return torch.randint(vocabulary, (1, block_tokens), generator=torch.Generator().manual_seed(0))
 
@@ -115,7 +115,7 @@ def logits_of(model: "PreTrainedModel", tokens_1T: torch.Tensor, name: str) -> t
     was_training = model.training
     try:
         logits: torch.Tensor = model.eval()(input_ids=tokens_1T, use_cache=False).logits
-    except Exception as exc:  # whatever an architecture stumbles over
+    except Exception as exc:  # whatever an architecture fails on
         raise UserError(
             f"{name} cannot read a block",
             found=f"a block of {tokens_1T.shape[1]} tokens: {one_line(exc)}",

@@ -17,8 +17,8 @@ from btm_cluster.language_model.model import (
     fresh_on_meta,
     load_model,
     logits_of,
-    made_up_block,
     name_tensors,
+    random_block,
     save_weights,
     weights_of,
 )
@@ -51,7 +51,7 @@ def import_model(
     model = _load(request.pretrained)
     _check_finite(model, source)
     check_reads(model, block_tokens, source)
-    probe_1T = made_up_block(tokenizer.vocabulary, block_tokens)
+    probe_1T = random_block(tokenizer.vocabulary, block_tokens)
     expected = logits_of(model, probe_1T, source)
     files = {"model.safetensors": folder / "model.safetensors"}
     save_weights(_text_weights(model, request.model, source), files["model.safetensors"])

@@ -17,7 +17,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from btm_cluster.language_model.cuda_graphs import Graphs
 from btm_cluster.language_model.decoding import CACHE, ReadPrompt, RowBuffers, are_alike, beginnings
-from btm_cluster.language_model.model import logits_of, made_up_block
+from btm_cluster.language_model.model import logits_of, random_block
 from btm_cluster.language_model.scoring import said_of
 
 READ_AT_ONCE = 8192
@@ -212,7 +212,7 @@ def reads_rows_as_it_scores(model: PreTrainedModel, block_tokens: int) -> bool:
     A made-up block is read as a prompt and then on: after its first token, in one row alone; then so beside a row that begins
     nearly at its end.
     """
-    block_1T = made_up_block(model.config.vocab_size, block_tokens).to(model.device)
+    block_1T = random_block(model.config.vocab_size, block_tokens).to(model.device)
     at_once_TV = logits_of(model, block_1T, type(model).__name__)[0]
     tokens, firsts = block_1T[0].tolist(), beginnings(block_tokens)
     try:

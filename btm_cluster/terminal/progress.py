@@ -70,7 +70,7 @@ def _columns(progress: Progress) -> list[str]:
         f"loss {progress.loss:.3f}" if progress.loss is not None else "",
         f"{rate:,.0f} tokens/s" if rate else "",
         _time_left(progress),
-        f"checkpoint: standstill {progress.stall_seconds:.1f} s, stored in {progress.upload_seconds:.1f} s"
+        f"checkpoint: stalled {progress.stall_seconds:.1f} s, stored in {progress.upload_seconds:.1f} s"
         if progress.stall_seconds is not None and progress.upload_seconds is not None
         else "",
     ]

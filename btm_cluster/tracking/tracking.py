@@ -1,6 +1,6 @@
 """Curves of every training: to TensorBoard files in the store, and to Weights & Biases or MLflow where the plan asks.
 
-The driver is the one writer, from the signs of life that it sees anyway, so that no node needs a service's key.
+The driver is the one writer, from the progress reports that it sees anyway, so that no node needs a service's key.
 No training waits for a curve, and none fails for one.
 """
 
@@ -74,7 +74,7 @@ class Tracking:
 
 
 def points_of(progress: Progress) -> dict[str, float]:
-    """What a sign of life adds to curves; nothing outside of training."""
+    """What a progress report adds to curves; nothing outside of training."""
     if progress.loss is None:
         return {}
     said = {

@@ -26,8 +26,8 @@ from tests.made import origin
 
 MULTI_PART = random.Random(0).randbytes(20 * 2**20 + 5)
 BLOB = f"blobs/{hashlib.sha256(MULTI_PART).hexdigest()}"
-PLANTED = Forest(
-    0, Foundation("seed", "tokenizer", "model", 1024, (("code", "text"),)), (), {"seed": "hash"}, "planted"
+FOUNDED = Forest(
+    0, Foundation("seed", "tokenizer", "model", 1024, (("code", "text"),)), (), {"seed": "hash"}, "founded"
 )
 OUTAGE_SECONDS = 20.0
 """On the clock of these tests: longer than boto3 tries, which pauses for 1, 2, 4 and 8 seconds at most."""
@@ -340,10 +340,10 @@ def test_who_creates_a_version_and_loses_the_answer_learns_that_it_won(
 ) -> None:
     ledger = Ledger(storage)
     proxy.follow(on_first_try(Fault.LOSE_REPLY, "PUT"))
-    assert ledger.log.append(PLANTED)
+    assert ledger.log.append(FOUNDED)
     assert [fault for method, _, fault in proxy.seen if method == "PUT"] == [Fault.LOSE_REPLY, Fault.NONE]
-    assert not competitor.log.append(PLANTED)
-    assert competitor.log.newest() == ledger.log.newest() == PLANTED
+    assert not competitor.log.append(FOUNDED)
+    assert competitor.log.newest() == ledger.log.newest() == FOUNDED
 
 
 def test_a_lost_answer_is_settled_also_after_an_outage(
@@ -353,8 +353,8 @@ def test_a_lost_answer_is_settled_also_after_an_outage(
         return Fault.NONE if method != "PUT" or count > 7 else Fault.ERROR if count > 1 else Fault.LOSE_REPLY
 
     proxy.follow(lose_then_fail)
-    assert Ledger(storage).log.append(PLANTED)
-    assert not competitor.log.append(PLANTED)
+    assert Ledger(storage).log.append(FOUNDED)
+    assert not competitor.log.append(FOUNDED)
 
 
 def test_who_is_overtaken_between_two_tries_learns_that_it_lost(
@@ -364,12 +364,12 @@ def test_who_is_overtaken_between_two_tries_learns_that_it_lost(
 
     def overtake(method: str, path: str, count: int) -> Fault:  # noqa: ARG001 - a Policy
         if method == "PUT" and not won:
-            won.append(competitor.log.append(PLANTED))
+            won.append(competitor.log.append(FOUNDED))
             return Fault.RESET
         return Fault.NONE
 
     proxy.follow(overtake)
-    assert not Ledger(storage).log.append(PLANTED)
+    assert not Ledger(storage).log.append(FOUNDED)
     assert won == [True]
 
 
@@ -381,7 +381,7 @@ def test_of_many_whose_answers_are_lost_exactly_one_learns_that_it_won(
     proxy.follow(lambda method, *_: Fault.LOSE_REPLY if method == "PUT" and next(lost) % 2 else Fault.NONE)
     ledgers = [Ledger(ObjectStorage(storage.location)) for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(lambda ledger: ledger.log.append(PLANTED), ledgers)).count(True) == 1
+        assert list(pool.map(lambda ledger: ledger.log.append(FOUNDED), ledgers)).count(True) == 1
 
 
 @pytest.mark.parametrize("seed", range(2))

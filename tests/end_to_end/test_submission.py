@@ -63,12 +63,12 @@ def test_a_submitter_that_no_cluster_answers_says_so(cluster: dict[str, str], tm
 def test_a_dashboard_that_stumbles_is_one_error_and_a_log_that_is_lost_hides_no_exit_code(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def stumble(*_: str) -> None:
+    def fail_for_now(*_: str) -> None:
         raise RuntimeError("Request failed with status code 500")
 
     ended = SimpleNamespace(submission_id="t-1", status=JobStatus.FAILED, metadata={}, driver_exit_code=2)
-    client = SimpleNamespace(list_jobs=stumble, submit_job=lambda **_: None, get_job_info=lambda _: ended)
-    client.get_job_logs = stumble
+    client = SimpleNamespace(list_jobs=fail_for_now, submit_job=lambda **_: None, get_job_info=lambda _: ended)
+    client.get_job_logs = fail_for_now
     monkeypatch.setattr(submission, "_client", lambda _: client)
     said: list[str] = []
     with pytest.raises(StepError, match="does not say which jobs it has"):

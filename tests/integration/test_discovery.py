@@ -1,4 +1,4 @@
-"""Domains found in unlabelled text: planted topics come back, balanced, streaming, and the model can be used again."""
+"""Domains found in unlabelled text: known topics come back, balanced, streaming, and the model can be used again."""
 
 import gzip
 import json
@@ -24,7 +24,7 @@ TOPICS = ("kitchen", "harbour", "orchard", "glacier")
 Btm = Callable[..., tuple[int, str, str]]
 
 
-def planted(sizes: tuple[int, ...] = (90, 90, 90, 90)) -> dict[str, str]:
+def labelled_documents(sizes: tuple[int, ...] = (90, 90, 90, 90)) -> dict[str, str]:
     """Documents of made-up topics, and the topic of each, with the topics mixed."""
     labelled = {
         text: topic for topic, size in zip(TOPICS, sizes, strict=False) for text in made_up_documents(topic, size)
@@ -49,7 +49,7 @@ def purity(found: Discovery, labels: dict[str, str]) -> float:
 
 @pytest.fixture(scope="module")
 def model() -> Clusters:
-    return find_clusters(list(planted()), 4, random_seed=0)
+    return find_clusters(list(labelled_documents()), 4, random_seed=0)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def btm(capsys: pytest.CaptureFixture[str]) -> Btm:
 
 
 def test_planted_topics_are_found_again_and_each_file_is_a_domain_that_a_plan_reads(tmp_path: Path) -> None:
-    labels = planted()
+    labels = labelled_documents()
     text = write_jsonl(tmp_path / "text.jsonl", list(labels))
     found = discover(source(text), ReadingPlan(), 4, tmp_path / "found")
     assert purity(found, labels) > 0.98
@@ -87,7 +87,7 @@ def test_the_words_shown_are_the_topics_own(model: Clusters) -> None:
 
 @pytest.mark.parametrize("sample", [100, 10_000])
 def test_balance_holds_on_the_whole_text_though_its_topics_differ_in_size(tmp_path: Path, sample: int) -> None:
-    labels = planted((300, 40, 40, 20))
+    labels = labelled_documents((300, 40, 40, 20))
     text = write_jsonl(tmp_path / "text.jsonl", list(labels))
     found = discover(source(text), ReadingPlan(), 4, tmp_path / "found", sample_documents=sample)
     assert found.sampled == min(sample, 400)
@@ -100,7 +100,7 @@ def test_balance_holds_on_the_whole_text_though_its_topics_differ_in_size(tmp_pa
 
 
 def test_the_same_text_and_seed_give_the_same_bytes_and_the_order_of_files_changes_no_model(tmp_path: Path) -> None:
-    labels = list(planted())
+    labels = list(labelled_documents())
     whole = write_jsonl(tmp_path / "whole.jsonl", labels)
     turned = [write_jsonl(tmp_path / "a.jsonl", labels[200:]), write_jsonl(tmp_path / "b.jsonl", labels[:200])]
     for name, text in (("one", source(whole)), ("two", source(whole)), ("three", source(*turned))):
@@ -143,7 +143,7 @@ def test_neither_reading_for_the_sample_nor_placing_holds_more_than_two_batches(
 
 
 def test_a_sample_hangs_on_content_and_seed_alone_and_takes_a_duplicate_once() -> None:
-    labels = list(planted())
+    labels = list(labelled_documents())
     sample = draw_sample(labels, 100, random_seed=0)
     assert draw_sample([*reversed(labels), *labels], 100, random_seed=0).texts == sample.texts
     assert draw_sample(labels, 100, random_seed=1).texts != sample.texts
@@ -167,7 +167,7 @@ def test_a_text_without_a_known_word_is_equally_far_from_all_clusters(model: Clu
 
 
 def test_new_documents_go_to_the_clusters_of_their_topics_by_their_names_of_now(btm: Btm, tmp_path: Path) -> None:
-    text = write_jsonl(tmp_path / "text.jsonl", list(planted()))
+    text = write_jsonl(tmp_path / "text.jsonl", list(labelled_documents()))
     assert btm("discover", text, "--clusters", "4", "--to", tmp_path / "found")[0] == 0
     listed = tmp_path / "found" / "clusters.json"
     rows = json.loads(listed.read_text())
@@ -203,7 +203,7 @@ def test_topics_in_any_script_are_told_apart_and_come_back_as_they_were(tmp_path
 def test_empty_documents_are_left_out_and_bad_lines_are_refused_or_counted_as_in_a_plan(
     btm: Btm, tmp_path: Path
 ) -> None:
-    lines = [json.dumps({"text": text}) for text in planted()]
+    lines = [json.dumps({"text": text}) for text in labelled_documents()]
     lines[5:5] = ['{"text": ""}', '{"text": " \\n"}', "{broken", '{"other": 1}']
     file = tmp_path / "text.jsonl.gz"
     file.write_bytes(gzip.compress("\n".join(lines).encode()))
@@ -241,7 +241,7 @@ def test_too_few_documents_for_the_clusters_are_refused_with_their_number(
 
 
 def test_a_text_that_grows_while_it_is_read_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
-    text = write_jsonl(tmp_path / "text.jsonl", list(planted()))
+    text = write_jsonl(tmp_path / "text.jsonl", list(labelled_documents()))
 
     def grow(_: str) -> None:
         with text.open("a") as file:

@@ -41,7 +41,7 @@ def models_of(grown: GrownForest) -> list[Artifact]:
 
 
 @pytest.fixture(scope="module")
-def pot(grown: GrownForest) -> Soup:
+def soup(grown: GrownForest) -> Soup:
     """The experts and the seed, ready to be mixed."""
     ledger, models = grown.driver.ledger, models_of(grown)
     config = open_config(ledger, models[0])
@@ -64,25 +64,25 @@ def one_hots(count: int) -> list[list[float]]:
 
 
 def test_the_loss_of_a_single_expert_is_that_of_its_stored_scores(
-    grown: GrownForest, pot: Soup, reading: Reading
+    grown: GrownForest, soup: Soup, reading: Reading
 ) -> None:
     assert not reading.mask_BT.all(), "padding is part of this test"
     driver, prepared = grown.driver, grown.prepared
     models, market = [model.ref for model in models_of(grown)], grown.text("market")
     score_models(prepared, models, [market], driver, ["development"])
-    for one_hot, model in zip(one_hots(len(pot)), models, strict=True):
+    for one_hot, model in zip(one_hots(len(soup)), models, strict=True):
         stored = stack_of(driver.ledger, [model], market, "development").take(0, 100)[0][0]
         expected = -float(stored[reading.mask_BT].mean())
-        assert pot.loss(one_hot, reading) == pytest.approx(expected, rel=1e-5)
+        assert soup.loss(one_hot, reading) == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_gradient_of_the_weights_equals_finite_differences(pot: Soup, reading: Reading) -> None:
+def test_the_gradient_of_the_weights_equals_finite_differences(soup: Soup, reading: Reading) -> None:
     weights = [0.4, 0.3, 0.2, 0.1]
-    found = pot.gradient(weights, reading)
+    found = soup.gradient(weights, reading)
     step = 1e-2  # float32 losses: smaller steps drown in rounding
     for j in range(len(weights)):
         up, down = ([w + sign * step * (i == j) for i, w in enumerate(weights)] for sign in (1, -1))
-        expected = (pot.loss(up, reading) - pot.loss(down, reading)) / (2 * step)
+        expected = (soup.loss(up, reading) - soup.loss(down, reading)) / (2 * step)
         assert float(found[j]) == pytest.approx(expected, rel=0.02, abs=2e-3)
 
 
@@ -108,33 +108,33 @@ def test_a_greedy_soup_takes_experts_in_their_own_order_while_the_average_gets_b
     assert len(tried) == 4 + 3
 
 
-def test_a_greedy_soup_is_never_worse_on_its_blocks_than_the_best_expert(pot: Soup, reading: Reading) -> None:
-    found = greedy_soup(pot, reading)
-    alone = [pot.loss(one_hot, reading) for one_hot in one_hots(len(pot))]
+def test_a_greedy_soup_is_never_worse_on_its_blocks_than_the_best_expert(soup: Soup, reading: Reading) -> None:
+    found = greedy_soup(soup, reading)
+    alone = [soup.loss(one_hot, reading) for one_hot in one_hots(len(soup))]
     assert found.loss <= min(alone)
     assert sum(found.weights) == pytest.approx(1, abs=1e-9)
-    assert pot.loss(found.weights, reading) == pytest.approx(found.loss, rel=1e-4)
+    assert soup.loss(found.weights, reading) == pytest.approx(found.loss, rel=1e-4)
 
 
 def held_out(reading: Reading) -> Reading:
     return reading.take(torch.arange(len(reading)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)
 
 
-def test_a_learned_soup_is_never_worse_than_its_starts_on_the_blocks_held_out(pot: Soup, reading: Reading) -> None:
+def test_a_learned_soup_is_never_worse_than_its_starts_on_the_blocks_held_out(soup: Soup, reading: Reading) -> None:
     given, reading = [0.1, 0.2, 0.3, 0.4], reading.take(torch.arange(10))
-    found = learned_soup(pot, reading, [given])
-    best_expert = min(one_hots(len(pot)), key=lambda weights: pot.loss(weights, reading))
-    starts = [pot.loss(start, held_out(reading)) for start in (given, [0.25] * 4, best_expert)]
+    found = learned_soup(soup, reading, [given])
+    best_expert = min(one_hots(len(soup)), key=lambda weights: soup.loss(weights, reading))
+    starts = [soup.loss(start, held_out(reading)) for start in (given, [0.25] * 4, best_expert)]
     assert found.loss < min(starts), "on these models there is something to find"
-    assert found.loss == pytest.approx(pot.loss(found.weights, held_out(reading)), rel=1e-6)
+    assert found.loss == pytest.approx(soup.loss(found.weights, held_out(reading)), rel=1e-6)
     assert sum(found.weights) == pytest.approx(1, abs=1e-9)
     assert min(found.weights) >= 0
-    again = learned_soup(pot, reading, [given])
+    again = learned_soup(soup, reading, [given])
     assert again == found
 
 
-def test_a_single_block_is_enough_to_search_on(pot: Soup, reading: Reading) -> None:
-    found = learned_soup(pot, reading.take(torch.arange(1)))
+def test_a_single_block_is_enough_to_search_on(soup: Soup, reading: Reading) -> None:
+    found = learned_soup(soup, reading.take(torch.arange(1)))
     assert isinstance(found, SearchedWeights)
     assert sum(found.weights) == pytest.approx(1, abs=1e-9)
 
@@ -155,14 +155,14 @@ def store(grown: GrownForest, tmp_path: Path) -> Driver:
 
 
 def test_a_search_commits_weights_from_which_the_average_is_made(
-    grown: GrownForest, store: Driver, pot: Soup, reading: Reading
+    grown: GrownForest, store: Driver, soup: Soup, reading: Reading
 ) -> None:
     models = ensemble_of(grown).refs
     request = soup_request(grown.prepared, ensemble_of(grown), "greedy", grown.text("market"))
     (found,) = store.require([request])
     assert found.ref == request.ref
     assert found.facts["blocks"] == len(reading)
-    expected = greedy_soup(pot, reading)
+    expected = greedy_soup(soup, reading)
     weights = dict(zip([m.identity for m in models], expected.weights, strict=True))
     assert found.facts["weights"] == {"greedy": weights}
     (average,) = store.require([average_request(grown.prepared, ensemble_of(grown), "greedy", grown.text("market"))])

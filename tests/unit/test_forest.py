@@ -12,7 +12,7 @@ from btm_cluster.forest import Expert, Forest, Foundation, Parent, describe_fore
 from btm_cluster.identity import canonical_json, identity_of
 
 FOUNDATION = Foundation("seed", "tokenizer", "model", 1024, (("code", "text-code"), ("law", "text-law")))
-PLANTED = Forest(0, FOUNDATION, (), {"seed": "hash-seed"}, "planted")
+FOUNDED = Forest(0, FOUNDATION, (), {"seed": "hash-seed"}, "founded")
 
 
 def expert(domain: str, text: str = "", identity: str = "") -> Expert:
@@ -67,12 +67,12 @@ def test_what_is_no_number_cannot_be_part_of_an_identity() -> None:
 
 
 def test_merging_inserts_experts_into_a_set() -> None:
-    merged = merge_into(PLANTED, [expert("law"), expert("code")], manifests(expert("law"), expert("code")), "added")
+    merged = merge_into(FOUNDED, [expert("law"), expert("code")], manifests(expert("law"), expert("code")), "added")
     assert merged.version == 1
     assert merged.domains == ("code", "law")
-    assert merged.foundation == PLANTED.foundation
+    assert merged.foundation == FOUNDED.foundation
     assert merged.manifests == {"seed": "hash-seed"} | manifests(expert("law"), expert("code"))
-    assert PLANTED.experts == ()
+    assert FOUNDED.experts == ()
     later = merge_into(merged, [expert("beer")], manifests(expert("beer")), "added beer")
     assert later.experts == (expert("beer"), *merged.experts)
     assert later.reason == "added beer"
@@ -80,21 +80,21 @@ def test_merging_inserts_experts_into_a_set() -> None:
 
 def test_the_order_in_which_experts_are_merged_does_not_matter() -> None:
     names = ["law", "code", "beer"]
-    at_once = merge_into(PLANTED, [expert(name) for name in names], {}, "")
+    at_once = merge_into(FOUNDED, [expert(name) for name in names], {}, "")
     for order in (names, names[::-1]):
-        forest = PLANTED
+        forest = FOUNDED
         for name in order:
             forest = merge_into(forest, [expert(name)], {}, "")
         assert forest.experts == at_once.experts
 
 
 def test_merging_an_expert_that_is_there_changes_no_expert() -> None:
-    forest = merge_into(PLANTED, [expert("law")], {}, "")
+    forest = merge_into(FOUNDED, [expert("law")], {}, "")
     assert merge_into(forest, [expert("law")], {}, "").experts == forest.experts
 
 
 def test_the_same_name_with_another_text_is_refused_and_both_texts_are_named() -> None:
-    forest = merge_into(PLANTED, [expert("law", text="old-text")], {}, "")
+    forest = merge_into(FOUNDED, [expert("law", text="old-text")], {}, "")
     with pytest.raises(UserError) as refused:
         merge_into(forest, [expert("code"), expert("law", text="new-text")], {}, "")
     assert "'law'" in refused.value.what
@@ -105,13 +105,13 @@ def test_the_same_name_with_another_text_is_refused_and_both_texts_are_named() -
 
 def test_two_experts_of_one_domain_cannot_be_merged_together_either() -> None:
     with pytest.raises(UserError):
-        merge_into(PLANTED, [expert("law", text="old-text"), expert("law", text="new-text")], {}, "")
+        merge_into(FOUNDED, [expert("law", text="old-text"), expert("law", text="new-text")], {}, "")
 
 
 def test_another_expert_on_the_same_text_is_refused_by_naming_the_experts() -> None:
     # Two drivers may branch one new domain from two versions of the forest. That the text is the same must not be reported
     # as "found this text, expected this text".
-    forest = merge_into(PLANTED, [expert("law", identity="the first")], {}, "")
+    forest = merge_into(FOUNDED, [expert("law", identity="the first")], {}, "")
     with pytest.raises(UserError) as refused:
         merge_into(forest, [expert("law", identity="the second")], {}, "")
     assert "the second" in refused.value.found
@@ -119,7 +119,7 @@ def test_another_expert_on_the_same_text_is_refused_by_naming_the_experts() -> N
 
 
 def test_an_expert_is_found_by_its_domain_and_a_wrong_name_is_told_the_right_ones() -> None:
-    forest = merge_into(PLANTED, [expert("law"), expert("code")], {}, "")
+    forest = merge_into(FOUNDED, [expert("law"), expert("code")], {}, "")
     assert forest.expert("law") == expert("law")
     with pytest.raises(UserError) as unknown:
         forest.expert("lore")
@@ -127,8 +127,8 @@ def test_an_expert_is_found_by_its_domain_and_a_wrong_name_is_told_the_right_one
 
 
 def test_a_forest_is_described_by_what_equal_runs_share() -> None:
-    forest = merge_into(PLANTED, [expert("law")], manifests(expert("law")), "added law")
+    forest = merge_into(FOUNDED, [expert("law")], manifests(expert("law")), "added law")
     described = json.dumps(describe_forest(forest), sort_keys=True)
     for other in ({"law": "made an hour later"}, {}):
-        again = merge_into(PLANTED, [expert("law")], other, "added law")
+        again = merge_into(FOUNDED, [expert("law")], other, "added law")
         assert json.dumps(describe_forest(again), sort_keys=True) == described

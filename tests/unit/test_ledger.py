@@ -27,7 +27,7 @@ from tests.made import origin, text
 RECIPE = {"made": "of this"}
 MODEL = origin("model", RECIPE).ref
 FOUNDATION = Foundation("seed", "tokenizer", "model", 1024, (("code", "text-code"), ("law", "text-law")))
-PLANTED = Forest(0, FOUNDATION, (), {"seed": "hash"}, "planted")
+FOUNDED = Forest(0, FOUNDATION, (), {"seed": "hash"}, "founded")
 
 
 @pytest.fixture
@@ -200,8 +200,8 @@ def test_all_who_race_to_commit_one_artifact_get_the_winners(store: Path, tmp_pa
 def test_a_create_whose_success_went_unheard_is_still_a_success(store: Path, tmp_path: Path) -> None:
     forgetful = Ledger(ForgetfulFolder(str(store)))
     assert commit(forgetful, tmp_path, {"w": b"weights"}, who="me").facts == {"who": "me"}
-    assert forgetful.log.append(PLANTED)
-    assert not forgetful.log.append(PLANTED)
+    assert forgetful.log.append(FOUNDED)
+    assert not forgetful.log.append(FOUNDED)
 
 
 # Half-written
@@ -467,7 +467,7 @@ def test_what_a_newer_version_wrote_is_one_clear_error_and_stays(
 ) -> None:
     commit(ledger, tmp_path, {"w": b"weights"})
     save(ledger, tmp_path, 3)
-    ledger.log.append(PLANTED)
+    ledger.log.append(FOUNDED)
     looks: dict[str, Callable[[], Any]] = {
         f"artifacts/model/{MODEL.identity}.json": lambda: ledger.find(MODEL),
         f"training/{MODEL.identity}/000000003.json": lambda: ledger.latest_training(MODEL.identity),
@@ -518,7 +518,7 @@ def test_what_is_no_file_in_the_place_of_a_manifest_a_blob_or_a_version_is_one_c
     ledger: Ledger, store: Path, tmp_path: Path, stands: str
 ) -> None:
     made = commit(ledger, tmp_path, {"w": b"weights"})
-    ledger.log.append(PLANTED)
+    ledger.log.append(FOUNDED)
     put = {
         "folder": lambda path: path.mkdir(),
         "pipe": os.mkfifo,
@@ -537,7 +537,7 @@ def test_what_is_no_file_in_the_place_of_a_manifest_a_blob_or_a_version_is_one_c
             look()
         assert "move it" in refused.value.remedy
     with pytest.raises(StoreError):
-        ledger.log.append(PLANTED)
+        ledger.log.append(FOUNDED)
     with pytest.raises(StoreError):
         commit(ledger, tmp_path, {"w": b"weights"})
 
@@ -545,12 +545,12 @@ def test_what_is_no_file_in_the_place_of_a_manifest_a_blob_or_a_version_is_one_c
 def test_a_broken_link_in_the_place_of_a_version_is_no_forest_less_and_no_endless_race(
     ledger: Ledger, store: Path
 ) -> None:
-    ledger.log.append(PLANTED)
+    ledger.log.append(FOUNDED)
     (store / "forest/000001.json").symlink_to("nowhere")
     with pytest.raises(MissingError, match="000001"):
         ledger.log.newest()
     with pytest.raises(StoreError, match="cannot create forest/000001"):
-        ledger.log.append(merge_into(PLANTED, [expert("law")], {}, ""))
+        ledger.log.append(merge_into(FOUNDED, [expert("law")], {}, ""))
 
 
 def test_a_lost_blob_is_named_with_its_artifact_and_what_to_do(ledger: Ledger, store: Path, tmp_path: Path) -> None:
@@ -600,9 +600,9 @@ STRAYS = [
 def test_objects_that_are_none_of_the_stores_are_left_alone_and_told_of_once(
     ledger: Ledger, store: Path, tmp_path: Path, folder: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ledger.log.append(PLANTED)
+    ledger.log.append(FOUNDED)
     made = commit(ledger, tmp_path, {"w": b"weights"})
-    ledger.log.append(merge_into(PLANTED, [expert("law")], {}, ""))
+    ledger.log.append(merge_into(FOUNDED, [expert("law")], {}, ""))
     ledger.documents.create("pins/000001.json", {"version": 1})
     save(ledger, tmp_path, 3)
     (store / folder / "deeper").mkdir()
@@ -635,7 +635,7 @@ def test_folder_markers_of_object_storage_are_no_objects_of_ours(ledger: Ledger,
             yield Entry(f"{prefix.partition('/')[0]}/", 0, 0.0)
             yield from super().list(prefix)
 
-    ledger.log.append(PLANTED)
+    ledger.log.append(FOUNDED)
     commit(ledger, tmp_path, {"w": b"weights"})
     marked = Ledger(WithMarkers(str(store)))
     assert marked.log.versions() == [0]
@@ -673,7 +673,7 @@ def expert(domain: str) -> Expert:
 def test_versions_are_appended_and_read_back_as_they_were(ledger: Ledger, store: Path) -> None:
     assert ledger.log.newest() is None
     assert ledger.log.versions() == []
-    versions = [PLANTED]
+    versions = [FOUNDED]
     for domain in "bcadefghijkl":
         versions.append(merge_into(versions[-1], [expert(domain)], {f"expert-{domain}": "hash"}, f"added {domain}"))
     for version in versions:
@@ -694,8 +694,8 @@ def test_versions_are_appended_and_read_back_as_they_were(ledger: Ledger, store:
 
 
 def test_each_version_names_the_one_before_by_its_hash(ledger: Ledger, store: Path) -> None:
-    ledger.log.append(PLANTED)
-    ledger.log.append(merge_into(PLANTED, [expert("law")], {}, ""))
+    ledger.log.append(FOUNDED)
+    ledger.log.append(merge_into(FOUNDED, [expert("law")], {}, ""))
     first, second = ledger.log.version(0), ledger.log.version(1)
     assert first is not None
     assert second is not None
@@ -704,7 +704,7 @@ def test_each_version_names_the_one_before_by_its_hash(ledger: Ledger, store: Pa
 
 
 def test_of_all_who_append_one_version_exactly_one_succeeds_and_stays(store: Path) -> None:
-    Ledger.open(str(store)).log.append(PLANTED)
+    Ledger.open(str(store)).log.append(FOUNDED)
     together = threading.Barrier(6)
 
     def race(number: int) -> bool:
@@ -725,8 +725,8 @@ def test_of_all_who_append_one_version_exactly_one_succeeds_and_stays(store: Pat
 
 
 def test_a_version_that_was_copied_to_another_number_is_not_taken_for_it(ledger: Ledger, store: Path) -> None:
-    ledger.log.append(PLANTED)
-    ledger.log.append(merge_into(PLANTED, [expert("law")], {}, ""))
+    ledger.log.append(FOUNDED)
+    ledger.log.append(merge_into(FOUNDED, [expert("law")], {}, ""))
     shutil.copy(store / "forest/000000.json", store / "forest/000005.json")
     for look in (ledger.log.newest, lambda: ledger.log.version(5), ledger.log.history):
         with pytest.raises(IntegrityError, match="forest/000005") as refused:
@@ -737,8 +737,8 @@ def test_a_version_that_was_copied_to_another_number_is_not_taken_for_it(ledger:
 
 
 def test_a_damaged_version_is_refused_and_the_others_are_read(ledger: Ledger, store: Path) -> None:
-    ledger.log.append(PLANTED)
-    ledger.log.append(merge_into(PLANTED, [expert("law")], {}, ""))
+    ledger.log.append(FOUNDED)
+    ledger.log.append(merge_into(FOUNDED, [expert("law")], {}, ""))
     path = store / "forest" / "000001.json"
     path.write_text(path.read_text().replace("text-law", "text-lay"))
     with pytest.raises(IntegrityError) as refused:

@@ -31,7 +31,7 @@ LINES = [
     (5.0, "seed: starting"),
     (6.0, "seed: loading"),
     (8.0, "seed: training update 9/100 loss 7.607 4,782 tokens/s 1:24 left"),
-    (9.0, "seed: training update 100/100 loss 5.659 4,782 tokens/s checkpoint: standstill 0.1 s, stored in 0.2 s"),
+    (9.0, "seed: training update 100/100 loss 5.659 4,782 tokens/s checkpoint: stalled 0.1 s, stored in 0.2 s"),
     (9.5, "seed: storing"),
     (11.0, "python: starting"),
     (12.0, "python: training update 105/200 loss 5.909 4,736 tokens/s 0:21 left"),

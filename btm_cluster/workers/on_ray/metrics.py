@@ -21,9 +21,9 @@ _OF_TRAINING = {
     "loss": "training loss, nats per token",
     "tokens_per_second": "tokens trained on per second",
     "mfu": "share of the GPUs' arithmetic that the model uses",
-    "checkpoint_stall_seconds": "standstill of training for its last checkpoint",
+    "checkpoint_stall_seconds": "seconds that training stalled for its last checkpoint",
     "checkpoint_upload_seconds": "time that its last checkpoint took to be stored",
-    "seconds_since_update": "time since the last sign of life, while it trains",
+    "seconds_since_update": "time since the last progress report, while it trains",
     "queue_wait_seconds": "time that it waited, or waits, for resources",
     "waiting": "1 while it waits for resources",
     "retries": "times that it was started again",
@@ -45,7 +45,7 @@ class Watched:
     heard: float = 0.0
     ended: float | None = None
     said: dict[str, float] = field(default_factory=lambda: {"retries": 0.0})
-    """What its newest signs of life say."""
+    """What its newest progress reports say."""
 
     def values(self, now: float) -> dict[str, float]:
         """All that is to be told of it; nothing some time after its end."""
@@ -61,7 +61,7 @@ class Watched:
 
 
 def shown(progress: Progress) -> dict[str, float]:
-    """What a sign of life says in numbers."""
+    """What a progress report says in numbers."""
     said = {
         "updates": progress.update if progress.loss is not None else None,
         "updates_wanted": progress.last_update if progress.loss is not None else None,
@@ -99,7 +99,7 @@ class Metrics:
         self._watched[request.label] = Watched(request.role, self._clock())
 
     def heard(self, progress: Progress, attempts: int) -> None:
-        """A sign of life; `attempts`: how often that training was started."""
+        """A progress report; `attempts`: how often that training was started."""
         one = self._watched.get(progress.label)
         if one is None or one.ended is not None:  # no training
             return

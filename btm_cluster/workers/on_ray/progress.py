@@ -1,4 +1,4 @@
-"""Signs of life: from a step in some process of the cluster to its driver."""
+"""Progress reports: from a step in some process of the cluster to its driver."""
 
 import os
 import socket
@@ -92,7 +92,7 @@ class ProgressBoard:
     def count(self, store_calls: StoreCalls) -> None:
         self._store_calls.update(store_calls)
 
-    def story(self, label: str) -> tuple[int, str]:
+    def attempts_and_host(self, label: str) -> tuple[int, str]:
         """How often it was started, and the host that was last heard of."""
         return self._attempts[label], self._host.get(label, "")
 

@@ -19,7 +19,7 @@ POLL_SECONDS = 2.0
 AGENT_SECONDS = 120.0
 """A head that was just started takes jobs only once its agent is up."""
 LOG_LINES = 30
-STUMBLES = (RuntimeError, OSError, AuthenticationError)
+TRANSIENT_ERRORS = (RuntimeError, OSError, AuthenticationError)
 """What the client raises where the dashboard fails, is silent or does not know us; those of `requests` are OSErrors."""
 Say: TypeAlias = Callable[[str], None]
 
@@ -55,7 +55,7 @@ def submit_and_wait(
 
     Raises:
         UserError: no cluster answers, or it refuses the token.
-        StepError: the job was stopped, the cluster lost it, or its dashboard stumbled; a later try may succeed.
+        StepError: the job was stopped, the cluster lost it, or its dashboard had a transient error; a later try may succeed.
     """
     client = _client(address)
     step = choose_step(schedule, tick, _jobs(client, address))
@@ -107,7 +107,7 @@ def _jobs(client: JobSubmissionClient, address: str) -> dict[str, JobDetails]:
     """The jobs that the cluster knows, by submission id."""
     try:
         return {details.submission_id: details for details in client.list_jobs() if details.submission_id}
-    except STUMBLES as exc:
+    except TRANSIENT_ERRORS as exc:
         raise StepError(
             f"the cluster at {address} does not say which jobs it has",
             found=one_line(exc),
@@ -121,7 +121,7 @@ def _submit(client: JobSubmissionClient, job: Mapping[str, Any], say: Say, secon
         try:
             client.submit_job(**job)
             return
-        except STUMBLES as exc:
+        except TRANSIENT_ERRORS as exc:
             if "No available agent" not in str(exc) or time.monotonic() > deadline:
                 raise StepError(  # another submitter of this tick was faster, or the cluster went away
                     f"{job['submission_id']} could not be submitted",
@@ -137,7 +137,7 @@ def _await_end(client: JobSubmissionClient, job: str, say: Say) -> int:
     while True:
         try:
             details: Any = client.get_job_info(job)
-        except STUMBLES as exc:
+        except TRANSIENT_ERRORS as exc:
             raise StepError(
                 f"{job}: the cluster does not answer, or does not know it any more",
                 found=one_line(exc),
@@ -160,5 +160,5 @@ def _log_lines(client: JobSubmissionClient, job: str) -> list[str]:
     """The end of its log: an ended job's exit code is worth more, so a log that cannot be had is no error."""
     try:
         return list(client.get_job_logs(job).splitlines()[-LOG_LINES:])
-    except STUMBLES as exc:
+    except TRANSIENT_ERRORS as exc:
         return [f"its log cannot be read: {one_line(exc)}"]

@@ -190,7 +190,7 @@ class RayWorkers:
             outcomes: list[Outcome] | None = ray.get(finished.result)
             return outcomes
         except ray.exceptions.RayError as exc:
-            attempts, host = ray.get(self._board.story.remote(finished.label))
+            attempts, host = ray.get(self._board.attempts_and_host.remote(finished.label))
             log = _log_of(finished.trainer)
             finished.end()
             finished.trainer = None
