@@ -13,7 +13,7 @@ from btm_cluster.stopping import unwinding
 from btm_cluster.storage.new_folder import check_new_folder
 from btm_cluster.terminal.output import end_input
 from btm_cluster.terminal.text_options import source_of
-from btm_cluster.workers.own_modules import check_own_modules
+from btm_cluster.workers.shadowing import check_shadowing
 
 if TYPE_CHECKING:
     from btm_cluster.operations.discover import Discovery
@@ -50,7 +50,7 @@ def discover(
 ) -> None:
     """Find domains in unlabelled text: a file for each, and a model that places new documents."""
     _check_call(clusters, model, to)
-    check_own_modules()
+    check_shadowing()
     end_input()
     source = source_of("unlabelled", text or [], field, delimiter, dataset, split)
     from btm_cluster.operations.discover import assign, discover

@@ -12,7 +12,7 @@ from btm_cluster.errors import UserError
 from btm_cluster.plan import read_plan
 from btm_cluster.terminal.options import Address, JsonAndProgress
 from btm_cluster.terminal.output import end_input
-from btm_cluster.workers.own_modules import check_own_modules
+from btm_cluster.workers.shadowing import check_shadowing
 
 if TYPE_CHECKING:
     from btm_cluster.workers.checks import Check
@@ -25,7 +25,7 @@ def doctor(
 ) -> None:
     """Look for what would make a run fail: Ray, token, store, clock, disk, GPUs, threads, room. Trains nothing."""
     plan = None if plan_path is None else read_plan(plan_path)
-    check_own_modules()
+    check_shadowing()
     end_input()
     from btm_cluster.operations.doctor import examine
 

@@ -4,7 +4,7 @@ from btm_cluster.commands.run import show_run
 from btm_cluster.plan import read_plan
 from btm_cluster.session import driving
 from btm_cluster.terminal.options import Address, InProcess, JsonAndProgress, PlanPath
-from btm_cluster.workers.own_modules import check_own_modules
+from btm_cluster.workers.shadowing import check_shadowing
 
 
 def evaluate(
@@ -12,7 +12,7 @@ def evaluate(
 ) -> None:
     """Evaluate the forest as it stands, on the text of all its domains and of the plan's targets."""
     plan = read_plan(plan_path)
-    check_own_modules()
+    check_shadowing()
     from btm_cluster.operations.evaluate import evaluate_forest
 
     with driving(plan, address, in_process, dashboard=False, json_output=json_output) as driver:

@@ -7,7 +7,7 @@ from btm_cluster.plan import read_plan
 from btm_cluster.session import driving
 from btm_cluster.terminal.options import Address, Dashboard, InProcess, JsonAndProgress, NewResources, PlanPath
 from btm_cluster.terminal.tables import consoles
-from btm_cluster.workers.own_modules import check_own_modules
+from btm_cluster.workers.shadowing import check_shadowing
 
 if TYPE_CHECKING:
     from btm_cluster.expansion.acceptance import Gain
@@ -24,7 +24,7 @@ def expand(
 ) -> None:
     """Add the domains that the plan or the store's inbox has and the forest has not. Nothing to add: starts nothing."""
     plan = read_plan(plan_path)
-    check_own_modules()
+    check_shadowing()
     from btm_cluster.driver.driver import step_error
     from btm_cluster.operations.expand import expand
 

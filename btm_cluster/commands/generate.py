@@ -17,7 +17,7 @@ from btm_cluster.plan import read_plan
 from btm_cluster.session import driving
 from btm_cluster.terminal.options import Address, InProcess, JsonAndProgress, PlanPath
 from btm_cluster.terminal.output import printable
-from btm_cluster.workers.own_modules import check_own_modules
+from btm_cluster.workers.shadowing import check_shadowing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,7 +66,7 @@ def generate(
 ) -> None:
     """Let the whole forest continue a prompt, and say which experts it trusted."""
     plan = read_plan(plan_path)
-    check_own_modules()
+    check_shadowing()
     from btm_cluster.language_model.sampling import Sampling
     from btm_cluster.operations.generate import Continuation, check_generate_call
     from btm_cluster.operations.generate import generate as generate_texts

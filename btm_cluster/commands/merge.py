@@ -9,7 +9,7 @@ import typer
 from btm_cluster.plan import read_plan
 from btm_cluster.session import driving
 from btm_cluster.terminal.options import Address, InProcess, JsonAndProgress, PlanPath
-from btm_cluster.workers.own_modules import check_own_modules
+from btm_cluster.workers.shadowing import check_shadowing
 
 
 def merge(
@@ -25,7 +25,7 @@ def merge(
 ) -> None:
     """Average the experts into one model and write it as a Hugging Face folder."""
     plan = read_plan(plan_path)
-    check_own_modules()
+    check_shadowing()
     from btm_cluster.operations.merge import check_merge_call, write_merged_model
 
     check_merge_call(plan, weights, target, to)

@@ -10,7 +10,7 @@ from btm_cluster.session import open_ledger
 from btm_cluster.terminal.options import Address, JsonAndProgress, PlanPath
 from btm_cluster.terminal.output import end_input
 from btm_cluster.terminal.tables import consoles, plain_table, show_table
-from btm_cluster.workers.own_modules import check_own_modules
+from btm_cluster.workers.shadowing import check_shadowing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def plan(plan_path: PlanPath, json_output: JsonAndProgress = False, address: Address = None) -> None:
     """Say what a run would do, what is done already, and what the rest would cost. Starts nothing."""
     plan = read_plan(plan_path)
-    check_own_modules()
+    check_shadowing()
     end_input()
     from btm_cluster.operations.plan import preview
     from btm_cluster.workers.machine import notes_on_this_machine

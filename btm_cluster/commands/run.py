@@ -9,7 +9,7 @@ from btm_cluster.session import driving
 from btm_cluster.terminal.options import Address, Dashboard, InProcess, JsonAndProgress, NewResources, PlanPath
 from btm_cluster.terminal.tables import consoles, plain_table, show_table
 from btm_cluster.terminal.verdict import verdict_tables
-from btm_cluster.workers.own_modules import check_own_modules
+from btm_cluster.workers.shadowing import check_shadowing
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,7 +28,7 @@ def run(
 ) -> None:
     """Grow the forest: seed, experts, merge, and the verdict. Run again, it goes on where it was."""
     plan = read_plan(plan_path)
-    check_own_modules()
+    check_shadowing()
     from btm_cluster.driver.driver import step_error
     from btm_cluster.operations.plan import check_capacity
     from btm_cluster.operations.run import run_plan

@@ -15,7 +15,7 @@ from btm_cluster.session import driving, open_ledger
 from btm_cluster.terminal.options import Address, InProcess, JsonAndProgress
 from btm_cluster.terminal.output import end_input
 from btm_cluster.terminal.text_options import source_of
-from btm_cluster.workers.own_modules import check_own_modules
+from btm_cluster.workers.shadowing import check_shadowing
 
 if TYPE_CHECKING:
     from btm_cluster.language_model.document_scores import DocumentScorer, NamedText
@@ -51,7 +51,7 @@ def score(
     """Say how surprising texts are to each expert and to the ensemble, and which domain each is of."""
     _check_call(files, text, store, plan_path, target)
     plan = read_plan(plan_path) if plan_path else None
-    check_own_modules()
+    check_shadowing()
     from btm_cluster.operations.score import check_sources, documents_of, reading_of
 
     reading, bad = reading_of(bad_documents), Counter[str]()

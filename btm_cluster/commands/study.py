@@ -7,7 +7,7 @@ import typer
 from btm_cluster.plan import read_plan
 from btm_cluster.session import driving
 from btm_cluster.terminal.options import Address, Dashboard, InProcess, NewResources, PlanPath
-from btm_cluster.workers.own_modules import check_own_modules
+from btm_cluster.workers.shadowing import check_shadowing
 
 
 def study(
@@ -20,7 +20,7 @@ def study(
 ) -> None:
     """Run the paper's comparison on the plan's texts: rivals, controls, sizes, repeats; tables and figures."""
     plan = read_plan(plan_path)
-    check_own_modules()
+    check_shadowing()
     from btm_cluster.operations.study import open_place, write_studies
 
     place = open_place(to)

@@ -20,7 +20,7 @@ from btm_cluster.workers.checks import Check
 from btm_cluster.workers.machine import Machine, look_around
 from btm_cluster.workers.on_ray.cluster import CONNECT_SECONDS, TOKEN_REMEDY, connected, ray_folder
 from btm_cluster.workers.on_ray.submission import try_job
-from btm_cluster.workers.own_modules import hiding_modules
+from btm_cluster.workers.shadowing import shadowing_modules
 
 LOOK_SECONDS = 180.0
 JOB_SECONDS = 90.0
@@ -83,7 +83,7 @@ def examine_working_directory(folder: Path) -> Check:
     except OverflowError:
         found = f"{folder}: more than {limit / 2**20:.0f} MiB or {MOST_FILES:,} files, Ray's limit"
         return Check("working directory", "wrong", found, "leave out what a job does not need in a .rayignore")
-    if hiding := [path.name for path in hiding_modules(folder) if path in carried]:
+    if hiding := [path.name for path in shadowing_modules(folder) if path in carried]:
         found = f"{', '.join(hiding)} would hide the libraries of these names in a job that carries it"
         remedy = "rename them before `ray job submit --working-dir`, or name them in a .rayignore"
         return Check("working directory", "note", found, remedy)

@@ -1,4 +1,4 @@
-"""Modules of the user's own that hide a library's from Python, such as a folder `datasets` with an `__init__.py` beside the plan.
+"""Modules of the user's own that shadow a library's, such as a folder `datasets` with an `__init__.py` beside the plan.
 
 Workers import from nowhere that a plan lies (`on_ray/cluster.py`), except from what PYTHONPATH names. A job that is submitted
 with its working directory has that on it.
@@ -25,7 +25,7 @@ LIBRARIES = frozenset((
 """What a run imports sooner or later, of our dependencies and of theirs."""
 
 
-def check_own_modules() -> None:
+def check_shadowing() -> None:
     """Refuses a current folder that is on PYTHONPATH and hides a library: everything after would fail in odd ways.
 
     Raises:
@@ -34,7 +34,7 @@ def check_own_modules() -> None:
     folder, given = Path.cwd(), os.environ.get("PYTHONPATH")
     if not given or folder.resolve() not in {Path(entry).resolve() for entry in given.split(os.pathsep)}:
         return
-    hidden = [path.name for path in hiding_modules(folder)]
+    hidden = [path.name for path in shadowing_modules(folder)]
     if hidden:
         raise UserError(
             f"modules of your own hide libraries that a run needs, since PYTHONPATH names {folder}",
@@ -44,7 +44,7 @@ def check_own_modules() -> None:
         )
 
 
-def hiding_modules(folder: Path) -> Iterator[Path]:
+def shadowing_modules(folder: Path) -> Iterator[Path]:
     """The files and folders there that Python would import in the place of a library or of a module of its own in use."""
     elsewhere = [entry for entry in sys.path if Path(entry).resolve() != folder.resolve()]
     own = frozenset(sys.modules) & sys.stdlib_module_names - frozenset(sys.builtin_module_names)
