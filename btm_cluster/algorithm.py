@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from btm_cluster.driver.driver import Driver, find_made, require_all
 from btm_cluster.driver.founding import check_foundation
-from btm_cluster.driver.outstanding import new_domains, rivals, starts_from_seed
+from btm_cluster.driver.outstanding import baseline_requests, new_domains, starts_from_seed
 from btm_cluster.driver.port import Failure, Outcome
 from btm_cluster.driver.preparation import read, tokenize
 from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText
@@ -49,25 +49,25 @@ class Grown:
 
 
 Alongside: TypeAlias = Callable[[PreparedPlan, Forest, Sequence[TrainRequest]], Iterable[StepRequest]]
-"""Steps on what is grown, which are asked for with it: given the forest to come and its rivals."""
+"""Steps on what is grown, which are asked for with it: given the forest to come and its baselines."""
 
 
 def grow(plan: Plan, driver: Driver, alongside: Alongside = lambda *_: ()) -> Grown:
     """Branch-Train-Merge: from a plan to a forest with an expert for each of its domains.
 
-    Seed, experts and rivals are asked for together, and each starts once its inputs are there. The forest is merged as soon as its
-    experts are done, whatever the rivals and the steps `alongside` still do.
+    Seed, experts and baselines are asked for together, and each starts once its inputs are there. The forest is merged
+    as soon as its experts are done, whatever the baselines and the steps `alongside` still do.
     """
     prepared, forest = read(plan, driver), driver.ledger.log.newest()
     seed = seed_request(prepared)
     driver.get_ready([] if forest else [seed])
     tokenize(prepared, driver)
     branches = branch(prepared, forest, driver)
-    rivals, impossible = rivals_to_train(prepared, driver.ledger)
-    follow = alongside(prepared, forest_to_come(prepared, forest, branches), rivals)
+    baselines, impossible = baselines_to_train(prepared, driver.ledger)
+    follow = alongside(prepared, forest_to_come(prepared, forest, branches), baselines)
     outcomes: dict[Ref, Outcome] = {}
     merged: Forest | None = None
-    with closing(driver.run([*([] if forest else [seed]), *branches, *rivals, *follow])) as steps:
+    with closing(driver.run([*([] if forest else [seed]), *branches, *baselines, *follow])) as steps:
         for request, outcome in steps:
             outcomes[request.ref] = outcome
             if forest is None and request.ref == seed.ref:
@@ -76,10 +76,10 @@ def grow(plan: Plan, driver: Driver, alongside: Alongside = lambda *_: ()) -> Gr
                 merged = merge(forest, experts_among(branches, outcomes, driver.ledger), driver.ledger)
     forest = merged or forest
     assert forest is not None
-    made = [request for request in rivals if isinstance(outcomes[request.ref], Artifact)]
-    for request in (one for rival in made for one in (rival, *rival.at_snapshots)):
+    made = [request for request in baselines if isinstance(outcomes[request.ref], Artifact)]
+    for request in (one for trained in made for one in (trained, *trained.at_snapshots)):
         record_baseline(driver.ledger, Baseline(request.role, request.ref.identity, forest.version))
-    failures = [one for request in (*branches, *rivals) if isinstance(one := outcomes[request.ref], Failure)]
+    failures = [one for request in (*branches, *baselines) if isinstance(one := outcomes[request.ref], Failure)]
     baseline = next((request.ref for request in made if not request.is_demix), None)
     demix = next((request.parts for request in made if request.is_demix), ())
     return Grown(prepared, forest, baseline, (*failures, *impossible), tuple(part.ref for part in demix))
@@ -200,9 +200,9 @@ def _check_none_purged(experts: Sequence[Expert], ledger: Ledger) -> None:
         ledger.check_not_purged(ref)
 
 
-def rivals_to_train(prepared: PreparedPlan, ledger: Ledger) -> tuple[list[TrainRequest], list[Failure]]:
+def baselines_to_train(prepared: PreparedPlan, ledger: Ledger) -> tuple[list[TrainRequest], list[Failure]]:
     """The plan's baselines, and those that can never be trained, since a text that they learn from was purged."""
-    asked = rivals(prepared)
+    asked = baseline_requests(prepared)
     lost = [
         request
         for request in asked

@@ -1,4 +1,4 @@
-"""What a plan has still to train: domains without an expert, where each starts, and the rivals."""
+"""What a plan has still to train: domains without an expert, where each starts, and the baselines."""
 
 from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText
 from btm_cluster.driver.recipes import demix_request, seed_request, transformer_lm_request
@@ -21,7 +21,7 @@ def starts_from_seed(prepared: PreparedPlan, forest: Forest | None, domain: Prep
     return (domain.name, domain.identity) in forest.foundation.domains
 
 
-def rivals(prepared: PreparedPlan) -> list[TrainRequest]:
+def baseline_requests(prepared: PreparedPlan) -> list[TrainRequest]:
     """The plan's baselines."""
     seed = seed_request(prepared).ref
     named = {"transformer-lm": transformer_lm_request(prepared, seed), "demix": demix_request(prepared)}

@@ -1,5 +1,5 @@
 """What a report says of its texts: sizes by domain (the paper's Table 7), what was skipped, test text seen in training, and
-which texts a forest and its rivals are not compared on."""
+which texts a forest and its baselines are not compared on."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ def report_texts(prepared: PreparedPlan, driver: Driver) -> list[TextReport]:
 
 
 def left_out_of_comparison(prepared: PreparedPlan, forest: Forest, driver: Driver) -> dict[str, str]:
-    """Texts, each with a reason, from which the forest's experts learned and its rivals did not, or the other way round.
+    """Texts, each with a reason, from which the forest's experts learned and its baselines did not, or the other way round.
 
     Seed, Transformer-LM and DEMix learn from the founding domains, whatever becomes of the forest. What is left is the founding
     domains that have an expert, and the targets of which no documents stand in a text that one side alone learned from.

@@ -65,7 +65,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A rival that was trained for a forest: kept as long as the store has the forest."""
+    """A baseline that was trained for a forest: kept as long as the store has the forest."""
 
     name: str
     """`transformer-lm`, for each of its milestones but the seed, or `demix`."""

@@ -11,7 +11,7 @@ from typing import Any
 from btm_cluster.algorithm import Grown
 from btm_cluster.driver.capacity import Demand
 from btm_cluster.driver.driver import Driver
-from btm_cluster.driver.outstanding import rivals
+from btm_cluster.driver.outstanding import baseline_requests
 from btm_cluster.driver.port import Outcome
 from btm_cluster.driver.prepared_plan import first_token_of, text_of
 from btm_cluster.driver.recipes import expert_request, seed_request, seed_start
@@ -199,7 +199,7 @@ def _share_done(walk: _Walk, requests: Sequence[StepRequest]) -> str:
 
 
 def _trainings(grown: Grown, walk: _Walk, parameters: int, rate: float | None) -> Iterator[Step]:
-    """Seed, an expert for each of the plan's domains, and the rivals."""
+    """Seed, an expert for each of the plan's domains, and the baselines."""
     prepared = grown.prepared
     seed = seed_request(prepared)
     asked = {request.label: request for request in walk.all_of(TrainRequest) if isinstance(request, TrainRequest)}
@@ -209,8 +209,8 @@ def _trainings(grown: Grown, walk: _Walk, parameters: int, rate: float | None) -
         request = asked.get(domain.name)
         state = DONE if request is None else walk.state(request)
         yield _training(request or expert_request(prepared, domain, start), state, parameters, rate)
-    for rival in rivals(prepared):
-        yield _training(rival, walk.state(rival) if rival.ref in walk.requests else NEW, parameters, rate)
+    for baseline in baseline_requests(prepared):
+        yield _training(baseline, walk.state(baseline) if baseline.ref in walk.requests else NEW, parameters, rate)
 
 
 def _training(request: TrainRequest, state: str, parameters: int, rate: float | None) -> Step:

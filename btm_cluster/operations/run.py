@@ -136,7 +136,7 @@ def check_forests_clusters(plan: Plan, ledger: Ledger) -> None:
 def _evaluation_steps(ledger: Ledger) -> Alongside:
     """The steps of the evaluation and the report, so that none of them waits for the last training."""
 
-    def steps(prepared: PreparedPlan, forest: Forest, rivals: Sequence[TrainRequest]) -> Iterator[StepRequest]:
+    def steps(prepared: PreparedPlan, forest: Forest, baselines: Sequence[TrainRequest]) -> Iterator[StepRequest]:
         if not forest.experts:
             return
         try:
@@ -144,8 +144,8 @@ def _evaluation_steps(ledger: Ledger) -> Alongside:
         except StoreError:  # a text is lost: the evaluation says so, once the forest is grown
             return
         yield from block_requests(replace(whole, texts=whole.texts[len(prepared.texts) :]))
-        baseline = next((rival.ref for rival in rivals if not rival.is_demix), None)
-        demix = [part.ref for rival in rivals for part in rival.parts]
+        baseline = next((one.ref for one in baselines if not one.is_demix), None)
+        demix = [part.ref for one in baselines for part in one.parts]
         yield from comparer_of(whole, forest, baseline, demix).requests()
         yield from overlap_requests(whole.texts, whole.domains)
 

@@ -135,7 +135,7 @@ class TrainRequest(StepRequest):
 
     @property
     def priority(self) -> int:
-        return int(self.role in ("transformer-lm", "demix"))  # the forest comes before its rivals
+        return int(self.role in ("transformer-lm", "demix"))  # the forest comes before its baselines
 
     @property
     def group(self) -> Resources:

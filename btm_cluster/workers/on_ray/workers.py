@@ -108,7 +108,7 @@ class RayWorkers:
         if not isinstance(request, TrainRequest):
             return True
         trainings = [one for one in running if isinstance(one.batch[0], TrainRequest)]
-        # Ray may place the later of two: a rival is submitted once every expert before it has its place.
+        # Ray may place the later of two: a baseline is submitted once every expert before it has its place.
         queued = [one.batch[0].priority for one in trainings if one.state.phase == "queued"]
         at_once = self._cluster.concurrent_experts or len(trainings) + 1
         return len(trainings) < at_once and all((number or 0) >= request.priority for number in queued)
