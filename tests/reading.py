@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from btm_cluster.data.readers import BadDocument
+from btm_cluster.data.documents import BadDocument
 from btm_cluster.data.sources import Document, read_documents
 from btm_cluster.errors import TextError
 from btm_cluster.plan import ReadingPlan, TextPlan

@@ -12,14 +12,12 @@ import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow
 
-from btm_cluster.data.readers import BadDocument
+from btm_cluster.data.documents import BadDocument
 from btm_cluster.data.sources import Document, read_documents
 from btm_cluster.errors import TextError
 from btm_cluster.plan import ReadingPlan, TextPlan
@@ -276,20 +274,3 @@ def _check_splits(name: str, text: Text, is_target: bool) -> None:
             expected="at least one document in each",
             remedy=f"give more text, {shares}or name files for the splits",
         )
-
-
-def word_windows(text: str, words: int = 20) -> np.ndarray:
-    """A 64-bit hash of every run of `words` words: uint64 [max(0, number of words - words + 1)]."""
-    hashes = np.array([_word_hash(word) for word in text.casefold().split()], dtype=np.uint64)
-    if len(hashes) < words:
-        return np.zeros(0, dtype=np.uint64)
-    # A polynomial in an odd number, modulo 2^64.
-    windows = np.zeros(len(hashes) - words + 1, dtype=np.uint64)
-    for offset in range(words):
-        windows = windows * np.uint64(0x9E3779B97F4A7C15) + hashes[offset : offset + len(windows)]
-    return windows
-
-
-@lru_cache(maxsize=1 << 16)
-def _word_hash(word: str) -> int:
-    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")

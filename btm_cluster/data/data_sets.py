@@ -12,8 +12,8 @@ from typing import Any
 
 import pyarrow
 
+from btm_cluster.data.documents import BadDocument, cell_value, checked
 from btm_cluster.data.files import find_below, readable
-from btm_cluster.data.readers import BadDocument, cell_value, checked
 from btm_cluster.errors import BtmError, TextError, one_line
 from btm_cluster.plan import DatasetPlan, TextPlan
 

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from btm_cluster.data.corpus import content_hash, word_windows
+from btm_cluster.data.corpus import content_hash
+from btm_cluster.data.word_windows import word_windows
 
 
 class TestText:

@@ -9,12 +9,12 @@ import io
 import json
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
+from btm_cluster.data.documents import BadDocument, Delimiter, cell_value, checked
 from btm_cluster.data.files import S3, is_lost, readable
 from btm_cluster.data.streams import Budget, open_random, open_stream
 from btm_cluster.errors import TextError, one_line
@@ -26,22 +26,6 @@ _PARQUET_ROWS = 64
 _NOT_JSON, _LONG_LINE = "a line that is not JSON in UTF-8", "a line longer than"
 _NO_JSON = object()
 _UTF_8_MARK = b"\xef\xbb\xbf"
-
-
-@dataclass(frozen=True)
-class BadDocument:
-    """Something that is not a usable document: where, and why."""
-
-    where: str
-    reason: str
-
-
-@dataclass
-class Delimiter:
-    """What cuts text files into documents, and whether it was found in any."""
-
-    characters: str
-    occurs: bool = False
 
 
 def read_file(
@@ -72,29 +56,6 @@ def read_file(
                 yield from _read_plain(where, stream, delimiter, longest)
     except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as exc:
         raise _unreadable(source.name, where, exc) from exc
-
-
-def checked(where: str, text: Any, field: str, longest: int) -> str | BadDocument:
-    """A document, if it is text that is neither too long nor broken."""
-    if not isinstance(text, str):
-        return BadDocument(where, f"a row without text in the field {field!r}")
-    if len(text) > longest:
-        return BadDocument(where, f"a document longer than {longest} characters")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return BadDocument(where, "a document that is not UTF-8")
-    return text
-
-
-def cell_value(cell: pyarrow.Scalar, longest: int) -> Any:
-    """A cell of a column as a Python value: no more of a monstrous one than shows that it is too long."""
-    if isinstance(cell, pyarrow.DictionaryScalar):
-        cell = cell.value
-    if not isinstance(cell, pyarrow.BinaryScalar) or not cell.is_valid:
-        return cell.as_py()
-    data = cell.as_buffer()
-    return data[: 4 * longest + 1].to_pybytes().decode(errors="surrogateescape")  # a character takes at most 4 bytes
 
 
 def _unreadable(name: str, where: str, exc: Exception) -> TextError:

@@ -12,8 +12,9 @@ from typing import Any
 import pyarrow
 
 from btm_cluster.data.data_sets import read_data_set, stamp_of
+from btm_cluster.data.documents import BadDocument, Delimiter
 from btm_cluster.data.files import S3, SourceFile, find_files, readable
-from btm_cluster.data.readers import BadDocument, Delimiter, read_file
+from btm_cluster.data.readers import read_file
 from btm_cluster.data.streams import Budget
 from btm_cluster.errors import TextError, one_line
 from btm_cluster.plan import ReadingPlan, TextPlan

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from btm_cluster.language_model.model import logits_of, random_block
+from btm_cluster.language_model.block_check import logits_of, random_block
 from btm_cluster.language_model.scoring import said_of
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"

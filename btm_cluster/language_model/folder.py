@@ -11,15 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from btm_cluster.errors import UserError
-from btm_cluster.language_model.model import (
-    LENGTH_FIELDS,
-    config_from,
-    fresh_on_meta,
-    load_model,
-    logits_of,
-    random_block,
-    save_weights,
-)
+from btm_cluster.language_model.block_check import logits_of, random_block
+from btm_cluster.language_model.model import LENGTH_FIELDS, config_from, fresh_on_meta, load_model, save_weights
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 

@@ -12,16 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from btm_cluster.data.tokenizer import TextTokenizer
 from btm_cluster.errors import UserError, one_line
-from btm_cluster.language_model.model import (
-    check_reads,
-    fresh_on_meta,
-    load_model,
-    logits_of,
-    name_tensors,
-    random_block,
-    save_weights,
-    weights_of,
-)
+from btm_cluster.language_model.block_check import check_reads, logits_of, random_block
+from btm_cluster.language_model.model import fresh_on_meta, load_model, name_tensors, save_weights, weights_of
 from btm_cluster.language_model.model_files import do_not_match, says_nothing, stored_tensors, unreadable, weight_files
 from btm_cluster.language_model.pretrained import MODEL_PATTERNS, check_same, model_hash, resolve
 from btm_cluster.requests import Pretrained, TrainRequest

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from btm_cluster.data.tokenizer import MORE_CHAT_TEMPLATES, TextTokenizer, import_tokenizer, open_pretrained_tokenizer
 from btm_cluster.errors import UserError, one_line
-from btm_cluster.language_model.model import check_fits, check_reads_if_small, plain_config
+from btm_cluster.language_model.block_check import check_reads_if_small
+from btm_cluster.language_model.model import check_fits, plain_config
 from btm_cluster.language_model.model_files import check_tensors, has_own_head, quantised, stored_tensors, weight_files
 from btm_cluster.requests import ImportTokenizer, Pretrained
 

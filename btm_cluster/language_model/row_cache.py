@@ -15,9 +15,9 @@ import torch
 from transformers import Cache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from btm_cluster.language_model.block_check import logits_of, random_block
 from btm_cluster.language_model.cuda_graphs import Graphs
 from btm_cluster.language_model.decoding import CACHE, ReadPrompt, RowBuffers, are_alike, beginnings
-from btm_cluster.language_model.model import logits_of, random_block
 from btm_cluster.language_model.scoring import said_of
 
 READ_AT_ONCE = 8192

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from btm_cluster.errors import IntegrityError
+from btm_cluster.language_model.block_check import check_reads
 from btm_cluster.language_model.demix import own_moments, split_feed_forwards
 from btm_cluster.language_model.demix_group import Share, gather_domains, share_of
-from btm_cluster.language_model.model import build_model, check_reads, load_weights, save_weights, weights_of
+from btm_cluster.language_model.model import build_model, load_weights, save_weights, weights_of
 from btm_cluster.language_model.optimizer import build_optimizer
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.training_spec import TrainingSpec

@@ -1,21 +1,11 @@
 """What the user writes: one YAML file, read into frozen values. `plan.py` has the fields, the others what they are made of."""
 
 from btm_cluster.plan.expansion import ExpansionPlan, InboxPlan
-from btm_cluster.plan.plan import (
-    ClusterPlan,
-    MergingPlan,
-    ModelPlan,
-    Plan,
-    Preset,
-    SizePlan,
-    StudyPlan,
-    TrainedTokenizerPlan,
-    TrainingPlan,
-    plan_schema,
-    read_plan,
-)
+from btm_cluster.plan.plan import ClusterPlan, MergingPlan, Plan, plan_schema, read_plan
+from btm_cluster.plan.study import SizePlan, StudyPlan
 from btm_cluster.plan.texts import DatasetPlan, DomainPlan, ReadingPlan, TextPlan
 from btm_cluster.plan.tracking import TrackingPlan
+from btm_cluster.plan.training import ModelPlan, Preset, TrainedTokenizerPlan, TrainingPlan
 
 __all__ = [
     "ClusterPlan",

@@ -15,108 +15,19 @@ from btm_cluster.plan.expansion import ExpansionPlan
 from btm_cluster.plan.file import read_plan_file
 from btm_cluster.plan.problems import describe_problems
 from btm_cluster.plan.section import Section
+from btm_cluster.plan.study import StudyPlan
 from btm_cluster.plan.texts import DomainPlan, ReadingPlan, TextPlan
 from btm_cluster.plan.tracking import TrackingPlan
+from btm_cluster.plan.training import BranchingPlan, ModelPlan, TokenizerPlan, TrainingPlan
 from btm_cluster.plan.values import (
-    Config,
     Location,
     Name,
     Positive,
     PositiveReal,
     Real,
-    Share,
     Switch,
-    Text,
     Whole,
 )
-
-
-class TrainedTokenizerPlan(Section):
-    """A byte-level BPE trained on the founding domains' training text."""
-
-    vocabulary: Annotated[Positive, Field(ge=300, le=1_000_000)] = 8192
-    """Number of tokens, the end-of-text token included."""
-    characters_per_domain: Positive = 20_000_000
-    """Training text taken from each domain, so that large domains do not own the vocabulary."""
-
-
-class TokenizerPlan(Section):
-    """Exactly one of `train` and `pretrained`."""
-
-    rules: ClassVar = plan_rules.tokenizer_rules
-    train: TrainedTokenizerPlan | None = None
-    """Train one on the text of the founding domains."""
-    pretrained: Location | None = None
-    """Hub name or local folder. Its tokenizer.json is used as it is."""
-    first_token: Text | None = None
-    """The token after which every block is read, such as <bos>, of a pretrained tokenizer. Without it, the one that transformers
-    puts before a text by this tokenizer, or else its end-of-text token."""
-
-
-Preset = Literal["gpt3-125m", "gpt3-350m", "gpt3-750m", "gpt3-1.3b"]
-
-
-class ModelPlan(Section):
-    """Exactly one of `preset`, `config` and `pretrained`."""
-
-    rules: ClassVar = plan_rules.model_rules
-    preset: Preset | None = None
-    """A size of the paper: GPT-3 architecture, no dropout, tied embeddings."""
-    config: Config | None = None
-    """Fields of a transformers configuration, such as {model_type: gpt2, n_layer: 4, n_embd: 256, n_head: 4}."""
-    pretrained: Location | None = None
-    """Hub name or local folder of a causal language model, which then is the seed: `training.seed_share` is 0 unless written.
-    On a cluster every node must have the folder."""
-
-
-class TrainingPlan(Section):
-    """The recipe shared by seed, experts and Transformer-LM. Defaults are the paper's 125M recipe, but for `gradient_clip`."""
-
-    rules: ClassVar = plan_rules.training_rules
-    block_tokens: Annotated[Positive, Field(ge=8, le=2**24)] = 1024
-    """Tokens per block, packed without padding."""
-    updates: Positive = 80_000
-    """Whole budget: seed updates and then expert updates."""
-    seed_share: Share = 0.5
-    """Share of `updates` that the seed takes. The paper: 0.5, robust for ensembles from 0.2 to 0.8; averages want 0.5 to 0.75.
-    A pretrained model is a seed already: unless this is written, it is 0 then, and experts train all `updates`. Written, it is the
-    part of the learning-rate line that the pretrained model is taken to have behind it: experts go on from there."""
-    blocks_per_domain_update: Positive = 128
-    """Blocks an expert takes per update; seed and Transformer-LM take this times the number of founding domains."""
-    learning_rate: PositiveReal = 5e-4
-    """Peak, reached after the warm-up."""
-    warmup_share: Share = 0.08
-    """Share of the whole budget over which the learning rate rises; afterwards it falls linearly to 0. A branch with fresh Adam
-    moments, of an average or a pretrained model, rises to that line over a hundredth of its own updates."""
-    betas: tuple[Share, Share] = (0.9, 0.95)
-    """AdamW's."""
-    epsilon: PositiveReal = 1e-7
-    """AdamW's."""
-    weight_decay: Real = 0.1
-    """Decoupled, on matrices only."""
-    gradient_clip: PositiveReal = 1.0
-    """Largest gradient norm. The paper's released recipe clips at 0.1; 1.0 is the field's habit."""
-    random_seed: Annotated[Whole, Field(lt=2**63)] = 0
-    """Initial weights and block order."""
-
-    @property
-    def seed_updates(self) -> int:
-        """Updates of the seed phase, s·U rounded."""
-        return round(self.seed_share * self.updates)
-
-
-class BranchingPlan(Section):
-    """How an expert starts and is trained. The first batch starts from the seed. Experts that a forest has stay as they are."""
-
-    start: Literal["seed", "posterior", "uniform"] = "posterior"
-    """Where an expert starts whose domain is added to a forest that has experts: the seed, or the average of the current experts
-    weighted by their posterior on the new domain, or uniformly."""
-    optimizer: Literal["keep", "reset"] = "keep"
-    """Continue the seed's Adam moments and learning-rate line, or start the moments anew and rise to the line again. An average has
-    no moments to keep, nor has a pretrained model."""
-    learning_rate_scale: PositiveReal = 1.0
-    """An expert's learning rate over the seed's at the same update; the paper: 1. With more, experts leave their seed further
-    behind and differ more, with less they stay closer to it; which is better depends on how they are mixed."""
 
 
 class MergingPlan(Section):
@@ -186,59 +97,6 @@ class ClusterPlan(Section):
     """For `btm plan`."""
     tokens_per_gpu_second: PositiveReal | None = None
     """For `btm plan`; without it, the rate of earlier runs in the store."""
-
-
-class SizePlan(Section):
-    """A model size of a study, with the recipe that suits it."""
-
-    rules: ClassVar = plan_rules.size_rules
-    name: Name
-    """Shown in the tables."""
-    model: ModelPlan
-    """Architecture and size."""
-    training: TrainingPlan = TrainingPlan()
-    """The recipe; its `seed_share` is that of the forest that is compared with everything."""
-
-
-class TrialPlan(Section):
-    """A recipe that a study's Transformer-LM tries; what is not given is the size's own."""
-
-    learning_rate: PositiveReal | None = None
-    """Peak of the schedule."""
-    updates: Positive | None = None
-    """Together with `blocks_per_domain_update`, so that the compute stays the same."""
-    blocks_per_domain_update: Positive | None = None
-    """Blocks of each domain in an update."""
-
-
-class StudyPlan(Section):
-    """What `btm study` compares. Each size is trained once for each random seed."""
-
-    rules: ClassVar = plan_rules.study_rules
-    sizes: tuple[SizePlan, ...] = ()
-    """Model sizes; without any, the plan's own model and recipe."""
-    trials: tuple[TrialPlan, ...] = ()
-    """Recipes tried on the Transformer-LM alone, with each size and the first random seed: all systems are then trained by the
-    one with the lowest perplexity on the domains' development text, so that no rival is handicapped. One that diverges is out of
-    the running."""
-    learning_rate_scales: tuple[PositiveReal, ...] = ()
-    """Values of `branching.learning_rate_scale` tried on the forest alone, with each size and the first random seed, after the
-    recipes: all experts that branch from a seed take the one whose ensemble, mixed as `merging` says (by the calibrated posterior
-    for a gate), has the lowest perplexity on the domains' development text. Where that is not 1, the Transformer-LM is trained
-    from the seed on at the experts' rate too, as a control."""
-    systems: tuple[Literal["demix", "demix-from-seed", "random-split", "adapted"], ...] = (
-        "demix",
-        "demix-from-seed",
-        "random-split",
-        "adapted",
-    )
-    """Rivals and controls beside forest and Transformer-LM: DEMix; a DEMix that branches from the seed, as experts do; a forest of
-    random splits; Transformer-LM and forest both trained on each text's development blocks."""
-    random_seeds: Annotated[tuple[Whole, ...], Field(min_length=1)] = (0,)
-    """Repeats: initial weights and block order."""
-    seed_shares: tuple[Share, ...] = ()
-    """Forests from seeds of these shares too, for the first size and random seed: the paper's figure 1. With a share of 0
-    each expert starts from a random initialisation of its own."""
 
 
 class Plan(Section):

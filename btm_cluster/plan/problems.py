@@ -12,7 +12,7 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from btm_cluster.plan.rules import BROKEN_RULE
+from btm_cluster.plan.broken_rules import BROKEN_RULE
 
 Location = Sequence[str | int]
 

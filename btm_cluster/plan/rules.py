@@ -4,76 +4,31 @@ Rules read a section as it was written, so that they are checked, and their prob
 fields. They know what fields mean and nothing of how their problems are worded to the user (`problems.py`).
 """
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Set
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator, Mapping, Set
+from typing import Any
 
-from pydantic import BaseModel, ModelWrapValidatorHandler, ValidationError
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import BaseModel
 
+from btm_cluster.plan.broken_rules import (
+    Broken,
+    Given,
+    entries_of,
+    exactly_one,
+    field_of,
+    is_given,
+    numbers_of,
+    section_of,
+)
 from btm_cluster.plan.kinds import ROWS, Kind, kind_of_pattern
 
-BROKEN_RULE = "broken_rule"
 DEFAULT_FIELD = "text"
-Given = Mapping[str, Any]
-SectionType = TypeVar("SectionType", bound=BaseModel)
-
-
-class Broken(NamedTuple):
-    """A rule that does not hold: at which key of the section ("" for the section itself), and three parts of an error."""
-
-    at: str
-    found: str
-    expected: str
-    remedy: str
-
-    @property
-    def words(self) -> dict[str, Any]:
-        """What the user is shown."""
-        return {"found": self.found, "expected": self.expected, "remedy": self.remedy}
-
-
-Rules = Callable[[Given], Iterator[Broken]]
-
-
-def check_section(
-    section: type[SectionType], given: Any, validate: ModelWrapValidatorHandler[SectionType], rules: Rules
-) -> SectionType:
-    """A section whose fields and rules are right.
-
-    Raises:
-        ValidationError: with the problems of its fields and the rules it breaks, all at once.
-    """
-    problems = (
-        [_details(BROKEN_RULE, (b.at,) if b.at else (), given, b.words) for b in rules(given)]
-        if isinstance(given, Mapping)
-        else []
-    )
-    try:
-        value = validate(given)
-    except ValidationError as exc:
-        of_fields = [_details(r["type"], r["loc"], r["input"], r.get("ctx", {})) for r in exc.errors(include_url=False)]
-        raise ValidationError.from_exception_data(section.__name__, of_fields + problems) from exc
-    if problems:
-        raise ValidationError.from_exception_data(section.__name__, problems)
-    return value
-
-
-def _details(kind: str, location: tuple[str | int, ...], found: Any, words: dict[str, Any]) -> InitErrorDetails:
-    known = PydanticCustomError(BROKEN_RULE, "{expected}", words) if kind == BROKEN_RULE else kind
-    return InitErrorDetails(type=known, loc=location, input=found, ctx=words)
-
-
-def no_rules(_: Given) -> Iterator[Broken]:
-    """For a section whose fields do not depend on each other."""
-    return iter(())
 
 
 def text_rules(given: Given) -> Iterator[Broken]:
     """A text comes from files or from a data set; what says how files are read applies to some of them."""
-    files = [name for name in ("text", "development", "test") if _is_given(given.get(name))]
-    both = [*files, "dataset"] if _is_given(given.get("dataset")) else files
+    files = [name for name in ("text", "development", "test") if is_given(given.get(name))]
+    both = [*files, "dataset"] if is_given(given.get("dataset")) else files
     if not both or (files and both != files):
         found = " and ".join(f"`{name}`" for name in both) or "neither"
         yield Broken(
@@ -87,7 +42,7 @@ def text_rules(given: Given) -> Iterator[Broken]:
     if not files and delimiter is not None:
         expected = "nothing beside a `dataset`, whose rows are documents"
         yield Broken("delimiter", repr(delimiter), expected, "leave `delimiter` out")
-    patterns = [p for name in files for p in (_entries(given[name]) or [given[name]]) if isinstance(p, str)]
+    patterns = [p for name in files for p in (entries_of(given[name]) or [given[name]]) if isinstance(p, str)]
     yield from idle_reading(field, delimiter, {kind_of_pattern(pattern) for pattern in patterns})
 
 
@@ -109,8 +64,8 @@ def idle_reading(field: Any, delimiter: Any, kinds: Set[Kind | None]) -> Iterato
 def domain_rules(given: Given) -> Iterator[Broken]:
     """Like any text; and a domain has training text."""
     yield from text_rules(given)
-    held_out = [name for name in ("development", "test") if _is_given(given.get(name))]
-    if held_out and not _is_given(given.get("text")) and not _is_given(given.get("dataset")):
+    held_out = [name for name in ("development", "test") if is_given(given.get(name))]
+    if held_out and not is_given(given.get("text")) and not is_given(given.get("dataset")):
         found = f"only {' and '.join(f'`{name}`' for name in held_out)}"
         yield Broken("", found, "training text for a domain", "add `text: FILE-OR-GLOB`")
 
@@ -129,7 +84,7 @@ def dataset_rules(given: Given) -> Iterator[Broken]:
 
 def reading_rules(given: Given) -> Iterator[Broken]:
     """Something is left to train on."""
-    shares = _numbers(given, development_share=0.02, test_share=0.02)
+    shares = numbers_of(given, development_share=0.02, test_share=0.02)
     if shares and sum(shares) >= 1 and max(shares) < 1:
         found = f"development_share + test_share = {sum(shares):g}"
         yield Broken("", found, "less than 1, so that training text is left", "lower one of them")
@@ -137,7 +92,7 @@ def reading_rules(given: Given) -> Iterator[Broken]:
 
 def tokenizer_rules(given: Given) -> Iterator[Broken]:
     """One source."""
-    yield from _exactly_one(given, ("train", "pretrained"), "add `train: {vocabulary: 8192}`")
+    yield from exactly_one(given, ("train", "pretrained"), "add `train: {vocabulary: 8192}`")
     if given.get("first_token") is not None and given.get("pretrained") is None:
         expected = "a pretrained tokenizer: one that is trained here reads every block after its end-of-text token"
         yield Broken("first_token", repr(given["first_token"]), expected, "leave it out")
@@ -145,7 +100,7 @@ def tokenizer_rules(given: Given) -> Iterator[Broken]:
 
 def model_rules(given: Given) -> Iterator[Broken]:
     """One source; and a configuration says of what type it is."""
-    yield from _exactly_one(given, ("preset", "config", "pretrained"), "add `preset: gpt3-125m`")
+    yield from exactly_one(given, ("preset", "config", "pretrained"), "add `preset: gpt3-125m`")
     config = given.get("config")
     if isinstance(config, Mapping) and not isinstance(config.get("model_type"), str):
         found = repr(config["model_type"]) if "model_type" in config else "no `model_type`"
@@ -154,7 +109,7 @@ def model_rules(given: Given) -> Iterator[Broken]:
 
 def training_rules(given: Given) -> Iterator[Broken]:
     """Something is left of the updates for the experts, and a seed that gets a share gets an update."""
-    numbers = _numbers(given, updates=80_000, seed_share=0.5)
+    numbers = numbers_of(given, updates=80_000, seed_share=0.5)
     if numbers is None or not (1 <= numbers[0] < 1e15 and 0 <= numbers[1] < 1):
         return
     seed = round(numbers[1] * numbers[0])
@@ -172,7 +127,7 @@ def merging_rules(given: Given) -> Iterator[Broken]:
             if given.get(name, right) != right:
                 remedy = f"leave `{name}` out, or choose another posterior"
                 yield Broken(name, repr(given[name]), "nothing, since a gate has no prior", remedy)
-    if given.get("cluster_temperature", 0.1) != 0.1 and not _is_given(given.get("clusters")):
+    if given.get("cluster_temperature", 0.1) != 0.1 and not is_given(given.get("clusters")):
         found, expected = repr(given["cluster_temperature"]), "nothing, since no cluster model is named"
         yield Broken("cluster_temperature", found, expected, "leave it out, or name the model in `clusters`")
 
@@ -180,7 +135,7 @@ def merging_rules(given: Given) -> Iterator[Broken]:
 def cluster_rules(given: Given) -> Iterator[Broken]:
     """Groups of several GPUs have whole ones."""
     for name in ("seed_gpus", "gpus_per_expert"):
-        gpus = _numbers(given, **{name: 0})
+        gpus = numbers_of(given, **{name: 0})
         if gpus and gpus[0] > 1 and gpus[0] % 1:
             found, remedy = f"{gpus[0]:g}", "round it, or give a fraction below 1 to share a GPU"
             yield Broken(name, found, "a whole number above 1: a group's GPUs are whole", remedy)
@@ -188,8 +143,8 @@ def cluster_rules(given: Given) -> Iterator[Broken]:
 
 def plan_rules(given: Given) -> Iterator[Broken]:
     """Texts differ in name and in what they are; what is pretrained fits together; baselines stand once."""
-    texts = [text for part in ("domains", "targets") for text in _entries(given.get(part))]
-    names = Counter(name for text in texts if isinstance(name := _field(text, "name"), str))
+    texts = [text for part in ("domains", "targets") for text in entries_of(given.get(part))]
+    names = Counter(name for text in texts if isinstance(name := field_of(text, "name"), str))
     for name, count in names.items():
         if count > 1:
             yield Broken(
@@ -197,41 +152,43 @@ def plan_rules(given: Given) -> Iterator[Broken]:
             )
     yield from _same_texts(texts)
     yield from _held_out_texts(given)
-    baselines = Counter(map(str, _entries(given.get("baselines"))))
+    baselines = Counter(map(str, entries_of(given.get("baselines"))))
     for name, count in baselines.items():
         if count > 1:
             yield Broken("baselines", f"{name!r} {count} times", "every baseline once", "write it once")
     yield from _idle_gpus(given)
     yield from _without_effect(given)
     model, tokenizer = given.get("model"), given.get("tokenizer")
-    if "demix" in baselines and _is_given(_field(model, "pretrained")):
+    if "demix" in baselines and is_given(field_of(model, "pretrained")):
         found, expected = "demix beside a pretrained model", "DEMix only where the model is trained from the start"
         yield Broken("baselines", found, expected, "leave `demix` out, or give `model: {config: …}`")
-    if _is_given(_field(model, "pretrained")) and _is_given(_field(tokenizer, "train")):
+    if is_given(field_of(model, "pretrained")) and is_given(field_of(tokenizer, "train")):
         found, expected = "a pretrained model and a new tokenizer", "the tokenizer that the model was trained with"
-        yield Broken("tokenizer", found, expected, f"write `tokenizer: {{pretrained: {_field(model, 'pretrained')}}}`")
+        yield Broken(
+            "tokenizer", found, expected, f"write `tokenizer: {{pretrained: {field_of(model, 'pretrained')}}}`"
+        )
 
 
 def _without_effect(given: Given) -> Iterator[Broken]:
     """What is written of something that the plan does not have."""
-    merging = _section(given, "merging")
+    merging = section_of(given, "merging")
     posterior, window = merging.get("posterior", "calibrated"), merging.get("window_tokens", 32)
     if window != 32 and posterior != "window" and given.get("study") is None:  # a study measures every posterior
         expected = f"nothing, since the posterior is `{posterior}`"
         yield Broken("merging.window_tokens", repr(window), expected, "leave it out, or say `posterior: window`")
-    optimizer = _field(given.get("branching"), "optimizer")
-    if optimizer == "keep" and _is_given(_field(given.get("model"), "pretrained")):
+    optimizer = field_of(given.get("branching"), "optimizer")
+    if optimizer == "keep" and is_given(field_of(given.get("model"), "pretrained")):
         expected = "nothing, since a pretrained model comes without Adam moments"
         yield Broken("branching.optimizer", "'keep'", expected, "leave it out: they start anew")
 
 
 def _idle_gpus(given: Given) -> Iterator[Broken]:
     """Every worker of a group has a block of each update."""
-    blocks = _numbers(_section(given, "training"), blocks_per_domain_update=128)
-    gpus = _numbers(_section(given, "cluster"), seed_gpus=0, gpus_per_expert=0)
+    blocks = numbers_of(section_of(given, "training"), blocks_per_domain_update=128)
+    gpus = numbers_of(section_of(given, "cluster"), seed_gpus=0, gpus_per_expert=0)
     if blocks is None or gpus is None:
         return
-    texts = {"seed_gpus": len(_entries(given.get("domains"))), "gpus_per_expert": 1}
+    texts = {"seed_gpus": len(entries_of(given.get("domains"))), "gpus_per_expert": 1}
     for (name, count), asked in zip(texts.items(), gpus, strict=True):
         most = count * blocks[0]
         if asked > max(1, most):
@@ -243,11 +200,11 @@ def _idle_gpus(given: Given) -> Iterator[Broken]:
 
 def size_rules(given: Given) -> Iterator[Broken]:
     """A study trains every model itself."""
-    if _is_given(_field(given.get("model"), "pretrained")):
+    if is_given(field_of(given.get("model"), "pretrained")):
         yield Broken(
             "model", "`pretrained`", "`preset` or `config`", "a study grows its own seeds: give the model's shape"
         )
-    random_seed = _field(given.get("training"), "random_seed")
+    random_seed = field_of(given.get("training"), "random_seed")
     if random_seed:
         expected = "nothing, since a study repeats each size with `study.random_seeds`"
         yield Broken(
@@ -258,12 +215,15 @@ def size_rules(given: Given) -> Iterator[Broken]:
 def study_rules(given: Given) -> Iterator[Broken]:
     """Nothing is trained twice under two names."""
     for what, values in (
-        ("sizes", [_field(size, "name") for size in _entries(given.get("sizes"))]),
-        ("random_seeds", _entries(given.get("random_seeds"))),
-        ("seed_shares", _entries(given.get("seed_shares"))),
-        ("learning_rate_scales", _entries(given.get("learning_rate_scales"))),
-        ("systems", _entries(given.get("systems"))),
-        ("trials", [dict(trial) for trial in _entries(given.get("trials")) if isinstance(trial, Mapping | BaseModel)]),
+        ("sizes", [field_of(size, "name") for size in entries_of(given.get("sizes"))]),
+        ("random_seeds", entries_of(given.get("random_seeds"))),
+        ("seed_shares", entries_of(given.get("seed_shares"))),
+        ("learning_rate_scales", entries_of(given.get("learning_rate_scales"))),
+        ("systems", entries_of(given.get("systems"))),
+        (
+            "trials",
+            [dict(trial) for trial in entries_of(given.get("trials")) if isinstance(trial, Mapping | BaseModel)],
+        ),
     ):
         for value, count in Counter(map(str, values)).items():
             if count > 1:
@@ -273,11 +233,11 @@ def study_rules(given: Given) -> Iterator[Broken]:
 def _held_out_texts(given: Given) -> Iterator[Broken]:
     for split in ("development", "test"):
         without = [
-            str(_field(domain, "name"))
-            for domain in _entries(given.get("domains"))
-            if not _is_given(_field(domain, split)) and not _field(_field(domain, "dataset"), f"{split}_split")
+            str(field_of(domain, "name"))
+            for domain in entries_of(given.get("domains"))
+            if not is_given(field_of(domain, split)) and not field_of(field_of(domain, "dataset"), f"{split}_split")
         ]
-        if _field(given.get("reading"), f"{split}_share") == 0 and without:
+        if field_of(given.get("reading"), f"{split}_share") == 0 and without:
             found = f"{split}_share 0, and no {split} text given for {', '.join(without)}"
             remedy = f"raise the share, or name `{split}` files for each domain"
             yield Broken("reading", found, f"{split} text for every domain", remedy)
@@ -286,46 +246,11 @@ def _held_out_texts(given: Given) -> Iterator[Broken]:
 def _same_texts(texts: list[Any]) -> Iterator[Broken]:
     first_with: dict[str, str] = {}
     for text in texts:
-        files, dataset = _field(text, "text"), _field(text, "dataset")
-        if _is_given(files) or _is_given(dataset):
-            source = [_entries(files) or [files], dataset, _field(text, "field"), _field(text, "delimiter")]
-            name = str(_field(text, "name"))
+        files, dataset = field_of(text, "text"), field_of(text, "dataset")
+        if is_given(files) or is_given(dataset):
+            source = [entries_of(files) or [files], dataset, field_of(text, "field"), field_of(text, "delimiter")]
+            name = str(field_of(text, "name"))
             first = first_with.setdefault(repr(source), name)
             if first != name:
                 found = f"{first!r} and {name!r} have the same text"
                 yield Broken("domains, targets", found, "a text of its own for each", "leave out all but one of them")
-
-
-def _exactly_one(given: Given, names: tuple[str, ...], remedy: str) -> Iterator[Broken]:
-    found = [f"`{name}`" for name in names if _is_given(given.get(name))]
-    if len(found) != 1:
-        expected = "exactly one of " + ", ".join(f"`{name}`" for name in names)
-        yield Broken("", " and ".join(found) or "none", expected, "keep one of them" if found else remedy)
-
-
-def _is_given(value: Any) -> bool:
-    return value is not None and value != () and value != []
-
-
-def _numbers(given: Given, **defaults: float) -> list[float] | None:
-    """The values of some fields, or None if one of them is no number: that is a problem of its own."""
-    try:
-        values = [float(given.get(name, default)) for name, default in defaults.items()]
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return values if all(map(math.isfinite, values)) else None
-
-
-def _section(given: Given, name: str) -> Given:
-    """A part of the plan as a mapping, as written or as validated; empty, where it is neither."""
-    value = given.get(name)
-    return value if isinstance(value, Mapping) else dict(value) if isinstance(value, BaseModel) else {}
-
-
-def _entries(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else []
-
-
-def _field(section: Any, name: str) -> Any:
-    """A field of a section, as written or as validated."""
-    return section.get(name) if isinstance(section, Mapping) else getattr(section, name, None)

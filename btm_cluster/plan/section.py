@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, model_validator
 
-from btm_cluster.plan import rules as plan_rules
+from btm_cluster.plan import broken_rules
 
 
 class Section(BaseModel):
@@ -13,10 +13,10 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
-    rules: ClassVar[plan_rules.Rules] = plan_rules.no_rules
+    rules: ClassVar[broken_rules.Rules] = broken_rules.no_rules
 
     @model_validator(mode="wrap")
     @classmethod
     def _check(cls, given: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
         # Not a validator after the fields: pydantic skips those while a field is wrong, and all problems are shown at once.
-        return plan_rules.check_section(cls, given, validate, cls.rules)
+        return broken_rules.check_section(cls, given, validate, cls.rules)

@@ -3,24 +3,25 @@
 Numbers are means over random seeds, ± their standard deviation where there are several.
 """
 
-import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from btm_cluster.report.entries import (
+    BASELINES,
+    CALIBRATED,
+    GATE,
+    PAPERS,
+    PLAIN,
+    Wanted,
+    main_entries,
+    main_share,
+    select,
+    spread,
+)
+from btm_cluster.report.figures import draw_figures
 from btm_cluster.report.results import KEY, Entry, Results, repeats_left
 
-Wanted = Mapping[str, object]
-PAPERS: Wanted = {"posterior": "full", "prior": "ema"}
-CALIBRATED: Wanted = {"posterior": "calibrated", "prior": "fitted"}
-GATE: Wanted = {"posterior": "gate", "prior": "fitted"}
-PLAIN: Wanted = {"development_blocks": None, "top_k": None}
-
-BASELINES: dict[str, Wanted] = {
-    "Transformer-LM": {"system": "transformer-lm"},
-    "Transformer-LM at its best milestone": {"system": "transformer-lm at its best milestone"},
-}
 # Rows of table 1: what it is called, and which entries it is.
 TABLE_1: dict[str, Wanted] = {
     **BASELINES,
@@ -56,38 +57,12 @@ TABLE_2: dict[str, Wanted] = {
     "ensemble, calibrated": {"system": "forest", **CALIBRATED, **PLAIN},
 }
 TABLE_8 = (*BASELINES, "DEMix, paper's posterior", "forest, paper's posterior", "forest, calibrated")
-FIGURE_1: dict[str, Wanted] = {
-    "ensemble, paper's posterior": {"system": "forest", **PAPERS, **PLAIN},
-    "ensemble, calibrated": {"system": "forest", **CALIBRATED, **PLAIN},
-    "average, posterior (ema)": {"system": "average", "prior": "ema"},
-    "average, posterior (fitted)": {"system": "average", "prior": "fitted"},
-    "average, uniform": {"system": "average", "prior": "uniform"},
-    "seed": {"system": "seed"},
-}
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A mean over random seeds, and the standard deviation where there are several."""
-
-    mean: float
-    deviation: float | None
-
-    def words(self, pattern: str = "{:.1f}") -> str:
-        """As in a table's cell."""
-        written = pattern.format(self.mean)
-        return written if self.deviation is None else f"{written} ± {pattern.format(self.deviation).lstrip('+')}"
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Of the same number under several random seeds."""
-    return Spread(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 def write_page(results: Results, folder: Path) -> None:
     """Writes README.md, and the figures where there is something to draw."""
     folder.mkdir(parents=True, exist_ok=True)
-    sections = [*_size_sections(results), *_figures(results, folder), _texts_section(results)]
+    sections = [*_size_sections(results), *draw_figures(results, folder), _texts_section(results)]
     sections += [_trials_section(results), _speeds_section(results)]
     seeds = sorted({entry["random_seed"] for entry in results.entries})
     opening = (
@@ -101,18 +76,13 @@ def write_page(results: Results, folder: Path) -> None:
     (folder / "README.md").write_text(opening + "\n" + "\n".join(filter(None, sections)), encoding="utf-8")
 
 
-def select(entries: Iterable[Entry], **wanted: object) -> list[Entry]:
-    """The entries with these values."""
-    return [entry for entry in entries if all(entry[name] == value for name, value in wanted.items())]
-
-
 def _size_sections(results: Results) -> Iterator[str]:
     for size in dict.fromkeys(entry["size"] for entry in results.entries):
-        entries = _main(select(results.entries, size=size))
+        entries = main_entries(select(results.entries, size=size))
         first = entries[0]
         yield (
             f"## {size}: {first['non_embedding_parameters']:,} parameters without embeddings, {first['tokens']:,} tokens, "
-            f"seed share {_main_share(entries)}\n"
+            f"seed share {main_share(entries)}\n"
         )
         yield _compared_with(entries)
         yield "### Table 1: systems\n\n" + _means_table(entries, TABLE_1)
@@ -141,17 +111,6 @@ def _chosen(milestones: Mapping[str, Any] | None) -> str:
     if best == last:
         return "the finished Transformer-LM, which is its best milestone by the domains' development text"
     return f"the Transformer-LM at update {best:,} of {last:,}, its best milestone by the domains' development text"
-
-
-def _main(entries: Sequence[Entry]) -> list[Entry]:
-    """The entries of the seed share that everything is compared at, and those that have none."""
-    share = _main_share(entries)
-    return [entry for entry in entries if entry["seed_share"] in (None, share)]
-
-
-def _main_share(entries: Sequence[Entry]) -> float:
-    """That of the single experts, which are only measured there."""
-    return float(select(entries, system="best single expert")[0]["seed_share"])
 
 
 def _means_table(entries: Sequence[Entry], rows: Mapping[str, Wanted]) -> str:
@@ -292,72 +251,3 @@ def _speeds_section(results: Results) -> str:
         count = f"{gpus:g} {device}" if gpus else "CPU"
         lines.append(f"| {size} {role} | {len(speeds)} | {blocks} | {count} | {rates[0]:.1f} | {rates[1]:,.0f} |")
     return "\n".join(lines) + "\n"
-
-
-def _figures(results: Results, folder: Path) -> Iterator[str]:
-    for size in dict.fromkeys(entry["size"] for entry in results.entries):
-        entries = select(results.entries, size=size)
-        shares = sorted({entry["seed_share"] for entry in entries if entry["seed_share"] is not None})
-        if len(shares) > 2:
-            swept, seeds = _of_every_share(entries, shares)
-            curves = {name: _curve(swept, wanted, "seed_share") for name, wanted in FIGURE_1.items()}
-            _draw(curves, _baseline(swept), "seed share", folder / f"seed-share-{size}")
-            heading = f"## Figure 1: perplexity over seed share, {size}, random seed {', '.join(map(str, seeds))}"
-            yield f"{heading}\n\n![seed share](seed-share-{size}.svg)\n"
-        tops = _main(entries)
-        curves = {
-            name: _curve(tops, {"system": "forest", "development_blocks": None, **posterior}, "top_k")
-            for name, posterior in (("paper's posterior", PAPERS), ("calibrated", CALIBRATED))
-        }
-        if any(len(points) > 1 for points in curves.values()):
-            _draw(curves, _baseline(tops), "experts kept, of the largest prior", folder / f"top-k-{size}")
-            yield f"## Top-k, {size}\n\n![top-k](top-k-{size}.svg)\n"
-
-
-def _of_every_share(entries: Sequence[Entry], shares: Sequence[float]) -> tuple[list[Entry], list[int]]:
-    """The entries of the random seeds that every seed share has, and these: others would move one point of a curve alone."""
-    of_shares = [{entry["random_seed"] for entry in select(entries, system="forest", seed_share=s)} for s in shares]
-    seeds = sorted(set.intersection(*of_shares)) or sorted(set.union(*of_shares))
-    return [entry for entry in entries if entry["random_seed"] in seeds], seeds
-
-
-def _baseline(entries: Sequence[Entry]) -> tuple[str, float]:
-    """What differences are taken to: its name, and its perplexity on all texts."""
-    found = {name: {e["random_seed"]: e["all"] for e in select(entries, **one)} for name, one in BASELINES.items()}
-    finished, best = found.values()
-    return [name for name, values in found.items() if values][-1], spread(list((finished | best).values())).mean
-
-
-def _curve(entries: Sequence[Entry], wanted: Wanted, over: str) -> list[tuple[float, float]]:
-    """Perplexity on all texts over one field; where the field is empty, all experts are kept."""
-    values: dict[float, list[float]] = {}
-    for entry in select(entries, **wanted):
-        value = entry["experts"] if over == "top_k" and entry[over] is None else entry[over]
-        if value is not None and entry["all"] is not None:
-            values.setdefault(float(value), []).append(entry["all"])
-    return [(value, spread(seen).mean) for value, seen in sorted(values.items())]
-
-
-def _draw(
-    curves: Mapping[str, Sequence[tuple[float, float]]], compared_with: tuple[str, float], over: str, file: Path
-) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "btm"  # the same results give the same bytes
-    from matplotlib import pyplot
-
-    called, baseline = compared_with
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
-    axes.axhline(baseline, color="black", linestyle="--", linewidth=1, label=called)
-    for name, points in curves.items():
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
-    values = [baseline, *(value for points in curves.values() for _, value in points)]
-    highest = 1.6 * baseline  # averages without a seed leave the picture
-    axes.set_ylim(0.95 * min(values), min(highest, 1.05 * max(values)))
-    axes.set(xlabel=over, ylabel="test perplexity, all texts")
-    axes.legend(frameon=False, fontsize="small")
-    for ending in ("svg", "png"):
-        figure.savefig(file.with_suffix(f".{ending}"), dpi=150, metadata={"Date": None} if ending == "svg" else None)
-    pyplot.close(figure)

@@ -18,18 +18,18 @@ from contextlib import closing
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 import boto3
 import botocore.exceptions as failures
-from boto3.exceptions import RetriesExceededError, S3UploadFailedError
+from boto3.exceptions import S3UploadFailedError
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
-from s3transfer.exceptions import S3DownloadFailedError
 
 from btm_cluster.errors import MissingError, StoreError, UserError
 from btm_cluster.storage.node_cache import node_cache
 from btm_cluster.storage.port import Entry, check_key, check_prefix
+from btm_cluster.storage.s3_errors import FAILURES, REMEDIES, code_of, is_transient, message_of
+from btm_cluster.storage.s3_location import parse_location
 from btm_cluster.storage.store_calls import DONE, FAILED, TRIED_AGAIN, count_store_call
 
 log = logging.getLogger(__name__)
@@ -47,32 +47,8 @@ IN_PARTS_FROM_BYTES = 2 * PART_BYTES
 of 1 MiB, and a fifth of an upload's."""
 _UPLOAD = "?uploadId="
 """Between the key and the id of an upload in parts, as in the address of one."""
-_OPTIONS = ("owner", "encryption", "kms_key", "storage_class")
 _CONTENT_NAME = re.compile(r"[0-9a-f]{64}")
-_TRANSIENT_CODES = {"SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "ThrottlingException",
-    "OperationAborted", "ConditionalRequestConflict", "NoSuchUpload"}  # fmt: skip
 _TAKEN = {"PreconditionFailed", "412"}
-_REMEDIES = {
-    "NoSuchBucket": "create the bucket, or mend `store`",
-    "PermanentRedirect": "set AWS_REGION to the bucket's region",
-    "AuthorizationHeaderMalformed": "set AWS_REGION to the bucket's region",
-    "AccessDenied": "allow these credentials to get, put, delete and list there, and check `owner`",
-    "403": "allow these credentials to get, put, delete and list there, and check `owner`",
-    "RequestTimeTooSkewed": "set this machine's clock",
-    "InvalidAccessKeyId": "check the credentials that boto3 finds: environment, profile, role",
-    "SignatureDoesNotMatch": "check the credentials that boto3 finds: environment, profile, role",
-    "InvalidToken": "check the credentials that boto3 finds: environment, profile, role",
-    "ExpiredToken": "renew the credentials; the same command goes on",
-    "ExpiredTokenException": "renew the credentials; the same command goes on",
-    "TokenRefreshRequired": "renew the credentials; the same command goes on",
-}
-_FAILURES = (
-    failures.ClientError,
-    failures.BotoCoreError,
-    S3UploadFailedError,
-    RetriesExceededError,
-    S3DownloadFailedError,
-)
 Result = TypeVar("Result")
 
 
@@ -81,7 +57,7 @@ class ObjectStorage:
 
     def __init__(self, location: str, patience_seconds: float = PATIENCE_SECONDS) -> None:
         self.location = location
-        self._bucket, self._prefix, options = _parse(location)
+        self._bucket, self._prefix, options = parse_location(location)
         self._patience_seconds = patience_seconds
         self._always = {"ExpectedBucketOwner": options["owner"]} if "owner" in options else {}
         names = {"encryption": "ServerSideEncryption", "kms_key": "SSEKMSKeyId", "storage_class": "StorageClass"}
@@ -94,8 +70,8 @@ class ObjectStorage:
         def list_one() -> None:
             try:
                 self._client.list_objects_v2(**self._here, MaxKeys=1, Prefix=self._prefix)
-            except (*_FAILURES, ValueError) as exc:  # ValueError: an endpoint that is no URL
-                if _is_transient(exc):
+            except (*FAILURES, ValueError) as exc:  # ValueError: an endpoint that is no URL
+                if is_transient(exc):
                     raise
                 error = self._translated("list", "", exc)
                 raise UserError(
@@ -115,7 +91,7 @@ class ObjectStorage:
             try:
                 self._client.put_object(**self._at(key), **self._written, Body=data, IfNoneMatch="*")
             except failures.ClientError as exc:
-                if _code(exc) in _TAKEN:
+                if code_of(exc) in _TAKEN:
                     return False
                 raise
             return True
@@ -149,7 +125,7 @@ class ObjectStorage:
             try:
                 return bytes(self._client.get_object(**self._at(key), **self._always, **ranged)["Body"].read())
             except failures.ClientError as exc:
-                if _code(exc) == "InvalidRange":  # it starts at or behind the end
+                if code_of(exc) == "InvalidRange":  # it starts at or behind the end
                     return b""
                 raise
 
@@ -208,7 +184,7 @@ class ObjectStorage:
             try:
                 return act()
             except failures.ClientError as exc:
-                if _code(exc) == "NoSuchUpload":
+                if code_of(exc) == "NoSuchUpload":
                     return None
                 raise
 
@@ -299,64 +275,28 @@ class ObjectStorage:
                 result = act()
                 count_store_call(verb, DONE)
                 return result
-            except _FAILURES as failed:
+            except FAILURES as failed:
                 exc = failed.__context__ if isinstance(failed, S3UploadFailedError) else failed  # which has only words
                 assert exc is not None
-                if not _is_transient(exc) or time.monotonic() + pause > deadline:
+                if not is_transient(exc) or time.monotonic() + pause > deadline:
                     error = self._translated(verb, key, exc)
                     count_store_call(verb, DONE if isinstance(error, MissingError) else FAILED)
                     raise error from exc
                 count_store_call(verb, TRIED_AGAIN)
-                log.warning("%s: cannot %s %s yet, trying again: %s", self.location, verb, key or "it", _words(exc))
+                log.warning("%s: cannot %s %s yet, trying again: %s", self.location, verb, key or "it", message_of(exc))
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     def _translated(self, verb: str, key: str, exc: BaseException) -> StoreError:
         """The package's own error, with nothing in it but the service's code and message."""
-        code = _code(exc) if isinstance(exc, failures.ClientError) else ""
+        code = code_of(exc) if isinstance(exc, failures.ClientError) else ""
         if code in ("NoSuchKey", "404"):
             return MissingError(f"cannot {verb} {key}", found="no such object", expected=f"one in {self.location}")
-        remedy = _REMEDIES.get(code, "check the endpoint, the network and the service; the same command goes on")
+        remedy = REMEDIES.get(code, "check the endpoint, the network and the service; the same command goes on")
         if isinstance(exc, failures.NoCredentialsError | failures.PartialCredentialsError):
             remedy = "give credentials by boto3's chain: environment, profile or role"
         what = f"{key} in {self.location}" if key else self.location
-        return StoreError(f"cannot {verb} {what}", found=_words(exc), remedy=remedy)
-
-
-def _parse(location: str) -> tuple[str, str, dict[str, str]]:
-    """Bucket, prefix with its slash (or empty), and options of an s3:// URL."""
-    found, parts, options = "", SplitResult("", "", "", "", ""), dict[str, str]()
-    try:
-        parts = urlsplit(location)
-    except ValueError as exc:
-        found = str(exc)
-    pairs = parse_qsl(parts.query, keep_blank_values=True)
-    options = dict(pairs)
-    unknown = sorted(set(options) - set(_OPTIONS))
-    if found:
-        pass
-    elif unknown:
-        found = f"the option {unknown[0]}"
-    elif len(options) < len(pairs):
-        found = f"an option twice, of {', '.join(options)}"
-    elif "" in options.values():
-        found = "an option without a value"
-    elif parts.fragment:
-        found = "a #, which stands as %23 in a prefix"
-    elif "@" in parts.netloc:
-        found = "a user name before the bucket"
-    elif not parts.netloc or ":" in parts.netloc:
-        found = "no bucket name"
-    if found:
-        shown = location.partition("?")[0].rpartition("@")[2].removeprefix("s3://")  # nothing that could be a secret
-        raise UserError(
-            f"s3://{shown} is no store",
-            found=found,
-            expected=f"s3://bucket/prefix, and any of the options {', '.join(_OPTIONS)}",
-            remedy="endpoint, region and credentials belong in the environment (AWS_ENDPOINT_URL_S3, AWS_REGION, …)",
-        )
-    prefix = unquote(parts.path).strip("/")
-    return parts.netloc, f"{prefix}/" if prefix else "", options
+        return StoreError(f"cannot {verb} {what}", found=message_of(exc), remedy=remedy)
 
 
 def _transfers() -> TransferConfig:
@@ -366,32 +306,3 @@ def _transfers() -> TransferConfig:
         max_concurrency=THREADS,
         max_io_queue=THREADS,
     )
-
-
-def _is_transient(exc: BaseException) -> bool:
-    """Whether trying again can help: the service or the network is at fault, not the request."""
-    if isinstance(exc, failures.ClientError):
-        status = exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return status >= 500 or _code(exc) in _TRANSIENT_CODES
-    return isinstance(
-        exc,
-        failures.HTTPClientError
-        | failures.EndpointConnectionError
-        | failures.ConnectTimeoutError
-        | failures.ProxyConnectionError
-        | failures.IncompleteReadError
-        | failures.ResponseStreamingError
-        | RetriesExceededError
-        | S3DownloadFailedError,  # the object was replaced under way
-    )
-
-
-def _code(exc: failures.ClientError) -> str:
-    return str(exc.response.get("Error", {}).get("Code", ""))
-
-
-def _words(exc: BaseException) -> str:
-    """What the service or the network said, on one line."""
-    if isinstance(exc, failures.ClientError):
-        return f"{_code(exc)}: {exc.response.get('Error', {}).get('Message') or 'no message'}"
-    return " ".join(str(exc).split())

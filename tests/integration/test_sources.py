@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from btm_cluster.data.readers import BadDocument
+from btm_cluster.data.documents import BadDocument
 from btm_cluster.data.sources import Document, fingerprint, read_documents
 from btm_cluster.errors import TextError
 from btm_cluster.plan import DatasetPlan, ReadingPlan, TextPlan

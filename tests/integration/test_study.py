@@ -42,8 +42,9 @@ from btm_cluster.operations.report import write_report
 from btm_cluster.operations.run import run_plan
 from btm_cluster.operations.study import open_place, results_of, write_studies
 from btm_cluster.plan import MergingPlan, Plan, StudyPlan
+from btm_cluster.report.figures import of_every_share
 from btm_cluster.report.results import read_results, write_results
-from btm_cluster.report.study_page import _of_every_share, write_page
+from btm_cluster.report.study_page import write_page
 from btm_cluster.requests import MixingMethod, StepRequest, TrainRequest
 from btm_cluster.requests.progress import Control
 from btm_cluster.steps.fit import fit_methods, fit_together, for_all_of
@@ -426,9 +427,9 @@ def test_a_curve_over_seed_shares_is_of_random_seeds_that_all_of_them_have(studi
         e | {"random_seed": 1, "all": e["all"] and 2 * e["all"]} for e in entries if e["seed_share"] in (None, main)
     ]
     shares = sorted({entry["seed_share"] for entry in entries if entry["seed_share"] is not None})
-    swept, seeds = _of_every_share([*entries, *again], shares)
+    swept, seeds = of_every_share([*entries, *again], shares)
     assert (swept, seeds) == (list(entries), [0])
-    assert _of_every_share(again, [main])[1] == [1]
+    assert of_every_share(again, [main])[1] == [1]
 
 
 @pytest.mark.parametrize(

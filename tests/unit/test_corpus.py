@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from btm_cluster.data import corpus
-from btm_cluster.data.corpus import SPLITS, Text, content_hash, read_shard, word_windows, write_text
+from btm_cluster.data.corpus import SPLITS, Text, content_hash, read_shard, write_text
+from btm_cluster.data.word_windows import word_windows
 from btm_cluster.errors import TextError
 from btm_cluster.plan import DatasetPlan, ReadingPlan, TextPlan
 from tests.conftest import made_up_documents, write_jsonl

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from btm_cluster.data.data_sets import pinned
-from btm_cluster.data.readers import BadDocument
+from btm_cluster.data.documents import BadDocument
 from btm_cluster.data.sources import Document, fingerprint, read_documents
 from btm_cluster.errors import TextError
 from btm_cluster.plan import DatasetPlan, ReadingPlan, TextPlan

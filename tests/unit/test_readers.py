@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btm_cluster.data.readers import BadDocument, read_file
+from btm_cluster.data.documents import BadDocument
+from btm_cluster.data.readers import read_file
 from btm_cluster.driver.prepared_plan import read_requests
 from btm_cluster.errors import TextError
 from btm_cluster.plan import Plan, ReadingPlan, TextPlan

@@ -1,0 +1,69 @@
+"""Sections of a plan for `btm study`: sizes, trials and controls."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from btm_cluster.plan import rules as plan_rules
+from btm_cluster.plan.section import Section
+from btm_cluster.plan.training import ModelPlan, TrainingPlan
+from btm_cluster.plan.values import (
+    Name,
+    Positive,
+    PositiveReal,
+    Share,
+    Whole,
+)
+
+
+class SizePlan(Section):
+    """A model size of a study, with the recipe that suits it."""
+
+    rules: ClassVar = plan_rules.size_rules
+    name: Name
+    """Shown in the tables."""
+    model: ModelPlan
+    """Architecture and size."""
+    training: TrainingPlan = TrainingPlan()
+    """The recipe; its `seed_share` is that of the forest that is compared with everything."""
+
+
+class TrialPlan(Section):
+    """A recipe that a study's Transformer-LM tries; what is not given is the size's own."""
+
+    learning_rate: PositiveReal | None = None
+    """Peak of the schedule."""
+    updates: Positive | None = None
+    """Together with `blocks_per_domain_update`, so that the compute stays the same."""
+    blocks_per_domain_update: Positive | None = None
+    """Blocks of each domain in an update."""
+
+
+class StudyPlan(Section):
+    """What `btm study` compares. Each size is trained once for each random seed."""
+
+    rules: ClassVar = plan_rules.study_rules
+    sizes: tuple[SizePlan, ...] = ()
+    """Model sizes; without any, the plan's own model and recipe."""
+    trials: tuple[TrialPlan, ...] = ()
+    """Recipes tried on the Transformer-LM alone, with each size and the first random seed: all systems are then trained by the
+    one with the lowest perplexity on the domains' development text, so that no rival is handicapped. One that diverges is out of
+    the running."""
+    learning_rate_scales: tuple[PositiveReal, ...] = ()
+    """Values of `branching.learning_rate_scale` tried on the forest alone, with each size and the first random seed, after the
+    recipes: all experts that branch from a seed take the one whose ensemble, mixed as `merging` says (by the calibrated posterior
+    for a gate), has the lowest perplexity on the domains' development text. Where that is not 1, the Transformer-LM is trained
+    from the seed on at the experts' rate too, as a control."""
+    systems: tuple[Literal["demix", "demix-from-seed", "random-split", "adapted"], ...] = (
+        "demix",
+        "demix-from-seed",
+        "random-split",
+        "adapted",
+    )
+    """Rivals and controls beside forest and Transformer-LM: DEMix; a DEMix that branches from the seed, as experts do; a forest of
+    random splits; Transformer-LM and forest both trained on each text's development blocks."""
+    random_seeds: Annotated[tuple[Whole, ...], Field(min_length=1)] = (0,)
+    """Repeats: initial weights and block order."""
+    seed_shares: tuple[Share, ...] = ()
+    """Forests from seeds of these shares too, for the first size and random seed: the paper's figure 1. With a share of 0
+    each expert starts from a random initialisation of its own."""

@@ -1,0 +1,62 @@
+"""Errors of an S3 service: which are transient, and what is told of the others."""
+
+import botocore.exceptions as failures
+from boto3.exceptions import RetriesExceededError, S3UploadFailedError
+from s3transfer.exceptions import S3DownloadFailedError
+
+_TRANSIENT_CODES = {"SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "ThrottlingException",
+    "OperationAborted", "ConditionalRequestConflict", "NoSuchUpload"}  # fmt: skip
+
+
+REMEDIES = {
+    "NoSuchBucket": "create the bucket, or mend `store`",
+    "PermanentRedirect": "set AWS_REGION to the bucket's region",
+    "AuthorizationHeaderMalformed": "set AWS_REGION to the bucket's region",
+    "AccessDenied": "allow these credentials to get, put, delete and list there, and check `owner`",
+    "403": "allow these credentials to get, put, delete and list there, and check `owner`",
+    "RequestTimeTooSkewed": "set this machine's clock",
+    "InvalidAccessKeyId": "check the credentials that boto3 finds: environment, profile, role",
+    "SignatureDoesNotMatch": "check the credentials that boto3 finds: environment, profile, role",
+    "InvalidToken": "check the credentials that boto3 finds: environment, profile, role",
+    "ExpiredToken": "renew the credentials; the same command goes on",
+    "ExpiredTokenException": "renew the credentials; the same command goes on",
+    "TokenRefreshRequired": "renew the credentials; the same command goes on",
+}
+
+
+FAILURES = (
+    failures.ClientError,
+    failures.BotoCoreError,
+    S3UploadFailedError,
+    RetriesExceededError,
+    S3DownloadFailedError,
+)
+
+
+def is_transient(exc: BaseException) -> bool:
+    """Whether trying again can help: the service or the network is at fault, not the request."""
+    if isinstance(exc, failures.ClientError):
+        status = exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return status >= 500 or code_of(exc) in _TRANSIENT_CODES
+    return isinstance(
+        exc,
+        failures.HTTPClientError
+        | failures.EndpointConnectionError
+        | failures.ConnectTimeoutError
+        | failures.ProxyConnectionError
+        | failures.IncompleteReadError
+        | failures.ResponseStreamingError
+        | RetriesExceededError
+        | S3DownloadFailedError,  # the object was replaced under way
+    )
+
+
+def code_of(exc: failures.ClientError) -> str:
+    return str(exc.response.get("Error", {}).get("Code", ""))
+
+
+def message_of(exc: BaseException) -> str:
+    """What the service or the network said, on one line."""
+    if isinstance(exc, failures.ClientError):
+        return f"{code_of(exc)}: {exc.response.get('Error', {}).get('Message') or 'no message'}"
+    return " ".join(str(exc).split())
