@@ -10,7 +10,6 @@ from btm_cluster.errors import UserError, one_line
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
 _CHEAP_PRODUCT = 2 * 10**10
 """Parameters times tokens that a CPU multiplies in a fraction of a second."""
 

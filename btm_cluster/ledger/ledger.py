@@ -1,18 +1,15 @@
 """The artifacts, training checkpoints and purges of one store; beside them its forest log."""
 
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from btm_cluster.errors import IntegrityError, MissingError, StoreError, UserError
+from btm_cluster.errors import IntegrityError, MissingError, UserError
 from btm_cluster.identity import Ref, plain_inputs
 from btm_cluster.ledger.artifact import (
-    CHUNK_BYTES,
     Artifact,
     Blob,
     Named,
@@ -25,11 +22,13 @@ from btm_cluster.ledger.artifact import (
     training_folder,
     training_key,
 )
+from btm_cluster.ledger.blobs import check_blob_stands, open_blob, read_blob
 from btm_cluster.ledger.documents import THREADS, Document, Documents, known_form
 from btm_cluster.ledger.forest_log import ForestLog
 from btm_cluster.ledger.keys import list_ours
 from btm_cluster.ledger.manifests import list_manifests, read_manifest, read_manifests
 from btm_cluster.ledger.tombstones import OTHER_TEXT, Tombstones, withdraw
+from btm_cluster.ledger.trainings import read_trainings
 from btm_cluster.storage import Entry, Storage, open_storage
 
 logger = logging.getLogger(__name__)
@@ -79,7 +78,7 @@ class Ledger:
             return None
         try:
             for blob in text.blobs:
-                self._check_blob_stands(text.ref, blob)
+                check_blob_stands(self.storage, text.ref, blob)
         except MissingError as exc:
             logger.warning("a text is read again: %s", exc.what)
             return None
@@ -103,7 +102,7 @@ class Ledger:
             MissingError, IntegrityError: something was deleted or replaced, such as by a `gc` with too short a grace.
         """
         for blob in self._standing(ref, manifest_hash).blobs:
-            self._check_blob_stands(ref, blob)
+            check_blob_stands(self.storage, ref, blob)
 
     def check_all_standing(self, manifests: Mapping[str, str]) -> None:
         """Like `check_standing` for models by identity, each blob looked up once and many at a time."""
@@ -111,7 +110,7 @@ class Ledger:
             blobs: dict[str, tuple[Ref, Blob]] = {}
             for artifact in pool.map(lambda item: self._standing(Ref("model", item[0]), item[1]), manifests.items()):
                 blobs |= {blob_key(artifact.ref, blob.sha256): (artifact.ref, blob) for blob in artifact.blobs}
-            list(pool.map(lambda item: self._check_blob_stands(*item), blobs.values()))
+            list(pool.map(lambda item: check_blob_stands(self.storage, *item), blobs.values()))
 
     def tombstone(self, ref: Ref) -> Document | None:
         """The tombstone of a purged text or model; None where it was not purged."""
@@ -152,7 +151,7 @@ class Ledger:
             )
         if not is_first:
             for blob in set(committed.blobs) - set(blobs):  # what we uploaded ourselves is there
-                self._check_blob_stands(made.ref, blob)
+                check_blob_stands(self.storage, made.ref, blob)
         if purged := self.tombstones.found_among(committed):  # looked for last: a purge sees what was created before
             withdraw(self.storage, self.documents, committed)
             raise purged
@@ -164,25 +163,7 @@ class Ledger:
         Raises:
             IntegrityError: the bytes are not those that were written, even when read a second time.
         """
-        blob = artifact.blob(name)
-        key = blob_key(artifact.ref, blob.sha256)
-        for again in (False, True):  # a mismatch is read once more from the source before it fails
-            with _named_if_lost(artifact.ref, blob):
-                path = self.storage.download(key, anew=again)
-            try:
-                found = describe_file(name, path)
-            except FileNotFoundError:  # deleted since
-                found = None
-            if found == blob:
-                return path
-        if found is None:
-            raise _lost(artifact.ref, blob, "no such object")
-        raise _damaged(
-            artifact,
-            blob,
-            f"{found.size_bytes} bytes, SHA-256 {found.sha256}",
-            f"{blob.size_bytes} bytes, SHA-256 {blob.sha256}",
-        )
+        return open_blob(self.storage, artifact, name)
 
     def read_chunks(self, artifact: Artifact, name: str) -> Iterator[bytes]:
         """The bytes of the blob called `name` in order, each chunk checked before it is given; nothing is kept on disk.
@@ -190,19 +171,7 @@ class Ledger:
         Raises:
             IntegrityError: naming the first chunk that is not what was written, even when read a second time.
         """
-        blob = artifact.blob(name)
-        key = blob_key(artifact.ref, blob.sha256)
-        for i, expected in enumerate(blob.chunks):
-            for _ in range(2):
-                with _named_if_lost(artifact.ref, blob):
-                    chunk = self.storage.read(key, i * CHUNK_BYTES, CHUNK_BYTES)
-                found = hashlib.sha256(chunk).hexdigest()
-                if found == expected:
-                    break
-            else:
-                at = f"bytes {i * CHUNK_BYTES:,} to {i * CHUNK_BYTES + len(chunk):,}"
-                raise _damaged(artifact, blob, f"SHA-256 {found} of {at}", f"SHA-256 {expected}")
-            yield chunk
+        return read_blob(self.storage, artifact, name)
 
     def save_training(
         self,
@@ -222,7 +191,7 @@ class Ledger:
         identity = model.ref.identity
         ref, key = Ref("training", identity), training_key(identity, update)
         checkpoint = Origin(ref, {"update": update, "model": model.recipe}, model.inputs)
-        whole, damaged = self._trainings(identity)
+        whole, damaged = read_trainings(self.storage, self.documents, identity)
         if key in whole and whole[key].manifest_hash in passed_over:
             self.storage.delete(key)
         for lost in damaged:  # nobody can go on from them, and one may have this very key
@@ -231,7 +200,7 @@ class Ledger:
         if purged := self.tombstones.found_among(checkpoint):
             self.storage.erase(training_folder(identity))
             raise purged
-        manifests, _ = self._trainings(identity)
+        manifests, _ = read_trainings(self.storage, self.documents, identity)
         kept = {blob.sha256 for k, manifest in manifests.items() if k >= key for blob in manifest.blobs}
         for older in sorted(k for k in manifests if k < key):
             self.storage.delete(older)
@@ -243,7 +212,7 @@ class Ledger:
 
         One that is damaged or has lost a file is passed over with a warning, since training can make it again.
         """
-        manifests, damaged = self._trainings(identity)
+        manifests, damaged = read_trainings(self.storage, self.documents, identity)
         for key, exc in damaged.items():
             logger.warning("passed over the training checkpoint %s: %s", key, exc)
         return max(
@@ -251,29 +220,6 @@ class Ledger:
             key=lambda manifest: int(manifest.recipe["update"]),
             default=None,
         )
-
-    def _trainings(self, identity: str) -> tuple[dict[str, Artifact], dict[str, StoreError]]:
-        """The manifests of a model's training checkpoints by key, and what is wrong with those that are not whole.
-
-        Another driver may drop some while they are looked at. Then the folder is looked at again, since a newer one is there.
-        """
-        before: dict[str, int] = {}
-        while True:
-            sizes = {entry.key: entry.size_bytes for entry in list_ours(self.storage, training_folder(identity))}
-            manifests: dict[str, Artifact] = {}
-            damaged: dict[str, StoreError] = {}
-            keys = [key for key in sizes if key.endswith(".json")]
-            for key in keys:
-                try:
-                    manifest = self.read_manifest(key)
-                    if manifest is not None:
-                        _check_training(identity, manifest, sizes)
-                        manifests[key] = manifest
-                except (IntegrityError, MissingError) as exc:
-                    damaged[key] = exc
-            if len(manifests) == len(keys) or sizes == before:
-                return manifests, damaged
-            before = sizes
 
     def clear_training(self, identity: str) -> None:
         """Drops every training checkpoint of a model that is committed, and what was left of unfinished ones."""
@@ -296,12 +242,6 @@ class Ledger:
                 remedy="restore it from a backup, or take another `store`",
             )
         return artifact
-
-    def _check_blob_stands(self, ref: Ref, blob: Blob) -> None:
-        with _named_if_lost(ref, blob):
-            found = self.storage.size(blob_key(ref, blob.sha256))
-        if found != blob.size_bytes:
-            raise _lost(ref, blob, f"{found} bytes of {blob.size_bytes}")
 
     def pin(self, version: int) -> None:
         """Keeps a version of the forest, which must be whole, from being collected, however old it becomes."""
@@ -364,42 +304,3 @@ class Ledger:
         """Like `find`, but only where a listing shows it too: what lies behind a linked folder is none of the store's."""
         key = artifact_key(ref)
         return self.find(ref) if any(entry.key == key for entry in self.storage.list(key)) else None
-
-
-@contextmanager
-def _named_if_lost(ref: Ref, blob: Blob) -> Iterator[None]:
-    """Says which artifact lost a file, where the store says only that an object is not there."""
-    try:
-        yield
-    except MissingError as exc:
-        raise _lost(ref, blob, "no such object") from exc
-
-
-def _lost(ref: Ref, blob: Blob, found: str) -> MissingError:
-    manifest = training_folder(ref.identity) if ref.kind == "training" else artifact_key(ref)
-    return MissingError(
-        f"{ref.kind} {ref.identity[:12]} has lost its file {blob.name} ({blob_key(ref, blob.sha256)})",
-        found=found,
-        remedy=f"delete {manifest} and run the plan again, which makes it anew",
-    )
-
-
-def _check_training(identity: str, manifest: Artifact, sizes: Mapping[str, int]) -> None:
-    """Whether a training checkpoint has files of the right size."""
-    for blob in manifest.blobs:
-        at = blob_key(Ref("training", identity), blob.sha256)
-        if sizes.get(at) != blob.size_bytes:
-            raise MissingError(
-                f"the training checkpoint at update {manifest.recipe['update']} has lost its file {blob.name} ({at})",
-                found=f"{sizes[at]} bytes" if at in sizes else "nothing",
-                expected=f"{blob.size_bytes} bytes",
-            )
-
-
-def _damaged(artifact: Artifact, blob: Blob, found: str, expected: str) -> IntegrityError:
-    return IntegrityError(
-        f"{artifact.kind} {artifact.identity[:12]}, file {blob.name} ({blob_key(artifact.ref, blob.sha256)}) is damaged",
-        found=found,
-        expected=expected,
-        remedy="restore the object from a backup, or delete the artifact's manifest and run the plan again",
-    )

@@ -67,6 +67,7 @@ def no_rules(_: Given) -> Iterator[Broken]:
 
 
 def exactly_one(given: Given, names: tuple[str, ...], remedy: str) -> Iterator[Broken]:
+    """The rule that one field of several is given, and no other of them."""
     found = [f"`{name}`" for name in names if is_given(given.get(name))]
     if len(found) != 1:
         expected = "exactly one of " + ", ".join(f"`{name}`" for name in names)
@@ -74,6 +75,7 @@ def exactly_one(given: Given, names: tuple[str, ...], remedy: str) -> Iterator[B
 
 
 def is_given(value: Any) -> bool:
+    """Whether a field has a value, and not an empty list."""
     return value is not None and value != () and value != []
 
 
@@ -93,6 +95,7 @@ def section_of(given: Given, name: str) -> Given:
 
 
 def entries_of(value: Any) -> list[Any]:
+    """The entries of a list; nothing, where it is none."""
     return list(value) if isinstance(value, list | tuple) else []
 
 

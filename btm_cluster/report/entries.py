@@ -8,18 +8,13 @@ from btm_cluster.report.results import Entry
 
 Wanted = Mapping[str, object]
 
-
 PAPERS: Wanted = {"posterior": "full", "prior": "ema"}
-
 
 CALIBRATED: Wanted = {"posterior": "calibrated", "prior": "fitted"}
 
-
 GATE: Wanted = {"posterior": "gate", "prior": "fitted"}
 
-
 PLAIN: Wanted = {"development_blocks": None, "top_k": None}
-
 
 BASELINES: dict[str, Wanted] = {
     "Transformer-LM": {"system": "transformer-lm"},
@@ -57,5 +52,5 @@ def main_entries(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def main_share(entries: Sequence[Entry]) -> float:
-    """That of the single experts, which are only measured there."""
+    """The seed share of the single experts, which are measured at one share alone."""
     return float(select(entries, system="best single expert")[0]["seed_share"])

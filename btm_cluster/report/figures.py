@@ -26,6 +26,7 @@ FIGURE_1: dict[str, Wanted] = {
 
 
 def draw_figures(results: Results, folder: Path) -> Iterator[str]:
+    """Writes each figure to the folder, and yields its section of the page."""
     for size in dict.fromkeys(entry["size"] for entry in results.entries):
         entries = select(results.entries, size=size)
         shares = sorted({entry["seed_share"] for entry in entries if entry["seed_share"] is not None})

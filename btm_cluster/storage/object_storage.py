@@ -28,7 +28,7 @@ from botocore.config import Config
 from btm_cluster.errors import MissingError, StoreError, UserError
 from btm_cluster.storage.node_cache import node_cache
 from btm_cluster.storage.port import Entry, check_key, check_prefix
-from btm_cluster.storage.s3_errors import FAILURES, REMEDIES, code_of, is_transient, message_of
+from btm_cluster.storage.s3_errors import FAILURES, code_of, is_transient, message_of, store_error
 from btm_cluster.storage.s3_location import parse_location
 from btm_cluster.storage.store_calls import DONE, FAILED, TRIED_AGAIN, count_store_call
 
@@ -73,7 +73,7 @@ class ObjectStorage:
             except (*FAILURES, ValueError) as exc:  # ValueError: an endpoint that is no URL
                 if is_transient(exc):
                     raise
-                error = self._translated("list", "", exc)
+                error = store_error("list", "", self.location, exc)
                 raise UserError(
                     f"the store {self.location} cannot be used",
                     found=error.found,
@@ -279,24 +279,13 @@ class ObjectStorage:
                 exc = failed.__context__ if isinstance(failed, S3UploadFailedError) else failed  # which has only words
                 assert exc is not None
                 if not is_transient(exc) or time.monotonic() + pause > deadline:
-                    error = self._translated(verb, key, exc)
+                    error = store_error(verb, key, self.location, exc)
                     count_store_call(verb, DONE if isinstance(error, MissingError) else FAILED)
                     raise error from exc
                 count_store_call(verb, TRIED_AGAIN)
                 log.warning("%s: cannot %s %s yet, trying again: %s", self.location, verb, key or "it", message_of(exc))
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
-
-    def _translated(self, verb: str, key: str, exc: BaseException) -> StoreError:
-        """The package's own error, with nothing in it but the service's code and message."""
-        code = code_of(exc) if isinstance(exc, failures.ClientError) else ""
-        if code in ("NoSuchKey", "404"):
-            return MissingError(f"cannot {verb} {key}", found="no such object", expected=f"one in {self.location}")
-        remedy = REMEDIES.get(code, "check the endpoint, the network and the service; the same command goes on")
-        if isinstance(exc, failures.NoCredentialsError | failures.PartialCredentialsError):
-            remedy = "give credentials by boto3's chain: environment, profile or role"
-        what = f"{key} in {self.location}" if key else self.location
-        return StoreError(f"cannot {verb} {what}", found=message_of(exc), remedy=remedy)
 
 
 def _transfers() -> TransferConfig:

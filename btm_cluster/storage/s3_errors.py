@@ -4,11 +4,11 @@ import botocore.exceptions as failures
 from boto3.exceptions import RetriesExceededError, S3UploadFailedError
 from s3transfer.exceptions import S3DownloadFailedError
 
+from btm_cluster.errors import MissingError, StoreError
+
 _TRANSIENT_CODES = {"SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "ThrottlingException",
     "OperationAborted", "ConditionalRequestConflict", "NoSuchUpload"}  # fmt: skip
-
-
-REMEDIES = {
+_REMEDIES = {
     "NoSuchBucket": "create the bucket, or mend `store`",
     "PermanentRedirect": "set AWS_REGION to the bucket's region",
     "AuthorizationHeaderMalformed": "set AWS_REGION to the bucket's region",
@@ -22,8 +22,6 @@ REMEDIES = {
     "ExpiredTokenException": "renew the credentials; the same command goes on",
     "TokenRefreshRequired": "renew the credentials; the same command goes on",
 }
-
-
 FAILURES = (
     failures.ClientError,
     failures.BotoCoreError,
@@ -51,7 +49,20 @@ def is_transient(exc: BaseException) -> bool:
     )
 
 
+def store_error(verb: str, key: str, location: str, exc: BaseException) -> StoreError:
+    """The package's error for a failed operation, with nothing in it but the service's code and message."""
+    code = code_of(exc) if isinstance(exc, failures.ClientError) else ""
+    if code in ("NoSuchKey", "404"):
+        return MissingError(f"cannot {verb} {key}", found="no such object", expected=f"one in {location}")
+    remedy = _REMEDIES.get(code, "check the endpoint, the network and the service; the same command goes on")
+    if isinstance(exc, failures.NoCredentialsError | failures.PartialCredentialsError):
+        remedy = "give credentials by boto3's chain: environment, profile or role"
+    what = f"{key} in {location}" if key else location
+    return StoreError(f"cannot {verb} {what}", found=message_of(exc), remedy=remedy)
+
+
 def code_of(exc: failures.ClientError) -> str:
+    """The service's code of an error; empty where it has none."""
     return str(exc.response.get("Error", {}).get("Code", ""))
 
 

@@ -1,0 +1,106 @@
+"""Files of artifacts: read back, with every byte checked against the manifest."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from btm_cluster.errors import IntegrityError, MissingError
+from btm_cluster.identity import Ref
+from btm_cluster.ledger.artifact import (
+    CHUNK_BYTES,
+    Artifact,
+    Blob,
+    artifact_key,
+    blob_key,
+    describe_file,
+    training_folder,
+)
+from btm_cluster.storage import Storage
+
+
+def open_blob(storage: Storage, artifact: Artifact, name: str) -> Path:
+    """A local file with the blob called `name`, checked.
+
+    Raises:
+        IntegrityError: the bytes are not those that were written, even when read a second time.
+    """
+    blob = artifact.blob(name)
+    key = blob_key(artifact.ref, blob.sha256)
+    for again in (False, True):  # a mismatch is read once more from the source before it fails
+        with _named_if_lost(artifact.ref, blob):
+            path = storage.download(key, anew=again)
+        try:
+            found = describe_file(name, path)
+        except FileNotFoundError:  # deleted since
+            found = None
+        if found == blob:
+            return path
+    if found is None:
+        raise _lost(artifact.ref, blob, "no such object")
+    raise _damaged(
+        artifact,
+        blob,
+        f"{found.size_bytes} bytes, SHA-256 {found.sha256}",
+        f"{blob.size_bytes} bytes, SHA-256 {blob.sha256}",
+    )
+
+
+def read_blob(storage: Storage, artifact: Artifact, name: str) -> Iterator[bytes]:
+    """The bytes of the blob called `name` in order, each chunk checked before it is given; nothing is kept on disk.
+
+    Raises:
+        IntegrityError: naming the first chunk that is not what was written, even when read a second time.
+    """
+    blob = artifact.blob(name)
+    key = blob_key(artifact.ref, blob.sha256)
+    for i, expected in enumerate(blob.chunks):
+        for _ in range(2):
+            with _named_if_lost(artifact.ref, blob):
+                chunk = storage.read(key, i * CHUNK_BYTES, CHUNK_BYTES)
+            found = hashlib.sha256(chunk).hexdigest()
+            if found == expected:
+                break
+        else:
+            at = f"bytes {i * CHUNK_BYTES:,} to {i * CHUNK_BYTES + len(chunk):,}"
+            raise _damaged(artifact, blob, f"SHA-256 {found} of {at}", f"SHA-256 {expected}")
+        yield chunk
+
+
+def check_blob_stands(storage: Storage, ref: Ref, blob: Blob) -> None:
+    """Refuses to go on without a file of an artifact.
+
+    Raises:
+        MissingError: it is not there, or of another size.
+    """
+    with _named_if_lost(ref, blob):
+        found = storage.size(blob_key(ref, blob.sha256))
+    if found != blob.size_bytes:
+        raise _lost(ref, blob, f"{found} bytes of {blob.size_bytes}")
+
+
+@contextmanager
+def _named_if_lost(ref: Ref, blob: Blob) -> Iterator[None]:
+    """Says which artifact lost a file, where the store says only that an object is not there."""
+    try:
+        yield
+    except MissingError as exc:
+        raise _lost(ref, blob, "no such object") from exc
+
+
+def _lost(ref: Ref, blob: Blob, found: str) -> MissingError:
+    manifest = training_folder(ref.identity) if ref.kind == "training" else artifact_key(ref)
+    return MissingError(
+        f"{ref.kind} {ref.identity[:12]} has lost its file {blob.name} ({blob_key(ref, blob.sha256)})",
+        found=found,
+        remedy=f"delete {manifest} and run the plan again, which makes it anew",
+    )
+
+
+def _damaged(artifact: Artifact, blob: Blob, found: str, expected: str) -> IntegrityError:
+    return IntegrityError(
+        f"{artifact.kind} {artifact.identity[:12]}, file {blob.name} ({blob_key(artifact.ref, blob.sha256)}) is damaged",
+        found=found,
+        expected=expected,
+        remedy="restore the object from a backup, or delete the artifact's manifest and run the plan again",
+    )
