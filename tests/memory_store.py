@@ -8,7 +8,7 @@ import pytest
 
 from btm_cluster.errors import MissingError
 from btm_cluster.ledger import documents, ledger, records
-from btm_cluster.operations import verify as housekeeping
+from btm_cluster.operations import verify
 from btm_cluster.storage import Entry
 
 Result = TypeVar("Result")
@@ -128,5 +128,5 @@ class OneAfterAnother:
 
 def without_threads(patch: pytest.MonkeyPatch) -> None:
     """Has store calls made one after the other."""
-    for module in (documents, housekeeping, ledger, records):
+    for module in (documents, verify, ledger, records):
         patch.setattr(module, "ThreadPoolExecutor", OneAfterAnother)

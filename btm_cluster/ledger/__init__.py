@@ -29,7 +29,7 @@ from btm_cluster.ledger.artifact import (
     describe_file,
     training_folder,
 )
-from btm_cluster.ledger.documents import THREADS, at_once, check_fields, check_place, known_form
+from btm_cluster.ledger.documents import THREADS, check_fields, check_place, in_parallel, known_form
 from btm_cluster.ledger.forest_log import ForestLog, version_key
 from btm_cluster.ledger.keys import FOLDERS, is_ours, list_ours, list_strays
 from btm_cluster.ledger.ledger import Ledger
@@ -49,12 +49,12 @@ __all__ = [
     "PurgeRecord",
     "Ref",
     "artifact_key",
-    "at_once",
     "blob_key",
     "check_fields",
     "check_place",
     "describe_file",
     "identity_by",
+    "in_parallel",
     "is_ours",
     "known_form",
     "list_ours",

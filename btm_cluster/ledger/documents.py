@@ -27,7 +27,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def at_once(call: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+def in_parallel(call: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """The results of a small store call on each item, in order; many are under way at a time."""
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(call, items))

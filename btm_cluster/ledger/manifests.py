@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from btm_cluster.errors import StoreError
 from btm_cluster.identity import Ref
 from btm_cluster.ledger.artifact import Artifact, Blob, check_artifact
-from btm_cluster.ledger.documents import Documents, at_once, check_fields, known_form
+from btm_cluster.ledger.documents import Documents, check_fields, in_parallel, known_form
 from btm_cluster.ledger.keys import list_ours
 from btm_cluster.storage import Entry, Storage
 
@@ -49,5 +49,5 @@ def read_manifest(documents: Documents, key: str) -> Artifact | None:
 def read_manifests(documents: Documents, keys: Iterable[str]) -> dict[str, Artifact]:
     """The artifacts at those keys that have a manifest, by key."""
     keys = list(keys)
-    read = zip(keys, at_once(lambda key: read_manifest(documents, key), keys), strict=True)
+    read = zip(keys, in_parallel(lambda key: read_manifest(documents, key), keys), strict=True)
     return {key: artifact for key, artifact in read if artifact is not None}

@@ -17,8 +17,8 @@ from btm_cluster.ledger import (
     PurgeRecord,
     Ref,
     artifact_key,
-    at_once,
     blob_key,
+    in_parallel,
     training_folder,
 )
 from btm_cluster.ledger.keys import INBOX, MARKER
@@ -122,21 +122,21 @@ def still_there(ledger: Ledger, record: PurgeRecord, manifests: Mapping[str, Art
     """The objects of a purge that was cut short which a listing shows. `manifests` are all of the store's."""
     named = _named_by(manifests[key] for key in manifests.keys() - {*record.manifests})
     blobs = {entry.key for entry in ledger.storage.list("blobs/")} & {*record.blobs} - named
-    others = at_once(lambda prefix: [entry.key for entry in ledger.storage.list(prefix)], record.prefixes)
+    others = in_parallel(lambda prefix: [entry.key for entry in ledger.storage.list(prefix)], record.prefixes)
     return blobs | (manifests.keys() & {*record.manifests}) | {key for keys in others for key in keys}
 
 
 def _delete(ledger: Ledger, record: PurgeRecord) -> None:
     storage = ledger.storage
     storage.delete(f"{INBOX}{record.domain}/{MARKER}")
-    at_once(storage.erase, record.prefixes)
+    in_parallel(storage.erase, record.prefixes)
     for layer in layers(ledger.read_manifests(record.manifests)):
-        at_once(storage.erase, layer)
-    at_once(storage.erase, record.manifests)  # whose older versions a bucket may keep
+        in_parallel(storage.erase, layer)
+    in_parallel(storage.erase, record.manifests)  # whose older versions a bucket may keep
     for folder in ("artifacts/", "blobs/"):  # nobody knows of whom it is: who still writes it begins anew
-        at_once(storage.discard, [entry.key for entry in storage.unfinished(folder)])
+        in_parallel(storage.discard, [entry.key for entry in storage.unfinished(folder)])
     named = _named_by(ledger.read_manifests().values())  # whoever committed meanwhile may share a blob by now
-    at_once(storage.erase, [key for key in record.blobs if key not in named])
+    in_parallel(storage.erase, [key for key in record.blobs if key not in named])
 
 
 def _blobs_of_these_alone(
@@ -145,7 +145,7 @@ def _blobs_of_these_alone(
     """Blobs that go, with their sizes: no manifest that stays names them."""
     blobs = {blob_key(manifests[key].ref, b.sha256): b.size_bytes for key in going for b in manifests[key].blobs}
     left = {key for record in begun for key in record.blobs} - blobs.keys()  # whose manifests are gone
-    listed = at_once(lambda key: [entry.size_bytes for entry in ledger.storage.list(key)], sorted(left))
+    listed = in_parallel(lambda key: [entry.size_bytes for entry in ledger.storage.list(key)], sorted(left))
     blobs |= {key: sum(sizes) for key, sizes in zip(sorted(left), listed, strict=True)}
     kept = _named_by(manifests[key] for key in manifests.keys() - {*going})
     return {key: size for key, size in blobs.items() if key not in kept}

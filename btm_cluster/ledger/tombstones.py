@@ -10,7 +10,7 @@ from typing import Any
 from btm_cluster.errors import UserError
 from btm_cluster.identity import Ref, identity_of
 from btm_cluster.ledger.artifact import Artifact, Named, artifact_key, blob_key
-from btm_cluster.ledger.documents import Document, Documents, at_once, check_fields, check_place, known_form
+from btm_cluster.ledger.documents import Document, Documents, check_fields, check_place, in_parallel, known_form
 from btm_cluster.ledger.keys import list_ours
 from btm_cluster.ledger.manifests import list_manifests, read_manifests
 from btm_cluster.storage import Storage
@@ -70,7 +70,7 @@ class Tombstones:
     def all(self) -> dict[Ref, Document]:
         """Every text and model that was purged, with its tombstone."""
         keys = [key for key in self._keys() if not key.startswith((_BEGUN, _DONE))]
-        found = [document for document in at_once(self._tombstone, keys) if document is not None]
+        found = [document for document in in_parallel(self._tombstone, keys) if document is not None]
         return {Ref(document.body["kind"], document.body["identity"]): document for document in found}
 
     def begin(self, record: PurgeRecord) -> None:
@@ -83,7 +83,7 @@ class Tombstones:
             tombstone_key(ref): {"domain": record.domain, "kind": ref.kind, "identity": ref.identity, "parents": above}
             for ref, above in parents.items()
         }
-        at_once(lambda item: self._documents.create(*item), bodies.items())
+        in_parallel(lambda item: self._documents.create(*item), bodies.items())
 
     def end(self, record: PurgeRecord) -> None:
         """Notes that all of it is deleted."""
@@ -132,7 +132,7 @@ class Tombstones:
         return {entry.key for entry in list_ours(self._storage, TOMBSTONES)}
 
     def _records(self, keys: Collection[str]) -> list[tuple[PurgeRecord, Document]]:
-        found = at_once(self._record, sorted(key for key in keys if key.startswith(_BEGUN)))
+        found = in_parallel(self._record, sorted(key for key in keys if key.startswith(_BEGUN)))
         return [record for record in found if record is not None]
 
     def _record(self, key: str) -> tuple[PurgeRecord, Document] | None:

@@ -83,7 +83,7 @@ def shared_mixing(samples: Sequence[tuple[torch.Tensor, torch.Tensor]], merging:
 Fit = TypeVar("Fit")
 
 
-def fits_at_once(fit: Callable[[str], Fit], texts: Sequence[str]) -> list[Fit]:
+def fit_in_parallel(fit: Callable[[str], Fit], texts: Sequence[str]) -> list[Fit]:
     """What a fit makes of each text, a few at a time, each in one thread: they are too small to be spread over several."""
     with one_thread_each(), ThreadPoolExecutor(min(FITS_AT_ONCE, os.cpu_count() or 1)) as pool:
         return list(pool.map(fit, texts))

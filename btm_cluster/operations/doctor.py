@@ -19,7 +19,7 @@ from btm_cluster.plan import Plan
 from btm_cluster.storage import Storage, open_storage
 from btm_cluster.tracking.tracking import check_tracking
 from btm_cluster.workers.checks import LEAST_FREE_BYTES, Check, Needs, judge_machines
-from btm_cluster.workers.machine import look_around
+from btm_cluster.workers.machine import inspect_machine
 
 RACERS = 8
 CLOCK_SECONDS = 300.0
@@ -34,7 +34,7 @@ def examine(plan: Plan | None, address: str | None, folder: Path) -> list[Check]
     demands = demands_of(plan, seen) if plan is not None else []
     store = plan.store if plan is not None else None
     if address is None:
-        machines = [look_around(None)]
+        machines = [inspect_machine(None)]
         checks += examine_local(demands, machines[0])
     else:
         of_ray, machines = examine_cluster(address, store, demands, plan is not None and plan.cluster.autoscaling)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from btm_cluster.errors import StoreError
-from btm_cluster.ledger import FOLDERS, Artifact, Ledger, Ref, artifact_key, at_once, blob_key, list_ours
+from btm_cluster.ledger import FOLDERS, Artifact, Ledger, Ref, artifact_key, blob_key, in_parallel, list_ours
 from btm_cluster.ledger.consistency import named_roots
 from btm_cluster.ledger.lineage import is_expert_of, layers, lost, reached
 from btm_cluster.ledger.records import LOGS, BranchPoint, list_baselines, open_branch_points
@@ -79,12 +79,12 @@ def collect(ledger: Ledger, garbage: Garbage) -> None:
     """Deletes garbage: manifests before what they name or are made from, so that a crash in between leaves nothing half there."""
     storage = ledger.storage
     for layer in layers(ledger.read_manifests(garbage.manifests)):
-        at_once(storage.delete, layer)
+        in_parallel(storage.delete, layer)
     # Whoever committed meanwhile named its blobs by now, or uploaded them anew: those stay.
     old = {entry.key for entry in _unnamed_blobs(ledger, ledger.read_manifests(), garbage.older_than)}
-    at_once(storage.delete, [key for key in garbage.blobs if key in old])
+    in_parallel(storage.delete, [key for key in garbage.blobs if key in old])
     broken_off = {entry.key for entry in _unfinished(storage) if entry.modified < garbage.older_than}
-    at_once(storage.discard, [key for key in garbage.unfinished if key in broken_off])
+    in_parallel(storage.discard, [key for key in garbage.unfinished if key in broken_off])
 
 
 def store_time(storage: Storage) -> float:
@@ -139,7 +139,7 @@ def _kept(ledger: Ledger, named: Mapping[Ref, str], roots: set[Ref], manifests: 
         if missing:
             purged = ledger.tombstones.purged_among(missing)
             missing = {ref: by for ref, by in missing.items() if ref not in purged}
-        came = dict(zip(missing, at_once(ledger.find_listed, missing), strict=True))
+        came = dict(zip(missing, in_parallel(ledger.find_listed, missing), strict=True))
         for ref, artifact in came.items():
             if artifact is None:
                 raise _has_lost(ref, missing[ref])

@@ -1,6 +1,6 @@
 """Facts of one machine that can stand in a run's way: CPUs, GPUs, disk, compilers, and whether it reaches the store.
 
-Knows nothing of Ray: `on_ray/examination.py` sends `look_around` to the nodes. `checks.py` judges what it finds.
+Knows nothing of Ray: `on_ray/examination.py` sends `inspect_machine` to the nodes. `checks.py` judges what it finds.
 """
 
 import json
@@ -26,7 +26,7 @@ _THREAD_VARIABLES = ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TORCH_NUM_THREA
 
 @dataclass(frozen=True)
 class Machine:
-    """What `look_around` found on one machine."""
+    """What `inspect_machine` found on one machine."""
 
     host: str
     usable_cpus: int
@@ -53,7 +53,7 @@ class Machine:
     """Tool that torch.compile needs to build code for a CPU and that is missing; empty: none."""
 
 
-def look_around(store: str | None, claimed_cpus: float = 0, claimed_gpus: float = 0) -> Machine:
+def inspect_machine(store: str | None, claimed_cpus: float = 0, claimed_gpus: float = 0) -> Machine:
     """The facts of the machine that this runs on."""
     folders, cache = [Path(tempfile.gettempdir())], ""
     try:
@@ -72,7 +72,7 @@ def look_around(store: str | None, claimed_cpus: float = 0, claimed_gpus: float 
         gpus,
         torch_cuda,
         torch_gpus,
-        None if store is None else _complaint(store),
+        None if store is None else _store_problem(store),
         claimed_cpus,
         claimed_gpus,
         cache,
@@ -170,7 +170,7 @@ def _torch_sees() -> tuple[str | None, int]:
     return cuda, count
 
 
-def _complaint(store: str) -> str:
+def _store_problem(store: str) -> str:
     try:
         open_storage(store).check()
     except BtmError as exc:

@@ -23,7 +23,7 @@ from btm_cluster.requests import Resources
 from btm_cluster.storage.local_folder import LocalFolder
 from btm_cluster.storage.port import Entry
 from btm_cluster.workers.checks import Check, Needs, judge_machines
-from btm_cluster.workers.machine import Machine, check_compiler, look_around
+from btm_cluster.workers.machine import Machine, check_compiler, inspect_machine
 from btm_cluster.workers.on_ray.examination import (
     examine_cluster,
     examine_local,
@@ -83,17 +83,17 @@ def test_sound_machines_take_one_line_for_each_kind_of_check() -> None:
 
 def test_a_cache_that_cannot_be_is_a_line_and_the_rest_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BTM_CACHE_GIGABYTES", "x")
-    machine = look_around(None)
+    machine = inspect_machine(None)
     assert machine.cache == "BTM_CACHE_GIGABYTES is no size: x"
     assert len(machine.free_bytes) == 1
 
 
 def test_this_machine_is_looked_at(tmp_path: Path) -> None:
-    machine = look_around(str(tmp_path))
+    machine = inspect_machine(str(tmp_path))
     assert 1 <= machine.usable_cpus <= (os.cpu_count() or 1)
     assert machine.store == ""
     (tmp_path / "file").touch()
-    assert "is no folder" in (look_around(str(tmp_path / "file")).store or "")
+    assert "is no folder" in (inspect_machine(str(tmp_path / "file")).store or "")
 
 
 class EveryCreatorWins(LocalFolder):

@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from btm_cluster.driver.capacity import NEW_RESOURCES, Demand, describe_nodes, fits
 from btm_cluster.errors import BtmError, ResourcesError, one_line
 from btm_cluster.workers.checks import Check
-from btm_cluster.workers.machine import Machine, look_around
+from btm_cluster.workers.machine import Machine, inspect_machine
 from btm_cluster.workers.on_ray.cluster import CONNECT_SECONDS, TOKEN_REMEDY, connected, ray_folder
 from btm_cluster.workers.on_ray.submission import try_job
 from btm_cluster.workers.shadowing import shadowing_modules
@@ -184,7 +184,7 @@ def _check_capacity(demand: Demand, nodes: Sequence[dict[str, float]], autoscali
 
 def _look_at_nodes(store: str | None) -> tuple[list[Check], list[Machine]]:
     """A line for each node where nothing of ours runs, and the facts of the others."""
-    task: Any = ray.remote(num_cpus=0, max_retries=0)(look_around)
+    task: Any = ray.remote(num_cpus=0, max_retries=0)(inspect_machine)
     looks = {}
     for node in ray.nodes():
         if node["Alive"]:
