@@ -38,7 +38,7 @@ MERGE_ATTEMPTS = 100
 
 @dataclass(frozen=True)
 class Grown:
-    """What a run of a plan ends in: the forest, the baseline where it was asked for, and what failed."""
+    """The outcome of growing: the forest, the baseline where it was asked for, and what failed."""
 
     prepared: PreparedPlan
     forest: Forest

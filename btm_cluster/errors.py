@@ -101,5 +101,5 @@ class Stopped(BtmError):
 
 
 def one_line(exc: BaseException, most: int = 300) -> str:
-    """What another library's exception says, as part of an error of ours: on one line, at most so many characters."""
+    """The message of another library's exception, for an error of ours: on one line, at most so many characters."""
     return " ".join(str(exc).split())[:most] or type(exc).__name__

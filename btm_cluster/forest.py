@@ -33,7 +33,7 @@ class Expert:
 
 @dataclass(frozen=True)
 class Foundation:
-    """What every version of a forest shares: frozen by version 0."""
+    """The part that every version of a forest shares: frozen by version 0."""
 
     seed: str
     tokenizer: str
@@ -130,7 +130,7 @@ def roll_back(forest: Forest, old: Forest, reason: str) -> Forest:
 
 @dataclass(frozen=True)
 class Difference:
-    """What tells one version from another: names of domains."""
+    """The difference of two versions: names of domains."""
 
     added: tuple[str, ...]
     removed: tuple[str, ...]

@@ -62,7 +62,7 @@ def show_expanded(expanded: "Expanded", json_output: bool) -> None:
 
 
 def outcome_line(expanded: "Expanded") -> str:
-    """What an expansion came to, on one line."""
+    """The outcome of an expansion, on one line."""
     stands = f"forest version {expanded.forest.version}, {len(expanded.forest.experts)} experts"
     if not expanded.added:
         return f"nothing was added: {stands}"

@@ -98,7 +98,7 @@ def skipped_notice(texts: Sequence["TextReport"], wanted_blocks: int) -> list[st
 
 
 def fits_table(weights: Mapping[str, Mapping[str, float]], evidence: Mapping[str, float]) -> "Table":
-    """What was fitted: each text's prior over the experts, and β of the calibrated posterior."""
+    """The fitted values: each text's prior over the experts, and β of the calibrated posterior."""
     experts = list(next(iter(weights.values())))
     rows = [[text, *(f"{p[e]:.3f}" for e in experts), f"{evidence[text]:.3f}"] for text, p in weights.items()]
     return plain_table("Fitted prior by text, and the weight of evidence", ["text", *experts, "evidence"], rows)

@@ -1,7 +1,8 @@
-"""Clusters of documents: found in a sample by TF-IDF, truncated SVD and balanced k-means; saved, loaded, and asked.
+"""Clusters of documents: found in a sample by TF-IDF, truncated SVD and balanced
+k-means; saved, loaded, and asked.
 
-Knows texts as strings, and nothing of where they come from or go to. A saved model is JSON and safetensors, no pickle, and its
-`clusters.json` is for people too: the names there are the domains' in a plan.
+Knows texts as strings, and nothing of where they come from or go to. A saved model is JSON and safetensors,
+no pickle, and its `clusters.json` is for people too: the names there are the domains' in a plan.
 """
 
 import json
@@ -32,7 +33,7 @@ STARTS, FIRST_STEPS = 6, 10
 """k-means starts so often, goes so many steps from each, and then on from the best."""
 VOCABULARY_WORDS = 50_000
 READ_CHARACTERS = 8_000
-"""Of a document, from its start: more says little more of what it is about."""
+"""Characters read from the start of a document: more say little more of what it is about."""
 WORDS_SHOWN = 10
 CLUSTERS_FILE, VOCABULARY_FILE, ARRAYS_FILE = "clusters.json", "vocabulary.json", "clusters.safetensors"
 
@@ -45,7 +46,10 @@ _WORD = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])(?:[^\W\d_]|[{_MARKS}]))
 
 @dataclass(frozen=True)
 class Clusters:
-    """What embeds a document, and where the clusters lie. V words of the vocabulary, F features, E clusters."""
+    """The embedding of documents, and the centres of the clusters.
+
+    V words of the vocabulary, F features, E clusters.
+    """
 
     names: tuple[str, ...]
     words: tuple[tuple[str, ...], ...]
@@ -63,7 +67,10 @@ class Clusters:
         return _embed(_weigh(_counter(self.vocabulary).transform(texts), self.rarity_V), self.directions_FV)
 
     def squared_distances(self, texts: Sequence[str]) -> torch.Tensor:
-        """Of each text to each cluster's centre: [E, D]. A text without a word of the vocabulary is equally far from all."""
+        """The squared distance of each text to each cluster's centre: [E, D].
+
+        A text without a known word is equally far from all.
+        """
         points_DF = self.embed(texts)
         return torch.where(points_DF.any(1), squared_distances(points_DF, self.centres_EF), 1.0)
 
@@ -226,7 +233,7 @@ def _best_centres(points_DF: torch.Tensor, clusters: int, random_seed: int) -> t
 def _characteristic_words(
     weights_DV: scipy.sparse.csr_matrix, chosen_D: np.ndarray, clusters: int, vocabulary: Sequence[str]
 ) -> tuple[tuple[str, ...], ...]:
-    """Of each cluster, the words that weigh most above their mean over all documents."""
+    """For each cluster, the words that weigh most above their mean over all documents."""
     mean_V = np.asarray(weights_DV.mean(axis=0)).ravel()
     found = []
     for cluster in range(clusters):

@@ -17,7 +17,7 @@ class BadDocument:
 
 @dataclass
 class Delimiter:
-    """What cuts text files into documents, and whether it was found in any."""
+    """The delimiter that cuts text files into documents, and whether it was found in any."""
 
     characters: str
     occurs: bool = False

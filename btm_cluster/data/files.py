@@ -67,7 +67,7 @@ def bucket(name: str) -> pyarrow.fs.FileSystem:
 
 
 class _Child(NamedTuple):
-    """What a folder holds."""
+    """An entry of a folder."""
 
     name: str
     is_folder: bool

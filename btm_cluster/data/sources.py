@@ -33,7 +33,7 @@ class Document:
 
 
 def fingerprint(source: TextPlan) -> dict[str, Any]:
-    """What tells that a source has changed: path, size and modification time of its files; revision of a data set.
+    """The fingerprint by which a change of a source is seen: path, size and modification time of its files; revision of a data set.
 
     Raises:
         TextError: a pattern that matches no file, files that cannot be listed, a data set that is not there.

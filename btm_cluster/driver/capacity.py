@@ -21,7 +21,7 @@ class Demand:
 
     @property
     def description(self) -> str:
-        """What is asked for."""
+        """The group that is asked for, in words."""
         return f"{self.how.workers} worker(s) with {_describe(bundle(self.how))} each"
 
     @property
@@ -33,12 +33,12 @@ class Demand:
 
 
 def demand_of(request: TrainRequest) -> Demand:
-    """What a training asks for."""
+    """The demand of a training."""
     return Demand(request.label, request.how, request.saved_at)
 
 
 def bundle(how: Resources) -> dict[str, float]:
-    """What one worker of a group holds."""
+    """The resources of one worker of a group."""
     asked: dict[str, float] = {"CPU": float(how.cpus_per_worker)}
     if how.gpus_per_worker:
         asked["GPU"] = float(how.gpus_per_worker)
@@ -64,7 +64,7 @@ def no_capacity(demand: Demand, place: str, nodes: Sequence[Mapping[str, float]]
 
 
 def describe_nodes(nodes: Sequence[Mapping[str, float]]) -> str:
-    """What nodes have, in words."""
+    """The resources of nodes, in words."""
     return "; ".join(_describe(node) for node in nodes) or "nothing"
 
 

@@ -1,4 +1,4 @@
-"""What the driver works with: the ledger, the workers, and a tally of what was made and what was there already.
+"""The driver: it asks workers for what the ledger lacks, and counts what was made and what was there already.
 
 Running a plan again is the resume path: whatever the ledger has is not asked for again.
 """

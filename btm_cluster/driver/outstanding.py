@@ -1,4 +1,4 @@
-"""What a plan has still to train: domains without an expert, where each starts, and the baselines."""
+"""Models that a plan has still to train: experts of new domains, where each starts, and the baselines."""
 
 from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText
 from btm_cluster.driver.recipes import demix_request, seed_request, transformer_lm_request

@@ -70,7 +70,7 @@ class PreparedPlan:
         return tuple(sorted(self.founders, key=lambda founder: founder[1]))
 
     def foundation(self, seed: str) -> Foundation:
-        """What version 0 freezes."""
+        """The foundation that version 0 freezes."""
         return Foundation(
             seed, self.tokenizer.identity, identity_of(self.model), self.plan.training.block_tokens, self.founders
         )

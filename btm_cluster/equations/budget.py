@@ -1,4 +1,4 @@
-"""What a recipe costs. Plain arithmetic, no torch."""
+"""The cost of a recipe. Plain arithmetic, no torch."""
 
 
 def device_hours(tokens: int, tokens_per_device_second: float) -> float:
@@ -12,7 +12,7 @@ def stored_bytes(parameters: int, with_optimizer: bool) -> int:
 
 
 def training_flops_per_token(parameters: int, layers: int, width: int, block_tokens: int) -> int:
-    """Of the model, forward and backward: 6 for each parameter, and attention over the block.
+    """Operations per token, forward and backward: 6 for each parameter, and attention over the block.
 
     Source: Chowdhery et al., 2022, PaLM, appendix B.
     """

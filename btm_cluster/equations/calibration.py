@@ -1,4 +1,5 @@
-"""The calibrated posterior, fitted: the log-prior and the weight of evidence under which development blocks are likeliest.
+"""The calibrated posterior, fitted: the log-prior and the weight of evidence under
+which development blocks are likeliest.
 
 N tokens of all blocks, cut into stretches S of n, beside the letters of the package.
 """
@@ -14,22 +15,28 @@ from btm_cluster.equations.posterior import Posterior, evidence, fitted_prior, u
 
 LBFGS_STEPS = 200
 TOKENS_AT_ONCE = 4096
-"""Of a fit: what eight experts say of them takes a quarter of a megabyte, and a processor's cache holds it."""
+"""Tokens in a stretch of a fit: the scores of eight experts take a quarter of a
+megabyte, which fits a processor's cache."""
 DEFAULT_EVIDENCE_WEIGHT = 0.22
 """β where nothing can be fitted: what a prototype fitted over sixteen domains."""
 LITTLE_EVIDENCE_WEIGHT = 0.01
 """β of the second start of a fit: near the mixture without evidence."""
 GAIN_THAT_COUNTS = 1e-6
-"""Nats per token. Below it, a climbed fit is as good as EM's and safer: EM sends a useless expert's weight to zero for ever."""
+"""Nats per token.
+
+Below it, a climbed fit is as good as EM's and safer: EM sends a useless expert's weight to zero for ever.
+"""
 
 
 def calibrate(
     logp_EBT: torch.Tensor, mask_BT: torch.Tensor, posterior: Posterior, log_prior_E: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, Posterior]:
-    """Fits the log-prior [E] and the weight β of discounted evidence to blocks, by maximum likelihood of the mixture.
+    """Fits the log-prior [E] and the weight β of discounted evidence to blocks,
+    by maximum likelihood of the mixture.
 
-    With `log_prior_E` given, only β is fitted. The likelihood has several maxima where blocks are few, so it is climbed
-    from two starts; where both end below the mixture without evidence (EM's prior, β = 0), that is taken instead.
+    With `log_prior_E` given, only β is fitted. The likelihood has several maxima where blocks are few, so it
+    is climbed from two starts; where both end below the mixture without evidence (EM's prior, β = 0), that is
+    taken instead.
     """
     if not mask_BT.any():
         log_prior_E = uniform_prior(logp_EBT) if log_prior_E is None else log_prior_E
@@ -74,13 +81,13 @@ def minimise(loss: Callable[[], torch.Tensor], parameters: Sequence[torch.Tensor
 
 @dataclass(frozen=True)
 class _Tokens:
-    """What a mixture is fitted on, cut into stretches of tokens [E, n] that fit a processor's cache: evidence, and likelihood
-    relative to the token's best expert."""
+    """Scores that a mixture is fitted on, cut into stretches of tokens [E, n] that fit a processor's cache:
+    evidence, and likelihood relative to the token's best expert."""
 
     evidence_SEN: Sequence[torch.Tensor]
     likelihood_SEN: Sequence[torch.Tensor]
     best_logp: float
-    """Of each token's best expert, in nats, their mean."""
+    """The mean log-probability of each token's best expert, in nats."""
     count: int
 
     @classmethod
@@ -90,7 +97,8 @@ class _Tokens:
         return cls(_stretches(evidence_EN), _stretches(likelihood_EN), float(best_N.mean()), len(best_N))
 
     def loss(self, bias_E: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Mean negative log-likelihood of the tokens under the mixture, in nats; it has a gradient for both."""
+        """Mean negative log-likelihood of the tokens under the mixture, in
+        nats; it has a gradient for both."""
         loss: torch.Tensor = _MixtureLoss.apply(bias_E, weight, self)  # type: ignore[no-untyped-call]
         return loss
 
@@ -100,7 +108,8 @@ def _stretches(values_EN: torch.Tensor) -> list[torch.Tensor]:
 
 
 class _MixtureLoss(torch.autograd.Function):
-    """-Σ_n log Σ_j w_jn p_jn, w = softmax of b_j + β e_jn, with its gradient in the same pass over the tokens.
+    """-Σ_n log Σ_j w_jn p_jn, w = softmax of b_j + β e_jn, with its gradient
+    in the same pass over the tokens.
 
     With r_jn = w_jn p_jn / Σ_i w_in p_in:   d/db_j = Σ_n (w_jn - r_jn),   d/dβ = Σ_jn (w_jn - r_jn) e_jn
     """
@@ -128,7 +137,10 @@ class _MixtureLoss(torch.autograd.Function):
 
 
 def _climb(tokens: _Tokens, start_E: torch.Tensor, start_weight: float, fits_prior: bool) -> tuple[torch.Tensor, float]:
-    """The log-prior [E] and β of a maximum of the likelihood near a start. L-BFGS; β = exp(·) stays positive."""
+    """The log-prior [E] and β of a maximum of the likelihood near a start.
+
+    L-BFGS; β = exp(·) stays positive.
+    """
     bias_E = start_E.detach().clone().requires_grad_(fits_prior)
     log_weight = torch.tensor(start_weight, dtype=start_E.dtype).log().requires_grad_(True)
     minimise(lambda: tokens.loss(bias_E, log_weight.exp()), [bias_E, log_weight] if fits_prior else [log_weight])

@@ -16,7 +16,7 @@ MOVED_SHARE = 1e-3
 
 
 def squared_distances(points_DF: torch.Tensor, centres_EF: torch.Tensor) -> torch.Tensor:
-    """Of each document to each centre: [E, D]."""
+    """The squared distance of each document to each centre: [E, D]."""
     products_ED = centres_EF @ points_DF.T
     return (points_DF.square().sum(1) - 2 * products_ED + centres_EF.square().sum(1)[:, None]).clamp_min(0)
 

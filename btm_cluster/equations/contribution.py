@@ -1,4 +1,4 @@
-"""What each expert is worth to an ensemble: the ensemble without it, for all experts in one pass."""
+"""The worth of each expert to an ensemble: the ensemble without it, for all experts in one pass."""
 
 import math
 

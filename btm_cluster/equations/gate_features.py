@@ -11,7 +11,7 @@ from btm_cluster.equations.posterior import discounted_sums
 
 
 def features(logp_EBT: torch.Tensor, entropy_EBT: torch.Tensor, taken_BT: torch.Tensor) -> torch.Tensor:
-    """What is known of each expert before the taken tokens are seen: float32 [E, N, F]. All of the block, none of the future."""
+    """Features of each expert before the taken tokens are seen: float32 [E, N, F]. All of the block, none of the future."""
     counts_GT = discounted_sums(torch.ones(1, 1, logp_EBT.shape[-1]), DISCOUNTS)[:, 0, 0]
     counts_GN = counts_GT[:, None].expand(-1, *taken_BT.shape)[:, taken_BT]
     logp_EBT, entropy_EBT = logp_EBT.float(), entropy_EBT.float()

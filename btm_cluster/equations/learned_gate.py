@@ -29,21 +29,21 @@ PATIENCE = 8
 """Looks without a gain after which a fit stops."""
 LEARNING_RATE = 0.01
 AVERAGING_RATE = 0.05
-"""Of the running mean of the weights, which is what a fit ends in: single steps are noisy."""
+"""Decay of the running mean of the weights, in which a fit ends: single steps are noisy."""
 WEIGHT_DECAY = 0.01
 SCALE_RIDGE = 10.0
 """Nats by which a change of all scores by a factor of 1 ± √2 is held against the likelihood of all tokens."""
 BIAS_RIDGE = 5.0
 """The same for an expert's bias of √2."""
 HELD_OUT_SHARE = 0.2
-"""Of each text's blocks, its last: mostly of other documents than the rest, which every fifth block would not be."""
+"""The last share of each text's blocks is held out: mostly other documents, which every fifth block would not be."""
 FEWEST_HELD_OUT_TOKENS = 500
 """Fewer do not say whether it helps to tune all weights."""
 
 
 @dataclass(frozen=True)
 class TextScores:
-    """What a gate is fitted on: a text's development blocks under all experts."""
+    """Scores that a gate is fitted on: a text's development blocks under all experts."""
 
     logp_EBT: torch.Tensor
     entropy_EBT: torch.Tensor

@@ -37,7 +37,7 @@ class Posterior:
 
 
 def evidence(logp_EBT: torch.Tensor, posterior: Posterior) -> torch.Tensor:
-    """What is known of each expert before token t: Σ_{u<t} of its log-probabilities, as `posterior` says. [E, B, T]."""
+    """Evidence for each expert before token t: Σ_{u<t} of its log-probabilities, as `posterior` says. [E, B, T]."""
     shifted_EBT = torch.cat([torch.zeros_like(logp_EBT[..., :1]), logp_EBT[..., :-1]], dim=-1)
     if posterior.kind == "last-token":
         summed_EBT = shifted_EBT

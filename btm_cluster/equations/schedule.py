@@ -5,7 +5,7 @@ REWARM_SHARE = 0.01
 
 
 def learning_rate(update: int, *, peak: float, updates: int, warmup_updates: int) -> float:
-    """Of update number `update` (0 … updates-1): a linear rise to `peak`, then a linear fall to 0 at `updates`.
+    """The learning rate of update `update` (0 … updates-1): a linear rise to `peak`, then a linear fall to 0 at `updates`.
 
     A branch that keeps the seed's optimiser continues down this line. Source: paper, section 4.1.
     """

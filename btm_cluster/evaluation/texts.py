@@ -1,4 +1,4 @@
-"""What a report says of its texts: sizes by domain (the paper's Table 7), what was skipped, test text seen in training, and
+"""The texts of a run in numbers: sizes by domain (the paper's Table 7), what was skipped, test text seen in training, and
 which texts a forest and its baselines are not compared on."""
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ class TextReport:
     """Documents left out, by reason."""
     development_blocks: int
     test_documents_in_training: int
-    """Of any domain, the text's own included."""
+    """Test documents that stand in the training text of any domain, the text's own included."""
     test_windows: int
     """Distinct runs of 20 words in the test documents."""
     test_windows_in_training: int

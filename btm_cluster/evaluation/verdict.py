@@ -25,7 +25,7 @@ SEEDED_GATE = "ensemble with the seed, learned gate"
 PAPER_DEMIX = "DEMix, paper's posterior"
 CALIBRATED_DEMIX = "DEMix, calibrated"
 FORESTS = (PAPER_ENSEMBLE, CALIBRATED_ENSEMBLE, GATED_ENSEMBLE, SEEDED_ENSEMBLE, SEEDED_GATE)
-"""What the last sentences judge."""
+"""Systems that the last sentences judge."""
 ADDED_LATER = "added later"
 """Why a domain is left out of the comparison that the forest got after its founding."""
 

@@ -69,7 +69,7 @@ def judge(prepared: PreparedPlan, forest: Forest, experts: Sequence[Expert], dri
 
 
 Perplexity: TypeAlias = Callable[[tuple[Expert, ...], str], float]
-"""Of the ensemble of some experts on the text of a name."""
+"""Perplexity of the ensemble of some experts on the text of a name."""
 
 
 def _ensemble_perplexity(

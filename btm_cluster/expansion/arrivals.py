@@ -86,7 +86,7 @@ def _arrivals_requests(plan: Plan, arrivals: Sequence[Arrival]) -> list[ReadText
 
 
 def _read_all(plan: Plan, arrivals: Sequence[Arrival], driver: Driver) -> dict[str, Outcome | str]:
-    """What became of each arrival: its read result, a failure that another try may mend, or why it is refused."""
+    """The outcome of reading each arrival: its read result, a failure that another try may mend, or why it is refused."""
     requests = _arrivals_requests(plan, arrivals)
     names = [arrival.domain.name for arrival in arrivals]
     try:

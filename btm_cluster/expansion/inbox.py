@@ -1,7 +1,9 @@
-"""The inbox of a store: domains that have arrived, `inbox/<name>/` with text files and a marker READY, written last.
+"""The inbox of a store: domains that have arrived, `inbox/<name>/` with text files
+and a marker READY, written last.
 
-Whoever can write there is not trusted: names, sizes, kinds and links are checked here, before a byte is read; lines,
-documents and what files decompress to are bounded while they are read. Knows nothing of tokens or models.
+Whoever can write there is not trusted: names, sizes, kinds and links are checked here, before a byte is read;
+lines, documents and what files decompress to are bounded while they are read. Knows nothing of tokens or
+models.
 """
 
 import glob
@@ -36,16 +38,17 @@ class Arrival:
 
     domain: DomainPlan
     identity: str
-    """Of the files with their times, the marker's too: it changes with whatever is written there, and so ends a quarantine."""
+    """Identity of the files with their times, the marker's too: it changes with whatever
+    is written there, and so ends a quarantine."""
     contents: str
-    """Of their names and sizes alone: it stays when a store is moved."""
+    """Identity of their names and sizes alone: it stays when a store is moved."""
     fingerprint: Mapping[str, Any]
     """As of any source, but from the listing, so that thousands of files are not asked for one by one."""
 
 
 @dataclass(frozen=True)
 class Inbox:
-    """What lies in an inbox."""
+    """The contents of an inbox."""
 
     arrivals: tuple[Arrival, ...]
     waiting: Mapping[str, str]
@@ -77,7 +80,10 @@ class _Folder:
 
 
 def look(ledger: Ledger, plan: Plan, known: Collection[str]) -> Inbox:
-    """What has arrived, but for the domains in `known`. What is refused is quarantined, and so is not looked at again."""
+    """Arrivals in the inbox, but for the domains in `known`.
+
+    Those that are refused are quarantined, and not looked at again.
+    """
     folders, bounds = list(_folders(ledger.storage)), plan.expansion.inbox
     earlier = find_refusals(ledger, [folder.identity for folder in folders if folder.name not in known])
     arrivals: list[Arrival] = []
@@ -126,12 +132,16 @@ def _folders(storage: Storage, name: str = "") -> Iterator[_Folder]:
 
 
 def _readable(name: str) -> str:
-    """A local name that is not UTF-8 gets question marks, with which it is refused, instead of failing wherever it is written."""
+    """A local name that is not UTF-8 gets question marks, with which it is refused,
+    instead of failing wherever it is written."""
     return name.encode(errors="replace").decode()
 
 
 def _odd_files(address: str) -> Iterator[tuple[str, str]]:
-    """Paths below a local folder that are no files of their own, and why: links, pipes, devices. Object storage has none."""
+    """Paths below a local folder that are no files of their own, and why: links, pipes, devices.
+
+    Object storage has none.
+    """
     if "://" in address:
         return
     for folder, folders, files in walk(address):

@@ -18,7 +18,7 @@ from btm_cluster.language_model.block_check import logits_of, random_block
 from btm_cluster.language_model.scoring import said_of
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-"""What transformers calls the keys and values that it keeps: the second in 5.17, the first in 5.24."""
+"""Names of transformers' key-value cache: the second in 5.17, the first in 5.24."""
 LARGEST_DIFFERENCE = {torch.float32: 1e-3}
 """Nats between log-probabilities that are the same but for rounding, in float32."""
 _LARGEST_ROUGH_DIFFERENCE = 0.25

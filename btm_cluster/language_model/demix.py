@@ -68,7 +68,7 @@ def _rows(module: DomainFeedForwards, stored: torch.Tensor, is_dense: bool) -> t
 def own_moments(
     model: "PreTrainedModel", name: str, moment: str, stored: Mapping[str, torch.Tensor]
 ) -> torch.Tensor | None:
-    """What this process holds of an optimiser's stored `moment` of the parameter `name`: its domains' rows, or all of it.
+    """The part of an optimiser's stored `moment` of the parameter `name` that this process holds: its domains' rows, or all of it.
 
     Of what a dense model stored for a feed-forward, a copy for each domain. None of a parameter that never had a gradient.
     """

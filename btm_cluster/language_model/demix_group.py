@@ -18,7 +18,7 @@ from btm_cluster.language_model.demix import has_row_per_domain
 
 @dataclass(frozen=True)
 class Share:
-    """What one of a group's ranks trains: its domains, and, where several ranks share a domain, its index among them."""
+    """The share of one of a group's ranks: its domains, and, where several ranks share a domain, its index among them."""
 
     domains: range
     ranks_per_domain: int
@@ -36,7 +36,7 @@ def share_of(rank: int, world: int, domains: int) -> Share:
 
 
 class DemixGroup:
-    """What a rank tells the others. Every method is a collective: all ranks call it, or none."""
+    """Values that ranks share. Every method is a collective: all ranks call it, or none."""
 
     def __init__(self, model: PreTrainedModel, share: Share) -> None:
         self._parameters = dict(model.named_parameters())

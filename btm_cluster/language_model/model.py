@@ -27,7 +27,7 @@ _VOCABULARY_MULTIPLE = (
 )
 
 LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
-"""What configurations call the most tokens that a model reads at once; a field of another architecture's is not there."""
+"""Names that configurations give to the most tokens that a model reads at once; each architecture has its own."""
 
 # Paper, table 2: GPT-3 architecture. width and heads as in its released code.
 _SHAPES: dict[Preset, tuple[int, int, int]] = {

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CONSTANT_NAMES = ("rotary_emb.inv_freq", ".masked_bias", "position_ids", "decoder.version")
-"""What older versions of transformers stored, and the model computes."""
+"""Tensors that older versions of transformers stored, and the model computes."""
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _KEPT_PATTERNS = ("generation_config.json", "LICENSE*", "NOTICE*")
-"""What comes with a model beside its weights, for whoever opens one that was merged from it."""
+"""Files that come with a model beside its weights, for whoever opens one that was merged from it."""
 LARGEST_DIFFERENCE = 1e-3
 """Nats between a token's log-probability by transformers and by the stored model: rounding is a hundredth of it."""
 
@@ -91,7 +91,7 @@ def _load(pretrained: Pretrained) -> "PreTrainedModel":
 
 
 def _text_weights(model: "PreTrainedModel", config: Mapping[str, Any], source: str) -> dict[str, torch.Tensor]:
-    """What is stored of a model: all of it, or the text part of one that has others."""
+    """The weights that are stored of a model: all of them, or the text part of one that has others."""
     weights = weights_of(model)
     if model.config.get_text_config() is model.config:
         return weights

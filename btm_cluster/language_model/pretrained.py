@@ -49,7 +49,7 @@ def resolve(source: str, patterns: Sequence[str] = _TOKENIZER_PATTERNS) -> Path:
 
 
 def source_of(source: str) -> str:
-    """What another node, with other folders, understands by a source: a whole path, or the hub's name."""
+    """The location of a source for another node, with other folders: a whole path, or the hub's name."""
     folder = Path(os.path.expanduser(source))
     return str(folder.absolute()) if folder.is_dir() else source
 

@@ -1,4 +1,5 @@
-"""What one model says of blocks, each on its own: the log-probability of every token, and the entropy of its prediction."""
+"""Scores of blocks under one model, each block on its own: the log-probability of
+every token, and the entropy of its prediction."""
 
 import math
 from contextlib import ExitStack
@@ -15,12 +16,14 @@ from btm_cluster.language_model.loss import read_after
 from btm_cluster.requests import Resources
 
 LOGITS_AT_ONCE = {"cuda": 2**26, "cpu": 2**20}
-"""Logits in float32 held at once beside the model's own, twice: 0.5 GB on a GPU. On a CPU, pieces that malloc keeps for the next:
-73 ms instead of 106 for 16 blocks of 128 tokens and a vocabulary of 2,048 (once, on 29 November 2026, one core)."""
+"""Logits in float32 held at once beside the model's own, twice: 0.5 GB on a GPU. On a CPU, pieces that malloc
+keeps for the next: 73 ms instead of 106 for 16 blocks of 128 tokens and a vocabulary of 2,048 (once, on 29
+November 2026, one core)."""
 
 
 def set_up_scoring(how: Resources) -> None:
-    """Sets this process's threads and arithmetic, whatever it has done before: the same scores in any process."""
+    """Sets this process's threads and arithmetic, whatever it has done before:
+    the same scores in any process."""
     torch.set_float32_matmul_precision("highest")
     if not how.gpus_per_worker:
         torch.set_num_threads(how.cpus_per_worker)
@@ -29,9 +32,11 @@ def set_up_scoring(how: Resources) -> None:
 def score_blocks(
     model: PreTrainedModel, blocks: Blocks, first_token: int, how: Resources, folder: Path
 ) -> dict[str, Path]:
-    """Writes log p(x_t | x_<t) of every token, and the entropy in nats of p(· | x_<t), as float32 [blocks, tokens] files.
+    """Writes log p(x_t | x_<t) of every token, and the entropy in nats of p(· |
+    x_<t), as float32 [blocks, tokens] files.
 
-    The log-softmax is taken in float32 whatever the arithmetic of the forward pass. Returns the files below `folder` by name.
+    The log-softmax is taken in float32 whatever the arithmetic of the forward pass. Returns the files below
+    `folder` by name.
 
     Raises:
         DivergedError: the model gives log-probabilities that are not finite.
@@ -65,7 +70,8 @@ def score_blocks(
 def score_tokens(
     model: PreTrainedModel, blocks_BT: torch.Tensor, first_token: int, how: Resources
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log p(x_t | x_<t) of each token of blocks [B, T], and the entropy of the prediction it was: both float32 [B, T]."""
+    """log p(x_t | x_<t) of each token of blocks [B, T], and the entropy of the
+    prediction it was: both float32 [B, T]."""
     with autocast(device_of(how.gpus_per_worker), how.precision):
         logits = model(input_ids=read_after(blocks_BT, first_token), use_cache=False).logits
     logp_N, entropy_N = said_of(logits.flatten(0, 1), blocks_BT.flatten())
@@ -73,7 +79,8 @@ def score_tokens(
 
 
 def said_of(logits_NV: torch.Tensor, tokens_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The log-probability of each token under its logits, and the entropy of the prediction it was: both float32 [N]."""
+    """The log-probability of each token under its logits, and the entropy of the
+    prediction it was: both float32 [N]."""
     logp_N, entropy_N = (torch.empty(len(tokens_N), device=logits_NV.device) for _ in range(2))
     at_once = max(1, LOGITS_AT_ONCE[logits_NV.device.type] // logits_NV.shape[-1])
     for start in range(0, len(tokens_N), at_once):
@@ -85,7 +92,7 @@ def said_of(logits_NV: torch.Tensor, tokens_N: torch.Tensor) -> tuple[torch.Tens
 
 
 def _entropy(logp_NV: torch.Tensor) -> torch.Tensor:
-    """Entropies in nats: [N]. A product of rows is faster than `entr`; the clamp makes a token that a model rules out add 0, and
-    asks a GPU nothing."""
+    """Entropies in nats: [N]. A product of rows is faster than `entr`; the clamp makes a token that a model
+    rules out add 0, and asks a GPU nothing."""
     entropy_N: torch.Tensor = -torch.linalg.vecdot(logp_NV.exp(), logp_NV.clamp(min=torch.finfo(logp_NV.dtype).min))
     return entropy_N

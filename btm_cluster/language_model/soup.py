@@ -1,7 +1,9 @@
-"""Averages whose weights are fitted: models of one architecture, their weighted sum, and the search for the weights.
+"""Averages whose weights are fitted: models of one architecture, their weighted sum,
+and the search for the weights.
 
-A posterior says how well each expert predicts a text by itself, which need not be how much of it an average should hold.
-Here the averaged model's own loss on development blocks decides. All models are held on one device, next to one more.
+A posterior says how well each expert predicts a text by itself, which need not be how much of it an average
+should hold. Here the averaged model's own loss on development blocks decides. All models are held on one
+device, next to one more.
 """
 
 import math
@@ -29,9 +31,10 @@ LOOKS = 20
 PATIENCE = 4
 """Looks without a gain after which a start is given up."""
 LEARNING_RATE = 0.1
-"""Of the weights' logits, under Adam."""
+"""Learning rate of the weights' logits, under Adam."""
 SMOOTHING = 0.1
-"""Share of the uniform average in where a search sets out: at a weight of zero, softmax has no slope to climb."""
+"""Share of the uniform average in where a search sets out: at a weight of
+zero, softmax has no slope to climb."""
 HELD_OUT_EVERY = 5
 """Every fifth block is held out to choose among starts and to say when to stop."""
 
@@ -52,15 +55,18 @@ class Reading:
 
 @dataclass(frozen=True)
 class SearchedWeights:
-    """What a search found, in the order of the models; they sum to one, rounded so that an average's name can hang on them."""
+    """The weights that a search found, in the order of the models; they sum to one, rounded
+    so that an average's name can depend on them."""
 
     weights: list[float]
     loss: float
-    """Nats per token of the average, on the blocks that decided: all for greedy, the held-out ones for learned."""
+    """Nats per token of the average, on the blocks that decided: all for
+    greedy, the held-out ones for learned."""
 
 
 def read_blocks(tokens: Sequence[Path], documents: Sequence[Path], most: int) -> Reading:
-    """The first blocks, in hash order, of files that hold tokens and each token's document (-1 for padding)."""
+    """The first blocks, in hash order, of files that hold tokens and each
+    token's document (-1 for padding)."""
     blocks, owners = Blocks(tokens), Blocks(documents)
     rows = np.arange(min(most, len(blocks)))
     if not len(rows):
@@ -114,7 +120,10 @@ class Soup:
         return [reading.take(rows) for rows in torch.split(torch.arange(len(reading)), self._how.micro_batch_blocks)]
 
     def _summed(self, reading: Reading) -> torch.Tensor:
-        """Summed negative log-probability of the real tokens. Softmax in float32 whatever the arithmetic before it."""
+        """Summed negative log-probability of the real tokens.
+
+        Softmax in float32 whatever the arithmetic before it.
+        """
         tokens_BT = reading.tokens_BT.to(self._device)
         with autocast(self._device, self._how.precision):
             logits = self._model(input_ids=read_after(tokens_BT, self._first_token), use_cache=False).logits
@@ -125,7 +134,8 @@ class Soup:
 
 
 def greedy_soup(soup: Soup, reading: Reading) -> SearchedWeights:
-    """Experts by their own loss, best first; each is kept where the uniform average of those kept gets better with it."""
+    """Experts by their own loss, best first; each is kept where the uniform average
+    of those kept gets better with it."""
     weights, loss = greedy_weights(lambda weights: soup.loss(weights, reading), len(soup))
     return SearchedWeights(posterior_weights(torch.tensor(weights, dtype=torch.float64)), loss)
 
@@ -133,9 +143,11 @@ def greedy_soup(soup: Soup, reading: Reading) -> SearchedWeights:
 def learned_soup(
     soup: Soup, reading: Reading, starts: Sequence[Sequence[float]] = (), random_seed: int = 0
 ) -> SearchedWeights:
-    """Weights by descent on the loss of the averaged model, from the best expert, the uniform average, and given starts.
+    """Weights by descent on the loss of the averaged model, from the best expert,
+    the uniform average, and given starts.
 
-    A fifth of the blocks is held out: the weights with the lowest loss there win, those of the starts among them.
+    A fifth of the blocks is held out: the weights with the lowest loss there win, those of the starts among
+    them.
     """
     places = torch.arange(len(reading))
     held = places % HELD_OUT_EVERY == min(HELD_OUT_EVERY, len(reading)) - 1
@@ -152,7 +164,8 @@ def learned_soup(
 
 
 def softmax_slope(slope_E: torch.Tensor, weights_E: torch.Tensor) -> torch.Tensor:
-    """The gradient with regard to logits whose softmax the weights are, from that with regard to the weights: [E]."""
+    """The gradient with regard to logits whose softmax the weights are, from
+    that with regard to the weights: [E]."""
     return weights_E * (slope_E - (weights_E * slope_E).sum())
 
 

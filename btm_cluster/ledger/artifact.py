@@ -157,18 +157,18 @@ def describe_file(name: str, path: Path) -> Blob:
 
 
 def artifact_key(ref: Ref) -> str:
-    """Of an artifact's manifest."""
+    """The key of an artifact's manifest."""
     return f"artifacts/{ref.kind}/{ref.identity}.json"
 
 
 def blob_key(ref: Ref, sha256: str) -> str:
-    """Of a file of an artifact."""
+    """The key of a file of an artifact."""
     folder = training_folder(ref.identity) if ref.kind == "training" else ""
     return f"{folder}blobs/{sha256}"
 
 
 def pin_key(version: int) -> str:
-    """Of what keeps a version of the forest from being collected."""
+    """The key of the pin that keeps a version of the forest from being collected."""
     return f"pins/{version:06d}.json"
 
 
@@ -178,5 +178,5 @@ def training_folder(identity: str) -> str:
 
 
 def training_key(identity: str, update: int) -> str:
-    """Of the manifest of a training checkpoint."""
+    """The key of the manifest of a training checkpoint."""
     return f"{training_folder(identity)}{update:09d}.json"

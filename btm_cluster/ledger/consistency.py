@@ -1,4 +1,5 @@
-"""Whether what a store holds fits together: versions, pins, records, purges, and what artifacts are made from.
+"""Whether what a store holds fits together: versions, pins, records,
+purges, and what artifacts are made from.
 
 Each check yields a line for each problem.
 """
@@ -23,7 +24,8 @@ def check_history(
     artifacts: Mapping[str, Artifact],
     purged: Collection[str],
 ) -> Iterator[str]:
-    """Versions are numbered from 0 without a gap, pinned ones among them; each names the one before it, and models that are there.
+    """Versions are numbered from 0 without a gap, pinned ones among them; each names
+    the one before it, and models that are there.
 
     `gc` may have collected what only older ones name, and a purge what any does.
     """
@@ -51,7 +53,8 @@ def check_needs(
     artifacts: Mapping[str, Artifact],
     named: Collection[str],
 ) -> Iterator[str]:
-    """What `gc` keeps for the newest and the pinned versions, baselines and expansions in the making has all that it is made from.
+    """All that `gc` keeps for the newest and pinned versions, baselines and open
+    expansions has everything that it is made from.
 
     `named` are the keys of manifests that are there, whole or damaged, and of those that were purged.
     """
@@ -79,7 +82,10 @@ def check_purges(
     newest: Forest | None,
     artifacts: Mapping[str, Artifact],
 ) -> Iterator[str]:
-    """Every purge came to its end, and nothing is there that it would delete. `left` is what is there of each unfinished one."""
+    """Every purge came to its end, and nothing is there that it would delete.
+
+    `left` is what is there of each unfinished one.
+    """
     for record, keys in zip(unfinished, left, strict=True):
         shown = ", ".join(sorted(keys)[:_SHOWN]) + (", …" if len(keys) > _SHOWN else "")
         found = f"{len(keys)} of its objects are still there: {shown}" if keys else "nothing that a listing shows"
@@ -104,7 +110,8 @@ def check_purges(
 def named_roots(
     forests: Iterable[Forest], points: Iterable[BranchPoint], baselines: Iterable[Baseline]
 ) -> dict[Ref, str]:
-    """What the records of a store name, with what names it: models of versions, where open expansions start, baselines."""
+    """Artifacts that the records of a store name, with what names them: models of
+    versions, where open expansions start, baselines."""
     named: dict[Ref, str] = {}
     for forest in forests:
         named |= dict.fromkeys((Ref("model", i) for i in forest.manifests), f"forest version {forest.version}")

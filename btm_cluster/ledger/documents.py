@@ -35,13 +35,13 @@ def in_parallel(call: Callable[[Item], Result], items: Iterable[Item]) -> list[R
 
 @dataclass(frozen=True)
 class Document:
-    """What was created under a key."""
+    """A document that was created under a key."""
 
     body: dict[str, Any]
     note: Mapping[str, Any]
     """Circumstances: when, by whom, and what the creator adds."""
     hash: str
-    """Of body and note."""
+    """The hash of body and note."""
 
 
 class Documents:

@@ -81,7 +81,7 @@ class ForestLog:
 
 
 def version_key(version: int) -> str:
-    """Of a version of the forest."""
+    """The key of a version of the forest."""
     return f"forest/{version:06d}.json"
 
 

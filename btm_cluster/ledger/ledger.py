@@ -57,10 +57,11 @@ class Ledger:
         return self.read_manifest(artifact_key(ref))
 
     def find_all(self, refs: Sequence[Ref]) -> list[Artifact | None]:
-        """What there is of each and still serves, in order; many at once, since each costs a round trip to the store.
+        """The artifact of each, where there is one that still serves, in order; many at
+        once, since each costs a round trip to the store.
 
-        Reading a source ends in a note that names the text. It serves while that text and its files are there: lost, they
-        are read again.
+        Reading a source ends in a note that names the text. It serves while that text and its files are
+        there: lost, they are read again.
         """
         if len(refs) < 2:
             return [self._find_serving(ref) for ref in refs]
@@ -96,10 +97,12 @@ class Ledger:
         return found
 
     def check_standing(self, ref: Ref, manifest_hash: str) -> None:
-        """Checks that an artifact is still the one with that manifest, and that its blobs are there, without reading them.
+        """Checks that an artifact is still the one with that manifest, and that its
+        blobs are there, without reading them.
 
         Raises:
-            MissingError, IntegrityError: something was deleted or replaced, such as by a `gc` with too short a grace.
+            MissingError, IntegrityError: something was deleted or replaced, such as by a `gc` with too short
+            a grace.
         """
         for blob in self._standing(ref, manifest_hash).blobs:
             check_blob_stands(self.storage, ref, blob)
@@ -137,7 +140,9 @@ class Ledger:
         note: Mapping[str, Any] | None = None,
         parts: Sequence[Ref] = (),
     ) -> Artifact:
-        """Stores `files` and creates the manifest of what was `made`. Whoever loses a race gets the winner's artifact.
+        """Stores `files` and creates the manifest of what was `made`.
+
+        Whoever loses a race gets the winner's artifact.
 
         Raises:
             UserError: it was purged meanwhile, or something that it is made from was. It is not stored then.
@@ -166,7 +171,8 @@ class Ledger:
         return open_blob(self.storage, artifact, name)
 
     def read_chunks(self, artifact: Artifact, name: str) -> Iterator[bytes]:
-        """The bytes of the blob called `name` in order, each chunk checked before it is given; nothing is kept on disk.
+        """The bytes of the blob called `name` in order, each chunk checked before it
+        is given; nothing is kept on disk.
 
         Raises:
             IntegrityError: naming the first chunk that is not what was written, even when read a second time.
@@ -183,10 +189,12 @@ class Ledger:
     ) -> None:
         """Commits a training checkpoint of a `model` in the making at `update`, then drops the older ones.
 
-        One at the same update stays, unless its manifest hash is among those that could not be loaded, `passed_over`.
+        One at the same update stays, unless its manifest hash is among those that could not be loaded,
+        `passed_over`.
 
         Raises:
-            UserError: the model was purged meanwhile, or something that it is made from was. Nothing of it is stored then.
+            UserError: the model was purged meanwhile, or something that it is made from was. Nothing of it is
+            stored then.
         """
         identity = model.ref.identity
         ref, key = Ref("training", identity), training_key(identity, update)
@@ -208,9 +216,11 @@ class Ledger:
                 self.storage.delete(blob_key(ref, sha256))
 
     def latest_training(self, identity: str, passed_over: Collection[str] = ()) -> Artifact | None:
-        """The training checkpoint with the most updates, but for those whose manifest hashes are `passed_over`.
+        """The training checkpoint with the most updates, but for those whose
+        manifest hashes are `passed_over`.
 
-        One that is damaged or has lost a file is passed over with a warning, since training can make it again.
+        One that is damaged or has lost a file is passed over with a warning, since training can make it
+        again.
         """
         manifests, damaged = read_trainings(self.storage, self.documents, identity)
         for key, exc in damaged.items():
@@ -222,7 +232,8 @@ class Ledger:
         )
 
     def clear_training(self, identity: str) -> None:
-        """Drops every training checkpoint of a model that is committed, and what was left of unfinished ones."""
+        """Drops every training checkpoint of a model that is committed, and
+        what was left of unfinished ones."""
         for entry in list_ours(self.storage, training_folder(identity)):  # by key: manifests before their blobs
             self.storage.delete(entry.key)
 
@@ -244,7 +255,8 @@ class Ledger:
         return artifact
 
     def pin(self, version: int) -> None:
-        """Keeps a version of the forest, which must be whole, from being collected, however old it becomes."""
+        """Keeps a version of the forest, which must be whole, from being
+        collected, however old it becomes."""
         forest = self.log.version(version)
         if forest is None:
             raise UserError(
@@ -301,6 +313,7 @@ class Ledger:
         return read_manifests(self.documents, [e.key for e in self.list_manifests()] if keys is None else keys)
 
     def find_listed(self, ref: Ref) -> Artifact | None:
-        """Like `find`, but only where a listing shows it too: what lies behind a linked folder is none of the store's."""
+        """Like `find`, but only where a listing shows it too: what lies behind a
+        linked folder is none of the store's."""
         key = artifact_key(ref)
         return self.find(ref) if any(entry.key == key for entry in self.storage.list(key)) else None

@@ -36,7 +36,7 @@ def reached(roots: Iterable[Ref], artifacts: Mapping[Ref, Artifact]) -> set[Ref]
 
 
 def lost(named: Mapping[Ref, str], kept: Iterable[Ref], artifacts: Mapping[Ref, Artifact]) -> dict[Ref, str]:
-    """What is named, or needed by what is kept, and is not among the artifacts: each with what names or needs it."""
+    """Artifacts that are named, or needed by what is kept, and are not there: each with what names or needs it."""
     needed = {
         need: f"{ref.kind} {ref.identity[:12]}, which is made from it"
         for ref in sorted(kept, key=str)

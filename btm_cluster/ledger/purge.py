@@ -36,7 +36,7 @@ from btm_cluster.ledger.records import (
 
 @dataclass(frozen=True)
 class PurgePlan:
-    """What a purge of a domain deletes."""
+    """The plan of a purge: all that it deletes of a domain."""
 
     domain: str
     texts: tuple[str, ...]
@@ -55,7 +55,7 @@ class PurgePlan:
     size_bytes: int
 
     def to_record(self) -> PurgeRecord:
-        """What is written down before it is deleted."""
+        """The record that is written before anything is deleted."""
         folders = [f"{INBOX}{self.domain}/", *map(training_folder, self.trainings)]
         prefixes = tuple(sorted({*folders, *self.records}))
         return PurgeRecord(self.domain, self.texts, self.experts, self.manifests, self.blobs, prefixes)

@@ -1,4 +1,4 @@
-"""What a living forest notes down in its store, beside artifacts and versions: small documents, each created once.
+"""Records of a growing forest in its store, beside artifacts and versions: small documents, each created once.
 
     expansions/<id>.json               where a new domain's expert branches, settled before anything of it is made
     baselines/<model>.json             a DEMix, or a Transformer-LM's milestone, that was trained for a version of the forest
@@ -55,12 +55,12 @@ class Held:
 
 @dataclass(frozen=True)
 class Refusal:
-    """What the inbox had in a folder and was refused."""
+    """A folder of the inbox that was refused."""
 
     folder: str
     reason: str
     identity: str = ""
-    """Of the files as they lay there; records of older stores have it in their key alone."""
+    """Identity of the files as they lay there; records of older stores have it in their key alone."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def list_baselines(ledger: Ledger) -> list[Baseline]:
 
 
 def branch_point_identity(domain: str, text: str, seed: str) -> str:
-    """Of the start of a domain's expert: the question that its branch point answers."""
+    """The identity of the start of a domain's expert, which its branch point settles."""
     return identity_of({"domain": domain, "text": text, "seed": seed})
 
 
@@ -153,7 +153,7 @@ def hold(ledger: Ledger, held: Held) -> None:
 
 
 def newest_held(ledger: Ledger) -> dict[str, Held]:
-    """What is held back, by the identity of its branch point: the newest judgement of each."""
+    """Experts that are held back, by the identity of their branch point: the newest judgement of each."""
     newest = {_stem(entry.key).partition("-")[0]: entry.key for entry in list_ours(ledger.storage, HELD)}
     found = ((identity, read_held(ledger, key)) for identity, key in newest.items())
     return {identity: held for identity, held in found if held is not None}

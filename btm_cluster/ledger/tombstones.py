@@ -1,4 +1,4 @@
-"""What is left of what was purged: a tombstone for each text and model, and a record of each purge.
+"""Tombstones: one for each text and model that was purged, and a record of each purge.
 
 The record comes first and lists all that goes, so that a purge which was cut short is finished from it, whatever is left.
 """
@@ -57,7 +57,7 @@ class Tombstones:
         return self._tombstone(tombstone_key(ref))
 
     def read(self, key: str) -> Document | PurgeRecord | None:
-        """What lies at a key among the tombstones; None where nothing does.
+        """The tombstone or record at a key; None where there is none.
 
         Raises:
             StoreError: it is damaged, or not what its key says.
@@ -167,7 +167,7 @@ class Tombstones:
 
 
 def tombstone_key(ref: Ref) -> str:
-    """Of what is left of a text or model that was purged."""
+    """The key of the tombstone of a text or model that was purged."""
     return f"{TOMBSTONES}{ref.kind}/{ref.identity}.json"
 
 

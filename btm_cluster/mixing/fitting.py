@@ -41,7 +41,7 @@ class Mixing:
 
 
 def cross_fitted_perplexity(logp_EBT: torch.Tensor, mask_BT: torch.Tensor, merging: MergingPlan) -> float:
-    """Of the ensemble on blocks, each half of which is measured with what was fitted on the other half."""
+    """Perplexity of the ensemble on blocks, each half measured with the mixture that was fitted on the other half."""
     even_B = torch.arange(len(mask_BT)) % 2 == 0
     halves = [(even_B, ~even_B), (~even_B, even_B)] if len(mask_BT) > 1 else [(even_B, even_B)]
     total = 0.0
@@ -84,7 +84,7 @@ Fit = TypeVar("Fit")
 
 
 def fit_in_parallel(fit: Callable[[str], Fit], texts: Sequence[str]) -> list[Fit]:
-    """What a fit makes of each text, a few at a time, each in one thread: they are too small to be spread over several."""
+    """A fit of each text, a few at a time, each in one thread: they are too small to be spread over several."""
     with one_thread_each(), ThreadPoolExecutor(min(FITS_AT_ONCE, os.cpu_count() or 1)) as pool:
         return list(pool.map(fit, texts))
 

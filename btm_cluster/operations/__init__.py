@@ -1,1 +1,1 @@
-"""What each command does: a file by the name of each in `commands/`. Prints nothing."""
+"""The work of each command, in a file of the same name as in `commands/`. Prints nothing."""

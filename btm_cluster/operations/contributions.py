@@ -61,7 +61,7 @@ class _Scored:
 
 
 def contributions(ledger: Ledger) -> Contributions:
-    """What each expert of the newest version is worth on every text that they were all scored on.
+    """The worth of each expert of the newest version on every text that they were all scored on.
 
     Raises:
         UserError: there is no forest of two experts, or no such text.
@@ -91,7 +91,7 @@ def contributions(ledger: Ledger) -> Contributions:
 
 
 def _scored(ledger: Ledger, forest: Forest) -> dict[str, dict[str, _Scored]]:
-    """What all experts were scored on: by text identity and split."""
+    """Token blocks that all experts were scored on, by text identity and split."""
     experts = [Ref("model", expert.identity) for expert in forest.experts]
     tokens = {artifact.ref: artifact for artifact in ledger.list_artifacts("tokens")}
     by_tokens: dict[tuple[Ref, ...], dict[Ref, Artifact]] = {}

@@ -48,7 +48,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Discovery:
-    """What became of a text."""
+    """The clusters that were found in a text, or in which it was placed."""
 
     clusters: tuple[Cluster, ...]
     sampled: int

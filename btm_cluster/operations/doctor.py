@@ -92,7 +92,7 @@ def demands_of(plan: Plan, seen: Preview | None) -> Sequence[Demand]:
 
 
 def needs_of(plan: Plan | None, seen: Preview | None) -> Needs:
-    """What each machine must have for the plan's largest training."""
+    """The needs of the plan's largest training on each machine."""
     if plan is None:
         return Needs()
     asked = [demand.how for demand in demands_of(plan, seen)]

@@ -1,7 +1,9 @@
-"""`btm expand`: the domains that the plan or the inbox has and the forest has not become experts, and a new version.
+"""`btm expand`: the domains that the plan or the inbox has and the forest has
+not become experts, and a new version.
 
-Where each starts is settled in the store first, so that whoever resumes it, and whatever else the forest has grown by then, it
-is the same expert. Nothing that exists is trained or scored again; with nothing to add, nothing is started.
+Where each starts is settled in the store first, so that whoever resumes it, and whatever else the forest has
+grown by then, it is the same expert. Nothing that exists is trained or scored again; with nothing to add,
+nothing is started.
 """
 
 from collections.abc import Mapping
@@ -25,7 +27,7 @@ from btm_cluster.plan import Plan
 
 @dataclass(frozen=True)
 class Expanded:
-    """What an expansion found and what it ended in. Reasons are by domain."""
+    """The outcome of an expansion. Reasons are by domain."""
 
     before: Forest
     forest: Forest
@@ -34,7 +36,7 @@ class Expanded:
     quarantined: Mapping[str, str]
     held: Mapping[str, str] = field(default_factory=dict)
     gains: Mapping[str, Gain] = field(default_factory=dict)
-    """Of the domains that this expansion trained and that stand in the forest now."""
+    """For the domains that this expansion trained and that stand in the forest now."""
     failures: tuple[Failure, ...] = ()
     made: Mapping[str, int] = field(default_factory=dict)
     reused: Mapping[str, int] = field(default_factory=dict)
@@ -60,7 +62,9 @@ class Expanded:
 
 
 def expand(plan: Plan, driver: Driver) -> Expanded:
-    """Adds what is new. Domains of the forest are not looked at again, so the plan that founded it serves for ever.
+    """Adds what is new.
+
+    Domains of the forest are not looked at again, so the plan that founded it serves for ever.
 
     Raises:
         UserError: there is no forest yet, or the plan does not fit it.
@@ -108,7 +112,8 @@ def _grow(
 
 
 def _passed_over(ledger: Ledger, forest: Forest, inbox: Inbox) -> dict[str, str]:
-    """What the inbox has of settled domains and should be told: taken out, or not what the expert was trained on."""
+    """Settled domains that the inbox has, with why they are passed over: taken out, or
+    other files than their expert was trained on."""
     reasons = {name: "it was taken out of the forest" for name in inbox.known if name in forest.withdrawn}
     texts = {expert.domain: expert.text for expert in forest.experts if expert.domain in inbox.known}
     identities = [branch_point_identity(name, text, forest.foundation.seed) for name, text in texts.items()]

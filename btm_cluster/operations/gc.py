@@ -1,7 +1,7 @@
 """Collecting what nothing reaches any more: decided by `find_garbage`, deleted by `collect`.
 
-Kept is what a kept forest version, a baseline, a run or an expansion in the making, or anything young reaches. The inbox,
-refusals and tombstones are never looked at, nor is what is none of the store's.
+Kept is what a kept forest version, a baseline, a run or an expansion in the making, or anything young
+reaches. The inbox, refusals and tombstones are never looked at, nor is what is none of the store's.
 """
 
 import uuid
@@ -23,12 +23,12 @@ KINDS = frozenset({"text", "training", *(request.kind for request in STEPS)})
 
 @dataclass(frozen=True)
 class Garbage:
-    """What may go: manifests first, then what only they named."""
+    """Garbage that may go: manifests first, then what only they named."""
 
     manifests: tuple[str, ...]
     blobs: tuple[str, ...]
     unfinished: tuple[str, ...]
-    """Of processes that were killed while they wrote."""
+    """Unfinished uploads of processes that were killed while they wrote."""
     size_bytes: int
     kinds: Mapping[str, int]
     """Artifacts by kind."""
@@ -37,14 +37,16 @@ class Garbage:
 
 
 def find_garbage(ledger: Ledger, keep_versions: int, grace_seconds: float, now: float | None = None) -> Garbage:
-    """What neither the last `keep_versions` nor the pinned ones nor anything younger than `grace_seconds` reaches.
+    """Garbage: what neither the last `keep_versions` nor the pinned ones nor anything
+    younger than `grace_seconds` reaches.
 
-    Ages are taken by the store's own clock, which takes an object to read; with `now`, nothing is written. A forest's versions
-    themselves, a few kB each, always stay.
+    Ages are taken by the store's own clock, which takes an object to read; with `now`, nothing is written. A
+    forest's versions themselves, a few kB each, always stay.
 
     Raises:
-        StoreError: the store has what this version of the package does not know, so that it cannot tell what that needs; or
-            something has lost its manifest that a record names or that what is kept needs, so that nothing names its files.
+        StoreError: the store has what this version of the package does not know, so that it cannot tell what
+            that needs; or something has lost its manifest that a record names or that what is kept needs, so
+            that nothing names its files.
     """
     storage = ledger.storage
     oldest_kept = (store_time(storage) if now is None else now) - grace_seconds
@@ -76,7 +78,8 @@ def find_garbage(ledger: Ledger, keep_versions: int, grace_seconds: float, now: 
 
 
 def collect(ledger: Ledger, garbage: Garbage) -> None:
-    """Deletes garbage: manifests before what they name or are made from, so that a crash in between leaves nothing half there."""
+    """Deletes garbage: manifests before what they name or are made from, so that a
+    crash in between leaves nothing half there."""
     storage = ledger.storage
     for layer in layers(ledger.read_manifests(garbage.manifests)):
         in_parallel(storage.delete, layer)
@@ -98,19 +101,24 @@ def store_time(storage: Storage) -> float:
 
 
 def _named(ledger: Ledger, points: list[BranchPoint]) -> dict[Ref, str]:
-    """What must be there or have a tombstone: what the newest and the pinned versions, baselines and open branch points name."""
+    """Artifacts that must be there or have a tombstone: the newest and pinned versions,
+    baselines and open branch points name them."""
     used = [ledger.log.version(version) for version in {*ledger.log.versions()[-1:], *ledger.log.pinned()}]
     return named_roots(filter(None, used), points, list_baselines(ledger))
 
 
 def _models_of_last(ledger: Ledger, keep_versions: int) -> set[Ref]:
-    """Models that the newest versions name. Those of older ones may have been collected before, when fewer were kept."""
+    """Models that the newest versions name.
+
+    Those of older ones may have been collected before, when fewer were kept.
+    """
     forests = [ledger.log.version(version) for version in ledger.log.versions()[-keep_versions:]]
     return {Ref("model", identity) for forest in forests if forest for identity in forest.manifests}
 
 
 def _in_the_making(manifests: Mapping[str, Artifact], young: set[str], points: list[BranchPoint]) -> list[Artifact]:
-    """Training checkpoints that somebody may go on from: young ones, and those of experts that are still to be merged."""
+    """Training checkpoints that somebody may go on from: young ones, and those of
+    experts that are still to be merged."""
     trainings = {key: artifact for key, artifact in manifests.items() if artifact.kind == "training"}
     identities = {a.identity for key, a in trainings.items() if key in young or _is_of_any(a, points)}
     return [artifact for artifact in trainings.values() if artifact.identity in identities]
@@ -127,7 +135,9 @@ def _is_of_any(artifact: Artifact, points: list[BranchPoint]) -> bool:
 
 
 def _kept(ledger: Ledger, named: Mapping[Ref, str], roots: set[Ref], manifests: dict[str, Artifact]) -> set[Ref]:
-    """What is reached. Manifests that came since the listing, and that something kept needs, are added to `manifests`.
+    """Artifacts that are reached.
+
+    Manifests that came since the listing, and that something kept needs, are added to `manifests`.
 
     Raises:
         StoreError: something that is named or needed is lost.
@@ -186,6 +196,6 @@ def _unnamed_blobs(ledger: Ledger, manifests: Mapping[str, Artifact], older_than
 
 
 def _unfinished(storage: Storage) -> Iterator[Entry]:
-    """Of processes that were killed while they wrote, and of those that are writing."""
+    """Unfinished uploads: of processes that were killed while they wrote, and of those that are writing."""
     for folder in (*FOLDERS, LOGS):
         yield from storage.unfinished(folder)

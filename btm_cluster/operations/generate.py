@@ -39,7 +39,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Generated:
-    """What a forest wrote after a prompt, and how much it trusted each expert meanwhile."""
+    """Text that a forest wrote after a prompt, and how much it trusted each expert meanwhile."""
 
     prompt: str
     text: str

@@ -61,13 +61,13 @@ class Preview:
     first_token: str
     """The token after which every block is read."""
     notes: tuple[str, ...] = ()
-    """What the steps do not say of themselves."""
+    """Notes beside the steps."""
     demands: tuple[Demand, ...] = ()
     """The groups that the trainings to come ask for, with the resources of their checkpoints where they have any."""
 
     @property
     def device_hours(self) -> float | None:
-        """Of the trainings that are new; None while a rate is missing."""
+        """Device hours of the trainings that are new; None while a rate is missing."""
         hours = [step.device_hours for step in self.steps if step.updates and step.state != DONE]
         return None if any(h is None for h in hours) else sum(h for h in hours if h is not None)
 
@@ -86,7 +86,7 @@ class Preview:
 
 
 def preview(plan: Plan, ledger: Ledger, new_resources: bool = False) -> Preview:
-    """What a run of `plan` would do with this store.
+    """The steps of a run of `plan` with this store.
 
     Raises:
         UserError: whatever a run would refuse before it spends anything.

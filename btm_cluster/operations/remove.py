@@ -17,7 +17,7 @@ from btm_cluster.ledger.versions import append_next, last_expert, newest_version
 
 @dataclass(frozen=True)
 class Influence:
-    """What still carries a domain's influence once its expert is out of the forest."""
+    """Carriers of a domain's influence once its expert is out of the forest."""
 
     seed: str | None
     """The seed, and the tokenizer where it was trained here: of a founding domain."""
@@ -32,7 +32,7 @@ class Influence:
 
 @dataclass(frozen=True)
 class Purged:
-    """What a purge deleted, and what it leaves."""
+    """The outcome of a purge: what it deleted, and what it leaves."""
 
     forest: Forest | None
     """The newest version; None where the store has none."""
@@ -85,7 +85,7 @@ def bring_back(ledger: Ledger, domain: str) -> Forest:
 
 
 def influence_of(ledger: Ledger, forest: Forest, expert: Expert) -> Influence:
-    """What still carries an expert's domain, in the forest and in the store.
+    """Carriers of the influence of an expert's domain, in the forest and in the store.
 
     `forest` is without it.
     """

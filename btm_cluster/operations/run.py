@@ -31,7 +31,7 @@ from btm_cluster.requests import Start, StepRequest, TrainRequest
 
 @dataclass(frozen=True)
 class Run:
-    """What a run ended in."""
+    """The outcome of a run."""
 
     forest: Forest
     texts: tuple[TextReport, ...]
@@ -46,7 +46,7 @@ class Run:
     trained_otherwise: tuple[str, ...]
     """Domains of the plan whose expert was trained under another `branching`, and stays."""
     missing_baselines: tuple[str, ...]
-    """Of the plan, and not trained: the verdict goes without them."""
+    """Baselines of the plan that are not trained: the verdict goes without them."""
     failures: tuple[Failure, ...]
     made: Mapping[str, int]
     reused: Mapping[str, int]

@@ -49,7 +49,7 @@ _RECORDS: Mapping[str, Callable[[Ledger, str], object]] = {
 
 @dataclass(frozen=True)
 class Verified:
-    """What was read, and what was wrong with it."""
+    """The outcome of a verification."""
 
     versions: int
     artifacts: int
@@ -57,7 +57,7 @@ class Verified:
     size_bytes: int
     problems: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    """What is no damage: objects in its folders that are none of the store's, and models of no forest."""
+    """Remarks on what is no damage: objects in its folders that are none of the store's, and models of no forest."""
 
 
 def verify(ledger: Ledger) -> Verified:
@@ -94,7 +94,7 @@ def verify(ledger: Ledger) -> Verified:
 def _read_all(
     pool: ThreadPoolExecutor, read: Callable[[str], Value | None], keys: Iterable[str], storage: Storage
 ) -> tuple[dict[str, Value], list[str]]:
-    """What is read at each key that was listed, and what was wrong with the others."""
+    """The value at each key that was listed, and what was wrong with the others."""
 
     def attempt(key: str) -> tuple[Value | None, str]:
         try:
@@ -129,7 +129,7 @@ def _read_record(ledger: Ledger, key: str) -> object:
 
 
 def _check_blob(ledger: Ledger, artifact: Artifact, blob: Blob) -> str:
-    """What is wrong with a blob; nothing, if it is whole."""
+    """The damage of a blob; empty, if it is whole."""
     try:
         found = sum(len(chunk) for chunk in ledger.read_chunks(artifact, blob.name))
         if ledger.storage.read(blob_key(artifact.ref, blob.sha256), blob.size_bytes, 1):

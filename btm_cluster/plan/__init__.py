@@ -1,4 +1,7 @@
-"""What the user writes: one YAML file, read into frozen values. `plan.py` has the fields, the others what they are made of."""
+"""The plan: one YAML file that the user writes, read into frozen values.
+
+`plan.py` has the fields, the others what they are made of.
+"""
 
 from btm_cluster.plan.expansion import ExpansionPlan, InboxPlan
 from btm_cluster.plan.plan import ClusterPlan, MergingPlan, Plan, plan_schema, read_plan

@@ -26,7 +26,7 @@ class Broken(NamedTuple):
 
     @property
     def words(self) -> dict[str, Any]:
-        """What the user is shown."""
+        """The message as the user sees it."""
         return {"found": self.found, "expected": self.expected, "remedy": self.remedy}
 
 

@@ -1,7 +1,8 @@
-"""What the user writes: one YAML file, read into frozen values.
+"""The plan: one YAML file that the user writes, read into frozen values.
 
-Knows the fields, their units, defaults and reasons; knows nothing of torch, Ray or a store, so that a wrong plan is
-refused in a fraction of a second. `read_plan` is the only way in; `problems.py` words what it refuses.
+Knows the fields, their units, defaults and reasons; knows nothing of torch, Ray or a store, so that a wrong
+plan is refused in a fraction of a second. `read_plan` is the only way in; `problems.py` words what it
+refuses.
 """
 
 from pathlib import Path
@@ -35,18 +36,21 @@ class MergingPlan(Section):
 
     rules: ClassVar = plan_rules.merging_rules
     posterior: Literal["calibrated", "full", "last-token", "window", "gate"] = "calibrated"
-    """What the posterior sees: `full` is the paper's equation, `last-token` its scorer, `calibrated` weighs the evidence.
-    `gate` is a small network instead, learned on development text, on how well and how surely each expert has predicted so far:
-    better where it was measured, and some seconds more for each text. It has no use for `prior` and `top_k`; averages are weighted
-    as ever."""
+    """The context that the posterior sees: `full` is the paper's equation, `last-token` its scorer,
+    `calibrated` weighs the evidence. `gate` is a small network instead, learned on development text, on how
+    well and how surely each expert has predicted so far: better where it was measured, and some seconds more
+    for each text. It has no use for `prior` and `top_k`; averages are weighted as ever."""
     with_seed: bool = False
-    """Mix the seed with the experts, as one model more: in `btm generate`, and in a row of its own beside the ensembles of experts
-    alone. Worth most where experts learn their text by heart, nothing where they have left a weak seed behind, for one model more
-    to run. Averages are of experts."""
+    """Mix the seed with the experts, as one model more: in `btm generate`, and in a row of its own beside the
+    ensembles of experts alone. Worth most where experts learn their text by heart, nothing where they have
+    left a weak seed behind, for one model more to run. Averages are of experts."""
     prior: Literal["fitted", "ema", "mean", "uniform"] = "fitted"
     """`ema` is the paper's estimate; `fitted` maximises the likelihood of the development text."""
     average_prior: Literal["fitted", "ema", "mean", "uniform"] = "fitted"
-    """By which averages are weighted. The paper's `ema` is near one-hot; `fitted` is softer, and better on unseen targets."""
+    """By which averages are weighted.
+
+    The paper's `ema` is near one-hot; `fitted` is softer, and better on unseen targets.
+    """
     development_blocks: Positive = 100
     """Development blocks used for everything fitted, in hash order. The paper: 100."""
     top_k: Positive | None = None
@@ -56,8 +60,8 @@ class MergingPlan(Section):
     discount: Annotated[Real, Field(le=1)] = 0.97
     """How much a token of evidence still counts one token later, in the `calibrated` posterior."""
     clusters: Location | None = None
-    """Folder of a cluster model of `btm discover` whose clusters are named as the domains: adds the ensemble that weighs
-    experts by distance to them to the evaluation."""
+    """Folder of a cluster model of `btm discover` whose clusters are named as the domains: adds the ensemble
+    that weighs experts by distance to them to the evaluation."""
     cluster_temperature: PositiveReal = 0.1
     """T of that ensemble's weights, softmax(-dist²/T). c-BTM: 0.1."""
 
@@ -67,8 +71,8 @@ class ClusterPlan(Section):
 
     rules: ClassVar = plan_rules.cluster_rules
     seed_gpus: Real = 0
-    """GPUs of the seed's and the Transformer-LM's group; 0 trains on CPU. A fraction leaves room on the GPU for experts, whose
-    processes then start while the seed is trained."""
+    """GPUs of the seed's and the Transformer-LM's group; 0 trains on CPU. A fraction leaves room on the GPU
+    for experts, whose processes then start while the seed is trained."""
     gpus_per_expert: Real = 0
     """GPUs of an expert's group. A fraction lets several experts share a GPU."""
     seed_cpus: Positive = 2
@@ -76,7 +80,8 @@ class ClusterPlan(Section):
     cpus_per_expert: Positive = 1
     """CPUs, and so threads, of an expert's whole group."""
     autoscaling: bool = False
-    """The cluster can grow: a demand that it cannot meet yet waits, saying so every minute, instead of being refused."""
+    """The cluster can grow: a demand that it cannot meet yet waits, saying so
+    every minute, instead of being refused."""
     concurrent_experts: Positive | None = None
     """Experts trained at once; without it, as many as there is room for."""
     retries: Whole = 3
@@ -136,7 +141,8 @@ class Plan(Section):
 
     @model_validator(mode="after")
     def _settle_seed_share(self) -> Self:
-        """A pretrained model is a seed already, so that nothing is kept back for one unless the plan says so."""
+        """A pretrained model is a seed already, so that nothing is kept back for
+        one unless the plan says so."""
         if self.model.pretrained is None or "seed_share" in self.training.model_fields_set:
             return self
         return self.model_copy(update={"training": self.training.model_copy(update={"seed_share": 0.0})})

@@ -76,7 +76,7 @@ def _expectation(record: Mapping[str, Any], root: type[BaseModel]) -> str:
 
 
 def _remedy(record: Mapping[str, Any], field: FieldInfo | None) -> str:
-    """What to do about a wrong value, with what its field is for."""
+    """The remedy for a wrong value, with the purpose of its field."""
     found = record["input"]
     if record["type"] == "string_type" and found is not None and not isinstance(found, Mapping | list):
         return f'for YAML this is no text; write it in quotes: "{found}"'

@@ -1,4 +1,4 @@
-"""What must hold between the fields of a plan's sections.
+"""Rules between the fields of a plan's sections.
 
 Rules read a section as it was written, so that they are checked, and their problems shown, beside those of single
 fields. They know what fields mean and nothing of how their problems are worded to the user (`problems.py`).
@@ -47,7 +47,7 @@ def text_rules(given: Given) -> Iterator[Broken]:
 
 
 def idle_reading(field: Any, delimiter: Any, kinds: Set[Kind | None]) -> Iterator[Broken]:
-    """What says how files are read and cannot apply to any, where their kinds are known (None: one that is not)."""
+    """Fields on how files are read that apply to none of them, where their kinds are known (None: one that is not)."""
     if not kinds or None in kinds:
         return
     found = f"for files of these kinds: {', '.join(sorted(map(str, kinds)))}"
@@ -170,7 +170,7 @@ def plan_rules(given: Given) -> Iterator[Broken]:
 
 
 def _without_effect(given: Given) -> Iterator[Broken]:
-    """What is written of something that the plan does not have."""
+    """Sections that are written for something that the plan does not have."""
     merging = section_of(given, "merging")
     posterior, window = merging.get("posterior", "calibrated"), merging.get("window_tokens", 32)
     if window != 32 and posterior != "window" and given.get("study") is None:  # a study measures every posterior

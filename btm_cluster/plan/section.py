@@ -1,4 +1,4 @@
-"""What every part of a plan is: frozen, closed to unknown keys, and checked by its rules together with its fields."""
+"""The base of all sections of a plan: frozen, closed to unknown keys, and checked by their rules together with their fields."""
 
 from typing import Any, ClassVar, Self
 

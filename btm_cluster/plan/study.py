@@ -40,7 +40,7 @@ class TrialPlan(Section):
 
 
 class StudyPlan(Section):
-    """What `btm study` compares. Each size is trained once for each random seed."""
+    """The comparison of `btm study`. Each size is trained once for each random seed."""
 
     rules: ClassVar = plan_rules.study_rules
     sizes: tuple[SizePlan, ...] = ()

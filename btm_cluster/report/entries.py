@@ -36,7 +36,7 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Of the same number under several random seeds."""
+    """The spread of the same number under several random seeds."""
     return Spread(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 

@@ -54,7 +54,7 @@ def of_every_share(entries: Sequence[Entry], shares: Sequence[float]) -> tuple[l
 
 
 def _baseline(entries: Sequence[Entry]) -> tuple[str, float]:
-    """What differences are taken to: its name, and its perplexity on all texts."""
+    """The baseline of all differences: its name, and its perplexity on all texts."""
     found = {name: {e["random_seed"]: e["all"] for e in select(entries, **one)} for name, one in BASELINES.items()}
     finished, best = found.values()
     return [name for name, values in found.items() if values][-1], spread(list((finished | best).values())).mean

@@ -13,21 +13,21 @@ SUMMARY_FILE = "summary.json"
 STUDY_FILE = "study.json"
 Entry = Mapping[str, Any]
 KEY = ("size", "seed_share", "system", "posterior", "prior", "development_blocks", "top_k")
-"""What entries that differ in their random seed alone have in common."""
+"""Fields that entries have in common which differ in their random seed alone."""
 SHOWN = ("experts", "tokens", "train", "eval", "all", "per_domain", "difference", "difference_interval")
-"""What else the page reads of an entry, beside the number of parameters."""
+"""Other fields that the page reads of an entry, beside the number of parameters."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """Of one study, or of several that belong together."""
+    """Results of one study, or of several that belong together."""
 
     entries: tuple[Entry, ...]
     texts: tuple[Entry, ...]
     speeds: tuple[Entry, ...]
     trials: tuple[Entry, ...]
     runs: tuple[Entry, ...]
-    """Of each study: its plan, and the versions and machine it ran on."""
+    """For each study, its plan and the versions that it ran with."""
 
 
 def write_results(results: Results, folder: Path) -> None:
@@ -126,7 +126,7 @@ def repeats_left(results: Results) -> int:
 
 
 def _key(entry: Entry) -> tuple[Any, ...]:
-    """What an entry is of, the random seed included. KeyError: it lacks something that the page reads."""
+    """The key of an entry, its random seed included. KeyError: it lacks something that the page reads."""
     missing = [name for name in (*SHOWN, "non_embedding_parameters") if name not in entry]
     if missing:
         raise KeyError(missing[0])

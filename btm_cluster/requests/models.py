@@ -152,7 +152,7 @@ class TrainRequest(StepRequest):
 
     @property
     def parts(self) -> tuple["DemixPart", ...]:
-        """Of a DEMix: the models that it is for each text, in order of `texts`."""
+        """The models that a DEMix is for each text, in order of `texts`."""
         return tuple(DemixPart(self.label, self.ref, text.text) for text in self.texts) if self.is_demix else ()
 
     def until(self, milestone: int) -> "TrainRequest":
@@ -185,7 +185,7 @@ class TrainRequest(StepRequest):
 
 @dataclass(frozen=True)
 class DemixPart(StepRequest):
-    """What a DEMix is for one of its texts, an ordinary model: all that is shared, and that text's feed-forwards."""
+    """The ordinary model that a DEMix is for one of its texts: all that is shared, and that text's feed-forwards."""
 
     kind: ClassVar[str] = "model"
     label: str

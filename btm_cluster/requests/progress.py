@@ -26,7 +26,7 @@ class Progress:
 
 
 class Control(Protocol):
-    """What a step may say and ask while it runs."""
+    """A running step's line to its driver: reports, and whether to stop or save."""
 
     def report(self, progress: Progress) -> None:
         """Says how far it is."""

@@ -57,7 +57,7 @@ class StepRequest(ABC):
 
     @property
     def priority(self) -> int | None:
-        """Of trainings: one of a higher number starts once none of a lower one waits to start."""
+        """For trainings: one of a higher number starts once none of a lower one waits to start."""
         return None
 
     @property

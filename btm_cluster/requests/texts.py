@@ -24,7 +24,7 @@ class ReadText(StepRequest):
     reading: ReadingPlan
     is_target: bool
     fingerprint: Mapping[str, Any]
-    """Of the source's files or data set, so that unchanged text is not read twice."""
+    """Fingerprint of the source's files or data set, so that unchanged text is not read twice."""
     most_bytes: int | None = None
     """How much is read of a source that is not trusted, decompressed."""
 
@@ -91,7 +91,7 @@ class ImportTokenizer(StepRequest):
     source: str
     """A folder that every node sees, or a name on the hub."""
     sha256: str
-    """Of its tokenizer files."""
+    """The hash of its tokenizer files."""
     first_token: str
     """The token after which every block is read."""
     end_of_text: str

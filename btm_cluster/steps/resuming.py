@@ -25,7 +25,7 @@ SPAN = ("first_update", "last_update")
 
 @dataclass(frozen=True)
 class Source:
-    """What is loaded before the first update, and the update to go on from. Nothing stored: weights are drawn."""
+    """The state to load before the first update, and the update to go on from. Without one, weights are drawn."""
 
     update: int
     stored: Artifact | None = None
@@ -117,7 +117,7 @@ def find_source(request: TrainRequest, ledger: Ledger, passed_over: Collection[s
 
 
 def profile_of(how: Resources) -> dict[str, Any]:
-    """What results depend on beside the recipe."""
+    """The numerics profile: all that results depend on beside the recipe."""
     device = "cuda" if how.gpus_per_worker > 0 else "cpu"
     return dataclasses.asdict(how) | {"torch": torch.__version__, "device": device}
 

@@ -107,7 +107,7 @@ def compute_of(how: Resources) -> Compute:
 
 
 def _calmer_recipe(role: Role) -> str:
-    """What the user can change against divergence; once a seed stands, nothing that it was trained by."""
+    """Advice against divergence; once a seed stands, nothing that it was trained by."""
     if role == "expert":
         return "lower `branching.learning_rate_scale`"
     return (

@@ -34,7 +34,7 @@ _UNFINISHED = "fetching-"
 _UNFINISHED_SECONDS = 86_400.0
 """An unfinished file this old was left by a process that died."""
 FREED_SHARE = 0.1
-"""Of the limit, that eviction leaves free, so that not each further file needs one."""
+"""Share of the limit that eviction leaves free, so that not each further file needs one."""
 COUNT_POLL_SECONDS = 0.001
 """The count is held for a fraction of that; filelock's own interval, 50 ms, is longer than most fetches."""
 _UNKNOWN_BYTES = 10**18

@@ -178,7 +178,7 @@ class ObjectStorage:
             markers = {"PartNumberMarker": page["NextPartNumberMarker"]}
 
     def _attempt_unless_gone(self, verb: str, key: str, act: Callable[[], Result]) -> Result | None:
-        """Of an upload in parts, which may have come to its end since it was listed."""
+        """Bytes of an upload in parts so far; it may have ended since it was listed."""
 
         def attempt() -> Result | None:
             try:
@@ -251,7 +251,7 @@ class ObjectStorage:
         return {"Bucket": self._bucket, "Key": self._prefix + key}
 
     def _cached_name(self, key: str) -> str:
-        """Of the node's copy: the content's hash where the key ends in it."""
+        """The name of the node's copy: the content's hash where the key ends in it."""
         name = key.rpartition("/")[2]
         return name if _CONTENT_NAME.fullmatch(name) else hashlib.sha256(f"{self.location}\n{key}".encode()).hexdigest()
 

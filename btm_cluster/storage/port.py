@@ -1,4 +1,4 @@
-"""What a store must do: a few operations on keys and bytes.
+"""The storage port: a few operations on keys and bytes.
 
 Knows nothing of artifacts. The adapters (a local folder; object storage) pass one contract suite. Keys are relative
 paths with `/`. The only operation that decides a race is `create`.
@@ -26,7 +26,7 @@ class Storage(Protocol):
     """A flat space of keys. Every failure is a StoreError; a key that is not there is a MissingError."""
 
     location: str
-    """What `open_storage` takes to open this store again, in another process."""
+    """The argument with which `open_storage` opens this store again, in another process."""
 
     def check(self) -> None:
         """Refuses, at once, a store that cannot be used: no such bucket, wrong credentials, no folder.
@@ -55,7 +55,7 @@ class Storage(Protocol):
         """Every object whose key starts with `prefix`, by key, whatever its name. A link counts as one, and is not followed."""
 
     def unfinished(self, prefix: str) -> Iterator[Entry]:
-        """What was being written below `prefix`, a folder, and is no object yet, or never will be. For `discard` alone."""
+        """Unfinished writes below `prefix`, a folder: no objects yet, or never. For `discard` alone."""
 
     def discard(self, key: str) -> None:
         """Removes what `unfinished` listed. Who is still writing it begins anew."""

@@ -67,7 +67,7 @@ def code_of(exc: failures.ClientError) -> str:
 
 
 def message_of(exc: BaseException) -> str:
-    """What the service or the network said, on one line."""
+    """The message of the service or the network, on one line."""
     if isinstance(exc, failures.ClientError):
         return f"{code_of(exc)}: {exc.response.get('Error', {}).get('Message') or 'no message'}"
     return " ".join(str(exc).split())

@@ -1,4 +1,4 @@
-"""What this process asked of its stores: a count by verb and outcome, until somebody takes it.
+"""Store calls of this process: a count by verb and outcome, until somebody takes it.
 
 Kept for a whole process and not for an adapter, since each step opens its store anew.
 """
@@ -23,7 +23,7 @@ def count_store_call(verb: str, outcome: str) -> None:
 
 
 def take_store_calls() -> StoreCalls:
-    """What was counted since the last time."""
+    """The counts since the last time."""
     with _lock:
         taken = dict(_counts)
         _counts.clear()

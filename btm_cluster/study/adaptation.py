@@ -1,4 +1,4 @@
-"""What Transformer-LM and forest become when they are trained on the development blocks that priors are fitted on.
+"""Transformer-LM and forest, trained on the development blocks that priors are fitted on.
 
 A forest that uses development text must be held against a rival that uses it as well. The Transformer-LM is carried on over the
 blocks; the forest gets a new expert, branched from its average for the text, as for any new domain. A fifth of the blocks

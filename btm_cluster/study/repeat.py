@@ -19,9 +19,9 @@ class Repeat:
 
     size: str
     prepared: PreparedPlan
-    """Of a plan with that size's model and recipe, and that random seed."""
+    """The prepared plan with that size's model and recipe, and that random seed."""
     seed_shares: tuple[float, ...]
-    """Of all forests; the first is the one that is compared with everything."""
+    """Seed shares of all forests; the first is the one that is compared with everything."""
     trials: tuple[Mapping[str, Any], ...] = field(default=(), compare=False)
     """How what was tried for this size did, where this is its first random seed: recipes, and then scales of the experts'
     learning rate."""

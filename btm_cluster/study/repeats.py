@@ -1,4 +1,5 @@
-"""What a study repeats: sizes and random seeds, each with the recipe that its Transformer-LM does best with, and its forest."""
+"""The repeats of a study: sizes and random seeds, each with the recipe that suits its
+Transformer-LM best, and that of its forest."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +23,8 @@ from btm_cluster.study.repeat import Repeat, branches, fill_in, marked, train
 
 
 def repeats_of(plan: Plan, driver: Driver) -> list[Repeat]:
-    """Every size with every random seed; texts and tokenizer are prepared once for all, and recipes are tried."""
+    """Every size with every random seed; texts and tokenizer are prepared once
+    for all, and recipes are tried."""
     study = plan.study
     assert study is not None
     sizes = study.sizes or (SizePlan.model_construct(name="model", model=plan.model, training=plan.training),)
@@ -85,7 +87,8 @@ def _check(plan: Plan, study: StudyPlan, sizes: Sequence[SizePlan]) -> None:
 
 
 def _check_founders(plan: Plan, forest: Forest | None) -> None:
-    """That all systems learn from the same domains: Transformer-LM and DEMix from those that the store's forest was founded on."""
+    """That all systems learn from the same domains: Transformer-LM and DEMix from
+    those that the store's forest was founded on."""
     if forest is None:
         return
     founders, studied = {name for name, _ in forest.foundation.domains}, {domain.name for domain in plan.domains}
@@ -129,7 +132,8 @@ def _recipes(size: SizePlan, study: StudyPlan) -> list[TrainingPlan]:
 
 
 def _by_the_best(repeat: Repeat, recipes: Sequence[TrainingPlan], driver: Driver) -> Repeat:
-    """The repeat with the recipe whose Transformer-LM has the lowest perplexity on the domains' development text.
+    """The repeat with the recipe whose Transformer-LM has the lowest
+    perplexity on the domains' development text.
 
     A recipe that diverges is out of the running; whatever else fails, fails the study.
 
@@ -159,9 +163,11 @@ def _by_the_best(repeat: Repeat, recipes: Sequence[TrainingPlan], driver: Driver
 
 
 def _by_the_best_scale(repeat: Repeat, scales: Sequence[float], driver: Driver) -> Repeat:
-    """The repeat with the scale whose experts, mixed as planned, have the lowest perplexity on the domains' development text.
+    """The repeat with the scale whose experts, mixed as planned, have the lowest
+    perplexity on the domains' development text.
 
-    Fitted on one half of a text's blocks and measured on the other, both ways. A scale under which an expert diverges is out.
+    Fitted on one half of a text's blocks and measured on the other, both ways. A scale under which an expert
+    diverges is out.
 
     Raises:
         StepError: an expert failed otherwise, or one diverged under each scale.

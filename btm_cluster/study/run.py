@@ -48,15 +48,15 @@ PRIORS = ("uniform", "argmax", "ema", "fitted")
 
 @dataclass(frozen=True)
 class Study:
-    """What a study found out."""
+    """The outcome of a study."""
 
     entries: tuple[Mapping[str, Any], ...]
     """A row for each system, size and random seed: perplexities on test text."""
     texts: tuple[TextReport, ...]
     speeds: tuple[Mapping[str, Any], ...]
-    """Of each kind of training: updates and tokens per second."""
+    """Updates and tokens per second of each kind of training."""
     trials: tuple[Mapping[str, Any], ...]
-    """Of each recipe that was tried: the Transformer-LM's perplexity on the domains' development text."""
+    """The Transformer-LM's perplexity on the domains' development text, for each recipe that was tried."""
     repeats_left: int
     """Sizes and random seeds that are still to come."""
 

@@ -74,7 +74,7 @@ class Tracking:
 
 
 def points_of(progress: Progress) -> dict[str, float]:
-    """What a progress report adds to curves; nothing outside of training."""
+    """The points that a progress report adds to curves; none outside of training."""
     if progress.loss is None:
         return {}
     said = {
@@ -88,7 +88,7 @@ def points_of(progress: Progress) -> dict[str, float]:
 
 
 def _attempt(tracker: Tracker | None, act: Callable[[], Any]) -> Any:
-    """What `act` returns, or FAILED after a warning: services raise what they like, and a run goes on without its curves."""
+    """The result of `act`, or FAILED after a warning: services raise anything, and a run goes on without its curves."""
     try:
         return act()
     except Exception as exc:

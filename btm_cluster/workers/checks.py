@@ -1,4 +1,4 @@
-"""What can be wrong before a run begins: the lines of `btm doctor`, and the judgement on machines."""
+"""Checks before a run begins: the lines of `btm doctor`, and the judgement on machines."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a plan asks of each machine."""
+    """The needs of a plan on each machine."""
 
     cpus: int = 1
     """Threads of one worker."""

@@ -26,16 +26,16 @@ _THREAD_VARIABLES = ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TORCH_NUM_THREA
 
 @dataclass(frozen=True)
 class Machine:
-    """What `inspect_machine` found on one machine."""
+    """The facts of one machine, as `inspect_machine` found them."""
 
     host: str
     usable_cpus: int
     free_bytes: dict[str, int]
     """By folder: where files are written before they are stored, and the cache of what was fetched."""
     variables: dict[str, str]
-    """Of the environment: those that would hold torch to fewer threads than it is given."""
+    """Environment variables that would hold torch to fewer threads than it is given."""
     gpus: tuple[str, ...]
-    """What the driver names, each with the driver's version."""
+    """GPUs as NVIDIA's driver names them, each with the driver's version."""
     torch_cuda: str | None = None
     """The CUDA that torch was built for; looked at where there are GPUs."""
     torch_gpus: int = 0
@@ -43,7 +43,7 @@ class Machine:
     store: str | None = None
     """Why the store cannot be used from here; empty: it can; None: not asked."""
     claimed_cpus: float = 0
-    """What Ray hands out of it; 0: Ray is not asked."""
+    """CPUs that Ray hands out; 0: Ray is not asked."""
     claimed_gpus: float = 0
     cache: str = ""
     """Why the cache of what was fetched cannot be; empty: it can."""

@@ -22,7 +22,7 @@ LIBRARIES = frozenset((
     "yaml",
 ))
 # fmt: on
-"""What a run imports sooner or later, of our dependencies and of theirs."""
+"""Modules that a run imports sooner or later, of our dependencies and of theirs."""
 
 
 def check_shadowing() -> None:

@@ -30,7 +30,7 @@ LONGEST_SOCKET = 107
 """Bytes of a Unix socket's path."""
 TOKEN_REMEDY = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token to the cluster's token"
 _SESSION = f"session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
-"""What Ray adds to its folder for the longest of its sockets."""
+"""Characters that Ray adds to its folder for the longest of its sockets."""
 _ADDRESS = re.compile(r"(ray://)?(?P<host>\[[\da-fA-F:.]+\]|[\w.-]+):(?P<port>\d{1,5})")
 
 

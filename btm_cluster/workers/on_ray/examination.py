@@ -1,4 +1,4 @@
-"""What `btm doctor` asks of Ray: that it answers, in which version, with which token, what its nodes are, what it would carry."""
+"""Checks of Ray for `btm doctor`: whether it answers, its version and token, its nodes, and what a job would carry."""
 
 import logging
 import socket
@@ -49,7 +49,7 @@ def examine_cluster(
 
 
 def examine_local(demands: Sequence[Demand], machine: Machine) -> list[Check]:
-    """Of a cluster that a run would start on this machine."""
+    """Checks of a cluster that a run would start on this machine."""
     node = {"CPU": float(machine.usable_cpus), "GPU": float(machine.torch_gpus)}
     try:
         ray_folder()
@@ -62,7 +62,7 @@ def examine_local(demands: Sequence[Demand], machine: Machine) -> list[Check]:
 
 
 def examine_working_directory(folder: Path) -> Check:
-    """What `ray job submit --working-dir` would carry of a folder, against Ray's limit."""
+    """The size of a folder that `ray job submit --working-dir` would carry, against Ray's limit."""
     limit = packaging.GCS_STORAGE_MAX_SIZE
     sizes: list[int] = []
     carried: set[Path] = set()

@@ -9,7 +9,7 @@ LOG_LINES = 8
 
 
 def failure_of(label: str, error: Exception, attempts: int, host: str, log: str) -> Failure:
-    """What became of a request whose result raised `error`: its last attempt's host, and the end of its `log`.
+    """The failure of a request whose result raised `error`: its last attempt's host, and the end of its `log`.
 
     Raises:
         UserError, Stopped: a step raised it; these are the user's to know, not a failure among others.

@@ -1,4 +1,4 @@
-"""What a driver tells Ray's metrics of its run, for Prometheus and Grafana (deploy/grafana).
+"""Metrics of a run for Ray, and by it for Prometheus and Grafana (deploy/grafana).
 
 The driver is the only writer, so that series end with the run and none stands twice. Labels: the store, a training's name and
 its phase (seed, expert, transformer-lm); none of them grows with time.
@@ -45,7 +45,7 @@ class Watched:
     heard: float = 0.0
     ended: float | None = None
     said: dict[str, float] = field(default_factory=lambda: {"retries": 0.0})
-    """What its newest progress reports say."""
+    """The numbers of its newest progress reports."""
 
     def values(self, now: float) -> dict[str, float]:
         """All that is to be told of it; nothing some time after its end."""
@@ -61,7 +61,7 @@ class Watched:
 
 
 def shown(progress: Progress) -> dict[str, float]:
-    """What a progress report says in numbers."""
+    """The numbers of a progress report."""
     said = {
         "updates": progress.update if progress.loss is not None else None,
         "updates_wanted": progress.last_update if progress.loss is not None else None,
@@ -75,7 +75,7 @@ def shown(progress: Progress) -> dict[str, float]:
 
 
 class Metrics:
-    """Of one driver and one store."""
+    """Metrics of one driver and one store."""
 
     def __init__(self, store: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._store, self._clock = {"store": store.partition("?")[0]}, clock
@@ -118,7 +118,7 @@ class Metrics:
             self._watched[label].ended = self._clock()
 
     def count_store_calls(self, store_calls: StoreCalls) -> None:
-        """What some process of this run asked of the store."""
+        """Counts the store calls of some process of this run."""
         for (verb, outcome), count in store_calls.items():
             self._store_calls.inc(count, self._store | {"verb": verb, "outcome": outcome})
 

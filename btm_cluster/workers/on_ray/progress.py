@@ -24,14 +24,14 @@ STOP_POLL_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class News:
-    """What a board heard since it was last asked."""
+    """Progress reports since the board was last asked."""
 
     progress: list[Progress]
     """The newest of each label."""
     attempts: dict[str, int]
     """How often each of these labels was started."""
     store_calls: StoreCalls
-    """What the steps asked of the store."""
+    """Store calls of the steps."""
 
 
 @dataclass(frozen=True)

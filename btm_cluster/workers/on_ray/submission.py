@@ -20,13 +20,13 @@ AGENT_SECONDS = 120.0
 """A head that was just started takes jobs only once its agent is up."""
 LOG_LINES = 30
 TRANSIENT_ERRORS = (RuntimeError, OSError, AuthenticationError)
-"""What the client raises where the dashboard fails, is silent or does not know us; those of `requests` are OSErrors."""
+"""Exceptions of the client where the dashboard fails, is silent or does not know us; those of `requests` are OSErrors."""
 Say: TypeAlias = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a submitter is to do: submit `job`, wait for it, or nothing, since it is done or another tick's still runs."""
+    """The decision of a submitter: submit `job`, wait for it, or nothing, since it is done or another tick's still runs."""
 
     do: str
     job: str

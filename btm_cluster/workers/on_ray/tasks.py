@@ -1,4 +1,4 @@
-"""What runs in the cluster beside trainings: a task for any step, and the actor that averages."""
+"""Work in the cluster beside trainings: a task for any step, and the actor that averages."""
 
 import time
 from collections.abc import Sequence
