@@ -29,10 +29,7 @@ def remove(
     from btm_cluster.ledger.versions import last_expert
     from btm_cluster.operations.remove import bring_back, influence_of, remove
 
-    if purge and undo:
-        raise UserError("--purge and --undo exclude each other")
-    if yes and not purge:
-        raise UserError("--yes without --purge has nothing to confirm", remedy="add --purge, or leave --yes out")
+    _check_call(purge, yes, undo)
     ledger = open_ledger(store)
     if undo:
         forest = bring_back(ledger, domain)
@@ -51,6 +48,13 @@ def remove(
         return
     print(f"forest version {forest.version}: {forest.reason}")
     _tell(influence)
+
+
+def _check_call(purge: bool, yes: bool, undo: bool) -> None:
+    if purge and undo:
+        raise UserError("--purge and --undo exclude each other")
+    if yes and not purge:
+        raise UserError("--yes without --purge has nothing to confirm", remedy="add --purge, or leave --yes out")
 
 
 def _purge_domain(ledger: "Ledger", domain: str, yes: bool, json_output: bool) -> None:

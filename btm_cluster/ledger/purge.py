@@ -73,12 +73,7 @@ def plan_purge(ledger: Ledger, domain: str) -> PurgePlan:
     forests = [forest for version in ledger.log.versions() if (forest := ledger.log.version(version)) is not None]
     manifests = ledger.read_manifests()
     texts = _texts_of(ledger, domain, forests, manifests) | {text for record in begun for text in record.texts}
-    listed = {e.identity: tuple(p.identity for p in e.parents) for f in forests for e in f.experts if e.text in texts}
-    purged = {Ref("text", text) for text in texts} | {Ref("model", model) for model in listed}
-    going = purged_with(purged | {ref for record in begun for ref in record.refs}, manifests)
-    experts = {m.identity: m.parents for key in going if (m := manifests[key]).kind == "model"} | listed
-    for record in begun:
-        experts = dict(record.models) | experts
+    going, experts = _artifacts_of(texts, forests, begun, manifests)
     going |= {key for key, artifact in manifests.items() if _reads(artifact, domain)}
     blobs = _blobs_of_these_alone(ledger, going, manifests, begun)
     inbox = list(ledger.storage.list(f"{INBOX}{domain}/"))
@@ -100,6 +95,19 @@ def plan_purge(ledger: Ledger, domain: str) -> PurgePlan:
     if not (texts or experts or going or inbox or records or begun):
         raise UserError(f"the store has nothing of {domain!r}", expected="a domain of the forest, its log or its inbox")
     return found
+
+
+def _artifacts_of(
+    texts: Collection[str], forests: list[Forest], begun: list[PurgeRecord], manifests: Mapping[str, Artifact]
+) -> tuple[set[str], dict[str, tuple[str, ...]]]:
+    """Keys of the manifests that go with some texts, and every model that goes or has gone, with its parents."""
+    listed = {e.identity: tuple(p.identity for p in e.parents) for f in forests for e in f.experts if e.text in texts}
+    purged = {Ref("text", text) for text in texts} | {Ref("model", model) for model in listed}
+    going = purged_with(purged | {ref for record in begun for ref in record.refs}, manifests)
+    models = {m.identity: m.parents for key in going if (m := manifests[key]).kind == "model"} | listed
+    for record in begun:
+        models = dict(record.models) | models
+    return going, models
 
 
 def purge(ledger: Ledger, purge_plan: PurgePlan) -> None:

@@ -58,8 +58,7 @@ def find_garbage(ledger: Ledger, keep_versions: int, grace_seconds: float, now: 
     _check_kinds(manifests)
     young = {key for key in manifests if entries[key].modified >= oldest_kept}
     making = _in_the_making(manifests, young, points)
-    for training in making:
-        named = dict.fromkeys(training.made_from, f"the training of model {training.identity[:12]}") | named
+    named = _named_by_trainings(making) | named
     kept = _kept(ledger, named, {*named, *last, *_young_or_to_be_merged(manifests, young, points)}, manifests)
     kept |= {t.ref for t in making if artifact_key(Ref("model", t.identity)) not in manifests}
 
@@ -122,6 +121,11 @@ def _in_the_making(manifests: Mapping[str, Artifact], young: set[str], points: l
     trainings = {key: artifact for key, artifact in manifests.items() if artifact.kind == "training"}
     identities = {a.identity for key, a in trainings.items() if key in young or _is_of_any(a, points)}
     return [artifact for artifact in trainings.values() if artifact.identity in identities]
+
+
+def _named_by_trainings(making: list[Artifact]) -> dict[Ref, str]:
+    """Artifacts that trainings in the making need, with the model of each."""
+    return {ref: f"the training of model {one.identity[:12]}" for one in reversed(making) for ref in one.made_from}
 
 
 def _young_or_to_be_merged(manifests: Mapping[str, Artifact], young: set[str], points: list[BranchPoint]) -> set[Ref]:

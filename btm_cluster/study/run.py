@@ -6,6 +6,7 @@ Trains all systems of one size and random seed, a repeat, from one seed run, and
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from btm_cluster.driver.driver import Driver
@@ -111,11 +112,7 @@ def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[Tra
     made = {request.ref for request, _ in trained}
     experts |= {0.0: scratch} if scratch else {}
 
-    def members(system: str, share: float, texts: Sequence[PreparedText], requests: Sequence[TrainRequest]) -> Ensemble:
-        models = tuple((text.name, request.ref) for text, request in zip(texts, requests, strict=True))
-        seed = seeds[share].ref if share else None
-        return Ensemble(system, models, (*FEW_METHODS, PRIOR_ALONE), PRIORS, seed, share)
-
+    members = partial(_members, repeat)
     forests = [members(FOREST, share, prepared.domains, experts[share]) for share in repeat.seed_shares]
     seeded = with_seed(forests[0], (*FEW_METHODS, PRIOR_ALONE, GATE_FOR_ALL, GATE))
     seeded = replace(seeded, averages=("learned",))
@@ -129,6 +126,15 @@ def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[Tra
     control = next((request.ref for request in at_experts_rate if request.ref in made), None)
     milestones = transformer_lm_milestones(prepared, seeds[first].ref)
     return Models(whole.ref, control, milestones, (forests[0], seeded, *forests[1:], *others)), trained
+
+
+def _members(
+    repeat: Repeat, system: str, share: float, texts: Sequence[PreparedText], requests: Sequence[TrainRequest]
+) -> Ensemble:
+    """An ensemble of a model for each text, with the seed that they branched from, if any."""
+    models = tuple((text.name, request.ref) for text, request in zip(texts, requests, strict=True))
+    seed = repeat.seeds[share].ref if share else None
+    return Ensemble(system, models, (*FEW_METHODS, PRIOR_ALONE), PRIORS, seed, share)
 
 
 def _named(prepared: PreparedPlan, demix: TrainRequest) -> tuple[tuple[str, Ref], ...]:
