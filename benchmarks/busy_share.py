@@ -106,7 +106,9 @@ def _smi_meter() -> GpuMeter | None:
     command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
 
     def read() -> Generator[float, None, None]:
-        with subprocess.Popen([*command, f"--loop-ms={GPU_SECONDS * 1000:.0f}"], stdout=PIPE, text=True) as child:
+        with subprocess.Popen(
+            [*command, f"--loop-ms={GPU_SECONDS * 1000:.0f}"], stdout=PIPE, text=True
+        ) as child:
             assert child.stdout is not None
             try:
                 with suppress(ValueError):  # nothing, as it has ended, or [N/A]
@@ -151,7 +153,9 @@ class CpuMeter:
     What a process uses after it was last seen, at most half a second before its end, is missed.
     """
 
-    method = f"CPU time of all processes of the run by psutil, read every {CPU_SECONDS} s, over that of all cores"
+    method = (
+        f"CPU time of all processes of the run by psutil, read every {CPU_SECONDS} s, over that of all cores"
+    )
 
     def __init__(self, process: int) -> None:
         self.readings: Readings = []

@@ -1,11 +1,12 @@
 """Generation speed of an ensemble on one device, beside transformers' `generate` of one of its experts.
 
-    python benchmarks/generation.py --device cuda                                    eight experts of 124M, about 3 minutes
-    python benchmarks/generation.py --device cpu --experts 2 --model-size toy --new-tokens 16
+    python benchmarks/generation.py --device cuda                                    eight experts of 124M,
+    about 3 minutes python benchmarks/generation.py --device cpu --experts 2 --model-size toy --new-tokens 16
 
-Random weights, GPT-2's shape, no end of text. Tokens per second are new tokens over the time of a whole call, reading of the
-prompts included; the calls before it captured what it needs. Prints a line for each part as it is done, and all figures as one
-JSON object at the end. A part that fails prints its error, and the rest goes on. After `--limit-seconds` it ends whatever runs.
+Random weights, GPT-2's shape, no end of text. Tokens per second are new tokens over the time of a whole call,
+reading of the prompts included; the calls before it captured what it needs. Prints a line for each part as it
+is done, and all figures as one JSON object at the end. A part that fails prints its error, and the rest goes
+on. After `--limit-seconds` it ends whatever runs.
 """
 
 import argparse
@@ -31,7 +32,9 @@ FIGURES: dict[str, Any] = {}
 
 def main() -> None:
     """Runs the parts one after the other, in one process."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--model-size", choices=SIZES, default="124m")
@@ -124,7 +127,9 @@ class Bench:
             "readers bfloat16": lambda: self.speed("bfloat16", way="readers", share=8, many=2),
             "scoring bfloat16": self.scoring,
             "memory": self.memory,
-            "captured bfloat16, four times as many prompts": lambda: self.speed("bfloat16", many=4 * self.count),
+            "captured bfloat16, four times as many prompts": lambda: self.speed(
+                "bfloat16", many=4 * self.count
+            ),
             "kernels": self.kernels,
         }
 
@@ -132,7 +137,12 @@ class Bench:
         import torch
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        shape = {"n_layer": self.layers, "n_embd": self.width, "n_head": self.heads, "n_positions": self.block_tokens}
+        shape = {
+            "n_layer": self.layers,
+            "n_embd": self.width,
+            "n_head": self.heads,
+            "n_positions": self.block_tokens,
+        }
         ends = {"bos_token_id": 0, "eos_token_id": 0}
         config = GPT2Config(vocab_size=self.vocabulary, activation_function="gelu", **shape, **ends)
         for seed in range(self.experts):
@@ -216,7 +226,10 @@ class Bench:
         way: str | None = None,
         **asked: Any,
     ) -> dict[str, Any]:
-        """Tokens per second for one prompt, and for many together. `share`: so much fewer tokens, for slow ways."""
+        """Tokens per second for one prompt, and for many together.
+
+        `share`: so much fewer tokens, for slow ways.
+        """
         many = many or self.count
         engine = self.engine(precision, many, captures, way)
         figures: dict[str, Any] = {}
@@ -232,8 +245,14 @@ class Bench:
             for row in rows:
                 engine.release(row)
             figures |= {"way": engine.way, "captures": engine.captures}
-            figures |= {f"prompts_{name}": count, f"tokens_per_second_{name}": round(statistics.median(rates), 1)}
-            figures |= {f"read_prompts_ms_{name}": round(reading * 1e3, 1), f"warm_up_s_{name}": round(first, 2)}
+            figures |= {
+                f"prompts_{name}": count,
+                f"tokens_per_second_{name}": round(statistics.median(rates), 1),
+            }
+            figures |= {
+                f"read_prompts_ms_{name}": round(reading * 1e3, 1),
+                f"warm_up_s_{name}": round(first, 2),
+            }
             print(f"  {count} prompts: {rates}", flush=True)
         return figures
 
@@ -308,7 +327,10 @@ class Bench:
 
             call()
             seconds, _ = self.clock(call)
-            figures |= {f"prompts_{name}": count, f"tokens_per_second_{name}": round(count * new / seconds, 1)}
+            figures |= {
+                f"prompts_{name}": count,
+                f"tokens_per_second_{name}": round(count * new / seconds, 1),
+            }
         return figures
 
     def scoring(self) -> dict[str, Any]:

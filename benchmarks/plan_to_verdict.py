@@ -1,9 +1,9 @@
 """From a plan to its verdict: what happens when, and in which share of the time the GPU computes.
 
-    python benchmarks/plan_to_verdict.py quickstart                              what `make run` does
-    python benchmarks/plan_to_verdict.py quickstart --beside main --repeats 3    beside another commit, in turn
-    python benchmarks/plan_to_verdict.py --plan PLAN.yaml --json result.json
-    python benchmarks/plan_to_verdict.py --corpus ../shared/corpus --domains 4 --targets 4 --updates 1600
+    python benchmarks/plan_to_verdict.py quickstart                              what `make run` does python
+    benchmarks/plan_to_verdict.py quickstart --beside main --repeats 3    beside another commit, in turn
+    python benchmarks/plan_to_verdict.py --plan PLAN.yaml --json result.json python
+    benchmarks/plan_to_verdict.py --corpus ../shared/corpus --domains 4 --targets 4 --updates 1600
 
 Runs `btm run` in a process of its own, from an empty store, on a Ray cluster that it starts itself.
 Prints a timeline in seconds since the command started, the longest stretches between two events, and the
@@ -92,14 +92,18 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("preset", nargs="?", choices=["quickstart"])
     asked.add_argument("--plan", type=Path, help="its relative paths are relative to the current folder")
     asked.add_argument("--corpus", type=Path)
     parser.add_argument("--beside", metavar="COMMIT", help="runs the plan by this commit's code too, in turn")
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="everything that was measured goes there too")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="everything that was measured goes there too"
+    )
     of_corpus = parser.add_argument_group("with --corpus")
     of_corpus.add_argument("--domains", type=int, default=8)
     of_corpus.add_argument("--targets", type=int, default=8)
@@ -108,7 +112,9 @@ def _arguments() -> argparse.Namespace:
     of_corpus.add_argument("--blocks", type=int, default=32, help="of each domain in an update")
     of_corpus.add_argument("--seed-share", type=float, default=0.75)
     of_corpus.add_argument("--seed-gpus", type=float, help="a part of one, or 0 without a GPU")
-    of_corpus.add_argument("--gpus-per-expert", type=float, help="a part of one for each domain, or 0 without a GPU")
+    of_corpus.add_argument(
+        "--gpus-per-expert", type=float, help="a part of one for each domain, or 0 without a GPU"
+    )
     return parser.parse_args()
 
 
@@ -163,7 +169,11 @@ def _run(tree: Tree, plan: Mapping[str, Any], folder: Path, own: Path) -> Run:
         result, verdict_at = _listen(child, began, lines)
         ended = time.time()
     if child.returncode:
-        sys.exit("\n".join([*(line for _, line in lines[-20:]), f"btm run by {tree.name}: exit {child.returncode}"]))
+        sys.exit(
+            "\n".join(
+                [*(line for _, line in lines[-20:]), f"btm run by {tree.name}: exit {child.returncode}"]
+            )
+        )
     made, names = read_store(store, began)
     progress = [said for said in (parse_line(*line) for line in lines) if said is not None]
     events = timeline(progress, made, names, verdict_at - began)
@@ -221,7 +231,9 @@ def _shares(
 def _check_code(python: Sequence[str], tree: Tree, folder: Path, environment: Mapping[str, str]) -> None:
     """Ends here where another tree's code would run, as an installed package's might."""
     command = [*python, "-c", "import btm_cluster; print(btm_cluster.__file__)"]
-    found = subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found = subprocess.run(
+        command, cwd=folder, env=environment, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
     if not Path(found.strip()).is_relative_to(tree.folder):
         sys.exit(f"the code of {tree.name} is in {tree.folder}, and {found.strip()} would run")
 
@@ -230,7 +242,9 @@ def _commit(folder: Path) -> str:
     """The commit that is checked out there, with + where files differ from it."""
     git = ["git", "-C", str(folder)]
     try:
-        said = subprocess.run([*git, "describe", "--always", "--dirty=+"], check=True, capture_output=True, text=True)
+        said = subprocess.run(
+            [*git, "describe", "--always", "--dirty=+"], check=True, capture_output=True, text=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return "no commit"
     return said.stdout.strip()
@@ -245,7 +259,9 @@ def _show(run: Run) -> None:
     for seconds, earlier, later in longest_waits(run.timeline):
         print(f"{seconds:9.1f}  {earlier.name} {earlier.what} → {later.name} {later.what}")
     if run.gpu_method is not None:
-        print(f"GPU: {_percent(run.gpu_share_of_work)} from the seed's first update to the last score, ", end="")
+        print(
+            f"GPU: {_percent(run.gpu_share_of_work)} from the seed's first update to the last score, ", end=""
+        )
         print(f"{_percent(run.gpu_share_of_run)} of the whole run ({run.gpu_method})")
     else:
         print("no GPU on this machine; CPU instead")

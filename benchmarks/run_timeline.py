@@ -13,7 +13,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-PROGRESS = re.compile(r"(?P<label>[^:]+): (?P<phase>[a-z]+)(?: update (?P<update>\d+)/(?P<last>\d+) loss \S+)?(?: .*)?")
+PROGRESS = re.compile(
+    r"(?P<label>[^:]+): (?P<phase>[a-z]+)(?: update (?P<update>\d+)/(?P<last>\d+) loss \S+)?(?: .*)?"
+)
 TRAINING_PHASES = {"starting", "loading", "storing"}
 TEXT_PHASES = {"reading", "tokenising", "comparing"}
 """Told of a domain's text, under the label that its expert has too."""
@@ -67,8 +69,8 @@ def parse_line(seconds: float, line: str) -> Progress | None:
 def read_store(store: Path, began: float) -> tuple[list[Made], dict[str, str]]:
     """The artifacts of a store in a folder, and the names of the forest's models by identity.
 
-    Times are those of the manifests' files, since a manifest's own note has whole seconds only. `began` is when
-    the command started, in seconds since the epoch.
+    Times are those of the manifests' files, since a manifest's own note has whole seconds only. `began` is
+    when the command started, in seconds since the epoch.
     """
     made = []
     for file in store.glob("artifacts/*/*.json"):
@@ -95,13 +97,17 @@ def forest_names(body: Mapping[str, Any]) -> dict[str, str]:
     return experts | ({seed: "seed"} if seed else {})
 
 
-def timeline(progress: Sequence[Progress], made: Sequence[Made], names: Mapping[str, str], ended: float) -> list[Event]:
+def timeline(
+    progress: Sequence[Progress], made: Sequence[Made], names: Mapping[str, str], ended: float
+) -> list[Event]:
     """Every event of a run, in the order of time."""
     models = {one.identity: _model_name(one, names) for one in made if one.kind == "model"}
     trained = [one for one in made if one.kind == "model" and one.role != "average"]
     events = [
         *_training_events(progress),
-        *_first_and_last("text", [one.seconds for one in made if one.kind in ("source", "text", "tokens")], "stored"),
+        *_first_and_last(
+            "text", [one.seconds for one in made if one.kind in ("source", "text", "tokens")], "stored"
+        ),
         *(Event(one.seconds, models[one.identity], "stored") for one in trained),
         *_first_and_last(AVERAGES, [one.seconds for one in made if one.role == "average"], "stored"),
         *_score_events(progress, made, models),
@@ -114,7 +120,9 @@ def timeline(progress: Sequence[Progress], made: Sequence[Made], names: Mapping[
 
 def first_update(events: Iterable[Event]) -> float | None:
     """When the seed's first update was told of."""
-    return next((event.seconds for event in events if (event.name, event.what) == ("seed", "first update")), None)
+    return next(
+        (event.seconds for event in events if (event.name, event.what) == ("seed", "first update")), None
+    )
 
 
 def last_score(events: Iterable[Event]) -> float | None:
@@ -141,13 +149,17 @@ def _training_events(progress: Sequence[Progress]) -> list[Event]:
     for one in progress:
         if one.label not in trains or one.phase in TEXT_PHASES:
             continue
-        whats = [one.phase] if one.update is None else ["first update", *(["last update"] if one.is_last else [])]
+        whats = (
+            [one.phase] if one.update is None else ["first update", *(["last update"] if one.is_last else [])]
+        )
         for what in whats:
             seen.setdefault((one.label, what), Event(one.seconds, one.label, what))
     return list(seen.values())
 
 
-def _score_events(progress: Sequence[Progress], made: Sequence[Made], models: Mapping[str, str]) -> list[Event]:
+def _score_events(
+    progress: Sequence[Progress], made: Sequence[Made], models: Mapping[str, str]
+) -> list[Event]:
     """When scoring began, and each model's first and last score."""
     began = [one.seconds for one in progress if one.phase == "scoring"]
     events = [Event(min(began), "scores", "first task scores")] if began else []
@@ -157,7 +169,10 @@ def _score_events(progress: Sequence[Progress], made: Sequence[Made], models: Ma
             for identity in one.mentions & models.keys():
                 scored.setdefault(models[identity], []).append(one.seconds)
     for name, times in scored.items():
-        events += [Event(min(times), name, "first score stored"), Event(max(times), name, "last score stored")]
+        events += [
+            Event(min(times), name, "first score stored"),
+            Event(max(times), name, "last score stored"),
+        ]
     return events
 
 

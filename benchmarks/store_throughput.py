@@ -1,11 +1,13 @@
-"""Throughput of the object-storage adapter beside `aws s3 cp --recursive`: the same server, the same files, up and down.
+"""Throughput of the object-storage adapter beside `aws s3 cp --recursive`: the
+same server, the same files, up and down.
 
     python benchmarks/store_throughput.py s3://bucket/prefix full --aws /tmp/awscli-venv/bin/aws
     python benchmarks/store_throughput.py s3://bucket/prefix toy        a few MB, to show that it works
 
-Endpoint and credentials come from the environment; the bucket must exist, and below the prefix everything is deleted. Each
-transfer is a process of its own, timed from start to exit: imports count on both sides. Its memory is its peak RSS. Best
-time and highest memory of the repetitions; a ratio above 1 means that ours took longer.
+Endpoint and credentials come from the environment; the bucket must exist, and below the prefix everything is
+deleted. Each transfer is a process of its own, timed from start to exit: imports count on both sides. Its
+memory is its peak RSS. Best time and highest memory of the repetitions; a ratio above 1 means that ours took
+longer.
 """
 
 import argparse
@@ -40,20 +42,27 @@ class Transfer:
 
 
 def main() -> None:
-    """Runs each contender in a process of its own, in turn, and prints a line for each direction and shape."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Runs each contender in a process of its own, in turn, and prints a
+    line for each direction and shape."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("store", help="s3://bucket/prefix")
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("--only", choices=("few", "many"))
     parser.add_argument("--aws", default="aws", help="the executable to compare with")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--files-at-once", type=int, default=4, help="files that ours has under way")
-    parser.add_argument("--after-deleting", help="shell command for a server that frees space only when told to")
+    parser.add_argument(
+        "--after-deleting", help="shell command for a server that frees space only when told to"
+    )
     parser.add_argument("--ours", choices=("up", "down"), help=argparse.SUPPRESS)  # the process of our own
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.ours:
-        {"up": upload, "down": download}[arguments.ours](arguments.store, arguments.folder, arguments.files_at_once)
+        {"up": upload, "down": download}[arguments.ours](
+            arguments.store, arguments.folder, arguments.files_at_once
+        )
         return
     if not shutil.which(arguments.aws):
         parser.error(f"there is no {arguments.aws} here; {HOW_TO_GET_AWS}")
@@ -92,12 +101,19 @@ def compare(shape: str, count: int, mebibytes: int, arguments: argparse.Namespac
                 empty(arguments)
     print(f"{shape}: {count} x {mebibytes} MiB")
     for direction in ("up", "down"):
-        best = {who: min(taken[direction, who], key=lambda transfer: transfer.seconds) for who in ("aws", "ours")}
+        best = {
+            who: min(taken[direction, who], key=lambda transfer: transfer.seconds) for who in ("aws", "ours")
+        }
         for who, transfer in best.items():
             rate = count * mebibytes * 2**20 / 1e6 / transfer.seconds
             peak = max(transfer.peak_mebibytes for transfer in taken[direction, who])
-            print(f"  {direction:<5}{who:<5}{transfer.seconds:8.2f} s {rate:8.0f} MB/s {peak:6.0f} MiB", end="")
-            print("" if who == "aws" else f"   ours/aws {transfer.seconds / best['aws'].seconds:.2f}", flush=True)
+            print(
+                f"  {direction:<5}{who:<5}{transfer.seconds:8.2f} s {rate:8.0f} MB/s {peak:6.0f} MiB", end=""
+            )
+            print(
+                "" if who == "aws" else f"   ours/aws {transfer.seconds / best['aws'].seconds:.2f}",
+                flush=True,
+            )
 
 
 def commands(who: str, files: Path, target: Path, arguments: argparse.Namespace) -> dict[str, list[str]]:
@@ -125,7 +141,8 @@ def measure(command: list[str]) -> Transfer:
 
 
 def make_files(folder: Path, count: int, mebibytes: int) -> None:
-    """Random files, each named by its content's hash, as blobs are; written by the MiB, to keep this process small."""
+    """Random files, each named by its content's hash, as blobs are; written by
+    the MiB, to keep this process small."""
     folder.mkdir()
     for _ in range(count):
         digest = hashlib.sha256()
@@ -146,7 +163,9 @@ def check_same_files(expected: Path, found: Path) -> None:
 
 def empty(arguments: argparse.Namespace) -> None:
     """Deletes what the last contender stored, since a test server may hold no more than one set."""
-    subprocess.run([arguments.aws, "s3", "rm", "--recursive", "--only-show-errors", arguments.store], check=True)
+    subprocess.run(
+        [arguments.aws, "s3", "rm", "--recursive", "--only-show-errors", arguments.store], check=True
+    )
     if arguments.after_deleting:
         subprocess.run(arguments.after_deleting, shell=True, check=True, stdout=subprocess.DEVNULL)
 

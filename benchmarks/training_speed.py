@@ -1,10 +1,12 @@
-"""Training speed on one GPU: this project's train loop beside transformers' Trainer, on the same model and batch.
+"""Training speed on one GPU: this project's train loop beside transformers'
+Trainer, on the same model and batch.
 
     python benchmarks/training_speed.py 125m            both, and their ratio
     python benchmarks/training_speed.py small --only ours
 
-Random tokens, bf16, AdamW, blocks of 1,024 tokens, vocabulary 50,304. Tokens per second are the median over the second
-half of the updates, so that compiling is left out. Needs a GPU; on CPU it runs a toy size to show that it works.
+Random tokens, bf16, AdamW, blocks of 1,024 tokens, vocabulary 50,304. Tokens per second are the median over
+the second half of the updates, so that compiling is left out. Needs a GPU; on CPU it runs a toy size to show
+that it works.
 """
 
 import argparse
@@ -30,7 +32,9 @@ SIZES = {  # layers, width, heads, blocks per update, vocabulary, updates
 
 def main() -> None:
     """Runs each contender in a process of its own."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("--only", choices=("ours", "trainer"))
     parser.add_argument("--micro-batch", type=int, default=32)
@@ -40,7 +44,9 @@ def main() -> None:
         print(json.dumps({"who": arguments.only, "size": arguments.size, "tokens_per_second": round(rate)}))
         return
     rates = {who: _in_process_of_its_own(who, arguments) for who in ("trainer", "ours")}
-    print(f"{arguments.size}: Trainer {rates['trainer']:,} tokens/s, ours {rates['ours']:,} tokens/s, ", end="")
+    print(
+        f"{arguments.size}: Trainer {rates['trainer']:,} tokens/s, ours {rates['ours']:,} tokens/s, ", end=""
+    )
     print(f"ratio {rates['ours'] / rates['trainer']:.2f}")
 
 
@@ -159,7 +165,15 @@ def _random_blocks(vocabulary: int, blocks: int) -> np.ndarray:
 
 
 def _in_process_of_its_own(who: str, arguments: argparse.Namespace) -> int:
-    command = [sys.executable, __file__, arguments.size, "--only", who, "--micro-batch", str(arguments.micro_batch)]
+    command = [
+        sys.executable,
+        __file__,
+        arguments.size,
+        "--only",
+        who,
+        "--micro-batch",
+        str(arguments.micro_batch),
+    ]
     finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return int(json.loads(finished.stdout.splitlines()[-1])["tokens_per_second"])
 

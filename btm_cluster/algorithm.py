@@ -1,7 +1,9 @@
-"""Branch-Train-Merge itself. The driver is the paper: prepare the texts, train the seed, branch, train, merge.
+"""Branch-Train-Merge itself.
 
-Source: Li, Gururangan et al., 2022, section 3. Asks the workers for everything that takes time, and reads and appends
-the forest log.
+The driver is the paper: prepare the texts, train the seed, branch, train, merge.
+
+Source: Li, Gururangan et al., 2022, section 3. Asks the workers for everything that takes time, and reads and
+appends the forest log.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -55,8 +57,8 @@ Alongside: TypeAlias = Callable[[PreparedPlan, Forest, Sequence[TrainRequest]], 
 def grow(plan: Plan, driver: Driver, alongside: Alongside = lambda *_: ()) -> Grown:
     """Branch-Train-Merge: from a plan to a forest with an expert for each of its domains.
 
-    Seed, experts and baselines are asked for together, and each starts once its inputs are there. The forest is merged
-    as soon as its experts are done, whatever the baselines and the steps `alongside` still do.
+    Seed, experts and baselines are asked for together, and each starts once its inputs are there. The forest
+    is merged as soon as its experts are done, whatever the baselines and the steps `alongside` still do.
     """
     prepared, forest = read(plan, driver), driver.ledger.log.newest()
     seed = seed_request(prepared)
@@ -79,7 +81,9 @@ def grow(plan: Plan, driver: Driver, alongside: Alongside = lambda *_: ()) -> Gr
     made = [request for request in baselines if isinstance(outcomes[request.ref], Artifact)]
     for request in (one for trained in made for one in (trained, *trained.at_snapshots)):
         record_baseline(driver.ledger, Baseline(request.role, request.ref.identity, forest.version))
-    failures = [one for request in (*branches, *baselines) if isinstance(one := outcomes[request.ref], Failure)]
+    failures = [
+        one for request in (*branches, *baselines) if isinstance(one := outcomes[request.ref], Failure)
+    ]
     baseline = next((request.ref for request in made if not request.is_demix), None)
     demix = next((request.parts for request in made if request.is_demix), ())
     return Grown(prepared, forest, baseline, (*failures, *impossible), tuple(part.ref for part in demix))
@@ -116,7 +120,8 @@ def found(prepared: PreparedPlan, seed: Outcome, driver: Driver) -> Forest:
 
 
 def branch(prepared: PreparedPlan, forest: Forest | None, driver: Driver) -> list[TrainRequest]:
-    """Where each domain's expert starts: the first batch from the seed, later ones as the plan says, all from one forest."""
+    """Where each domain's expert starts: the first batch from the seed, later ones
+    as the plan says, all from one forest."""
     if forest is None:
         start = seed_start(prepared, seed_request(prepared).ref)
         return [expert_request(prepared, domain, start) for domain in prepared.domains]
@@ -124,12 +129,18 @@ def branch(prepared: PreparedPlan, forest: Forest | None, driver: Driver) -> lis
 
 
 def settled_branches(
-    prepared: PreparedPlan, forest: Forest, domains: Sequence[PreparedText], contents: Mapping[str, str], driver: Driver
+    prepared: PreparedPlan,
+    forest: Forest,
+    domains: Sequence[PreparedText],
+    contents: Mapping[str, str],
+    driver: Driver,
 ) -> list[TrainRequest]:
-    """A request for each domain's expert. Where a later domain's starts is settled in the store before anything of it is made.
+    """A request for each domain's expert.
 
-    Whoever resumes it, and whatever the forest has grown by then, it is the same expert. A founding domain's follows from
-    the foundation. `contents` is what lies in the inbox, by domain.
+    Where a later domain's starts is settled in the store before anything of it is made.
+
+    Whoever resumes it, and whatever the forest has grown by then, it is the same expert. A founding domain's
+    follows from the foundation. `contents` is what lies in the inbox, by domain.
     """
     ledger, seed = driver.ledger, forest.foundation.seed
     later = [domain for domain in domains if (domain.name, domain.identity) not in forest.foundation.domains]
@@ -149,10 +160,14 @@ def settled_branches(
     return [expert_request(prepared, domain, starts[domain.name]) for domain in domains]
 
 
-def starts_for(prepared: PreparedPlan, forest: Forest, new: Sequence[PreparedText], driver: Driver) -> list[Start]:
+def starts_for(
+    prepared: PreparedPlan, forest: Forest, new: Sequence[PreparedText], driver: Driver
+) -> list[Start]:
     """A start for each new domain, in order."""
     later = [domain for domain in new if not starts_from_seed(prepared, forest, domain)]
-    averaged = iter(averaged_starts(prepared, forest_ensemble(prepared, forest), later, driver) if later else ())
+    averaged = iter(
+        averaged_starts(prepared, forest_ensemble(prepared, forest), later, driver) if later else ()
+    )
     start = seed_start(prepared, Ref("model", forest.foundation.seed))
     return [start if starts_from_seed(prepared, forest, domain) else next(averaged) for domain in new]
 
@@ -164,7 +179,9 @@ def train(branches: Sequence[TrainRequest], driver: Driver) -> tuple[list[Expert
     return experts_among(branches, outcomes, driver.ledger), failures
 
 
-def experts_among(branches: Sequence[TrainRequest], outcomes: Mapping[Ref, Outcome], ledger: Ledger) -> list[Expert]:
+def experts_among(
+    branches: Sequence[TrainRequest], outcomes: Mapping[Ref, Outcome], ledger: Ledger
+) -> list[Expert]:
     """The experts that were trained."""
     pairs = [(request, outcomes[request.ref]) for request in branches]
     return [_expert(request, outcome, ledger) for request, outcome in pairs if isinstance(outcome, Artifact)]
@@ -175,10 +192,11 @@ def merge(forest: Forest, experts: Sequence[Expert], ledger: Ledger) -> Forest:
     if not experts:
         return forest
     manifests = {e.identity: ledger.get(Ref("model", e.identity)).manifest_hash for e in experts}
-    forest = ledger.log.newest() or forest  # the log moved on meanwhile: what an older version names may be collected
+    # The log moved on meanwhile: what an older version names may be collected.
+    forest = ledger.log.newest() or forest
     for _ in range(MERGE_ATTEMPTS):
-        # Another driver may have added the same domain meanwhile, branched from another version: the first one stays.
-        # And a domain that was taken out meanwhile stays out.
+        # Another driver may have added the same domain meanwhile, branched from another version: the first
+        # one stays. And a domain that was taken out meanwhile stays out.
         new = [expert for expert in experts if expert.domain not in (*forest.domains, *forest.withdrawn)]
         check_merge(forest, {expert.domain: expert.text for expert in experts})
         if not new:
@@ -191,7 +209,9 @@ def merge(forest: Forest, experts: Sequence[Expert], ledger: Ledger) -> Forest:
         newest = ledger.log.newest()
         assert newest is not None
         forest = newest
-    raise StoreError("could not append to the forest log", found=f"{MERGE_ATTEMPTS} lost races", remedy="try again")
+    raise StoreError(
+        "could not append to the forest log", found=f"{MERGE_ATTEMPTS} lost races", remedy="try again"
+    )
 
 
 def _check_none_purged(experts: Sequence[Expert], ledger: Ledger) -> None:
@@ -201,7 +221,8 @@ def _check_none_purged(experts: Sequence[Expert], ledger: Ledger) -> None:
 
 
 def baselines_to_train(prepared: PreparedPlan, ledger: Ledger) -> tuple[list[TrainRequest], list[Failure]]:
-    """The plan's baselines, and those that can never be trained, since a text that they learn from was purged."""
+    """The plan's baselines, and those that can never be trained, since a text
+    that they learn from was purged."""
     asked = baseline_requests(prepared)
     lost = [
         request
@@ -213,7 +234,8 @@ def baselines_to_train(prepared: PreparedPlan, ledger: Ledger) -> tuple[list[Tra
             request.label,
             0,
             "in this store",
-            f"a founding domain was purged, and the {request.role} learns from all of them; take it out of `baselines`",
+            f"a founding domain was purged, and the {request.role} learns from all of them; take it out of "
+            "`baselines`",
         )
         for request in lost
     ]

@@ -39,16 +39,35 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-forest_app = typer.Typer(help="Look at a forest and its history, and look after its store.", no_args_is_help=True)
+forest_app = typer.Typer(
+    help="Look at a forest and its history, and look after its store.", no_args_is_help=True
+)
 app.add_typer(forest_app, name="forest")
-for command in (init, plan, schema, run, expand, evaluate, merge, generate, score, study, report, discover, doctor):
+for command in (
+    init,
+    plan,
+    schema,
+    run,
+    expand,
+    evaluate,
+    merge,
+    generate,
+    score,
+    study,
+    report,
+    discover,
+    doctor,
+):
     app.command()(command)
 for forest_command in (show, log, remove, rollback, diff, contributions, verify, gc, pin):
     forest_app.command()(forest_command)
 
 
 def main() -> None:
-    """The `btm` command. Exit codes: 0 done, 1 some experts failed and are named, 2 the plan or the call is wrong, 130 stopped."""
+    """The `btm` command.
+
+    Exit codes: 0 done, 1 some experts failed and are named, 2 the plan or the call is wrong, 130 stopped.
+    """
     end_at_signals()
     sys.exit(run_command(app))
 
@@ -89,4 +108,6 @@ def _check_current_folder() -> None:
     try:
         os.getcwd()
     except OSError as exc:
-        raise UserError("the current folder is not there any more", found=str(exc), remedy="cd to one that is") from exc
+        raise UserError(
+            "the current folder is not there any more", found=str(exc), remedy="cd to one that is"
+        ) from exc

@@ -1,23 +1,20 @@
 """Every exception that the package raises on purpose.
 
-    BtmError                  exit 1   something failed while running
-    ├── UserError             exit 2   the plan, the call or the text is wrong; nothing was spent
-    │   ├── PlanError                  one or more fields of a plan
-    │   ├── TextError                  a source that cannot be used
-    │   ├── IncompatibleError          models that cannot be averaged or ensembled
-    │   ├── FoundationError            a plan that changes what this store's forest was founded on
-    │   └── ResourcesError             a demand that the cluster can never meet
-    ├── StoreError                     the store did not do what was asked
-    │   ├── MissingError               an object or artifact that should be there
-    │   └── IntegrityError             bytes that are not those that were written
-    ├── TrainingError                  training that cannot go on, such as one out of memory
-    │   └── DivergedError              a loss or weights that are not finite: the recipe's doing, not the machine's
-    ├── StepError                      steps that failed on the cluster, by name, attempts and cause
+    BtmError                  exit 1   something failed while running ├── UserError             exit 2   the
+    plan, the call or the text is wrong; nothing was spent │   ├── PlanError                  one or more
+    fields of a plan │   ├── TextError                  a source that cannot be used │   ├── IncompatibleError
+    models that cannot be averaged or ensembled │   ├── FoundationError            a plan that changes what
+    this store's forest was founded on │   └── ResourcesError             a demand that the cluster can never
+    meet ├── StoreError                     the store did not do what was asked │   ├── MissingError
+    an object or artifact that should be there │   └── IntegrityError             bytes that are not those
+    that were written ├── TrainingError                  training that cannot go on, such as one out of memory
+    │   └── DivergedError              a loss or weights that are not finite: the recipe's doing, not the
+    machine's ├── StepError                      steps that failed on the cluster, by name, attempts and cause
     ├── OutputError                    standard output cannot be written; exit 141 where its reader has gone
     └── Stopped               exit 130 the user or the cluster asked to stop; everything was saved
 
-Each carries four parts: what failed, what was found, what was expected, the remedy. All of them survive pickling,
-since Ray carries them between processes.
+Each carries four parts: what failed, what was found, what was expected, the remedy. All of them survive
+pickling, since Ray carries them between processes.
 """
 
 
@@ -101,5 +98,6 @@ class Stopped(BtmError):
 
 
 def one_line(exc: BaseException, most: int = 300) -> str:
-    """The message of another library's exception, for an error of ours: on one line, at most so many characters."""
+    """The message of another library's exception, for an error of ours: on one
+    line, at most so many characters."""
     return " ".join(str(exc).split())[:most] or type(exc).__name__

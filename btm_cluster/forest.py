@@ -1,7 +1,7 @@
 """Values: experts, and the forest they form.
 
-Knows nothing of where they are stored or how experts are trained. A forest never changes: adding and removing domains
-make a new version of it, and what a version inherits from the first one, its foundation, stays.
+Knows nothing of where they are stored or how experts are trained. A forest never changes: adding and removing
+domains make a new version of it, and what a version inherits from the first one, its foundation, stays.
 """
 
 import dataclasses
@@ -22,7 +22,8 @@ class Parent:
 
 @dataclass(frozen=True)
 class Expert:
-    """A domain's expert as a forest version lists it: the same for equal runs, whatever the machine or the hour."""
+    """A domain's expert as a forest version lists it: the same for equal
+    runs, whatever the machine or the hour."""
 
     domain: str
     identity: str
@@ -40,7 +41,8 @@ class Foundation:
     model: str
     block_tokens: int
     domains: tuple[tuple[str, str], ...]
-    """Name and text identity of the founding domains, by name: the text the seed and the tokenizer have seen."""
+    """Name and text identity of the founding domains, by name: the text the
+    seed and the tokenizer have seen."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Forest:
     parent: str | None = None
     """Hash of the version before."""
     withdrawn: tuple[str, ...] = ()
-    """Names of domains that were taken out on purpose: they are not added again because a plan or an inbox still has them."""
+    """Names of domains that were taken out on purpose: they are not added again
+    because a plan or an inbox still has them."""
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -72,7 +75,9 @@ class Forest:
         raise UserError(f"the forest has no domain {domain!r}", expected=", ".join(self.domains))
 
 
-def merge_into(forest: Forest, experts: Sequence[Expert], manifests: Mapping[str, str], reason: str) -> Forest:
+def merge_into(
+    forest: Forest, experts: Sequence[Expert], manifests: Mapping[str, str], reason: str
+) -> Forest:
     """The next version: the forest's experts and the new ones, a set insertion.
 
     Raises:
@@ -108,7 +113,9 @@ def take_out(forest: Forest, domain: str, reason: str) -> Forest:
         forest,
         version=forest.version + 1,
         experts=tuple(expert for expert in forest.experts if expert != gone),
-        manifests={identity: hashed for identity, hashed in forest.manifests.items() if identity != gone.identity},
+        manifests={
+            identity: hashed for identity, hashed in forest.manifests.items() if identity != gone.identity
+        },
         reason=reason,
         withdrawn=tuple(sorted({*forest.withdrawn, domain})),
     )
@@ -117,7 +124,9 @@ def take_out(forest: Forest, domain: str, reason: str) -> Forest:
 def put_back(forest: Forest, expert: Expert, manifest_hash: str, reason: str) -> Forest:
     """The next version, with an expert that had been taken out."""
     merged = merge_into(forest, [expert], {expert.identity: manifest_hash}, reason)
-    return dataclasses.replace(merged, withdrawn=tuple(name for name in forest.withdrawn if name != expert.domain))
+    return dataclasses.replace(
+        merged, withdrawn=tuple(name for name in forest.withdrawn if name != expert.domain)
+    )
 
 
 def roll_back(forest: Forest, old: Forest, reason: str) -> Forest:
@@ -149,7 +158,10 @@ def difference(before: Forest, after: Forest) -> Difference:
 
 
 def descendants(of: str, parents: Mapping[str, Collection[str]]) -> set[str]:
-    """Every model that descends from one, through whatever lies between. `parents` are identities by identity."""
+    """Every model that descends from one, through whatever lies between.
+
+    `parents` are identities by identity.
+    """
     found: set[str] = set()
     waiting = [of]
     while waiting:
@@ -177,7 +189,10 @@ def check_merge(forest: Forest, texts: Mapping[str, str]) -> None:
 
 
 def describe_forest(forest: Forest) -> dict[str, Any]:
-    """A version as plain values. An expert's entry is the same for equal runs: no times, machines or transactions."""
+    """A version as plain values.
+
+    An expert's entry is the same for equal runs: no times, machines or transactions.
+    """
     return {
         "version": forest.version,
         "reason": forest.reason,

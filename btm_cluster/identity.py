@@ -33,9 +33,12 @@ Inputs: TypeAlias = Mapping[str, tuple[Ref, ...]]
 
 def canonical_json(value: Any) -> bytes:
     """One byte string per value: sorted keys, no spaces, floats as Python writes them."""
-    # Keys that are numbers, as in transformers' id2label, must sort as the strings that they are once read back.
+    # Keys that are numbers, as in transformers' id2label, must sort as the strings that they are once read
+    # back.
     plain = json.loads(json.dumps(value))
-    return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return json.dumps(
+        plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
 
 
 def identity_of(recipe: Mapping[str, Any]) -> str:

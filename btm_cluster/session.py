@@ -1,4 +1,5 @@
-"""A driver for one command, and what goes with it: workers, progress, tracking, and signals that save first."""
+"""A driver for one command, and what goes with it: workers, progress,
+tracking, and signals that save first."""
 
 import threading
 from collections.abc import Iterator
@@ -63,7 +64,8 @@ def open_ledger(store: str) -> "Ledger":
 
 
 class _Asked:
-    """Hears signals: the first one asks to save and stop, a second one to go without saving, a third ends the process."""
+    """Hears signals: the first one asks to save and stop, a second one to go
+    without saving, a third ends the process."""
 
     def __init__(self) -> None:
         self.stop = threading.Event()
@@ -74,5 +76,6 @@ class _Asked:
             end_at_signals()
             raise stopped()
         self.stop.set()
-        if self.driver is None or not self.driver.is_asking:  # the driver itself computes, and has nothing to save
+        # The driver itself computes, and has nothing to save.
+        if self.driver is None or not self.driver.is_asking:
             raise stopped()

@@ -1,4 +1,5 @@
-"""How a process of ours ends when it is asked to, by SIGTERM or Ctrl-C: with exit code 130 and one line, at any moment.
+"""How a process of ours ends when it is asked to, by SIGTERM or Ctrl-C: with
+exit code 130 and one line, at any moment.
 
 Imports nothing that takes long, since a signal may come while the rest is imported.
 """
@@ -21,14 +22,16 @@ def stopped() -> Stopped:
 
 
 def end_at_once(*_: object) -> None:
-    """Ends the process as it is: another library would swallow an exception that is raised while it is imported."""
+    """Ends the process as it is: another library would swallow an exception that
+    is raised while it is imported."""
     show_cursor = b"\x1b[?25h" if sys.stderr.isatty() else b""
     os.write(2, show_cursor + f"error: {stopped()}\n".encode())
     os._exit(Stopped.exit_code)
 
 
 def end_at_signals() -> None:
-    """For the start of a program: from now on a signal ends it, wherever nothing is at work that saves first."""
+    """For the start of a program: from now on a signal ends it, wherever
+    nothing is at work that saves first."""
     for number in SIGNALS:
         signal.signal(number, end_at_once)
 

@@ -1,7 +1,9 @@
-"""Writes requirements.lock and torch-cuda.lock, what the images install, with SHA-256: `python3.11 docker/lock.py`.
+"""Writes requirements.lock and torch-cuda.lock, what the images install, with
+SHA-256: `python3.11 docker/lock.py`.
 
-Takes the versions of constraints.txt and asks pip, which downloads hardly more than metadata: a minute. For Python 3.11 on Linux
-x86_64, as docker/Dockerfile has it. torch is in the file for CUDA alone: its build for CPUs is on an index of its own.
+Takes the versions of constraints.txt and asks pip, which downloads hardly more than metadata: a minute. For
+Python 3.11 on Linux x86_64, as docker/Dockerfile has it. torch is in the file for CUDA alone: its build for
+CPUs is on an index of its own.
 """
 
 import json
@@ -26,7 +28,15 @@ def locked(requirements: list[str], constraints: Path) -> list[str]:
     environment = {name: value for name, value in os.environ.items() if name not in mirrors}
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch, "report.json")
-        command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--only-binary=:all:"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--dry-run",
+            "--ignore-installed",
+            "--only-binary=:all:",
+        ]
         command += ["--quiet", "--report", str(report), "--constraint", str(constraints), *requirements]
         subprocess.run(command, check=True, env=environment | {"PIP_CONFIG_FILE": os.devnull})
         found = json.loads(report.read_text(encoding="utf-8"))["install"]

@@ -2,8 +2,9 @@
 
 ray job submit --working-dir . -- python jobs/expand_forest.py plan.yaml
 
-With nothing to add it ends in seconds and asks the cluster for nothing. Two at once are safe: one waits for the other.
-With --new-resources trainings go on from their checkpoints with the plan's resources, and not with those of their start.
+With nothing to add it ends in seconds and asks the cluster for nothing. Two at once are safe: one waits for
+the other. With --new-resources trainings go on from their checkpoints with the plan's resources, and not with
+those of their start.
 """
 
 import sys

@@ -2,8 +2,9 @@
 
 ray job submit --working-dir . -- python jobs/grow_forest.py plan.yaml
 
-Stopping the job saves first, if it gets the time: set RAY_JOB_STOP_WAIT_TIME_S in the job's environment variables.
-With --new-resources trainings go on from their checkpoints with the plan's resources, and not with those of their start.
+Stopping the job saves first, if it gets the time: set RAY_JOB_STOP_WAIT_TIME_S in the job's environment
+variables. With --new-resources trainings go on from their checkpoints with the plan's resources, and not with
+those of their start.
 """
 
 import sys

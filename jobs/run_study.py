@@ -2,7 +2,8 @@
 
 ray job submit --working-dir . -- python jobs/run_study.py plan.yaml s3://bucket/results
 
-With --new-resources trainings go on from their checkpoints with the plan's resources, and not with those of their start.
+With --new-resources trainings go on from their checkpoints with the plan's resources, and not with those of
+their start.
 """
 
 import sys

@@ -2,8 +2,8 @@
 
 python jobs/submit.py SCHEDULE TICK -- python jobs/expand_forest.py plan.yaml
 
-TICK names this firing of the schedule: with the same one, a restarted submitter takes up the job that the first one submitted.
-Ends with the job's exit code. RAY_ADDRESS and RAY_AUTH_TOKEN lead to the cluster.
+TICK names this firing of the schedule: with the same one, a restarted submitter takes up the job that the
+first one submitted. Ends with the job's exit code. RAY_ADDRESS and RAY_AUTH_TOKEN lead to the cluster.
 """
 
 import os
@@ -28,7 +28,9 @@ def main() -> None:
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": STOP_WAIT_SECONDS}
     address = os.environ.get("RAY_ADDRESS", "auto")
     sys.exit(
-        submit_and_wait(address, schedule, tick, shlex.join(command), variables, lambda line: print(line, flush=True))
+        submit_and_wait(
+            address, schedule, tick, shlex.join(command), variables, lambda line: print(line, flush=True)
+        )
     )
 
 

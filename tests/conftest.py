@@ -44,7 +44,10 @@ def made_up_documents(name: str, count: int, words_per_document: int = 60) -> li
     letters = "".join(sorted(set(name)))
     own = ["".join(rng.choices(letters, k=rng.randint(3, 7))) for _ in range(80)]
     common = ["".join(random.Random(i).choices("aeiourstln", k=4)) for i in range(80)]
-    return [" ".join(rng.choice(rng.choice((own, common))) for _ in range(words_per_document)) for _ in range(count)]
+    return [
+        " ".join(rng.choice(rng.choice((own, common))) for _ in range(words_per_document))
+        for _ in range(count)
+    ]
 
 
 def write_jsonl(path: Path, documents: list[str]) -> Path:
@@ -99,7 +102,8 @@ TOGETHER = {
     "tests/end_to_end/test_survival.py": "another cluster",
     "tests/end_to_end/test_worker_group.py": "another cluster",
 }
-"""What goes to one process where several share the tests, since it shares something dear; the rest goes by file."""
+"""What goes to one process where several share the tests, since it shares
+something dear; the rest goes by file."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -109,7 +113,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Together(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            return next((name for start, name in TOGETHER.items() if nodeid.startswith(start)), nodeid.split("::")[0])
+            return next(
+                (name for start, name in TOGETHER.items() if nodeid.startswith(start)), nodeid.split("::")[0]
+            )
 
     return Together(config, log)
 
@@ -142,7 +148,9 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str,
 def _start_on_a_free_port(folder: Path) -> int:
     """Again with others where a port was taken between the look and its use."""
     for attempt in range(3):
-        port = next(port for port in iter(_object_store_port, None) if _are_free(port, port + 5820, port + 9309))
+        port = next(
+            port for port in iter(_object_store_port, None) if _are_free(port, port + 5820, port + 9309)
+        )
         command = [Path(__file__).parent / "start-radosgw", folder, str(port)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:
@@ -213,7 +221,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real disk of 1 MiB."""
     folder = tmp_path / "small disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
     try:

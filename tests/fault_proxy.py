@@ -1,7 +1,8 @@
-"""A proxy that stands between boto3 and an S3 server on loopback and makes faults, for each request by a policy.
+"""A proxy that stands between boto3 and an S3 server on loopback and makes
+faults, for each request by a policy.
 
-Bytes pass unchanged, the Host header included, so that signatures stay valid. Knows as much HTTP/1.1 as these two speak:
-keep-alive, Content-Length and chunked bodies, `Expect: 100-continue`. Bodies are held in memory.
+Bytes pass unchanged, the Host header included, so that signatures stay valid. Knows as much HTTP/1.1 as these
+two speak: keep-alive, Content-Length and chunked bodies, `Expect: 100-continue`. Bodies are held in memory.
 """
 
 import asyncio
@@ -25,7 +26,9 @@ class Fault(Enum):
 
     NONE = "it is forwarded, and so is its answer"
     SLOW = "the answer comes in pieces, with pauses"
-    REFUSE = "the connection is reset, and new ones are refused for a moment, as by a server that starts again"
+    REFUSE = (
+        "the connection is reset, and new ones are refused for a moment, as by a server that starts again"
+    )
     RESET = "the connection is reset when half of the body has arrived"
     ERROR = "500 InternalError; the server never hears of the request"
     SLOW_DOWN = "503 SlowDown; the server never hears of the request"
@@ -44,7 +47,15 @@ _ERRORS = {
     Fault.EXPIRED: (403, "ExpiredToken"),
     Fault.SKEWED: (403, "RequestTimeTooSkewed"),
 }
-SURVIVED = (Fault.SLOW, Fault.REFUSE, Fault.RESET, Fault.ERROR, Fault.SLOW_DOWN, Fault.TRUNCATE, Fault.LOSE_REPLY)
+SURVIVED = (
+    Fault.SLOW,
+    Fault.REFUSE,
+    Fault.RESET,
+    Fault.ERROR,
+    Fault.SLOW_DOWN,
+    Fault.TRUNCATE,
+    Fault.LOSE_REPLY,
+)
 """What trying again mends, within seconds."""
 
 
@@ -54,12 +65,14 @@ def no_faults(method: str, path: str, count: int) -> Fault:  # noqa: ARG001 - a 
 
 
 def on_first_try(fault: Fault, method: str = "", part: str = "") -> Policy:
-    """The fault for the first try of every request, or of those with that method and that part in their path."""
+    """The fault for the first try of every request, or of those with that
+    method and that part in their path."""
     return lambda m, path, count: fault if count == 1 and method in ("", m) and part in path else Fault.NONE
 
 
 def random_faults(seed: int, rate: float, faults: Sequence[Fault] = SURVIVED) -> Policy:
-    """Faults at that rate, drawn for each request on its own, so that racing threads do not change what they meet."""
+    """Faults at that rate, drawn for each request on its own, so that racing
+    threads do not change what they meet."""
 
     def decide(method: str, path: str, count: int) -> Fault:
         draw = random.Random(f"{seed} {method} {path} {count}")
@@ -71,7 +84,8 @@ def random_faults(seed: int, rate: float, faults: Sequence[Fault] = SURVIVED) ->
 class FaultProxy:
     """The proxy, in a thread of its own while its `with` block lasts.
 
-    Whatever opens and shuts its port runs in the loop without a pause, so that no two of them come between each other.
+    Whatever opens and shuts its port runs in the loop without a pause, so that no two of them come between
+    each other.
     """
 
     def __init__(self, target: str, policy: Policy = no_faults) -> None:
@@ -131,7 +145,8 @@ class FaultProxy:
         self._loop.add_reader(self._socket, self._take_connection)
 
     def _shut(self, pause: float | None = None) -> None:
-        """Stops listening, for that many seconds or for good, and drops all connections but the one that asks for it."""
+        """Stops listening, for that many seconds or for good, and drops all
+        connections but the one that asks for it."""
         if self._resuming:
             self._resuming.cancel()
         self._resuming = None

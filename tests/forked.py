@@ -1,7 +1,9 @@
-"""Programs of ours as real processes, forked from one that has imported what they need and has not imported Ray.
+"""Programs of ours as real processes, forked from one that has imported what
+they need and has not imported Ray.
 
-A driver of its own imports for four seconds of a core. What comes before and what comes after is the same: its own
-signals, output, environment and exit code. Ray reads its settings when it is imported, so each program does that itself.
+A driver of its own imports for four seconds of a core. What comes before and what comes after is the same:
+its own signals, output, environment and exit code. Ray reads its settings when it is imported, so each
+program does that itself.
 """
 
 import multiprocessing
@@ -28,7 +30,9 @@ class ForkedProcess:
         self, module: str, arguments: Sequence[str], environment: dict[str, str], out: Path, err: Path
     ) -> None:
         self._arguments = list(arguments)
-        self._process = _FORKSERVER.Process(target=_run, args=(module, self._arguments, environment, out, err))
+        self._process = _FORKSERVER.Process(
+            target=_run, args=(module, self._arguments, environment, out, err)
+        )
         self._process.start()
 
     def poll(self) -> int | None:

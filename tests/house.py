@@ -1,4 +1,5 @@
-"""A store with an artifact of every kind, made without training: for tests of what is collected and purged."""
+"""A store with an artifact of every kind, made without training: for tests
+of what is collected and purged."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,8 @@ def named(kind: str, recipe: Mapping[str, Any], inputs: Inputs) -> Origin:
 
 
 class House:
-    """A store of a forest that was founded on law and code: an expert of each, and one of news that started from their average."""
+    """A store of a forest that was founded on law and code: an expert of each, and one
+    of news that started from their average."""
 
     def __init__(self, storage: Storage, folder: Path) -> None:
         self.storage, self.ledger, self.folder = storage, Ledger(storage), folder
@@ -65,7 +67,11 @@ class House:
     def read(self, domain: str) -> None:
         self.commit(f"{domain} text", "text", {})
         self.ledger.commit(
-            self.origin(f"{domain} source", "source", {}), {}, {}, {"name": domain}, [self.refs[f"{domain} text"]]
+            self.origin(f"{domain} source", "source", {}),
+            {},
+            {},
+            {"name": domain},
+            [self.refs[f"{domain} text"]],
         )
         self.commit(f"{domain} tokens", "tokens", {"text": [f"{domain} text"], "tokenizer": ["tokenizer"]})
 
@@ -84,7 +90,9 @@ class House:
 
     def expert(self, domain: str, *parents: str) -> Expert:
         weights = tuple(Parent(self.refs[parent].identity, 1 / len(parents)) for parent in parents)
-        return Expert(domain, self.refs[f"{domain} expert"].identity, "", self.refs[f"{domain} text"].identity, weights)
+        return Expert(
+            domain, self.refs[f"{domain} expert"].identity, "", self.refs[f"{domain} text"].identity, weights
+        )
 
     def found(self) -> None:
         """The seed, its rivals, and the experts of law and code."""
@@ -97,13 +105,20 @@ class House:
         self.train("transformer-lm", ["law", "code"], "transformer-lm")
         whole = self.origin("demix", "model", self.training(["law", "code"]))
         for domain in ("law", "code"):
-            self.commit(f"{domain} part", "model", {"demix": ["demix"], "texts": [f"{domain} text"]}, role="demix-part")
+            self.commit(
+                f"{domain} part",
+                "model",
+                {"demix": ["demix"], "texts": [f"{domain} text"]},
+                role="demix-part",
+            )
         parts = [self.refs["law part"], self.refs["code part"]]
         self.ledger.commit(whole, self.files("demix"), {"role": "demix"}, {}, parts)
         seed, log = self.refs["seed"].identity, self.ledger.log
         domains = tuple((domain, self.refs[f"{domain} text"].identity) for domain in ("code", "law"))
         foundation = Foundation(seed, self.refs["tokenizer"].identity, "config", 32, domains)
-        log.append(Forest(0, foundation, (), {seed: self.ledger.get(self.refs["seed"]).manifest_hash}, "founded"))
+        log.append(
+            Forest(0, foundation, (), {seed: self.ledger.get(self.refs["seed"]).manifest_hash}, "founded")
+        )
         for domain in ("law", "code"):
             self.train(f"{domain} expert", [domain], "expert", ("seed",))
         self.merge(self.expert("law", "seed"), self.expert("code", "seed"))
@@ -116,14 +131,20 @@ class House:
         return merge(newest, experts, self.ledger)
 
     def live(self) -> None:
-        """All that is made of them, and news, whose expert started from an average that was fitted on its text."""
+        """All that is made of them, and news, whose expert started from an
+        average that was fitted on its text."""
         self.read("news")
         experts = ["law expert", "code expert"]
         for text in ("law", "code", "news"):
             scores = [self.score(expert, text) for expert in experts]
             self.commit(f"fit for {text}", "fit", {"models": experts, "scores": scores, "for_all": []})
             self.commit(f"mixture for {text}", "mixture", {"fit": [f"fit for {text}"], "scores": scores})
-            self.commit(f"average for {text}", "model", {"models": experts, "fit": [f"fit for {text}"]}, role="average")
+            self.commit(
+                f"average for {text}",
+                "model",
+                {"models": experts, "fit": [f"fit for {text}"]},
+                role="average",
+            )
         self.commit("soup", "soup", {"models": experts, "tokens": ["news tokens"], "fit": []})
         self.commit("overlap", "overlap", {"text": ["code text"], "tests": ["law text", "news text"]})
         self.score("seed", "law")
@@ -139,7 +160,8 @@ class House:
         )
 
     def fill(self) -> None:
-        """What lies about: an inbox, a refusal, curves, a checkpoint, an open branch point that was held back."""
+        """What lies about: an inbox, a refusal, curves, a checkpoint, an open
+        branch point that was held back."""
         for key in (
             "inbox/law/a.jsonl",
             "inbox/law/READY",
@@ -154,7 +176,9 @@ class House:
         hold(self.ledger, Held(point.identity, "0" * 64, 1, 0.5, "worse"))
         for domain in ("law", "poems"):
             again = named(
-                "model", {"again": domain}, self.origin("", "model", self.training([domain], ("seed",))).inputs
+                "model",
+                {"again": domain},
+                self.origin("", "model", self.training([domain], ("seed",))).inputs,
             )
             self.ledger.save_training(again, 3, self.files(f"checkpoint of {domain}"), {"how": {}})
 

@@ -1,4 +1,5 @@
-"""A store in memory, with trouble at the operation that a test names: for tests that end a process at every one in turn."""
+"""A store in memory, with trouble at the operation that a test names: for tests
+that end a process at every one in turn."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,8 @@ class Crash(BaseException):
 
 
 class InMemory:
-    """A store in a dictionary, with a clock that a test sets, and trouble at the operation that a test names."""
+    """A store in a dictionary, with a clock that a test sets, and trouble at
+    the operation that a test names."""
 
     location = "memory"
 
@@ -86,7 +88,9 @@ class InMemory:
         return f"memory://{key}"
 
     def list(self, prefix: str) -> Iterator[Entry]:
-        here = self._do(lambda: [(key, *self.objects[key]) for key in sorted(self.objects) if key.startswith(prefix)])
+        here = self._do(
+            lambda: [(key, *self.objects[key]) for key in sorted(self.objects) if key.startswith(prefix)]
+        )
         return iter([Entry(key, len(data), modified) for key, data, modified in here])
 
     def delete(self, key: str) -> None:

@@ -8,7 +8,8 @@ from btm_cluster.terminal.tables import consoles, plain_table, show_table
 
 
 def contributions(store: Store, json_output: Json = False) -> None:
-    """Show what each expert is worth on each text: how test perplexity rises without it, from cached scores alone."""
+    """Show what each expert is worth on each text: how test perplexity rises
+    without it, from cached scores alone."""
     from btm_cluster.operations.contributions import contributions
 
     found = contributions(open_ledger(store))
@@ -17,7 +18,11 @@ def contributions(store: Store, json_output: Json = False) -> None:
         return
     rows = [["all experts", "", *(f"{text.perplexity:.2f}" for text in found.texts)]]
     rows += [
-        [f"without {domain}", f"{found.mean_rise(domain):+.1%}", *(f"{text.rise(domain):+.1%}" for text in found.texts)]
+        [
+            f"without {domain}",
+            f"{found.mean_rise(domain):+.1%}",
+            *(f"{text.rise(domain):+.1%}" for text in found.texts),
+        ]
         for domain in sorted(found.domains, key=found.mean_rise, reverse=True)
     ]
     title = f"Test perplexity of forest version {found.version}, and its rise without an expert"

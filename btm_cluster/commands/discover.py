@@ -29,19 +29,23 @@ def discover(
     clusters: Annotated[
         int | None, typer.Option(help="How many to find.", min=2, max=MOST_CLUSTERS, show_default=False)
     ] = None,
-    to: Annotated[Path | None, typer.Option(help="New folder for domain files and model.", show_default=False)] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="New folder for domain files and model.", show_default=False)
+    ] = None,
     model: Annotated[
         Path | None, typer.Option(help="Place the text in these clusters, found before.", show_default=False)
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="A data set, by hub name or folder, instead of files.", show_default=False)
+        str | None,
+        typer.Option(help="A data set, by hub name or folder, instead of files.", show_default=False),
     ] = None,
     split: Annotated[
         str | None, typer.Option(help="The data set's split; without it, train.", show_default=False)
     ] = None,
     field: Annotated[str, typer.Option(help="Field of a row that holds the document.")] = "text",
     delimiter: Annotated[
-        str | None, typer.Option(help="Cuts text files into documents; else a file is one.", show_default=False)
+        str | None,
+        typer.Option(help="Cuts text files into documents; else a file is one.", show_default=False),
     ] = None,
     bad_documents: Annotated[Literal["refuse", "skip"], typer.Option(help="As in a plan.")] = "refuse",
     sample: Annotated[int, typer.Option(help="Documents in which clusters are looked for.", min=2)] = 20_000,
@@ -92,7 +96,13 @@ def _show(found: "Discovery", to: Path | None, json_output: bool) -> None:
         return
     documents = max(1, sum(cluster.documents for cluster in found.clusters))
     rows = [
-        [c.name, f"{c.documents:,}", f"{c.documents / documents:.1%}", f"{c.characters:,}", ", ".join(c.words)]
+        [
+            c.name,
+            f"{c.documents:,}",
+            f"{c.documents / documents:.1%}",
+            f"{c.characters:,}",
+            ", ".join(c.words),
+        ]
         for c in found.clusters
     ]
     headings = ["cluster", "documents", "share", "characters", "most characteristic words"]

@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 
 
 def doctor(
-    plan_path: Annotated[Path | None, typer.Argument(help="The plan, a YAML file.", show_default=False)] = None,
+    plan_path: Annotated[
+        Path | None, typer.Argument(help="The plan, a YAML file.", show_default=False)
+    ] = None,
     json_output: JsonAndProgress = False,
     address: Address = None,
 ) -> None:
-    """Look for what would make a run fail: Ray, token, store, clock, disk, GPUs, threads, room. Trains nothing."""
+    """Look for what would make a run fail: Ray, token, store, clock, disk,
+    GPUs, threads, room. Trains nothing."""
     plan = None if plan_path is None else read_plan(plan_path)
     check_shadowing()
     end_input()
@@ -31,7 +34,11 @@ def doctor(
 
     checks = examine(plan, address, Path.cwd())
     wrong = sum(check.state == "wrong" for check in checks)
-    print(json.dumps([asdict(check) for check in checks], indent=1) if json_output else "\n".join(check_lines(checks)))
+    print(
+        json.dumps([asdict(check) for check in checks], indent=1)
+        if json_output
+        else "\n".join(check_lines(checks))
+    )
     if wrong:
         raise UserError(
             f"{wrong} of {len(checks)} checks found something wrong", remedy="the lines above say what to do"
@@ -42,6 +49,7 @@ def check_lines(checks: Sequence["Check"]) -> list[str]:
     """A line for each check of `btm doctor`, with the remedy where one is called for."""
     width = max(len(check.name) for check in checks)
     return [
-        f"{check.state:5}  {check.name:{width}}  {check.found}{'; remedy: ' if check.remedy else ''}{check.remedy}"
+        f"{check.state:5}  {check.name:{width}}  "
+        f"{check.found}{'; remedy: ' if check.remedy else ''}{check.remedy}"
         for check in checks
     ]

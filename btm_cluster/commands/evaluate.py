@@ -8,7 +8,10 @@ from btm_cluster.workers.shadowing import check_shadowing
 
 
 def evaluate(
-    plan_path: PlanPath, json_output: JsonAndProgress = False, address: Address = None, in_process: InProcess = False
+    plan_path: PlanPath,
+    json_output: JsonAndProgress = False,
+    address: Address = None,
+    in_process: InProcess = False,
 ) -> None:
     """Evaluate the forest as it stands, on the text of all its domains and of the plan's targets."""
     plan = read_plan(plan_path)

@@ -1,11 +1,19 @@
-"""`btm expand`: says what was found, what was refused or held back and why, and one last line that says it all."""
+"""`btm expand`: says what was found, what was refused or held back and why,
+and one last line that says it all."""
 
 import json
 from typing import TYPE_CHECKING
 
 from btm_cluster.plan import read_plan
 from btm_cluster.session import driving
-from btm_cluster.terminal.options import Address, Dashboard, InProcess, JsonAndProgress, NewResources, PlanPath
+from btm_cluster.terminal.options import (
+    Address,
+    Dashboard,
+    InProcess,
+    JsonAndProgress,
+    NewResources,
+    PlanPath,
+)
 from btm_cluster.terminal.tables import consoles
 from btm_cluster.workers.shadowing import check_shadowing
 
@@ -22,7 +30,8 @@ def expand(
     dashboard: Dashboard = False,
     new_resources: NewResources = False,
 ) -> None:
-    """Add the domains that the plan or the store's inbox has and the forest has not. Nothing to add: starts nothing."""
+    """Add the domains that the plan or the store's inbox has and the forest has
+    not. Nothing to add: starts nothing."""
     plan = read_plan(plan_path)
     check_shadowing()
     from btm_cluster.driver.driver import step_error

@@ -14,8 +14,12 @@ from btm_cluster.terminal.options import Json, Store
 def gc(
     store: Store,
     keep_versions: Annotated[int, typer.Option(help="Newest versions whose models stay.", min=1)] = 10,
-    grace_days: Annotated[float, typer.Option(help="What is younger stays: longer than any run takes.", min=0)] = 30,
-    delete: Annotated[bool, typer.Option("--delete", help="Delete it; without this, only say what would go.")] = False,
+    grace_days: Annotated[
+        float, typer.Option(help="What is younger stays: longer than any run takes.", min=0)
+    ] = 30,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Delete it; without this, only say what would go.")
+    ] = False,
     json_output: Json = False,
 ) -> None:
     """Find, and with --delete remove, what no kept version, no run in the making and nothing young reaches.
@@ -32,7 +36,12 @@ def gc(
         print(json.dumps(asdict(garbage) | {"deleted": delete}, indent=1))
         return
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(garbage.kinds.items())) or "no artifacts"
-    blobs = f"{len(garbage.blobs)} blobs" + (f" and {len(garbage.unfinished)} unfinished" if garbage.unfinished else "")
+    blobs = f"{len(garbage.blobs)} blobs" + (
+        f" and {len(garbage.unfinished)} unfinished" if garbage.unfinished else ""
+    )
     print(f"{'deleted' if delete else 'would delete'}: {kinds}, {blobs} of {garbage.size_bytes:,} bytes")
     if not delete and (garbage.manifests or garbage.blobs or garbage.unfinished):
-        print("the same with --delete deletes them; ages are by this machine's clock here, and by the store's there")
+        print(
+            "the same with --delete deletes them; ages are by this machine's clock here, and by the store's "
+            "there"
+        )

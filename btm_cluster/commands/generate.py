@@ -1,4 +1,5 @@
-"""`btm generate`: prompts from arguments, standard input or a file; and its texts, who carried which token, why each ended."""
+"""`btm generate`: prompts from arguments, standard input or a file; and its
+texts, who carried which token, why each ended."""
 
 import json
 import os
@@ -43,23 +44,33 @@ def generate(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="File of prompts: one per line, or .jsonl with a field `prompt`.", show_default=False),
+        typer.Option(
+            help="File of prompts: one per line, or .jsonl with a field `prompt`.", show_default=False
+        ),
     ] = None,
     target: Annotated[
-        str | None, typer.Option("--for", help="Text whose fitted prior to mix the experts by.", show_default=False)
+        str | None,
+        typer.Option("--for", help="Text whose fitted prior to mix the experts by.", show_default=False),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 100,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that together reach this.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the likeliest tokens that together reach this.")
+    ] = 1.0,
     top_k: Annotated[
         int | None, typer.Option(help="Draw from so many of the likeliest tokens.", show_default=False)
     ] = None,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1, tokens that were there are avoided.")] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1, tokens that were there are avoided.")
+    ] = 1.0,
     stop: Annotated[
-        list[str] | None, typer.Option(help="A text ends before this string; may be repeated.", show_default=False)
+        list[str] | None,
+        typer.Option(help="A text ends before this string; may be repeated.", show_default=False),
     ] = None,
     seed: Annotated[int, typer.Option(help="Another one, another text.")] = 0,
-    show_experts: Annotated[bool, typer.Option(help="Mark each token by the expert that carried it.")] = False,
+    show_experts: Annotated[
+        bool, typer.Option(help="Mark each token by the expert that carried it.")
+    ] = False,
     json_output: JsonAndProgress = False,
     address: Address = None,
     in_process: InProcess = False,
@@ -92,7 +103,10 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
         return [_in_utf8(given, "the prompt")]
     if prompt is not None:
         raise UserError(
-            "there are prompts twice", found="--prompt and --prompts", expected="one of them", remedy="leave one out"
+            "there are prompts twice",
+            found="--prompt and --prompts",
+            expected="one of them",
+            remedy="leave one out",
         )
     try:
         data = file.read_bytes()
@@ -122,7 +136,9 @@ def _standard_input() -> bytes:
     try:
         return sys.stdin.buffer.read()
     except OSError as exc:
-        raise UserError("the prompt cannot be read", found=str(exc), remedy="give it as `--prompt TEXT`") from exc
+        raise UserError(
+            "the prompt cannot be read", found=str(exc), remedy="give it as `--prompt TEXT`"
+        ) from exc
 
 
 def _in_utf8(data: bytes, what: str) -> str:
@@ -139,7 +155,8 @@ def _as_json(one: "Generated", show_experts: bool) -> dict[str, Any]:
 
 
 def _show_generated(found: Sequence["Generated"], show_experts: bool, console: "Console") -> None:
-    """Prints the texts on standard output, below a line each where there are several, and on standard error how they came about."""
+    """Prints the texts on standard output, below a line each where there are several,
+    and on standard error how they came about."""
     for number, one in enumerate(found, 1):
         name = f"prompt {number} of {len(found)}"
         if len(found) > 1:
@@ -157,7 +174,9 @@ def _show_generated(found: Sequence["Generated"], show_experts: bool, console: "
 def _summary(one: "Generated") -> str:
     """How much was written, why it ended, and whom the forest trusted, the most trusted first."""
     shares = sorted(one.trust.items(), key=lambda share: -share[1])
-    trusted = "; trusted " + ", ".join(f"{domain} {share:.0%}" for domain, share in shares) if one.tokens else ""
+    trusted = (
+        "; trusted " + ", ".join(f"{domain} {share:.0%}" for domain, share in shares) if one.tokens else ""
+    )
     return f"{one.tokens} tokens, {ENDINGS[one.finish]}{trusted}"
 
 
@@ -165,13 +184,15 @@ def _block_note(one: "Generated") -> str:
     """Why a text ends before as many tokens as were asked for."""
     block_tokens = one.prompt_tokens + one.tokens
     return (
-        f"the block of {block_tokens} tokens is full: the prompt has {one.prompt_tokens}, and the forest reads no further; "
+        f"the block of {block_tokens} tokens is full: the prompt has {one.prompt_tokens}, and the forest "
+        "reads no further; "
         "to go on, give the end of the text as a prompt"
     )
 
 
 def _show_experts(one: "Generated", console: "Console") -> None:
-    """The text in its experts' colours or, without colours, with a mark where the expert changes; then a legend."""
+    """The text in its experts' colours or, without colours, with a mark where
+    the expert changes; then a legend."""
     from rich.text import Text
 
     carried = Counter(piece.expert for piece in one.pieces)

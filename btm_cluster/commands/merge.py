@@ -18,7 +18,9 @@ def merge(
     weights: Annotated[
         str, typer.Option(help="uniform, argmax, posterior; or searched: greedy, learned.")
     ] = "posterior",
-    target: Annotated[str | None, typer.Option("--for", help="Text to merge for; uniform needs none.")] = None,
+    target: Annotated[
+        str | None, typer.Option("--for", help="Text to merge for; uniform needs none.")
+    ] = None,
     json_output: JsonAndProgress = False,
     address: Address = None,
     in_process: InProcess = False,

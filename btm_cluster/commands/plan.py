@@ -49,7 +49,8 @@ def preview_table(preview: "Preview", notes: Sequence[str], console: "Console") 
         for step in preview.steps
     ]
     show_table(
-        plain_table("What a run would do", ["step", "state", "updates", "tokens", "stored", unit], rows), console
+        plain_table("What a run would do", ["step", "state", "updates", "tokens", "stored", unit], rows),
+        console,
     )
     total = "no rate known: give cluster.tokens_per_gpu_second, or train something in this store first"
     if preview.device_hours is not None:
@@ -57,12 +58,14 @@ def preview_table(preview: "Preview", notes: Sequence[str], console: "Console") 
     if preview.money is not None:
         total += f", {preview.money:,.2f} at {preview.price_per_gpu_hour} per GPU-hour"
     console.print(
-        f"{preview.parameters:,} parameters, {preview.non_embedding_parameters:,} without embeddings; {total}.",
+        f"{preview.parameters:,} parameters, {preview.non_embedding_parameters:,} without embeddings; "
+        f"{total}.",
         soft_wrap=True,
     )
     console.print(f"Every block is read after the token {preview.first_token}.", soft_wrap=True)
     goes_on = [
-        f"{demand.label} goes on at update {demand.saved_at} with the resources of its start, {demand.description}; "
+        f"{demand.label} goes on at update {demand.saved_at} with the resources of its start, "
+        f"{demand.description}; "
         f"with the plan's by {NEW_RESOURCES}"
         for demand in preview.demands
         if demand.saved_at is not None

@@ -20,12 +20,17 @@ if TYPE_CHECKING:
 def remove(
     domain: Domain,
     store: Store,
-    purge: Annotated[bool, typer.Option("--purge", help="Delete it for good: text, tokens, scores, weights.")] = False,
+    purge: Annotated[
+        bool, typer.Option("--purge", help="Delete it for good: text, tokens, scores, weights.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before purging: for scripts.")] = False,
-    undo: Annotated[bool, typer.Option("--undo", help="Bring a removed domain back, unless it was purged.")] = False,
+    undo: Annotated[
+        bool, typer.Option("--undo", help="Bring a removed domain back, unless it was purged.")
+    ] = False,
     json_output: Json = False,
 ) -> None:
-    """Take a domain out of the forest: a new version, at once in effect. Says what still carries its influence."""
+    """Take a domain out of the forest: a new version, at once in effect. Says
+    what still carries its influence."""
     from btm_cluster.ledger.versions import last_expert
     from btm_cluster.operations.remove import bring_back, influence_of, remove
 
@@ -54,7 +59,9 @@ def _check_call(purge: bool, yes: bool, undo: bool) -> None:
     if purge and undo:
         raise UserError("--purge and --undo exclude each other")
     if yes and not purge:
-        raise UserError("--yes without --purge has nothing to confirm", remedy="add --purge, or leave --yes out")
+        raise UserError(
+            "--yes without --purge has nothing to confirm", remedy="add --purge, or leave --yes out"
+        )
 
 
 def _purge_domain(ledger: "Ledger", domain: str, yes: bool, json_output: bool) -> None:
@@ -65,7 +72,9 @@ def _purge_domain(ledger: "Ledger", domain: str, yes: bool, json_output: bool) -
     if not json_output:
         _state(purge_plan)
     if not yes and not _confirmed(domain):
-        raise UserError(f"{domain!r} was not purged", found="no confirmation", remedy="confirm it, or say --yes")
+        raise UserError(
+            f"{domain!r} was not purged", found="no confirmation", remedy="confirm it, or say --yes"
+        )
     purged = purge(ledger, domain)
     forest, influence = purged.forest, purged.influence
     if json_output:
@@ -77,7 +86,8 @@ def _purge_domain(ledger: "Ledger", domain: str, yes: bool, json_output: bool) -
         _tell(influence, purged=True)
     if "://" in ledger.storage.location:
         print(
-            "this node's cache is clear of it; empty BTM_CACHE_FOLDER on the others, or let them evict what is unused"
+            "this node's cache is clear of it; empty BTM_CACHE_FOLDER on the others, or let them evict what "
+            "is unused"
         )
 
 
@@ -100,11 +110,17 @@ def _tell(influence: "Influence", purged: bool = False) -> None:
     """Says what still carries a removed domain."""
     carriers = []
     if influence.seed:
-        carriers.append(f"the seed {influence.seed[:12]}, since it was a founding domain, and so every expert")
+        carriers.append(
+            f"the seed {influence.seed[:12]}, since it was a founding domain, and so every expert"
+        )
     if influence.tokenizer:
         carriers.append(f"the tokenizer {influence.tokenizer[:12]}, trained on its text among others")
-    carriers += [f"the baseline {identity[:12]}, trained on it among others" for identity in influence.baselines]
-    carriers += [f"the expert of {domain}, which descends from its expert" for domain in influence.descendants]
+    carriers += [
+        f"the baseline {identity[:12]}, trained on it among others" for identity in influence.baselines
+    ]
+    carriers += [
+        f"the expert of {domain}, which descends from its expert" for domain in influence.descendants
+    ]
     if influence.merged and not purged:
         carriers.append(f"{len(influence.merged)} averaged models in the store")
     carriers.append("averaged models that were written elsewhere before, with `btm merge`")

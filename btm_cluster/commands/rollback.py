@@ -18,5 +18,11 @@ def rollback(
     from btm_cluster.operations.rollback import rollback
 
     forest = rollback(open_ledger(store), version)
-    told = json.dumps({"version": forest.version, "reason": forest.reason, "domains": list(forest.domains)}, indent=1)
-    print(told if json_output else f"forest version {forest.version}: {forest.reason}, {len(forest.experts)} experts")
+    told = json.dumps(
+        {"version": forest.version, "reason": forest.reason, "domains": list(forest.domains)}, indent=1
+    )
+    print(
+        told
+        if json_output
+        else f"forest version {forest.version}: {forest.reason}, {len(forest.experts)} experts"
+    )

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING
 
 from btm_cluster.plan import read_plan
 from btm_cluster.session import driving
-from btm_cluster.terminal.options import Address, Dashboard, InProcess, JsonAndProgress, NewResources, PlanPath
+from btm_cluster.terminal.options import (
+    Address,
+    Dashboard,
+    InProcess,
+    JsonAndProgress,
+    NewResources,
+    PlanPath,
+)
 from btm_cluster.terminal.tables import consoles, plain_table, show_table
 from btm_cluster.terminal.verdict import verdict_tables
 from btm_cluster.workers.shadowing import check_shadowing
@@ -54,12 +61,15 @@ def show_run(run: "Run", json_output: bool) -> None:
         console.print(f"note: {name} was taken out of the forest and is passed over", soft_wrap=True)
     if run.trained_otherwise:
         console.print(
-            f"note: the plan's `branching` has changed, and these stay as they were trained: {', '.join(run.trained_otherwise)}; "
+            f"note: the plan's `branching` has changed, and these stay as they were trained: "
+            f"{', '.join(run.trained_otherwise)}; "
             "with another `store` all experts are trained by it",
             soft_wrap=True,
         )
     for name in run.missing_baselines:
-        console.print(f"note: {name} is not trained, and not compared with; `btm run` trains it", soft_wrap=True)
+        console.print(
+            f"note: {name} is not trained, and not compared with; `btm run` trains it", soft_wrap=True
+        )
     show_table(fits_table(run.priors, run.evidence_weights), console)
     verdict_tables(run.verdict, console)
     notes.print(run.steps_line, soft_wrap=True)
@@ -67,7 +77,15 @@ def show_run(run: "Run", json_output: bool) -> None:
 
 def texts_table(texts: Sequence["TextReport"]) -> "Table":
     """The paper's Table 7, and how much test text also stands in training text."""
-    headings = ["text", "training words", "tokens", "development tokens", "test tokens", "duplicates", "skipped"]
+    headings = [
+        "text",
+        "training words",
+        "tokens",
+        "development tokens",
+        "test tokens",
+        "duplicates",
+        "skipped",
+    ]
     headings += ["test documents in training", "20-word windows in training"]
     table = plain_table("Texts", headings, [_row_of_text(text) for text in texts])
     table.columns[0].no_wrap = True
@@ -89,7 +107,8 @@ def _row_of_text(text: "TextReport") -> list[str]:
 
 
 def skipped_notice(texts: Sequence["TextReport"], wanted_blocks: int) -> list[str]:
-    """Sentences on what a reader of the tables should know: skipped documents, and less development text than asked for."""
+    """Sentences on what a reader of the tables should know: skipped documents, and
+    less development text than asked for."""
     notices = [f"{t.name}: skipped {n} × {reason}" for t in texts for reason, n in t.skipped.items()]
     short = [f"{t.name} {t.development_blocks}" for t in texts if t.development_blocks < wanted_blocks]
     if short:
@@ -101,4 +120,6 @@ def fits_table(weights: Mapping[str, Mapping[str, float]], evidence: Mapping[str
     """The fitted values: each text's prior over the experts, and β of the calibrated posterior."""
     experts = list(next(iter(weights.values())))
     rows = [[text, *(f"{p[e]:.3f}" for e in experts), f"{evidence[text]:.3f}"] for text, p in weights.items()]
-    return plain_table("Fitted prior by text, and the weight of evidence", ["text", *experts, "evidence"], rows)
+    return plain_table(
+        "Fitted prior by text, and the weight of evidence", ["text", *experts, "evidence"], rows
+    )

@@ -1,4 +1,5 @@
-"""`btm score` on the command line: texts and a forest from arguments; a line for each document as it is scored, then the total."""
+"""`btm score` on the command line: texts and a forest from arguments; a line for each
+document as it is scored, then the total."""
 
 import json
 import os
@@ -25,24 +26,30 @@ def score(
     files: Annotated[
         list[str] | None, typer.Argument(help="Files or globs, local or s3://.", show_default=False)
     ] = None,
-    text: Annotated[str | None, typer.Option(help="A text itself, instead of files.", show_default=False)] = None,
+    text: Annotated[
+        str | None, typer.Option(help="A text itself, instead of files.", show_default=False)
+    ] = None,
     store: Annotated[
         str | None,
         typer.Option(help="A forest's store, mixed by the paper's posterior.", show_default=False),
     ] = None,
     plan_path: Annotated[
-        Path | None, typer.Option("--plan", help="A plan, whose forest is mixed as it says.", show_default=False)
+        Path | None,
+        typer.Option("--plan", help="A plan, whose forest is mixed as it says.", show_default=False),
     ] = None,
     target: Annotated[
-        str | None, typer.Option("--for", help="With --plan: text whose fitted mixture to use.", show_default=False)
+        str | None,
+        typer.Option("--for", help="With --plan: text whose fitted mixture to use.", show_default=False),
     ] = None,
     field: Annotated[str, typer.Option(help="Field of a row that holds the document.")] = "text",
     delimiter: Annotated[
-        str | None, typer.Option(help="Cuts text files into documents; else a file is one.", show_default=False)
+        str | None,
+        typer.Option(help="Cuts text files into documents; else a file is one.", show_default=False),
     ] = None,
     bad_documents: Annotated[Literal["refuse", "skip"], typer.Option(help="As in a plan.")] = "refuse",
     packed: Annotated[
-        bool, typer.Option("--packed", help="Documents follow each other in blocks, as the verdict reads them.")
+        bool,
+        typer.Option("--packed", help="Documents follow each other in blocks, as the verdict reads them."),
     ] = False,
     json_output: JsonAndProgress = False,
     address: Address = None,
@@ -64,7 +71,11 @@ def score(
 
 
 def _check_call(
-    files: Sequence[str] | None, text: str | None, store: str | None, plan_path: Path | None, target: str | None
+    files: Sequence[str] | None,
+    text: str | None,
+    store: str | None,
+    plan_path: Path | None,
+    target: str | None,
 ) -> None:
     if bool(files) == (text is not None):
         found = "both" if files else "neither"
@@ -89,7 +100,12 @@ def _string(text: str) -> "list[NamedText]":
 
 
 def _scorer(
-    store: str | None, plan: Plan | None, target: str | None, address: str | None, in_process: bool, json_output: bool
+    store: str | None,
+    plan: Plan | None,
+    target: str | None,
+    address: str | None,
+    in_process: bool,
+    json_output: bool,
 ) -> "DocumentScorer":
     from btm_cluster.operations.score import scorer_of_plan, scorer_of_store
 

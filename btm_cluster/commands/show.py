@@ -40,7 +40,9 @@ def forest_table(forest: "Forest") -> "Table":
             expert.domain,
             expert.identity[:12],
             expert.text[:12],
-            ", ".join(f"{_parent_name(forest, parent.identity)} × {parent.weight:g}" for parent in expert.parents),
+            ", ".join(
+                f"{_parent_name(forest, parent.identity)} × {parent.weight:g}" for parent in expert.parents
+            ),
         ]
         for expert in forest.experts
     ]

@@ -12,13 +12,16 @@ from btm_cluster.workers.shadowing import check_shadowing
 
 def study(
     plan_path: PlanPath,
-    to: Annotated[str, typer.Option(help="Folder for the results, or s3://bucket/prefix.", show_default=False)],
+    to: Annotated[
+        str, typer.Option(help="Folder for the results, or s3://bucket/prefix.", show_default=False)
+    ],
     address: Address = None,
     in_process: InProcess = False,
     dashboard: Dashboard = False,
     new_resources: NewResources = False,
 ) -> None:
-    """Run the paper's comparison on the plan's texts: rivals, controls, sizes, repeats; tables and figures."""
+    """Run the paper's comparison on the plan's texts: rivals, controls,
+    sizes, repeats; tables and figures."""
     plan = read_plan(plan_path)
     check_shadowing()
     from btm_cluster.operations.study import open_place, write_studies

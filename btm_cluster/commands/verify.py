@@ -17,7 +17,8 @@ def verify(store: Store, json_output: Json = False) -> None:
         print(json.dumps(asdict(seen), indent=1))
     else:
         print(
-            f"read {seen.versions} versions, {seen.artifacts} artifacts, {seen.blobs} blobs of {seen.size_bytes:,} bytes"
+            f"read {seen.versions} versions, {seen.artifacts} artifacts, {seen.blobs} blobs of "
+            f"{seen.size_bytes:,} bytes"
         )
         for note in seen.notes:
             print(f"note: {note}")
@@ -27,5 +28,6 @@ def verify(store: Store, json_output: Json = False) -> None:
         )
     if not (seen.versions or seen.artifacts):
         raise UserError(
-            f"there is nothing of a forest in {store}", remedy="check --store, which is relative to this folder"
+            f"there is nothing of a forest in {store}",
+            remedy="check --store, which is relative to this folder",
         )

@@ -1,7 +1,9 @@
-"""Token blocks: documents packed without padding into rows of `block_tokens`, and the order in which training takes them.
+"""Token blocks: documents packed without padding into rows of `block_tokens`, and
+the order in which training takes them.
 
-Every document ends with the end-of-text token. Training drops what does not fill a block; held-out splits keep it,
-padded, so that every token counts. A model reads a block after the tokenizer's first token and predicts all of it.
+Every document ends with the end-of-text token. Training drops what does not fill a block; held-out splits
+keep it, padded, so that every token counts. A model reads a block after the tokenizer's first token and
+predicts all of it.
 """
 
 import hashlib
@@ -19,7 +21,8 @@ PADDING_DOCUMENT = -1
 def pack_blocks(
     documents: Iterable[str], tokenizer: TextTokenizer, block_tokens: int, keep_rest: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [blocks, block_tokens] in the smallest unsigned type, and each token's document number, int32, -1 for padding."""
+    """Tokens [blocks, block_tokens] in the smallest unsigned type, and each token's
+    document number, int32, -1 for padding."""
     dtype = np.uint16 if tokenizer.vocabulary <= 2**16 else np.uint32
     end = tokenizer.end_of_text
     pieces = [np.array([*ids, end], dtype=dtype) for ids in tokenizer.encode_all(documents)]
@@ -37,7 +40,8 @@ def pack_blocks(
 
 
 class Blocks:
-    """The blocks of several shard files, or the first of them, as one memory-mapped array: int64 [n, block_tokens] by indices."""
+    """The blocks of several shard files, or the first of them, as one memory-mapped
+    array: int64 [n, block_tokens] by indices."""
 
     def __init__(self, files: Sequence[Path], first: int | None = None) -> None:
         self._first = first
@@ -59,13 +63,16 @@ class Blocks:
 
 
 def block_order(seed: int, text: str, blocks: int, first: int, count: int) -> np.ndarray:
-    """Indices of the blocks that training takes at positions first … first+count-1 of its endless pass over a text.
+    """Indices of the blocks that training takes at positions first …
+    first+count-1 of its endless pass over a text.
 
     Each epoch is a fresh permutation, a pure function of (seed, text, epoch), so that resuming costs nothing.
     """
     positions = np.arange(first, first + count)
     epochs, offsets = positions // blocks, positions % blocks
-    return np.array([_permutation(seed, text, blocks, int(e))[o] for e, o in zip(epochs, offsets, strict=True)])
+    return np.array(
+        [_permutation(seed, text, blocks, int(e))[o] for e, o in zip(epochs, offsets, strict=True)]
+    )
 
 
 @lru_cache(maxsize=512)  # two epochs of more domains than a forest is likely to have

@@ -37,8 +37,8 @@ READ_CHARACTERS = 8_000
 WORDS_SHOWN = 10
 CLUSTERS_FILE, VOCABULARY_FILE, ARRAYS_FILE = "clusters.json", "vocabulary.json", "clusters.safetensors"
 
-# Characters of scripts that are written without spaces are words of their own; else a word is two letters or more, with
-# the marks that some scripts put between them, which Python counts as no part of a word.
+# Characters of scripts that are written without spaces are words of their own; else a word is two letters or
+# more, with the marks that some scripts put between them, which Python counts as no part of a word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 _MARKS = "\u0300-\u036f\u0591-\u05c7\u0610-\u065f\u0900-\u0dff"
 _WORD = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])(?:[^\W\d_]|[{_MARKS}])){{2,}}")
@@ -86,7 +86,9 @@ def find_clusters(texts: Sequence[str], clusters: int, random_seed: int) -> Clus
         TextError: there are fewer texts that can be told apart than clusters.
     """
     vocabulary, counts_DV = _count(texts, clusters)
-    rarity_V = np.log(len(texts) / np.bincount(counts_DV.indices, minlength=len(vocabulary))).astype(np.float32)
+    rarity_V = np.log(len(texts) / np.bincount(counts_DV.indices, minlength=len(vocabulary))).astype(
+        np.float32
+    )
     weights_DV = _weigh(counts_DV, rarity_V)
     features = min(FEATURES, *weights_DV.shape)
     _, _, directions_FV = randomized_svd(weights_DV, features, random_state=random_seed)
@@ -109,10 +111,14 @@ def find_clusters(texts: Sequence[str], clusters: int, random_seed: int) -> Clus
 
 def save_clusters(clusters: Clusters, folder: Path) -> None:
     """Writes the model into an existing folder."""
-    rows = [{"name": name, "words": words} for name, words in zip(clusters.names, clusters.words, strict=True)]
+    rows = [
+        {"name": name, "words": words} for name, words in zip(clusters.names, clusters.words, strict=True)
+    ]
     lines = ",\n ".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (folder / CLUSTERS_FILE).write_text(f"[{lines}]\n", encoding="utf-8")
-    (folder / VOCABULARY_FILE).write_text(json.dumps(clusters.vocabulary, ensure_ascii=False), encoding="utf-8")
+    (folder / VOCABULARY_FILE).write_text(
+        json.dumps(clusters.vocabulary, ensure_ascii=False), encoding="utf-8"
+    )
     arrays = {
         "rarity": clusters.rarity_V,
         "directions": clusters.directions_FV,
@@ -203,7 +209,8 @@ def _check_enough(distinct: int, clusters: int) -> None:
             f"no {clusters} clusters can be found",
             found=f"{distinct} documents that can be told apart",
             expected=f"at least {clusters}, and hundreds per cluster to be of use",
-            remedy="give more text or ask for fewer `--clusters`; if a file holds many documents, name their `--delimiter`",
+            remedy="give more text or ask for fewer `--clusters`; if a file holds many documents, name their "
+            "`--delimiter`",
         )
 
 
@@ -221,7 +228,9 @@ def _embed(weights_DV: scipy.sparse.csr_matrix, directions_FV: np.ndarray) -> to
     return torch.from_numpy(points_DF / np.maximum(np.linalg.norm(points_DF, axis=1, keepdims=True), 1e-6))
 
 
-def _best_centres(points_DF: torch.Tensor, clusters: int, random_seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _best_centres(
+    points_DF: torch.Tensor, clusters: int, random_seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Centres [E, F] and prices [E] of the best of several runs of balanced k-means."""
     draws = np.random.RandomState(random_seed)
     starts = [kmeans_plusplus(points_DF.numpy(), clusters, random_state=draws)[0] for _ in range(STARTS)]
@@ -255,7 +264,12 @@ def _read_json(path: Path) -> list[Any]:
 
 def _check_shapes(clusters: Clusters, folder: Path) -> None:
     words, features, count = len(clusters.vocabulary), clusters.centres_EF.shape[-1], len(clusters.names)
-    shapes = [clusters.rarity_V.shape, clusters.directions_FV.shape, clusters.centres_EF.shape, clusters.price_E.shape]
+    shapes = [
+        clusters.rarity_V.shape,
+        clusters.directions_FV.shape,
+        clusters.centres_EF.shape,
+        clusters.price_E.shape,
+    ]
     if [tuple(s) for s in shapes] != [(words,), (features, words), (count, features), (count,)]:
         raise _no_clusters(folder, f"{count} names, {words} words, and arrays of shapes {shapes}")
 

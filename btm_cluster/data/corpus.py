@@ -1,8 +1,8 @@
 """A source's documents become a text: split, without duplicates, in hash order, cut into shards by content.
 
-A document's content hash (of its text without case and spacing) decides its split, its order and what is a duplicate,
-so the result does not depend on file order. Memory: the documents pass through 256 spool files, of which the distinct
-documents of one are held at a time, so a text of 100 GB needs about 0.4 GB.
+A document's content hash (of its text without case and spacing) decides its split, its order and what is a
+duplicate, so the result does not depend on file order. Memory: the documents pass through 256 spool files, of
+which the distinct documents of one are held at a time, so a text of 100 GB needs about 0.4 GB.
 """
 
 import bisect
@@ -45,8 +45,8 @@ def write_text(
 ) -> Text:
     """Reads `source` and writes its shards below `folder`.
 
-    A target's text is all held out: half development, half test. Elsewhere `reading` says the shares. `most_bytes`
-    bounds a source that is not trusted, as in `read_documents`.
+    A target's text is all held out: half development, half test. Elsewhere `reading` says the shares.
+    `most_bytes` bounds a source that is not trusted, as in `read_documents`.
 
     Raises:
         TextError: a bad document where the plan refuses them, or a split that needs text and has none.
@@ -55,7 +55,10 @@ def write_text(
     shares = (0.5, 0.5) if is_target else (reading.development_share, reading.test_share)
     given = {"development": bool(source.development), "test": bool(source.test)}
     if source.dataset is not None:
-        given = {"development": bool(source.dataset.development_split), "test": bool(source.dataset.test_split)}
+        given = {
+            "development": bool(source.dataset.development_split),
+            "test": bool(source.dataset.test_split),
+        }
     shares = (0.0 if given["development"] else shares[0], 0.0 if given["test"] else shares[1])
     if is_target and given["test"] and not given["development"]:
         shares = (1.0, 0.0)  # a target's remaining text can only be development text
@@ -67,8 +70,11 @@ def write_text(
     return text
 
 
-def write_random_part(documents: Iterable[str], part: int, parts: int, random_seed: int, folder: Path) -> Text:
-    """Writes the documents that fall to one of `parts` equal parts, drawn by content and seed, as a text to train on."""
+def write_random_part(
+    documents: Iterable[str], part: int, parts: int, random_seed: int, folder: Path
+) -> Text:
+    """Writes the documents that fall to one of `parts` equal parts, drawn by
+    content and seed, as a text to train on."""
 
     def dealt(document: str) -> bool:
         draw = hashlib.sha256(f"{random_seed}/".encode() + content_hash(document)).digest()
@@ -117,11 +123,15 @@ def usable_documents(
             bad[item.reason] += 1
 
 
-def fill_splits(lowest: Mapping[str, Sequence[bytes]], shares: tuple[float, float]) -> dict[bytes, tuple[str, str]]:
-    """Documents that change their split, from which to which, so that none that is asked for stays empty by bad luck.
+def fill_splits(
+    lowest: Mapping[str, Sequence[bytes]], shares: tuple[float, float]
+) -> dict[bytes, tuple[str, str]]:
+    """Documents that change their split, from which to which, so that none that
+    is asked for stays empty by bad luck.
 
-    `lowest` has the three lowest hashes of each split, of documents that were split by their hash; `shares` are those of
-    development and test text, and train has what they leave. A text whose splits all have documents stays as it is.
+    `lowest` has the three lowest hashes of each split, of documents that were split by their hash; `shares`
+    are those of development and test text, and train has what they leave. A text whose splits all have
+    documents stays as it is.
     """
     asked = {"test": shares[1], "development": shares[0], "train": 1 - sum(shares)}
     held = {split: list(lowest.get(split, ())) for split, share in asked.items() if share > 0}
@@ -183,7 +193,8 @@ def _split_by_hash(key: bytes, development_share: float, test_share: float) -> s
 
 
 def _unspool(path: Path) -> tuple[list[tuple[bytes, int, bytes]], int]:
-    """The spool's documents (content hash, split, UTF-8), one per hash, held-out splits first; and how many it held."""
+    """The spool's documents (content hash, split, UTF-8), one per hash, held-out
+    splits first; and how many it held."""
     best: dict[bytes, tuple[int, bytes]] = {}
     count = 0
     with path.open("rb") as file:
@@ -197,7 +208,8 @@ def _unspool(path: Path) -> tuple[list[tuple[bytes, int, bytes]], int]:
 
 
 def _write_shards(spools: list[Path], folder: Path, moved: Mapping[bytes, tuple[str, str]]) -> Text:
-    """Shard files by split, and the text's identity: a hash over the documents, whose order is that of their hashes.
+    """Shard files by split, and the text's identity: a hash over the documents,
+    whose order is that of their hashes.
 
     `moved` documents go from one split to another, but for those that the other split's own files have.
     """

@@ -1,7 +1,8 @@
-"""Hugging Face data sets: from the hub, from its cache, or from a local folder, read as a stream of documents.
+"""Hugging Face data sets: from the hub, from its cache, or from a local
+folder, read as a stream of documents.
 
-What `datasets` itself has saved is read from its Arrow files; all else through `datasets`, streaming. Its errors are
-translated, since its remedies are Python calls.
+What `datasets` itself has saved is read from its Arrow files; all else through `datasets`, streaming. Its
+errors are translated, since its remedies are Python calls.
 """
 
 import json
@@ -49,11 +50,14 @@ def pinned(source: TextPlan, stamp: Mapping[str, Any]) -> TextPlan:
     """The source at the commit of its data set that its stamp names, whatever the hub has had since."""
     if source.dataset is None or "revision" not in stamp:
         return source
-    return source.model_copy(update={"dataset": source.dataset.model_copy(update={"revision": stamp["revision"]})})
+    return source.model_copy(
+        update={"dataset": source.dataset.model_copy(update={"revision": stamp["revision"]})}
+    )
 
 
 def read_data_set(name: str, dataset: DatasetPlan, field: str, longest: int) -> Iterator[Item]:
-    """The documents of the splits that the plan names, each with the split it was given for (None: the text itself).
+    """The documents of the splits that the plan names, each with the split it
+    was given for (None: the text itself).
 
     Raises:
         TextError: it cannot be read to its end.
@@ -77,8 +81,13 @@ def _is_saved(folder: Path) -> bool:
     return (folder / _STATE).is_file() or (folder / _SPLITS).is_file()
 
 
-def _read_saved(name: str, dataset: DatasetPlan, split: str, field: str, longest: int) -> Iterator[str | BadDocument]:
-    """A split as `save_to_disk` wrote it. Through `datasets`, the files that it caches beside them would be read as well."""
+def _read_saved(
+    name: str, dataset: DatasetPlan, split: str, field: str, longest: int
+) -> Iterator[str | BadDocument]:
+    """A split as `save_to_disk` wrote it.
+
+    Through `datasets`, the files that it caches beside them would be read as well.
+    """
     folder = Path(dataset.name)
     if (folder / _SPLITS).is_file():
         splits = json.loads((folder / _SPLITS).read_text(encoding="utf-8"))["splits"]
@@ -125,7 +134,8 @@ def _read_streaming(
 
 
 def _hub_revision(name: str, dataset: DatasetPlan) -> str:
-    """The commit that a data set on the hub is at; where that cannot be reached, the one that its cache has."""
+    """The commit that a data set on the hub is at; where that cannot be
+    reached, the one that its cache has."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -159,7 +169,8 @@ def _unreadable(name: str, where: str, exc: Exception) -> TextError:
     return TextError(
         f"cannot read the data set of {name!r}",
         found=f"{where}: {_without_python(exc)}",
-        expected="a local folder that `datasets` reads, or a name on a hub that can be reached or has been cached",
+        expected="a local folder that `datasets` reads, or a name on a hub that can be reached or has been "
+        "cached",
         remedy="check name, `configuration`, `split` and network; files with bad lines can be read as `text`",
     )
 

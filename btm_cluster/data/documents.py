@@ -43,4 +43,5 @@ def cell_value(cell: pyarrow.Scalar, longest: int) -> Any:
     if not isinstance(cell, pyarrow.BinaryScalar) or not cell.is_valid:
         return cell.as_py()
     data = cell.as_buffer()
-    return data[: 4 * longest + 1].to_pybytes().decode(errors="surrogateescape")  # a character takes at most 4 bytes
+    # A character takes at most 4 bytes.
+    return data[: 4 * longest + 1].to_pybytes().decode(errors="surrogateescape")

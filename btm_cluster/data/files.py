@@ -1,7 +1,7 @@
 """Files of text, local and in S3, found by path or glob.
 
-Region, endpoint and credentials of S3 come from the standard AWS_* environment variables. Knows nothing of what is in a
-file (`streams.py` opens it).
+Region, endpoint and credentials of S3 come from the standard AWS_* environment variables. Knows nothing of
+what is in a file (`streams.py` opens it).
 """
 
 import fnmatch
@@ -28,8 +28,9 @@ class SourceFile(NamedTuple):
 def find_files(pattern: str) -> list[SourceFile]:
     """The files that a path or glob names, each once, by path; empty if there are none.
 
-    As in a shell: `*` stays within a folder, `**` goes down any number of them, neither finds hidden names. Both follow
-    links. Brackets are those of a name where a file or folder has it, else they stand for one of several characters.
+    As in a shell: `*` stays within a folder, `**` goes down any number of them, neither finds hidden names.
+    Both follow links. Brackets are those of a name where a file or folder has it, else they stand for one of
+    several characters.
 
     Raises:
         OSError, pyarrow.ArrowException: a folder or bucket that cannot be listed.
@@ -55,7 +56,8 @@ def is_lost(path: str) -> bool:
 
 
 def readable(path: str) -> str:
-    """A path as text: of a name that is not UTF-8, the odd bytes as \\xe9, so that it can be written anywhere."""
+    """A path as text: of a name that is not UTF-8, the odd bytes as \\xe9, so
+    that it can be written anywhere."""
     return path.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
@@ -149,7 +151,11 @@ def _find_local(pattern: str) -> list[SourceFile]:
         if os.path.isfile(path) or (glob.has_magic(pattern) and is_lost(path)):
             status = os.stat(path) if os.path.exists(path) else os.lstat(path)
             folder, name = os.path.split(path)
-            real = os.path.realpath(path) if os.path.islink(path) else os.path.join(real_folder(folder or "."), name)
+            real = (
+                os.path.realpath(path)
+                if os.path.islink(path)
+                else os.path.join(real_folder(folder or "."), name)
+            )
             found.setdefault(real, SourceFile(path, status.st_size, status.st_mtime_ns))
     return list(found.values())
 
@@ -174,7 +180,10 @@ def _find_remote(pattern: str) -> list[SourceFile]:
 
 
 def _fixed_part(system: pyarrow.fs.FileSystem, parts: Sequence[str]) -> list[str]:
-    """The parts of a pattern before the first with a wildcard. Brackets are none where there is such a key or folder."""
+    """The parts of a pattern before the first with a wildcard.
+
+    Brackets are none where there is such a key or folder.
+    """
     for i, part in enumerate(parts):
         is_name = not glob.has_magic(part) or (
             _has_only_brackets(part)
@@ -190,7 +199,8 @@ def _has_only_brackets(part: str) -> bool:
 
 
 def _matches(tree: _Tree, folder: str, parts: Sequence[str]) -> Iterator[str]:
-    """The paths below a folder that the parts of a pattern match; some of them twice, where `**` stands twice."""
+    """The paths below a folder that the parts of a pattern match; some of them
+    twice, where `**` stands twice."""
     head, rest = parts[0], parts[1:]
     if head == "**":
         for inside in _folders_below(tree, folder):
@@ -211,7 +221,8 @@ def _is_visible_to(pattern: str, name: str) -> bool:
 
 
 def _folders_below(tree: _Tree, folder: str) -> Iterator[str]:
-    """A folder and all below it that are not hidden, each once by its real path; by a link only where no other way leads."""
+    """A folder and all below it that are not hidden, each once by its real path;
+    by a link only where no other way leads."""
     seen: set[str] = set()
     plain, linked = [folder], list[str]()
     while plain or linked:

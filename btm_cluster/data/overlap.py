@@ -16,13 +16,18 @@ class TestText:
     def __init__(self, documents: Iterable[str]) -> None:
         texts = list(documents)
         self.documents = [content_hash(text) for text in texts]
-        self.windows = np.unique(np.concatenate([word_windows(text) for text in texts] or [np.zeros(0, np.uint64)]))
+        self.windows = np.unique(
+            np.concatenate([word_windows(text) for text in texts] or [np.zeros(0, np.uint64)])
+        )
         self.seen_documents = np.zeros(len(self.documents), dtype=bool)
         self.seen_windows = np.zeros(len(self.windows), dtype=bool)
 
 
 def mark_seen(tests: Sequence[TestText], training: Iterable[str], batch_windows: int = 2_000_000) -> None:
-    """Marks in every test text what stands in the training documents. Memory: the tests, and one batch of windows."""
+    """Marks in every test text what stands in the training documents.
+
+    Memory: the tests, and one batch of windows.
+    """
     documents: dict[bytes, list[tuple[TestText, int]]] = {}
     for test in tests:
         for i, key in enumerate(test.documents):

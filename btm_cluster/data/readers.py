@@ -1,7 +1,8 @@
-"""Readers of files, one for each kind: a file becomes documents, one at a time, and what is bad costs only itself.
+"""Readers of files, one for each kind: a file becomes documents, one at a time,
+and what is bad costs only itself.
 
-JSON lines are read here, one by one: other readers take a chunk at a time, which one broken line spoils and one monstrous
-line fills. Knows nothing of splits, duplicates or tokens.
+JSON lines are read here, one by one: other readers take a chunk at a time, which one broken line spoils and
+one monstrous line fills. Knows nothing of splits, duplicates or tokens.
 """
 
 import csv
@@ -29,9 +30,15 @@ _UTF_8_MARK = b"\xef\xbb\xbf"
 
 
 def read_file(
-    path: str, source: TextPlan, longest: int, delimiter: Delimiter | None = None, budget: Budget | None = None
+    path: str,
+    source: TextPlan,
+    longest: int,
+    delimiter: Delimiter | None = None,
+    budget: Budget | None = None,
 ) -> Iterator[str | BadDocument]:
-    """The documents of a file. A budget is for one that is not trusted: its bytes are counted, no link is followed.
+    """The documents of a file.
+
+    A budget is for one that is not trusted: its bytes are counted, no link is followed.
 
     Raises:
         TextError: it cannot be read to its end.
@@ -74,7 +81,9 @@ def _unreadable(name: str, where: str, exc: Exception) -> TextError:
     )
 
 
-def _read_json_lines(path: str, stream: io.BufferedReader, field: str, longest: int) -> Iterator[str | BadDocument]:
+def _read_json_lines(
+    path: str, stream: io.BufferedReader, field: str, longest: int
+) -> Iterator[str | BadDocument]:
     # A character takes at most 12 bytes in JSON (\ud83d\ude00); the rest is room for other fields.
     longest_bytes = 12 * longest + (1 << 16)
     number, is_first = 0, True
@@ -178,7 +187,8 @@ def _rows(
     path: str, text: io.TextIOWrapper, separator: str, longest: int
 ) -> Iterator[tuple[str, list[str] | BadDocument]]:
     """The rows that are not empty, each with its place."""
-    longest_row = 2 * longest + (1 << 16)  # all may be quotes, which stand twice; the rest is for other columns
+    # All may be quotes, which stand twice; the rest is for other columns.
+    longest_row = 2 * longest + (1 << 16)
     csv.field_size_limit(max(csv.field_size_limit(), longest_row))
     lines = _Lines(text, longest_row)
     rows = csv.reader(lines, delimiter=separator, strict=True)
@@ -211,7 +221,9 @@ def _cell_of(where: str, row: list[str], head: list[str], field: str, longest: i
         return BadDocument(where, "a row of more or fewer fields than the table's head")
     cell = row[head.index(field)]
     return (
-        BadDocument(where, "a document with NUL characters") if "\0" in cell else checked(where, cell, field, longest)
+        BadDocument(where, "a document with NUL characters")
+        if "\0" in cell
+        else checked(where, cell, field, longest)
     )
 
 
@@ -244,13 +256,17 @@ def _read_plain(
 
 
 def _as_text(stream: io.BufferedReader) -> io.TextIOWrapper:
-    """With every line end as \\n. What is not UTF-8 becomes surrogates, so that it costs only the document it stands in."""
+    """With every line end as \\n.
+
+    What is not UTF-8 becomes surrogates, so that it costs only the document it stands in.
+    """
     return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
 
 
 def _read_parquet(where: str, path: str, field: str, longest: int) -> Iterator[str | BadDocument]:
     stream, ahead = open_random(path)
-    # Buffered in pieces: by default pyarrow holds the whole column of a row group, which may be the whole file.
+    # Buffered in pieces: by default pyarrow holds the whole column of a row group, which may be the whole
+    # file.
     with stream, pyarrow.parquet.ParquetFile(stream, buffer_size=ahead, pre_buffer=False) as file:
         found = file.schema_arrow.names.count(field)
         if found != 1:

@@ -1,7 +1,7 @@
 """Sources of text: files and data sets, read as a stream of documents.
 
-Files are found by `files.py` and read by `readers.py`; data sets are read by `data_sets.py`. Knows nothing of duplicates or
-tokens.
+Files are found by `files.py` and read by `readers.py`; data sets are read by `data_sets.py`. Knows nothing of
+duplicates or tokens.
 """
 
 import os
@@ -33,7 +33,8 @@ class Document:
 
 
 def fingerprint(source: TextPlan) -> dict[str, Any]:
-    """The fingerprint by which a change of a source is seen: path, size and modification time of its files; revision of a data set.
+    """The fingerprint by which a change of a source is seen: path, size and
+    modification time of its files; revision of a data set.
 
     Raises:
         TextError: a pattern that matches no file, files that cannot be listed, a data set that is not there.
@@ -50,7 +51,8 @@ def source_files(source: TextPlan) -> Files:
     """The files of a source by the split they are given for; `text` is split by content hash.
 
     Raises:
-        TextError: files that cannot be listed, a pattern that matches none, a field of the plan that applies to none.
+        TextError: files that cannot be listed, a pattern that matches none, a field of the plan that applies
+        to none.
     """
     patterns = {"text": source.text, "development": source.development, "test": source.test}
     files = {
@@ -84,7 +86,8 @@ def read_documents(
 ) -> Iterator[Document | BadDocument]:
     """The documents of a source, in the order of its files; never more than one of them in memory.
 
-    `most_bytes` is for a source that is not trusted: so much is read of it, decompressed, and no link is followed.
+    `most_bytes` is for a source that is not trusted: so much is read of it, decompressed, and no link is
+    followed.
 
     Raises:
         TextError: a file or data set that cannot be read to its end, or a delimiter that stands in no file.
@@ -100,9 +103,15 @@ def read_documents(
     for split, given in files.items():
         for file in given:
             for item in read_file(file.path, source, longest, delimiter, budget):
-                yield item if isinstance(item, BadDocument) else Document(item, None if split == "text" else split)
+                yield (
+                    item
+                    if isinstance(item, BadDocument)
+                    else Document(item, None if split == "text" else split)
+                )
     if delimiter and not delimiter.occurs:
-        _refuse_delimiter(source, [f for given in files.values() for f in given if kind_of(f.path) == "plain text"])
+        _refuse_delimiter(
+            source, [f for given in files.values() for f in given if kind_of(f.path) == "plain text"]
+        )
 
 
 def _refuse_delimiter(source: TextPlan, plain: list[SourceFile]) -> None:
@@ -110,7 +119,8 @@ def _refuse_delimiter(source: TextPlan, plain: list[SourceFile]) -> None:
         f"the `delimiter` of {source.name!r} stands in none of its text files",
         found=f"no {source.delimiter!r} in {len(plain)} files, such as {readable(plain[0].path)}",
         expected="what separates documents; without it, each file would be one document",
-        remedy="correct it (in YAML, \\n is a line end in double quotes only), or leave it out where a file is a document",
+        remedy="correct it (in YAML, \\n is a line end in double quotes only), or leave it out where a file "
+        "is a document",
     )
 
 
@@ -126,13 +136,22 @@ def _expand(name: str, pattern: str) -> list[SourceFile]:
         raise TextError(
             f"cannot list the text of {name!r}",
             found=f"{pattern}: {one_line(exc)}",
-            remedy=of_s3 if pattern.startswith(S3) else "give the account that runs this the right to read the folder",
+            remedy=of_s3
+            if pattern.startswith(S3)
+            else "give the account that runs this the right to read the folder",
         ) from exc
     if not found:
         is_folder = os.path.isdir(os.path.expanduser(pattern))
-        remedy = f"name its files, such as {pattern.rstrip('/')}/*.jsonl" if is_folder else "check the path or glob"
+        remedy = (
+            f"name its files, such as {pattern.rstrip('/')}/*.jsonl"
+            if is_folder
+            else "check the path or glob"
+        )
         found_there = f"{pattern}{', a folder' if is_folder else ''}"
         raise TextError(
-            f"the text of {name!r} matches no file", found=found_there, expected="at least one file", remedy=remedy
+            f"the text of {name!r} matches no file",
+            found=found_there,
+            expected="at least one file",
+            remedy=remedy,
         )
     return found

@@ -1,4 +1,5 @@
-"""Files of text opened as bytes in UTF-8: their compression is undone, and UTF-16 and UTF-32 are told by their byte-order mark."""
+"""Files of text opened as bytes in UTF-8: their compression is undone, and UTF-16
+and UTF-32 are told by their byte-order mark."""
 
 import codecs
 import gzip
@@ -64,7 +65,8 @@ class _Counted(io.RawIOBase):
 
 
 class _Gunzipped(gzip.GzipFile):
-    """Python's reader: pyarrow's takes the zero bytes for an error that some tools write up to a whole block."""
+    """Python's reader: pyarrow's takes the zero bytes for an error that some
+    tools write up to a whole block."""
 
     def __init__(self, raw: Any) -> None:
         super().__init__(fileobj=raw)
@@ -93,7 +95,9 @@ class _Recoded(io.RawIOBase):
             try:
                 text = self._decoder.decode(data, final=not data)
             except UnicodeDecodeError as exc:
-                raise OSError(f"not {self._encoding.upper()}, which its first bytes say: {exc.reason}") from exc
+                raise OSError(
+                    f"not {self._encoding.upper()}, which its first bytes say: {exc.reason}"
+                ) from exc
             self._ready = text.encode("utf-8", "surrogatepass")
         size = min(len(buffer), len(self._ready))
         buffer[:size], self._ready = self._ready[:size], self._ready[size:]
@@ -105,7 +109,10 @@ class _Recoded(io.RawIOBase):
 
 
 def open_stream(path: str, budget: Budget | None = None) -> io.BufferedReader:
-    """A file's bytes, decompressed and in UTF-8. With a budget, which they spend, no link of any kind is followed."""
+    """A file's bytes, decompressed and in UTF-8.
+
+    With a budget, which they spend, no link of any kind is followed.
+    """
     raw: Any = _open_whole(path, is_trusted=budget is None)
     match codec(path):
         case "gzip":
@@ -126,7 +133,8 @@ def open_random(path: str) -> tuple[pyarrow.NativeFile, int]:
     """A file to be read at any place, and how much to read ahead."""
     if path.startswith(S3):
         inner = path.removeprefix(S3)
-        return bucket(inner.split("/")[0]).open_input_file(inner), 8 << 20  # each piece is a request of its own
+        # Each piece is a request of its own.
+        return bucket(inner.split("/")[0]).open_input_file(inner), 8 << 20
     return pyarrow.OSFile(os.fsencode(os.path.expanduser(path))), 1 << 20
 
 

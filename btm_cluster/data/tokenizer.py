@@ -23,16 +23,20 @@ MORE_CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
 """Beside the one in chat_template.jinja; named, they fit into tokenizer_config.json too."""
 BATCH_DOCUMENTS = 512
 _PROBE = (
-    "The 12 ships, 3.14 and 1,987,654 tons: it's  two  spaces,\ttab\n\n    def f(x):\r\n        return x_1 != 'é'\n"
+    "The 12 ships, 3.14 and 1,987,654 tons: it's  two  spaces,\ttab\n\n    def f(x):\r\n        return x_1 "
+    "!= 'é'\n"
     "Ünïcödé ﬁ ①, Привет мир, 你好世界, שלום, 🙂👍🏽 …—«» don't we'll I'VE\n"
 )
-"""Text on which tokenizers differ: digits, runs of spaces, line ends, contractions, other scripts, ligatures, emoji."""
+"""Text on which tokenizers differ: digits, runs of spaces, line ends,
+contractions, other scripts, ligatures, emoji."""
 _LONGEST_RUN = 1000
 _LONG_RUN = re.compile(rf"(?<!\S)\S{{{_LONGEST_RUN + 1},}}|(?<!\s)\s{{{_LONGEST_RUN + 1},}}")
 
 
 def train_tokenizer(documents: Iterable[str], vocabulary: int, folder: Path) -> int:
-    """Trains a byte-level BPE and saves it; returns its number of tokens. Independent of document order and threads.
+    """Trains a byte-level BPE and saves it; returns its number of tokens.
+
+    Independent of document order and threads.
 
     Raises:
         TextError: the text is too small for the vocabulary.
@@ -62,7 +66,8 @@ def train_tokenizer(documents: Iterable[str], vocabulary: int, folder: Path) -> 
 
 
 def _cut_long_runs(documents: Iterable[str]) -> Iterator[str]:
-    """The documents, cut within long runs without (or of) white space: a run of n takes the trainer n² steps."""
+    """The documents, cut within long runs without (or of) white space: a run
+    of n takes the trainer n² steps."""
     for text in documents:
         rest = 0
         for run in _LONG_RUN.finditer(text):
@@ -74,13 +79,15 @@ def _cut_long_runs(documents: Iterable[str]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """A tokenizer.json, used bare: settings stored beside its vocabulary (truncation, padding, dropout) have no effect."""
+    """A tokenizer.json, used bare: settings stored beside its vocabulary
+    (truncation, padding, dropout) have no effect."""
 
     backend: Tokenizer
     end_of_text: int
     """Id of the token that ends every document."""
     first_token: int
-    """Id of the token that a model reads before every block: the tokenizer's own first token, or that of end of text."""
+    """Id of the token that a model reads before every block: the tokenizer's own
+    first token, or that of end of text."""
 
     @property
     def vocabulary(self) -> int:
@@ -107,13 +114,17 @@ class TextTokenizer:
         return str(self.backend.decode(list(ids), skip_special_tokens=False))
 
     def decode_continuation(self, before: Sequence[int], ids: Sequence[int]) -> str:
-        """The text that `ids` add to `before`: decoded apart from it, they would lose the space or half a character at the seam."""
+        """The text that `ids` add to `before`: decoded apart from it, they would lose the
+        space or half a character at the seam."""
         first, whole = self.decode(before), self.decode([*before, *ids])
         return whole[len(first) :] if whole.startswith(first) else self.decode(ids)
 
 
 def load_tokenizer(files: Mapping[str, Path], first_token: int | None = None) -> TextTokenizer:
-    """The tokenizer in the stored files TOKENIZER_FILES, which need not lie in one folder. Without a first token: end of text."""
+    """The tokenizer in the stored files TOKENIZER_FILES, which need not lie in one folder.
+
+    Without a first token: end of text.
+    """
     config = json.loads(files["tokenizer_config.json"].read_text(encoding="utf-8"))
     backend = _bare(Tokenizer.from_file(str(files["tokenizer.json"])))
     end = backend.token_to_id(_content(config["eos_token"]))
@@ -122,17 +133,20 @@ def load_tokenizer(files: Mapping[str, Path], first_token: int | None = None) ->
 
 
 def open_pretrained_tokenizer(source: Path, first_token: str | None = None) -> TextTokenizer:
-    """The pretrained tokenizer in the folder `source`: its tokenizer.json, or what transformers converts to one.
+    """The pretrained tokenizer in the folder `source`: its tokenizer.json, or
+    what transformers converts to one.
 
-    `first_token` is what every block is read after; without one, it is what transformers puts before a text by this
-    tokenizer, or else end of text.
+    `first_token` is what every block is read after; without one, it is what transformers puts before a text
+    by this tokenizer, or else end of text.
 
     Raises:
         UserError: no fast tokenizer is there, it has no end-of-text token, or its first token cannot be told.
     """
     auto = _open_by_transformers(source)
     own = source / "tokenizer.json"
-    backend = _bare(_read_backend(own) if own.is_file() else Tokenizer.from_str(auto.backend_tokenizer.to_str()))
+    backend = _bare(
+        _read_backend(own) if own.is_file() else Tokenizer.from_str(auto.backend_tokenizer.to_str())
+    )
     end = None if auto.eos_token is None else backend.token_to_id(auto.eos_token)
     if end is None:
         raise UserError(
@@ -147,7 +161,8 @@ def open_pretrained_tokenizer(source: Path, first_token: str | None = None) -> T
 
 
 def compare_with_transformers(folder: Path, tokenizer: TextTokenizer) -> None:
-    """Warns where AutoTokenizer would give other ids for a text than the folder's tokenizer.json, which is `tokenizer`."""
+    """Warns where AutoTokenizer would give other ids for a text than the folder's
+    tokenizer.json, which is `tokenizer`."""
     _compare(folder, _open_by_transformers(folder), tokenizer)
 
 
@@ -155,7 +170,8 @@ def _compare(folder: Path, auto: Any, tokenizer: TextTokenizer) -> None:
     # Not verbose: it would warn that the probe is longer than a block.
     if auto.encode(_PROBE, add_special_tokens=False, verbose=False) != tokenizer.encode(_PROBE):
         log.warning(
-            "%s: AutoTokenizer builds a %s anew, which gives other token ids than the tokenizer.json that is used here; "
+            "%s: AutoTokenizer builds a %s anew, which gives other token ids than the tokenizer.json that is "
+            "used here; "
             "open it with PreTrainedTokenizerFast(tokenizer_file=…)",
             folder,
             type(auto).__name__,
@@ -163,9 +179,11 @@ def _compare(folder: Path, auto: Any, tokenizer: TextTokenizer) -> None:
 
 
 def import_tokenizer(source: Path, tokenizer: TextTokenizer, folder: Path) -> dict[str, Path]:
-    """Copies the files of a pretrained tokenizer, opened as `tokenizer`, below `folder`; returns them by name.
+    """Copies the files of a pretrained tokenizer, opened as `tokenizer`,
+    below `folder`; returns them by name.
 
-    tokenizer.json stays as it is, byte for byte. tokenizer_config.json names the class that opens it as it is.
+    tokenizer.json stays as it is, byte for byte. tokenizer_config.json names the class that opens it as it
+    is.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if (source / "tokenizer.json").is_file():
@@ -179,7 +197,9 @@ def import_tokenizer(source: Path, tokenizer: TextTokenizer, folder: Path) -> di
     if more := sorted(source.glob(MORE_CHAT_TEMPLATES)):
         named = {"default": source / kept.pop(0)} if "chat_template.jinja" in kept else {}
         named |= {file.stem: file for file in more}
-        given["chat_template"] = [{"name": n, "template": f.read_text(encoding="utf-8")} for n, f in named.items()]
+        given["chat_template"] = [
+            {"name": n, "template": f.read_text(encoding="utf-8")} for n, f in named.items()
+        ]
     _write_config({"eos_token": tokenizer.name(tokenizer.end_of_text)} | given, folder)
     for name in kept:
         shutil.copyfile(source / name, folder / name)
@@ -187,7 +207,8 @@ def import_tokenizer(source: Path, tokenizer: TextTokenizer, folder: Path) -> di
 
 
 def _write_config(fields: Mapping[str, Any], folder: Path) -> None:
-    # A named class such as Qwen2Tokenizer is rebuilt by transformers 5 with the class's own rules; this one opens the file.
+    # A named class such as Qwen2Tokenizer is rebuilt by transformers 5 with the class's own rules; this one
+    # opens the file.
     whole = {**fields, "tokenizer_class": "PreTrainedTokenizerFast"}
     text = json.dumps(whole, indent=2, ensure_ascii=False, sort_keys=True)
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
@@ -231,7 +252,10 @@ def _unreadable(source: Path, exc: Exception) -> UserError:
 
 
 def _bare(backend: Tokenizer) -> Tokenizer:
-    """Without what its file may say beside the vocabulary. A document that spells <|endoftext|> has not ended."""
+    """Without what its file may say beside the vocabulary.
+
+    A document that spells <|endoftext|> has not ended.
+    """
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
@@ -253,11 +277,15 @@ def _first_token(source: Path, auto: Any, backend: Tokenizer, end: int, given: s
         return int(found)
     alone = auto.encode(_PROBE, add_special_tokens=False, verbose=False)
     whole = auto.encode(_PROBE, verbose=False)
-    before = next((whole[:n] for n in range(len(whole) - len(alone) + 1) if whole[n : n + len(alone)] == alone), None)
+    before = next(
+        (whole[:n] for n in range(len(whole) - len(alone) + 1) if whole[n : n + len(alone)] == alone), None
+    )
     if before is None or len(before) > 1:
         raise UserError(
             f"what a model reads first cannot be told from the tokenizer {source}",
-            found="no token" if before is None else f"{len(before)} tokens: {auto.convert_ids_to_tokens(before)}",
+            found="no token"
+            if before is None
+            else f"{len(before)} tokens: {auto.convert_ids_to_tokens(before)}",
             expected="at most one token before a text",
             remedy=remedy,
         )

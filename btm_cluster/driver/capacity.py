@@ -1,4 +1,7 @@
-"""Whether machines can hold what trainings ask for, and the refusal where they cannot. Knows neither Ray nor plans."""
+"""Whether machines can hold what trainings ask for, and the refusal where they cannot.
+
+Knows neither Ray nor plans.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -29,7 +32,9 @@ class Demand:
         """Where the resources come from, if not from the plan."""
         if self.saved_at is None:
             return ""
-        return f"with which the training was started whose checkpoint at update {self.saved_at} it goes on from"
+        return (
+            f"with which the training was started whose checkpoint at update {self.saved_at} it goes on from"
+        )
 
 
 def demand_of(request: TrainRequest) -> Demand:
@@ -50,8 +55,11 @@ def fits(nodes: Sequence[Mapping[str, float]], how: Resources) -> bool:
     return sum(_fitting(node, bundle(how)) for node in nodes) >= how.workers
 
 
-def no_capacity(demand: Demand, place: str, nodes: Sequence[Mapping[str, float]], elsewhere: str) -> ResourcesError:
-    """The refusal of a demand that a place, `nodes`, can never meet; `elsewhere` says what else would help."""
+def no_capacity(
+    demand: Demand, place: str, nodes: Sequence[Mapping[str, float]], elsewhere: str
+) -> ResourcesError:
+    """The refusal of a demand that a place, `nodes`, can never meet;
+    `elsewhere` says what else would help."""
     less = "lower seed_gpus, seed_cpus, gpus_per_expert or cpus_per_expert in the plan's `cluster`"
     if demand.saved_at is not None:
         less = f"go on with the plan's resources by {NEW_RESOURCES}, which the model's profile then tells"

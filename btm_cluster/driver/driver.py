@@ -23,13 +23,18 @@ class Driver:
     """Asks the workers for what the ledger lacks."""
 
     def __init__(
-        self, ledger: Ledger, workers: Workers, check_capacity: CheckCapacity | None = None, new_resources: bool = False
+        self,
+        ledger: Ledger,
+        workers: Workers,
+        check_capacity: CheckCapacity | None = None,
+        new_resources: bool = False,
     ) -> None:
         self.ledger = ledger
         self.workers = workers
         self._check_capacity = check_capacity
         self.new_resources = new_resources
-        """Whether trainings go on from their checkpoints with the plan's resources, and not with those of their start."""
+        """Whether trainings go on from their checkpoints with the plan's resources,
+        and not with those of their start."""
         self.made: Counter[str] = Counter()
         self.reused: Counter[str] = Counter()
         self._counted: set[Ref] = set()
@@ -55,7 +60,8 @@ class Driver:
             self.is_asking = False
 
     def run(self, requests: Iterable[StepRequest]) -> Generator[tuple[StepRequest, Outcome], None, None]:
-        """Each distinct request with its outcome: first what the ledger has, then what the workers make, as it is there.
+        """Each distinct request with its outcome: first what the ledger has, then
+        what the workers make, as it is there.
 
         A training that was started before goes on with the resources of its first start.
         """
@@ -71,7 +77,10 @@ class Driver:
                 yield request, found
         if not missing:
             return
-        with self._asking(), closing(self.workers.run([self._resumed(request) for request in missing])) as steps:
+        with (
+            self._asking(),
+            closing(self.workers.run([self._resumed(request) for request in missing])) as steps,
+        ):
             for request, outcome in steps:
                 if isinstance(outcome, Artifact):
                     self._count(self.made, request)
@@ -84,7 +93,11 @@ class Driver:
             tally[request.kind] += 1
 
     def _resumed(self, request: StepRequest) -> StepRequest:
-        return resumed(request, self.ledger, self.new_resources) if isinstance(request, TrainRequest) else request
+        return (
+            resumed(request, self.ledger, self.new_resources)
+            if isinstance(request, TrainRequest)
+            else request
+        )
 
     def get_ready(self, trainings: Sequence[TrainRequest]) -> None:
         """Tells the workers what will be asked for after the next call, as far as it is still to be made."""
@@ -107,7 +120,8 @@ class Driver:
 
 
 def find_made(requests: Sequence[StepRequest], ledger: Ledger) -> list[Artifact | None]:
-    """The artifact of each request, in order; None where it, or one of a training's snapshots, is still to be made."""
+    """The artifact of each request, in order; None where it, or one of a
+    training's snapshots, is still to be made."""
     found = ledger.find_all([request.ref for request in requests])
     trained = [
         request

@@ -1,7 +1,7 @@
 """Whether a plan fits the forest of its store, and in which of the plan's fields the two differ.
 
-Version 0 holds hashes of what a forest was founded on. What they are hashes of stands in the manifests of seed, tokenizer and
-experts, so that a refusal can name causes.
+Version 0 holds hashes of what a forest was founded on. What they are hashes of stands in the manifests of
+seed, tokenizer and experts, so that a refusal can name causes.
 """
 
 import json
@@ -19,7 +19,8 @@ PARTS = ("tokenizer", "model", "block_tokens", "seed")
 
 
 def check_fits(prepared: PreparedPlan, forest: Forest, ledger: Ledger) -> None:
-    """Refuses a plan whose foundation is not the forest's, or that gives a name of the forest to another text.
+    """Refuses a plan whose foundation is not the forest's, or that gives a
+    name of the forest to another text.
 
     Raises:
         UserError: naming every field that differs, or the text.
@@ -35,7 +36,10 @@ def check_texts(prepared: PreparedPlan, forest: Forest, ledger: Ledger) -> None:
         UserError: naming the domain, and in what the two texts differ.
     """
     named = {text.name: text for text in prepared.texts}
-    founding, experts = dict(forest.foundation.domains), {expert.domain: expert.text for expert in forest.experts}
+    founding, experts = (
+        dict(forest.foundation.domains),
+        {expert.domain: expert.text for expert in forest.experts},
+    )
     for name, text in (founding | experts).items():
         if name not in named:
             continue
@@ -79,7 +83,9 @@ def changes_of_text(old: str, new: str, ledger: Ledger) -> str:
         if not changes:
             changes.append("other documents in its files")
     if found[0] and found[1]:
-        counts = [[f"{of['documents']:,} {split}" for split, of in t.facts["splits"].items()] for t in found if t]
+        counts = [
+            [f"{of['documents']:,} {split}" for split, of in t.facts["splits"].items()] for t in found if t
+        ]
         changes.append(f"documents: {', '.join(counts[0])} → {', '.join(counts[1])}")
     return "; ".join(changes) or f"text {new[:12]} instead of {old[:12]}"
 
@@ -101,7 +107,11 @@ def check_foundation(prepared: PreparedPlan, forest: Forest, ledger: Ledger) -> 
     """
     wanted = prepared.foundation(seed_request(prepared).ref.identity)
     differing = [part for part in PARTS if getattr(forest.foundation, part) != getattr(wanted, part)]
-    causes = list(_causes(prepared, forest, ledger)) if differing else list(_experts_span(prepared, forest, ledger))
+    causes = (
+        list(_causes(prepared, forest, ledger))
+        if differing
+        else list(_experts_span(prepared, forest, ledger))
+    )
     if differing or causes:
         raise FoundationError(
             "the plan changes what this store's forest was founded on",
@@ -112,7 +122,8 @@ def check_foundation(prepared: PreparedPlan, forest: Forest, ledger: Ledger) -> 
 
 
 def _causes(prepared: PreparedPlan, forest: Forest, ledger: Ledger) -> Iterator[str]:
-    """Fields of the plan, as they were and as they are, but for what follows from others: nothing where a manifest is gone."""
+    """Fields of the plan, as they were and as they are, but for what follows from
+    others: nothing where a manifest is gone."""
     seed = ledger.find(Ref("model", forest.foundation.seed))
     tokenizer = ledger.find(Ref("tokenizer", forest.foundation.tokenizer))
     if seed is None or tokenizer is None:
@@ -128,13 +139,17 @@ def _causes(prepared: PreparedPlan, forest: Forest, ledger: Ledger) -> Iterator[
     block_tokens = old["training"]["block_tokens"], new["training"]["block_tokens"]
     named = "model.config" if prepared.plan.model.config is not None else "model"
     follows = {"vocab_size"} if asked.ref != tokenizer.ref else set()
-    follows |= {name for name, value in old["model"].items() if (value, new["model"].get(name)) == block_tokens}
+    follows |= {
+        name for name, value in old["model"].items() if (value, new["model"].get(name)) == block_tokens
+    }
     if old["model"].get("model_type") != new["model"].get("model_type"):  # whose fields are others
         follows |= {*old["model"], *new["model"]} - {"model_type"}
     yield from _changes(named, old["model"], new["model"], follows)
     spans = old["last_update"], new["last_update"]
     if spans[0] != spans[1] and old["training"]["updates"] == new["training"]["updates"]:
-        yield "training.seed_share: {:g} → {:g}".format(*(span / old["training"]["updates"] for span in spans))
+        yield "training.seed_share: {:g} → {:g}".format(
+            *(span / old["training"]["updates"] for span in spans)
+        )
 
 
 def _tokenizer_causes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
@@ -163,7 +178,8 @@ def _pretrained_cause(seed: Artifact, prepared: PreparedPlan) -> str:
 
 
 def _experts_span(prepared: PreparedPlan, forest: Forest, ledger: Ledger) -> Iterator[str]:
-    """A pretrained seed is the same whatever `seed_share` says, and its experts are not: theirs must be that of the plan."""
+    """A pretrained seed is the same whatever `seed_share` says, and its experts are
+    not: theirs must be that of the plan."""
     if prepared.pretrained is None or not forest.experts:
         return
     expert = ledger.find(Ref("model", forest.experts[0].identity))
@@ -171,7 +187,8 @@ def _experts_span(prepared: PreparedPlan, forest: Forest, ledger: Ledger) -> Ite
     if expert is not None and expert.recipe["first_update"] != training.seed_updates:
         share = expert.recipe["first_update"] / training.updates
         yield (
-            f"training.seed_share: {share:g} → {training.seed_share:g} (where the model is pretrained and `seed_share` is "
+            f"training.seed_share: {share:g} → {training.seed_share:g} (where the model is pretrained and "
+            "`seed_share` is "
             "not written, it is 0)"
         )
 

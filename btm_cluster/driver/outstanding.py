@@ -13,8 +13,9 @@ def new_domains(prepared: PreparedPlan, forest: Forest) -> list[PreparedText]:
 
 
 def starts_from_seed(prepared: PreparedPlan, forest: Forest | None, domain: PreparedText) -> bool:
-    """Whether a new expert starts from the seed itself: the founding domains' do, even if their first training failed and
-    their siblings are merged by now; those of later domains where the plan says so, or while there is nothing to average.
+    """Whether a new expert starts from the seed itself: the founding domains' do, even if their first
+    training failed and their siblings are merged by now; those of later domains where the plan says so, or
+    while there is nothing to average.
     """
     if forest is None or not forest.experts or prepared.plan.branching.start == "seed":
         return True

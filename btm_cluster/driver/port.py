@@ -33,10 +33,11 @@ class Workers(Protocol):
         """Announces trainings of a later call than the next one: their processes may start before."""
 
     def run(self, requests: Sequence[StepRequest]) -> Generator[tuple[StepRequest, Outcome], None, None]:
-        """Runs the requests, all distinct, and yields each with its outcome as it finishes; none cancels another.
+        """Runs the requests, all distinct, and yields each with its outcome as it
+        finishes; none cancels another.
 
-        A request may need what another one of the same call makes, and starts once that is there. Where it failed, so does
-        the request. Where several could start, the first ones do.
+        A request may need what another one of the same call makes, and starts once that is there. Where it
+        failed, so does the request. Where several could start, the first ones do.
 
         Raises:
             UserError, Stopped: a user's mistake and a stop are raised, not returned.

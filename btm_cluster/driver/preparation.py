@@ -1,4 +1,5 @@
-"""From a plan to token blocks: its texts are read and tokenized by the workers, after what cannot fit is refused."""
+"""From a plan to token blocks: its texts are read and tokenized by the
+workers, after what cannot fit is refused."""
 
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.founding import check_foundation, check_texts

@@ -1,7 +1,9 @@
-"""A plan with its texts prepared: token blocks, tokenizer, the model's configuration, and the founding domains.
+"""A plan with its texts prepared: token blocks, tokenizer, the model's
+configuration, and the founding domains.
 
-Pure but for looking: at what a plan points to (file stamps, a pretrained model's files), and at texts in the ledger. The
-driver, and `btm plan`, which must name the same artifacts without making them, share these functions.
+Pure but for looking: at what a plan points to (file stamps, a pretrained model's files), and at texts in the
+ledger. The driver, and `btm plan`, which must name the same artifacts without making them, share these
+functions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -72,12 +74,17 @@ class PreparedPlan:
     def foundation(self, seed: str) -> Foundation:
         """The foundation that version 0 freezes."""
         return Foundation(
-            seed, self.tokenizer.identity, identity_of(self.model), self.plan.training.block_tokens, self.founders
+            seed,
+            self.tokenizer.identity,
+            identity_of(self.model),
+            self.plan.training.block_tokens,
+            self.founders,
         )
 
 
 def without_withdrawn(plan: Plan, forest: Forest | None) -> Plan:
-    """The plan without the domains that were taken out of the forest: naming them still does not bring them back.
+    """The plan without the domains that were taken out of the forest: naming
+    them still does not bring them back.
 
     Raises:
         UserError: that leaves none.
@@ -178,13 +185,18 @@ def tokenize_requests(
 ) -> dict[str, tuple[Tokenize, ...]]:
     """One for each shard of a text, by split."""
     return {
-        split: tuple(Tokenize(name, text, split, shard, tokenizer, block_tokens) for shard in counts["shards"])
+        split: tuple(
+            Tokenize(name, text, split, shard, tokenizer, block_tokens) for shard in counts["shards"]
+        )
         for split, counts in facts["splits"].items()
     }
 
 
 def prepared_from(
-    plan: Plan, read_results: Mapping[str, Artifact], model: tuple[Mapping[str, Any], Pretrained | None], ledger: Ledger
+    plan: Plan,
+    read_results: Mapping[str, Artifact],
+    model: tuple[Mapping[str, Any], Pretrained | None],
+    ledger: Ledger,
 ) -> PreparedPlan:
     """The prepared plan, once its texts are read: `read_results` are by text name.
 
@@ -196,7 +208,8 @@ def prepared_from(
     tokenizer = tokenizer_request(plan, founders).ref
     facts = {text: ledger.get(Ref("text", text)).facts for text in identities.values()}
     found = {text: ledger.find(Ref("text", text)) for text in dict(founders).values() if text not in facts}
-    facts |= {text: artifact.facts for text, artifact in found.items() if artifact}  # but for what was purged since
+    # But for what was purged since.
+    facts |= {text: artifact.facts for text, artifact in found.items() if artifact}
 
     def tokens_of(name: str, text: str) -> dict[str, tuple[Ref, ...]]:
         shards = tokenize_requests(name, text, facts[text], tokenizer, plan.training.block_tokens)
@@ -205,7 +218,12 @@ def prepared_from(
     targets = {target.name for target in plan.targets}
     texts = tuple(
         PreparedText(
-            name, name in targets, text, facts[text], read_results[name].facts["skipped"], tokens_of(name, text)
+            name,
+            name in targets,
+            text,
+            facts[text],
+            read_results[name].facts["skipped"],
+            tokens_of(name, text),
         )
         for name, text in ((source.name, identities[source.name]) for source in plan.texts)
     )
@@ -216,8 +234,11 @@ def prepared_from(
     return PreparedPlan(plan, texts, founders, founding, tokenizer, *model)
 
 
-def without_texts(plan: Plan, model: tuple[Mapping[str, Any], Pretrained | None], ledger: Ledger) -> PreparedPlan:
-    """A prepared plan before any of its texts is read: enough to tell its foundation in a store that has a forest."""
+def without_texts(
+    plan: Plan, model: tuple[Mapping[str, Any], Pretrained | None], ledger: Ledger
+) -> PreparedPlan:
+    """A prepared plan before any of its texts is read: enough to tell its
+    foundation in a store that has a forest."""
     return prepared_from(plan.model_copy(update={"domains": (), "targets": ()}), {}, model, ledger)
 
 
@@ -230,7 +251,8 @@ def stored_text(name: str, text: str, prepared: PreparedPlan, ledger: Ledger) ->
 
 
 def with_forests_texts(prepared: PreparedPlan, forest: Forest, ledger: Ledger) -> PreparedPlan:
-    """With the texts of the forest's domains that the plan does not name, from the store: what is evaluated on."""
+    """With the texts of the forest's domains that the plan does not name, from
+    the store: what is evaluated on."""
     named = {text.name for text in prepared.texts}
     others = [expert for expert in forest.experts if expert.domain not in named]
     stored = tuple(stored_text(expert.domain, expert.text, prepared, ledger) for expert in others)

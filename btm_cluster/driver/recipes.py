@@ -1,4 +1,5 @@
-"""From a plan or a forest to requests: which models each step of growing and evaluating asks of the workers."""
+"""From a plan or a forest to requests: which models each step of growing
+and evaluating asks of the workers."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,7 +15,8 @@ from btm_cluster.requests import Resources, Role, ScoreRequest, Start, TrainingT
 
 
 def seed_request(prepared: PreparedPlan) -> TrainRequest:
-    """The seed: s·U updates on the mix of all founding domains; a pretrained model is one already, whatever the domains."""
+    """The seed: s·U updates on the mix of all founding domains; a pretrained model
+    is one already, whatever the domains."""
     if prepared.pretrained is not None:
         return train_request(prepared, "seed", "seed", (), (0, 0), None)
     return train_request(
@@ -39,21 +41,25 @@ def _between(first: int, last: int) -> tuple[int, ...]:
 
 
 def transformer_lm_milestones(prepared: PreparedPlan, seed: Ref) -> dict[int, Ref]:
-    """The Transformer-LM at each of its milestones, by update: the seed first, two between, and the finished model last."""
+    """The Transformer-LM at each of its milestones, by update: the seed first, two
+    between, and the finished model last."""
     whole = transformer_lm_request(prepared, seed)
     between = {one.last_update: one.ref for one in whole.at_snapshots}
     return {prepared.plan.training.seed_updates: seed, **between, whole.last_update: whole.ref}
 
 
 def demix_request(prepared: PreparedPlan) -> TrainRequest:
-    """DEMix: the Transformer-LM's budget and text, from the start, with one feed-forward per founding domain."""
+    """DEMix: the Transformer-LM's budget and text, from the start, with one
+    feed-forward per founding domain."""
     span = (0, prepared.plan.training.updates)
     request = train_request(prepared, "demix", "demix", prepared.founding_texts, span, None)
     return replace(request, is_demix=True)
 
 
 def check_demix(plan: Plan, model: Mapping[str, Any], forest: Forest | None) -> None:
-    """Refuses, before a text is read, a DEMix that the plan asks for and that cannot be trained. `forest` is version 0.
+    """Refuses, before a text is read, a DEMix that the plan asks for and that cannot be trained.
+
+    `forest` is version 0.
 
     Raises:
         UserError: naming the architecture, or the size of the group.
@@ -75,7 +81,8 @@ def check_demix_fits(plan: Plan, model: Mapping[str, Any], domains: int) -> None
             "cluster.seed_gpus does not fit a DEMix",
             found=f"{workers} GPUs for {domains} domains",
             expected=f"a divisor or a multiple of {domains}: a GPU has whole domains, or a domain whole GPUs",
-            remedy=f"set cluster.seed_gpus to {domains}, or leave DEMix out of `baselines` and `study.systems`",
+            remedy=f"set cluster.seed_gpus to {domains}, or leave DEMix out of `baselines` and "
+            "`study.systems`",
         )
 
 
@@ -123,7 +130,9 @@ def _resources(plan: Plan, gpus: float, cpus: int) -> Resources:
     on_gpu = gpus > 0
     precision = cluster.precision if cluster.precision != "auto" else "bfloat16" if on_gpu else "float32"
     compiles = on_gpu if cluster.compile == "auto" else cluster.compile == "on"
-    return Resources(workers, gpus / workers, max(1, cpus // workers), cluster.micro_batch_blocks, precision, compiles)
+    return Resources(
+        workers, gpus / workers, max(1, cpus // workers), cluster.micro_batch_blocks, precision, compiles
+    )
 
 
 def train_request(

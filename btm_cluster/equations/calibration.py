@@ -29,7 +29,10 @@ Below it, a climbed fit is as good as EM's and safer: EM sends a useless expert'
 
 
 def calibrate(
-    logp_EBT: torch.Tensor, mask_BT: torch.Tensor, posterior: Posterior, log_prior_E: torch.Tensor | None = None
+    logp_EBT: torch.Tensor,
+    mask_BT: torch.Tensor,
+    posterior: Posterior,
+    log_prior_E: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Posterior]:
     """Fits the log-prior [E] and the weight β of discounted evidence to blocks,
     by maximum likelihood of the mixture.
@@ -66,7 +69,11 @@ def calibrate(
 def minimise(loss: Callable[[], torch.Tensor], parameters: Sequence[torch.Tensor]) -> None:
     """Moves parameters to a minimum of a smooth loss, by L-BFGS."""
     optimizer = torch.optim.LBFGS(
-        parameters, max_iter=LBFGS_STEPS, line_search_fn="strong_wolfe", tolerance_grad=1e-8, tolerance_change=1e-11
+        parameters,
+        max_iter=LBFGS_STEPS,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=1e-8,
+        tolerance_change=1e-11,
     )
 
     def evaluate() -> torch.Tensor:
@@ -136,12 +143,16 @@ class _MixtureLoss(torch.autograd.Function):
         return upstream[0] * slope_E, upstream[0] * slope, None
 
 
-def _climb(tokens: _Tokens, start_E: torch.Tensor, start_weight: float, fits_prior: bool) -> tuple[torch.Tensor, float]:
+def _climb(
+    tokens: _Tokens, start_E: torch.Tensor, start_weight: float, fits_prior: bool
+) -> tuple[torch.Tensor, float]:
     """The log-prior [E] and β of a maximum of the likelihood near a start.
 
     L-BFGS; β = exp(·) stays positive.
     """
     bias_E = start_E.detach().clone().requires_grad_(fits_prior)
     log_weight = torch.tensor(start_weight, dtype=start_E.dtype).log().requires_grad_(True)
-    minimise(lambda: tokens.loss(bias_E, log_weight.exp()), [bias_E, log_weight] if fits_prior else [log_weight])
+    minimise(
+        lambda: tokens.loss(bias_E, log_weight.exp()), [bias_E, log_weight] if fits_prior else [log_weight]
+    )
     return torch.log_softmax(bias_E.detach(), dim=0), float(log_weight.detach().exp())

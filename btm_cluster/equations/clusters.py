@@ -2,15 +2,17 @@
 
     p(D=j | x_<t)    ∝ exp(-dist²(x_<t, centre_j) / T)                      c-BTM, arXiv 2303.14177, section 2
 
-Balance is kept by prices: a document goes where dist² + price is smallest, and the prices are those at which every cluster
-gets an even share of a sample. What is chosen then hangs on the document alone, so that a stream is balanced too,
-in any order, and the same document always goes to the same cluster. D documents or contexts, F features.
+Balance is kept by prices: a document goes where dist² + price is smallest, and the prices are those at which
+every cluster gets an even share of a sample. What is chosen then hangs on the document alone, so that a
+stream is balanced too, in any order, and the same document always goes to the same cluster. D documents or
+contexts, F features.
 """
 
 import torch
 
 SMOOTHING = 0.005
-"""In units of dist², which for unit vectors lies between 0 and 4: how softly documents choose while prices are sought."""
+"""In units of dist², which for unit vectors lies between 0 and 4: how softly
+documents choose while prices are sought."""
 MOVED_SHARE = 1e-3
 """Share of documents that still changed clusters when k-means has come to its end."""
 
@@ -31,15 +33,22 @@ def log_weighted_mixture(logp_EBT: torch.Tensor, log_weight_EBT: torch.Tensor) -
     return torch.logsumexp(log_weight_EBT + logp_EBT, dim=0)
 
 
-def balancing_prices(squared_ED: torch.Tensor, start_E: torch.Tensor, smoothing: float = SMOOTHING) -> torch.Tensor:
-    """Prices at which every cluster gets the same number of documents, the choice being a little soft: [E], of mean 0.
+def balancing_prices(
+    squared_ED: torch.Tensor, start_E: torch.Tensor, smoothing: float = SMOOTHING
+) -> torch.Tensor:
+    """Prices at which every cluster gets the same number of documents, the choice
+    being a little soft: [E], of mean 0.
 
     They are the dual variables of the optimal transport of documents to clusters, whose objective is concave.
     """
     clusters = len(squared_ED)
     price_E = start_E.clone()
     optimizer = torch.optim.LBFGS(
-        [price_E], max_iter=100, line_search_fn="strong_wolfe", tolerance_grad=1e-3 / clusters, tolerance_change=0
+        [price_E],
+        max_iter=100,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=1e-3 / clusters,
+        tolerance_change=0,
     )
 
     def loss() -> torch.Tensor:
@@ -54,10 +63,11 @@ def balancing_prices(squared_ED: torch.Tensor, start_E: torch.Tensor, smoothing:
 def balanced_kmeans(
     points_DF: torch.Tensor, centres_EF: torch.Tensor, iterations: int = 100
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """k-means from given centres in which every cluster gets the same number of documents: centres [E, F] and prices [E].
+    """k-means from given centres in which every cluster gets the same number of
+    documents: centres [E, F] and prices [E].
 
-    Lloyd's steps with the assignment replaced by the balanced one. A cluster that got no document, since equal documents
-    cannot be told apart, keeps its centre.
+    Lloyd's steps with the assignment replaced by the balanced one. A cluster that got no document, since
+    equal documents cannot be told apart, keeps its centre.
     """
     price_E = balancing_prices(
         squared_distances(points_DF, centres_EF), points_DF.new_zeros(len(centres_EF)), 20 * SMOOTHING
@@ -82,6 +92,7 @@ def choose(squared_ED: torch.Tensor, price_E: torch.Tensor) -> torch.Tensor:
 
 
 def mean_cost(points_DF: torch.Tensor, centres_EF: torch.Tensor, price_E: torch.Tensor) -> float:
-    """Mean squared distance of the documents to the centres of their clusters: what balanced k-means lowers."""
+    """Mean squared distance of the documents to the centres of their clusters:
+    what balanced k-means lowers."""
     squared_ED = squared_distances(points_DF, centres_EF)
     return float(squared_ED.gather(0, choose(squared_ED, price_E)[None]).mean())

@@ -7,11 +7,13 @@ import torch
 from btm_cluster.equations.posterior import Posterior, evidence, uniform_prior
 
 FLOOR = 1e-6
-"""Share of the prior that is spread evenly, so that the others can take over where one expert had all of it."""
+"""Share of the prior that is spread evenly, so that the others can take
+over where one expert had all of it."""
 
 
 def leave_one_out(logp_EBT: torch.Tensor, log_prior_E: torch.Tensor, posterior: Posterior) -> torch.Tensor:
-    """log p(x_t | x_<t) of the ensemble without each expert, its prior shared out among the others: [E, B, T].
+    """log p(x_t | x_<t) of the ensemble without each expert, its prior shared
+    out among the others: [E, B, T].
 
     As `leave_out` and `log_mixture` for each expert in turn, but linear in their number.
     """

@@ -1,7 +1,8 @@
 """What a learned gate sees of each expert before a token.
 
-The expert's discounted evidence and entropies relative to its siblings', the entropy of the prediction it is about to make,
-and whether it has lately been more surprised than it expected to be. F features, N tokens, beside the letters of the package.
+The expert's discounted evidence and entropies relative to its siblings', the entropy of the prediction it is
+about to make, and whether it has lately been more surprised than it expected to be. F features, N tokens,
+beside the letters of the package.
 """
 
 import torch
@@ -11,7 +12,10 @@ from btm_cluster.equations.posterior import discounted_sums
 
 
 def features(logp_EBT: torch.Tensor, entropy_EBT: torch.Tensor, taken_BT: torch.Tensor) -> torch.Tensor:
-    """Features of each expert before the taken tokens are seen: float32 [E, N, F]. All of the block, none of the future."""
+    """Features of each expert before the taken tokens are seen: float32 [E, N, F].
+
+    All of the block, none of the future.
+    """
     counts_GT = discounted_sums(torch.ones(1, 1, logp_EBT.shape[-1]), DISCOUNTS)[:, 0, 0]
     counts_GN = counts_GT[:, None].expand(-1, *taken_BT.shape)[:, taken_BT]
     logp_EBT, entropy_EBT = logp_EBT.float(), entropy_EBT.float()
@@ -23,7 +27,8 @@ def features(logp_EBT: torch.Tensor, entropy_EBT: torch.Tensor, taken_BT: torch.
 def features_of_sums(
     logp_GEN: torch.Tensor, entropy_GEN: torch.Tensor, counts_GN: torch.Tensor, entropy_EN: torch.Tensor
 ) -> torch.Tensor:
-    """The features from the discounted sums before each token, the discounted numbers of tokens, and the next entropies.
+    """The features from the discounted sums before each token, the discounted
+    numbers of tokens, and the next entropies.
 
     Sums of n tokens are divided by √n, so that noise has the same size under every discount. [E, N, F].
     """

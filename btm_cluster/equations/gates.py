@@ -1,8 +1,9 @@
 """Gates: mixtures over experts whose weights at token t are any function of what is known before t.
 
-The posterior of posterior.py is one of them. Here are two from the literature that repair its over-confidence: fixed share,
-which lets the best expert change within a block, and several discounts at once, each with a weight of its own. learned_gate.py
-holds the one that is trained. Every fit is a frozen value of tensors and numbers.
+The posterior of posterior.py is one of them. Here are two from the literature that repair its
+over-confidence: fixed share, which lets the best expert change within a block, and several discounts at once,
+each with a weight of its own. learned_gate.py holds the one that is trained. Every fit is a frozen value of
+tensors and numbers.
 
 N tokens of all blocks, G discounts, beside the letters of the package.
 """
@@ -36,9 +37,11 @@ class Gate(Protocol):
     """How experts are weighted, once it is fitted."""
 
     def log_weights(self, logp_EBT: torch.Tensor, entropy_EBT: torch.Tensor) -> torch.Tensor:
-        """The log-weight of each expert at each token t, from tokens before t and the entropies up to t: [E, B, T].
+        """The log-weight of each expert at each token t, from tokens before t and
+        the entropies up to t: [E, B, T].
 
-        `entropy_EBT` is each expert's entropy in nats of its prediction of token t, which is known before t is seen.
+        `entropy_EBT` is each expert's entropy in nats of its prediction of token t, which is known before t
+        is seen.
         """
 
     def running(self) -> RunningGate:
@@ -47,9 +50,11 @@ class Gate(Protocol):
 
 @dataclass(frozen=True)
 class FixedShare:
-    """Before every token the expert in charge is drawn anew from the prior with probability α; evidence counts 1/τ.
+    """Before every token the expert in charge is drawn anew from the prior with
+    probability α; evidence counts 1/τ.
 
-    Source: Herbster and Warmuth, Tracking the best expert, 1998; theirs draws from the other experts, uniformly.
+    Source: Herbster and Warmuth, Tracking the best expert, 1998; theirs draws from the other experts,
+    uniformly.
     """
 
     log_prior_E: torch.Tensor
@@ -58,7 +63,8 @@ class FixedShare:
     temperature: float = 1.0
 
     def log_weights(self, logp_EBT: torch.Tensor, entropy_EBT: torch.Tensor | None = None) -> torch.Tensor:  # noqa: ARG002
-        """log Σ over all paths of experts that end in j at t, of the path's prior times its likelihood; normalised."""
+        """log Σ over all paths of experts that end in j at t, of the path's prior
+        times its likelihood; normalised."""
         prior_EB = self.log_prior_E[:, None].expand(logp_EBT.shape[:2])
         log_stay, log_switch = self._log_rates()
         weights_EBT = torch.empty_like(logp_EBT)
@@ -113,13 +119,16 @@ def gate_loss(gate: Gate, logp_EBT: torch.Tensor, entropy_EBT: torch.Tensor, mas
 def fit_fixed_share(
     logp_EBT: torch.Tensor, mask_BT: torch.Tensor, log_prior_E: torch.Tensor | None = None
 ) -> FixedShare:
-    """The switching rate and temperature, of those listed above, that serve the blocks best, under a given prior."""
+    """The switching rate and temperature, of those listed above, that serve
+    the blocks best, under a given prior."""
     log_prior_E = uniform_prior(logp_EBT) if log_prior_E is None else log_prior_E
 
     def loss(gate: FixedShare) -> float:
         return gate_loss(gate, logp_EBT, logp_EBT, mask_BT) if mask_BT.any() else 0.0
 
-    tried = [FixedShare(log_prior_E, rate, temperature) for rate in SWITCHING_RATES for temperature in TEMPERATURES]
+    tried = [
+        FixedShare(log_prior_E, rate, temperature) for rate in SWITCHING_RATES for temperature in TEMPERATURES
+    ]
     return min(tried, key=loss)
 
 
@@ -131,13 +140,17 @@ def fit_discounts(
     ridge: float = DISCOUNT_RIDGE,
     prior_ridge: float = PRIOR_RIDGE,
 ) -> Discounts:
-    """Fits b and all β to blocks: the maximum of the mixture's likelihood, held by a ridge. Without `fits_prior`, b is uniform.
+    """Fits b and all β to blocks: the maximum of the mixture's likelihood, held by a ridge.
 
-    A sum over more of the past is larger, so each β is held in units of its sum's size: what counts is how much a discount
-    moves the weights.
+    Without `fits_prior`, b is uniform.
+
+    A sum over more of the past is larger, so each β is held in units of its sum's size: what counts is how
+    much a discount moves the weights.
     """
     if not mask_BT.any():
-        return Discounts(uniform_prior(logp_EBT), tuple(discounts), torch.zeros(len(discounts), dtype=logp_EBT.dtype))
+        return Discounts(
+            uniform_prior(logp_EBT), tuple(discounts), torch.zeros(len(discounts), dtype=logp_EBT.dtype)
+        )
     taken_BT = take_evenly(mask_BT, FIT_TOKENS)
     logp_EN = logp_EBT[:, taken_BT]
     sums_GEN = discounted_sums(logp_EBT, discounts)[:, :, taken_BT]
@@ -154,7 +167,9 @@ def fit_discounts(
         return (held / 2 - likelihood) / logp_EN.shape[1]
 
     minimise(loss, [bias_E, weights_G] if fits_prior else [weights_G])
-    return Discounts(torch.log_softmax(bias_E.detach(), dim=0), tuple(discounts), weights_G.detach() / scale_G)
+    return Discounts(
+        torch.log_softmax(bias_E.detach(), dim=0), tuple(discounts), weights_G.detach() / scale_G
+    )
 
 
 def take_evenly(mask_BT: torch.Tensor, most: int) -> torch.Tensor:

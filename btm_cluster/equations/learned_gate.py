@@ -1,10 +1,12 @@
-"""A gate that is trained: a small network looks at what each expert has shown so far and says how much to trust it now.
+"""A gate that is trained: a small network looks at what each expert has shown so
+far and says how much to trust it now.
 
-The network is the same for every expert, so that a gate fitted on some texts ("one for all") serves other texts and other
-forests; a bias for each expert is fitted where a text has development blocks of its own, from scratch or from a gate for all,
-and then all weights.
+The network is the same for every expert, so that a gate fitted on some texts ("one for all") serves other
+texts and other forests; a bias for each expert is fitted where a text has development blocks of its own, from
+scratch or from a gate for all, and then all weights.
 
-F features of an expert (gate_features.py), H hidden units, N tokens of all blocks, beside the letters of the package.
+F features of an expert (gate_features.py), H hidden units, N tokens of all blocks, beside the letters of the
+package.
 """
 
 import math
@@ -36,7 +38,8 @@ SCALE_RIDGE = 10.0
 BIAS_RIDGE = 5.0
 """The same for an expert's bias of √2."""
 HELD_OUT_SHARE = 0.2
-"""The last share of each text's blocks is held out: mostly other documents, which every fifth block would not be."""
+"""The last share of each text's blocks is held out: mostly other documents,
+which every fifth block would not be."""
 FEWEST_HELD_OUT_TOKENS = 500
 """Fewer do not say whether it helps to tune all weights."""
 
@@ -61,12 +64,14 @@ class TextScores:
 
 @dataclass(frozen=True)
 class LearnedGate:
-    """The network's weights and how features are scaled; `bias_E`, where it belongs to one text and one forest."""
+    """The network's weights and how features are scaled; `bias_E`, where it
+    belongs to one text and one forest."""
 
     center_F: torch.Tensor
     scale_F: torch.Tensor
     linear_F: torch.Tensor
-    """From an expert's features straight to its score: several discounts at once, and their like for entropies."""
+    """From an expert's features straight to its score: several discounts at
+    once, and their like for entropies."""
     inner_FH: torch.Tensor
     inner_H: torch.Tensor
     outer_H: torch.Tensor
@@ -94,7 +99,10 @@ class LearnedGate:
 
 @dataclass(frozen=True)
 class _Examples:
-    """Tokens to learn from. `logp_NE` is relative to the best expert; absent experts have features 0 and are masked."""
+    """Tokens to learn from.
+
+    `logp_NE` is relative to the best expert; absent experts have features 0 and are masked.
+    """
 
     features_NEF: torch.Tensor
     logp_NE: torch.Tensor
@@ -102,7 +110,8 @@ class _Examples:
     held_out_N: torch.Tensor
 
     def loss(self, gate: LearnedGate, rows: torch.Tensor) -> torch.Tensor:
-        """Mean negative log-likelihood of the mixture on some tokens, above that of the best expert at each."""
+        """Mean negative log-likelihood of the mixture on some tokens, above
+        that of the best expert at each."""
         scores_NE = gate.scores(self.features_NEF[rows].transpose(0, 1)).T
         log_weights_NE = torch.log_softmax(scores_NE.masked_fill(self.absent_NE[rows], -math.inf), dim=1)
         return -torch.logsumexp(log_weights_NE + self.logp_NE[rows], dim=1).mean()
@@ -111,9 +120,9 @@ class _Examples:
 def fit_gate(texts: Sequence[TextScores], fits_bias: bool = False, random_seed: int = 0) -> LearnedGate:
     """Trains a gate on development blocks, by maximum likelihood of the mixture.
 
-    The last fifth of a text's blocks says when to stop; then it is trained as long again on all of them. Texts may differ in
-    their experts unless `fits_bias`. The same texts and random seed give the same gate on a CPU. Without a token it weighs all
-    alike.
+    The last fifth of a text's blocks says when to stop; then it is trained as long again on all of them.
+    Texts may differ in their experts unless `fits_bias`. The same texts and random seed give the same gate on
+    a CPU. Without a token it weighs all alike.
     """
     examples = _examples(texts)
     gate = _fresh(examples, random_seed)
@@ -127,25 +136,28 @@ def fit_gate(texts: Sequence[TextScores], fits_bias: bool = False, random_seed: 
 def fit_gate_for_all(texts: Sequence[TextScores], random_seed: int = 0) -> LearnedGate:
     """A gate for texts and forests to come, fitted on the training domains' development text alone.
 
-    Each domain is shown twice: as it is, and as a forest without its best expert sees it, which is how a text looks that
-    no expert was trained on.
+    Each domain is shown twice: as it is, and as a forest without its best expert sees it, which is how a text
+    looks that no expert was trained on.
     """
     unseen = [text.without(text.best_expert()) for text in texts if len(text.logp_EBT) > 2]
     return fit_gate([*texts, *unseen], random_seed=random_seed)
 
 
 def tune_gate(text: TextScores, start: LearnedGate, random_seed: int = 0) -> LearnedGate:
-    """A gate for one text, from one for all: first few numbers of it are fitted, then all, for as long as that helps.
+    """A gate for one text, from one for all: first few numbers of it are fitted,
+    then all, for as long as that helps.
 
-    The few, a bias for each expert and a scale of all scores, are held by a ridge and fitted on all blocks. The held-out ones
-    then say how long to go on with every weight. They took part in the first fit, which is thus hard to beat, and stands where
-    they are few.
+    The few, a bias for each expert and a scale of all scores, are held by a ridge and fitted on all blocks.
+    The held-out ones then say how long to go on with every weight. They took part in the first fit, which is
+    thus hard to beat, and stands where they are few.
     """
     if not text.mask_BT.any():
         return start
     examples = _examples([text])
     gate = _fit_bias_and_scale(start, examples)
-    return _train(gate, examples, random_seed) if examples.held_out_N.sum() >= FEWEST_HELD_OUT_TOKENS else gate
+    return (
+        _train(gate, examples, random_seed) if examples.held_out_N.sum() >= FEWEST_HELD_OUT_TOKENS else gate
+    )
 
 
 def _train(gate: LearnedGate, examples: _Examples, random_seed: int) -> LearnedGate:
@@ -172,7 +184,9 @@ def _fit_bias_and_scale(start: LearnedGate, examples: _Examples) -> LearnedGate:
 
     minimise(loss, [change, bias_E])
     scale = 1 + change.detach()
-    return replace(start, linear_F=start.linear_F * scale, outer_H=start.outer_H * scale, bias_E=bias_E.detach())
+    return replace(
+        start, linear_F=start.linear_F * scale, outer_H=start.outer_H * scale, bias_E=bias_E.detach()
+    )
 
 
 def _examples(texts: Sequence[TextScores]) -> _Examples:
@@ -188,7 +202,9 @@ def _examples(texts: Sequence[TextScores]) -> _Examples:
         held_BT = (held_B & (blocks > 1))[:, None].expand_as(taken_BT)
         parts.append(
             (
-                functional.pad(features(text.logp_EBT, text.entropy_EBT, taken_BT).transpose(0, 1), (0, 0, *missing)),
+                functional.pad(
+                    features(text.logp_EBT, text.entropy_EBT, taken_BT).transpose(0, 1), (0, 0, *missing)
+                ),
                 functional.pad(logp_NE, missing),
                 functional.pad(torch.zeros_like(logp_NE, dtype=torch.bool), missing, value=True),
                 held_BT[taken_BT],
@@ -220,10 +236,15 @@ def _descend(
     looks: int,
     random_seed: int,
 ) -> tuple[LearnedGate, int]:
-    """Adam on batches of tokens. The gate at its best look and that look's number; without `held_out`, at the last."""
+    """Adam on batches of tokens.
+
+    The gate at its best look and that look's number; without `held_out`, at the last.
+    """
     generator = torch.Generator().manual_seed(random_seed)
     names = [
-        name for name in ("linear_F", "inner_FH", "inner_H", "outer_H", "bias_E") if getattr(gate, name) is not None
+        name
+        for name in ("linear_F", "inner_FH", "inner_H", "outer_H", "bias_E")
+        if getattr(gate, name) is not None
     ]
     moving = {name: getattr(gate, name).clone().requires_grad_() for name in names}
     optimizer = torch.optim.AdamW(moving.values(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)

@@ -1,4 +1,5 @@
-"""The ensemble's log-probabilities, and what is reported of any model's: perplexity and intervals over documents.
+"""The ensemble's log-probabilities, and what is reported of any model's:
+perplexity and intervals over documents.
 
 S systems, beside the letters of the package.
 """
@@ -12,7 +13,10 @@ RESAMPLED_AT_ONCE = 4_000_000
 
 
 def log_mixture(logp_EBT: torch.Tensor, log_prior_E: torch.Tensor, posterior: Posterior) -> torch.Tensor:
-    """log p(x_t | x_<t) of the ensemble, a mixture in probability space: [B, T]. Source: paper, equation 1."""
+    """log p(x_t | x_<t) of the ensemble, a mixture in probability space: [B, T].
+
+    Source: paper, equation 1.
+    """
     return torch.logsumexp(log_posterior(logp_EBT, log_prior_E, posterior) + logp_EBT, dim=0)
 
 
@@ -37,7 +41,10 @@ def perplexity(logp_SD: torch.Tensor, tokens_D: torch.Tensor) -> torch.Tensor:
 def resampled_perplexity(
     logp_SD: torch.Tensor, tokens_D: torch.Tensor, resamples: int, random_seed: int
 ) -> torch.Tensor:
-    """Perplexities over bootstrap resamples of the documents: [S, R]. All systems see the same resamples: paired."""
+    """Perplexities over bootstrap resamples of the documents: [S, R].
+
+    All systems see the same resamples: paired.
+    """
     documents = len(tokens_D)
     generator = torch.Generator().manual_seed(random_seed)
     at_once = max(1, RESAMPLED_AT_ONCE // documents)

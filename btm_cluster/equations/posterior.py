@@ -3,10 +3,10 @@
     p(x_t | x_<t)    = Σ_j p_j(x_t | x_<t) · p(D=j | x_<t)
     p(D=j | x_<t)    ∝ p_j(x_<t) · p(D=j)                                   paper, section 2
 
-What the posterior sees of x_<t is its evidence: all of it (the equation), the last token (the released scorer), the last w
-tokens, or all of it, discounted and weighed (calibrated). Everything is in log space. `logp_EBT` holds each expert's
-log-probability of each actual token; padding tokens have log-probability 0 under every expert, and `mask_BT` leaves
-them out of what is estimated.
+What the posterior sees of x_<t is its evidence: all of it (the equation), the last token (the released
+scorer), the last w tokens, or all of it, discounted and weighed (calibrated). Everything is in log space.
+`logp_EBT` holds each expert's log-probability of each actual token; padding tokens have log-probability 0
+under every expert, and `mask_BT` leaves them out of what is estimated.
 """
 
 import math
@@ -37,7 +37,8 @@ class Posterior:
 
 
 def evidence(logp_EBT: torch.Tensor, posterior: Posterior) -> torch.Tensor:
-    """Evidence for each expert before token t: Σ_{u<t} of its log-probabilities, as `posterior` says. [E, B, T]."""
+    """Evidence for each expert before token t: Σ_{u<t} of its
+    log-probabilities, as `posterior` says. [E, B, T]."""
     shifted_EBT = torch.cat([torch.zeros_like(logp_EBT[..., :1]), logp_EBT[..., :-1]], dim=-1)
     if posterior.kind == "last-token":
         summed_EBT = shifted_EBT
@@ -55,7 +56,9 @@ def log_posterior(logp_EBT: torch.Tensor, log_prior_E: torch.Tensor, posterior: 
     return torch.log_softmax(log_prior_E[:, None, None] + evidence(logp_EBT, posterior), dim=0)
 
 
-def log_prior(kind: PriorKind, logp_EBT: torch.Tensor, mask_BT: torch.Tensor, posterior: Posterior) -> torch.Tensor:
+def log_prior(
+    kind: PriorKind, logp_EBT: torch.Tensor, mask_BT: torch.Tensor, posterior: Posterior
+) -> torch.Tensor:
     """log p(D=j) estimated on development blocks in hash order: [E]. Without a token it is uniform."""
     if kind == "uniform" or not mask_BT.any():
         return uniform_prior(logp_EBT)
@@ -72,7 +75,8 @@ def uniform_prior(logp_EBT: torch.Tensor) -> torch.Tensor:
 
 
 def ema_prior(logp_EBT: torch.Tensor, rate: float = EMA_RATE) -> torch.Tensor:
-    """The paper's: q_1 = post_1, q_i = (1-λ) q_{i-1} + λ post_i, with post_i the end-of-block posterior under q_{i-1}.
+    """The paper's: q_1 = post_1, q_i = (1-λ) q_{i-1} + λ post_i, with post_i the
+    end-of-block posterior under q_{i-1}.
 
     In log space throughout, since q_1 rounds to one-hot as a probability and could never leave it. [E].
     """
@@ -93,10 +97,13 @@ def mean_prior(logp_EBT: torch.Tensor, mask_BT: torch.Tensor, posterior: Posteri
     return (responsibility_EBT * mask_BT).sum((1, 2)).div(mask_BT.sum()).log()
 
 
-def fitted_prior(logp_EBT: torch.Tensor, mask_BT: torch.Tensor, tolerance: float = EM_TOLERANCE) -> torch.Tensor:
+def fitted_prior(
+    logp_EBT: torch.Tensor, mask_BT: torch.Tensor, tolerance: float = EM_TOLERANCE
+) -> torch.Tensor:
     """The mixture weights, fixed over all tokens, that maximise the likelihood of the blocks, by EM: [E].
 
-    The likelihoods are scaled per token by their maximum, so that nothing under- or overflows and a step needs no exp.
+    The likelihoods are scaled per token by their maximum, so that nothing under- or overflows and a step
+    needs no exp.
     """
     logp_EN = logp_EBT[:, mask_BT].double()
     scaled_EN = (logp_EN - logp_EN.max(dim=0).values).exp()
@@ -130,7 +137,10 @@ def responsibilities(logp_EBT: torch.Tensor, log_prior_E: torch.Tensor, posterio
 
 
 def keep_top(log_prior_E: torch.Tensor, k: int | None) -> torch.Tensor:
-    """The prior with all but its k largest entries at -inf, renormalised: [E]. Dropped experts need not run."""
+    """The prior with all but its k largest entries at -inf, renormalised: [E].
+
+    Dropped experts need not run.
+    """
     if k is None or k >= len(log_prior_E):
         return log_prior_E
     kept = torch.full_like(log_prior_E, -torch.inf)
@@ -140,7 +150,10 @@ def keep_top(log_prior_E: torch.Tensor, k: int | None) -> torch.Tensor:
 
 
 def leave_out(log_prior_E: torch.Tensor, expert: int) -> torch.Tensor:
-    """The prior without one expert, renormalised: [E]. With it, an ensemble says what that expert is worth."""
+    """The prior without one expert, renormalised: [E].
+
+    With it, an ensemble says what that expert is worth.
+    """
     if len(log_prior_E) == 1:
         raise ValueError("an ensemble of one expert has none to leave out")
     without = log_prior_E.clone()

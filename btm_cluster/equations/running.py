@@ -1,7 +1,9 @@
-"""Gates computed token by token: for each sequence a state of fixed size, advanced by what each expert said of its newest token.
+"""Gates computed token by token: for each sequence a state of fixed size, advanced by
+what each expert said of its newest token.
 
-A state holds a gate's own numbers beside its sums, so that sequences of one batch may have other priors and weights. It is a
-mapping of names to tensors whose last dimension is the sequence. Steps are pure, run on any device, and ask the host nothing.
+A state holds a gate's own numbers beside its sums, so that sequences of one batch may have other priors and
+weights. It is a mapping of names to tensors whose last dimension is the sequence. Steps are pure, run on any
+device, and ask the host nothing.
 
 R sequences, G discounts, W tokens of a window, beside the letters of the package.
 """
@@ -27,13 +29,15 @@ class RunningGate(Protocol):
 
     @property
     def is_full_posterior(self) -> bool:
-        """Whether its weights are p(D=j | x_<t) by Bayes' rule: one expert, drawn once, then writes as the mixture does."""
+        """Whether its weights are p(D=j | x_<t) by Bayes' rule: one expert, drawn
+        once, then writes as the mixture does."""
 
     def begin(self, logp_ET: torch.Tensor, entropy_ET: torch.Tensor) -> State:
         """The state after a text: float64, without the dimension of sequences."""
 
     def log_weights(self, state: State, entropy_ER: torch.Tensor) -> torch.Tensor:
-        """The normalised log-weights for the next token, of whose predictions the entropies are given: [E, R]."""
+        """The normalised log-weights for the next token, of whose predictions
+        the entropies are given: [E, R]."""
 
     def advance(self, state: State, logp_ER: torch.Tensor, entropy_ER: torch.Tensor) -> State:
         """What of the state changes once the next token is seen; the entropies are of its prediction."""
@@ -54,7 +58,12 @@ class RunningSums:
 
     def begin(self, logp_ET: torch.Tensor, entropy_ET: torch.Tensor) -> State:  # noqa: ARG002
         sums_GE = sums_after(logp_ET, self.discounts_G)
-        return {"prior": self.log_prior_E, "discounts": self.discounts_G, "weights": self.weights_G, "sums": sums_GE}
+        return {
+            "prior": self.log_prior_E,
+            "discounts": self.discounts_G,
+            "weights": self.weights_G,
+            "sums": sums_GE,
+        }
 
     def log_weights(self, state: State, entropy_ER: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         evidence_ER = (state["weights"][:, None] * state["sums"]).sum(0)
@@ -66,7 +75,10 @@ class RunningSums:
 
 @dataclass(frozen=True)
 class RunningWindow:
-    """log w_j(t) = b_j + β Σ of the last W tokens' log p_j, normalised. The window is summed anew: no rounding adds up."""
+    """log w_j(t) = b_j + β Σ of the last W tokens' log p_j, normalised.
+
+    The window is summed anew: no rounding adds up.
+    """
 
     log_prior_E: torch.Tensor
     window_tokens: int
@@ -102,7 +114,10 @@ class RunningFixedShare:
         return self.log_stay == 0 and self.temperature == 1
 
     def begin(self, logp_ET: torch.Tensor, entropy_ET: torch.Tensor) -> State:
-        numbers = {name: logp_ET.new_tensor(getattr(self, name)) for name in ("log_stay", "log_switch", "temperature")}
+        numbers = {
+            name: logp_ET.new_tensor(getattr(self, name))
+            for name in ("log_stay", "log_switch", "temperature")
+        }
         state = {"prior": self.log_prior_E, "now": torch.log_softmax(self.log_prior_E, dim=0), **numbers}
         of_one = {name: value[..., None] for name, value in state.items()}
         for t in range(logp_ET.shape[1]):

@@ -5,7 +5,8 @@ REWARM_SHARE = 0.01
 
 
 def learning_rate(update: int, *, peak: float, updates: int, warmup_updates: int) -> float:
-    """The learning rate of update `update` (0 … updates-1): a linear rise to `peak`, then a linear fall to 0 at `updates`.
+    """The learning rate of update `update` (0 … updates-1): a linear rise to
+    `peak`, then a linear fall to 0 at `updates`.
 
     A branch that keeps the seed's optimiser continues down this line. Source: paper, section 4.1.
     """
@@ -19,8 +20,11 @@ def decay_line(update: int, *, peak: float, updates: int, warmup_updates: int) -
     return peak * min(1.0, (updates - update) / max(1, updates - warmup_updates))
 
 
-def rewarmed_learning_rate(update: int, *, branch: int, peak: float, updates: int, warmup_updates: int) -> float:
-    """After a branch at update `branch` with fresh Adam moments: a rise to the line's value there, then the line.
+def rewarmed_learning_rate(
+    update: int, *, branch: int, peak: float, updates: int, warmup_updates: int
+) -> float:
+    """After a branch at update `branch` with fresh Adam moments: a rise to the
+    line's value there, then the line.
 
     For averages and pretrained seeds, which have no optimiser to continue.
     """

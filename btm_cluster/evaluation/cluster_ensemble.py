@@ -1,7 +1,8 @@
 """The ensemble that weighs experts by a context's distance to their clusters: one more row of an evaluation.
 
-A token's weights follow from the text before it in its block, the same that the posterior sees; nothing is fitted. The text is
-embedded after 8, 16, 32, … tokens, each embedding serving until the next: c-BTM embeds it anew for every token.
+A token's weights follow from the text before it in its block, the same that the posterior sees; nothing is
+fitted. The text is embedded after 8, 16, 32, … tokens, each embedding serving until the next: c-BTM embeds it
+anew for every token.
 """
 
 from collections.abc import Sequence
@@ -49,7 +50,8 @@ def check_clusters(plan: Plan, domains: Sequence[str]) -> None:
             f"`merging.clusters` has no cluster for {', '.join(missing)}",
             found=f"clusters {', '.join(names)} in {plan.merging.clusters}",
             expected="a cluster by the name of every domain",
-            remedy="name clusters in its clusters.json as the domains; where a domain has none, leave `merging.clusters` out",
+            remedy="name clusters in its clusters.json as the domains; where a domain has none, leave "
+            "`merging.clusters` out",
         )
 
 
@@ -88,7 +90,10 @@ def cluster_sums(
     tokenizer: TextTokenizer,
     temperature: float,
 ) -> torch.Tensor:
-    """The ensemble's summed log-probability by document: [D]. `experts` are the clusters of the stack's models, in order."""
+    """The ensemble's summed log-probability by document: [D].
+
+    `experts` are the clusters of the stack's models, in order.
+    """
     total_D = torch.zeros(len(stack.tokens()), dtype=torch.float64)
     for start in range(0, len(stack), BLOCKS_AT_ONCE):
         logp_EBT, mask_BT = stack.take(start, start + BLOCKS_AT_ONCE)
@@ -107,7 +112,10 @@ def context_log_weights(
     tokenizer: TextTokenizer,
     temperature: float,
 ) -> torch.Tensor:
-    """log p(D=j | x_<t) by distance for every token: [E, B, T]. Uniform before the first context is embedded."""
+    """log p(D=j | x_<t) by distance for every token: [E, B, T].
+
+    Uniform before the first context is embedded.
+    """
     blocks, block_tokens = tokens_BT.shape
     log_weight_EBT = torch.zeros(len(experts), blocks, block_tokens, dtype=torch.float64)
     log_weight_EBT -= float(np.log(len(experts)))

@@ -1,7 +1,8 @@
-"""The comparison engine: models and ensembles in, the summed log-probability of every document under every system out.
+"""The comparison engine: models and ensembles in, the summed log-probability of
+every document under every system out.
 
-Runs, studies and trials ask it for different rows of the same table. Everything is asked for in one call, and the workers
-start each step once its inputs are there. Whatever is fitted or chosen is so on development text.
+Runs, studies and trials ask it for different rows of the same table. Everything is asked for in one call, and
+the workers start each step once its inputs are there. Whatever is fitted or chosen is so on development text.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,7 +49,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Comparer:
-    """Single models by system, and ensembles, to be compared. The first ensemble is the forest, whose experts get rows too."""
+    """Single models by system, and ensembles, to be compared.
+
+    The first ensemble is the forest, whose experts get rows too.
+    """
 
     prepared: PreparedPlan
     single: Mapping[System, Ref]
@@ -77,10 +81,15 @@ class Comparer:
                 if weights != "argmax":  # which is one of the models
                     average = average_request(prepared, ensemble, weights, text)
                     yield average
-                    yield from score_requests(prepared, [average.ref], [text] if text else prepared.texts, self.splits)
+                    yield from score_requests(
+                        prepared, [average.ref], [text] if text else prepared.texts, self.splits
+                    )
 
     def compare(self, driver: Driver) -> Comparison:
-        """Makes what is missing and reads the rows. The best milestone is known, and scored on all texts, last."""
+        """Makes what is missing and reads the rows.
+
+        The best milestone is known, and scored on all texts, last.
+        """
         made = by_ref(driver.require(list(self.requests())))
         milestones = choose_milestone(self.prepared, self.milestones, driver.ledger, made)
         asked = self
@@ -94,7 +103,11 @@ class Comparer:
     def averages(self, ensemble: Ensemble) -> Iterator[tuple[str, PreparedText | None]]:
         """Averages by weights; the uniform one is the same for all texts."""
         for weights in ensemble.averages:
-            yield from [(weights, None)] if weights == "uniform" else [(weights, text) for text in self.prepared.texts]
+            yield from (
+                [(weights, None)]
+                if weights == "uniform"
+                else [(weights, text) for text in self.prepared.texts]
+            )
 
 
 @dataclass(frozen=True)
@@ -114,7 +127,8 @@ class _Reader:
             rows |= self._mixed(ensemble) | self._averaged(ensemble)
         any_model = next(iter([*single.values(), *(ref for ensemble in ensembles for ref in ensemble.refs)]))
         tokens = {
-            (text.name, split): self._stack([any_model], text, split).tokens() for text, split in self.asked.parts
+            (text.name, split): self._stack([any_model], text, split).tokens()
+            for text, split in self.asked.parts
         }
         return Comparison(rows, tokens)
 
@@ -122,7 +136,10 @@ class _Reader:
         return stack_of(self.ledger, models, text, split, self.made)
 
     def _alone(self, model: Ref) -> dict[Part, torch.Tensor]:
-        return {(text.name, split): self._stack([model], text, split).sums()[0] for text, split in self.asked.parts}
+        return {
+            (text.name, split): self._stack([model], text, split).sums()[0]
+            for text, split in self.asked.parts
+        }
 
     def _mixed(self, ensemble: Ensemble) -> Rows:
         rows: Rows = {}
@@ -138,19 +155,27 @@ class _Reader:
         for weights in ensemble.averages:
             row = rows.setdefault(ensemble.averaged_by(weights), {})
             for text, split in self.asked.parts:
-                row[text.name, split] = self._stack([self._average(ensemble, weights, text)], text, split).sums()[0]
+                row[text.name, split] = self._stack(
+                    [self._average(ensemble, weights, text)], text, split
+                ).sums()[0]
         return rows
 
     def _average(self, ensemble: Ensemble, weights: str, text: PreparedText) -> Ref:
         prepared = self.asked.prepared
         if weights == "argmax":
             fit = self.made[weights_request(prepared, ensemble, text).ref]
-            return next(Ref("model", model) for model, share in fit.facts["weights"]["argmax"].items() if share)
+            return next(
+                Ref("model", model) for model, share in fit.facts["weights"]["argmax"].items() if share
+            )
         return average_request(prepared, ensemble, weights, None if weights == "uniform" else text).ref
 
     def _experts(self, forest: Ensemble) -> Rows:
-        """The expert that is best on a text's development blocks (without any, the first), and the domain's own."""
-        rows: Rows = {System("best single expert", forest.seed_share): {}, System("own expert", forest.seed_share): {}}
+        """The expert that is best on a text's development blocks (without any,
+        the first), and the domain's own."""
+        rows: Rows = {
+            System("best single expert", forest.seed_share): {},
+            System("own expert", forest.seed_share): {},
+        }
         best_row, own_row = rows.values()
         names = [name for name, _ in forest.models]
         for text, split in self.asked.parts:

@@ -1,4 +1,5 @@
-"""The evaluation of a forest as its plan asks for it: which rows there are, and the names they are shown by."""
+"""The evaluation of a forest as its plan asks for it: which rows there
+are, and the names they are shown by."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -64,15 +65,24 @@ def evaluate(
     """Scores seed, experts, baseline and averages on every held-out text, and combines them."""
     comparer = comparer_of(prepared, forest, baseline, demix)
     comparison, experts = comparer.compare(driver), comparer.ensembles[0]
-    results = with_cluster_ensemble(_results(prepared, comparison, comparer.ensembles), prepared, forest, driver.ledger)
-    fits = {text: open_fits(driver.ledger, driver.ledger.get(ref)) for text, ref in fits_of(prepared, experts).items()}
+    results = with_cluster_ensemble(
+        _results(prepared, comparison, comparer.ensembles), prepared, forest, driver.ledger
+    )
+    fits = {
+        text: open_fits(driver.ledger, driver.ledger.get(ref))
+        for text, ref in fits_of(prepared, experts).items()
+    }
     prior = prepared.plan.merging.average_prior
     averages = {"uniform": average_request(prepared, experts, "uniform", None).ref}
-    averages |= {f"posterior for {t.name}": average_request(prepared, experts, prior, t).ref for t in prepared.texts}
+    averages |= {
+        f"posterior for {t.name}": average_request(prepared, experts, prior, t).ref for t in prepared.texts
+    }
     return Evaluation(results, fits, averages, comparison.milestones)
 
 
-def comparer_of(prepared: PreparedPlan, forest: Forest, baseline: Ref | None, demix: Sequence[Ref]) -> Comparer:
+def comparer_of(
+    prepared: PreparedPlan, forest: Forest, baseline: Ref | None, demix: Sequence[Ref]
+) -> Comparer:
     """Everything that the plan compares."""
     seed = Ref("model", forest.foundation.seed)
     single = {SEED: seed} | ({TRANSFORMER_LM: baseline} if baseline else {})
@@ -81,7 +91,9 @@ def comparer_of(prepared: PreparedPlan, forest: Forest, baseline: Ref | None, de
     if prepared.plan.merging.with_seed:
         ensembles.append(planned_ensemble(prepared, forest))
     if demix:
-        parts = tuple((domain, part) for (domain, _), part in zip(prepared.founders_by_text, demix, strict=True))
+        parts = tuple(
+            (domain, part) for (domain, _), part in zip(prepared.founders_by_text, demix, strict=True)
+        )
         ensembles.append(Ensemble(DEMIX, parts, (PAPERS, CALIBRATED)))
     return Comparer(prepared, single, ensembles, milestones=milestones)
 
@@ -143,11 +155,15 @@ def _name(ensemble: Ensemble, method: MixingMethod) -> str:
     if ensemble.system == DEMIX:
         return {PAPERS: PAPER_DEMIX, CALIBRATED: CALIBRATED_DEMIX}[method]
     if ensemble.system == SEEDED_FOREST:
-        return {CALIBRATED: SEEDED_ENSEMBLE, GATE: SEEDED_GATE}.get(method, "ensemble with the seed, as planned")
+        return {CALIBRATED: SEEDED_ENSEMBLE, GATE: SEEDED_GATE}.get(
+            method, "ensemble with the seed, as planned"
+        )
     return {GATE: GATED_ENSEMBLE}.get(method, "ensemble, as planned")
 
 
-def _results(prepared: PreparedPlan, comparison: Comparison, ensembles: Sequence[Ensemble]) -> tuple[SplitResult, ...]:
+def _results(
+    prepared: PreparedPlan, comparison: Comparison, ensembles: Sequence[Ensemble]
+) -> tuple[SplitResult, ...]:
     names = _names(prepared, ensembles)
     targets = {text.name: text.is_target for text in prepared.texts}
     return tuple(

@@ -1,4 +1,5 @@
-"""How an ensemble is mixed and averaged for a text: the requests for fits, mixtures, searches and averages."""
+"""How an ensemble is mixed and averaged for a text: the requests for fits,
+mixtures, searches and averages."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,11 +29,15 @@ from btm_cluster.requests import (
 SEARCHES = ("greedy", "learned")
 """Averages whose weights are searched on the averaged model's own loss, greedily or by gradient."""
 SOUP_BLOCKS_AT_ONCE = 8
-"""Blocks per forward pass: searches share a GPU, and logits with their gradients take far more memory than small models."""
+"""Blocks per forward pass: searches share a GPU, and logits with their
+gradients take far more memory than small models."""
 
 
-def for_all_requests(prepared: PreparedPlan, ensemble: Ensemble, text: PreparedText | None) -> list[FitForAll]:
-    """The settings for all texts that a text's fits rest on: all that there are, where it has no development text."""
+def for_all_requests(
+    prepared: PreparedPlan, ensemble: Ensemble, text: PreparedText | None
+) -> list[FitForAll]:
+    """The settings for all texts that a text's fits rest on: all that there are,
+    where it has no development text."""
     has_its_own = text is not None and bool(text.tokens["development"])
     needed = {
         method.posterior
@@ -42,7 +47,9 @@ def for_all_requests(prepared: PreparedPlan, ensemble: Ensemble, text: PreparedT
     domains = [domain for domain in prepared.domains if domain.tokens["development"]]
     scored = tuple(scored_split(ensemble.refs, domain, "development") for domain in domains)
     return [
-        FitForAll(f"{posterior} for all texts under {ensemble.name}", posterior, scored, prepared.plan.merging)
+        FitForAll(
+            f"{posterior} for all texts under {ensemble.name}", posterior, scored, prepared.plan.merging
+        )
         for posterior in FITTED_FOR_ALL
         if posterior in needed
     ]
@@ -63,24 +70,32 @@ def mix_request(prepared: PreparedPlan, ensemble: Ensemble, text: PreparedText, 
 
 
 def weights_request(prepared: PreparedPlan, ensemble: Ensemble, text: PreparedText) -> FitText:
-    """The fit of the priors alone, by which averages for a text are weighted. It does not hang on how a plan mixes."""
+    """The fit of the priors alone, by which averages for a text are weighted.
+
+    It does not hang on how a plan mixes.
+    """
     return fit_request(prepared, replace(ensemble, methods=weight_methods(prepared.plan.merging)), text)
 
 
 def weight_methods(merging: MergingPlan) -> tuple[MixingMethod, ...]:
     """Every prior that weighs an average: the paper's, the fitted one, and the plan's."""
-    return tuple(MixingMethod("none", prior) for prior in dict.fromkeys(("fitted", "ema", merging.average_prior)))
+    return tuple(
+        MixingMethod("none", prior) for prior in dict.fromkeys(("fitted", "ema", merging.average_prior))
+    )
 
 
 def average_request(
     prepared: PreparedPlan, ensemble: Ensemble, weights: str, text: PreparedText | None
 ) -> AverageRequest:
-    """An average of an ensemble's models: `uniform`, or for a text by one of its priors, `argmax`, or a search."""
+    """An average of an ensemble's models: `uniform`, or for a text by one of
+    its priors, `argmax`, or a search."""
     card = {"plan": prepared.plan.name, **{model.identity: called for called, model in ensemble.models}}
     is_unrelated = ensemble.seed is None
     if text is None:
         assert weights == "uniform", weights
-        return AverageRequest(weights, ensemble.refs, tuple(uniform_weights(len(ensemble.models))), card, is_unrelated)
+        return AverageRequest(
+            weights, ensemble.refs, tuple(uniform_weights(len(ensemble.models))), card, is_unrelated
+        )
     fit = (
         soup_request(prepared, ensemble, weights, text)
         if weights in SEARCHES
@@ -99,11 +114,15 @@ def weight_requests(
         return []
     requests: list[FitText | FitForAll | SoupRequest] = []
     if weights != "greedy":
-        requests += fit_requests(prepared, replace(ensemble, methods=weight_methods(prepared.plan.merging)), text)
+        requests += fit_requests(
+            prepared, replace(ensemble, methods=weight_methods(prepared.plan.merging)), text
+        )
     return [*requests, soup_request(prepared, ensemble, weights, text)] if weights in SEARCHES else requests
 
 
-def fit_requests(prepared: PreparedPlan, ensemble: Ensemble, text: PreparedText | None) -> list[FitText | FitForAll]:
+def fit_requests(
+    prepared: PreparedPlan, ensemble: Ensemble, text: PreparedText | None
+) -> list[FitText | FitForAll]:
     """The fit of an ensemble's methods for a text, last, and the settings for all texts that it rests on."""
     return [*for_all_requests(prepared, ensemble, text), fit_request(prepared, ensemble, text)]
 
@@ -124,7 +143,9 @@ def fit_for(
     return open_fits(driver.ledger, driver.ledger.get(fit_request(prepared, ensemble, text).ref))
 
 
-def soup_request(prepared: PreparedPlan, ensemble: Ensemble, strategy: str, text: PreparedText) -> SoupRequest:
+def soup_request(
+    prepared: PreparedPlan, ensemble: Ensemble, strategy: str, text: PreparedText
+) -> SoupRequest:
     """The search for a text's own average, on as many development blocks as its prior sees."""
     how = expert_resources(prepared.plan)
     is_learned = strategy == "learned"
@@ -143,7 +164,8 @@ def soup_request(prepared: PreparedPlan, ensemble: Ensemble, strategy: str, text
 def averaged_starts(
     prepared: PreparedPlan, experts: Ensemble, new: Sequence[PreparedText], driver: Driver
 ) -> list[Start]:
-    """The average of the forest's experts for each new domain, by its posterior on the domain's text or uniformly."""
+    """The average of the forest's experts for each new domain, by its posterior on
+    the domain's text or uniformly."""
     if prepared.plan.branching.start == "uniform":
         averages = [average_request(prepared, experts, "uniform", None)] * len(new)
         driver.require(averages[:1])

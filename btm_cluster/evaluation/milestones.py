@@ -1,7 +1,8 @@
-"""The Transformer-LM's best milestone: chosen by perplexity on the founding domains' development text, never by test text.
+"""The Transformer-LM's best milestone: chosen by perplexity on the founding
+domains' development text, never by test text.
 
-A Transformer-LM that passes over little text many times gets worse before its end, and its finished model alone is then an
-easy rival.
+A Transformer-LM that passes over little text many times gets worse before its end, and its finished model
+alone is then an easy rival.
 """
 
 from collections.abc import Mapping
@@ -26,7 +27,8 @@ def milestone_scores(prepared: PreparedPlan, milestones: Mapping[int, Ref]) -> l
 def choose_milestone(
     prepared: PreparedPlan, milestones: Mapping[int, Ref], ledger: Ledger, scores: Mapping[Ref, Artifact]
 ) -> Milestones | None:
-    """The milestones with the best of them; None where there are none, or no development text to choose on."""
+    """The milestones with the best of them; None where there are none, or
+    no development text to choose on."""
     domains = _judged_on(prepared)
     if not milestones or not domains:
         return None
@@ -38,4 +40,6 @@ def choose_milestone(
 def _judged_on(prepared: PreparedPlan) -> list[PreparedText]:
     """The domains that the Transformer-LM learned from, as far as they have development text."""
     founders = {text for _, text in prepared.founders}
-    return [domain for domain in prepared.domains if domain.identity in founders and domain.tokens["development"]]
+    return [
+        domain for domain in prepared.domains if domain.identity in founders and domain.tokens["development"]
+    ]

@@ -14,7 +14,10 @@ ONE_CPU = Resources(1, 0.0, 1, 1, "float32", False)
 
 
 def score_requests(
-    prepared: PreparedPlan, models: Iterable[Ref], texts: Sequence[PreparedText], splits: Sequence[str] = HELD_OUT
+    prepared: PreparedPlan,
+    models: Iterable[Ref],
+    texts: Sequence[PreparedText],
+    splits: Sequence[str] = HELD_OUT,
 ) -> list[ScoreRequest]:
     """Each model on each text, as far as a text has the split."""
     distinct = dict.fromkeys(models)
@@ -78,7 +81,8 @@ def stack_of(
     split: str,
     known: Mapping[Ref, Artifact] | None = None,
 ) -> ScoreStack:
-    """The scores of several models on one split of one text: among those that are known, or read from the store."""
+    """The scores of several models on one split of one text: among those that
+    are known, or read from the store."""
     scored = scored_split(models, text, split)
     if known is None:
         return ScoreStack.of(ledger, scored)

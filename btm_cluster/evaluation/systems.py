@@ -1,4 +1,7 @@
-"""The systems that are compared: single models, and ensembles by mixing method. One set of names for runs and studies."""
+"""The systems that are compared: single models, and ensembles by mixing method.
+
+One set of names for runs and studies.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -59,7 +62,8 @@ class Ensemble:
     """By domain, or as they are called."""
     methods: tuple[MixingMethod, ...]
     averages: tuple[str, ...] = ()
-    """Averages of their parameters: `uniform`, `argmax`, a prior by name, or a search by its strategy, `greedy` or `learned`."""
+    """Averages of their parameters: `uniform`, `argmax`, a prior by name, or a
+    search by its strategy, `greedy` or `learned`."""
     seed: Ref | None = None
     """The model that all of them started from; without one, averages of them are noise."""
     seed_share: float | None = None
@@ -77,7 +81,9 @@ class Ensemble:
     def mixed_by(self, method: MixingMethod) -> System:
         """The row of a mixing method."""
         prior = "uniform, one setting for all" if method.is_for_all else method.prior
-        return System(self.system, self.seed_share, method.posterior, prior, method.development_blocks, method.top_k)
+        return System(
+            self.system, self.seed_share, method.posterior, prior, method.development_blocks, method.top_k
+        )
 
     def averaged_by(self, weights: str) -> System:
         """The row of an average."""
@@ -101,5 +107,6 @@ def planned_method(merging: MergingPlan, models: int) -> MixingMethod:
 
 
 def judged_method(merging: MergingPlan, models: int) -> MixingMethod:
-    """The method by which recipes and new experts are judged: the plan's, or the calibrated posterior where that is a gate."""
+    """The method by which recipes and new experts are judged: the plan's, or the
+    calibrated posterior where that is a gate."""
     return CALIBRATED if merging.posterior == "gate" else planned_method(merging, models)

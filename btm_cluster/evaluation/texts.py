@@ -1,5 +1,5 @@
-"""The texts of a run in numbers: sizes by domain (the paper's Table 7), what was skipped, test text seen in training, and
-which texts a forest and its baselines are not compared on."""
+"""The texts of a run in numbers: sizes by domain (the paper's Table 7), what was skipped, test text seen in
+training, and which texts a forest and its baselines are not compared on."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ from btm_cluster.forest import Forest
 from btm_cluster.ledger import Artifact, Ref
 
 MOST_SEEN = 0.01
-"""Share of a target's test documents that may stand in a text which one side alone learned from: short ones do by chance."""
+"""Share of a target's test documents that may stand in a text which one side
+alone learned from: short ones do by chance."""
 
 
 @dataclass(frozen=True)
@@ -44,28 +45,39 @@ def report_texts(prepared: PreparedPlan, driver: Driver) -> list[TextReport]:
 
 
 def left_out_of_comparison(prepared: PreparedPlan, forest: Forest, driver: Driver) -> dict[str, str]:
-    """Texts, each with a reason, from which the forest's experts learned and its baselines did not, or the other way round.
+    """Texts, each with a reason, from which the forest's experts learned and its
+    baselines did not, or the other way round.
 
-    Seed, Transformer-LM and DEMix learn from the founding domains, whatever becomes of the forest. What is left is the founding
-    domains that have an expert, and the targets of which no documents stand in a text that one side alone learned from.
+    Seed, Transformer-LM and DEMix learn from the founding domains, whatever becomes of the forest. What is
+    left is the founding domains that have an expert, and the targets of which no documents stand in a text
+    that one side alone learned from.
     """
     founding = dict(forest.foundation.domains)
     experts = {expert.domain: expert.text for expert in forest.experts}
     reasons = {name: ADDED_LATER for name in experts if name not in founding}
     reasons |= {name: "founding domain without an expert" for name in founding if name not in experts}
     reasons |= {
-        domain.name: "no expert yet" for domain in prepared.domains if domain.name not in {**founding, **experts}
+        domain.name: "no expert yet"
+        for domain in prepared.domains
+        if domain.name not in {**founding, **experts}
     }
     one_sided = {name: text for name, text in (founding | experts).items() if name in reasons}
     return reasons | targets_seen_in(prepared, one_sided, driver)
 
 
 def targets_seen_in(prepared: PreparedPlan, domains: Mapping[str, str], driver: Driver) -> dict[str, str]:
-    """Targets of which documents stand in the training text of a domain, and how many. `domains` are text identities by name."""
-    targets = [text for text in prepared.texts if text.is_target and text.facts["splits"]["test"]["documents"]]
+    """Targets of which documents stand in the training text of a domain, and how many.
+
+    `domains` are text identities by name.
+    """
+    targets = [
+        text for text in prepared.texts if text.is_target and text.facts["splits"]["test"]["documents"]
+    ]
     if not targets:
         return {}
-    standing = {name: text for name, text in domains.items() if driver.ledger.find(Ref("text", text)) is not None}
+    standing = {
+        name: text for name, text in domains.items() if driver.ledger.find(Ref("text", text)) is not None
+    }
     trained_on = [stored_text(name, text, prepared, driver.ledger) for name, text in standing.items()]
     overlaps = driver.require(overlap_requests(prepared.texts, trained_on))
     seen: dict[str, str] = {}

@@ -1,7 +1,8 @@
-"""The verdict: perplexities of every system with intervals over documents, set beside the baseline, and a plain sentence.
+"""The verdict: perplexities of every system with intervals over documents, set
+beside the baseline, and a plain sentence.
 
-Pure: takes sums of log-probabilities by document and returns numbers and words. How they are shown is `terminal/verdict.py`'s,
-which texts are left out of the comparison is `texts.py`'s.
+Pure: takes sums of log-probabilities by document and returns numbers and words. How they are shown is
+`terminal/verdict.py`'s, which texts are left out of the comparison is `texts.py`'s.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,8 @@ ADDED_LATER = "added later"
 
 @dataclass(frozen=True)
 class SplitResult:
-    """All systems on one split of one text: summed log-probability [D] by system, and tokens [D], by document."""
+    """All systems on one split of one text: summed log-probability [D] by system,
+    and tokens [D], by document."""
 
     text: str
     is_target: bool
@@ -43,7 +45,8 @@ class SplitResult:
 
 @dataclass(frozen=True)
 class Milestones:
-    """The Transformer-LM's milestones by update: perplexities on development text, mean over the founding domains."""
+    """The Transformer-LM's milestones by update: perplexities on development
+    text, mean over the founding domains."""
 
     perplexities: Mapping[int, float]
     best: int
@@ -59,12 +62,17 @@ class Milestones:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for machines."""
-        return {"best": self.best, "last": self.last, "development": {str(u): p for u, p in self.perplexities.items()}}
+        return {
+            "best": self.best,
+            "last": self.last,
+            "development": {str(u): p for u, p in self.perplexities.items()},
+        }
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A perplexity, its 95 % interval, and its relative difference to the baseline with the paired interval."""
+    """A perplexity, its 95 % interval, and its relative difference to the
+    baseline with the paired interval."""
 
     perplexity: float
     interval: tuple[float, float]
@@ -76,7 +84,8 @@ class Cell:
 class Row:
     """A system on one split: a cell for each text, and for the means over those of a group.
 
-    Groups are the domains and the targets that are compared on, `all` of these, and what is `left_out`, without a difference.
+    Groups are the domains and the targets that are compared on, `all` of these, and what is `left_out`,
+    without a difference.
     """
 
     system: str
@@ -92,7 +101,8 @@ class Verdict:
     rows: Mapping[str, tuple[Row, ...]]
     sentence: str
     left_out: Mapping[str, str]
-    """Texts from which the forest's experts learned and the baseline did not, or the other way round, and why."""
+    """Texts from which the forest's experts learned and the baseline did not,
+    or the other way round, and why."""
     milestones: Milestones | None = None
     """The Transformer-LM's, where one of them was chosen as the baseline."""
 
@@ -125,15 +135,17 @@ def verdict(
 ) -> Verdict:
     """Tables for each split, and whether the forest beat the baseline.
 
-    That is the Transformer-LM at its best milestone where it has that row, else the finished one, else the seed. The texts in
-    `left_out`, each with a reason, are shown and not compared on.
+    That is the Transformer-LM at its best milestone where it has that row, else the finished one, else the
+    seed. The texts in `left_out`, each with a reason, are shown and not compared on.
     """
     left_out = left_out or {}
     systems = list(dict.fromkeys(system for result in results for system in result.logp))
     baseline = next((name for name in (BEST_MILESTONE, TRANSFORMER_LM) if name in systems), SEED)
     splits = dict.fromkeys(result.split for result in results)
     rows = {
-        split: _rows([result for result in results if result.split == split], systems, baseline, left_out, random_seed)
+        split: _rows(
+            [result for result in results if result.split == split], systems, baseline, left_out, random_seed
+        )
         for split in splits
     }
     sentence = _sentence(rows.get("test", ()), baseline, left_out, milestones)
@@ -175,7 +187,9 @@ def _rows(
             system,
             {text: _cell(value, reference.get(text)) for text, value in sampled[system].items()},
             {
-                group: _cell(_mean(sampled[system], texts), _mean(reference, texts) if texts[0] in reference else None)
+                group: _cell(
+                    _mean(sampled[system], texts), _mean(reference, texts) if texts[0] in reference else None
+                )
                 for group, texts in groups.items()
                 if texts and all(text in sampled[system] for text in texts)
             },
@@ -188,7 +202,9 @@ def _rows(
 def _mean(sampled: Mapping[str, _Sampled], texts: Sequence[str]) -> _Sampled:
     """The mean of perplexities over texts, as the paper's tables take it."""
     values = [sampled[text].value for text in texts]
-    return _Sampled(sum(values) / len(values), torch.stack([sampled[text].resamples_R for text in texts]).mean(0))
+    return _Sampled(
+        sum(values) / len(values), torch.stack([sampled[text].resamples_R for text in texts]).mean(0)
+    )
 
 
 def _cell(system: _Sampled, baseline: _Sampled | None) -> Cell:
@@ -202,16 +218,23 @@ def _cell(system: _Sampled, baseline: _Sampled | None) -> Cell:
     )
 
 
-def _sentence(rows: Sequence[Row], baseline: str, left_out: Mapping[str, str], milestones: Milestones | None) -> str:
-    """Whether the forest beat the baseline on test text, where it did not, which one that is, and what is left out."""
+def _sentence(
+    rows: Sequence[Row], baseline: str, left_out: Mapping[str, str], milestones: Milestones | None
+) -> str:
+    """Whether the forest beat the baseline on test text, where it did not, which
+    one that is, and what is left out."""
     judged = [row for row in rows if row.system in FORESTS and "all" in row.means]
     sentences = [_judge(row, baseline, bool(left_out)) for row in judged]
     if not judged:
-        sentences = [f"The forest is not compared with the {baseline}: there is no test text to compare them on."]
+        sentences = [
+            f"The forest is not compared with the {baseline}: there is no test text to compare them on."
+        ]
     elif milestones:
         sentences.append(_which_milestone(milestones))
     if left_out:
-        reasons = {reason: [t for t, why in left_out.items() if why == reason] for reason in left_out.values()}
+        reasons = {
+            reason: [t for t, why in left_out.items() if why == reason] for reason in left_out.values()
+        }
         listed = "; ".join(f"{', '.join(texts)} ({reason})" for reason, texts in reasons.items())
         sentences.append(f"Not compared on, since only one side learned from it: {listed}.")
         if added := reasons.get(ADDED_LATER):
@@ -225,9 +248,7 @@ def _sentence(rows: Sequence[Row], baseline: str, left_out: Mapping[str, str], m
 
 def _which_milestone(milestones: Milestones) -> str:
     updates = [f"{update:,}" for update in sorted(milestones.perplexities)]
-    of_all = (
-        f"of updates {', '.join(updates[:-1])} and {updates[-1]} it has the lowest perplexity on the founding domains'"
-    )
+    of_all = f"of updates {', '.join(updates[:-1])} and {updates[-1]} it has the lowest perplexity on the founding domains'"
     which = "finished one" if milestones.is_finished_best else f"one at update {milestones.best:,}"
     return f"That Transformer-LM is the {which}: {of_all} development text."
 

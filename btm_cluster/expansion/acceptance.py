@@ -1,8 +1,8 @@
 """Whether new experts make a forest worse on what it knew before, and what they bring on their own text.
 
-Perplexities of the ensemble on development text, as the plan mixes it (by the calibrated posterior where that is a gate): fitted on
-one half of the blocks and measured on the other, both ways, since a mixture that is fitted and measured on the same text only
-gains by another expert.
+Perplexities of the ensemble on development text, as the plan mixes it (by the calibrated posterior where that
+is a gate): fitted on one half of the blocks and measured on the other, both ways, since a mixture that is
+fitted and measured on the same text only gains by another expert.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,14 +39,18 @@ class Judgement:
 
 
 def judge(prepared: PreparedPlan, forest: Forest, experts: Sequence[Expert], driver: Driver) -> Judgement:
-    """Takes all experts if the forest with all of them is no worse than the plan allows; else one after the other, by name."""
+    """Takes all experts if the forest with all of them is no worse than the plan
+    allows; else one after the other, by name."""
     old, new, limit = tuple(forest.experts), tuple(experts), prepared.plan.expansion.accept_if
     own = [text for text in prepared.domains if text.name in {expert.domain for expert in new}]
     known: list[PreparedText] = []
     if limit is not None and old and new:
         seen = targets_seen_in(prepared, {expert.domain: expert.text for expert in new}, driver)
         targets = [text for text in prepared.texts if text.is_target and text.name not in seen]
-        known = [*_texts_of(prepared, forest, driver), *(text for text in targets if text.tokens["development"])]
+        known = [
+            *_texts_of(prepared, forest, driver),
+            *(text for text in targets if text.tokens["development"]),
+        ]
     perplexity = _ensemble_perplexity(prepared, (*old, *new), [*known, *own], driver)
     accepted, held = new, dict[str, Held]()
     if limit is not None and known:
@@ -90,7 +94,9 @@ def _ensemble_perplexity(
 
 
 def _mean(perplexity: Perplexity, experts: tuple[Expert, ...], texts: Sequence[PreparedText]) -> float:
-    return sum(fit_in_parallel(lambda text: perplexity(experts, text), [text.name for text in texts])) / len(texts)
+    return sum(fit_in_parallel(lambda text: perplexity(experts, text), [text.name for text in texts])) / len(
+        texts
+    )
 
 
 def _texts_of(prepared: PreparedPlan, forest: Forest, driver: Driver) -> list[PreparedText]:
@@ -109,7 +115,8 @@ def _texts_of(prepared: PreparedPlan, forest: Forest, driver: Driver) -> list[Pr
 
 def _held(expert: Expert, forest: Forest, rise: float, before: float, allowed: float) -> Held:
     reason = (
-        f"with it, the mean development perplexity of forest version {forest.version} goes from {before:.2f} to "
+        f"with it, the mean development perplexity of forest version {forest.version} goes from {before:.2f} "
+        "to "
         f"{before * (1 + rise):.2f} ({rise:+.2%}); the plan allows {allowed:+.2%}"
     )
     point = branch_point_identity(expert.domain, expert.text, forest.foundation.seed)

@@ -1,6 +1,8 @@
-"""From new domains to token blocks: those of a plan, and those of the inbox, of which a bad one costs only itself.
+"""From new domains to token blocks: those of a plan, and those of the inbox,
+of which a bad one costs only itself.
 
-A wrong text of the plan is refused as in any run. One of the inbox is quarantined with its reason, and the others go on.
+A wrong text of the plan is refused as in any run. One of the inbox is quarantined with its reason, and the
+others go on.
 """
 
 from collections.abc import Mapping, Sequence
@@ -56,7 +58,9 @@ def prepare_new(plan: Plan, arrivals: Sequence[Arrival], forest: Forest, driver:
     refused = {name: outcome for name, outcome in arrived.items() if isinstance(outcome, str)}
     arrived_results = {name: outcome for name, outcome in arrived.items() if isinstance(outcome, Artifact)}
     refused |= _copies(arrived_results, read_results, forest)
-    read_results |= {name: read_result for name, read_result in arrived_results.items() if name not in refused}
+    read_results |= {
+        name: read_result for name, read_result in arrived_results.items() if name not in refused
+    }
     domains = (*plan.domains, *(a.domain for a in arrivals if a.domain.name in read_results))
     prepared = prepared_from(plan.model_copy(update={"domains": domains}), read_results, model, driver.ledger)
     check_texts(prepared, forest, driver.ledger)
@@ -69,11 +73,15 @@ def prepare_new(plan: Plan, arrivals: Sequence[Arrival], forest: Forest, driver:
             refuse(driver.ledger, arrival, refused[arrival.domain.name])
     gone = {*refused, *(failure.label for failure in failures)}
     return PreparedArrivals(
-        replace(prepared, texts=tuple(t for t in prepared.texts if t.name not in gone)), refused, tuple(failures)
+        replace(prepared, texts=tuple(t for t in prepared.texts if t.name not in gone)),
+        refused,
+        tuple(failures),
     )
 
 
-def _check_capacity(plan: Plan, requests: Sequence[ReadText], arrivals: Sequence[Arrival], driver: Driver) -> None:
+def _check_capacity(
+    plan: Plan, requests: Sequence[ReadText], arrivals: Sequence[Arrival], driver: Driver
+) -> None:
     """Refuses an expert that can never be trained before the text of one is read."""
     new = [*(request for request in requests if not request.is_target), *_arrivals_requests(plan, arrivals)]
     if any(found is None for found in driver.ledger.find_all([request.ref for request in new])):
@@ -82,11 +90,14 @@ def _check_capacity(plan: Plan, requests: Sequence[ReadText], arrivals: Sequence
 
 def _arrivals_requests(plan: Plan, arrivals: Sequence[Arrival]) -> list[ReadText]:
     most_bytes = int(1e9 * plan.expansion.inbox.most_decompressed_gigabytes)
-    return [ReadText(a.domain.name, a.domain, plan.reading, False, a.fingerprint, most_bytes) for a in arrivals]
+    return [
+        ReadText(a.domain.name, a.domain, plan.reading, False, a.fingerprint, most_bytes) for a in arrivals
+    ]
 
 
 def _read_all(plan: Plan, arrivals: Sequence[Arrival], driver: Driver) -> dict[str, Outcome | str]:
-    """The outcome of reading each arrival: its read result, a failure that another try may mend, or why it is refused."""
+    """The outcome of reading each arrival: its read result, a failure that
+    another try may mend, or why it is refused."""
     requests = _arrivals_requests(plan, arrivals)
     names = [arrival.domain.name for arrival in arrivals]
     try:
@@ -119,7 +130,9 @@ def _read_alone(request: ReadText, driver: Driver, seen: str) -> Outcome | str:
     return reason
 
 
-def _copies(arrived: Mapping[str, Artifact], of_plan: Mapping[str, Artifact], forest: Forest) -> dict[str, str]:
+def _copies(
+    arrived: Mapping[str, Artifact], of_plan: Mapping[str, Artifact], forest: Forest
+) -> dict[str, str]:
     """Arrivals whose documents are those of another domain: they would be one expert under two names."""
     known = {expert.text: expert.domain for expert in forest.experts}
     known |= {text_of(read_result): name for name, read_result in of_plan.items()}
@@ -131,7 +144,9 @@ def _copies(arrived: Mapping[str, Artifact], of_plan: Mapping[str, Artifact], fo
     return refused
 
 
-def _tokenize(prepared: PreparedPlan, of_plan: set[str], driver: Driver) -> tuple[dict[str, str], list[Failure]]:
+def _tokenize(
+    prepared: PreparedPlan, of_plan: set[str], driver: Driver
+) -> tuple[dict[str, str], list[Failure]]:
     """Makes every block; which arrivals have too little text for one, and what failed.
 
     Raises:

@@ -1,1 +1,4 @@
-"""Language models on one machine or one process group: build, train, score, average, generate. Knows no Ray and no store."""
+"""Language models on one machine or one process group: build, train, score, average, generate.
+
+Knows no Ray and no store.
+"""

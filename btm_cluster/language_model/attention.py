@@ -1,7 +1,8 @@
 """Attention for models under torch.compile: causal without a mask, so that FlashAttention may compute it.
 
-transformers leaves the mask of plainly causal blocks out, but not while it is traced: there it cannot look whether positions start
-anew within a block (packed sequences). The explicit mask that it then makes rules FlashAttention out. Our blocks are never packed.
+transformers leaves the mask of plainly causal blocks out, but not while it is traced: there it cannot look
+whether positions start anew within a block (packed sequences). The explicit mask that it then makes rules
+FlashAttention out. Our blocks are never packed.
 """
 
 from typing import Any
@@ -15,7 +16,8 @@ NAME = "unpacked_sdpa"
 
 
 def unpacked_mask(**asked: Any) -> torch.Tensor | None:
-    """The mask of `sdpa_mask`; None where that is plainly causal, as it is for whole blocks that are not packed."""
+    """The mask of `sdpa_mask`; None where that is plainly causal, as it is
+    for whole blocks that are not packed."""
     length, window = asked["kv_length"], asked.get("local_size")
     sees_all = window is None or length < window
     is_whole = asked["q_length"] == length and asked.get("attention_mask") is None
@@ -31,6 +33,7 @@ AttentionMaskInterface.register(NAME, unpacked_mask)
 
 
 def leave_causal_masks_out(model: PreTrainedModel) -> None:
-    """Has a model read whole blocks without a mask, where its architecture takes attention functions from outside."""
+    """Has a model read whole blocks without a mask, where its architecture
+    takes attention functions from outside."""
     if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
         model.set_attn_implementation(NAME)

@@ -14,11 +14,13 @@ from btm_cluster.errors import IncompatibleError
 
 
 def average_files(files: Sequence[Path], weights: Sequence[float], target: Path) -> None:
-    """Writes Σ w_i θ_i of the models in `files` to `target`. Memory: one tensor, whatever the number of models.
+    """Writes Σ w_i θ_i of the models in `files` to `target`.
+
+    Memory: one tensor, whatever the number of models.
 
     Raises:
-        IncompatibleError: tensors of other names or shapes, checked from the headers before any weight is read; or whole
-            numbers that differ.
+        IncompatibleError: tensors of other names or shapes, checked from the headers before any weight is
+            read; or whole numbers that differ.
     """
     header, size = _common_header(files)
     encoded = json.dumps(header, separators=(",", ":")).encode()
@@ -52,7 +54,9 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
 
 def _common_header(files: Sequence[Path]) -> tuple[dict[str, dict[str, Any]], int]:
     headers = [read_header(file) for file in files]
-    shapes = [{name: (t["dtype"], t["shape"]) for name, t in h.items() if name != "__metadata__"} for h in headers]
+    shapes = [
+        {name: (t["dtype"], t["shape"]) for name, t in h.items() if name != "__metadata__"} for h in headers
+    ]
     for file, other in zip(files[1:], shapes[1:], strict=True):
         if other != shapes[0]:
             name = next(n for n in sorted({*shapes[0], *other}) if shapes[0].get(n) != other.get(n))

@@ -14,8 +14,11 @@ from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.training_spec import TextBlocks, TrainingSpec
 
 
-def blocks_of_update(spec: TrainingSpec, update: int, group: ProcessGroup, share: Share | None) -> torch.Tensor:
-    """This rank's blocks of an update, int64 [blocks, block_tokens], equally many of each text over all ranks.
+def blocks_of_update(
+    spec: TrainingSpec, update: int, group: ProcessGroup, share: Share | None
+) -> torch.Tensor:
+    """This rank's blocks of an update, int64 [blocks, block_tokens], equally
+    many of each text over all ranks.
 
     For a DEMix, those of the rank's own domains, domain after domain.
     """
@@ -25,7 +28,8 @@ def blocks_of_update(spec: TrainingSpec, update: int, group: ProcessGroup, share
         count = spec.training.blocks_per_domain_update
         firsts = [(group.rank - i * count) % group.world for i in range(len(orders))]
         taken = [
-            (text, order[first :: group.world]) for text, order, first in zip(spec.texts, orders, firsts, strict=True)
+            (text, order[first :: group.world])
+            for text, order, first in zip(spec.texts, orders, firsts, strict=True)
         ]
     else:
         taken = [(spec.texts[d], orders[d][share.number :: share.ranks_per_domain]) for d in share.domains]
@@ -41,7 +45,9 @@ def _order_of(text: TextBlocks, spec: TrainingSpec, update: int) -> np.ndarray:
     return block_order(random_seed, text.identity, len(text.blocks), position, count)
 
 
-def split_into_micro_batches(blocks: torch.Tensor, at_once: int, share: Share | None) -> Sequence[torch.Tensor]:
+def split_into_micro_batches(
+    blocks: torch.Tensor, at_once: int, share: Share | None
+) -> Sequence[torch.Tensor]:
     """Splits a rank's blocks into forward passes.
 
     A DEMix routes blocks by their place, so each pass has equally many of each domain.

@@ -37,7 +37,10 @@ def check_reads(model: "PreTrainedModel", block_tokens: int, name: str) -> None:
 
 
 def check_reads_if_small(config: PretrainedConfig, block_tokens: int, name: str) -> None:
-    """`check_reads` with made-up weights, where that takes no second. A larger model is checked once its weights are there."""
+    """`check_reads` with made-up weights, where that takes no second.
+
+    A larger model is checked once its weights are there.
+    """
     with torch.device("meta"):
         parameters = sum(
             p.numel() for p in AutoModelForCausalLM.from_config(config, trust_remote_code=False).parameters()

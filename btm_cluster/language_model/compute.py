@@ -1,4 +1,7 @@
-"""How a model is computed: device, threads, precision, micro-batch. Results depend on it; a model's identity does not."""
+"""How a model is computed: device, threads, precision, micro-batch.
+
+Results depend on it; a model's identity does not.
+"""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
-"""Work on fixed buffers, captured as CUDA graphs: a graph is launched at once, however many kernels it has."""
+"""Work on fixed buffers, captured as CUDA graphs: a graph is launched at
+once, however many kernels it has."""
 
 import logging
 from collections.abc import Callable, Hashable, Mapping
@@ -11,8 +12,8 @@ log = logging.getLogger(__name__)
 class Graphs:
     """Runs functions that read and write the same buffers each time, each on one of several streams.
 
-    On a GPU a function is run as it is the first time, which also warms up its kernels; the second time it is captured, and from
-    then on replayed. Where it cannot be captured, and on a CPU, it is run as it is.
+    On a GPU a function is run as it is the first time, which also warms up its kernels; the second time it is
+    captured, and from then on replayed. Where it cannot be captured, and on a CPU, it is run as it is.
     """
 
     def __init__(self, device: torch.device, streams: int, captures: bool = True) -> None:
@@ -24,7 +25,8 @@ class Graphs:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
 
     def run_all(self, name: Hashable, functions: Mapping[int, Callable[[], None]]) -> None:
-        """Runs functions beside each other, by the number of their stream, after all work so far and before all to come.
+        """Runs functions beside each other, by the number of their stream, after all
+        work so far and before all to come.
 
         `name` says what the functions depend on beside their buffers: another shape is another name.
         """

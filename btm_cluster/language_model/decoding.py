@@ -1,7 +1,9 @@
-"""Experts that read on: what they have read of several sequences, and their predictions of each sequence's next token.
+"""Experts that read on: what they have read of several sequences, and their
+predictions of each sequence's next token.
 
-Here is the way that serves every architecture: each expert and sequence alone, by the cache that transformers makes for it, or
-by reading a block anew. row_cache.py is the fast way, for those that it serves. Neither knows of posteriors or draws.
+Here is the way that serves every architecture: each expert and sequence alone, by the cache that transformers
+makes for it, or by reading a block anew. row_cache.py is the fast way, for those that it serves. Neither
+knows of posteriors or draws.
 
 E experts, R sequences (rows), T tokens, V tokens of the vocabulary.
 """
@@ -37,10 +39,14 @@ class RowBuffers:
     """Each expert's prediction after what it has read."""
 
     @classmethod
-    def on(cls, device: torch.device, experts: int, rows: int, vocabulary: int, dtype: torch.dtype) -> "RowBuffers":
+    def on(
+        cls, device: torch.device, experts: int, rows: int, vocabulary: int, dtype: torch.dtype
+    ) -> "RowBuffers":
         """Empty ones."""
         whole_R = torch.zeros(rows, dtype=torch.int64, device=device)
-        return cls(whole_R, whole_R.clone(), torch.zeros(experts, rows, vocabulary, dtype=dtype, device=device))
+        return cls(
+            whole_R, whole_R.clone(), torch.zeros(experts, rows, vocabulary, dtype=dtype, device=device)
+        )
 
 
 @dataclass(frozen=True)
@@ -67,11 +73,12 @@ class Decoder(Protocol):
         """Of the keys and values that are kept for every row, used or not."""
 
     def read(self, prompts: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]) -> list[ReadPrompt]:
-        """Reads each prompt, with the tokenizer's first token before it, into all of its rows. The buffers then have what is
-        predicted after them."""
+        """Reads each prompt, with the tokenizer's first token before it, into all of its rows. The buffers
+        then have what is predicted after them."""
 
     def read_on(self, rows: Sequence[int], experts: Sequence[int], longest: int) -> None:
-        """Reads the buffers' tokens at the buffers' places, of which none of these rows has one above `longest`.
+        """Reads the buffers' tokens at the buffers' places, of which none of
+        these rows has one above `longest`.
 
         Other rows and other experts are undefined afterwards, until they are read into anew.
         """
@@ -86,7 +93,8 @@ class Reader:
 
     model: PreTrainedModel
     block_tokens: int | None = None
-    """Where given, it keeps nothing, and reads as much at once as scoring does: what was read, filled up to a block."""
+    """Where given, it keeps nothing, and reads as much at once as scoring does:
+    what was read, filled up to a block."""
     cache: Any = None
     tokens: list[int] = field(default_factory=list)
 
@@ -117,8 +125,11 @@ class ReaderDecoder:
     captures = False
     bytes_per_row = 0
 
-    def __init__(self, models: Sequence[PreTrainedModel], buffers: RowBuffers, block_tokens: int | None) -> None:
-        """With `block_tokens`, for models that do not read on as they score: they read a block anew for every token."""
+    def __init__(
+        self, models: Sequence[PreTrainedModel], buffers: RowBuffers, block_tokens: int | None
+    ) -> None:
+        """With `block_tokens`, for models that do not read on as they score: they
+        read a block anew for every token."""
         self.buffers = buffers
         self._models = models
         self._block_tokens = block_tokens
@@ -152,9 +163,9 @@ class ReaderDecoder:
 def reads_on_as_it_scores(model: PreTrainedModel, block_tokens: int) -> bool:
     """Whether a model that goes on from what it keeps predicts as one that reads a block at once.
 
-    Not so where rotary frequencies depend on the length of what is read at once (longrope), nor where a version of
-    transformers counts positions from zero again (Bamba, in 5.24). A made-up block is read to its first token and nearly to
-    its end, and then on.
+    Not so where rotary frequencies depend on the length of what is read at once (longrope), nor where a
+    version of transformers counts positions from zero again (Bamba, in 5.24). A made-up block is read to its
+    first token and nearly to its end, and then on.
     """
     block_1T = random_block(model.config.vocab_size, block_tokens).to(model.device)
     at_once_TV = logits_of(model, block_1T, type(model).__name__)[0]

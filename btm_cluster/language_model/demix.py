@@ -1,7 +1,10 @@
-"""DEMix: a causal language model with one feed-forward per domain in every layer, everything else shared. No gate.
+"""DEMix: a causal language model with one feed-forward per domain in every layer, everything else shared.
 
-Source: Gururangan et al., 2021. Any transformers model whose decoder layers call their feed-forward `mlp` becomes one. A batch
-holds equally many blocks of every domain, domain after domain, so routing is a reshape. Knows nothing of training.
+No gate.
+
+Source: Gururangan et al., 2021. Any transformers model whose decoder layers call their feed-forward `mlp`
+becomes one. A batch holds equally many blocks of every domain, domain after domain, so routing is a reshape.
+Knows nothing of training.
 """
 
 import re
@@ -22,11 +25,12 @@ _EXPERTS = ".mlp.experts."
 
 
 class DomainFeedForwards(torch.nn.Module):
-    """One feed-forward for each of D domains: every parameter and buffer of `mlp` stacked to [D, …], equal copies at first.
+    """One feed-forward for each of D domains: every parameter and buffer of `mlp`
+    stacked to [D, …], equal copies at first.
 
-    `domains` are those that this process trains, in a group a part of all; of a stored state it takes its own rows, and of
-    a dense model's a copy for each domain.
-    All are applied at once, as batched matrix products: a loop over small experts is bound by kernel launches.
+    `domains` are those that this process trains, in a group a part of all; of a stored state it takes its own
+    rows, and of a dense model's a copy for each domain. All are applied at once, as batched matrix products:
+    a loop over small experts is bound by kernel launches.
     """
 
     def __init__(self, mlp: torch.nn.Module, domains: range) -> None:
@@ -68,9 +72,11 @@ def _rows(module: DomainFeedForwards, stored: torch.Tensor, is_dense: bool) -> t
 def own_moments(
     model: "PreTrainedModel", name: str, moment: str, stored: Mapping[str, torch.Tensor]
 ) -> torch.Tensor | None:
-    """The part of an optimiser's stored `moment` of the parameter `name` that this process holds: its domains' rows, or all of it.
+    """The part of an optimiser's stored `moment` of the parameter `name` that this
+    process holds: its domains' rows, or all of it.
 
-    Of what a dense model stored for a feed-forward, a copy for each domain. None of a parameter that never had a gradient.
+    Of what a dense model stored for a feed-forward, a copy for each domain. None of a parameter that never
+    had a gradient.
     """
     owner = model.get_submodule(name.partition(".experts.")[0]) if has_row_per_domain(name) else None
     if not isinstance(owner, DomainFeedForwards):
@@ -105,7 +111,9 @@ def check_splits(config: Mapping[str, Any], domains: int) -> None:
     try:
         feed_forward(torch.empty(domains, 8, model.config.hidden_size, device="meta"))
     except Exception as exc:  # whatever a feed-forward of another kind fails on
-        raise _refused(model, f"feed-forwards that take more than hidden states: {exc}".splitlines()[0]) from exc
+        raise _refused(
+            model, f"feed-forwards that take more than hidden states: {exc}".splitlines()[0]
+        ) from exc
 
 
 def has_row_per_domain(name: str) -> bool:
@@ -114,9 +122,11 @@ def has_row_per_domain(name: str) -> bool:
 
 
 def dense_part(weights: Mapping[str, torch.Tensor], domain: int) -> dict[str, torch.Tensor]:
-    """The weights of the ordinary model that a DEMix is for one domain: what is shared, and the domain's feed-forwards."""
+    """The weights of the ordinary model that a DEMix is for one domain: what is
+    shared, and the domain's feed-forwards."""
     return {
-        _dense_name(name): tensor[domain] if has_row_per_domain(name) else tensor for name, tensor in weights.items()
+        _dense_name(name): tensor[domain] if has_row_per_domain(name) else tensor
+        for name, tensor in weights.items()
     }
 
 
@@ -125,7 +135,8 @@ def _dense_name(name: str) -> str:
 
 
 def count_demix_parameters(config: Mapping[str, Any], domains: int) -> tuple[int, int]:
-    """All parameters of a DEMix, and those that are not embeddings: what is shared, and D times the feed-forwards."""
+    """All parameters of a DEMix, and those that are not embeddings: what is
+    shared, and D times the feed-forwards."""
     total, non_embedding = count_parameters(config)
     modules = fresh_on_meta(config).named_modules()
     split = sum(p.numel() for name, mlp in modules if _FEED_FORWARD.search(name) for p in mlp.parameters())

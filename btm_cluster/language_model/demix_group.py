@@ -1,7 +1,8 @@
 """A DEMix over a process group: which rank trains which domains, and what the ranks then tell each other.
 
-A rank holds the feed-forwards of its own domains alone, and all that is shared. DistributedDataParallel keeps what is shared
-in step over all ranks; a domain's feed-forwards are kept in step here, within that domain's ranks.
+A rank holds the feed-forwards of its own domains alone, and all that is shared. DistributedDataParallel keeps
+what is shared in step over all ranks; a domain's feed-forwards are kept in step here, within that domain's
+ranks.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,8 @@ from btm_cluster.language_model.demix import has_row_per_domain
 
 @dataclass(frozen=True)
 class Share:
-    """The share of one of a group's ranks: its domains, and, where several ranks share a domain, its index among them."""
+    """The share of one of a group's ranks: its domains, and, where several ranks
+    share a domain, its index among them."""
 
     domains: range
     ranks_per_domain: int
@@ -49,12 +51,14 @@ class DemixGroup:
             self._domains_ranks = groups[share.domains.start]
 
     def hide_from(self, loss: torch.nn.Module) -> None:
-        """Before `loss`, with the model as `model`, is made data parallel: leaves the feed-forwards to this group."""
+        """Before `loss`, with the model as `model`, is made data parallel: leaves
+        the feed-forwards to this group."""
         names = [f"model.{name}" for name in self._parameters if has_row_per_domain(name)]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(loss, names)  # type: ignore[no-untyped-call]
 
     def clip_gradients(self, largest: float) -> torch.Tensor:
-        """Sums each domain's gradients over its ranks, then clips all by the norm over everything that any rank trains."""
+        """Sums each domain's gradients over its ranks, then clips all by the norm
+        over everything that any rank trains."""
         gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         own = [gradient for name, gradient in gradients.items() if has_row_per_domain(name)]
         self._sum(own)
@@ -67,15 +71,21 @@ class DemixGroup:
 
     def _sum(self, gradients: list[torch.Tensor]) -> None:
         if self._domains_ranks is not None:
-            sums = [dist.all_reduce(gradient, group=self._domains_ranks, async_op=True) for gradient in gradients]
+            sums = [
+                dist.all_reduce(gradient, group=self._domains_ranks, async_op=True) for gradient in gradients
+            ]
             for under_way in sums:
                 under_way.wait()
         for gradient in gradients:
-            gradient /= self._world  # the loss is scaled for the mean that data parallelism takes of what is shared
+            # The loss is scaled for the mean that data parallelism takes of what is shared.
+            gradient /= self._world
 
 
 def gather_domains(tensors: Mapping[str, torch.Tensor], share: Share) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors by name with the rows of all domains, one after the other. A collective: every rank exhausts it."""
+    """Tensors by name with the rows of all domains, one after the other.
+
+    A collective: every rank exhausts it.
+    """
     world = dist.get_world_size() if dist.is_initialized() else 1
     for name, tensor in tensors.items():
         if world == 1 or not has_row_per_domain(name):

@@ -1,7 +1,9 @@
-"""Documents scored by an ensemble as they stream by: sums for each model and the mixture, and whose domain a document is of.
+"""Documents scored by an ensemble as they stream by: sums for each model and the
+mixture, and whose domain a document is of.
 
-Perplexity is the verdict's: exp of the mean negative log-probability of all tokens, each document's end-of-text token
-among them, in blocks that are read after the tokenizer's first token. Bits per byte leave end-of-text tokens out. Knows no store.
+Perplexity is the verdict's: exp of the mean negative log-probability of all tokens, each document's
+end-of-text token among them, in blocks that are read after the tokenizer's first token. Bits per byte leave
+end-of-text tokens out. Knows no store.
 """
 
 import math
@@ -56,7 +58,8 @@ class Scored:
     experts: Mapping[str, Surprise]
     """By domain; the seed's too, where it mixes with them."""
     posterior: Mapping[str, float]
-    """p(domain | the whole document) by Bayes' rule, all domains alike before; of several documents, the mean."""
+    """p(domain | the whole document) by Bayes' rule, all domains alike
+    before; of several documents, the mean."""
 
     @property
     def domain(self) -> str:
@@ -133,9 +136,15 @@ class DocumentScorer:
     """Scores documents under several models and their mixture."""
 
     def __init__(
-        self, score: Score, tokenizer: TextTokenizer, block_tokens: int, names: Sequence[str], domains: Sequence[int]
+        self,
+        score: Score,
+        tokenizer: TextTokenizer,
+        block_tokens: int,
+        names: Sequence[str],
+        domains: Sequence[int],
     ) -> None:
-        """`names` are the models' in the engine's order, `domains` the places of those that are experts of a domain."""
+        """`names` are the models' in the engine's order, `domains` the places of those
+        that are experts of a domain."""
         self._score, self._tokenizer, self._block_tokens = score, tokenizer, block_tokens
         self.names, self.domains = names, domains
 
@@ -146,8 +155,8 @@ class DocumentScorer:
     def score(self, texts: Iterable[NamedText], packs: bool = False) -> Iterator[tuple[NamedText, Sums]]:
         """Each document with its sums, in order, in bounded memory.
 
-        A document is read by itself, in blocks from its beginning. With `packs`, documents follow each other without a gap, as
-        held-out text is stored, and a block may begin within one and go on with the next.
+        A document is read by itself, in blocks from its beginning. With `packs`, documents follow each other
+        without a gap, as held-out text is stored, and a block may begin within one and go on with the next.
         """
         waiting: deque[_Open] = deque()
 

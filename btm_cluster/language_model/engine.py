@@ -1,10 +1,11 @@
-"""The ensemble as an engine: several sequences, each in a row of its own, are continued by all experts together.
+"""The ensemble as an engine: several sequences, each in a row of its own,
+are continued by all experts together.
 
     p(x_t | x_<t) = Σ_j p_j(x_t | x_<t) · p(D=j | x_<t)                     paper, equation 1
 
-A caller admits sequences into free rows, steps all of them by one token, and releases those that are finished; `generate` does
-so for a list. Between two steps rows may come and go. Vocabularies stay on the device: only drawn tokens, their
-log-probabilities and the experts' weights come to the host.
+A caller admits sequences into free rows, steps all of them by one token, and releases those that are
+finished; `generate` does so for a list. Between two steps rows may come and go. Vocabularies stay on the
+device: only drawn tokens, their log-probabilities and the experts' weights come to the host.
 
 E experts, R rows, V tokens of the vocabulary.
 """
@@ -49,7 +50,8 @@ class _Row:
 class EnsembleEngine:
     """Experts of one architecture on one device, how they are mixed, and the sequences that they continue.
 
-    Of one process and one thread. It holds E models, and for each of `settings.rows` rows a block's keys and values in each.
+    Of one process and one thread. It holds E models, and for each of `settings.rows` rows a block's keys and
+    values in each.
     """
 
     def __init__(
@@ -59,7 +61,9 @@ class EnsembleEngine:
         settings: EngineSettings,
         decode: Decode | None = None,
     ) -> None:
-        """Takes models over: they are moved to the device and, for bfloat16, cast in place. `decode` is for stop strings.
+        """Takes models over: they are moved to the device and, for bfloat16, cast in place.
+
+        `decode` is for stop strings.
 
         Raises:
             UserError: the device has too little memory.
@@ -85,7 +89,8 @@ class EnsembleEngine:
         return self._step.captures and self._decoder.captures
 
     def memory(self) -> dict[str, int]:
-        """Bytes that are taken for good: weights, and keys and values of all rows where these are in one place."""
+        """Bytes that are taken for good: weights, and keys and values of all
+        rows where these are in one place."""
         weights = sum(parameter.nbytes for model in self._models for parameter in model.parameters())
         return {"weights": weights, "rows": self.settings.rows * self._decoder.bytes_per_row}
 
@@ -122,7 +127,9 @@ class EnsembleEngine:
         check_prompt(prompt, self.settings.block_tokens, self._known)
         if type(form) is not type(self._form):
             found, expected = type(form).__name__, type(self._form).__name__
-            raise UserError("a prompt's gate is of another form than the engine's", found=found, expected=expected)
+            raise UserError(
+                "a prompt's gate is of another form than the engine's", found=found, expected=expected
+            )
         if prompt.stop and self._decode is None:
             raise UserError("stop strings need a tokenizer", remedy="give the engine one")
         if prompt.draws_one_expert and not (form.is_full_posterior and prompt.sampling.is_plain):
@@ -134,7 +141,10 @@ class EnsembleEngine:
 
     @torch.inference_mode()
     def step(self, forced: Mapping[int, int] | None = None) -> dict[int, Drawn]:
-        """Draws one token in every row that is not finished, and lets the experts read it. `forced` are taken instead."""
+        """Draws one token in every row that is not finished, and lets the experts read it.
+
+        `forced` are taken instead.
+        """
         writing = {number: row for number, row in sorted(self._rows.items()) if row.written.finish is None}
         if not writing:
             return {}
@@ -142,7 +152,8 @@ class EnsembleEngine:
         self._step.force(forced or {})
         filters = any(prompt.sampling.filters for prompt in prompts)
         self._step.run(self._row_count(writing), filters, any(prompt.alternatives for prompt in prompts))
-        # The GPU goes on while the host looks at what was drawn: a sequence that turns out to have ended reads one token too many.
+        # The GPU goes on while the host looks at what was drawn: a sequence that turns out to have ended
+        # reads one token too many.
         reading = [number for number, row in writing.items() if self._room(row) > 1]
         if reading:
             experts = sorted({expert for number in reading for expert in writing[number].experts})
@@ -151,7 +162,9 @@ class EnsembleEngine:
             )
             self._decoder.read_on(reading, experts, 1 + longest)
         drawn = self._step.drawn(list(writing), prompts)
-        return {number: self._note(row, one) for (number, row), one in zip(writing.items(), drawn, strict=True)}
+        return {
+            number: self._note(row, one) for (number, row), one in zip(writing.items(), drawn, strict=True)
+        }
 
     def _row_count(self, numbers: Mapping[int, _Row]) -> int:
         return up_to(max(numbers) + 1, 1, self.settings.rows)
@@ -198,7 +211,9 @@ class EnsembleEngine:
         found: dict[int, Written] = {}
         while waiting or numbers:
             taken = [waiting.pop() for _ in range(min(self.free_rows, len(waiting)))]
-            numbers |= dict(zip(self.admit([prompt for _, prompt in taken]), (n for n, _ in taken), strict=True))
+            numbers |= dict(
+                zip(self.admit([prompt for _, prompt in taken]), (n for n, _ in taken), strict=True)
+            )
             for row, drawn in self.step().items():
                 if drawn.finish is not None:
                     found[numbers.pop(row)] = self.release(row)

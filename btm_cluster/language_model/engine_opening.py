@@ -1,4 +1,5 @@
-"""Puts models on a device for an engine: in a precision, and read in the fastest way that predicts as scoring does."""
+"""Puts models on a device for an engine: in a precision, and read in the
+fastest way that predicts as scoring does."""
 
 import logging
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from btm_cluster.language_model.row_cache import RowCacheDecoder, reads_rows_as_
 
 log = logging.getLogger(__name__)
 Way = Literal["rows", "readers", "anew"]
-"""How experts read on: all rows at once (row_cache.py); each row alone, from transformers' own cache; or each block anew."""
+"""How experts read on: all rows at once (row_cache.py); each row alone, from
+transformers' own cache; or each block anew."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ def open_decoder(models: Sequence[PreTrainedModel], settings: EngineSettings) ->
         first = models[0].to(device).eval()
         way = settings.way or fastest_way(first, settings.block_tokens)
         placed = [in_precision(model.eval(), settings.precision).to(device) for model in models]
-        nothing = placed[0](input_ids=torch.tensor([[settings.first_token]], device=device), use_cache=False).logits
+        nothing = placed[0](
+            input_ids=torch.tensor([[settings.first_token]], device=device), use_cache=False
+        ).logits
         buffers = RowBuffers.on(device, len(placed), settings.rows, nothing.shape[-1], nothing.dtype)
         if way == "rows":
             decoder = RowCacheDecoder(placed, buffers, settings.block_tokens, settings.captures)
@@ -64,7 +68,8 @@ def open_decoder(models: Sequence[PreTrainedModel], settings: EngineSettings) ->
 
 
 def fastest_way(model: PreTrainedModel, block_tokens: int) -> Way:
-    """How a model reads on, so that it predicts as when it reads a block at once; tried on a made-up block."""
+    """How a model reads on, so that it predicts as when it reads a block at
+    once; tried on a made-up block."""
     if reads_rows_as_it_scores(model, block_tokens):
         return "rows"
     way: Way = "readers" if reads_on_as_it_scores(model, block_tokens) else "anew"

@@ -1,7 +1,7 @@
 """What experts and their ensemble say of texts: log-probabilities of every token, in padded passes.
 
-The mixture is weighed by the same functions as everywhere in evaluation. A pass asks the host nothing until all experts have read
-it, so that a GPU computes while the host launches the next expert.
+The mixture is weighed by the same functions as everywhere in evaluation. A pass asks the host nothing until
+all experts have read it, so that a GPU computes while the host launches the next expert.
 
 B texts of one pass, N their tokens one after the other, K alternatives, beside the letters of the package.
 """
@@ -19,9 +19,13 @@ from btm_cluster.language_model.row_cache import READ_AT_ONCE
 from btm_cluster.language_model.scoring import LOGITS_AT_ONCE, said_of
 
 MOST_PADDING = {"cuda": 4096, "cpu": 256}
-"""Tokens of padding in a pass: about what one more pass would cost. On a GPU that is the time to launch its kernels."""
+"""Tokens of padding in a pass: about what one more pass would cost.
+
+On a GPU that is the time to launch its kernels.
+"""
 MOST_LOGIT_BYTES = {"cuda": 2**33, "cpu": 2**29}
-"""Of all experts for one pass, where the mixture's likeliest tokens are wanted; at most a quarter of a GPU's free memory."""
+"""Of all experts for one pass, where the mixture's likeliest tokens are wanted;
+at most a quarter of a GPU's free memory."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,10 @@ class TextScores:
     logp_T: torch.Tensor
     """log p of each token under the mixture: float64."""
     alternatives_TK: torch.Tensor
-    """At each token, the mixture's likeliest ones, the likeliest first: int64. None are given unless they are asked for."""
+    """At each token, the mixture's likeliest ones, the likeliest first: int64.
+
+    None are given unless they are asked for.
+    """
     alternative_logp_TK: torch.Tensor
     """Their log-probabilities under the mixture: float32."""
 
@@ -80,7 +87,8 @@ class EnsembleScorer:
         return [found[i] for i in range(len(texts))]
 
     def _length(self, tokens: int) -> int:
-        """What is read of a text: the tokenizer's first token and the text, its last token too where a block has a place for it."""
+        """What is read of a text: the tokenizer's first token and the text, its last
+        token too where a block has a place for it."""
         block_tokens = self._settings.block_tokens
         return block_tokens if self._anew else min(tokens + 1, block_tokens)
 
@@ -94,8 +102,12 @@ class EnsembleScorer:
     def _score(
         self, texts: Sequence[Sequence[int]], length: int, gate: Gate, alternatives: int
     ) -> Iterator[TextScores]:
-        targets_BT = torch.tensor([[*text, *[0] * (length - len(text))][:length] for text in texts]).to(self._device)
-        read_BT = torch.cat([torch.full_like(targets_BT[:, :1], self._settings.first_token), targets_BT[:, :-1]], dim=1)
+        targets_BT = torch.tensor([[*text, *[0] * (length - len(text))][:length] for text in texts]).to(
+            self._device
+        )
+        read_BT = torch.cat(
+            [torch.full_like(targets_BT[:, :1], self._settings.first_token), targets_BT[:, :-1]], dim=1
+        )
         said: list[tuple[torch.Tensor, torch.Tensor]] = []
         kept: list[torch.Tensor] = []
         for model in self._models:
@@ -112,9 +124,14 @@ class EnsembleScorer:
         return (_scores_of(weighed, b, counts[b], *values) for b, values in enumerate(by_text))
 
     def _likeliest(
-        self, logits: Sequence[torch.Tensor], log_weights_EBT: torch.Tensor, is_token_BT: torch.Tensor, count: int
+        self,
+        logits: Sequence[torch.Tensor],
+        log_weights_EBT: torch.Tensor,
+        is_token_BT: torch.Tensor,
+        count: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mixture's likeliest tokens at each real token, and their log-probabilities: [N, K], on the host."""
+        """The mixture's likeliest tokens at each real token, and their
+        log-probabilities: [N, K], on the host."""
         places_N = is_token_BT.flatten().nonzero()[:, 0]
         drawable = min(self._settings.vocabulary, self._vocabulary)
         count = min(count, drawable)
@@ -126,7 +143,9 @@ class EnsembleScorer:
         found: list[tuple[torch.Tensor, torch.Tensor]] = []
         for start in range(0, len(places_N), at_once):
             part = slice(start, start + at_once)
-            logp_ENV = torch.log_softmax(torch.stack([one_NV[places_N[part]] for one_NV in logits]).float(), dim=-1)
+            logp_ENV = torch.log_softmax(
+                torch.stack([one_NV[places_N[part]] for one_NV in logits]).float(), dim=-1
+            )
             mixed_NV = torch.logsumexp(logp_ENV + log_weights_EN[:, part, None], dim=0)
             best = mixed_NV[:, :drawable].topk(count, dim=1)
             found.append((best.indices, best.values))
@@ -137,7 +156,8 @@ class EnsembleScorer:
 def passes(lengths: Sequence[int], at_once: int, most_padding: int) -> list[list[int]]:
     """Texts of which lengths are read together, by number, the longest first.
 
-    A pass holds at most `at_once` tokens, padding included, or one text, and no more padding than `most_padding`.
+    A pass holds at most `at_once` tokens, padding included, or one text, and no more padding than
+    `most_padding`.
     """
     found: list[list[int]] = []
     padding = 0
@@ -154,9 +174,12 @@ def passes(lengths: Sequence[int], at_once: int, most_padding: int) -> list[list
 
 
 def _weigh(gate: Gate, logp_EBT: torch.Tensor, entropy_EBT: torch.Tensor) -> _Weighed:
-    """Weights for every token of a pass and after the last. No weight depends on what comes later, padding neither.
+    """Weights for every token of a pass and after the last.
 
-    Of a text that fills its block, the entropy of the prediction after it is not known, and the last known stands for it.
+    No weight depends on what comes later, padding neither.
+
+    Of a text that fills its block, the entropy of the prediction after it is not known, and the last known
+    stands for it.
     """
     nothing_EB1 = torch.zeros_like(logp_EBT[..., :1])
     log_weights_EBT = gate.log_weights(
@@ -165,7 +188,9 @@ def _weigh(gate: Gate, logp_EBT: torch.Tensor, entropy_EBT: torch.Tensor) -> _We
     return _Weighed(logp_EBT, log_weights_EBT, torch.logsumexp(log_weights_EBT[..., :-1] + logp_EBT, dim=0))
 
 
-def _scores_of(weighed: _Weighed, b: int, count: int, tokens_TK: torch.Tensor, logp_TK: torch.Tensor) -> TextScores:
+def _scores_of(
+    weighed: _Weighed, b: int, count: int, tokens_TK: torch.Tensor, logp_TK: torch.Tensor
+) -> TextScores:
     """One text's own part of a pass."""
     return TextScores(
         weighed.logp_EBT[:, b, :count],

@@ -12,26 +12,40 @@ from safetensors.torch import load_file
 
 from btm_cluster.errors import UserError
 from btm_cluster.language_model.block_check import logits_of, random_block
-from btm_cluster.language_model.model import LENGTH_FIELDS, config_from, fresh_on_meta, load_model, save_weights
+from btm_cluster.language_model.model import (
+    LENGTH_FIELDS,
+    config_from,
+    fresh_on_meta,
+    load_model,
+    save_weights,
+)
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 
 
 def say_block_length(folder: Path, block_tokens: int) -> None:
-    """Makes config.json and tokenizer_config.json name the trained block length, where they claim more or nothing.
+    """Makes config.json and tokenizer_config.json name the trained block
+    length, where they claim more or nothing.
 
-    Evaluation harnesses read as much at once as a model claims, and what is beyond a trained block was never learned.
-    Positions that have weights of their own lose those that were never trained.
+    Evaluation harnesses read as much at once as a model claims, and what is beyond a trained block was never
+    learned. Positions that have weights of their own lose those that were never trained.
     """
     tokenizer = _read(folder / "tokenizer_config.json") | {"model_max_length": block_tokens}
     _write(folder / "tokenizer_config.json", tokenizer)
     before = _read(folder / _CONFIG)
     known = config_from(before)
-    longer = [name for name in LENGTH_FIELDS if name in known.to_dict() and (getattr(known, name) or 0) > block_tokens]
+    longer = [
+        name
+        for name in LENGTH_FIELDS
+        if name in known.to_dict() and (getattr(known, name) or 0) > block_tokens
+    ]
     if not longer:
         return
     after = before | dict.fromkeys(longer, block_tokens)
-    weights, shapes = load_file(folder / _WEIGHTS), {n: t.shape for n, t in fresh_on_meta(after).state_dict().items()}
+    weights, shapes = (
+        load_file(folder / _WEIGHTS),
+        {n: t.shape for n, t in fresh_on_meta(after).state_dict().items()},
+    )
     cut = {name: tensor[: shapes[name][0]] if tensor.ndim else tensor for name, tensor in weights.items()}
     if any(tensor.shape != shapes[name] for name, tensor in cut.items()):
         return
@@ -44,7 +58,11 @@ def say_block_length(folder: Path, block_tokens: int) -> None:
 
 
 def _predict_alike(
-    config: dict[str, Any], weights: Path, other_config: dict[str, Any], other_weights: Path, block_tokens: int
+    config: dict[str, Any],
+    weights: Path,
+    other_config: dict[str, Any],
+    other_weights: Path,
+    block_tokens: int,
 ) -> bool:
     try:
         one, other = (

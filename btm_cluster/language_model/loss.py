@@ -6,7 +6,8 @@ from transformers import PreTrainedModel
 
 
 class NextTokenLoss(torch.nn.Module):
-    """Summed negative log-likelihood of blocks [B, T], given what was read before each of their tokens (`read_after`)."""
+    """Summed negative log-likelihood of blocks [B, T], given what was read
+    before each of their tokens (`read_after`)."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -18,6 +19,7 @@ class NextTokenLoss(torch.nn.Module):
 
 
 def read_after(blocks_BT: torch.Tensor, first_token: int) -> torch.Tensor:
-    """The tokens a model reads to predict blocks [B, T]: the first token, then all of the block but its last."""
+    """The tokens a model reads to predict blocks [B, T]: the first token,
+    then all of the block but its last."""
     first = torch.full_like(blocks_BT[:, :1], first_token)
     return torch.cat([first, blocks_BT[:, :-1]], dim=1)

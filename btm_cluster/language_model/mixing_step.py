@@ -1,4 +1,5 @@
-"""One step of all rows: experts' predictions are mixed, a token is drawn in every row, and the weights take it in.
+"""One step of all rows: experts' predictions are mixed, a token is drawn in
+every row, and the weights take it in.
 
 All of it on the rows' device, as one captured graph. B rows of one step, beside the letters of decoding.py.
 """
@@ -36,7 +37,8 @@ class MixingStep:
     def __init__(
         self, form: RunningGate, buffers: RowBuffers, vocabulary: int, block_tokens: int, captures: bool
     ) -> None:
-        """`form` says how states are read and advanced, and free rows have its numbers: they take part in steps, too.
+        """`form` says how states are read and advanced, and free rows have its
+        numbers: they take part in steps, too.
 
         Tokens from `vocabulary` on are never drawn.
         """
@@ -94,7 +96,9 @@ class MixingStep:
         # The first number is for the choice of an expert.
         drawn = [uniforms(one.prompt.sampling.random_seed, one.prompt.sample, 1 + count)[1:] for one in begun]
         self._uniform_RT[into] = torch.from_numpy(np.stack(drawn)).to(into.device)
-        seen = [(row, token) for row, one in zip(rows, begun, strict=True) for token in set(one.prompt.tokens)]
+        seen = [
+            (row, token) for row, one in zip(rows, begun, strict=True) for token in set(one.prompt.tokens)
+        ]
         self._seen_RV[into] = False
         if known := [place for place in seen if place[1] < vocabulary]:
             row_N, token_N = torch.tensor(known).T.to(into.device)
@@ -137,21 +141,31 @@ class MixingStep:
         if self._copied is not None:
             self._copied.synchronize()
         told = self._told_host_RN[list(rows)].tolist()
-        return [self._drawn(numbers, prompt.alternatives) for numbers, prompt in zip(told, prompts, strict=True)]
+        return [
+            self._drawn(numbers, prompt.alternatives) for numbers, prompt in zip(told, prompts, strict=True)
+        ]
 
     def _drawn(self, numbers: Sequence[float], alternatives: int) -> Drawn:
         experts = len(self._kept_ER)
-        (token, logp), weights_E, shares_E = numbers[:2], numbers[2 : 2 + experts], numbers[2 + experts :][:experts]
+        (token, logp), weights_E, shares_E = (
+            numbers[:2],
+            numbers[2 : 2 + experts],
+            numbers[2 + experts :][:experts],
+        )
         ids, logps = numbers[2 + 2 * experts :][: self._alternatives], numbers[-self._alternatives :]
         likeliest = list(zip(map(int, ids), logps, strict=True))[:alternatives]
         return Drawn(int(token), logp, weights_E, shares_E, likeliest)
 
     def log_probs(self, row_count: int) -> torch.Tensor:
-        """log p of every next token in the first rows: float32 [B, V]. Of tokens that are never drawn, too."""
+        """log p of every next token in the first rows: float32 [B, V].
+
+        Of tokens that are never drawn, too.
+        """
         return self._mix(row_count)[1]
 
     def _mix(self, row_count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Each expert's log-probabilities [E, B, V], the mixture's [B, V], the log-weights and the entropies [E, B]."""
+        """Each expert's log-probabilities [E, B, V], the mixture's [B, V], the
+        log-weights and the entropies [E, B]."""
         logp_EBV = torch.log_softmax(self._buffers.logits_ERV[:, :row_count].float(), dim=-1)
         entropy_EB = logp_EBV.new_zeros(logp_EBV.shape[:2]).double()
         if self._form.needs_entropy:

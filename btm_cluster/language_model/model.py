@@ -1,4 +1,5 @@
-"""Causal language models from transformers: configurations, building, loading and saving in Hugging Face layout."""
+"""Causal language models from transformers: configurations, building, loading
+and saving in Hugging Face layout."""
 
 import difflib
 import json
@@ -27,7 +28,8 @@ _VOCABULARY_MULTIPLE = (
 )
 
 LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
-"""Names that configurations give to the most tokens that a model reads at once; each architecture has its own."""
+"""Names that configurations give to the most tokens that a model reads at
+once; each architecture has its own."""
 
 # Paper, table 2: GPT-3 architecture. width and heads as in its released code.
 _SHAPES: dict[Preset, tuple[int, int, int]] = {
@@ -41,8 +43,8 @@ _SHAPES: dict[Preset, tuple[int, int, int]] = {
 def full_config(plan: ModelPlan, vocabulary: int, block_tokens: int) -> dict[str, Any]:
     """The configuration that a plan means, for a tokenizer of `vocabulary` tokens.
 
-    What the plan leaves to transformers' defaults is left out, so that a new field of a newer transformers does not rename
-    every model.
+    What the plan leaves to transformers' defaults is left out, so that a new field of a newer transformers
+    does not rename every model.
 
     Raises:
         PlanError: an unknown model type or field, or a model that cannot read a whole block.
@@ -61,7 +63,9 @@ def full_config(plan: ModelPlan, vocabulary: int, block_tokens: int) -> dict[str
     given["vocab_size"] = -(-vocabulary // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
     config = _build_config(given)
     if getattr(config, "num_hidden_layers", 1) < 1:
-        raise PlanError("model.config has no layer", found=str(config.num_hidden_layers), remedy="give it at least one")
+        raise PlanError(
+            "model.config has no layer", found=str(config.num_hidden_layers), remedy="give it at least one"
+        )
     check_fits(config, vocabulary, block_tokens)
     check_reads_if_small(config, block_tokens, f"a {given['model_type']}")
     return given
@@ -91,7 +95,8 @@ def check_fits(config: PretrainedConfig, vocabulary: int, block_tokens: int) -> 
 
 
 def longest_block(config: PretrainedConfig) -> tuple[str, float]:
-    """How many tokens a model says that it reads at most, and the field that says so; infinite where none does."""
+    """How many tokens a model says that it reads at most, and the field that
+    says so; infinite where none does."""
     fields = {name: getattr(config, name, None) for name in LENGTH_FIELDS}
     limits = [(value, name) for name, value in fields.items() if isinstance(value, int) and value > 0]
     longest, name = min(limits, default=(math.inf, ""))
@@ -133,7 +138,8 @@ def _build_config(given: Mapping[str, Any]) -> PretrainedConfig:
         raise PlanError(
             f"no {given['model_type']} can be built from model.config",
             found=one_line(exc),
-            remedy="mend its shape: widths that heads divide, and a model_type that is a causal language model",
+            remedy="mend its shape: widths that heads divide, and a model_type that is a causal language "
+            "model",
         ) from exc
     return config
 
@@ -183,7 +189,8 @@ def load_model(config: Mapping[str, Any], file: Path) -> "PreTrainedModel":
 
 
 def weights_of(model: "PreTrainedModel") -> dict[str, torch.Tensor]:
-    """All that a model stores, by name, in a fixed order: its parameters, each tied one once, and its persistent buffers."""
+    """All that a model stores, by name, in a fixed order: its parameters, each
+    tied one once, and its persistent buffers."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     stored = model.state_dict().keys()
     buffers = {name: b for name, b in model.named_buffers() if name in stored}
@@ -194,10 +201,13 @@ def save_weights(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
     """Writes tensors as safetensors, in the layout that transformers opens.
 
     Raises:
-        OSError: the file cannot be written, as by any other writer; safetensors has the system's number in words only.
+        OSError: the file cannot be written, as by any other writer; safetensors has the system's number in
+        words only.
     """
     try:
-        save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, file, metadata={"format": "pt"})
+        save_file(
+            {name: t.contiguous().cpu() for name, t in tensors.items()}, file, metadata={"format": "pt"}
+        )
     except SafetensorError as exc:
         number = re.search(r"os error (\d+)", str(exc))
         if number is None:
@@ -206,7 +216,8 @@ def save_weights(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
 
 
 def has_dropout(model: "PreTrainedModel") -> bool:
-    """Whether training it draws random numbers: as modules, or as shares in its configuration, written there or by default."""
+    """Whether training it draws random numbers: as modules, or as shares in its
+    configuration, written there or by default."""
     shares = (
         value
         for name, value in model.config.to_dict().items()
@@ -221,7 +232,9 @@ def count_parameters(config: Mapping[str, Any]) -> tuple[int, int]:
     """All parameters, and those that are not embeddings."""
     model = fresh_on_meta(config)
     total = sum(p.numel() for p in model.parameters())
-    embeddings = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    embeddings = {
+        id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding)
+    }
     output = model.get_output_embeddings()
     if output is not None:
         embeddings[id(output.weight)] = output.weight.numel()
@@ -229,7 +242,9 @@ def count_parameters(config: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def write_config(config: Mapping[str, Any], tokenizer: TextTokenizer, folder: Path) -> Path:
-    """Writes config.json, with the class that opens it. Special tokens that it does not name are the tokenizer's.
+    """Writes config.json, with the class that opens it.
+
+    Special tokens that it does not name are the tokenizer's.
 
     Without the version of transformers: a forest outlives several, and its models must stay alike.
     """
@@ -253,7 +268,8 @@ def config_from(plain: Mapping[str, Any]) -> PretrainedConfig:
 
 
 def _with_floats(value: Any) -> Any:
-    """A value in which infinity and NaN are numbers again: transformers writes them as {"__float__": "Infinity"}."""
+    """A value in which infinity and NaN are numbers again: transformers writes
+    them as {"__float__": "Infinity"}."""
     if isinstance(value, dict):
         if value.keys() == {"__float__"}:
             return float(value["__float__"])

@@ -34,10 +34,12 @@ were summed in float32. The identity of this average is `{request.ref.identity}`
 
 
 def add_reading(file: Path, block_tokens: int, first_token: str, pretrained: str) -> None:
-    """Adds to a card how much the model reads at once and after which token, and from which pretrained model it comes."""
+    """Adds to a card how much the model reads at once and after which token, and
+    from which pretrained model it comes."""
     origin = f" Its seed is the pretrained model {pretrained}." if pretrained else ""
     with file.open("a", encoding="utf-8") as card:
         card.write(
-            f"\nIt was trained on blocks of {block_tokens} tokens, each read after `{first_token}`: text beyond a block's length "
+            f"\nIt was trained on blocks of {block_tokens} tokens, each read after `{first_token}`: text "
+            "beyond a block's length "
             f"is new to it.{origin}\n"
         )

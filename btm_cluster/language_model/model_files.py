@@ -1,6 +1,8 @@
-"""The files of a pretrained model: which they are, whether they are whole, and whether their tensors are the model's.
+"""The files of a pretrained model: which they are, whether they are whole, and
+whether their tensors are the model's.
 
-Reads headers, and of tensors only the few that decide whether a model can be opened as its configuration says.
+Reads headers, and of tensors only the few that decide whether a model can be opened as its configuration
+says.
 """
 
 import json
@@ -43,7 +45,9 @@ def weight_files(folder: Path) -> list[Path]:
     files = [one]
     if not one.is_file() and index.is_file():
         try:
-            files = [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+            files = [
+                folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            ]
         except (ValueError, KeyError, TypeError, AttributeError) as exc:
             found = f"{index.name}: {one_line(exc) or type(exc).__name__}"
     missing = [file.name for file in (folder / "config.json", *files) if not file.is_file()]
@@ -55,7 +59,8 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder} is no model folder",
             found=found,
             expected="config.json, and model.safetensors or all files of model.safetensors.index.json",
-            remedy="copy what is missing, or save the model with save_pretrained; an adapter must be merged into its model first",
+            remedy="copy what is missing, or save the model with save_pretrained; an adapter must be merged "
+            "into its model first",
         )
     return files
 
@@ -81,14 +86,17 @@ def stored_tensors(source: str, files: Sequence[Path]) -> dict[str, StoredTensor
 def check_tensors(source: str, stored: Mapping[str, StoredTensor], model: "PreTrainedModel") -> None:
     """Refuses tensors that cannot be those of `model`, which needs no values.
 
-    Transformers renames and joins some tensors while it loads: names are judged where those that differ all lie on one side.
+    Transformers renames and joins some tensors while it loads: names are judged where those that differ all
+    lie on one side.
 
     Raises:
         UserError: naming tensors that are missing, unexpected, of another shape, or quantised.
     """
     own = model.state_dict()
     floats = [
-        name for name, t in stored.items() if name in own and own[name].is_floating_point() and t.dtype not in _FLOATS
+        name
+        for name, t in stored.items()
+        if name in own and own[name].is_floating_point() and t.dtype not in _FLOATS
     ]
     if floats:
         raise quantised(source, f"{stored[floats[0]].dtype} in {name_tensors({'tensors': floats})}")
@@ -96,9 +104,13 @@ def check_tensors(source: str, stored: Mapping[str, StoredTensor], model: "PreTr
     tied = {*ties, *(other for one, other in ties.items() if one in stored)}  # either of the two is stored
     wrong = {
         "missing": sorted(own.keys() - stored.keys() - tied),
-        "mismatched": sorted(name for name, t in stored.items() if name in own and list(own[name].shape) != t.shape),
+        "mismatched": sorted(
+            name for name, t in stored.items() if name in own and list(own[name].shape) != t.shape
+        ),
         "unexpected": sorted(
-            n for n in stored.keys() - own.keys() if not (_is_passed_over(model, n) or says_nothing(stored, n))
+            n
+            for n in stored.keys() - own.keys()
+            if not (_is_passed_over(model, n) or says_nothing(stored, n))
         ),
     }
     if wrong["missing"] and wrong["unexpected"]:
@@ -108,7 +120,8 @@ def check_tensors(source: str, stored: Mapping[str, StoredTensor], model: "PreTr
 
 
 def has_own_head(stored: Mapping[str, StoredTensor], model: "PreTrainedModel") -> bool:
-    """Whether the files hold an output head of other values than the embeddings, to which the configuration ties it."""
+    """Whether the files hold an output head of other values than the
+    embeddings, to which the configuration ties it."""
     for one, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if one in stored and other in stored and not torch.equal(_read(stored, one), _read(stored, other)):
             return True
@@ -153,8 +166,12 @@ def quantised(source: str, found: str) -> UserError:
 
 
 def _is_passed_over(model: "PreTrainedModel", name: str) -> bool:
-    """Whether the architecture itself leaves a tensor out, such as the layers that predict several tokens at once."""
-    return any(re.search(pattern, name) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    """Whether the architecture itself leaves a tensor out, such as the layers
+    that predict several tokens at once."""
+    return any(
+        re.search(pattern, name)
+        for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    )
 
 
 def _read(stored: Mapping[str, StoredTensor], name: str) -> torch.Tensor:
@@ -164,7 +181,8 @@ def _read(stored: Mapping[str, StoredTensor], name: str) -> torch.Tensor:
 
 
 def _is_mask(tensor: torch.Tensor) -> bool:
-    """A causal mask [1, 1, n, n], of a window or not: zeros and ones, and none of the ones above the diagonal."""
+    """A causal mask [1, 1, n, n], of a window or not: zeros and ones, and none
+    of the ones above the diagonal."""
     if tensor.ndim != 4 or tensor.shape[:2] != (1, 1) or tensor.shape[2] != tensor.shape[3]:
         return False
     return not torch.triu(tensor.float(), 1).any() and bool(((tensor == 0) | (tensor == 1)).all())

@@ -14,7 +14,13 @@ from btm_cluster.data.tokenizer import TextTokenizer
 from btm_cluster.errors import UserError, one_line
 from btm_cluster.language_model.block_check import check_reads, logits_of, random_block
 from btm_cluster.language_model.model import fresh_on_meta, load_model, name_tensors, save_weights, weights_of
-from btm_cluster.language_model.model_files import do_not_match, says_nothing, stored_tensors, unreadable, weight_files
+from btm_cluster.language_model.model_files import (
+    do_not_match,
+    says_nothing,
+    stored_tensors,
+    unreadable,
+    weight_files,
+)
 from btm_cluster.language_model.pretrained import MODEL_PATTERNS, check_same, model_hash, resolve
 from btm_cluster.requests import Pretrained, TrainRequest
 
@@ -24,7 +30,8 @@ if TYPE_CHECKING:
 _KEPT_PATTERNS = ("generation_config.json", "LICENSE*", "NOTICE*")
 """Files that come with a model beside its weights, for whoever opens one that was merged from it."""
 LARGEST_DIFFERENCE = 1e-3
-"""Nats between a token's log-probability by transformers and by the stored model: rounding is a hundredth of it."""
+"""Nats between a token's log-probability by transformers and by the stored
+model: rounding is a hundredth of it."""
 
 
 def import_model(
@@ -35,8 +42,8 @@ def import_model(
     What was written is opened again, and must predict the same as transformers' own model.
 
     Raises:
-        UserError: weights that cannot be read, do not match the configuration, are not finite or see later tokens, or a model
-            that is another one once it is stored.
+        UserError: weights that cannot be read, do not match the configuration, are not finite or see later
+            tokens, or a model that is another one once it is stored.
     """
     assert request.pretrained is not None
     source, block_tokens = request.pretrained.source, request.training.block_tokens
@@ -78,11 +85,14 @@ def _load(pretrained: Pretrained) -> "PreTrainedModel":
         raise unreadable(pretrained.source, one_line(exc)) from exc
     # Transformers starts what is missing at random, and drops what is too much.
     names = {kind: loading[f"{kind}_keys"] for kind in ("missing", "mismatched", "unexpected")}
-    wrong = {kind: sorted(key if isinstance(key, str) else key[0] for key in keys) for kind, keys in names.items()}
+    wrong = {
+        kind: sorted(key if isinstance(key, str) else key[0] for key in keys) for kind, keys in names.items()
+    }
     stored = stored_tensors(pretrained.source, weight_files(folder))
     wrong["unexpected"] = [name for name in wrong["unexpected"] if not says_nothing(stored, name)]
     whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if whole.get_text_config() is not whole:  # the parts that see or hear may be left out, each with a name of its own
+    # The parts that see or hear may be left out, each with a name of its own.
+    if whole.get_text_config() is not whole:
         read = {name.split(".")[0] for name in stored.keys() - set(wrong["unexpected"])}
         wrong["unexpected"] = [name for name in wrong["unexpected"] if name.split(".")[0] in read]
     if any(wrong.values()):
@@ -90,7 +100,9 @@ def _load(pretrained: Pretrained) -> "PreTrainedModel":
     return model
 
 
-def _text_weights(model: "PreTrainedModel", config: Mapping[str, Any], source: str) -> dict[str, torch.Tensor]:
+def _text_weights(
+    model: "PreTrainedModel", config: Mapping[str, Any], source: str
+) -> dict[str, torch.Tensor]:
     """The weights that are stored of a model: all of them, or the text part of one that has others."""
     weights = weights_of(model)
     if model.config.get_text_config() is model.config:

@@ -9,7 +9,9 @@ from btm_cluster.language_model.training_spec import TrainingSpec
 from btm_cluster.plan import TrainingPlan
 
 
-def build_optimizer(model: PreTrainedModel, training: TrainingPlan, is_demix: bool = False) -> torch.optim.AdamW:
+def build_optimizer(
+    model: PreTrainedModel, training: TrainingPlan, is_demix: bool = False
+) -> torch.optim.AdamW:
     """AdamW over all parameters; weight decay on matrices only."""
 
     def is_matrix(name: str, parameter: torch.nn.Parameter) -> bool:
@@ -18,7 +20,10 @@ def build_optimizer(model: PreTrainedModel, training: TrainingPlan, is_demix: bo
 
     parameters = sorted(model.named_parameters())
     groups = [
-        {"params": [p for name, p in parameters if is_matrix(name, p)], "weight_decay": training.weight_decay},
+        {
+            "params": [p for name, p in parameters if is_matrix(name, p)],
+            "weight_decay": training.weight_decay,
+        },
         {"params": [p for name, p in parameters if not is_matrix(name, p)], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=0.0, betas=training.betas, eps=training.epsilon, fused=True)
@@ -31,5 +36,7 @@ def learning_rate_at(update: int, spec: TrainingSpec) -> float:
     warmup = round(training.warmup_share * updates)
     if spec.rewarms:
         branch = spec.first_update
-        return rewarmed_learning_rate(update, branch=branch, peak=peak, updates=updates, warmup_updates=warmup)
+        return rewarmed_learning_rate(
+            update, branch=branch, peak=peak, updates=updates, warmup_updates=warmup
+        )
     return learning_rate(update, peak=peak, updates=updates, warmup_updates=warmup)

@@ -1,4 +1,5 @@
-"""Models and tokenizers from elsewhere: found on disk or on the hub, identified by content, checked before they are read.
+"""Models and tokenizers from elsewhere: found on disk or on the hub, identified
+by content, checked before they are read.
 
 Code that comes with a model is neither downloaded nor run.
 """
@@ -13,11 +14,22 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from btm_cluster.data.tokenizer import MORE_CHAT_TEMPLATES, TextTokenizer, import_tokenizer, open_pretrained_tokenizer
+from btm_cluster.data.tokenizer import (
+    MORE_CHAT_TEMPLATES,
+    TextTokenizer,
+    import_tokenizer,
+    open_pretrained_tokenizer,
+)
 from btm_cluster.errors import UserError, one_line
 from btm_cluster.language_model.block_check import check_reads_if_small
 from btm_cluster.language_model.model import check_fits, plain_config
-from btm_cluster.language_model.model_files import check_tensors, has_own_head, quantised, stored_tensors, weight_files
+from btm_cluster.language_model.model_files import (
+    check_tensors,
+    has_own_head,
+    quantised,
+    stored_tensors,
+    weight_files,
+)
 from btm_cluster.requests import ImportTokenizer, Pretrained
 
 _TOKENIZER_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -27,7 +39,8 @@ _TOKENIZER_NAMES = ("config.json", "tokenizer.json", "tokenizer_config.json", "s
 
 
 def resolve(source: str, patterns: Sequence[str] = _TOKENIZER_PATTERNS) -> Path:
-    """The local folder of a pretrained model or tokenizer: `source` itself, or the hub's files that match `patterns`.
+    """The local folder of a pretrained model or tokenizer: `source` itself, or
+    the hub's files that match `patterns`.
 
     Raises:
         UserError: neither is there.
@@ -55,7 +68,9 @@ def source_of(source: str) -> str:
 
 
 def pretrained_tokenizer(source: str, first_token: str | None) -> tuple[ImportTokenizer, TextTokenizer]:
-    """The request that imports a pretrained tokenizer, and the tokenizer. `first_token` as in `open_pretrained_tokenizer`.
+    """The request that imports a pretrained tokenizer, and the tokenizer.
+
+    `first_token` as in `open_pretrained_tokenizer`.
 
     Raises:
         UserError: it cannot be used.
@@ -72,7 +87,9 @@ def _opened(folder: Path, sha256: str, first_token: str | None) -> TextTokenizer
     return open_pretrained_tokenizer(folder, first_token)
 
 
-def import_pretrained_tokenizer(request: ImportTokenizer, folder: Path) -> tuple[dict[str, Path], TextTokenizer]:
+def import_pretrained_tokenizer(
+    request: ImportTokenizer, folder: Path
+) -> tuple[dict[str, Path], TextTokenizer]:
     """Writes a pretrained tokenizer below `folder`; returns its files by name, and the tokenizer.
 
     Raises:
@@ -121,8 +138,8 @@ def pretrained_config(pretrained: Pretrained, vocabulary: int, block_tokens: int
     Checks all that can be told without reading the weights.
 
     Raises:
-        UserError: it is none of a causal language model, is quantised, its files are not whole, or the model fits neither the
-            tokenizer nor the blocks.
+        UserError: it is none of a causal language model, is quantised, its files are not whole, or the model
+            fits neither the tokenizer nor the blocks.
     """
     folder = resolve(pretrained.source, MODEL_PATTERNS)
     try:
@@ -131,7 +148,8 @@ def pretrained_config(pretrained: Pretrained, vocabulary: int, block_tokens: int
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(whole, trust_remote_code=False)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as exc:  # transformers raises anything from KeyError to ImportError on what it does not know
+    # Transformers raises anything from KeyError to ImportError on what it does not know.
+    except Exception as exc:
         raise UserError(
             f"{pretrained.source} is no causal language model",
             found=one_line(exc),

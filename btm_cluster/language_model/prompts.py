@@ -16,12 +16,14 @@ MOST_ALTERNATIVES = 20
 """Other tokens of which a log-probability can be had at each place."""
 _PLAIN = Sampling()
 _TOKENS_BEYOND = 8
-"""Tokens that are looked at beyond a stop string's number of bytes, since a few stand for no byte; and before a token's text."""
+"""Tokens that are looked at beyond a stop string's number of bytes, since a few
+stand for no byte; and before a token's text."""
 _HALF_A_CHARACTER = "\ufffd"
 """What tokens decode to that end within a character."""
 
 Finish = Literal["end of text", "stop", "tokens", "block"]
-"""Why a sequence ended: the end-of-text token, a stop string, as many tokens as were asked for, or a full block."""
+"""Why a sequence ended: the end-of-text token, a stop string, as many tokens
+as were asked for, or a full block."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,20 @@ class Prompt:
     stop: tuple[str, ...] = ()
     """Strings that end it; the text then ends before them."""
     gate: Gate | None = None
-    """How experts are weighed; by default as the engine weighs them. Of the same form as the engine's, with other numbers."""
+    """How experts are weighed; by default as the engine weighs them.
+
+    Of the same form as the engine's, with other numbers.
+    """
     top_k_experts: int | None = None
-    """Only so many experts write: those with most weight once the prompt is read. The others' weights are shared out."""
+    """Only so many experts write: those with most weight once the prompt is read.
+
+    The others' weights are shared out.
+    """
     draws_one_expert: bool = False
-    """One expert, drawn from the prompt's posterior, writes alone. Under the full posterior at temperature 1, and with every
-    token allowed, texts have the same probabilities as if all wrote together: a product of mixtures weighed by Bayes' rule is a
-    mixture of products. Where models know more tokens than the tokenizer, up to the probability of those."""
+    """One expert, drawn from the prompt's posterior, writes alone. Under the full posterior at temperature 1,
+    and with every token allowed, texts have the same probabilities as if all wrote together: a product of
+    mixtures weighed by Bayes' rule is a mixture of products. Where models know more tokens than the
+    tokenizer, up to the probability of those."""
     alternatives: int = 0
     """The likeliest tokens whose log-probabilities are wanted at each place."""
 
@@ -153,7 +162,10 @@ def text_before_stop(prompt: Prompt, tokens: Sequence[int], decode: Decode) -> s
 
 
 def pieces(before: Sequence[int], tokens: Sequence[int], decode: Decode) -> list[str]:
-    """Each token's part of the continuation. A character of several tokens stands at the last of them, and the others are empty."""
+    """Each token's part of the continuation.
+
+    A character of several tokens stands at the last of them, and the others are empty.
+    """
     found: list[str] = []
     seen, held = list(before[-_TOKENS_BEYOND:]), list[int]()
     for token in tokens:

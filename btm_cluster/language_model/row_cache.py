@@ -1,9 +1,11 @@
 """Experts that read all rows at once, each row at its own place, into keys and values at fixed addresses.
 
-Serves models whose only memory is attention, full or within a window. The forward pass is transformers' own; here are the
-cache that it fills, the masks, and the captured graphs, one for each expert, which run beside each other.
+Serves models whose only memory is attention, full or within a window. The forward pass is transformers' own;
+here are the cache that it fills, the masks, and the captured graphs, one for each expert, which run beside
+each other.
 
-B rows of one pass, H heads, S places of a row, L places that a pass attends to, beside the letters of decoding.py.
+B rows of one pass, H heads, S places of a row, L places that a pass attends to, beside the letters of
+decoding.py.
 """
 
 import functools
@@ -21,9 +23,11 @@ from btm_cluster.language_model.decoding import CACHE, ReadPrompt, RowBuffers, a
 from btm_cluster.language_model.scoring import said_of
 
 READ_AT_ONCE = 8192
-"""Tokens of prompts in one forward pass, padding included: their logits are 0.8 GB in bf16 for a vocabulary of 50,000."""
+"""Tokens of prompts in one forward pass, padding included: their logits are
+0.8 GB in bf16 for a vocabulary of 50,000."""
 _SHORTEST = 256
-"""Places that a pass attends to, at least; then twice as many, and so on: each number is a graph of its own."""
+"""Places that a pass attends to, at least; then twice as many, and so on:
+each number is a graph of its own."""
 _PLACES_MULTIPLE = 16
 """Attention kernels want masks whose rows are aligned."""
 
@@ -55,7 +59,8 @@ class _RowLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         rows, places = self._shape
         self.keys, self.values = (
-            states.new_zeros(rows, states.shape[1], places, states.shape[3]) for states in (key_states, value_states)
+            states.new_zeros(rows, states.shape[1], places, states.shape[3])
+            for states in (key_states, value_states)
         )
         self.is_initialized = True
 
@@ -89,7 +94,8 @@ class _RowLayer(CacheLayerMixin):
 
 
 class RowCacheDecoder:
-    """Experts with keys and values for every row, and a captured graph for every expert, number of rows and length."""
+    """Experts with keys and values for every row, and a captured graph for every
+    expert, number of rows and length."""
 
     def __init__(
         self, models: Sequence[PreTrainedModel], buffers: RowBuffers, block_tokens: int, captures: bool
@@ -184,7 +190,8 @@ def up_to(needed: int, smallest: int, largest: int) -> int:
 
 
 def decoding_masks(model: PreTrainedModel, places_B: torch.Tensor, attended: int) -> Any:
-    """What one token of each row attends to, added to attention scores: [B, 1, 1, L], by type of layer where there are several."""
+    """What one token of each row attends to, added to attention scores: [B, 1, 1, L],
+    by type of layer where there are several."""
     kinds = _layer_types(model.config)
     behind_BL = places_B[:, None] - torch.arange(attended, device=places_B.device)
     masks = {}
@@ -207,10 +214,11 @@ def _layer_types(config: PretrainedConfig) -> list[str]:
 
 @torch.inference_mode()
 def reads_rows_as_it_scores(model: PreTrainedModel, block_tokens: int) -> bool:
-    """Whether a model predicts so as it does when it reads a block at once, whatever rows it reads beside each other.
+    """Whether a model predicts so as it does when it reads a block at once,
+    whatever rows it reads beside each other.
 
-    A made-up block is read as a prompt and then on: after its first token, in one row alone; then so beside a row that begins
-    nearly at its end.
+    A made-up block is read as a prompt and then on: after its first token, in one row alone; then so beside a
+    row that begins nearly at its end.
     """
     block_1T = random_block(model.config.vocab_size, block_tokens).to(model.device)
     at_once_TV = logits_of(model, block_1T, type(model).__name__)[0]
@@ -223,8 +231,11 @@ def reads_rows_as_it_scores(model: PreTrainedModel, block_tokens: int) -> bool:
         return False
 
 
-def _reads_on(model: PreTrainedModel, tokens: Sequence[int], at_once_TV: torch.Tensor, firsts: Sequence[int]) -> bool:
-    """Reads the first tokens of a block into a row for each number of them, and two more; compares every prediction."""
+def _reads_on(
+    model: PreTrainedModel, tokens: Sequence[int], at_once_TV: torch.Tensor, firsts: Sequence[int]
+) -> bool:
+    """Reads the first tokens of a block into a row for each number of them, and
+    two more; compares every prediction."""
     buffers = RowBuffers.on(model.device, 1, len(firsts), at_once_TV.shape[1], at_once_TV.dtype)
     decoder = RowCacheDecoder([model.eval()], buffers, len(tokens), captures=False)
     rows = list(range(len(firsts)))

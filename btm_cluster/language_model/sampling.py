@@ -1,7 +1,9 @@
-"""How tokens are drawn: settings of one sequence, and the draw for several sequences at once, on their device.
+"""How tokens are drawn: settings of one sequence, and the draw for several
+sequences at once, on their device.
 
-Each sequence has one uniform number per token, of a stream of its own, and its token is where the cumulated probabilities
-reach that number. So a draw depends on nothing else in the batch, but for rounding of the probabilities.
+Each sequence has one uniform number per token, of a stream of its own, and its token is where the cumulated
+probabilities reach that number. So a draw depends on nothing else in the batch, but for rounding of the
+probabilities.
 
 R sequences, V tokens of the vocabulary.
 """
@@ -19,7 +21,8 @@ _LARGEST_UNIFORM = 1 - 2.0**-40
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn: by its probability, flattened or sharpened by `temperature`, among the likeliest."""
+    """How a token is drawn: by its probability, flattened or sharpened by
+    `temperature`, among the likeliest."""
 
     temperature: float = 1.0
     """0 takes the likeliest token."""
@@ -29,8 +32,8 @@ class Sampling:
     top_k: int | None = None
     """Among so many of the likeliest tokens."""
     repetition_penalty: float = 1.0
-    """Factor on the log-probability of every token that the text has already: above 1 they are avoided. A mixture has no
-    logits, on which transformers takes it."""
+    """Factor on the log-probability of every token that the text has already: above 1 they are avoided. A
+    mixture has no logits, on which transformers takes it."""
 
     @property
     def filters(self) -> bool:
@@ -44,32 +47,44 @@ class Sampling:
 
 
 def uniforms(random_seed: int, sample: int, count: int) -> np.ndarray:
-    """The numbers of one sequence: float64 [count], from 0 up to 1. Another seed or sample, another stream."""
+    """The numbers of one sequence: float64 [count], from 0 up to 1.
+
+    Another seed or sample, another stream.
+    """
     key = np.array([random_seed % 2**64, sample], dtype=np.uint64)
     drawn = np.random.Generator(np.random.Philox(key=key)).random(count)
     return np.clip(drawn, 0, _LARGEST_UNIFORM, out=drawn)
 
 
 def draw(log_probs_RV: torch.Tensor, uniform_R: torch.Tensor, temperature_R: torch.Tensor) -> torch.Tensor:
-    """One token of each sequence: int64 [R]. Log-probabilities need not be normalised; -inf is never drawn."""
+    """One token of each sequence: int64 [R].
+
+    Log-probabilities need not be normalised; -inf is never drawn.
+    """
     is_greedy_R = temperature_R == 0
     scaled_RV = log_probs_RV / temperature_R.masked_fill(is_greedy_R, 1)[:, None]
     cumulated_RV = (scaled_RV - scaled_RV.amax(-1, keepdim=True)).exp().cumsum(-1, dtype=torch.float64)
     reached_R1 = uniform_R[:, None] * cumulated_RV[:, -1:]
     # Beyond the last only where a model says NaN: an index that no buffer has would end the process on a GPU.
-    drawn_R = torch.searchsorted(cumulated_RV, reached_R1, right=True)[:, 0].clamp(max=log_probs_RV.shape[1] - 1)
+    drawn_R = torch.searchsorted(cumulated_RV, reached_R1, right=True)[:, 0].clamp(
+        max=log_probs_RV.shape[1] - 1
+    )
     return torch.where(is_greedy_R, log_probs_RV.argmax(-1), drawn_R)
 
 
 def penalise(log_probs_RV: torch.Tensor, seen_RV: torch.Tensor, penalty_R: torch.Tensor) -> torch.Tensor:
-    """Multiplies the log-probabilities of tokens seen before: [R, V]. Source: Keskar et al., CTRL, 2019, on log-probabilities."""
+    """Multiplies the log-probabilities of tokens seen before: [R, V].
+
+    Source: Keskar et al., CTRL, 2019, on log-probabilities.
+    """
     return torch.where(seen_RV, log_probs_RV * penalty_R[:, None], log_probs_RV)
 
 
 def keep_likeliest(
     log_probs_RV: torch.Tensor, top_k_R: torch.Tensor, top_p_R: torch.Tensor, temperature_R: torch.Tensor
 ) -> torch.Tensor:
-    """The log-probabilities, -inf outside the `top_k` likeliest and, of these, the likeliest that reach `top_p`: [R, V].
+    """The log-probabilities, -inf outside the `top_k` likeliest and, of these, the
+    likeliest that reach `top_p`: [R, V].
 
     Shares are taken at the temperature, in transformers' order: temperature, top-k, top-p.
     """
@@ -78,7 +93,8 @@ def keep_likeliest(
     scaled_RV = sorted_RV / temperature_R.masked_fill(temperature_R == 0, 1)[:, None]
     share_RV = torch.softmax(scaled_RV.masked_fill(~is_kept_RV, -torch.inf), dim=-1)
     before_RV = share_RV.cumsum(-1) - share_RV
-    is_kept_RV &= (before_RV < top_p_R[:, None]) | (top_p_R[:, None] == 1)  # which rounding may reach too early
+    # Which rounding may reach too early.
+    is_kept_RV &= (before_RV < top_p_R[:, None]) | (top_p_R[:, None] == 1)
     is_kept_RV = torch.zeros_like(is_kept_RV).scatter(1, order_RV, is_kept_RV)
     return log_probs_RV.masked_fill(~is_kept_RV, -torch.inf)
 
@@ -90,7 +106,9 @@ def check_sampling(sampling: Sampling) -> None:
         UserError: saying which.
     """
     if not 0 <= sampling.temperature < float("inf"):
-        raise UserError("temperature is out of range", found=f"{sampling.temperature:g}", expected="at least 0")
+        raise UserError(
+            "temperature is out of range", found=f"{sampling.temperature:g}", expected="at least 0"
+        )
     if not 0 < sampling.top_p <= 1:
         raise UserError("top-p is out of range", found=f"{sampling.top_p:g}", expected="above 0, at most 1")
     if sampling.top_k is not None and sampling.top_k < 1:

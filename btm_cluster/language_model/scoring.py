@@ -94,5 +94,7 @@ def said_of(logits_NV: torch.Tensor, tokens_N: torch.Tensor) -> tuple[torch.Tens
 def _entropy(logp_NV: torch.Tensor) -> torch.Tensor:
     """Entropies in nats: [N]. A product of rows is faster than `entr`; the clamp makes a token that a model
     rules out add 0, and asks a GPU nothing."""
-    entropy_N: torch.Tensor = -torch.linalg.vecdot(logp_NV.exp(), logp_NV.clamp(min=torch.finfo(logp_NV.dtype).min))
+    entropy_N: torch.Tensor = -torch.linalg.vecdot(
+        logp_NV.exp(), logp_NV.clamp(min=torch.finfo(logp_NV.dtype).min)
+    )
     return entropy_N

@@ -77,12 +77,16 @@ def read_blocks(tokens: Sequence[Path], documents: Sequence[Path], most: int) ->
 class Soup:
     """Several models, and the one whose parameters are any weighted sum of theirs."""
 
-    def __init__(self, model: PreTrainedModel, files: Sequence[Path], first_token: int, how: Resources) -> None:
+    def __init__(
+        self, model: PreTrainedModel, files: Sequence[Path], first_token: int, how: Resources
+    ) -> None:
         """`model` has the architecture of all; its own weights are written over."""
         self._how, self._first_token = how, first_token
         self._device = device_of(how.gpus_per_worker)
         self._model = model.to(self._device).eval()
-        self._parts = [{n: t.to(self._device, torch.float32) for n, t in load_file(file).items()} for file in files]
+        self._parts = [
+            {n: t.to(self._device, torch.float32) for n, t in load_file(file).items()} for file in files
+        ]
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -91,7 +95,9 @@ class Soup:
         """Nats per token of the average with these weights."""
         self._mix(weights)
         with torch.inference_mode():
-            return sum(float(self._summed(part)) for part in self._parts_of(reading)) / int(reading.mask_BT.sum())
+            return sum(float(self._summed(part)) for part in self._parts_of(reading)) / int(
+                reading.mask_BT.sum()
+            )
 
     def gradient(self, weights: Sequence[float], reading: Reading) -> torch.Tensor:
         """d loss / d w_j = ⟨d loss / d θ, θ_j⟩ at the average: float64 [E]."""
@@ -103,7 +109,9 @@ class Soup:
         slopes = {name: p.grad for name, p in self._model.named_parameters() if p.grad is not None}
         tokens = int(reading.mask_BT.sum())
         # Read from the device once: a thousand small reads would take longer than the pass.
-        products = [torch.stack([torch.sum(g * part[name]) for name, g in slopes.items()]) for part in self._parts]
+        products = [
+            torch.stack([torch.sum(g * part[name]) for name, g in slopes.items()]) for part in self._parts
+        ]
         return torch.stack(products).double().sum(1).cpu() / tokens
 
     def _mix(self, weights: Sequence[float]) -> None:
@@ -117,7 +125,10 @@ class Soup:
                         parameter.add_(part[name], alpha=weight)
 
     def _parts_of(self, reading: Reading) -> list[Reading]:
-        return [reading.take(rows) for rows in torch.split(torch.arange(len(reading)), self._how.micro_batch_blocks)]
+        return [
+            reading.take(rows)
+            for rows in torch.split(torch.arange(len(reading)), self._how.micro_batch_blocks)
+        ]
 
     def _summed(self, reading: Reading) -> torch.Tensor:
         """Summed negative log-probability of the real tokens.

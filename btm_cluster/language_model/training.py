@@ -1,8 +1,9 @@
 """The train loop: from update n to update m on token blocks, in one process or in one process group.
 
-It gets a specification, a state and callbacks, and changes the state in place. AdamW, gradient clipping, accumulation,
-bf16 and torch.compile on a GPU. Block order and learning rate are functions of the update alone, so a training that was
-killed continues at the exact update; on CPU, with the same threads, bit for bit. Knows no store, artifact, request or Ray.
+It gets a specification, a state and callbacks, and changes the state in place. AdamW, gradient clipping,
+accumulation, bf16 and torch.compile on a GPU. Block order and learning rate are functions of the update
+alone, so a training that was killed continues at the exact update; on CPU, with the same threads, bit for
+bit. Knows no store, artifact, request or Ray.
 """
 
 import math
@@ -37,10 +38,16 @@ class TrainingCallbacks(Protocol):
     """Called at stated moments: by all ranks of a group at the same update, except `report`."""
 
     def should_stop(self) -> bool:
-        """Before each update: whether to save and stop. One rank's yes stops the group, within AGREE_EVERY updates."""
+        """Before each update: whether to save and stop.
+
+        One rank's yes stops the group, within AGREE_EVERY updates.
+        """
 
     def should_save(self) -> bool:
-        """Before an update, in a group every AGREE_EVERY-th: whether to save after it. All ranks must return the same."""
+        """Before an update, in a group every AGREE_EVERY-th: whether to save after it.
+
+        All ranks must return the same.
+        """
 
     def save(self, state: TrainingState, wait: bool) -> None:
         """Between updates, with finite weights: save `state`. With `wait`, return once it is stored."""
@@ -144,6 +151,7 @@ class _TrainLoop:
             )
 
     def _is_spoiled(self, weights: bool) -> bool:
-        """Whether the loss, or the weights where asked, are not finite on any rank: all ranks get the same answer."""
+        """Whether the loss, or the weights where asked, are not finite on any
+        rank: all ranks get the same answer."""
         spoiled = not math.isfinite(self.loss.item()) or (weights and not self.state.has_finite_weights())
         return any(self.group.any(spoiled))

@@ -1,4 +1,6 @@
-"""The state of a training: model, optimiser and update. It is built, filled from files, and read out to be saved.
+"""The state of a training: model, optimiser and update.
+
+It is built, filled from files, and read out to be saved.
 
 Knows no store: files are local, and the caller has found and checked them.
 """
@@ -43,7 +45,10 @@ class TrainingState:
         return self._gathered(weights_of(self.model))
 
     def moments(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Adam's moments of the whole model by parameter name, and its step count. Every rank of a group exhausts it."""
+        """Adam's moments of the whole model by parameter name, and its step count.
+
+        Every rank of a group exhausts it.
+        """
         tensors: dict[str, torch.Tensor] = {}
         for name, parameter in sorted(self.model.named_parameters()):
             kept = self.optimizer.state.get(parameter)
@@ -54,7 +59,9 @@ class TrainingState:
 
     def has_finite_weights(self) -> bool:
         """Whether every weight that this rank holds is a finite number."""
-        return bool(torch.stack([tensor.isfinite().all() for tensor in weights_of(self.model).values()]).all())
+        return bool(
+            torch.stack([tensor.isfinite().all() for tensor in weights_of(self.model).values()]).all()
+        )
 
     def _gathered(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         return iter(tensors.items()) if self.share is None else gather_domains(tensors, self.share)
@@ -73,13 +80,17 @@ def build_state(spec: TrainingSpec, group: ProcessGroup) -> TrainingState:
     if share is not None:
         split_feed_forwards(model, share.domains)
     model = model.to(spec.compute.device)
-    return TrainingState(model, build_optimizer(model, spec.training, spec.is_demix), spec.first_update, share)
+    return TrainingState(
+        model, build_optimizer(model, spec.training, spec.is_demix), spec.first_update, share
+    )
 
 
 def load_state(state: TrainingState, update: int, weights: Path, optimizer: Path | None, name: str) -> None:
-    """Fills `state` with the whole model's weights and moments from files; without `optimizer`, that starts anew.
+    """Fills `state` with the whole model's weights and moments from files;
+    without `optimizer`, that starts anew.
 
-    In a group each rank takes its own domains of a DEMix; a dense model's feed-forwards are copied for each domain.
+    In a group each rank takes its own domains of a DEMix; a dense model's feed-forwards are copied for each
+    domain.
 
     Raises:
         IncompatibleError: weights of another model.
@@ -95,7 +106,9 @@ def load_state(state: TrainingState, update: int, weights: Path, optimizer: Path
 def _load_moments(state: TrainingState, tensors: Mapping[str, torch.Tensor], name_of_state: str) -> None:
     for name, parameter in state.model.named_parameters():
         stored = {moment: own_moments(state.model, name, moment, tensors) for moment in _MOMENTS}
-        moments = {moment: tensor.to(parameter.device) for moment, tensor in stored.items() if tensor is not None}
+        moments = {
+            moment: tensor.to(parameter.device) for moment, tensor in stored.items() if tensor is not None
+        }
         if not moments:
             continue
         if "step" not in tensors or any(tensor.shape != parameter.shape for tensor in moments.values()):
@@ -115,7 +128,8 @@ def does_not_fit(name: str, found: str) -> IntegrityError:
 
 
 def write_state(state: TrainingState, folder: Path, with_optimizer: bool) -> dict[str, Path]:
-    """Writes weights, and the optimiser's state where asked, as files below `folder`; returns them by name."""
+    """Writes weights, and the optimiser's state where asked, as files below
+    `folder`; returns them by name."""
     files = {MODEL_FILE: folder / MODEL_FILE}
     save_weights(dict(state.weights()), files[MODEL_FILE])
     if with_optimizer:

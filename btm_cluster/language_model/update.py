@@ -1,4 +1,5 @@
-"""One update of a training, on one rank: its blocks, forward and backward passes, clipping and the optimiser's step."""
+"""One update of a training, on one rank: its blocks, forward and backward
+passes, clipping and the optimiser's step."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -45,11 +46,13 @@ class Updates:
         norm = self._clip_gradients()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        # A gradient that is not finite spoils the weights under a finite loss: it spoils the loss that is reported too.
+        # A gradient that is not finite spoils the weights under a finite loss: it spoils the loss that is
+        # reported too.
         return total / blocks.numel() + 0.0 * norm
 
     def try_out(self) -> None:
-        """The forward and backward passes of an update of made-up blocks: what these need is loaded and compiled afterwards.
+        """The forward and backward passes of an update of made-up blocks: what these
+        need is loaded and compiled afterwards.
 
         The state stays as it was.
         """
@@ -77,7 +80,9 @@ class Updates:
     def _seed_dropout(self) -> None:
         """Seeds dropout for each update anew, so that a resumed training draws the same."""
         if self.has_dropout:
-            torch.manual_seed(hash((self.spec.training.random_seed, self.state.update, self.group.rank)) % 2**63)
+            torch.manual_seed(
+                hash((self.spec.training.random_seed, self.state.update, self.group.rank)) % 2**63
+            )
 
     def _blocks(self) -> torch.Tensor:
         blocks = blocks_of_update(self.spec, self.state.update, self.group, self.state.share)
@@ -104,14 +109,17 @@ class Updates:
         if self.demix is not None:
             self.demix.hide_from(loss)
         if self.group.world > 1:
-            wrapped = DistributedDataParallel(loss, device_ids=[self.device] if self.device.type == "cuda" else None)
+            wrapped = DistributedDataParallel(
+                loss, device_ids=[self.device] if self.device.type == "cuda" else None
+            )
         if self.spec.compute.compile:
             leave_causal_masks_out(self.state.model)
             wrapped.compile(dynamic=False, mode="reduce-overhead" if self._fits_a_graph() else None)
         return wrapped
 
     def _fits_a_graph(self) -> bool:
-        """Whether an update can replay CUDA graphs: alone, and in one forward pass, since a second one would overwrite
-        the gradients that the first left in the graph's memory. Small experts are bound by launches: twice as fast."""
+        """Whether an update can replay CUDA graphs: alone, and in one forward pass, since a second one would
+        overwrite the gradients that the first left in the graph's memory. Small experts are bound by
+        launches: twice as fast."""
         is_one_pass = self.spec.blocks_per_update <= self.spec.compute.micro_batch_blocks
         return self.device.type == "cuda" and self.group.world == 1 and is_one_pass

@@ -1,4 +1,7 @@
-"""Model FLOPs utilisation: how much of a GPU's arithmetic a training uses. Shown while it runs; decides nothing."""
+"""Model FLOPs utilisation: how much of a GPU's arithmetic a training uses.
+
+Shown while it runs; decides nothing.
+"""
 
 from transformers import PreTrainedModel
 
@@ -25,7 +28,8 @@ def peak_flops(device_name: str) -> float | None:
 def utilisation(
     model: PreTrainedModel, how: Resources, block_tokens: int, tokens_per_second: float, device_name: str
 ) -> float | None:
-    """MFU of a training's GPUs, or of its share of one; None where the peak of its arithmetic is not known."""
+    """MFU of a training's GPUs, or of its share of one; None where the peak
+    of its arithmetic is not known."""
     peak = peak_flops(device_name)
     gpus = how.workers * how.gpus_per_worker
     if peak is None or not gpus or how.precision != "bfloat16":

@@ -1,7 +1,8 @@
 """Artifacts and forest versions in a store: commit, look up, open, append.
 
-An artifact is a manifest, created once and last, that names its blobs by content hash. What has no manifest does not
-exist. Knows the layout of the store and how to check what it reads; knows nothing of texts, models or forests' meaning.
+An artifact is a manifest, created once and last, that names its blobs by content hash. What has no manifest
+does not exist. Knows the layout of the store and how to check what it reads; knows nothing of texts, models
+or forests' meaning.
 
     blobs/<sha256>                     bytes
     artifacts/<kind>/<identity>.json   manifest of something made for good
@@ -13,8 +14,9 @@ exist. Knows the layout of the store and how to check what it reads; knows nothi
     tombstones/purge/<id>.json         everything that a purge deletes, written before it does
     tombstones/purged/<id>.json        it has
 
-Other documents that are created once have their places in `records.py`. `keys.py` has the form of every key; what has another is
-none of the store's. Whatever is read is compared with its key: number, kind, identity, and the hash of its recipe.
+Other documents that are created once have their places in `records.py`. `keys.py` has the form of every key;
+what has another is none of the store's. Whatever is read is compared with its key: number, kind, identity,
+and the hash of its recipe.
 """
 
 from btm_cluster.identity import Inputs, Ref, identity_by

@@ -56,11 +56,15 @@ class Artifact:
     recipe: Mapping[str, Any]
     inputs: Inputs
     parts: tuple[Ref, ...]
-    """Artifacts that the same step committed and that this one consists of: the text that a source was read into."""
+    """Artifacts that the same step committed and that this one consists of:
+    the text that a source was read into."""
     facts: Mapping[str, Any]
     """Results beside the files: the same for equal runs in one numerics profile."""
     note: Mapping[str, Any]
-    """Circumstances: when, where, how fast, called what. Never used to decide anything but estimates and what is purged."""
+    """Circumstances: when, where, how fast, called what.
+
+    Never used to decide anything but estimates and what is purged.
+    """
     blobs: tuple[Blob, ...]
     manifest_hash: str
 
@@ -75,14 +79,20 @@ class Artifact:
 
     @property
     def needs(self) -> tuple[Ref, ...]:
-        """Artifacts without which this one is of no use: its inputs and parts. A trained model is whole without its start."""
+        """Artifacts without which this one is of no use: its inputs and parts.
+
+        A trained model is whole without its start.
+        """
         inputs = (ref for role, refs in self.inputs.items() if role != "start" for ref in refs)
         return (*inputs, *self.parts)
 
     @property
     def parents(self) -> tuple[str, ...]:
-        """Identities of the models that a model was made from: its start, those that it averages, or the DEMix it is part of."""
-        return tuple(ref.identity for role in ("start", "models", "demix") for ref in self.inputs.get(role, ()))
+        """Identities of the models that a model was made from: its start, those that
+        it averages, or the DEMix it is part of."""
+        return tuple(
+            ref.identity for role in ("start", "models", "demix") for ref in self.inputs.get(role, ())
+        )
 
     def blob(self, name: str) -> Blob:
         """The file called `name`."""
@@ -99,13 +109,16 @@ class Artifact:
 
 
 def check_artifact(artifact: Artifact, key: str) -> None:
-    """Refuses an artifact that is not what the key of its manifest says, or whose files cannot be what it says of them.
+    """Refuses an artifact that is not what the key of its manifest says, or whose
+    files cannot be what it says of them.
 
     Raises:
         IntegrityError: naming the key.
     """
     training = artifact.kind == "training"
-    own = training_key(artifact.identity, artifact.recipe["update"]) if training else artifact_key(artifact.ref)
+    own = (
+        training_key(artifact.identity, artifact.recipe["update"]) if training else artifact_key(artifact.ref)
+    )
     if own != key:
         raise _refused(f"{key} is another artifact's manifest", own, key)
     if (made_from := named_identity(artifact)) != artifact.identity:
@@ -115,11 +128,16 @@ def check_artifact(artifact: Artifact, key: str) -> None:
         raise _refused(f"{key} names a file twice", ", ".join(sorted(twice)), "a name of its own for each")
     for blob in artifact.blobs:
         if wrong := _blob_problem(blob):
-            raise _refused(f"{key} names a file that cannot be", f"{blob.name!r}: {wrong}", "a file that was stored")
+            raise _refused(
+                f"{key} names a file that cannot be", f"{blob.name!r}: {wrong}", "a file that was stored"
+            )
 
 
 def named_identity(made: Named | Artifact) -> str:
-    """The identity that recipe and inputs give. A text's is over its documents; a training checkpoint has its model's."""
+    """The identity that recipe and inputs give.
+
+    A text's is over its documents; a training checkpoint has its model's.
+    """
     if made.ref.kind == "text":
         return str(made.recipe["documents"])
     if made.ref.kind == "training":

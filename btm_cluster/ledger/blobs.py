@@ -47,7 +47,8 @@ def open_blob(storage: Storage, artifact: Artifact, name: str) -> Path:
 
 
 def read_blob(storage: Storage, artifact: Artifact, name: str) -> Iterator[bytes]:
-    """The bytes of the blob called `name` in order, each chunk checked before it is given; nothing is kept on disk.
+    """The bytes of the blob called `name` in order, each chunk checked before it
+    is given; nothing is kept on disk.
 
     Raises:
         IntegrityError: naming the first chunk that is not what was written, even when read a second time.
@@ -99,7 +100,8 @@ def _lost(ref: Ref, blob: Blob, found: str) -> MissingError:
 
 def _damaged(artifact: Artifact, blob: Blob, found: str, expected: str) -> IntegrityError:
     return IntegrityError(
-        f"{artifact.kind} {artifact.identity[:12]}, file {blob.name} ({blob_key(artifact.ref, blob.sha256)}) is damaged",
+        f"{artifact.kind} {artifact.identity[:12]}, file {blob.name} ({blob_key(artifact.ref, blob.sha256)}) "
+        "is damaged",
         found=found,
         expected=expected,
         remedy="restore the object from a backup, or delete the artifact's manifest and run the plan again",

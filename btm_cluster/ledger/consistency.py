@@ -35,7 +35,9 @@ def check_history(
         if first <= last:
             yield _lost(f"forest version {first}{f' to {last}' if first < last else ''}", f"version {after}")
     for version in sorted(pinned - {*versions}):
-        yield _lost(f"forest version {version}", "a pin of it", f"restore it, or `btm forest pin {version} --remove`")
+        yield _lost(
+            f"forest version {version}", "a pin of it", f"restore it, or `btm forest pin {version} --remove`"
+        )
     for version, forest in forests.items():
         yield from _check_parent(ledger, forest, has_parent=version - 1 in forests)
         for identity, manifest_hash in forest.manifests.items():
@@ -88,7 +90,9 @@ def check_purges(
     """
     for record, keys in zip(unfinished, left, strict=True):
         shown = ", ".join(sorted(keys)[:_SHOWN]) + (", …" if len(keys) > _SHOWN else "")
-        found = f"{len(keys)} of its objects are still there: {shown}" if keys else "nothing that a listing shows"
+        found = (
+            f"{len(keys)} of its objects are still there: {shown}" if keys else "nothing that a listing shows"
+        )
         yield f"the purge of {record.domain!r} is not finished\n  found:    {found}\n  remedy:   {_purge_again(record.domain)}"
     told = {key for keys in left for key in keys}
     purged = {artifact_key(ref) for ref in tombstones}
@@ -114,12 +118,16 @@ def named_roots(
     versions, where open expansions start, baselines."""
     named: dict[Ref, str] = {}
     for forest in forests:
-        named |= dict.fromkeys((Ref("model", i) for i in forest.manifests), f"forest version {forest.version}")
+        named |= dict.fromkeys(
+            (Ref("model", i) for i in forest.manifests), f"forest version {forest.version}"
+        )
     for point in points:
         for ref in (Ref("text", point.text), point.start.model):
             named.setdefault(ref, f"the branch point of {point.domain!r}")
     for one in baselines:
-        named.setdefault(Ref("model", one.model), f"the record of a {one.name} of forest version {one.version}")
+        named.setdefault(
+            Ref("model", one.model), f"the record of a {one.name} of forest version {one.version}"
+        )
     return named
 
 
@@ -139,6 +147,8 @@ def _purge_again(domain: str) -> str:
 
 
 def _lost(
-    what: str, found: str, remedy: str = "restore it from a backup; where it can be, the same run makes it anew"
+    what: str,
+    found: str,
+    remedy: str = "restore it from a backup; where it can be, the same run makes it anew",
 ) -> str:
     return f"{what} is missing\n  found:    {found}\n  remedy:   {remedy}"

@@ -1,4 +1,5 @@
-"""Small documents in a store, each created once, with its own hash and its circumstances: manifests, versions, records."""
+"""Small documents in a store, each created once, with its own hash and its
+circumstances: manifests, versions, records."""
 
 import hashlib
 import json
@@ -91,14 +92,17 @@ class Documents:
             whole = dict(json.loads(data))
             claimed = whole.pop("hash")
             found = _hash_of(whole)
-            same_bytes = _written(whole | {"hash": claimed}) == data  # a byte between values would not change the hash
+            # A byte between values would not change the hash.
+            same_bytes = _written(whole | {"hash": claimed}) == data
         except (ValueError, KeyError, TypeError, RecursionError) as exc:
             found = f"{len(data)} bytes: {one_line(exc)}"
             raise IntegrityError(
                 f"{key} is damaged", found=found, expected="JSON with its own hash", remedy=_REMEDY
             ) from exc
         if found != claimed or not same_bytes:
-            raise IntegrityError(f"{key} does not match its own hash", found=found, expected=claimed, remedy=_REMEDY)
+            raise IntegrityError(
+                f"{key} does not match its own hash", found=found, expected=claimed, remedy=_REMEDY
+            )
         with known_form(key):
             check_fields(whole, {"body", "note"})
             return Document(dict(whole["body"]), dict(whole["note"]), claimed)

@@ -44,7 +44,8 @@ class ForestLog:
         return sorted(int(PurePosixPath(entry.key).stem) for entry in list_ours(self._storage, "forest/"))
 
     def version_hash(self, version: int) -> str:
-        """The hash of a version's document, which the next one names as its parent; empty where there is none."""
+        """The hash of a version's document, which the next one names as its
+        parent; empty where there is none."""
         document = self._documents.read(version_key(version))
         return document.hash if document is not None else ""
 
@@ -53,14 +54,20 @@ class ForestLog:
         keys = [version_key(version) for version in self.versions()]
         with ThreadPoolExecutor(THREADS) as pool:
             documents = zip(keys, pool.map(self._documents.read, keys), strict=True)
-            return [(_forest_from(key, document), document.note) for key, document in documents if document is not None]
+            return [
+                (_forest_from(key, document), document.note)
+                for key, document in documents
+                if document is not None
+            ]
 
     def append(self, forest: Forest) -> bool:
         """Appends a version. False: somebody else was first; read again and try the next number."""
         parent = self.version_hash(forest.version - 1) if forest.version else None
         if parent == "":
             raise StoreError(f"cannot append forest version {forest.version}", found="no version before it")
-        return self._documents.create(version_key(forest.version), dataclasses.asdict(forest) | {"parent": parent})
+        return self._documents.create(
+            version_key(forest.version), dataclasses.asdict(forest) | {"parent": parent}
+        )
 
     def pinned(self) -> list[int]:
         """Numbers of the pinned versions."""
@@ -96,7 +103,10 @@ def _forest_from(key: str, document: Document) -> Forest:
         )
         withdrawn = tuple(body.pop("withdrawn", ()))  # which version 0 of an older store has not
         forest = Forest(
-            foundation=Foundation(**foundation, domains=founders), experts=experts, withdrawn=withdrawn, **body
+            foundation=Foundation(**foundation, domains=founders),
+            experts=experts,
+            withdrawn=withdrawn,
+            **body,
         )
         own = version_key(forest.version)
     check_place(key, own)

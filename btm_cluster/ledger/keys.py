@@ -1,7 +1,8 @@
 """The keys of a store: what each folder holds, and which objects below it are none of ours.
 
-A file browser, an editor, a network file system or an S3 console leaves objects of its own in any folder. Only a key of
-exactly the right form is taken; what else lies there is told of once, and neither read nor deleted.
+A file browser, an editor, a network file system or an S3 console leaves objects of its own in any folder.
+Only a key of exactly the right form is taken; what else lies there is told of once, and neither read nor
+deleted.
 """
 
 import logging
@@ -17,7 +18,8 @@ INBOX, MARKER = "inbox/", "READY"
 _HASH = "[0-9a-f]{64}"
 _VERSION = "(?:[0-9]{6}|[1-9][0-9]{6,})"
 _UPDATE = "(?:[0-9]{9}|[1-9][0-9]{9,})"
-# Of an inbox the sender chooses the names: only what hides, folder markers, and what editors leave are none of ours.
+# Of an inbox the sender chooses the names: only what hides, folder markers, and what editors leave are none
+# of ours.
 _IN_INBOX = r"[^./][^/]*/(?!(?:.*/)?(?:\.|#[^/]*#(?:/|$)))(?:.*[^/~])"
 _FORMS = {
     "artifacts/": rf"[a-z]+(?:-[a-z]+)*/{_HASH}\.json",
@@ -61,7 +63,9 @@ def list_ours(storage: Storage, prefix: str) -> list[Entry]:
         _told.update((storage.location, key) for key in untold)
     if untold:
         shown = ", ".join(map(repr, untold[:_SHOWN])) + (", …" if len(untold) > _SHOWN else "")
-        logger.warning("left alone in %s, %d object(s) that are none of the store's: %s", prefix, len(untold), shown)
+        logger.warning(
+            "left alone in %s, %d object(s) that are none of the store's: %s", prefix, len(untold), shown
+        )
     return ours
 
 

@@ -111,8 +111,12 @@ class Ledger:
         """Like `check_standing` for models by identity, each blob looked up once and many at a time."""
         with ThreadPoolExecutor(THREADS) as pool:
             blobs: dict[str, tuple[Ref, Blob]] = {}
-            for artifact in pool.map(lambda item: self._standing(Ref("model", item[0]), item[1]), manifests.items()):
-                blobs |= {blob_key(artifact.ref, blob.sha256): (artifact.ref, blob) for blob in artifact.blobs}
+            for artifact in pool.map(
+                lambda item: self._standing(Ref("model", item[0]), item[1]), manifests.items()
+            ):
+                blobs |= {
+                    blob_key(artifact.ref, blob.sha256): (artifact.ref, blob) for blob in artifact.blobs
+                }
             list(pool.map(lambda item: check_blob_stands(self.storage, *item), blobs.values()))
 
     def tombstone(self, ref: Ref) -> Document | None:
@@ -157,7 +161,8 @@ class Ledger:
         if not is_first:
             for blob in set(committed.blobs) - set(blobs):  # what we uploaded ourselves is there
                 check_blob_stands(self.storage, made.ref, blob)
-        if purged := self.tombstones.found_among(committed):  # looked for last: a purge sees what was created before
+        # Looked for last: a purge sees what was created before.
+        if purged := self.tombstones.found_among(committed):
             withdraw(self.storage, self.documents, committed)
             raise purged
         return committed
@@ -234,7 +239,8 @@ class Ledger:
     def clear_training(self, identity: str) -> None:
         """Drops every training checkpoint of a model that is committed, and
         what was left of unfinished ones."""
-        for entry in list_ours(self.storage, training_folder(identity)):  # by key: manifests before their blobs
+        # By key: manifests before their blobs.
+        for entry in list_ours(self.storage, training_folder(identity)):
             self.storage.delete(entry.key)
 
     def _standing(self, ref: Ref, manifest_hash: str) -> Artifact:
@@ -243,7 +249,8 @@ class Ledger:
             raise MissingError(
                 f"the store has lost {ref.kind} {ref.identity[:12]}, which a forest version names",
                 expected=artifact_key(ref),
-                remedy="restore it from a backup; `btm forest remove` goes on without a domain whose expert is lost",
+                remedy="restore it from a backup; `btm forest remove` goes on without a domain whose expert "
+                "is lost",
             )
         if artifact.manifest_hash != manifest_hash:
             raise IntegrityError(
@@ -310,7 +317,9 @@ class Ledger:
 
     def read_manifests(self, keys: Iterable[str] | None = None) -> dict[str, Artifact]:
         """The manifests at some keys, or all of them, by key: artifacts and training checkpoints."""
-        return read_manifests(self.documents, [e.key for e in self.list_manifests()] if keys is None else keys)
+        return read_manifests(
+            self.documents, [e.key for e in self.list_manifests()] if keys is None else keys
+        )
 
     def find_listed(self, ref: Ref) -> Artifact | None:
         """Like `find`, but only where a listing shows it too: what lies behind a

@@ -1,4 +1,5 @@
-"""The graph of artifacts, each with what it is made from: the walks that verifying, collecting and purging take. Reads no store."""
+"""The graph of artifacts, each with what it is made from: the walks that verifying,
+collecting and purging take. Reads no store."""
 
 from collections.abc import Collection, Iterable, Mapping
 
@@ -36,7 +37,8 @@ def reached(roots: Iterable[Ref], artifacts: Mapping[Ref, Artifact]) -> set[Ref]
 
 
 def lost(named: Mapping[Ref, str], kept: Iterable[Ref], artifacts: Mapping[Ref, Artifact]) -> dict[Ref, str]:
-    """Artifacts that are named, or needed by what is kept, and are not there: each with what names or needs it."""
+    """Artifacts that are named, or needed by what is kept, and are not there:
+    each with what names or needs it."""
     needed = {
         need: f"{ref.kind} {ref.identity[:12]}, which is made from it"
         for ref in sorted(kept, key=str)
@@ -46,10 +48,11 @@ def lost(named: Mapping[Ref, str], kept: Iterable[Ref], artifacts: Mapping[Ref, 
 
 
 def purged_with(purged: Collection[Ref], artifacts: Mapping[str, Artifact]) -> set[str]:
-    """The keys of manifests, among `artifacts`, of all that goes with what is purged: itself, and what was made from it.
+    """The keys of manifests, among `artifacts`, of all that goes with what is
+    purged: itself, and what was made from it.
 
-    Models that learned from other texts too stay, and so do tokenizers and seeds. An expert stays that only started from a model
-    which goes: its own text is what it learned from.
+    Models that learned from other texts too stay, and so do tokenizers and seeds. An expert stays that only
+    started from a model which goes: its own text is what it learned from.
     """
     going = set(purged)
     for layer in reversed(layers(artifacts)):
@@ -64,7 +67,9 @@ def _goes(artifact: Artifact, going: Collection[Ref]) -> bool:
         texts = artifact.inputs["texts"]
         is_its_own = artifact.kind == "training" or artifact.facts.get("role") in _OF_ONE_TEXT
         return is_its_own and bool(texts) and all(text in going for text in texts)
-    return artifact.kind != "tokenizer" and any(ref in going for ref in (*artifact.made_from, *artifact.parts))
+    return artifact.kind != "tokenizer" and any(
+        ref in going for ref in (*artifact.made_from, *artifact.parts)
+    )
 
 
 def is_expert_of(artifact: Artifact, point: BranchPoint) -> bool:
@@ -74,7 +79,10 @@ def is_expert_of(artifact: Artifact, point: BranchPoint) -> bool:
 
 
 def in_order(artifacts: Mapping[Ref, Artifact]) -> list[Ref]:
-    """Each after what it is made from. Of a DEMix and its parts, which name each other, either comes first."""
+    """Each after what it is made from.
+
+    Of a DEMix and its parts, which name each other, either comes first.
+    """
     found: dict[Ref, None] = {}
     begun: set[Ref] = set()
     for root in artifacts:
@@ -91,7 +99,8 @@ def in_order(artifacts: Mapping[Ref, Artifact]) -> list[Ref]:
 
 
 def layers(artifacts: Mapping[str, Artifact]) -> list[list[str]]:
-    """The keys of manifests in the order in which they are deleted: each layer is made from later ones alone."""
+    """The keys of manifests in the order in which they are deleted: each
+    layer is made from later ones alone."""
     by_ref = {artifact.ref: artifact for artifact in artifacts.values()}
     depths: dict[Ref, int] = {}
     for ref in in_order(by_ref):

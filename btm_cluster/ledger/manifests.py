@@ -14,7 +14,12 @@ _FIELDS = {"kind", "identity", "recipe", "inputs", "parts", "facts", "blobs"}
 
 def list_manifests(storage: Storage) -> list[Entry]:
     """Those of artifacts, and those of training checkpoints."""
-    return [e for folder in ("artifacts/", "training/") for e in list_ours(storage, folder) if e.key.endswith(".json")]
+    return [
+        e
+        for folder in ("artifacts/", "training/")
+        for e in list_ours(storage, folder)
+        if e.key.endswith(".json")
+    ]
 
 
 def read_manifest(documents: Documents, key: str) -> Artifact | None:

@@ -1,8 +1,9 @@
-"""Deleting a domain for good: its text, tokens, scores, checkpoints, weights and inbox files, in all versions a store keeps.
+"""Deleting a domain for good: its text, tokens, scores, checkpoints, weights and inbox
+files, in all versions a store keeps.
 
-A blob that something else shares stays. A record of all that goes is written before anything is deleted, so that a purge which was
-cut short goes on when it is run again. Record and tombstones stay: they keep what was purged from coming back, end roll-back, and
-hold the lineage that descendants still have.
+A blob that something else shares stays. A record of all that goes is written before anything is deleted, so
+that a purge which was cut short goes on when it is run again. Record and tombstones stay: they keep what was
+purged from coming back, end roll-back, and hold the lineage that descendants still have.
 """
 
 from collections import Counter
@@ -41,14 +42,16 @@ class PurgePlan:
     domain: str
     texts: tuple[str, ...]
     experts: Mapping[str, tuple[str, ...]]
-    """Models that go, with their parents: the domain's experts, merged, held back, or lost in a race; a study's on random splits
-    that hold some of its text; its part of a DEMix; and averages of any of these, or whose weights were fitted on it."""
+    """Models that go, with their parents: the domain's experts, merged, held back, or lost in a race; a
+    study's on random splits that hold some of its text; its part of a DEMix; and averages of any of these, or
+    whose weights were fitted on it."""
     manifests: tuple[str, ...]
     blobs: tuple[str, ...]
     trainings: tuple[str, ...]
     """Models with training checkpoints, or with versions of such."""
     records: tuple[str, ...]
-    """Branch points, judgements and refusals of the domain, and branch points that would start from something that goes."""
+    """Branch points, judgements and refusals of the domain, and branch points that
+    would start from something that goes."""
     inbox_files: int
     kinds: Mapping[str, int]
     """Artifacts by kind."""
@@ -70,9 +73,13 @@ def plan_purge(ledger: Ledger, domain: str) -> PurgePlan:
     if "/" in domain or domain.startswith("."):
         raise UserError(f"{domain!r} is no domain")
     begun = [record for record in ledger.tombstones.unfinished() if record.domain == domain]
-    forests = [forest for version in ledger.log.versions() if (forest := ledger.log.version(version)) is not None]
+    forests = [
+        forest for version in ledger.log.versions() if (forest := ledger.log.version(version)) is not None
+    ]
     manifests = ledger.read_manifests()
-    texts = _texts_of(ledger, domain, forests, manifests) | {text for record in begun for text in record.texts}
+    texts = _texts_of(ledger, domain, forests, manifests) | {
+        text for record in begun for text in record.texts
+    }
     going, experts = _artifacts_of(texts, forests, begun, manifests)
     going |= {key for key, artifact in manifests.items() if _reads(artifact, domain)}
     blobs = _blobs_of_these_alone(ledger, going, manifests, begun)
@@ -86,22 +93,32 @@ def plan_purge(ledger: Ledger, domain: str) -> PurgePlan:
         experts=dict(sorted(experts.items())),
         manifests=tuple(sorted({*going, *models, *(key for record in begun for key in record.manifests)})),
         blobs=tuple(sorted(blobs)),
-        trainings=tuple(sorted({*experts, *training, *(p.split("/")[1] for p in _prefixes(begun, "training/"))})),
+        trainings=tuple(
+            sorted({*experts, *training, *(p.split("/")[1] for p in _prefixes(begun, "training/"))})
+        ),
         records=tuple(sorted({*records, *_prefixes(begun, EXPANSIONS, QUARANTINE, HELD, LOGS)})),
         inbox_files=len(inbox),
         kinds=Counter(manifests[key].kind for key in going),
         size_bytes=sum(blobs.values()) + sum(entry.size_bytes for entry in inbox),
     )
     if not (texts or experts or going or inbox or records or begun):
-        raise UserError(f"the store has nothing of {domain!r}", expected="a domain of the forest, its log or its inbox")
+        raise UserError(
+            f"the store has nothing of {domain!r}", expected="a domain of the forest, its log or its inbox"
+        )
     return found
 
 
 def _artifacts_of(
     texts: Collection[str], forests: list[Forest], begun: list[PurgeRecord], manifests: Mapping[str, Artifact]
 ) -> tuple[set[str], dict[str, tuple[str, ...]]]:
-    """Keys of the manifests that go with some texts, and every model that goes or has gone, with its parents."""
-    listed = {e.identity: tuple(p.identity for p in e.parents) for f in forests for e in f.experts if e.text in texts}
+    """Keys of the manifests that go with some texts, and every model that
+    goes or has gone, with its parents."""
+    listed = {
+        e.identity: tuple(p.identity for p in e.parents)
+        for f in forests
+        for e in f.experts
+        if e.text in texts
+    }
     purged = {Ref("text", text) for text in texts} | {Ref("model", model) for model in listed}
     going = purged_with(purged | {ref for record in begun for ref in record.refs}, manifests)
     models = {m.identity: m.parents for key in going if (m := manifests[key]).kind == "model"} | listed
@@ -111,9 +128,11 @@ def _artifacts_of(
 
 
 def purge(ledger: Ledger, purge_plan: PurgePlan) -> None:
-    """Deletes it: record and tombstones first, then what an expansion would pick up, then manifests, then what only they named.
+    """Deletes it: record and tombstones first, then what an expansion would pick up, then
+    manifests, then what only they named.
 
-    Whoever commits something looks for tombstones afterwards. So what is not found once they are written is not there.
+    Whoever commits something looks for tombstones afterwards. So what is not found once they are written is
+    not there.
     """
     record = purge_plan.to_record()
     ledger.tombstones.begin(record)
@@ -151,7 +170,9 @@ def _blobs_of_these_alone(
     ledger: Ledger, going: Collection[str], manifests: Mapping[str, Artifact], begun: Iterable[PurgeRecord]
 ) -> dict[str, int]:
     """Blobs that go, with their sizes: no manifest that stays names them."""
-    blobs = {blob_key(manifests[key].ref, b.sha256): b.size_bytes for key in going for b in manifests[key].blobs}
+    blobs = {
+        blob_key(manifests[key].ref, b.sha256): b.size_bytes for key in going for b in manifests[key].blobs
+    }
     left = {key for record in begun for key in record.blobs} - blobs.keys()  # whose manifests are gone
     listed = in_parallel(lambda key: [entry.size_bytes for entry in ledger.storage.list(key)], sorted(left))
     blobs |= {key: sum(sizes) for key, sizes in zip(sorted(left), listed, strict=True)}
@@ -163,14 +184,26 @@ def _named_by(artifacts: Iterable[Artifact]) -> set[str]:
     return {blob_key(artifact.ref, blob.sha256) for artifact in artifacts for blob in artifact.blobs}
 
 
-def _texts_of(ledger: Ledger, domain: str, forests: list[Forest], manifests: Mapping[str, Artifact]) -> frozenset[str]:
-    """The texts that ever went by a domain's name, but for those that another domain of the forest stands on."""
+def _texts_of(
+    ledger: Ledger, domain: str, forests: list[Forest], manifests: Mapping[str, Artifact]
+) -> frozenset[str]:
+    """The texts that ever went by a domain's name, but for those that another
+    domain of the forest stands on."""
     named = {expert.text for forest in forests for expert in forest.experts if expert.domain == domain}
     named |= {text for forest in forests[:1] for name, text in forest.foundation.domains if name == domain}
     named |= {point.text for point in list_branch_points(ledger) if point.domain == domain}
-    named |= {part.identity for artifact in manifests.values() if _reads(artifact, domain) for part in artifact.parts}
+    named |= {
+        part.identity
+        for artifact in manifests.values()
+        if _reads(artifact, domain)
+        for part in artifact.parts
+    }
     # A study's random splits hold its documents among others'.
-    dealt = [a for a in manifests.values() if a.kind == "source" and any(ref.identity in named for ref in a.made_from)]
+    dealt = [
+        a
+        for a in manifests.values()
+        if a.kind == "source" and any(ref.identity in named for ref in a.made_from)
+    ]
     named |= {part.identity for artifact in dealt for part in artifact.parts}
     others = {expert.text for forest in forests[-1:] for expert in forest.experts if expert.domain != domain}
     return frozenset(named - others)
@@ -184,10 +217,14 @@ def _records_of(ledger: Ledger, domain: str, forests: list[Forest], going: Colle
         if point.domain == domain or (point.domain not in standing and point.start.model in going)
     }
     refused = {identity for identity, refusal in list_refusals(ledger).items() if refusal.folder == domain}
-    keys = {f"{EXPANSIONS}{point}.json" for point in points} | {f"{QUARANTINE}{identity}.json" for identity in refused}
+    keys = {f"{EXPANSIONS}{point}.json" for point in points} | {
+        f"{QUARANTINE}{identity}.json" for identity in refused
+    }
     curves = (entry.key.split("/")[:3] for entry in ledger.storage.list(LOGS))
     keys |= {"/".join([*folders, ""]) for folders in curves if folders[-1] == domain and ".." not in folders}
-    held = {f"{HELD}{one.branch_point}-" for one in newest_held(ledger).values() if one.branch_point in points}
+    held = {
+        f"{HELD}{one.branch_point}-" for one in newest_held(ledger).values() if one.branch_point in points
+    }
     return keys | held
 
 
@@ -196,5 +233,6 @@ def _prefixes(begun: Iterable[PurgeRecord], *folders: str) -> set[str]:
 
 
 def _reads(artifact: Artifact, domain: str) -> bool:
-    """Whether it is the reading of a text of that name, as a domain or, earlier or by another plan, as a target."""
+    """Whether it is the reading of a text of that name, as a domain or,
+    earlier or by another plan, as a target."""
     return artifact.kind == "source" and artifact.note.get("name") == domain

@@ -1,9 +1,11 @@
-"""Records of a growing forest in its store, beside artifacts and versions: small documents, each created once.
+"""Records of a growing forest in its store, beside artifacts and versions:
+small documents, each created once.
 
-    expansions/<id>.json               where a new domain's expert branches, settled before anything of it is made
-    baselines/<model>.json             a DEMix, or a Transformer-LM's milestone, that was trained for a version of the forest
-    held/<id>-<version>.json           an expert without which version n of the forest was better
-    quarantine/<id>.json               what the inbox had under a name and was refused, until it is replaced
+    expansions/<id>.json               where a new domain's expert branches, settled before anything of it is
+    made baselines/<model>.json             a DEMix, or a Transformer-LM's milestone, that was trained for a
+    version of the forest held/<id>-<version>.json           an expert without which version n of the forest
+    was better quarantine/<id>.json               what the inbox had under a name and was refused, until it is
+    replaced
 
     logs/<run>/<training>/…            TensorBoard's curves, written anew while a training runs
 
@@ -26,7 +28,8 @@ PINS, BASELINES = "pins/", "baselines/"
 
 @dataclass(frozen=True)
 class BranchPoint:
-    """Where a domain's expert starts: fixed before it does, so that a forest that grows meanwhile changes nothing."""
+    """Where a domain's expert starts: fixed before it does, so that a forest
+    that grows meanwhile changes nothing."""
 
     domain: str
     text: str
@@ -35,7 +38,8 @@ class BranchPoint:
     base_hash: str
     start: Start
     contents: str
-    """Names and sizes of the files in the inbox that the text was read from, as a hash; empty for a domain of the plan."""
+    """Names and sizes of the files in the inbox that the text was read from, as a
+    hash; empty for a domain of the plan."""
 
     @property
     def identity(self) -> str:
@@ -134,11 +138,14 @@ def list_branch_points(ledger: Ledger) -> Iterator[BranchPoint]:
     """Every one."""
     keys = [entry.key for entry in list_ours(ledger.storage, EXPANSIONS)]
     with ThreadPoolExecutor(THREADS) as pool:
-        yield from (found for found in pool.map(lambda key: read_branch_point(ledger, key), keys) if found is not None)
+        yield from (
+            found for found in pool.map(lambda key: read_branch_point(ledger, key), keys) if found is not None
+        )
 
 
 def open_branch_points(ledger: Ledger, forest: Forest | None) -> list[BranchPoint]:
-    """Pins of experts that are neither in the forest nor taken out of it: expansions in the making, or held back."""
+    """Pins of experts that are neither in the forest nor taken out of it:
+    expansions in the making, or held back."""
     return [one for one in list_branch_points(ledger) if is_open(one, forest)]
 
 
@@ -172,7 +179,10 @@ def read_held(ledger: Ledger, key: str) -> Held | None:
 
 
 def quarantine(ledger: Ledger, folder: str, identity: str, reason: str) -> None:
-    """Notes that what the inbox has in `folder` was refused. `identity` is that of the files as they lie there."""
+    """Notes that what the inbox has in `folder` was refused.
+
+    `identity` is that of the files as they lie there.
+    """
     ledger.documents.create(_refusal_key(identity), asdict(Refusal(folder, reason, identity)))
 
 

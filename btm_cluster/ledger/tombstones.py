@@ -1,6 +1,7 @@
 """Tombstones: one for each text and model that was purged, and a record of each purge.
 
-The record comes first and lists all that goes, so that a purge which was cut short is finished from it, whatever is left.
+The record comes first and lists all that goes, so that a purge which was cut short is finished from it,
+whatever is left.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -10,7 +11,14 @@ from typing import Any
 from btm_cluster.errors import UserError
 from btm_cluster.identity import Ref, identity_of
 from btm_cluster.ledger.artifact import Artifact, Named, artifact_key, blob_key
-from btm_cluster.ledger.documents import Document, Documents, check_fields, check_place, in_parallel, known_form
+from btm_cluster.ledger.documents import (
+    Document,
+    Documents,
+    check_fields,
+    check_place,
+    in_parallel,
+    known_form,
+)
 from btm_cluster.ledger.keys import list_ours
 from btm_cluster.ledger.manifests import list_manifests, read_manifests
 from btm_cluster.storage import Storage
@@ -41,7 +49,9 @@ class PurgeRecord:
     @property
     def refs(self) -> frozenset[Ref]:
         """The artifacts that get tombstones of their own."""
-        return frozenset({*(Ref("text", text) for text in self.texts), *(Ref("model", model) for model in self.models)})
+        return frozenset(
+            {*(Ref("text", text) for text in self.texts), *(Ref("model", model) for model in self.models)}
+        )
 
 
 class Tombstones:
@@ -53,7 +63,8 @@ class Tombstones:
         """Records by key: written once, so read once."""
 
     def find(self, ref: Ref) -> Document | None:
-        """The tombstone of a text or model, whose body has `domain`, `kind`, `identity` and `parents`; None where there is none."""
+        """The tombstone of a text or model, whose body has `domain`, `kind`, `identity`
+        and `parents`; None where there is none."""
         return self._tombstone(tombstone_key(ref))
 
     def read(self, key: str) -> Document | PurgeRecord | None:
@@ -76,23 +87,33 @@ class Tombstones:
     def begin(self, record: PurgeRecord) -> None:
         """Writes what is about to be deleted: the record, then a tombstone for each text and model."""
         self._documents.create(f"{_BEGUN}{record.identity}.json", asdict(record))
-        self._storage.delete(f"{_DONE}{record.identity}.json")  # of the same purge before a backup was restored
+        # Of the same purge before a backup was restored.
+        self._storage.delete(f"{_DONE}{record.identity}.json")
         parents: dict[Ref, tuple[str, ...]] = dict.fromkeys((Ref("text", text) for text in record.texts), ())
         parents |= {Ref("model", model): above for model, above in record.models.items()}
         bodies = {
-            tombstone_key(ref): {"domain": record.domain, "kind": ref.kind, "identity": ref.identity, "parents": above}
+            tombstone_key(ref): {
+                "domain": record.domain,
+                "kind": ref.kind,
+                "identity": ref.identity,
+                "parents": above,
+            }
             for ref, above in parents.items()
         }
         in_parallel(lambda item: self._documents.create(*item), bodies.items())
 
     def end(self, record: PurgeRecord) -> None:
         """Notes that all of it is deleted."""
-        self._documents.create(f"{_DONE}{record.identity}.json", {"domain": record.domain, "purge": record.identity})
+        self._documents.create(
+            f"{_DONE}{record.identity}.json", {"domain": record.domain, "purge": record.identity}
+        )
 
     def unfinished(self) -> list[PurgeRecord]:
         """Purges that were begun and have not come to their end."""
         keys = self._keys()
-        begun = [key for key in sorted(keys) if key.startswith(_BEGUN) and key.replace(_BEGUN, _DONE) not in keys]
+        begun = [
+            key for key in sorted(keys) if key.startswith(_BEGUN) and key.replace(_BEGUN, _DONE) not in keys
+        ]
         return [record for record, _ in self._records(begun)]
 
     def purged_among(self, refs: Iterable[Ref]) -> set[Ref]:
@@ -112,13 +133,15 @@ class Tombstones:
             raise _purged(ref, found, remedy)
 
     def found_among(self, made: Named | Artifact) -> UserError | None:
-        """The error of what was made from something that was purged, or was purged itself; None where nothing was."""
+        """The error of what was made from something that was purged, or was
+        purged itself; None where nothing was."""
         keys = self._keys()
         if not keys:
             return None
         sources = {ref for refs in made.inputs.values() for ref in refs} | {*getattr(made, "parts", ())}
         for ref in sorted(
-            {*sources, Ref("model" if made.ref.kind == "training" else made.ref.kind, made.ref.identity)}, key=str
+            {*sources, Ref("model" if made.ref.kind == "training" else made.ref.kind, made.ref.identity)},
+            key=str,
         ):
             if tombstone_key(ref) in keys and (found := self.find(ref)):
                 return _purged(ref, found, OTHER_TEXT)

@@ -14,9 +14,11 @@ from btm_cluster.storage import Storage
 def read_trainings(
     storage: Storage, documents: Documents, identity: str
 ) -> tuple[dict[str, Artifact], dict[str, StoreError]]:
-    """The manifests of a model's training checkpoints by key, and what is wrong with those that are not whole.
+    """The manifests of a model's training checkpoints by key, and what is
+    wrong with those that are not whole.
 
-    Another driver may drop some while they are looked at. Then the folder is looked at again, since a newer one is there.
+    Another driver may drop some while they are looked at. Then the folder is looked at again, since a newer
+    one is there.
     """
     before: dict[str, int] = {}
     while True:
@@ -43,7 +45,8 @@ def _check_training(identity: str, manifest: Artifact, sizes: Mapping[str, int])
         at = blob_key(Ref("training", identity), blob.sha256)
         if sizes.get(at) != blob.size_bytes:
             raise MissingError(
-                f"the training checkpoint at update {manifest.recipe['update']} has lost its file {blob.name} ({at})",
+                f"the training checkpoint at update {manifest.recipe['update']} has lost its file "
+                f"{blob.name} ({at})",
                 found=f"{sizes[at]} bytes" if at in sizes else "nothing",
                 expected=f"{blob.size_bytes} bytes",
             )

@@ -44,7 +44,9 @@ def last_expert(ledger: Ledger, domain: str) -> Expert | None:
 
 
 def append_next(ledger: Ledger, next_version: Callable[[Forest], Forest]) -> Forest:
-    """Appends what comes after the newest version. Who loses the race for a number reads again and tries the next one.
+    """Appends what comes after the newest version.
+
+    Who loses the race for a number reads again and tries the next one.
 
     Raises:
         UserError: there is no forest yet.
@@ -54,4 +56,6 @@ def append_next(ledger: Ledger, next_version: Callable[[Forest], Forest]) -> For
         wanted = next_version(newest_version(ledger))
         if ledger.log.append(wanted):
             return ledger.log.version(wanted.version) or wanted
-    raise StoreError("could not append to the forest log", found=f"{APPEND_ATTEMPTS} lost races", remedy="try again")
+    raise StoreError(
+        "could not append to the forest log", found=f"{APPEND_ATTEMPTS} lost races", remedy="try again"
+    )

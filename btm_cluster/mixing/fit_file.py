@@ -1,4 +1,5 @@
-"""Fits of how models are mixed, as a file of an artifact: written and read by the steps that fit and mix, and by whoever generates.
+"""Fits of how models are mixed, as a file of an artifact: written and read by the
+steps that fit and mix, and by whoever generates.
 
 Knows no text and fits nothing.
 """
@@ -26,7 +27,8 @@ SUMS = "sums.npy"
 def write_fits(fits: Sequence[Fitted], path: Path) -> None:
     """Writes one fit per method, in order."""
     tensors = {f"{i}.{name}": value for i, fit in enumerate(fits) for name, value in _tensors(fit).items()}
-    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, path)  # methods share some
+    # Methods share some.
+    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, path)
 
 
 def open_fits(ledger: Ledger, artifact: Artifact) -> dict[MixingMethod, Fitted]:
@@ -37,7 +39,11 @@ def open_fits(ledger: Ledger, artifact: Artifact) -> dict[MixingMethod, Fitted]:
 
 
 def _tensors(fit: Fitted) -> dict[str, torch.Tensor]:
-    values = {"log_prior_E": fit.log_prior_E, "weight": fit.posterior.weight} if isinstance(fit, Mixing) else vars(fit)
+    values = (
+        {"log_prior_E": fit.log_prior_E, "weight": fit.posterior.weight}
+        if isinstance(fit, Mixing)
+        else vars(fit)
+    )
     return {
         name: value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
         for name, value in values.items()
@@ -59,5 +65,6 @@ def _read(method: MixingMethod, tensors: Mapping[str, torch.Tensor], recipe: Map
         return FixedShare(prior_E, float(tensors["switching_rate"]), float(tensors["temperature"]))
     kind = FULL.kind if method.posterior == "none" else method.posterior
     return Mixing(
-        prior_E, Posterior(cast(Kind, kind), recipe["window_tokens"], recipe["discount"], float(tensors["weight"]))
+        prior_E,
+        Posterior(cast(Kind, kind), recipe["window_tokens"], recipe["discount"], float(tensors["weight"])),
     )

@@ -1,6 +1,7 @@
 """How a text mixes the experts: priors and posteriors, fitted on development blocks in hash order.
 
-Stands between the formulas and whoever has scores: knows of plans and log-probabilities, not of models, texts or the store.
+Stands between the formulas and whoever has scores: knows of plans and log-probabilities, not of models, texts
+or the store.
 """
 
 import os
@@ -41,7 +42,8 @@ class Mixing:
 
 
 def cross_fitted_perplexity(logp_EBT: torch.Tensor, mask_BT: torch.Tensor, merging: MergingPlan) -> float:
-    """Perplexity of the ensemble on blocks, each half measured with the mixture that was fitted on the other half."""
+    """Perplexity of the ensemble on blocks, each half measured with the mixture
+    that was fitted on the other half."""
     even_B = torch.arange(len(mask_BT)) % 2 == 0
     halves = [(even_B, ~even_B), (~even_B, even_B)] if len(mask_BT) > 1 else [(even_B, even_B)]
     total = 0.0
@@ -61,9 +63,16 @@ def fit_planned(logp_EBT: torch.Tensor, mask_BT: torch.Tensor, merging: MergingP
 
 
 def fit_mixing(
-    posterior: PosteriorName, prior: PriorKind, logp_EBT: torch.Tensor, mask_BT: torch.Tensor, merging: MergingPlan
+    posterior: PosteriorName,
+    prior: PriorKind,
+    logp_EBT: torch.Tensor,
+    mask_BT: torch.Tensor,
+    merging: MergingPlan,
 ) -> Mixing:
-    """A posterior and its prior, fitted on development blocks. `none` sees no context: plain mixture weights."""
+    """A posterior and its prior, fitted on development blocks.
+
+    `none` sees no context: plain mixture weights.
+    """
     if posterior == "none":
         return Mixing(log_prior(prior, logp_EBT, mask_BT, FULL), replace(FULL, weight=0.0))
     if posterior != "calibrated":
@@ -75,7 +84,8 @@ def fit_mixing(
 
 
 def shared_mixing(samples: Sequence[tuple[torch.Tensor, torch.Tensor]], merging: MergingPlan) -> Mixing:
-    """One setting for all texts: a uniform prior, and the evidence weight fitted on several texts' samples together."""
+    """One setting for all texts: a uniform prior, and the evidence weight fitted
+    on several texts' samples together."""
     logp_EBT = torch.cat([logp for logp, _ in samples], dim=1)
     return fit_mixing("calibrated", "uniform", logp_EBT, torch.cat([mask for _, mask in samples]), merging)
 
@@ -84,7 +94,8 @@ Fit = TypeVar("Fit")
 
 
 def fit_in_parallel(fit: Callable[[str], Fit], texts: Sequence[str]) -> list[Fit]:
-    """A fit of each text, a few at a time, each in one thread: they are too small to be spread over several."""
+    """A fit of each text, a few at a time, each in one thread: they are too
+    small to be spread over several."""
     with one_thread_each(), ThreadPoolExecutor(min(FITS_AT_ONCE, os.cpu_count() or 1)) as pool:
         return list(pool.map(fit, texts))
 

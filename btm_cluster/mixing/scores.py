@@ -32,7 +32,9 @@ class ScoreStack:
         return ScoreStack(ledger, scores, split.tokens)
 
     def _open(self, name: str) -> list[np.ndarray]:
-        return [np.load(self._ledger.open_file(artifact, name), mmap_mode="r") for artifact in self._artifacts]
+        return [
+            np.load(self._ledger.open_file(artifact, name), mmap_mode="r") for artifact in self._artifacts
+        ]
 
     @cached_property
     def _entropies(self) -> list[np.ndarray]:
@@ -43,7 +45,8 @@ class ScoreStack:
         return len(self.documents_BT)
 
     def take(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Blocks start … stop-1: log-probabilities [E, B, T], 0 at padding, and the mask [B, T] of real tokens."""
+        """Blocks start … stop-1: log-probabilities [E, B, T], 0 at padding, and
+        the mask [B, T] of real tokens."""
         mask_BT = self.documents_BT[start:stop] >= 0
         return self._stacked(self._scores, start, stop), mask_BT
 
@@ -78,8 +81,11 @@ class ScoreStack:
         for start in range(0, len(self), BLOCKS_AT_ONCE):
             logp_EBT, _ = self.take(start, start + BLOCKS_AT_ONCE)
             owners_BT = self.documents_BT[start : start + BLOCKS_AT_ONCE]
-            parts.append(torch.stack([document_sums(values_BT, owners_BT) for values_BT in values_of(logp_EBT, start)]))
-        # A document's number is its place in the text, so each part is as long as the last document it reaches.
+            parts.append(
+                torch.stack([document_sums(values_BT, owners_BT) for values_BT in values_of(logp_EBT, start)])
+            )
+        # A document's number is its place in the text, so each part is as long as the last document it
+        # reaches.
         total_SD = torch.zeros(parts[0].shape[0], max(part.shape[1] for part in parts), dtype=torch.float64)
         for part in parts:
             total_SD[:, : part.shape[1]] += part
@@ -92,7 +98,8 @@ class ScoreStack:
 
 
 def _documents(ledger: Ledger, tokens: Sequence[Ref]) -> torch.Tensor:
-    """The document of each token over all shards of a split, numbered through: int64 [B, T], -1 for padding."""
+    """The document of each token over all shards of a split, numbered
+    through: int64 [B, T], -1 for padding."""
     shards, before = [], 0
     for ref in tokens:
         owners = np.load(ledger.open_file(ledger.get(ref), "documents.npy")).astype(np.int64)

@@ -1,7 +1,9 @@
-"""`btm forest contributions`: which domain earns its keep, by leaving each expert out, from cached scores alone.
+"""`btm forest contributions`: which domain earns its keep, by leaving each
+expert out, from cached scores alone.
 
-For every text that all experts of the forest were scored on: the calibrated ensemble is fitted on its development text, and
-its perplexity on test text is taken with all experts and without each one of them. Asks nobody for anything.
+For every text that all experts of the forest were scored on: the calibrated ensemble is fitted on its
+development text, and its perplexity on test text is taken with all experts and without each one of them. Asks
+nobody for anything.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,7 +51,11 @@ class Contributions:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for machines."""
-        return {"version": self.version, "domains": list(self.domains), "texts": [asdict(text) for text in self.texts]}
+        return {
+            "version": self.version,
+            "domains": list(self.domains),
+            "texts": [asdict(text) for text in self.texts],
+        }
 
 
 @dataclass(frozen=True)
@@ -103,14 +109,19 @@ def _scored(ledger: Ledger, forest: Forest) -> dict[str, dict[str, _Scored]]:
     for shards, by_model in by_tokens.items():
         if len(by_model) == len(experts) and all(shard in tokens for shard in shards):
             (text,), split = tokens[shards[0]].inputs["text"], tokens[shards[0]].recipe["split"]
-            found.setdefault(text.identity, {})[split] = _Scored([by_model[model] for model in experts], shards)
+            found.setdefault(text.identity, {})[split] = _Scored(
+                [by_model[model] for model in experts], shards
+            )
     return found
 
 
 def _names(ledger: Ledger, forest: Forest) -> dict[str, str]:
-    """Names of texts by identity: as they were called when they were read, and domains as the forest calls them."""
+    """Names of texts by identity: as they were called when they were read, and
+    domains as the forest calls them."""
     sources = sorted(ledger.list_artifacts("source"), key=lambda source: str(source.note.get("created")))
-    named = {text.identity: str(one.note["name"]) for one in sources if "name" in one.note for text in one.parts}
+    named = {
+        text.identity: str(one.note["name"]) for one in sources if "name" in one.note for text in one.parts
+    }
     return named | {expert.text: expert.domain for expert in forest.experts}
 
 

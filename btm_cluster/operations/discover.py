@@ -1,8 +1,10 @@
-"""`btm discover`: domains in unlabelled text. Finds clusters in a sample, then streams the text into a file for each.
+"""`btm discover`: domains in unlabelled text.
 
-The text is read twice: once to draw the sample, once to place its documents; never more than the sample and two batches of
-it in memory. The sample, and so the clusters, follow from content, whatever the order of files; so does a document's cluster, but
-for those that a full one turns away.
+Finds clusters in a sample, then streams the text into a file for each.
+
+The text is read twice: once to draw the sample, once to place its documents; never more than the sample and
+two batches of it in memory. The sample, and so the clusters, follow from content, whatever the order of
+files; so does a document's cluster, but for those that a full one turns away.
 """
 
 import hashlib
@@ -67,7 +69,8 @@ class Discovery:
 
 @dataclass(frozen=True)
 class Sample:
-    """Distinct documents of a text, cut to what clusters are found by, and how many documents it has in all."""
+    """Distinct documents of a text, cut to what clusters are found by, and
+    how many documents it has in all."""
 
     texts: list[str]
     documents: int
@@ -82,13 +85,17 @@ def discover(
     sample_documents: int = SAMPLE_DOCUMENTS,
     say: Say = lambda _: None,
 ) -> Discovery:
-    """Finds clusters in a text and writes its documents, the model and a plan's `domains` into the new folder `to`.
+    """Finds clusters in a text and writes its documents, the model and a plan's
+    `domains` into the new folder `to`.
 
     Raises:
         TextError: the text cannot be read, or has too few documents.
     """
     sample = draw_sample(_documents(source, reading, Counter()), sample_documents, random_seed)
-    say(f"read {sample.documents:,} documents; looking for {clusters} clusters in {len(sample.texts):,} of them")
+    say(
+        f"read {sample.documents:,} documents; looking for {clusters} clusters in {len(sample.texts):,} of "
+        "them"
+    )
     found = find_clusters(sample.texts, clusters, random_seed)
     room = math.ceil((1 + SLACK) * sample.documents / clusters)
     say("placing the documents")
@@ -103,7 +110,8 @@ def discover(
 
 
 def assign(source: TextPlan, reading: ReadingPlan, model: Path, to: Path | None) -> Discovery:
-    """Places the documents of another text in the clusters of a saved model, each where it fits best, however many go there.
+    """Places the documents of another text in the clusters of a saved model, each
+    where it fits best, however many go there.
 
     They are counted, and written into the new folder `to` if one is given.
 
@@ -123,7 +131,8 @@ def assign(source: TextPlan, reading: ReadingPlan, model: Path, to: Path | None)
 
 
 def draw_sample(documents: Iterable[str], size: int, random_seed: int) -> Sample:
-    """The `size` distinct documents with the smallest hashes of content and seed: in whatever order, the same ones."""
+    """The `size` distinct documents with the smallest hashes of content and
+    seed: in whatever order, the same ones."""
     key = random_seed.to_bytes(8, "little")
     largest_first: list[tuple[int, str]] = []
     kept: set[int] = set()
@@ -142,7 +151,10 @@ def draw_sample(documents: Iterable[str], size: int, random_seed: int) -> Sample
 
 
 def _documents(source: TextPlan, reading: ReadingPlan, bad: Counter[str]) -> Iterator[str]:
-    return (document.text for document in usable_documents(source.name, read_documents(source, reading), reading, bad))
+    return (
+        document.text
+        for document in usable_documents(source.name, read_documents(source, reading), reading, bad)
+    )
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -159,16 +171,23 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
 
 
 def place(
-    clusters: Clusters, documents: Iterable[str], room: int | None, folder: Path | None = None, to: Path | None = None
+    clusters: Clusters,
+    documents: Iterable[str],
+    room: int | None,
+    folder: Path | None = None,
+    to: Path | None = None,
 ) -> tuple[Cluster, ...]:
-    """Streams the documents into their clusters' files in `folder`, which will become `to`; counts them, if none is given.
+    """Streams the documents into their clusters' files in `folder`, which will become
+    `to`; counts them, if none is given.
 
     A document that finds its cluster holding `room` documents goes to the next best one.
     """
     count, characters = [0] * len(clusters.names), [0] * len(clusters.names)
     with ExitStack() as open_files:
         files = [str(folder / _file_name(name)) for name in clusters.names] if folder else []
-        streams = [open_files.enter_context(pyarrow.output_stream(file, compression="zstd")) for file in files]
+        streams = [
+            open_files.enter_context(pyarrow.output_stream(file, compression="zstd")) for file in files
+        ]
         full_E = torch.zeros(len(clusters.names), 1, dtype=torch.bool)
         for batch in _batches(documents):
             costs_ED = clusters.costs(batch)

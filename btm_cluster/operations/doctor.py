@@ -1,4 +1,7 @@
-"""`btm doctor`: what would make a run fail, before it begins. Everything is looked at, whatever is wrong before it."""
+"""`btm doctor`: what would make a run fail, before it begins.
+
+Everything is looked at, whatever is wrong before it.
+"""
 
 import tempfile
 import time
@@ -28,7 +31,11 @@ CLOCK_SECONDS = 300.0
 
 def examine(plan: Plan | None, address: str | None, folder: Path) -> list[Check]:
     """All checks. Without a plan, those of Ray and of this machine."""
-    from btm_cluster.workers.on_ray.examination import examine_cluster, examine_local, examine_working_directory
+    from btm_cluster.workers.on_ray.examination import (
+        examine_cluster,
+        examine_local,
+        examine_working_directory,
+    )
 
     checks, seen = examine_plan(plan) if plan is not None else ([], None)
     demands = demands_of(plan, seen) if plan is not None else []
@@ -37,7 +44,9 @@ def examine(plan: Plan | None, address: str | None, folder: Path) -> list[Check]
         machines = [inspect_machine(None)]
         checks += examine_local(demands, machines[0])
     else:
-        of_ray, machines = examine_cluster(address, store, demands, plan is not None and plan.cluster.autoscaling)
+        of_ray, machines = examine_cluster(
+            address, store, demands, plan is not None and plan.cluster.autoscaling
+        )
         checks += of_ray
     carried = examine_working_directory(folder)
     if address is None and carried.state == "wrong":  # only a job that is submitted carries it
@@ -65,7 +74,8 @@ def examine_plan(plan: Plan) -> tuple[list[Check], Preview | None]:
 
 
 def examine_store(storage: Storage) -> list[Check]:
-    """Whether it can be used, read and written, whether one of several racing creators wins, and its clock."""
+    """Whether it can be used, read and written, whether one of several
+    racing creators wins, and its clock."""
     try:
         storage.check()
     except BtmError as exc:
@@ -100,7 +110,9 @@ def needs_of(plan: Plan | None, seen: Preview | None) -> Needs:
     compiles, on_cpu = (
         any(how.compile and (how.gpus_per_worker > 0) == on_gpu for how in asked) for on_gpu in (True, False)
     )
-    return Needs(max([1, *(how.cpus_per_worker for how in asked)]), LEAST_FREE_BYTES + largest, compiles, on_cpu)
+    return Needs(
+        max([1, *(how.cpus_per_worker for how in asked)]), LEAST_FREE_BYTES + largest, compiles, on_cpu
+    )
 
 
 def _written_and_read(storage: Storage) -> Check:
@@ -128,7 +140,10 @@ def _created_once(storage: Storage) -> Check:
         if winners != 1 or again or storage.read(key) != first:
             found = f"{winners + again} of {RACERS + 1} creators of one object were told that they made it"
             return Check(
-                name, "wrong", found, "use a service that keeps `If-None-Match: *` on a PUT: races are decided by it"
+                name,
+                "wrong",
+                found,
+                "use a service that keeps `If-None-Match: *` on a PUT: races are decided by it",
             )
     finally:
         storage.delete(key)

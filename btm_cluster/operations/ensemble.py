@@ -1,4 +1,5 @@
-"""The ensemble of a plan or of a store, opened as an engine: which models, how they are weighed, and their weights on a device."""
+"""The ensemble of a plan or of a store, opened as an engine: which models, how they
+are weighed, and their weights on a device."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -57,9 +58,15 @@ def without_ruled_out(models: Mapping[str, Ref], gate: Gate) -> tuple[dict[str, 
 
 
 def open_engine(
-    ledger: Ledger, models: Sequence[Ref], gate: Gate, tokenizer: TextTokenizer, block_tokens: int, rows: int = 1
+    ledger: Ledger,
+    models: Sequence[Ref],
+    gate: Gate,
+    tokenizer: TextTokenizer,
+    block_tokens: int,
+    rows: int = 1,
 ) -> EnsembleEngine:
-    """Several models of one architecture loaded as one, which writes `rows` texts at a time, as their scores say.
+    """Several models of one architecture loaded as one, which writes `rows`
+    texts at a time, as their scores say.
 
     On a GPU where there is one, in float32: the ensemble that writes is then the one that was measured.
 
@@ -67,7 +74,9 @@ def open_engine(
         UserError: the device has too little memory.
     """
     found = [ledger.get(model) for model in models]
-    loaded = [load_model(open_config(ledger, one), ledger.open_file(one, "model.safetensors")) for one in found]
+    loaded = [
+        load_model(open_config(ledger, one), ledger.open_file(one, "model.safetensors")) for one in found
+    ]
     settings = EngineSettings(
         first_token=tokenizer.first_token,
         vocabulary=tokenizer.vocabulary,

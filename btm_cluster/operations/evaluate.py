@@ -16,13 +16,15 @@ def evaluate_forest(plan: Plan, driver: Driver) -> Run:
     """Evaluates the newest version of the forest. Trains nothing.
 
     Raises:
-        UserError: there is no forest yet, or it has no expert, or `merging.clusters` does not fit the domains.
+        UserError: there is no forest yet, or it has no expert, or `merging.clusters` does not fit the
+        domains.
     """
     return evaluated(plan, find_grown(plan, driver), driver)
 
 
 def find_grown(plan: Plan, driver: Driver) -> Grown:
-    """The forest as it stands, with the plan's texts prepared, and those of its domains that the plan does not name.
+    """The forest as it stands, with the plan's texts prepared, and those of its
+    domains that the plan does not name.
 
     Raises:
         UserError: there is none yet, or it has no expert.
@@ -35,7 +37,8 @@ def find_grown(plan: Plan, driver: Driver) -> Grown:
         raise UserError(
             f"forest version {forest.version} in {plan.store} has no expert",
             found=forest.reason,
-            remedy="`btm run` trains the plan's domains; `btm forest remove DOMAIN --undo` brings back what was taken out",
+            remedy="`btm run` trains the plan's domains; `btm forest remove DOMAIN --undo` brings back what "
+            "was taken out",
         )
     prepared = prepare(plan, driver)
     seed = seed_request(prepared).ref
@@ -55,7 +58,9 @@ def check_text_is_known(plan: Plan, name: str, ledger: Ledger) -> None:
         UserError: naming the texts that there are.
     """
     forest = ledger.log.newest()
-    known = dict.fromkeys([*(text.name for text in plan.texts), *(forest.domains if forest is not None else ())])
+    known = dict.fromkeys(
+        [*(text.name for text in plan.texts), *(forest.domains if forest is not None else ())]
+    )
     if name not in known:
         raise UserError(
             "--for names no text of the plan or the forest", found=name, expected=f"one of {', '.join(known)}"

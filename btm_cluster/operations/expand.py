@@ -72,7 +72,9 @@ def expand(plan: Plan, driver: Driver) -> Expanded:
     ledger = driver.ledger
     forest = ledger.log.newest()
     if forest is None:
-        raise UserError(f"there is no forest in {plan.store} yet", remedy="`btm run` with this plan founds one")
+        raise UserError(
+            f"there is no forest in {plan.store} yet", remedy="`btm run` with this plan founds one"
+        )
     settled = {*forest.domains, *forest.withdrawn}
     named = tuple(domain for domain in plan.domains if domain.name not in settled)
     plan = plan.model_copy(update={"domains": named})
@@ -80,7 +82,8 @@ def expand(plan: Plan, driver: Driver) -> Expanded:
     passed_over = _passed_over(ledger, forest, inbox)
     if not named and not inbox.arrivals:
         return Expanded(forest, forest, inbox.waiting, passed_over, inbox.quarantined)
-    targets = plan.targets if plan.expansion.accept_if is not None else ()  # what is not judged is not read either
+    # What is not judged is not read either.
+    targets = plan.targets if plan.expansion.accept_if is not None else ()
     new = prepare_new(plan.model_copy(update={"targets": targets}), inbox.arrivals, forest, driver)
     return _grow(new, forest, inbox, passed_over, driver)
 
@@ -121,7 +124,9 @@ def _passed_over(ledger: Ledger, forest: Forest, inbox: Inbox) -> dict[str, str]
         points = pool.map(lambda identity: find_branch_point(ledger, identity), identities)
     for one in points:
         if one is not None and one.contents and one.contents != inbox.known[one.domain]:
-            reasons[one.domain] = "its files are no longer those its expert was trained on; give new text a new name"
+            reasons[one.domain] = (
+                "its files are no longer those its expert was trained on; give new text a new name"
+            )
     return reasons
 
 
@@ -132,7 +137,8 @@ def _still_held(prepared: PreparedPlan, forest: Forest, ledger: Ledger) -> dict[
         return {}
     judged = newest_held(ledger)
     held = {
-        d.name: judged.get(branch_point_identity(d.name, d.identity, forest.foundation.seed)) for d in prepared.domains
+        d.name: judged.get(branch_point_identity(d.name, d.identity, forest.foundation.seed))
+        for d in prepared.domains
     }
     allowed = limit.development_perplexity_rise_at_most
     return {name: one.reason for name, one in held.items() if one is not None and one.rise > allowed}

@@ -36,7 +36,9 @@ class Garbage:
     """By the store's clock; a blob that was written since is no garbage any more."""
 
 
-def find_garbage(ledger: Ledger, keep_versions: int, grace_seconds: float, now: float | None = None) -> Garbage:
+def find_garbage(
+    ledger: Ledger, keep_versions: int, grace_seconds: float, now: float | None = None
+) -> Garbage:
     """Garbage: what neither the last `keep_versions` nor the pinned ones nor anything
     younger than `grace_seconds` reaches.
 
@@ -115,7 +117,9 @@ def _models_of_last(ledger: Ledger, keep_versions: int) -> set[Ref]:
     return {Ref("model", identity) for forest in forests if forest for identity in forest.manifests}
 
 
-def _in_the_making(manifests: Mapping[str, Artifact], young: set[str], points: list[BranchPoint]) -> list[Artifact]:
+def _in_the_making(
+    manifests: Mapping[str, Artifact], young: set[str], points: list[BranchPoint]
+) -> list[Artifact]:
     """Training checkpoints that somebody may go on from: young ones, and those of
     experts that are still to be merged."""
     trainings = {key: artifact for key, artifact in manifests.items() if artifact.kind == "training"}
@@ -125,20 +129,28 @@ def _in_the_making(manifests: Mapping[str, Artifact], young: set[str], points: l
 
 def _named_by_trainings(making: list[Artifact]) -> dict[Ref, str]:
     """Artifacts that trainings in the making need, with the model of each."""
-    return {ref: f"the training of model {one.identity[:12]}" for one in reversed(making) for ref in one.made_from}
+    return {
+        ref: f"the training of model {one.identity[:12]}" for one in reversed(making) for ref in one.made_from
+    }
 
 
-def _young_or_to_be_merged(manifests: Mapping[str, Artifact], young: set[str], points: list[BranchPoint]) -> set[Ref]:
+def _young_or_to_be_merged(
+    manifests: Mapping[str, Artifact], young: set[str], points: list[BranchPoint]
+) -> set[Ref]:
     """Young artifacts, and experts that were trained and are still to be merged, or held back."""
     artifacts = {key: artifact for key, artifact in manifests.items() if artifact.kind != "training"}
-    return {a.ref for key, a in artifacts.items() if key in young or (a.kind == "model" and _is_of_any(a, points))}
+    return {
+        a.ref for key, a in artifacts.items() if key in young or (a.kind == "model" and _is_of_any(a, points))
+    }
 
 
 def _is_of_any(artifact: Artifact, points: list[BranchPoint]) -> bool:
     return any(is_expert_of(artifact, point) for point in points)
 
 
-def _kept(ledger: Ledger, named: Mapping[Ref, str], roots: set[Ref], manifests: dict[str, Artifact]) -> set[Ref]:
+def _kept(
+    ledger: Ledger, named: Mapping[Ref, str], roots: set[Ref], manifests: dict[str, Artifact]
+) -> set[Ref]:
     """Artifacts that are reached.
 
     Manifests that came since the listing, and that something kept needs, are added to `manifests`.
@@ -193,7 +205,9 @@ def _check_kinds(manifests: Mapping[str, Artifact]) -> None:
 
 def _unnamed_blobs(ledger: Ledger, manifests: Mapping[str, Artifact], older_than: float) -> list[Entry]:
     """Old blobs that none of the manifests names, and what a collection that crashed left of its clock."""
-    named = {blob_key(artifact.ref, blob.sha256) for artifact in manifests.values() for blob in artifact.blobs}
+    named = {
+        blob_key(artifact.ref, blob.sha256) for artifact in manifests.values() for blob in artifact.blobs
+    }
     entries = [*list_ours(ledger.storage, "blobs/"), *list_ours(ledger.storage, "clock/")]
     entries += [entry for entry in list_ours(ledger.storage, "training/") if not entry.key.endswith(".json")]
     return [entry for entry in entries if entry.key not in named and entry.modified < older_than]

@@ -1,4 +1,5 @@
-"""`btm generate`: the whole forest writes on, its models weighted as the posterior or the gate says, token after token."""
+"""`btm generate`: the whole forest writes on, its models weighted as the
+posterior or the gate says, token after token."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ class Generated:
     finish: Finish
     """Why it ended."""
     trust: Mapping[str, float]
-    """The mean weight over the written tokens, by domain, and the seed's; what the plan's `top_k` leaves out is missing."""
+    """The mean weight over the written tokens, by domain, and the seed's; what
+    the plan's `top_k` leaves out is missing."""
     pieces: tuple[Piece, ...]
 
 
@@ -70,12 +72,13 @@ def generate(
 ) -> list[Generated]:
     """Continues each prompt, until end of text, a stop string, as many tokens as asked for, or a full block.
 
-    The experts are mixed as the plan's `merging` says, with what was fitted for the text `target`; without one, as for a text of
-    which nothing is known. They are loaded into this process, and run on its GPU where it has one. Each prompt has random numbers
-    of its own.
+    The experts are mixed as the plan's `merging` says, with what was fitted for the text `target`; without
+    one, as for a text of which nothing is known. They are loaded into this process, and run on its GPU where
+    it has one. Each prompt has random numbers of its own.
 
     Raises:
-        UserError: no forest yet, a target that is unknown or was taken out of it, or a prompt that fills a block.
+        UserError: no forest yet, a target that is unknown or was taken out of it, or a prompt that fills a
+        block.
     """
     grown, text = find_target(plan, target, driver)
     tokenizer = open_tokenizer(driver.ledger, grown.prepared.tokenizer)
@@ -117,7 +120,9 @@ def _generated(
     assert written.finish is not None
     told: list[Piece] = []
     left = len(written.text)  # less than the tokens' text where a stop string ended it
-    for text, drawn in zip(pieces(read, written.tokens, tokenizer.decode_continuation), written.drawn, strict=True):
+    for text, drawn in zip(
+        pieces(read, written.tokens, tokenizer.decode_continuation), written.drawn, strict=True
+    ):
         best = max(range(len(names)), key=lambda j: drawn.shares_E[j])
         told.append(Piece(text[:left], names[best], drawn.shares_E[best]))
         left -= len(told[-1].text)

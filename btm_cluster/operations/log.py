@@ -7,7 +7,8 @@ from btm_cluster.operations.show import no_forest
 
 
 def log(ledger: Ledger) -> list[dict[str, Any]]:
-    """Entries of the log, the newest version first: its number, its experts, when and by whom it was made, and why.
+    """Entries of the log, the newest version first: its number, its experts, when
+    and by whom it was made, and why.
 
     Raises:
         UserError: there is none.

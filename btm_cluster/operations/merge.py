@@ -1,4 +1,5 @@
-"""`btm merge`: one averaged model as a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` opens."""
+"""`btm merge`: one averaged model as a Hugging Face folder that
+`AutoModelForCausalLM.from_pretrained` opens."""
 
 import shutil
 from pathlib import Path
@@ -34,21 +35,29 @@ def check_merge_call(plan: Plan, weights: str, target: str | None, to: Path) -> 
         raise UserError("--weights is unknown", found=weights, expected=", ".join(known))
     if weights == "uniform" and target is not None:
         raise UserError(
-            "--weights uniform is the same for every text", found=f"--for {target}", remedy="leave out one of the two"
+            "--weights uniform is the same for every text",
+            found=f"--for {target}",
+            remedy="leave out one of the two",
         )
     if weights != "uniform" and not target:
         names = ", ".join(text.name for text in plan.texts)
-        raise UserError(f"--weights {weights} needs a text to merge for", expected=f"--for TEXT, such as {names}")
+        raise UserError(
+            f"--weights {weights} needs a text to merge for", expected=f"--for TEXT, such as {names}"
+        )
     check_new_folder(to)
 
 
-def write_merged_model(plan: Plan, weights: str, target: str | None, to: Path, driver: Driver) -> dict[str, float]:
-    """Averages the forest's experts (by the merge actor, if that was not done) and writes the model to the folder `to`.
+def write_merged_model(
+    plan: Plan, weights: str, target: str | None, to: Path, driver: Driver
+) -> dict[str, float]:
+    """Averages the forest's experts (by the merge actor, if that was not done) and
+    writes the model to the folder `to`.
 
     Returns the weight of each domain's expert, and of the seed where it has a part, largest first.
 
     Raises:
-        UserError: no forest yet, or a text that is unknown, was taken out, or has nothing to search weights on.
+        UserError: no forest yet, or a text that is unknown, was taken out, or has nothing to search weights
+        on.
     """
     if target is not None:
         check_text_is_known(plan, target, driver.ledger)
@@ -66,7 +75,10 @@ def write_merged_model(plan: Plan, weights: str, target: str | None, to: Path, d
 
 def _write_folder(grown: Grown, average: Artifact, folder: Path, ledger: Ledger) -> None:
     """The averaged model, its tokenizer, and what came with the pretrained model that is the seed."""
-    seed, tokenizer = ledger.get(Ref("model", grown.forest.foundation.seed)), ledger.get(grown.prepared.tokenizer)
+    seed, tokenizer = (
+        ledger.get(Ref("model", grown.forest.foundation.seed)),
+        ledger.get(grown.prepared.tokenizer),
+    )
     came_with_it = {blob.name: seed for blob in seed.blobs if grown.prepared.pretrained is not None}
     files = came_with_it | {blob.name: tokenizer for blob in tokenizer.blobs}
     files |= dict.fromkeys(("README.md", "config.json", "model.safetensors"), average)
@@ -77,7 +89,9 @@ def _write_folder(grown: Grown, average: Artifact, folder: Path, ledger: Ledger)
         say_block_length(folder, block_tokens)
     tokens = open_tokenizer(ledger, grown.prepared.tokenizer)
     compare_with_transformers(folder, tokens)
-    add_reading(folder / "README.md", block_tokens, tokens.name(tokens.first_token), str(seed.note.get("from", "")))
+    add_reading(
+        folder / "README.md", block_tokens, tokens.name(tokens.first_token), str(seed.note.get("from", ""))
+    )
 
 
 def _wanted(grown: Grown, weights: str, target: str | None) -> tuple[Ensemble, str, PreparedText | None]:

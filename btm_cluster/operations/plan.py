@@ -1,7 +1,9 @@
-"""`btm plan`: what a run would do, what is done already, and what the rest would cost. Starts nothing, spends nothing.
+"""`btm plan`: what a run would do, what is done already, and what the rest would cost.
 
-It is the run itself, on workers that make nothing (`workers/dry_run.py`). A text not read yet hides what depends on it:
-every training while no forest is founded, its own expert afterwards.
+Starts nothing, spends nothing.
+
+It is the run itself, on workers that make nothing (`workers/dry_run.py`). A text not read yet hides what
+depends on it: every training while no forest is founded, its own expert afterwards.
 """
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -63,7 +65,8 @@ class Preview:
     notes: tuple[str, ...] = ()
     """Notes beside the steps."""
     demands: tuple[Demand, ...] = ()
-    """The groups that the trainings to come ask for, with the resources of their checkpoints where they have any."""
+    """The groups that the trainings to come ask for, with the resources of
+    their checkpoints where they have any."""
 
     @property
     def device_hours(self) -> float | None:
@@ -95,7 +98,12 @@ def preview(plan: Plan, ledger: Ledger, new_resources: bool = False) -> Preview:
     grown = grow_and_evaluate(plan, walk)
     parameters, non_embedding = count_parameters(grown.prepared.model)
     rate = _rate(plan, ledger)
-    steps = [*_readings(walk, ledger), *_preparation(walk), *_trainings(grown, walk, parameters, rate), _scores(walk)]
+    steps = [
+        *_readings(walk, ledger),
+        *_preparation(walk),
+        *_trainings(grown, walk, parameters, rate),
+        _scores(walk),
+    ]
     return Preview(
         tuple(steps),
         parameters,
@@ -154,8 +162,10 @@ def _notes(plan: Plan) -> Iterator[str]:
         yield f"the pretrained model is the seed: experts train all {training.updates:,} updates"
         return
     yield (
-        f"the pretrained model is the seed, and `training.seed_share` is {training.seed_share:g}: updates 1 to "
-        f"{training.seed_updates:,} of {training.updates:,} are never made, and experts begin at that point of the "
+        f"the pretrained model is the seed, and `training.seed_share` is {training.seed_share:g}: updates 1 "
+        "to "
+        f"{training.seed_updates:,} of {training.updates:,} are never made, and experts begin at that point "
+        "of the "
         "learning-rate line; without `seed_share` they train all"
     )
 
@@ -202,7 +212,9 @@ def _trainings(grown: Grown, walk: _Walk, parameters: int, rate: float | None) -
     """Seed, an expert for each of the plan's domains, and the baselines."""
     prepared = grown.prepared
     seed = seed_request(prepared)
-    asked = {request.label: request for request in walk.all_of(TrainRequest) if isinstance(request, TrainRequest)}
+    asked = {
+        request.label: request for request in walk.all_of(TrainRequest) if isinstance(request, TrainRequest)
+    }
     start = seed_start(prepared, seed.ref)
     yield _training(seed, walk.state(seed) if seed.label in asked else DONE, parameters, rate)
     for domain in prepared.domains:
@@ -210,11 +222,14 @@ def _trainings(grown: Grown, walk: _Walk, parameters: int, rate: float | None) -
         state = DONE if request is None else walk.state(request)
         yield _training(request or expert_request(prepared, domain, start), state, parameters, rate)
     for baseline in baseline_requests(prepared):
-        yield _training(baseline, walk.state(baseline) if baseline.ref in walk.requests else NEW, parameters, rate)
+        yield _training(
+            baseline, walk.state(baseline) if baseline.ref in walk.requests else NEW, parameters, rate
+        )
 
 
 def _training(request: TrainRequest, state: str, parameters: int, rate: float | None) -> Step:
-    updates = request.last_update - max([request.first_update, *request.milestones])  # up to those it is another step's
+    # Up to those it is another step's.
+    updates = request.last_update - max([request.first_update, *request.milestones])
     return _training_step(
         f"{request.role} {request.label}" if request.role == "expert" else request.label,
         state,
@@ -231,7 +246,8 @@ def _training_step(name: str, state: str, updates: int, tokens: int, size: int, 
 
 
 def _rate(plan: Plan, ledger: Ledger) -> float | None:
-    """Tokens per second of one GPU (or the CPU group): the plan's, or that of the newest training in the store."""
+    """Tokens per second of one GPU (or the CPU group): the plan's, or that of
+    the newest training in the store."""
     if plan.cluster.tokens_per_gpu_second is not None:
         return plan.cluster.tokens_per_gpu_second
     on_gpus = plan.cluster.gpus_per_expert > 0
@@ -244,7 +260,8 @@ def _rate(plan: Plan, ledger: Ledger) -> float | None:
 
 
 def _demands(walk: _Walk) -> tuple[Demand, ...]:
-    """The groups that the trainings to come ask for: one for each size, and one for each training that goes on."""
+    """The groups that the trainings to come ask for: one for each size, and
+    one for each training that goes on."""
     seen: dict[tuple[Resources, str], Demand] = {}
     for request in walk.dry_run.asked.values():
         if isinstance(request, TrainRequest):

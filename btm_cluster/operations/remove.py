@@ -1,7 +1,7 @@
 """`btm forest remove`: taking a domain out of a forest, bringing one back, and purging one.
 
-A removal is at once effective in whatever is made of the forest afterwards. What was made before may still carry the domain's
-influence, and that is found from lineage. What a purge deletes is `ledger/purge.py`'s.
+A removal is at once effective in whatever is made of the forest afterwards. What was made before may still
+carry the domain's influence, and that is found from lineage. What a purge deletes is `ledger/purge.py`'s.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,8 @@ class Influence:
     baselines: tuple[str, ...]
     """Transformer-LMs and DEMixes that were trained on its text."""
     descendants: tuple[str, ...]
-    """Domains of the forest whose experts branched from an average that its expert was part of, or descend from such."""
+    """Domains of the forest whose experts branched from an average that its
+    expert was part of, or descend from such."""
     merged: tuple[str, ...]
     """Averaged models in the store."""
 
@@ -77,11 +78,15 @@ def bring_back(ledger: Ledger, domain: str) -> Forest:
     """
     expert = last_expert(ledger, domain)
     if expert is None or domain not in newest_version(ledger).withdrawn:
-        raise UserError(f"{domain!r} was not taken out of the forest", remedy="`btm forest log` says what was")
+        raise UserError(
+            f"{domain!r} was not taken out of the forest", remedy="`btm forest log` says what was"
+        )
     ledger.check_not_purged(Ref("model", expert.identity), remedy="other text may come under another name")
     manifest_hash = ledger.get(Ref("model", expert.identity)).manifest_hash
     ledger.check_standing(Ref("model", expert.identity), manifest_hash)
-    return append_next(ledger, lambda forest: put_back(forest, expert, manifest_hash, f"brought back {domain}"))
+    return append_next(
+        ledger, lambda forest: put_back(forest, expert, manifest_hash, f"brought back {domain}")
+    )
 
 
 def influence_of(ledger: Ledger, forest: Forest, expert: Expert) -> Influence:
@@ -105,7 +110,8 @@ def influence_of(ledger: Ledger, forest: Forest, expert: Expert) -> Influence:
 
 
 def parents_of(ledger: Ledger, models: Mapping[str, Artifact]) -> dict[str, set[str]]:
-    """The models that each model was made from, by identity: of those in the store, of what was purged, and of every version.
+    """The models that each model was made from, by identity: of those in the store,
+    of what was purged, and of every version.
 
     The average that an expert started from may be collected. What it averaged is in the forest's log.
     """

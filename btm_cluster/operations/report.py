@@ -13,7 +13,8 @@ def write_report(summaries: Sequence[Path], to: Path) -> Path:
     """Writes the page, its figures and the results that it is made from to the folder `to`. Returns the page.
 
     Raises:
-        UserError: the folder cannot be written to or has results that would be lost, or the results cannot stand in one table.
+        UserError: the folder cannot be written to or has results that would be lost, or the results cannot
+        stand in one table.
     """
     check_folder(to)
     if len(summaries) > 1 and to.resolve() in [folder.resolve() for folder in summaries]:

@@ -82,7 +82,9 @@ def run_plan(plan: Plan, driver: Driver) -> Run:
     grown = grow_and_evaluate(plan, driver)
     if not grown.forest.experts:
         causes = "\n".join(f"- {failure.label}: {failure.cause}" for failure in grown.failures)
-        raise StepError(f"no expert could be trained\n{causes}", remedy="mend the causes and run the plan again")
+        raise StepError(
+            f"no expert could be trained\n{causes}", remedy="mend the causes and run the plan again"
+        )
     return evaluated(plan, grown, driver)
 
 
@@ -98,7 +100,8 @@ def evaluated(plan: Plan, grown: Grown, driver: Driver) -> Run:
         texts=tuple(texts),
         wanted_development_blocks=plan.merging.development_blocks,
         priors={
-            text: dict(zip(domains, fit.log_prior_E.exp().tolist(), strict=True)) for text, fit in calibrated.items()
+            text: dict(zip(domains, fit.log_prior_E.exp().tolist(), strict=True))
+            for text, fit in calibrated.items()
         },
         evidence_weights={text: fit.posterior.weight for text, fit in calibrated.items()},
         verdict=verdict(
@@ -130,13 +133,17 @@ def check_forests_clusters(plan: Plan, ledger: Ledger) -> None:
         UserError: naming the domains that have no cluster.
     """
     forest = ledger.log.newest()
-    check_clusters(plan, list(dict.fromkeys([*(d.name for d in plan.domains), *(forest.domains if forest else ())])))
+    check_clusters(
+        plan, list(dict.fromkeys([*(d.name for d in plan.domains), *(forest.domains if forest else ())]))
+    )
 
 
 def _evaluation_steps(ledger: Ledger) -> Alongside:
     """The steps of the evaluation and the report, so that none of them waits for the last training."""
 
-    def steps(prepared: PreparedPlan, forest: Forest, baselines: Sequence[TrainRequest]) -> Iterator[StepRequest]:
+    def steps(
+        prepared: PreparedPlan, forest: Forest, baselines: Sequence[TrainRequest]
+    ) -> Iterator[StepRequest]:
         if not forest.experts:
             return
         try:
@@ -169,16 +176,21 @@ def _trained_otherwise(prepared: PreparedPlan, forest: Forest, ledger: Ledger) -
     def is_as_asked(domain: PreparedText, expert: Expert) -> bool:
         model = ledger.get(Ref("model", expert.identity))
         (start,) = model.inputs["start"]
-        asked = expert_request(prepared, domain, from_seed if start == from_seed.model else Start(start, False))
+        asked = expert_request(
+            prepared, domain, from_seed if start == from_seed.model else Start(start, False)
+        )
         return asked.ref.identity == expert.identity
 
     experts = {(expert.domain, expert.text): expert for expert in forest.experts}
     found = [(domain, experts.get((domain.name, domain.identity))) for domain in prepared.domains]
-    return tuple(sorted(domain.name for domain, expert in found if expert and not is_as_asked(domain, expert)))
+    return tuple(
+        sorted(domain.name for domain, expert in found if expert and not is_as_asked(domain, expert))
+    )
 
 
 def blocks_of_forest(prepared: PreparedPlan, forest: Forest, driver: Driver) -> PreparedPlan:
-    """The prepared plan with the texts of all domains of the forest, whose token blocks are made where they are missing."""
+    """The prepared plan with the texts of all domains of the forest, whose token
+    blocks are made where they are missing."""
     whole = with_forests_texts(prepared, forest, driver.ledger)
     driver.require(block_requests(replace(whole, texts=whole.texts[len(prepared.texts) :])))
     return whole

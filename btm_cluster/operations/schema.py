@@ -1,4 +1,5 @@
-"""Every field of a plan with its default and meaning, as Markdown, from the models themselves: `docs/plan.md` is this."""
+"""Every field of a plan with its default and meaning, as Markdown, from the
+models themselves: `docs/plan.md` is this."""
 
 import json
 import types

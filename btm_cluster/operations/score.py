@@ -53,7 +53,8 @@ def documents_of(sources: Sequence[TextPlan], reading: ReadingPlan, bad: Counter
 
 
 def scorer_of_store(ledger: Ledger) -> DocumentScorer:
-    """The newest version of the forest in a store, mixed by the paper's posterior: all experts alike before a text begins.
+    """The newest version of the forest in a store, mixed by the paper's posterior:
+    all experts alike before a text begins.
 
     Raises:
         UserError: there is no forest in the store, or it has no expert.
@@ -83,7 +84,12 @@ def scorer_of_plan(plan: Plan, target: str | None, driver: Driver) -> DocumentSc
 
 
 def _open(
-    ledger: Ledger, models: dict[str, Ref], gate: Gate, tokenizer: Ref, block_tokens: int, domains: Sequence[str]
+    ledger: Ledger,
+    models: dict[str, Ref],
+    gate: Gate,
+    tokenizer: Ref,
+    block_tokens: int,
+    domains: Sequence[str],
 ) -> DocumentScorer:
     opened, names = open_tokenizer(ledger, tokenizer), list(models)
     engine = open_engine(ledger, list(models.values()), gate, opened, block_tokens)

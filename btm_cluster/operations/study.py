@@ -1,4 +1,5 @@
-"""`btm study`: runs a plan's study, and writes its results and their page after each size and random seed anew."""
+"""`btm study`: runs a plan's study, and writes its results and their page
+after each size and random seed anew."""
 
 import platform
 from collections.abc import Iterator
@@ -32,7 +33,10 @@ def open_place(to: str) -> Storage:
 
 
 def write_studies(plan: Plan, place: Storage, driver: Driver) -> Iterator[str]:
-    """Yields the address of the page whenever it is written. Results that are there already are replaced by finished ones alone."""
+    """Yields the address of the page whenever it is written.
+
+    Results that are there already are replaced by finished ones alone.
+    """
     has_results = any(place.list(SUMMARY_FILE))
     for study in run_study(plan, driver):
         if has_results and study.repeats_left:

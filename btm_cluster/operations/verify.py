@@ -57,11 +57,13 @@ class Verified:
     size_bytes: int
     problems: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    """Remarks on what is no damage: objects in its folders that are none of the store's, and models of no forest."""
+    """Remarks on what is no damage: objects in its folders that are none of
+    the store's, and models of no forest."""
 
 
 def verify(ledger: Ledger) -> Verified:
-    """Reads every manifest, version, record and blob of a store, in parallel, and checks each byte against its hash."""
+    """Reads every manifest, version, record and blob of a store, in parallel, and
+    checks each byte against its hash."""
     storage = ledger.storage
     by_key = {version_key(version): version for version in ledger.log.versions()}
     record_keys = [entry.key for folder in _RECORDS for entry in list_ours(storage, folder)]
@@ -75,17 +77,22 @@ def verify(ledger: Ledger) -> Verified:
         found, damaged = _read_all(pool, lambda key: ledger.log.version(by_key[key]), by_key, storage)
         problems += damaged
     forests = {by_key[key]: forest for key, forest in found.items()}
-    purged = {f"artifacts/{key.removeprefix(TOMBSTONES)}" for key in record_keys if key.startswith(TOMBSTONES)}
+    purged = {
+        f"artifacts/{key.removeprefix(TOMBSTONES)}" for key in record_keys if key.startswith(TOMBSTONES)
+    }
     problems += check_history(ledger, list(by_key.values()), forests, records.values(), artifacts, purged)
     named = purged | set(manifest_keys)  # what is damaged is among the problems already
-    named |= {key for record in records.values() if isinstance(record, PurgeRecord) for key in record.manifests}
+    named |= {
+        key for record in records.values() if isinstance(record, PurgeRecord) for key in record.manifests
+    }
     problems += check_needs(ledger, forests, records.values(), artifacts, named)
     problems += _check_purges(ledger, records, forests, artifacts)
     notes = [f"{key!r} is none of the store's, and was left alone" for key in list_strays(storage)]
     models = sum(artifact.kind == "model" for artifact in artifacts.values())
     if models and not by_key:
         notes.append(
-            f"no forest version, but {models} models: of a study or a run that was stopped, or forest/ was lost"
+            f"no forest version, but {models} models: of a study or a run that was stopped, or forest/ was "
+            "lost"
         )
     size = sum(blob.size_bytes for _, blob in blobs.values())
     return Verified(len(by_key), len(artifacts), len(blobs), size, tuple(problems), tuple(notes))
@@ -101,12 +108,18 @@ def _read_all(
             found = read(key)
         except StoreError as exc:
             return None, str(exc)
-        is_lost = found is None and any(entry.key == key for entry in storage.list(key))  # and not deleted just now
-        return found, f"{key} is listed, and cannot be read\n  remedy:   restore it, or remove it" if is_lost else ""
+        # And not deleted just now.
+        is_lost = found is None and any(entry.key == key for entry in storage.list(key))
+        return (
+            found,
+            f"{key} is listed, and cannot be read\n  remedy:   restore it, or remove it" if is_lost else "",
+        )
 
     keys = list(keys)
     found = list(zip(keys, pool.map(attempt, keys), strict=True))
-    return {key: value for key, (value, _) in found if value is not None}, [wrong for _, (_, wrong) in found if wrong]
+    return {key: value for key, (value, _) in found if value is not None}, [
+        wrong for _, (_, wrong) in found if wrong
+    ]
 
 
 def _check_purges(

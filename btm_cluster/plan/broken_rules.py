@@ -17,7 +17,8 @@ SectionType = TypeVar("SectionType", bound=BaseModel)
 
 
 class Broken(NamedTuple):
-    """A rule that does not hold: at which key of the section ("" for the section itself), and three parts of an error."""
+    """A rule that does not hold: at which key of the section ("" for the section
+    itself), and three parts of an error."""
 
     at: str
     found: str
@@ -49,14 +50,18 @@ def check_section(
     try:
         value = validate(given)
     except ValidationError as exc:
-        of_fields = [_details(r["type"], r["loc"], r["input"], r.get("ctx", {})) for r in exc.errors(include_url=False)]
+        of_fields = [
+            _details(r["type"], r["loc"], r["input"], r.get("ctx", {})) for r in exc.errors(include_url=False)
+        ]
         raise ValidationError.from_exception_data(section.__name__, of_fields + problems) from exc
     if problems:
         raise ValidationError.from_exception_data(section.__name__, problems)
     return value
 
 
-def _details(kind: str, location: tuple[str | int, ...], found: Any, words: dict[str, Any]) -> InitErrorDetails:
+def _details(
+    kind: str, location: tuple[str | int, ...], found: Any, words: dict[str, Any]
+) -> InitErrorDetails:
     known = PydanticCustomError(BROKEN_RULE, "{expected}", words) if kind == BROKEN_RULE else kind
     return InitErrorDetails(type=known, loc=location, input=found, ctx=words)
 

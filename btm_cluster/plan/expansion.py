@@ -1,4 +1,5 @@
-"""The part of a plan that says how a living forest takes what has arrived: what an inbox may hold, what may be merged."""
+"""The part of a plan that says how a living forest takes what has arrived: what
+an inbox may hold, what may be merged."""
 
 from typing import Annotated
 
@@ -9,7 +10,8 @@ from btm_cluster.plan.values import Positive, PositiveReal, Real, Text
 
 
 class InboxPlan(Section):
-    """How the inbox of the store is read, and the bounds of what is taken from it: whoever can write there is not trusted."""
+    """How the inbox of the store is read, and the bounds of what is taken from it:
+    whoever can write there is not trusted."""
 
     field: Text = "text"
     """Field of a JSON row that holds the document."""
@@ -29,9 +31,10 @@ class AcceptancePlan(Section):
     """When an expansion is merged."""
 
     development_perplexity_rise_at_most: Real
-    """Largest relative rise, such as 0.01, of the ensemble's perplexity on the development text of the forest's domains and
-    the plan's targets, mean over texts; without targets of which documents stand in a new domain's training text. Fitted on one
-    half of the blocks and measured on the other, both ways; by the calibrated posterior where `merging.posterior` is a gate."""
+    """Largest relative rise, such as 0.01, of the ensemble's perplexity on the development text of the
+    forest's domains and the plan's targets, mean over texts; without targets of which documents stand in a
+    new domain's training text. Fitted on one half of the blocks and measured on the other, both ways; by the
+    calibrated posterior where `merging.posterior` is a gate."""
 
 
 class ExpansionPlan(Section):

@@ -22,11 +22,18 @@ def read_plan_file(path: Path) -> dict[Any, Any]:
         raw = yaml.load(_read_text(path), Loader=_UniqueKeyLoader)
     except yaml.MarkedYAMLError as exc:
         raise PlanError(f"the plan {path} is not YAML", found=_place(exc), remedy=_yaml_remedy(exc)) from exc
-    except (yaml.YAMLError, ValueError, RecursionError) as exc:  # such as the date 2024-13-13, or 5,000 brackets
+    # Such as the date 2024-13-13, or 5,000 brackets.
+    except (yaml.YAMLError, ValueError, RecursionError) as exc:
         found = one_line(exc, 200)
-        raise PlanError(f"the plan {path} is not YAML", found=found, remedy="`btm init` writes a starter") from exc
+        raise PlanError(
+            f"the plan {path} is not YAML", found=found, remedy="`btm init` writes a starter"
+        ) from exc
     if not isinstance(raw, dict):
-        found = "nothing" if raw is None else {"str": "one text", "list": "a list"}.get(type(raw).__name__, repr(raw))
+        found = (
+            "nothing"
+            if raw is None
+            else {"str": "one text", "list": "a list"}.get(type(raw).__name__, repr(raw))
+        )
         expected, remedy = "keys such as name, store, domains", "`btm init` writes a starter"
         raise PlanError(f"the plan {path} is not a plan", found=found, expected=expected, remedy=remedy)
     return raw
@@ -63,7 +70,9 @@ def _yaml_remedy(exc: yaml.MarkedYAMLError) -> str:
     if "\\t" in problem:
         return "indent with spaces, not tabs"
     return (
-        "keep one of them" if "stands twice" in problem else "check the indentation, and quote text with : or # in it"
+        "keep one of them"
+        if "stands twice" in problem
+        else "check the indentation, and quote text with : or # in it"
     )
 
 
@@ -73,7 +82,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         if isinstance(node, yaml.MappingNode):
             seen: set[str] = set()
-            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE_TAG):
+            for key in (
+                key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE_TAG
+            ):
                 if key.value in seen:
                     what = f"the key `{key.value}` stands twice"
                     raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)

@@ -17,13 +17,18 @@ ROWS: frozenset[Kind] = frozenset({"JSON lines", "table", "Parquet"})
 _JSON_LINES = {".json", ".jsonl", ".jsonlines", ".ldjson", ".ndjson"}
 _COMPRESSED = """.7z .br .bz .cab .gzip .lz .lz4 .lzma .lzo .rar .snappy .sz .tar .tbz .tbz2 .tgz .txz .tzst .xz .z .zip
 .zstd"""
-_DOCUMENTS = ".azw3 .djvu .doc .docx .epub .ipynb .mobi .odp .ods .odt .pdf .ppt .pptx .rtf .xls .xlsb .xlsm .xlsx"
+_DOCUMENTS = (
+    ".azw3 .djvu .doc .docx .epub .ipynb .mobi .odp .ods .odt .pdf .ppt .pptx .rtf .xls .xlsb .xlsm .xlsx"
+)
 _MARKUP = ".atom .htm .html .mht .mhtml .nxml .rss .sgm .sgml .svg .tei .warc .wat .wet .xhtml .xml"
 _DATA = """.accdb .arrow .avro .bin .ckpt .db .dta .duckdb .feather .geojson .h5 .hdf5 .ipc .json5 .jsonld .mat .mdb
 .msgpack .nc .npy .npz .orc .parq .pickle .pkl .pq .psv .pt .pth .rda .rds .safetensors .sas7bdat .sav .sqlite .sqlite3
 .tab .tfrecord .tfrecords"""
 UNREAD = {*_COMPRESSED.split(), *_DOCUMENTS.split(), *_MARKUP.split(), *_DATA.split(), *CODECS}
-"""Not read, since what is in them would be taken for prose. A codec is among them for files compressed twice."""
+"""Not read, since what is in them would be taken for prose.
+
+A codec is among them for files compressed twice.
+"""
 CONVERT = "unpack it, or convert it to JSON lines, CSV, Parquet or plain text"
 
 

@@ -24,7 +24,9 @@ def describe_problems(error: ValidationError, root: type[BaseModel]) -> list[str
     """One text per problem in `error`, for a plan of the class `root`."""
     records = [dict(record) for record in error.errors(include_url=False)]
     # A list whose entries are all wrong counts as empty for pydantic; only one that was written empty is.
-    records = [r for r in records if not (r["type"] == "too_short" and isinstance(r["input"], list) and r["input"])]
+    records = [
+        r for r in records if not (r["type"] == "too_short" and isinstance(r["input"], list) and r["input"])
+    ]
     return list(dict.fromkeys(_describe(record, root) for record in records))
 
 
@@ -35,10 +37,15 @@ def _describe(record: Mapping[str, Any], root: type[BaseModel]) -> str:
         parts = record["ctx"]
         return _entry(where, parts["found"], parts["expected"], parts["remedy"])
     if kind == "extra_forbidden":
-        remedy = _nearest(str(location[-1]), section.model_fields) or f"known here: {', '.join(section.model_fields)}"
+        remedy = (
+            _nearest(str(location[-1]), section.model_fields)
+            or f"known here: {', '.join(section.model_fields)}"
+        )
         return _entry(where, "an unknown key", "a known key", remedy)
     if kind == "invalid_key":
-        return _entry(where, f"the key {_shown(location[-1])}", "a name", "write the key in quotes, or correct it")
+        return _entry(
+            where, f"the key {_shown(location[-1])}", "a name", "write the key in quotes, or correct it"
+        )
     names = [part for part in location if isinstance(part, str)]
     field = _section_at(root, names[:-1]).model_fields.get(names[-1]) if names else None
     if kind == "missing" and isinstance(location[-1], int):
@@ -86,11 +93,17 @@ def _remedy(record: Mapping[str, Any], field: FieldInfo | None) -> str:
     if field is not None and not field.is_required():
         shown = isinstance(field.default, str | int | float)
         default = ", or leave it out" + (f" for {field.default!r}" if shown else "")
-    return ("give a value" if found is None else "correct it") + default + (f" ({description})" if description else "")
+    return (
+        ("give a value" if found is None else "correct it")
+        + default
+        + (f" ({description})" if description else "")
+    )
 
 
 def _choices(field: FieldInfo | None) -> list[str]:
-    return [] if field is None else [choice for choice in _leaves(field.annotation) if isinstance(choice, str)]
+    return (
+        [] if field is None else [choice for choice in _leaves(field.annotation) if isinstance(choice, str)]
+    )
 
 
 def _leaves(annotation: Any) -> Iterator[Any]:

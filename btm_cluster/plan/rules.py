@@ -1,7 +1,8 @@
 """Rules between the fields of a plan's sections.
 
-Rules read a section as it was written, so that they are checked, and their problems shown, beside those of single
-fields. They know what fields mean and nothing of how their problems are worded to the user (`problems.py`).
+Rules read a section as it was written, so that they are checked, and their problems shown, beside those of
+single fields. They know what fields mean and nothing of how their problems are worded to the user
+(`problems.py`).
 """
 
 from collections import Counter
@@ -47,17 +48,23 @@ def text_rules(given: Given) -> Iterator[Broken]:
 
 
 def idle_reading(field: Any, delimiter: Any, kinds: Set[Kind | None]) -> Iterator[Broken]:
-    """Fields on how files are read that apply to none of them, where their kinds are known (None: one that is not)."""
+    """Fields on how files are read that apply to none of them, where their kinds
+    are known (None: one that is not)."""
     if not kinds or None in kinds:
         return
     found = f"for files of these kinds: {', '.join(sorted(map(str, kinds)))}"
     if isinstance(field, str) and field != DEFAULT_FIELD and not kinds & ROWS:
         expected = "a field only where files have rows: JSON lines, CSV, TSV or Parquet"
-        yield Broken("field", f"{field!r} {found}", expected, "leave `field` out, or name files that have rows")
+        yield Broken(
+            "field", f"{field!r} {found}", expected, "leave `field` out, or name files that have rows"
+        )
     if isinstance(delimiter, str) and "plain text" not in kinds:
         expected = "a delimiter only for plain text, which it cuts into documents"
         yield Broken(
-            "delimiter", f"{delimiter!r} {found}", expected, "leave `delimiter` out, or name files of plain text"
+            "delimiter",
+            f"{delimiter!r} {found}",
+            expected,
+            "leave `delimiter` out, or name files of plain text",
         )
 
 
@@ -78,7 +85,10 @@ def dataset_rules(given: Given) -> Iterator[Broken]:
     for split, count in Counter(str(value) for value in splits.values() if value is not None).items():
         if count > 1:
             yield Broken(
-                "", f"the split {split!r} {count} times", "every split once", "leave out what has none of its own"
+                "",
+                f"the split {split!r} {count} times",
+                "every split once",
+                "leave out what has none of its own",
             )
 
 
@@ -94,7 +104,9 @@ def tokenizer_rules(given: Given) -> Iterator[Broken]:
     """One source."""
     yield from exactly_one(given, ("train", "pretrained"), "add `train: {vocabulary: 8192}`")
     if given.get("first_token") is not None and given.get("pretrained") is None:
-        expected = "a pretrained tokenizer: one that is trained here reads every block after its end-of-text token"
+        expected = (
+            "a pretrained tokenizer: one that is trained here reads every block after its end-of-text token"
+        )
         yield Broken("first_token", repr(given["first_token"]), expected, "leave it out")
 
 
@@ -115,9 +127,13 @@ def training_rules(given: Given) -> Iterator[Broken]:
     seed = round(numbers[1] * numbers[0])
     found = f"the seed takes {seed} of {numbers[0]:g} updates"
     if seed >= numbers[0]:
-        yield Broken("", found, "at least one update for the experts", "raise `updates` or lower `seed_share`")
+        yield Broken(
+            "", found, "at least one update for the experts", "raise `updates` or lower `seed_share`"
+        )
     if not seed and given.get("seed_share"):
-        yield Broken("seed_share", found, "a share that comes to an update, or 0", "raise `updates` or `seed_share`")
+        yield Broken(
+            "seed_share", found, "a share that comes to an update, or 0", "raise `updates` or `seed_share`"
+        )
 
 
 def merging_rules(given: Given) -> Iterator[Broken]:
@@ -148,7 +164,10 @@ def plan_rules(given: Given) -> Iterator[Broken]:
     for name, count in names.items():
         if count > 1:
             yield Broken(
-                "domains, targets", f"the name {name!r} {count} times", "every name once", "rename all but one"
+                "domains, targets",
+                f"the name {name!r} {count} times",
+                "every name once",
+                "rename all but one",
             )
     yield from _same_texts(texts)
     yield from _held_out_texts(given)
@@ -160,12 +179,21 @@ def plan_rules(given: Given) -> Iterator[Broken]:
     yield from _without_effect(given)
     model, tokenizer = given.get("model"), given.get("tokenizer")
     if "demix" in baselines and is_given(field_of(model, "pretrained")):
-        found, expected = "demix beside a pretrained model", "DEMix only where the model is trained from the start"
+        found, expected = (
+            "demix beside a pretrained model",
+            "DEMix only where the model is trained from the start",
+        )
         yield Broken("baselines", found, expected, "leave `demix` out, or give `model: {config: …}`")
     if is_given(field_of(model, "pretrained")) and is_given(field_of(tokenizer, "train")):
-        found, expected = "a pretrained model and a new tokenizer", "the tokenizer that the model was trained with"
+        found, expected = (
+            "a pretrained model and a new tokenizer",
+            "the tokenizer that the model was trained with",
+        )
         yield Broken(
-            "tokenizer", found, expected, f"write `tokenizer: {{pretrained: {field_of(model, 'pretrained')}}}`"
+            "tokenizer",
+            found,
+            expected,
+            f"write `tokenizer: {{pretrained: {field_of(model, 'pretrained')}}}`",
         )
 
 
@@ -173,9 +201,12 @@ def _without_effect(given: Given) -> Iterator[Broken]:
     """Sections that are written for something that the plan does not have."""
     merging = section_of(given, "merging")
     posterior, window = merging.get("posterior", "calibrated"), merging.get("window_tokens", 32)
-    if window != 32 and posterior != "window" and given.get("study") is None:  # a study measures every posterior
+    # A study measures every posterior.
+    if window != 32 and posterior != "window" and given.get("study") is None:
         expected = f"nothing, since the posterior is `{posterior}`"
-        yield Broken("merging.window_tokens", repr(window), expected, "leave it out, or say `posterior: window`")
+        yield Broken(
+            "merging.window_tokens", repr(window), expected, "leave it out, or say `posterior: window`"
+        )
     optimizer = field_of(given.get("branching"), "optimizer")
     if optimizer == "keep" and is_given(field_of(given.get("model"), "pretrained")):
         expected = "nothing, since a pretrained model comes without Adam moments"
@@ -194,7 +225,10 @@ def _idle_gpus(given: Given) -> Iterator[Broken]:
         if asked > max(1, most):
             expected = f"at most {most:g}, the blocks of an update: a GPU without one has nothing to do"
             yield Broken(
-                f"cluster.{name}", f"{asked:g}", expected, "lower it, or raise training.blocks_per_domain_update"
+                f"cluster.{name}",
+                f"{asked:g}",
+                expected,
+                "lower it, or raise training.blocks_per_domain_update",
             )
 
 
@@ -202,13 +236,19 @@ def size_rules(given: Given) -> Iterator[Broken]:
     """A study trains every model itself."""
     if is_given(field_of(given.get("model"), "pretrained")):
         yield Broken(
-            "model", "`pretrained`", "`preset` or `config`", "a study grows its own seeds: give the model's shape"
+            "model",
+            "`pretrained`",
+            "`preset` or `config`",
+            "a study grows its own seeds: give the model's shape",
         )
     random_seed = field_of(given.get("training"), "random_seed")
     if random_seed:
         expected = "nothing, since a study repeats each size with `study.random_seeds`"
         yield Broken(
-            "training.random_seed", repr(random_seed), expected, "leave it out, and give it in `study.random_seeds`"
+            "training.random_seed",
+            repr(random_seed),
+            expected,
+            "leave it out, and give it in `study.random_seeds`",
         )
 
 
@@ -222,7 +262,11 @@ def study_rules(given: Given) -> Iterator[Broken]:
         ("systems", entries_of(given.get("systems"))),
         (
             "trials",
-            [dict(trial) for trial in entries_of(given.get("trials")) if isinstance(trial, Mapping | BaseModel)],
+            [
+                dict(trial)
+                for trial in entries_of(given.get("trials"))
+                if isinstance(trial, Mapping | BaseModel)
+            ],
         ),
     ):
         for value, count in Counter(map(str, values)).items():
@@ -235,7 +279,8 @@ def _held_out_texts(given: Given) -> Iterator[Broken]:
         without = [
             str(field_of(domain, "name"))
             for domain in entries_of(given.get("domains"))
-            if not is_given(field_of(domain, split)) and not field_of(field_of(domain, "dataset"), f"{split}_split")
+            if not is_given(field_of(domain, split))
+            and not field_of(field_of(domain, "dataset"), f"{split}_split")
         ]
         if field_of(given.get("reading"), f"{split}_share") == 0 and without:
             found = f"{split}_share 0, and no {split} text given for {', '.join(without)}"
@@ -248,9 +293,16 @@ def _same_texts(texts: list[Any]) -> Iterator[Broken]:
     for text in texts:
         files, dataset = field_of(text, "text"), field_of(text, "dataset")
         if is_given(files) or is_given(dataset):
-            source = [entries_of(files) or [files], dataset, field_of(text, "field"), field_of(text, "delimiter")]
+            source = [
+                entries_of(files) or [files],
+                dataset,
+                field_of(text, "field"),
+                field_of(text, "delimiter"),
+            ]
             name = str(field_of(text, "name"))
             first = first_with.setdefault(repr(source), name)
             if first != name:
                 found = f"{first!r} and {name!r} have the same text"
-                yield Broken("domains, targets", found, "a text of its own for each", "leave out all but one of them")
+                yield Broken(
+                    "domains, targets", found, "a text of its own for each", "leave out all but one of them"
+                )

@@ -46,24 +46,26 @@ class StudyPlan(Section):
     sizes: tuple[SizePlan, ...] = ()
     """Model sizes; without any, the plan's own model and recipe."""
     trials: tuple[TrialPlan, ...] = ()
-    """Recipes tried on the Transformer-LM alone, with each size and the first random seed: all systems are then trained by the
-    one with the lowest perplexity on the domains' development text, so that no rival is handicapped. One that diverges is out of
-    the running."""
+    """Recipes tried on the Transformer-LM alone, with each size and the first random seed: all systems are
+    then trained by the one with the lowest perplexity on the domains' development text, so that no rival is
+    handicapped. One that diverges is out of the running."""
     learning_rate_scales: tuple[PositiveReal, ...] = ()
-    """Values of `branching.learning_rate_scale` tried on the forest alone, with each size and the first random seed, after the
-    recipes: all experts that branch from a seed take the one whose ensemble, mixed as `merging` says (by the calibrated posterior
-    for a gate), has the lowest perplexity on the domains' development text. Where that is not 1, the Transformer-LM is trained
-    from the seed on at the experts' rate too, as a control."""
+    """Values of `branching.learning_rate_scale` tried on the forest alone, with each size and the first
+    random seed, after the recipes: all experts that branch from a seed take the one whose ensemble, mixed as
+    `merging` says (by the calibrated posterior for a gate), has the lowest perplexity on the domains'
+    development text. Where that is not 1, the Transformer-LM is trained from the seed on at the experts' rate
+    too, as a control."""
     systems: tuple[Literal["demix", "demix-from-seed", "random-split", "adapted"], ...] = (
         "demix",
         "demix-from-seed",
         "random-split",
         "adapted",
     )
-    """Rivals and controls beside forest and Transformer-LM: DEMix; a DEMix that branches from the seed, as experts do; a forest of
-    random splits; Transformer-LM and forest both trained on each text's development blocks."""
+    """Rivals and controls beside forest and Transformer-LM: DEMix; a DEMix that branches from the seed, as
+    experts do; a forest of random splits; Transformer-LM and forest both trained on each text's development
+    blocks."""
     random_seeds: Annotated[tuple[Whole, ...], Field(min_length=1)] = (0,)
     """Repeats: initial weights and block order."""
     seed_shares: tuple[Share, ...] = ()
-    """Forests from seeds of these shares too, for the first size and random seed: the paper's figure 1. With a share of 0
-    each expert starts from a random initialisation of its own."""
+    """Forests from seeds of these shares too, for the first size and random seed: the paper's figure 1. With
+    a share of 0 each expert starts from a random initialisation of its own."""

@@ -28,13 +28,19 @@ class DatasetPlan(Section):
 
 
 class TextPlan(Section):
-    """A named text. A document is a row of JSON lines, a table or Parquet, or a text file (or its parts, by a delimiter)."""
+    """A named text.
+
+    A document is a row of JSON lines, a table or Parquet, or a text file (or its parts, by a delimiter).
+    """
 
     rules: ClassVar = plan_rules.text_rules
     name: Name
     """Stands once in a forest: lower-case letters, digits, - and _."""
     text: Files = ()
-    """Files or globs, local or s3://: .jsonl .csv .tsv .parquet .txt and source text; .gz, .zst or .bz2. `**` follows links."""
+    """Files or globs, local or s3://: .jsonl .csv .tsv .parquet .txt and source text; .gz, .zst or .bz2.
+
+    `**` follows links.
+    """
     development: Files = ()
     """Development text from given files; without it, a share of `text` by content hash."""
     test: Files = ()
@@ -44,7 +50,10 @@ class TextPlan(Section):
     field: Text = plan_rules.DEFAULT_FIELD
     """Field or column of a row that holds the document, where files have rows."""
     delimiter: Text | None = None
-    """Cuts text files into documents; without it, a file is a document. One that stands in none of them is refused."""
+    """Cuts text files into documents; without it, a file is a document.
+
+    One that stands in none of them is refused.
+    """
 
 
 class DomainPlan(TextPlan):
@@ -64,4 +73,5 @@ class ReadingPlan(Section):
     longest_document_characters: Annotated[Positive, Field(le=10**9)] = 1_000_000
     """Longer documents are bad documents: one such line is more often a mistake than a text."""
     bad_documents: Literal["refuse", "skip"] = "refuse"
-    """A line that is not JSON, lacks the field, is not UTF-8, or is too long: refuse the text, or skip, count and report."""
+    """A line that is not JSON, lacks the field, is not UTF-8, or is too long:
+    refuse the text, or skip, count and report."""

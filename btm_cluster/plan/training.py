@@ -36,8 +36,8 @@ class TokenizerPlan(Section):
     pretrained: Location | None = None
     """Hub name or local folder. Its tokenizer.json is used as it is."""
     first_token: Text | None = None
-    """The token after which every block is read, such as <bos>, of a pretrained tokenizer. Without it, the one that transformers
-    puts before a text by this tokenizer, or else its end-of-text token."""
+    """The token after which every block is read, such as <bos>, of a pretrained tokenizer. Without it, the
+    one that transformers puts before a text by this tokenizer, or else its end-of-text token."""
 
 
 Preset = Literal["gpt3-125m", "gpt3-350m", "gpt3-750m", "gpt3-1.3b"]
@@ -50,14 +50,18 @@ class ModelPlan(Section):
     preset: Preset | None = None
     """A size of the paper: GPT-3 architecture, no dropout, tied embeddings."""
     config: Config | None = None
-    """Fields of a transformers configuration, such as {model_type: gpt2, n_layer: 4, n_embd: 256, n_head: 4}."""
+    """Fields of a transformers configuration, such as {model_type: gpt2,
+    n_layer: 4, n_embd: 256, n_head: 4}."""
     pretrained: Location | None = None
-    """Hub name or local folder of a causal language model, which then is the seed: `training.seed_share` is 0 unless written.
-    On a cluster every node must have the folder."""
+    """Hub name or local folder of a causal language model, which then is the seed: `training.seed_share` is 0
+    unless written. On a cluster every node must have the folder."""
 
 
 class TrainingPlan(Section):
-    """The recipe shared by seed, experts and Transformer-LM. Defaults are the paper's 125M recipe, but for `gradient_clip`."""
+    """The recipe shared by seed, experts and Transformer-LM.
+
+    Defaults are the paper's 125M recipe, but for `gradient_clip`.
+    """
 
     rules: ClassVar = plan_rules.training_rules
     block_tokens: Annotated[Positive, Field(ge=8, le=2**24)] = 1024
@@ -65,16 +69,19 @@ class TrainingPlan(Section):
     updates: Positive = 80_000
     """Whole budget: seed updates and then expert updates."""
     seed_share: Share = 0.5
-    """Share of `updates` that the seed takes. The paper: 0.5, robust for ensembles from 0.2 to 0.8; averages want 0.5 to 0.75.
-    A pretrained model is a seed already: unless this is written, it is 0 then, and experts train all `updates`. Written, it is the
-    part of the learning-rate line that the pretrained model is taken to have behind it: experts go on from there."""
+    """Share of `updates` that the seed takes. The paper: 0.5, robust for ensembles from 0.2 to 0.8; averages
+    want 0.5 to 0.75. A pretrained model is a seed already: unless this is written, it is 0 then, and experts
+    train all `updates`. Written, it is the part of the learning-rate line that the pretrained model is taken
+    to have behind it: experts go on from there."""
     blocks_per_domain_update: Positive = 128
-    """Blocks an expert takes per update; seed and Transformer-LM take this times the number of founding domains."""
+    """Blocks an expert takes per update; seed and Transformer-LM take this times the
+    number of founding domains."""
     learning_rate: PositiveReal = 5e-4
     """Peak, reached after the warm-up."""
     warmup_share: Share = 0.08
-    """Share of the whole budget over which the learning rate rises; afterwards it falls linearly to 0. A branch with fresh Adam
-    moments, of an average or a pretrained model, rises to that line over a hundredth of its own updates."""
+    """Share of the whole budget over which the learning rate rises; afterwards it falls linearly to 0. A
+    branch with fresh Adam moments, of an average or a pretrained model, rises to that line over a hundredth
+    of its own updates."""
     betas: tuple[Share, Share] = (0.9, 0.95)
     """AdamW's."""
     epsilon: PositiveReal = 1e-7
@@ -93,14 +100,18 @@ class TrainingPlan(Section):
 
 
 class BranchingPlan(Section):
-    """How an expert starts and is trained. The first batch starts from the seed. Experts that a forest has stay as they are."""
+    """How an expert starts and is trained.
+
+    The first batch starts from the seed. Experts that a forest has stay as they are.
+    """
 
     start: Literal["seed", "posterior", "uniform"] = "posterior"
-    """Where an expert starts whose domain is added to a forest that has experts: the seed, or the average of the current experts
-    weighted by their posterior on the new domain, or uniformly."""
+    """Where an expert starts whose domain is added to a forest that has experts: the seed, or the average of
+    the current experts weighted by their posterior on the new domain, or uniformly."""
     optimizer: Literal["keep", "reset"] = "keep"
-    """Continue the seed's Adam moments and learning-rate line, or start the moments anew and rise to the line again. An average has
-    no moments to keep, nor has a pretrained model."""
+    """Continue the seed's Adam moments and learning-rate line, or start the moments anew and rise to the line
+    again. An average has no moments to keep, nor has a pretrained model."""
     learning_rate_scale: PositiveReal = 1.0
-    """An expert's learning rate over the seed's at the same update; the paper: 1. With more, experts leave their seed further
-    behind and differ more, with less they stay closer to it; which is better depends on how they are mixed."""
+    """An expert's learning rate over the seed's at the same update; the paper: 1. With more, experts leave
+    their seed further behind and differ more, with less they stay closer to it; which is better depends on
+    how they are mixed."""

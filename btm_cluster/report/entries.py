@@ -1,4 +1,5 @@
-"""Entries of a study's results: those that a row or a curve is made of, and their spread over random seeds."""
+"""Entries of a study's results: those that a row or a curve is made of,
+and their spread over random seeds."""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +33,9 @@ class Spread:
     def words(self, pattern: str = "{:.1f}") -> str:
         """As in a table's cell."""
         written = pattern.format(self.mean)
-        return written if self.deviation is None else f"{written} ± {pattern.format(self.deviation).lstrip('+')}"
+        return (
+            written if self.deviation is None else f"{written} ± {pattern.format(self.deviation).lstrip('+')}"
+        )
 
 
 def spread(values: Sequence[float]) -> Spread:

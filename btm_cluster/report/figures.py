@@ -34,7 +34,9 @@ def draw_figures(results: Results, folder: Path) -> Iterator[str]:
             swept, seeds = of_every_share(entries, shares)
             curves = {name: _curve(swept, wanted, "seed_share") for name, wanted in FIGURE_1.items()}
             _draw(curves, _baseline(swept), "seed share", folder / f"seed-share-{size}")
-            heading = f"## Figure 1: perplexity over seed share, {size}, random seed {', '.join(map(str, seeds))}"
+            heading = (
+                f"## Figure 1: perplexity over seed share, {size}, random seed {', '.join(map(str, seeds))}"
+            )
             yield f"{heading}\n\n![seed share](seed-share-{size}.svg)\n"
         tops = main_entries(entries)
         curves = {
@@ -47,17 +49,24 @@ def draw_figures(results: Results, folder: Path) -> Iterator[str]:
 
 
 def of_every_share(entries: Sequence[Entry], shares: Sequence[float]) -> tuple[list[Entry], list[int]]:
-    """The entries of the random seeds that every seed share has, and these: others would move one point of a curve alone."""
-    of_shares = [{entry["random_seed"] for entry in select(entries, system="forest", seed_share=s)} for s in shares]
+    """The entries of the random seeds that every seed share has, and these: others
+    would move one point of a curve alone."""
+    of_shares = [
+        {entry["random_seed"] for entry in select(entries, system="forest", seed_share=s)} for s in shares
+    ]
     seeds = sorted(set.intersection(*of_shares)) or sorted(set.union(*of_shares))
     return [entry for entry in entries if entry["random_seed"] in seeds], seeds
 
 
 def _baseline(entries: Sequence[Entry]) -> tuple[str, float]:
     """The baseline of all differences: its name, and its perplexity on all texts."""
-    found = {name: {e["random_seed"]: e["all"] for e in select(entries, **one)} for name, one in BASELINES.items()}
+    found = {
+        name: {e["random_seed"]: e["all"] for e in select(entries, **one)} for name, one in BASELINES.items()
+    }
     finished, best = found.values()
-    return [name for name, values in found.items() if values][-1], spread(list((finished | best).values())).mean
+    return [name for name, values in found.items() if values][-1], spread(
+        list((finished | best).values())
+    ).mean
 
 
 def _curve(entries: Sequence[Entry], wanted: Wanted, over: str) -> list[tuple[float, float]]:
@@ -71,7 +80,10 @@ def _curve(entries: Sequence[Entry], wanted: Wanted, over: str) -> list[tuple[fl
 
 
 def _draw(
-    curves: Mapping[str, Sequence[tuple[float, float]]], compared_with: tuple[str, float], over: str, file: Path
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    compared_with: tuple[str, float],
+    over: str,
+    file: Path,
 ) -> None:
     import matplotlib
 
@@ -91,5 +103,7 @@ def _draw(
     axes.set(xlabel=over, ylabel="test perplexity, all texts")
     axes.legend(frameon=False, fontsize="small")
     for ending in ("svg", "png"):
-        figure.savefig(file.with_suffix(f".{ending}"), dpi=150, metadata={"Date": None} if ending == "svg" else None)
+        figure.savefig(
+            file.with_suffix(f".{ending}"), dpi=150, metadata={"Date": None} if ending == "svg" else None
+        )
     pyplot.close(figure)

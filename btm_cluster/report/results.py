@@ -1,4 +1,5 @@
-"""A study's results as files: `summary.json`, a list with an entry for each system, and `study.json` with what it ran on."""
+"""A study's results as files: `summary.json`, a list with an entry for each
+system, and `study.json` with what it ran on."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -44,7 +45,8 @@ def _lines(entries: Sequence[Entry]) -> str:
 
 
 def read_results(folders: Sequence[Path]) -> Results:
-    """The results in several folders together; where two have the same system, size and random seed, the later one's counts.
+    """The results in several folders together; where two have the same system, size
+    and random seed, the later one's counts.
 
     Raises:
         UserError: a folder without them, not one entry in all of them, or two that cannot stand in one table.
@@ -81,7 +83,9 @@ def _check_alike(earlier: Sequence[Entry], later: Sequence[Entry], folder: Path)
     Raises:
         UserError: naming in what they differ.
     """
-    rivals = [[entry for entry in entries if entry["system"] == "transformer-lm"] for entries in (earlier, later)]
+    rivals = [
+        [entry for entry in entries if entry["system"] == "transformer-lm"] for entries in (earlier, later)
+    ]
     for one, other in product(*rivals):
         if one["size"] != other["size"]:
             continue
@@ -89,7 +93,10 @@ def _check_alike(earlier: Sequence[Entry], later: Sequence[Entry], folder: Path)
         pairs = {name: (one[name], other[name]) for name in alike}
         pairs["texts"] = (", ".join(sorted(one["per_domain"])), ", ".join(sorted(other["per_domain"])))
         if one["random_seed"] == other["random_seed"]:
-            pairs[f"the Transformer-LM's perplexity with random seed {one['random_seed']}"] = (one["all"], other["all"])
+            pairs[f"the Transformer-LM's perplexity with random seed {one['random_seed']}"] = (
+                one["all"],
+                other["all"],
+            )
         differing = [f"{name}: {old} and {new}" for name, (old, new) in pairs.items() if old != new]
         if differing:
             raise UserError(
@@ -101,7 +108,8 @@ def _check_alike(earlier: Sequence[Entry], later: Sequence[Entry], folder: Path)
 
 
 def check_nothing_is_lost(folder: Path, results: Results) -> None:
-    """Refuses results that would replace others in a folder which they do not hold, or finished ones by unfinished ones.
+    """Refuses results that would replace others in a folder which they do not hold,
+    or finished ones by unfinished ones.
 
     Raises:
         UserError: naming the folder.

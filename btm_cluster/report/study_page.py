@@ -25,7 +25,9 @@ from btm_cluster.report.results import KEY, Entry, Results, repeats_left
 # Rows of table 1: what it is called, and which entries it is.
 TABLE_1: dict[str, Wanted] = {
     **BASELINES,
-    "Transformer-LM, from the seed on at the experts' rate": {"system": "transformer-lm at the experts' rate"},
+    "Transformer-LM, from the seed on at the experts' rate": {
+        "system": "transformer-lm at the experts' rate"
+    },
     "seed": {"system": "seed"},
     "best single expert": {"system": "best single expert"},
     "the domain's own expert": {"system": "own expert"},
@@ -66,7 +68,8 @@ def write_page(results: Results, folder: Path) -> None:
     sections += [_trials_section(results), _speeds_section(results)]
     seeds = sorted({entry["random_seed"] for entry in results.entries})
     opening = (
-        "# Results of a study\n\nMade by `btm study` and `btm report` from `summary.json`; do not edit. Perplexity per token on "
+        "# Results of a study\n\nMade by `btm study` and `btm report` from `summary.json`; do not edit. "
+        "Perplexity per token on "
         "test text, mean over texts; everything fitted or chosen was so on development text. "
         f"Random seeds: {', '.join(map(str, seeds))}; ± is the standard deviation over them.\n"
     )
@@ -81,7 +84,8 @@ def _size_sections(results: Results) -> Iterator[str]:
         entries = main_entries(select(results.entries, size=size))
         first = entries[0]
         yield (
-            f"## {size}: {first['non_embedding_parameters']:,} parameters without embeddings, {first['tokens']:,} tokens, "
+            f"## {size}: {first['non_embedding_parameters']:,} parameters without embeddings, "
+            f"{first['tokens']:,} tokens, "
             f"seed share {main_share(entries)}\n"
         )
         yield _compared_with(entries)
@@ -125,7 +129,8 @@ def _means_table(entries: Sequence[Entry], rows: Mapping[str, Wanted]) -> str:
 
 
 def _some_seeds(found: Sequence[Entry], entries: Sequence[Entry]) -> str:
-    """Which random seeds a row has, where the table has others too: its means are not to be held against theirs."""
+    """Which random seeds a row has, where the table has others too: its means
+    are not to be held against theirs."""
     own, every = ({entry["random_seed"] for entry in some} for some in (found, entries))
     return "" if own == every else f" (random seed {', '.join(map(str, sorted(own)))})"
 
@@ -138,7 +143,8 @@ def _words(values: Sequence[float | None]) -> str:
 def _difference(entries: Sequence[Entry]) -> str:
     """The mean difference on all texts; with one random seed alone, the interval over documents.
 
-    A Transformer-LM that is the baseline with one random seed and not with another differs by nothing with the first.
+    A Transformer-LM that is the baseline with one random seed and not with another differs by nothing with
+    the first.
     """
     if all(entry["difference"] is None for entry in entries):
         return ""
@@ -165,7 +171,9 @@ def _texts_table(entries: Sequence[Entry], texts: Sequence[Entry]) -> str:
     rows = {f"{name}{_some_seeds(found, entries)}": found for name, found in rows.items() if found}
     lines = ["| | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
     for text in texts:
-        cells = [_words([entry["per_domain"].get(text["name"]) for entry in found]) for found in rows.values()]
+        cells = [
+            _words([entry["per_domain"].get(text["name"]) for entry in found]) for found in rows.values()
+        ]
         lines.append(f"| {text['name']}{' (target)' if text['is_target'] else ''} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -173,7 +181,8 @@ def _texts_table(entries: Sequence[Entry], texts: Sequence[Entry]) -> str:
 def _texts_section(results: Results) -> str:
     lines = [
         "## Table 7: texts\n",
-        "| | training words | training tokens | development tokens | test tokens | test windows of 20 words also in training |",
+        "| | training words | training tokens | development tokens | test tokens | test windows of 20 words "
+        "also in training |",
         "|---|---|---|---|---|---|",
     ]
     for text in results.texts:
@@ -181,7 +190,9 @@ def _texts_section(results: Results) -> str:
         seen = text["test_windows_in_training"] / max(1, text["test_windows"])
         counts = [words, tokens.get("train", 0), tokens.get("development", 0), tokens.get("test", 0)]
         cells = [f"{count:,}" if count else "–" for count in counts]
-        lines.append(f"| {text['name']}{' (target)' if text['is_target'] else ''} | {' | '.join(cells)} | {seen:.2%} |")
+        lines.append(
+            f"| {text['name']}{' (target)' if text['is_target'] else ''} | {' | '.join(cells)} | {seen:.2%} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -198,7 +209,8 @@ def _trials_section(results: Results) -> str:
         results.trials,
     )
     scales = _tried_section(
-        "## Experts' learning rates\n\nOver the seed's at the same update. Tried on the forest alone; all experts that branch from "
+        "## Experts' learning rates\n\nOver the seed's at the same update. Tried on the forest alone; all "
+        "experts that branch from "
         "a seed were trained by the one in bold.\n",
         "learning_rate_scale",
         {"learning_rate_scale": "scale"},
@@ -208,7 +220,9 @@ def _trials_section(results: Results) -> str:
     return "\n".join(filter(None, [recipes, scales]))
 
 
-def _tried_section(opening: str, tried: str, columns: Mapping[str, str], measured: str, trials: Sequence[Entry]) -> str:
+def _tried_section(
+    opening: str, tried: str, columns: Mapping[str, str], measured: str, trials: Sequence[Entry]
+) -> str:
     """The trials of one thing, with what each column is called and what they were measured by."""
     trials = [trial for trial in trials if tried in trial]
     if not trials:
@@ -217,7 +231,9 @@ def _tried_section(opening: str, tried: str, columns: Mapping[str, str], measure
     for trial in trials:
         cells = [_number(trial[name]) for name in columns]
         found = "diverged" if trial["development"] is None else f"{trial['development']:.2f}"
-        lines.append(f"| {trial['size']} | {' | '.join(cells)} | {f'**{found}**' if trial['chosen'] else found} |")
+        lines.append(
+            f"| {trial['size']} | {' | '.join(cells)} | {f'**{found}**' if trial['chosen'] else found} |"
+        )
     return "\n".join([*lines, *_edges(trials, tried, columns[tried])]) + "\n"
 
 
@@ -226,7 +242,8 @@ def _number(value: float) -> str:
 
 
 def _edges(trials: Sequence[Entry], name: str, words: str) -> Iterator[str]:
-    """A warning for each size whose chosen value has none tried beyond it: of a recipe, the rival may do better there."""
+    """A warning for each size whose chosen value has none tried beyond it: of a
+    recipe, the rival may do better there."""
     for size in dict.fromkeys(trial["size"] for trial in trials):
         values = {trial[name] for trial in select(trials, size=size)}
         chosen = {trial[name] for trial in select(trials, size=size, chosen=True)}
@@ -247,7 +264,12 @@ def _speeds_section(results: Results) -> str:
         "|---|---|---|---|---|---|",
     ]
     for (size, role, blocks, gpus, device), speeds in groups.items():
-        rates = [spread([speed[name] for speed in speeds]).mean for name in ("updates_per_second", "tokens_per_second")]
+        rates = [
+            spread([speed[name] for speed in speeds]).mean
+            for name in ("updates_per_second", "tokens_per_second")
+        ]
         count = f"{gpus:g} {device}" if gpus else "CPU"
-        lines.append(f"| {size} {role} | {len(speeds)} | {blocks} | {count} | {rates[0]:.1f} | {rates[1]:,.0f} |")
+        lines.append(
+            f"| {size} {role} | {len(speeds)} | {blocks} | {count} | {rates[0]:.1f} | {rates[1]:,.0f} |"
+        )
     return "\n".join(lines) + "\n"

@@ -1,4 +1,7 @@
-"""Requests of the driver to the workers: a record per step, of a few kB. Weights, tokens and scores go through the store."""
+"""Requests of the driver to the workers: a record per step, of a few kB.
+
+Weights, tokens and scores go through the store.
+"""
 
 from btm_cluster.requests.models import (
     AverageRequest,

@@ -20,7 +20,8 @@ _TRAINING = {
     "gradient_clip",
     "random_seed",
 }
-"""Fields of a plan's `training` that a model's identity hangs on; `seed_share` is in its first and last update."""
+"""Fields of a plan's `training` that a model's identity hangs on;
+`seed_share` is in its first and last update."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Start:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model from elsewhere: a folder that every node sees or a name on the hub, and the SHA-256 of its configuration and
-    weights."""
+    """A model from elsewhere: a folder that every node sees or a name on the hub, and the SHA-256 of its
+    configuration and weights."""
 
     source: str
     sha256: str
@@ -61,14 +62,15 @@ Role: TypeAlias = Literal["seed", "expert", "transformer-lm", "demix"]
 
 @dataclass(frozen=True)
 class TrainRequest(StepRequest):
-    """Train a model from update `first_update` to `last_update` on blocks of its texts, equally many of each."""
+    """Train a model from update `first_update` to `last_update` on blocks of its
+    texts, equally many of each."""
 
     kind: ClassVar[str] = "model"
     label: str
     role: Role
-    """seed, expert, transformer-lm or demix. Shown, and more: a seed on a Transformer-LM's way is called a seed, names of actors
-    begin with it, and what is stored under it tells a removal which models are baselines. Resources and `restart_data` follow
-    from it in `driver/recipes.py`."""
+    """seed, expert, transformer-lm or demix. Shown, and more: a seed on a Transformer-LM's way is called a
+    seed, names of actors begin with it, and what is stored under it tells a removal which models are
+    baselines. Resources and `restart_data` follow from it in `driver/recipes.py`."""
     model: Mapping[str, Any]
     """The transformers configuration in full."""
     tokenizer: Ref
@@ -85,14 +87,22 @@ class TrainRequest(StepRequest):
     saved_at: int | None = None
     """The update of the training checkpoint whose resources `how` are; None: they are the plan's."""
     milestones: tuple[int, ...] = ()
-    """Updates on the way at which the model is an artifact too, that of the request which ends there: training goes on from
-    the latest one that is there, and commits those that it passes. Seeds and Transformer-LM are one such way."""
+    """Updates on the way at which the model is an artifact too, that of the request which ends there:
+    training goes on from the latest one that is there, and commits those that it passes. Seeds and
+    Transformer-LM are one such way."""
     snapshots: tuple[int, ...] = ()
-    """Updates on the way at which the weights alone are an artifact too, to be compared: no training goes on from them."""
+    """Updates on the way at which the weights alone are an artifact too, to be
+    compared: no training goes on from them."""
     weights_only: bool = False
-    """Whether it is such a snapshot. That is in its name: a seed that ends at the same update has its optimiser."""
+    """Whether it is such a snapshot.
+
+    That is in its name: a seed that ends at the same update has its optimiser.
+    """
     is_demix: bool = False
-    """One feed-forward per text in every layer. What comes out is a model for each of `parts`, and an artifact that names them."""
+    """One feed-forward per text in every layer.
+
+    What comes out is a model for each of `parts`, and an artifact that names them.
+    """
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -110,12 +120,15 @@ class TrainRequest(StepRequest):
             "pretrained": self.pretrained.sha256 if self.pretrained else None,
             "restart_data": self.restart_data,
             "is_demix": self.is_demix,
-            "parts_of_texts": [[text.split, text.first_blocks] for text in self._ordered if text.split != "train"],
+            "parts_of_texts": [
+                [text.split, text.first_blocks] for text in self._ordered if text.split != "train"
+            ],
         }
 
     @property
     def trajectory(self) -> str:
-        """The same for all trainings that differ in how far they go: a seed, and the Transformer-LM that passes it."""
+        """The same for all trainings that differ in how far they go: a seed, and
+        the Transformer-LM that passes it."""
         return identity_of({"recipe": self._trajectory, "inputs": plain_inputs(self.inputs)})
 
     @property
@@ -143,7 +156,12 @@ class TrainRequest(StepRequest):
 
     @property
     def makes(self) -> tuple[Ref, ...]:
-        return (self.ref, *self._passed, *(one.ref for one in self.at_snapshots), *(part.ref for part in self.parts))
+        return (
+            self.ref,
+            *self._passed,
+            *(one.ref for one in self.at_snapshots),
+            *(part.ref for part in self.parts),
+        )
 
     @property
     def _passed(self) -> list[Ref]:
@@ -153,7 +171,9 @@ class TrainRequest(StepRequest):
     @property
     def parts(self) -> tuple["DemixPart", ...]:
         """The models that a DEMix is for each text, in order of `texts`."""
-        return tuple(DemixPart(self.label, self.ref, text.text) for text in self.texts) if self.is_demix else ()
+        return (
+            tuple(DemixPart(self.label, self.ref, text.text) for text in self.texts) if self.is_demix else ()
+        )
 
     def until(self, milestone: int) -> "TrainRequest":
         """The request that ends at a milestone of this one: a seed's, on the Transformer-LM's way."""
@@ -168,7 +188,8 @@ class TrainRequest(StepRequest):
         return [replace(snapshot, last_update=update) for update in sorted(self.snapshots)]
 
     def passing(self, update: int) -> list["TrainRequest"]:
-        """The requests that end at an update on the way of this one: its milestone's and its snapshot's, where it has them."""
+        """The requests that end at an update on the way of this one: its milestone's
+        and its snapshot's, where it has them."""
         milestones = [self.until(update)] if update in self.milestones else []
         return [*milestones, *(one for one in self.at_snapshots if one.last_update == update)]
 
@@ -185,7 +206,8 @@ class TrainRequest(StepRequest):
 
 @dataclass(frozen=True)
 class DemixPart(StepRequest):
-    """The ordinary model that a DEMix is for one of its texts: all that is shared, and that text's feed-forwards."""
+    """The ordinary model that a DEMix is for one of its texts: all that is
+    shared, and that text's feed-forwards."""
 
     kind: ClassVar[str] = "model"
     label: str
@@ -203,7 +225,8 @@ class DemixPart(StepRequest):
 
 @dataclass(frozen=True)
 class FittedWeights:
-    """Weights of an average that an artifact holds in its facts, by model: the fit of a text, or the result of a search."""
+    """Weights of an average that an artifact holds in its facts, by model: the fit
+    of a text, or the result of a search."""
 
     fit: Ref
     name: str
@@ -212,7 +235,10 @@ class FittedWeights:
 
 @dataclass(frozen=True)
 class AverageRequest(StepRequest):
-    """Average models into one. The weights are given, in order of the models, or those of a fit, made or still to be made."""
+    """Average models into one.
+
+    The weights are given, in order of the models, or those of a fit, made or still to be made.
+    """
 
     kind: ClassVar[str] = "model"
     label: str
@@ -256,12 +282,17 @@ class SoupRequest(StepRequest):
     blocks: int
     """How many development blocks are looked at, at most."""
     starts: tuple[FittedWeights, ...]
-    """Averages from which `learned` sets out too, beside the best expert and the uniform one: the prior's, for instance."""
+    """Averages from which `learned` sets out too, beside the best expert and the
+    uniform one: the prior's, for instance."""
     how: Resources
 
     @property
     def recipe(self) -> Mapping[str, Any]:
-        return {"strategy": self.strategy, "blocks": self.blocks, "starts": [start.name for start in self.starts]}
+        return {
+            "strategy": self.strategy,
+            "blocks": self.blocks,
+            "starts": [start.name for start in self.starts],
+        }
 
     @property
     def inputs(self) -> Inputs:

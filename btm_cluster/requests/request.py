@@ -1,7 +1,7 @@
 """The part that all requests share: a recipe, inputs, and the identity that follows from both.
 
-A request is a frozen record of a few kB. Recipe and inputs say what is made; labels and resources say how it is shown and
-made, and are no part of the identity.
+A request is a frozen record of a few kB. Recipe and inputs say what is made; labels and resources say how it
+is shown and made, and are no part of the identity.
 """
 
 from abc import ABC, abstractmethod
@@ -14,7 +14,10 @@ from btm_cluster.identity import Inputs, Ref, identity_by
 
 @dataclass(frozen=True)
 class Resources:
-    """How a step is run. Fixed at a model's first start and kept by its retries, since results depend on it."""
+    """How a step is run.
+
+    Fixed at a model's first start and kept by its retries, since results depend on it.
+    """
 
     workers: int
     gpus_per_worker: float
@@ -52,7 +55,10 @@ class StepRequest(ABC):
 
     @property
     def batch(self) -> object:
-        """Requests of one batch are done by one process, one after the other, where they can start together. None: alone."""
+        """Requests of one batch are done by one process, one after the other, where they can start together.
+
+        None: alone.
+        """
         return None
 
     @property

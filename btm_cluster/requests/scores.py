@@ -40,16 +40,19 @@ class ScoreRequest(StepRequest):
 
 @dataclass(frozen=True)
 class MixingMethod:
-    """A way to mix models: the posterior, how its prior comes about, on how many development blocks, and of how many models."""
+    """A way to mix models: the posterior, how its prior comes about, on how many
+    development blocks, and of how many models."""
 
     posterior: str
-    """One of the plan's posteriors, `none` (the prior alone), or a gate: `fixed-share`, `discounts`, `gate`."""
+    """One of the plan's posteriors, `none` (the prior alone), or a gate:
+    `fixed-share`, `discounts`, `gate`."""
     prior: str
     development_blocks: int | None = None
     """On which it is fitted, where that is not the plan's number."""
     top_k: int | None = None
     is_for_all: bool = False
-    """One setting for all texts, fitted on the domains' development blocks alone; then the prior is uniform."""
+    """One setting for all texts, fitted on the domains' development blocks
+    alone; then the prior is uniform."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,10 @@ class ScoredSplit:
 
 
 FITS = 1
-"""The version of the fits' arithmetic. Raise it where a change must reach the studies that were run before."""
+"""The version of the fits' arithmetic.
+
+Raise it where a change must reach the studies that were run before.
+"""
 
 
 @dataclass(frozen=True)
@@ -98,8 +104,8 @@ class FitForAll(StepRequest):
 class FitText(StepRequest):
     """Fit how several models are mixed for one text, by several methods, on its development text.
 
-    A text without any gets what was fitted for all, and uniform priors. The artifact's facts hold `weights`, by name and model:
-    those of averages that the fitted priors give.
+    A text without any gets what was fitted for all, and uniform priors. The artifact's facts hold `weights`,
+    by name and model: those of averages that the fitted priors give.
     """
 
     kind: ClassVar[str] = "fit"
@@ -109,7 +115,10 @@ class FitText(StepRequest):
     """Scores in the models' order; none where the text has no development text."""
     methods: tuple[MixingMethod, ...]
     for_all: tuple[Ref, ...]
-    """The fits of those methods that are one setting for all. A text's own gate sets out from the one for all."""
+    """The fits of those methods that are one setting for all.
+
+    A text's own gate sets out from the one for all.
+    """
     merging: MergingPlan
 
     @property

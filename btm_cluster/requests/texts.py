@@ -16,7 +16,10 @@ WINDOW_WORDS = 20
 
 @dataclass(frozen=True)
 class ReadText(StepRequest):
-    """Read a source into documents. The artifact names the text, whose identity is that of its documents, as its part."""
+    """Read a source into documents.
+
+    The artifact names the text, whose identity is that of its documents, as its part.
+    """
 
     kind: ClassVar[str] = "source"
     label: str
@@ -44,7 +47,8 @@ class ReadText(StepRequest):
 
 @dataclass(frozen=True)
 class ShuffleTexts(StepRequest):
-    """Deal the training documents of several texts at random into as many texts, and write one of them: a control.
+    """Deal the training documents of several texts at random into as many texts,
+    and write one of them: a control.
 
     The artifact names the text, as that of reading a source does.
     """
@@ -144,4 +148,6 @@ class FindOverlap(StepRequest):
         return {"text": (Ref("text", self.text),), "tests": texts_of(self.tests)}
 
 
-PrepareRequest: TypeAlias = ReadText | ShuffleTexts | TrainTokenizer | ImportTokenizer | Tokenize | FindOverlap
+PrepareRequest: TypeAlias = (
+    ReadText | ShuffleTexts | TrainTokenizer | ImportTokenizer | Tokenize | FindOverlap
+)

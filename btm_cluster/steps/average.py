@@ -48,7 +48,8 @@ def weights_of(request: AverageRequest, ledger: Ledger) -> dict[str, float]:
 
 
 def check_compatible(ledger: Ledger, models: list[Artifact], unrelated: bool = False) -> None:
-    """Refuses models whose average would be noise: their configurations, tokenizers and origin must be the same.
+    """Refuses models whose average would be noise: their configurations,
+    tokenizers and origin must be the same.
 
     With `unrelated`, origins may differ.
     """
@@ -66,7 +67,8 @@ def check_compatible(ledger: Ledger, models: list[Artifact], unrelated: bool = F
                 other,
                 f"a model that goes back to initialisation {other.facts['origin'][:12]}",
                 f"one that goes back to {first.facts['origin'][:12]}",
-                "average only experts that branched from one seed; experts without a common ancestor can be ensembled",
+                "average only experts that branched from one seed; experts without a common ancestor can be "
+                "ensembled",
             )
 
 
@@ -80,7 +82,9 @@ def _are_alike(ledger: Ledger, first: Artifact, other: Artifact) -> bool:
     return configs[0] == configs[1]
 
 
-def _incompatible(first: Artifact, other: Artifact, found: str, expected: str, remedy: str) -> IncompatibleError:
+def _incompatible(
+    first: Artifact, other: Artifact, found: str, expected: str, remedy: str
+) -> IncompatibleError:
     return IncompatibleError(
         f"the models {first.identity[:12]} and {other.identity[:12]} cannot be averaged",
         found=found,

@@ -1,7 +1,7 @@
 """Training checkpoints in the store: read back, and written in the background.
 
-Training stops only for the copy out of the model; hashing and storing overlap with it. A failed intermediate checkpoint
-warns: the next one is due soon. The final one is stored by the caller, and fails loudly.
+Training stops only for the copy out of the model; hashing and storing overlap with it. A failed intermediate
+checkpoint warns: the next one is due soon. The final one is stored by the caller, and fails loudly.
 """
 
 import logging
@@ -27,8 +27,11 @@ from btm_cluster.storage.scratch import scratch_folder
 log = logging.getLogger(__name__)
 
 
-def load_stored(state: TrainingState, update: int, ledger: Ledger, source: Artifact, keep_optimizer: bool) -> None:
-    """Fills `state`, which then stands at `update`, with a stored model's weights, and its optimiser where asked.
+def load_stored(
+    state: TrainingState, update: int, ledger: Ledger, source: Artifact, keep_optimizer: bool
+) -> None:
+    """Fills `state`, which then stands at `update`, with a stored model's
+    weights, and its optimiser where asked.
 
     Raises:
         MissingError: a file is gone, perhaps while it was read.
@@ -73,7 +76,8 @@ class TrainingCheckpoints:
         facts: Mapping[str, Any],
         wait: bool,
     ) -> None:
-        """Copies the state out, by name, and stores it in the background; with `wait`, only returns once it is stored.
+        """Copies the state out, by name, and stores it in the background; with
+        `wait`, only returns once it is stored.
 
         Raises:
             StoreError: only with `wait`; without, a failure is logged and the next save tries again.
@@ -101,10 +105,16 @@ class TrainingCheckpoints:
         try:
             saving.result()
         except (StoreError, OSError) as exc:
-            log.warning("%s: a training checkpoint was not stored, the next one will be tried: %s", self._label, exc)
+            log.warning(
+                "%s: a training checkpoint was not stored, the next one will be tried: %s", self._label, exc
+            )
 
     def _store(
-        self, update: int, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], facts: dict[str, Any]
+        self,
+        update: int,
+        weights: dict[str, torch.Tensor],
+        moments: dict[str, torch.Tensor],
+        facts: dict[str, Any],
     ) -> None:
         started = time.monotonic()
         with scratch_folder() as scratch:

@@ -1,7 +1,9 @@
-"""Fits how models are mixed: one setting for all texts, or several methods for one text. Pure arithmetic on stored scores.
+"""Fits how models are mixed: one setting for all texts, or several methods for one text.
 
-A text's fits see its development blocks in hash order. One setting for all sees the domains' development blocks alone, which
-is what a text without development text gets.
+Pure arithmetic on stored scores.
+
+A text's fits see its development blocks in hash order. One setting for all sees the domains' development
+blocks alone, which is what a text without development text gets.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,20 +37,31 @@ def fit_for_all(request: FitForAll, ledger: Ledger, control: Control) -> Artifac
 
 
 def fit_text(request: FitText, ledger: Ledger, control: Control) -> Artifact:
-    """Fits every method for one text. Facts hold `weights` of averages by model identity, under the names that fit.
+    """Fits every method for one text.
 
-    Named are the priors that methods without a posterior have, and `argmax`: the one model with the largest prior of the paper.
+    Facts hold `weights` of averages by model identity, under the names that fit.
+
+    Named are the priors that methods without a posterior have, and `argmax`: the one model with the largest
+    prior of the paper.
     """
     control.report(Progress(request.label, "fitting"))
     with one_thread_each():
-        for_all = {method: fit for ref in request.for_all for method, fit in open_fits(ledger, ledger.get(ref)).items()}
+        for_all = {
+            method: fit
+            for ref in request.for_all
+            for method, fit in open_fits(ledger, ledger.get(ref)).items()
+        }
         if request.development.scores:
             sample = sample_of(ledger, request.development, request.merging)
             fits = fit_methods(request.methods, sample, request.merging, for_all)
         else:
             fits = _without_text(request.methods, len(request.models), request.merging, for_all)
         identities = [model.identity for model in request.models]
-        facts = {"weights": {name: dict(zip(identities, w, strict=True)) for name, w in average_weights(fits).items()}}
+        facts = {
+            "weights": {
+                name: dict(zip(identities, w, strict=True)) for name, w in average_weights(fits).items()
+            }
+        }
         return _commit(request, list(fits.values()), facts, ledger)
 
 
@@ -75,7 +88,8 @@ def fit_methods(
     merging: MergingPlan,
     for_all: Mapping[MixingMethod, Fitted],
 ) -> dict[MixingMethod, Fitted]:
-    """Each method, fitted on a text's development blocks in hash order; methods that differ in their top k share a fit."""
+    """Each method, fitted on a text's development blocks in hash order; methods
+    that differ in their top k share a fit."""
     own = dict.fromkeys(replace(method, top_k=None) for method in methods if not method.is_for_all)
     fitted = {method: _fit(method, sample, merging, for_all) for method in own}
 
@@ -93,7 +107,8 @@ def for_all_of(posterior: str) -> MixingMethod:
 
 
 def average_weights(fits: Mapping[MixingMethod, Fitted]) -> dict[str, list[float]]:
-    """Weights of averages by name: those of every prior that a method has by itself, and the paper's argmax."""
+    """Weights of averages by name: those of every prior that a method has
+    by itself, and the paper's argmax."""
     priors = {
         method.prior: fit.log_prior_E.exp()
         for method, fit in fits.items()
@@ -115,13 +130,16 @@ def _fit(
     if method.posterior == GATE:
         start = cast(LearnedGate, for_all[for_all_of(GATE)])
         return tune_gate(TextScores(logp_EBT, sample.entropy_EBT[:, :blocks], mask_BT), start)
-    return fit_mixing(cast(PosteriorName, method.posterior), cast(PriorKind, method.prior), logp_EBT, mask_BT, merging)
+    return fit_mixing(
+        cast(PosteriorName, method.posterior), cast(PriorKind, method.prior), logp_EBT, mask_BT, merging
+    )
 
 
 def _without_text(
     methods: Sequence[MixingMethod], models: int, merging: MergingPlan, for_all: Mapping[MixingMethod, Fitted]
 ) -> dict[MixingMethod, Fitted]:
-    """Each method for a text of which nothing is known: one setting for all where there is one, and a uniform prior."""
+    """Each method for a text of which nothing is known: one setting for all
+    where there is one, and a uniform prior."""
     nothing_EBT = torch.zeros(models, 0, 1, dtype=torch.float64)
     mask_BT = torch.zeros(0, 1, dtype=torch.bool)
 

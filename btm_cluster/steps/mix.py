@@ -13,12 +13,15 @@ from btm_cluster.storage.scratch import scratch_folder
 
 
 def mix(request: MixText, ledger: Ledger, control: Control) -> Artifact:
-    """Writes `sums.npy`, float64 [methods, D]: summed log-probability by document, for each method of the fit in order."""
+    """Writes `sums.npy`, float64 [methods, D]: summed log-probability by document, for
+    each method of the fit in order."""
     control.report(Progress(request.label, "mixing"))
     with one_thread_each(), scratch_folder() as scratch:
         fits, stack = open_fits(ledger, ledger.get(request.fit)), ScoreStack.of(ledger, request.scored)
         sums = [
-            stack.mixture_sums(fit.log_prior_E, fit.posterior) if isinstance(fit, Mixing) else stack.gated_sums(fit)
+            stack.mixture_sums(fit.log_prior_E, fit.posterior)
+            if isinstance(fit, Mixing)
+            else stack.gated_sums(fit)
             for fit in fits.values()
         ]
         np.save(scratch / SUMS, torch.stack(sums).numpy())

@@ -13,7 +13,8 @@ from btm_cluster.storage.scratch import scratch_folder
 
 
 def find_overlap(request: FindOverlap, ledger: Ledger, control: Control) -> Artifact:
-    """Marks, for each test text, the documents and windows that also stand in the training text: bool arrays."""
+    """Marks, for each test text, the documents and windows that also stand in
+    the training text: bool arrays."""
     control.report(Progress(request.label, "comparing"))
     tests = {text: TestText(documents_of(ledger, text, "test")) for text in request.tests}
     mark_seen(list(tests.values()), documents_of(ledger, request.text, "train"))

@@ -1,4 +1,7 @@
-"""Reads sources into texts, and deals texts into random parts. Either ends in an artifact that names the text as its part."""
+"""Reads sources into texts, and deals texts into random parts.
+
+Either ends in an artifact that names the text as its part.
+"""
 
 from pathlib import Path
 
@@ -41,9 +44,11 @@ def _commit_text(request: ReadText | ShuffleTexts, text: Text, ledger: Ledger) -
     (named,) = read.parts
     if named != ref:
         raise IntegrityError(
-            f"the text {named.identity[:12]} of {request.label!r} was lost, and reading its source again gives another",
+            f"the text {named.identity[:12]} of {request.label!r} was lost, and reading its source again "
+            "gives another",
             found=f"text {ref.identity[:12]}",
             expected=artifact_key(named),
-            remedy=f"restore that from a backup, or delete {artifact_key(request.ref)} to go on with the other text",
+            remedy=f"restore that from a backup, or delete {artifact_key(request.ref)} to go on with the "
+            "other text",
         )
     return read

@@ -29,7 +29,8 @@ from btm_cluster.requests.progress import Control
 
 @dataclass(frozen=True)
 class Step:
-    """A step function by module and name, imported where it runs: a process that only reads texts has no use for torch."""
+    """A step function by module and name, imported where it runs: a process that
+    only reads texts has no use for torch."""
 
     module: str
     function: str
@@ -70,13 +71,16 @@ def function_of(kind: type[StepRequest]) -> Callable[..., Any]:
     """The function that does what requests of a kind ask for."""
     step = STEPS[kind]
     with quick_imports():
-        function: Callable[..., Any] = getattr(import_module(f"btm_cluster.steps.{step.module}"), step.function)
+        function: Callable[..., Any] = getattr(
+            import_module(f"btm_cluster.steps.{step.module}"), step.function
+        )
     return function
 
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Pauses Python's garbage collector, with which importing torch and transformers takes a quarter longer."""
+    """Pauses Python's garbage collector, with which importing torch and
+    transformers takes a quarter longer."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

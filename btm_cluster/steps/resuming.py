@@ -1,4 +1,5 @@
-"""Where a training goes on from, its state loaded from there, and the numerics profiles that it has run under so far.
+"""Where a training goes on from, its state loaded from there, and the numerics
+profiles that it has run under so far.
 
 A profile is kept as spans of updates, since results depend on it: one span is written as the profile alone.
 """
@@ -25,7 +26,10 @@ SPAN = ("first_update", "last_update")
 
 @dataclass(frozen=True)
 class Source:
-    """The state to load before the first update, and the update to go on from. Without one, weights are drawn."""
+    """The state to load before the first update, and the update to go on from.
+
+    Without one, weights are drawn.
+    """
 
     update: int
     stored: Artifact | None = None
@@ -37,16 +41,19 @@ class Source:
 
 
 class AlreadyTrained(Exception):
-    """Another driver has committed the model since it was looked for, and its training checkpoints are gone."""
+    """Another driver has committed the model since it was looked for, and its
+    training checkpoints are gone."""
 
 
 def restore(
     request: TrainRequest, spec: TrainingSpec, ledger: Ledger, group: ProcessGroup
 ) -> tuple[TrainingState, Source, set[str]]:
-    """The state to go on from: the last training checkpoint that can be read, the last milestone, or the start.
+    """The state to go on from: the last training checkpoint that can be read,
+    the last milestone, or the start.
 
-    All ranks of a group load the same, or all pass it over. A checkpoint may be dropped by another driver while it is
-    read here: then there is a newer one, or the model. Returns, too, the manifest hashes of checkpoints passed over.
+    All ranks of a group load the same, or all pass it over. A checkpoint may be dropped by another driver
+    while it is read here: then there is a newer one, or the model. Returns, too, the manifest hashes of
+    checkpoints passed over.
 
     Raises:
         AlreadyTrained: there is nothing left to train.
@@ -81,8 +88,8 @@ def _agree_on_source(
 
 
 def _loads(state: TrainingState, source: Source, ledger: Ledger, label: str) -> bool:
-    """Fills `state` from its source; False where that is a training checkpoint which cannot be read: it was made here, and
-    can be made again."""
+    """Fills `state` from its source; False where that is a training checkpoint which cannot be read: it was
+    made here, and can be made again."""
     if source.stored is None:
         return True
     try:
@@ -97,7 +104,9 @@ def _loads(state: TrainingState, source: Source, ledger: Ledger, label: str) -> 
 
 
 def find_source(request: TrainRequest, ledger: Ledger, passed_over: Collection[str] = ()) -> Source:
-    """The last training checkpoint or milestone, or else the start. `passed_over` are manifest hashes of checkpoints.
+    """The last training checkpoint or milestone, or else the start.
+
+    `passed_over` are manifest hashes of checkpoints.
 
     Raises:
         AlreadyTrained: there is nothing left to train.
@@ -123,7 +132,8 @@ def profile_of(how: Resources) -> dict[str, Any]:
 
 
 def profiles(earlier: Sequence[Mapping[str, Any]], update: int, how: Resources, last: int) -> dict[str, Any]:
-    """For an artifact's facts: the profile of all updates until `last`, or a list of spans where there were several.
+    """For an artifact's facts: the profile of all updates until `last`, or a list
+    of spans where there were several.
 
     `earlier` are the spans until `update`, from which on `how` was in force.
     """
@@ -141,7 +151,8 @@ def earlier_spans(source: Source, first_update: int) -> list[dict[str, Any]]:
     if source.stored is None or source.update == first_update:
         return []
     facts = source.stored.facts
-    profile = facts.get("profile") or profile_of(Resources(**facts["how"]))  # checkpoints of before kept no profile
+    # Checkpoints of before kept no profile.
+    profile = facts.get("profile") or profile_of(Resources(**facts["how"]))
     if isinstance(profile, list):
         return [dict(span) for span in profile]
     return [{"first_update": first_update, "last_update": source.update, **profile}]

@@ -1,4 +1,7 @@
-"""Scores token blocks under a model: a log-probability and an entropy per token. One model, loaded once, many texts."""
+"""Scores token blocks under a model: a log-probability and an entropy per token.
+
+One model, loaded once, many texts.
+"""
 
 from collections.abc import Iterator, Sequence
 

@@ -1,4 +1,7 @@
-"""Searches for the weights by which an average of models does best on development blocks. One process, one search."""
+"""Searches for the weights by which an average of models does best on development blocks.
+
+One process, one search.
+"""
 
 from btm_cluster.errors import TextError
 from btm_cluster.language_model.model import load_model
@@ -11,7 +14,8 @@ from btm_cluster.steps.stored import first_token_of, open_config
 
 
 def search(request: SoupRequest, ledger: Ledger, control: Control) -> Artifact:
-    """Searches, and commits the result: facts hold `weights` by strategy and model identity, and `loss` in nats per token.
+    """Searches, and commits the result: facts hold `weights` by strategy and model
+    identity, and `loss` in nats per token.
 
     Raises:
         IncompatibleError: models that cannot be averaged; before a weight is read.
@@ -29,7 +33,9 @@ def search(request: SoupRequest, ledger: Ledger, control: Control) -> Artifact:
         request.blocks,
     )
     if not len(reading):
-        raise TextError(f"{request.label}: there is no development text", remedy="give the text a development split")
+        raise TextError(
+            f"{request.label}: there is no development text", remedy="give the text a development split"
+        )
     config, first_token = open_config(ledger, models[0]), first_token_of(ledger, request.tokens)
     files = [ledger.open_file(model, "model.safetensors") for model in models]
     soup = Soup(load_model(config, files[0]), files, first_token, request.how)

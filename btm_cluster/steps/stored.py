@@ -1,4 +1,5 @@
-"""Stored artifacts as the values that steps work with: documents, tokenizers, token blocks, configurations."""
+"""Stored artifacts as the values that steps work with: documents,
+tokenizers, token blocks, configurations."""
 
 import json
 from collections.abc import Iterator, Sequence

@@ -12,7 +12,8 @@ from btm_cluster.storage.scratch import scratch_folder
 
 
 def tokenize(request: Tokenize, ledger: Ledger, control: Control) -> Artifact:
-    """Packs the shard's documents into blocks; held-out text keeps its last, partly filled block and each token's document."""
+    """Packs the shard's documents into blocks; held-out text keeps its last, partly
+    filled block and each token's document."""
     control.report(Progress(request.label, "tokenising"))
     text = ledger.get(Ref("text", request.text))
     tokenizer = open_tokenizer(ledger, request.tokenizer)

@@ -17,7 +17,9 @@ def train_tokenizer(request: TrainTokenizer, ledger: Ledger, control: Control) -
     control.report(Progress(request.label, "training the tokenizer"))
     limit = request.settings.characters_per_domain
     documents = (
-        document for text in request.texts for document in take_characters(documents_of(ledger, text, "train"), limit)
+        document
+        for text in request.texts
+        for document in take_characters(documents_of(ledger, text, "train"), limit)
     )
     with scratch_folder() as folder:
         train_on(documents, request.settings.vocabulary, folder)
@@ -35,7 +37,10 @@ def import_tokenizer(request: ImportTokenizer, ledger: Ledger, control: Control)
 
 
 def _commit(
-    request: TrainTokenizer | ImportTokenizer, ledger: Ledger, files: Mapping[str, Path], tokenizer: TextTokenizer
+    request: TrainTokenizer | ImportTokenizer,
+    ledger: Ledger,
+    files: Mapping[str, Path],
+    tokenizer: TextTokenizer,
 ) -> Artifact:
     facts = {"vocabulary": tokenizer.vocabulary, "first_token": tokenizer.first_token}
     return ledger.commit(request, files, facts)

@@ -48,7 +48,10 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
         tokens = open_tokenizer(ledger, request.tokenizer)
 
         def commit(
-            made: TrainRequest | DemixPart, files: dict[str, Path], facts: Mapping[str, Any], note: Mapping[str, Any]
+            made: TrainRequest | DemixPart,
+            files: dict[str, Path],
+            facts: Mapping[str, Any],
+            note: Mapping[str, Any],
         ) -> Artifact:
             files["config.json"] = write_config(request.model, tokens, folder)
             files |= {name: ledger.open_file(tokenizer, name) for name in TOKENIZER_FILES}
@@ -69,7 +72,9 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
         else:
             texts = [open_blocks(ledger, text) for text in request.texts]
             try:
-                trained = _train_within_memory(request, ledger, control, texts, tokens.first_token, commit_trained)
+                trained = _train_within_memory(
+                    request, ledger, control, texts, tokens.first_token, commit_trained
+                )
             except AlreadyTrained:
                 return ledger.get(request.ref)
             if not _is_first_rank():
@@ -88,35 +93,46 @@ def _fill_in_snapshots(request: TrainRequest, ledger: Ledger, control: Control) 
         last = missing[-1]
         seeds = tuple(update for update in request.milestones if update <= last.last_update)
         train(
-            replace(last, milestones=seeds, snapshots=tuple(one.last_update for one in missing[:-1])), ledger, control
+            replace(last, milestones=seeds, snapshots=tuple(one.last_update for one in missing[:-1])),
+            ledger,
+            control,
         )
 
 
 Commit: TypeAlias = Callable[[DemixPart, dict[str, Path], Mapping[str, Any], Mapping[str, Any]], Artifact]
 
 
-def _commit_demix(request: TrainRequest, trained: Trained, ledger: Ledger, commit: Commit, file: Path) -> Artifact:
+def _commit_demix(
+    request: TrainRequest, trained: Trained, ledger: Ledger, commit: Commit, file: Path
+) -> Artifact:
     """Commits a DEMix as the ordinary models that it is for each domain, and then, by name, as a whole.
 
-    All are cut from the state that training stored at its end: it has every domain, which a rank of a group has not.
+    All are cut from the state that training stored at its end: it has every domain, which a rank of a group
+    has not.
     """
     try:
         weights = load_file(_last_state(request, ledger))
     except (MissingError, FileNotFoundError):
-        if (done := ledger.find(request.ref)) is not None:  # by another driver, which cleared what this one had stored
+        # By another driver, which cleared what this one had stored.
+        if (done := ledger.find(request.ref)) is not None:
             return done
         raise
     for domain, part in enumerate(request.parts):
         save_weights(dense_part(weights, domain), file)
         commit(part, {MODEL_FILE: file}, {"role": "demix-part"}, {})
     total, non_embedding = count_demix_parameters(request.model, len(request.parts))
-    facts = {"parameters": total, "non_embedding_parameters": non_embedding, "origin": _origin(request, ledger)}
+    facts = {
+        "parameters": total,
+        "non_embedding_parameters": non_embedding,
+        "origin": _origin(request, ledger),
+    }
     parts = [part.ref for part in request.parts]
     return ledger.commit(request, {}, {**trained.facts, **facts}, trained.note, parts)
 
 
 def _origin(made: TrainRequest | DemixPart, ledger: Ledger) -> str:
-    """The initialisation that a model goes back to, over all starts: only models of one origin can be averaged."""
+    """The initialisation that a model goes back to, over all starts: only
+    models of one origin can be averaged."""
     if isinstance(made, DemixPart):
         return made.ref.identity
     return made.trajectory if made.start is None else str(ledger.get(made.start.model).facts["origin"])
@@ -125,7 +141,9 @@ def _origin(made: TrainRequest | DemixPart, ledger: Ledger) -> str:
 def _last_state(request: TrainRequest, ledger: Ledger) -> Path:
     last = ledger.latest_training(request.ref.identity)
     if last is None or last.recipe["update"] != request.last_update:
-        raise MissingError(f"{request.label}: the state of its last update is not in the store", remedy="run it again")
+        raise MissingError(
+            f"{request.label}: the state of its last update is not in the store", remedy="run it again"
+        )
     return ledger.open_file(last, MODEL_FILE)
 
 
@@ -137,7 +155,8 @@ def _train_within_memory(
     first_token: int,
     at_milestone: AtMilestone,
 ) -> Trained:
-    """Trains; where memory runs out, once more from the last checkpoint, since a neighbour on the GPU may have taken it.
+    """Trains; where memory runs out, once more from the last checkpoint, since a
+    neighbour on the GPU may have taken it.
 
     Raises:
         TrainingError: out of memory again, or in a group, whose other ranks wait for this one.
@@ -169,7 +188,8 @@ def _out_of_memory(request: TrainRequest, exc: BaseException) -> TrainingError:
     return TrainingError(
         f"{request.label}: out of memory",
         found=(str(exc) or type(exc).__name__).splitlines()[0],
-        remedy="lower cluster.micro_batch_blocks, or give it more of a GPU; the last training checkpoint is kept",
+        remedy="lower cluster.micro_batch_blocks, or give it more of a GPU; the last training checkpoint is "
+        "kept",
     )
 
 

@@ -110,9 +110,7 @@ def _calmer_recipe(role: Role) -> str:
     """Advice against divergence; once a seed stands, nothing that it was trained by."""
     if role == "expert":
         return "lower `branching.learning_rate_scale`"
-    return (
-        "lower `training.learning_rate` or `training.gradient_clip`, where a forest stands already in another `store`"
-    )
+    return "lower `training.learning_rate` or `training.gradient_clip`, where a forest stands already in another `store`"
 
 
 class TrainingRun:
@@ -169,7 +167,9 @@ class TrainingRun:
         stored = (self._checkpoints.stall_seconds, self._checkpoints.upload_seconds)
         device = device_name(self._spec.compute.device)
         mfu = utilisation(state.model, request.how, request.training.block_tokens, rate, device)
-        self._control.report(Progress(request.label, "training", *span, report.loss, rate, seconds_left, *stored, mfu))
+        self._control.report(
+            Progress(request.label, "training", *span, report.loss, rate, seconds_left, *stored, mfu)
+        )
 
     def trained(self, role: Role, state: TrainingState) -> Trained:
         """The training as it stands, for an artifact of `role`."""

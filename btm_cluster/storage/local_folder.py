@@ -1,8 +1,9 @@
 """A store in a local folder.
 
-Objects appear whole or not at all: a temporary file beside the target, flushed to disk, then linked (create) or renamed
-(upload) into place. Both are atomic on a POSIX file system, and a link to an existing name fails, which decides races.
-A folder of the store's own, such as `blobs`, may be a link to another disk. No other link is followed by listing or deleting.
+Objects appear whole or not at all: a temporary file beside the target, flushed to disk, then linked (create)
+or renamed (upload) into place. Both are atomic on a POSIX file system, and a link to an existing name fails,
+which decides races. A folder of the store's own, such as `blobs`, may be a link to another disk. No other
+link is followed by listing or deleting.
 """
 
 import errno
@@ -24,7 +25,9 @@ JOBS_COPY = "/runtime_resources/working_dir_files/"
 """Part of every path in what Ray unpacks of a job's working directory."""
 _TEMPORARY = ".writing-"
 _UNFINISHED = re.compile(rf"{re.escape(_TEMPORARY)}[0-9a-f]{{32}}")
-_IN_THE_WAY = "move it out of the store, and restore what belongs there from a backup or by running the plan again"
+_IN_THE_WAY = (
+    "move it out of the store, and restore what belongs there from a backup or by running the plan again"
+)
 _REMEDIES = {errno.ENOSPC: "free some disk space", errno.EISDIR: _IN_THE_WAY, errno.ELOOP: _IN_THE_WAY}
 _NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 Result = TypeVar("Result")
@@ -57,7 +60,8 @@ class LocalFolder:
         if JOBS_COPY in self.location:
             raise UserError(
                 f"what is written to {self.location} would be lost",
-                found="a folder in this Ray job's own copy of its working directory, which goes when the job ends",
+                found="a folder in this Ray job's own copy of its working directory, which goes when the job "
+                "ends",
                 expected="a bucket, or the absolute path of a folder that all nodes share",
                 remedy="choose another place",
             )
@@ -126,7 +130,9 @@ class LocalFolder:
 
     def unfinished(self, prefix: str) -> Iterator[Entry]:
         check_prefix("list", prefix)
-        yield from (entry for entry in self._entries(prefix) if _UNFINISHED.fullmatch(entry.key.rpartition("/")[2]))
+        yield from (
+            entry for entry in self._entries(prefix) if _UNFINISHED.fullmatch(entry.key.rpartition("/")[2])
+        )
 
     def discard(self, key: str) -> None:
         self.delete(key)
@@ -137,7 +143,11 @@ class LocalFolder:
         outcome = FAILED
         try:
             paths = () if self._is_behind_link(start / "any name") else _files_and_links(start)
-            found = {key: path for path in paths if (key := path.relative_to(self._root).as_posix()).startswith(prefix)}
+            found = {
+                key: path
+                for path in paths
+                if (key := path.relative_to(self._root).as_posix()).startswith(prefix)
+            }
             entries = [_entry(key, found[key]) for key in sorted(found)]
             outcome = DONE
         except OSError as exc:
@@ -176,7 +186,10 @@ class LocalFolder:
             shutil.rmtree(folder)
 
     def _is_behind_link(self, path: Path) -> bool:
-        """Whether a folder above it is a link. Those right below the root may be: they can lie on other disks."""
+        """Whether a folder above it is a link.
+
+        Those right below the root may be: they can lie on other disks.
+        """
         above = list(path.relative_to(self._root).parents)[:-2]
         return any((self._root / folder).is_symlink() for folder in above)
 
@@ -201,7 +214,10 @@ class LocalFolder:
 
 
 def walk(start: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """`os.walk`, but what cannot be read raises its OSError instead of counting as empty. What is no folder is empty."""
+    """`os.walk`, but what cannot be read raises its OSError instead of counting as empty.
+
+    What is no folder is empty.
+    """
 
     def refuse(exc: OSError) -> None:
         if exc.errno not in _NOTHING_THERE:
@@ -217,7 +233,10 @@ def _files_and_links(start: Path) -> Iterator[Path]:
 
 
 def _entry(key: str, path: Path) -> Entry | None:
-    """None for what was deleted while we listed. A link is listed as it is: whoever reads it hears where it does not lead."""
+    """None for what was deleted while we listed.
+
+    A link is listed as it is: whoever reads it hears where it does not lead.
+    """
     try:
         found = path.lstat()
     except FileNotFoundError:
@@ -226,7 +245,8 @@ def _entry(key: str, path: Path) -> Entry | None:
 
 
 def _again_if_discarded(write: Callable[[Path], Result], target: Path) -> Result:
-    """Writes anew where the temporary file, or its folder, was discarded meanwhile as what a killed process had left."""
+    """Writes anew where the temporary file, or its folder, was discarded
+    meanwhile as what a killed process had left."""
     for _ in range(2):
         try:
             return write(target)
@@ -236,7 +256,10 @@ def _again_if_discarded(write: Callable[[Path], Result], target: Path) -> Result
 
 
 def _open(path: Path) -> BinaryIO:
-    """Opens a file. A pipe would wait for a writer, and a device might never end: both are refused, as a folder is."""
+    """Opens a file.
+
+    A pipe would wait for a writer, and a device might never end: both are refused, as a folder is.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         _check_file(path, os.fstat(descriptor))
@@ -248,7 +271,9 @@ def _open(path: Path) -> BinaryIO:
 
 def _check_file(path: Path, found: os.stat_result) -> os.stat_result:
     if not stat.S_ISREG(found.st_mode):
-        raise IsADirectoryError(errno.EISDIR, "a folder, pipe or device, where an object should be", str(path))
+        raise IsADirectoryError(
+            errno.EISDIR, "a folder, pipe or device, where an object should be", str(path)
+        )
     return found
 
 

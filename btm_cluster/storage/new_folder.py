@@ -1,4 +1,5 @@
-"""Folders that a command writes on this machine: whether that can be, tried before anything is spent, and how it is done."""
+"""Folders that a command writes on this machine: whether that can be, tried
+before anything is spent, and how it is done."""
 
 import os
 import tempfile
@@ -21,7 +22,9 @@ def check_new_folder(to: Path) -> None:
 
 
 def check_folder(to: Path) -> None:
-    """Refuses a place where a folder can neither be made nor, if it is there, be written to. Leaves nothing behind.
+    """Refuses a place where a folder can neither be made nor, if it is there, be written to.
+
+    Leaves nothing behind.
 
     Raises:
         UserError: saying why.

@@ -1,13 +1,16 @@
-"""Files fetched from object storage, kept on this node: fetched once for all processes, bounded, oldest out first.
+"""Files fetched from object storage, kept on this node: fetched once for all
+processes, bounded, oldest out first.
 
-A file is named by its content's hash where its key is, so it never goes stale; whoever opens one checks it. Each node says
-where and how much: BTM_CACHE_FOLDER (default: a folder of this user below the temporary one) and BTM_CACHE_GIGABYTES (50).
+A file is named by its content's hash where its key is, so it never goes stale; whoever opens one checks it.
+Each node says where and how much: BTM_CACHE_FOLDER (default: a folder of this user below the temporary one)
+and BTM_CACHE_GIGABYTES (50).
 
 Others may write to the temporary folder too, so the cache is this user's alone and no link in it is followed.
 
-The folder is looked through only when a running count of its bytes passes the limit, and once a day. The count is raised
-before a file appears, so it is rather too high (a file fetched twice or deleted by hand), which costs a look at most; only what
-a process leaves behind that is killed while it fetches has to wait for the day's look.
+The folder is looked through only when a running count of its bytes passes the limit, and once a day. The
+count is raised before a file appears, so it is rather too high (a file fetched twice or deleted by hand),
+which costs a look at most; only what a process leaves behind that is killed while it fetches has to wait for
+the day's look.
 """
 
 import errno
@@ -40,14 +43,20 @@ COUNT_POLL_SECONDS = 0.001
 _UNKNOWN_BYTES = 10**18
 """Counted while nobody has looked: more than any limit."""
 _COUNT = re.compile(rb"(\d{20}) (\d{12})\n")
-"""Bytes, and when the folder was last looked through, in seconds since 1970. Of one length, so that it is written in place."""
+"""Bytes, and when the folder was last looked through, in seconds since 1970.
+
+Of one length, so that it is written in place.
+"""
 
 
 class NodeCache:
     """A bounded folder of files by name, shared by the processes of a node and one user."""
 
     def __init__(self, folder: Path, limit_bytes: int, was_named: bool = False) -> None:
-        """`was_named`: the user said which folder. It may then be a link, or a volume of root's that many may write to."""
+        """`was_named`: the user said which folder.
+
+        It may then be a link, or a volume of root's that many may write to.
+        """
         self.folder, self.limit_bytes, self._was_named = folder, limit_bytes, was_named
 
     def check(self) -> None:
@@ -61,7 +70,8 @@ class NodeCache:
             _check_private(self.folder / below)
 
     def folder_for_code(self) -> Path:
-        """Where torch.compile may keep what it compiles: its own default, below the temporary folder, others may prepare.
+        """Where torch.compile may keep what it compiles: its own default, below the
+        temporary folder, others may prepare.
 
         Raises:
             UserError: they have.
@@ -82,7 +92,9 @@ class NodeCache:
         return folder
 
     def get(self, name: str, fetch: Callable[[Path], None], anew: bool = False) -> Path:
-        """The file called `name`, from here or by `fetch`, which writes to the path it is given. Others wait for it.
+        """The file called `name`, from here or by `fetch`, which writes to the path it is given.
+
+        Others wait for it.
 
         Raises:
             StoreError: the disk is full even without what can be evicted, or cannot be written.
@@ -94,7 +106,8 @@ class NodeCache:
                 return path
             for below in ("files", "locks"):
                 self._make(below)
-            # One of 256 locks: a lock's file cannot be deleted safely, so there must not be one for each name.
+            # One of 256 locks: a lock's file cannot be deleted safely, so there must not be one for each
+            # name.
             with FileLock(self.folder / "locks" / name[-2:]):
                 if anew:
                     path.unlink(missing_ok=True)
@@ -142,7 +155,8 @@ class NodeCache:
         return self._count(unfinished.stat().st_size)
 
     def _count(self, added: int, looked: float | None = None) -> tuple[int, float]:
-        """Adds to the count of bytes, sets when the folder was last looked through if given, and returns both."""
+        """Adds to the count of bytes, sets when the folder was last looked
+        through if given, and returns both."""
         path = self.folder / "count"
         lock = FileLock(self.folder / "locks" / "count", poll_interval=COUNT_POLL_SECONDS)
         with lock, open(path, "r+b", 0, opener=_open_own) as file:
@@ -156,7 +170,8 @@ class NodeCache:
         return counted, last_look
 
     def _evict(self, limit_bytes: int) -> None:
-        """Removes the files that were used longest ago until the rest fit and some room is free, but none that is in use."""
+        """Removes the files that were used longest ago until the rest fit and some
+        room is free, but none that is in use."""
         try:
             with FileLock(self.folder / "locks" / "eviction", timeout=0):
                 before, _ = self._count(0)
@@ -202,7 +217,9 @@ def node_cache() -> NodeCache:
     except ValueError:
         gigabytes = 0.0
     if not 0 < gigabytes < float("inf"):
-        raise UserError("BTM_CACHE_GIGABYTES is no size", found=given, expected="a positive number, such as 50")
+        raise UserError(
+            "BTM_CACHE_GIGABYTES is no size", found=given, expected="a positive number, such as 50"
+        )
     return NodeCache(Path(folder), int(gigabytes * 1e9), was_named=bool(named))
 
 
@@ -218,7 +235,8 @@ def _use(path: Path) -> bool:
 
 
 def _open_own(path: str, flags: int) -> int:
-    """Opens a file of ours for reading and writing, and makes it where it is not there; never what a link leads to."""
+    """Opens a file of ours for reading and writing, and makes it where it is not
+    there; never what a link leads to."""
     descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or found.st_uid != os.geteuid():
@@ -228,7 +246,10 @@ def _open_own(path: str, flags: int) -> int:
 
 
 def _check_private(folder: Path, was_named: bool = False) -> None:
-    """Refuses a folder that is a link, another user's, or that others may write to. One that is not there is well."""
+    """Refuses a folder that is a link, another user's, or that others may write to.
+
+    One that is not there is well.
+    """
     try:
         found = folder.stat() if was_named else folder.lstat()
     except (FileNotFoundError, NotADirectoryError):

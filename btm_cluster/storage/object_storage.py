@@ -2,9 +2,10 @@
 
     s3://bucket/prefix?owner=123456789012&encryption=aws:kms&kms_key=KEY&storage_class=STANDARD_IA
 
-Endpoint, region and credentials come by the standard chain (AWS_ENDPOINT_URL_S3, AWS_REGION, profiles, roles): nothing of
-ours, and no secret in a plan. Races are decided by `If-None-Match: *` alone, the one condition that every service keeps.
-Integrity is the ledger's, by hashes of its own, so that a service's checksum headers are used only where it demands them.
+Endpoint, region and credentials come by the standard chain (AWS_ENDPOINT_URL_S3, AWS_REGION, profiles,
+roles): nothing of ours, and no secret in a plan. Races are decided by `If-None-Match: *` alone, the one
+condition that every service keeps. Integrity is the ledger's, by hashes of its own, so that a service's
+checksum headers are used only where it demands them.
 """
 
 import hashlib
@@ -40,11 +41,11 @@ ANSWER_SECONDS = 60.0
 """How long a service that has taken a request may be silent."""
 PART_BYTES = 8 * 2**20
 THREADS = 8
-"""Parts under way at once: with PART_BYTES, at most 64 MiB of memory for each file under way. s3transfer streams them, so
-that four files at once were measured at 129 MiB, imports and all."""
+"""Parts under way at once: with PART_BYTES, at most 64 MiB of memory for each file under way. s3transfer
+streams them, so that four files at once were measured at 129 MiB, imports and all."""
 IN_PARTS_FROM_BYTES = 2 * PART_BYTES
-"""Smaller files go in one request without s3transfer, whose threads for each file took a third of the CPU time of a download
-of 1 MiB, and a fifth of an upload's."""
+"""Smaller files go in one request without s3transfer, whose threads for each file took a third of the CPU
+time of a download of 1 MiB, and a fifth of an upload's."""
 _UPLOAD = "?uploadId="
 """Between the key and the id of an upload in parts, as in the address of one."""
 _CONTENT_NAME = re.compile(r"[0-9a-f]{64}")
@@ -60,7 +61,11 @@ class ObjectStorage:
         self._bucket, self._prefix, options = parse_location(location)
         self._patience_seconds = patience_seconds
         self._always = {"ExpectedBucketOwner": options["owner"]} if "owner" in options else {}
-        names = {"encryption": "ServerSideEncryption", "kms_key": "SSEKMSKeyId", "storage_class": "StorageClass"}
+        names = {
+            "encryption": "ServerSideEncryption",
+            "kms_key": "SSEKMSKeyId",
+            "storage_class": "StorageClass",
+        }
         self._written = self._always | {names[name]: options[name] for name in names if name in options}
         self._cache = node_cache()
 
@@ -103,7 +108,9 @@ class ObjectStorage:
 
         def put() -> None:
             if path.stat().st_size >= IN_PARTS_FROM_BYTES:
-                self._client.upload_file(str(path), **self._at(key), ExtraArgs=dict(self._written), Config=_transfers())
+                self._client.upload_file(
+                    str(path), **self._at(key), ExtraArgs=dict(self._written), Config=_transfers()
+                )
                 return
             with open(path, "rb") as file:
                 self._client.put_object(**self._at(key), **self._written, Body=file)
@@ -118,12 +125,16 @@ class ObjectStorage:
         if size == 0:
             return b""
         ranged = (
-            {} if (start, size) == (0, None) else {"Range": f"bytes={start}-{'' if size is None else start + size - 1}"}
+            {}
+            if (start, size) == (0, None)
+            else {"Range": f"bytes={start}-{'' if size is None else start + size - 1}"}
         )
 
         def get() -> bytes:
             try:
-                return bytes(self._client.get_object(**self._at(key), **self._always, **ranged)["Body"].read())
+                return bytes(
+                    self._client.get_object(**self._at(key), **self._always, **ranged)["Body"].read()
+                )
             except failures.ClientError as exc:
                 if code_of(exc) == "InvalidRange":  # it starts at or behind the end
                     return b""
@@ -162,7 +173,9 @@ class ObjectStorage:
 
     def discard(self, key: str) -> None:
         name, _, upload = key.rpartition(_UPLOAD)
-        abort = partial(self._client.abort_multipart_upload, **self._at(name), **self._always, UploadId=upload)
+        abort = partial(
+            self._client.abort_multipart_upload, **self._at(name), **self._always, UploadId=upload
+        )
         self._attempt_unless_gone("delete", name, abort)
 
     def _uploaded(self, key: str, upload: str) -> int:
@@ -197,7 +210,9 @@ class ObjectStorage:
             request = {**self._here, **token, "Prefix": self._prefix + prefix}
             page = self._attempt("list", prefix, partial(self._client.list_objects_v2, **request))
             for item in page.get("Contents", ()):
-                yield Entry(item["Key"].removeprefix(self._prefix), item["Size"], item["LastModified"].timestamp())
+                yield Entry(
+                    item["Key"].removeprefix(self._prefix), item["Size"], item["LastModified"].timestamp()
+                )
             if not page.get("IsTruncated"):
                 return
             token = {"ContinuationToken": page["NextContinuationToken"]}
@@ -253,21 +268,27 @@ class ObjectStorage:
     def _cached_name(self, key: str) -> str:
         """The name of the node's copy: the content's hash where the key ends in it."""
         name = key.rpartition("/")[2]
-        return name if _CONTENT_NAME.fullmatch(name) else hashlib.sha256(f"{self.location}\n{key}".encode()).hexdigest()
+        return (
+            name
+            if _CONTENT_NAME.fullmatch(name)
+            else hashlib.sha256(f"{self.location}\n{key}".encode()).hexdigest()
+        )
 
     def _get_file(self, key: str, target: Path) -> None:
         found = self._client.get_object(**self._at(key), **self._always)
         with closing(found["Body"]) as body:
             if found["ContentLength"] < IN_PARTS_FROM_BYTES:
                 with open(target, "wb") as file:
-                    shutil.copyfileobj(body, file, 2**16)  # larger buffers come fresh from the system each time
+                    # Larger buffers come fresh from the system each time.
+                    shutil.copyfileobj(body, file, 2**16)
                 return
         self._client.download_file(
             self._bucket, self._prefix + key, str(target), ExtraArgs=dict(self._always), Config=_transfers()
         )
 
     def _attempt(self, verb: str, key: str, act: Callable[[], Result]) -> Result:
-        """Does it, again and again while the store is out, which boto3's own retries bridge for seconds only."""
+        """Does it, again and again while the store is out, which boto3's own
+        retries bridge for seconds only."""
         deadline = time.monotonic() + self._patience_seconds
         pause = 1.0
         while True:
@@ -276,14 +297,21 @@ class ObjectStorage:
                 count_store_call(verb, DONE)
                 return result
             except FAILURES as failed:
-                exc = failed.__context__ if isinstance(failed, S3UploadFailedError) else failed  # which has only words
+                # Which has only words.
+                exc = failed.__context__ if isinstance(failed, S3UploadFailedError) else failed
                 assert exc is not None
                 if not is_transient(exc) or time.monotonic() + pause > deadline:
                     error = store_error(verb, key, self.location, exc)
                     count_store_call(verb, DONE if isinstance(error, MissingError) else FAILED)
                     raise error from exc
                 count_store_call(verb, TRIED_AGAIN)
-                log.warning("%s: cannot %s %s yet, trying again: %s", self.location, verb, key or "it", message_of(exc))
+                log.warning(
+                    "%s: cannot %s %s yet, trying again: %s",
+                    self.location,
+                    verb,
+                    key or "it",
+                    message_of(exc),
+                )
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 

@@ -1,7 +1,7 @@
 """The storage port: a few operations on keys and bytes.
 
-Knows nothing of artifacts. The adapters (a local folder; object storage) pass one contract suite. Keys are relative
-paths with `/`. The only operation that decides a race is `create`.
+Knows nothing of artifacts. The adapters (a local folder; object storage) pass one contract suite. Keys are
+relative paths with `/`. The only operation that decides a race is `create`.
 """
 
 from collections.abc import Iterator
@@ -46,13 +46,17 @@ class Storage(Protocol):
         """The object's bytes from `start`, at most `size` of them."""
 
     def download(self, key: str, anew: bool = False) -> Path:
-        """A local file with the object's bytes, to be read only; `anew` fetches it even where the node has it."""
+        """A local file with the object's bytes, to be read only; `anew`
+        fetches it even where the node has it."""
 
     def size(self, key: str) -> int:
         """Bytes of the object, without reading it."""
 
     def list(self, prefix: str) -> Iterator[Entry]:
-        """Every object whose key starts with `prefix`, by key, whatever its name. A link counts as one, and is not followed."""
+        """Every object whose key starts with `prefix`, by key, whatever its name.
+
+        A link counts as one, and is not followed.
+        """
 
     def unfinished(self, prefix: str) -> Iterator[Entry]:
         """Unfinished writes below `prefix`, a folder: no objects yet, or never. For `discard` alone."""
@@ -64,7 +68,8 @@ class Storage(Protocol):
         """Removes the object, if it is there. A link is removed, and never followed."""
 
     def erase(self, prefix: str) -> None:
-        """Removes every object whose key starts with `prefix`, all versions that the store keeps of it, and this node's copies.
+        """Removes every object whose key starts with `prefix`, all versions that the
+        store keeps of it, and this node's copies.
 
         Of a folder also what is unfinished in it.
         """

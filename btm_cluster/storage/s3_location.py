@@ -32,12 +32,14 @@ def parse_location(location: str) -> tuple[str, str, dict[str, str]]:
     elif not parts.netloc or ":" in parts.netloc:
         found = "no bucket name"
     if found:
-        shown = location.partition("?")[0].rpartition("@")[2].removeprefix("s3://")  # nothing that could be a secret
+        # Nothing that could be a secret.
+        shown = location.partition("?")[0].rpartition("@")[2].removeprefix("s3://")
         raise UserError(
             f"s3://{shown} is no store",
             found=found,
             expected=f"s3://bucket/prefix, and any of the options {', '.join(_OPTIONS)}",
-            remedy="endpoint, region and credentials belong in the environment (AWS_ENDPOINT_URL_S3, AWS_REGION, …)",
+            remedy="endpoint, region and credentials belong in the environment (AWS_ENDPOINT_URL_S3, "
+            "AWS_REGION, …)",
         )
     prefix = unquote(parts.path).strip("/")
     return parts.netloc, f"{prefix}/" if prefix else "", options

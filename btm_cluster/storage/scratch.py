@@ -1,8 +1,11 @@
-"""Folders on this machine's disk for files that are about to be stored. Gone when their owner is done, or was killed.
+"""Folders on this machine's disk for files that are about to be stored.
 
-A killed process cannot clean up. Each folder therefore names its process and machine, and the process holds a lock on it, which
-ends with the process; whoever opens the next folder removes those that nobody holds. The number alone would not do: in
-a container that starts again it is the same, and in one that shares the temporary folder it says nothing.
+Gone when their owner is done, or was killed.
+
+A killed process cannot clean up. Each folder therefore names its process and machine, and the process holds a
+lock on it, which ends with the process; whoever opens the next folder removes those that nobody holds. The
+number alone would not do: in a container that starts again it is the same, and in one that shares the
+temporary folder it says nothing.
 """
 
 import errno
@@ -33,7 +36,10 @@ def scratch_folder() -> Iterator[Path]:
     """
     try:
         remove_abandoned()
-        with tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{_host()}-{os.getpid()}-") as scratch, _held(scratch):
+        with (
+            tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{_host()}-{os.getpid()}-") as scratch,
+            _held(scratch),
+        ):
             yield Path(scratch)
     except OSError as exc:
         if exc.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -1,8 +1,9 @@
 """Transformer-LM and forest, trained on the development blocks that priors are fitted on.
 
-A forest that uses development text must be held against a rival that uses it as well. The Transformer-LM is carried on over the
-blocks; the forest gets a new expert, branched from its average for the text, as for any new domain. A fifth of the blocks
-is left out of training: on it the learning rate and the number of passes are chosen, and the forest's new prior is fitted.
+A forest that uses development text must be held against a rival that uses it as well. The Transformer-LM is
+carried on over the blocks; the forest gets a new expert, branched from its average for the text, as for any
+new domain. A fifth of the blocks is left out of training: on it the learning rate and the number of passes
+are chosen, and the forest's new prior is fitted.
 """
 
 from collections.abc import Sequence
@@ -30,7 +31,8 @@ PASSES = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Adapted:
-    """A model trained on a text's development blocks: every stage that may be chosen, the start among them."""
+    """A model trained on a text's development blocks: every stage that may
+    be chosen, the start among them."""
 
     text: PreparedText
     held_in: int
@@ -55,7 +57,9 @@ def adapt(prepared: PreparedPlan, transformer_lm: Ref, forest: Ensemble, driver:
     return _rows(prepared, adapted[: len(texts)], adapted[len(texts) :], forest, driver)
 
 
-def adapted_requests(prepared: PreparedPlan, text: PreparedText, blocks: int, start: Start) -> list[TrainRequest]:
+def adapted_requests(
+    prepared: PreparedPlan, text: PreparedText, blocks: int, start: Start
+) -> list[TrainRequest]:
     """One for each learning rate, with milestones after the first numbers of passes."""
     at_once = min(BLOCKS_PER_UPDATE, blocks)
     epoch = -(-blocks // at_once)
@@ -85,9 +89,15 @@ def _stages(request: TrainRequest) -> list[Ref]:
 
 
 def _rows(
-    prepared: PreparedPlan, carried_on: Sequence[Adapted], new: Sequence[Adapted], forest: Ensemble, driver: Driver
+    prepared: PreparedPlan,
+    carried_on: Sequence[Adapted],
+    new: Sequence[Adapted],
+    forest: Ensemble,
+    driver: Driver,
 ) -> Rows:
-    driver.require([score for one in (*carried_on, *new) for score in score_requests(prepared, one.stages, [one.text])])
+    driver.require(
+        [score for one in (*carried_on, *new) for score in score_requests(prepared, one.stages, [one.text])]
+    )
 
     def left_out(one: Adapted, models: Sequence[Ref]) -> tuple[torch.Tensor, torch.Tensor]:
         stack = stack_of(driver.ledger, models, one.text, "development")

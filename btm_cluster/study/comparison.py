@@ -69,7 +69,8 @@ _GROUPS = {"train": "domains", "eval": "targets", "all": "all"}
 
 
 def _name(system: System) -> str:
-    """One name per system; differences are taken to the Transformer-LM at its best milestone, or else the finished one."""
+    """One name per system; differences are taken to the Transformer-LM at its best
+    milestone, or else the finished one."""
     if system in (TRANSFORMER_LM, BEST_TRANSFORMER_LM):
         return BASELINE if system == TRANSFORMER_LM else BEST_MILESTONE
     return " ".join(f"{name}={value}" for name, value in asdict(system).items() if value is not None)

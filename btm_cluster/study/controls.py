@@ -1,8 +1,9 @@
 """Requests of the controls that a study sets beside forest and Transformer-LM.
 
-A forest is only worth something if it beats what is not the idea of the paper: experts on random splits, experts without a
-seed, a DEMix that has a seed, the Transformer-LM at the learning rate that the experts have, and the Transformer-LM given the
-development text that the forest's priors are fitted on (`adaptation.py`).
+A forest is only worth something if it beats what is not the idea of the paper: experts on random splits,
+experts without a seed, a DEMix that has a seed, the Transformer-LM at the learning rate that the experts
+have, and the Transformer-LM given the development text that the forest's priors are fitted on
+(`adaptation.py`).
 """
 
 from dataclasses import replace
@@ -16,7 +17,8 @@ DEMIXES = ("demix", "demix-from-seed")
 
 
 def scratch_request(prepared: PreparedPlan, domain: PreparedText, number: int) -> TrainRequest:
-    """An expert without a seed: the whole budget on its domain alone, from a random initialisation of its own."""
+    """An expert without a seed: the whole budget on its domain alone, from a
+    random initialisation of its own."""
     training = prepared.plan.training
     own = training.model_copy(update={"random_seed": training.random_seed + 1 + number})
     text = TrainingText(domain.identity, domain.tokens["train"])
@@ -25,7 +27,8 @@ def scratch_request(prepared: PreparedPlan, domain: PreparedText, number: int) -
 
 
 def seeded_demix_request(prepared: PreparedPlan, seed: Ref) -> TrainRequest:
-    """A DEMix that branches from the seed, as experts do, and shares all but its feed-forwards from there on."""
+    """A DEMix that branches from the seed, as experts do, and shares all but
+    its feed-forwards from there on."""
     training = prepared.plan.training
     span, start = (training.seed_updates, training.updates), seed_start(prepared, seed)
     request = train_request(prepared, "demix-from-seed", "demix", prepared.founding_texts, span, start)
@@ -48,10 +51,14 @@ def random_part_requests(prepared: PreparedPlan) -> list[ShuffleTexts]:
     return [ShuffleTexts(f"random-{part}", texts, part, random_seed=0) for part in range(len(texts))]
 
 
-def random_part(prepared: PreparedPlan, request: ShuffleTexts, read_result: Artifact, ledger: Ledger) -> PreparedText:
+def random_part(
+    prepared: PreparedPlan, request: ShuffleTexts, read_result: Artifact, ledger: Ledger
+) -> PreparedText:
     """One of them as a text to train on."""
     identity = text_of(read_result)
     facts = ledger.get(Ref("text", identity)).facts
-    shards = tokenize_requests(request.label, identity, facts, prepared.tokenizer, prepared.plan.training.block_tokens)
+    shards = tokenize_requests(
+        request.label, identity, facts, prepared.tokenizer, prepared.plan.training.block_tokens
+    )
     tokens = {split: tuple(shard.ref for shard in requests) for split, requests in shards.items()}
     return PreparedText(request.label, False, identity, facts, {}, tokens)

@@ -1,4 +1,5 @@
-"""One repeat of a study, a size and a random seed: its prepared plan, its requests, and how they are trained."""
+"""One repeat of a study, a size and a random seed: its prepared plan, its
+requests, and how they are trained."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,8 +24,8 @@ class Repeat:
     seed_shares: tuple[float, ...]
     """Seed shares of all forests; the first is the one that is compared with everything."""
     trials: tuple[Mapping[str, Any], ...] = field(default=(), compare=False)
-    """How what was tried for this size did, where this is its first random seed: recipes, and then scales of the experts'
-    learning rate."""
+    """How what was tried for this size did, where this is its first random seed: recipes, and then scales of
+    the experts' learning rate."""
 
     @property
     def prepared_by_share(self) -> dict[float, PreparedPlan]:
@@ -51,7 +52,9 @@ class Repeat:
         return self._with({"branching": branching.model_copy(update={"learning_rate_scale": scale})})
 
     def _with(self, update: Mapping[str, Any]) -> "Repeat":
-        return replace(self, prepared=replace(self.prepared, plan=self.prepared.plan.model_copy(update=update)))
+        return replace(
+            self, prepared=replace(self.prepared, plan=self.prepared.plan.model_copy(update=update))
+        )
 
     def _at(self, seed_share: float) -> PreparedPlan:
         plan = self.prepared.plan
@@ -91,6 +94,12 @@ def marked(repeat: Repeat, requests: Sequence[TrainRequest]) -> list[TrainReques
 
 def fill_in(repeat: Repeat, seeds: Sequence[TrainRequest], driver: Driver) -> None:
     """Trains the seeds that a Transformer-LM of an earlier run did not leave on its way."""
-    missing = sorted((s for s in seeds if driver.ledger.find(s.ref) is None), key=lambda seed: seed.last_update)
+    missing = sorted(
+        (s for s in seeds if driver.ledger.find(s.ref) is None), key=lambda seed: seed.last_update
+    )
     if missing:
-        train(repeat, [replace(missing[-1], milestones=tuple(seed.last_update for seed in missing[:-1]))], driver)
+        train(
+            repeat,
+            [replace(missing[-1], milestones=tuple(seed.last_update for seed in missing[:-1]))],
+            driver,
+        )

@@ -71,7 +71,8 @@ def _check(plan: Plan, study: StudyPlan, sizes: Sequence[SizePlan]) -> None:
             raise UserError(
                 f"study.sizes: {size.name} has blocks of another length",
                 found=f"{size.training.block_tokens} tokens",
-                expected=f"{plan.training.block_tokens}, the plan's: texts are cut into blocks once for all sizes",
+                expected=f"{plan.training.block_tokens}, the plan's: texts are cut into blocks once for all "
+                "sizes",
                 remedy=f"write `block_tokens: {plan.training.block_tokens}` in its `training`",
             )
         for recipe in (size.training, *_recipes(size, study)):
@@ -91,7 +92,10 @@ def _check_founders(plan: Plan, forest: Forest | None) -> None:
     those that the store's forest was founded on."""
     if forest is None:
         return
-    founders, studied = {name for name, _ in forest.foundation.domains}, {domain.name for domain in plan.domains}
+    founders, studied = (
+        {name for name, _ in forest.foundation.domains},
+        {domain.name for domain in plan.domains},
+    )
     if studied - {*forest.withdrawn} != founders:
         raise UserError(
             "a study compares what learned from the same domains",
@@ -122,7 +126,8 @@ def _check_share(size: str, training: TrainingPlan, share: float) -> None:
         raise UserError(
             f"a seed share of {share} leaves the seed or the experts of {size} no update",
             found=f"{round(share * updates)} of {updates} updates for the seed",
-            remedy="change `training.seed_share` or `study.seed_shares`, which alone may hold 0, or give more `updates`",
+            remedy="change `training.seed_share` or `study.seed_shares`, which alone may hold 0, or give "
+            "more `updates`",
         )
 
 
@@ -147,7 +152,8 @@ def _by_the_best(repeat: Repeat, recipes: Sequence[TrainingPlan], driver: Driver
     wholes = [one.transformer_lm() for one in tried]
     # Labels of their own, since all of them train at once.
     called = [
-        replace(whole, label=f"{whole.label}-{repeat.size}-trial-{number}") for number, whole in enumerate(wholes, 1)
+        replace(whole, label=f"{whole.label}-{repeat.size}-trial-{number}")
+        for number, whole in enumerate(wholes, 1)
     ]
     trained = _that_converged([[request] for request in called], driver)
     refs = [models[0] for models in trained if models]
@@ -179,7 +185,10 @@ def _by_the_best_scale(repeat: Repeat, scales: Sequence[float], driver: Driver) 
     fill_in(repeat, list(repeat.seeds.values()), driver)
     tried = [repeat.scaled(scale) for scale in scales]
     asked = [
-        marked(repeat, [replace(r, label=f"{r.label}-scale-{scale:g}") for r in branches(one, prepared.domains, share)])
+        marked(
+            repeat,
+            [replace(r, label=f"{r.label}-scale-{scale:g}") for r in branches(one, prepared.domains, share)],
+        )
         for one, scale in zip(tried, scales, strict=True)
     ]
     perplexities = [
@@ -187,10 +196,14 @@ def _by_the_best_scale(repeat: Repeat, scales: Sequence[float], driver: Driver) 
         for experts in _that_converged(asked, driver)
     ]
     best = perplexities.index(min(perplexities))
-    return replace(tried[best], trials=(*repeat.trials, *_rows(repeat, scales, perplexities, "learning_rate_scale")))
+    return replace(
+        tried[best], trials=(*repeat.trials, *_rows(repeat, scales, perplexities, "learning_rate_scale"))
+    )
 
 
-def _rows(repeat: Repeat, values: Sequence[float], perplexities: Sequence[float], what: str) -> list[dict[str, Any]]:
+def _rows(
+    repeat: Repeat, values: Sequence[float], perplexities: Sequence[float], what: str
+) -> list[dict[str, Any]]:
     best = perplexities.index(min(perplexities))
     return [
         {

@@ -1,7 +1,8 @@
 """A study: the paper's comparison on the plan's texts, for every size and random seed it names.
 
 Trains all systems of one size and random seed, a repeat, from one seed run, and hands what came of it to
-`comparison.py`. Everything is an artifact: what is there already is not made again, and a study that was killed goes on.
+`comparison.py`. Everything is an artifact: what is there already is not made again, and a study that was
+killed goes on.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,12 +64,15 @@ class Study:
 
 
 def run_study(plan: Plan, driver: Driver) -> Iterator[Study]:
-    """Trains and compares everything that `plan.study` names; without one, the plan's own model with all rivals and controls.
+    """Trains and compares everything that `plan.study` names; without one, the plan's
+    own model with all rivals and controls.
 
-    Yields what is known after each size and random seed, so that the first results need not wait for the last.
+    Yields what is known after each size and random seed, so that the first results need not wait for the
+    last.
 
     Raises:
-        UserError: a study that is at odds with itself: a share that leaves a seed or an expert without an update, say.
+        UserError: a study that is at odds with itself: a share that leaves a seed or an expert without an
+        update, say.
         StepError: something could not be trained; the rest is kept, and the same command goes on.
     """
     study = plan.study or StudyPlan()
@@ -89,13 +93,16 @@ def run_study(plan: Plan, driver: Driver) -> Iterator[Study]:
 
 
 def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[TrainRequest, Artifact]]]:
-    """All models of a repeat: first the one run that all seeds lie on, then what branches from it, then what follows it."""
+    """All models of a repeat: first the one run that all seeds lie on, then what
+    branches from it, then what follows it."""
     prepared, prepared_by_share, seeds = repeat.prepared, repeat.prepared_by_share, repeat.seeds
     assert prepared.plan.study is not None
     systems, scale = prepared.plan.study.systems, prepared.plan.branching.learning_rate_scale
     whole = repeat.transformer_lm()
     scratch = (
-        [scratch_request(prepared, d, i) for i, d in enumerate(prepared.domains)] if 0 in prepared_by_share else []
+        [scratch_request(prepared, d, i) for i, d in enumerate(prepared.domains)]
+        if 0 in prepared_by_share
+        else []
     )
     demix = [demix_request(prepared)] if "demix" in systems else []
     trained = train(repeat, [whole, *demix, *scratch], driver)
@@ -105,8 +112,12 @@ def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[Tra
     experts = {share: branches(repeat, prepared.domains, share) for share in seeds}
     parts = _random_parts(prepared, driver) if "random-split" in systems else []
     dealt = branches(repeat, parts, first)
-    demix_from_seed = [seeded_demix_request(prepared, seeds[first].ref)] if "demix-from-seed" in systems else []
-    at_experts_rate = [] if scale == 1 else [transformer_lm_at_experts_rate_request(prepared, seeds[first].ref)]
+    demix_from_seed = (
+        [seeded_demix_request(prepared, seeds[first].ref)] if "demix-from-seed" in systems else []
+    )
+    at_experts_rate = (
+        [] if scale == 1 else [transformer_lm_at_experts_rate_request(prepared, seeds[first].ref)]
+    )
     branched = [*(expert for share in seeds for expert in experts[share]), *dealt, *demix_from_seed]
     trained += train(repeat, branched, driver, at_experts_rate)
     made = {request.ref for request, _ in trained}
@@ -154,7 +165,9 @@ def _random_parts(prepared: PreparedPlan, driver: Driver) -> list[PreparedText]:
     shards = [
         shard
         for part in parts
-        for shard in tokenize_requests(part.name, part.identity, part.facts, prepared.tokenizer, block_tokens)["train"]
+        for shard in tokenize_requests(
+            part.name, part.identity, part.facts, prepared.tokenizer, block_tokens
+        )["train"]
     ]
     driver.require(shards)
     return parts
@@ -174,7 +187,9 @@ def entries_of(repeat: Repeat, comparison: Comparison) -> list[Mapping[str, Any]
         "random_seed": plan.training.random_seed,
     }
     return [
-        common | {"non_embedding_parameters": demix_parameters if entry["system"] in DEMIXES else parameters} | entry
+        common
+        | {"non_embedding_parameters": demix_parameters if entry["system"] in DEMIXES else parameters}
+        | entry
         for entry in entries_from(repeat.prepared, comparison)
     ]
 

@@ -11,7 +11,9 @@ JsonAndProgress = Annotated[
 ]
 Address = Annotated[
     str | None,
-    typer.Option(envvar="RAY_ADDRESS", help="A Ray cluster to join, or auto; without it a local one is started."),
+    typer.Option(
+        envvar="RAY_ADDRESS", help="A Ray cluster to join, or auto; without it a local one is started."
+    ),
 ]
 InProcess = Annotated[bool, typer.Option("--in-process", help="Without Ray, one step after the other.")]
 Dashboard = Annotated[bool, typer.Option("--dashboard", help="Serve the Ray dashboard of a local cluster.")]
@@ -19,7 +21,8 @@ NewResources = Annotated[
     bool,
     typer.Option(
         "--new-resources",
-        help="Go on from training checkpoints with the plan's GPUs, CPUs and precision, not with those of their start.",
+        help="Go on from training checkpoints with the plan's GPUs, CPUs and precision, not with those of "
+        "their start.",
     ),
 ]
 Store = Annotated[str, typer.Option("--store", help="The store: a folder or URL.", show_default=False)]

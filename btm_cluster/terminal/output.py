@@ -1,6 +1,8 @@
-"""Standard output and standard error of a command: what is printed arrives in whatever encoding the terminal has.
+"""Standard output and standard error of a command: what is printed arrives
+in whatever encoding the terminal has.
 
-Characters that an encoding lacks are written as ASCII. A full disk or a closed pipe is an error of ours. Knows no commands.
+Characters that an encoding lacks are written as ASCII. A full disk or a closed pipe is an error of ours.
+Knows no commands.
 """
 
 import codecs
@@ -16,14 +18,30 @@ from typing import Any, TextIO, cast
 from btm_cluster.errors import OutputError
 
 CLOSED_PIPE = 128 + signal.SIGPIPE
-"""Exit code where the reader has gone, as in `btm forest log | head`: what a shell reports of a program that SIGPIPE ended."""
-_LIKENESSES = {"–": "-", "−": "-", "─": "-", "│": "|", "…": "...", "×": "x", "·": "*", "β": "beta", "±": "+-", "²": "2"}
-"""ASCII for what our own tables and sentences are set in. Other characters, such as those of a name, are written as escapes."""
+"""Exit code where the reader has gone, as in `btm forest log | head`: what a
+shell reports of a program that SIGPIPE ended."""
+_LIKENESSES = {
+    "–": "-",
+    "−": "-",
+    "─": "-",
+    "│": "|",
+    "…": "...",
+    "×": "x",
+    "·": "*",
+    "β": "beta",
+    "±": "+-",
+    "²": "2",
+}
+"""ASCII for what our own tables and sentences are set in.
+
+Other characters, such as those of a name, are written as escapes.
+"""
 
 
 @contextmanager
 def safe_output() -> Iterator["Output"]:
-    """While it is entered, no print fails for its characters, and one that cannot be written raises OutputError.
+    """While it is entered, no print fails for its characters, and one that cannot
+    be written raises OutputError.
 
     What cannot be written to standard error is dropped: the exit code says what it would.
     """
@@ -40,7 +58,8 @@ def safe_output() -> Iterator["Output"]:
 
 
 def _open_all_three() -> None:
-    """Descriptors 0, 1 and 2 lead nowhere if they were closed: a file of ours would get the number, and libraries print to it."""
+    """Descriptors 0, 1 and 2 lead nowhere if they were closed: a file of ours would
+    get the number, and libraries print to it."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -54,13 +73,15 @@ def _in_any_encoding(stream: TextIO | None) -> TextIO:
     if stream is None:  # it was closed when Python started
         return open(os.devnull, "w", encoding="utf-8")
     if isinstance(stream, io.TextIOWrapper):
-        with suppress(OSError):  # it writes what is left from before, which is reported when it is next written
+        # It writes what is left from before, which is reported when it is next written.
+        with suppress(OSError):
             stream.reconfigure(errors=_ERRORS)
     return stream
 
 
 def end_input() -> None:
-    """From here on, no question of a library is answered by what is piped in: not here, and in no process that is started.
+    """From here on, no question of a library is answered by what is piped in: not
+    here, and in no process that is started.
 
     At a terminal, whoever sits there may answer.
     """
@@ -74,7 +95,8 @@ def end_input() -> None:
 
 
 def printable(text: str) -> str:
-    """Text of several lines without control characters: names of files and what other programs say may have any."""
+    """Text of several lines without control characters: names of files and what
+    other programs say may have any."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
 
 
@@ -100,7 +122,8 @@ class Output:
             raise _not_written(exc) from exc
 
     def abandon(self) -> None:
-        """Lets what is left in the buffer go nowhere: Python would complain of it at exit, with a code of its own."""
+        """Lets what is left in the buffer go nowhere: Python would complain of
+        it at exit, with a code of its own."""
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
@@ -135,7 +158,8 @@ def _in_ascii(exc: UnicodeError) -> tuple[str, int]:
         raise exc
     escape = codecs.lookup_error("backslashreplace")
     written = "".join(
-        _LIKENESSES.get(character) or str(escape(UnicodeEncodeError(exc.encoding, character, 0, 1, exc.reason))[0])
+        _LIKENESSES.get(character)
+        or str(escape(UnicodeEncodeError(exc.encoding, character, 0, 1, exc.reason))[0])
         for character in exc.object[exc.start : exc.end]
     )
     return written, exc.end

@@ -48,7 +48,8 @@ class ProgressView:
     def _say(self, line: str) -> None:
         try:
             self._console.print(line, soft_wrap=True)
-        except OutputError:  # a run is worth more than its progress; the verdict says that nothing can be written
+        # A run is worth more than its progress; the verdict says that nothing can be written.
+        except OutputError:
             self._console.quiet = True
 
     def _table(self) -> Table:

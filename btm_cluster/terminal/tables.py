@@ -1,4 +1,6 @@
-"""Tables at a terminal, and the consoles that results and progress go to. Knows rich, and nothing that is shown.
+"""Tables at a terminal, and the consoles that results and progress go to.
+
+Knows rich, and nothing that is shown.
 
 Every command imports this module. rich takes long to import, so that it is only where something is shown.
 """
@@ -31,7 +33,8 @@ def plain_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str
 def consoles(json_output: bool) -> "tuple[Console, Console]":
     """Where results go and where progress goes: with --json, standard output is for the JSON alone.
 
-    What is printed is shown as it is: names may have square brackets or colons, which rich would take for its markup.
+    What is printed is shown as it is: names may have square brackets or colons, which rich would take for its
+    markup.
     """
     from rich.console import Console
 

@@ -9,7 +9,12 @@ if TYPE_CHECKING:
 
 
 def source_of(
-    name: str, text: list[str], field: str, delimiter: str | None, dataset: str | None = None, split: str | None = None
+    name: str,
+    text: list[str],
+    field: str,
+    delimiter: str | None,
+    dataset: str | None = None,
+    split: str | None = None,
 ) -> "TextPlan":
     """Files or globs, or a data set.
 

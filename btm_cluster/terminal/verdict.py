@@ -23,11 +23,19 @@ def verdict_tables(verdict: "Verdict", console: "Console") -> None:
 def _means_table(split: str, rows: Sequence["Row"], verdict: "Verdict") -> "Table":
     groups = {"domains": "domains", "targets": "targets", "all": "all"}
     if verdict.left_out:
-        groups = {"domains": "founding domains", "targets": "targets", "all": "all of these", "left_out": "left out"}
+        groups = {
+            "domains": "founding domains",
+            "targets": "targets",
+            "all": "all of these",
+            "left_out": "left out",
+        }
     table = plain_table(
         f"Perplexity on {split} text: means over texts, 95 % interval over documents{_fitted_on(split)}",
         ["system", *groups.values(), f"interval of {groups['all']}", f"against {verdict.baseline}"],
-        [[row.system, *(_perplexity(row.means.get(group)) for group in groups), *_intervals(row)] for row in rows],
+        [
+            [row.system, *(_perplexity(row.means.get(group)) for group in groups), *_intervals(row)]
+            for row in rows
+        ],
     )
     table.columns[0].no_wrap = True
     return table
@@ -42,7 +50,8 @@ def _perplexity(cell: "Cell | None") -> str:
 
 
 def _intervals(row: "Row") -> tuple[str, str]:
-    """The perplexity's and the difference's, of all texts; of the domains, and so marked, where the system has no others."""
+    """The perplexity's and the difference's, of all texts; of the domains, and so
+    marked, where the system has no others."""
     group = next((group for group in ("all", "domains") if group in row.means), None)
     if group is None:
         return "–", "–"

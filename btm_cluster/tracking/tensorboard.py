@@ -62,7 +62,9 @@ class TensorBoard:
             if file.is_file() and self._stored.get(file) != file.stat().st_size:
                 size = file.stat().st_size
                 try:
-                    self._storage.upload(f"{LOGS}{self._run}/{file.relative_to(self._folder).as_posix()}", file)
+                    self._storage.upload(
+                        f"{LOGS}{self._run}/{file.relative_to(self._folder).as_posix()}", file
+                    )
                 except StoreError as exc:
                     log.warning("curves were not stored, the next time tries again: %s", exc)
                     return

@@ -1,7 +1,8 @@
-"""Curves of every training: to TensorBoard files in the store, and to Weights & Biases or MLflow where the plan asks.
+"""Curves of every training: to TensorBoard files in the store, and to Weights &
+Biases or MLflow where the plan asks.
 
-The driver is the one writer, from the progress reports that it sees anyway, so that no node needs a service's key.
-No training waits for a curve, and none fails for one.
+The driver is the one writer, from the progress reports that it sees anyway, so that no node needs a service's
+key. No training waits for a curve, and none fails for one.
 """
 
 import importlib
@@ -34,7 +35,9 @@ class Tracker(Protocol):
 
 
 class Tracking:
-    """A watcher that passes on what it sees, and tracks it. Nothing is begun before there is a point to track.
+    """A watcher that passes on what it sees, and tracks it.
+
+    Nothing is begun before there is a point to track.
 
     Raises:
         UserError: the plan asks for a service whose package is not installed.
@@ -88,11 +91,14 @@ def points_of(progress: Progress) -> dict[str, float]:
 
 
 def _attempt(tracker: Tracker | None, act: Callable[[], Any]) -> Any:
-    """The result of `act`, or FAILED after a warning: services raise anything, and a run goes on without its curves."""
+    """The result of `act`, or FAILED after a warning: services raise anything, and
+    a run goes on without its curves."""
     try:
         return act()
     except Exception as exc:
-        log.warning("%s is given up for this run: %s", type(tracker).__name__ if tracker else "a tracker", exc)
+        log.warning(
+            "%s is given up for this run: %s", type(tracker).__name__ if tracker else "a tracker", exc
+        )
         return FAILED
 
 

@@ -78,7 +78,10 @@ def _judge_gpu(machine: Machine, needs: Needs) -> Check:
     driver = machine.gpus[0] if machine.gpus else "no driver"
     seen = f"{len(machine.gpus)} × {driver}"
     if not machine.gpus:
-        found, remedy = f"Ray hands out {machine.claimed_gpus:g} GPU, nvidia-smi finds none", "install NVIDIA's driver"
+        found, remedy = (
+            f"Ray hands out {machine.claimed_gpus:g} GPU, nvidia-smi finds none",
+            "install NVIDIA's driver",
+        )
     elif machine.torch_cuda is None:
         found = f"{seen}, and a torch without CUDA"
         remedy = "install torch there from pip's own index, which has it with CUDA; download.pytorch.org/whl/cpu has it without"
@@ -99,11 +102,15 @@ def _judge_gpu(machine: Machine, needs: Needs) -> Check:
 def _judge_threads(machine: Machine, needs: Needs) -> Check:
     if machine.claimed_cpus > machine.usable_cpus:
         found = f"Ray hands out {machine.claimed_cpus:g} CPU, its processes may use {machine.usable_cpus}"
-        return Check("threads", "wrong", found, "start Ray with --num-cpus of what this container or machine may use")
+        return Check(
+            "threads", "wrong", found, "start Ray with --num-cpus of what this container or machine may use"
+        )
     for name, value in machine.variables.items():
         if value.isdigit() and int(value) < needs.cpus:
             found = f"{name}={value} holds a training of {needs.cpus} threads to {value}"
-            return Check("threads", "wrong", found, f"unset {name} before `ray start`: threads follow the plan's CPUs")
+            return Check(
+                "threads", "wrong", found, f"unset {name} before `ray start`: threads follow the plan's CPUs"
+            )
     return Check("threads", "ok", f"{machine.usable_cpus} CPU usable, nothing holds threads back")
 
 
@@ -116,15 +123,15 @@ def _judge_compiler(machine: Machine, _: Needs) -> Check:
 
 def _judge_cache(machine: Machine, _: Needs) -> Check:
     if machine.cache:
-        remedy = (
-            "mend BTM_CACHE_GIGABYTES (a positive number) or BTM_CACHE_FOLDER (yours) in this machine's environment"
-        )
+        remedy = "mend BTM_CACHE_GIGABYTES (a positive number) or BTM_CACHE_FOLDER (yours) in this machine's environment"
         return Check("cache", "wrong", machine.cache, remedy)
     return Check("cache", "ok", "can be")
 
 
 def _judge_store(machine: Machine, _: Needs) -> Check:
     if machine.store:
-        remedy = "give each node the credentials and the network of the store: its environment, profile or role"
+        remedy = (
+            "give each node the credentials and the network of the store: its environment, profile or role"
+        )
         return Check("store from a node", "wrong", machine.store, remedy)
     return Check("store from a node", "ok", "answers")

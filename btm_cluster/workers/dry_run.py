@@ -1,7 +1,8 @@
 """The workers of a dry run: nothing is made, and every step that a run would take is noted.
 
-The driver walks as in a real run, over the store as it stands. What a step would commit is a placeholder, kept in memory,
-so that whatever follows it can be named. A text that is not read yet hides its identity, and with it all that depends on it.
+The driver walks as in a real run, over the store as it stands. What a step would commit is a placeholder,
+kept in memory, so that whatever follows it can be named. A text that is not read yet hides its identity, and
+with it all that depends on it.
 """
 
 import time
@@ -83,7 +84,11 @@ class DryRun:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         forest = ledger.log.newest()
-        known = {} if forest is None else dict(forest.foundation.domains) | {e.domain: e.text for e in forest.experts}
+        known = (
+            {}
+            if forest is None
+            else dict(forest.foundation.domains) | {e.domain: e.text for e in forest.experts}
+        )
         self._texts_of_forest = known
         self.asked: dict[Ref, StepRequest] = {}
         """Every step that would be made."""
@@ -122,7 +127,9 @@ class DryRun:
         return self._ledger.commit(request, {}, {})
 
     def _unread(self, request: ReadText | ShuffleTexts) -> Artifact:
-        """A text that is to be read. Its identity is known where it was read before and lost; else it is hidden.
+        """A text that is to be read.
+
+        Its identity is known where it was read before and lost; else it is hidden.
 
         The text of a domain of the forest is then taken to be the forest's, since another one is refused.
         """
@@ -130,11 +137,15 @@ class DryRun:
         if read is not None:
             text = read.parts[0]
         else:
-            text = Ref("text", self._texts_of_forest.get(request.label) or identity_of({"unread": request.label}))
+            text = Ref(
+                "text", self._texts_of_forest.get(request.label) or identity_of({"unread": request.label})
+            )
             self.hidden |= {text, request.ref}
         if self._ledger.find(text) is None:
             is_target = isinstance(request, ReadText) and request.is_target
-            splits = {split: {"documents": 1, "words": 1, "shards": [f"{split}-00000"]} for split in _HELD_OUT}
+            splits = {
+                split: {"documents": 1, "words": 1, "shards": [f"{split}-00000"]} for split in _HELD_OUT
+            }
             splits["train"] = {"documents": 1, "words": 1, "shards": [] if is_target else ["train-00000"]}
             placeholder = Origin(text, {"documents": text.identity}, {})
             self._ledger.commit(placeholder, {}, {"splits": splits, "duplicates": 0})

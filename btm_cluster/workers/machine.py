@@ -1,6 +1,8 @@
-"""Facts of one machine that can stand in a run's way: CPUs, GPUs, disk, compilers, and whether it reaches the store.
+"""Facts of one machine that can stand in a run's way: CPUs, GPUs, disk,
+compilers, and whether it reaches the store.
 
-Knows nothing of Ray: `on_ray/examination.py` sends `inspect_machine` to the nodes. `checks.py` judges what it finds.
+Knows nothing of Ray: `on_ray/examination.py` sends `inspect_machine` to the nodes. `checks.py` judges what it
+finds.
 """
 
 import json
@@ -82,7 +84,8 @@ def inspect_machine(store: str | None, claimed_cpus: float = 0, claimed_gpus: fl
 
 
 def missing_compiler(on_gpu: bool) -> str:
-    """The tool that torch.compile lacks here to build its code: a compiler, or Python's headers; empty: nothing."""
+    """The tool that torch.compile lacks here to build its code: a compiler,
+    or Python's headers; empty: nothing."""
     names = (os.environ.get("CC", "cc"), "gcc", "clang") if on_gpu else (os.environ.get("CXX", "g++"),)
     if not any(map(shutil.which, names)):
         return f"no {'C' if on_gpu else 'C++'} compiler ({', '.join(dict.fromkeys(names))})"
@@ -107,15 +110,20 @@ def check_compiler(demands: Sequence[Demand]) -> None:
 
 
 def notes_on_this_machine(demands: Sequence[Demand]) -> list[str]:
-    """Why a run without a cluster would be refused on this machine, which may not be the one that the plan is for."""
+    """Why a run without a cluster would be refused on this machine, which may
+    not be the one that the plan is for."""
     gpus = _torch_sees()[1] if any(demand.how.gpus_per_worker for demand in demands) and _gpus() else 0
     node = {"CPU": float(usable_cpus()), "GPU": float(gpus)}
-    there = "a run refuses that here, and looks at the nodes of a cluster when it joins one, as `btm doctor` does"
+    there = (
+        "a run refuses that here, and looks at the nodes of a cluster when it joins one, as `btm doctor` does"
+    )
     notes = []
     for demand in demands:
         if not fits([node], demand.how):
             asked = ", ".join(filter(None, [demand.description, demand.origin]))
-            notes.append(f"{demand.label} asks for {asked}, and this machine has {describe_nodes([node])}: {there}")
+            notes.append(
+                f"{demand.label} asks for {asked}, and this machine has {describe_nodes([node])}: {there}"
+            )
     try:
         check_compiler(demands)
     except ResourcesError as exc:
@@ -151,7 +159,8 @@ def _gpus() -> tuple[str, ...]:
 
 
 def _torch_sees() -> tuple[str | None, int]:
-    """In a process of its own: this one may have been given no GPU, and torch would hold memory on those it was."""
+    """In a process of its own: this one may have been given no GPU, and torch
+    would hold memory on those it was."""
     program = "import json, torch; print(json.dumps([torch.version.cuda, torch.cuda.device_count()]))"
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     try:

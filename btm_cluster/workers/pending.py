@@ -1,4 +1,5 @@
-"""The requests of one call that have not started: which may start, and which never will since an input failed. Runs nothing."""
+"""The requests of one call that have not started: which may start, and which never
+will since an input failed. Runs nothing."""
 
 from bisect import insort
 from collections import defaultdict
@@ -10,7 +11,10 @@ from btm_cluster.requests import AverageRequest, ScoreRequest, StepRequest, Trai
 
 
 class Pending:
-    """Requests until each is started or has failed. Of those that could start, the first ones that were asked for do."""
+    """Requests until each is started or has failed.
+
+    Of those that could start, the first ones that were asked for do.
+    """
 
     def __init__(self, requests: Sequence[StepRequest]) -> None:
         self._requests = {request.ref: request for request in requests}
@@ -43,23 +47,30 @@ class Pending:
     @property
     def models_to_score(self) -> int:
         """How many models have scores that have not started."""
-        return len({request.model for request in self._requests.values() if isinstance(request, ScoreRequest)})
+        return len(
+            {request.model for request in self._requests.values() if isinstance(request, ScoreRequest)}
+        )
 
     def awaited(self, request: StepRequest) -> set[Ref]:
-        """The unfinished requests of this call that make what a request needs, whether it is of this call or not."""
+        """The unfinished requests of this call that make what a request needs,
+        whether it is of this call or not."""
         makers = {self._makers[need] for need in request.needs if need in self._makers}
         return makers - self._finished - {request.ref}
 
     def awaited_in_turn(self, request: StepRequest) -> set[Ref]:
-        """The unfinished requests that must be done before a request can start: what it awaits, what that awaits, and so on."""
+        """The unfinished requests that must be done before a request can start: what it
+        awaits, what that awaits, and so on."""
         found, fresh = set[Ref](), self.awaited(request)
         while fresh:
             found |= fresh
-            fresh = {ref for one in fresh if one in self._requests for ref in self.awaited(self._requests[one])} - found
+            fresh = {
+                ref for one in fresh if one in self._requests for ref in self.awaited(self._requests[one])
+            } - found
         return found
 
     def next_batch(self, may_start: Callable[[StepRequest], bool] = lambda _: True) -> list[StepRequest]:
-        """The first request that may start and whose inputs are there, with the others that one process should do with it.
+        """The first request that may start and whose inputs are there, with the
+        others that one process should do with it.
 
         They count as started from now on. Nothing where there is none.
         """
@@ -78,7 +89,9 @@ class Pending:
         if not request.priority:
             return True
         own = request.priority
-        before = [ref for ref, one in self._requests.items() if one.priority is not None and one.priority < own]
+        before = [
+            ref for ref, one in self._requests.items() if one.priority is not None and one.priority < own
+        ]
         return not before or any(ref in self._followers[request.ref] for ref in before)
 
     def put_back(self, request: StepRequest) -> None:

@@ -1,7 +1,8 @@
-"""Modules of the user's own that shadow a library's, such as a folder `datasets` with an `__init__.py` beside the plan.
+"""Modules of the user's own that shadow a library's, such as a folder `datasets`
+with an `__init__.py` beside the plan.
 
-Workers import from nowhere that a plan lies (`on_ray/cluster.py`), except from what PYTHONPATH names. A job that is submitted
-with its working directory has that on it.
+Workers import from nowhere that a plan lies (`on_ray/cluster.py`), except from what PYTHONPATH names. A job
+that is submitted with its working directory has that on it.
 """
 
 import os
@@ -26,7 +27,8 @@ LIBRARIES = frozenset((
 
 
 def check_shadowing() -> None:
-    """Refuses a current folder that is on PYTHONPATH and hides a library: everything after would fail in odd ways.
+    """Refuses a current folder that is on PYTHONPATH and hides a library:
+    everything after would fail in odd ways.
 
     Raises:
         UserError: naming the modules.
@@ -39,13 +41,16 @@ def check_shadowing() -> None:
         raise UserError(
             f"modules of your own hide libraries that a run needs, since PYTHONPATH names {folder}",
             found=", ".join(hidden),
-            expected="no module of a library's name in a folder on PYTHONPATH, where `ray job submit --working-dir` puts its own",
-            remedy="rename them, name them in .rayignore, or submit from a folder that has the plan and its texts alone",
+            expected="no module of a library's name in a folder on PYTHONPATH, where `ray job submit "
+            "--working-dir` puts its own",
+            remedy="rename them, name them in .rayignore, or submit from a folder that has the plan and its "
+            "texts alone",
         )
 
 
 def shadowing_modules(folder: Path) -> Iterator[Path]:
-    """The files and folders there that Python would import in the place of a library or of a module of its own in use."""
+    """The files and folders there that Python would import in the place of a
+    library or of a module of its own in use."""
     elsewhere = [entry for entry in sys.path if Path(entry).resolve() != folder.resolve()]
     own = frozenset(sys.modules) & sys.stdlib_module_names - frozenset(sys.builtin_module_names)
     for name in sorted(LIBRARIES | own):

@@ -1,7 +1,8 @@
-"""The paper's directions, on made-up domains that differ as domains do: much in common, and much of their own.
+"""The paper's directions, on made-up domains that differ as domains do: much
+in common, and much of their own.
 
-One study of small models on a CPU, seeded. On text like this the forest must win; if one of these fails, the algorithm is broken.
-(How it does on real text is measured, not tested: docs/results.md.)
+One study of small models on a CPU, seeded. On text like this the forest must win; if one of these fails, the
+algorithm is broken. (How it does on real text is measured, not tested: docs/results.md.)
 """
 
 import random
@@ -106,4 +107,6 @@ def test_an_average_by_the_posterior_beats_a_uniform_one(perplexity: Any) -> Non
 
 def test_demix_beats_the_transformer_lm(perplexity: Any) -> None:
     # Not that the forest beats DEMix: here they draw, and on real text it is the other way than in the paper.
-    assert perplexity("demix", "full", "ema", seed_share=None) < 0.8 * perplexity("transformer-lm", seed_share=None)
+    assert perplexity("demix", "full", "ema", seed_share=None) < 0.8 * perplexity(
+        "transformer-lm", seed_share=None
+    )

@@ -1,4 +1,5 @@
-"""Object storage when things go wrong: radosgw behind a proxy that makes faults, by a clock that only pauses move."""
+"""Object storage when things go wrong: radosgw behind a proxy that makes
+faults, by a clock that only pauses move."""
 
 import hashlib
 import logging
@@ -52,7 +53,8 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The adapter's clock, and that of boto3's retries. boto3's own limit of requests per second is lifted."""
+    """The adapter's clock, and that of boto3's retries. boto3's own limit
+    of requests per second is lifted."""
     clock = Clock()
     monkeypatch.setattr("btm_cluster.storage.object_storage.time", clock)
     monkeypatch.setattr("botocore.endpoint.time", clock)
@@ -141,7 +143,8 @@ def _create(storage: ObjectStorage, file: Callable[[bytes], Path]) -> Callable[[
     def check() -> None:
         assert storage.read("forest/000001.json") == b"new"
 
-    storage.create("forest/000001.json", b"new")  # what it says once an answer was lost is the ledger's to settle
+    # What it says once an answer was lost is the ledger's to settle.
+    storage.create("forest/000001.json", b"new")
     return check
 
 
@@ -185,7 +188,8 @@ def _delete(storage: ObjectStorage, file: Callable[[bytes], Path]) -> Callable[[
     return check
 
 
-OPERATIONS = [_read, _read_range, _download, _list, _delete, _create, _upload, _upload_in_parts]  # in this order
+# In this order.
+OPERATIONS = [_read, _read_range, _download, _list, _delete, _create, _upload, _upload_in_parts]
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +237,8 @@ def test_every_operation_survives_an_outage_that_outlasts_the_tries_of_boto3(
 def test_every_operation_survives_a_server_that_refuses_connections_for_longer_than_boto3_tries(
     filled: ObjectStorage, proxy: FaultProxy, clock: Clock, file: Callable[[bytes], Path]
 ) -> None:
-    # Once failed at the first round: EndpointConnectionError is no HTTPClientError, and was not taken for an outage.
+    # Once failed at the first round: EndpointConnectionError is no HTTPClientError, and was not taken for an
+    # outage.
     clock.at_pause = lambda: proxy.accept() if clock.now >= OUTAGE_SECONDS else None
     for operate in OPERATIONS:
         clock.now = 0.0
@@ -265,7 +270,8 @@ def test_a_store_that_is_out_for_longer_than_its_patience_fails_with_an_error_th
 def test_checking_a_store_waits_out_an_outage_as_every_operation_does(
     storage: ObjectStorage, proxy: FaultProxy, clock: Clock
 ) -> None:
-    # Once it had no patience: a driver that was started while the store was out for seconds was told to mend its plan.
+    # Once it had no patience: a driver that was started while the store was out for seconds was told to mend
+    # its plan.
     proxy.follow(lambda *_: Fault.ERROR if clock.now < OUTAGE_SECONDS else Fault.NONE)
     storage.check()
     assert clock.now >= OUTAGE_SECONDS
@@ -292,7 +298,9 @@ def test_an_upload_that_fails_leaves_neither_object_nor_parts(
     with pytest.raises(StoreError):
         storage.upload(BLOB, file(MULTI_PART))
     assert keys(storage) == []
-    assert "Uploads" not in server.list_multipart_uploads(Bucket=bucket, Prefix=storage.location.rpartition("/")[2])
+    assert "Uploads" not in server.list_multipart_uploads(
+        Bucket=bucket, Prefix=storage.location.rpartition("/")[2]
+    )
 
 
 def test_an_upload_that_the_service_forgot_under_way_is_started_anew(
@@ -303,9 +311,9 @@ def test_an_upload_that_the_service_forgot_under_way_is_started_anew(
 
     def forget(method: str, path: str, count: int) -> Fault:  # noqa: ARG001 - a Policy
         if "partNumber=2" in path and not forgotten:
-            (upload,) = server.list_multipart_uploads(Bucket=bucket, Prefix=storage.location.rpartition("/")[2])[
-                "Uploads"
-            ]
+            (upload,) = server.list_multipart_uploads(
+                Bucket=bucket, Prefix=storage.location.rpartition("/")[2]
+            )["Uploads"]
             server.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
             forgotten.append(upload)
         return Fault.NONE
@@ -319,7 +327,8 @@ def test_an_upload_that_the_service_forgot_under_way_is_started_anew(
 def test_an_object_that_is_replaced_while_it_is_downloaded_comes_whole(
     storage: ObjectStorage, competitor: Ledger, proxy: FaultProxy, file: Callable[[bytes], Path], before: int
 ) -> None:
-    # Every part is asked for with If-Match: the next answer is 412, an error of s3transfer's that no tree of botocore has.
+    # Every part is asked for with If-Match: the next answer is 412, an error of s3transfer's that no tree of
+    # botocore has.
     other = file(MULTI_PART[::-1])
     storage.upload(BLOB, file(MULTI_PART))
 
@@ -389,7 +398,8 @@ def test_what_is_committed_and_opened_through_random_faults_is_right(
     proxy: FaultProxy, clock: Clock, bucket: str, file: Callable[[bytes], Path], seed: int
 ) -> None:
     clock.at_pause = proxy.accept
-    ledger = Ledger(ObjectStorage(f"s3://{bucket}/random-{seed}", patience_seconds=1e6))  # paths decide the draws
+    # Paths decide the draws.
+    ledger = Ledger(ObjectStorage(f"s3://{bucket}/random-{seed}", patience_seconds=1e6))
     proxy.follow(random_faults(seed, rate=0.3))
     for number in range(5):
         files = {"weights": file(MULTI_PART if number == 0 else b"%d" % number), "empty": file(b"")}
@@ -426,7 +436,13 @@ def test_an_empty_object_is_an_object(storage: ObjectStorage, file: Callable[[by
     assert not storage.create("created", b"more")
     storage.upload("uploaded", file(b""))
     for key in ("created", "uploaded"):
-        assert storage.read(key) == storage.read(key, 0, 5) == storage.read(key, 3) == storage.read(key, 0, 0) == b""
+        assert (
+            storage.read(key)
+            == storage.read(key, 0, 5)
+            == storage.read(key, 3)
+            == storage.read(key, 0, 0)
+            == b""
+        )
         assert storage.download(key).read_bytes() == b""
     assert [(entry.key, entry.size_bytes) for entry in storage.list("")] == [("created", 0), ("uploaded", 0)]
 
@@ -618,7 +634,9 @@ OWNER, CLASS, METHOD, KMS = (
 )  # fmt: skip
 
 
-def test_the_options_of_the_url_stand_in_every_request(bare: pytest.MonkeyPatch, file: Callable[[bytes], Path]) -> None:
+def test_the_options_of_the_url_stand_in_every_request(
+    bare: pytest.MonkeyPatch, file: Callable[[bytes], Path]
+) -> None:
     requests: list[tuple[str, dict[str, str]]] = []
 
     def record(request: Any, **_: Any) -> None:
@@ -628,7 +646,9 @@ def test_the_options_of_the_url_stand_in_every_request(bare: pytest.MonkeyPatch,
         requests.append((request.method, found))
 
     bare.setattr(
-        botocore.handlers, "BUILTIN_HANDLERS", [*botocore.handlers.BUILTIN_HANDLERS, ("before-send.s3", record)]
+        botocore.handlers,
+        "BUILTIN_HANDLERS",
+        [*botocore.handlers.BUILTIN_HANDLERS, ("before-send.s3", record)],
     )
     with moto.mock_aws():
         boto3.session.Session().client("s3", region_name="us-east-1").create_bucket(Bucket="bucket")

@@ -24,8 +24,11 @@ from tests.house import House
 
 
 @pytest.fixture(params=["local folder", "radosgw", "moto"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
-    """A fresh, empty store of each kind: a folder, a bucket of a real S3 server, and one of a pretended one."""
+def storage(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Storage]:
+    """A fresh, empty store of each kind: a folder, a bucket of a real S3
+    server, and one of a pretended one."""
     monkeypatch.setenv("BTM_CACHE_FOLDER", str(tmp_path / "cache"))
     if request.param == "local folder":
         yield open_storage(str(tmp_path / "store"))
@@ -33,7 +36,9 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     with ExitStack() as stack:
         if request.param == "moto":
             if request.node.get_closest_marker("races"):
-                pytest.skip("moto lets two racers win, reads half an object, and lists what another thread deletes")
+                pytest.skip(
+                    "moto lets two racers win, reads half an object, and lists what another thread deletes"
+                )
             given = dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "any")
             given["AWS_DEFAULT_REGION"] = "us-east-1"
             stack.enter_context(moto.mock_aws())
@@ -137,7 +142,9 @@ def test_upload_replaces_what_is_there(storage: Storage, file: Callable[[bytes],
 
 
 @pytest.mark.races
-def test_those_who_read_while_others_upload_see_whole_objects(storage: Storage, file: Callable[[bytes], Path]) -> None:
+def test_those_who_read_while_others_upload_see_whole_objects(
+    storage: Storage, file: Callable[[bytes], Path]
+) -> None:
     versions = [bytes([number]) * 300_000 for number in range(4)]
     files = [file(version) for version in versions]
     storage.upload("blobs/a", files[0])
@@ -174,7 +181,11 @@ def test_an_uploaded_file_and_its_object_do_not_change_with_each_other(
 def test_listing_gives_the_objects_below_a_prefix_by_key_with_their_sizes(
     storage: Storage, file: Callable[[bytes], Path]
 ) -> None:
-    for key, size in (("training/ab/000000010.json", 3), ("training/ab/000000009.json", 0), ("training/abc/1.json", 1)):
+    for key, size in (
+        ("training/ab/000000010.json", 3),
+        ("training/ab/000000009.json", 0),
+        ("training/abc/1.json", 1),
+    ):
         storage.create(key, b"x" * size)
     storage.upload("training/ab/blobs/f", file(b"12345"))
     assert [(entry.key, entry.size_bytes) for entry in storage.list("training/ab/")] == [
@@ -185,7 +196,10 @@ def test_listing_gives_the_objects_below_a_prefix_by_key_with_their_sizes(
     assert keys(storage, "training/ab") == [
         "training/ab/000000009.json", "training/ab/000000010.json", "training/ab/blobs/f", "training/abc/1.json",
     ]  # fmt: skip
-    assert keys(storage, "training/ab/0000000") == ["training/ab/000000009.json", "training/ab/000000010.json"]
+    assert keys(storage, "training/ab/0000000") == [
+        "training/ab/000000009.json",
+        "training/ab/000000010.json",
+    ]
     assert keys(storage, "") == keys(storage, "training/")
 
 
@@ -221,7 +235,13 @@ def test_deleting_removes_one_object_and_may_be_done_again(storage: Storage) -> 
 def test_erasing_removes_what_lies_below_a_prefix_and_nothing_beside_it(
     storage: Storage, file: Callable[[bytes], Path]
 ) -> None:
-    for key in ("inbox/law/a.txt", "inbox/law/deep/b.txt", "inbox/law-2/a.txt", "inbox/lawyers", "blobs/0123"):
+    for key in (
+        "inbox/law/a.txt",
+        "inbox/law/deep/b.txt",
+        "inbox/law-2/a.txt",
+        "inbox/lawyers",
+        "blobs/0123",
+    ):
         storage.upload(key, file(b"text"))
     storage.erase("inbox/law/")
     assert keys(storage, "") == ["blobs/0123", "inbox/law-2/a.txt", "inbox/lawyers"]
@@ -272,7 +292,9 @@ def test_an_address_leads_to_the_object_without_this_port(storage: Storage) -> N
         assert Path(address).read_bytes() == b"words"
 
 
-def test_the_size_of_an_object_is_told_without_reading_it(storage: Storage, file: Callable[[bytes], Path]) -> None:
+def test_the_size_of_an_object_is_told_without_reading_it(
+    storage: Storage, file: Callable[[bytes], Path]
+) -> None:
     storage.create("artifacts/model/a.json", b"12345")
     storage.upload("blobs/empty", file(b""))
     storage.upload("blobs/a", file(b"1"))
@@ -307,7 +329,9 @@ def test_what_is_not_there_is_missing_and_the_error_names_it(storage: Storage, v
 
 
 @pytest.mark.parametrize("key", ["/etc/passwd", "../outside", "blobs/../../outside", "blobs/\0"])
-def test_a_key_cannot_lead_out_of_the_store(storage: Storage, file: Callable[[bytes], Path], key: str) -> None:
+def test_a_key_cannot_lead_out_of_the_store(
+    storage: Storage, file: Callable[[bytes], Path], key: str
+) -> None:
     for use in (
         lambda: storage.create(key, b"x"),
         lambda: storage.upload(key, file(b"x")),
@@ -368,16 +392,24 @@ def test_what_a_killed_process_was_writing_is_no_object_and_is_discarded(
     assert [*storage.unfinished("blobs/")] == begun[1:2]
     for entry in begun:
         storage.discard(entry.key)
-    assert [*storage.unfinished("blobs/"), *storage.unfinished("training/"), *storage.unfinished("inbox/")] == []
+    assert [
+        *storage.unfinished("blobs/"),
+        *storage.unfinished("training/"),
+        *storage.unfinished("inbox/"),
+    ] == []
     assert storage.read("blobs/ab") == b"whole"
 
 
-def test_erasing_a_folder_discards_what_was_being_written_in_it_and_nothing_beside_it(storage: Storage) -> None:
+def test_erasing_a_folder_discards_what_was_being_written_in_it_and_nothing_beside_it(
+    storage: Storage,
+) -> None:
     for key in ("training/law/blobs/a", "training/lawyers/blobs/a", "blobs/a"):
         begin_to_write(storage, key)
     storage.erase("training/law/")
     storage.erase("blobs/a")
-    assert [entry.key.rpartition("/")[0] for entry in storage.unfinished("training/")] == ["training/lawyers/blobs"]
+    assert [entry.key.rpartition("/")[0] for entry in storage.unfinished("training/")] == [
+        "training/lawyers/blobs"
+    ]
     assert len([*storage.unfinished("blobs/")]) == 1
 
 
@@ -420,8 +452,13 @@ def test_what_killed_processes_were_writing_goes_with_a_purge_whatever_its_age(h
 
 
 @pytest.mark.races
-def test_keys_that_somebody_else_wrote_with_dots_in_them_are_listed_and_erased_as_they_are(storage: Storage) -> None:
-    """`inbox/x/../y` is a key like any other in a bucket. It kept a purge of x from ever coming to its end."""
+def test_keys_that_somebody_else_wrote_with_dots_in_them_are_listed_and_erased_as_they_are(
+    storage: Storage,
+) -> None:
+    """`inbox/x/../y` is a key like any other in a bucket.
+
+    It kept a purge of x from ever coming to its end.
+    """
     if "://" not in storage.location:
         pytest.skip("a folder can have no such name")
     bucket, _, prefix = storage.location.removeprefix("s3://").partition("/")
@@ -512,7 +549,9 @@ def test_a_file_half_written_by_a_process_that_died_is_no_object(tmp_path: Path)
     assert keys(storage, "") == ["artifacts/model/a.json"]
 
 
-def test_a_file_half_written_by_a_process_that_died_is_shown_as_unfinished_and_can_be_deleted(tmp_path: Path) -> None:
+def test_a_file_half_written_by_a_process_that_died_is_shown_as_unfinished_and_can_be_deleted(
+    tmp_path: Path,
+) -> None:
     storage = LocalFolder(str(tmp_path))
     storage.create("artifacts/model/a.json", b"whole")
     left = tmp_path / "artifacts/model" / f".writing-{'0123456789abcdef' * 2}"
@@ -530,7 +569,9 @@ def test_what_is_no_file_is_neither_read_nor_waited_for(tmp_path: Path, stands: 
     storage = LocalFolder(str(tmp_path / "store"))
     storage.create("blobs/a", b"x")
     path = tmp_path / "store/blobs/b"
-    {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "device": lambda: path.symlink_to("/dev/zero")}[stands]()
+    {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "device": lambda: path.symlink_to("/dev/zero")}[
+        stands
+    ]()
     for use in (storage.read, storage.download, storage.size):
         with pytest.raises(StoreError, match="blobs/b") as refused:
             use("blobs/b")

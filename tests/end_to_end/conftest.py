@@ -1,4 +1,5 @@
-"""A real Ray cluster of one node with token authentication, started once, and the forest it is held against."""
+"""A real Ray cluster of one node with token authentication, started once, and
+the forest it is held against."""
 
 import json
 import os
@@ -34,18 +35,22 @@ GROW = "tests.end_to_end.grow_only"
 """Modules to be run; a program of another kind is a command."""
 
 SESSION = "BTM_TEST_SESSION"
-"""The Unix session of everything that a cluster's head runs: other test runs on this machine have clusters too."""
+"""The Unix session of everything that a cluster's head runs: other test
+runs on this machine have clusters too."""
 
 
 def trainers(*sessions: str | int) -> list[int]:
     """Process ids of the actors that train, on the nodes that run in these sessions."""
     among = ",".join(map(str, sessions))
-    found = subprocess.run(["pgrep", "-s", among, "-f", r"^ray::Trainer"], capture_output=True, text=True).stdout
+    found = subprocess.run(
+        ["pgrep", "-s", among, "-f", r"^ray::Trainer"], capture_output=True, text=True
+    ).stdout
     return [int(pid) for pid in found.split()]
 
 
 def only_trainer(session: str) -> int:
-    """The process id of the one trainer, once there is one and no more: the last one's process may be about to go."""
+    """The process id of the one trainer, once there is one and no more: the
+    last one's process may be about to go."""
     deadline = time.monotonic() + 60
     while len(found := trainers(session)) != 1:
         assert time.monotonic() < deadline, found
@@ -55,7 +60,8 @@ def only_trainer(session: str) -> int:
 
 @contextmanager
 def ray_head(folder: Path, *arguments: str, cpus: int = 2, **variables: str) -> Iterator[dict[str, str]]:
-    """Starts a cluster's head; gives the variables with which `ray` and `btm` reach it, its SESSION_FOLDER and DASHBOARD."""
+    """Starts a cluster's head; gives the variables with which `ray` and `btm`
+    reach it, its SESSION_FOLDER and DASHBOARD."""
     environment = os.environ | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "a-token-for-tests-0123456789abcdef",
@@ -63,15 +69,26 @@ def ray_head(folder: Path, *arguments: str, cpus: int = 2, **variables: str) -> 
     }
     session = f"/tmp/{folder.name}-{os.getpid()}"
     command = [
-        *(str(BIN / "ray"), "start", "--head", "--dashboard-port=0", f"--num-cpus={cpus}", "--disable-usage-stats"),
-        # Without a port of its own, the agent of a second cluster on this machine dies, and no job can be submitted.
+        *(
+            str(BIN / "ray"),
+            "start",
+            "--head",
+            "--dashboard-port=0",
+            f"--num-cpus={cpus}",
+            "--disable-usage-stats",
+        ),
+        # Without a port of its own, the agent of a second cluster on this machine dies, and no job can be
+        # submitted.
         f"--dashboard-agent-listen-port={free_port()}",
         "--include-log-monitor=false",  # it copies logs to drivers, which ask for none
         *(f"--temp-dir={session}", *arguments),
     ]
-    # A session of its own: its process group is killed at the end, not with `ray stop`, which stops every Ray on this machine.
+    # A session of its own: its process group is killed at the end, not with `ray stop`, which stops every Ray
+    # on this machine.
     with (folder / "log").open("w") as log:
-        started = subprocess.Popen(command, env=environment | variables, stdout=log, stderr=log, start_new_session=True)
+        started = subprocess.Popen(
+            command, env=environment | variables, stdout=log, stderr=log, start_new_session=True
+        )
     try:
         started.wait()
         said = (folder / "log").read_text()
@@ -93,7 +110,13 @@ def ray_node(
     Killing its process group is losing the machine.
     """
     command = [
-        *(*inside, str(BIN / "ray"), "start", f"--address={environment['RAY_ADDRESS']}", f"--num-cpus={cpus}"),
+        *(
+            *inside,
+            str(BIN / "ray"),
+            "start",
+            f"--address={environment['RAY_ADDRESS']}",
+            f"--num-cpus={cpus}",
+        ),
         *("--block", *arguments),
     ]
     with tempfile.TemporaryFile() as log:
@@ -113,7 +136,8 @@ def ray_node(
 
 @pytest.fixture(scope="package")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A cluster of one node with two CPUs, while tests of this package run: idle, it takes a tenth of a core."""
+    """A cluster of one node with two CPUs, while tests of this package run:
+    idle, it takes a tenth of a core."""
     # Ports are Ray's to choose, so that clusters of other test runs on this machine are left alone.
     often = {"RAY_metrics_report_interval_ms": "500"}
     with ray_head(tmp_path_factory.mktemp("ray"), "--port=0", **often) as environment:
@@ -156,9 +180,15 @@ def long_plan(long_fields: dict[str, Any], tmp_path: Path) -> Path:
 
 
 def write_prepared(
-    fields: dict[str, Any], undisturbed: Forest, folder: Path, has_seed: bool = True, experts: int = 2, **cluster: Any
+    fields: dict[str, Any],
+    undisturbed: Forest,
+    folder: Path,
+    has_seed: bool = True,
+    experts: int = 2,
+    **cluster: Any,
 ) -> Path:
-    """The plan as a file, with a store that lacks the models of the first `experts`, and the seed unless it `has_seed`."""
+    """The plan as a file, with a store that lacks the models of the first
+    `experts`, and the seed unless it `has_seed`."""
     store = str(folder / "store")
     shutil.copytree(fields["store"], store)
     ledger = Ledger.open(store)
@@ -190,7 +220,9 @@ class Btm:
                 self.process = ForkedProcess(program, arguments, environment, log, log)
             else:
                 command = [*program, *arguments]
-                self.process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, cwd=REPOSITORY)
+                self.process = subprocess.Popen(
+                    command, env=environment, stdout=file, stderr=file, cwd=REPOSITORY
+                )
 
     @property
     def said(self) -> str:

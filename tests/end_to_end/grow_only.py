@@ -1,4 +1,7 @@
-"""`btm run PLAN` without the verdict: grows the forest and stops there. For tests of what happens meanwhile."""
+"""`btm run PLAN` without the verdict: grows the forest and stops there.
+
+For tests of what happens meanwhile.
+"""
 
 import sys
 

@@ -48,7 +48,11 @@ def growing_cluster(tmp_path: Path) -> Any:
         "--include-dashboard=false",
         f"--autoscaling-config={tmp_path}/autoscaler.yaml",
     )
-    variables = {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "0"}
+    variables = {
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_FAKE_CLUSTER": "1",
+        "RAY_enable_autoscaler_v2": "0",
+    }
     with ray_head(tmp_path, *arguments, **variables) as environment:
         yield environment
 

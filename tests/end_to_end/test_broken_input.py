@@ -1,4 +1,5 @@
-"""Broken plans, texts and calls through the real `btm` command: one clear error, exit code 2, nothing half-written."""
+"""Broken plans, texts and calls through the real `btm` command: one clear
+error, exit code 2, nothing half-written."""
 
 import dataclasses
 import gzip
@@ -48,13 +49,17 @@ def check_store(store: Path) -> None:
     ledger, named = Ledger.open(str(store)), set()
     for manifest in (store / "artifacts").rglob("*"):
         if manifest.is_file():
-            artifact = next(a for a in ledger.list_artifacts(manifest.parent.name) if a.identity == manifest.stem)
+            artifact = next(
+                a for a in ledger.list_artifacts(manifest.parent.name) if a.identity == manifest.stem
+            )
             for blob in artifact.blobs:
                 data = (store / "blobs" / blob.sha256).read_bytes()
                 assert (len(data), hashlib.sha256(data).hexdigest()) == (blob.size_bytes, blob.sha256)
                 named.add(f"blobs/{blob.sha256}")
     stray = [
-        name for name in files_below(store) if name not in named and not name.startswith(("artifacts/", "forest/"))
+        name
+        for name in files_below(store)
+        if name not in named and not name.startswith(("artifacts/", "forest/"))
     ]
     assert not stray
 
@@ -110,16 +115,32 @@ TEXTS: dict[str, tuple[str, Callable[[Path], bytes], str]] = {
         lambda _: pa.Codec("zstd").compress(LINES, asbytes=True)[:-9],
         "Truncated",
     ),
-    "a Parquet file cut short": ("a.parquet", lambda folder: parquet(folder, text=["a"] * 99)[:-9], "Parquet"),
-    "a Parquet file of other columns": ("a.parquet", lambda folder: parquet(folder, body=["a"]), "the field 'text'"),
+    "a Parquet file cut short": (
+        "a.parquet",
+        lambda folder: parquet(folder, text=["a"] * 99)[:-9],
+        "Parquet",
+    ),
+    "a Parquet file of other columns": (
+        "a.parquet",
+        lambda folder: parquet(folder, body=["a"]),
+        "the field 'text'",
+    ),
     "a Parquet file of numbers": ("a.parquet", lambda folder: parquet(folder, text=[1]), "the field 'text'"),
     "JSON lines of other fields": ("a.jsonl", lambda _: b'{"body": "a"}\n', "the field 'text'"),
     "one JSON array": ("a.json", lambda _: b'[{"text": "a"}]', "not a JSON object"),
     "a line cut short": ("a.jsonl", lambda _: LINES[:-5], ":50: a line that is not JSON"),
-    "a monstrous line": ("a.jsonl", lambda _: b'{"text": "' + b"x" * 20_000_000 + b'"}\n' + LINES, "longer than"),
+    "a monstrous line": (
+        "a.jsonl",
+        lambda _: b'{"text": "' + b"x" * 20_000_000 + b'"}\n' + LINES,
+        "longer than",
+    ),
     "a monstrous document": ("a.txt", lambda _: b"x" * 5_000_000, "longer than 1000000 characters"),
     "UTF-16 without a mark": ("a.txt", lambda _: "hello".encode("utf-16-le"), "a binary file"),
-    "UTF-16 cut short": ("a.txt", lambda _: "hello".encode("utf-16")[:-1], "not UTF-16, which its first bytes say"),
+    "UTF-16 cut short": (
+        "a.txt",
+        lambda _: "hello".encode("utf-16")[:-1],
+        "not UTF-16, which its first bytes say",
+    ),
     "a table of other columns": ("a.csv", lambda _: b"id,body\n1,a\n", "no column 'text'"),
     "a page": ("a.html", lambda _: b"<p>a</p>", "files that are not read"),
     "a JSON array": ("a.json", lambda _: b'[\n{"text": "a"}\n]', "one JSON value over several lines"),
@@ -134,7 +155,11 @@ TEXTS: dict[str, tuple[str, Callable[[Path], bytes], str]] = {
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_a_run_on_a_broken_text_is_refused(
-    name: str, fields: Fields, tmp_path: Path, write_plan: Callable[[Fields], Path], btm: Callable[..., Outcome]
+    name: str,
+    fields: Fields,
+    tmp_path: Path,
+    write_plan: Callable[[Fields], Path],
+    btm: Callable[..., Outcome],
 ) -> None:
     file, make, part = TEXTS[name]
     (tmp_path / file).write_bytes(make(tmp_path))
@@ -164,7 +189,8 @@ def test_skipping_bad_documents_runs_and_reports_each_reason(
     is_refused(outcome, "'kitchen'", "skipped: 9 × a line that is not JSON in UTF-8")
 
 
-# Broken plans: the field that is changed, its value, and what the error says. The same for `btm plan` and `btm run`.
+# Broken plans: the field that is changed, its value, and what the error says. The same for `btm plan` and
+# `btm run`.
 
 SMALL = {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2}
 PLANS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
@@ -197,7 +223,11 @@ PLANS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "no heads": ("model.config", SMALL | {"n_head": 0}, ("gpt2",)),
     "a width in words": ("model.config", SMALL | {"n_embd": "wide"}, ("gpt2",)),
     "a model that is no language model": ("model.config", {"model_type": "vit"}, ("vit",)),
-    "blocks longer than positions": ("model.config", SMALL | {"n_positions": 16}, ("block_tokens", "at most 16")),
+    "blocks longer than positions": (
+        "model.config",
+        SMALL | {"n_positions": 16},
+        ("block_tokens", "at most 16"),
+    ),
     "a tokenizer that is not there": ("tokenizer", {"pretrained": "./none"}, ("./none", "from the hub")),
 }
 
@@ -225,7 +255,9 @@ def test_a_pretrained_model_that_is_not_there_is_refused(
     fields: Fields, tmp_path: Path, write_plan: Callable[[Fields], Path], btm: Callable[..., Outcome]
 ) -> None:
     source = {"pretrained": str(tmp_path / "none")}
-    is_refused(btm("run", "--in-process", write_plan(fields | {"model": source, "tokenizer": source})), "none")
+    is_refused(
+        btm("run", "--in-process", write_plan(fields | {"model": source, "tokenizer": source})), "none"
+    )
     assert not Path(fields["store"]).exists()
 
 
@@ -243,7 +275,9 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_that_is_no_plan_is_refused_by_name(name: str, tmp_path: Path, btm: Callable[..., Outcome]) -> None:
+def test_a_file_that_is_no_plan_is_refused_by_name(
+    name: str, tmp_path: Path, btm: Callable[..., Outcome]
+) -> None:
     (tmp_path / "broken.yaml").write_bytes(FILES[name])
     is_refused(btm("run", tmp_path / "broken.yaml"), "broken.yaml")
 
@@ -272,7 +306,9 @@ def test_text_shorter_than_its_blocks_is_refused_by_name(
 def test_two_domains_of_the_same_file_are_refused(
     fields: Fields, write_plan: Callable[[Fields], Path], btm: Callable[..., Outcome]
 ) -> None:
-    outcome = btm("run", "--in-process", write_plan(set_at(fields, "domains.1.text", fields["domains"][0]["text"])))
+    outcome = btm(
+        "run", "--in-process", write_plan(set_at(fields, "domains.1.text", fields["domains"][0]["text"]))
+    )
     is_refused(outcome, "'kitchen' and 'harbour' have the same text")
 
 
@@ -297,7 +333,11 @@ def test_a_store_that_is_a_file_or_lies_below_one_is_refused_and_stays(
 
 @pytest.mark.parametrize("store", ["loop", "x" * 5000], ids=["a link to itself", "a name too long"])
 def test_a_store_that_cannot_be_a_folder_is_refused(
-    store: str, fields: Fields, tmp_path: Path, write_plan: Callable[[Fields], Path], btm: Callable[..., Outcome]
+    store: str,
+    fields: Fields,
+    tmp_path: Path,
+    write_plan: Callable[[Fields], Path],
+    btm: Callable[..., Outcome],
 ) -> None:
     (tmp_path / "loop").symlink_to("loop")
     path = write_plan(set_at(fields, "store", str(tmp_path / store)))
@@ -328,7 +368,11 @@ CHANGES = {
     "the model": ("model.config.n_embd", 64, "found:    model.config.n_embd: 32 → 64\n"),
     "the tokenizer": ("tokenizer.train.vocabulary", 330, "found:    tokenizer.train.vocabulary: 320 → 330\n"),
     "the block length": ("training.block_tokens", 16, "found:    training.block_tokens: 32 → 16\n"),
-    "the seed's recipe": ("training.learning_rate", 1e-3, "found:    training.learning_rate: 0.003 → 0.001\n"),
+    "the seed's recipe": (
+        "training.learning_rate",
+        1e-3,
+        "found:    training.learning_rate: 0.003 → 0.001\n",
+    ),
     "the seed's number": ("training.random_seed", 7, "found:    training.random_seed: 0 → 7\n"),
 }
 
@@ -344,8 +388,14 @@ def test_a_plan_that_changes_what_a_forest_was_founded_on_is_refused(
     assert files_below(store) == before
     is_refused(btm("run", "--in-process", path), part, "take another `store`")
     is_refused(btm("evaluate", "--in-process", path), part, "take another `store`")
-    kept = {key: data for key, data in files_below(store).items() if key.startswith(("forest/", "artifacts/model/"))}
-    assert kept == {key: data for key, data in before.items() if key.startswith(("forest/", "artifacts/model/"))}
+    kept = {
+        key: data
+        for key, data in files_below(store).items()
+        if key.startswith(("forest/", "artifacts/model/"))
+    }
+    assert kept == {
+        key: data for key, data in before.items() if key.startswith(("forest/", "artifacts/model/"))
+    }
     check_store(store)
 
 
@@ -415,7 +465,9 @@ def test_a_store_without_a_forest_is_refused_and_not_made(
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_a_call_that_is_wrong_is_refused(arguments: tuple[str, ...], part: str, btm: Callable[..., Outcome]) -> None:
+def test_a_call_that_is_wrong_is_refused(
+    arguments: tuple[str, ...], part: str, btm: Callable[..., Outcome]
+) -> None:
     outcome = btm(*arguments)
     assert outcome.code == 2
     assert part in " ".join(outcome.err.split())
@@ -425,11 +477,15 @@ def test_a_call_that_is_wrong_is_refused(arguments: tuple[str, ...], part: str, 
 def test_the_installed_command_refuses_without_a_traceback(fields: Fields, tmp_path: Path) -> None:
     """All of the above run in this process; these go through `btm` itself."""
     (tmp_path / "a.jsonl").write_bytes(os.urandom(1000))
-    (tmp_path / "0.yaml").write_text(yaml.safe_dump(fields | {"domains": [{"name": "binary", "text": "a.jsonl"}]}))
+    (tmp_path / "0.yaml").write_text(
+        yaml.safe_dump(fields | {"domains": [{"name": "binary", "text": "a.jsonl"}]})
+    )
     (tmp_path / "1.yaml").write_text(yaml.safe_dump(fields | {"tokeniser": {}}))
     command = [Path(sys.executable).with_name("btm"), "run", "--in-process", "--json"]
     for i, parts in enumerate((("binary", "a.jsonl:1"), ("did you mean `tokenizer`?",))):
-        done = subprocess.run([*command, f"{i}.yaml"], cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*command, f"{i}.yaml"], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
         is_refused(Outcome(done.returncode, done.stdout, done.stderr), *parts)
         assert done.stdout == ""
     check_store(Path(fields["store"]))
@@ -447,7 +503,11 @@ def test_names_with_spaces_brackets_and_other_letters_are_no_trouble(
     for i, name in enumerate(names):
         (tmp_path / "tëxts " / name).write_bytes(b"".join(lines[i::3]))
     fields["domains"] = [{"name": "kitchen", "text": [str(tmp_path / "tëxts " / name) for name in names]}]
-    outcome = btm("run", "--in-process", write_plan(fields | {"store": str(tmp_path / "störe "), "targets": []}))
+    outcome = btm(
+        "run", "--in-process", write_plan(fields | {"store": str(tmp_path / "störe "), "targets": []})
+    )
     assert outcome.code == 0, outcome.err
-    whole = btm("run", "--in-process", write_plan(set_at(fields, "domains.0.text", str(source)) | {"targets": []}))
+    whole = btm(
+        "run", "--in-process", write_plan(set_at(fields, "domains.0.text", str(source)) | {"targets": []})
+    )
     assert outcome.out.splitlines()[-20:-2] == whole.out.splitlines()[-20:-2]  # the same verdict

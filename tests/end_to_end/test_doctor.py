@@ -8,7 +8,9 @@ from tests.forked import run_forked
 
 
 def test_a_token_that_is_missing_or_wrong_is_named_so(cluster: dict[str, str], tmp_path: Path) -> None:
-    nobody = {name: value for name, value in cluster.items() if name != "RAY_AUTH_TOKEN"} | {"HOME": str(tmp_path)}
+    nobody = {name: value for name, value in cluster.items() if name != "RAY_AUTH_TOKEN"} | {
+        "HOME": str(tmp_path)
+    }
     code, checks, err = ask(nobody, tmp_path)
     assert code == 2, err
     ray = next(check for check in checks if check["name"] == "Ray")

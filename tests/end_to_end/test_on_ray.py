@@ -1,4 +1,5 @@
-"""The main job on a real Ray cluster: through `ray job submit`, killed, stopped, and with an expert that fails."""
+"""The main job on a real Ray cluster: through `ray job submit`, killed,
+stopped, and with an expert that fails."""
 
 import json
 import re
@@ -87,7 +88,8 @@ with connected(sys.argv[1], dashboard=False):
 def test_workers_import_what_the_driver_does_and_not_a_module_beside_the_plan(
     cluster: dict[str, str], tmp_path: Path
 ) -> None:
-    """Ray puts the folder that a driver is run in first on its workers' path; a `datasets` there hid the library."""
+    """Ray puts the folder that a driver is run in first on its workers' path;
+    a `datasets` there hid the library."""
     (tmp_path / "datasets").mkdir()
     (tmp_path / "datasets" / "__init__.py").touch()
     for name in ("random.py", "tokenizers.py"):
@@ -135,7 +137,9 @@ def test_a_users_mistake_in_another_step_costs_a_training_nothing(
 ) -> None:
     plan = Plan.model_validate(fields)
     seed = seed_request(prepare(plan, driver := in_process(plan)))
-    endless = replace(seed, training=seed.training.model_copy(update={"updates": 2_000_000}), last_update=1_000_000)
+    endless = replace(
+        seed, training=seed.training.model_copy(update={"updates": 2_000_000}), last_update=1_000_000
+    )
     told: list[Progress] = []
 
     def watch(progress: Progress) -> None:

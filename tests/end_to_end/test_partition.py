@@ -1,4 +1,5 @@
-"""A machine that is cut off from its cluster, in a network namespace: it lives on, trains on, and harms nothing."""
+"""A machine that is cut off from its cluster, in a network namespace: it lives
+on, trains on, and harms nothing."""
 
 import os
 import random
@@ -12,7 +13,16 @@ import pytest
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import Ledger
 from btm_cluster.operations.verify import verify
-from tests.end_to_end.conftest import GROW, Btm, experts_in, plain, ray_head, ray_node, trainers, write_prepared
+from tests.end_to_end.conftest import (
+    GROW,
+    Btm,
+    experts_in,
+    plain,
+    ray_head,
+    ray_node,
+    trainers,
+    write_prepared,
+)
 from tests.end_to_end.test_survival import wait_until_an_expert_trains
 
 NOTICED_WITHIN_SECONDS = {

@@ -25,7 +25,10 @@ def test_trainings_get_ready_while_their_inputs_are_made_and_trainers_score_othe
 
 
 def _tasks(cluster: dict[str, str]) -> list[str]:
-    """Names of all tasks and calls of actors that the cluster remembers. On a busy machine it may not answer at once."""
+    """Names of all tasks and calls of actors that the cluster remembers.
+
+    On a busy machine it may not answer at once.
+    """
     command = [str(BIN / "ray"), "list", "tasks", "--format", "json", "--limit", "10000", "--timeout", "120"]
     listed = subprocess.run(command, env=cluster, capture_output=True, text=True, check=False)
     assert listed.returncode == 0, listed.stderr

@@ -1,4 +1,5 @@
-"""A schedule on one machine: a started Ray cluster with tokens, an S3 server as the store, and the expansion job, three times."""
+"""A schedule on one machine: a started Ray cluster with tokens, an S3 server as the
+store, and the expansion job, three times."""
 
 import json
 import os
@@ -36,7 +37,8 @@ def store(object_store: dict[str, str], tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def submit(cluster: dict[str, str], variables: dict[str, str], folder: Path, name: str) -> Btm:
-    """What a schedule does: submits the job, again while the cluster is not ready for one, and waits for it."""
+    """What a schedule does: submits the job, again while the cluster is not
+    ready for one, and waits for it."""
     runtime = json.dumps({"env_vars": variables | {"BTM_CACHE_FOLDER": str(folder / "cache")}})
     entry = ["--", "python", str(REPOSITORY / "jobs" / "expand_forest.py"), "plan.yaml"]
     for attempt in range(20):
@@ -53,7 +55,9 @@ def submit(cluster: dict[str, str], variables: dict[str, str], folder: Path, nam
 def trainer_below(folder: Path) -> int:
     """Process id of the one trainer whose job has its cache in a folder: others may train on this machine."""
     named = subprocess.run(["pgrep", "-f", "^ray::Trainer"], capture_output=True, text=True).stdout.split()
-    (pid,) = [pid for pid in named if os.fsencode(folder / "cache") in Path("/proc", pid, "environ").read_bytes()]
+    (pid,) = [
+        pid for pid in named if os.fsencode(folder / "cache") in Path("/proc", pid, "environ").read_bytes()
+    ]
     return int(pid)
 
 
@@ -66,10 +70,14 @@ def test_three_ticks_of_a_schedule_with_a_new_domain_while_that_still_runs_and_w
     tmp_path: Path,
 ) -> None:
     fields = long_fields | {"store": store, "domains": long_fields["domains"][:1], "targets": []}
-    plan = Plan.model_validate(fields | {"training": fields["training"] | {"seed_share": 0.1, "updates": 800}})
+    plan = Plan.model_validate(
+        fields | {"training": fields["training"] | {"seed_share": 0.1, "updates": 800}}
+    )
     founded = grow(plan, in_process(plan)).forest
     (tmp_path / "plan").mkdir()
-    (tmp_path / "plan" / "plan.yaml").write_text(yaml.safe_dump(plan.model_dump(mode="json")), encoding="utf-8")
+    (tmp_path / "plan" / "plan.yaml").write_text(
+        yaml.safe_dump(plan.model_dump(mode="json")), encoding="utf-8"
+    )
     ledger = Ledger.open(store)
     deliver(ledger, tmp_path, "meadow")
 

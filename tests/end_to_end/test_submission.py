@@ -54,7 +54,9 @@ def test_a_job_outlives_its_submitter_the_next_one_waits_for_it_and_a_later_tick
 
 def test_a_submitter_that_no_cluster_answers_says_so(cluster: dict[str, str], tmp_path: Path) -> None:
     program = (sys.executable, str(REPOSITORY / "jobs" / "submit.py"))
-    nowhere = Btm(["s", "t", "--", "true"], cluster | {"RAY_ADDRESS": "http://127.0.0.1:9"}, tmp_path / "log", program)
+    nowhere = Btm(
+        ["s", "t", "--", "true"], cluster | {"RAY_ADDRESS": "http://127.0.0.1:9"}, tmp_path / "log", program
+    )
     assert nowhere.exit_code() == 2, nowhere.said
     assert "no jobs can be submitted at http://127.0.0.1:9" in nowhere.said
     assert "Traceback" not in nowhere.said
@@ -67,7 +69,9 @@ def test_a_dashboard_that_stumbles_is_one_error_and_a_log_that_is_lost_hides_no_
         raise RuntimeError("Request failed with status code 500")
 
     ended = SimpleNamespace(submission_id="t-1", status=JobStatus.FAILED, metadata={}, driver_exit_code=2)
-    client = SimpleNamespace(list_jobs=fail_for_now, submit_job=lambda **_: None, get_job_info=lambda _: ended)
+    client = SimpleNamespace(
+        list_jobs=fail_for_now, submit_job=lambda **_: None, get_job_info=lambda _: ended
+    )
     client.get_job_logs = fail_for_now
     monkeypatch.setattr(submission, "_client", lambda _: client)
     said: list[str] = []

@@ -1,4 +1,5 @@
-"""Processes, machines and drivers that die or hang while a forest grows: it ends as if nothing had happened."""
+"""Processes, machines and drivers that die or hang while a forest grows: it
+ends as if nothing had happened."""
 
 import os
 import re
@@ -36,7 +37,9 @@ def test_of_two_trainers_one_hangs_and_one_is_killed_and_both_go_on_from_their_c
     undisturbed: Forest,
     tmp_path: Path,
 ) -> None:
-    run = grow_only(write_prepared(long_fields, undisturbed, tmp_path, hang_minutes=0.3, concurrent_experts=1))
+    run = grow_only(
+        write_prepared(long_fields, undisturbed, tmp_path, hang_minutes=0.3, concurrent_experts=1)
+    )
     wait_until_an_expert_trains(run)
     first, second = ("kitchen", "harbour") if "kitchen: training" in run.said else ("harbour", "kitchen")
     os.kill(only_trainer(cluster[SESSION]), signal.SIGSTOP)
@@ -113,11 +116,15 @@ def test_when_a_machine_is_lost_its_experts_go_on_at_another(
 ) -> None:
     (tmp_path / "head").mkdir()
     with (
-        ray_head(tmp_path / "head", "--port=0", "--include-dashboard=false", "--no-monitor", cpus=1) as environment,
+        ray_head(
+            tmp_path / "head", "--port=0", "--include-dashboard=false", "--no-monitor", cpus=1
+        ) as environment,
         ray_node(environment, cpus=2) as lost,
         ray_node(environment, cpus=2),
     ):
-        run = Btm([str(write_prepared(long_fields, undisturbed, tmp_path))], environment, tmp_path / "said", GROW)
+        run = Btm(
+            [str(write_prepared(long_fields, undisturbed, tmp_path))], environment, tmp_path / "said", GROW
+        )
         wait_until_an_expert_trains(run)
         os.killpg(lost.pid, signal.SIGKILL)
         assert run.exit_code() == 0, run.said

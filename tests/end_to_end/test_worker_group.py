@@ -1,4 +1,5 @@
-"""A training over a group of two workers, through Ray Train: the model of one worker, stopped, resumed, told of a preemption."""
+"""A training over a group of two workers, through Ray Train: the model of one
+worker, stopped, resumed, told of a preemption."""
 
 import dataclasses
 import json
@@ -68,7 +69,8 @@ class StopAfter:
 
 
 class PreemptAtFirstUpdate:
-    """Announces that a machine will be taken away as soon as a training runs, and sets `stop` once that has saved it."""
+    """Announces that a machine will be taken away as soon as a training runs,
+    and sets `stop` once that has saved it."""
 
     def __init__(self, environment: dict[str, str], ledger: Ledger, identity: str) -> None:
         self.stop = threading.Event()
@@ -96,8 +98,15 @@ class PreemptAtFirstUpdate:
     def _announce(self) -> None:
         import ray
 
-        (node,) = [n["NodeID"] for n in ray.nodes() if n["Alive"] and "node:__internal_head__" not in n["Resources"]]
-        command = [str(BIN / "ray"), "drain-node", f"--node-id={node}", "--reason=DRAIN_NODE_REASON_PREEMPTION"]
+        (node,) = [
+            n["NodeID"] for n in ray.nodes() if n["Alive"] and "node:__internal_head__" not in n["Resources"]
+        ]
+        command = [
+            str(BIN / "ray"),
+            "drain-node",
+            f"--node-id={node}",
+            "--reason=DRAIN_NODE_REASON_PREEMPTION",
+        ]
         limits = ["--reason-message=spot", "--deadline-remaining-seconds=600"]
         subprocess.run([*command, *limits], env=self._environment, check=True, capture_output=True)
 

@@ -1,9 +1,11 @@
-"""Grows one forest again and again while processes, machines, drivers and the store fail at moments drawn from a seed.
+"""Grows one forest again and again while processes, machines, drivers and the
+store fail at moments drawn from a seed.
 
     python -m tests.faults.campaign --seeds 100 [--first 0]      or: make chaos SEEDS=100
 
-The store is a real S3 server behind a fault-injecting proxy; the cluster is Ray on several nodes of this machine. Each
-seed must end in the very forest that grows undisturbed. Prints a line per seed, and fails if one ended otherwise.
+The store is a real S3 server behind a fault-injecting proxy; the cluster is Ray on several nodes of this
+machine. Each seed must end in the very forest that grows undisturbed. Prints a line per seed, and fails if
+one ended otherwise.
 """
 
 import argparse
@@ -61,7 +63,10 @@ class Campaign:
         self._folder, self._stack = folder, stack
         store = stack.enter_context(start_object_store(folder / "radosgw"))
         self._proxy = stack.enter_context(FaultProxy(store["AWS_ENDPOINT_URL"]))
-        self._variables = store | {"AWS_ENDPOINT_URL": self._proxy.url, "BTM_CACHE_FOLDER": str(folder / "cache")}
+        self._variables = store | {
+            "AWS_ENDPOINT_URL": self._proxy.url,
+            "BTM_CACHE_FOLDER": str(folder / "cache"),
+        }
         direct = boto3.client(
             "s3",
             endpoint_url=store["AWS_ENDPOINT_URL"],
@@ -72,13 +77,16 @@ class Campaign:
         direct.create_bucket(Bucket="chaos")
         stack.callback(direct.close)
         texts = {
-            name: write_jsonl(folder / f"{name}.jsonl", made_up_documents(name, 200)) for name in ("kitchen", "harbour")
+            name: write_jsonl(folder / f"{name}.jsonl", made_up_documents(name, 200))
+            for name in ("kitchen", "harbour")
         }
         self._fields = _plan_fields(texts)
         self.expected = self._undisturbed()
         (folder / "head").mkdir()
         arguments = ("--port=0", "--include-dashboard=false", "--no-monitor")
-        self._environment = stack.enter_context(ray_head(folder / "head", *arguments, cpus=1, **self._variables))
+        self._environment = stack.enter_context(
+            ray_head(folder / "head", *arguments, cpus=1, **self._variables)
+        )
         self._nodes = [self._node() for _ in range(2)]
 
     def run(self, seed: int) -> Outcome:
@@ -154,7 +162,9 @@ class Campaign:
 
     def _experts(self, seed: int) -> dict[str, dict[str, Any]]:
         command = [str(BIN / "btm"), "forest", "show", "--store", f"s3://chaos/{seed}", "--json"]
-        shown = subprocess.run(command, capture_output=True, text=True, env=self._environment | self._variables)
+        shown = subprocess.run(
+            command, capture_output=True, text=True, env=self._environment | self._variables
+        )
         if shown.returncode:
             return {"error": {"said": shown.stderr}}
         return {expert["domain"]: expert for expert in json.loads(shown.stdout)["experts"]}
@@ -163,7 +173,10 @@ class Campaign:
 @contextmanager
 def campaign() -> Iterator[Campaign]:
     """Everything started, and stopped at the end."""
-    with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as folder, ExitStack() as stack:
+    with (
+        tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as folder,
+        ExitStack() as stack,
+    ):
         yield Campaign(Path(folder), stack)
 
 
@@ -171,12 +184,19 @@ def _plan_fields(texts: dict[str, Path]) -> dict[str, Any]:
     fields = plan_fields(texts | {"orchard": texts["kitchen"], "market": texts["kitchen"]}, Path("unused"))
     fields |= {"domains": fields["domains"][:2], "targets": []}
     fields["training"] |= {"updates": 2400}
-    fields["cluster"] |= {"checkpoint_minutes": 0.01, "retries": 8, "hang_minutes": 1, "stop_grace_seconds": 20}
+    fields["cluster"] |= {
+        "checkpoint_minutes": 0.01,
+        "retries": 8,
+        "hang_minutes": 1,
+        "stop_grace_seconds": 20,
+    }
     return fields
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first", type=int, default=0)
     arguments = parser.parse_args()

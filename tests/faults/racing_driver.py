@@ -1,4 +1,5 @@
-"""A driver that stores each model only once another has trained it too: `racing_driver PLAN MEETING-FOLDER 0|1`.
+"""A driver that stores each model only once another has trained it too:
+`racing_driver PLAN MEETING-FOLDER 0|1`.
 
 Prints the hashes of its forest's experts.
 """

@@ -1,4 +1,7 @@
-"""Whole runs on a real S3 server that turns a run away, falls silent, or is shared with another driver. One process each."""
+"""Whole runs on a real S3 server that turns a run away, falls silent, or is shared with another driver.
+
+One process each.
+"""
 
 import json
 import os
@@ -34,14 +37,18 @@ def small_fields(texts: dict[str, Path], store: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def undisturbed(
+    texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
     """The experts of that plan when nothing happens."""
     plan = Plan.model_validate(small_fields(texts, str(tmp_path_factory.mktemp("undisturbed"))))
     return plain(grow(plan, in_process(plan)).forest)
 
 
 @pytest.fixture
-def proxy(object_store: Mapping[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FaultProxy]:
+def proxy(
+    object_store: Mapping[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[FaultProxy]:
     """Between this process and the server, where a bucket is ready."""
     monkeypatch.setenv("BTM_CACHE_FOLDER", str(tmp_path / "cache"))
     for name, value in object_store.items():
@@ -178,7 +185,9 @@ def test_two_drivers_without_a_cluster_in_common_race_for_every_model_and_end_in
     assert {out for out, _ in said} == {
         json.dumps([expert["weights_sha256"] for expert in undisturbed.values()]) + "\n"
     }
-    assert {path.name for path in tmp_path.glob("*-[01]")} >= {f"{name}-{i}" for name in undisturbed for i in range(2)}
+    assert {path.name for path in tmp_path.glob("*-[01]")} >= {
+        f"{name}-{i}" for name in undisturbed for i in range(2)
+    }
     ledger = Ledger.open(store)
     assert ledger.log.versions() == [0, 1]
     assert verify(ledger).problems == ()

@@ -1,4 +1,5 @@
-"""Real two-layer models for unit tests: a prepared store that each test may copy, and a grown forest that none changes."""
+"""Real two-layer models for unit tests: a prepared store that each test may copy,
+and a grown forest that none changes."""
 
 import shutil
 from dataclasses import dataclass

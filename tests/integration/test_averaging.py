@@ -1,4 +1,5 @@
-"""Averages against float64 arithmetic, as files that others open, within bounded memory; and what is refused."""
+"""Averages against float64 arithmetic, as files that others open, within
+bounded memory; and what is refused."""
 
 import json
 import math
@@ -52,7 +53,9 @@ Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 def made_up_model(dtype: torch.dtype, random_seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(random_seed)
     return {
-        name: (torch.randn(shape, generator=generator) * 10 ** torch.randn(shape, generator=generator)).to(dtype)
+        name: (torch.randn(shape, generator=generator) * 10 ** torch.randn(shape, generator=generator)).to(
+            dtype
+        )
         for name, shape in SHAPES.items()
     }
 
@@ -69,7 +72,9 @@ def check_is_average(found: torch.Tensor, tensors: list[torch.Tensor], weights: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_an_average_of_files_is_the_float64_average_to_its_dtypes_rounding(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_an_average_of_files_is_the_float64_average_to_its_dtypes_rounding(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
     models = [made_up_model(dtype, seed) for seed in range(3)]
     files = [tmp_path / f"{i}.safetensors" for i in range(3)]
     for model, file in zip(models, files, strict=True):
@@ -84,7 +89,9 @@ def test_an_average_of_files_is_the_float64_average_to_its_dtypes_rounding(dtype
 
 def test_half_precision_weights_are_summed_in_float32() -> None:
     # Summed in float16, a thousandth of 1 added to 1 a thousand times over would be lost each time.
-    tensors = [torch.full((2,), 1.0, dtype=torch.float16)] + [torch.full((2,), 0.25, dtype=torch.float16)] * 1000
+    tensors = [torch.full((2,), 1.0, dtype=torch.float16)] + [
+        torch.full((2,), 0.25, dtype=torch.float16)
+    ] * 1000
     found = average_tensor(tensors, [1.0] + [0.001] * 1000)
     assert found.tolist() == [1.25, 1.25]
 
@@ -100,7 +107,8 @@ def test_one_hot_weights_give_that_model_bit_for_bit(tmp_path: Path) -> None:
 
 
 def write_backwards(model: Mapping[str, torch.Tensor], file: Path) -> None:
-    """The same float32 tensors as a safetensors file in another order, written by hand from the format's description."""
+    """The same float32 tensors as a safetensors file in another order, written by
+    hand from the format's description."""
     header, data = {}, b""
     for name in sorted(model, reverse=True):
         raw = model[name].contiguous().numpy().tobytes()
@@ -120,7 +128,9 @@ def test_tensors_are_matched_by_name_wherever_they_lie_in_a_file(tmp_path: Path)
     save_file(models[0], tmp_path / "0.safetensors")
     write_backwards(models[1], tmp_path / "1.safetensors")
     for order in ([0, 1], [1, 0]):
-        average_files([tmp_path / f"{i}.safetensors" for i in order], [0.25, 0.75], tmp_path / "average.safetensors")
+        average_files(
+            [tmp_path / f"{i}.safetensors" for i in order], [0.25, 0.75], tmp_path / "average.safetensors"
+        )
         for name, tensor in load_file(tmp_path / "average.safetensors").items():
             check_is_average(tensor, [models[i][name] for i in order], [0.25, 0.75])
 
@@ -165,7 +175,9 @@ def test_argmax_weights_are_one_hot_at_the_largest_prior() -> None:
 @pytest.mark.parametrize("experts", [1, 2, 3, 17, 64])
 def test_posterior_weights_are_the_prior_to_six_digits_and_sum_to_one(experts: int) -> None:
     for seed in range(20):
-        prior_E = torch.softmax(5 * torch.randn(experts, generator=torch.Generator().manual_seed(seed)).double(), dim=0)
+        prior_E = torch.softmax(
+            5 * torch.randn(experts, generator=torch.Generator().manual_seed(seed)).double(), dim=0
+        )
         weights = posterior_weights(prior_E)
         assert math.fsum(weights) == pytest.approx(1, abs=1e-12)
         assert min(weights) >= 0
@@ -194,7 +206,9 @@ def test_a_forests_average_is_that_of_its_experts_weights(grown: GrownForest, la
         check_is_average(found, [t[name] for t in tensors], [weights[parent.identity] for parent in parents])
 
 
-def test_a_forests_average_opens_in_transformers_with_the_very_same_weights(grown: GrownForest, tmp_path: Path) -> None:
+def test_a_forests_average_opens_in_transformers_with_the_very_same_weights(
+    grown: GrownForest, tmp_path: Path
+) -> None:
     average = grown.driver.ledger.get(grown.evaluation.averages["uniform"])
     for name in FOLDER_FILES:
         shutil.copyfile(grown.driver.ledger.open_file(average, name), tmp_path / name)
@@ -269,7 +283,10 @@ def test_models_of_two_seeds_are_refused_before_a_weight_is_read(grown: GrownFor
     lose_weights(store, expert)
     with pytest.raises(IncompatibleError) as refused:
         run_all(store.workers, [request_for(expert, stranger)])
-    assert {refused.value.found[-12:], refused.value.expected[-12:]} == {"0123456789ab", expert.facts["origin"][:12]}
+    assert {refused.value.found[-12:], refused.value.expected[-12:]} == {
+        "0123456789ab",
+        expert.facts["origin"][:12],
+    }
 
 
 def test_whatever_descends_from_one_seed_can_be_averaged(grown: GrownForest) -> None:
@@ -333,4 +350,6 @@ def test_averaging_holds_a_few_tensors_at_a_time_and_never_a_model(tmp_path: Pat
     script = [sys.executable, "-c", MEASURE, str(tmp_path)]
     tensors_held = subprocess.run(script, check=True, capture_output=True, text=True).stdout
     assert int(tensors_held) <= 8, "a model has 64 tensors, three have 192"
-    assert load_file(tmp_path / "average.safetensors")["t05"][0, 0] == pytest.approx(0.2 * 5 + 0.3 * 6 + 0.5 * 7)
+    assert load_file(tmp_path / "average.safetensors")["t05"][0, 0] == pytest.approx(
+        0.2 * 5 + 0.3 * 6 + 0.5 * 7
+    )

@@ -13,7 +13,8 @@ from tests.integration.conftest import GrownForest
 
 
 def expected_stream(grown: GrownForest, documents: list[str]) -> tuple[list[int], list[int]]:
-    """Tokens and document numbers of documents one after the other, each encoded alone and ended by end-of-text."""
+    """Tokens and document numbers of documents one after the other, each
+    encoded alone and ended by end-of-text."""
     tokenizer = open_tokenizer(grown.driver.ledger, grown.prepared.tokenizer)
     tokens, owners = [], []
     for number, document in enumerate(documents):
@@ -56,8 +57,8 @@ def test_no_documents_and_too_little_text_make_no_block(grown: GrownForest) -> N
 
 
 def test_a_document_that_spells_the_end_of_text_token_does_not_end_there(grown: GrownForest) -> None:
-    # Source code and web pages do. The tokenizer would turn the spelling into the token itself, and a document could end,
-    # for the model, wherever its author liked.
+    # Source code and web pages do. The tokenizer would turn the spelling into the token itself, and a
+    # document could end, for the model, wherever its author liked.
     tokenizer = open_tokenizer(grown.driver.ledger, grown.prepared.tokenizer)
     tokens, owners = pack_blocks(["before <|endoftext|> after"], tokenizer, 8, keep_rest=True)
     real = tokens[owners >= 0]
@@ -111,7 +112,28 @@ def test_the_order_depends_on_the_seed_and_the_text() -> None:
 
 def test_the_order_is_the_one_that_stored_forests_were_trained_in() -> None:
     # Written down, since a training that an older version began must go on in the order in which it began.
-    assert block_order(0, "law", 10, 0, 20).tolist() == [5, 2, 8, 0, 7, 6, 1, 9, 4, 3, 6, 7, 8, 2, 0, 9, 1, 3, 5, 4]
+    assert block_order(0, "law", 10, 0, 20).tolist() == [
+        5,
+        2,
+        8,
+        0,
+        7,
+        6,
+        1,
+        9,
+        4,
+        3,
+        6,
+        7,
+        8,
+        2,
+        0,
+        9,
+        1,
+        3,
+        5,
+        4,
+    ]
 
 
 def test_a_text_with_a_single_block_gives_it_for_ever() -> None:

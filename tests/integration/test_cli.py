@@ -19,7 +19,17 @@ from btm_cluster.errors import PlanError, StepError, Stopped, StoreError
 from btm_cluster.plan import Plan, read_plan
 from tests.conftest import in_process
 
-HEAVY = ("torch", "ray", "transformers", "datasets", "numpy", "boto3", "pyarrow", "tokenizers", "huggingface_hub")
+HEAVY = (
+    "torch",
+    "ray",
+    "transformers",
+    "datasets",
+    "numpy",
+    "boto3",
+    "pyarrow",
+    "tokenizers",
+    "huggingface_hub",
+)
 
 WATCHED = f"""
 import sys
@@ -33,7 +43,11 @@ sys.exit(code)
 def fresh(*arguments: str | Path, folder: Path) -> tuple[int, str, list[str]]:
     """Exit code, output, and the heavy modules that a command imported in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-c", WATCHED, *map(str, arguments)], cwd=folder, capture_output=True, text=True, check=False
+        [sys.executable, "-c", WATCHED, *map(str, arguments)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout + done.stderr, done.stderr.rpartition("imported:")[2].split()
@@ -82,7 +96,9 @@ def test_help_schema_starter_and_a_refused_plan_import_nothing_heavy(
     assert imported == []
 
 
-def test_a_preview_starts_no_ray(fields: dict[str, Any], write_plan: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_preview_starts_no_ray(
+    fields: dict[str, Any], write_plan: Callable[..., Path], tmp_path: Path
+) -> None:
     code, shown, imported = fresh("plan", write_plan(fields), folder=tmp_path)
     assert code == 0
     assert "What a run would do" in shown
@@ -182,7 +198,10 @@ def test_an_error_goes_to_standard_error_alone_json_or_not(
 
 
 def test_results_that_cannot_be_written_are_refused_before_anything_starts(
-    fields: dict[str, Any], write_plan: Callable[..., Path], btm: Callable[..., tuple[int, str, str]], tmp_path: Path
+    fields: dict[str, Any],
+    write_plan: Callable[..., Path],
+    btm: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
 ) -> None:
     plan, here = write_plan(fields), set(tmp_path.rglob("*"))
     for to, part in (
@@ -209,7 +228,9 @@ def test_each_kind_of_error_has_its_exit_code(error: BaseException, code: int) -
     assert run_command(fail) == code
 
 
-def test_a_forest_is_shown_with_its_versions(fields: dict[str, Any], btm: Callable[..., tuple[int, str, str]]) -> None:
+def test_a_forest_is_shown_with_its_versions(
+    fields: dict[str, Any], btm: Callable[..., tuple[int, str, str]]
+) -> None:
     plan = Plan.model_validate(fields | {"domains": fields["domains"][:1], "targets": []})
     grow(plan, in_process(plan))
     code, table, _ = btm("forest", "show", "--store", plan.store)
@@ -240,7 +261,10 @@ def test_a_forest_is_shown_with_its_versions(fields: dict[str, Any], btm: Callab
 )
 def test_what_needs_no_torch_answers_without_it(modules: str, absent: set[str]) -> None:
     code = f"import sys; import btm_cluster.{modules}; print(*{absent} & sys.modules.keys())"
-    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+        == "\n"
+    )
 
 
 @pytest.mark.parametrize("given", ["argument", "standard input"])
@@ -251,7 +275,8 @@ def test_a_prompt_that_is_no_utf8_is_refused(
     btm: Callable[..., tuple[int, str, str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Text is read as UTF-8 whatever the terminal's encoding is, so that a prompt means what the same text in a file does."""
+    """Text is read as UTF-8 whatever the terminal's encoding is, so that a prompt
+    means what the same text in a file does."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "latin-1"))
     prompt = "-" if given == "standard input" else os.fsdecode(b"caf\xe9")
     code, _, err = btm("generate", write_plan(fields), "--prompt", prompt)

@@ -1,4 +1,5 @@
-"""The ensemble by cluster distance against a loop over tokens, what its weights may see, and which plans are refused."""
+"""The ensemble by cluster distance against a loop over tokens, what its weights
+may see, and which plans are refused."""
 
 import dataclasses
 import json
@@ -32,14 +33,19 @@ TEMPERATURE = 0.3
 
 @pytest.fixture(scope="module")
 def model(grown: GrownForest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cluster model found in the domains' text, its clusters named as the domains by hand; and one cluster more."""
+    """A cluster model found in the domains' text, its clusters named as the
+    domains by hand; and one cluster more."""
     folder = tmp_path_factory.mktemp("clusters")
     ledger = grown.driver.ledger
     texts = [text for name in DOMAINS for text in documents_of(ledger, grown.text(name).identity, "train")]
     found = find_clusters(texts, 4, random_seed=0)
     names: list[str] = []
     for words in found.words:
-        fits = [name for name in DOMAINS if name not in names and sum(set(word) <= set(name) for word in words) > 7]
+        fits = [
+            name
+            for name in DOMAINS
+            if name not in names and sum(set(word) <= set(name) for word in words) > 7
+        ]
         names.append(fits[0] if fits else "another")
     assert set(names) == {*DOMAINS, "another"}
     save_clusters(dataclasses.replace(found, names=tuple(names)), folder)
@@ -68,9 +74,13 @@ def distances(clusters: Clusters, text: str) -> dict[str, float]:
     counts = Counter(text.casefold().split())
     place = {word: i for i, word in enumerate(clusters.vocabulary)}
     weights = {
-        place[w]: (1 + math.log(n)) * float(clusters.rarity_V[place[w]]) for w, n in counts.items() if w in place
+        place[w]: (1 + math.log(n)) * float(clusters.rarity_V[place[w]])
+        for w, n in counts.items()
+        if w in place
     }
-    point_F = sum((w * clusters.directions_FV[:, i].astype(np.float64) for i, w in weights.items()), np.zeros(1))
+    point_F = sum(
+        (w * clusters.directions_FV[:, i].astype(np.float64) for i, w in weights.items()), np.zeros(1)
+    )
     if not weights:
         return dict.fromkeys(clusters.names, 1.0)
     point_F = point_F / np.linalg.norm(point_F)
@@ -87,7 +97,9 @@ def test_the_row_is_the_sum_of_a_loop_over_tokens(
     models = [Ref("model", expert.identity) for expert in grown.grown.forest.experts]
     stack = ScoreStack(ledger, [score_of(grown, m, name, split) for m in models], text.tokens[split])
     logp_EBT, _ = stack.take(0, len(stack))
-    tokens_BT = np.concatenate([np.load(ledger.open_file(ledger.get(r), "tokens.npy")) for r in text.tokens[split]])
+    tokens_BT = np.concatenate(
+        [np.load(ledger.open_file(ledger.get(r), "tokens.npy")) for r in text.tokens[split]]
+    )
     expected_D = np.zeros(len(stack.tokens()))
     for b, tokens in enumerate(tokens_BT):
         for t in range(len(tokens)):
@@ -147,7 +159,9 @@ def test_a_weight_sees_only_what_stands_before_its_token(grown: GrownForest, mod
     torch.testing.assert_close(one.exp().sum(0), torch.ones_like(one[0]))
 
 
-def test_a_domain_without_a_cluster_is_refused_before_anything_starts(plan: Plan, model: Path, tmp_path: Path) -> None:
+def test_a_domain_without_a_cluster_is_refused_before_anything_starts(
+    plan: Plan, model: Path, tmp_path: Path
+) -> None:
     for file in model.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     rows = json.loads((tmp_path / "clusters.json").read_text())

@@ -26,7 +26,8 @@ from tests.living import deliver
 
 @pytest.fixture
 def plan(founded_plan: Plan, tmp_path: Path) -> Plan:
-    """A plan whose forest of kitchen and harbour stands beside its Transformer-LM, with a store of the test's own."""
+    """A plan whose forest of kitchen and harbour stands beside its
+    Transformer-LM, with a store of the test's own."""
     shutil.copytree(founded_plan.store, tmp_path / "store")
     return founded_plan.model_copy(update={"store": str(tmp_path / "store")})
 
@@ -53,7 +54,8 @@ def scores_of(plan: Plan) -> str:
 
 
 def differences(run: Run) -> dict[str, float]:
-    """The calibrated ensemble's, to the Transformer-LM, on the test text of each text that they are compared on."""
+    """The calibrated ensemble's, to the Transformer-LM, on the test text of
+    each text that they are compared on."""
     row = next(row for row in run.verdict.rows["test"] if row.system == CALIBRATED_ENSEMBLE)
     return {text: cell.difference for text, cell in row.cells.items() if cell.difference is not None}
 
@@ -61,7 +63,8 @@ def differences(run: Run) -> dict[str, float]:
 def test_a_forest_is_compared_on_what_its_rivals_learned_from_too_or_nobody_did(
     plan: Plan, arrive: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # The Transformer-LM never saw what was added. Counted in, one such text made a lead of 24.5 % one of 65 %.
+    # The Transformer-LM never saw what was added. Counted in, one such text made a lead of 24.5 % one of 65
+    # %.
     founded = evaluate_forest(plan, in_process(plan))
     assert (founded.verdict.left_out, set(differences(founded))) == ({}, {"kitchen", "harbour", "market"})
     arrive("meadow")
@@ -74,15 +77,23 @@ def test_a_forest_is_compared_on_what_its_rivals_learned_from_too_or_nobody_did(
     assert set(differences(evaluated)) == {"kitchen", "harbour", "market"}
     rows = {row.system: row for row in evaluated.verdict.rows["test"]}
     forest, rival = rows[CALIBRATED_ENSEMBLE], rows[TRANSFORMER_LM]
-    on_all = mean(c.perplexity for c in forest.cells.values()) / mean(c.perplexity for c in rival.cells.values()) - 1
+    on_all = (
+        mean(c.perplexity for c in forest.cells.values()) / mean(c.perplexity for c in rival.cells.values())
+        - 1
+    )
     judged = forest.means["all"].difference
     assert judged is not None
     assert on_all < judged - 0.02, "what it would have said"
-    compared = [forest.cells[text].perplexity / rival.cells[text].perplexity - 1 for text in differences(evaluated)]
+    compared = [
+        forest.cells[text].perplexity / rival.cells[text].perplexity - 1 for text in differences(evaluated)
+    ]
     assert min(compared) < judged < max(compared)
     assert forest.means["left_out"].perplexity == forest.cells["meadow"].perplexity
     assert f"{judged:+.1%}" in evaluated.verdict.sentence
-    assert "Not compared on, since only one side learned from it: meadow (added later)." in evaluated.verdict.sentence
+    assert (
+        "Not compared on, since only one side learned from it: meadow (added later)."
+        in evaluated.verdict.sentence
+    )
     assert f"The {evaluated.verdict.baseline} never saw meadow." in evaluated.verdict.sentence
     assert evaluated.verdict.milestones == founded.verdict.milestones, "chosen by the founding domains alone"
     show_run(evaluated, json_output=False)
@@ -90,7 +101,9 @@ def test_a_forest_is_compared_on_what_its_rivals_learned_from_too_or_nobody_did(
     assert "founding domains" in shown
     assert "left out" in shown
     assert "(added later)" in shown
-    assert run_plan(plan, in_process(plan)).to_json()["verdict"] == evaluated.to_json()["verdict"], "run or evaluate"
+    assert run_plan(plan, in_process(plan)).to_json()["verdict"] == evaluated.to_json()["verdict"], (
+        "run or evaluate"
+    )
 
 
 def test_a_baseline_that_the_plan_names_and_nobody_trained_is_told(
@@ -144,7 +157,10 @@ def test_a_forest_that_shares_no_text_with_its_rivals_is_not_judged(
     expand(plan, in_process(plan))
     rollback(ledger, 1)
     rolled_back = evaluate_forest(plan, in_process(plan))
-    assert (rolled_back.verdict.left_out, set(differences(rolled_back))) == ({}, {"kitchen", "harbour", "market"})
+    assert (rolled_back.verdict.left_out, set(differences(rolled_back))) == (
+        {},
+        {"kitchen", "harbour", "market"},
+    )
     bring_back(ledger, "meadow")
     remove(ledger, "kitchen")
     remove(ledger, "harbour")

@@ -18,7 +18,9 @@ from btm_cluster.plan import Plan
 from tests.integration.conftest import GrownForest
 
 
-@pytest.mark.parametrize("posterior", [Posterior("calibrated", weight=0.3), Posterior("full")], ids=lambda p: p.kind)
+@pytest.mark.parametrize(
+    "posterior", [Posterior("calibrated", weight=0.3), Posterior("full")], ids=lambda p: p.kind
+)
 def test_leaving_each_out_at_once_is_leaving_them_out_one_by_one(posterior: Posterior) -> None:
     generator = torch.Generator().manual_seed(0)
     logp_EBT = -5 * torch.rand(4, 3, 16, generator=generator, dtype=torch.float64)
@@ -31,7 +33,9 @@ def test_leaving_each_out_at_once_is_leaving_them_out_one_by_one(posterior: Post
 
 def test_where_one_expert_has_the_whole_prior_the_others_take_over_evenly() -> None:
     logp_EBT = torch.tensor([-1.0, -2.0, -4.0], dtype=torch.float64)[:, None, None].expand(3, 1, 1)
-    without_EBT = leave_one_out(logp_EBT, torch.tensor([0.0, -torch.inf, -torch.inf]).double(), Posterior("full"))
+    without_EBT = leave_one_out(
+        logp_EBT, torch.tensor([0.0, -torch.inf, -torch.inf]).double(), Posterior("full")
+    )
     assert float(without_EBT[0]) == pytest.approx(math.log((math.exp(-2) + math.exp(-4)) / 2))
     assert float(without_EBT[1]) == pytest.approx(-1, abs=1e-5)
 

@@ -109,7 +109,9 @@ def loss_of(model: PreTrainedModel, blocks: torch.Tensor) -> torch.Tensor:
 
 
 @CONFIGS
-def test_a_feed_forward_learns_from_its_domain_alone_and_all_else_from_every_domain(config: dict[str, Any]) -> None:
+def test_a_feed_forward_learns_from_its_domain_alone_and_all_else_from_every_domain(
+    config: dict[str, Any],
+) -> None:
     models, blocks = dense_models(config, 2), random_blocks(2)
     demix = demix_of(config, models)
     whole = loss_of(demix, blocks)
@@ -140,7 +142,9 @@ def test_counted_parameters_are_those_that_are_there(config: dict[str, Any]) -> 
 
 
 @CONFIGS
-def test_a_part_is_an_ordinary_model_that_says_what_the_demix_says_of_its_domain(config: dict[str, Any]) -> None:
+def test_a_part_is_an_ordinary_model_that_says_what_the_demix_says_of_its_domain(
+    config: dict[str, Any],
+) -> None:
     models, blocks = dense_models(config, 3), random_blocks(3)
     demix = demix_of(config, models)
     routed = demix(input_ids=blocks).logits
@@ -185,8 +189,14 @@ def test_each_domains_dropout_is_drawn_by_itself() -> None:
 @pytest.mark.parametrize(
     ("config", "found"),
     [
-        ({"model_type": "opt", "num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2}, "no submodule"),
-        ({"model_type": "mixtral", "num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2}, "already"),
+        (
+            {"model_type": "opt", "num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2},
+            "no submodule",
+        ),
+        (
+            {"model_type": "mixtral", "num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2},
+            "already",
+        ),
         ({"model_type": "bloom", "n_layer": 1, "hidden_size": 16, "n_head": 2}, "more than hidden states"),
     ],
     ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
@@ -225,7 +235,8 @@ def test_a_trained_demix_is_a_plain_loop_over_dense_models_that_share_all_but_th
     prepared_store: PreparedStore, request_: TrainRequest, at_once: int
 ) -> None:
     how = replace(request_.how, micro_batch_blocks=at_once)
-    strong_decay = request_.training.model_copy(update={"weight_decay": 10.0})  # it shows whether a bias decays
+    # It shows whether a bias decays.
+    strong_decay = request_.training.model_copy(update={"weight_decay": 10.0})
     request = replace(request_, how=how, training=strong_decay)
     ledger, end = prepared_store.driver.ledger, end_of_text(prepared_store)
     run(prepared_store, request)
@@ -233,7 +244,9 @@ def test_a_trained_demix_is_a_plain_loop_over_dense_models_that_share_all_but_th
     first = fresh(request.model)
     shared = {id(p): p for name, p in first.named_parameters() if not is_feed_forward(name)}
     models = [copy.deepcopy(first, dict(shared)) for _ in request.texts]
-    once = {id(p): (f"{d} {name}", p) for d, model in enumerate(models) for name, p in model.named_parameters()}
+    once = {
+        id(p): (f"{d} {name}", p) for d, model in enumerate(models) for name, p in model.named_parameters()
+    }
     adam = PlainAdam(dict(once.values()))
     for update in range(12):
         for text, blocks, model in zip(request.texts, training_blocks(ledger, request), models, strict=True):
@@ -242,8 +255,12 @@ def test_a_trained_demix_is_a_plain_loop_over_dense_models_that_share_all_but_th
         adam.step(LINE[update], request)
     for part, model in zip(stored_parts(ledger, request), models, strict=True):
         found = load_model(request.model, ledger.open_file(part, "model.safetensors"))
-        for (name, tensor), (_, expected) in zip(found.named_parameters(), model.named_parameters(), strict=True):
-            torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+        for (name, tensor), (_, expected) in zip(
+            found.named_parameters(), model.named_parameters(), strict=True
+        ):
+            torch.testing.assert_close(
+                tensor, expected, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def test_the_parts_of_a_trained_demix_say_of_a_block_what_it_says_when_it_routes_the_block(
@@ -290,12 +307,16 @@ def test_a_demix_of_one_domain_that_branches_from_the_seed_is_the_transformer_lm
     request = seeded_demix_request(prepared, seed)
     run(prepared_store, request)
     (part,) = stored_parts(ledger, request)
-    whole, found = (load_model(request.model, ledger.open_file(one, "model.safetensors")) for one in (dense, part))
+    whole, found = (
+        load_model(request.model, ledger.open_file(one, "model.safetensors")) for one in (dense, part)
+    )
     for (name, tensor), expected in zip(found.named_parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_every_part_of_a_demix_that_branches_from_the_seed_starts_as_the_seed(prepared_store: PreparedStore) -> None:
+def test_every_part_of_a_demix_that_branches_from_the_seed_starts_as_the_seed(
+    prepared_store: PreparedStore,
+) -> None:
     prepared_store.train_seed()
     ledger, seed = prepared_store.driver.ledger, prepared_store.seed.ref
     request = seeded_demix_request(prepared_store.prepared, seed)
@@ -340,7 +361,10 @@ def test_a_run_sets_demix_beside_the_forest_and_collection_keeps_it(fields: dict
     plan = Plan.model_validate(
         fields | {"baselines": ["transformer-lm", "demix"], "merging": {"development_blocks": 4}}
     )
-    assert [step.name for step in preview(plan, Ledger.open(plan.store)).steps][-3:-1] == ["transformer-lm", "demix"]
+    assert [step.name for step in preview(plan, Ledger.open(plan.store)).steps][-3:-1] == [
+        "transformer-lm",
+        "demix",
+    ]
     driver = in_process(plan)
     seen = run_plan(plan, driver)
     assert not seen.failures
@@ -351,7 +375,9 @@ def test_a_run_sets_demix_beside_the_forest_and_collection_keeps_it(fields: dict
     steps = {step.name: step for step in preview(plan, driver.ledger).steps}
     assert steps["demix"].state == steps["scores"].state == DONE
     assert steps["demix"].tokens == 12 * 3 * 4 * 32
-    assert steps["demix"].stored_bytes == steps["transformer-lm"].stored_bytes, "three parts, and three milestones"
+    assert steps["demix"].stored_bytes == steps["transformer-lm"].stored_bytes, (
+        "three parts, and three milestones"
+    )
     again = in_process(plan)
     found = find_grown(plan, again)
     evaluate(found.prepared, found.forest, found.baseline, again, found.demix)

@@ -26,7 +26,8 @@ from tests.integration.test_training import Undisturbed
 
 
 def demix_fields(texts: dict[str, Path], store: Path, domains: int) -> dict[str, Any]:
-    """A plan with a DEMix whose training shows the scale of every gradient, as Adam's own small epsilon would not."""
+    """A plan with a DEMix whose training shows the scale of every gradient, as
+    Adam's own small epsilon would not."""
     fields = plan_fields(texts, store)
     names = (*DOMAINS, *TARGETS)[:domains]
     fields |= {"domains": [{"name": name, "text": str(texts[name])} for name in names], "targets": []}
@@ -95,7 +96,9 @@ def test_every_domain_is_trained_by_equally_many_ranks_and_every_rank_trains_equ
         assert {len(share.domains) for share in shares} == {max(1, domains // world)}
 
 
-def test_a_group_that_does_not_fit_the_domains_is_refused_before_a_text_is_read(fields: dict[str, Any]) -> None:
+def test_a_group_that_does_not_fit_the_domains_is_refused_before_a_text_is_read(
+    fields: dict[str, Any],
+) -> None:
     fields |= {"baselines": ["demix"], "cluster": {"seed_gpus": 2}}
     plan = Plan.model_validate(fields)
     driver = in_process(plan)

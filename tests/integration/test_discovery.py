@@ -1,4 +1,5 @@
-"""Domains found in unlabelled text: known topics come back, balanced, streaming, and the model can be used again."""
+"""Domains found in unlabelled text: known topics come back, balanced,
+streaming, and the model can be used again."""
 
 import gzip
 import json
@@ -27,7 +28,9 @@ Btm = Callable[..., tuple[int, str, str]]
 def labelled_documents(sizes: tuple[int, ...] = (90, 90, 90, 90)) -> dict[str, str]:
     """Documents of made-up topics, and the topic of each, with the topics mixed."""
     labelled = {
-        text: topic for topic, size in zip(TOPICS, sizes, strict=False) for text in made_up_documents(topic, size)
+        text: topic
+        for topic, size in zip(TOPICS, sizes, strict=False)
+        for text in made_up_documents(topic, size)
     }
     return dict(sorted(labelled.items()))
 
@@ -86,7 +89,9 @@ def test_the_words_shown_are_the_topics_own(model: Clusters) -> None:
 
 
 @pytest.mark.parametrize("sample", [100, 10_000])
-def test_balance_holds_on_the_whole_text_though_its_topics_differ_in_size(tmp_path: Path, sample: int) -> None:
+def test_balance_holds_on_the_whole_text_though_its_topics_differ_in_size(
+    tmp_path: Path, sample: int
+) -> None:
     labels = labelled_documents((300, 40, 40, 20))
     text = write_jsonl(tmp_path / "text.jsonl", list(labels))
     found = discover(source(text), ReadingPlan(), 4, tmp_path / "found", sample_documents=sample)
@@ -99,13 +104,20 @@ def test_balance_holds_on_the_whole_text_though_its_topics_differ_in_size(tmp_pa
         assert [c.documents for c in again.clusters] == pytest.approx([100] * 4, abs=6)
 
 
-def test_the_same_text_and_seed_give_the_same_bytes_and_the_order_of_files_changes_no_model(tmp_path: Path) -> None:
+def test_the_same_text_and_seed_give_the_same_bytes_and_the_order_of_files_changes_no_model(
+    tmp_path: Path,
+) -> None:
     labels = list(labelled_documents())
     whole = write_jsonl(tmp_path / "whole.jsonl", labels)
-    turned = [write_jsonl(tmp_path / "a.jsonl", labels[200:]), write_jsonl(tmp_path / "b.jsonl", labels[:200])]
+    turned = [
+        write_jsonl(tmp_path / "a.jsonl", labels[200:]),
+        write_jsonl(tmp_path / "b.jsonl", labels[:200]),
+    ]
     for name, text in (("one", source(whole)), ("two", source(whole)), ("three", source(*turned))):
         discover(text, ReadingPlan(), 4, tmp_path / name, random_seed=7, sample_documents=250)
-    one, two, three = ({f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in ("one", "two", "three"))
+    one, two, three = (
+        {f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in ("one", "two", "three")
+    )
     del one["domains.yaml"], two["domains.yaml"], three["domains.yaml"]  # these name their folder
     assert one == two
     for name in ("clusters.json", "vocabulary.json", "clusters.safetensors"):
@@ -151,7 +163,9 @@ def test_a_sample_hangs_on_content_and_seed_alone_and_takes_a_duplicate_once() -
     assert sorted(draw_sample([*labels, *labels], 10**6, random_seed=0).texts) == sorted(labels)
 
 
-def test_a_saved_model_is_no_pickle_and_places_text_as_the_one_that_was_saved(model: Clusters, tmp_path: Path) -> None:
+def test_a_saved_model_is_no_pickle_and_places_text_as_the_one_that_was_saved(
+    model: Clusters, tmp_path: Path
+) -> None:
     save_clusters(model, tmp_path)
     assert {file.suffix for file in tmp_path.iterdir()} == {".json", ".safetensors"}
     loaded = load_clusters(tmp_path)
@@ -166,16 +180,22 @@ def test_a_text_without_a_known_word_is_equally_far_from_all_clusters(model: Clu
     assert squared_ED[:, 2].min() < 0.9
 
 
-def test_new_documents_go_to_the_clusters_of_their_topics_by_their_names_of_now(btm: Btm, tmp_path: Path) -> None:
+def test_new_documents_go_to_the_clusters_of_their_topics_by_their_names_of_now(
+    btm: Btm, tmp_path: Path
+) -> None:
     text = write_jsonl(tmp_path / "text.jsonl", list(labelled_documents()))
     assert btm("discover", text, "--clusters", "4", "--to", tmp_path / "found")[0] == 0
     listed = tmp_path / "found" / "clusters.json"
     rows = json.loads(listed.read_text())
-    harbour = next(i for i, row in enumerate(rows) if all(set(word) <= set("harbour") for word in row["words"][:3]))
+    harbour = next(
+        i for i, row in enumerate(rows) if all(set(word) <= set("harbour") for word in row["words"][:3])
+    )
     rows[harbour]["name"] = "sea"
     listed.write_text(json.dumps(rows))
     new = write_jsonl(tmp_path / "new.jsonl", made_up_documents("harbour", 120)[90:])
-    code, out, err = btm("discover", new, "--model", tmp_path / "found", "--to", tmp_path / "placed", "--json")
+    code, out, err = btm(
+        "discover", new, "--model", tmp_path / "found", "--to", tmp_path / "placed", "--json"
+    )
     assert (code, err) == (0, "")
     counts = {cluster["name"]: cluster["documents"] for cluster in json.loads(out)["clusters"]}
     assert counts["sea"] == 30
@@ -190,7 +210,9 @@ def test_topics_in_any_script_are_told_apart_and_come_back_as_they_were(tmp_path
         "emoji": "🙂snow ❄ice\u0301 winter\u2028glacier \U0001f3d4 cold\r\n",
     }
     labels = {
-        f"{' '.join(words.split(' ')[i % 3 :])} №{i}": name for name, words in languages.items() for i in range(20)
+        f"{' '.join(words.split(' ')[i % 3 :])} №{i}": name
+        for name, words in languages.items()
+        for i in range(20)
     }
     text = write_jsonl(tmp_path / "text.jsonl", list(labels))
     found = discover(source(text), ReadingPlan(), 4, tmp_path / "found")
@@ -265,7 +287,10 @@ def test_a_text_that_grows_while_it_is_read_is_refused_and_nothing_is_left(tmp_p
         (("http://host/text", "--clusters", "2", "--to", "new"), "s3://bucket/key"),
         (("none.jsonl", "--clusters", "2", "--to", "new"), "matches no file"),
         (("text.txt", "--clusters", "2", "--to", "new", "--field", "body"), "only where files have rows"),
-        (("--dataset", "d", "--clusters", "2", "--to", "new", "--delimiter", "x"), "nothing beside a `dataset`"),
+        (
+            ("--dataset", "d", "--clusters", "2", "--to", "new", "--delimiter", "x"),
+            "nothing beside a `dataset`",
+        ),
         (("text.jsonl", "--clusters", "2", "--to", "new", "--split", "test"), "--split is of a data set"),
         (("none.jsonl", "--model", "new"), "there is no cluster model in new"),
     ],
@@ -292,7 +317,9 @@ def test_a_wrong_call_is_refused_with_what_was_found(
         lambda folder: (folder / "clusters.json").write_text('[{"name": "x"}, {"name": "x"}]'),
     ],
 )
-def test_a_damaged_model_is_refused(damage: Callable[[Path], object], model: Clusters, tmp_path: Path) -> None:
+def test_a_damaged_model_is_refused(
+    damage: Callable[[Path], object], model: Clusters, tmp_path: Path
+) -> None:
     save_clusters(model, tmp_path)
     assert cluster_names(tmp_path) == list(model.names)
     damage(tmp_path)

@@ -52,15 +52,40 @@ def only_wrong(checks: list[Check]) -> Check:
             "TMPDIR",
         ),
         (dataclasses.replace(WITH_GPUS, torch_cuda=None), "GPU", "a torch without CUDA", "install torch"),
-        (dataclasses.replace(WITH_GPUS, torch_gpus=0), "GPU", "too old for torch's CUDA 13.0", "update the driver"),
-        (dataclasses.replace(WITH_GPUS, torch_gpus=1), "GPU", "hands out 2 GPU, torch can use 1", "--num-gpus"),
+        (
+            dataclasses.replace(WITH_GPUS, torch_gpus=0),
+            "GPU",
+            "too old for torch's CUDA 13.0",
+            "update the driver",
+        ),
+        (
+            dataclasses.replace(WITH_GPUS, torch_gpus=1),
+            "GPU",
+            "hands out 2 GPU, torch can use 1",
+            "--num-gpus",
+        ),
         (dataclasses.replace(WITH_GPUS, has_compiler=False), "GPU", "no C compiler", "install gcc"),
         (dataclasses.replace(WITH_GPUS, gpus=()), "GPU", "nvidia-smi finds none", "install NVIDIA's driver"),
         (dataclasses.replace(SOUND, claimed_cpus=64), "threads", "its processes may use 8", "--num-cpus"),
-        (dataclasses.replace(SOUND, variables={"MKL_NUM_THREADS": "1"}), "threads", "MKL_NUM_THREADS=1", "unset"),
-        (dataclasses.replace(SOUND, no_cpu_compiler="no C++ compiler (g++)"), "compiler", "no C++ compiler", "g++"),
+        (
+            dataclasses.replace(SOUND, variables={"MKL_NUM_THREADS": "1"}),
+            "threads",
+            "MKL_NUM_THREADS=1",
+            "unset",
+        ),
+        (
+            dataclasses.replace(SOUND, no_cpu_compiler="no C++ compiler (g++)"),
+            "compiler",
+            "no C++ compiler",
+            "g++",
+        ),
         (dataclasses.replace(SOUND, cache="it is no size: x"), "cache", "no size: x", "BTM_CACHE_GIGABYTES"),
-        (dataclasses.replace(SOUND, store="AccessDenied: no"), "store from a node", "AccessDenied", "credentials"),
+        (
+            dataclasses.replace(SOUND, store="AccessDenied: no"),
+            "store from a node",
+            "AccessDenied",
+            "credentials",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -154,7 +179,10 @@ def test_a_large_model_asks_for_room_on_the_disk(fields: dict[str, Any]) -> None
     plan = Plan.model_validate(fields)
     _, seen = doctor.examine_plan(plan)
     assert seen is not None
-    small, large = doctor.needs_of(plan, seen), doctor.needs_of(plan, dataclasses.replace(seen, parameters=10**9))
+    small, large = (
+        doctor.needs_of(plan, seen),
+        doctor.needs_of(plan, dataclasses.replace(seen, parameters=10**9)),
+    )
     assert large.free_bytes - small.free_bytes == pytest.approx(2 * 12 * 10**9, rel=1e-3)
     assert large.cpus == 1
 
@@ -167,7 +195,9 @@ def test_a_checkpoint_that_asks_for_more_than_there_is_is_named_with_the_flag_th
     assert "checkpoint at update 300" in wrong.found
     assert "4 CPU" in wrong.found
     assert "--new-resources" in wrong.remedy
-    assert {check.state for check in examine_local([four], dataclasses.replace(SOUND, usable_cpus=4))} == {"ok"}
+    assert {check.state for check in examine_local([four], dataclasses.replace(SOUND, usable_cpus=4))} == {
+        "ok"
+    }
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])
@@ -195,7 +225,9 @@ def test_a_folder_too_large_for_ray_is_refused_and_rayignore_mends_it(
     assert examine_working_directory(tmp_path).state == "ok"
 
 
-def test_modules_that_would_hide_libraries_in_a_job_are_named_unless_it_does_not_carry_them(tmp_path: Path) -> None:
+def test_modules_that_would_hide_libraries_in_a_job_are_named_unless_it_does_not_carry_them(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "datasets").mkdir()
     (tmp_path / "datasets" / "__init__.py").touch()
     (tmp_path / "torch").mkdir()  # without an `__init__.py`, it hides nothing
@@ -219,7 +251,9 @@ def test_a_folder_on_pythonpath_that_hides_a_library_is_refused_before_that_is_i
     (tmp_path / "ray.py").write_text("raise RuntimeError")
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"}
     arguments = [sys.executable, "-P", "-m", "btm_cluster", command, str(plan)]
-    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2, done.stderr
     assert "found:    datasets.py, ray.py" in done.stderr
     assert "Traceback" not in done.stderr
@@ -233,7 +267,9 @@ def test_an_address_where_nothing_answers_is_named() -> None:
 
 
 def test_a_node_without_our_packages_is_named() -> None:
-    check = unseen_node("node-7", RuntimeError("Traceback …\nModuleNotFoundError: No module named 'btm_cluster'"))
+    check = unseen_node(
+        "node-7", RuntimeError("Traceback …\nModuleNotFoundError: No module named 'btm_cluster'")
+    )
     assert (check.name, check.state) == ("node node-7", "wrong")
     assert "No module named 'btm_cluster'" in check.found
     assert "same versions" in check.remedy
@@ -264,7 +300,9 @@ def test_without_a_plan_this_machine_and_ray_are_looked_at(tmp_path: Path) -> No
     environment |= {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     names = {check["name"] for check in json.loads(done.stdout)}
-    assert {"Ray", "working directory", "disk", "GPU", "threads"} <= {name.partition(" on ")[0] for name in names}
+    assert {"Ray", "working directory", "disk", "GPU", "threads"} <= {
+        name.partition(" on ")[0] for name in names
+    }
 
 
 class _Refuses(BaseHTTPRequestHandler):

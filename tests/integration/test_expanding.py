@@ -91,9 +91,12 @@ def test_a_domain_in_the_inbox_becomes_an_expert_and_nothing_that_exists_is_made
     gain = first.gains["meadow"]
     assert gain.before is not None
     assert gain.after < gain.before
-    # Its text, its blocks, the average that it starts from and itself; a score of each of three experts on its text.
+    # Its text, its blocks, the average that it starts from and itself; a score of each of three experts on
+    # its text.
     assert first.made == {"source": 1, "tokens": 3, "model": 2, "scores": 3, "fit": 1}
-    assert {parent.identity for parent in first.forest.expert("meadow").parents} <= {e.identity for e in before.experts}
+    assert {parent.identity for parent in first.forest.expert("meadow").parents} <= {
+        e.identity for e in before.experts
+    }
     again = expanded(plan)
     assert (again.forest, again.added, dict(again.made)) == (first.forest, (), {})
     evaluated = evaluate_forest(plan, in_process(plan))
@@ -108,7 +111,9 @@ def test_an_expansion_of_a_domain_that_the_plan_names_is_the_same_expert_as_in_a
     domains = [*plan.model_dump(mode="json")["domains"], {"name": "meadow", "text": str(text)}]
     by_expansion = expanded(changed(plan, domains=domains)).forest
     shutil.copytree(founded_plan.store, tmp_path / "other")
-    by_run = grow(other := changed(plan, domains=domains, store=str(tmp_path / "other")), in_process(other)).forest
+    by_run = grow(
+        other := changed(plan, domains=domains, store=str(tmp_path / "other")), in_process(other)
+    ).forest
     assert by_expansion.experts == by_run.experts
 
 
@@ -140,7 +145,10 @@ def test_a_half_arrived_domain_and_one_that_is_written_to_again_are_left_alone(
     os.utime(Path(plan.store, "inbox/island/a.jsonl"), (later, later))
     found = expanded(plan)
     assert found.added == ()
-    assert found.waiting == {"meadow": "no READY yet", "island": "a.jsonl is newer than READY, which is written last"}
+    assert found.waiting == {
+        "meadow": "no READY yet",
+        "island": "a.jsonl is newer than READY, which is written last",
+    }
     arrive("meadow")
     assert expanded(plan).added == ("meadow",)
     assert not list(ledger.storage.list("quarantine/"))
@@ -157,7 +165,8 @@ def test_a_started_expansion_goes_on_from_where_it_was_settled_though_the_log_mo
     prepared = prepare_new(bare, inbox.arrivals, base, interrupted).prepared
     (settled,) = settled_branches(prepared, base, prepared.domains, {}, interrupted)
     arrive("island")
-    moved = expand(changed(plan, branching={"start": "seed"}), in_process(plan))  # as if one had come in between
+    # As if one had come in between.
+    moved = expand(changed(plan, branching={"start": "seed"}), in_process(plan))
     assert moved.added == ("island", "meadow")
     assert moved.forest.expert("meadow").identity == settled.ref.identity
     assert {parent.identity for parent in moved.forest.expert("island").parents} == {base.foundation.seed}
@@ -263,7 +272,9 @@ def test_what_editors_browsers_and_consoles_leave_in_the_store_stops_no_schedule
     caplog.clear()
     again = expanded(plan)
     assert (again.added, again.quarantined) == ((), {})
-    assert not [record for record in caplog.records if "none of the store's" in record.getMessage()], "told once"
+    assert not [record for record in caplog.records if "none of the store's" in record.getMessage()], (
+        "told once"
+    )
     assert verify(ledger).problems == ()
 
 
@@ -327,7 +338,9 @@ def test_a_hard_link_is_refused_since_it_may_be_somebody_elses_file(
     inbox = Path(plan.store, "inbox")
     os.link(secret, inbox / "linked" / "b.jsonl")
     found = look(ledger, plan, ())
-    assert found.quarantined == {"linked": "b.jsonl is a hard link, so it may be somebody else's file: deliver a copy"}
+    assert found.quarantined == {
+        "linked": "b.jsonl is a hard link, so it may be somebody else's file: deliver a copy"
+    }
     (arrival,) = found.arrivals
     (inbox / "swapped" / "a.jsonl").unlink()
     os.link(secret, inbox / "swapped" / "a.jsonl")  # after the look
@@ -391,7 +404,9 @@ def test_files_and_sizes_beyond_the_plans_bounds_are_refused_before_a_byte_is_re
     assert not small.made
 
 
-def test_of_more_domains_than_the_plan_takes_at_once_the_rest_wait(plan: Plan, arrive: Callable[..., None]) -> None:
+def test_of_more_domains_than_the_plan_takes_at_once_the_rest_wait(
+    plan: Plan, arrive: Callable[..., None]
+) -> None:
     arrive("meadow")
     arrive("island")
     few = changed(plan, expansion={"inbox": {"most_domains": 1}})
@@ -430,21 +445,29 @@ def test_what_arrived_is_a_text_to_merge_and_to_generate_for(
 ) -> None:
     arrive("meadow")
     assert expanded(plan).added == ("meadow",)
-    assert write_merged_model(plan, "argmax", "meadow", tmp_path / "merged", in_process(plan)) == {"meadow": 1.0}
+    assert write_merged_model(plan, "argmax", "meadow", tmp_path / "merged", in_process(plan)) == {
+        "meadow": 1.0
+    }
     assert (tmp_path / "merged" / "model.safetensors").exists()
     assert generate(plan, "meadow", ["a"], Continuation(2, Sampling()), in_process(plan))[0].tokens
     with pytest.raises(UserError, match="no text of the plan or the forest"):
         write_merged_model(plan, "argmax", "prairie", tmp_path / "none", in_process(plan))
 
 
-def test_a_batch_that_is_too_bad_is_taken_apart_in_the_order_of_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_is_too_bad_is_taken_apart_in_the_order_of_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     founding, *new = (Expert(name, f"model-{name}", "", f"text-{name}", ()) for name in "fcab")
     forest = Forest(0, Foundation("seed", "tokenizer", "model", 8, ()), (founding,), {}, "")
     limit = AcceptancePlan(development_perplexity_rise_at_most=0.05)
-    prepared = SimpleNamespace(plan=SimpleNamespace(expansion=ExpansionPlan(accept_if=limit)), domains=(), texts=())
+    prepared = SimpleNamespace(
+        plan=SimpleNamespace(expansion=ExpansionPlan(accept_if=limit)), domains=(), texts=()
+    )
     monkeypatch.setattr(acceptance, "_texts_of", lambda *_: [SimpleNamespace(name="known")])
     # Each further expert costs 3 %, so that there is room for one of three.
-    monkeypatch.setattr(acceptance, "_ensemble_perplexity", lambda *_: lambda chosen, _: 100 * 1.03 ** len(chosen))
+    monkeypatch.setattr(
+        acceptance, "_ensemble_perplexity", lambda *_: lambda chosen, _: 100 * 1.03 ** len(chosen)
+    )
     found = acceptance.judge(prepared, forest, new, None)  # type: ignore[arg-type]
     assert [expert.domain for expert in found.accepted] == ["a"]
     assert set(found.held) == {"b", "c"}
@@ -453,7 +476,8 @@ def test_a_batch_that_is_too_bad_is_taken_apart_in_the_order_of_names(monkeypatc
 def test_an_expansion_that_makes_the_forest_worse_is_held_back_until_the_plan_allows_it(
     plan: Plan, ledger: Ledger, arrive: Callable[..., None]
 ) -> None:
-    # With a uniform prior a further expert takes its share of the first tokens, and this one knows nothing of words.
+    # With a uniform prior a further expert takes its share of the first tokens, and this one knows nothing of
+    # words.
     digits = random.Random(0)
     arrive("meadow", [" ".join(f"{digits.randrange(10**9)}" for _ in range(40)) for _ in range(120)])
     strict = changed(
@@ -480,7 +504,8 @@ def test_an_expansion_that_makes_the_forest_worse_is_held_back_until_the_plan_al
 def test_an_expert_is_not_accepted_for_what_it_learned_by_heart_of_a_target(
     plan: Plan, arrive: Callable[..., None]
 ) -> None:
-    # It makes the forest worse on both founding domains, and much better on the target whose documents it was trained on.
+    # It makes the forest worse on both founding domains, and much better on the target whose documents it was
+    # trained on.
     digits = random.Random(0)
     numbers = [" ".join(f"{digits.randrange(10**9)}" for _ in range(40)) for _ in range(60)]
     arrive("meadow", [*numbers, *made_up_documents("market", 40)])

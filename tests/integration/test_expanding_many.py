@@ -1,4 +1,7 @@
-"""Sixteen new domains into a forest of sixty-four: how often the store is asked. The workers are fakes that commit at once."""
+"""Sixteen new domains into a forest of sixty-four: how often the store is asked.
+
+The workers are fakes that commit at once.
+"""
 
 import json
 import shutil
@@ -16,7 +19,15 @@ from btm_cluster.driver.port import Outcome
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.operations.expand import expand
 from btm_cluster.plan import Plan
-from btm_cluster.requests import AverageRequest, FitText, ReadText, ScoreRequest, StepRequest, Tokenize, TrainRequest
+from btm_cluster.requests import (
+    AverageRequest,
+    FitText,
+    ReadText,
+    ScoreRequest,
+    StepRequest,
+    Tokenize,
+    TrainRequest,
+)
 from btm_cluster.steps.average import weights_of
 from btm_cluster.steps.fit import fit_text
 from btm_cluster.storage import Entry
@@ -127,8 +138,9 @@ def test_sixteen_into_sixty_four_asks_the_store_a_few_times_for_each_new_score_a
     found = expand(plan, Driver(Ledger(storage), AtOnce(ledger, tmp_path)))
     assert len(found.forest.experts) == 80
     assert found.made == {"source": 16, "tokens": 48, "fit": 16, "model": 32, "scores": 1280}
-    # A fit and an average for each new domain. The scores of 80 experts on 16 texts are looked up once, and those of the 64 once
-    # more beside the new ones; they are opened for the averages, and for the gains without and with the new experts.
+    # A fit and an average for each new domain. The scores of 80 experts on 16 texts are looked up once, and
+    # those of the 64 once more beside the new ones; they are opened for the averages, and for the gains
+    # without and with the new experts.
     assert storage.asked["read"] < 2 * 1280 + 300
     assert storage.asked["download"] < 3 * 1280
     assert storage.asked["list"] < 150

@@ -1,4 +1,5 @@
-"""A plan that changes what its forest was founded on: the fields that differ are named, old and new, and nothing else."""
+"""A plan that changes what its forest was founded on: the fields that differ
+are named, old and new, and nothing else."""
 
 import shutil
 from pathlib import Path
@@ -62,7 +63,11 @@ SHAPE = {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2}
         ("model", {"config": SHAPE | {"n_positions": 48}}, "model.config.n_positions: 32 → 48"),
         ("model", {"config": SHAPE | {"n_inner": 99}}, "model.config.n_inner: not given → 99"),
         ("model", {"config": {"model_type": "llama"}}, 'model.config.model_type: "gpt2" → "llama"'),
-        ("model", {"preset": "gpt3-125m"}, "model.n_embd: 32 → 768; model.n_head: 2 → 12; model.n_layer: 1 → 12"),
+        (
+            "model",
+            {"preset": "gpt3-125m"},
+            "model.n_embd: 32 → 768; model.n_head: 2 → 12; model.n_layer: 1 → 12",
+        ),
     ],
 )
 def test_a_changed_field_is_named_with_both_values_and_what_follows_from_it_is_not(
@@ -81,12 +86,15 @@ def test_all_changed_fields_are_named_at_once(founded: dict[str, Any]) -> None:
         "model": {"config": SHAPE | {"n_head": 4}},
     }
     assert refusal(founded | changes).found == (
-        "tokenizer.train.vocabulary: 320 → 400; training.block_tokens: 32 → 16; training.epsilon: 1e-07 → 1e-06; "
+        "tokenizer.train.vocabulary: 320 → 400; training.block_tokens: 32 → 16; training.epsilon: 1e-07 → "
+        "1e-06; "
         "model.config.n_head: 2 → 4"
     )
 
 
-def test_where_the_seeds_manifest_is_gone_the_parts_are_named(founded: dict[str, Any], tmp_path: Path) -> None:
+def test_where_the_seeds_manifest_is_gone_the_parts_are_named(
+    founded: dict[str, Any], tmp_path: Path
+) -> None:
     fields = founded | {"store": shutil.copytree(founded["store"], tmp_path / "store").as_posix()}
     ledger = Ledger.open(fields["store"])
     forest = ledger.log.newest()
@@ -103,9 +111,18 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]
     sources = []
     for name in ("one", "other"):
         folder = tmp_path_factory.mktemp(name)
-        small = {"n_positions": 64, "n_embd": 32, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+        small = {
+            "n_positions": 64,
+            "n_embd": 32,
+            "n_layer": 1,
+            "n_head": 2,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        }
         torch.manual_seed(len(sources))
-        AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", vocab_size=320, **small)).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(
+            AutoConfig.for_model("gpt2", vocab_size=320, **small)
+        ).save_pretrained(folder)
         train_tokenizer(made_up_documents(name, 100), 320, folder)
         sources.append({"pretrained": str(folder)})
     return sources
@@ -114,8 +131,9 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]
 def test_experts_of_a_pretrained_seed_that_took_the_half_are_not_joined_by_others(
     fields: dict[str, Any], pretrained: list[dict[str, str]]
 ) -> None:
-    # Before, half of the updates were kept back for a seed that took none of them. A store grown so stays what it is: with
-    # whole experts beside halved ones, and a Transformer-LM of all updates, the verdict would compare unlike trainings.
+    # Before, half of the updates were kept back for a seed that took none of them. A store grown so stays
+    # what it is: with whole experts beside halved ones, and a Transformer-LM of all updates, the verdict
+    # would compare unlike trainings.
     source = pretrained[0]
     fields = fields | {"model": source, "tokenizer": source, "domains": fields["domains"][:1]}
     halved = Plan.model_validate(fields)
@@ -146,8 +164,8 @@ def test_another_pretrained_model_or_none_is_named(
     assert found.endswith("→ a model trained from the start")
     found = refusal(founded | {"model": one, "tokenizer": one}).found
     assert (
-        found
-        == f"tokenizer: `train` → `pretrained`; model: a model trained from the start → `pretrained: {one['pretrained']}`"
+        found == f"tokenizer: `train` → `pretrained`; model: a model trained from the start → `pretrained: "
+        f"{one['pretrained']}`"
     )
 
 
@@ -156,7 +174,10 @@ def test_another_pretrained_model_or_none_is_named(
 def test_a_text_of_the_forest_that_is_another_now_is_refused_with_what_changed(
     what: str, name: str, fields: dict[str, Any], tmp_path: Path
 ) -> None:
-    texts = {one: write_jsonl(tmp_path / f"{one}.jsonl", made_up_documents(one, 200)) for one in ("kitchen", "meadow")}
+    texts = {
+        one: write_jsonl(tmp_path / f"{one}.jsonl", made_up_documents(one, 200))
+        for one in ("kitchen", "meadow")
+    }
     fields |= {"domains": [{"name": one, "text": str(text)} for one, text in texts.items()], "targets": []}
     first, second = fields["domains"]
     for domains in ([first], [first, second]):

@@ -18,7 +18,10 @@ from tests.conftest import in_process, plan_fields
 
 
 def test_a_grown_forest_continues_a_prompt_and_says_whom_it_trusts(
-    texts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    texts: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fields = plan_fields(texts, tmp_path / "store") | {"merging": {"top_k": 2}}
     plan = Plan.model_validate(fields)
@@ -77,11 +80,17 @@ def generate(plan_path: Path, capsys: pytest.CaptureFixture[str]) -> Generate:
     return call
 
 
-def test_prompts_of_a_file_are_written_on_each_by_random_numbers_of_its_own(generate: Generate, tmp_path: Path) -> None:
+def test_prompts_of_a_file_are_written_on_each_by_random_numbers_of_its_own(
+    generate: Generate, tmp_path: Path
+) -> None:
     (tmp_path / "prompts.txt").write_text("\ufeffa b\r\n\na b\nstone\n", encoding="utf-8")
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("a b", "a b", "stone")))
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": p}) + "\n" for p in ("a b", "a b", "stone"))
+    )
     texts = [tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"]
-    found, same = (json.loads(generate("--prompts", file, "--max-new-tokens", 6, "--json")[1]) for file in texts)
+    found, same = (
+        json.loads(generate("--prompts", file, "--max-new-tokens", 6, "--json")[1]) for file in texts
+    )
     assert found == same
     assert [one["prompt"] for one in found] == ["a b", "a b", "stone"]
     assert found[0]["text"] != found[1]["text"]
@@ -89,7 +98,9 @@ def test_prompts_of_a_file_are_written_on_each_by_random_numbers_of_its_own(gene
     assert alone == found[0]
     code, out, err = generate("--prompts", texts[0], "--max-new-tokens", 6)
     assert code == 0
-    assert out == "".join(f"--- prompt {n} of 3\n{one['prompt']}{one['text']}\n" for n, one in enumerate(found, 1))
+    assert out == "".join(
+        f"--- prompt {n} of 3\n{one['prompt']}{one['text']}\n" for n, one in enumerate(found, 1)
+    )
     assert "prompt 3 of 3: 6 tokens, as many as asked for; trusted " in err
 
 
@@ -109,9 +120,13 @@ def test_a_full_block_a_stop_string_and_other_settings_are_told(generate: Genera
         json.loads(generate("--temperature", 0, "--repetition-penalty", p, "--json", "--show-experts")[1])
         for p in (1, 1e6)
     )
-    assert len({piece["text"] for piece in avoids["pieces"]}) > len({piece["text"] for piece in repeats["pieces"]})
+    assert len({piece["text"] for piece in avoids["pieces"]}) > len(
+        {piece["text"] for piece in repeats["pieces"]}
+    )
     stop = likeliest["text"][3:5]
-    stopped = json.loads(generate("--prompt", "a b", "--temperature", 0, "--stop", "☃", "--stop", stop, "--json")[1])
+    stopped = json.loads(
+        generate("--prompt", "a b", "--temperature", 0, "--stop", "☃", "--stop", stop, "--json")[1]
+    )
     assert stopped["finish"] == "stop"
     assert stopped["text"] == likeliest["text"][: likeliest["text"].index(stop)]
 

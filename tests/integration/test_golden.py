@@ -1,8 +1,9 @@
 """One plan whose every number is known: a change of structure changes none of them.
 
-Grown in this process: a seed, three experts, a Transformer-LM, a DEMix, a domain that is added from the average, and the
-verdict. Weights are compared bit for bit on the machine kind that wrote them, rows of the verdict within rounding anywhere.
-`python -m tests.integration.test_golden` writes `golden.json` anew: say in the commit why the numbers changed.
+Grown in this process: a seed, three experts, a Transformer-LM, a DEMix, a domain that is added from the
+average, and the verdict. Weights are compared bit for bit on the machine kind that wrote them, rows of the
+verdict within rounding anywhere. `python -m tests.integration.test_golden` writes `golden.json` anew: say in
+the commit why the numbers changed.
 """
 
 import json
@@ -44,11 +45,16 @@ def grow_golden(folder: Path) -> dict[str, Any]:
     expert = run.forest.expert(domains[2]["name"])
     assert len(expert.parents) == 2, "the later domain starts from the average of two experts"
     models = {"seed": run.forest.foundation.seed} | {one.domain: one.identity for one in run.forest.experts}
-    rivals = [model for model in ledger.list_artifacts("model") if model.facts.get("role") == "transformer-lm"]
-    (finished,) = [model.identity for model in rivals if model.recipe["last_update"] == whole.training.updates]
+    rivals = [
+        model for model in ledger.list_artifacts("model") if model.facts.get("role") == "transformer-lm"
+    ]
+    (finished,) = [
+        model.identity for model in rivals if model.recipe["last_update"] == whole.training.updates
+    ]
     models |= {"transformer-lm": finished}
     weights = {
-        name: ledger.get(Ref("model", identity)).blob("model.safetensors").sha256 for name, identity in models.items()
+        name: ledger.get(Ref("model", identity)).blob("model.safetensors").sha256
+        for name, identity in models.items()
     }
     rows = {
         f"{split}: {row.system}": {text: cell.perplexity for text, cell in row.cells.items()}
@@ -88,7 +94,9 @@ def golden() -> dict[str, Any]:
     return dict(json.loads(GOLDEN.read_text()))
 
 
-def test_texts_and_identities_are_those_that_were_written_down(grown: dict[str, Any], golden: dict[str, Any]) -> None:
+def test_texts_and_identities_are_those_that_were_written_down(
+    grown: dict[str, Any], golden: dict[str, Any]
+) -> None:
     assert grown["texts"] == golden["texts"]
     # The identity of an expert that starts from an average hangs on nothing that a machine rounds.
     assert grown["identities"] == golden["identities"]

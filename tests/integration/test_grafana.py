@@ -1,4 +1,5 @@
-"""deploy/grafana, checked by Prometheus' own tool: the configurations, the alerts on staged series, every panel's query."""
+"""deploy/grafana, checked by Prometheus' own tool: the configurations, the alerts on
+staged series, every panel's query."""
 
 import itertools
 import json
@@ -52,7 +53,9 @@ def test_every_panel_asks_what_prometheus_can_parse(dashboard: dict[str, Any], t
     promtool("check", "rules", str(tmp_path / "panels.yml"))
 
 
-def test_panels_are_named_explained_apart_and_read_from_the_dashboards_source(dashboard: dict[str, Any]) -> None:
+def test_panels_are_named_explained_apart_and_read_from_the_dashboards_source(
+    dashboard: dict[str, Any],
+) -> None:
     panels = dashboard["panels"]
     assert {"uid", "title", "schemaVersion", "templating", "time", "panels"} <= dashboard.keys()
     assert len({panel["id"] for panel in panels}) == len({panel["title"] for panel in panels}) == len(panels)

@@ -27,7 +27,9 @@ def test_a_run_grows_an_expert_for_each_domain_and_running_it_again_makes_nothin
     assert not again.made
 
 
-def test_a_domain_added_later_branches_from_the_posterior_average_and_the_others_stay(fields: dict[str, Any]) -> None:
+def test_a_domain_added_later_branches_from_the_posterior_average_and_the_others_stay(
+    fields: dict[str, Any],
+) -> None:
     fields["domains"], later = fields["domains"][:2], fields["domains"]
     plan = Plan.model_validate(fields)
     before = grow(plan, in_process(plan)).forest
@@ -102,7 +104,9 @@ def test_a_model_that_sees_what_it_predicts_is_refused(fields: dict[str, Any]) -
         grow(plan, in_process(plan))
 
 
-def test_two_drivers_that_add_one_domain_from_different_versions_end_in_one_forest(fields: dict[str, Any]) -> None:
+def test_two_drivers_that_add_one_domain_from_different_versions_end_in_one_forest(
+    fields: dict[str, Any],
+) -> None:
     fields["domains"], all_domains = fields["domains"][:1], fields["domains"]
     founding = Plan.model_validate(fields)
     first = in_process(founding)
@@ -119,11 +123,16 @@ def test_two_drivers_that_add_one_domain_from_different_versions_end_in_one_fore
 
 def test_an_expert_that_diverges_is_told_what_can_still_be_changed(fields: dict[str, Any]) -> None:
     # The learning rate is the seed's too: a plan that lowers it is refused, since the seed stands.
-    plan = Plan.model_validate(fields | {"domains": fields["domains"][:1], "branching": {"learning_rate_scale": 1e30}})
+    plan = Plan.model_validate(
+        fields | {"domains": fields["domains"][:1], "branching": {"learning_rate_scale": 1e30}}
+    )
     with pytest.raises(StepError, match=r"remedy: +lower `branching\.learning_rate_scale`"):
         run_plan(plan, in_process(plan))
     failures = grow(plan, in_process(plan)).failures
-    assert step_error(failures).remedy == "change what each of them names; the same would come of the same recipe"
+    assert (
+        step_error(failures).remedy
+        == "change what each of them names; the same would come of the same recipe"
+    )
     calmer = Plan.model_validate(fields | {"domains": fields["domains"][:1]})
     assert grow(calmer, in_process(calmer)).forest.domains == (DOMAINS[0],)
 
@@ -140,7 +149,10 @@ def test_a_forest_without_an_expert_is_told_how_to_get_some(fields: dict[str, An
 def test_a_text_that_fills_no_block_is_not_advised_shorter_blocks_where_a_forest_has_settled_them(
     fields: dict[str, Any], tmp_path: Path
 ) -> None:
-    short = {"name": "short", "text": str(write_jsonl(tmp_path / "short.jsonl", [f"{'a' * i}" for i in range(1, 9)]))}
+    short = {
+        "name": "short",
+        "text": str(write_jsonl(tmp_path / "short.jsonl", [f"{'a' * i}" for i in range(1, 9)])),
+    }
     reading = {"development_share": 0.3, "test_share": 0.3}
     for domains, remedy in (
         ([short, *fields["domains"][:1]], "give it more text, or lower `training.block_tokens`"),
@@ -168,7 +180,14 @@ def test_a_real_forests_verdict_has_every_system_on_every_text(grown: GrownFores
         "average, posterior",
     } <= systems
     for row in found.rows["test"]:
-        wanted = {"kitchen", "harbour", "orchard"} | ({"market"} if row.system != "the domain's own expert" else set())
+        wanted = {"kitchen", "harbour", "orchard"} | (
+            {"market"} if row.system != "the domain's own expert" else set()
+        )
         assert set(row.cells) == wanted
-    best = {text: row.cells[text].perplexity for row in found.rows["test"] for text in row.cells if row.system == SEED}
+    best = {
+        text: row.cells[text].perplexity
+        for row in found.rows["test"]
+        for text in row.cells
+        if row.system == SEED
+    }
     assert all(1 < perplexity < 320 for perplexity in best.values())

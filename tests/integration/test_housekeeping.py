@@ -31,7 +31,9 @@ DAY = 86_400.0
 @pytest.fixture(scope="module")
 def grown(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Plan:
     """A plan whose run is done, baseline and averages included."""
-    fields = plan_fields(texts, tmp_path_factory.mktemp("grown") / "store") | {"baselines": ["transformer-lm"]}
+    fields = plan_fields(texts, tmp_path_factory.mktemp("grown") / "store") | {
+        "baselines": ["transformer-lm"]
+    }
     plan = Plan.model_validate(fields)
     run_plan(plan, in_process(plan))
     return plan
@@ -161,7 +163,9 @@ def test_an_artifact_that_a_kept_one_needs_and_that_is_gone_is_a_problem(ledger:
     forest = ledger.log.newest()
     assert forest is not None
     expert = ledger.get(Ref("model", forest.experts[0].identity))
-    scores = next(scores for scores in ledger.list_artifacts("scores") if scores.inputs["model"] == (expert.ref,))
+    scores = next(
+        scores for scores in ledger.list_artifacts("scores") if scores.inputs["model"] == (expert.ref,)
+    )
     (lost, *_) = {
         "text": expert.inputs["texts"],
         "tokenizer": expert.inputs["tokenizer"],
@@ -188,10 +192,23 @@ def test_the_text_of_a_target_is_needed_by_what_read_it_alone(ledger: Ledger) ->
     assert any(f"text {target.identity[:12]} is missing" in problem for problem in verify(ledger).problems)
 
 
-def test_what_is_none_of_the_stores_is_noted_is_no_problem_and_is_never_collected(plan: Plan, ledger: Ledger) -> None:
+def test_what_is_none_of_the_stores_is_noted_is_no_problem_and_is_never_collected(
+    plan: Plan, ledger: Ledger
+) -> None:
     store = Path(plan.store)
-    folders = ["forest", "artifacts/model", "artifacts/later-kind", "blobs", "pins", "quarantine", "inbox", "training"]
-    strays = {f"{folder}/{name}" for folder in folders for name in (".DS_Store", "000001.json~", "#x#", ".nfs01")}
+    folders = [
+        "forest",
+        "artifacts/model",
+        "artifacts/later-kind",
+        "blobs",
+        "pins",
+        "quarantine",
+        "inbox",
+        "training",
+    ]
+    strays = {
+        f"{folder}/{name}" for folder in folders for name in (".DS_Store", "000001.json~", "#x#", ".nfs01")
+    }
     for key in strays:
         (store / key).parent.mkdir(parents=True, exist_ok=True)
         (store / key).write_bytes(b"what an editor left")
@@ -208,7 +225,8 @@ def test_what_is_none_of_the_stores_is_noted_is_no_problem_and_is_never_collecte
 
 def test_what_a_killed_process_was_writing_is_collected_once_it_is_old(plan: Plan, ledger: Ledger) -> None:
     keys = [
-        f"{folder}/.writing-{'0123456789abcdef' * 2}" for folder in ("blobs", "artifacts/model", "forest", "logs/run")
+        f"{folder}/.writing-{'0123456789abcdef' * 2}"
+        for folder in ("blobs", "artifacts/model", "forest", "logs/run")
     ]
     for key in keys:
         Path(plan.store, key).parent.mkdir(parents=True, exist_ok=True)
@@ -250,7 +268,8 @@ def test_nothing_is_collected_while_a_model_of_the_forest_has_lost_its_manifest(
     if how == "a folder":
         manifest.mkdir()
     let_all_be_old(plan.store)
-    identity = "" if how == "behind a linked folder" else forest.experts[0].identity[:12]  # there it is any of them
+    # There it is any of them.
+    identity = "" if how == "behind a linked folder" else forest.experts[0].identity[:12]
     with pytest.raises(StoreError, match=f"forest version 1 names model {identity}") as refused:
         find_garbage(ledger, keep_versions=1, grace_seconds=DAY)
     assert "forest remove" in refused.value.remedy
@@ -331,7 +350,8 @@ def test_verifying_a_place_where_no_store_is_does_not_find_it_sound(
 
 
 def test_a_store_of_models_without_any_forest_version_is_told_of(plan: Plan, ledger: Ledger) -> None:
-    """A study keeps no versions, so it is no damage; who knows that there was a forest hears that its log is gone."""
+    """A study keeps no versions, so it is no damage; who knows that there was a
+    forest hears that its log is gone."""
     for path in Path(plan.store, "forest").glob("*.json"):
         path.unlink()
     assert "no forest version" in " ".join(verify(ledger).notes)
@@ -354,7 +374,9 @@ def test_nothing_young_is_garbage(ledger: Ledger) -> None:
     assert (found.manifests, found.blobs) == ((), ())
 
 
-def test_of_what_is_old_only_averages_and_their_scores_and_what_has_no_manifest_go(plan: Plan, ledger: Ledger) -> None:
+def test_of_what_is_old_only_averages_and_their_scores_and_what_has_no_manifest_go(
+    plan: Plan, ledger: Ledger
+) -> None:
     orphan = "blobs/" + "0" * 64
     ledger.storage.create(orphan, b"an upload whose manifest never came")
     ledger.storage.create("inbox/news/a.jsonl", b"text that has arrived")
@@ -398,7 +420,9 @@ def test_experts_of_versions_that_are_not_kept_go_unless_they_are_pinned(plan: P
     assert seed in all_keys(ledger)
 
 
-def test_a_training_in_the_making_keeps_its_checkpoint_and_what_it_is_made_from(plan: Plan, ledger: Ledger) -> None:
+def test_a_training_in_the_making_keeps_its_checkpoint_and_what_it_is_made_from(
+    plan: Plan, ledger: Ledger
+) -> None:
     forest = ledger.log.newest()
     assert forest is not None
     expert = ledger.get(Ref("model", forest.experts[0].identity))
@@ -426,7 +450,9 @@ def test_a_line_of_descent_may_be_longer_than_pythons_stack() -> None:
 
     models = {one.ref: one for one in map(model, range(3000))}
     assert reached([Ref("model", "2999")], models) == set(models)
-    assert layers({ref.identity: one for ref, one in models.items()}) == [[str(n)] for n in reversed(range(3000))]
+    assert layers({ref.identity: one for ref, one in models.items()}) == [
+        [str(n)] for n in reversed(range(3000))
+    ]
 
 
 def test_an_expansion_in_the_making_keeps_what_its_expert_starts_from_however_old_it_is(
@@ -439,16 +465,23 @@ def test_an_expansion_in_the_making_keeps_what_its_expert_starts_from_however_ol
         type(forest)(2, forest.foundation, (), {}, reason="as if nothing were kept", withdrawn=("harbour",))
     )
     averages = [
-        m for m in ledger.list_artifacts("model") if Ref("model", kitchen.identity) in m.inputs.get("models", ())
+        m
+        for m in ledger.list_artifacts("model")
+        if Ref("model", kitchen.identity) in m.inputs.get("models", ())
     ]
     start = Start(averages[0].ref, False)
-    settled = settle_branch_point(ledger, BranchPoint("news", kitchen.text, forest.foundation.seed, 1, "", start, ""))
+    settled = settle_branch_point(
+        ledger, BranchPoint("news", kitchen.text, forest.foundation.seed, 1, "", start, "")
+    )
     let_all_be_old(plan.store)
     kept = {Ref("model", kitchen.identity), averages[0].ref, Ref("text", kitchen.text), *averages[0].needs}
     found = find_garbage(ledger, keep_versions=1, grace_seconds=DAY)
     assert not set(map(artifact_key, kept)) & set(found.manifests)
     assert artifact_key(averages[1].ref) in found.manifests
-    assert f"artifacts/model/{harbour.identity}.json" in found.manifests or harbour.identity in averages[0].parents
+    assert (
+        f"artifacts/model/{harbour.identity}.json" in found.manifests
+        or harbour.identity in averages[0].parents
+    )
     hold(ledger, Held(settled.identity, "0" * 64, 1, 0.5, "worse"))
     quarantine(ledger, "bad", "1" * 64, "a link")
     gone = {"domain": "gone", "kind": "text", "identity": "2" * 64, "parents": []}
@@ -456,7 +489,9 @@ def test_an_expansion_in_the_making_keeps_what_its_expert_starts_from_however_ol
     let_all_be_old(plan.store)
     collect(ledger, find_garbage(ledger, keep_versions=1, grace_seconds=DAY))
     records = {
-        key for key in all_keys(ledger) if key.startswith(("expansions/", "held/", "quarantine/", "tombstones/"))
+        key
+        for key in all_keys(ledger)
+        if key.startswith(("expansions/", "held/", "quarantine/", "tombstones/"))
     }
     assert len(records) == 4
     assert verify(ledger).problems == ()
@@ -465,7 +500,9 @@ def test_an_expansion_in_the_making_keeps_what_its_expert_starts_from_however_ol
     assert len(verify(ledger).problems) == 1
 
 
-def test_a_blob_that_is_named_anew_before_it_is_deleted_stays(plan: Plan, ledger: Ledger, tmp_path: Path) -> None:
+def test_a_blob_that_is_named_anew_before_it_is_deleted_stays(
+    plan: Plan, ledger: Ledger, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_bytes(b"bytes that come back")
     first, second = named("model", name="first"), named("model", name="second")
     made = ledger.commit(first, {"w": tmp_path / "file"}, {})

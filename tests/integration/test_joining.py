@@ -46,7 +46,9 @@ def test_what_is_no_address_is_refused_with_the_form_of_one(address: str) -> Non
     assert ("`ray job submit`" in refused.remedy) == ("://" in address)
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9", "no.such.host.invalid:6379", "[::1]:9"])
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:9", "ray://127.0.0.1:9", "no.such.host.invalid:6379", "[::1]:9"]
+)
 def test_where_nobody_listens_is_said_at_once(address: str) -> None:
     refused = refusal(address)
     assert refused.what == f"no Ray cluster answers at {address}"

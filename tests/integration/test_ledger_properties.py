@@ -1,7 +1,8 @@
-"""Whatever is done to a store, in any order, and wherever it crashes: the ledger and the forest log against a model.
+"""Whatever is done to a store, in any order, and wherever it crashes: the
+ledger and the forest log against a model.
 
-A crash is a process that ends at one store operation, before or after that took effect. What follows it is what follows
-in the product: the same thing is done again.
+A crash is a process that ends at one store operation, before or after that took effect. What follows it is
+what follows in the product: the same thing is done again.
 """
 
 import re
@@ -169,7 +170,10 @@ def needs_of(made: Origin) -> tuple[Ref, ...]:
 
 
 CRASHES = st.tuples(st.integers(0, 9) | st.integers(10, 70), st.booleans())
-"""At which operation, the first being 1, and whether before it took effect. Most things are done before the 70th."""
+"""At which operation, the first being 1, and whether before it took effect.
+
+Most things are done before the 70th.
+"""
 DOMAINS = st.sampled_from(["code", "law", "news"])
 EDITIONS = st.sampled_from([0, 0, 0, 1])
 WEIGHTS = st.sampled_from([b"w0", b"w1"])
@@ -211,7 +215,9 @@ class Store(RuleBasedStateMachine):
             self.storage.arm(0)
 
     def stands(self, forest: Forest) -> bool:
-        standing = {ref.identity: known.manifest_hash for ref, known in self.artifacts.items() if ref.kind == "model"}
+        standing = {
+            ref.identity: known.manifest_hash for ref, known in self.artifacts.items() if ref.kind == "model"
+        }
         return all(standing.get(identity) == known for identity, known in forest.manifests.items())
 
     def kept(self) -> set[int]:
@@ -231,7 +237,14 @@ class Store(RuleBasedStateMachine):
         self.found(SEED.ref, needs_of(SEED))
         assert founded.manifests == {SEED.ref.identity: self.artifacts[SEED.ref].manifest_hash}
 
-    @rule(domain=DOMAINS, edition=EDITIONS, parent=CHOICES, weights=WEIGHTS, merger=st.none() | DRIVERS, crash=CRASHES)
+    @rule(
+        domain=DOMAINS,
+        edition=EDITIONS,
+        parent=CHOICES,
+        weights=WEIGHTS,
+        merger=st.none() | DRIVERS,
+        crash=CRASHES,
+    )
     def commit(
         self,
         domain: str,
@@ -243,7 +256,9 @@ class Store(RuleBasedStateMachine):
     ) -> None:
         standing = [SEED.ref, *(ref for i in self.experts if (ref := Ref("model", i)) in self.artifacts)]
         start = standing[parent % min(len(standing), 3)]
-        expert = self.attempt(lambda: commit_expert(self.ledger, self.folder, domain, edition, weights, start), crash)
+        expert = self.attempt(
+            lambda: commit_expert(self.ledger, self.folder, domain, edition, weights, start), crash
+        )
         self.experts[expert.identity] = expert
         self.found(Ref("text", expert.text), ())
         self.found(Ref("model", expert.identity), needs_of(expert_of(domain, edition, start)))
@@ -251,7 +266,12 @@ class Store(RuleBasedStateMachine):
             self.merge_experts(merger, [expert], crash)
 
     @precondition(lambda self: self.experts)
-    @rule(driver=DRIVERS, is_stale=st.booleans(), chosen=st.lists(CHOICES, min_size=1, max_size=2), crash=CRASHES)
+    @rule(
+        driver=DRIVERS,
+        is_stale=st.booleans(),
+        chosen=st.lists(CHOICES, min_size=1, max_size=2),
+        crash=CRASHES,
+    )
     def merge(self, driver: int, is_stale: bool, chosen: list[int], crash: tuple[int, bool]) -> None:
         known = list(self.experts.values())
         experts = list({e.domain: e for e in (known[choice % len(known)] for choice in chosen)}.values())
@@ -267,7 +287,9 @@ class Store(RuleBasedStateMachine):
     def merge_experts(self, driver: int, experts: Sequence[Expert], crash: tuple[int, bool]) -> None:
         held, newest = self.held[driver], self.log[-1]
         texts = [{expert.domain: expert.text for expert in forest.experts} for forest in (held, newest)]
-        conflicts = [any(t.get(expert.domain, expert.text) != expert.text for expert in experts) for t in texts]
+        conflicts = [
+            any(t.get(expert.domain, expert.text) != expert.text for expert in experts) for t in texts
+        ]
         try:
             merged = self.attempt(lambda: merge(held, experts, self.ledger), crash)
         except (MissingError, IntegrityError):
@@ -279,10 +301,11 @@ class Store(RuleBasedStateMachine):
             self.held[driver] = merged
             together = {expert.domain: expert for expert in experts} | {e.domain: e for e in newest.experts}
             grows = len(together) > len(newest.experts)
-            if all(expert.domain in held.domains for expert in experts) and len(self.ledger.log.versions()) == len(
-                self.log
-            ):
-                return  # this driver has seen them in the forest: whoever removed them since has the last word
+            if all(expert.domain in held.domains for expert in experts) and len(
+                self.ledger.log.versions()
+            ) == len(self.log):
+                # This driver has seen them in the forest: whoever removed them since has the last word.
+                return
             assert not conflicts[1]
             if grows:
                 self.log.append(replace(merged, parent=None))
@@ -386,16 +409,22 @@ class Store(RuleBasedStateMachine):
         grace_seconds=st.sampled_from([GRACE_SECONDS, 1.0]),
         crash=CRASHES,
     )
-    def let_time_pass_and_collect(self, passed_seconds: float, grace_seconds: float, crash: tuple[int, bool]) -> None:
+    def let_time_pass_and_collect(
+        self, passed_seconds: float, grace_seconds: float, crash: tuple[int, bool]
+    ) -> None:
         self.storage.now += passed_seconds
         oldest_kept = self.storage.now - grace_seconds
         young = {key for key in self.storage.objects if self.storage.objects[key][1] >= oldest_kept}
-        self.attempt(lambda: collect(self.ledger, find_garbage(self.ledger, KEEP_VERSIONS, grace_seconds)), crash)
+        self.attempt(
+            lambda: collect(self.ledger, find_garbage(self.ledger, KEEP_VERSIONS, grace_seconds)), crash
+        )
         assert young <= set(self.storage.objects), "something young was collected"
         roots = [ref for ref, known in self.artifacts.items() if known.made >= oldest_kept]
         self.training = {i: known for i, known in self.training.items() if known.made >= oldest_kept}
         roots += [ref for known in self.training.values() for refs in known.inputs.values() for ref in refs]
-        roots += [Ref("model", identity) for version in self.kept() for identity in self.log[version].manifests]
+        roots += [
+            Ref("model", identity) for version in self.kept() for identity in self.log[version].manifests
+        ]
         reached: set[Ref] = set()
         while roots:
             ref = roots.pop()
@@ -409,7 +438,12 @@ class Store(RuleBasedStateMachine):
     def named_blobs(self) -> set[str]:
         artifacts = [self.ledger.get(ref) for ref in self.artifacts]
         trainings = [self.ledger.latest_training(identity) for identity in self.training]
-        return {blob_key(a.ref, blob.sha256) for a in (*artifacts, *trainings) if a is not None for blob in a.blobs}
+        return {
+            blob_key(a.ref, blob.sha256)
+            for a in (*artifacts, *trainings)
+            if a is not None
+            for blob in a.blobs
+        }
 
     @invariant()
     def the_log_is_what_was_appended_and_a_chain_without_gaps(self) -> None:
@@ -446,7 +480,9 @@ class Store(RuleBasedStateMachine):
 
 
 def test_a_store_holds_what_the_model_says_whatever_is_done_and_wherever_it_crashes() -> None:
-    run_state_machine_as_test(Store, settings=settings(max_examples=60, stateful_step_count=25, deadline=None))
+    run_state_machine_as_test(
+        Store, settings=settings(max_examples=60, stateful_step_count=25, deadline=None)
+    )
 
 
 # One scenario, with trouble at every single operation
@@ -483,7 +519,9 @@ def run_scenario(storage: InMemory) -> None:
     ledger, folder = Ledger(storage), storage.folder
     forest = train_seed(ledger, folder)
     experts = [train(ledger, folder, domain) for domain in ("law", "code")]
-    average = made("model", {"weights": [0.5, 0.5]}, models=tuple(Ref("model", e.identity) for e in experts), fit=())
+    average = made(
+        "model", {"weights": [0.5, 0.5]}, models=tuple(Ref("model", e.identity) for e in experts), fit=()
+    )
     ledger.commit(average, model_files(folder, b"average"), {"role": "average"})
     merge(forest, experts, ledger)
     tidy(storage)
@@ -660,7 +698,8 @@ def commit_contents(ledger: Ledger, folder: Path, contents: Sequence[bytes]) -> 
 def test_a_commit_of_old_blobs_in_the_midst_of_which_they_are_collected_is_whole(
     operation: int, storage: InMemory, ledger: Ledger
 ) -> None:
-    # Uploads renew the blobs that a commit is about to name, so that they are young: found as garbage before, they stay.
+    # Uploads renew the blobs that a commit is about to name, so that they are young: found as garbage before,
+    # they stay.
     contents = [b"one", b"two"]
     old_orphans(storage, contents)
     garbage = find_garbage(ledger, KEEP_VERSIONS, GRACE_SECONDS)

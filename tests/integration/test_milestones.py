@@ -22,7 +22,8 @@ from tests.integration.conftest import GrownForest, PreparedStore
 
 
 def overtrained_fields(texts: dict[str, Path], folder: Path, seed_share: float) -> dict[str, Any]:
-    """A plan whose training makes models worse at its domains' held-out text, which is in another language."""
+    """A plan whose training makes models worse at its domains' held-out
+    text, which is in another language."""
     fields = plan_fields(texts, folder / "store")
     fields["domains"] = fields["domains"][:2]
     for domain in fields["domains"]:
@@ -98,7 +99,9 @@ def test_the_choice_is_by_the_mean_perplexity_on_development_text_of_domains_tha
         stacks = [stack_of(ledger, [model], text, "development") for text in others]
         values = [float((-stack.sums().sum() / stack.tokens().sum()).exp()) for stack in stacks]
         assert found.perplexities[update] == pytest.approx(sum(values) / len(values))
-    none = replace(prepared, texts=tuple(replace(t, tokens={**t.tokens, "development": ()}) for t in prepared.texts))
+    none = replace(
+        prepared, texts=tuple(replace(t, tokens={**t.tokens, "development": ()}) for t in prepared.texts)
+    )
     assert milestone_scores(none, milestones) == []
     assert choose_milestone(none, milestones, ledger, {}) is None
 
@@ -107,7 +110,8 @@ def test_the_choice_is_by_the_mean_perplexity_on_development_text_of_domains_tha
 def test_a_forest_is_judged_against_the_milestone_that_was_better_than_the_end(
     texts: dict[str, Path], tmp_path: Path, seed_share: float, best: int
 ) -> None:
-    # On held-out domains trained for 13 passes the seed beat the finished Transformer-LM by 10 %: an easy rival.
+    # On held-out domains trained for 13 passes the seed beat the finished Transformer-LM by 10 %: an easy
+    # rival.
     plan = Plan.model_validate(overtrained_fields(texts, tmp_path, seed_share))
     found = run_plan(plan, in_process(plan)).verdict
     assert found.milestones is not None
@@ -117,7 +121,9 @@ def test_a_forest_is_judged_against_the_milestone_that_was_better_than_the_end(
     for split, of_split in found.rows.items():
         rows = {row.system: row for row in of_split}
         assert list(rows)[1:3] == [TRANSFORMER_LM, BEST_MILESTONE]
-        own, seed = ({t: cell.perplexity for t, cell in rows[name].cells.items()} for name in (BEST_MILESTONE, SEED))
+        own, seed = (
+            {t: cell.perplexity for t, cell in rows[name].cells.items()} for name in (BEST_MILESTONE, SEED)
+        )
         assert (own == seed) == (best == 12), split
         difference = rows[TRANSFORMER_LM].means["domains"].difference
         assert difference is not None
@@ -137,7 +143,9 @@ def test_every_milestone_is_recorded_as_a_baseline_so_that_none_is_collected(gro
     assert seed.identity == grown.grown.forest.foundation.seed
 
 
-def test_an_evaluation_goes_without_a_transformer_lm_that_lacks_a_milestone(prepared_store: PreparedStore) -> None:
+def test_an_evaluation_goes_without_a_transformer_lm_that_lacks_a_milestone(
+    prepared_store: PreparedStore,
+) -> None:
     plan, driver = prepared_store.prepared.plan, prepared_store.driver
     run_plan(plan, driver)
     request = prepared_store.transformer_lm

@@ -1,4 +1,5 @@
-"""The ensemble against a mixture over full next-token distributions of real models, and what is summed and resampled."""
+"""The ensemble against a mixture over full next-token distributions of real
+models, and what is summed and resampled."""
 
 import json
 import math
@@ -36,10 +37,13 @@ POSTERIORS = [
 
 
 def distributions(ledger: Ledger, model: Artifact, tokens_BT: np.ndarray) -> torch.Tensor:
-    """p(v | x_<t) over the whole vocabulary, [B, T, V] in float64, from the stored files and transformers alone."""
+    """p(v | x_<t) over the whole vocabulary, [B, T, V] in float64, from the
+    stored files and transformers alone."""
     fields = json.loads(ledger.open_file(model, "config.json").read_text())
     float64 = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).double().eval()
-    weights = {name: t.double() for name, t in load_file(ledger.open_file(model, "model.safetensors")).items()}
+    weights = {
+        name: t.double() for name, t in load_file(ledger.open_file(model, "model.safetensors")).items()
+    }
     missing = float64.load_state_dict(weights, strict=False)
     assert missing.missing_keys == ["lm_head.weight"]
     assert not missing.unexpected_keys
@@ -53,7 +57,8 @@ def distributions(ledger: Ledger, model: Artifact, tokens_BT: np.ndarray) -> tor
 def brute_force_mixture(
     p_EBTV: torch.Tensor, tokens_BT: np.ndarray, prior_E: torch.Tensor, posterior: Posterior
 ) -> torch.Tensor:
-    """p(v | x_<t) of the ensemble, [B, T, V]: Bayes' rule coded position by position, starting afresh in each block."""
+    """p(v | x_<t) of the ensemble, [B, T, V]: Bayes' rule coded position by
+    position, starting afresh in each block."""
     experts, blocks, tokens, vocabulary = p_EBTV.shape
     mixed = torch.empty(blocks, tokens, vocabulary, dtype=torch.float64)
     for b in range(blocks):
@@ -78,7 +83,8 @@ def brute_force_mixture(
 
 @pytest.fixture(scope="module")
 def full_distributions(grown: GrownForest) -> dict[str, tuple[np.ndarray, torch.Tensor]]:
-    """Some test blocks, the last and padded one among them, and every expert's distributions on them, of two texts."""
+    """Some test blocks, the last and padded one among them, and every expert's
+    distributions on them, of two texts."""
     ledger = grown.driver.ledger
     result = {}
     for name in ("harbour", "market"):
@@ -99,7 +105,10 @@ def stack_of(grown: GrownForest, text: PreparedText, split: str) -> ScoreStack:
 @pytest.mark.parametrize("posterior", POSTERIORS, ids=lambda p: p.kind)
 @pytest.mark.parametrize("name", ["harbour", "market"])
 def test_the_ensembles_scores_are_those_of_a_mixture_over_full_distributions(
-    grown: GrownForest, full_distributions: dict[str, tuple[np.ndarray, torch.Tensor]], name: str, posterior: Posterior
+    grown: GrownForest,
+    full_distributions: dict[str, tuple[np.ndarray, torch.Tensor]],
+    name: str,
+    posterior: Posterior,
 ) -> None:
     tokens_BT, p_EBTV = full_distributions[name]
     prior_E = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
@@ -116,7 +125,8 @@ def test_the_ensembles_scores_are_those_of_a_mixture_over_full_distributions(
 def test_the_ensembles_probabilities_over_the_vocabulary_sum_to_one(
     full_distributions: dict[str, tuple[np.ndarray, torch.Tensor]], posterior: Posterior
 ) -> None:
-    # Every token of the vocabulary in turn as the last one of a block, scored by the product's own arithmetic.
+    # Every token of the vocabulary in turn as the last one of a block, scored by the product's own
+    # arithmetic.
     tokens_BT, p_EBTV = full_distributions["market"]
     vocabulary, length = p_EBTV.shape[-1], 9
     history_ET = p_EBTV[:, 0, range(length), tokens_BT[0, :length].astype(int)].log()
@@ -130,7 +140,9 @@ def test_a_top_1_ensemble_is_that_expert(grown: GrownForest) -> None:
     stack = stack_of(grown, grown.text("harbour"), "test")
     one_hot = keep_top(torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64).log(), 1)
     for posterior in POSTERIORS:
-        torch.testing.assert_close(stack.mixture_sums(one_hot, posterior), stack.sums()[0], rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            stack.mixture_sums(one_hot, posterior), stack.sums()[0], rtol=1e-12, atol=0
+        )
 
 
 def test_the_reported_ensemble_is_the_sum_over_tokens_of_each_document(grown: GrownForest) -> None:
@@ -175,13 +187,19 @@ def cut_into_blocks(lengths: list[int], block_tokens: int) -> np.ndarray:
 
 @pytest.fixture
 def two_shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[ScoreStack, list[np.ndarray], np.ndarray]:
-    """Three models on two shards; documents span blocks, and the boundary between what is held in memory at once."""
+    """Three models on two shards; documents span blocks, and the boundary
+    between what is held in memory at once."""
     folder = tmp_path_factory.mktemp("shards")
     rng = np.random.default_rng(1)
-    shards = [cut_into_blocks(list(rng.integers(1, 30, size=60)), 8), cut_into_blocks(list(rng.integers(1, 30, 40)), 8)]
+    shards = [
+        cut_into_blocks(list(rng.integers(1, 30, size=60)), 8),
+        cut_into_blocks(list(rng.integers(1, 30, 40)), 8),
+    ]
     blocks = sum(len(shard) for shard in shards)
     assert len(shards[0]) > BLOCKS_AT_ONCE
-    assert shards[0][BLOCKS_AT_ONCE - 1, -1] == shards[0][BLOCKS_AT_ONCE, 0], "a document must span the boundary"
+    assert shards[0][BLOCKS_AT_ONCE - 1, -1] == shards[0][BLOCKS_AT_ONCE, 0], (
+        "a document must span the boundary"
+    )
     assert -1 in shards[0][-1], "padding inside the text, at the end of its first shard"
     scores = -rng.exponential(3.0, size=(3, blocks, 8))
     models, refs = commit_split(Ledger.open(str(folder / "store")), str(folder), shards, scores)
@@ -235,7 +253,9 @@ def test_what_a_model_says_of_padding_plays_no_part(tmp_path: Path, garbage: flo
     for posterior in POSTERIORS:
         assert torch.equal(found.mixture_sums(prior_E, posterior), expected.mixture_sums(prior_E, posterior))
     assert torch.equal(found.sums(), expected.sums())
-    assert torch.equal(found.take(0, len(found))[0], expected.take(0, len(expected))[0]), "priors are fitted on these"
+    assert torch.equal(found.take(0, len(found))[0], expected.take(0, len(expected))[0]), (
+        "priors are fitted on these"
+    )
 
 
 # Sums, perplexity and intervals
@@ -270,7 +290,9 @@ def test_all_systems_see_the_same_resamples_of_whole_documents() -> None:
     assert torch.equal(found[0], found[1])
     torch.testing.assert_close(found[2].log(), 1.1 * found[0].log())
     assert found[0].unique().numel() > 190
-    assert torch.equal(found, resampled_perplexity(torch.stack([logp_D, logp_D, 1.1 * logp_D]), tokens_D, 200, 7))
+    assert torch.equal(
+        found, resampled_perplexity(torch.stack([logp_D, logp_D, 1.1 * logp_D]), tokens_D, 200, 7)
+    )
     assert not torch.equal(found[0], resampled_perplexity(logp_D[None], tokens_D, 200, random_seed=8)[0])
 
 
@@ -288,7 +310,9 @@ def test_the_spread_of_resamples_is_that_of_the_mean_over_documents() -> None:
     # Documents of equal length: log-perplexity is a plain mean, whose standard error is known in closed form.
     rng = np.random.default_rng(6)
     loss_D = rng.normal(3.0, 0.5, size=400)
-    found = resampled_perplexity(torch.from_numpy(-10 * loss_D)[None], torch.full((400,), 10.0).double(), 4000, 0)[0]
+    found = resampled_perplexity(
+        torch.from_numpy(-10 * loss_D)[None], torch.full((400,), 10.0).double(), 4000, 0
+    )[0]
     assert float(found.log().std()) == pytest.approx(loss_D.std() / 20, rel=0.05)
     assert float(found.log().mean()) == pytest.approx(loss_D.mean(), abs=0.005)
 
@@ -300,8 +324,8 @@ def test_an_interval_holds_its_share_of_the_values_in_the_middle() -> None:
 
 
 def test_paired_intervals_hold_the_true_difference_about_as_often_as_they_claim() -> None:
-    # Two systems on 300 made-up texts of 120 documents. Documents differ far more from each other than the systems do, so
-    # only a paired interval is both narrow and right.
+    # Two systems on 300 made-up texts of 120 documents. Documents differ far more from each other than the
+    # systems do, so only a paired interval is both narrow and right.
     rng = np.random.default_rng(8)
     true_ratio, held, widths = math.exp(-0.05), 0, []
     for number in range(300):

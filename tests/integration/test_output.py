@@ -1,4 +1,5 @@
-"""What is printed arrives: in a terminal of any encoding and width, and with an error of ours where it cannot."""
+"""What is printed arrives: in a terminal of any encoding and width, and with
+an error of ours where it cannot."""
 
 import io
 import json
@@ -39,7 +40,9 @@ def test_a_table_and_a_sentence_stay_readable_in_any_encoding(
 ) -> None:
     def show() -> None:
         console = consoles(False)[0]
-        show_table(plain_table("Interval", ["system", "perplexity"], [["naïve–Bäcker", "3.10–3.50"]]), console)
+        show_table(
+            plain_table("Interval", ["system", "perplexity"], [["naïve–Bäcker", "3.10–3.50"]]), console
+        )
         print("3 × 日本 \udcff 🌲")
 
     shown = printed_in(encoding, show).decode(encoding)
@@ -93,7 +96,9 @@ def test_a_narrow_terminal_cuts_no_name_and_no_number(columns: int) -> None:
 def test_a_narrow_terminal_cuts_no_word_where_another_column_could_give_way(columns: int) -> None:
     """Rich takes from the widest columns first, which are those of identities as often as of sentences."""
     console = Console(file=io.StringIO(), width=columns)
-    rows = [["code", "260ce3c80989", "2026-11-29T03:44:48+00:00", "the seed, and an average of three experts"]]
+    rows = [
+        ["code", "260ce3c80989", "2026-11-29T03:44:48+00:00", "the seed, and an average of three experts"]
+    ]
     show_table(plain_table("Forest", ["domain", "expert", "when", "branched from"], rows), console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert all(word in shown for cell in rows[0] for word in cell.split())
@@ -119,7 +124,11 @@ FULL, CLOSED = OSError(28, "No space left on device"), BrokenPipeError(32, "Brok
 @pytest.mark.parametrize(("error", "code"), [(FULL, 1), (CLOSED, CLOSED_PIPE)])
 @pytest.mark.parametrize("characters", [1, 100_000])
 def test_output_that_cannot_be_written_is_an_error_of_its_own(
-    error: OSError, code: int, characters: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: OSError,
+    code: int,
+    characters: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(Full(error)), "utf-8"))
     assert run_command(lambda: print("x" * characters)) == code
@@ -127,7 +136,9 @@ def test_output_that_cannot_be_written_is_an_error_of_its_own(
     assert ("No space left on device" in said) == (code == 1)
 
 
-def test_what_cannot_be_written_to_standard_error_changes_no_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_written_to_standard_error_changes_no_exit_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(Full(FULL)), "utf-8"))
     assert run_command(lambda: app(["plan", "none.yaml"])) == 2
 

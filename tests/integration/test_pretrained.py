@@ -1,4 +1,5 @@
-"""Models from elsewhere as the seed, and models of other architectures: small ones, through the real pipeline."""
+"""Models from elsewhere as the seed, and models of other architectures:
+small ones, through the real pipeline."""
 
 import json
 import shutil
@@ -8,7 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from btm_cluster.data.tokenizer import train_tokenizer
 from btm_cluster.driver.prepared_plan import tokenizer_request
@@ -133,7 +140,8 @@ def test_dropout_is_known_whether_the_plan_names_it_or_the_architecture_has_it_b
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "opt", "mamba2"])
 def test_a_model_of_another_architecture_goes_through_the_pipeline(kind: str, fields: dict[str, Any]) -> None:
-    """Configurations like Mamba2's hold infinity, which JSON does not: no such model could be opened again."""
+    """Configurations like Mamba2's hold infinity, which JSON does not: no
+    such model could be opened again."""
     model = {"config": {"model_type": kind, **SMALL[kind]}}
     plan = Plan.model_validate(fields | {"model": model, "domains": fields["domains"][:1], "targets": []})
     driver = in_process(plan)
@@ -162,7 +170,9 @@ def refusal(folder: Path, vocabulary: int = 320, block_tokens: int = 32) -> User
     return caught.value
 
 
-@pytest.mark.parametrize("content", ["nope", "{}", "[1]", '{"model_type": "unknown"}', '{"model_type": "t5"}'])
+@pytest.mark.parametrize(
+    "content", ["nope", "{}", "[1]", '{"model_type": "unknown"}', '{"model_type": "t5"}']
+)
 def test_a_configuration_that_is_none_of_a_causal_model_is_refused(content: str, copy: Path) -> None:
     (copy / "config.json").write_text(content)
     assert "is no causal language model" in str(refusal(copy))
@@ -217,7 +227,9 @@ def test_an_unusable_model_is_refused_before_a_text_is_read(copy: Path, fields: 
     assert not list(driver.ledger.list_artifacts("source"))
 
 
-def test_a_merged_folder_keeps_what_came_with_the_model(copy: Path, fields: dict[str, Any], tmp_path: Path) -> None:
+def test_a_merged_folder_keeps_what_came_with_the_model(
+    copy: Path, fields: dict[str, Any], tmp_path: Path
+) -> None:
     edit(copy, eos_token_id=[0, 5], bos_token_id=3)
     (copy / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 5], "temperature": 0.6}))
@@ -240,7 +252,8 @@ def test_a_merged_folder_keeps_what_came_with_the_model(copy: Path, fields: dict
 def test_a_merged_folder_claims_the_block_length_that_it_was_trained_on(
     kind: str, fields: dict[str, Any], tmp_path: Path
 ) -> None:
-    """A Llama trained on blocks of 128 claimed 2,048 positions, and a harness that believed it measured a worse model."""
+    """A Llama trained on blocks of 128 claimed 2,048 positions, and a harness that
+    believed it measured a worse model."""
     model = {"config": {"model_type": kind, **SMALL[kind]}}
     plan = Plan.model_validate(fields | {"model": model, "domains": fields["domains"][:1], "targets": []})
     driver = in_process(plan)
@@ -248,13 +261,17 @@ def test_a_merged_folder_claims_the_block_length_that_it_was_trained_on(
     write_merged_model(plan, "uniform", None, tmp_path / "merged", driver)
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert (
-        config["max_position_embeddings"] == 32 == AutoTokenizer.from_pretrained(tmp_path / "merged").model_max_length
+        config["max_position_embeddings"]
+        == 32
+        == AutoTokenizer.from_pretrained(tmp_path / "merged").model_max_length
     )
     ours, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not loading["missing_keys"]
     assert not loading["mismatched_keys"]
     average = next(m for m in driver.ledger.list_artifacts("model") if m.facts["role"] == "average")
-    stored = load_model(open_config(driver.ledger, average), driver.ledger.open_file(average, "model.safetensors"))
+    stored = load_model(
+        open_config(driver.ledger, average), driver.ledger.open_file(average, "model.safetensors")
+    )
     block = torch.arange(32)[None]
     torch.testing.assert_close(ours.eval()(input_ids=block).logits, stored.eval()(input_ids=block).logits)
 

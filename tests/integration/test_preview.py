@@ -55,7 +55,9 @@ def after(grown_store: Path, fields: dict[str, Any]) -> dict[str, Any]:
 NAMES = [*DOMAINS, "market"]
 
 
-def test_before_texts_are_read_sizes_are_known_and_nothing_is_claimed_of_the_rest(fields: dict[str, Any]) -> None:
+def test_before_texts_are_read_sizes_are_known_and_nothing_is_claimed_of_the_rest(
+    fields: dict[str, Any],
+) -> None:
     seen = look(fields | {"baselines": ["transformer-lm"]})
     assert states(seen) == {f"read {name}": NEW for name in NAMES} | {
         "tokenizer": UNREAD,
@@ -79,7 +81,10 @@ def test_what_is_foretold_before_reading_is_what_is_foretold_afterwards_and_done
     before = look(after | {"store": f"{fields['store']}-empty"})
     done = look(after)
     assert set(states(done).values()) == {DONE}
-    assert (before.parameters, before.non_embedding_parameters) == (done.parameters, done.non_embedding_parameters)
+    assert (before.parameters, before.non_embedding_parameters) == (
+        done.parameters,
+        done.non_embedding_parameters,
+    )
     for one in before.steps:
         other = step(done, one.name)
         assert (one.updates, one.tokens) == (other.updates, other.tokens)
@@ -97,7 +102,9 @@ def test_parameters_and_bytes_are_those_of_the_stored_models(after: dict[str, An
     assert seen.non_embedding_parameters == 12 * 32**2 + 13 * 32 + 2 * 32
     assert step(seen, "expert kitchen").stored_bytes == 4 * seen.parameters
     assert step(seen, "seed").stored_bytes == 12 * seen.parameters
-    assert step(seen, "transformer-lm").stored_bytes == 3 * 4 * seen.parameters, "two milestones and the finished one"
+    assert step(seen, "transformer-lm").stored_bytes == 3 * 4 * seen.parameters, (
+        "two milestones and the finished one"
+    )
     blobs = ledger.list_artifacts("tokens")
     assert step(seen, "token blocks").stored_bytes == sum(blob.size_bytes for t in blobs for blob in t.blobs)
 
@@ -119,7 +126,9 @@ def test_earlier_runs_give_a_rate_for_the_same_kind_of_device_only(after: dict[s
     assert seen.device_hours is not None
     assert seen.device_hours > 0
     assert seen.money is None  # hours of a CPU have no price
-    gpus = look(longer | {"domains": [*after["domains"], market], "targets": [], "cluster": {"gpus_per_expert": 1}})
+    gpus = look(
+        longer | {"domains": [*after["domains"], market], "targets": [], "cluster": {"gpus_per_expert": 1}}
+    )
     assert gpus.device_hours is None
 
 
@@ -183,7 +192,9 @@ def test_a_file_that_was_touched_is_read_again_and_trainings_stay_done(
 
 
 @pytest.mark.parametrize("lost", ["manifest", "file"])
-def test_a_text_that_was_read_and_lost_is_read_again_and_nothing_else_is_made(after: dict[str, Any], lost: str) -> None:
+def test_a_text_that_was_read_and_lost_is_read_again_and_nothing_else_is_made(
+    after: dict[str, Any], lost: str
+) -> None:
     plan, ledger = Plan.model_validate(after), Ledger.open(after["store"])
     read_results = {read_result.note["name"]: read_result for read_result in ledger.list_artifacts("source")}
     for name in (DOMAINS[0], "market"):
@@ -199,7 +210,9 @@ def test_a_text_that_was_read_and_lost_is_read_again_and_nothing_else_is_made(af
     assert set(states(look(after)).values()) == {DONE}
 
 
-def test_a_lost_text_that_its_source_no_longer_gives_is_one_clear_error(after: dict[str, Any], tmp_path: Path) -> None:
+def test_a_lost_text_that_its_source_no_longer_gives_is_one_clear_error(
+    after: dict[str, Any], tmp_path: Path
+) -> None:
     text = write_jsonl(tmp_path / "later.jsonl", made_up_documents("later", 200))
     stamp = os.stat(text)
     fields = after | {"targets": [{"name": "later", "text": str(text)}]}
@@ -261,7 +274,9 @@ def test_a_plan_that_a_run_would_refuse_is_refused(fields: dict[str, Any]) -> No
 
 
 def test_a_price_that_prices_nothing_is_told(fields: dict[str, Any]) -> None:
-    seen = look(fields | {"cluster": fields["cluster"] | {"price_per_gpu_hour": 3, "tokens_per_gpu_second": 10}})
+    seen = look(
+        fields | {"cluster": fields["cluster"] | {"price_per_gpu_hour": 3, "tokens_per_gpu_second": 10}}
+    )
     assert seen.money is None
     assert "prices nothing" in seen.notes[0]
 
@@ -273,11 +288,18 @@ def pretrained(fields: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 
     folder = tmp_path / "pretrained"
     small = {"n_positions": 32, "n_embd": 32, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", vocab_size=320, **small)).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", vocab_size=320, **small)).save_pretrained(
+        folder
+    )
     train_tokenizer(made_up_documents("kitchen", 100), 320, folder)
     training = {name: value for name, value in fields["training"].items() if name != "seed_share"}
     source = {"pretrained": str(folder)}
-    return fields | {"model": source, "tokenizer": source, "training": training, "baselines": ["transformer-lm"]}
+    return fields | {
+        "model": source,
+        "tokenizer": source,
+        "training": training,
+        "baselines": ["transformer-lm"],
+    }
 
 
 def test_a_pretrained_seed_takes_no_updates_and_stores_no_optimizer_and_experts_take_all(
@@ -291,7 +313,10 @@ def test_a_pretrained_seed_takes_no_updates_and_stores_no_optimizer_and_experts_
         assert (seed.updates, seed.tokens, seed.stored_bytes) == (0, 0, 4 * seen.parameters)
         assert (step(seen, "expert kitchen").updates, step(seen, "transformer-lm").updates) == (12, 12)
         preview_table(seen, (), consoles(json_output=False)[0])
-        assert "note: the pretrained model is the seed: experts train all 12 updates\n" in capsys.readouterr().out
+        assert (
+            "note: the pretrained model is the seed: experts train all 12 updates\n"
+            in capsys.readouterr().out
+        )
         assert seen.to_json()["notes"]
 
 
@@ -307,7 +332,9 @@ def test_a_seed_share_that_is_written_for_a_pretrained_model_says_what_it_leaves
     ).notes
 
 
-def test_a_pretrained_tokenizer_and_seed_are_new_or_done_whatever_text_is_read(pretrained: dict[str, Any]) -> None:
+def test_a_pretrained_tokenizer_and_seed_are_new_or_done_whatever_text_is_read(
+    pretrained: dict[str, Any],
+) -> None:
     before = states(look(pretrained))
     assert (before["tokenizer"], before["seed"], before["expert kitchen"]) == (NEW, NEW, UNREAD)
     plan = Plan.model_validate(pretrained)

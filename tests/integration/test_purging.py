@@ -1,4 +1,5 @@
-"""Purging and collecting on a store of every kind of artifact, made without training: what goes, and what a kill leaves behind."""
+"""Purging and collecting on a store of every kind of artifact, made without
+training: what goes, and what a kill leaves behind."""
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -61,7 +62,9 @@ def test_an_average_whose_weights_were_fitted_on_a_purged_text_goes_though_none_
     """Averages were found by their labels and parents: this one has none of either."""
     scores = [house.score(model, "law") for model in ("code expert", "seed")]
     house.commit("other fit", "fit", {"models": ["code expert", "seed"], "scores": scores, "for_all": []})
-    house.commit("the best of all", "model", {"models": ["code expert", "seed"], "fit": ["other fit"]}, role="average")
+    house.commit(
+        "the best of all", "model", {"models": ["code expert", "seed"], "fit": ["other fit"]}, role="average"
+    )
     house.commit("another", "model", {"models": ["code expert", "seed"], "fit": []}, role="average")
     house.remove("law")
     purge(house.ledger, plan_purge(house.ledger, "law"))
@@ -86,15 +89,16 @@ def test_with_a_text_goes_what_is_made_of_it_but_not_what_learned_from_others_to
         assert {key.partition("/")[0] for key in full.holding(f"bytes of {trace}")} <= {"tombstones"}
     assert full.memory.objects.keys() >= {"inbox/lawyers/a.txt", "logs/run/code/curves"}
     # Whoever comes back to poems starts from another average: that one went.
-    assert [key.partition("/")[0] for key in full.memory.objects if key.startswith(("expansions/", "held/"))] == [
-        "expansions"
-    ]
+    assert [
+        key.partition("/")[0] for key in full.memory.objects if key.startswith(("expansions/", "held/"))
+    ] == ["expansions"]
     assert verify(full.ledger).problems == ()
     assert find_garbage(full.ledger, 10, GRACE_SECONDS).manifests == ()
 
 
 def test_a_model_that_was_trained_on_one_text_alone_and_is_no_expert_stays(tmp_path: Path) -> None:
-    """A forest that was founded on one domain keeps its seed and tokenizer, as any other does: its experts need them."""
+    """A forest that was founded on one domain keeps its seed and tokenizer, as
+    any other does: its experts need them."""
     house = HouseInMemory(tmp_path)
     house.commit("law text", "text", {})
     house.commit("tokenizer", "tokenizer", {"texts": ["law text"]})
@@ -231,7 +235,9 @@ def commit_late(house: HouseInMemory) -> None:
 def of_law_since(house: HouseInMemory) -> set[str]:
     names = ("late", "late on code", "seed on law")
     held = {key for name in names for key in house.holding(f"bytes of {name}")}
-    return held | {artifact_key(house.refs[name]) for name in names if name in house.refs and house.is_there(name)}
+    return held | {
+        artifact_key(house.refs[name]) for name in names if name in house.refs and house.is_there(name)
+    }
 
 
 def test_whatever_is_committed_while_its_domain_is_purged_is_refused_and_nothing_of_it_stays(
@@ -311,7 +317,9 @@ def test_an_expert_whose_text_was_purged_is_not_merged_though_it_is_there(house:
     assert house.ledger.log.versions()[-1] == newest.version
 
 
-def test_a_merge_in_whose_midst_its_domain_is_purged_is_refused_or_told_by_verify(house: HouseInMemory) -> None:
+def test_a_merge_in_whose_midst_its_domain_is_purged_is_refused_or_told_by_verify(
+    house: HouseInMemory,
+) -> None:
     house.read("poems")
     house.train("poems expert", ["poems"], "expert", ("seed",))
     start, operation, reached, refused = house.memory.objects, 0, True, 0
@@ -339,7 +347,9 @@ def test_a_merge_in_whose_midst_its_domain_is_purged_is_refused_or_told_by_verif
     assert refused > 3
 
 
-def test_what_is_made_of_a_purged_text_is_told_by_verify_and_goes_when_it_is_purged_again(house: HouseInMemory) -> None:
+def test_what_is_made_of_a_purged_text_is_told_by_verify_and_goes_when_it_is_purged_again(
+    house: HouseInMemory,
+) -> None:
     """Put there by a version that did not look, or from a backup."""
     house.remove("law")
     before = dict(house.memory.objects)
@@ -362,7 +372,8 @@ def test_what_is_made_of_a_purged_text_is_told_by_verify_and_goes_when_it_is_pur
 def test_a_forest_that_names_what_was_purged_is_a_problem(house: HouseInMemory) -> None:
     purge_law(house.memory)
     assert any(
-        "the forest has the domain 'law', which was purged" in problem for problem in verify(house.ledger).problems
+        "the forest has the domain 'law', which was purged" in problem
+        for problem in verify(house.ledger).problems
     )
     house.remove("law")
     assert verify(house.ledger).problems == ()
@@ -377,9 +388,12 @@ def test_what_the_newest_version_needs_is_kept_with_its_scores_and_what_is_made_
     full.memory.now += 2 * GRACE_SECONDS
     keys = set(find_garbage(full.ledger, 1, GRACE_SECONDS).manifests)
     gone = {name for name, ref in full.refs.items() if artifact_key(ref) in keys}
-    # Law is out of the newest version. The open branch point of poems needs the average for law, and that its experts and fit.
+    # Law is out of the newest version. The open branch point of poems needs the average for law, and that its
+    # experts and fit.
     assert gone == {"average for code", "average for news"}
-    kept_of_older = {name for name, ref in full.refs.items() if "law expert" in name and artifact_key(ref) not in keys}
+    kept_of_older = {
+        name for name, ref in full.refs.items() if "law expert" in name and artifact_key(ref) not in keys
+    }
     assert "law expert" in kept_of_older
 
 
@@ -388,7 +402,9 @@ def test_a_rival_is_kept_by_its_record_alone(house: HouseInMemory) -> None:
     house.memory.now += 2 * GRACE_SECONDS
     keys = set(find_garbage(house.ledger, 10, GRACE_SECONDS).manifests)
     assert artifact_key(house.refs["another demix"]) in keys
-    assert not keys & {artifact_key(house.refs[name]) for name in ("transformer-lm", "demix", "law part", "code part")}
+    assert not keys & {
+        artifact_key(house.refs[name]) for name in ("transformer-lm", "demix", "law part", "code part")
+    }
 
 
 @pytest.mark.parametrize(
@@ -404,7 +420,9 @@ def test_a_rival_is_kept_by_its_record_alone(house: HouseInMemory) -> None:
         "poems text",
     ],
 )
-def test_nothing_is_collected_while_something_that_is_named_or_needed_is_lost(full: HouseInMemory, lost: str) -> None:
+def test_nothing_is_collected_while_something_that_is_named_or_needed_is_lost(
+    full: HouseInMemory, lost: str
+) -> None:
     full.memory.now += 2 * GRACE_SECONDS
     del full.memory.objects[artifact_key(full.refs[lost])]
     with pytest.raises(StoreError, match=f"{full.refs[lost].identity[:12]}, whose files would be deleted"):
@@ -413,7 +431,9 @@ def test_nothing_is_collected_while_something_that_is_named_or_needed_is_lost(fu
 
 
 def test_a_training_in_the_making_keeps_all_that_it_is_made_from_its_start_too(house: HouseInMemory) -> None:
-    start = house.commit("start", "model", {"models": ["law expert", "code expert"], "fit": []}, role="average")
+    start = house.commit(
+        "start", "model", {"models": ["law expert", "code expert"], "fit": []}, role="average"
+    )
     house.memory.now += 2 * GRACE_SECONDS
     training = house.origin("in the making", "model", house.training(["news"], ("start",)))
     house.ledger.save_training(training, 1, house.files("in the making"), {"how": {}})
@@ -443,7 +463,9 @@ def test_what_comes_while_a_collection_looks_keeps_what_it_needs(house: HouseInM
 # Lineage
 
 
-def test_a_descendant_is_known_though_the_average_that_it_started_from_was_collected(house: HouseInMemory) -> None:
+def test_a_descendant_is_known_though_the_average_that_it_started_from_was_collected(
+    house: HouseInMemory,
+) -> None:
     house.memory.now += 2 * GRACE_SECONDS
     collect_all(house.memory)
     assert not house.is_there("average for news")

@@ -1,4 +1,5 @@
-"""Taking a domain out of a forest, bringing it back, rolling back, and purging it without a trace but its tombstones."""
+"""Taking a domain out of a forest, bringing it back, rolling back, and purging
+it without a trace but its tombstones."""
 
 import json
 import os
@@ -40,10 +41,15 @@ DAY = 86_400.0
 
 @pytest.fixture(scope="module")
 def lived(founded_plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    """Version 2: meadow, from the inbox, branched from the two founding domains. Version 3: island, from all three."""
+    """Version 2: meadow, from the inbox, branched from the two founding domains.
+
+    Version 3: island, from all three.
+    """
     folder = tmp_path_factory.mktemp("lived")
     shutil.copytree(founded_plan.store, folder / "store")
-    plan = founded_plan.model_copy(update={"store": str(folder / "store"), "branching": uniform(founded_plan)})
+    plan = founded_plan.model_copy(
+        update={"store": str(folder / "store"), "branching": uniform(founded_plan)}
+    )
     ledger = Ledger.open(plan.store)
     for name in ("meadow", "island"):
         deliver(ledger, folder, name)
@@ -90,12 +96,14 @@ def let_all_be_old(plan: Plan) -> None:
 
 
 def named_in(store: str, trace: str) -> set[str]:
-    """The objects of a store whose name or bytes hold a trace, but for the log of its forest and its tombstones."""
+    """The objects of a store whose name or bytes hold a trace, but for the log
+    of its forest and its tombstones."""
     keys = {path.relative_to(store).as_posix(): path for path in Path(store).rglob("*") if path.is_file()}
     return {
         key
         for key, path in keys.items()
-        if not key.startswith(("forest/", "tombstones/")) and (trace in key or trace.encode() in path.read_bytes())
+        if not key.startswith(("forest/", "tombstones/"))
+        and (trace in key or trace.encode() in path.read_bytes())
     }
 
 
@@ -114,7 +122,9 @@ def test_a_removed_domain_is_out_of_the_forest_at_once_and_no_schedule_brings_it
     assert expand(plan, in_process(plan)).passed_over == {}
 
 
-def test_a_founding_domain_that_was_removed_is_passed_over_by_a_run_of_its_plan(plan: Plan, ledger: Ledger) -> None:
+def test_a_founding_domain_that_was_removed_is_passed_over_by_a_run_of_its_plan(
+    plan: Plan, ledger: Ledger
+) -> None:
     after = remove(ledger, "kitchen")
     run = run_plan(plan, in_process(plan))
     assert run.forest == after
@@ -125,7 +135,9 @@ def test_a_founding_domain_that_was_removed_is_passed_over_by_a_run_of_its_plan(
         run_plan(plan, in_process(plan))
 
 
-def test_removing_what_is_not_there_and_bringing_back_what_was_not_removed_are_refused(ledger: Ledger) -> None:
+def test_removing_what_is_not_there_and_bringing_back_what_was_not_removed_are_refused(
+    ledger: Ledger,
+) -> None:
     with pytest.raises(UserError, match="no domain 'desert'"):
         remove(ledger, "desert")
     with pytest.raises(UserError, match="was not taken out"):
@@ -166,12 +178,16 @@ def test_a_rollback_is_a_new_version_equal_to_an_old_one_and_what_came_since_sta
     assert verify(ledger).problems == ()
 
 
-def test_a_purged_domain_leaves_nothing_but_tombstones_and_the_store_stays_sound(plan: Plan, ledger: Ledger) -> None:
+def test_a_purged_domain_leaves_nothing_but_tombstones_and_the_store_stays_sound(
+    plan: Plan, ledger: Ledger
+) -> None:
     forest = newest(ledger)
     expert = forest.expert("meadow")
     document = json.loads(Path(plan.store, "inbox/meadow/a.jsonl").read_text().splitlines()[0])["text"]
     assert named_in(plan.store, document) == {"inbox/meadow/a.jsonl"}
-    shared = {blob.sha256 for blob in ledger.get(Ref("model", expert.identity)).blobs} - {expert.weights_sha256}
+    shared = {blob.sha256 for blob in ledger.get(Ref("model", expert.identity)).blobs} - {
+        expert.weights_sha256
+    }
     assert shared, "its configuration and tokenizer are everybody's"
     remove(ledger, "meadow")
     purge(ledger, plan_purge(ledger, "meadow"))
@@ -233,7 +249,13 @@ def test_what_is_mixed_goes_with_an_expert_that_took_part_in_it(
     driver = in_process(plan)
     prepared = prepare(plan, driver)
     with_it, without = (
-        Ensemble("forest", tuple((domain, experts[domain]) for domain in pair), (CALIBRATED, GATE), ("fitted",), seed)
+        Ensemble(
+            "forest",
+            tuple((domain, experts[domain]) for domain in pair),
+            (CALIBRATED, GATE),
+            ("fitted",),
+            seed,
+        )
         for pair, seed in (
             (("island", "harbour"), Ref("model", newest(ledger).foundation.seed)),
             (("kitchen", "harbour"), Ref("model", newest(ledger).foundation.seed)),
@@ -274,7 +296,9 @@ def test_an_average_whose_weights_were_fitted_on_a_purged_target_goes_too(plan: 
     average = average_request(prepared, experts, "fitted", market)
     fits = weight_requests(prepared, experts, "fitted", market)
     driver.require([*score_requests(prepared, experts.refs, [market], ["development"]), *fits, average])
-    others = [m.ref for m in ledger.list_artifacts("model") if m.facts["role"] == "average" and m.ref != average.ref]
+    others = [
+        m.ref for m in ledger.list_artifacts("model") if m.facts["role"] == "average" and m.ref != average.ref
+    ]
     purge(ledger, plan_purge(ledger, "market"))
     assert ledger.find(average.ref) is None
     assert any(ledger.find(other) for other in others)
@@ -289,7 +313,11 @@ def test_what_was_purged_does_not_come_back_by_undo_rollback_inbox_or_plan(
     remove(ledger, "meadow")
     purge(ledger, plan_purge(ledger, "meadow"))
     after = newest(ledger)
-    for comes_back in (lambda: bring_back(ledger, "meadow"), lambda: rollback(ledger, 2), lambda: rollback(ledger, 3)):
+    for comes_back in (
+        lambda: bring_back(ledger, "meadow"),
+        lambda: rollback(ledger, 2),
+        lambda: rollback(ledger, 3),
+    ):
         with pytest.raises(UserError, match="was purged"):
             comes_back()
     assert rollback(ledger, 1).domains == ("harbour", "kitchen")
@@ -336,7 +364,9 @@ def test_a_purged_founding_domain_leaves_seed_and_tokenizer_and_the_forest_lives
     assert verify(ledger).problems == ()
 
 
-def test_of_a_demix_the_part_of_a_purged_domain_goes_and_the_rest_is_named(plan: Plan, ledger: Ledger) -> None:
+def test_of_a_demix_the_part_of_a_purged_domain_goes_and_the_rest_is_named(
+    plan: Plan, ledger: Ledger
+) -> None:
     driver = in_process(plan)
     prepared = prepare(plan, driver)
     demix = demix_request(prepared)
@@ -355,7 +385,9 @@ def test_a_domain_that_was_never_merged_can_be_purged(plan: Plan, ledger: Ledger
     deliver(ledger, tmp_path, "desert", ["too", "short"])
     assert set(expand(plan, in_process(plan)).quarantined) == {"desert"}
     purge(ledger, plan_purge(ledger, "desert"))
-    assert not [entry.key for folder in ("inbox/desert/", "quarantine/") for entry in ledger.storage.list(folder)]
+    assert not [
+        entry.key for folder in ("inbox/desert/", "quarantine/") for entry in ledger.storage.list(folder)
+    ]
     with pytest.raises(UserError, match="has nothing of 'desert'"):
         plan_purge(ledger, "desert")
     with pytest.raises(UserError, match="is no domain"):

@@ -1,4 +1,5 @@
-"""Going on from training checkpoints: those that are lost, damaged, another's or dropped meanwhile, and with other resources."""
+"""Going on from training checkpoints: those that are lost, damaged, another's or
+dropped meanwhile, and with other resources."""
 
 import dataclasses
 import shutil
@@ -55,7 +56,8 @@ def stop_after(prepared_store: PreparedStore, request: TrainRequest, updates: in
 
 
 def keep_two(prepared_store: PreparedStore, request: TrainRequest, aside: Path) -> None:
-    """Checkpoints at updates 2 and 4, as a driver leaves them that is killed before it drops the older one."""
+    """Checkpoints at updates 2 and 4, as a driver leaves them that is killed
+    before it drops the older one."""
     stop_after(prepared_store, request, 2)
     folder = folder_of(prepared_store, request)
     shutil.copytree(folder, aside)
@@ -70,7 +72,11 @@ def keep_two(prepared_store: PreparedStore, request: TrainRequest, aside: Path) 
 @pytest.mark.parametrize("lost", ["model.safetensors", "optimizer.safetensors", "both"])
 @pytest.mark.parametrize("how", ["deleted", "cut short"])
 def test_a_checkpoint_that_lost_a_file_is_passed_over_like_a_damaged_one(
-    prepared_store: PreparedStore, undisturbed: Mapping[str, str], caplog: pytest.LogCaptureFixture, lost: str, how: str
+    prepared_store: PreparedStore,
+    undisturbed: Mapping[str, str],
+    caplog: pytest.LogCaptureFixture,
+    lost: str,
+    how: str,
 ) -> None:
     """It failed that model for ever, while one with a flipped bit was passed over."""
     request = prepared_store.seed
@@ -79,11 +85,15 @@ def test_a_checkpoint_that_lost_a_file_is_passed_over_like_a_damaged_one(
     for file in [blob_of(prepared_store, request, name) for name in names]:
         file.unlink() if how == "deleted" else file.write_bytes(file.read_bytes()[:-1])
     assert weights_of(run(prepared_store, request)) == undisturbed
-    assert f"passed over the training checkpoint training/{request.ref.identity}/000000003.json" in caplog.text
+    assert (
+        f"passed over the training checkpoint training/{request.ref.identity}/000000003.json" in caplog.text
+    )
     assert names[0] in caplog.text
 
 
-@pytest.mark.parametrize("trouble", ["no model", "no optimizer", "no manifest", "flipped bit", "flipped manifest"])
+@pytest.mark.parametrize(
+    "trouble", ["no model", "no optimizer", "no manifest", "flipped bit", "flipped manifest"]
+)
 def test_where_the_newest_checkpoint_cannot_be_read_training_goes_on_from_an_older_one(
     prepared_store: PreparedStore, undisturbed: Mapping[str, str], tmp_path: Path, trouble: str
 ) -> None:
@@ -111,7 +121,8 @@ class Counting(Undisturbed):
 def test_a_checkpoint_that_could_not_be_read_does_not_stand_in_the_way_of_the_next_one_at_its_update(
     prepared_store: PreparedStore, tmp_path: Path
 ) -> None:
-    """With other resources the same update has other bytes, and the damaged one would have stayed for ever."""
+    """With other resources the same update has other bytes, and the damaged
+    one would have stayed for ever."""
     request = replace(prepared_store.seed, how=replace(prepared_store.seed.how, micro_batch_blocks=5))
     keep_two(prepared_store, prepared_store.seed, tmp_path / "aside")
     file = blob_of(prepared_store, request, "model.safetensors")
@@ -126,7 +137,10 @@ def test_a_checkpoint_that_could_not_be_read_does_not_stand_in_the_way_of_the_ne
 
 
 def wider(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: torch.cat([tensor, tensor], dim=-1) if tensor.dim() else tensor for name, tensor in tensors.items()}
+    return {
+        name: torch.cat([tensor, tensor], dim=-1) if tensor.dim() else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -172,7 +186,9 @@ def test_a_checkpoint_of_other_shapes_or_names_is_passed_over_whole(
 def test_another_models_checkpoint_that_was_copied_in_is_passed_over(
     prepared_store: PreparedStore, undisturbed: Mapping[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    other = replace(prepared_store.seed, training=prepared_store.seed.training.model_copy(update={"random_seed": 7}))
+    other = replace(
+        prepared_store.seed, training=prepared_store.seed.training.model_copy(update={"random_seed": 7})
+    )
     stop_after(prepared_store, other, 3)
     shutil.copytree(folder_of(prepared_store, other), folder_of(prepared_store, prepared_store.seed))
     assert weights_of(run(prepared_store, prepared_store.seed)) == undisturbed
@@ -232,7 +248,8 @@ MOMENTS = [
 def disturbed(
     prepared_store: PreparedStore, request: TrainRequest, moment: tuple[str, str], act: Callable[[], None]
 ) -> Ledger:
-    """The store as a second driver sees it, in which the first one does `act` at a moment of the second one's reading."""
+    """The store as a second driver sees it, in which the first one does `act` at a
+    moment of the second one's reading."""
     verb, at = moment
     if at.endswith(".safetensors"):
         at = blob_of(prepared_store, request, at).name
@@ -266,7 +283,9 @@ def test_where_another_driver_commits_and_clears_while_a_checkpoint_is_read_its_
     assert last_saved(prepared_store, request) is None
 
 
-def test_a_save_that_is_overtaken_by_another_drivers_newer_one_is_no_error(prepared_store: PreparedStore) -> None:
+def test_a_save_that_is_overtaken_by_another_drivers_newer_one_is_no_error(
+    prepared_store: PreparedStore,
+) -> None:
     request = prepared_store.seed
     stop_after(prepared_store, request, 2)
     overtaken = disturbed(
@@ -292,7 +311,9 @@ def test_a_demix_whose_last_state_another_driver_cleared_is_that_drivers(
 
         def report(self, progress: Any) -> None:
             if progress.phase == "storing":
-                shutil.copytree(Path(twin.store, "artifacts"), Path(plan.store, "artifacts"), dirs_exist_ok=True)
+                shutil.copytree(
+                    Path(twin.store, "artifacts"), Path(plan.store, "artifacts"), dirs_exist_ok=True
+                )
                 shutil.copytree(Path(twin.store, "blobs"), Path(plan.store, "blobs"), dirs_exist_ok=True)
                 driver.ledger.clear_training(request.ref.identity)
 
@@ -313,7 +334,9 @@ def test_training_never_goes_on_from_a_milestone_without_its_optimiser(
     source = find_source(request, ledger)
     assert source.stored is not None
     assert (source.update, source.stored.ref) == (6, prepared_store.seed.ref)
-    monkeypatch.setattr("btm_cluster.steps.train.write_state", without_writing_again(kept.recipe["last_update"]))
+    monkeypatch.setattr(
+        "btm_cluster.steps.train.write_state", without_writing_again(kept.recipe["last_update"])
+    )
     control = Counting()
     assert train(request, ledger, control).facts["tokens"] == request.tokens
     assert control.updates == 6
@@ -357,12 +380,16 @@ def test_a_model_that_goes_on_with_other_resources_says_in_spans_of_updates_whic
     assert all(span.keys() == plain.keys() | {"first_update", "last_update"} for span in spans)
 
 
-def test_a_model_of_one_span_says_its_profile_as_ever_whatever_was_asked(prepared_store: PreparedStore) -> None:
+def test_a_model_of_one_span_says_its_profile_as_ever_whatever_was_asked(
+    prepared_store: PreparedStore,
+) -> None:
     ledger, request = prepared_store.driver.ledger, prepared_store.seed
     plain = run(prepared_store, replace(request, last_update=1)).facts["profile"]
     assert plain == dataclasses.asdict(request.how) | {"torch": torch.__version__, "device": "cpu"}
     stop_after(prepared_store, request, 3)
-    assert train(resumed(request, ledger, new_resources=True), ledger, Undisturbed()).facts["profile"] == plain
+    assert (
+        train(resumed(request, ledger, new_resources=True), ledger, Undisturbed()).facts["profile"] == plain
+    )
 
 
 def test_a_checkpoint_of_before_that_kept_no_profile_is_gone_on_from(
@@ -372,7 +399,10 @@ def test_a_checkpoint_of_before_that_kept_no_profile_is_gone_on_from(
     stop_after(prepared_store, request, 3)
     saved = ledger.latest_training(request.ref.identity)
     assert saved is not None
-    files = {blob.name: shutil.copy(ledger.open_file(saved, blob.name), tmp_path / blob.name) for blob in saved.blobs}
+    files = {
+        blob.name: shutil.copy(ledger.open_file(saved, blob.name), tmp_path / blob.name)
+        for blob in saved.blobs
+    }
     facts = {name: value for name, value in saved.facts.items() if name != "profile"}
     ledger.clear_training(request.ref.identity)
     ledger.save_training(request, 3, files, facts)
@@ -382,10 +412,15 @@ def test_a_checkpoint_of_before_that_kept_no_profile_is_gone_on_from(
     ]  # fmt: skip
 
 
-def test_a_transformer_lm_that_goes_on_from_a_seed_of_other_resources_says_so(prepared_store: PreparedStore) -> None:
+def test_a_transformer_lm_that_goes_on_from_a_seed_of_other_resources_says_so(
+    prepared_store: PreparedStore,
+) -> None:
     prepared_store.train_seed()
     spans = run(prepared_store, with_micro_batch(prepared_store.transformer_lm, 5)).facts["profile"]
-    assert [(s["first_update"], s["last_update"], s["micro_batch_blocks"]) for s in spans] == [(0, 6, 4), (6, 12, 5)]
+    assert [(s["first_update"], s["last_update"], s["micro_batch_blocks"]) for s in spans] == [
+        (0, 6, 4),
+        (6, 12, 5),
+    ]
 
 
 def test_spans_of_equal_profiles_are_one() -> None:
@@ -393,7 +428,8 @@ def test_spans_of_equal_profiles_are_one() -> None:
     one = profiles([], 0, how, 5)["profile"]
     spans = [{"first_update": 0, "last_update": 5, **one}]
     assert profiles(spans, 5, how, 9) == {"profile": one}
-    assert profiles(spans, 5, replace(how, workers=2), 5) == {"profile": one}  # stopped before an update of its own
+    # Stopped before an update of its own.
+    assert profiles(spans, 5, replace(how, workers=2), 5) == {"profile": one}
     two = profiles(spans, 5, replace(how, workers=2), 9)["profile"]
     assert [(span["last_update"], span["workers"]) for span in two] == [(5, 1), (9, 2)]
 
@@ -406,10 +442,14 @@ def saved_with_four(prepared_store: PreparedStore) -> tuple[PreparedStore, Plan]
         train(four, prepared_store.driver.ledger, Interrupting(3))
     torch.set_num_threads(1)
     plan = prepared_store.prepared.plan
-    return prepared_store, plan.model_copy(update={"cluster": plan.cluster.model_copy(update={"seed_cpus": 2})})
+    return prepared_store, plan.model_copy(
+        update={"cluster": plan.cluster.model_copy(update={"seed_cpus": 2})}
+    )
 
 
-def test_a_plan_is_judged_by_what_its_checkpoints_really_ask(saved_with_four: tuple[PreparedStore, Plan]) -> None:
+def test_a_plan_is_judged_by_what_its_checkpoints_really_ask(
+    saved_with_four: tuple[PreparedStore, Plan],
+) -> None:
     """The remedy was to change the plan, which changed nothing, and the doctor looked at the plan alone."""
     prepared_store, plan = saved_with_four
     seed, expert, baseline = preview(plan, prepared_store.driver.ledger).demands
@@ -418,7 +458,9 @@ def test_a_plan_is_judged_by_what_its_checkpoints_really_ask(saved_with_four: tu
     assert (baseline.label, baseline.how.cpus_per_worker, baseline.saved_at) == ("transformer-lm", 2, None)
 
 
-def test_the_refusal_names_the_checkpoint_and_the_flag_that_helps(saved_with_four: tuple[PreparedStore, Plan]) -> None:
+def test_the_refusal_names_the_checkpoint_and_the_flag_that_helps(
+    saved_with_four: tuple[PreparedStore, Plan],
+) -> None:
     prepared_store, _ = saved_with_four
     node = {"CPU": 2.0, "GPU": 0.0}
     request = replace(prepared_store.seed, how=replace(prepared_store.seed.how, cpus_per_worker=2))
@@ -455,6 +497,8 @@ def test_gpus_that_this_machine_lacks_are_refused_before_a_text_is_read(fields: 
 def test_a_file_that_vanishes_for_good_is_missing(prepared_store: PreparedStore) -> None:
     request = prepared_store.seed
     seed = run(prepared_store, request)
-    Path(prepared_store.driver.ledger.storage.location, "blobs", seed.blob("model.safetensors").sha256).unlink()
+    Path(
+        prepared_store.driver.ledger.storage.location, "blobs", seed.blob("model.safetensors").sha256
+    ).unlink()
     with pytest.raises(MissingError):
         prepared_store.driver.ledger.open_file(seed, "model.safetensors")

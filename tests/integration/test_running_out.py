@@ -1,4 +1,5 @@
-"""Training whose memory or disk runs out, or whose machine is about to go: nothing is lost, and the end is clear."""
+"""Training whose memory or disk runs out, or whose machine is about to go:
+nothing is lost, and the end is clear."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -122,10 +123,13 @@ def test_a_disk_that_is_full_while_training_costs_its_checkpoints_and_then_is_na
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    # Once the first checkpoint ended the training, and scoring the process: safetensors has errors of its own, and writing to
-    # a memory map on a full disk is SIGBUS.
+    # Once the first checkpoint ended the training, and scoring the process: safetensors has errors of its
+    # own, and writing to a memory map on a full disk is SIGBUS.
     monkeypatch.setattr("tempfile.tempdir", str(small_disk))
-    ledger, request = prepared_store.driver.ledger, replace(prepared_store.seed, checkpoint_seconds=AT_EVERY_UPDATE)
+    ledger, request = (
+        prepared_store.driver.ledger,
+        replace(prepared_store.seed, checkpoint_seconds=AT_EVERY_UPDATE),
+    )
     with filled(small_disk):
         with pytest.raises(StoreError) as failed:
             run(prepared_store, request)

@@ -1,7 +1,8 @@
-"""A pretrained model is the same model here as in transformers: over architectures, imported, scored and asked to write.
+"""A pretrained model is the same model here as in transformers: over architectures,
+imported, scored and asked to write.
 
-The reference is transformers alone, with a loop over blocks: each is read after the token that the tokenizer puts before a
-text, or after its end-of-text token where it puts none.
+The reference is transformers alone, with a loop over blocks: each is read after the token that the tokenizer
+puts before a text, or after its end-of-text token where it puts none.
 """
 
 import json
@@ -50,8 +51,19 @@ def shape(*without: str, **fields: Any) -> dict[str, Any]:
 
 
 GPT2 = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
-DEEPSEEK = {"num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 2}
-DEEPSEEK |= {"n_group": 2, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "q_lora_rank": 16}
+DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+}
+DEEPSEEK |= {
+    "n_group": 2,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 16,
+}
 DEEPSEEK |= {"kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": shape(),
@@ -77,7 +89,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt2": GPT2,
     "apertus": shape(),
     "mixtral": shape(num_local_experts=4),
-    "jamba": shape(attn_layer_period=2, attn_layer_offset=1, num_experts=2, mamba_d_state=8, use_mamba_kernels=False),
+    "jamba": shape(
+        attn_layer_period=2, attn_layer_offset=1, num_experts=2, mamba_d_state=8, use_mamba_kernels=False
+    ),
     "bamba": shape(attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8),
     "phi3 longrope": shape(
         original_max_position_embeddings=16,
@@ -97,7 +111,8 @@ NOT_BY_ROWS = ("mamba", "mamba2", "jamba", "rwkv", "bamba", "phi3 longrope")
 
 
 def save_tokenizer(folder: Path, begins: bool) -> None:
-    """A byte-level tokenizer of 320 tokens, as anybody would save it; one that begins puts <bos> before every text."""
+    """A byte-level tokenizer of 320 tokens, as anybody would save it; one that
+    begins puts <bos> before every text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -108,7 +123,9 @@ def save_tokenizer(folder: Path, begins: bool) -> None:
     )
     tokenizer.train_from_iterator(DOCUMENTS, trainer)
     if begins:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", 1)]
+        )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "bos_token": "<bos>"}
@@ -119,7 +136,9 @@ def save_model(folder: Path, kind: str, auto: Any = AutoModelForCausalLM, **fiel
     """A small model whose every tensor was moved from where it started, its buffers too."""
     torch.manual_seed(0)
     ends = {"bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0}
-    model: PreTrainedModel = auto.from_config(AutoConfig.for_model(kind, vocab_size=320, **ends, **fields)).eval()
+    model: PreTrainedModel = auto.from_config(
+        AutoConfig.for_model(kind, vocab_size=320, **ends, **fields)
+    ).eval()
     with torch.no_grad():
         for tensor in (t for t in model.state_dict().values() if t.is_floating_point()):
             tensor.add_(torch.randn_like(tensor) * 0.1)
@@ -175,7 +194,8 @@ def test_a_model_scores_and_writes_here_as_in_transformers(kind: str, tmp_path: 
     files = score_blocks(ours, Blocks([tmp_path / "tokens.npy"]), tokenizer.first_token, HOW, tmp_path)
     scores = np.load(files["logp.npy"])
     np.testing.assert_allclose(scores, by_transformers(theirs, blocks, tokenizer.first_token), atol=1e-4)
-    # And what it writes has the probability that it scores, wherever the prompt ends, whatever is written beside it.
+    # And what it writes has the probability that it scores, wherever the prompt ends, whatever is written
+    # beside it.
     alone, block = Mixing(torch.zeros(1, dtype=torch.float64), Posterior("full")), blocks[0].tolist()
     settings = EngineSettings(tokenizer.first_token, 320, BLOCK_TOKENS, rows=3)
     engine = EnsembleEngine([ours], alone, settings)
@@ -185,7 +205,9 @@ def test_a_model_scores_and_writes_here_as_in_transformers(kind: str, tmp_path: 
     written: dict[int, list[float]] = {row: [] for row in rows}
     for n in range(BLOCK_TOKENS):
         forced = {
-            row: block[prompt + n] for row, prompt in zip(rows, prompts, strict=True) if prompt + n < BLOCK_TOKENS
+            row: block[prompt + n]
+            for row, prompt in zip(rows, prompts, strict=True)
+            if prompt + n < BLOCK_TOKENS
         }
         for row, token in forced.items():
             written[row].append(float(engine.log_probs(row)[token]))
@@ -221,7 +243,9 @@ def assert_scores_alike(folder: Path, into: Path) -> PreTrainedModel:
     ours, tokenizer = brought_in(folder, into)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     blocks = some_blocks(tokenizer)[:2]
-    np.testing.assert_allclose(by_transformers(ours, blocks, 0), by_transformers(theirs, blocks, 0), atol=1e-4)
+    np.testing.assert_allclose(
+        by_transformers(ours, blocks, 0), by_transformers(theirs, blocks, 0), atol=1e-4
+    )
     return ours
 
 
@@ -247,7 +271,10 @@ def test_embeddings_may_be_stored_under_the_name_of_the_head_that_is_tied_to_the
 
 MASK = torch.tril(torch.ones(64, 64))[None, None]
 CONSTANTS = {
-    "gpt2": {"transformer__h__0__attn__masked_bias": torch.tensor(-1e4), "transformer__h__1__attn__bias": MASK},
+    "gpt2": {
+        "transformer__h__0__attn__masked_bias": torch.tensor(-1e4),
+        "transformer__h__1__attn__bias": MASK,
+    },
     "llama": {"model__layers__0__self_attn__rotary_emb__inv_freq": torch.rand(4)},
     "opt": {"model__decoder__version": torch.tensor([3.0]), "model__position_ids": torch.arange(64)[None]},
 }
@@ -328,7 +355,9 @@ LONGEST = {
 
 
 @pytest.mark.parametrize("kind", LONGEST)
-def test_a_block_longer_than_a_model_reads_is_refused_whatever_its_limit_is_called(kind: str, tmp_path: Path) -> None:
+def test_a_block_longer_than_a_model_reads_is_refused_whatever_its_limit_is_called(
+    kind: str, tmp_path: Path
+) -> None:
     save_tokenizer(tmp_path / "short", begins=False)
     save_model(tmp_path / "short", kind, **LONGEST[kind])
     with pytest.raises(PlanError, match="at most 32"):
@@ -357,11 +386,14 @@ def test_the_text_part_of_a_model_that_also_sees_pictures_is_a_language_model(tm
     assert ours.config.model_type == "gemma3_text"
     theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "whole").eval()
     blocks = some_blocks(tokenizer)[:2]
-    np.testing.assert_allclose(by_transformers(ours, blocks, 1), by_transformers(theirs, blocks, 1), atol=1e-4)
+    np.testing.assert_allclose(
+        by_transformers(ours, blocks, 1), by_transformers(theirs, blocks, 1), atol=1e-4
+    )
 
 
 def test_a_text_part_that_transformers_opens_alone_leaves_the_other_parts_behind(tmp_path: Path) -> None:
-    """Of Llama 4, transformers' causal model takes the tensors of the text part, and reports those of the rest."""
+    """Of Llama 4, transformers' causal model takes the tensors of the text
+    part, and reports those of the rest."""
     save_tokenizer(tmp_path / "whole", begins=False)
     text = shape(head_dim=8, intermediate_size_mlp=48, num_local_experts=2, vocab_size=320, pad_token_id=0)
     vision = VISION | {"projector_input_dim": 16, "projector_output_dim": 16, "vision_output_dim": 16}
@@ -373,8 +405,11 @@ def test_a_text_part_that_transformers_opens_alone_leaves_the_other_parts_behind
     assert "q_norm" in refusal(tmp_path / "whole").found
 
 
-def test_values_in_buffers_are_imported_trained_on_and_averaged(tmp_path: Path, fields: dict[str, Any]) -> None:
-    """A router's corrections are no parameters: they were dropped, and no expert could start from the seed."""
+def test_values_in_buffers_are_imported_trained_on_and_averaged(
+    tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    """A router's corrections are no parameters: they were dropped, and no
+    expert could start from the seed."""
     source = tmp_path / "deepseek"
     save_tokenizer(source, begins=False)
     save_model(source, "deepseek_v3", **ARCHITECTURES["deepseek_v3"])

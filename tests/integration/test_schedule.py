@@ -16,9 +16,13 @@ BUDGETS = [(12, 1), (12, 0), (100, 8), (80_000, 6_400), (7, 7), (1, 0)]
 
 
 @pytest.mark.parametrize(("updates", "warmup"), BUDGETS)
-def test_the_learning_rate_rises_linearly_to_its_peak_and_falls_linearly_to_zero(updates: int, warmup: int) -> None:
+def test_the_learning_rate_rises_linearly_to_its_peak_and_falls_linearly_to_zero(
+    updates: int, warmup: int
+) -> None:
     for update in range(0, updates, max(1, updates // 97)):
-        share = Fraction(update + 1, warmup) if update < warmup else Fraction(updates - update, updates - warmup)
+        share = (
+            Fraction(update + 1, warmup) if update < warmup else Fraction(updates - update, updates - warmup)
+        )
         found = learning_rate(update, peak=5e-4, updates=updates, warmup_updates=warmup)
         assert found == pytest.approx(5e-4 * float(share), rel=1e-12)
 
@@ -48,7 +52,8 @@ def test_a_branch_that_keeps_the_optimiser_continues_the_seeds_line(prepared_sto
 
 
 def direct_rewarmed(update: int, branch: int, peak: float, updates: int, warmup: int) -> float:
-    """As PAPER.md states it: over 1 % of the expert's updates to the line's value at the branch, then the line to 0."""
+    """As PAPER.md states it: over 1 % of the expert's updates to the line's value
+    at the branch, then the line to 0."""
     rise = max(1, round((updates - branch) / 100))
     at_branch = peak * min(1.0, (updates - branch) / (updates - warmup))
     if update < branch + rise:
@@ -63,20 +68,28 @@ def test_a_branch_without_an_optimiser_warms_up_again_and_then_follows_the_line(
     branch: int, updates: int, warmup: int
 ) -> None:
     for update in range(branch, updates):
-        found = rewarmed_learning_rate(update, branch=branch, peak=3e-3, updates=updates, warmup_updates=warmup)
+        found = rewarmed_learning_rate(
+            update, branch=branch, peak=3e-3, updates=updates, warmup_updates=warmup
+        )
         assert found == pytest.approx(direct_rewarmed(update, branch, 3e-3, updates, warmup), rel=1e-12)
 
 
 def test_a_second_warm_up_never_leaps_above_the_line_at_the_branch() -> None:
-    rates = [rewarmed_learning_rate(u, branch=500, peak=1.0, updates=1000, warmup_updates=80) for u in range(500, 1000)]
+    rates = [
+        rewarmed_learning_rate(u, branch=500, peak=1.0, updates=1000, warmup_updates=80)
+        for u in range(500, 1000)
+    ]
     assert max(rates) == decay_line(500, peak=1.0, updates=1000, warmup_updates=80)
     assert rates[:5] == sorted(rates[:5])
     assert rates[5:] == sorted(rates[5:], reverse=True)
 
 
 def test_an_expert_with_a_single_update_learns_in_it() -> None:
-    # The rise once aimed at the line's value at its own end, which for one last update is the line's end: zero.
-    assert rewarmed_learning_rate(11, branch=11, peak=1.0, updates=12, warmup_updates=1) == pytest.approx(1 / 11)
+    # The rise once aimed at the line's value at its own end, which for one last update is the line's end:
+    # zero.
+    assert rewarmed_learning_rate(11, branch=11, peak=1.0, updates=12, warmup_updates=1) == pytest.approx(
+        1 / 11
+    )
 
 
 def test_an_average_or_reset_branch_is_the_one_that_warms_up_again(prepared_store: PreparedStore) -> None:

@@ -45,7 +45,9 @@ def models_of(grown: GrownForest) -> dict[str, Artifact]:
 
 
 @pytest.mark.parametrize("kind", ["seed", "expert", "transformer-lm", "average"])
-def test_stored_scores_are_the_log_probabilities_of_a_float64_forward_pass(grown: GrownForest, kind: str) -> None:
+def test_stored_scores_are_the_log_probabilities_of_a_float64_forward_pass(
+    grown: GrownForest, kind: str
+) -> None:
     model = models_of(grown)[kind]
     tokens_BT, scores_BT = stored(grown, model, "market", "test")
     assert scores_BT.shape == tokens_BT.shape
@@ -146,7 +148,8 @@ def test_bfloat16_arithmetic_still_gives_float32_scores_close_to_the_exact_ones(
 def test_a_model_that_diverged_is_a_failure_that_says_so_and_stores_no_scores(
     grown: GrownForest, tmp_path: Path
 ) -> None:
-    # Its sum of log-probabilities, nan, used to break the manifest instead: "Out of range float values are not JSON".
+    # Its sum of log-probabilities, nan, used to break the manifest instead: "Out of range float values are
+    # not JSON".
     driver = in_process(copy_store(grown.prepared.plan, tmp_path / "store"))
     ledger = driver.ledger
     weights = load_file(ledger.open_file(grown.experts[0], "model.safetensors"))

@@ -1,4 +1,5 @@
-"""Folders for what is about to be stored: gone when their owner is done, or was killed; never taken from one that lives."""
+"""Folders for what is about to be stored: gone when their owner is done, or was
+killed; never taken from one that lives."""
 
 import os
 import signal
@@ -47,9 +48,13 @@ def test_a_folder_is_there_while_it_is_used_and_gone_afterwards(temporary: Path)
     assert list(temporary.iterdir()) == []
 
 
-def test_the_folder_of_a_killed_process_is_removed_by_the_next_and_that_of_a_living_one_is_not(temporary: Path) -> None:
+def test_the_folder_of_a_killed_process_is_removed_by_the_next_and_that_of_a_living_one_is_not(
+    temporary: Path,
+) -> None:
     owners = [
-        subprocess.Popen([sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         for _ in range(2)
     ]
     try:

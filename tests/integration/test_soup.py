@@ -1,4 +1,5 @@
-"""Averages with fitted weights: the search against finite differences and its starts, through the real step on tiny models."""
+"""Averages with fitted weights: the search against finite differences and its
+starts, through the real step on tiny models."""
 
 import dataclasses
 import json
@@ -46,7 +47,9 @@ def soup(grown: GrownForest) -> Soup:
     ledger, models = grown.driver.ledger, models_of(grown)
     config = open_config(ledger, models[0])
     files = [ledger.open_file(model, "model.safetensors") for model in models]
-    return Soup(load_model(config, files[0]), files, config["eos_token_id"], expert_resources(grown.prepared.plan))
+    return Soup(
+        load_model(config, files[0]), files, config["eos_token_id"], expert_resources(grown.prepared.plan)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,8 @@ def reading(grown: GrownForest) -> Reading:
     ledger = grown.driver.ledger
     shards = [ledger.get(ref) for ref in grown.text("market").tokens["development"]]
     return read_blocks(
-        *([ledger.open_file(shard, name) for shard in shards] for name in ("tokens.npy", "documents.npy")), most=100
+        *([ledger.open_file(shard, name) for shard in shards] for name in ("tokens.npy", "documents.npy")),
+        most=100,
     )
 
 
@@ -95,7 +99,8 @@ def test_the_slope_of_softmax_logits_is_autograds() -> None:
 
 
 def test_a_greedy_soup_takes_experts_in_their_own_order_while_the_average_gets_better() -> None:
-    # Judged by the distance of the average of these points to 2.5: 3 is best alone, 2 mends it, 9 does not, 0 would not.
+    # Judged by the distance of the average of these points to 2.5: 3 is best alone, 2 mends it, 9 does not, 0
+    # would not.
     points, tried = [9.0, 2.0, 3.1, 0.0], []
 
     def loss(weights: object) -> float:
@@ -108,7 +113,9 @@ def test_a_greedy_soup_takes_experts_in_their_own_order_while_the_average_gets_b
     assert len(tried) == 4 + 3
 
 
-def test_a_greedy_soup_is_never_worse_on_its_blocks_than_the_best_expert(soup: Soup, reading: Reading) -> None:
+def test_a_greedy_soup_is_never_worse_on_its_blocks_than_the_best_expert(
+    soup: Soup, reading: Reading
+) -> None:
     found = greedy_soup(soup, reading)
     alone = [soup.loss(one_hot, reading) for one_hot in one_hots(len(soup))]
     assert found.loss <= min(alone)
@@ -120,7 +127,9 @@ def held_out(reading: Reading) -> Reading:
     return reading.take(torch.arange(len(reading)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)
 
 
-def test_a_learned_soup_is_never_worse_than_its_starts_on_the_blocks_held_out(soup: Soup, reading: Reading) -> None:
+def test_a_learned_soup_is_never_worse_than_its_starts_on_the_blocks_held_out(
+    soup: Soup, reading: Reading
+) -> None:
     given, reading = [0.1, 0.2, 0.3, 0.4], reading.take(torch.arange(10))
     found = learned_soup(soup, reading, [given])
     best_expert = min(one_hots(len(soup)), key=lambda weights: soup.loss(weights, reading))
@@ -145,7 +154,9 @@ def test_a_single_block_is_enough_to_search_on(soup: Soup, reading: Reading) -> 
 def ensemble_of(grown: GrownForest) -> Ensemble:
     """The experts and the seed, in the order of `models_of`."""
     ensemble = with_seed(forest_ensemble(grown.prepared, grown.grown.forest))
-    return dataclasses.replace(ensemble, models=tuple(sorted(ensemble.models, key=lambda model: model[1].identity)))
+    return dataclasses.replace(
+        ensemble, models=tuple(sorted(ensemble.models, key=lambda model: model[1].identity))
+    )
 
 
 @pytest.fixture
@@ -165,9 +176,13 @@ def test_a_search_commits_weights_from_which_the_average_is_made(
     expected = greedy_soup(soup, reading)
     weights = dict(zip([m.identity for m in models], expected.weights, strict=True))
     assert found.facts["weights"] == {"greedy": weights}
-    (average,) = store.require([average_request(grown.prepared, ensemble_of(grown), "greedy", grown.text("market"))])
+    (average,) = store.require(
+        [average_request(grown.prepared, ensemble_of(grown), "greedy", grown.text("market"))]
+    )
     assert average.facts["weights"] == {identity: weight for identity, weight in weights.items() if weight}
-    model = load_model(open_config(store.ledger, average), store.ledger.open_file(average, "model.safetensors"))
+    model = load_model(
+        open_config(store.ledger, average), store.ledger.open_file(average, "model.safetensors")
+    )
     alone = Soup(
         model,
         [store.ledger.open_file(average, "model.safetensors")],
@@ -176,10 +191,14 @@ def test_a_search_commits_weights_from_which_the_average_is_made(
     )
     assert alone.loss([1.0], reading) == pytest.approx(found.facts["loss"], rel=1e-4)
     going = find_garbage(store.ledger, keep_versions=1, grace_seconds=0)
-    assert not any(found.identity in key for key in going.manifests), "gc keeps a search on models that it keeps"
+    assert not any(found.identity in key for key in going.manifests), (
+        "gc keeps a search on models that it keeps"
+    )
 
 
-def test_the_order_of_models_names_no_other_search_and_starts_strategy_and_blocks_do(grown: GrownForest) -> None:
+def test_the_order_of_models_names_no_other_search_and_starts_strategy_and_blocks_do(
+    grown: GrownForest,
+) -> None:
     ensemble, text = ensemble_of(grown), grown.text("market")
     request = soup_request(grown.prepared, ensemble, "learned", text)
     assert request.starts, "a learned search sets out from the prior's average too"
@@ -208,7 +227,9 @@ def test_a_learned_search_passes_its_starts_on_by_model(grown: GrownForest, stor
     assert found.facts["blocks"] == 6
 
 
-def test_models_without_a_common_ancestor_or_without_text_are_refused(grown: GrownForest, store: Driver) -> None:
+def test_models_without_a_common_ancestor_or_without_text_are_refused(
+    grown: GrownForest, store: Driver
+) -> None:
     expert, text = grown.experts[0], grown.text("market")
     files = {blob.name: store.ledger.open_file(expert, blob.name) for blob in expert.blobs}
     stranger = store.ledger.commit(origin("model", {"stranger": 1}), files, {"origin": "of another seed"})

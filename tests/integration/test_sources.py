@@ -66,7 +66,9 @@ def test_a_compressed_file_of_several_members_is_read_to_its_end(
 
 
 @pytest.mark.parametrize("delimiter", ["\n---\n", "\r\n---\r\n", "\r---\r", "<|end|>"])
-def test_a_delimiter_cuts_text_files_into_documents_wherever_chunks_end(delimiter: str, tmp_path: Path) -> None:
+def test_a_delimiter_cuts_text_files_into_documents_wherever_chunks_end(
+    delimiter: str, tmp_path: Path
+) -> None:
     written = [f"document {i} " + "x" * (700_000 - i) for i in range(5)]
     (tmp_path / "a.txt").write_bytes(delimiter.join(written).encode())
     assert texts(read(tmp_path / "a.txt", delimiter=delimiter)) == written
@@ -78,7 +80,9 @@ def test_a_document_over_the_limit_costs_only_itself(tmp_path: Path) -> None:
     items = read(tmp_path / "a.txt", reading, delimiter="--")
     assert texts(items) == ["ab", "cd"]
     assert reasons(items) == ["a document longer than 10 characters"] * 2
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * 11}) + "\n" + json.dumps({"text": "😀" * 10}) + "\n")
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"text": "x" * 11}) + "\n" + json.dumps({"text": "😀" * 10}) + "\n"
+    )
     items = read(tmp_path / "a.jsonl", reading)
     assert (texts(items), len(reasons(items))) == (["😀" * 10], 1)
     pq.write_table(pa.table({"text": ["x" * 11, "😀" * 10, "😀" * 11]}), tmp_path / "a.parquet")
@@ -107,10 +111,14 @@ def test_a_bad_line_costs_only_itself_and_is_named_by_its_place(line: bytes, tmp
     path.write_bytes(b'\xef\xbb\xbf{"text": "before"}\r\n\n' + line + b'\n{"text": "after"}')
     items = read(path)
     assert texts(items) == ["before", "after"]
-    assert [item for item in items if isinstance(item, BadDocument)] == [BadDocument(f"{path}:3", BAD_LINES[line])]
+    assert [item for item in items if isinstance(item, BadDocument)] == [
+        BadDocument(f"{path}:3", BAD_LINES[line])
+    ]
 
 
-def test_what_is_not_utf_8_in_a_text_file_costs_only_its_own_document_compressed_or_not(tmp_path: Path) -> None:
+def test_what_is_not_utf_8_in_a_text_file_costs_only_its_own_document_compressed_or_not(
+    tmp_path: Path,
+) -> None:
     data = b"--".join([b"good", b"bad \xff", b"x" * 2_000_000, b"good too"])
     for suffix, compress in COMPRESSIONS.items():
         path = tmp_path / f"a.txt{suffix}"
@@ -134,7 +142,9 @@ def test_an_archive_is_a_bad_document_that_says_so(name: str, tmp_path: Path) ->
 
 
 def test_parquet_cells_that_are_no_text_cost_only_themselves(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"text": ["a", None, "b"], "n": [1, 2, 3], "s": [{"x": 1}] * 3}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"text": ["a", None, "b"], "n": [1, 2, 3], "s": [{"x": 1}] * 3}), tmp_path / "a.parquet"
+    )
     items = read(tmp_path / "a.parquet")
     assert (texts(items), reasons(items)) == (["a", "b"], ["a row without text in the field 'text'"])
     assert len(reasons(read(tmp_path / "a.parquet", field="n"))) == 3
@@ -235,7 +245,9 @@ GLOBS = {
 
 
 @pytest.mark.parametrize("pattern", GLOBS)
-def test_globs_mean_what_they_mean_in_a_shell(pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_globs_mean_what_they_mean_in_a_shell(
+    pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_tree(tmp_path)
     assert texts(read(tmp_path / pattern)) == GLOBS[pattern]
     monkeypatch.chdir(tmp_path)
@@ -252,7 +264,9 @@ def test_a_path_may_start_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_file_that_two_patterns_match_is_read_once(tmp_path: Path) -> None:
     write_tree(tmp_path)
-    source = TextPlan(name="a", text=(str(tmp_path / "a.txt"), str(tmp_path / "*.txt")), test=(str(tmp_path / "e.md"),))
+    source = TextPlan(
+        name="a", text=(str(tmp_path / "a.txt"), str(tmp_path / "*.txt")), test=(str(tmp_path / "e.md"),)
+    )
     items = list(read_documents(source, ReadingPlan()))
     assert [(item.text, item.split) for item in items if isinstance(item, Document)] == [
         ("a.txt", None),
@@ -292,7 +306,8 @@ for path in sys.argv[1:]:
 
 
 def test_monstrous_lines_and_row_groups_are_read_in_bounded_memory(tmp_path: Path) -> None:
-    """A line of 200 MB takes what a line may take, 12 MB, and not what it has; a row group is read in pieces."""
+    """A line of 200 MB takes what a line may take, 12 MB, and not what it
+    has; a row group is read in pieces."""
     with (tmp_path / "a.jsonl").open("wb") as plain, gzip.open(tmp_path / "b.jsonl.gz", "wb", 1) as packed:
         for file in (plain, packed):
             file.write(JSON_LINES + b'{"text": "')
@@ -304,7 +319,11 @@ def test_monstrous_lines_and_row_groups_are_read_in_bounded_memory(tmp_path: Pat
             file.write(b"x" * 1_000_000)
     rows = [str(i) * 500 for i in range(80_000)]
     pq.write_table(
-        pa.table({"text": rows}), tmp_path / "d.parquet", row_group_size=10**9, compression=None, use_dictionary=False
+        pa.table({"text": rows}),
+        tmp_path / "d.parquet",
+        row_group_size=10**9,
+        compression=None,
+        use_dictionary=False,
     )
     assert (tmp_path / "d.parquet").stat().st_size > 190_000_000
     names = ("a.jsonl", "b.jsonl.gz", "c.txt", "d.parquet")
@@ -394,7 +413,9 @@ def test_files_and_globs_in_s3_mean_what_they_mean_locally(bucket: Any, tmp_path
 
 def test_every_kind_of_file_is_read_from_s3(bucket: Any, tmp_path: Path) -> None:
     for suffix, compress in COMPRESSIONS.items():
-        bucket.put_object(Bucket="corpus", Key=f"kinds/a b#%41{suffix}.jsonl{suffix}", Body=compress(JSON_LINES))
+        bucket.put_object(
+            Bucket="corpus", Key=f"kinds/a b#%41{suffix}.jsonl{suffix}", Body=compress(JSON_LINES)
+        )
     pq.write_table(pa.table({"text": DOCUMENTS}), tmp_path / "a.parquet")
     bucket.upload_file(str(tmp_path / "a.parquet"), "corpus", "kinds/a.parquet")
     assert texts(read("s3://corpus/kinds/*")) == DOCUMENTS * (len(COMPRESSIONS) + 1)
@@ -412,13 +433,21 @@ def test_a_fingerprint_of_s3_changes_with_the_object(bucket: Any) -> None:
 
 @pytest.mark.usefixtures("bucket")
 def test_what_is_not_in_s3_is_refused_by_its_address() -> None:
-    for address in ("s3://corpus/none.jsonl", "s3://corpus/none/*", "s3://none/a.jsonl", "s3://none/*", "s3://corpus"):
+    for address in (
+        "s3://corpus/none.jsonl",
+        "s3://corpus/none/*",
+        "s3://none/a.jsonl",
+        "s3://none/*",
+        "s3://corpus",
+    ):
         assert address in refusal(address)
     for address in ("s3:///a", "s3://corpus/a//b"):
         assert "AWS_ENDPOINT_URL" in refusal(address)
 
 
-def test_an_s3_server_that_refuses_the_credentials_is_named(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_s3_server_that_refuses_the_credentials_is_named(
+    bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bucket.create_bucket(Bucket="private")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     assert "SIGNATURE_DOES_NOT_MATCH" in refusal("s3://private/*.jsonl")

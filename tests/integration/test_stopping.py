@@ -1,4 +1,7 @@
-"""A signal at any moment: one line and exit code 130. While Ray is joined: tests/end_to_end/test_on_ray.py."""
+"""A signal at any moment: one line and exit code 130.
+
+While Ray is joined: tests/end_to_end/test_on_ray.py.
+"""
 
 import os
 import signal
@@ -39,7 +42,9 @@ def test_a_signal_while_something_is_imported_ends_in_one_error_and_exit_code_13
     arguments = [*(["run"] if program == "btm" else []), str(write_plan(fields))]
     command = [sys.executable, "-P", "-m", "tests.stopped_while_importing", module, str(int(number)), program]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run([*command, *arguments], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, *arguments], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr == "error: the run was stopped\n  remedy:   the same command goes on from here\n"
     assert not Path(fields["store"]).exists()
@@ -66,4 +71,6 @@ def test_the_second_signal_does_not_wait_until_all_is_saved_and_a_third_ends_the
 def test_a_program_hears_both_signals_from_its_start() -> None:
     with handling(signal.SIG_DFL):
         end_at_signals()
-        assert {signal.getsignal(number).__name__ for number in (signal.SIGTERM, signal.SIGINT)} == {"end_at_once"}  # type: ignore[union-attr]
+        assert {signal.getsignal(number).__name__ for number in (signal.SIGTERM, signal.SIGINT)} == {
+            "end_at_once"
+        }  # type: ignore[union-attr]

@@ -1,4 +1,5 @@
-"""A whole study of tiny models in this process: what it measures, that nothing is made twice, and its page."""
+"""A whole study of tiny models in this process: what it measures, that
+nothing is made twice, and its page."""
 
 import json
 import math
@@ -160,13 +161,16 @@ SHOWN_AS = {
 """What a run calls a row, and what a study calls it: system, posterior, prior."""
 
 
-@pytest.mark.parametrize("merging", [{}, {"posterior": "gate"}, {"posterior": "gate", "with_seed": True}], ids=str)
+@pytest.mark.parametrize(
+    "merging", [{}, {"posterior": "gate"}, {"posterior": "gate", "with_seed": True}], ids=str
+)
 def test_a_run_and_a_study_of_the_same_plan_give_the_same_rows_to_the_last_digit(
     studied: Studied, merging: dict[str, Any], tmp_path: Path
 ) -> None:
     fields = studied.plan.model_dump(mode="json", exclude={"study"}, exclude_defaults=True)
     plan = Plan.model_validate(
-        fields | {"store": str(tmp_path / "store"), "baselines": ["transformer-lm", "demix"], "merging": merging}
+        fields
+        | {"store": str(tmp_path / "store"), "baselines": ["transformer-lm", "demix"], "merging": merging}
     )
     found = run_plan(plan, in_process(plan)).verdict
     names = [row.system for row in found.rows["test"]]
@@ -186,7 +190,9 @@ def test_a_run_and_a_study_of_the_same_plan_give_the_same_rows_to_the_last_digit
         }
         entry = studied.entry(system=system, **wanted)
         rounded = {text: round(cell.perplexity, 4) for text, cell in row.cells.items()}
-        assert {text: value for text, value in entry["per_domain"].items() if value is not None} == rounded, row.system
+        assert {text: value for text, value in entry["per_domain"].items() if value is not None} == rounded, (
+            row.system
+        )
 
 
 def test_a_study_compares_with_the_transformer_lm_at_its_best_milestone_as_a_run_does(
@@ -218,10 +224,17 @@ def test_a_study_compares_with_the_transformer_lm_at_its_best_milestone_as_a_run
     write_page(results := results_of(plan, study), tmp_path / "one")
     page = (tmp_path / "one" / "README.md").read_text()
     assert "Differences are to the Transformer-LM at update 11 of 24, its best milestone" in page
-    assert page.count("| Transformer-LM at its best milestone |") == 4, "tables 1, 2, 8 and that of the posteriors"
-    # With another random seed the finished one is the best: it is the baseline there, and differs by nothing from itself.
+    assert page.count("| Transformer-LM at its best milestone |") == 4, (
+        "tables 1, 2, 8 and that of the posteriors"
+    )
+    # With another random seed the finished one is the best: it is the baseline there, and differs by nothing
+    # from itself.
     others = [e | {"random_seed": 1} for e in study.entries if e is not best and e is not finished]
-    alone = finished | {"random_seed": 1, "difference": None, "milestones": finished["milestones"] | {"best": 24}}
+    alone = finished | {
+        "random_seed": 1,
+        "difference": None,
+        "milestones": finished["milestones"] | {"best": 24},
+    }
     older = {name: value for name, value in alone.items() if name != "milestones"} | {"random_seed": 2}
     write_page(replace(results, entries=(*study.entries, *others, alone, older)), tmp_path / "several")
     page = (tmp_path / "several" / "README.md").read_text()
@@ -236,7 +249,9 @@ def test_mixtures_are_those_of_fits_on_development_text_made_by_hand(studied: St
     merging, ledger = prepared.plan.merging, studied.driver.ledger
     target = prepared.texts[-1]
     seed = seed_request(prepared).ref
-    experts = [expert_request(prepared, domain, seed_start(prepared, seed)).ref for domain in prepared.domains]
+    experts = [
+        expert_request(prepared, domain, seed_start(prepared, seed)).ref for domain in prepared.domains
+    ]
 
     def sample(text: PreparedText) -> TextScores:
         return stack_of(ledger, experts, text, "development").sample(merging.development_blocks)
@@ -249,7 +264,10 @@ def test_mixtures_are_those_of_fits_on_development_text_made_by_hand(studied: St
     best = int(calibrated.log_prior_E.argmax())
     samples = [sample(domain) for domain in prepared.domains]
     shared = shared_mixing([(one.logp_EBT, one.mask_BT) for one in samples], merging)
-    together = torch.cat([one.logp_EBT for one in samples], dim=1), torch.cat([one.mask_BT for one in samples])
+    together = (
+        torch.cat([one.logp_EBT for one in samples], dim=1),
+        torch.cat([one.mask_BT for one in samples]),
+    )
     for_all_prior = "uniform, one setting for all"
     wanted = {
         ("calibrated", for_all_prior, None): test.mixture_sums(shared.log_prior_E, shared.posterior),
@@ -262,7 +280,12 @@ def test_mixtures_are_those_of_fits_on_development_text_made_by_hand(studied: St
     }
     for (posterior, prior, top_k), sums_D in wanted.items():
         entry = studied.entry(
-            system="forest", seed_share=0.5, posterior=posterior, prior=prior, top_k=top_k, development_blocks=None
+            system="forest",
+            seed_share=0.5,
+            posterior=posterior,
+            prior=prior,
+            top_k=top_k,
+            development_blocks=None,
         )
         perplexity = math.exp(-float(sums_D.sum() / test.tokens().sum()))
         assert entry["per_domain"][target.name] == pytest.approx(perplexity, rel=1e-5), (posterior, prior)
@@ -290,10 +313,14 @@ def test_a_fit_is_read_back_as_it_was(method: MixingMethod, tmp_path: Path) -> N
     assert torch.equal(found[method].log_weights(logp_EBT, sample.entropy_EBT), expected)
 
 
-def test_a_text_without_development_text_gets_what_was_fitted_for_all_and_uniform_priors(studied: Studied) -> None:
+def test_a_text_without_development_text_gets_what_was_fitted_for_all_and_uniform_priors(
+    studied: Studied,
+) -> None:
     prepared = repeats_of(studied.plan, studied.driver)[0].prepared
     seed = seed_request(prepared).ref
-    models = tuple((d.name, expert_request(prepared, d, seed_start(prepared, seed)).ref) for d in prepared.domains)
+    models = tuple(
+        (d.name, expert_request(prepared, d, seed_start(prepared, seed)).ref) for d in prepared.domains
+    )
     methods = (PAPERS, CALIBRATED, GATE, PRIOR_ALONE)
     ensemble, target = Ensemble("forest", models, methods), prepared.texts[-1]
     bare = replace(target, tokens={**target.tokens, "development": ()})
@@ -301,10 +328,14 @@ def test_a_text_without_development_text_gets_what_was_fitted_for_all_and_unifor
     fitted = fit_for(prepared, ensemble, target, studied.driver)
     for method in methods:
         sample = stack_of(studied.driver.ledger, ensemble.refs, target, "test").sample(10)
-        weights = [f[method].log_weights(sample.logp_EBT, sample.entropy_EBT) for f in (unknown, without, fitted)]
+        weights = [
+            f[method].log_weights(sample.logp_EBT, sample.entropy_EBT) for f in (unknown, without, fitted)
+        ]
         assert torch.equal(weights[0], weights[1])
         assert not torch.allclose(weights[0], weights[2]), method
-        assert weights[0][:, 0, 0].exp().tolist() == pytest.approx([0.5, 0.5], abs=0.2 if method == GATE else 1e-9)
+        assert weights[0][:, 0, 0].exp().tolist() == pytest.approx(
+            [0.5, 0.5], abs=0.2 if method == GATE else 1e-9
+        )
 
 
 def test_the_command_writes_after_each_random_seed_but_replaces_results_by_finished_ones_alone(
@@ -340,7 +371,9 @@ def test_a_study_that_is_run_again_makes_nothing_and_says_the_same(studied: Stud
 def test_all_seeds_lie_on_the_transformer_lms_way(studied: Studied) -> None:
     prepared = repeats_of(studied.plan, studied.driver)[0].prepared
     whole = studied.driver.ledger.get(transformer_lm_request(prepared, seed_request(prepared).ref).ref)
-    models = [m for m in studied.driver.ledger.list_artifacts("model") if m.facts["origin"] == whole.facts["origin"]]
+    models = [
+        m for m in studied.driver.ledger.list_artifacts("model") if m.facts["origin"] == whole.facts["origin"]
+    ]
     assert sorted(model.recipe["last_update"] for model in models if model.facts["role"] == "seed") == [3, 6]
 
 
@@ -350,17 +383,29 @@ def test_random_splits_deal_every_document_once(studied: Studied) -> None:
     dealt = [text_of(ledger.get(request.ref)) for request in random_part_requests(prepared)]
     parts = [list(documents_of(ledger, text, "train")) for text in dealt]
     whole = [
-        document for text in (d.identity for d in prepared.domains) for document in documents_of(ledger, text, "train")
+        document
+        for text in (d.identity for d in prepared.domains)
+        for document in documents_of(ledger, text, "train")
     ]
     assert sorted(document for part in parts for document in part) == sorted(whole)
     assert all(0.25 * len(whole) < len(part) < 0.75 * len(whole) for part in parts)
     for part, domain in zip(parts, DOMAINS, strict=False):
-        own = set(documents_of(ledger, next(d.identity for d in prepared.domains if d.name == domain), "train"))
+        own = set(
+            documents_of(ledger, next(d.identity for d in prepared.domains if d.name == domain), "train")
+        )
         assert 0.2 < sum(document in own for document in part) / len(part) < 0.8, "a part is of both domains"
 
 
-def test_results_are_read_back_and_those_of_several_seeds_make_one_page(studied: Studied, tmp_path: Path) -> None:
-    trial = {"size": "model", "learning_rate": 0.01, "updates": 12, "blocks_per_domain_update": 4, "development": 9.87}
+def test_results_are_read_back_and_those_of_several_seeds_make_one_page(
+    studied: Studied, tmp_path: Path
+) -> None:
+    trial = {
+        "size": "model",
+        "learning_rate": 0.01,
+        "updates": 12,
+        "blocks_per_domain_update": 4,
+        "development": 9.87,
+    }
     lower = {**trial, "learning_rate": 0.001, "development": 12.3, "chosen": False}
     diverged = {**lower, "size": "large", "development": None}
     scale = {"size": "model", "learning_rate_scale": 2.0, "development": 8.76, "chosen": True}
@@ -368,7 +413,9 @@ def test_results_are_read_back_and_those_of_several_seeds_make_one_page(studied:
     study = replace(studied.study, trials=({**trial, "chosen": True}, lower, diverged, slower, scale))
     results = results_of(studied.plan, study)
     write_results(results, tmp_path / "one")
-    other = [entry | {"random_seed": 1, "all": entry["all"] and 2 * entry["all"]} for entry in results.entries]
+    other = [
+        entry | {"random_seed": 1, "all": entry["all"] and 2 * entry["all"]} for entry in results.entries
+    ]
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "summary.json").write_text(json.dumps(other))
     (tmp_path / "two" / "study.json").write_text((tmp_path / "one" / "study.json").read_text())
@@ -420,11 +467,14 @@ def test_a_study_in_the_store_of_a_forest_that_was_founded_on_other_domains_is_r
 
 
 def test_a_curve_over_seed_shares_is_of_random_seeds_that_all_of_them_have(studied: Studied) -> None:
-    # One share alone had three random seeds: its point was their mean, the others' of one, and the line the mean of three.
+    # One share alone had three random seeds: its point was their mean, the others' of one, and the line the
+    # mean of three.
     entries = results_of(studied.plan, studied.study).entries
     main = studied.plan.training.seed_share
     again = [
-        e | {"random_seed": 1, "all": e["all"] and 2 * e["all"]} for e in entries if e["seed_share"] in (None, main)
+        e | {"random_seed": 1, "all": e["all"] and 2 * e["all"]}
+        for e in entries
+        if e["seed_share"] in (None, main)
     ]
     shares = sorted({entry["seed_share"] for entry in entries if entry["seed_share"] is not None})
     swept, seeds = of_every_share([*entries, *again], shares)
@@ -446,7 +496,9 @@ def test_studies_that_cannot_stand_in_one_table_are_not_joined(
 ) -> None:
     results = results_of(studied.plan, studied.study)
     write_results(results, tmp_path / "one")
-    write_results(replace(results, entries=tuple(entry | change for entry in results.entries)), tmp_path / "two")
+    write_results(
+        replace(results, entries=tuple(entry | change for entry in results.entries)), tmp_path / "two"
+    )
     with pytest.raises(UserError, match="cannot stand in one table") as refused:
         read_results([tmp_path / "one", tmp_path / "two"])
     assert found in refused.value.found
@@ -456,7 +508,9 @@ def test_studies_that_cannot_stand_in_one_table_are_not_joined(
 
 
 @pytest.mark.parametrize("summary", [None, "{", "7", "[7]", "{}", '[{"random_seed": 0}]'])
-def test_results_that_are_not_there_or_are_others_are_one_clear_error(summary: str | None, tmp_path: Path) -> None:
+def test_results_that_are_not_there_or_are_others_are_one_clear_error(
+    summary: str | None, tmp_path: Path
+) -> None:
     if summary is not None:
         (tmp_path / "summary.json").write_text(summary)
         (tmp_path / "study.json").write_text("{}")
@@ -575,7 +629,9 @@ def test_all_forests_take_the_experts_learning_rate_that_their_ensemble_does_bes
         _, trained = train_repeat(repeat, driver)
         rates = {(request.role, request.training.learning_rate) for request, _ in trained}
         rivals = {("transformer-lm", 1e-2), ("transformer-lm", 1.5e-2)}
-        assert rates == {("expert", 1.5e-2), *rivals}, "random splits too; the Transformer-LM as it was, and a control"
+        assert rates == {("expert", 1.5e-2), *rivals}, (
+            "random splits too; the Transformer-LM as it was, and a control"
+        )
     # By hand, on the first: each half of a domain's blocks under what was fitted on the other.
     models, _ = train_repeat(first, driver)
     experts, prepared = list(models.ensembles[0].refs), first.prepared
@@ -584,7 +640,9 @@ def test_all_forests_take_the_experts_learning_rate_that_their_ensemble_does_bes
         logp_EBT, mask_BT = stack_of(driver.ledger, experts, text, "development").take(0, 100)
         total = 0.0
         for fitted, measured in ((0, 1), (1, 0)):
-            mixing = fit_mixing("calibrated", "fitted", logp_EBT[:, fitted::2], mask_BT[fitted::2], MergingPlan())
+            mixing = fit_mixing(
+                "calibrated", "fitted", logp_EBT[:, fitted::2], mask_BT[fitted::2], MergingPlan()
+            )
             logp_BT = log_mixture(logp_EBT[:, measured::2], mixing.log_prior_E, mixing.posterior)
             total += float(logp_BT[mask_BT[measured::2]].sum())
         perplexities.append(math.exp(-total / int(mask_BT.sum())))
@@ -610,7 +668,9 @@ def test_a_study_whose_trials_all_fail_or_one_other_than_by_diverging_fails(
         repeats_of(plan, in_process(plan))
 
 
-def test_a_recipe_of_other_compute_is_refused_before_a_text_is_read(texts: dict[str, Path], tmp_path: Path) -> None:
+def test_a_recipe_of_other_compute_is_refused_before_a_text_is_read(
+    texts: dict[str, Path], tmp_path: Path
+) -> None:
     plan = study_plan(texts, tmp_path / "store", trials=[{"updates": 24}])
     with pytest.raises(UserError, match="costs other compute"):
         studied_by(plan, in_process(plan))

@@ -37,7 +37,10 @@ class Forest:
 
     def models(self) -> list[Any]:
         found = [self.ledger.get(Ref("model", expert.identity)) for expert in self.grown.forest.experts]
-        return [load_model(open_config(self.ledger, m), self.ledger.open_file(m, "model.safetensors")) for m in found]
+        return [
+            load_model(open_config(self.ledger, m), self.ledger.open_file(m, "model.safetensors"))
+            for m in found
+        ]
 
     def test_documents(self, name: str) -> list[str]:
         text = next(text for text in self.grown.prepared.texts if text.name == name)
@@ -78,7 +81,8 @@ def lines_of(found: tuple[int, str, str]) -> tuple[list[dict[str, Any]], dict[st
 
 
 def written_out(forest: Forest, text: str) -> tuple[list[list[float]], list[list[float]]]:
-    """log p_j of each token of a text and its end, by block and token: each expert's [E, …], read without any of our code."""
+    """log p_j of each token of a text and its end, by block and token: each
+    expert's [E, …], read without any of our code."""
     ids = [*forest.tokenizer.encode(text), forest.tokenizer.end_of_text]
     logp: list[list[float]] = []
     for model in forest.models():
@@ -93,7 +97,9 @@ def written_out(forest: Forest, text: str) -> tuple[list[list[float]], list[list
     for t in range(len(ids)):
         first = t - t % 32  # the posterior begins anew with every block
         joint = [math.exp(sum(one[first:t])) for one in logp]
-        mixed.append(math.log(sum(w * math.exp(one[t]) for w, one in zip(joint, logp, strict=True)) / sum(joint)))
+        mixed.append(
+            math.log(sum(w * math.exp(one[t]) for w, one in zip(joint, logp, strict=True)) / sum(joint))
+        )
     return logp, [mixed]
 
 
@@ -110,17 +116,22 @@ def test_a_text_has_the_figures_that_its_tokens_written_out_have(forest: Forest,
     sums = torch.tensor([sum(values) for values in logp])
     assert list(one["posterior"].values()) == pytest.approx(torch.softmax(sums, 0).tolist(), abs=1e-3)
     assert list(one["posterior"]) == list(one["experts"]) == list(forest.grown.forest.domains)
-    assert total["total"] == {"documents": 1} | {name: one[name] for name in total["total"] if name != "documents"}
+    assert total["total"] == {"documents": 1} | {
+        name: one[name] for name in total["total"] if name != "documents"
+    }
 
 
 def test_every_document_goes_to_its_own_domain_and_the_total_is_of_all(
     forest: Forest, score: Score, tmp_path: Path
 ) -> None:
     files = [
-        write_jsonl(tmp_path / f"{name}.jsonl", [*forest.test_documents(name)[:3], " "]) for name in sorted(DOMAINS)
+        write_jsonl(tmp_path / f"{name}.jsonl", [*forest.test_documents(name)[:3], " "])
+        for name in sorted(DOMAINS)
     ]
     documents, total = lines_of(score(*files, "--store", forest.plan.store, "--json"))
-    assert [(one["source"], one["document"]) for one in documents] == [(str(f), n) for f in files for n in (1, 2, 3)]
+    assert [(one["source"], one["document"]) for one in documents] == [
+        (str(f), n) for f in files for n in (1, 2, 3)
+    ]
     assert [one["domain"] for one in documents] == [name for name in sorted(DOMAINS) for _ in range(3)]
     for one in documents:
         own = one["experts"][one["domain"]]["perplexity"]
@@ -142,7 +153,9 @@ def test_every_document_goes_to_its_own_domain_and_the_total_is_of_all(
     assert "note: skipped 3 × an empty document" in out
 
 
-def test_packed_documents_have_the_perplexity_of_the_verdict(forest: Forest, score: Score, tmp_path: Path) -> None:
+def test_packed_documents_have_the_perplexity_of_the_verdict(
+    forest: Forest, score: Score, tmp_path: Path
+) -> None:
     grown = forest.grown
     results = evaluate(grown.prepared, grown.forest, grown.baseline, forest.driver).results
     for name in ("kitchen", "market"):
@@ -195,7 +208,10 @@ def test_documents_stream_by_in_order_whatever_is_scored_at_once(
         seen.extend(map(len, blocks))
         nothing = torch.zeros(0)
         ids = [torch.tensor(block, dtype=torch.float64) for block in blocks]
-        return [TextScores(torch.stack([one, 2 * one]), nothing, nothing, 3 * one, nothing, nothing) for one in ids]
+        return [
+            TextScores(torch.stack([one, 2 * one]), nothing, nothing, 3 * one, nothing, nothing)
+            for one in ids
+        ]
 
     def documents() -> Any:
         nonlocal read
@@ -211,7 +227,8 @@ def test_documents_stream_by_in_order_whatever_is_scored_at_once(
         assert at_once == 1000 or read <= text.number + at_once + 1, "no more is read than is scored"
     ids = [sum(map(ord, text)) + 1000 for text in texts]
     assert found == [
-        (text, [n, 2.0 * n, 3.0 * n], [1000, 2000, 3000], len(text) + 1) for text, n in zip(texts, ids, strict=True)
+        (text, [n, 2.0 * n, 3.0 * n], [1000, 2000, 3000], len(text) + 1)
+        for text, n in zip(texts, ids, strict=True)
     ]
     tokens = sum(len(text) + 1 for text in texts)
     whole = [4] * (tokens // 4) + [tokens % 4]
@@ -246,7 +263,12 @@ def test_what_cannot_be_scored_is_one_clear_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, data in {"a.txt": "a", "a.pdf": "a", "empty.txt": "\n", "bad.jsonl": '{"text": "a"}\n}\n'}.items():
+    for name, data in {
+        "a.txt": "a",
+        "a.pdf": "a",
+        "empty.txt": "\n",
+        "bad.jsonl": '{"text": "a"}\n}\n',
+    }.items():
         (tmp_path / name).write_text(data)
     code, _, err = score(*(str(forest.plan.store) if one == "STORE" else one for one in arguments))
     assert code == 2
@@ -254,7 +276,9 @@ def test_what_cannot_be_scored_is_one_clear_error(
     assert message in err
 
 
-def test_bad_documents_are_skipped_where_that_is_asked_for(forest: Forest, score: Score, tmp_path: Path) -> None:
+def test_bad_documents_are_skipped_where_that_is_asked_for(
+    forest: Forest, score: Score, tmp_path: Path
+) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "a b"}\n}\n{"text": "b"}\n')
     documents, total = lines_of(
         score(tmp_path / "bad.jsonl", "--bad-documents", "skip", "--store", forest.plan.store, "--json")

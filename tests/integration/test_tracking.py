@@ -1,4 +1,5 @@
-"""Curves of a real run: TensorBoard's in the store, always; Weights & Biases' and MLflow's where the plan asks."""
+"""Curves of a real run: TensorBoard's in the store, always; Weights & Biases'
+and MLflow's where the plan asks."""
 
 import signal
 import sys
@@ -30,7 +31,10 @@ def grow_in_process(plan: Plan) -> None:
 
 
 def points(file: Path) -> list[tuple[str, int, float]]:
-    """The scalars of an event file: name, update, value. Each record: its length (8 bytes), a checksum (4), data, another (4)."""
+    """The scalars of an event file: name, update, value.
+
+    Each record: its length (8 bytes), a checksum (4), data, another (4).
+    """
     data, found = file.read_bytes(), []
     while data:
         size = int.from_bytes(data[:8], "little")
@@ -94,7 +98,9 @@ def test_a_service_whose_package_is_missing_is_refused_with_how_to_install_it(
     assert f"pip install {package} " in capsys.readouterr().err
 
 
-def test_wandb_gets_the_curves(fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_gets_the_curves(
+    fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wandb = pytest.importorskip("wandb")
     for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
         monkeypatch.setenv(name, value)
@@ -105,7 +111,9 @@ def test_wandb_gets_the_curves(fields: dict[str, Any], tmp_path: Path, monkeypat
     assert b"kitchen/loss" in kept.read_bytes()
 
 
-def test_mlflow_gets_the_curves(fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_gets_the_curves(
+    fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     asked = {"experiment": "forests", "uri": tmp_path.as_uri()}
@@ -115,7 +123,9 @@ def test_mlflow_gets_the_curves(fields: dict[str, Any], tmp_path: Path, monkeypa
     experiment = client.get_experiment_by_name("forests").experiment_id
     (run,) = client.search_runs([experiment])
     assert run.info.status == "FINISHED"
-    assert {point.step for point in client.get_metric_history(run.info.run_id, "kitchen/loss")} == set(range(7, 13))
+    assert {point.step for point in client.get_metric_history(run.info.run_id, "kitchen/loss")} == set(
+        range(7, 13)
+    )
 
 
 def test_a_service_that_fails_is_given_up_and_training_goes_on(

@@ -1,4 +1,5 @@
-"""Training of real two-layer models: killed and resumed, cut in two, accumulated, diverging, and against a plain loop."""
+"""Training of real two-layer models: killed and resumed, cut in two,
+accumulated, diverging, and against a plain loop."""
 
 import hashlib
 import json
@@ -98,7 +99,9 @@ def average_of(prepared_store: PreparedStore, models: list[Artifact]) -> Start:
 
 def branched_from_average(prepared_store: PreparedStore) -> TrainRequest:
     first, second, third = prepared_store.branches()
-    return replace(third, start=average_of(prepared_store, [run(prepared_store, first), run(prepared_store, second)]))
+    return replace(
+        third, start=average_of(prepared_store, [run(prepared_store, first), run(prepared_store, second)])
+    )
 
 
 REQUESTS: dict[str, Callable[[PreparedStore], TrainRequest]] = {
@@ -110,12 +113,16 @@ REQUESTS: dict[str, Callable[[PreparedStore], TrainRequest]] = {
 
 
 @pytest.fixture(scope="module")
-def undisturbed(plan_with_blocks: Plan, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, dict[str, str]]:
+def undisturbed(
+    plan_with_blocks: Plan, tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[str, dict[str, str]]:
     """Weights of every kind of training when nothing happens to it."""
     plan = copy_store(plan_with_blocks, tmp_path_factory.mktemp("undisturbed") / "store")
     driver = in_process(plan)
     prepared_store = PreparedStore(driver, prepare(plan, driver))
-    return {kind: weights_of(run(prepared_store, request(prepared_store))) for kind, request in REQUESTS.items()}
+    return {
+        kind: weights_of(run(prepared_store, request(prepared_store))) for kind, request in REQUESTS.items()
+    }
 
 
 # Killed and resumed
@@ -150,7 +157,8 @@ def test_training_that_dies_at_every_update_ends_in_the_same_weights(
 def test_training_whose_last_report_fails_loses_one_update_and_ends_in_the_same_weights(
     prepared_store: PreparedStore, undisturbed: Mapping[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "REPORT_SECONDS", math.inf)  # on a slow machine an earlier report was due, and failed
+    # On a slow machine an earlier report was due, and failed.
+    monkeypatch.setattr(training, "REPORT_SECONDS", math.inf)
 
     class Unreachable(Undisturbed):
         def report(self, progress: Progress) -> None:
@@ -166,7 +174,10 @@ def test_training_whose_last_report_fails_loses_one_update_and_ends_in_the_same_
 def test_training_killed_between_its_last_checkpoint_and_its_commit_has_nothing_left_to_do(
     prepared_store: PreparedStore, undisturbed: Mapping[str, dict[str, str]]
 ) -> None:
-    ledger, request = prepared_store.driver.ledger, replace(prepared_store.seed, checkpoint_seconds=AT_EVERY_UPDATE)
+    ledger, request = (
+        prepared_store.driver.ledger,
+        replace(prepared_store.seed, checkpoint_seconds=AT_EVERY_UPDATE),
+    )
     texts = [open_blocks(ledger, text) for text in request.texts]
     run_training(request, ledger, Undisturbed(), texts, end_of_text(prepared_store), lambda *_: None)
     assert last_saved(prepared_store, request) == request.last_update
@@ -217,8 +228,8 @@ def test_a_process_killed_in_the_middle_leaves_a_store_from_which_training_ends_
 def test_experts_stopped_before_their_first_update_harm_neither_the_seed_nor_each_other(
     prepared_store: PreparedStore, undisturbed: Mapping[str, dict[str, str]]
 ) -> None:
-    # Their training checkpoints hold the seed's own weights. Checkpoints once shared the store's blobs with it, and the
-    # first expert to finish deleted, with its checkpoint, the seed and its siblings' checkpoints.
+    # Their training checkpoints hold the seed's own weights. Checkpoints once shared the store's blobs with
+    # it, and the first expert to finish deleted, with its checkpoint, the seed and its siblings' checkpoints.
     branches = prepared_store.branches()
     for request in branches:
         with pytest.raises(Stopped):
@@ -236,7 +247,8 @@ def test_a_retry_keeps_the_resources_of_the_first_start_since_results_depend_on_
     with pytest.raises(Stopped):
         run(prepared_store, prepared_store.seed, Interrupting(3))
     finished = run(
-        prepared_store, replace(prepared_store.seed, how=replace(prepared_store.seed.how, micro_batch_blocks=5))
+        prepared_store,
+        replace(prepared_store.seed, how=replace(prepared_store.seed.how, micro_batch_blocks=5)),
     )
     assert finished.facts["profile"]["micro_batch_blocks"] == prepared_store.seed.how.micro_batch_blocks == 4
     assert weights_of(finished) == undisturbed["seed"]
@@ -263,7 +275,9 @@ def test_a_transformer_lm_that_is_trained_first_leaves_the_seeds_on_its_way(
     request = replace(prepared_store.transformer_lm, milestones=(3, 6), checkpoint_seconds=AT_EVERY_UPDATE)
     with pytest.raises(MachineDied):
         run(prepared_store, request, Interrupting(8, dies=True))
-    found = {update: prepared_store.driver.ledger.find(request.until(update).ref) for update in request.milestones}
+    found = {
+        update: prepared_store.driver.ledger.find(request.until(update).ref) for update in request.milestones
+    }
     assert weights_of(found[6]) == undisturbed["seed"]
     assert [found[update].facts["tokens"] for update in (3, 6)] == [3 * 3 * 4 * 32, 6 * 3 * 4 * 32]
     prepared_store.driver.ledger.clear_training(
@@ -279,7 +293,12 @@ def test_a_transformer_lm_leaves_the_weights_of_its_milestones_on_its_way(
 ) -> None:
     prepared_store.train_seed()
     request, ledger = prepared_store.transformer_lm, prepared_store.driver.ledger
-    assert (request.first_update, request.milestones, request.snapshots, request.last_update) == (0, (6,), (8, 10), 12)
+    assert (request.first_update, request.milestones, request.snapshots, request.last_update) == (
+        0,
+        (6,),
+        (8, 10),
+        12,
+    )
     finished = run(prepared_store, request)
     assert weights_of(finished) == undisturbed["transformer-lm"]
     for snapshot in request.at_snapshots:
@@ -319,7 +338,9 @@ def test_milestones_that_an_earlier_transformer_lm_did_not_leave_are_trained_onc
     assert driver.made["model"] == count
 
 
-def test_seed_and_experts_together_see_as_many_tokens_as_the_transformer_lm(prepared_store: PreparedStore) -> None:
+def test_seed_and_experts_together_see_as_many_tokens_as_the_transformer_lm(
+    prepared_store: PreparedStore,
+) -> None:
     seed = run(prepared_store, prepared_store.seed).facts["tokens"]
     experts = [request.tokens for request in prepared_store.branches()]
     baseline = run(prepared_store, prepared_store.transformer_lm).facts["tokens"]
@@ -460,13 +481,16 @@ def test_seed_and_expert_are_those_of_a_plain_training_loop(
     check_weights(prepared_store, seed, plain)
     request = prepared_store.branches()[1]
     expert = run(prepared_store, request, heard)
-    plain.run(request, LINE, first_position=0, order_seed=1)  # Adam goes on; the data start anew, in another order
+    # Adam goes on; the data start anew, in another order.
+    plain.run(request, LINE, first_position=0, order_seed=1)
     check_weights(prepared_store, expert, plain)
     assert heard.losses == pytest.approx(plain.losses, rel=1e-5)
     assert plain.losses[-1] < plain.losses[0] - 0.3
 
 
-def test_the_transformer_lm_is_a_plain_training_loop_that_goes_on_with_the_mix(prepared_store: PreparedStore) -> None:
+def test_the_transformer_lm_is_a_plain_training_loop_that_goes_on_with_the_mix(
+    prepared_store: PreparedStore,
+) -> None:
     run(prepared_store, prepared_store.seed)
     found = run(prepared_store, prepared_store.transformer_lm)
     plain = PlainTraining(prepared_store, prepared_store.seed)
@@ -482,14 +506,16 @@ def test_a_branch_from_an_average_starts_a_plain_training_loop_anew(prepared_sto
     ledger = prepared_store.driver.ledger
     start = load_file(ledger.open_file(ledger.get(request.start.model), "model.safetensors"))
     plain.model.load_state_dict(start, strict=False)
-    plain.run(request, LINE, first_position=0, order_seed=1)  # with 6 updates, 1 % of them is a rise of one update
+    # With 6 updates, 1 % of them is a rise of one update.
+    plain.run(request, LINE, first_position=0, order_seed=1)
     check_weights(prepared_store, found, plain)
 
 
 @pytest.mark.parametrize("at_once", [1, 5, 12, 100])
 def test_gradient_accumulation_is_one_large_batch(prepared_store: PreparedStore, at_once: int) -> None:
     found = run(
-        prepared_store, replace(prepared_store.seed, how=replace(prepared_store.seed.how, micro_batch_blocks=at_once))
+        prepared_store,
+        replace(prepared_store.seed, how=replace(prepared_store.seed.how, micro_batch_blocks=at_once)),
     )
     plain = PlainTraining(prepared_store, prepared_store.seed)
     plain.run(prepared_store.seed, LINE, first_position=0, order_seed=0)

@@ -1,7 +1,8 @@
-"""Trains a DEMix over groups of processes that are forked from this one: `python -m tests.integration.train_in_groups < JOBS`.
+"""Trains a DEMix over groups of processes that are forked from this one: `python -m
+tests.integration.train_in_groups < JOBS`.
 
-JOBS are JSON: a plan, a number of ranks, the update after which one rank asks to stop, or null, and whether the DEMix
-branches from the seed, which the store then has.
+JOBS are JSON: a plan, a number of ranks, the update after which one rank asks to stop, or null, and whether
+the DEMix branches from the seed, which the store then has.
 """
 
 import json
@@ -27,7 +28,9 @@ from tests.integration.test_training import AT_EVERY_UPDATE, Interrupting, Undis
 def request_for(plan: Plan, ranks: int, is_seeded: bool) -> TrainRequest:
     """The plan's DEMix, of a group; it saves as often as the group agrees on it."""
     prepared = prepare(plan, in_process(plan))
-    request = seeded_demix_request(prepared, seed_request(prepared).ref) if is_seeded else demix_request(prepared)
+    request = (
+        seeded_demix_request(prepared, seed_request(prepared).ref) if is_seeded else demix_request(prepared)
+    )
     return replace(request, how=replace(request.how, workers=ranks), checkpoint_seconds=AT_EVERY_UPDATE)
 
 

@@ -1,4 +1,5 @@
-"""Balanced k-means and distance weights against independent routes: an exact assignment, sums in probability space."""
+"""Balanced k-means and distance weights against independent routes: an exact
+assignment, sums in probability space."""
 
 import math
 
@@ -35,7 +36,8 @@ def test_squared_distances_are_those_of_the_definition() -> None:
 
 
 def test_prices_choose_as_the_best_assignment_with_equal_shares_does() -> None:
-    # An exact solver, with every cluster written out as its places: within 1 % of its cost, and of its shares.
+    # An exact solver, with every cluster written out as its places: within 1 % of its cost, and of its
+    # shares.
     points_DF, _ = clouds([200, 70, 30], 0.3)
     squared_ED = squared_distances(points_DF, torch.eye(3, 5, dtype=torch.float64))
     rows, places = linear_sum_assignment(squared_ED.repeat_interleave(100, dim=0).T.numpy())

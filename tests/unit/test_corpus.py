@@ -25,7 +25,11 @@ READING = ReadingPlan(development_share=0.1, test_share=0.1)
 
 
 def make(
-    folder: Path, text: Path | str = "", reading: ReadingPlan = READING, is_target: bool = False, **fields: Any
+    folder: Path,
+    text: Path | str = "",
+    reading: ReadingPlan = READING,
+    is_target: bool = False,
+    **fields: Any,
 ) -> Text:
     """A text made of the files that a pattern matches."""
     folder.mkdir(exist_ok=True)
@@ -43,7 +47,8 @@ def counts(text: Text) -> list[int]:
 
 
 def scatter(documents: list[str], folder: Path, seed: int) -> str:
-    """Writes documents shuffled over files of all kinds and compressions; returns a glob that matches them."""
+    """Writes documents shuffled over files of all kinds and compressions;
+    returns a glob that matches them."""
     rng = random.Random(seed)
     shuffled = rng.sample(documents, len(documents))
     folder.mkdir(parents=True)
@@ -59,7 +64,9 @@ def scatter(documents: list[str], folder: Path, seed: int) -> str:
                 packed = pa.Codec("zstd").compress(lines, asbytes=True)
                 (folder / f"{rng.random()}.jsonl.zst").write_bytes(packed)
             case 3:
-                pq.write_table(pa.table({"text": pa.array(part, pa.string())}), folder / f"{rng.random()}.parquet")
+                pq.write_table(
+                    pa.table({"text": pa.array(part, pa.string())}), folder / f"{rng.random()}.parquet"
+                )
     return str(folder / "*")
 
 
@@ -68,7 +75,9 @@ def test_a_text_is_the_same_whatever_the_order_split_and_compression_of_its_file
     assert len({text.identity for text in made}) == 1
     assert all(text.facts == made[0].facts for text in made)
     assert all(
-        path.read_bytes() == made[0].files[name].read_bytes() for text in made for name, path in text.files.items()
+        path.read_bytes() == made[0].files[name].read_bytes()
+        for text in made
+        for name, path in text.files.items()
     )
 
 
@@ -103,9 +112,13 @@ def test_adding_documents_never_moves_the_others_to_another_split(tmp_path: Path
 
 
 def test_documents_that_differ_in_case_and_spacing_only_are_one(tmp_path: Path) -> None:
-    variants = [d.upper() for d in DOCUMENTS] + [f"  {d.replace(' ', chr(10))}" for d in DOCUMENTS] + DOCUMENTS
+    variants = (
+        [d.upper() for d in DOCUMENTS] + [f"  {d.replace(' ', chr(10))}" for d in DOCUMENTS] + DOCUMENTS
+    )
     orders = [variants, variants[::-1]]
-    made = [make(tmp_path / f"out-{i}", write_jsonl(tmp_path / f"{i}.jsonl", v)) for i, v in enumerate(orders)]
+    made = [
+        make(tmp_path / f"out-{i}", write_jsonl(tmp_path / f"{i}.jsonl", v)) for i, v in enumerate(orders)
+    ]
     assert made[0].identity == made[1].identity
     assert sum(counts(made[0])) == len(DOCUMENTS)
     assert made[0].facts["duplicates"] == 2 * len(DOCUMENTS)
@@ -142,7 +155,10 @@ def test_a_target_is_half_development_and_half_test(tmp_path: Path) -> None:
 def test_a_target_of_given_test_files_is_development_text_beside_them(tmp_path: Path) -> None:
     given_test = write_jsonl(tmp_path / "test.jsonl", DOCUMENTS[:10])
     both = make(
-        tmp_path / "both", write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[10:]), is_target=True, test=str(given_test)
+        tmp_path / "both",
+        write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[10:]),
+        is_target=True,
+        test=str(given_test),
     )
     assert counts(both) == [0, 290, 10]
     alone = make(tmp_path / "alone", is_target=True, test=str(given_test))
@@ -183,7 +199,9 @@ def test_bad_and_empty_documents_are_counted_by_reason_and_change_nothing_else(t
     path = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
     whole = make(tmp_path / "whole", path)
     long = json.dumps({"text": "x" * 2001})
-    path.write_text(f'not json\n{long}\n{{"text": ""}}\n{{"text": " \\n"}}\n' + path.read_text() + "[]\nnot json")
+    path.write_text(
+        f'not json\n{long}\n{{"text": ""}}\n{{"text": " \\n"}}\n' + path.read_text() + "[]\nnot json"
+    )
     skip = READING.model_copy(update={"bad_documents": "skip", "longest_document_characters": 2000})
     text = make(tmp_path / "out", path, reading=skip)
     assert text.identity == whole.identity
@@ -213,7 +231,9 @@ def test_a_split_without_documents_refuses_the_text_with_its_counts(
     assert "give more text" in caught.value.remedy
 
 
-@pytest.mark.parametrize("shares", [(1e-9, 1e-9), (0.5, 1e-9), (0.5, 0.499999999), (1e-9, 0.999999998), (0.02, 0.02)])
+@pytest.mark.parametrize(
+    "shares", [(1e-9, 1e-9), (0.5, 1e-9), (0.5, 0.499999999), (1e-9, 0.999999998), (0.02, 0.02)]
+)
 def test_a_text_of_three_documents_has_one_for_each_split_wherever_their_hashes_fall(
     shares: tuple[float, float], tmp_path: Path
 ) -> None:
@@ -238,16 +258,22 @@ def test_a_split_that_nothing_fell_to_takes_one_document_and_the_rest_stay(tmp_p
     assert make(tmp_path / "given", rest, reading=none, test=str(given)).identity == text.identity
 
 
-def test_given_files_are_no_share_of_the_text_and_their_documents_stay_where_they_were_given(tmp_path: Path) -> None:
+def test_given_files_are_no_share_of_the_text_and_their_documents_stay_where_they_were_given(
+    tmp_path: Path,
+) -> None:
     test = write_jsonl(tmp_path / "test.jsonl", DOCUMENTS[:2])
     few = ReadingPlan(development_share=1e-9, test_share=0.1)
-    text = make(tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[2:4]), reading=few, test=str(test))
+    text = make(
+        tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[2:4]), reading=few, test=str(test)
+    )
     assert counts(text) == [1, 1, 2]
     assert set(documents(text, "test")) == set(DOCUMENTS[:2])
 
 
 @pytest.mark.parametrize("i", range(8))
-def test_a_target_of_two_documents_has_one_of_each_kind_and_one_alone_is_test_text(i: int, tmp_path: Path) -> None:
+def test_a_target_of_two_documents_has_one_of_each_kind_and_one_alone_is_test_text(
+    i: int, tmp_path: Path
+) -> None:
     pair = write_jsonl(tmp_path / "pair.jsonl", [f"one {i}", f"two {i}"])
     assert counts(make(tmp_path / "pair", pair, is_target=True)) == [0, 1, 1]
     alone = write_jsonl(tmp_path / "alone.jsonl", [f"one {i}"])
@@ -274,7 +300,9 @@ def test_whatever_characters_documents_have_they_are_stored_unchanged(
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.sampled_from("abc"), max_size=40), st.lists(st.sampled_from("abc"), max_size=40))
-def test_two_texts_share_windows_exactly_where_they_share_runs_of_words(one: list[str], other: list[str]) -> None:
+def test_two_texts_share_windows_exactly_where_they_share_runs_of_words(
+    one: list[str], other: list[str]
+) -> None:
     def runs(words: list[str]) -> list[tuple[str, ...]]:
         return [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
 

@@ -60,7 +60,9 @@ def test_a_saved_data_set_of_several_splits_is_read_without_what_was_cached_besi
     import datasets
 
     parts = {"train": DOCUMENTS[:2], "dev": DOCUMENTS[2:]}
-    datasets.DatasetDict({n: datasets.Dataset.from_dict({"text": p}) for n, p in parts.items()}).save_to_disk(tmp_path)
+    datasets.DatasetDict({n: datasets.Dataset.from_dict({"text": p}) for n, p in parts.items()}).save_to_disk(
+        tmp_path
+    )
     loaded = datasets.load_from_disk(tmp_path / "train")
     loaded.map(lambda row: {"text": row["text"].upper()})
     assert [path for path in (tmp_path / "train").iterdir() if path.name.startswith("cache-")]
@@ -78,7 +80,9 @@ def test_what_a_saved_data_set_cannot_have_is_refused_in_the_words_of_a_plan(sav
         refusal(source_of(name=str(saved), **fields))
     (saved / "state.json").write_text("{}")
     refusal(source_of(name=str(saved)))
-    (saved / "state.json").write_text(json.dumps({"_split": None, "_data_files": [{"filename": "gone.arrow"}]}))
+    (saved / "state.json").write_text(
+        json.dumps({"_split": None, "_data_files": [{"filename": "gone.arrow"}]})
+    )
     assert "gone.arrow" in refusal(source_of(name=str(saved))).found
 
 
@@ -97,7 +101,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     cached = tmp_path / "cache" / "someone___tales" / "default" / "0.0.0" / COMMIT
     cached.mkdir(parents=True)
     shutil.copy(made / "src-train.arrow", cached / "tales-train.arrow")
-    about = (made / "dataset_info.json").read_text().replace('"dataset_name": "src"', '"dataset_name": "tales"')
+    about = (
+        (made / "dataset_info.json").read_text().replace('"dataset_name": "src"', '"dataset_name": "tales"')
+    )
     (cached / "dataset_info.json").write_text(about)
     return cached
 

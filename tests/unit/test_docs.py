@@ -1,4 +1,5 @@
-"""The documents: links lead somewhere, every page of decisions is in the index, and the README's results are the stored ones."""
+"""The documents: links lead somewhere, every page of decisions is in the index,
+and the README's results are the stored ones."""
 
 import json
 import re
@@ -33,13 +34,17 @@ def test_every_link_leads_to_a_file_and_to_a_heading_in_it(name: str) -> None:
 
 
 def test_the_index_of_decisions_has_every_page_once() -> None:
-    index = re.findall(r"^\| \[([\w-]+\.md)\]", (DECISIONS / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    index = re.findall(
+        r"^\| \[([\w-]+\.md)\]", (DECISIONS / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert sorted(index) == sorted(page.name for page in DECISIONS.glob("*.md") if page.name != "README.md")
 
 
 def stored_rows() -> Iterator[tuple[str, ...]]:
     """The systems of the README's table from the stored study, as a page would write them."""
-    results: list[dict[str, Any]] = json.loads((ROOT / "docs/results/3m/summary.json").read_text(encoding="utf-8"))
+    results: list[dict[str, Any]] = json.loads(
+        (ROOT / "docs/results/3m/summary.json").read_text(encoding="utf-8")
+    )
     names = ("system", "posterior", "prior", "development_blocks", "top_k")
     for wanted in (
         ("transformer-lm", None, None, None, None),
@@ -53,13 +58,17 @@ def stored_rows() -> Iterator[tuple[str, ...]]:
         assert len(repeats) == 3, wanted
         perplexities = [f"{mean(row[column] for row in repeats):.1f}" for column in ("train", "eval", "all")]
         differences = [100 * row["difference"] for row in repeats if row["difference"] is not None]
-        told = f"{mean(differences):+.1f} ± {stdev(differences):.1f} %".replace("-", "−") if differences else ""
+        told = (
+            f"{mean(differences):+.1f} ± {stdev(differences):.1f} %".replace("-", "−") if differences else ""
+        )
         yield (*perplexities, told)
 
 
 def test_the_results_in_the_readme_are_the_stored_ones() -> None:
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    start = next(number for number, line in enumerate(lines) if line.startswith("| system | inference cost |"))
+    start = next(
+        number for number, line in enumerate(lines) if line.startswith("| system | inference cost |")
+    )
     table = lines[start + 2 : lines.index("", start)]
     shown = [tuple(cell.strip() for cell in line.strip("|").split("|"))[2:] for line in table]
     assert shown == list(stored_rows())

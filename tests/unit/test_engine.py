@@ -52,7 +52,9 @@ def random_gate() -> LearnedGate:
     one = torch.zeros(1, 1, 1)
     count, hidden = features(one, one, one[0] == 0).shape[-1], 4
     shapes = {"linear_F": (count,), "inner_FH": (count, hidden), "inner_H": (hidden,), "outer_H": (hidden,)}
-    drawn = {name: torch.randn(shape, generator=generator) for name, shape in (shapes | {"bias_E": (3,)}).items()}
+    drawn = {
+        name: torch.randn(shape, generator=generator) for name, shape in (shapes | {"bias_E": (3,)}).items()
+    }
     return LearnedGate(center_F=torch.zeros(count), scale_F=torch.ones(count), **drawn)
 
 
@@ -83,7 +85,9 @@ def spell(_: Sequence[int], ids: Sequence[int]) -> str:
     return "".join(chr(ord("a") + token) for token in ids)
 
 
-def opened(experts: Sequence[PreTrainedModel], gate: Gate = FULL, rows: int = 4, **more: Any) -> EnsembleEngine:
+def opened(
+    experts: Sequence[PreTrainedModel], gate: Gate = FULL, rows: int = 4, **more: Any
+) -> EnsembleEngine:
     asked = {"way": "rows", "first_token": FIRST, "vocabulary": VOCABULARY, "block_tokens": BLOCK} | more
     return EnsembleEngine(experts, gate, EngineSettings(rows=rows, **asked), spell)
 
@@ -105,7 +109,9 @@ def test_every_next_token_has_the_probability_of_the_mixture_written_out(
     other, row = engine.admit([Prompt(TEXT[3:9], BLOCK), Prompt([], BLOCK)])
     engine.release(other)
     for t in range(BLOCK):
-        seen = {"last-token": range(max(0, t - 1), t), "window": range(max(0, t - 3), t)}.get(posterior.kind, range(t))
+        seen = {"last-token": range(max(0, t - 1), t), "window": range(max(0, t - 3), t)}.get(
+            posterior.kind, range(t)
+        )
         decay = posterior.discount if posterior.kind == "calibrated" else 1.0
         joint = [
             math.exp(
@@ -121,7 +127,9 @@ def test_every_next_token_has_the_probability_of_the_mixture_written_out(
         drawn = engine.step({row: TEXT[t]})[row]
         assert drawn.logp == pytest.approx(math.log(expected_V[TEXT[t]]), abs=1e-5)
         assert drawn.weights_E == pytest.approx([joint[j] / sum(joint) for j in range(3)], abs=1e-5)
-        carried = [joint[j] / sum(joint) * float(p_ETV[j, t, TEXT[t]] / expected_V[TEXT[t]]) for j in range(3)]
+        carried = [
+            joint[j] / sum(joint) * float(p_ETV[j, t, TEXT[t]] / expected_V[TEXT[t]]) for j in range(3)
+        ]
         assert drawn.shares_E == pytest.approx(carried, abs=1e-5)
 
 
@@ -136,7 +144,9 @@ def test_a_text_has_the_probability_that_its_stored_scores_give_it(
     for j, model in enumerate(experts):
         (tmp_path / str(j)).mkdir()
         files = score_blocks(model, Blocks([tmp_path / "tokens.npy"]), FIRST, HOW, tmp_path / str(j))
-        stored.append([torch.from_numpy(np.load(files[name])).double() for name in ("logp.npy", "entropy.npy")])
+        stored.append(
+            [torch.from_numpy(np.load(files[name])).double() for name in ("logp.npy", "entropy.npy")]
+        )
     logp_EBT, entropy_EBT = (torch.stack(values) for values in zip(*stored, strict=True))
     expected_BT = log_gated_mixture(gate, logp_EBT, entropy_EBT)
 
@@ -149,7 +159,9 @@ def test_a_text_has_the_probability_that_its_stored_scores_give_it(
         for row, drawn in engine.step(forced).items():
             found[row].append(drawn.logp)
     for b, row in enumerate(rows):
-        torch.testing.assert_close(torch.tensor(found[row]).double(), expected_BT[b, lengths[b] :], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            torch.tensor(found[row]).double(), expected_BT[b, lengths[b] :], rtol=0, atol=1e-5
+        )
 
     texts = [block[:n].tolist() for block in blocks for n in (BLOCK, 3, 9, 0)]
     for at_once in (1, 5, len(texts)):
@@ -193,7 +205,8 @@ def tokens_of(written: Sequence[Written]) -> list[list[int]]:
 
 
 def test_what_a_row_writes_depends_on_nothing_beside_it(experts: list[PreTrainedModel]) -> None:
-    """Alone, in a full batch, in another order, or admitted after others have begun; with filters beside it or not."""
+    """Alone, in a full batch, in another order, or admitted after others have
+    begun; with filters beside it or not."""
     asked = [
         Sampling(random_seed=7),
         Sampling(random_seed=8, top_k=3),
@@ -229,7 +242,11 @@ def test_tokens_are_drawn_as_asked(experts: list[PreTrainedModel]) -> None:
     engine.release(row)
     assert written(GREEDY) == likeliest
     assert written(Sampling(top_p=1e-6)) == written(Sampling(top_k=1)) == likeliest
-    assert written(Sampling(random_seed=1)) == written(Sampling(random_seed=1)) != written(Sampling(random_seed=2))
+    assert (
+        written(Sampling(random_seed=1))
+        == written(Sampling(random_seed=1))
+        != written(Sampling(random_seed=2))
+    )
     never_twice = written(Sampling(temperature=0, repetition_penalty=1e6))
     assert len(set(never_twice)) == 10
     assert written(Sampling(temperature=1e-4)) == likeliest
@@ -254,14 +271,18 @@ def test_a_text_ends_where_its_block_is_full_or_enough_was_written_or_end_of_tex
         assert (len(written.tokens), written.finish) == (BLOCK - read, "block")
     written = engine.generate([Prompt([], 5, Sampling(random_seed=1))])[0]
     assert (len(written.tokens), written.finish) == (5, "tokens")
-    ended = opened(experts, end_of_text=written.tokens[3]).generate([Prompt([], 5, Sampling(random_seed=1))])[0]
+    ended = opened(experts, end_of_text=written.tokens[3]).generate([Prompt([], 5, Sampling(random_seed=1))])[
+        0
+    ]
     assert ended.tokens == written.tokens[: written.tokens.index(written.tokens[3])]
     assert ended.finish == "end of text"
     assert len(ended.drawn) == len(ended.tokens)
 
 
 def test_only_tokens_of_the_tokenizer_are_drawn(experts: list[PreTrainedModel]) -> None:
-    written = opened(experts, vocabulary=3, rows=8).generate([Prompt(TEXT[:2], 10).samples(8)[i] for i in range(8)])
+    written = opened(experts, vocabulary=3, rows=8).generate(
+        [Prompt(TEXT[:2], 10).samples(8)[i] for i in range(8)]
+    )
     assert {token for one in written for token in one.tokens} == {0, 1, 2}
 
 
@@ -270,7 +291,9 @@ def test_a_stop_string_ends_a_text_before_it_even_across_tokens(experts: list[Pr
     whole = engine.generate([Prompt([], 12, Sampling(random_seed=2))])[0]
     assert whole.text == spell([], whole.tokens)
     stop = whole.text[5:8]
-    written, other = engine.generate([Prompt([], 12, Sampling(random_seed=2), stop=("?", stop)), Prompt([], 12)])
+    written, other = engine.generate(
+        [Prompt([], 12, Sampling(random_seed=2), stop=("?", stop)), Prompt([], 12)]
+    )
     assert (written.text, written.finish) == (whole.text[: whole.text.index(stop)], "stop")
     assert written.tokens == whole.tokens[: whole.text.index(stop) + 3]
     assert other.finish == "tokens"
@@ -308,7 +331,9 @@ def test_what_two_experts_write_is_the_mixture_of_those_two_alone(experts: list[
     """As if the others had never been there, whichever of the experts run."""
     prompt = TEXT[:6]
     logp_ET = (
-        probabilities(experts, prompt)[:, :-1].gather(2, torch.tensor(prompt).expand(3, -1)[..., None])[..., 0].log()
+        probabilities(experts, prompt)[:, :-1]
+        .gather(2, torch.tensor(prompt).expand(3, -1)[..., None])[..., 0]
+        .log()
     )
     best = (PRIOR + logp_ET.sum(1)).argsort(descending=True)[:2].sort().values
     pair = [experts[j] for j in best.tolist()]
@@ -448,21 +473,28 @@ def test_texts_of_like_lengths_are_read_together(
 
 
 class AsksTheHost(TorchDispatchMode):
-    """Refuses operations that wait for the device, or whose shapes depend on values: none can be captured in a graph."""
+    """Refuses operations that wait for the device, or whose shapes depend on
+    values: none can be captured in a graph."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert not any(word in str(func) for word in ("_local_scalar_dense", "nonzero", "masked_select")), func
+        assert not any(word in str(func) for word in ("_local_scalar_dense", "nonzero", "masked_select")), (
+            func
+        )
         return func(*args, **(kwargs or {}))
 
 
-def test_experts_read_texts_one_after_the_other_without_waiting_for_the_device(experts: list[PreTrainedModel]) -> None:
+def test_experts_read_texts_one_after_the_other_without_waiting_for_the_device(
+    experts: list[PreTrainedModel],
+) -> None:
     with torch.inference_mode(), AsksTheHost():
         for model in experts:
             said_of(model(torch.tensor([TEXT[:6], TEXT[6:12]])).logits.flatten(0, 1), torch.tensor(TEXT[:12]))
 
 
 @pytest.mark.parametrize("gate", GATES, ids=lambda gate: type(gate).__name__)
-def test_a_step_asks_the_host_nothing_so_that_it_can_be_captured(experts: list[PreTrainedModel], gate: Gate) -> None:
+def test_a_step_asks_the_host_nothing_so_that_it_can_be_captured(
+    experts: list[PreTrainedModel], gate: Gate
+) -> None:
     engine = opened(experts, gate)
     engine.admit([Prompt(TEXT[:3], 9, Sampling(top_p=0.9), alternatives=2), Prompt([], 9)])
     with torch.inference_mode(), AsksTheHost():
@@ -484,7 +516,9 @@ def test_in_bfloat16_weights_take_half_the_room_and_positions_stay_sharp() -> No
     expected_T, full = sharp.score([text])[0].logp_T, sharp.memory()
     rough = opened(models, gate, precision="bfloat16")
     assert {name: 2 * value for name, value in rough.memory().items()} == full
-    assert full["rows"] == 4 * 2 * 2 * 2 * BLOCK * 2 * 8 * 4, "rows, experts, layers, keys and values, places, heads, …"
+    assert full["rows"] == 4 * 2 * 2 * 2 * BLOCK * 2 * 8 * 4, (
+        "rows, experts, layers, keys and values, places, heads, …"
+    )
     assert {p.dtype for model in models for p in model.parameters()} == {torch.bfloat16}
     assert models[0].model.rotary_emb.inv_freq.dtype == torch.float32
     row = rough.admit([Prompt(text[:4], BLOCK)])[0]
@@ -524,7 +558,9 @@ def test_experts_with_a_recurrent_state_are_mixed_as_their_scores_say() -> None:
         for row, drawn in engine.step({rows[0]: TEXT[9 + n], rows[1]: TEXT[2 + n]}).items():
             found[row].append(drawn.logp)
     for row, first in zip(rows, (9, 2), strict=True):
-        torch.testing.assert_close(torch.tensor(found[row]).double(), expected_T[first : first + 7], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            torch.tensor(found[row]).double(), expected_T[first : first + 7], rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -37,7 +37,9 @@ def test_both_wildcards_follow_links_to_folders_outside(tmp_path: Path) -> None:
     ]
 
 
-def test_a_file_that_several_links_lead_to_is_found_once_by_its_own_path_if_that_is_below(tmp_path: Path) -> None:
+def test_a_file_that_several_links_lead_to_is_found_once_by_its_own_path_if_that_is_below(
+    tmp_path: Path,
+) -> None:
     put(tmp_path / "corpus/z/a.txt")
     put(tmp_path / "corpus/z/deep/b.txt")
     (tmp_path / "corpus/latest").symlink_to("z")
@@ -52,7 +54,13 @@ def test_a_file_that_several_links_lead_to_is_found_once_by_its_own_path_if_that
 def test_links_that_lead_up_or_nowhere_or_to_each_other_end(tmp_path: Path) -> None:
     put(tmp_path / "a/a.txt")
     put(tmp_path / "b/b.txt")
-    for where, to in (("a/b", "../b"), ("b/a", "../a"), ("a/up", ".."), ("a/loop", "loop"), ("b/gone.lock", "nowhere")):
+    for where, to in (
+        ("a/b", "../b"),
+        ("b/a", "../a"),
+        ("a/up", ".."),
+        ("a/loop", "loop"),
+        ("b/gone.lock", "nowhere"),
+    ):
         (tmp_path / where).symlink_to(to)
     assert found(tmp_path, "**/*.txt") == ["a/a.txt", "b/b.txt"]
     assert found(tmp_path, "a/**/*.txt") == ["a/a.txt", "a/b/b.txt"]
@@ -82,7 +90,11 @@ def test_a_file_named_as_a_pattern_hides_no_other_file(tmp_path: Path) -> None:
 def test_a_name_that_is_not_utf_8_is_read_and_can_be_written(tmp_path: Path) -> None:
     folder = os.fsencode(tmp_path) + b"/\xe9t\xe9"
     os.mkdir(folder)
-    for name, data in ((b"a\xe9.txt", b"text"), (b"b\xe9.jsonl", b'{"text": "line"}\nnot json\n'), (b"c.x\xe9", b"c")):
+    for name, data in (
+        (b"a\xe9.txt", b"text"),
+        (b"b\xe9.jsonl", b'{"text": "line"}\nnot json\n'),
+        (b"c.x\xe9", b"c"),
+    ):
         with open(folder + b"/" + name, "wb") as file:
             file.write(data)
     source = TextPlan(name="a", text=(f"{tmp_path}/**",))

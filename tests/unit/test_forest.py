@@ -27,7 +27,9 @@ def manifests(*experts: Expert) -> dict[str, str]:
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text() | st.integers(), inner, max_size=12),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text() | st.integers(), inner, max_size=12)
+    ),
     max_leaves=12,
 )
 
@@ -39,8 +41,8 @@ def test_a_value_has_one_identity_before_and_after_it_was_stored(value: Any) -> 
 
 
 def test_keys_that_are_numbers_sort_as_they_do_once_they_were_stored() -> None:
-    # A pretrained model with more than ten labels has them in its configuration, id2label, by number. Sorted as numbers when
-    # written and as strings when read, its seed's manifest never matched its own hash again.
+    # A pretrained model with more than ten labels has them in its configuration, id2label, by number. Sorted
+    # as numbers when written and as strings when read, its seed's manifest never matched its own hash again.
     labels = {"id2label": {number: f"LABEL_{number}" for number in range(12)}}
     assert identity_of(labels) == identity_of(json.loads(json.dumps(labels)))
 
@@ -67,7 +69,9 @@ def test_what_is_no_number_cannot_be_part_of_an_identity() -> None:
 
 
 def test_merging_inserts_experts_into_a_set() -> None:
-    merged = merge_into(FOUNDED, [expert("law"), expert("code")], manifests(expert("law"), expert("code")), "added")
+    merged = merge_into(
+        FOUNDED, [expert("law"), expert("code")], manifests(expert("law"), expert("code")), "added"
+    )
     assert merged.version == 1
     assert merged.domains == ("code", "law")
     assert merged.foundation == FOUNDED.foundation
@@ -109,8 +113,8 @@ def test_two_experts_of_one_domain_cannot_be_merged_together_either() -> None:
 
 
 def test_another_expert_on_the_same_text_is_refused_by_naming_the_experts() -> None:
-    # Two drivers may branch one new domain from two versions of the forest. That the text is the same must not be reported
-    # as "found this text, expected this text".
+    # Two drivers may branch one new domain from two versions of the forest. That the text is the same must
+    # not be reported as "found this text, expected this text".
     forest = merge_into(FOUNDED, [expert("law", identity="the first")], {}, "")
     with pytest.raises(UserError) as refused:
         merge_into(forest, [expert("law", identity="the second")], {}, "")

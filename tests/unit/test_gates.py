@@ -35,7 +35,8 @@ from tests.unit.test_posterior import everything, made_up_prior, made_up_scores
 
 
 def made_up_text(blocks: int, random_seed: int, favourite: int = 0, tokens: int = 64) -> TextScores:
-    """Scores of four experts: one knows the text, takes turns with another, and whoever is sure of itself is right more often."""
+    """Scores of four experts: one knows the text, takes turns with another, and
+    whoever is sure of itself is right more often."""
     generator = torch.Generator().manual_seed(random_seed)
     logp_EBT = made_up_scores(4, blocks, tokens, random_seed)
     turn_BT = (torch.rand(blocks, tokens, generator=generator) < 0.05).cumsum(-1) % 2 == 1
@@ -61,7 +62,9 @@ def gate(request: pytest.FixtureRequest, trained: LearnedGate) -> Gate:
     prior_E = made_up_prior(4, random_seed=9)
     gates: dict[str, Gate] = {
         "fixed share": FixedShare(prior_E, 0.1, 2.0),
-        "discounts": Discounts(prior_E, (0.0, 0.9, 1.0), torch.tensor([0.3, -0.1, 0.05], dtype=torch.float64)),
+        "discounts": Discounts(
+            prior_E, (0.0, 0.9, 1.0), torch.tensor([0.3, -0.1, 0.05], dtype=torch.float64)
+        ),
         "learned": trained,
     }
     return gates[request.param]
@@ -140,7 +143,9 @@ def test_fixed_share_is_the_sum_over_all_paths_of_experts(rate: float, temperatu
         torch.testing.assert_close(found[:, 0, t], expected, rtol=1e-11, atol=0)
 
 
-def test_without_switching_fixed_share_is_the_tempered_full_posterior_and_with_nothing_else_the_prior() -> None:
+def test_without_switching_fixed_share_is_the_tempered_full_posterior_and_with_nothing_else_the_prior() -> (
+    None
+):
     logp_EBT, prior_E = made_up_scores(4, 3, 50, random_seed=10), made_up_prior(4, random_seed=11)
     for temperature in (1.0, 8.0):
         expected = log_posterior(logp_EBT, prior_E, Posterior("full", weight=1 / temperature))
@@ -214,7 +219,9 @@ def test_padding_and_its_absence_make_no_difference_to_a_fit() -> None:
     noisy[:, ~mask_BT] = -9
     one, other = (fit_discounts(logp, mask_BT) for logp in (cleared, noisy))
     torch.testing.assert_close(one.weights_G, other.weights_G)
-    one_gate, other_gate = (fit_gate([TextScores(logp, text.entropy_EBT, mask_BT)]) for logp in (cleared, noisy))
+    one_gate, other_gate = (
+        fit_gate([TextScores(logp, text.entropy_EBT, mask_BT)]) for logp in (cleared, noisy)
+    )
     assert torch.equal(one_gate.linear_F, other_gate.linear_F)
 
 
@@ -294,7 +301,9 @@ def test_a_tuned_gate_serves_its_text_better_and_leaves_the_one_for_all_as_it_is
 
 
 def test_enough_text_tunes_every_weight_of_a_gate_and_little_leaves_them(trained: LearnedGate) -> None:
-    blind = replace(trained, linear_F=torch.zeros_like(trained.linear_F), outer_H=torch.zeros_like(trained.outer_H))
+    blind = replace(
+        trained, linear_F=torch.zeros_like(trained.linear_F), outer_H=torch.zeros_like(trained.outer_H)
+    )
     unseen = made_up_text(20, random_seed=27)
     losses = []
     for blocks in (10, 50):  # of 64 tokens, a fifth held out: 128 and 640
@@ -332,7 +341,8 @@ RUNNING: list[Gate] = [
 
 
 def assert_runs_as_it_weighs(gates: list[Gate], text: TextScores) -> None:
-    """Each gate has a sequence of its own, of one batch, and reads a beginning at once and then token by token."""
+    """Each gate has a sequence of its own, of one batch, and reads a
+    beginning at once and then token by token."""
     forms = [one.running() for one in gates]
     for first in (0, 1, 7):
         logp_EBF, entropy_EBF = text.logp_EBT[..., :first], text.entropy_EBT[..., :first]
@@ -342,7 +352,9 @@ def assert_runs_as_it_weighs(gates: list[Gate], text: TextScores) -> None:
             logp_EB, entropy_EB = text.logp_EBT[..., t], text.entropy_EBT[..., t]
             found_EB = forms[0].log_weights(state, entropy_EB)
             for b, one in enumerate(gates):
-                expected_ET = one.log_weights(text.logp_EBT[:, b : b + 1], text.entropy_EBT[:, b : b + 1])[:, 0]
+                expected_ET = one.log_weights(text.logp_EBT[:, b : b + 1], text.entropy_EBT[:, b : b + 1])[
+                    :, 0
+                ]
                 torch.testing.assert_close(found_EB[:, b], expected_ET[:, t], rtol=1e-4, atol=1e-4)
             state |= forms[0].advance(state, logp_EB, entropy_EB)
 
@@ -373,4 +385,6 @@ def test_the_full_posterior_stays_exact_over_a_long_text() -> None:
     for t in range(4000):
         state |= form.advance(state, logp_ET[:, t, None], logp_ET[:, t, None])
     expected_E = torch.log_softmax(logp_ET.sum(1), dim=0)
-    torch.testing.assert_close(form.log_weights(state, logp_ET[:, :1])[:, 0], expected_E, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        form.log_weights(state, logp_ET[:, :1])[:, 0], expected_E, rtol=1e-9, atol=1e-9
+    )

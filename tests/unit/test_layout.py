@@ -33,7 +33,9 @@ def test_imports_have_at_most_ten_levels_and_every_module_of_the_root_is_on_one(
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
         "contracts"
     ]
-    (levels,) = [contract["layers"] for contract in contracts if contract["name"] == "imports go downwards only"]
+    (levels,) = [
+        contract["layers"] for contract in contracts if contract["name"] == "imports go downwards only"
+    ]
     assert len(levels) <= MOST_LEVELS
     listed = [name.strip() for level in levels for name in level.replace(":", "|").split("|")]
     packages = {file.parent.name for file in PACKAGE.glob("*/__init__.py")}

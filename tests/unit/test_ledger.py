@@ -1,4 +1,5 @@
-"""Artifacts and the forest log on a real folder: write-once, races, damage, half-written work, training checkpoints."""
+"""Artifacts and the forest log on a real folder: write-once, races, damage,
+half-written work, training checkpoints."""
 
 import hashlib
 import json
@@ -66,7 +67,9 @@ def ref_of(made: str, kind: str = "model") -> Ref:
 
 
 def everything_below(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 def manifest_of(store: Path, ref: Ref = MODEL) -> Path:
@@ -121,14 +124,23 @@ def test_what_is_committed_is_found_and_opened_by_every_ledger_of_the_store(
     ledger: Ledger, store: Path, tmp_path: Path
 ) -> None:
     recipe = {"texts": ["a", "b"], "rate": 5e-4, "deep": {"none": None, "ü": [1, 2.5]}}
-    inputs = {"texts": (Ref("text", "a"), Ref("text", "b")), "start": (), "tokenizer": (Ref("tokenizer", "t"),)}
+    inputs = {
+        "texts": (Ref("text", "a"), Ref("text", "b")),
+        "start": (),
+        "tokenizer": (Ref("tokenizer", "t"),),
+    }
     asked, parts = origin("model", recipe, inputs), [Ref("model", "a-part")]
     contents = files(tmp_path, {"w": b"weights", "c": b""})
     made = ledger.commit(asked, contents, {"tokens": 7}, {"seconds": 1.5}, parts)
     found = Ledger.open(str(store)).find(asked.ref)
     assert found == made
     assert found is not None
-    assert (found.ref, found.recipe, found.facts, found.note["seconds"]) == (asked.ref, recipe, {"tokens": 7}, 1.5)
+    assert (found.ref, found.recipe, found.facts, found.note["seconds"]) == (
+        asked.ref,
+        recipe,
+        {"tokens": 7},
+        1.5,
+    )
     assert (found.inputs, found.parts) == (inputs, tuple(parts))
     assert {blob.name: ledger.open_file(found, blob.name).read_bytes() for blob in found.blobs} == {
         "w": b"weights",
@@ -294,7 +306,9 @@ def test_a_manifest_with_any_single_bit_flipped_is_refused_or_means_the_same(
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"[]", b"null", b"\xff\xfe", b'{"hash": "0"}'])
-def test_what_is_no_manifest_is_refused_by_its_key(ledger: Ledger, store: Path, tmp_path: Path, damage: bytes) -> None:
+def test_what_is_no_manifest_is_refused_by_its_key(
+    ledger: Ledger, store: Path, tmp_path: Path, damage: bytes
+) -> None:
     commit(ledger, tmp_path, {"w": b"weights"})
     manifest_of(store).write_bytes(damage)
     with pytest.raises(IntegrityError) as refused:
@@ -302,7 +316,9 @@ def test_what_is_no_manifest_is_refused_by_its_key(ledger: Ledger, store: Path, 
     assert MODEL.identity in refused.value.what
 
 
-def test_a_manifest_in_anothers_place_is_not_taken_for_it(ledger: Ledger, store: Path, tmp_path: Path) -> None:
+def test_a_manifest_in_anothers_place_is_not_taken_for_it(
+    ledger: Ledger, store: Path, tmp_path: Path
+) -> None:
     commit(ledger, tmp_path, {"w": b"weights"})
     other = ref_of("something else")
     manifest_of(store, other).write_bytes(manifest_of(store).read_bytes())
@@ -313,7 +329,8 @@ def test_a_manifest_in_anothers_place_is_not_taken_for_it(ledger: Ledger, store:
 
 
 def rewritten(path: Path, change: Callable[[dict[str, Any]], Any], to: Path | None = None) -> None:
-    """Changes a document and gives it the hash of what it says now: what a newer version, or a hand, would write."""
+    """Changes a document and gives it the hash of what it says now: what a
+    newer version, or a hand, would write."""
     whole = json.loads(path.read_text())
     change(whole)
     whole.pop("hash")
@@ -393,7 +410,10 @@ def test_a_text_and_a_training_checkpoint_have_their_own_rule_for_what_their_ide
 ) -> None:
     if kind == "text":
         ref = ledger.commit(text("0123456789abcdef" * 4), {}, {}).ref
-        path, change = manifest_of(store, ref), lambda whole: whole["body"]["recipe"].update(documents="f" * 64)
+        path, change = (
+            manifest_of(store, ref),
+            lambda whole: whole["body"]["recipe"].update(documents="f" * 64),
+        )
     else:
         save(ledger, tmp_path, 3)
         path = store / "training" / MODEL.identity / "000000003.json"
@@ -477,7 +497,9 @@ def test_what_a_newer_version_wrote_is_one_clear_error_and_stays(
         rewritten(store / key, change)
         with pytest.raises(StoreError) as refused:
             look()
-        assert not isinstance(refused.value, IntegrityError | MissingError), "what is not damaged may not be dropped"
+        assert not isinstance(refused.value, IntegrityError | MissingError), (
+            "what is not damaged may not be dropped"
+        )
         assert key in refused.value.what
         assert "newer" in refused.value.remedy
     with pytest.raises(StoreError):
@@ -495,7 +517,9 @@ def test_a_manifest_whose_files_are_of_another_form_is_one_clear_error(
         ledger.find(MODEL)
 
 
-def test_deeply_nested_json_in_place_of_a_manifest_is_damage(ledger: Ledger, store: Path, tmp_path: Path) -> None:
+def test_deeply_nested_json_in_place_of_a_manifest_is_damage(
+    ledger: Ledger, store: Path, tmp_path: Path
+) -> None:
     commit(ledger, tmp_path, {"w": b"weights"})
     for data in (b"[" * 200_000 + b"]" * 200_000, b'{"a":' * 200_000 + b"0" + b"}" * 200_000):
         manifest_of(store).write_bytes(data)
@@ -553,7 +577,9 @@ def test_a_broken_link_in_the_place_of_a_version_is_no_forest_less_and_no_endles
         ledger.log.append(merge_into(FOUNDED, [expert("law")], {}, ""))
 
 
-def test_a_lost_blob_is_named_with_its_artifact_and_what_to_do(ledger: Ledger, store: Path, tmp_path: Path) -> None:
+def test_a_lost_blob_is_named_with_its_artifact_and_what_to_do(
+    ledger: Ledger, store: Path, tmp_path: Path
+) -> None:
     made = commit(ledger, tmp_path, {"w": b"weights"})
     (store / "blobs" / made.blob("w").sha256).unlink()
     for use in (
@@ -566,7 +592,9 @@ def test_a_lost_blob_is_named_with_its_artifact_and_what_to_do(ledger: Ledger, s
         assert f"artifacts/model/{MODEL.identity}.json" in missing.value.remedy
 
 
-def test_a_commit_of_what_stands_without_its_files_is_no_success(ledger: Ledger, store: Path, tmp_path: Path) -> None:
+def test_a_commit_of_what_stands_without_its_files_is_no_success(
+    ledger: Ledger, store: Path, tmp_path: Path
+) -> None:
     # The manifest that stands names other bytes than those that were just stored.
     made = commit(ledger, tmp_path, {"w": b"weights"})
     (store / "blobs" / made.blob("w").sha256).unlink()
@@ -596,7 +624,9 @@ STRAYS = [
 ]
 
 
-@pytest.mark.parametrize("folder", ["forest", "pins", f"training/{MODEL.identity}", "artifacts/model", "blobs"])
+@pytest.mark.parametrize(
+    "folder", ["forest", "pins", f"training/{MODEL.identity}", "artifacts/model", "blobs"]
+)
 def test_objects_that_are_none_of_the_stores_are_left_alone_and_told_of_once(
     ledger: Ledger, store: Path, tmp_path: Path, folder: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -627,7 +657,9 @@ def test_objects_that_are_none_of_the_stores_are_left_alone_and_told_of_once(
                     and "caf" not in key}  # fmt: skip
 
 
-def test_folder_markers_of_object_storage_are_no_objects_of_ours(ledger: Ledger, store: Path, tmp_path: Path) -> None:
+def test_folder_markers_of_object_storage_are_no_objects_of_ours(
+    ledger: Ledger, store: Path, tmp_path: Path
+) -> None:
     class WithMarkers(LocalFolder):
         """As an S3 console makes folders: an object of no bytes whose key ends in a slash."""
 
@@ -655,7 +687,10 @@ def test_a_source_whose_text_is_lost_counts_as_unread(ledger: Ledger, store: Pat
         ledger.commit(of_files, {}, {}, parts=[documents.ref])
 
     read()
-    for lost in (manifest_of(store, documents.ref), store / "blobs" / ledger.get(documents.ref).blob("shard").sha256):
+    for lost in (
+        manifest_of(store, documents.ref),
+        store / "blobs" / ledger.get(documents.ref).blob("shard").sha256,
+    ):
         assert ledger.find_all([source, MODEL]) == [ledger.get(source), None]
         lost.unlink()
         assert ledger.find_all([source]) == [None]
@@ -667,7 +702,9 @@ def test_a_source_whose_text_is_lost_counts_as_unread(ledger: Ledger, store: Pat
 
 
 def expert(domain: str) -> Expert:
-    return Expert(domain, f"expert-{domain}", "weights", f"text-{domain}", (Parent("seed", 0.25), Parent("x", 0.75)))
+    return Expert(
+        domain, f"expert-{domain}", "weights", f"text-{domain}", (Parent("seed", 0.25), Parent("x", 0.75))
+    )
 
 
 def test_versions_are_appended_and_read_back_as_they_were(ledger: Ledger, store: Path) -> None:
@@ -675,7 +712,9 @@ def test_versions_are_appended_and_read_back_as_they_were(ledger: Ledger, store:
     assert ledger.log.versions() == []
     versions = [FOUNDED]
     for domain in "bcadefghijkl":
-        versions.append(merge_into(versions[-1], [expert(domain)], {f"expert-{domain}": "hash"}, f"added {domain}"))
+        versions.append(
+            merge_into(versions[-1], [expert(domain)], {f"expert-{domain}": "hash"}, f"added {domain}")
+        )
     for version in versions:
         assert ledger.log.append(version)
     again = Ledger.open(str(store))
@@ -757,10 +796,16 @@ def save(ledger: Ledger, folder: Path, update: int, made: str = "of this", **con
 
 
 def below_training(store: Path) -> list[str]:
-    return sorted(key for key in everything_below(store) if key.startswith("training/")) if store.exists() else []
+    return (
+        sorted(key for key in everything_below(store) if key.startswith("training/"))
+        if store.exists()
+        else []
+    )
 
 
-def test_the_latest_training_checkpoint_is_the_one_with_the_most_updates(ledger: Ledger, tmp_path: Path) -> None:
+def test_the_latest_training_checkpoint_is_the_one_with_the_most_updates(
+    ledger: Ledger, tmp_path: Path
+) -> None:
     assert ledger.latest_training(MODEL.identity) is None
     for update in (9, 10, 100_000, 99_999):
         save(ledger, tmp_path, update)
@@ -783,7 +828,9 @@ def test_a_newer_checkpoint_is_committed_before_an_older_one_is_dropped(store: P
     assert len(below_training(store)) == 3
 
 
-def test_a_checkpoint_that_could_not_be_written_leaves_the_older_one_whole(store: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_could_not_be_written_leaves_the_older_one_whole(
+    store: Path, tmp_path: Path
+) -> None:
     save(Ledger.open(str(store)), tmp_path, 1)
     with pytest.raises(StoreError):
         save(Ledger(FailingFolder(str(store), "000000002.json")), tmp_path, 2)
@@ -807,7 +854,8 @@ def test_bytes_that_two_checkpoints_share_stay_with_the_newer_one(ledger: Ledger
 def test_dropping_checkpoints_takes_no_byte_from_what_is_committed_nor_from_another_training(
     ledger: Ledger, store: Path, tmp_path: Path
 ) -> None:
-    # A checkpoint saved before the first update of a branch has the very bytes of its parent, and so has its sibling's.
+    # A checkpoint saved before the first update of a branch has the very bytes of its parent, and so has its
+    # sibling's.
     seed = commit(ledger, tmp_path, {"w": b"weights", "o": b"moments"}, "seed")
     for made in ("law", "code"):
         save(ledger, tmp_path, 0, made, w=b"weights", o=b"moments")
@@ -823,7 +871,9 @@ def test_dropping_checkpoints_takes_no_byte_from_what_is_committed_nor_from_anot
             ledger.open_file(artifact, blob.name)
 
 
-def test_clearing_a_training_leaves_nothing_of_it_not_even_what_was_never_finished(store: Path, tmp_path: Path) -> None:
+def test_clearing_a_training_leaves_nothing_of_it_not_even_what_was_never_finished(
+    store: Path, tmp_path: Path
+) -> None:
     with pytest.raises(StoreError):
         save(Ledger(FailingFolder(str(store), ".json")), tmp_path, 3)
     assert below_training(store)
@@ -843,8 +893,11 @@ def test_a_training_saved_twice_at_one_update_stays_as_it_was_first(ledger: Ledg
     assert ledger.open_file(latest, "w").read_bytes() == b"weights at 5"
 
 
-def test_a_record_is_written_under_an_account_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a container that runs under any number: Python has no name for it, and none is in the environment."""
+def test_a_record_is_written_under_an_account_without_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container that runs under any number: Python has no name for it,
+    and none is in the environment."""
 
     def no_entry(number: int) -> None:
         raise KeyError(f"getpwuid(): uid not found: {number}")

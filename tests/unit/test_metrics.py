@@ -1,4 +1,5 @@
-"""What a driver tells Prometheus of a training: while it waits, while it trains, while it is silent, and after its end."""
+"""What a driver tells Prometheus of a training: while it waits, while it trains,
+while it is silent, and after its end."""
 
 import dataclasses
 from pathlib import Path
@@ -42,7 +43,14 @@ def test_a_sign_of_life_without_a_loss_moves_no_curve() -> None:
 
 
 def test_utilisation_is_flops_done_by_flops_there_are_and_of_a_share_of_a_gpu_its_share() -> None:
-    config = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 300, "n_positions": 32}
+    config = {
+        "model_type": "gpt2",
+        "n_layer": 2,
+        "n_embd": 32,
+        "n_head": 2,
+        "vocab_size": 300,
+        "n_positions": 32,
+    }
     model = build_model(config, 0)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     flops = 6 * parameters + 12 * 2 * 32 * 32

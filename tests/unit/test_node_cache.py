@@ -1,4 +1,5 @@
-"""The cache of a node: one fetch for all processes, a bound, and no trace of what failed, died or was damaged."""
+"""The cache of a node: one fetch for all processes, a bound, and no trace
+of what failed, died or was damaged."""
 
 import errno
 import hashlib
@@ -93,7 +94,8 @@ def test_many_processes_that_ask_for_the_same_files_fetch_each_once(tmp_path: Pa
     names, log = [name_of(str(number)) for number in range(20)], tmp_path / "log"
     arguments = [sys.executable, "-c", PROCESS, str(tmp_path / "cache"), str(log), str(tmp_path / "go")]
     processes = [
-        subprocess.Popen([*arguments, *names], stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(6)
+        subprocess.Popen([*arguments, *names], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for _ in range(6)
     ]
     try:
         for process in processes:
@@ -126,10 +128,14 @@ NodeCache(Path(sys.argv[1]), 10**6).get(sys.argv[2], fetch)
 """
 
 
-def test_a_process_that_is_killed_while_it_fetches_neither_blocks_nor_feeds_the_next(cache: NodeCache) -> None:
+def test_a_process_that_is_killed_while_it_fetches_neither_blocks_nor_feeds_the_next(
+    cache: NodeCache,
+) -> None:
     name = name_of("a")
     with subprocess.Popen(
-        [sys.executable, "-c", DYING_PROCESS, str(cache.folder), name], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", DYING_PROCESS, str(cache.folder), name],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     ) as process:
         assert process.stdout
         assert process.stdout.readline() == b"fetching\n"
@@ -260,7 +266,8 @@ def test_many_processes_that_fetch_and_evict_at_once_never_count_too_little(
 ) -> None:
     arguments = [sys.executable, "-c", RACING_PROCESS, str(tmp_path / "cache")]
     processes = [
-        subprocess.Popen([*arguments, str(i)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) for i in range(4)
+        subprocess.Popen([*arguments, str(i)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for i in range(4)
     ]
     for process in processes:
         assert process.stdout
@@ -300,7 +307,9 @@ def full(times: int, code: int = errno.ENOSPC) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT], ids=["disk full", "quota"])
-def test_a_full_disk_is_emptied_of_what_nobody_uses_before_the_second_try(cache: NodeCache, code: int) -> None:
+def test_a_full_disk_is_emptied_of_what_nobody_uses_before_the_second_try(
+    cache: NodeCache, code: int
+) -> None:
     cache.get(name_of("old"), writes(DATA))
     cache.get(name_of("in use"), writes(DATA))
     last_used(cache, name_of("old"), 2 * IN_USE_SECONDS)
@@ -309,7 +318,9 @@ def test_a_full_disk_is_emptied_of_what_nobody_uses_before_the_second_try(cache:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT], ids=["disk full", "quota"])
-def test_a_disk_that_stays_full_is_a_store_error_that_says_where_and_what_to_do(cache: NodeCache, code: int) -> None:
+def test_a_disk_that_stays_full_is_a_store_error_that_says_where_and_what_to_do(
+    cache: NodeCache, code: int
+) -> None:
     cache.get(name_of("in use"), writes(DATA))
     with pytest.raises(StoreError) as failed:
         cache.get(name_of("new"), full(2, code))
@@ -349,7 +360,9 @@ def test_a_cache_folder_that_cannot_be_written_is_a_store_error(tmp_path: Path) 
     folder = tmp_path / "cache"
     folder.mkdir()
     if os.geteuid() == 0:  # whom no mode stops
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", folder], capture_output=True, text=True)
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", folder], capture_output=True, text=True
+        )
         if mounted.returncode:
             pytest.skip(f"no disk that is read only can be mounted here: {mounted.stderr.strip()}")
     folder.chmod(0o500) if os.geteuid() else None
@@ -375,7 +388,9 @@ def test_a_file_of_a_disk_that_has_become_read_only_is_still_given_or_a_store_er
 # What the environment says
 
 
-def test_a_node_says_where_its_cache_is_and_how_large(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_node_says_where_its_cache_is_and_how_large(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("BTM_CACHE_FOLDER", str(tmp_path))
     monkeypatch.setenv("BTM_CACHE_GIGABYTES", "0.5")
     assert (node_cache().folder, node_cache().limit_bytes) == (tmp_path, 500_000_000)
@@ -427,7 +442,9 @@ def test_a_file_that_is_opened_twice_is_the_same_file(ledger: Ledger, artifact: 
 @pytest.mark.parametrize(
     "damage", [b"", DATA[:-1], b"X" + DATA[1:], DATA + b"X"], ids=["empty", "cut", "flip", "longer"]
 )
-def test_a_damaged_file_in_the_cache_is_fetched_anew(ledger: Ledger, artifact: Artifact, damage: bytes) -> None:
+def test_a_damaged_file_in_the_cache_is_fetched_anew(
+    ledger: Ledger, artifact: Artifact, damage: bytes
+) -> None:
     path = ledger.open_file(artifact, "weights")
     path.write_bytes(damage)
     assert ledger.open_file(artifact, "weights").read_bytes() == DATA
@@ -475,7 +492,8 @@ def open_to_all(folder: Path) -> None:
 def test_a_cache_that_another_user_may_have_prepared_is_refused_and_nothing_in_it_is_touched(
     tmp_path: Path, prepare: Callable[[Path], None], below: str
 ) -> None:
-    """Below a shared /tmp its name can be guessed, and what lies there led to whatever file its owner liked."""
+    """Below a shared /tmp its name can be guessed, and what lies there led
+    to whatever file its owner liked."""
     cache = NodeCache(tmp_path / "cache", 10**6)
     if below:
         cache.folder.mkdir(mode=0o700)
@@ -502,7 +520,9 @@ def test_what_the_cache_makes_is_its_users_alone(cache: NodeCache) -> None:
     cache.check()
 
 
-def test_a_count_that_is_a_link_to_a_file_of_anothers_leaves_that_file_alone(cache: NodeCache, tmp_path: Path) -> None:
+def test_a_count_that_is_a_link_to_a_file_of_anothers_leaves_that_file_alone(
+    cache: NodeCache, tmp_path: Path
+) -> None:
     """As root, the cache wrote its count to wherever the link led."""
     precious = tmp_path / "precious"
     precious.write_text("not to be lost")

@@ -17,7 +17,9 @@ def runs(text: str) -> set[tuple[str, ...]]:
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(WORDS, max_size=4), st.lists(WORDS, max_size=6), st.integers(1, 50))
-def test_what_is_marked_is_what_a_search_by_hand_finds(tests: list[str], training: list[str], batch: int) -> None:
+def test_what_is_marked_is_what_a_search_by_hand_finds(
+    tests: list[str], training: list[str], batch: int
+) -> None:
     training = training + [text.upper() for text in tests[::2]] + [f"{text} tail" for text in tests[1::2]]
     marked = TestText(tests)
     mark_seen([marked, TestText(["other"])], training, batch)

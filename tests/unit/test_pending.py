@@ -1,4 +1,5 @@
-"""Which requests of a call may start, in which order, and what fails with an input: on records of no meaning."""
+"""Which requests of a call may start, in which order, and what fails with
+an input: on records of no meaning."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -52,7 +52,11 @@ def entries(words: str) -> dict[str, str]:
     by_field: dict[str, str] = {}
     for entry in words.split("\n- ")[1:]:
         field, _, rest = entry.partition("\n")
-        assert [line.split(":")[0].strip() for line in rest.splitlines()] == ["found", "expected", "remedy"], entry
+        assert [line.split(":")[0].strip() for line in rest.splitlines()] == [
+            "found",
+            "expected",
+            "remedy",
+        ], entry
         assert all(line.split(":", 1)[1].strip() for line in rest.splitlines()), entry
         by_field[field] = by_field.get(field, "") + rest
     return by_field
@@ -118,7 +122,16 @@ cluster: {gpus_per_expert: 1.5, retries: true}
         )
     )
     assert words.keys() == {
-        *("name", "nam", "store", "domains[0].name", "domains[1].txt", "domains[1]", "domains[2]", "domains[3]"),
+        *(
+            "name",
+            "nam",
+            "store",
+            "domains[0].name",
+            "domains[1].txt",
+            "domains[1]",
+            "domains[2]",
+            "domains[3]",
+        ),
         *("domains, targets", "targets", "tokenizer.train.vocabulary", "tokenizer", "model.preset", "model"),
         *(
             "model.config",
@@ -155,7 +168,10 @@ PROBLEMS = {
     "domains: [a]": ("domains[0]", "keys such as name, text"),
     "domains: [{name: a, dataset: {name: d, test_split: train}}]": ("domains[0].dataset", "every split once"),
     "domains: [{name: a, text: '*.txt.gz', field: body}]": ("domains[0].field", "only where files have rows"),
-    "domains: [{name: a, text: [a.jsonl, b.csv], delimiter: x}]": ("domains[0].delimiter", "only for plain text"),
+    "domains: [{name: a, text: [a.jsonl, b.csv], delimiter: x}]": (
+        "domains[0].delimiter",
+        "only for plain text",
+    ),
     "domains: [{name: a, dataset: {name: d}, delimiter: x}]": ("domains[0].delimiter", "beside a `dataset`"),
     "targets: [{name: b, text: a.txt}]": ("domains, targets", "'a' and 'b' have the same text"),
     "targets: [{name: a, text: b.txt}]": ("domains, targets", "'a' 2 times"),
@@ -169,7 +185,10 @@ PROBLEMS = {
     "model: {pretrained: some-model}": ("tokenizer", "`tokenizer: {pretrained: some-model}`"),
     "reading: {development_share: 0.5, test_share: 0.5}": ("reading", "less than 1"),
     "reading: {test_share: 0}": ("reading", "test text for every domain"),
-    "reading: {longest_document_characters: 0}": ("reading.longest_document_characters", "greater than or equal to 1"),
+    "reading: {longest_document_characters: 0}": (
+        "reading.longest_document_characters",
+        "greater than or equal to 1",
+    ),
     "training: {updates: 1, seed_share: 0.9}": ("training", "at least one update for the experts"),
     "training: {updates: 1.5}": ("training.updates", "a valid integer"),
     "training: {block_tokens: 1e400}": ("training.block_tokens", "finite"),
@@ -185,13 +204,19 @@ PROBLEMS = {
     "training: 3": ("training", "keys such as block_tokens"),
     "branching: {start: posterio}": ("branching.start", "did you mean `posterior`?"),
     "merging: {discount: 1.5}": ("merging.discount", "less than or equal to 1"),
-    "merging: {posterior: fuller}": ("merging.posterior", "'calibrated', 'full', 'last-token', 'window' or 'gate'"),
+    "merging: {posterior: fuller}": (
+        "merging.posterior",
+        "'calibrated', 'full', 'last-token', 'window' or 'gate'",
+    ),
     "merging: {posterior: gate, top_k: 2}": ("merging.top_k", "a gate has no prior"),
     "merging: {posterior: gate, prior: ema}": ("merging.prior", "a gate has no prior"),
     "merging: {cluster_temperature: 0.2}": ("merging.cluster_temperature", "no cluster model is named"),
     "merging: {window_tokens: 8, posterior: full}": ("merging.window_tokens", "the posterior is `full`"),
     "merging: {window_tokens: 8}": ("merging.window_tokens", "the posterior is `calibrated`"),
-    "training: {updates: 12, seed_share: 0.01}": ("training.seed_share", "a share that comes to an update, or 0"),
+    "training: {updates: 12, seed_share: 0.01}": (
+        "training.seed_share",
+        "a share that comes to an update, or 0",
+    ),
     "cluster: {seed_gpus: 129}": ("cluster.seed_gpus", "at most 128"),
     "cluster: {gpus_per_expert: .inf}": ("cluster.gpus_per_expert", "finite"),
     "cluster: {checkpoint_minutes: .inf}": ("cluster.checkpoint_minutes", "finite"),
@@ -212,7 +237,10 @@ def test_each_problem_names_its_field_and_what_was_expected(line: str, write: Ca
 
 def test_a_problem_with_a_default_says_what_leaving_it_out_means(write: Callable[[str], Path]) -> None:
     words = entries(refusal(write(MINIMAL + "training: {updates: many}\n")))
-    assert "leave it out for 80000 (Whole budget: seed updates and then expert updates)" in words["training.updates"]
+    assert (
+        "leave it out for 80000 (Whole budget: seed updates and then expert updates)"
+        in words["training.updates"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -250,7 +278,14 @@ def test_a_file_that_is_no_plan_is_refused_in_one_error(
 def test_a_path_that_is_no_file_is_refused(tmp_path: Path) -> None:
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
-    for path in (tmp_path, tmp_path / "none.yaml", loop, Path("/dev/zero"), tmp_path / ("x" * 5000), Path("a\0b")):
+    for path in (
+        tmp_path,
+        tmp_path / "none.yaml",
+        loop,
+        Path("/dev/zero"),
+        tmp_path / ("x" * 5000),
+        Path("a\0b"),
+    ):
         words = refusal(path)
         assert "cannot read the plan" in words
         assert "remedy:" in words
@@ -308,21 +343,32 @@ def test_the_schema_describes_every_field_and_closes_every_section() -> None:
 
 def test_the_page_of_all_fields_is_up_to_date() -> None:
     page = Path(__file__).parents[2] / "docs" / "plan.md"
-    assert page.read_text(encoding="utf-8") == plan_reference(), "write it anew: btm schema --markdown > docs/plan.md"
+    assert page.read_text(encoding="utf-8") == plan_reference(), (
+        "write it anew: btm schema --markdown > docs/plan.md"
+    )
     for name in {name.partition(".")[2] for name, _ in _properties(plan_schema())}:
         assert f"| `{name}` | " in plan_reference()
 
 
 SCALARS = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.dates(), st.binary(max_size=3)
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.dates(),
+    st.binary(max_size=3),
 )
 VALUES = st.recursive(
-    SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=3) | st.integers(), v, max_size=3)
+    SCALARS,
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=3) | st.integers(), v, max_size=3),
 )
 
 
 def _places(value: Any, above: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    children = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    )
     return [above, *(place for key, child in children for place in _places(child, (*above, key)))]
 
 
@@ -354,7 +400,9 @@ def test_a_pretrained_model_has_no_seed_share_unless_the_plan_writes_one(fields:
     without = {name: value for name, value in pretrained.items() if name != "training"}
     plan = Plan.model_validate(without)
     assert (plan.training.seed_share, plan.training.updates) == (0, 80_000)
-    assert Plan.model_validate(plan.model_dump(mode="json", exclude_defaults=True)) == plan, "as a study keeps it"
+    assert Plan.model_validate(plan.model_dump(mode="json", exclude_defaults=True)) == plan, (
+        "as a study keeps it"
+    )
     assert Plan.model_validate(pretrained).training.seed_share == fields["training"]["seed_share"]
     assert Plan.model_validate(fields | {"training": training}).training.seed_share == 0.5
 

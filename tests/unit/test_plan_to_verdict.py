@@ -31,7 +31,10 @@ LINES = [
     (5.0, "seed: starting"),
     (6.0, "seed: loading"),
     (8.0, "seed: training update 9/100 loss 7.607 4,782 tokens/s 1:24 left"),
-    (9.0, "seed: training update 100/100 loss 5.659 4,782 tokens/s checkpoint: stalled 0.1 s, stored in 0.2 s"),
+    (
+        9.0,
+        "seed: training update 100/100 loss 5.659 4,782 tokens/s checkpoint: stalled 0.1 s, stored in 0.2 s",
+    ),
     (9.5, "seed: storing"),
     (11.0, "python: starting"),
     (12.0, "python: training update 105/200 loss 5.909 4,736 tokens/s 0:21 left"),
@@ -41,7 +44,14 @@ LINES = [
 
 
 def manifest(kind, identity, recipe, role=None):
-    return {"body": {"kind": kind, "identity": identity, "recipe": recipe, "facts": {"role": role} if role else {}}}
+    return {
+        "body": {
+            "kind": kind,
+            "identity": identity,
+            "recipe": recipe,
+            "facts": {"role": role} if role else {},
+        }
+    }
 
 
 def whole_run():
@@ -52,19 +62,29 @@ def whole_run():
         made_from(manifest("model", EXPERT, {"start": {"parents": [{"identity": SEED}]}}, "expert"), 12.5),
         made_from(manifest("scores", "6" * 64, {"model": SEED, "tokens": ["2" * 64]}), 14.0),
         made_from(manifest("scores", "7" * 64, {"model": SEED, "tokens": ["3" * 64]}), 15.0),
-        made_from(manifest("model", AVERAGE, {"average": [{"identity": SEED}, {"identity": EXPERT}]}, "average"), 16.0),
+        made_from(
+            manifest("model", AVERAGE, {"average": [{"identity": SEED}, {"identity": EXPERT}]}, "average"),
+            16.0,
+        ),
         made_from(manifest("scores", "8" * 64, {"model": AVERAGE, "tokens": ["2" * 64]}), 17.0),
         made_from(manifest("overlap", "9" * 64, {}), 18.0),
     ]
     said = [one for one in (parse_line(*line) for line in LINES) if one is not None]
-    names = forest_names({"foundation": {"seed": SEED}, "experts": [{"identity": EXPERT, "domain": "python"}]})
+    names = forest_names(
+        {"foundation": {"seed": SEED}, "experts": [{"identity": EXPERT, "domain": "python"}]}
+    )
     return timeline(said, made, names, 20.0)
 
 
 def test_a_line_tells_the_phase_and_the_update():
     progress = parse_line(8.0, "seed: training update 9/100 loss 7.607 4,782 tokens/s 1:24 left")
     assert progress is not None
-    assert (progress.label, progress.phase, progress.update, progress.is_last) == ("seed", "training", 9, False)
+    assert (progress.label, progress.phase, progress.update, progress.is_last) == (
+        "seed",
+        "training",
+        9,
+        False,
+    )
     assert parse_line(1.0, "note: Something is not as it should be") is None
     assert parse_line(1.0, "") is None
 
@@ -101,7 +121,10 @@ def test_work_is_from_the_first_update_of_the_seed_to_the_last_score():
 
 def test_the_longest_waits_come_first():
     events = [Event(0.0, "a", "x"), Event(1.0, "b", "x"), Event(5.0, "c", "x"), Event(7.0, "d", "x")]
-    assert [(seconds, later.name) for seconds, _, later in longest_waits(events, 2)] == [(4.0, "c"), (2.0, "d")]
+    assert [(seconds, later.name) for seconds, _, later in longest_waits(events, 2)] == [
+        (4.0, "c"),
+        (2.0, "d"),
+    ]
 
 
 def test_a_model_is_named_by_the_forest_and_others_by_their_role():

@@ -41,8 +41,11 @@ KINDS = [
 ]
 
 
-def made_up_scores(experts: int, blocks: int, tokens: int, random_seed: int, spread: float = 1.0) -> torch.Tensor:
-    """Log-probabilities [E, B, T] such as small models give: common difficulty, and an opinion of each expert."""
+def made_up_scores(
+    experts: int, blocks: int, tokens: int, random_seed: int, spread: float = 1.0
+) -> torch.Tensor:
+    """Log-probabilities [E, B, T] such as small models give: common
+    difficulty, and an opinion of each expert."""
     generator = torch.Generator().manual_seed(random_seed)
     common = 3 + 3 * torch.rand(1, blocks, tokens, generator=generator, dtype=torch.float64)
     own = spread * torch.randn(experts, blocks, tokens, generator=generator, dtype=torch.float64)
@@ -59,7 +62,9 @@ def everything(logp_EBT: torch.Tensor) -> torch.Tensor:
     return torch.ones(logp_EBT.shape[1:], dtype=torch.bool)
 
 
-def naive_posterior(logp: list[list[float]], log_prior: list[float], posterior: Posterior) -> list[list[float]]:
+def naive_posterior(
+    logp: list[list[float]], log_prior: list[float], posterior: Posterior
+) -> list[list[float]]:
     """p(D=j | x_<t) of one block, [T][E]: a loop over tokens, experts and the past, in 50 digits."""
     experts, tokens = len(logp), len(logp[0])
     result = []
@@ -99,7 +104,9 @@ def test_every_posterior_is_what_a_loop_over_the_past_gives(posterior: Posterior
 def test_the_ensemble_is_a_mixture_of_probabilities_under_that_posterior(posterior: Posterior) -> None:
     logp_EBT, prior_E = made_up_scores(4, 1, 12, random_seed=3), made_up_prior(4, random_seed=4)
     weights = naive_posterior(logp_EBT[:, 0].tolist(), prior_E.tolist(), posterior)
-    expected = [math.log(sum(w * math.exp(logp_EBT[j, 0, t]) for j, w in enumerate(weights[t]))) for t in range(12)]
+    expected = [
+        math.log(sum(w * math.exp(logp_EBT[j, 0, t]) for j, w in enumerate(weights[t]))) for t in range(12)
+    ]
     np.testing.assert_allclose(log_mixture(logp_EBT, prior_E, posterior)[0].numpy(), expected, rtol=1e-11)
 
 
@@ -145,7 +152,9 @@ def test_a_long_block_of_one_sided_evidence_neither_over_nor_underflows() -> Non
     found = log_posterior(logp_EBT, made_up_prior(2, random_seed=11), FULL)
     assert torch.isfinite(found).all()
     assert found[1, 0, -1] == pytest.approx(-199 * 4095, rel=1e-3)
-    torch.testing.assert_close(log_mixture(logp_EBT, torch.zeros(2).double(), FULL)[0, 1:], logp_EBT[0, 0, 1:])
+    torch.testing.assert_close(
+        log_mixture(logp_EBT, torch.zeros(2).double(), FULL)[0, 1:], logp_EBT[0, 0, 1:]
+    )
 
 
 def test_responsibilities_are_bayes_rule_with_the_token_itself_seen() -> None:
@@ -160,7 +169,10 @@ def test_responsibilities_are_bayes_rule_with_the_token_itself_seen() -> None:
 
 
 def exact_ema(block_logp: list[list[float]], rate: str = "0.3") -> list[mpmath.mpf]:
-    """q [E] in as many digits as it takes: probabilities, plainly as the paper writes them. `block_logp` is [E][B]."""
+    """q [E] in as many digits as it takes: probabilities, plainly as the paper writes them.
+
+    `block_logp` is [E][B].
+    """
     experts, blocks = len(block_logp), len(block_logp[0])
     keep, take = 1 - mpmath.mpf(rate), mpmath.mpf(rate)
     q = [mpmath.mpf(1) / experts] * experts
@@ -175,13 +187,15 @@ def exact_ema(block_logp: list[list[float]], rate: str = "0.3") -> list[mpmath.m
 def test_the_ema_prior_is_the_papers_recursion_in_exact_arithmetic(random_seed: int) -> None:
     logp_EBT = made_up_scores(4, 9, 5, random_seed)
     expected = exact_ema(logp_EBT.sum(-1).tolist())
-    np.testing.assert_allclose(ema_prior(logp_EBT).numpy(), [float(mpmath.log(q)) for q in expected], rtol=1e-9)
+    np.testing.assert_allclose(
+        ema_prior(logp_EBT).numpy(), [float(mpmath.log(q)) for q in expected], rtol=1e-9
+    )
     assert float(ema_prior(logp_EBT).exp().sum()) == pytest.approx(1, rel=1e-12)
 
 
 def test_the_ema_prior_leaves_a_first_block_that_no_float_probability_could_leave() -> None:
-    # The first block is 800 nats for expert 0, every later one 300 for expert 1: exp(-800) is zero as a float, and zero is
-    # kept by every later step of the recursion, however much speaks for expert 1.
+    # The first block is 800 nats for expert 0, every later one 300 for expert 1: exp(-800) is zero as a
+    # float, and zero is kept by every later step of the recursion, however much speaks for expert 1.
     logp_EBT = torch.zeros(2, 7, 10, dtype=torch.float64)
     logp_EBT[1, 0] = -80.0
     logp_EBT[0, 1:] = -30.0
@@ -193,7 +207,9 @@ def test_the_ema_prior_leaves_a_first_block_that_no_float_probability_could_leav
     mpmath.mp.dps = 1000
     expected = exact_ema(logp_EBT.sum(-1).tolist())
     assert expected[1] > 0.6
-    np.testing.assert_allclose(ema_prior(logp_EBT).numpy(), [float(mpmath.log(q)) for q in expected], rtol=1e-10)
+    np.testing.assert_allclose(
+        ema_prior(logp_EBT).numpy(), [float(mpmath.log(q)) for q in expected], rtol=1e-10
+    )
 
 
 def test_the_ema_prior_weighs_the_newest_block_most() -> None:
@@ -226,12 +242,15 @@ def log_likelihood(log_weights_E: torch.Tensor, logp_EN: torch.Tensor) -> float:
 def test_the_fitted_prior_is_that_of_an_independent_em(random_seed: int) -> None:
     logp_EBT = made_up_scores(4, 6, 50, random_seed, spread=2.0)
     expected = em_in_probabilities(np.exp(logp_EBT.flatten(1).numpy()))
-    np.testing.assert_allclose(fitted_prior(logp_EBT, everything(logp_EBT)).exp().numpy(), expected, atol=1e-3)
+    np.testing.assert_allclose(
+        fitted_prior(logp_EBT, everything(logp_EBT)).exp().numpy(), expected, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("random_seed", range(6))
 def test_the_fitted_prior_satisfies_the_conditions_of_a_maximum(random_seed: int) -> None:
-    # The likelihood is concave in the weights, and max_j mean(p_j / mixture) - 1 bounds how much is left to gain.
+    # The likelihood is concave in the weights, and max_j mean(p_j / mixture) - 1 bounds how much is left to
+    # gain.
     logp_EBT = made_up_scores(5, 8, 40, 100 + random_seed, spread=0.5 + random_seed)
     logp_EN = logp_EBT.flatten(1)
     log_w_E = fitted_prior(logp_EBT, everything(logp_EBT))
@@ -252,7 +271,9 @@ def test_the_fitted_prior_finds_the_weights_that_made_the_tokens() -> None:
 
 def test_the_fitted_prior_does_not_care_how_hard_a_token_is() -> None:
     logp_EBT = made_up_scores(3, 4, 20, random_seed=15)
-    harder = logp_EBT - 5000 * torch.rand(1, 4, 20, generator=torch.Generator().manual_seed(16), dtype=torch.float64)
+    harder = logp_EBT - 5000 * torch.rand(
+        1, 4, 20, generator=torch.Generator().manual_seed(16), dtype=torch.float64
+    )
     torch.testing.assert_close(
         fitted_prior(harder, everything(harder)).exp(),
         fitted_prior(logp_EBT, everything(logp_EBT)).exp(),
@@ -265,7 +286,9 @@ def test_the_fitted_prior_does_not_care_how_hard_a_token_is() -> None:
 
 
 @pytest.mark.parametrize("posterior", KINDS, ids=str)
-def test_the_mean_prior_is_the_average_responsibility_of_a_loop_over_real_tokens(posterior: Posterior) -> None:
+def test_the_mean_prior_is_the_average_responsibility_of_a_loop_over_real_tokens(
+    posterior: Posterior,
+) -> None:
     logp_EBT = made_up_scores(3, 2, 12, random_seed=17)
     mask_BT = everything(logp_EBT)
     mask_BT[1, 7:] = False
@@ -276,7 +299,9 @@ def test_the_mean_prior_is_the_average_responsibility_of_a_loop_over_real_tokens
         for t in range(tokens):
             joint = np.array([weights[t][j] * math.exp(logp_EBT[j, block, t]) for j in range(3)])
             totals += joint / joint.sum()
-    np.testing.assert_allclose(mean_prior(logp_EBT, mask_BT, posterior).exp().numpy(), totals / 19, rtol=1e-10)
+    np.testing.assert_allclose(
+        mean_prior(logp_EBT, mask_BT, posterior).exp().numpy(), totals / 19, rtol=1e-10
+    )
 
 
 def test_top_k_keeps_the_largest_entries_renormalised_and_the_others_play_no_part() -> None:
@@ -284,7 +309,9 @@ def test_top_k_keeps_the_largest_entries_renormalised_and_the_others_play_no_par
     kept = keep_top(prior_E, 2)
     torch.testing.assert_close(kept.exp(), torch.tensor([0, 4 / 7, 0, 3 / 7], dtype=torch.float64))
     logp_EBT = made_up_scores(4, 3, 10, random_seed=18)
-    logp_EBT[[0, 2]] = torch.rand(2, 3, 10, generator=torch.Generator().manual_seed(19), dtype=torch.float64).log()
+    logp_EBT[[0, 2]] = torch.rand(
+        2, 3, 10, generator=torch.Generator().manual_seed(19), dtype=torch.float64
+    ).log()
     for posterior in KINDS:
         torch.testing.assert_close(
             log_mixture(logp_EBT, kept, posterior),
@@ -330,7 +357,9 @@ def test_one_expert_has_all_of_the_prior(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["fitted", "ema", "mean"])
 @pytest.mark.parametrize("blocks", [1, 12])
-def test_an_expert_with_hopeless_scores_gets_nothing_and_does_not_disturb_the_others(kind: str, blocks: int) -> None:
+def test_an_expert_with_hopeless_scores_gets_nothing_and_does_not_disturb_the_others(
+    kind: str, blocks: int
+) -> None:
     logp_EBT = made_up_scores(3, blocks, 16, random_seed=23)
     with_hopeless = torch.cat([logp_EBT, torch.full((1, blocks, 16), -1e4, dtype=torch.float64)])
     found = log_prior(kind, with_hopeless, everything(logp_EBT), FULL).exp()
@@ -345,7 +374,8 @@ def test_an_expert_with_hopeless_scores_gets_nothing_and_does_not_disturb_the_ot
 def drawn_from_a_calibrated_mixture(
     log_prior_E: np.ndarray, weight: float, discount: float, blocks: int, tokens: int, random_seed: int
 ) -> torch.Tensor:
-    """Scores [E, B, T] of tokens that were drawn one after the other from the very mixture that `calibrate` assumes."""
+    """Scores [E, B, T] of tokens that were drawn one after the other from the
+    very mixture that `calibrate` assumes."""
     rng = np.random.default_rng(random_seed)
     experts, vocabulary = len(log_prior_E), 16
     logp_EBT = np.empty((experts, blocks, tokens))
@@ -362,20 +392,26 @@ def drawn_from_a_calibrated_mixture(
     return torch.from_numpy(logp_EBT)
 
 
-def loss_of(logp_EBT: torch.Tensor, mask_BT: torch.Tensor, log_prior_E: torch.Tensor, posterior: Posterior) -> float:
+def loss_of(
+    logp_EBT: torch.Tensor, mask_BT: torch.Tensor, log_prior_E: torch.Tensor, posterior: Posterior
+) -> float:
     return -float(log_mixture(logp_EBT, log_prior_E, posterior)[mask_BT].mean())
 
 
 def test_calibrating_finds_the_prior_and_the_evidence_weight_that_made_the_tokens() -> None:
     truth = np.log([0.5, 0.3, 0.2])
-    logp_EBT = drawn_from_a_calibrated_mixture(truth, weight=0.4, discount=0.9, blocks=200, tokens=128, random_seed=24)
+    logp_EBT = drawn_from_a_calibrated_mixture(
+        truth, weight=0.4, discount=0.9, blocks=200, tokens=128, random_seed=24
+    )
     prior_E, posterior = calibrate(logp_EBT, everything(logp_EBT), CALIBRATED)
     assert posterior == replace(CALIBRATED, weight=posterior.weight)
     assert posterior.weight == pytest.approx(0.4, abs=0.04)
     np.testing.assert_allclose(prior_E.exp().numpy(), np.exp(truth), atol=0.05)
 
 
-def test_the_loss_that_is_climbed_and_its_gradient_are_those_of_the_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_that_is_climbed_and_its_gradient_are_those_of_the_mixture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(calibration, "TOKENS_AT_ONCE", 7)  # several stretches, the last of them short
     logp_EBT = made_up_scores(experts=4, blocks=3, tokens=10, random_seed=26)
     evidence_EN, logp_EN = (values.flatten(1) for values in (evidence(logp_EBT, CALIBRATED), logp_EBT))
@@ -385,13 +421,17 @@ def test_the_loss_that_is_climbed_and_its_gradient_are_those_of_the_mixture(monk
     log_weights_EN = torch.log_softmax(bias_E[:, None] + weight * evidence_EN, dim=0)
     expected = -torch.logsumexp(log_weights_EN + logp_EN, dim=0).mean()
     torch.testing.assert_close(found, expected)
-    for one, other in zip(*(torch.autograd.grad(loss, [bias_E, weight]) for loss in (found, expected)), strict=True):
+    for one, other in zip(
+        *(torch.autograd.grad(loss, [bias_E, weight]) for loss in (found, expected)), strict=True
+    ):
         torch.testing.assert_close(one, other)
 
 
 def test_calibrating_under_a_given_prior_fits_the_evidence_weight_alone() -> None:
     truth = np.log([0.5, 0.3, 0.2])
-    logp_EBT = drawn_from_a_calibrated_mixture(truth, weight=0.4, discount=0.9, blocks=200, tokens=128, random_seed=25)
+    logp_EBT = drawn_from_a_calibrated_mixture(
+        truth, weight=0.4, discount=0.9, blocks=200, tokens=128, random_seed=25
+    )
     given_E = torch.from_numpy(truth)
     prior_E, posterior = calibrate(logp_EBT, everything(logp_EBT), CALIBRATED, given_E)
     torch.testing.assert_close(prior_E, given_E)
@@ -399,7 +439,9 @@ def test_calibrating_under_a_given_prior_fits_the_evidence_weight_alone() -> Non
 
 
 @pytest.mark.parametrize("random_seed", range(24))
-def test_calibrating_is_never_worse_than_em_without_evidence_nor_than_a_grid_around_it(random_seed: int) -> None:
+def test_calibrating_is_never_worse_than_em_without_evidence_nor_than_a_grid_around_it(
+    random_seed: int,
+) -> None:
     # Few blocks, sharp or hopeless experts, padding: where a fit goes wrong if it ever does.
     experts, blocks = [1, 2, 4, 8][random_seed % 4], [1, 2, 3, 20][random_seed // 4 % 4]
     logp_EBT = made_up_scores(experts, blocks, 32, 200 + random_seed, spread=[0.3, 2.0, 6.0][random_seed % 3])
@@ -427,9 +469,10 @@ def test_calibrating_is_never_worse_than_em_without_evidence_nor_than_a_grid_aro
 def test_calibrating_is_not_caught_by_an_expert_that_is_bad_only_in_the_beginning(
     tokens: int, late: int, steady: float, bad: float, good: float
 ) -> None:
-    # One block; expert 1 is much worse for its first tokens and better ever after. Climbing from the default evidence weight
-    # alone ended 0.3 nats per token below mixture weights without any evidence (the first case), or at β = inf and a prior
-    # of nan (the second); from the second start, too, 2.4 nats below in the third.
+    # One block; expert 1 is much worse for its first tokens and better ever after. Climbing from the default
+    # evidence weight alone ended 0.3 nats per token below mixture weights without any evidence (the first
+    # case), or at β = inf and a prior of nan (the second); from the second start, too, 2.4 nats below in the
+    # third.
     logp_EBT = torch.full((2, 1, tokens), steady, dtype=torch.float64)
     logp_EBT[1, 0, :late] = bad
     logp_EBT[1, 0, late:] = good
@@ -466,7 +509,9 @@ def test_a_hopeless_expert_does_not_change_what_calibrating_finds_for_the_others
     disturbed_E, disturbed = calibrate(with_hopeless, everything(logp_EBT), CALIBRATED)
     assert disturbed_E[2].exp() < 1e-3
     expected = loss_of(logp_EBT, everything(logp_EBT), prior_E, posterior)
-    assert loss_of(with_hopeless, everything(logp_EBT), disturbed_E, disturbed) == pytest.approx(expected, abs=1e-3)
+    assert loss_of(with_hopeless, everything(logp_EBT), disturbed_E, disturbed) == pytest.approx(
+        expected, abs=1e-3
+    )
 
 
 def test_padding_plays_no_part_in_calibrating() -> None:

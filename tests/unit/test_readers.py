@@ -49,7 +49,11 @@ def test_a_table_is_read_by_its_column_whatever_wrote_it(
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), min_size=1), max_size=5))
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), min_size=1), max_size=5
+    )
+)
 def test_whatever_characters_a_table_has_they_are_read_as_they_were_written(written: list[str]) -> None:
     with tempfile.NamedTemporaryFile(suffix=".csv") as file:
         file.write(table([["x", "text"], *(["1", text] for text in written)]).encode())
@@ -74,7 +78,9 @@ def test_a_bad_row_of_a_table_costs_only_itself_and_is_named_by_its_line(row: by
     path.write_bytes(b'id,text,n\n1,"be\nfore",2\n\n' + row + b"\n2,after,3\n")
     items = read(path, ReadingPlan(longest_document_characters=10))
     assert texts(items) == ["be\nfore", "after"]
-    assert [item for item in items if isinstance(item, BadDocument)] == [BadDocument(f"{path}:5", BAD_ROWS[row])]
+    assert [item for item in items if isinstance(item, BadDocument)] == [
+        BadDocument(f"{path}:5", BAD_ROWS[row])
+    ]
 
 
 def test_a_quote_that_is_never_closed_does_not_take_the_table_into_memory(tmp_path: Path) -> None:
@@ -179,7 +185,9 @@ def test_a_deeply_nested_line_is_one_bad_document(value: str, tmp_path: Path) ->
 @pytest.mark.parametrize("padding", [1, 512, 100_000])
 def test_a_gzip_file_padded_with_zero_bytes_is_read_whole(padding: int, tmp_path: Path) -> None:
     member = gzip.compress(b'{"text": "a"}\n')
-    (tmp_path / "a.jsonl.gz").write_bytes(member + bytes(padding) + member + gzip.compress(b"") + bytes(padding))
+    (tmp_path / "a.jsonl.gz").write_bytes(
+        member + bytes(padding) + member + gzip.compress(b"") + bytes(padding)
+    )
     assert texts(read(tmp_path / "a.jsonl.gz")) == ["a", "a"]
     (tmp_path / "a.jsonl.gz").write_bytes(member + bytes(padding) + member[:-1])
     assert "a.jsonl.gz" in refusal(tmp_path / "a.jsonl.gz")
@@ -187,7 +195,9 @@ def test_a_gzip_file_padded_with_zero_bytes_is_read_whole(padding: int, tmp_path
     assert "a.jsonl.gz" in refusal(tmp_path / "a.jsonl.gz")
 
 
-def test_zstd_with_a_window_that_memory_cannot_hold_says_so_with_a_command_that_mends_it(tmp_path: Path) -> None:
+def test_zstd_with_a_window_that_memory_cannot_hold_says_so_with_a_command_that_mends_it(
+    tmp_path: Path,
+) -> None:
     data = b'{"text": "a"}\n'
     block = (len(data) << 3 | 1).to_bytes(3, "little") + data
     (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd\0" + bytes([(31 - 10) << 3]) + block)
@@ -211,9 +221,13 @@ def test_text_is_read_however_parquet_stores_it(column: pa.Array, tmp_path: Path
 
 
 def test_a_parquet_column_is_the_one_of_its_name(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"text.raw": ["no"], "s": [{"text": "no"}], "text": ["yes"]}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"text.raw": ["no"], "s": [{"text": "no"}], "text": ["yes"]}), tmp_path / "a.parquet"
+    )
     assert texts(read(tmp_path / "a.parquet")) == ["yes"]
-    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"]), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"]), tmp_path / "a.parquet"
+    )
     assert reasons(read(tmp_path / "a.parquet")) == ["a Parquet file with several columns 'text'"]
 
 
@@ -263,7 +277,9 @@ def test_files_of_kinds_that_are_not_read_are_refused_before_any_is_opened_unles
         ("part-?", None),
     ],
 )
-def test_a_pattern_tells_a_kind_only_where_all_that_it_matches_have_it(pattern: str, kind: str | None) -> None:
+def test_a_pattern_tells_a_kind_only_where_all_that_it_matches_have_it(
+    pattern: str, kind: str | None
+) -> None:
     assert kind_of_pattern(pattern) == kind
 
 

@@ -88,11 +88,21 @@ def test_a_record_of_a_newer_version_is_one_clear_error(
 @pytest.mark.parametrize("folder", [*LOOKS, "tombstones/model"])
 def test_what_is_no_record_is_left_alone(ledger: Ledger, folder: str) -> None:
     store = Path(ledger.storage.location)
-    before = (list(list_branch_points(ledger)), newest_held(ledger), list_refusals(ledger), ledger.log.pinned())
+    before = (
+        list(list_branch_points(ledger)),
+        newest_held(ledger),
+        list_refusals(ledger),
+        ledger.log.pinned(),
+    )
     for name in filter(None, STRAYS):
         (store / folder / name).parent.mkdir(exist_ok=True)
         (store / folder / name).write_bytes(b"what an editor left")
-    after = (list(list_branch_points(ledger)), newest_held(ledger), list_refusals(ledger), ledger.log.pinned())
+    after = (
+        list(list_branch_points(ledger)),
+        newest_held(ledger),
+        list_refusals(ledger),
+        ledger.log.pinned(),
+    )
     assert after == before
     assert len(before[0]) == len(before[1]) == len(before[2]) == len(before[3]) == 1
 

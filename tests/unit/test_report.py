@@ -27,11 +27,14 @@ DOCUMENTS = 200
 
 
 def split_result(text: str, is_target: bool, factors: dict[str, float], split: str = "test") -> SplitResult:
-    """A text whose documents all have other difficulties; a system's log-probabilities are a factor times the common ones."""
+    """A text whose documents all have other difficulties; a system's
+    log-probabilities are a factor times the common ones."""
     rng = np.random.default_rng(sum(map(ord, text)))
     tokens_D = torch.from_numpy(rng.integers(10, 100, DOCUMENTS)).double()
     logp_D = -tokens_D * torch.from_numpy(rng.uniform(2, 5, DOCUMENTS))
-    return SplitResult(text, is_target, split, {name: factor * logp_D for name, factor in factors.items()}, tokens_D)
+    return SplitResult(
+        text, is_target, split, {name: factor * logp_D for name, factor in factors.items()}, tokens_D
+    )
 
 
 def texts_with(factors: dict[str, float]) -> list[SplitResult]:
@@ -77,7 +80,9 @@ def test_the_sentence_names_the_texts_where_the_ensemble_was_no_better() -> None
 def test_perplexities_and_their_means_over_texts_are_those_of_the_formula() -> None:
     results = texts_with({TRANSFORMER_LM: 1.0, SEED: 1.1, CALIBRATED_ENSEMBLE: 0.9})
     found = row_of(verdict(results), CALIBRATED_ENSEMBLE)
-    expected = {r.text: math.exp(-0.9 * float(r.logp[TRANSFORMER_LM].sum() / r.tokens_D.sum())) for r in results}
+    expected = {
+        r.text: math.exp(-0.9 * float(r.logp[TRANSFORMER_LM].sum() / r.tokens_D.sum())) for r in results
+    }
     assert {text: cell.perplexity for text, cell in found.cells.items()} == pytest.approx(expected)
     assert found.means["domains"].perplexity == pytest.approx((expected["law"] + expected["code"]) / 2)
     assert found.means["targets"].perplexity == pytest.approx(expected["mail"])
@@ -109,9 +114,13 @@ def test_the_forest_is_judged_against_the_best_milestone_whatever_test_text_says
     milestones = Milestones({900: 9.5, 1000: 9.1, 1100: 9.2, 1200: 9.3}, best=1000)
     found = verdict(texts_with(factors), milestones=milestones)
     assert found.baseline == BEST_MILESTONE
-    assert "The ensemble, calibrated, beat the Transformer-LM at its best milestone: test perplexity" in found.sentence
+    assert (
+        "The ensemble, calibrated, beat the Transformer-LM at its best milestone: test perplexity"
+        in found.sentence
+    )
     assert found.sentence.endswith(
-        "That Transformer-LM is the one at update 1,000: of updates 900, 1,000, 1,100 and 1,200 it has the lowest "
+        "That Transformer-LM is the one at update 1,000: of updates 900, 1,000, 1,100 and 1,200 it has the "
+        "lowest "
         "perplexity on the founding domains' development text."
     )
     assert row_of(found, BEST_MILESTONE).means["all"].difference is None
@@ -127,7 +136,8 @@ def test_the_forest_is_judged_against_the_best_milestone_whatever_test_text_says
 
 def test_where_the_finished_transformer_lm_is_the_best_the_sentence_says_so() -> None:
     found = verdict(
-        texts_with({TRANSFORMER_LM: 1.0, CALIBRATED_ENSEMBLE: 0.9}), milestones=Milestones({6: 3.0, 9: 2.0}, best=9)
+        texts_with({TRANSFORMER_LM: 1.0, CALIBRATED_ENSEMBLE: 0.9}),
+        milestones=Milestones({6: 3.0, 9: 2.0}, best=9),
     )
     assert found.baseline == TRANSFORMER_LM
     assert "That Transformer-LM is the finished one: of updates 6 and 9 it has the lowest" in found.sentence
@@ -147,7 +157,8 @@ def test_a_system_that_some_texts_lack_has_means_only_where_it_has_them_all() ->
 
 
 def test_documents_of_different_texts_are_drawn_independently() -> None:
-    # The same documents under two names: were they drawn alike, the mean's interval would be as wide as each text's own.
+    # The same documents under two names: were they drawn alike, the mean's interval would be as wide as each
+    # text's own.
     one, other = (
         split_result("law", False, {SEED: 1.0, CALIBRATED_ENSEMBLE: 1.0}),
         split_result("law", False, {SEED: 1.0, CALIBRATED_ENSEMBLE: 1.0}),
@@ -155,14 +166,17 @@ def test_documents_of_different_texts_are_drawn_independently() -> None:
     renamed = SplitResult("twin", False, "test", other.logp, other.tokens_D)
     row = row_of(verdict([one, renamed]), SEED)
     width = {
-        name: cell.interval[1] - cell.interval[0] for name, cell in {**row.cells, "mean": row.means["all"]}.items()
+        name: cell.interval[1] - cell.interval[0]
+        for name, cell in {**row.cells, "mean": row.means["all"]}.items()
     }
     assert width["mean"] == pytest.approx(width["law"] / math.sqrt(2), rel=0.15)
 
 
 def test_splits_have_tables_of_their_own_and_the_sentence_speaks_of_test_text() -> None:
     factors = {TRANSFORMER_LM: 1.0, CALIBRATED_ENSEMBLE: 1.1}
-    better_in_development = split_result("law", False, factors | {CALIBRATED_ENSEMBLE: 0.5}, split="development")
+    better_in_development = split_result(
+        "law", False, factors | {CALIBRATED_ENSEMBLE: 0.5}, split="development"
+    )
     found = verdict([better_in_development, split_result("law", False, factors)])
     assert set(found.rows) == {"development", "test"}
     assert "lost to" in found.sentence
@@ -178,14 +192,16 @@ def test_the_same_results_give_the_same_verdict_as_plain_json() -> None:
 def test_a_text_that_one_side_alone_learned_from_is_shown_and_not_compared_on() -> None:
     # Against the Transformer-LM on all texts it would be a win; on what both could know it is a loss.
     both = [
-        split_result(text, text == "mail", {TRANSFORMER_LM: 1.0, CALIBRATED_ENSEMBLE: 1.02}) for text in ("law", "mail")
+        split_result(text, text == "mail", {TRANSFORMER_LM: 1.0, CALIBRATED_ENSEMBLE: 1.02})
+        for text in ("law", "mail")
     ]
     added = split_result("tea", False, {TRANSFORMER_LM: 1.5, CALIBRATED_ENSEMBLE: 0.5})
     found = verdict([*both, added], {"tea": ADDED_LATER, "harbour": "no expert"})
     assert "lost to the Transformer-LM" in found.sentence
     assert "over 2 texts that both or neither learned from. It was no better on: law, mail." in found.sentence
     assert (
-        "learned from it: tea (added later); harbour (no expert). The Transformer-LM never saw tea." in found.sentence
+        "learned from it: tea (added later); harbour (no expert). The Transformer-LM never saw tea."
+        in found.sentence
     )
     assert "On targets the forest has more training than the Transformer-LM" in found.sentence
     row, alone = row_of(found, CALIBRATED_ENSEMBLE), row_of(verdict(both), CALIBRATED_ENSEMBLE)
@@ -204,11 +220,15 @@ def test_where_nothing_is_left_to_compare_on_the_sentence_says_so(split: str) ->
     )
 
 
-def test_an_interval_of_the_domains_alone_is_not_shown_as_one_of_all_texts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interval_of_the_domains_alone_is_not_shown_as_one_of_all_texts(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     results = [
         split_result("law", False, {SEED: 1.0, CALIBRATED_ENSEMBLE: 0.9, "own expert": 0.8}),
         split_result("mail", True, {SEED: 1.0, CALIBRATED_ENSEMBLE: 0.9}),
     ]
     verdict_tables(verdict(results), consoles(json_output=False)[0])
-    shown = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("own expert"))
+    shown = next(
+        line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("own expert")
+    )
     assert shown.count("on domains") == 2

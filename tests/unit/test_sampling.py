@@ -10,10 +10,19 @@ from transformers.generation.logits_process import (
 )
 
 from btm_cluster.errors import UserError
-from btm_cluster.language_model.sampling import Sampling, check_sampling, draw, keep_likeliest, penalise, uniforms
+from btm_cluster.language_model.sampling import (
+    Sampling,
+    check_sampling,
+    draw,
+    keep_likeliest,
+    penalise,
+    uniforms,
+)
 
 ROWS, VOCABULARY = 5, 40
-LOG_PROBS = torch.log_softmax(torch.randn(ROWS, VOCABULARY, generator=torch.Generator().manual_seed(1)) * 2, dim=-1)
+LOG_PROBS = torch.log_softmax(
+    torch.randn(ROWS, VOCABULARY, generator=torch.Generator().manual_seed(1)) * 2, dim=-1
+)
 
 
 def each(value: float) -> torch.Tensor:
@@ -21,7 +30,9 @@ def each(value: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
-@pytest.mark.parametrize(("top_k", "top_p"), [(None, 0.8), (7, 1.0), (7, 0.8), (1, 1.0), (None, 1e-6), (None, 1.0)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(None, 0.8), (7, 1.0), (7, 0.8), (1, 1.0), (None, 1e-6), (None, 1.0)]
+)
 def test_the_likeliest_tokens_are_transformers(temperature: float, top_k: int | None, top_p: float) -> None:
     expected = TemperatureLogitsWarper(temperature)(None, LOG_PROBS)
     expected = expected if top_k is None else TopKLogitsWarper(top_k)(None, expected)
@@ -37,7 +48,9 @@ def test_tokens_seen_before_are_penalised_as_transformers_does() -> None:
     seen = torch.zeros(ROWS, VOCABULARY, dtype=torch.bool).scatter(1, ids, True)
     found = penalise(LOG_PROBS, seen, torch.tensor([1.3, 1.3, 1.3, 1.0, 0.8]))
     for row, penalty in enumerate((1.3, 1.3, 1.3, 1.0, 0.8)):
-        expected = RepetitionPenaltyLogitsProcessor(penalty)(ids[row : row + 1], LOG_PROBS[row : row + 1].clone())
+        expected = RepetitionPenaltyLogitsProcessor(penalty)(
+            ids[row : row + 1], LOG_PROBS[row : row + 1].clone()
+        )
         torch.testing.assert_close(found[row : row + 1], expected)
 
 
@@ -47,13 +60,17 @@ def test_a_token_is_drawn_for_its_share_of_the_uniform_numbers(temperature: floa
     uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     drawn = draw(LOG_PROBS[:1].expand(count, -1), uniform, torch.full((count,), temperature))
     found = torch.bincount(drawn, minlength=VOCABULARY) / count
-    torch.testing.assert_close(found, torch.softmax(LOG_PROBS[0] / temperature, -1), rtol=0, atol=1.01 / count)
+    torch.testing.assert_close(
+        found, torch.softmax(LOG_PROBS[0] / temperature, -1), rtol=0, atol=1.01 / count
+    )
 
 
 def test_what_is_ruled_out_is_never_drawn_not_even_by_the_smallest_or_largest_number() -> None:
     log_probs = torch.tensor([[-torch.inf, -1.0, -torch.inf, -2.0, -torch.inf]]).expand(3, -1)
     smallest, largest = 0.0, float(max(uniforms(0, 0, 1000)))
-    drawn = draw(log_probs, torch.tensor([smallest, largest, 1 - 2.0**-40], dtype=torch.float64), torch.ones(3))
+    drawn = draw(
+        log_probs, torch.tensor([smallest, largest, 1 - 2.0**-40], dtype=torch.float64), torch.ones(3)
+    )
     assert drawn.tolist() == [1, 3, 3]
 
 

@@ -1,4 +1,5 @@
-"""Supervision of a step on the cluster: every transition of its phases, and when it is called hanging or waiting."""
+"""Supervision of a step on the cluster: every transition of its phases, and
+when it is called hanging or waiting."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -126,5 +127,6 @@ def test_a_training_that_waits_starts_hangs_and_is_restarted() -> None:
 
 
 def test_a_restarted_training_may_load_as_long_as_the_first_time_though_its_start_was_not_heard() -> None:
-    """Only the newest report since the last look is known: "starting" was overtaken by "loading", and the short limit held."""
+    """Only the newest report since the last look is known: "starting" was overtaken by
+    "loading", and the short limit held."""
     assert actions([(1.0, LOADING), (10.0, UPDATING), (20.0, LOADING), (700.0, None)]) == []

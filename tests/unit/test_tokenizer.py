@@ -100,7 +100,13 @@ def test_an_imported_tokenizer_encodes_as_before(trained: Path, tmp_path: Path) 
 
 def test_an_end_of_text_token_with_attributes_is_imported(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "old")
-    token = {"content": END_OF_TEXT, "__type": "AddedToken", "lstrip": True, "rstrip": False, "normalized": False}
+    token = {
+        "content": END_OF_TEXT,
+        "__type": "AddedToken",
+        "lstrip": True,
+        "rstrip": False,
+        "normalized": False,
+    }
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": token | {"single_word": False}}
     (tmp_path / "old" / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = bring(tmp_path / "old", tmp_path / "new")
@@ -143,7 +149,11 @@ def test_a_folder_without_a_usable_tokenizer_is_refused(name: str, trained: Path
 
 def test_code_that_comes_with_a_tokenizer_is_not_run(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "evil")
-    config = {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil", "eos_token": END_OF_TEXT}
+    config = {
+        "auto_map": {"AutoTokenizer": ["evil.Evil", None]},
+        "tokenizer_class": "Evil",
+        "eos_token": END_OF_TEXT,
+    }
     (tmp_path / "evil" / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "evil" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
     with pytest.raises(UserError, match="cannot load the tokenizer"):
@@ -185,7 +195,8 @@ def test_settings_stored_beside_a_vocabulary_change_no_ids(trained: Path, tmp_pa
 def test_a_tokenizer_for_short_blocks_is_compared_without_a_warning_of_another_library(
     trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The text it is compared on is longer than the block: each `btm merge` of small blocks spoke of indexing errors."""
+    """The text it is compared on is longer than the block: each `btm merge` of
+    small blocks spoke of indexing errors."""
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     tokenizer = Tokenizer.from_file(str(trained / "tokenizer.json"))
     source = save(tmp_path / "source", tokenizer, model_max_length=32)
@@ -205,7 +216,9 @@ def test_ids_are_those_of_the_file_though_transformers_would_build_the_named_cla
     own.pre_tokenizer = pre_tokenizers.Sequence(
         [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
-    own.train_from_iterator([*DOCUMENTS, *ODD * 20], trainers.BpeTrainer(vocab_size=500, special_tokens=[END_OF_TEXT]))
+    own.train_from_iterator(
+        [*DOCUMENTS, *ODD * 20], trainers.BpeTrainer(vocab_size=500, special_tokens=[END_OF_TEXT])
+    )
     source = save(tmp_path / "source", own, **({"tokenizer_class": name} if name else {}))
     if name is None:  # the class of a model beside it, then
         (source / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
@@ -215,11 +228,14 @@ def test_ids_are_those_of_the_file_though_transformers_would_build_the_named_cla
     assert "other token ids" in caplog.text
     (tmp_path / "imported" / "config.json").write_text(json.dumps({"model_type": "llama"}))
     for_others = AutoTokenizer.from_pretrained(tmp_path / "imported")
-    assert [for_others.encode(document, add_special_tokens=False) for document in [*ODD, *DOCUMENTS[:5]]] == expected
+    assert [
+        for_others.encode(document, add_special_tokens=False) for document in [*ODD, *DOCUMENTS[:5]]
+    ] == expected
     caplog.clear()
     compare_with_transformers(tmp_path / "imported", imported)
     assert not caplog.text
-    (tmp_path / "imported" / "config.json").write_text(json.dumps({"model_type": "qwen2"}))  # whatever class is named
+    # Whatever class is named.
+    (tmp_path / "imported" / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     compare_with_transformers(tmp_path / "imported", imported)
     assert "PreTrainedTokenizerFast" in caplog.text
 
@@ -234,7 +250,10 @@ def test_every_chat_template_that_came_with_a_tokenizer_stays(trained: Path, tmp
     assert AutoTokenizer.from_pretrained(source).chat_template == {"default": "one", "tool_use": "other"}
     assert pretrained_tokenizer_hash(source) != before
     bring(source, tmp_path / "imported")
-    assert AutoTokenizer.from_pretrained(tmp_path / "imported").chat_template == {"default": "one", "tool_use": "other"}
+    assert AutoTokenizer.from_pretrained(tmp_path / "imported").chat_template == {
+        "default": "one",
+        "tool_use": "other",
+    }
 
 
 def beginning(trained: Path, single: str = "<bos> $A") -> Tokenizer:
@@ -253,7 +272,9 @@ def test_what_is_read_first_is_the_tokenizers_own_first_token_or_else_end_of_tex
     assert open_pretrained_tokenizer(trained).first_token == load(trained).end_of_text
     source = save(tmp_path / "begins", beginning(trained), bos_token="<bos>")
     assert bring(source, tmp_path / "imported").first_token == bos
-    assert open_pretrained_tokenizer(source, END_OF_TEXT).first_token == load(trained).end_of_text, "as a plan says"
+    assert open_pretrained_tokenizer(source, END_OF_TEXT).first_token == load(trained).end_of_text, (
+        "as a plan says"
+    )
     with pytest.raises(UserError, match="no token '<start>'"):
         open_pretrained_tokenizer(source, "<start>")
 
@@ -286,7 +307,9 @@ def test_a_continuation_keeps_the_space_at_its_seam(tmp_path: Path) -> None:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    tokenizer.train_from_iterator(DOCUMENTS, trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", END_OF_TEXT]))
+    tokenizer.train_from_iterator(
+        DOCUMENTS, trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", END_OF_TEXT])
+    )
     imported = bring(save(tmp_path / "source", tokenizer), tmp_path / "imported")
     text = DOCUMENTS[0]
     ids, seam = imported.encode(text), 9

@@ -31,8 +31,20 @@ from btm_cluster.plan import TrainingPlan
 CPU = torch.device("cpu")
 ALONE = ProcessGroup(0, 1, CPU)
 MODEL = {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 8, "vocab_size": 64}
-MODEL |= {"resid_pdrop": 0.1, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None}
-SMALL = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 64}
+MODEL |= {
+    "resid_pdrop": 0.1,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+SMALL = {
+    "num_hidden_layers": 2,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "vocab_size": 64,
+}
 SMALL |= {"num_key_value_heads": 2}
 
 
@@ -67,7 +79,8 @@ def spec(tmp_path: Path) -> TrainingSpec:
 
 @dataclass
 class Recorded:
-    """Notes what the loop calls, and at which update; stops before the update `stops_at`, and saves as `saves_at` says."""
+    """Notes what the loop calls, and at which update; stops before the update
+    `stops_at`, and saves as `saves_at` says."""
 
     state: TrainingState
     stops_at: int = -1
@@ -137,7 +150,9 @@ def test_a_spoiled_state_is_neither_saved_nor_a_milestone_and_the_error_has_the_
 
 def test_trying_an_update_out_leaves_the_state_as_it_was(spec: TrainingSpec) -> None:
     tried, untouched = build_state(spec, ALONE), build_state(spec, ALONE)
-    blocks_of_nothing = replace(spec, texts=tuple(TextBlocks(text.identity, Blocks([])) for text in spec.texts))
+    blocks_of_nothing = replace(
+        spec, texts=tuple(TextBlocks(text.identity, Blocks([])) for text in spec.texts)
+    )
     Updates(blocks_of_nothing, tried, ALONE).try_out()
     for state in (tried, untouched):
         train(spec, state, Recorded(state))
@@ -155,9 +170,13 @@ def test_trying_an_update_out_leaves_the_state_as_it_was(spec: TrainingSpec) -> 
     ],
     ids=["gpt2", "llama", "window-of-more-than-a-block", "window-within-a-block"],
 )
-def test_a_compiled_model_attends_without_a_mask_where_that_is_the_same(config: dict[str, Any], masks: int) -> None:
+def test_a_compiled_model_attends_without_a_mask_where_that_is_the_same(
+    config: dict[str, Any], masks: int
+) -> None:
     torch.manual_seed(0)
-    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa").eval()
+    plain = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**config), attn_implementation="sdpa"
+    ).eval()
     tokens = torch.randint(64, (2, 8))
     expected = plain(input_ids=tokens, use_cache=False).logits
     leave_causal_masks_out(plain)

@@ -1,6 +1,7 @@
 """Joining a Ray cluster, or starting a local one, and whether a demand can ever be met.
 
-Ray supervises, schedules and retries; what it leaves to its caller, a clear word on a demand that cannot be placed, is here.
+Ray supervises, schedules and retries; what it leaves to its caller, a clear word on a demand that cannot be
+placed, is here.
 """
 
 import os
@@ -36,7 +37,8 @@ _ADDRESS = re.compile(r"(ray://)?(?P<host>\[[\da-fA-F:.]+\]|[\w.-]+):(?P<port>\d
 
 @contextmanager
 def connected(address: str | None, dashboard: bool) -> Iterator[str]:
-    """Joins the cluster at `address` (`auto`: the one this machine belongs to), or starts a local one, and leaves it.
+    """Joins the cluster at `address` (`auto`: the one this machine belongs to),
+    or starts a local one, and leaves it.
 
     Yields the host and port of its dashboard, nothing where it has none.
 
@@ -69,7 +71,9 @@ def ray_folder() -> str:
     """
     above = os.path.abspath(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp")
     folder = os.path.join(above, "ray")
-    remedy = "set RAY_TMPDIR to a short folder of this machine that can be written, such as /tmp; TMPDIR can stay"
+    remedy = (
+        "set RAY_TMPDIR to a short folder of this machine that can be written, such as /tmp; TMPDIR can stay"
+    )
     too_long = len(os.fsencode(os.path.join(folder, _SESSION))) - LONGEST_SOCKET
     if too_long > 0:
         raise ResourcesError(
@@ -82,7 +86,8 @@ def ray_folder() -> str:
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ResourcesError(
             "Ray cannot start on this machine: its temporary folder cannot be written",
-            found=f"{existing}, {'whose permissions refuse it' if existing.is_dir() else 'which is no folder'}",
+            found=f"{existing}, "
+            f"{'whose permissions refuse it' if existing.is_dir() else 'which is no folder'}",
             expected="a folder, from RAY_TMPDIR or TMPDIR",
             remedy=remedy,
         )
@@ -92,7 +97,8 @@ def ray_folder() -> str:
 class _Job(JobConfig):
     """Workers import what the driver does.
 
-    Ray would put the driver's current folder first on their path, where a module of the user's own may hide a library.
+    Ray would put the driver's current folder first on their path, where a module of the user's own may hide a
+    library.
     """
 
     def __init__(self) -> None:
@@ -111,21 +117,26 @@ def _options() -> dict[str, Any]:
 def _start(dashboard: bool) -> Any:
     folder = ray_folder()
     try:
-        return ray.init("local", include_dashboard=dashboard, job_config=_Job(), _temp_dir=folder, **_options())
+        return ray.init(
+            "local", include_dashboard=dashboard, job_config=_Job(), _temp_dir=folder, **_options()
+        )
     except BtmError:
         raise
     except Exception as exc:  # of whatever kind Ray has for it: bare ones are among them
         raise ResourcesError(
             "Ray does not start on this machine",
             found=f"{type(exc).__name__}: {one_line(exc)}",
-            remedy=f"look into {folder}/session_latest/logs; `btm doctor` looks at disk, memory and folders; RAY_TMPDIR sets "
-            "another folder, RAY_AUTH_TOKEN spares it writing one below HOME, --address or RAY_ADDRESS leads to a cluster that "
+            remedy=f"look into {folder}/session_latest/logs; `btm doctor` looks at disk, memory and folders; "
+            "RAY_TMPDIR sets "
+            "another folder, RAY_AUTH_TOKEN spares it writing one below HOME, --address or RAY_ADDRESS leads "
+            "to a cluster that "
             "runs, --in-process needs none",
         ) from exc
 
 
 def _check_answers(address: str) -> None:
-    """Refuses what is no address, and one where nothing listens, for which ray.init would wait for minutes."""
+    """Refuses what is no address, and one where nothing listens, for which
+    ray.init would wait for minutes."""
     if address == "auto":
         return
     found = _ADDRESS.fullmatch(address)
@@ -134,7 +145,8 @@ def _check_answers(address: str) -> None:
         raise ResourcesError(
             f"{address!r} is no address of a Ray cluster",
             expected="HOST:PORT as `ray start --head` printed it, or auto, for the cluster of this machine",
-            remedy=f"{dashboard}set --address or RAY_ADDRESS, or unset it for a cluster that is started on this machine",
+            remedy=f"{dashboard}set --address or RAY_ADDRESS, or unset it for a cluster that is started on "
+            "this machine",
         )
     try:
         _greet(found["host"].strip("[]"), int(found["port"]))
@@ -148,7 +160,8 @@ def _check_answers(address: str) -> None:
 
 
 def _greet(host: str, port: int) -> None:
-    """Raises an OSError where nobody listens, or somebody who does not speak HTTP/2 as the head of a cluster does."""
+    """Raises an OSError where nobody listens, or somebody who does not speak
+    HTTP/2 as the head of a cluster does."""
     with socket.create_connection((host, port), timeout=CONNECT_SECONDS) as connection:
         if os.environ.get("RAY_USE_TLS", "0") not in ("0", ""):
             return
@@ -176,13 +189,15 @@ def _join(address: str) -> Any:
         raise ResourcesError(
             f"the Ray cluster at {address} cannot be joined",
             found=f"{type(exc).__name__}: {one_line(exc)}",
-            expected="the address that `ray start --head` printed, the same versions of Ray and Python, and the cluster's token",
+            expected="the address that `ray start --head` printed, the same versions of Ray and Python, and "
+            "the cluster's token",
             remedy=f"check --address or RAY_ADDRESS, and that the head runs; {TOKEN_REMEDY}",
         ) from exc
 
 
 def has_capacity(demand: Demand, autoscaling: bool) -> bool:
-    """Whether the cluster as it stands can hold the group; False if it cannot and an autoscaler may make room.
+    """Whether the cluster as it stands can hold the group; False if it cannot
+    and an autoscaler may make room.
 
     Open-source Ray does not tell what its autoscaler could add, so the plan says whether there is one.
 

@@ -1,4 +1,5 @@
-"""Checks of Ray for `btm doctor`: whether it answers, its version and token, its nodes, and what a job would carry."""
+"""Checks of Ray for `btm doctor`: whether it answers, its version and token,
+its nodes, and what a job would carry."""
 
 import logging
 import socket
@@ -38,7 +39,10 @@ def examine_cluster(
         return _examine_dashboard(address), []
     try:
         with connected(address, dashboard=False) as dashboard:
-            checks = [Check("Ray", "ok", f"{ray.__version__} at {address}, {len(ray.nodes())} node(s)"), _token()]
+            checks = [
+                Check("Ray", "ok", f"{ray.__version__} at {address}, {len(ray.nodes())} node(s)"),
+                _token(),
+            ]
             checks.append(_jobs_of_joined(dashboard))
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             checks += [_check_capacity(demand, nodes, autoscaling) for demand in demands]
@@ -54,7 +58,9 @@ def examine_local(demands: Sequence[Demand], machine: Machine) -> list[Check]:
     try:
         ray_folder()
         ours = Check(
-            "Ray", "ok", f"{ray.__version__}; no --address or RAY_ADDRESS, so a run starts one on this machine"
+            "Ray",
+            "ok",
+            f"{ray.__version__}; no --address or RAY_ADDRESS, so a run starts one on this machine",
         )
     except ResourcesError as exc:
         ours = _wrong_ray(exc)
@@ -82,13 +88,17 @@ def examine_working_directory(folder: Path) -> Check:
         packaging._dir_travel(folder, [excluded], add, include_gitignore=True, logger=quiet)
     except OverflowError:
         found = f"{folder}: more than {limit / 2**20:.0f} MiB or {MOST_FILES:,} files, Ray's limit"
-        return Check("working directory", "wrong", found, "leave out what a job does not need in a .rayignore")
+        return Check(
+            "working directory", "wrong", found, "leave out what a job does not need in a .rayignore"
+        )
     if hiding := [path.name for path in shadowing_modules(folder) if path in carried]:
         found = f"{', '.join(hiding)} would hide the libraries of these names in a job that carries it"
         remedy = "rename them before `ray job submit --working-dir`, or name them in a .rayignore"
         return Check("working directory", "note", found, remedy)
     return Check(
-        "working directory", "ok", f"{sum(sizes) / 2**20:.1f} MiB in {len(sizes)} files of {limit / 2**20:.0f} MiB"
+        "working directory",
+        "ok",
+        f"{sum(sizes) / 2**20:.1f} MiB in {len(sizes)} files of {limit / 2**20:.0f} MiB",
     )
 
 
@@ -105,7 +115,9 @@ def _examine_dashboard(address: str) -> list[Check]:
     except Exception as exc:  # of whatever kind Ray has for it; a service that is none answers in odd ways
         found = one_line(exc, 200)
         return [Check("Ray", "wrong", f"{address}: {found}", "check the address, and that the head runs")]
-    inside = "nodes are seen from inside alone: ray job submit --working-dir . -- btm doctor PLAN --address auto"
+    inside = (
+        "nodes are seen from inside alone: ray job submit --working-dir . -- btm doctor PLAN --address auto"
+    )
     answers = Check("Ray", "ok", f"its dashboard answers at {address}")
     return [answers, _jobs(address), Check("nodes", "note", "not looked at", inside)]
 
@@ -130,7 +142,11 @@ def _jobs_of_joined(dashboard: str) -> Check:
             raise ConnectionError("that is the head's loopback")
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
     except (OSError, ValueError) as exc:
-        why = f"its dashboard at {dashboard} is not reached from here: {exc}" if dashboard else "it has no dashboard"
+        why = (
+            f"its dashboard at {dashboard} is not reached from here: {exc}"
+            if dashboard
+            else "it has no dashboard"
+        )
         remedy = "on the head, or with --address of a dashboard that is reached, a job is submitted"
         return Check("jobs", "note", f"not looked at: {why}", remedy)
     return _jobs(f"http://{dashboard}")
@@ -179,7 +195,9 @@ def _check_capacity(demand: Demand, nodes: Sequence[dict[str, float]], autoscali
     less = "ask for less in the plan's `cluster`"
     if demand.saved_at is not None:
         less = f"go on with the plan's resources by {NEW_RESOURCES}"
-    return Check(name, "wrong", found, f"{less}, add nodes, or set `autoscaling: true` in the plan's `cluster`")
+    return Check(
+        name, "wrong", found, f"{less}, add nodes, or set `autoscaling: true` in the plan's `cluster`"
+    )
 
 
 def _look_at_nodes(store: str | None) -> tuple[list[Check], list[Machine]]:

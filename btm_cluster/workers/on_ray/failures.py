@@ -9,7 +9,8 @@ LOG_LINES = 8
 
 
 def failure_of(label: str, error: Exception, attempts: int, host: str, log: str) -> Failure:
-    """The failure of a request whose result raised `error`: its last attempt's host, and the end of its `log`.
+    """The failure of a request whose result raised `error`: its last attempt's
+    host, and the end of its `log`.
 
     Raises:
         UserError, Stopped: a step raised it; these are the user's to know, not a failure among others.
@@ -37,7 +38,9 @@ def root_cause(error: BaseException) -> BaseException:
         causes = [root_cause(failure) for failure in failures.values()]
         return next((cause for cause in causes if isinstance(cause, BtmError)), causes[0])
     inner = getattr(error, "_base_exc", None) or error.__cause__
-    from ray.train import TrainingFailedError  # a second of imports, which a run without failures has no use for
+    from ray.train import (
+        TrainingFailedError,  # a second of imports, which a run without failures has no use for
+    )
 
     if isinstance(inner, BaseException) and isinstance(error, TrainingFailedError | RuntimeError):
         return root_cause(inner)

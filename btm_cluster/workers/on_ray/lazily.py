@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 
 # Ray reads these once, when it is imported, so they are set before.
 _ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # Train polls its workers; its default of 2 s costs a small run much
+    # Train polls its workers; its default of 2 s costs a small run much.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # shows Train's runs in the dashboard
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # groups queue for GPUs
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-_LOCAL_ENVIRONMENT = {"RAY_AUTH_MODE": "token"}  # what Ray does by itself for a local cluster, without its warning
+# What Ray does by itself for a local cluster, without its warning.
+_LOCAL_ENVIRONMENT = {"RAY_AUTH_MODE": "token"}
 
 
 class LazyRayWorkers:

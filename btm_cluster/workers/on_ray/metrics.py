@@ -1,7 +1,7 @@
 """Metrics of a run for Ray, and by it for Prometheus and Grafana (deploy/grafana).
 
-The driver is the only writer, so that series end with the run and none stands twice. Labels: the store, a training's name and
-its phase (seed, expert, transformer-lm); none of them grows with time.
+The driver is the only writer, so that series end with the run and none stands twice. Labels: the store, a
+training's name and its phase (seed, expert, transformer-lm); none of them grows with time.
 """
 
 import time

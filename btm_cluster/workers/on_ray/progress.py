@@ -36,7 +36,10 @@ class News:
 
 @dataclass(frozen=True)
 class Process:
-    """A process somewhere in the cluster. By when it began, another that got its number later is told from it."""
+    """A process somewhere in the cluster.
+
+    By when it began, another that got its number later is told from it.
+    """
 
     node: str
     number: int
@@ -50,7 +53,8 @@ class Process:
     def kill(self) -> None:
         """Has a task on its node kill it; nothing happens where either is gone.
 
-        Not by `ray.kill`: Ray 2.60 gives that up where a process takes no connection, which a stopped one does not.
+        Not by `ray.kill`: Ray 2.60 gives that up where a process takes no connection, which a stopped one
+        does not.
         """
         there = NodeAffinitySchedulingStrategy(self.node, soft=False)
         _kill_here.options(scheduling_strategy=there).remote(self.number, self.began)
@@ -65,7 +69,8 @@ def _kill_here(number: int, began: float) -> None:
 
 
 class ProgressBoard:
-    """Holds the newest progress of each label until the driver takes it, and how often and where it was started."""
+    """Holds the newest progress of each label until the driver takes it, and
+    how often and where it was started."""
 
     def __init__(self) -> None:
         self._fresh: dict[str, Progress] = {}

@@ -10,7 +10,8 @@ from btm_cluster.requests import Resources, StepRequest, TrainRequest
 from btm_cluster.workers.on_ray.supervision import StepState
 
 EARLY_SECONDS = 60.0
-"""How long before its inputs are there the process of a training is started: it imports, opens a GPU and compiles."""
+"""How long before its inputs are there the process of a training is started:
+it imports, opens a GPU and compiles."""
 
 
 @dataclass
@@ -49,7 +50,10 @@ class Running:
 
     @property
     def may_lack_a_place(self) -> bool:
-        """Whether it was not heard yet, and may still wait for a place on the cluster. A trainer that scores has one."""
+        """Whether it was not heard yet, and may still wait for a place on the cluster.
+
+        A trainer that scores has one.
+        """
         return self.state.phase == "queued" and (self.trainer is None or self.is_training)
 
     def end(self) -> None:

@@ -1,7 +1,7 @@
 """Submitting a job for a schedule: once for each tick, however often the submitter dies and is started again.
 
-A job outlives its submitter. So a submitter first looks for what an earlier one has begun: it waits for that, tries again what
-failed, and leaves a tick out while the previous one's job still runs.
+A job outlives its submitter. So a submitter first looks for what an earlier one has begun: it waits for that,
+tries again what failed, and leaves a tick out while the previous one's job still runs.
 """
 
 import time
@@ -20,13 +20,15 @@ AGENT_SECONDS = 120.0
 """A head that was just started takes jobs only once its agent is up."""
 LOG_LINES = 30
 TRANSIENT_ERRORS = (RuntimeError, OSError, AuthenticationError)
-"""Exceptions of the client where the dashboard fails, is silent or does not know us; those of `requests` are OSErrors."""
+"""Exceptions of the client where the dashboard fails, is silent or does not know
+us; those of `requests` are OSErrors."""
 Say: TypeAlias = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Step:
-    """The decision of a submitter: submit `job`, wait for it, or nothing, since it is done or another tick's still runs."""
+    """The decision of a submitter: submit `job`, wait for it, or nothing, since
+    it is done or another tick's still runs."""
 
     do: str
     job: str
@@ -55,7 +57,8 @@ def submit_and_wait(
 
     Raises:
         UserError: no cluster answers, or it refuses the token.
-        StepError: the job was stopped, the cluster lost it, or its dashboard had a transient error; a later try may succeed.
+        StepError: the job was stopped, the cluster lost it, or its dashboard had a transient error; a later
+        try may succeed.
     """
     client = _client(address)
     step = choose_step(schedule, tick, _jobs(client, address))
@@ -84,11 +87,15 @@ def try_job(address: str, seconds: float) -> None:
     while not details.status.is_terminal():
         if time.monotonic() > deadline:
             client.stop_job(job)
-            raise StepError(f"{job}, which does nothing, did not end within {seconds:g} s", found=details.status.value)
+            raise StepError(
+                f"{job}, which does nothing, did not end within {seconds:g} s", found=details.status.value
+            )
         time.sleep(POLL_SECONDS / 4)
         details = client.get_job_info(job)
     if details.status != JobStatus.SUCCEEDED:
-        raise StepError(f"{job}, which does nothing, did not end well", found=details.message or details.status.value)
+        raise StepError(
+            f"{job}, which does nothing, did not end well", found=details.message or details.status.value
+        )
 
 
 def _client(address: str) -> JobSubmissionClient:
@@ -115,7 +122,9 @@ def _jobs(client: JobSubmissionClient, address: str) -> dict[str, JobDetails]:
         ) from exc
 
 
-def _submit(client: JobSubmissionClient, job: Mapping[str, Any], say: Say, seconds: float = AGENT_SECONDS) -> None:
+def _submit(
+    client: JobSubmissionClient, job: Mapping[str, Any], say: Say, seconds: float = AGENT_SECONDS
+) -> None:
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -141,7 +150,8 @@ def _await_end(client: JobSubmissionClient, job: str, say: Say) -> int:
             raise StepError(
                 f"{job}: the cluster does not answer, or does not know it any more",
                 found=one_line(exc),
-                remedy="if the head was started anew, the job went with it; submitted again, it goes on from the store",
+                remedy="if the head was started anew, the job went with it; submitted again, it goes on from "
+                "the store",
             ) from exc
         if details.status.is_terminal():
             break

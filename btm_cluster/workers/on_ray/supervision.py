@@ -1,7 +1,8 @@
-"""Decides what to do about one step that runs on the cluster: nothing, say that it waits for capacity, or kill it.
+"""Decides what to do about one step that runs on the cluster: nothing, say that
+it waits for capacity, or kill it.
 
-A pure function of the step's state, its newest progress report and the time; the caller polls, acts and keeps the new
-state. Knows nothing of Ray or of processes.
+A pure function of the step's state, its newest progress report and the time; the caller polls, acts and keeps
+the new state. Knows nothing of Ray or of processes.
 """
 
 from dataclasses import dataclass, replace
@@ -37,15 +38,18 @@ class StepState:
     """One step, as far as its progress reports tell."""
 
     heard_at: float
-    """Time of the last report, or of submission; of being killed, so that a second kill waits as long again."""
+    """Time of the last report, or of submission; of being killed, so that a
+    second kill waits as long again."""
     said_at: float
     """Time of the last message that it waits for capacity."""
     phase: Phase = "queued"
-    """queued: not heard at work in this attempt; preparing: at work before its first update; updating: after it."""
+    """queued: not heard at work in this attempt; preparing: at work before its
+    first update; updating: after it."""
     is_training: bool = False
     """Only trainings report regularly, so only they can be seen to hang."""
     waits_for: str = ""
-    """Capacity that the cluster lacked at submission, such as "2 GPUs"; empty once the step is heard at work."""
+    """Capacity that the cluster lacked at submission, such as "2 GPUs"; empty
+    once the step is heard at work."""
 
     @classmethod
     def submitted(cls, now: float, is_training: bool = False, waits_for: str = "") -> "StepState":
@@ -70,11 +74,16 @@ class Kill:
 Action: TypeAlias = Say | Kill | None
 
 
-def supervise(state: StepState, news: Progress | None, now: float, limits: Limits) -> tuple[StepState, Action]:
-    """The state after `news`, the newest report since the last call if there is one, and the action to take."""
+def supervise(
+    state: StepState, news: Progress | None, now: float, limits: Limits
+) -> tuple[StepState, Action]:
+    """The state after `news`, the newest report since the last call if there
+    is one, and the action to take."""
     if news is not None:
         phase = _phase_after(state, news)
-        return replace(state, phase=phase, heard_at=now, waits_for=state.waits_for if phase == "queued" else ""), None
+        return replace(
+            state, phase=phase, heard_at=now, waits_for=state.waits_for if phase == "queued" else ""
+        ), None
     patience = _patience(state, limits)
     if state.is_training and state.phase != "queued" and now - state.heard_at >= patience:
         return replace(state, heard_at=now), Kill(f"hangs: no update for {patience / 60:g} min, killed")

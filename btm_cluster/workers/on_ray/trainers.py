@@ -1,7 +1,9 @@
-"""The trainer actors of one driver: started before their turn where there is room, and kept while they can score.
+"""The trainer actors of one driver: started before their turn where there is
+room, and kept while they can score.
 
-To start a process, import, open a GPU and compile takes longer than many a training. So a training's actor starts while the
-last of what it waits for is made, where nobody holds the place; and one that has trained scores, if need be, other models too.
+To start a process, import, open a GPU and compile takes longer than many a training. So a training's actor
+starts while the last of what it waits for is made, where nobody holds the place; and one that has trained
+scores, if need be, other models too.
 """
 
 import sys
@@ -25,7 +27,8 @@ IDLE_SECONDS = 60.0
 """How long a trainer is kept that has nothing to score yet: others may want its place on the cluster."""
 
 SHORT_STEPS_PER_CPU = 4
-"""So many steps other than trainings, on each CPU, take about as long as a training's process takes to start."""
+"""So many steps other than trainings, on each CPU, take about as long as a
+training's process takes to start."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,11 @@ class Trainers:
         """Notes that an actor that was started early is at work."""
         self._placed.add(label)
 
-    def start_early(self, trainings: Sequence[TrainRequest], pending: Pending, running: Iterable[Running]) -> None:
-        """Starts the actors of trainings whose inputs will be there soon, in order, as far as nobody holds their place.
+    def start_early(
+        self, trainings: Sequence[TrainRequest], pending: Pending, running: Iterable[Running]
+    ) -> None:
+        """Starts the actors of trainings whose inputs will be there soon, in order,
+        as far as nobody holds their place.
 
         Ends those that were started for trainings which are not among these any more.
         """
@@ -101,7 +107,9 @@ class Trainers:
             before = pending.awaited_in_turn(request)
             are_few = 0 < len(before) <= SHORT_STEPS_PER_CPU * self._cpus
             is_soon = (
-                are_few and not before & not_started and all(at_work[ref].ends_soon for ref in before & at_work.keys())
+                are_few
+                and not before & not_started
+                and all(at_work[ref].ends_soon for ref in before & at_work.keys())
             )
             if request.how.workers > 1 or not (is_soon or request.ref in self._early):
                 return
@@ -110,7 +118,8 @@ class Trainers:
     # Scoring
 
     def go_on(self, finished: Running, pending: Pending, running: Collection[Running]) -> Running | None:
-        """What the trainer does that has finished a batch: it scores the model that it has trained, or is kept, or ended.
+        """What the trainer does that has finished a batch: it scores the model that it
+        has trained, or is kept, or ended.
 
         Its own model it scores in any case where it holds no more than that takes.
         """
@@ -144,7 +153,8 @@ class Trainers:
     # Ending
 
     def end_unneeded(self, pending: Pending, running: Collection[Running]) -> None:
-        """Ends idle trainers that are in the way, that nothing is left to score for, or that were idle too long."""
+        """Ends idle trainers that are in the way, that nothing is left to score
+        for, or that were idle too long."""
         if not self._idle:
             return
         late = time.monotonic() - IDLE_SECONDS
@@ -167,7 +177,8 @@ class Trainers:
             ray.kill(self._early.pop(ref)[1])
 
     def _is_place_wanted(self, pending: Pending, running: Iterable[Running]) -> bool:
-        """Whether a training, or another step that runs in a group, waits or may have to wait for an idle trainer's place."""
+        """Whether a training, or another step that runs in a group, waits or may have
+        to wait for an idle trainer's place."""
         if any(request.ref not in self._early for request in pending.trainings):
             return True
         if (
@@ -180,7 +191,8 @@ class Trainers:
 
 
 def _can_score(held: Resources, request: StepRequest) -> bool:
-    """Whether a request is a score that can be computed in the place of such a trainer, with no CPU held for nothing."""
+    """Whether a request is a score that can be computed in the place of such a
+    trainer, with no CPU held for nothing."""
     if not isinstance(request, ScoreRequest):
         return False
     asked = request.how.gpus_per_worker

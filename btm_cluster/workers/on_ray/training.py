@@ -1,8 +1,8 @@
 """One training on the cluster: an actor that runs Ray Train, in its own process or over a group of workers.
 
-A group of one runs in Train's local mode: the actor holds the GPU (a fraction will do) and Ray restarts it. A larger group
-has a placement group of its own, the actor holds nothing, and Train restarts the workers. Either way a restarted
-training goes on from its last checkpoint in the store.
+A group of one runs in Train's local mode: the actor holds the GPU (a fraction will do) and Ray restarts it. A
+larger group has a placement group of its own, the actor holds nothing, and Train restarts the workers. Either
+way a restarted training goes on from its last checkpoint in the store.
 """
 
 import gc
@@ -55,9 +55,12 @@ class Trainer:
             def loop() -> Artifact | BtmError:
                 is_to_go = ray.train.get_preemption_info  # None in Train's local mode, so only groups ask
                 board.enter.remote(request.label, Process.this())
-                return _step(request, store, RayControl(board, StopPoll(trainer), lambda: is_to_go() is not None))
+                return _step(
+                    request, store, RayControl(board, StopPoll(trainer), lambda: is_to_go() is not None)
+                )
 
-        with scratch_folder() as folder:  # Ray Train keeps notes of a run there, which nobody needs afterwards
+        # Ray Train keeps notes of a run there, which nobody needs afterwards.
+        with scratch_folder() as folder:
             run_config = _run_config(request, retries, folder)
             result = TorchTrainer(loop, scaling_config=_scaling(request.how), run_config=run_config).fit()
         if isinstance(result.return_value, BtmError):
@@ -67,7 +70,10 @@ class Trainer:
         return [result.return_value]
 
     def warm_up(self, request: TrainRequest, board: Any) -> None:
-        """Gets this process ready to train, before its inputs are there. A fault is left for the training to meet."""
+        """Gets this process ready to train, before its inputs are there.
+
+        A fault is left for the training to meet.
+        """
         board.enter.remote(request.label, Process.this())
         RayControl(board, lambda: False).report(Progress(request.label, WARMING_UP))
         with quick_imports():
@@ -81,7 +87,8 @@ class Trainer:
             log.warning("%s: its process could not be warmed up", request.label, exc_info=True)
 
     def score(self, batch: Sequence[ScoreRequest], store: str, board: Any) -> list[Artifact]:
-        """Scores texts under a model, first of all the one that this process has trained: it need not start anew for that."""
+        """Scores texts under a model, first of all the one that this process has
+        trained: it need not start anew for that."""
         import torch
 
         gc.collect()
@@ -109,11 +116,13 @@ def _step(request: TrainRequest, store: str, control: RayControl) -> Artifact | 
     What trying again cannot mend is returned and not raised, since Train tries again whatever is raised.
     """
     train = function_of(TrainRequest)
-    rank = ray.train.get_context().get_world_rank()  # raises where Train is not in charge: no training runs outside it
+    # Raises where Train is not in charge: no training runs outside it.
+    rank = ray.train.get_context().get_world_rank()
     try:
         with control:
             if rank == 0:
-                control.report(Progress(request.label, LOADING))  # its turn has come: a group may wait for it long
+                # Its turn has come: a group may wait for it long.
+                control.report(Progress(request.label, LOADING))
             model: Artifact = train(request, Ledger.open(store), control)
             return model
     except (UserError, Stopped, TrainingError) as exc:
@@ -121,7 +130,8 @@ def _step(request: TrainRequest, store: str, control: RayControl) -> Artifact | 
 
 
 def trainer_name(request: TrainRequest, store: str) -> str:
-    """The actor's name on the cluster: one for each model of a store, so that two drivers do not train it twice."""
+    """The actor's name on the cluster: one for each model of a store, so that
+    two drivers do not train it twice."""
     in_store = hashlib.sha256(store.encode()).hexdigest()[:6]
     return f"{request.role}-{request.label}-{request.ref.identity[:8]}-{in_store}"
 
@@ -135,14 +145,16 @@ def trainer_options(request: TrainRequest, store: str, retries: int) -> dict[str
         "num_cpus": held["CPU"],
         "num_gpus": held.get("GPU", 0.0),
         "max_restarts": retries,
-        "max_task_retries": -1,  # one is spent on each call while a lost node is not yet known to be lost; restarts are the limit
+        # One is spent on each call while a lost node is not yet known to be lost; restarts are the limit.
+        "max_task_retries": -1,
         # Without an environment of its own the actor gets a process that Ray has ready.
         "runtime_env": {} if alone else {"env_vars": _train_variables()},
     }
 
 
 def _train_variables() -> dict[str, str]:
-    """Ray Train's settings: the driver has them (`lazily.py`), the cluster's nodes do not, and Train reads them where it runs."""
+    """Ray Train's settings: the driver has them (`lazily.py`), the cluster's nodes do
+    not, and Train reads them where it runs."""
     return {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
 
 

@@ -1,7 +1,8 @@
-"""The workers' port on Ray: a named actor for each training, one actor for averages, a task for every other step.
+"""The workers' port on Ray: a named actor for each training, one actor for
+averages, a task for every other step.
 
-Steps wait here for the inputs that others of the same call make, and trainings for `concurrent_experts`; everything else is
-Ray's. A failed request never cancels its siblings.
+Steps wait here for the inputs that others of the same call make, and trainings for `concurrent_experts`;
+everything else is Ray's. A failed request never cancels its siblings.
 """
 
 import threading
@@ -44,8 +45,15 @@ class RayWorkers:
     def __init__(
         self, store: str, watcher: Watcher, stop: threading.Event, cluster: ClusterPlan, expert: Resources
     ) -> None:
-        self._store, self._watcher, self._stop, self._cluster, self._expert = store, watcher, stop, cluster, expert
-        # On the driver's own node: another may be lost, and the driver would be lost with what it asks every moment.
+        self._store, self._watcher, self._stop, self._cluster, self._expert = (
+            store,
+            watcher,
+            stop,
+            cluster,
+            expert,
+        )
+        # On the driver's own node: another may be lost, and the driver would be lost with what it asks every
+        # moment.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         board = {"max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
         self._board = ProgressBoardActor.options(name=f"progress-{time.time_ns()}", **board).remote()
@@ -66,7 +74,9 @@ class RayWorkers:
         self._announced = list(trainings)
 
     def run(self, requests: Sequence[StepRequest]) -> Generator[tuple[StepRequest, Outcome], None, None]:
-        self._room = self._check_trainings([request for request in requests if isinstance(request, TrainRequest)])
+        self._room = self._check_trainings(
+            [request for request in requests if isinstance(request, TrainRequest)]
+        )
         self._metrics.stands(Ledger.open(self._store).log.newest())
         announced, self._announced = self._announced, []
         pending, running = Pending(requests), dict[Any, Running]()
@@ -94,8 +104,11 @@ class RayWorkers:
             self._trainers.end_all(announced)
             self._end_merger()
 
-    def _start_all(self, pending: Pending, running: dict[Any, Running], announced: Sequence[TrainRequest]) -> None:
-        """Starts every request whose inputs and turn are there, and the processes of trainings that follow soon."""
+    def _start_all(
+        self, pending: Pending, running: dict[Any, Running], announced: Sequence[TrainRequest]
+    ) -> None:
+        """Starts every request whose inputs and turn are there, and the processes
+        of trainings that follow soon."""
         for scores in self._trainers.score_ready(pending):
             running[scores.result] = scores
         while batch := pending.next_batch(lambda request: self._may_start(request, running.values())):
@@ -119,14 +132,17 @@ class RayWorkers:
         if outcomes is None:  # another driver left it unfinished: ours now
             pending.put_back(finished.batch[0])
         for request, outcome in zip(finished.batch, outcomes or (), strict=outcomes is not None):
-            self._metrics.ended(request.label, STEPS[type(request)].function, failed=isinstance(outcome, Failure))
+            self._metrics.ended(
+                request.label, STEPS[type(request)].function, failed=isinstance(outcome, Failure)
+            )
             yield request, outcome
             yield from pending.finish(request, outcome)
         if finished.is_training:  # whoever asked may have merged it
             self._metrics.stands(Ledger.open(self._store).log.newest())
 
     def _end_idle_merger(self, pending: Pending, running: Collection[Running]) -> None:
-        """Ends the merge actor where there is nothing to average, for good or while a training waits for the CPU that it holds."""
+        """Ends the merge actor where there is nothing to average, for good or while a
+        training waits for the CPU that it holds."""
         averages = any(isinstance(one.batch[0], AverageRequest) for one in running)
         trainings = pending.trainings or any(one.is_training and one.may_lack_a_place for one in running)
         if not averages and (trainings or not pending.averages):
@@ -144,8 +160,11 @@ class RayWorkers:
             ResourcesError: it never will have.
         """
         if any(request.role == "seed" or request.milestones for request in requests):
-            has_capacity(Demand("an expert", self._expert), self._cluster.autoscaling)  # before its seed is paid for
-        return {request.label: has_capacity(demand_of(request), self._cluster.autoscaling) for request in requests}
+            # Before its seed is paid for.
+            has_capacity(Demand("an expert", self._expert), self._cluster.autoscaling)
+        return {
+            request.label: has_capacity(demand_of(request), self._cluster.autoscaling) for request in requests
+        }
 
     def _start(self, batch: list[StepRequest]) -> Running:
         request, step = batch[0], STEPS[type(batch[0])]
@@ -153,9 +172,14 @@ class RayWorkers:
             return self._start_training(request)
         if step.runs_in == "merger":
             if self._merger is None:
-                self._merger = MergerActor.options(name=f"merge-{time.time_ns()}", num_cpus=1, **self._retried).remote()
+                self._merger = MergerActor.options(
+                    name=f"merge-{time.time_ns()}", num_cpus=1, **self._retried
+                ).remote()
             return Running(batch, self._merger.average.remote(batch, self._store, self._board))
-        options: dict[str, Any] = {"name": f"{step.function} {request.label}", "max_retries": self._cluster.retries}
+        options: dict[str, Any] = {
+            "name": f"{step.function} {request.label}",
+            "max_retries": self._cluster.retries,
+        }
         waits_for = ""
         if request.group is None:
             options["num_cpus"] = 1
@@ -235,7 +259,9 @@ def _log_of(trainer: Any) -> str:
     if trainer is None:
         return ""
     try:
-        lines = ray.util.state.get_log(actor_id=trainer._actor_id.hex(), tail=LOG_LINES, suffix="err", timeout=10)
+        lines = ray.util.state.get_log(
+            actor_id=trainer._actor_id.hex(), tail=LOG_LINES, suffix="err", timeout=10
+        )
         return "".join(lines)
     except Exception:  # a cluster without a dashboard serves none, and that is no reason to fail
         return ""
