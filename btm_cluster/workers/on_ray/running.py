@@ -28,6 +28,7 @@ class Running:
     state: StepState = field(init=False)
     seconds_left: float | None = None
     """As a training last said."""
+    started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self, waits_for: str) -> None:
         is_training = self.trainer is not None and self.is_training

@@ -6,6 +6,7 @@ starts while the last of what it waits for is made, where nobody holds the place
 scores, if need be, other models too.
 """
 
+import math
 import sys
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,9 @@ from btm_cluster.workers.pending import Pending
 
 IDLE_SECONDS = 60.0
 """How long a trainer is kept that has nothing to score yet: others may want its place on the cluster."""
+
+START_SECONDS = 8.0
+"""About how long a process takes to start, import and open a GPU."""
 
 SHORT_STEPS_PER_CPU = 4
 """So many steps other than trainings, on each CPU, take about as long as a
@@ -51,6 +55,8 @@ class Trainers:
         self._placed: set[str] = set()
         """Labels of trainings whose actor, started early, has its place on the cluster."""
         self._idle: list[_Idle] = []
+        self._score_seconds = math.inf
+        """How long the last batch of scores took."""
 
     # Starting
 
@@ -61,7 +67,9 @@ class Trainers:
             ValueError: another driver has one for the same model.
         """
         if request.ref in self._early:
-            return self._early.pop(request.ref)[1], request.label in self._placed
+            has_place = request.label in self._placed
+            self._placed.discard(request.label)
+            return self._early.pop(request.ref)[1], has_place
         return TrainerActor.options(**trainer_options(request, self._store, self._retries)).remote(), False
 
     def heard(self, label: str) -> None:
@@ -127,7 +135,9 @@ class Trainers:
             return None
         idle = _Idle(finished.trainer, finished.how, time.monotonic())
         is_wanted = idle.how.workers > 1 or self._is_place_wanted(pending, running)
-        if finished.is_training:
+        if not finished.is_training:
+            self._score_seconds = idle.since - finished.started
+        else:
             trained, fits = finished.batch[0].ref, _is_as_large if is_wanted else _can_score
             batch = pending.next_batch(lambda request: fits(idle.how, request) and trained in request.needs)
             if batch:
@@ -146,6 +156,13 @@ class Trainers:
             if batch := pending.next_batch(partial(_can_score, idle.how)):
                 self._idle.remove(idle)
                 yield self._score(idle, batch)
+
+    def will_score(self, request: StepRequest, running: Iterable[Running]) -> bool:
+        """Whether a trainer that scores now will be free for this score sooner than a new process."""
+        if self._score_seconds > START_SECONDS:
+            return False
+        at_work = [one.how for one in running if one.trainer is not None and not one.is_training and one.how]
+        return any(_can_score(how, request) for how in at_work)
 
     def _score(self, idle: _Idle, batch: list[StepRequest]) -> Running:
         return Running(batch, idle.actor.score.remote(batch, self._store, self._board), idle.actor, idle.how)

@@ -119,7 +119,7 @@ class RayWorkers:
 
     def _may_start(self, request: StepRequest, running: Iterable[Running]) -> bool:
         if not isinstance(request, TrainRequest):
-            return True
+            return not self._trainers.will_score(request, running)
         trainings = [one for one in running if isinstance(one.batch[0], TrainRequest)]
         # Ray may place the later of two: a baseline is submitted once every expert before it has its place.
         queued = [one.batch[0].priority for one in trainings if one.state.phase == "queued"]
