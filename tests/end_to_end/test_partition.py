@@ -88,9 +88,9 @@ def test_when_a_machine_is_cut_off_its_expert_goes_on_at_another_though_it_train
         plan = write_prepared(long_fields, undisturbed, tmp_path, experts=1)
         run = Btm([str(plan)], environment, tmp_path / "said", GROW)
         wait_until_an_expert_trains(run)
+        assert trainers(far.pid)  # there was no other place
+        cable.cut()
         with ray_node(environment, 2, f"--node-ip-address={cable.here}"):
-            assert trainers(far.pid)  # there was no other place
-            cable.cut()
             assert run.exit_code() == 0, run.said
         assert far.poll() is None  # its machine was not lost, only out of reach
     assert experts_in(tmp_path / "store") == plain(undisturbed)
