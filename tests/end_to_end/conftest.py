@@ -160,7 +160,7 @@ def long_fields(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     fields = plan_fields(texts, tmp_path_factory.mktemp("undisturbed"))
     fields["domains"] = fields["domains"][:2]
     fields["training"] |= {"updates": 1600}
-    fields["cluster"] |= {"checkpoint_minutes": 0.005}
+    fields["cluster"] |= {"checkpoint_minutes": 0.005, "micro_batch_blocks": 4}
     return fields
 
 
