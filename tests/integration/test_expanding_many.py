@@ -76,6 +76,9 @@ class AtOnce:
     def __init__(self, ledger: Ledger, folder: Path) -> None:
         self._ledger, self._folder = ledger, folder
 
+    def get_ready(self, trainings: Sequence[StepRequest]) -> None:
+        """Nothing."""
+
     def run(self, requests: Sequence[StepRequest]) -> Iterator[tuple[StepRequest, Outcome]]:
         yield from ((request, self._make(request)) for request in requests)
 

@@ -200,7 +200,7 @@ def test_a_call_that_cannot_be_met_is_refused_before_a_store_is_opened(
     def opened(*_: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("btm_cluster.commands.driving.open_ledger", opened)
+    monkeypatch.setattr("btm_cluster.session.open_ledger", opened)
     code, out, err = generate(*arguments)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
