@@ -256,7 +256,10 @@ def test_a_forest_is_shown_with_its_versions(
             "cli, btm_cluster.terminal.verdict, btm_cluster.operations.remove, btm_cluster.ledger.purge",
             {"torch", "transformers"},
         ),
-        ("workers.on_ray.workers, btm_cluster.steps.read, btm_cluster.steps.tokenize", {"torch", "ray.train"}),
+        (
+            "workers.on_ray.workers, btm_cluster.steps.read, btm_cluster.steps.tokenize",
+            {"torch", "ray.train"},
+        ),
     ],
 )
 def test_what_needs_no_torch_answers_without_it(modules: str, absent: set[str]) -> None:

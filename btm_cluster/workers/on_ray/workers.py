@@ -45,13 +45,8 @@ class RayWorkers:
     def __init__(
         self, store: str, watcher: Watcher, stop: threading.Event, cluster: ClusterPlan, expert: Resources
     ) -> None:
-        self._store, self._watcher, self._stop, self._cluster, self._expert = (
-            store,
-            watcher,
-            stop,
-            cluster,
-            expert,
-        )
+        self._store, self._watcher, self._stop = store, watcher, stop
+        self._cluster, self._expert = cluster, expert
         # On the driver's own node: another may be lost, and the driver would be lost with what it asks every
         # moment.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
