@@ -2,9 +2,8 @@
 
 Purity against eight labelled domains.
 
-    python benchmarks/discovered_domains.py ../shared/corpus --per-domain 1500 --clusters 8 python
-    benchmarks/discovered_domains.py ../shared/corpus --clusters 8                  # all documents: uneven
-    domains
+    python benchmarks/discovered_domains.py ../shared/corpus --per-domain 1500 --clusters 8
+    python benchmarks/discovered_domains.py ../shared/corpus --clusters 8        # all documents: uneven domains
 
 Mixes the documents of the folders in CORPUS/train_domains (`train.jsonl.zst`) in one unlabelled file,
 discovers clusters in it, and prints for each cluster its documents by domain. Purity is the share of

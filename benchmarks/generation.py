@@ -1,7 +1,7 @@
 """Generation speed of an ensemble on one device, beside transformers' `generate` of one of its experts.
 
-    python benchmarks/generation.py --device cuda                                    eight experts of 124M,
-    about 3 minutes python benchmarks/generation.py --device cpu --experts 2 --model-size toy --new-tokens 16
+    python benchmarks/generation.py --device cuda           # eight experts of 124M, about 3 minutes
+    python benchmarks/generation.py --device cpu --experts 2 --model-size toy --new-tokens 16
 
 Random weights, GPT-2's shape, no end of text. Tokens per second are new tokens over the time of a whole call,
 reading of the prompts included; the calls before it captured what it needs. Prints a line for each part as it

@@ -1,9 +1,9 @@
 """From a plan to its verdict: what happens when, and in which share of the time the GPU computes.
 
-    python benchmarks/plan_to_verdict.py quickstart                              what `make run` does python
-    benchmarks/plan_to_verdict.py quickstart --beside main --repeats 3    beside another commit, in turn
-    python benchmarks/plan_to_verdict.py --plan PLAN.yaml --json result.json python
-    benchmarks/plan_to_verdict.py --corpus ../shared/corpus --domains 4 --targets 4 --updates 1600
+    python benchmarks/plan_to_verdict.py quickstart                              what `make run` does
+    python benchmarks/plan_to_verdict.py quickstart --beside main --repeats 3    beside another commit, in turn
+    python benchmarks/plan_to_verdict.py --plan PLAN.yaml --json result.json
+    python benchmarks/plan_to_verdict.py --corpus ../shared/corpus --domains 4 --targets 4 --updates 1600
 
 Runs `btm run` in a process of its own, from an empty store, on a Ray cluster that it starts itself.
 Prints a timeline in seconds since the command started, the longest stretches between two events, and the

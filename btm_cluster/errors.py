@@ -1,15 +1,18 @@
 """Every exception that the package raises on purpose.
 
-    BtmError                  exit 1   something failed while running ├── UserError             exit 2   the
-    plan, the call or the text is wrong; nothing was spent │   ├── PlanError                  one or more
-    fields of a plan │   ├── TextError                  a source that cannot be used │   ├── IncompatibleError
-    models that cannot be averaged or ensembled │   ├── FoundationError            a plan that changes what
-    this store's forest was founded on │   └── ResourcesError             a demand that the cluster can never
-    meet ├── StoreError                     the store did not do what was asked │   ├── MissingError
-    an object or artifact that should be there │   └── IntegrityError             bytes that are not those
-    that were written ├── TrainingError                  training that cannot go on, such as one out of memory
-    │   └── DivergedError              a loss or weights that are not finite: the recipe's doing, not the
-    machine's ├── StepError                      steps that failed on the cluster, by name, attempts and cause
+    BtmError                  exit 1   something failed while running
+    ├── UserError             exit 2   the plan, the call or the text is wrong; nothing was spent
+    │   ├── PlanError                  one or more fields of a plan
+    │   ├── TextError                  a source that cannot be used
+    │   ├── IncompatibleError          models that cannot be averaged or ensembled
+    │   ├── FoundationError            a plan that changes what this store's forest was founded on
+    │   └── ResourcesError             a demand that the cluster can never meet
+    ├── StoreError                     the store did not do what was asked
+    │   ├── MissingError               an object or artifact that should be there
+    │   └── IntegrityError             bytes that are not those that were written
+    ├── TrainingError                  training that cannot go on, such as one out of memory
+    │   └── DivergedError              a loss or weights that are not finite: the recipe's doing
+    ├── StepError                      steps that failed on the cluster, by name, attempts and cause
     ├── OutputError                    standard output cannot be written; exit 141 where its reader has gone
     └── Stopped               exit 130 the user or the cluster asked to stop; everything was saved
 

@@ -1,12 +1,10 @@
 """Records of a growing forest in its store, beside artifacts and versions:
 small documents, each created once.
 
-    expansions/<id>.json               where a new domain's expert branches, settled before anything of it is
-    made baselines/<model>.json             a DEMix, or a Transformer-LM's milestone, that was trained for a
-    version of the forest held/<id>-<version>.json           an expert without which version n of the forest
-    was better quarantine/<id>.json               what the inbox had under a name and was refused, until it is
-    replaced
-
+    expansions/<id>.json               where a new domain's expert branches, settled before it is trained
+    baselines/<model>.json             a DEMix or a Transformer-LM's milestone, and its forest version
+    held/<id>-<version>.json           an expert without which version n of the forest was better
+    quarantine/<id>.json               what the inbox had under a name and was refused, until it is replaced
     logs/<run>/<training>/…            TensorBoard's curves, written anew while a training runs
 
 Knows what they say and where they lie; decides nothing.
