@@ -20,7 +20,7 @@ import torch
 from btm_cluster.algorithm import grow, train_seed
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.preparation import prepare
-from btm_cluster.driver.recipes import seed_request
+from btm_cluster.driver.recipes import expert_request, score_request, seed_request, seed_start
 from btm_cluster.equations.learned_gate import fit_gate_for_all, tune_gate
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation.evaluate import forest_ensemble
@@ -28,11 +28,13 @@ from btm_cluster.evaluation.fitting import fit_request, for_all_requests, mix_re
 from btm_cluster.evaluation.scoring import score_models, stack_of
 from btm_cluster.evaluation.systems import CALIBRATED, GATE, PAPERS
 from btm_cluster.forest import Forest
-from btm_cluster.ledger import Ref
+from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.mixing.fit_file import SUMS
 from btm_cluster.mixing.fitting import fit_mixing, one_thread_each, shared_mixing
 from btm_cluster.plan import Plan
+from btm_cluster.requests import AverageRequest
 from btm_cluster.requests.progress import Progress
+from btm_cluster.workers.on_ray import workers
 from btm_cluster.workers.on_ray.lazily import LazyRayWorkers
 from tests.conftest import DOMAINS, in_process
 from tests.end_to_end.conftest import BIN, REPOSITORY, Btm, _wait_for, experts_in, plain, write_prepared
@@ -132,6 +134,25 @@ def test_a_run_that_is_stopped_and_then_killed_resumes_to_the_very_same_forest(
     assert not list((store / "training").rglob("*.json"))
 
 
+def test_an_expert_gets_ready_while_its_seed_is_trained_and_trainers_score_other_models_too(
+    connect: Callable[..., LazyRayWorkers], fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields["training"] |= {"updates": 5_000, "seed_share": 4_990 / 5_000}
+    plan = Plan.model_validate(fields)
+    prepared = prepare(plan, driver := in_process(plan))
+    seed, (domain, *_) = seed_request(prepared), prepared.domains
+    expert = expert_request(prepared, domain, seed_start(prepared, seed.ref))
+    average = AverageRequest("average", (seed.ref, expert.ref), (0.5, 0.5), {})
+    models = [seed, expert, average]
+    scores = [score_request(prepared, model.ref, domain, "test") for model in models]
+    monkeypatch.setattr(workers, "step_task", None)  # so that no other process can score
+    told: list[tuple[str, str]] = []
+    with connect(driver.ledger, lambda one: told.append((one.label, one.phase)), threading.Event()) as on_ray:
+        outcomes = [outcome for _, outcome in on_ray.run([*models, *scores])]
+    assert all(isinstance(outcome, Artifact) for outcome in outcomes), outcomes
+    assert told.index((expert.label, "warming up")) < told.index((seed.label, "storing"))
+
+
 def test_a_users_mistake_in_another_step_costs_a_training_nothing(
     connect: Callable[..., LazyRayWorkers], fields: dict[str, Any]
 ) -> None:
@@ -149,10 +170,10 @@ def test_a_users_mistake_in_another_step_costs_a_training_nothing(
                 raise UserError("a mistake in another step")
 
     with (
-        connect(driver.ledger, watch, threading.Event()) as workers,
+        connect(driver.ledger, watch, threading.Event()) as on_ray,
         pytest.raises(UserError, match="in another step"),
     ):
-        list(workers.run([endless]))
+        list(on_ray.run([endless]))
     saved = driver.ledger.latest_training(endless.ref.identity)
     assert saved is not None
     assert saved.recipe["update"] >= told[1].update > 0
@@ -171,8 +192,8 @@ def test_scores_are_mixed_in_the_cluster_as_their_fits_say(
     methods = (PAPERS, replace(CALIBRATED, is_for_all=True), GATE)
     ensemble = replace(forest_ensemble(prepared, grown.forest), methods=methods)
     fits = [*for_all_requests(prepared, ensemble, target), fit_request(prepared, ensemble, target)]
-    with connect(ledger, lambda _: None, threading.Event()) as workers:
-        in_cluster = Driver(ledger, workers)
+    with connect(ledger, lambda _: None, threading.Event()) as on_ray:
+        in_cluster = Driver(ledger, on_ray)
         # All in one call: each starts once those are there that it needs.
         *_, mixture = in_cluster.require([*fits[::-1], mix_request(prepared, ensemble, target, "test")])
         assert in_cluster.made == {"fit": 3, "mixture": 1}
