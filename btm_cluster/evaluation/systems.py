@@ -59,7 +59,7 @@ class Ensemble:
 
     system: str
     models: tuple[tuple[str, Ref], ...]
-    """By domain, or as they are called."""
+    """By domain, or as they are called: in order of names, whoever lists them, since fits end where sums take them."""
     methods: tuple[MixingMethod, ...]
     averages: tuple[str, ...] = ()
     """Averages of their parameters: `uniform`, `argmax`, a prior by name, or a
@@ -67,6 +67,9 @@ class Ensemble:
     seed: Ref | None = None
     """The model that all of them started from; without one, averages of them are noise."""
     seed_share: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "models", tuple(sorted(self.models, key=lambda model: model[0])))
 
     @property
     def name(self) -> str:

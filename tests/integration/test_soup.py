@@ -217,10 +217,10 @@ def test_the_order_of_models_names_no_other_search_and_starts_strategy_and_block
 
 def test_a_learned_search_passes_its_starts_on_by_model(grown: GrownForest, store: Driver) -> None:
     ensemble, text = ensemble_of(grown), grown.text("market")
-    backwards = dataclasses.replace(ensemble, models=ensemble.models[::-1])
-    request = dataclasses.replace(soup_request(grown.prepared, backwards, "learned", text), blocks=6)
-    fits = weight_requests(grown.prepared, backwards, "fitted", text)
-    *_, found = store.require([*scores_for(grown.prepared, backwards, text), *fits, request])
+    request = soup_request(grown.prepared, ensemble, "learned", text)
+    backwards = dataclasses.replace(request, models=request.models[::-1], blocks=6)
+    fits = weight_requests(grown.prepared, ensemble, "fitted", text)
+    *_, found = store.require([*scores_for(grown.prepared, ensemble, text), *fits, backwards])
     weights = found.facts["weights"]["learned"]
     assert weights.keys() == {model.identity for model in ensemble.refs}
     assert sum(weights.values()) == pytest.approx(1, abs=1e-9)

@@ -98,8 +98,6 @@ def _short_searches() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def studied(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Studied:
     plan = study_plan(texts, tmp_path_factory.mktemp("study") / "store", seed_shares=[0, 0.25])
-    # With 16, a run's calibrated ensemble with its seed differs from a study's in the fourth decimal.
-    plan = plan.model_copy(update={"cluster": plan.cluster.model_copy(update={"micro_batch_blocks": 4})})
     driver = in_process(plan)
     return Studied(plan, driver, studied_by(plan, driver))
 
