@@ -349,7 +349,7 @@ class Bench:
         return figures
 
     def memory(self) -> dict[str, Any]:
-        """Of the bfloat16 engine."""
+        """Memory that the bfloat16 engine takes, in GB."""
         import torch
 
         engine = self.engine("bfloat16", self.count)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red")
 STYLES = (*COLOURS, *(f"bright_{colour}" for colour in COLOURS))
-"""Of experts, those that carried most tokens first; then the same underlined."""
+"""Styles of experts, those that carried most tokens first; then the same underlined."""
 ENDINGS: "Mapping[Finish, str]" = {
     "end of text": "the text ended",
     "stop": "a stop string came",

@@ -1,4 +1,4 @@
-"""What a learned gate sees of each expert before a token.
+"""Features of each expert before a token, which a learned gate sees.
 
 The expert's discounted evidence and entropies relative to its siblings', the entropy of the prediction it is
 about to make, and whether it has lately been more surprised than it expected to be. F features, N tokens,

@@ -40,7 +40,7 @@ class RunningGate(Protocol):
         the entropies are given: [E, R]."""
 
     def advance(self, state: State, logp_ER: torch.Tensor, entropy_ER: torch.Tensor) -> State:
-        """What of the state changes once the next token is seen; the entropies are of its prediction."""
+        """New values of the state once the next token is seen; the entropies are of its prediction."""
 
 
 @dataclass(frozen=True)

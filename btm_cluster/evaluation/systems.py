@@ -59,7 +59,8 @@ class Ensemble:
 
     system: str
     models: tuple[tuple[str, Ref], ...]
-    """By domain, or as they are called: in order of names, whoever lists them, since fits end where sums take them."""
+    """By domain, or as they are called: in order of names, whoever lists them,
+    since fits end where sums take them."""
     methods: tuple[MixingMethod, ...]
     averages: tuple[str, ...] = ()
     """Averages of their parameters: `uniform`, `argmax`, a prior by name, or a

@@ -29,7 +29,7 @@ _LARGEST_ROUGH_DIFFERENCE = 0.25
 
 @dataclass(frozen=True)
 class RowBuffers:
-    """What the rows of an engine share on their device, at fixed addresses."""
+    """State of all rows of an engine on their device, at fixed addresses."""
 
     tokens_R: torch.Tensor
     """The token to be read next: int64."""
@@ -70,7 +70,7 @@ class Decoder(Protocol):
 
     @property
     def bytes_per_row(self) -> int:
-        """Of the keys and values that are kept for every row, used or not."""
+        """Bytes of the keys and values that are kept for every row, used or not."""
 
     def read(self, prompts: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]) -> list[ReadPrompt]:
         """Reads each prompt, with the tokenizer's first token before it, into all of its rows. The buffers

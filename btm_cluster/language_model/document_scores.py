@@ -25,7 +25,7 @@ class Score(Protocol):
     """An engine's `score`, with its gate."""
 
     def __call__(self, texts: Sequence[Sequence[int]]) -> list[TextScores]:
-        """What each expert and the ensemble say of token ids, each of at most a block."""
+        """Scores of token ids, each of at most a block, under each expert and the ensemble."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Surprise:
 
     perplexity: float
     bits_per_byte: float
-    """Of its UTF-8, without end-of-text tokens."""
+    """Bits per byte of the text in UTF-8, end-of-text tokens left out."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Sums:
     documents: int = 0
     logp: torch.Tensor = field(init=False)
     ends: torch.Tensor = field(init=False)
-    """Of end-of-text tokens alone."""
+    """Log-probability of end-of-text tokens alone."""
     posterior: torch.Tensor = field(init=False)
     """Summed over documents: [domains]."""
 

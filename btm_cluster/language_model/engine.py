@@ -228,7 +228,8 @@ class EnsembleEngine:
     def score(
         self, texts: Sequence[Sequence[int]], gate: Gate | None = None, alternatives: int = 0
     ) -> list[TextScores]:
-        """What each expert and the ensemble say of texts' tokens, each text read from its beginning.
+        """Log-probabilities of texts' tokens under each expert and the ensemble,
+        each text read from its beginning.
 
         Raises:
             UserError: a text longer than a block, or with unknown token ids.

@@ -21,7 +21,7 @@ transformers' own cache; or each block anew."""
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What an engine is for."""
+    """Sizes and arithmetic of an engine."""
 
     first_token: int
     """Read before every text: the tokenizer's."""
@@ -34,7 +34,10 @@ class EngineSettings:
     rows: int = 1
     """Sequences at once, at most."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of weights, keys and values. Log-probabilities and mixtures are float32, weights of experts float64."""
+    """Type of weights, keys and values.
+
+    Log-probabilities and mixtures are float32, weights of experts float64.
+    """
     device: str = "cpu"
     way: Way | None = None
     """By default the fastest that the architecture is served by."""

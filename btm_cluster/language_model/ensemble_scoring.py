@@ -1,4 +1,4 @@
-"""What experts and their ensemble say of texts: log-probabilities of every token, in padded passes.
+"""Log-probabilities of texts' tokens under experts and their ensemble, in padded passes.
 
 The mixture is weighed by the same functions as everywhere in evaluation. A pass asks the host nothing until
 all experts have read it, so that a GPU computes while the host launches the next expert.
@@ -24,13 +24,13 @@ MOST_PADDING = {"cuda": 4096, "cpu": 256}
 On a GPU that is the time to launch its kernels.
 """
 MOST_LOGIT_BYTES = {"cuda": 2**33, "cpu": 2**29}
-"""Of all experts for one pass, where the mixture's likeliest tokens are wanted;
+"""Bytes of all experts' logits for one pass, where the mixture's likeliest tokens are wanted;
 at most a quarter of a GPU's free memory."""
 
 
 @dataclass(frozen=True)
 class TextScores:
-    """Of one text, on the host."""
+    """Scores of one text, on the host."""
 
     logp_ET: torch.Tensor
     """log p_j of each token: float64, of float32 values."""
@@ -87,7 +87,7 @@ class EnsembleScorer:
         return [found[i] for i in range(len(texts))]
 
     def _length(self, tokens: int) -> int:
-        """What is read of a text: the tokenizer's first token and the text, its last
+        """Tokens read of a text: the tokenizer's first token and the text, its last
         token too where a block has a place for it."""
         block_tokens = self._settings.block_tokens
         return block_tokens if self._anew else min(tokens + 1, block_tokens)

@@ -21,7 +21,7 @@ from btm_cluster.language_model.sampling import draw, keep_likeliest, penalise, 
 
 @dataclass(frozen=True)
 class Begun:
-    """What a row begins with."""
+    """State of a new row."""
 
     prompt: Prompt
     tokens_read: int

@@ -1,4 +1,4 @@
-"""What an engine is asked to continue, and what it wrote. Knows no models and no device.
+"""Prompts of an engine, and the texts that it wrote. Knows no models and no device.
 
 E experts.
 """
@@ -19,7 +19,7 @@ _TOKENS_BEYOND = 8
 """Tokens that are looked at beyond a stop string's number of bytes, since a few
 stand for no byte; and before a token's text."""
 _HALF_A_CHARACTER = "\ufffd"
-"""What tokens decode to that end within a character."""
+"""Replacement character, which tokens decode to that end within a character."""
 
 Finish = Literal["end of text", "stop", "tokens", "block"]
 """Why a sequence ended: the end-of-text token, a stop string, as many tokens
@@ -67,7 +67,7 @@ class Drawn:
 
     token: int
     logp: float
-    """Of the mixture, before temperature, penalty, top-k and top-p."""
+    """Log-probability under the mixture, before temperature, penalty, top-k and top-p."""
     weights_E: Sequence[float]
     """p(D=j | x_<t), by which experts were mixed for it."""
     shares_E: Sequence[float]

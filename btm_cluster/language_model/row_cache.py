@@ -34,7 +34,7 @@ _PLACES_MULTIPLE = 16
 
 @dataclass
 class _Pass:
-    """What the layers of one expert do in the forward pass under way."""
+    """Rows and places of the forward pass under way, the same for every layer of an expert."""
 
     rows: torch.Tensor | None = None
     """Rows into which prompts are read; None while all rows read on."""
@@ -118,7 +118,7 @@ class RowCacheDecoder:
 
     @property
     def bytes_per_row(self) -> int:
-        """Of keys and values of all experts, once something was read."""
+        """Bytes of keys and values of all experts, once something was read."""
         layers = [layer for cache in self._caches for layer in cache.layers]
         return int(sum(kept.nbytes for layer in layers for kept in (layer.keys, layer.values))) // self._rows
 
@@ -190,7 +190,7 @@ def up_to(needed: int, smallest: int, largest: int) -> int:
 
 
 def decoding_masks(model: PreTrainedModel, places_B: torch.Tensor, attended: int) -> Any:
-    """What one token of each row attends to, added to attention scores: [B, 1, 1, L],
+    """Mask of the places that one token of each row attends to, added to attention scores: [B, 1, 1, L],
     by type of layer where there are several."""
     kinds = _layer_types(model.config)
     behind_BL = places_B[:, None] - torch.arange(attended, device=places_B.device)

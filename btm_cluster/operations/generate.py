@@ -35,7 +35,7 @@ class Piece:
     """Empty for a token that ends within a character: the character stands at its last token."""
     expert: str
     share: float
-    """Of the token's probability."""
+    """The expert's share of the token's probability."""
 
 
 @dataclass(frozen=True)

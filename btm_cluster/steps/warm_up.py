@@ -13,7 +13,8 @@ from btm_cluster.steps.training_run import set_up, spec_of
 
 
 def warm_up(request: TrainRequest) -> None:
-    """Imports all that a training needs, opens its GPU, and compiles its passes by made-up blocks.
+    """Imports all that a training needs, opens its GPU, and compiles its passes by
+    made-up blocks; on a CPU, imports alone.
 
     The training then finds them compiled, since torch keeps what it has compiled for any model of the same
     shape. It changes no result.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _COLUMNS = "{:24} {:>9} {:>11} {:>11} {:>9}  {}"
 HEADING = _COLUMNS.format("document", "tokens", "bytes", "perplexity", "bits/byte", "domain")
 _LEAST_SHARE = 0.005
-"""Of a domain that is named: what rounds to a percent."""
+"""Smallest share of a domain that is named: what rounds to a percent."""
 
 
 def as_json(one: "Scored") -> dict[str, Any]:

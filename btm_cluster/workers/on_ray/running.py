@@ -22,7 +22,7 @@ class Running:
     result: Any
     trainer: Any = None
     how: Resources | None = None
-    """What the trainer holds."""
+    """Resources that the trainer holds."""
     waits_for: InitVar[str] = ""
     """Capacity that the cluster lacked when this was submitted."""
     state: StepState = field(init=False)

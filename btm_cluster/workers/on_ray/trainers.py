@@ -126,10 +126,10 @@ class Trainers:
     # Scoring
 
     def go_on(self, finished: Running, pending: Pending, running: Collection[Running]) -> Running | None:
-        """What the trainer does that has finished a batch: it scores the model that it
-        has trained, or is kept, or ended.
+        """Next batch of a trainer that has finished one: the scores of the model that it has trained.
 
-        Its own model it scores in any case where it holds no more than that takes.
+        Without such scores it is kept for others, or ended. Scores that take all that it holds it computes in
+        any case.
         """
         if finished.trainer is None or finished.how is None:
             return None
