@@ -211,6 +211,7 @@ def test_scores_are_mixed_in_the_cluster_as_their_fits_say(
 
 
 def test_a_failed_expert_is_named_its_siblings_are_merged_and_only_it_is_tried_again(
+    btm: Callable[..., Btm],
     grow_only: Callable[[Path], Btm],
     fields: dict[str, Any],
     write_plan: Callable[[dict[str, Any]], Path],
@@ -225,10 +226,11 @@ def test_a_failed_expert_is_named_its_siblings_are_merged_and_only_it_is_tried_a
     failing, other = DOMAINS[:2]
     train_seed(prepared, driver)  # the seed learns from all founding domains, so it comes before the damage
     damaged.write_bytes(whole[:-1] + b"?")
-    run = grow_only(path)
+    run = btm("run", str(path))
     assert run.exit_code() == 1, run.said
     assert re.search(rf"- {failing}: 1 attempt.*\n?.*is damaged", run.said), run.said
     assert set(experts_in(store)) == {other}
+    assert "test perplexity" in run.said, "the verdict on what there is"
     damaged.write_bytes(whole)
     again = grow_only(path)
     assert again.exit_code() == 0, again.said
