@@ -12,7 +12,7 @@ from btm_cluster.errors import UserError
 from btm_cluster.stopping import unwinding
 from btm_cluster.storage.new_folder import check_new_folder
 from btm_cluster.terminal.output import end_input
-from btm_cluster.terminal.text_options import source_of
+from btm_cluster.terminal.text_options import Delimiter, Field, source_of
 from btm_cluster.workers.shadowing import check_shadowing
 
 if TYPE_CHECKING:
@@ -42,11 +42,8 @@ def discover(
     split: Annotated[
         str | None, typer.Option(help="The data set's split; without it, train.", show_default=False)
     ] = None,
-    field: Annotated[str, typer.Option(help="Field of a row that holds the document.")] = "text",
-    delimiter: Annotated[
-        str | None,
-        typer.Option(help="Cuts text files into documents; else a file is one.", show_default=False),
-    ] = None,
+    field: Field = "text",
+    delimiter: Delimiter = None,
     bad_documents: Annotated[Literal["refuse", "skip"], typer.Option(help="As in a plan.")] = "refuse",
     sample: Annotated[int, typer.Option(help="Documents in which clusters are looked for.", min=2)] = 20_000,
     random_seed: Annotated[int, typer.Option(help="Of the sample and the search.", min=0, max=2**32 - 1)] = 0,

@@ -15,7 +15,7 @@ from btm_cluster.plan import Plan, read_plan
 from btm_cluster.session import driving, open_ledger
 from btm_cluster.terminal.options import Address, InProcess, JsonAndProgress
 from btm_cluster.terminal.output import end_input
-from btm_cluster.terminal.text_options import source_of
+from btm_cluster.terminal.text_options import Delimiter, Field, source_of
 from btm_cluster.workers.shadowing import check_shadowing
 
 if TYPE_CHECKING:
@@ -41,11 +41,8 @@ def score(
         str | None,
         typer.Option("--for", help="With --plan: text whose fitted mixture to use.", show_default=False),
     ] = None,
-    field: Annotated[str, typer.Option(help="Field of a row that holds the document.")] = "text",
-    delimiter: Annotated[
-        str | None,
-        typer.Option(help="Cuts text files into documents; else a file is one.", show_default=False),
-    ] = None,
+    field: Field = "text",
+    delimiter: Delimiter = None,
     bad_documents: Annotated[Literal["refuse", "skip"], typer.Option(help="As in a plan.")] = "refuse",
     packed: Annotated[
         bool,

@@ -1,11 +1,18 @@
 """Texts that a command line names, as a plan would."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from btm_cluster.errors import PlanError, UserError
 
 if TYPE_CHECKING:
     from btm_cluster.plan import TextPlan
+
+Field = Annotated[str, typer.Option(help="Field of a row that holds the document.")]
+Delimiter = Annotated[
+    str | None, typer.Option(help="Cuts text files into documents; else a file is one.", show_default=False)
+]
 
 
 def source_of(

@@ -57,7 +57,8 @@ class RayWorkers:
         self._merger: Any = None
         self._trainers = Trainers(store, cluster, self._board)
         self._announced: list[TrainRequest] = []
-        self._room: Mapping[str, bool] = {}
+        self._fits_now: Mapping[str, bool] = {}
+        """Whether the cluster as it stands can hold a training of this call, by label."""
 
     def check_capacity(self, demands: Sequence[Demand]) -> None:
         if self._stop.is_set():
@@ -69,7 +70,7 @@ class RayWorkers:
         self._announced = list(trainings)
 
     def run(self, requests: Sequence[StepRequest]) -> Generator[tuple[StepRequest, Outcome], None, None]:
-        self._room = self._check_trainings(
+        self._fits_now = self._check_trainings(
             [request for request in requests if isinstance(request, TrainRequest)]
         )
         self._metrics.stands(Ledger.open(self._store).log.newest())
@@ -195,7 +196,7 @@ class RayWorkers:
             return Running([request], await_other_task.remote(request, self._store, name))
         result = trainer.train.remote(request, self._store, self._cluster.retries, self._board)
         self._metrics.asked(request)
-        has_place = has_place or self._room[request.label]
+        has_place = has_place or self._fits_now[request.label]
         waits_for = "" if has_place else self._say_what_waits(demand_of(request))
         return Running([request], result, trainer, request.how, waits_for)
 
