@@ -6,6 +6,7 @@ from btm_cluster.driver.preparation import prepare
 from btm_cluster.driver.recipes import demix_request, seed_request, transformer_lm_request
 from btm_cluster.errors import UserError
 from btm_cluster.ledger import Ledger
+from btm_cluster.ledger.versions import version_of
 from btm_cluster.operations.run import Run, blocks_of_forest, check_forests_clusters, evaluated
 from btm_cluster.plan import Plan
 
@@ -22,15 +23,15 @@ def evaluate_forest(plan: Plan, driver: Driver) -> Run:
     return evaluated(plan, find_grown(plan, driver), driver)
 
 
-def find_grown(plan: Plan, driver: Driver) -> Grown:
-    """The forest as it stands, with the plan's texts prepared, and those of its
-    domains that the plan does not name.
+def find_grown(plan: Plan, driver: Driver, version: int | None = None) -> Grown:
+    """A version of the forest, by default the newest, with the plan's texts prepared, and
+    those of its domains that the plan does not name.
 
     Raises:
-        UserError: there is none yet, or it has no expert.
+        UserError: there is none yet, no such version, or it has no expert.
     """
     check_forests_clusters(plan, driver.ledger)
-    forest = driver.ledger.log.newest()
+    forest = driver.ledger.log.newest() if version is None else version_of(driver.ledger, version)
     if forest is None:
         raise UserError(f"there is no forest in {plan.store} yet", remedy="`btm run` grows one")
     if not forest.experts:
@@ -51,13 +52,13 @@ def find_grown(plan: Plan, driver: Driver) -> Grown:
     return Grown(prepared, forest, baseline.ref if wanted else None, (), parts)
 
 
-def check_text_is_known(plan: Plan, name: str, ledger: Ledger) -> None:
-    """Refuses a text that neither the plan nor the forest has, before anything is read or started.
+def check_text_is_known(plan: Plan, name: str, ledger: Ledger, version: int | None = None) -> None:
+    """Refuses a text that neither the plan nor the forest version has, before anything is read or started.
 
     Raises:
         UserError: naming the texts that there are.
     """
-    forest = ledger.log.newest()
+    forest = ledger.log.newest() if version is None else version_of(ledger, version)
     known = dict.fromkeys(
         [*(text.name for text in plan.texts), *(forest.domains if forest is not None else ())]
     )

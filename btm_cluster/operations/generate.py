@@ -9,8 +9,9 @@ from btm_cluster.driver.driver import Driver
 from btm_cluster.errors import UserError
 from btm_cluster.language_model.prompts import Finish, Prompt, Written, check_length, pieces
 from btm_cluster.language_model.sampling import Sampling, check_sampling
-from btm_cluster.operations.ensemble import find_target, open_engine, planned_mixture, without_ruled_out
+from btm_cluster.operations.ensemble import mixture_of_plan
 from btm_cluster.plan import Plan
+from btm_cluster.steps.mixture import open_engine
 from btm_cluster.steps.stored import open_tokenizer
 
 PROMPTS_AT_ONCE = 8
@@ -80,18 +81,15 @@ def generate(
         UserError: no forest yet, a target that is unknown or was taken out of it, or a prompt that fills a
         block.
     """
-    grown, text = find_target(plan, target, driver)
-    tokenizer = open_tokenizer(driver.ledger, grown.prepared.tokenizer)
-    block_tokens = plan.training.block_tokens
-    read = read_prompts(prompts, tokenizer, block_tokens)
-    models, gate = without_ruled_out(*planned_mixture(grown, text, driver))
-    rows = min(len(prompts), PROMPTS_AT_ONCE)
-    engine = open_engine(driver.ledger, list(models.values()), gate, tokenizer, block_tokens, rows)
+    mixture = mixture_of_plan(plan, driver, target).without_ruled_out()
+    tokenizer = open_tokenizer(driver.ledger, mixture.tokenizer)
+    read = read_prompts(prompts, tokenizer, mixture.block_tokens)
+    engine = open_engine(driver.ledger, mixture, tokenizer, min(len(prompts), PROMPTS_AT_ONCE))
     written = engine.generate(
         [Prompt(ids, asked.most_tokens, asked.sampling, i, asked.stop) for i, ids in enumerate(read)]
     )
     return [
-        _generated(prompt, ids, one, list(models), tokenizer)
+        _generated(prompt, ids, one, list(mixture.models), tokenizer)
         for prompt, ids, one in zip(prompts, read, written, strict=True)
     ]
 

@@ -3,19 +3,14 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-import torch
-
 from btm_cluster.data.corpus import usable_documents
 from btm_cluster.data.sources import fingerprint, read_documents, refuse_unread
 from btm_cluster.driver.driver import Driver
-from btm_cluster.equations.gates import Gate
-from btm_cluster.equations.posterior import uniform_prior
-from btm_cluster.errors import UserError
 from btm_cluster.language_model.document_scores import DocumentScorer, NamedText
-from btm_cluster.ledger import Ledger, Ref
-from btm_cluster.mixing.fitting import FULL, Mixing
-from btm_cluster.operations.ensemble import find_target, open_engine, planned_mixture
+from btm_cluster.ledger import Ledger
+from btm_cluster.operations.ensemble import mixture_of_plan
 from btm_cluster.plan import Plan, ReadingPlan, TextPlan
+from btm_cluster.steps.mixture import Mixture, mixture_of_store, open_engine
 from btm_cluster.steps.stored import open_tokenizer
 
 STRING = "--text"
@@ -52,23 +47,13 @@ def documents_of(sources: Sequence[TextPlan], reading: ReadingPlan, bad: Counter
             yield NamedText(named, number, document.text)
 
 
-def scorer_of_store(ledger: Ledger) -> DocumentScorer:
-    """The newest version of the forest in a store, mixed by the paper's posterior:
-    all experts alike before a text begins.
+def scorer_of_store(ledger: Ledger, version: int | None = None) -> DocumentScorer:
+    """The forest in a store, mixed by the paper's posterior.
 
     Raises:
-        UserError: there is no forest in the store, or it has no expert.
+        UserError: there is no forest in the store, no such version, or it has no expert.
     """
-    forest = ledger.log.newest()
-    if forest is None or not forest.experts:
-        raise UserError(
-            f"there is no forest with experts in {ledger.storage.location}",
-            remedy="check --store, which is relative to this folder; `btm run` grows one",
-        )
-    models = {expert.domain: Ref("model", expert.identity) for expert in forest.experts}
-    gate = Mixing(uniform_prior(torch.zeros(len(models), dtype=torch.float64)), FULL)
-    tokenizer = Ref("tokenizer", forest.foundation.tokenizer)
-    return _open(ledger, models, gate, tokenizer, forest.foundation.block_tokens, list(forest.domains))
+    return open_scorer(ledger, mixture_of_store(ledger, version))
 
 
 def scorer_of_plan(plan: Plan, target: str | None, driver: Driver) -> DocumentScorer:
@@ -77,20 +62,12 @@ def scorer_of_plan(plan: Plan, target: str | None, driver: Driver) -> DocumentSc
     Raises:
         UserError: no forest yet, or a target that is unknown or was taken out of it.
     """
-    grown, text = find_target(plan, target, driver)
-    models, gate = planned_mixture(grown, text, driver)
-    domains = list(grown.forest.domains)
-    return _open(driver.ledger, models, gate, grown.prepared.tokenizer, plan.training.block_tokens, domains)
+    return open_scorer(driver.ledger, mixture_of_plan(plan, driver, target))
 
 
-def _open(
-    ledger: Ledger,
-    models: dict[str, Ref],
-    gate: Gate,
-    tokenizer: Ref,
-    block_tokens: int,
-    domains: Sequence[str],
-) -> DocumentScorer:
-    opened, names = open_tokenizer(ledger, tokenizer), list(models)
-    engine = open_engine(ledger, list(models.values()), gate, opened, block_tokens)
-    return DocumentScorer(engine.score, opened, block_tokens, names, [names.index(one) for one in domains])
+def open_scorer(ledger: Ledger, mixture: Mixture) -> DocumentScorer:
+    """A mixture's models, loaded: all of them, since each has figures of its own."""
+    tokenizer, names = open_tokenizer(ledger, mixture.tokenizer), list(mixture.models)
+    engine = open_engine(ledger, mixture, tokenizer)
+    domains = [names.index(one) for one in mixture.domains]
+    return DocumentScorer(engine.score, tokenizer, mixture.block_tokens, names, domains)
