@@ -26,6 +26,7 @@ from btm_cluster.commands.rollback import rollback
 from btm_cluster.commands.run import run
 from btm_cluster.commands.schema import schema
 from btm_cluster.commands.score import score
+from btm_cluster.commands.serve import serve
 from btm_cluster.commands.show import show
 from btm_cluster.commands.study import study
 from btm_cluster.commands.verify import verify
@@ -53,6 +54,7 @@ for command in (
     merge,
     generate,
     score,
+    serve,
     study,
     report,
     discover,

@@ -6,13 +6,16 @@
     │   ├── TextError                  a source that cannot be used
     │   ├── IncompatibleError          models that cannot be averaged or ensembled
     │   ├── FoundationError            a plan that changes what this store's forest was founded on
-    │   └── ResourcesError             a demand that the cluster can never meet
+    │   ├── ResourcesError             a demand that the cluster can never meet
+    │   └── UnknownModelError          a model that is not served
     ├── StoreError                     the store did not do what was asked
     │   ├── MissingError               an object or artifact that should be there
     │   └── IntegrityError             bytes that are not those that were written
     ├── TrainingError                  training that cannot go on, such as one out of memory
     │   └── DivergedError              a loss or weights that are not finite: the recipe's doing
     ├── StepError                      steps that failed on the cluster, by name, attempts and cause
+    ├── BusyError                      as many requests wait as may
+    ├── ClosedError                    an engine that has failed or was told to end
     ├── OutputError                    standard output cannot be written; exit 141 where its reader has gone
     └── Stopped               exit 130 the user or the cluster asked to stop; everything was saved
 
@@ -68,6 +71,10 @@ class ResourcesError(UserError):
     pass
 
 
+class UnknownModelError(UserError):
+    pass
+
+
 class StoreError(BtmError):
     pass
 
@@ -89,6 +96,14 @@ class DivergedError(TrainingError):
 
 
 class StepError(BtmError):
+    pass
+
+
+class BusyError(BtmError):
+    pass
+
+
+class ClosedError(BtmError):
     pass
 
 

@@ -29,6 +29,8 @@ from btm_cluster.language_model.prompts import (
     Finish,
     Prompt,
     Written,
+    check_ids,
+    check_length,
     check_prompt,
     ends_with_stop,
     text_before_stop,
@@ -105,8 +107,8 @@ class EnsembleEngine:
         if not prompts:
             return []
         forms = [self._form if prompt.gate is None else prompt.gate.running() for prompt in prompts]
-        for prompt, form in zip(prompts, forms, strict=True):
-            self._check(prompt, form)
+        for prompt in prompts:
+            self.check(prompt)
         free = (row for row in range(self.settings.rows) if row not in self._rows)
         rows = [row for row, _ in zip(free, prompts, strict=False)]
         rows_of: dict[tuple[int, ...], list[int]] = {}
@@ -123,8 +125,14 @@ class EnsembleEngine:
             self._rows[row] = _Row(one.prompt, kept.nonzero()[:, 0].tolist())
         return rows
 
-    def _check(self, prompt: Prompt, form: RunningGate) -> None:
+    def check(self, prompt: Prompt) -> None:
+        """Refuses a prompt that cannot be continued as asked. From any thread.
+
+        Raises:
+            UserError: saying why.
+        """
         check_prompt(prompt, self.settings.block_tokens, self._known)
+        form = self._form if prompt.gate is None else prompt.gate.running()
         if type(form) is not type(self._form):
             found, expected = type(form).__name__, type(self._form).__name__
             raise UserError(
@@ -138,6 +146,15 @@ class EnsembleEngine:
                 expected="the full posterior, temperature 1, and no top-p, top-k or repetition penalty",
                 remedy="let all experts write",
             )
+
+    def check_text(self, tokens: Sequence[int]) -> None:
+        """Refuses a text that cannot be scored. From any thread.
+
+        Raises:
+            UserError: it is longer than a block, or has unknown token ids.
+        """
+        check_length(tokens, self.settings.block_tokens, self.settings.block_tokens, "the text")
+        check_ids(tokens, self._known)
 
     @torch.inference_mode()
     def step(self, forced: Mapping[int, int] | None = None) -> dict[int, Drawn]:
@@ -234,6 +251,8 @@ class EnsembleEngine:
         Raises:
             UserError: a text longer than a block, or with unknown token ids.
         """
+        for text in texts:
+            self.check_text(text)
         scorer = EnsembleScorer(self._models, self.settings, self._known, self.way == "anew")
         return scorer.score(texts, self._gate if gate is None else gate, alternatives)
 
@@ -244,8 +263,13 @@ def _begin(prompt: Prompt, form: RunningGate, read: ReadPrompt) -> Begun:
     of_one = {name: value[..., None] for name, value in state.items()}
     log_weights_E = form.log_weights(of_one, read.entropy_ET[:, -1:])[:, 0]
     kept_E = torch.zeros_like(log_weights_E).masked_fill(log_weights_E == -torch.inf, -torch.inf)
+    if prompt.experts is not None:
+        others = [j for j in range(len(kept_E)) if j not in prompt.experts]
+        kept_E[others] = -torch.inf
     if prompt.top_k_experts is not None and prompt.top_k_experts < len(kept_E):
-        kept_E[log_weights_E.argsort(descending=True, stable=True)[prompt.top_k_experts :]] = -torch.inf
+        kept_E[
+            (log_weights_E + kept_E).argsort(descending=True, stable=True)[prompt.top_k_experts :]
+        ] = -torch.inf
     if prompt.draws_one_expert:
         reached = uniforms(prompt.sampling.random_seed, prompt.sample, 1)[0]
         cumulated_E = torch.softmax(log_weights_E + kept_E, dim=0).cumsum(0)

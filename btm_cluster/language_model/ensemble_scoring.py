@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from btm_cluster.equations.gates import Gate
 from btm_cluster.language_model.engine_opening import EngineSettings
-from btm_cluster.language_model.prompts import check_ids, check_length
 from btm_cluster.language_model.row_cache import READ_AT_ONCE
 from btm_cluster.language_model.scoring import LOGITS_AT_ONCE, said_of
 
@@ -70,14 +69,7 @@ class EnsembleScorer:
         self._device = models[0].device
 
     def score(self, texts: Sequence[Sequence[int]], gate: Gate, alternatives: int) -> list[TextScores]:
-        """The longest first, in as few passes as there is room for.
-
-        Raises:
-            UserError: a text longer than a block, or with unknown token ids.
-        """
-        for text in texts:
-            check_length(text, self._settings.block_tokens, self._settings.block_tokens, "the text")
-            check_ids(text, self._vocabulary)
+        """The longest first, in as few passes as there is room for."""
         at_once = min(READ_AT_ONCE, self._tokens_mixed_at_once()) if alternatives else READ_AT_ONCE
         lengths = [self._length(len(text)) for text in texts]
         found: dict[int, TextScores] = {}

@@ -43,6 +43,8 @@ class Prompt:
 
     Of the same form as the engine's, with other numbers.
     """
+    experts: Sequence[int] | None = None
+    """Only these write; their weights then sum to one."""
     top_k_experts: int | None = None
     """Only so many experts write: those with most weight once the prompt is read.
 
@@ -75,6 +77,11 @@ class Drawn:
     alternatives: Sequence[tuple[int, float]] = ()
     """The likeliest tokens with their log-probabilities, the likeliest first."""
     finish: Finish | None = None
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the token is a part of the text: one that ends the text is not."""
+        return self.finish != "end of text"
 
 
 @dataclass
@@ -161,21 +168,34 @@ def text_before_stop(prompt: Prompt, tokens: Sequence[int], decode: Decode) -> s
     return text[: min(found)] if found else text
 
 
-def pieces(before: Sequence[int], tokens: Sequence[int], decode: Decode) -> list[str]:
-    """Each token's part of the continuation.
+class Pieces:
+    """The text of a continuation's tokens, one after the other.
 
     A character of several tokens stands at the last of them, and the others are empty.
     """
-    found: list[str] = []
-    seen, held = list(before[-_TOKENS_BEYOND:]), list[int]()
-    for token in tokens:
-        held.append(token)
-        text = decode(seen, held)
+
+    def __init__(self, before: Sequence[int], decode: Decode) -> None:
+        self._seen, self._decode = list(before[-_TOKENS_BEYOND:]), decode
+        self._held: list[int] = []
+
+    def add(self, token: int) -> str:
+        """The text that is whole with one token more."""
+        self._held.append(token)
+        text = self._decode(self._seen, self._held)
         if text.endswith(_HALF_A_CHARACTER):
-            found.append("")
-            continue
-        found.append(text)
-        seen, held = [*seen, *held][-_TOKENS_BEYOND:], []
-    if held:
-        found[-1] = decode(seen, held)
+            return ""
+        self._seen, self._held = [*self._seen, *self._held][-_TOKENS_BEYOND:], []
+        return text
+
+    def rest(self) -> str:
+        """What is left of a character at the end."""
+        return self._decode(self._seen, self._held) if self._held else ""
+
+
+def pieces(before: Sequence[int], tokens: Sequence[int], decode: Decode) -> list[str]:
+    """Each token's part of the continuation."""
+    text = Pieces(before, decode)
+    found = [text.add(token) for token in tokens]
+    if rest := text.rest():
+        found[-1] = rest
     return found

@@ -4,11 +4,12 @@ and what they read; opened as an engine.
 Plans, with their fitted mixtures, are read in operations/ensemble.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
+from transformers import PreTrainedModel
 
 from btm_cluster.data.tokenizer import TextTokenizer
 from btm_cluster.equations.gates import Gate
@@ -72,6 +73,12 @@ def mixture_of_store(ledger: Ledger, version: int | None = None) -> Mixture:
     return Mixture(forest.version, forest.domains, models, tokenizer, foundation.block_tokens, gate)
 
 
+def newer_in_store(ledger: Ledger, served: int) -> Mixture | None:
+    """The newest version of the forest in a store, unless it is the one that is served."""
+    versions = ledger.log.versions()
+    return None if not versions or versions[-1] == served else mixture_of_store(ledger)
+
+
 def forest_with_experts(ledger: Ledger, version: int | None = None) -> Forest:
     """A version of the forest, by default the newest.
 
@@ -105,10 +112,29 @@ def open_engine(
     Raises:
         UserError: the device has too little memory.
     """
-    found = [ledger.get(model) for model in mixture.models.values()]
-    loaded = [
-        load_model(open_config(ledger, one), ledger.open_file(one, "model.safetensors")) for one in found
-    ]
+    models = [load_stored(ledger, model) for model in mixture.models.values()]
+    return engine_of(models, mixture, tokenizer, rows, precision)
+
+
+def load_stored(ledger: Ledger, model: Ref) -> PreTrainedModel:
+    """A stored model, on the CPU."""
+    found = ledger.get(model)
+    return load_model(open_config(ledger, found), ledger.open_file(found, "model.safetensors"))
+
+
+def engine_of(
+    models: Sequence[PreTrainedModel],
+    mixture: Mixture,
+    tokenizer: TextTokenizer,
+    rows: int,
+    precision: Literal["float32", "bfloat16"],
+) -> EnsembleEngine:
+    """The mixture's models as an engine, once they are loaded; they are moved to the
+    device.
+
+    Raises:
+        UserError: the device has too little memory.
+    """
     settings = EngineSettings(
         first_token=tokenizer.first_token,
         vocabulary=tokenizer.vocabulary,
@@ -118,4 +144,4 @@ def open_engine(
         precision=precision,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
-    return EnsembleEngine(loaded, mixture.gate, settings, tokenizer.decode_continuation)
+    return EnsembleEngine(models, mixture.gate, settings, tokenizer.decode_continuation)

@@ -29,6 +29,13 @@ _ENVIRONMENT = {
 _LOCAL_ENVIRONMENT = {"RAY_AUTH_MODE": "token"}
 
 
+def set_environment(address: str | None) -> None:
+    """Ray's settings for a cluster that is joined or, without an address, started here: before it is
+    imported."""
+    for name, value in (_ENVIRONMENT | (_LOCAL_ENVIRONMENT if address is None else {})).items():
+        os.environ.setdefault(name, value)
+
+
 class LazyRayWorkers:
     """RayWorkers, connected when first asked for something, disconnected on exit."""
 
@@ -72,8 +79,7 @@ class LazyRayWorkers:
 
     def _connected(self) -> "RayWorkers":
         if self._workers is None:
-            for name, value in (_ENVIRONMENT | (_LOCAL_ENVIRONMENT if self._address is None else {})).items():
-                os.environ.setdefault(name, value)
+            set_environment(self._address)
             from btm_cluster.workers.on_ray.cluster import connected
             from btm_cluster.workers.on_ray.workers import RayWorkers
 

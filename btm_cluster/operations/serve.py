@@ -1,0 +1,210 @@
+"""`btm serve`: a forest behind OpenAI's completions API, on Ray Serve or in this process."""
+
+import asyncio
+import logging
+import socket
+import threading
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import ceil
+
+import uvicorn
+from fastapi import FastAPI
+
+from btm_cluster.driver.capacity import Demand
+from btm_cluster.driver.driver import Driver
+from btm_cluster.driver.port import Outcome
+from btm_cluster.errors import BtmError, ResourcesError, UserError
+from btm_cluster.ledger import Ledger
+from btm_cluster.operations.ensemble import mixture_of_plan
+from btm_cluster.plan import Plan
+from btm_cluster.requests import Resources, StepRequest
+from btm_cluster.serving.app import build_app
+from btm_cluster.serving.forest import LiveForest
+from btm_cluster.serving.settings import FOLLOW_SECONDS, ForestArguments
+from btm_cluster.steps.mixture import Mixture, newer_in_store
+from btm_cluster.workers.in_process import InProcess, LocalControl
+from btm_cluster.workers.on_ray.lazily import set_environment
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where callers reach a server."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+
+    @property
+    def url(self) -> str:
+        """The base of all addresses."""
+        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine reaches it."""
+        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    """The cluster to serve on: one that is joined, or without an address a local one."""
+
+    address: str | None
+    dashboard: bool = False
+
+
+def check_serve_call(plan: Plan | None, store: str | None, endpoint: Endpoint, new_server: bool) -> None:
+    """Refuses a call that cannot be met, before anything starts.
+
+    Raises:
+        UserError: saying what is wrong with it.
+    """
+    if (plan is None) == (store is None):
+        found = "both" if store else "neither"
+        raise UserError("btm serve needs a forest", found=found, expected="a plan, or --store with its place")
+    if new_server:
+        _check_free(endpoint)
+
+
+def _check_free(endpoint: Endpoint) -> None:
+    family = socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((endpoint.host, endpoint.port))
+        except (OSError, OverflowError) as exc:
+            raise UserError(
+                f"nothing can listen at {endpoint.url}",
+                found=str(exc),
+                expected="an address of this machine with a free port",
+                remedy="name another with --host or --port",
+            ) from exc
+
+
+def mixture_to_serve(plan: Plan, driver: Driver, version: int | None) -> Mixture:
+    """A version of the plan's forest, mixed for any text, and for each text that it was fitted for."""
+    forest = driver.ledger.log.newest()
+    standing = set(forest.domains) if forest is not None else set()
+    texts = [text.name for text in plan.targets] + [
+        domain.name for domain in plan.domains if domain.name in standing
+    ]
+    return mixture_of_plan(plan, driver, texts=texts, version=version)
+
+
+class _OnlyFits(InProcess):
+    """Fits what has been scored, and makes nothing that takes long."""
+
+    def run(self, requests: Sequence[StepRequest]) -> Generator[tuple[StepRequest, Outcome], None, None]:
+        for request in requests:
+            if request.kind not in ("fit", "mixture"):
+                raise ResourcesError(f"{request.label} has not been made", remedy="`btm evaluate` makes it")
+        return super().run(requests)
+
+
+def newer_of_plan(plan: Plan, served: int) -> Mixture | None:
+    """The newest version, where it is not the one that is served and has been evaluated.
+
+    Raises:
+        BtmError: it has not been, or cannot be read.
+    """
+    ledger = Ledger.open(plan.store)
+    versions = ledger.log.versions()
+    if not versions or versions[-1] == served:
+        return None
+    workers = _OnlyFits(ledger, LocalControl(lambda _: None, threading.Event()))
+    return mixture_to_serve(plan, Driver(ledger, workers), None)
+
+
+def follower(plan: Plan | None, store: str) -> Callable[[int], Mixture | None]:
+    """What tells of a newer version: as the plan mixes it, or as a store alone does."""
+    return partial(newer_in_store, Ledger.open(store)) if plan is None else partial(newer_of_plan, plan)
+
+
+async def serve_in_process(
+    live: LiveForest,
+    mixture: Mixture,
+    newer: Callable[[int], Mixture | None] | None,
+    endpoint: Endpoint,
+    ready: Callable[[], None],
+) -> None:
+    """Serves until a signal ends it; requests under way are answered first.
+
+    With `newer`, newer versions of the forest take the place of the one that is served.
+    """
+    await live.change_to(mixture)
+    server = _Server(build_app(live), endpoint, ready)
+    following = asyncio.create_task(live.follow(newer, FOLLOW_SECONDS)) if newer is not None else None
+    try:
+        await server.serve()
+    finally:
+        if following is not None:
+            following.cancel()
+        live.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, which says when it listens."""
+
+    def __init__(self, app: FastAPI, endpoint: Endpoint, ready: Callable[[], None]) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app, endpoint.host, endpoint.port, log_level="warning", timeout_graceful_shutdown=30
+            )
+        )
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+
+def serve_on_ray(
+    arguments: ForestArguments,
+    mixture: Mixture | None,
+    newer: Callable[[int], Mixture | None] | None,
+    endpoint: Endpoint,
+    cluster: RayCluster,
+    stop: threading.Event,
+    ready: Callable[[], None],
+) -> None:
+    """Serves on a cluster until `stop` is set; requests under way are answered first.
+
+    Replicas follow their store by themselves. A `mixture` they cannot follow: then `newer` is asked here.
+
+    Raises:
+        ResourcesError: no cluster, or one that cannot hold the replicas.
+    """
+    set_environment(cluster.address)
+    from btm_cluster.serving import on_ray
+    from btm_cluster.workers.on_ray.cluster import connected, has_capacity
+
+    with connected(cluster.address, cluster.dashboard):
+        has_capacity(Demand("serving", _resources(arguments)), arguments.autoscaling is not None)
+        try:
+            on_ray.start(arguments, mixture, endpoint.host, endpoint.port)
+            ready()
+            while not stop.wait(FOLLOW_SECONDS):
+                if mixture is None or newer is None:
+                    continue
+                try:
+                    if found := newer(mixture.version):
+                        on_ray.start(arguments, found, endpoint.host, endpoint.port)
+                        mixture = found
+                except BtmError as exc:
+                    log.warning("forest version %d stays: %s", mixture.version, exc)
+        finally:
+            on_ray.stop()
+
+
+def _resources(arguments: ForestArguments) -> Resources:
+    return Resources(
+        workers=arguments.replicas,
+        gpus_per_worker=arguments.gpus_per_replica,
+        cpus_per_worker=ceil(arguments.cpus_per_replica),
+        micro_batch_blocks=1,
+        precision=arguments.settings.precision,
+        compile=False,
+    )

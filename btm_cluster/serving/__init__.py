@@ -1,0 +1,2 @@
+"""A forest behind OpenAI's completions API: what is served, an engine for many
+callers, and the HTTP application. Knows no Ray."""

@@ -1,0 +1,248 @@
+"""One call of the completions API: from its body to an answer, whole or in parts, on one forest version."""
+
+import asyncio
+import contextlib
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from typing import TypeVar
+
+from fastapi import Request, Response
+from fastapi.responses import StreamingResponse
+
+from btm_cluster.errors import UserError
+from btm_cluster.language_model.document_scores import DocumentScorer, NamedText
+from btm_cluster.language_model.ensemble_scoring import TextScores
+from btm_cluster.serving.answers import ReadText, choice_of, read_prompt, streamed
+from btm_cluster.serving.completions import (
+    Choice,
+    Completion,
+    CompletionRequest,
+    DomainsOfText,
+    DomainsRequest,
+    Usage,
+)
+from btm_cluster.serving.engine_thread import Continuation
+from btm_cluster.serving.forest import ENSEMBLE, LiveForest, OpenForest, Served
+from btm_cluster.serving.http_errors import as_error
+from btm_cluster.serving.metrics import Metrics
+from btm_cluster.serving.settings import ServingSettings
+
+Result = TypeVar("Result")
+
+
+class CompletionCall:
+    """One call of /v1/completions."""
+
+    def __init__(self, live: LiveForest, body: CompletionRequest, request: Request, metrics: Metrics) -> None:
+        self._live, self._body, self._request, self._metrics = live, body, request, metrics
+        self._id, self._created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
+
+    async def answer(self) -> Completion:
+        """The whole answer."""
+        with self._live.current.in_use() as forest, self._metrics.call():
+            call = self._answer(forest)
+            return await within(self._live.settings.seconds, _until_gone(self._request, call))
+
+    async def _answer(self, forest: OpenForest) -> Completion:
+        body, tokenizer = self._body, forest.tokenizer
+        read = self._read(forest)
+        served = await forest.model(body.model)
+        continuations = self._start(served, read, False)
+        try:
+            scores = await self._scores(served, read)
+            written = [await one.written() for one in continuations]
+        finally:
+            served.engine.cancel(continuations)
+        choices = []
+        for number, text in enumerate(read):
+            for sample in range(body.n):
+                index = number * body.n + sample
+                said = written[index] if written else None
+                choices.append(choice_of(index, body, text, scores[number], said, served, tokenizer))
+        count = sum(len(one.drawn) for one in written)
+        self._metrics.wrote(count)
+        return self._completion(forest, choices, self._usage(read, count))
+
+    async def stream(self) -> Response:
+        """The answer in parts. What is wrong with the call is said before the first one."""
+        stack = contextlib.ExitStack()
+        try:
+            forest = stack.enter_context(self._live.current.in_use())
+            stack.enter_context(self._metrics.call())
+            read = self._read(forest)
+            served = await forest.model(self._body.model)
+            continuations = self._start(served, read, True)
+        except BaseException:
+            stack.close()
+            raise
+        stack.callback(served.engine.cancel, continuations)
+        parts = self._parts(forest, served, read, continuations, stack)
+        return StreamingResponse(parts, media_type="text/event-stream")
+
+    async def _parts(
+        self,
+        forest: OpenForest,
+        served: Served,
+        read: Sequence[ReadText],
+        continuations: Sequence[Continuation],
+        stack: contextlib.ExitStack,
+    ) -> AsyncIterator[str]:
+        body, tokenizer = self._body, forest.tokenizer
+        streams = [
+            streamed(index, body, read[index // body.n], one, served, tokenizer)
+            for index, one in enumerate(continuations)
+        ]
+        with stack:
+            try:
+                async with asyncio.timeout(self._live.settings.seconds):
+                    async for choice in _merged(streams):
+                        yield _event(self._completion(forest, [choice], None))
+            except Exception as exc:  # the status has been sent: the error is the last part
+                _, error = as_error(exc)
+                yield f"data: {json.dumps(error)}\n\n"
+                return
+            count = sum(one.told for one in continuations)
+            self._metrics.wrote(count)
+            if body.stream_options is not None and body.stream_options.include_usage:
+                yield _event(self._completion(forest, [], self._usage(read, count)))
+            yield "data: [DONE]\n\n"
+
+    def _read(self, forest: OpenForest) -> list[ReadText]:
+        """The prompts' token ids.
+
+        Raises:
+            UserError: too many of them.
+        """
+        prompts, settings = self._body.prompts, self._live.settings
+        if len(prompts) * self._body.n > settings.prompts:
+            raise UserError(
+                "too many texts are asked for in one request",
+                found=f"{len(prompts)} prompts, {self._body.n} of each",
+                expected=f"at most {settings.prompts} texts",
+                remedy="send several requests",
+            )
+        return [read_prompt(prompt, forest.tokenizer) for prompt in prompts]
+
+    def _start(self, served: Served, read: Sequence[ReadText], streams: bool) -> list[Continuation]:
+        body = self._body
+        if not body.max_tokens:
+            return []
+        random_seed = body.seed if body.seed is not None else secrets.randbits(63)
+        prompts = [
+            prompt
+            for text in read
+            for prompt in served.prompt(body.asked(text.tokens, random_seed)).samples(body.n)
+        ]
+        return served.engine.write(prompts, streams)
+
+    async def _scores(self, served: Served, read: Sequence[ReadText]) -> list[TextScores | None]:
+        """Of prompts that are echoed with log-probabilities, or whose weights alone are wanted."""
+        body = self._body
+        if not body.echo or (body.logprobs is None and body.max_tokens):
+            return [None] * len(read)
+        texts = [text.tokens for text in read]
+        return list(await served.engine.score(texts, served.gate, body.logprobs or 0))
+
+    def _usage(self, read: Sequence[ReadText], written: int) -> Usage:
+        prompt = sum(len(text.tokens) + text.has_first_token for text in read)
+        return Usage(prompt_tokens=prompt, completion_tokens=written, total_tokens=prompt + written)
+
+    def _completion(self, forest: OpenForest, choices: list[Choice], usage: Usage | None) -> Completion:
+        return Completion(
+            id=self._id,
+            created=self._created,
+            model=self._body.model,
+            system_fingerprint=f"forest-version-{forest.mixture.version}",
+            choices=choices,
+            usage=usage,
+        )
+
+
+async def domains_of(
+    forest: OpenForest, body: DomainsRequest, settings: ServingSettings
+) -> list[DomainsOfText]:
+    """As `btm score` says it: the scorer asks from a thread of its own, since it waits."""
+    given = [body.input] if isinstance(body.input, str) else body.input
+    if len(given) > settings.prompts:
+        raise UserError("too many texts", found=str(len(given)), expected=f"at most {settings.prompts}")
+    loop, served = asyncio.get_running_loop(), await forest.model(ENSEMBLE)
+
+    def score(texts: Sequence[Sequence[int]]) -> list[TextScores]:
+        asked = asyncio.run_coroutine_threadsafe(served.engine.score(texts, served.gate), loop)
+        return asked.result(settings.seconds)
+
+    names = list(served.names)
+    places = [names.index(domain) for domain in forest.mixture.domains]
+    scorer = DocumentScorer(score, forest.tokenizer, forest.mixture.block_tokens, names, places)
+    named = [NamedText("input", number, text) for number, text in enumerate(given)]
+    found = await asyncio.to_thread(lambda: list(scorer.score(named)))
+    answers = []
+    for text, sums in found:
+        logp = dict(zip((*names, ENSEMBLE), sums.logp.tolist(), strict=True))
+        answers.append(
+            DomainsOfText(
+                index=text.number,
+                domains=dict(zip(forest.mixture.domains, sums.posterior.tolist(), strict=True)),
+                tokens=sums.tokens,
+                nats_per_token={name: -value / sums.tokens for name, value in logp.items()},
+            )
+        )
+    return answers
+
+
+async def _merged(streams: Sequence[AsyncIterator[Choice]]) -> AsyncIterator[Choice]:
+    """Parts of several choices, each as it comes."""
+    queue: asyncio.Queue[Choice | BaseException | None] = asyncio.Queue()
+
+    async def take(stream: AsyncIterator[Choice]) -> None:
+        try:
+            async for choice in stream:
+                queue.put_nowait(choice)
+            queue.put_nowait(None)
+        except Exception as exc:
+            queue.put_nowait(exc)
+
+    tasks = [asyncio.create_task(take(stream)) for stream in streams]
+    left = len(tasks)
+    try:
+        while left:
+            one = await queue.get()
+            if one is None:
+                left -= 1
+            elif isinstance(one, BaseException):
+                raise one
+            else:
+                yield one
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def within(seconds: float, work: Awaitable[Result]) -> Result:
+    async with asyncio.timeout(seconds):
+        return await work
+
+
+async def _until_gone(request: Request, work: Awaitable[Result]) -> Result:
+    """The result, unless the caller hangs up first: then the work is cancelled."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_hang_up(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise asyncio.CancelledError
+        return task.result()
+    finally:
+        gone.cancel()
+        task.cancel()
+
+
+async def _hang_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _event(part: Completion) -> str:
+    return f"data: {part.model_dump_json(exclude_none=False)}\n\n"
