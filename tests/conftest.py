@@ -99,6 +99,7 @@ TOGETHER = {
     "tests/end_to_end/test_submission.py": "the cluster",
     "tests/end_to_end/test_watching.py": "the cluster",
     "tests/end_to_end/test_schedule.py": "another cluster",
+    "tests/end_to_end/test_serving.py": "another cluster",
     "tests/end_to_end/test_survival.py": "another cluster",
     "tests/end_to_end/test_worker_group.py": "another cluster",
 }

@@ -151,7 +151,13 @@ class _Server(uvicorn.Server):
     def __init__(self, app: FastAPI, endpoint: Endpoint, ready: Callable[[], None]) -> None:
         super().__init__(
             uvicorn.Config(
-                app, endpoint.host, endpoint.port, log_level="warning", timeout_graceful_shutdown=30
+                app,
+                endpoint.host,
+                endpoint.port,
+                log_level="warning",
+                timeout_graceful_shutdown=30,
+                lifespan="off",
+                ws="none",
             )
         )
         self._ready = ready

@@ -6,6 +6,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from fastapi import Request, Response
@@ -130,10 +131,10 @@ class CompletionCall:
         if not body.max_tokens:
             return []
         random_seed = body.seed if body.seed is not None else secrets.randbits(63)
+        asked = [text.tokens for text in read for _ in range(body.n)]
         prompts = [
-            prompt
-            for text in read
-            for prompt in served.prompt(body.asked(text.tokens, random_seed)).samples(body.n)
+            replace(served.prompt(body.asked(tokens, random_seed)), sample=index)
+            for index, tokens in enumerate(asked)
         ]
         return served.engine.write(prompts, streams)
 

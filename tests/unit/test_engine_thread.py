@@ -101,7 +101,7 @@ def test_the_row_of_a_caller_who_has_gone_is_free_again(experts: list[PreTrained
     engine = opened(experts, rows=1)
     step, may_go_on = engine.step, threading.Event()
 
-    def slowly(*arguments: object) -> dict[int, Drawn]:
+    def slowly() -> dict[int, Drawn]:
         may_go_on.wait(20)
         return step()
 
