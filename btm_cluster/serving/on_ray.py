@@ -59,10 +59,13 @@ class ForestServer:
             raise ClosedError("the engine has failed", found=str(self._live.current.failure))
 
 
-def forest_app(arguments: ForestArguments, mixture: Mixture | None = None) -> Application:
-    """The application that serves a store's forest, or as a command has mixed it."""
+def forest_app(arguments: ForestArguments) -> Application:
+    """The application that serves a store's forest: what a Serve configuration names."""
+    return _application(arguments, {"forest_version": arguments.forest_version})
+
+
+def _application(arguments: ForestArguments, config: bytes | dict[str, Any]) -> Application:
     settings = arguments.settings
-    config = {"forest_version": arguments.forest_version} if mixture is None else pickle.dumps(mixture)
     replicas = (
         {"num_replicas": arguments.replicas}
         if arguments.autoscaling is None
@@ -95,7 +98,10 @@ def start(arguments: ForestArguments, mixture: Mixture | None, host: str, port: 
     """
     serve.start(http_options={"host": host, "port": port})
     try:
-        serve.run(forest_app(arguments, mixture), name=APPLICATION, route_prefix="/")
+        application = (
+            forest_app(arguments) if mixture is None else _application(arguments, pickle.dumps(mixture))
+        )
+        serve.run(application, name=APPLICATION, route_prefix="/")
     except RuntimeError as exc:
         told = serve.status().applications[APPLICATION].deployments
         found = "; ".join(one.message for one in told.values() if one.message)
