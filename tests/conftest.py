@@ -103,6 +103,21 @@ TOGETHER = {
     "tests/end_to_end/test_survival.py": "another cluster",
     "tests/end_to_end/test_worker_group.py": "another cluster",
 }
+TOGETHER |= {
+    f"tests/integration/test_{name}.py": "the grown forest"
+    for name in (
+        "averaging",
+        "blocks",
+        "cluster_ensemble",
+        "contributions",
+        "growing",
+        "milestones",
+        "mixture",
+        "scoring",
+        "serving",
+        "soup",
+    )
+}
 """What goes to one process where several share the tests, since it shares
 something dear; the rest goes by file."""
 
