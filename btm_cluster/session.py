@@ -1,4 +1,4 @@
-"""A driver for one command, and what goes with it: workers, progress,
+"""A driver for one command or call, and what goes with it: workers, progress,
 tracking, and signals that save first."""
 
 import threading
@@ -11,6 +11,8 @@ from btm_cluster.stopping import end_at_signals, handling, stopped
 from btm_cluster.terminal.output import end_input
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from btm_cluster.driver.driver import Driver
     from btm_cluster.ledger import Ledger
 
@@ -24,23 +26,41 @@ def driving(
     json_output: bool,
     new_resources: bool = False,
 ) -> Iterator["Driver"]:
+    """A driver for one command, whose process ends at the third signal."""
+    end_input()
+    from btm_cluster.terminal.tables import consoles
+
+    progress = consoles(json_output)[1]
+    with opened_driver(plan, address, in_process, progress, dashboard, new_resources, True) as driver:
+        yield driver
+
+
+@contextmanager
+def opened_driver(
+    plan: Plan,
+    address: str | None,
+    in_process: bool,
+    progress: "Console",
+    dashboard: bool = False,
+    new_resources: bool = False,
+    ends_process: bool = False,
+) -> Iterator["Driver"]:
     """A driver for the plan's store. Ray is joined or started only once there is something to do.
 
-    SIGTERM and Ctrl-C ask the trainings to save first, and end in Stopped.
+    SIGTERM and Ctrl-C ask the trainings to save first, and end in Stopped; in a thread of a program's own
+    they are not heard.
     """
-    end_input()
     from btm_cluster.driver.driver import Driver
     from btm_cluster.driver.recipes import expert_resources
     from btm_cluster.terminal.progress import ProgressView
-    from btm_cluster.terminal.tables import consoles
     from btm_cluster.tracking.tracking import Tracking
     from btm_cluster.workers.in_process import InProcess, LocalControl
     from btm_cluster.workers.on_ray.lazily import LazyRayWorkers
 
     ledger = open_ledger(plan.store)
-    asked = _Asked()
+    asked = _Asked(ends_process)
     with (
-        ProgressView(consoles(json_output)[1]) as view,
+        ProgressView(progress) as view,
         Tracking(plan, ledger.storage, view) as watcher,
         handling(asked),
         ExitStack() as stack,
@@ -65,15 +85,17 @@ def open_ledger(store: str) -> "Ledger":
 
 class _Asked:
     """Hears signals: the first one asks to save and stop, a second one to go
-    without saving, a third ends the process."""
+    without saving; a third ends the process, where it is a command's own."""
 
-    def __init__(self) -> None:
+    def __init__(self, ends_process: bool) -> None:
+        self._ends_process = ends_process
         self.stop = threading.Event()
         self.driver: Driver | None = None
 
     def __call__(self, *_: object) -> None:
         if self.stop.is_set():
-            end_at_signals()
+            if self._ends_process:
+                end_at_signals()
             raise stopped()
         self.stop.set()
         # The driver itself computes, and has nothing to save.

@@ -7,6 +7,7 @@ Imports nothing that takes long, since a signal may come while the rest is impor
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,7 +39,10 @@ def end_at_signals() -> None:
 
 @contextmanager
 def handling(handler: Callable[..., Any]) -> Iterator[None]:
-    """Gives signals to `handler` meanwhile."""
+    """Gives signals to `handler` meanwhile; in the main thread, which alone hears any."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield

@@ -13,14 +13,14 @@ from btm_cluster.plan import Plan
 TAKEN_OUT = "name another text, or bring it back with `btm forest remove DOMAIN --undo`"
 
 
-def evaluate_forest(plan: Plan, driver: Driver) -> Run:
-    """Evaluates the newest version of the forest. Trains nothing.
+def evaluate_forest(plan: Plan, driver: Driver, version: int | None = None) -> Run:
+    """Evaluates a version of the forest, by default the newest. Trains nothing.
 
     Raises:
-        UserError: there is no forest yet, or it has no expert, or `merging.clusters` does not fit the
-        domains.
+        UserError: there is no forest yet, no such version, or it has no expert, or `merging.clusters` does
+        not fit the domains.
     """
-    return evaluated(plan, find_grown(plan, driver), driver)
+    return evaluated(plan, find_grown(plan, driver, version), driver)
 
 
 def find_grown(plan: Plan, driver: Driver, version: int | None = None) -> Grown:
@@ -64,5 +64,7 @@ def check_text_is_known(plan: Plan, name: str, ledger: Ledger, version: int | No
     )
     if name not in known:
         raise UserError(
-            "--for names no text of the plan or the forest", found=name, expected=f"one of {', '.join(known)}"
+            "there is no such text in the plan or the forest",
+            found=name,
+            expected=f"one of {', '.join(known)}",
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from btm_cluster.data.tokenizer import TextTokenizer
 from btm_cluster.driver.driver import Driver
 from btm_cluster.errors import UserError
+from btm_cluster.language_model.engine import EnsembleEngine
 from btm_cluster.language_model.prompts import Finish, Prompt, Written, check_length, pieces
 from btm_cluster.language_model.sampling import Sampling, check_sampling
 from btm_cluster.operations.ensemble import mixture_of_plan
@@ -51,7 +52,7 @@ class Generated:
     """Why it ended."""
     trust: Mapping[str, float]
     """The mean weight over the written tokens, by domain, and the seed's; what
-    the plan's `top_k` leaves out is missing."""
+    the plan's `top_k` leaves out is missing, or zero where it was loaded."""
     pieces: tuple[Piece, ...]
 
 
@@ -62,7 +63,8 @@ def check_generate_call(asked: Continuation) -> None:
         UserError: saying what is wrong with it.
     """
     if asked.most_tokens < 1:
-        raise UserError("--max-new-tokens is too small", found=str(asked.most_tokens), expected="at least 1")
+        found = str(asked.most_tokens)
+        raise UserError("the number of new tokens is too small", found=found, expected="at least 1")
     if "" in asked.stop:
         raise UserError("a stop string is empty", expected="characters before which the text ends")
     check_sampling(asked.sampling)
@@ -83,13 +85,30 @@ def generate(
     """
     mixture = mixture_of_plan(plan, driver, target).without_ruled_out()
     tokenizer = open_tokenizer(driver.ledger, mixture.tokenizer)
-    read = read_prompts(prompts, tokenizer, mixture.block_tokens)
+    read_prompts(prompts, tokenizer, mixture.block_tokens)  # refused before a model is loaded
     engine = open_engine(driver.ledger, mixture, tokenizer, min(len(prompts), PROMPTS_AT_ONCE))
+    return continue_prompts(engine, tokenizer, list(mixture.models), prompts, asked)
+
+
+def continue_prompts(
+    engine: EnsembleEngine,
+    tokenizer: TextTokenizer,
+    names: Sequence[str],
+    prompts: Sequence[str],
+    asked: Continuation,
+) -> list[Generated]:
+    """Continues each prompt by an engine whose models are called `names`.
+
+    Raises:
+        UserError: a call that cannot be met, or a prompt that fills a block.
+    """
+    check_generate_call(asked)
+    read = read_prompts(prompts, tokenizer, engine.settings.block_tokens)
     written = engine.generate(
         [Prompt(ids, asked.most_tokens, asked.sampling, i, asked.stop) for i, ids in enumerate(read)]
     )
     return [
-        _generated(prompt, ids, one, list(mixture.models), tokenizer)
+        _generated(prompt, ids, one, names, tokenizer)
         for prompt, ids, one in zip(prompts, read, written, strict=True)
     ]
 

@@ -5,8 +5,10 @@ from collections.abc import Iterator, Sequence
 
 from btm_cluster.data.corpus import usable_documents
 from btm_cluster.data.sources import fingerprint, read_documents, refuse_unread
+from btm_cluster.data.tokenizer import TextTokenizer
 from btm_cluster.driver.driver import Driver
 from btm_cluster.language_model.document_scores import DocumentScorer, NamedText
+from btm_cluster.language_model.engine import EnsembleEngine
 from btm_cluster.ledger import Ledger
 from btm_cluster.operations.ensemble import mixture_of_plan
 from btm_cluster.plan import Plan, ReadingPlan, TextPlan
@@ -67,7 +69,12 @@ def scorer_of_plan(plan: Plan, target: str | None, driver: Driver) -> DocumentSc
 
 def open_scorer(ledger: Ledger, mixture: Mixture) -> DocumentScorer:
     """A mixture's models, loaded: all of them, since each has figures of its own."""
-    tokenizer, names = open_tokenizer(ledger, mixture.tokenizer), list(mixture.models)
-    engine = open_engine(ledger, mixture, tokenizer)
+    tokenizer = open_tokenizer(ledger, mixture.tokenizer)
+    return scorer_by(open_engine(ledger, mixture, tokenizer), mixture, tokenizer)
+
+
+def scorer_by(engine: EnsembleEngine, mixture: Mixture, tokenizer: TextTokenizer) -> DocumentScorer:
+    """Scores documents by a mixture's opened engine."""
+    names = list(mixture.models)
     domains = [names.index(one) for one in mixture.domains]
     return DocumentScorer(engine.score, tokenizer, mixture.block_tokens, names, domains)

@@ -5,6 +5,7 @@ plan is refused in a fraction of a second. `read_plan` is the only way in; `prob
 refuses.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -153,17 +154,21 @@ class Plan(Section):
         return (*self.domains, *self.targets)
 
 
-def read_plan(path: str | Path) -> Plan:
-    """The plan in the YAML file at `path`.
+def read_plan(source: str | Path | Mapping[str, Any]) -> Plan:
+    """The plan in a YAML file, or in plain values as YAML would give them.
 
     Raises:
         PlanError: naming every field that is wrong, what was found, what is expected and the remedy.
     """
+    if isinstance(source, Mapping):
+        name, values = "the plan", dict(source)
+    else:
+        name, values = f"the plan {source}", read_plan_file(Path(source))
     try:
-        return Plan.model_validate(read_plan_file(Path(path)))
+        return Plan.model_validate(values)
     except ValidationError as exc:
         problems = describe_problems(exc, Plan)
-    raise PlanError(f"the plan {path} has {len(problems)} problem(s)\n" + "\n".join(problems))
+    raise PlanError(f"{name} has {len(problems)} problem(s)\n" + "\n".join(problems))
 
 
 def plan_schema() -> dict[str, Any]:

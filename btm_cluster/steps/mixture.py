@@ -102,9 +102,10 @@ def open_engine(
     tokenizer: TextTokenizer,
     rows: int = 1,
     precision: Literal["float32", "bfloat16"] = "float32",
+    device: str | None = None,
 ) -> EnsembleEngine:
     """The mixture's models, all of one architecture, loaded into this process: on its
-    GPU where there is one.
+    GPU where there is one and no other `device` is named.
 
     The engine continues `rows` texts at a time. `tokenizer` is the mixture's, opened. In float32, the ensemble
     that writes is the one that was measured.
@@ -113,7 +114,7 @@ def open_engine(
         UserError: the device has too little memory.
     """
     models = [load_stored(ledger, model) for model in mixture.models.values()]
-    return engine_of(models, mixture, tokenizer, rows, precision)
+    return engine_of(models, mixture, tokenizer, rows, precision, device)
 
 
 def load_stored(ledger: Ledger, model: Ref) -> PreTrainedModel:
@@ -128,6 +129,7 @@ def engine_of(
     tokenizer: TextTokenizer,
     rows: int,
     precision: Literal["float32", "bfloat16"],
+    device: str | None = None,
 ) -> EnsembleEngine:
     """The mixture's models as an engine, once they are loaded; they are moved to the
     device.
@@ -142,6 +144,6 @@ def engine_of(
         end_of_text=tokenizer.end_of_text,
         rows=rows,
         precision=precision,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
     return EnsembleEngine(models, mixture.gate, settings, tokenizer.decode_continuation)

@@ -2,14 +2,18 @@
 tokenizers, token blocks, configurations."""
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from btm_cluster.data.corpus import read_shard
 from btm_cluster.data.tokenizer import TOKENIZER_FILES, TextTokenizer, load_tokenizer
 from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.storage.scratch import scratch_folder
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from btm_cluster.data.blocks import Blocks
     from btm_cluster.requests import TrainingText
 
@@ -26,6 +30,20 @@ def open_tokenizer(ledger: Ledger, ref: Ref) -> TextTokenizer:
     artifact = ledger.get(ref)
     files = {name: ledger.open_file(artifact, name) for name in TOKENIZER_FILES}
     return load_tokenizer(files, artifact.facts.get("first_token"))
+
+
+def open_transformers_tokenizer(ledger: Ledger, ref: Ref, block_tokens: int) -> "PreTrainedTokenizerFast":
+    """A stored tokenizer with all that came with it, as transformers opens it."""
+    from transformers import AutoTokenizer
+
+    artifact = ledger.get(ref)
+    with scratch_folder() as folder:
+        for blob in artifact.blobs:
+            shutil.copyfile(ledger.open_file(artifact, blob.name), folder / blob.name)
+        opened: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(
+            str(folder), model_max_length=block_tokens
+        )
+    return opened
 
 
 def first_token_of(ledger: Ledger, tokens: Sequence[Ref]) -> int:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 MOST_COLUMNS = 100_000
 """Wider than any table."""
+_AS_IT_IS: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "force_jupyter": False}
+"""What is printed is shown as it is: names may have square brackets or colons, which rich
+would take for its markup."""
 
 
 def plain_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> "Table":
@@ -31,16 +34,23 @@ def plain_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str
 
 
 def consoles(json_output: bool) -> "tuple[Console, Console]":
-    """Where results go and where progress goes: with --json, standard output is for the JSON alone.
+    """Where results go and where progress goes: with --json, standard output is for the JSON alone."""
+    from rich.console import Console
 
-    What is printed is shown as it is: names may have square brackets or colons, which rich would take for its
-    markup.
+    results = Console(width=None if sys.stdout.isatty() else 200, **_AS_IT_IS)
+    return results, Console(stderr=json_output, width=None if sys.stderr.isatty() else 200, **_AS_IT_IS)
+
+
+def progress_console() -> "Console":
+    """Where a program that imports this package sees progress: standard error.
+
+    Lines are replaced there only if that is the process's own: in a notebook it is said to be a terminal, and
+    is none.
     """
     from rich.console import Console
 
-    as_it_is: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
-    results = Console(width=None if sys.stdout.isatty() else 200, **as_it_is)
-    return results, Console(stderr=json_output, width=None if sys.stderr.isatty() else 200, **as_it_is)
+    is_own = sys.stderr is sys.__stderr__
+    return Console(stderr=True, force_terminal=None if is_own else False, **_AS_IT_IS)
 
 
 def show_table(table: "Table", console: "Console") -> None:

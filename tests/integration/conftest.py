@@ -1,12 +1,15 @@
 """Real two-layer models for unit tests: a prepared store that each test may copy,
 and a grown forest that none changes."""
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from btm_cluster.algorithm import Grown, branch, grow, train_seed
 from btm_cluster.driver.driver import Driver
@@ -15,10 +18,12 @@ from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText
 from btm_cluster.driver.recipes import seed_request, transformer_lm_request
 from btm_cluster.evaluation.evaluate import Evaluation, evaluate
 from btm_cluster.forest import Forest
+from btm_cluster.language_model.model import load_model
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.operations.run import run_plan
 from btm_cluster.plan import Plan
 from btm_cluster.requests import TrainRequest
+from btm_cluster.steps.stored import documents_of, open_config, open_tokenizer
 from tests.conftest import in_process, plan_fields
 
 
@@ -117,3 +122,63 @@ def grown(plan_with_blocks: Plan, tmp_path_factory: pytest.TempPathFactory) -> G
     driver = in_process(plan)
     result = grow(plan, driver)
     return GrownForest(driver, result, evaluate(result.prepared, result.forest, result.baseline, driver))
+
+
+class WrittenForest:
+    """A forest whose experts differ, with its plan in a file. Tests may add fits and scores to it, no version."""
+
+    def __init__(self, plan: Plan, folder: Path, driver: Driver, grown: Grown) -> None:
+        self.plan, self.driver, self.grown = plan, driver, grown
+        self.plan_path = folder / "plan.yaml"
+        self.ledger = driver.ledger
+        self.tokenizer = open_tokenizer(driver.ledger, grown.prepared.tokenizer)
+
+    def models(self) -> list[Any]:
+        found = [self.ledger.get(Ref("model", expert.identity)) for expert in self.grown.forest.experts]
+        return [
+            load_model(open_config(self.ledger, m), self.ledger.open_file(m, "model.safetensors"))
+            for m in found
+        ]
+
+    def test_documents(self, name: str) -> list[str]:
+        text = next(text for text in self.grown.prepared.texts if text.name == name)
+        return list(documents_of(self.ledger, text.identity, "test"))
+
+    def written_out(self, ids: list[int]) -> tuple[list[list[float]], list[float]]:
+        """log p_j of each token by expert, and log p under the paper's posterior,
+        block by block: read without any of our code."""
+        logp = [_read_alone(model, ids, self.tokenizer.first_token) for model in self.models()]
+        mixed = []
+        for t in range(len(ids)):
+            first = t - t % BLOCK  # the posterior begins anew with every block
+            joint = [math.exp(sum(one[first:t])) for one in logp]
+            mixed.append(
+                math.log(sum(w * math.exp(one[t]) for w, one in zip(joint, logp, strict=True)) / sum(joint))
+            )
+        return logp, mixed
+
+
+BLOCK = 32
+"""Tokens, as the tiny plan has it."""
+
+
+def _read_alone(model: Any, ids: list[int], first_token: int) -> list[float]:
+    logp: list[float] = []
+    for start in range(0, len(ids), BLOCK):
+        block = ids[start : start + BLOCK]
+        with torch.no_grad():
+            said = torch.log_softmax(model(torch.tensor([[first_token, *block[:-1]]])).logits[0].double(), -1)
+        logp += [float(said[t, token]) for t, token in enumerate(block)]
+    return logp
+
+
+@pytest.fixture(scope="session")
+def forest(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> WrittenForest:
+    """A forest to use: to score with, to write with, to open."""
+    folder = tmp_path_factory.mktemp("written")
+    fields = plan_fields(texts, folder / "store")
+    fields["training"] |= {"updates": 24, "seed_share": 0.25, "learning_rate": 1e-2}
+    plan = Plan.model_validate(fields)
+    (folder / "plan.yaml").write_text(yaml.safe_dump(fields))
+    driver = in_process(plan)
+    return WrittenForest(plan, folder, driver, grow(plan, driver))

@@ -164,7 +164,7 @@ def test_each_token_is_shown_with_the_expert_that_carried_it(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--max-new-tokens", "0"), "--max-new-tokens is too small"),
+        (("--max-new-tokens", "0"), "the number of new tokens is too small"),
         (("--temperature", "-1"), "temperature is out of range"),
         (("--temperature", "nan"), "temperature is out of range"),
         (("--top-p", "0"), "top-p is out of range"),

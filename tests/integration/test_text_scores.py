@@ -12,51 +12,13 @@ import pytest
 import torch
 import yaml
 
-from btm_cluster.algorithm import Grown, grow
 from btm_cluster.cli import app, run_command
-from btm_cluster.driver.driver import Driver
 from btm_cluster.evaluation.evaluate import evaluate
 from btm_cluster.evaluation.verdict import CALIBRATED_ENSEMBLE
 from btm_cluster.language_model.document_scores import DocumentScorer, NamedText
 from btm_cluster.language_model.ensemble_scoring import TextScores
-from btm_cluster.language_model.model import load_model
-from btm_cluster.ledger import Ref
-from btm_cluster.plan import Plan
-from btm_cluster.steps.stored import documents_of, open_config, open_tokenizer
-from tests.conftest import DOMAINS, in_process, made_up_documents, plan_fields, write_jsonl
-
-
-class Forest:
-    """A forest whose experts differ, with its plan in a file."""
-
-    def __init__(self, plan: Plan, folder: Path, driver: Driver, grown: Grown) -> None:
-        self.plan, self.driver, self.grown = plan, driver, grown
-        self.plan_path = folder / "plan.yaml"
-        self.ledger = driver.ledger
-        self.tokenizer = open_tokenizer(driver.ledger, grown.prepared.tokenizer)
-
-    def models(self) -> list[Any]:
-        found = [self.ledger.get(Ref("model", expert.identity)) for expert in self.grown.forest.experts]
-        return [
-            load_model(open_config(self.ledger, m), self.ledger.open_file(m, "model.safetensors"))
-            for m in found
-        ]
-
-    def test_documents(self, name: str) -> list[str]:
-        text = next(text for text in self.grown.prepared.texts if text.name == name)
-        return list(documents_of(self.ledger, text.identity, "test"))
-
-
-@pytest.fixture(scope="module")
-def forest(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Forest:
-    folder = tmp_path_factory.mktemp("scored")
-    fields = plan_fields(texts, folder / "store")
-    fields["training"] |= {"updates": 24, "seed_share": 0.25, "learning_rate": 1e-2}
-    plan = Plan.model_validate(fields)
-    (folder / "plan.yaml").write_text(yaml.safe_dump(fields))
-    driver = in_process(plan)
-    return Forest(plan, folder, driver, grow(plan, driver))
-
+from tests.conftest import DOMAINS, made_up_documents, write_jsonl
+from tests.integration.conftest import WrittenForest
 
 Score = Callable[..., tuple[int, str, str]]
 
@@ -80,33 +42,11 @@ def lines_of(found: tuple[int, str, str]) -> tuple[list[dict[str, Any]], dict[st
     return documents, total
 
 
-def written_out(forest: Forest, text: str) -> tuple[list[list[float]], list[list[float]]]:
-    """log p_j of each token of a text and its end, by block and token: each
-    expert's [E, …], read without any of our code."""
-    ids = [*forest.tokenizer.encode(text), forest.tokenizer.end_of_text]
-    logp: list[list[float]] = []
-    for model in forest.models():
-        logp.append([])
-        for start in range(0, len(ids), 32):
-            block = ids[start : start + 32]
-            read = torch.tensor([[forest.tokenizer.first_token, *block[:-1]]])
-            with torch.no_grad():
-                said = torch.log_softmax(model(read).logits[0].double(), -1)
-            logp[-1] += [float(said[t, token]) for t, token in enumerate(block)]
-    mixed = []
-    for t in range(len(ids)):
-        first = t - t % 32  # the posterior begins anew with every block
-        joint = [math.exp(sum(one[first:t])) for one in logp]
-        mixed.append(
-            math.log(sum(w * math.exp(one[t]) for w, one in zip(joint, logp, strict=True)) / sum(joint))
-        )
-    return logp, [mixed]
-
-
-def test_a_text_has_the_figures_that_its_tokens_written_out_have(forest: Forest, score: Score) -> None:
+def test_a_text_has_the_figures_that_its_tokens_written_out_have(forest: WrittenForest, score: Score) -> None:
     text = " ".join(made_up_documents("harbour", 1)) + " é☃"
     (one,), total = lines_of(score("--text", text, "--store", forest.plan.store, "--json"))
-    logp, (mixed,) = written_out(forest, text)
+    ids = [*forest.tokenizer.encode(text), forest.tokenizer.end_of_text]
+    logp, mixed = forest.written_out(ids)
     assert one["tokens"] == len(mixed) > 64, "or no document goes over several blocks"
     assert one["bytes"] == len(text.encode()) > len(text)
     for values, found in [(mixed, one["ensemble"]), *zip(logp, one["experts"].values(), strict=True)]:
@@ -122,7 +62,7 @@ def test_a_text_has_the_figures_that_its_tokens_written_out_have(forest: Forest,
 
 
 def test_every_document_goes_to_its_own_domain_and_the_total_is_of_all(
-    forest: Forest, score: Score, tmp_path: Path
+    forest: WrittenForest, score: Score, tmp_path: Path
 ) -> None:
     files = [
         write_jsonl(tmp_path / f"{name}.jsonl", [*forest.test_documents(name)[:3], " "])
@@ -154,7 +94,7 @@ def test_every_document_goes_to_its_own_domain_and_the_total_is_of_all(
 
 
 def test_packed_documents_have_the_perplexity_of_the_verdict(
-    forest: Forest, score: Score, tmp_path: Path
+    forest: WrittenForest, score: Score, tmp_path: Path
 ) -> None:
     grown = forest.grown
     results = evaluate(grown.prepared, grown.forest, grown.baseline, forest.driver).results
@@ -175,7 +115,7 @@ def test_packed_documents_have_the_perplexity_of_the_verdict(
 
 
 def test_a_plan_with_its_seed_and_a_plan_with_few_experts_score_all_models(
-    forest: Forest, score: Score, tmp_path: Path
+    forest: WrittenForest, score: Score, tmp_path: Path
 ) -> None:
     fields = yaml.safe_load(forest.plan_path.read_text())
     call = ("--text", "a b", "--plan", tmp_path / "plan.yaml", "--in-process")
@@ -257,7 +197,7 @@ def test_documents_stream_by_in_order_whatever_is_scored_at_once(
 def test_what_cannot_be_scored_is_one_clear_error(
     arguments: tuple[str, ...],
     message: str,
-    forest: Forest,
+    forest: WrittenForest,
     score: Score,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -277,7 +217,7 @@ def test_what_cannot_be_scored_is_one_clear_error(
 
 
 def test_bad_documents_are_skipped_where_that_is_asked_for(
-    forest: Forest, score: Score, tmp_path: Path
+    forest: WrittenForest, score: Score, tmp_path: Path
 ) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "a b"}\n}\n{"text": "b"}\n')
     documents, total = lines_of(
