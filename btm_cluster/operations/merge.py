@@ -1,113 +1,103 @@
 """`btm merge`: one averaged model as a Hugging Face folder that
 `AutoModelForCausalLM.from_pretrained` opens."""
 
-import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from btm_cluster.algorithm import Grown
-from btm_cluster.data.tokenizer import compare_with_transformers
 from btm_cluster.driver.driver import Driver
-from btm_cluster.driver.prepared_plan import PreparedText
 from btm_cluster.errors import UserError
-from btm_cluster.evaluation.evaluate import forest_ensemble
-from btm_cluster.evaluation.fitting import SEARCHES, average_request, scores_for, weight_requests
-from btm_cluster.evaluation.systems import Ensemble, with_seed
-from btm_cluster.language_model.folder import say_block_length
-from btm_cluster.language_model.model_card import add_reading
-from btm_cluster.ledger import Artifact, Ledger, Ref
-from btm_cluster.operations.evaluate import TAKEN_OUT, check_text_is_known, find_grown
+from btm_cluster.ledger import Artifact, Ref
+from btm_cluster.mixing.text_weights import ModelWeight, TextWeights
+from btm_cluster.operations.averages import Average, check_average, make_average
+from btm_cluster.operations.evaluate import check_text_is_known, find_grown
+from btm_cluster.operations.given_text import GivenText, weights_for
+from btm_cluster.operations.model_folder import ForestModel, parts_of, results_of, write_folder
 from btm_cluster.plan import Plan
-from btm_cluster.steps.stored import open_tokenizer
-from btm_cluster.storage.new_folder import check_new_folder, new_folder
+from btm_cluster.requests import AverageRequest
+from btm_cluster.storage.new_folder import check_new_folder
 
-FOLDER_FILES = ("README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-"""There in every folder; what came with a pretrained model and its tokenizer lies beside them."""
+FROM_BLOCKS = ("argmax", "posterior")
+"""Weights that can be taken from a given text; searches need blocks that are stored."""
 
 
-def check_merge_call(plan: Plan, weights: str, target: str | None, to: Path) -> None:
+@dataclass(frozen=True)
+class Merged:
+    """The model that was written."""
+
+    weights: Mapping[str, float | None]
+    """The weight of each domain's expert, and of the seed where it has a part, largest first; None where a
+    method gives its models no weights."""
+    text: TextWeights | None = None
+    """What a given text says, in order of `experts`."""
+    experts: tuple[str, ...] = ()
+
+    @property
+    def spread(self) -> dict[str, ModelWeight]:
+        """What a given text says of each expert, the largest weight first."""
+        models = zip(self.experts, self.text.models if self.text else (), strict=True)
+        return dict(sorted(models, key=lambda one: -one[1].weight))
+
+
+def check_merge_call(plan: Plan, asked: Average, text: GivenText | None, to: Path) -> None:
     """Refuses a call that cannot be met, before anything starts.
 
     Raises:
         UserError: saying what is wrong with it.
     """
-    known = ("uniform", "argmax", "posterior", "greedy", "learned")
-    if weights not in known:
-        raise UserError("--weights is unknown", found=weights, expected=", ".join(known))
-    if weights == "uniform" and target is not None:
-        raise UserError(
-            "--weights uniform is the same for every text",
-            found=f"--for {target}",
-            remedy="leave out one of the two",
-        )
-    if weights != "uniform" and not target:
-        names = ", ".join(text.name for text in plan.texts)
-        raise UserError(
-            f"--weights {weights} needs a text to merge for", expected=f"--for TEXT, such as {names}"
-        )
+    check_average(asked, "--weights", [text.name for text in plan.texts], needs_target=text is None)
+    if text is not None:
+        if asked.target is not None:
+            raise UserError(
+                "there are two texts to merge for",
+                found=f"--text and --for {asked.target}",
+                remedy="leave out one of the two",
+            )
+        if asked.weights not in FROM_BLOCKS:
+            raise UserError(
+                f"--weights {asked.weights} takes nothing from --text",
+                expected=" or ".join(f"--weights {name}" for name in FROM_BLOCKS),
+                remedy="leave --text out, or name the text as a target in the plan, and say --for",
+            )
+        text.check()
     check_new_folder(to)
 
 
 def write_merged_model(
-    plan: Plan, weights: str, target: str | None, to: Path, driver: Driver
-) -> dict[str, float]:
+    plan: Plan, asked: Average, to: Path, driver: Driver, text: GivenText | None = None
+) -> Merged:
     """Averages the forest's experts (by the merge actor, if that was not done) and
     writes the model to the folder `to`.
 
-    Returns the weight of each domain's expert, and of the seed where it has a part, largest first.
+    Of a given text, the weights are in the store afterwards, and nothing else.
 
     Raises:
         UserError: no forest yet, or a text that is unknown, was taken out, or has nothing to search weights
         on.
     """
-    if target is not None:
-        check_text_is_known(plan, target, driver.ledger)
+    if asked.target is not None:
+        check_text_is_known(plan, asked.target, driver.ledger)
     grown = find_grown(plan, driver)
-    ensemble, name, text = _wanted(grown, weights, target)
-    steps = weight_requests(grown.prepared, ensemble, name, text)
-    scores = scores_for(grown.prepared, ensemble, text) if name != "greedy" and text is not None else []
-    average = driver.require([*scores, *steps, average_request(grown.prepared, ensemble, name, text)])[-1]
-    with new_folder(to) as folder:
-        _write_folder(grown, average, folder, driver.ledger)
-    called = {model.identity: called for called, model in ensemble.models}
-    parts = {called[identity]: weight for identity, weight in average.facts["weights"].items()}
-    return dict(sorted(parts.items(), key=lambda part: -part[1]))
+    forest, ledger = grown.forest, driver.ledger
+    found = None if text is None else _weights_for(grown, asked, text, driver)
+    average = make_average(grown, asked, driver) if found is None else _averaged(grown, found, driver)
+    label = f"{asked.weights} for a given text" if text is not None else asked.label
+    one = ForestModel(label, average, results_of(grown, average.ref, ledger))
+    write_folder(ledger, forest, plan.name, one, to)
+    parts = sorted(parts_of(forest, average), key=lambda part: -(part.weight or 0.0))
+    weights = {part.name: part.weight for part in parts}
+    return Merged(weights, found, forest.domains if found is not None else ())
 
 
-def _write_folder(grown: Grown, average: Artifact, folder: Path, ledger: Ledger) -> None:
-    """The averaged model, its tokenizer, and what came with the pretrained model that is the seed."""
-    seed, tokenizer = (
-        ledger.get(Ref("model", grown.forest.foundation.seed)),
-        ledger.get(grown.prepared.tokenizer),
-    )
-    came_with_it = {blob.name: seed for blob in seed.blobs if grown.prepared.pretrained is not None}
-    files = came_with_it | {blob.name: tokenizer for blob in tokenizer.blobs}
-    files |= dict.fromkeys(("README.md", "config.json", "model.safetensors"), average)
-    for name, source in files.items():
-        shutil.copyfile(ledger.open_file(source, name), folder / name)
-    block_tokens = grown.prepared.plan.training.block_tokens
-    if grown.prepared.pretrained is None:
-        say_block_length(folder, block_tokens)
-    tokens = open_tokenizer(ledger, grown.prepared.tokenizer)
-    compare_with_transformers(folder, tokens)
-    add_reading(
-        folder / "README.md", block_tokens, tokens.name(tokens.first_token), str(seed.note.get("from", ""))
-    )
+def _weights_for(grown: Grown, asked: Average, text: GivenText, driver: Driver) -> TextWeights:
+    merging = grown.prepared.plan.merging
+    prior = merging.average_prior if asked.weights == "posterior" else None
+    return weights_for(text, grown.forest, driver.ledger, merging.development_blocks, prior)
 
 
-def _wanted(grown: Grown, weights: str, target: str | None) -> tuple[Ensemble, str, PreparedText | None]:
-    """The models to average, the name of their weights, and the text that these are for."""
-    forest, prepared = grown.forest, grown.prepared
-    experts = forest_ensemble(prepared, forest)
-    if weights == "uniform":
-        return experts, weights, None
-    text = next((text for text in prepared.texts if text.name == target), None)
-    if text is None:
-        raise UserError(f"{target!r} was taken out of the forest", remedy=TAKEN_OUT)
-    if weights in SEARCHES and not text.tokens["development"]:
-        raise UserError(
-            f"{target!r} has no development text to search weights on",
-            remedy="name `development` files for it in the plan, or say --weights uniform",
-        )
-    if weights == "learned":
-        return with_seed(experts), weights, text
-    return experts, prepared.plan.merging.average_prior if weights == "posterior" else weights, text
+def _averaged(grown: Grown, found: TextWeights, driver: Driver) -> Artifact:
+    """The average by these weights. Its recipe has them, and says nothing of the text."""
+    models = tuple(Ref("model", expert.identity) for expert in grown.forest.experts)
+    weights = tuple(model.weight for model in found.models)
+    return driver.require([AverageRequest("weights for a given text", models, weights)])[0]
