@@ -60,22 +60,25 @@ def merge(
     if json_output:
         print(json.dumps({"folder": str(to), "weights": merged.weights, **_as_json(merged)}, indent=1))
         return
-    print(f"wrote {to}: {parts_line(merged.weights)}")
+    print(f"wrote {to}: {_parts_line(weights, merged.weights)}")
     for line in _spread_lines(merged):
         print(line)
     for reason, count in (given.bad if given else {}).items():
         print(f"note: skipped {count} × {reason}")
 
 
-def parts_line(weights: Mapping[str, float | None]) -> str:
+def _parts_line(method: str, weights: Mapping[str, float | None]) -> str:
     """Each part of a merged model with its weight, where it has one."""
-    return ", ".join(name if weight is None else f"{weight:.3g} {name}" for name, weight in weights.items())
+    if None in weights.values():
+        return f"{method} of {', '.join(weights)}"
+    return ", ".join(f"{weight:.3g} {name}" for name, weight in weights.items())
 
 
 def _as_json(merged: "Merged") -> dict[str, Any]:
     if merged.text is None:
         return {}
-    return {"text": asdict(merged.text) | {"experts": {n: asdict(s) for n, s in merged.spread.items()}}}
+    experts = {name: asdict(one) for name, one in merged.spread.items()}
+    return {"text": {"blocks": merged.text.blocks, "tokens": merged.text.tokens, "experts": experts}}
 
 
 def _spread_lines(merged: "Merged") -> list[str]:

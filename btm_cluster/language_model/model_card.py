@@ -104,7 +104,7 @@ def _made_of(card: Card) -> str:
         lines += ["", "| model | identity | weight |", "|---|---|---|"]
         lines += [
             f"| {part.name} | `{part.identity}` | {'–' if part.weight is None else f'{part.weight:.6f}'} |"
-            for part in sorted(card.parts, key=lambda part: -(part.weight or 0.0))
+            for part in card.parts
         ]
     return "\n".join(lines)
 
@@ -122,11 +122,9 @@ def _reading(card: Card) -> str:
 def _licence(card: Card) -> str:
     if card.licence is not None:
         return f"Licence: {card.licence}."
-    files = f" The files that came with the base model lie here: {', '.join(card.licence_files)}."
-    return (
-        "No licence was stated. That of the base model, where there is one, and those of the domains' texts "
-        f"bind whoever uses it.{files if card.licence_files else ''}"
-    )
+    files = f" Files that came with the base model: {', '.join(card.licence_files)}."
+    stated = "No licence is stated here: see those of the domains' texts, and of the base model where there is one."
+    return stated + (files if card.licence_files else "")
 
 
 def _results(results: Sequence[Result]) -> str:

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -112,10 +111,13 @@ def export(asked: Export, plan: Plan | None, driver: Driver) -> list[Written]:
     models = _models(asked, names, forest, plan, driver)
     called = plan.name if plan is not None else ledger.storage.location.rstrip("/").rpartition("/")[2]
     places = {name: asked.to / name if asked.all else asked.to for name in names}
-    with new_folder(asked.to) if asked.all else nullcontext(asked.to.parent) as whole:
-        for name, one in models.items():
-            place = whole / (name if asked.all else asked.to.name)
-            write_folder(ledger, forest, called, one, place, asked.shard_bytes)
+    if asked.all:
+        with new_folder(asked.to) as whole:
+            for name, one in models.items():
+                write_folder(ledger, forest, called, one, whole / name, asked.shard_bytes)
+    else:
+        (one,) = models.values()
+        write_folder(ledger, forest, called, one, asked.to, asked.shard_bytes)
     if asked.mergekit is not None:
         folders = {one.model.identity: str(places[name].absolute()) for name, one in models.items()}
         _write(asked.mergekit, mergekit_text(models[AVERAGE].model, folders))
@@ -172,13 +174,12 @@ def _models(
         else:
             (made,) = driver.require([request_without_text(forest, asked.average)])
         known[AVERAGE] = (asked.average.label, made.ref)
-    return {
-        name: ForestModel(
-            called, ledger.get(ref), results_of(grown, ref, ledger) if grown else (), asked.licence
-        )
-        for name in names
-        for called, ref in [known[name]]
-    }
+
+    def model(called: str, ref: Ref) -> ForestModel:
+        results = results_of(grown, ref, ledger) if grown is not None else ()
+        return ForestModel(called, ledger.get(ref), results, asked.licence)
+
+    return {name: model(*known[name]) for name in names}
 
 
 def _write(file: Path, text: str) -> None:

@@ -85,8 +85,7 @@ def write_merged_model(
     label = f"{asked.weights} for a given text" if text is not None else asked.label
     one = ForestModel(label, average, results_of(grown, average.ref, ledger))
     write_folder(ledger, forest, plan.name, one, to)
-    parts = sorted(parts_of(forest, average), key=lambda part: -(part.weight or 0.0))
-    weights = {part.name: part.weight for part in parts}
+    weights = {part.name: part.weight for part in parts_of(forest, average)}
     return Merged(weights, found, forest.domains if found is not None else ())
 
 

@@ -84,16 +84,17 @@ def results_of(grown: Grown, model: Ref, ledger: Ledger) -> tuple[Result, ...]:
 
 
 def parts_of(forest: Forest, model: Artifact) -> tuple[Part, ...]:
-    """The models that a model of the forest is made of: by weight, or those that a merge without weights has."""
+    """The models that a model of the forest is made of, the largest weight first, and then by name."""
     names = {forest.foundation.seed: SEED} | {one.identity: one.domain for one in forest.experts}
     weights: Mapping[str, float | None]
     weights = {parent.identity: parent.weight for parent in _expert_parents(forest, model)}
     if "models" in model.inputs:
         weights = model.facts.get("weights") or dict.fromkeys(model.parents)
-    return tuple(
+    parts = [
         Part(names.get(identity, "an expert of an earlier version"), identity, weight)
         for identity, weight in weights.items()
-    )
+    ]
+    return tuple(sorted(parts, key=lambda part: (-(part.weight or 0.0), part.name)))
 
 
 def _expert_parents(forest: Forest, model: Artifact) -> tuple[Parent, ...]:
