@@ -55,7 +55,7 @@ def driving(
 
 
 def local_driver(store: str) -> "Driver":
-    """A driver without a plan for a store that is there: its steps run in this process, and show no progress."""
+    """A driver without a plan for a store that is there: steps run in this process, and show no progress."""
     end_input()
     from btm_cluster.driver.driver import Driver
     from btm_cluster.workers.in_process import InProcess, LocalControl

@@ -87,7 +87,8 @@ def _spread_lines(merged: "Merged") -> list[str]:
         return []
     width = max(map(len, merged.spread))
     return [
-        f"from {merged.text.blocks} blocks with {merged.text.tokens:,} tokens, whose posterior is, mean ± deviation:",
+        f"from {merged.text.blocks} blocks with {merged.text.tokens:,} tokens, "
+        "whose posterior is, mean ± deviation:",
         *(
             f"  {name:{width}}  {one.block_mean:.3f} ± {one.block_deviation:.3f}"
             for name, one in merged.spread.items()

@@ -26,8 +26,9 @@ MORE_FILES = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",
 )
-"""Kept with an imported tokenizer where they came with it, for whoever opens a merged model. The vocabulary and
-merges of older formats are not: tokenizer.json has them."""
+"""Kept with an imported tokenizer where they came with it, for whoever opens a merged model.
+
+The vocabulary and merges of older formats are not: tokenizer.json has them."""
 MORE_CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
 """Beside the one in chat_template.jinja; named, they fit into tokenizer_config.json too."""
 BATCH_DOCUMENTS = 512

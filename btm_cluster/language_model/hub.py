@@ -20,15 +20,15 @@ from huggingface_hub.utils import validate_repo_id
 from btm_cluster.errors import BtmError, UserError, one_line
 
 WEIGHT_FILES = ["model*.safetensors", "model.safetensors.index.json"]
-"""Deleted from a repository as new ones come: transformers would open the old ones, where their names differ."""
+"""Deleted from a repository as new ones come: transformers would open old ones of other names."""
 
 
 def check_push(repositories: Sequence[str], public: bool) -> None:
     """Checks the names, the token, and that it may write there. Writes nothing.
 
     Raises:
-        UserError: a name that is none, no token, a token that the hub refuses or that only reads, an owner that
-            it is not of, or a public repository where a private one is wanted.
+        UserError: a name that is none, no token, a token that the hub refuses or that only reads, an owner
+            that it is not of, or a public repository where a private one is wanted.
     """
     if not repositories:
         return
@@ -53,7 +53,7 @@ def check_push(repositories: Sequence[str], public: bool) -> None:
 
 
 def push(folder: Path, repository: str, public: bool) -> str:
-    """Creates the repository where it is not there, uploads the folder as one commit, and returns its address.
+    """Creates the repository where it is not there, uploads the folder as one commit; returns its address.
 
     Raises:
         BtmError: the hub refused it, or cannot be reached; the folder stays.

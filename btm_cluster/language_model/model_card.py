@@ -43,13 +43,13 @@ class Card:
     what: str
     """A sentence or two that say what the model is."""
     identity: str
-    relation: str
-    """To its base model, in the hub's words: `finetune` or `merge`."""
+    relation: str | None
+    """To its base model, in the hub's words: `finetune` or `merge`; None where it is that model."""
     parts: Sequence[Part]
     domains: Sequence[str]
     """Domains whose text it learned from."""
     pretrained: str
-    """The pretrained model that is the seed, by its name on the hub or its folder; empty where there is none."""
+    """The pretrained model that is the seed, by its name on the hub or its folder; else empty."""
     block_tokens: int
     first_token: str
     """The token that every block is read after."""
@@ -79,7 +79,8 @@ def _fields(card: Card) -> dict[str, Any]:
     fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     fields["tags"] = ["branch-train-merge", *(["merge"] if card.relation == "merge" else [])]
     if card.pretrained and is_hub_name(card.pretrained):
-        fields |= {"base_model": card.pretrained, "base_model_relation": card.relation}
+        fields["base_model"] = card.pretrained
+        fields |= {"base_model_relation": card.relation} if card.relation else {}
     if card.licence is not None:
         fields["license"] = card.licence
     elif card.licence_files:
@@ -113,8 +114,8 @@ def _reading(card: Card) -> str:
     return (
         f"It was trained on blocks of {card.block_tokens} tokens, each read after `{card.first_token}`: text "
         "beyond a block's length is new to it.\n\n"
-        "Its perplexity is exp of the mean negative log-probability of all tokens, each document's end-of-text "
-        "token among them. Documents follow each other in blocks of that length, and each block is read by "
+        "Its perplexity is exp of the mean negative log-probability of all tokens, each document's "
+        "end-of-text token among them. Documents follow each other in blocks of that length, and each block is read by "
         "itself."
     )
 
@@ -123,7 +124,7 @@ def _licence(card: Card) -> str:
     if card.licence is not None:
         return f"Licence: {card.licence}."
     files = f" Files that came with the base model: {', '.join(card.licence_files)}."
-    stated = "No licence is stated here: see those of the domains' texts, and of the base model where there is one."
+    stated = "No licence is stated here: see those of the domains' texts and of any base model."
     return stated + (files if card.licence_files else "")
 
 

@@ -50,7 +50,7 @@ def size_of(entry: Mapping[str, Any]) -> int:
 
 
 def write_tensors(header: Header, tensors: Iterable[torch.Tensor], target: Path) -> None:
-    """Writes a file of this header; its tensors come in order, and none is held after the next is asked for."""
+    """Writes a file of this header; its tensors come in order, and one at a time is held."""
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # the format aligns data to 8 bytes
     size = max((entry["data_offsets"][1] for name, entry in header.items() if name != METADATA), default=0)

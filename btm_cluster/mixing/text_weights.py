@@ -1,4 +1,4 @@
-"""Weights of an average for a text, from its blocks' scores under each expert, and how far blocks differ in them.
+"""Weights of an average for a text, from its blocks' scores under each expert, and how far blocks differ.
 
 Knows of log-probabilities alone.
 """

@@ -1,5 +1,5 @@
-"""One model of a forest's experts, as `btm merge` and `btm export` make it: which weights or which method, checked
-before anything starts."""
+"""One model of a forest's experts, as `btm merge` and `btm export` make it: which weights or which method,
+checked before anything starts."""
 
 import math
 from collections.abc import Mapping, Sequence

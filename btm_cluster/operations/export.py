@@ -98,8 +98,8 @@ def _check_mergekit(asked: Export, file: Path) -> None:
 def export(asked: Export, plan: Plan | None, driver: Driver) -> list[Written]:
     """Writes the folders, then the YAML, and pushes them.
 
-    Names and token of the hub are checked before anything is made. With a plan, cards have the test perplexities
-    that are stored.
+    Names and token of the hub are checked before anything is made. With a plan, cards have the test
+    perplexities that are stored.
 
     Raises:
         UserError: no forest yet, a domain or text that it has not, or what the hub would refuse.

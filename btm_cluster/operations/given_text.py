@@ -1,12 +1,12 @@
-"""A text that the user gives, which is no text of the plan: its blocks are scored by each expert in this process,
-and nothing of it is stored.
+"""A text that the user gives, which is no text of the plan: its blocks are scored by each expert in this
+process, and nothing of it is stored.
 
 What comes out is weights, of six digits each.
 """
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,6 @@ import torch
 
 from btm_cluster.data.blocks import Blocks, pack_blocks
 from btm_cluster.data.corpus import content_hash
-from btm_cluster.data.tokenizer import TextTokenizer
 from btm_cluster.equations.posterior import PriorKind
 from btm_cluster.errors import UserError
 from btm_cluster.forest import Forest
@@ -67,7 +66,7 @@ def weights_for(
     """
     tokenizer = open_tokenizer(ledger, Ref("tokenizer", forest.foundation.tokenizer))
     block_tokens = forest.foundation.block_tokens
-    sampled = sample(text.documents(), tokenizer, blocks * block_tokens)
+    sampled = sample(text.documents(), tokenizer.encode, blocks * block_tokens)
     if not sampled:
         raise UserError(
             "there is no text to merge for", found=f"{sum(text.bad.values())} empty or bad documents"
@@ -79,7 +78,7 @@ def weights_for(
     return weigh(logp_EBT.masked_fill(~mask_BT, 0.0), mask_BT, prior)
 
 
-def sample(documents: Iterable[str], tokenizer: TextTokenizer, tokens: int) -> list[str]:
+def sample(documents: Iterable[str], encode: Callable[[str], Sequence[int]], tokens: int) -> list[str]:
     """The documents of the lowest content hashes that together have so many tokens, or all of them, in the
     order of their hashes, each once: held-out text is read in that order too.
 
@@ -92,7 +91,7 @@ def sample(documents: Iterable[str], tokenizer: TextTokenizer, tokens: int) -> l
         place = bisect_left(kept, (key,))
         if (place < len(kept) and kept[place][0] == key) or (held >= tokens and place == len(kept)):
             continue
-        length = len(tokenizer.encode(document)) + 1
+        length = len(encode(document)) + 1  # and its end
         kept.insert(place, (key, document, length))
         held += length
         while held - kept[-1][2] >= tokens:

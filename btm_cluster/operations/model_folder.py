@@ -1,5 +1,5 @@
-"""A forest's model as a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` opens: weights, tokenizer,
-what came with a pretrained seed, and the model card."""
+"""A forest's model as a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` opens: weights,
+tokenizer, what came with a pretrained seed, and the model card."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -40,9 +40,9 @@ def write_folder(
 
     Memory: one tensor.
     """
-    foundation = forest.foundation
-    seed = ledger.get(Ref("model", foundation.seed))
-    tokenizer = ledger.get(Ref("tokenizer", foundation.tokenizer))
+    block_tokens = forest.foundation.block_tokens
+    seed = ledger.get(Ref("model", forest.foundation.seed))
+    tokenizer = ledger.get(Ref("tokenizer", forest.foundation.tokenizer))
     is_pretrained = seed.recipe["pretrained"] is not None
     # What came with a pretrained model lies beside its weights, what came with a tokenizer beside that.
     files = {blob.name: seed for blob in seed.blobs} if is_pretrained else {}
@@ -53,26 +53,39 @@ def write_folder(
             if name not in (CARD, CONFIG, WEIGHTS):
                 shutil.copyfile(ledger.open_file(source, name), folder / name)
         config, weights = (ledger.open_file(one.model, name) for name in (CONFIG, WEIGHTS))
-        trained_tokens = None if is_pretrained else foundation.block_tokens
-        write_model(config, weights, folder, trained_tokens, shard_bytes)
+        write_model(config, weights, folder, None if is_pretrained else block_tokens, shard_bytes)
         if not is_pretrained:
-            say_block_length(folder, foundation.block_tokens)
+            say_block_length(folder, block_tokens)
         compare_with_transformers(folder, tokens)
-        card = Card(
-            title=f"{called}: {one.name}",
-            what=_what(forest, one),
-            identity=one.model.identity,
-            relation="merge" if one.model.facts["role"] == "average" else "finetune",
-            parts=parts_of(forest, one.model),
-            domains=_domains(forest, one.model, is_pretrained),
-            pretrained=str(seed.note.get("from", "")),
-            block_tokens=foundation.block_tokens,
-            first_token=tokens.name(tokens.first_token),
-            licence=one.licence,
-            licence_files=sorted(name for name in files if name.startswith(LICENCES)),
-            results=one.results,
-        )
+        licences = sorted(name for name in files if name.startswith(LICENCES))
+        card = _card(forest, called, one, seed, tokens.name(tokens.first_token), licences)
         (folder / CARD).write_text(card_text(card), encoding="utf-8")
+
+
+def _card(
+    forest: Forest,
+    called: str,
+    one: ForestModel,
+    seed: Artifact,
+    first_token: str,
+    licence_files: Sequence[str],
+) -> Card:
+    model = one.model
+    relation = "merge" if model.facts["role"] == "average" else "finetune"
+    return Card(
+        title=f"{called}: {one.name}",
+        what=_what(forest, one),
+        identity=model.identity,
+        relation=None if model.identity == seed.identity else relation,
+        parts=parts_of(forest, model),
+        domains=_domains(forest, model, seed.recipe["pretrained"] is not None),
+        pretrained=str(seed.note.get("from", "")),
+        block_tokens=forest.foundation.block_tokens,
+        first_token=first_token,
+        licence=one.licence,
+        licence_files=licence_files,
+        results=one.results,
+    )
 
 
 def results_of(grown: Grown, model: Ref, ledger: Ledger) -> tuple[Result, ...]:
@@ -107,7 +120,8 @@ def _what(forest: Forest, one: ForestModel) -> str:
     if model.identity == forest.foundation.seed:
         return f"The seed of a forest of experts, {method}"
     if model.facts["role"] != "average":
-        return f"The expert of the domain {one.name}, trained on {model.facts['tokens']:,} tokens of it, {method}"
+        tokens = model.facts["tokens"]
+        return f"The expert of the domain {one.name}, trained on {tokens:,} tokens of it, {method}"
     if "base" not in model.inputs:
         return (
             f"A parameter average of experts that branched from one seed, {method} It was summed in float32."

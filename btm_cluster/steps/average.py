@@ -1,4 +1,4 @@
-"""Makes one model of several: averages them, or merges their task vectors. Commits it as an ordinary model."""
+"""Makes one model of several, an ordinary one: averages them, or merges their task vectors."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial

@@ -1,5 +1,5 @@
-"""`btm export` and the ways to merge: folders that transformers opens, the YAML of the same average, weights from a
-text of the user's, and a hub that is a stub on loopback."""
+"""`btm export` and the ways to merge: folders that transformers opens, the YAML of the same average, weights
+from a text of the user's, and a hub that is a stub on loopback."""
 
 import base64
 import json
