@@ -13,6 +13,7 @@ from btm_cluster.commands.discover import discover
 from btm_cluster.commands.doctor import doctor
 from btm_cluster.commands.evaluate import evaluate
 from btm_cluster.commands.expand import expand
+from btm_cluster.commands.export import export
 from btm_cluster.commands.gc import gc
 from btm_cluster.commands.generate import generate
 from btm_cluster.commands.init import init
@@ -52,6 +53,7 @@ for command in (
     expand,
     evaluate,
     merge,
+    export,
     generate,
     score,
     serve,

@@ -74,6 +74,16 @@ def opened_driver(
         yield asked.driver
 
 
+def local_driver(store: str) -> "Driver":
+    """A driver without a plan for a store that is there: steps run in this process, and show no progress."""
+    end_input()
+    from btm_cluster.driver.driver import Driver
+    from btm_cluster.workers.in_process import InProcess, LocalControl
+
+    ledger = open_ledger(store)
+    return Driver(ledger, InProcess(ledger, LocalControl(lambda _: None, threading.Event())))
+
+
 def open_ledger(store: str) -> "Ledger":
     """The ledger of a store that was found to be usable."""
     from btm_cluster.ledger import Ledger

@@ -15,15 +15,14 @@ from btm_cluster.evaluation.verdict import Verdict
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import Ledger, Ref
 from btm_cluster.ledger.versions import newest_version, version_of
+from btm_cluster.operations.averages import Average, average_by_weights, check_average, make_average
 from btm_cluster.operations.ensemble import mixture_of_plan
-from btm_cluster.operations.evaluate import evaluate_forest
+from btm_cluster.operations.evaluate import check_text_is_known, evaluate_forest, find_grown
 from btm_cluster.operations.generate import PROMPTS_AT_ONCE
-from btm_cluster.operations.merge import average_by_weights, check_merge_call, write_merged_model
 from btm_cluster.plan import Plan
 from btm_cluster.session import open_ledger, opened_driver
 from btm_cluster.steps.mixture import forest_with_experts, load_stored, mixture_of_store
 from btm_cluster.steps.stored import open_tokenizer, open_transformers_tokenizer
-from btm_cluster.storage.scratch import scratch_folder
 from btm_cluster.terminal.tables import progress_console
 
 if TYPE_CHECKING:
@@ -182,14 +181,13 @@ class OpenForest:
             return average_by_weights(self._ledger, refs, weights).eval()
         if self.plan is None:
             raise _needs_plan(f"an average by {weights!r}")
-        from transformers import AutoModelForCausalLM
-
-        with scratch_folder() as scratch, self._driver(self.plan) as driver:
-            folder = scratch / "model"
-            check_merge_call(self.plan, weights, domain, folder)
-            write_merged_model(self.plan, weights, domain, folder, driver, self.version)
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder))
-            return model
+        asked = Average(weights, domain)
+        check_average(asked, "weights", [text.name for text in self.plan.texts])
+        with self._driver(self.plan) as driver:
+            if domain is not None:
+                check_text_is_known(self.plan, domain, driver.ledger, self.version)
+            average = make_average(find_grown(self.plan, driver, self.version), asked, driver)
+        return load_stored(self._ledger, average.ref).eval()
 
     def verdict(self) -> Verdict:
         """The comparison with seed and baselines, as `btm evaluate` makes it.

@@ -17,8 +17,18 @@ from btm_cluster.errors import TextError, UserError, one_line
 log = logging.getLogger(__name__)
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-CHAT_FILES = ("chat_template.jinja", "chat_template.json", "special_tokens_map.json")
-"""Kept with an imported tokenizer where they came with it, for whoever opens a merged model."""
+MORE_FILES = (
+    "chat_template.jinja",
+    "chat_template.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
+"""Kept with an imported tokenizer where they came with it, for whoever opens a merged model.
+
+The vocabulary and merges of older formats are not: tokenizer.json has them."""
 MORE_CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
 """Beside the one in chat_template.jinja; named, they fit into tokenizer_config.json too."""
 BATCH_DOCUMENTS = 512
@@ -193,7 +203,7 @@ def import_tokenizer(source: Path, tokenizer: TextTokenizer, folder: Path) -> di
     config = source / "tokenizer_config.json"
     given = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     given.pop("auto_map", None)
-    kept = [name for name in CHAT_FILES if (source / name).is_file()]
+    kept = [name for name in MORE_FILES if (source / name).is_file()]
     if more := sorted(source.glob(MORE_CHAT_TEMPLATES)):
         named = {"default": source / kept.pop(0)} if "chat_template.jinja" in kept else {}
         named |= {file.stem: file for file in more}

@@ -52,10 +52,19 @@ def average_tensor(tensors: Sequence[torch.Tensor], weights: Sequence[float]) ->
         ValueError: they are not.
     """
     if not tensors[0].is_floating_point():
-        if not all(torch.equal(tensor, tensors[0]) for tensor in tensors[1:]):
-            raise ValueError("whole numbers that differ")
-        return tensors[0]
+        return same_in_all(tensors)
     total = torch.zeros(tensors[0].shape, dtype=torch.float32)
     for tensor, weight in zip(tensors, weights, strict=True):
         total.add_(tensor.to(torch.float32), alpha=weight)
     return total.to(tensors[0].dtype)
+
+
+def same_in_all(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The tensor that all of these are.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if not all(torch.equal(tensor, tensors[0]) for tensor in tensors[1:]):
+        raise ValueError("whole numbers that differ")
+    return tensors[0]

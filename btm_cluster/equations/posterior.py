@@ -90,6 +90,11 @@ def ema_prior(logp_EBT: torch.Tensor, rate: float = EMA_RATE) -> torch.Tensor:
     return torch.log_softmax(log_q_E, dim=0)
 
 
+def block_posterior(logp_EBT: torch.Tensor) -> torch.Tensor:
+    """p(D=j | the whole block), all experts alike before: [E, B]."""
+    return torch.softmax(logp_EBT.sum(-1), dim=0)
+
+
 def mean_prior(logp_EBT: torch.Tensor, mask_BT: torch.Tensor, posterior: Posterior) -> torch.Tensor:
     """Average responsibility over tokens, under a uniform prior: [E]."""
     uniform_E = torch.zeros(logp_EBT.shape[0], dtype=logp_EBT.dtype)

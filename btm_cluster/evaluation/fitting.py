@@ -11,6 +11,7 @@ from btm_cluster.driver.recipes import expert_resources
 from btm_cluster.equations.averaging import uniform_weights
 from btm_cluster.evaluation.scoring import score_requests, scored_split
 from btm_cluster.evaluation.systems import FITTED_FOR_ALL, Ensemble
+from btm_cluster.ledger import Ref
 from btm_cluster.mixing.fit_file import Fitted, open_fits
 from btm_cluster.plan import MergingPlan
 from btm_cluster.requests import (
@@ -89,21 +90,22 @@ def average_request(
 ) -> AverageRequest:
     """An average of an ensemble's models: `uniform`, or for a text by one of
     its priors, `argmax`, or a search."""
-    card = {"plan": prepared.plan.name, **{model.identity: called for called, model in ensemble.models}}
     is_unrelated = ensemble.seed is None
     if text is None:
         assert weights == "uniform", weights
-        return AverageRequest(
-            weights, ensemble.refs, tuple(uniform_weights(len(ensemble.models))), card, is_unrelated
-        )
+        return uniform_request(ensemble.refs, is_unrelated)
     fit = (
         soup_request(prepared, ensemble, weights, text)
         if weights in SEARCHES
         else weights_request(prepared, ensemble, text)
     )
-    return AverageRequest(
-        f"{weights} for {text.name}", ensemble.refs, FittedWeights(fit.ref, weights), card, is_unrelated
-    )
+    fitted = FittedWeights(fit.ref, weights)
+    return AverageRequest(f"{weights} for {text.name}", ensemble.refs, fitted, is_unrelated)
+
+
+def uniform_request(models: tuple[Ref, ...], unrelated: bool = False) -> AverageRequest:
+    """The average in which every model has the same weight."""
+    return AverageRequest("uniform", models, tuple(uniform_weights(len(models))), unrelated)
 
 
 def weight_requests(

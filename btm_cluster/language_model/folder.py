@@ -1,74 +1,110 @@
-"""A model's folder as other programs open it: it says how much text the model was trained to read at once.
+"""A model's folder as other programs open it: configuration and weights, in shards, and how much text the
+model was trained to read at once.
 
-Knows Hugging Face's files; knows nothing of stores or forests.
+Knows Hugging Face's files; knows nothing of stores or forests. One tensor at a time is in memory, but for the
+check that a model with fewer positions is the same model: it opens the two one after the other.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from btm_cluster.errors import UserError
 from btm_cluster.language_model.block_check import logits_of, random_block
-from btm_cluster.language_model.model import (
-    LENGTH_FIELDS,
-    config_from,
-    fresh_on_meta,
-    load_model,
-    save_weights,
-)
+from btm_cluster.language_model.model import LENGTH_FIELDS, config_from, fresh_on_meta, load_model
+from btm_cluster.language_model.tensor_files import names_in_order, read_header, write_cut, write_shards
 
-_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
+SHARD_BYTES = 5 * 10**9
+"""The most bytes of weights in a file, as huggingface_hub has it by default."""
+
+
+def write_model(
+    config: Path,
+    weights: Path,
+    folder: Path,
+    trained_tokens: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a stored model's configuration and weights into `folder`, with an index where there are several
+    files.
+
+    With `trained_tokens`, config.json names that length where it claims a longer one, and positions that have
+    weights of their own lose those that were never trained. Evaluation harnesses read as much at once as a
+    model claims.
+    """
+    fields = _read(config)
+    shortened = folder / "shortened.safetensors"
+    if trained_tokens is not None:
+        fields, weights = _shortened(fields, weights, trained_tokens, shortened)
+    _write(folder / CONFIG, fields)
+    write_shards(weights, folder, shard_bytes)
+    shortened.unlink(missing_ok=True)
 
 
 def say_block_length(folder: Path, block_tokens: int) -> None:
-    """Makes config.json and tokenizer_config.json name the trained block
-    length, where they claim more or nothing.
+    """Makes tokenizer_config.json name the trained block length."""
+    _write(folder / TOKENIZER_CONFIG, _read(folder / TOKENIZER_CONFIG) | {"model_max_length": block_tokens})
 
-    Evaluation harnesses read as much at once as a model claims, and what is beyond a trained block was never
-    learned. Positions that have weights of their own lose those that were never trained.
+
+def _shortened(
+    before: dict[str, Any], weights: Path, block_tokens: int, target: Path
+) -> tuple[dict[str, Any], Path]:
+    """The configuration with the trained length, and the weights that fit it, written to `target` where some
+    are cut.
+
+    As they were where they claim no more, or where the model would predict something else.
     """
-    tokenizer = _read(folder / "tokenizer_config.json") | {"model_max_length": block_tokens}
-    _write(folder / "tokenizer_config.json", tokenizer)
-    before = _read(folder / _CONFIG)
     known = config_from(before)
     longer = [
         name
         for name in LENGTH_FIELDS
         if name in known.to_dict() and (getattr(known, name) or 0) > block_tokens
     ]
-    if not longer:
-        return
     after = before | dict.fromkeys(longer, block_tokens)
-    weights, shapes = (
-        load_file(folder / _WEIGHTS),
-        {n: t.shape for n, t in fresh_on_meta(after).state_dict().items()},
-    )
-    cut = {name: tensor[: shapes[name][0]] if tensor.ndim else tensor for name, tensor in weights.items()}
-    if any(tensor.shape != shapes[name] for name, tensor in cut.items()):
-        return
-    save_weights(cut, folder / f"{_WEIGHTS}.cut")
-    if _predict_alike(before, folder / _WEIGHTS, after, folder / f"{_WEIGHTS}.cut", block_tokens):
-        (folder / f"{_WEIGHTS}.cut").replace(folder / _WEIGHTS)
-        _write(folder / _CONFIG, after)
-    else:  # an architecture that computes something else from its length
-        (folder / f"{_WEIGHTS}.cut").unlink()
+    rows = _rows_to_keep(weights, after) if longer else None
+    if rows is None:
+        return before, weights
+    cut = weights
+    if rows:
+        write_cut(weights, rows, target)
+        cut = target
+    # Some architectures compute something else from their length.
+    return (after, cut) if _predict_alike(before, weights, after, cut, block_tokens) else (before, weights)
+
+
+def _rows_to_keep(weights: Path, config: Mapping[str, Any]) -> dict[str, int] | None:
+    """Of tensors that are longer than the configuration has them, the rows that it has; None where they
+    differ in more."""
+    header = read_header(weights)
+    wanted = {name: list(tensor.shape) for name, tensor in fresh_on_meta(config).state_dict().items()}
+    rows = {}
+    for name in names_in_order(header):
+        held = header[name]["shape"]
+        if held == wanted[name]:
+            continue
+        if held[1:] != wanted[name][1:] or held[0] < wanted[name][0]:
+            return None
+        rows[name] = wanted[name][0]
+    return rows
 
 
 def _predict_alike(
-    config: dict[str, Any],
+    config: Mapping[str, Any],
     weights: Path,
-    other_config: dict[str, Any],
+    other_config: Mapping[str, Any],
     other_weights: Path,
     block_tokens: int,
 ) -> bool:
+    def predicted(config: Mapping[str, Any], weights: Path) -> torch.Tensor:
+        model = load_model(config, weights)
+        return logits_of(model, random_block(model.config.vocab_size, block_tokens), str(weights.parent))
+
     try:
-        one, other = (
-            logits_of(model, random_block(model.config.vocab_size, block_tokens), str(weights.parent))
-            for model in (load_model(config, weights), load_model(other_config, other_weights))
-        )
+        one, other = predicted(config, weights), predicted(other_config, other_weights)
     except UserError:
         return False
     return torch.allclose(one, other, rtol=1e-4, atol=1e-5)
@@ -78,5 +114,5 @@ def _read(file: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
-def _write(file: Path, fields: dict[str, Any]) -> None:
+def _write(file: Path, fields: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -89,10 +89,9 @@ class Artifact:
     @property
     def parents(self) -> tuple[str, ...]:
         """Identities of the models that a model was made from: its start, those that
-        it averages, or the DEMix it is part of."""
-        return tuple(
-            ref.identity for role in ("start", "models", "demix") for ref in self.inputs.get(role, ())
-        )
+        it averages, their common ancestor, or the DEMix it is part of."""
+        roles = ("start", "models", "base", "demix")
+        return tuple(ref.identity for role in roles for ref in self.inputs.get(role, ()))
 
     def blob(self, name: str) -> Blob:
         """The file called `name`."""

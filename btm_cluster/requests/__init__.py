@@ -3,13 +3,18 @@
 Weights, tokens and scores go through the store.
 """
 
-from btm_cluster.requests.models import (
+from btm_cluster.requests.averages import (
     AverageRequest,
-    DemixPart,
     FittedWeights,
+    MergeRequest,
+    SoupRequest,
+    TaskVectorMethod,
+    TaskVectorRequest,
+)
+from btm_cluster.requests.models import (
+    DemixPart,
     Pretrained,
     Role,
-    SoupRequest,
     Start,
     TrainingText,
     TrainRequest,
@@ -41,6 +46,7 @@ __all__ = [
     "FitText",
     "FittedWeights",
     "ImportTokenizer",
+    "MergeRequest",
     "MixText",
     "MixingMethod",
     "PrepareRequest",
@@ -54,6 +60,8 @@ __all__ = [
     "SoupRequest",
     "Start",
     "StepRequest",
+    "TaskVectorMethod",
+    "TaskVectorRequest",
     "Tokenize",
     "TrainRequest",
     "TrainTokenizer",

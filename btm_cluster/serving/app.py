@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from btm_cluster.errors import ClosedError, UnknownModelError
 from btm_cluster.serving.calls import CompletionCall, domains_of, within
 from btm_cluster.serving.completions import CompletionRequest, DomainsRequest
-from btm_cluster.serving.forest import LiveForest, OpenForest
+from btm_cluster.serving.forest import LiveForest, LoadedForest
 from btm_cluster.serving.http_errors import BodyLimit, add_error_handlers, check_key
 from btm_cluster.serving.metrics import Metrics
 
@@ -69,7 +69,7 @@ def build_app(live: LiveForest) -> FastAPI:
     return app
 
 
-def _model_row(forest: OpenForest, name: str) -> dict[str, Any]:
+def _model_row(forest: LoadedForest, name: str) -> dict[str, Any]:
     return {
         "id": name,
         "object": "model",

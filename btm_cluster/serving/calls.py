@@ -25,7 +25,7 @@ from btm_cluster.serving.completions import (
     Usage,
 )
 from btm_cluster.serving.engine_thread import Continuation
-from btm_cluster.serving.forest import ENSEMBLE, LiveForest, OpenForest, Served
+from btm_cluster.serving.forest import ENSEMBLE, LiveForest, LoadedForest, Served
 from btm_cluster.serving.http_errors import as_error
 from btm_cluster.serving.metrics import Metrics
 from btm_cluster.serving.settings import ServingSettings
@@ -46,7 +46,7 @@ class CompletionCall:
             call = self._answer(forest)
             return await within(self._live.settings.seconds, _until_gone(self._request, call))
 
-    async def _answer(self, forest: OpenForest) -> Completion:
+    async def _answer(self, forest: LoadedForest) -> Completion:
         body, tokenizer = self._body, forest.tokenizer
         read = self._read(forest)
         served = await forest.model(body.model)
@@ -84,7 +84,7 @@ class CompletionCall:
 
     async def _parts(
         self,
-        forest: OpenForest,
+        forest: LoadedForest,
         served: Served,
         read: Sequence[ReadText],
         continuations: Sequence[Continuation],
@@ -110,7 +110,7 @@ class CompletionCall:
                 yield _event(self._completion(forest, [], self._usage(read, count)))
             yield "data: [DONE]\n\n"
 
-    def _read(self, forest: OpenForest) -> list[ReadText]:
+    def _read(self, forest: LoadedForest) -> list[ReadText]:
         """The prompts' token ids.
 
         Raises:
@@ -150,7 +150,7 @@ class CompletionCall:
         prompt = sum(len(text.tokens) + text.has_first_token for text in read)
         return Usage(prompt_tokens=prompt, completion_tokens=written, total_tokens=prompt + written)
 
-    def _completion(self, forest: OpenForest, choices: list[Choice], usage: Usage | None) -> Completion:
+    def _completion(self, forest: LoadedForest, choices: list[Choice], usage: Usage | None) -> Completion:
         return Completion(
             id=self._id,
             created=self._created,
@@ -162,7 +162,7 @@ class CompletionCall:
 
 
 async def domains_of(
-    forest: OpenForest, body: DomainsRequest, settings: ServingSettings
+    forest: LoadedForest, body: DomainsRequest, settings: ServingSettings
 ) -> list[DomainsOfText]:
     """As `btm score` says it: the scorer asks from a thread of its own, since it waits."""
     given = [body.input] if isinstance(body.input, str) else body.input

@@ -49,7 +49,7 @@ class Served:
         return replace(asked, experts=self.experts, gate=self.gate if is_mixing else None)
 
 
-class OpenForest:
+class LoadedForest:
     """A forest version whose ensemble is loaded. Other models are loaded when they are first asked for."""
 
     def __init__(
@@ -57,7 +57,7 @@ class OpenForest:
         ledger: Ledger,
         mixture: Mixture,
         settings: ServingSettings,
-        before: "OpenForest | None" = None,
+        before: "LoadedForest | None" = None,
     ) -> None:
         """Loads the ensemble's models, but for those that the version `before` has loaded.
 
@@ -146,7 +146,7 @@ class OpenForest:
         return self.ensemble.failure
 
     @contextmanager
-    def in_use(self) -> Iterator["OpenForest"]:
+    def in_use(self) -> Iterator["LoadedForest"]:
         """Keeps its engines open meanwhile."""
         self._users += 1
         try:
@@ -182,11 +182,11 @@ class LiveForest:
 
     def __init__(self, ledger: Ledger, settings: ServingSettings) -> None:
         self.ledger, self.settings = ledger, settings
-        self._current: OpenForest | None = None
+        self._current: LoadedForest | None = None
         self._changing = asyncio.Lock()
 
     @property
-    def current(self) -> OpenForest:
+    def current(self) -> LoadedForest:
         """The version that new requests get."""
         assert self._current is not None, "change_to comes first"
         return self._current
@@ -199,7 +199,7 @@ class LiveForest:
         """
         async with self._changing:
             before = self._current
-            self._current = await asyncio.to_thread(OpenForest, self.ledger, mixture, self.settings, before)
+            self._current = await asyncio.to_thread(LoadedForest, self.ledger, mixture, self.settings, before)
             log.info("serving forest version %d", mixture.version)
             if before is not None:
                 before.replace()

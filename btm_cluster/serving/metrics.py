@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from btm_cluster.serving.forest import OpenForest
+from btm_cluster.serving.forest import LoadedForest
 
 
 class Metrics:
@@ -39,7 +39,7 @@ class Metrics:
         """Counts tokens."""
         self._tokens.inc(tokens)
 
-    def page(self, forest: OpenForest) -> bytes:
+    def page(self, forest: LoadedForest) -> bytes:
         """The text that Prometheus reads."""
         self._rows.set(forest.ensemble.under_way)
         self._waiting.set(forest.ensemble.waiting)

@@ -1,11 +1,18 @@
-"""Averages models into one, as a Hugging Face folder whose card says what it is made of."""
+"""Makes one model of several, an ordinary one: averages them, or merges their task vectors."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
 
 from btm_cluster.data.tokenizer import TOKENIZER_FILES
+from btm_cluster.equations.averaging import average_tensor
+from btm_cluster.equations.task_vectors import task_arithmetic, ties
 from btm_cluster.errors import IncompatibleError
-from btm_cluster.language_model.averaging import average_files
-from btm_cluster.language_model.model_card import write_card
+from btm_cluster.language_model.averaging import Method, merge_files
 from btm_cluster.ledger import Artifact, Ledger
-from btm_cluster.requests import AverageRequest, FittedWeights
+from btm_cluster.requests import AverageRequest, FittedWeights, MergeRequest, TaskVectorRequest
 from btm_cluster.requests.progress import Control, Progress
 from btm_cluster.steps.stored import open_config
 from btm_cluster.storage.scratch import scratch_folder
@@ -24,17 +31,57 @@ def average(request: AverageRequest, ledger: Ledger, control: Control) -> Artifa
     weights = dict(sorted(weights_of(request, ledger).items()))
     models = [ledger.get(model) for model in request.inputs["models"] if model.identity in weights]
     check_compatible(ledger, models, request.unrelated)
+    method = partial(average_tensor, weights=list(weights.values()))
+    return _commit(request, models, method, {"weights": weights}, ledger)
+
+
+def merge_task_vectors(request: TaskVectorRequest, ledger: Ledger, control: Control) -> Artifact:
+    """Merges the models' differences to their common ancestor.
+
+    Its facts hold `origin` as those of any model; of task arithmetic also `weights` by model identity: it is
+    an average in which the ancestor has what is left to one.
+
+    Raises:
+        IncompatibleError: as for averages; the ancestor is one of the models then.
+    """
+    control.report(Progress(request.label, "merging"))
+    base = ledger.get(request.base)
+    models = [ledger.get(model) for model in request.inputs["models"]]
+    check_compatible(ledger, [base, *models])
+    facts = {"weights": task_weights(request)} if request.method == "task-arithmetic" else {}
+
+    def method(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        start, *others = tensors
+        if request.method == "ties":
+            return ties(start, others, request.density, request.scale)
+        return task_arithmetic(start, others, request.scale)
+
+    return _commit(request, [base, *models], method, facts, ledger)
+
+
+def task_weights(request: TaskVectorRequest) -> dict[str, float]:
+    """The weights of task arithmetic by model identity: θ_0 + λ Σ (θ_i − θ_0) = (1 − kλ) θ_0 + λ Σ θ_i."""
+    shares = dict.fromkeys((model.identity for model in request.inputs["models"]), request.scale)
+    return {request.base.identity: 1 - len(shares) * request.scale} | shares
+
+
+def _commit(
+    request: MergeRequest,
+    models: Sequence[Artifact],
+    method: Method,
+    facts: Mapping[str, Any],
+    ledger: Ledger,
+) -> Artifact:
     with scratch_folder() as folder:
-        files = {"model.safetensors": folder / "model.safetensors", "README.md": folder / "README.md"}
-        average_files(
+        files = {"model.safetensors": folder / "model.safetensors"}
+        merge_files(
             [ledger.open_file(model, "model.safetensors") for model in models],
-            list(weights.values()),
+            method,
             files["model.safetensors"],
         )
-        write_card(request, weights, files["README.md"])
         for name in ("config.json", *TOKENIZER_FILES):
             files[name] = ledger.open_file(models[0], name)
-        facts = {"role": "average", "weights": weights, "origin": models[0].facts["origin"]}
+        facts = {"role": "average", **facts, "origin": models[0].facts["origin"]}
         return ledger.commit(request, files, facts, {"name": request.label})
 
 

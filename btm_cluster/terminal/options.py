@@ -28,3 +28,19 @@ NewResources = Annotated[
 Store = Annotated[str, typer.Option("--store", help="The store: a folder or URL.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Domain = Annotated[str, typer.Argument(help="The domain.", show_default=False)]
+Target = Annotated[
+    str | None,
+    typer.Option("--for", help="Text of the plan or the forest to merge for.", show_default=False),
+]
+Density = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of each tensor's differences that ties keeps; else the paper's.", show_default=False
+    ),
+]
+Scale = Annotated[
+    float | None,
+    typer.Option(
+        help="Factor of differences, for ties and task-arithmetic; else the papers'.", show_default=False
+    ),
+]

@@ -13,7 +13,7 @@ from btm_cluster.driver.port import Outcome
 from btm_cluster.errors import MissingError, StoreError
 from btm_cluster.identity import identity_of
 from btm_cluster.ledger import Artifact, Ledger, Origin, Ref
-from btm_cluster.requests import AverageRequest, ReadText, ShuffleTexts, StepRequest, Tokenize, TrainRequest
+from btm_cluster.requests import MergeRequest, ReadText, ShuffleTexts, StepRequest, Tokenize, TrainRequest
 from btm_cluster.storage import Entry, Storage
 from btm_cluster.storage.scratch import scratch_folder
 from btm_cluster.workers.pending import Pending
@@ -118,7 +118,7 @@ class DryRun:
             return self._unread(request)
         if isinstance(request, Tokenize):
             return self._ledger.commit(request, {}, {"blocks": 1, "tokens": 1})
-        if isinstance(request, TrainRequest | AverageRequest):
+        if isinstance(request, TrainRequest | MergeRequest):
             weights = {model.identity: 1.0 for model in request.inputs.get("models", ())}
             facts = {"role": "average", "weights": weights} if weights else {"role": "placeholder"}
             with scratch_folder() as scratch:

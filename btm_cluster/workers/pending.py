@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from btm_cluster.driver.port import Failure, Outcome
 from btm_cluster.ledger import Ref
-from btm_cluster.requests import AverageRequest, ScoreRequest, StepRequest, TrainRequest
+from btm_cluster.requests import MergeRequest, ScoreRequest, StepRequest, TrainRequest
 
 
 class Pending:
@@ -40,9 +40,9 @@ class Pending:
         return sorted(trainings, key=lambda request: request.priority)
 
     @property
-    def averages(self) -> list[AverageRequest]:
-        """The averages that have not started."""
-        return [request for request in self._requests.values() if isinstance(request, AverageRequest)]
+    def merges(self) -> list[MergeRequest]:
+        """The averages and other merges that have not started."""
+        return [request for request in self._requests.values() if isinstance(request, MergeRequest)]
 
     @property
     def models_to_score(self) -> int:

@@ -415,7 +415,7 @@ def test_a_merge_that_cannot_be_met_is_refused_before_it_starts(
     path, to = write_plan(after), tmp_path / "merged"
     before = files_below(tmp_path)
     for arguments, part in {
-        ("--to", to, "--weights", "mean"): "uniform, argmax, posterior",
+        ("--to", to, "--weights", "mean"): "argmax, posterior, greedy, learned",
         ("--to", to): "kitchen",
         ("--to", to, "--for", "cellar"): "kitchen",
         ("--to", to, "--weights", "argmax", "--for", ""): "kitchen",

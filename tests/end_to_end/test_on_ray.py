@@ -142,7 +142,7 @@ def test_an_expert_gets_ready_while_its_seed_is_trained_and_trainers_score_other
     prepared = prepare(plan, driver := in_process(plan))
     seed, (domain, *_) = seed_request(prepared), prepared.domains
     expert = expert_request(prepared, domain, seed_start(prepared, seed.ref))
-    average = AverageRequest("average", (seed.ref, expert.ref), (0.5, 0.5), {})
+    average = AverageRequest("average", (seed.ref, expert.ref), (0.5, 0.5))
     models = [seed, expert, average]
     scores = [score_request(prepared, model.ref, domain, "test") for model in models]
     monkeypatch.setattr(workers, "step_task", None)  # so that no other process can score

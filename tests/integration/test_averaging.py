@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from btm_cluster.data.tokenizer import TOKENIZER_FILES
 from btm_cluster.driver.driver import Driver
 from btm_cluster.equations.averaging import argmax_weights, average_tensor, posterior_weights, uniform_weights
 from btm_cluster.equations.posterior import log_prior
@@ -23,10 +24,10 @@ from btm_cluster.errors import IncompatibleError
 from btm_cluster.evaluation.evaluate import forest_ensemble
 from btm_cluster.evaluation.fitting import averaged_starts
 from btm_cluster.evaluation.scoring import score_models, stack_of
-from btm_cluster.language_model.averaging import average_files, read_header
+from btm_cluster.language_model.averaging import average_files
+from btm_cluster.language_model.tensor_files import read_header
 from btm_cluster.ledger import Artifact, Origin, Ref
 from btm_cluster.mixing.fitting import FULL
-from btm_cluster.operations.merge import FOLDER_FILES
 from btm_cluster.plan import MergingPlan
 from btm_cluster.requests import AverageRequest
 from btm_cluster.steps.average import check_compatible
@@ -210,7 +211,7 @@ def test_a_forests_average_opens_in_transformers_with_the_very_same_weights(
     grown: GrownForest, tmp_path: Path
 ) -> None:
     average = grown.driver.ledger.get(grown.evaluation.averages["uniform"])
-    for name in FOLDER_FILES:
+    for name in ("config.json", "model.safetensors", *TOKENIZER_FILES):
         shutil.copyfile(grown.driver.ledger.open_file(average, name), tmp_path / name)
     model, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not loading["missing_keys"]
@@ -244,7 +245,7 @@ def further(model: Artifact) -> Origin:
 
 
 def request_for(*models: Artifact) -> AverageRequest:
-    return AverageRequest("average", tuple(m.ref for m in models), (1 / len(models),) * len(models), {})
+    return AverageRequest("average", tuple(m.ref for m in models), (1 / len(models),) * len(models))
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
@@ -320,6 +321,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from btm_cluster.language_model.averaging import average_files
+from btm_cluster.language_model.tensor_files import write_shards
 
 TENSORS, ROWS = 64, 128  # of 512 kB each: a model of 32 MB
 folder = Path(sys.argv[1])
@@ -332,6 +334,7 @@ def held():  # what the process owns; pages of mapped files are the system's, to
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
 
 average_files(files, [0.2, 0.3, 0.5], folder / "warm.safetensors")
+write_shards(folder / "warm.safetensors", folder, 2**30)
 before, peak = held(), 0
 
 def watch(*_):
@@ -340,13 +343,14 @@ def watch(*_):
 
 sys.setprofile(watch)
 average_files(files, [0.2, 0.3, 0.5], folder / "average.safetensors")
+write_shards(folder / "average.safetensors", folder, 8 * 2**20)
 sys.setprofile(None)
 print((peak - before) // (ROWS * 1024 * 4))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures memory through /proc")
-def test_averaging_holds_a_few_tensors_at_a_time_and_never_a_model(tmp_path: Path) -> None:
+def test_averaging_and_sharding_hold_a_few_tensors_at_a_time_and_never_a_model(tmp_path: Path) -> None:
     script = [sys.executable, "-c", MEASURE, str(tmp_path)]
     tensors_held = subprocess.run(script, check=True, capture_output=True, text=True).stdout
     assert int(tensors_held) <= 8, "a model has 64 tensors, three have 192"

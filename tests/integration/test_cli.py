@@ -74,6 +74,9 @@ def btm(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
         (("score", "--help"), 0, "--text"),
         (("score", "a.txt"), 2, "btm score needs a forest"),
         (("score", "a.txt", "--plan", "broken.yaml"), 2, "did you mean `updates`?"),
+        (("export", "--help"), 0, "--push-to-hub"),
+        (("export", "--seed", "--to", "x"), 2, "btm export needs a forest"),
+        (("export", "broken.yaml", "--seed", "--to", "x"), 2, "did you mean `updates`?"),
         (("discover", "text.jsonl"), 2, "neither --clusters nor --model"),
         (("schema",), 0, '"additionalProperties": false'),
         (("schema", "--markdown"), 0, "## `training`"),
@@ -109,7 +112,7 @@ def test_a_preview_starts_no_ray(
 
 def test_every_command_has_help(btm: Callable[..., tuple[int, str, str]]) -> None:
     _, listing, _ = btm("--help")
-    for command in ("init", "plan", "schema", "run", "evaluate", "merge", "discover", "forest"):
+    for command in ("init", "plan", "schema", "run", "evaluate", "merge", "export", "discover", "forest"):
         assert command in listing
         code, shown, _ = btm(command, "--help")
         assert code == 0

@@ -24,6 +24,7 @@ from btm_cluster.expansion.inbox import look
 from btm_cluster.forest import Expert, Forest, Foundation
 from btm_cluster.language_model.sampling import Sampling
 from btm_cluster.ledger import Ledger
+from btm_cluster.operations.averages import Average
 from btm_cluster.operations.contributions import contributions
 from btm_cluster.operations.evaluate import evaluate_forest
 from btm_cluster.operations.expand import Expanded, expand
@@ -445,13 +446,12 @@ def test_what_arrived_is_a_text_to_merge_and_to_generate_for(
 ) -> None:
     arrive("meadow")
     assert expanded(plan).added == ("meadow",)
-    assert write_merged_model(plan, "argmax", "meadow", tmp_path / "merged", in_process(plan)) == {
-        "meadow": 1.0
-    }
+    merged = write_merged_model(plan, Average("argmax", "meadow"), tmp_path / "merged", in_process(plan))
+    assert merged.weights == {"meadow": 1.0}
     assert (tmp_path / "merged" / "model.safetensors").exists()
     assert generate(plan, "meadow", ["a"], Continuation(2, Sampling()), in_process(plan))[0].tokens
     with pytest.raises(UserError, match="no text of the plan or the forest"):
-        write_merged_model(plan, "argmax", "prairie", tmp_path / "none", in_process(plan))
+        write_merged_model(plan, Average("argmax", "prairie"), tmp_path / "none", in_process(plan))
 
 
 def test_a_batch_that_is_too_bad_is_taken_apart_in_the_order_of_names(

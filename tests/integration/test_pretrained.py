@@ -23,6 +23,7 @@ from btm_cluster.errors import PlanError, UserError
 from btm_cluster.language_model.model import full_config, has_dropout, load_model
 from btm_cluster.language_model.pretrained import pretrained_config, pretrained_model, resolve
 from btm_cluster.ledger import Ref
+from btm_cluster.operations.averages import Average
 from btm_cluster.operations.merge import write_merged_model
 from btm_cluster.operations.plan import preview
 from btm_cluster.operations.run import run_plan
@@ -234,18 +235,21 @@ def test_a_merged_folder_keeps_what_came_with_the_model(
     (copy / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 5], "temperature": 0.6}))
     (copy / "LICENSE").write_text("as you like")
+    (copy / "preprocessor_config.json").write_text(json.dumps({"image_mean": 0.5}))
     plan = on(copy, fields | {"domains": fields["domains"][:2]})
     driver = in_process(plan)
     run_plan(plan, driver)
-    write_merged_model(plan, "uniform", None, tmp_path / "merged", driver)
+    write_merged_model(plan, Average("uniform"), tmp_path / "merged", driver)
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert (config["eos_token_id"], config["bos_token_id"], config["n_positions"]) == ([0, 5], 3, 64)
-    for name in ("chat_template.jinja", "generation_config.json", "LICENSE"):
+    for name in ("chat_template.jinja", "generation_config.json", "LICENSE", "preprocessor_config.json"):
         assert (tmp_path / "merged" / name).read_text() == (copy / name).read_text()
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "blocks of 32 tokens" in card
-    assert str(copy) in card
+    assert "license_link: LICENSE" in card
+    assert "Its seed is the pretrained model copy." in card
+    assert str(copy) not in card, "where it lies is nobody's business"
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt"])
@@ -258,7 +262,7 @@ def test_a_merged_folder_claims_the_block_length_that_it_was_trained_on(
     plan = Plan.model_validate(fields | {"model": model, "domains": fields["domains"][:1], "targets": []})
     driver = in_process(plan)
     run_plan(plan, driver)
-    write_merged_model(plan, "uniform", None, tmp_path / "merged", driver)
+    write_merged_model(plan, Average("uniform"), tmp_path / "merged", driver)
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert (
         config["max_position_embeddings"]

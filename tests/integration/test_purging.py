@@ -66,10 +66,13 @@ def test_an_average_whose_weights_were_fitted_on_a_purged_text_goes_though_none_
         "the best of all", "model", {"models": ["code expert", "seed"], "fit": ["other fit"]}, role="average"
     )
     house.commit("another", "model", {"models": ["code expert", "seed"], "fit": []}, role="average")
+    ties = house.commit("ties", "model", {"models": ["code expert", "law expert"], "base": ["seed"]})
+    assert set(ties.parents) == {house.refs[name].identity for name in ("code expert", "law expert", "seed")}
     house.remove("law")
     purge(house.ledger, plan_purge(house.ledger, "law"))
     assert not house.is_there("the best of all")
     assert not house.is_there("other fit")
+    assert not house.is_there("ties"), "a merge against the seed is made of its experts"
     assert house.is_there("another")
     assert verify(house.ledger).problems == ()
 

@@ -91,7 +91,7 @@ def last_saved(prepared_store: PreparedStore, request: TrainRequest) -> int | No
 def average_of(prepared_store: PreparedStore, models: list[Artifact]) -> Start:
     """A start from the uniform average of models, as a later branch has it."""
     weights = (1 / len(models),) * len(models)
-    request = AverageRequest("start", tuple(model.ref for model in models), weights, {})
+    request = AverageRequest("start", tuple(model.ref for model in models), weights)
     (average,) = run_all(prepared_store.driver.workers, [request])
     assert isinstance(average, Artifact)
     return Start(average.ref, keep_optimizer=False)

@@ -10,7 +10,7 @@ from btm_cluster.cli import app, forest_app
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "btm_cluster"
 MOST_MODULES = MOST_LEVELS = 10
-SHARED = {"ensemble"}
+SHARED = {"averages", "ensemble", "given_text", "model_folder"}
 """Operations without a command, on which several of them rest."""
 
 

@@ -20,7 +20,7 @@ from btm_cluster.driver.port import Failure, Outcome
 from btm_cluster.errors import UserError
 from btm_cluster.ledger import Ledger
 from btm_cluster.plan import ClusterPlan
-from btm_cluster.requests import AverageRequest, Resources, StepRequest, TrainRequest
+from btm_cluster.requests import MergeRequest, Resources, StepRequest, TrainRequest
 from btm_cluster.requests.progress import Progress, Watcher
 from btm_cluster.steps.registry import STEPS
 from btm_cluster.stopping import stopped
@@ -139,9 +139,9 @@ class RayWorkers:
     def _end_idle_merger(self, pending: Pending, running: Collection[Running]) -> None:
         """Ends the merge actor where there is nothing to average, for good or while a
         training waits for the CPU that it holds."""
-        averages = any(isinstance(one.batch[0], AverageRequest) for one in running)
+        merges = any(isinstance(one.batch[0], MergeRequest) for one in running)
         trainings = pending.trainings or any(one.is_training and one.may_lack_a_place for one in running)
-        if not averages and (trainings or not pending.averages):
+        if not merges and (trainings or not pending.merges):
             self._end_merger()
 
     def _end_merger(self) -> None:

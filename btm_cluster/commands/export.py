@@ -1,0 +1,125 @@
+"""`btm export`."""
+
+import json
+import re
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from btm_cluster.errors import UserError
+from btm_cluster.plan import read_plan
+from btm_cluster.session import driving, local_driver
+from btm_cluster.terminal.options import Address, Density, InProcess, JsonAndProgress, Scale, Target
+from btm_cluster.workers.shadowing import check_shadowing
+
+if TYPE_CHECKING:
+    from btm_cluster.operations.averages import Average
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def export(
+    to: Annotated[Path, typer.Option(help="Folder for the model or models.", show_default=False)],
+    plan_path: Annotated[
+        Path | None,
+        typer.Argument(metavar="[PLAN]", help="The plan, a YAML file; or --store.", show_default=False),
+    ] = None,
+    store: Annotated[
+        str | None, typer.Option(help="A forest's store, instead of a plan.", show_default=False)
+    ] = None,
+    expert: Annotated[str | None, typer.Option(help="The expert of this domain.", show_default=False)] = None,
+    seed: Annotated[bool, typer.Option("--seed", help="The seed.")] = False,
+    average: Annotated[
+        str | None,
+        typer.Option(
+            help="uniform, ties or task-arithmetic; with a plan whatever `btm merge` has as --weights.",
+            show_default=False,
+        ),
+    ] = None,
+    target: Target = None,
+    density: Density = None,
+    scale: Scale = None,
+    all_models: Annotated[bool, typer.Option("--all", help="Seed and experts, a folder each.")] = False,
+    mergekit: Annotated[
+        Path | None,
+        typer.Option(
+            help="File for mergekit's YAML of the same average; needs --average and --all.",
+            show_default=False,
+        ),
+    ] = None,
+    shard_size: Annotated[str, typer.Option(help="Most bytes of weights in a file.")] = "5GB",
+    licence: Annotated[
+        str | None,
+        typer.Option("--license", help="For the model card, as the hub spells it.", show_default=False),
+    ] = None,
+    repository: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", help="OWNER/NAME to push to, private.", show_default=False),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Push to a public repository.")] = False,
+    json_output: JsonAndProgress = False,
+    address: Address = None,
+    in_process: InProcess = False,
+) -> None:
+    """Write experts, the seed or an average as Hugging Face folders, and push them to the hub."""
+    if (plan_path is None) == (store is None):
+        found = "both" if store else "neither"
+        raise UserError(
+            "btm export needs a forest", found=found, expected="a plan, or --store with its place"
+        )
+    plan = read_plan(plan_path) if plan_path is not None else None
+    check_shadowing()
+    from btm_cluster.operations.export import Export, check_export_call
+    from btm_cluster.operations.export import export as write
+
+    asked = Export(
+        to,
+        expert,
+        seed,
+        _average(average, target, density, scale),
+        all_models,
+        mergekit,
+        repository,
+        public,
+        licence,
+        _bytes(shard_size),
+    )
+    check_export_call(asked, plan)
+    with (
+        driving(plan, address, in_process, dashboard=False, json_output=json_output)
+        if plan is not None
+        else nullcontext(local_driver(str(store)))
+    ) as driver:
+        written = write(asked, plan, driver)
+    if json_output:
+        models = [asdict(one) | {"folder": str(one.folder)} for one in written]
+        print(json.dumps({"models": models, "mergekit": mergekit and str(mergekit)}, indent=1))
+        return
+    for one in written:
+        print(f"wrote {one.folder}" + (f", pushed to {one.url}" if one.url else ""))
+    if mergekit is not None:
+        print(f"wrote {mergekit}")
+
+
+def _average(
+    weights: str | None, target: str | None, density: float | None, scale: float | None
+) -> "Average | None":
+    from btm_cluster.operations.averages import Average
+
+    if weights is not None:
+        return Average(weights, target, density, scale)
+    given = {"--for": target, "--density": density, "--scale": scale}
+    alone = [option for option, value in given.items() if value is not None]
+    if alone:
+        raise UserError(f"{alone[0]} is of an average", remedy="add --average WEIGHTS, or leave it out")
+    return None
+
+
+def _bytes(size: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]B)", size.strip().upper())
+    if found is None:
+        raise UserError("--shard-size is no size", found=size, expected="such as 5GB or 500MB")
+    return int(float(found[1]) * UNITS[found[2]])

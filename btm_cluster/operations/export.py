@@ -1,0 +1,187 @@
+"""`btm export`: models of a forest as Hugging Face folders, on this machine and on the hub."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from btm_cluster.driver.driver import Driver
+from btm_cluster.errors import UserError
+from btm_cluster.forest import Forest
+from btm_cluster.language_model import mergekit
+from btm_cluster.language_model.folder import SHARD_BYTES
+from btm_cluster.language_model.hub import check_push, push
+from btm_cluster.ledger import Artifact, Ref
+from btm_cluster.ledger.versions import newest_version
+from btm_cluster.operations.averages import Average, check_average, make_average, request_without_text
+from btm_cluster.operations.evaluate import check_text_is_known, find_grown
+from btm_cluster.operations.model_folder import ForestModel, results_of, write_folder
+from btm_cluster.plan import Plan
+from btm_cluster.storage.new_folder import check_folder, check_new_folder, new_folder
+
+SEED, AVERAGE, EXPERTS = "seed", "average", "experts"
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is exported, and where to."""
+
+    to: Path
+    expert: str | None = None
+    seed: bool = False
+    average: Average | None = None
+    all: bool = False
+    """The seed and every expert, and the average where one is asked for, each in a folder of its own."""
+    mergekit: Path | None = None
+    """A file for the YAML of the same average."""
+    repository: str | None = None
+    """On the hub; of several models, the beginning of their names."""
+    public: bool = False
+    licence: str | None = None
+    shard_bytes: int = SHARD_BYTES
+
+
+@dataclass(frozen=True)
+class Written:
+    """A model that was exported."""
+
+    model: str
+    """`seed`, `average`, or `experts/` and the domain."""
+    folder: Path
+    url: str | None
+    """Its repository on the hub."""
+
+
+def check_export_call(asked: Export, plan: Plan | None) -> None:
+    """Refuses a call that cannot be met, before anything starts.
+
+    Raises:
+        UserError: saying what is wrong with it.
+    """
+    kinds = {
+        "--expert": asked.expert is not None,
+        "--seed": asked.seed,
+        "--average": asked.average is not None and not asked.all,
+        "--all": asked.all,
+    }
+    given = [option for option, is_given in kinds.items() if is_given]
+    if len(given) != 1:
+        raise UserError(
+            "btm export needs one kind of model",
+            found=" and ".join(given) or "none",
+            expected="--expert NAME, --seed, --average WEIGHTS or --all, which takes --average too",
+        )
+    if asked.average is not None:
+        check_average(asked.average, "--average", [text.name for text in plan.texts] if plan else ())
+    if asked.mergekit is not None:
+        _check_mergekit(asked, asked.mergekit)
+    if asked.public and asked.repository is None:
+        raise UserError(
+            "--public is of --push-to-hub", remedy="add --push-to-hub OWNER/NAME, or leave it out"
+        )
+    if asked.shard_bytes < 1:
+        raise UserError("--shard-size is too small", found=f"{asked.shard_bytes} bytes", expected="some")
+    check_new_folder(asked.to)
+
+
+def _check_mergekit(asked: Export, file: Path) -> None:
+    if asked.average is None or not asked.all:
+        raise UserError(
+            "--mergekit names folders of the seed and of the experts",
+            expected="--average WEIGHTS and --all, by which they are written",
+        )
+    if os.path.lexists(file):
+        raise UserError(f"{file} already exists", remedy="choose another file")
+    check_folder(file.parent)
+
+
+def export(asked: Export, plan: Plan | None, driver: Driver) -> list[Written]:
+    """Writes the folders, then the YAML, and pushes them.
+
+    Names and token of the hub are checked before anything is made. With a plan, cards have the test
+    perplexities that are stored.
+
+    Raises:
+        UserError: no forest yet, a domain or text that it has not, or what the hub would refuse.
+    """
+    ledger, forest = driver.ledger, newest_version(driver.ledger)
+    names = _names(asked, forest)
+    repositories = {name: _repository(asked, name) for name in names}
+    check_push([one for one in repositories.values() if one is not None], asked.public)
+    models = _models(asked, names, forest, plan, driver)
+    called = plan.name if plan is not None else ledger.storage.location.rstrip("/").rpartition("/")[2]
+    places = {name: asked.to / name if asked.all else asked.to for name in names}
+    if asked.all:
+        with new_folder(asked.to) as whole:
+            for name, one in models.items():
+                write_folder(ledger, forest, called, one, whole / name, asked.shard_bytes)
+    else:
+        (one,) = models.values()
+        write_folder(ledger, forest, called, one, asked.to, asked.shard_bytes)
+    if asked.mergekit is not None:
+        folders = {one.model.identity: str(places[name].absolute()) for name, one in models.items()}
+        _write(asked.mergekit, mergekit_text(models[AVERAGE].model, folders))
+    return [
+        Written(name, places[name], None if to is None else push(places[name], to, asked.public))
+        for name, to in repositories.items()
+    ]
+
+
+def mergekit_text(average: Artifact, folders: Mapping[str, str]) -> str:
+    """The YAML by which mergekit makes an average of the models in some folders, by identity."""
+    if "base" not in average.inputs:
+        weights = average.facts["weights"]
+        return mergekit.linear({folders[identity]: weight for identity, weight in weights.items()})
+    (base,) = average.inputs["base"]
+    models = [folders[model.identity] for model in average.inputs["models"]]
+    recipe = average.recipe
+    return mergekit.task_vectors(
+        recipe["method"], folders[base.identity], models, recipe["scale"], recipe["density"]
+    )
+
+
+def _names(asked: Export, forest: Forest) -> list[str]:
+    """Each model's name, which is its place below `to` where there are several."""
+    if asked.expert is not None:
+        forest.expert(asked.expert)
+        return [f"{EXPERTS}/{asked.expert}"]
+    if not forest.experts and not asked.seed:
+        raise UserError(f"forest version {forest.version} has no expert", found=forest.reason)
+    experts = [f"{EXPERTS}/{domain}" for domain in forest.domains] if asked.all else []
+    is_seed_wanted = asked.seed or asked.all
+    return [*([SEED] if is_seed_wanted else []), *experts, *([AVERAGE] if asked.average else [])]
+
+
+def _repository(asked: Export, name: str) -> str | None:
+    if asked.repository is None or not asked.all:
+        return asked.repository
+    return f"{asked.repository}-{name.replace('/', '-')}"
+
+
+def _models(
+    asked: Export, names: Sequence[str], forest: Forest, plan: Plan | None, driver: Driver
+) -> dict[str, ForestModel]:
+    """The models by name; an average is made where it is not there yet."""
+    ledger = driver.ledger
+    if asked.average is not None and asked.average.target is not None and plan is not None:
+        check_text_is_known(plan, asked.average.target, ledger)
+    grown = replace(find_grown(plan, driver), forest=forest) if plan is not None else None
+    known = {SEED: (SEED, Ref("model", forest.foundation.seed))}
+    known |= {f"{EXPERTS}/{e.domain}": (e.domain, Ref("model", e.identity)) for e in forest.experts}
+    if asked.average is not None:
+        if grown is not None:
+            made = make_average(grown, asked.average, driver)
+        else:
+            (made,) = driver.require([request_without_text(forest, asked.average)])
+        known[AVERAGE] = (asked.average.label, made.ref)
+
+    def model(called: str, ref: Ref) -> ForestModel:
+        results = results_of(grown, ref, ledger) if grown is not None else ()
+        return ForestModel(called, ledger.get(ref), results, asked.licence)
+
+    return {name: model(*known[name]) for name in names}
+
+
+def _write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")

@@ -1,0 +1,151 @@
+"""A forest's model as a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` opens: weights,
+tokenizer, what came with a pretrained seed, and the model card."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from btm_cluster.algorithm import Grown
+from btm_cluster.data.tokenizer import compare_with_transformers
+from btm_cluster.evaluation.stored_results import stored_results
+from btm_cluster.forest import Forest, Parent
+from btm_cluster.language_model.folder import SHARD_BYTES, say_block_length, write_model
+from btm_cluster.language_model.model_card import Card, Part, Result, card_text
+from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.steps.stored import open_tokenizer
+from btm_cluster.storage.new_folder import new_folder
+
+CARD, CONFIG, WEIGHTS = "README.md", "config.json", "model.safetensors"
+LICENCES = ("LICENSE", "NOTICE")
+SEED = "the seed"
+
+
+@dataclass(frozen=True)
+class ForestModel:
+    """A model of a forest, to be written."""
+
+    name: str
+    """`seed`, a domain, or an average by its weights."""
+    model: Artifact
+    results: Sequence[Result] = ()
+    licence: str | None = None
+    """For the card, as the hub spells it."""
+
+
+def write_folder(
+    ledger: Ledger, forest: Forest, called: str, one: ForestModel, to: Path, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes the folder `to`, which appears once all of it is there. `called` is the forest's name.
+
+    Memory: one tensor.
+    """
+    block_tokens = forest.foundation.block_tokens
+    seed = ledger.get(Ref("model", forest.foundation.seed))
+    tokenizer = ledger.get(Ref("tokenizer", forest.foundation.tokenizer))
+    is_pretrained = seed.recipe["pretrained"] is not None
+    # What came with a pretrained model lies beside its weights, what came with a tokenizer beside that.
+    files = {blob.name: seed for blob in seed.blobs} if is_pretrained else {}
+    files |= {blob.name: tokenizer for blob in tokenizer.blobs}
+    tokens = open_tokenizer(ledger, tokenizer.ref)
+    with new_folder(to) as folder:
+        for name, source in files.items():
+            if name not in (CARD, CONFIG, WEIGHTS):
+                shutil.copyfile(ledger.open_file(source, name), folder / name)
+        config, weights = (ledger.open_file(one.model, name) for name in (CONFIG, WEIGHTS))
+        write_model(config, weights, folder, None if is_pretrained else block_tokens, shard_bytes)
+        if not is_pretrained:
+            say_block_length(folder, block_tokens)
+        compare_with_transformers(folder, tokens)
+        licences = sorted(name for name in files if name.startswith(LICENCES))
+        card = _card(forest, called, one, seed, tokens.name(tokens.first_token), licences)
+        (folder / CARD).write_text(card_text(card), encoding="utf-8")
+
+
+def _card(
+    forest: Forest,
+    called: str,
+    one: ForestModel,
+    seed: Artifact,
+    first_token: str,
+    licence_files: Sequence[str],
+) -> Card:
+    model = one.model
+    relation = "merge" if model.facts["role"] == "average" else "finetune"
+    return Card(
+        title=f"{called}: {one.name}",
+        what=_what(forest, one),
+        identity=model.identity,
+        relation=None if model.identity == seed.identity else relation,
+        parts=parts_of(forest, model),
+        domains=_domains(forest, model, seed.recipe["pretrained"] is not None),
+        pretrained=str(seed.note.get("from", "")),
+        block_tokens=forest.foundation.block_tokens,
+        first_token=first_token,
+        licence=one.licence,
+        licence_files=licence_files,
+        results=one.results,
+    )
+
+
+def results_of(grown: Grown, model: Ref, ledger: Ledger) -> tuple[Result, ...]:
+    """A model's test perplexities on the plan's texts, beside the seed's and the Transformer-LM's, as far as
+    the store has scores."""
+    systems = {"this model": model, SEED: Ref("model", grown.forest.foundation.seed)}
+    systems |= {"Transformer-LM": grown.baseline} if grown.baseline is not None else {}
+    return stored_results(grown.prepared, systems, ledger)
+
+
+def parts_of(forest: Forest, model: Artifact) -> tuple[Part, ...]:
+    """The models that a model of the forest is made of, the largest weight first, and then by name."""
+    names = {forest.foundation.seed: SEED} | {one.identity: one.domain for one in forest.experts}
+    weights: Mapping[str, float | None]
+    weights = {parent.identity: parent.weight for parent in _expert_parents(forest, model)}
+    if "models" in model.inputs:
+        weights = model.facts.get("weights") or dict.fromkeys(model.parents)
+    parts = [
+        Part(names.get(identity, "an expert of an earlier version"), identity, weight)
+        for identity, weight in weights.items()
+    ]
+    return tuple(sorted(parts, key=lambda part: (-(part.weight or 0.0), part.name)))
+
+
+def _expert_parents(forest: Forest, model: Artifact) -> tuple[Parent, ...]:
+    return next((one.parents for one in forest.experts if one.identity == model.identity), ())
+
+
+def _what(forest: Forest, one: ForestModel) -> str:
+    method = "after Branch-Train-Merge (Li, Gururangan et al., 2022)."
+    model = one.model
+    if model.identity == forest.foundation.seed:
+        return f"The seed of a forest of experts, {method}"
+    if model.facts["role"] != "average":
+        tokens = model.facts["tokens"]
+        return f"The expert of the domain {one.name}, trained on {tokens:,} tokens of it, {method}"
+    if "base" not in model.inputs:
+        return (
+            f"A parameter average of experts that branched from one seed, {method} It was summed in float32."
+        )
+    recipe = model.recipe
+    if recipe["method"] == "ties":
+        return (
+            "A merge of experts that branched from one seed by TIES-Merging (Yadav et al., 2023), of density "
+            f"{recipe['density']:g} in each tensor and scale {recipe['scale']:g}, {method}"
+        )
+    return (
+        "A merge of experts that branched from one seed by task arithmetic (Ilharco et al., 2022), of scale "
+        f"{recipe['scale']:g}, {method}"
+    )
+
+
+def _domains(forest: Forest, model: Artifact, is_pretrained: bool) -> list[str]:
+    """The domains whose text a model learned from, through whatever it started from."""
+    experts = {one.identity: one for one in forest.experts}
+    found = set() if is_pretrained else {name for name, _ in forest.foundation.domains}
+    waiting = [model.identity, *(part.identity for part in parts_of(forest, model))]
+    while waiting:
+        expert = experts.pop(waiting.pop(), None)
+        if expert is not None:
+            found.add(expert.domain)
+            waiting += [parent.identity for parent in expert.parents]
+    return sorted(found)
