@@ -22,6 +22,7 @@ from btm_cluster.lm_eval import ENTRY_POINT, MODEL
 from btm_cluster.lm_eval.__main__ import main
 from btm_cluster.lm_eval.model import ForestLM
 from tests.integration.conftest import BLOCK, WrittenForest
+from tests.integration.test_serving import serving
 
 ROOT = Path(__file__).parents[2]
 
@@ -192,6 +193,45 @@ def test_texts_are_drawn_as_a_task_asks_and_in_the_room_that_there_is(fitted: Fo
     assert write(long, max_gen_toks=200) == write(kept, max_gen_toks=200) != ""
     with pytest.raises(UserError, match=r"settings that an ensemble has not\n +found: +num_beams"):
         write("a b", num_beams=4)
+
+
+def test_the_harness_gets_the_same_figures_from_a_server_as_from_the_class(
+    forest: WrittenForest, fitted: ForestLM, tmp_path: Path
+) -> None:
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    btm.open_forest(forest.plan.store).tokenizer.save_pretrained(str(tmp_path))
+    documents = [document[:20] for document in forest.test_documents("market")[:3]]
+    pairs = [("a b", " c"), ("word word", "a b"), ("b", fitted.generate_until([greedy("b", 3)])[0])]
+    requests = {
+        "loglikelihood_rolling": [request("loglikelihood_rolling", document) for document in documents],
+        "loglikelihood": [request("loglikelihood", *pair) for pair in pairs],
+        "generate_until": [greedy("a b", 6), greedy("word", 6)],
+    }
+    assert all(len(fitted.tok_encode(document)) < BLOCK - 2 for document in documents)
+    with serving(forest.plan.store, fitted._ensemble.mixture) as server:
+        url = f"{server.url}/v1/completions"
+        harness = LocalCompletionsAPI(
+            base_url=url,
+            model="ensemble",
+            tokenizer_backend="huggingface",
+            tokenizer=str(tmp_path),
+            max_length=BLOCK,
+            batch_size=2,
+        )
+        for kind, asked in requests.items():
+            served, ours = (getattr(model, kind)(asked) for model in (harness, fitted))
+            if kind == "generate_until":
+                assert served == ours
+            elif kind == "loglikelihood":
+                assert [one[1] for one in served] == [one[1] for one in ours] == [False, False, True]
+                assert [one[0] for one in served] == pytest.approx([one[0] for one in ours], abs=1e-5)
+            else:
+                assert served == pytest.approx(ours, abs=1e-4)
+
+
+def greedy(prompt: str, tokens: int) -> Instance:
+    return request("generate_until", prompt, {"until": ["☃"], "max_gen_toks": tokens})
 
 
 def test_the_model_is_registered_by_a_name_of_its_own(forest: WrittenForest, tmp_path: Path) -> None:
