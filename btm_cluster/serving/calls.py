@@ -13,24 +13,17 @@ from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
 from btm_cluster.errors import UserError
-from btm_cluster.language_model.document_scores import DocumentScorer, NamedText
 from btm_cluster.language_model.ensemble_scoring import TextScores
 from btm_cluster.serving.answers import ReadText, choice_of, read_prompt, streamed
-from btm_cluster.serving.completions import (
-    Choice,
-    Completion,
-    CompletionRequest,
-    DomainsOfText,
-    DomainsRequest,
-    Usage,
-)
+from btm_cluster.serving.completions import Choice, Completion, CompletionRequest, Usage
 from btm_cluster.serving.engine_thread import Continuation
-from btm_cluster.serving.forest import ENSEMBLE, LiveForest, OpenForest, Served
+from btm_cluster.serving.forest import LiveForest, OpenForest, Served
 from btm_cluster.serving.http_errors import as_error
 from btm_cluster.serving.metrics import Metrics
-from btm_cluster.serving.settings import ServingSettings
 
 Result = TypeVar("Result")
+CHARACTERS_PER_TOKEN = 128
+"""No text has more in every token. A longer prompt is not read: while the tokenizer reads, nobody is answered."""
 
 
 class CompletionCall:
@@ -44,11 +37,11 @@ class CompletionCall:
         """The whole answer."""
         with self._live.current.in_use() as forest, self._metrics.call():
             call = self._answer(forest)
-            return await within(self._live.settings.seconds, _until_gone(self._request, call))
+            return await within(self._live.settings.seconds, until_gone(self._request, call))
 
     async def _answer(self, forest: OpenForest) -> Completion:
         body, tokenizer = self._body, forest.tokenizer
-        read = self._read(forest)
+        read = await self._read(forest)
         served = await forest.model(body.model)
         continuations = self._start(served, read, False)
         try:
@@ -72,7 +65,7 @@ class CompletionCall:
         try:
             forest = stack.enter_context(self._live.current.in_use())
             stack.enter_context(self._metrics.call())
-            read = self._read(forest)
+            read = await self._read(forest)
             served = await forest.model(self._body.model)
             continuations = self._start(served, read, True)
         except BaseException:
@@ -110,11 +103,11 @@ class CompletionCall:
                 yield _event(self._completion(forest, [], self._usage(read, count)))
             yield "data: [DONE]\n\n"
 
-    def _read(self, forest: OpenForest) -> list[ReadText]:
+    async def _read(self, forest: OpenForest) -> list[ReadText]:
         """The prompts' token ids.
 
         Raises:
-            UserError: too many of them.
+            UserError: too many of them, or one that is far too long.
         """
         prompts, settings = self._body.prompts, self._live.settings
         if len(prompts) * self._body.n > settings.prompts:
@@ -124,7 +117,16 @@ class CompletionCall:
                 expected=f"at most {settings.prompts} texts",
                 remedy="send several requests",
             )
-        return [read_prompt(prompt, forest.tokenizer) for prompt in prompts]
+        most = forest.mixture.block_tokens * CHARACTERS_PER_TOKEN
+        for prompt in prompts:
+            if len(prompt) > most:
+                raise UserError(
+                    "the prompt is too long",
+                    found=f"{len(prompt):,} characters or token ids",
+                    expected=f"a block of {forest.mixture.block_tokens} tokens at most",
+                    remedy="give its end alone",
+                )
+        return await asyncio.to_thread(lambda: [read_prompt(one, forest.tokenizer) for one in prompts])
 
     def _start(self, served: Served, read: Sequence[ReadText], streams: bool) -> list[Continuation]:
         body = self._body
@@ -161,38 +163,6 @@ class CompletionCall:
         )
 
 
-async def domains_of(
-    forest: OpenForest, body: DomainsRequest, settings: ServingSettings
-) -> list[DomainsOfText]:
-    """As `btm score` says it: the scorer asks from a thread of its own, since it waits."""
-    given = [body.input] if isinstance(body.input, str) else body.input
-    if len(given) > settings.prompts:
-        raise UserError("too many texts", found=str(len(given)), expected=f"at most {settings.prompts}")
-    loop, served = asyncio.get_running_loop(), await forest.model(ENSEMBLE)
-
-    def score(texts: Sequence[Sequence[int]]) -> list[TextScores]:
-        asked = asyncio.run_coroutine_threadsafe(served.engine.score(texts, served.gate), loop)
-        return asked.result(settings.seconds)
-
-    names = list(served.names)
-    places = [names.index(domain) for domain in forest.mixture.domains]
-    scorer = DocumentScorer(score, forest.tokenizer, forest.mixture.block_tokens, names, places)
-    named = [NamedText("input", number, text) for number, text in enumerate(given)]
-    found = await asyncio.to_thread(lambda: list(scorer.score(named)))
-    answers = []
-    for text, sums in found:
-        logp = dict(zip((*names, ENSEMBLE), sums.logp.tolist(), strict=True))
-        answers.append(
-            DomainsOfText(
-                index=text.number,
-                domains=dict(zip(forest.mixture.domains, sums.posterior.tolist(), strict=True)),
-                tokens=sums.tokens,
-                nats_per_token={name: -value / sums.tokens for name, value in logp.items()},
-            )
-        )
-    return answers
-
-
 async def _merged(streams: Sequence[AsyncIterator[Choice]]) -> AsyncIterator[Choice]:
     """Parts of several choices, each as it comes."""
     queue: asyncio.Queue[Choice | BaseException | None] = asyncio.Queue()
@@ -226,7 +196,7 @@ async def within(seconds: float, work: Awaitable[Result]) -> Result:
         return await work
 
 
-async def _until_gone(request: Request, work: Awaitable[Result]) -> Result:
+async def until_gone(request: Request, work: Awaitable[Result]) -> Result:
     """The result, unless the caller hangs up first: then the work is cancelled."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_hang_up(request))

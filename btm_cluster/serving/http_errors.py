@@ -67,13 +67,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
     async def say_invalid(_: Request, exc: Exception) -> JSONResponse:
         assert isinstance(exc, RequestValidationError)
-        found = [
-            ": ".join(
-                filter(None, (".".join(map(str, one["loc"][1:])), one["msg"].removeprefix("Value error, ")))
-            )
-            for one in exc.errors()
-        ]
-        return JSONResponse(error_body("; ".join(found), "invalid_request_error", "invalid_request"), 400)
+        message = "; ".join(_what_is_wrong(one) for one in exc.errors())
+        return JSONResponse(error_body(message, "invalid_request_error", "invalid_request"), 400)
 
     async def say_refused(_: Request, exc: Exception) -> JSONResponse:
         assert isinstance(exc, HTTPException)
@@ -82,8 +77,19 @@ def add_error_handlers(app: FastAPI) -> None:
 
     app.add_exception_handler(RequestValidationError, say_invalid)
     app.add_exception_handler(HTTPException, say_refused)
-    for kind in (BtmError, TimeoutError):
+    for kind in (BtmError, TimeoutError, Exception):  # the last is raised on, for the server's log
         app.add_exception_handler(kind, say)
+
+
+def _what_is_wrong(found: dict[str, Any]) -> str:
+    """One fault of a body: where, and what."""
+    if found["type"] == "json_invalid":
+        return f"the body is no JSON: {found['ctx']['error']}, at character {found['loc'][-1]}"
+    if found["type"] == "model_attributes_type" and len(found["loc"]) == 1:
+        return "the body is no JSON object, or it comes without the header `Content-Type: application/json`"
+    place = ".".join(map(str, found["loc"][1:])) or "the body"
+    message = found["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}"
 
 
 class BodyLimit:
