@@ -149,10 +149,13 @@ def _mixture(
 
 
 def _say_ready(endpoint: "Endpoint", mixture: "Mixture", settings: "ServingSettings") -> None:
+    from btm_cluster.serving.settings import API_KEY
+
     url = endpoint.url
     print(f"forest version {mixture.version} answers at {url}/v1: {', '.join(mixture.domains)}")
+    key = "" if settings.key_digest is None else f'-H "Authorization: Bearer ${API_KEY}" '
     print(
-        f"curl {url}/v1/completions -H 'Content-Type: application/json' "
+        f"curl {url}/v1/completions -H 'Content-Type: application/json' {key}"
         """-d '{"model": "ensemble", "prompt": "Once", "max_tokens": 20}'""",
         flush=True,
     )

@@ -11,6 +11,8 @@ from typing import TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from btm_cluster.errors import UserError
 from btm_cluster.language_model.ensemble_scoring import TextScores
@@ -18,8 +20,8 @@ from btm_cluster.serving.answers import ReadText, choice_of, read_prompt, stream
 from btm_cluster.serving.completions import Choice, Completion, CompletionRequest, Usage
 from btm_cluster.serving.engine_thread import Continuation
 from btm_cluster.serving.forest import LiveForest, OpenForest, Served
-from btm_cluster.serving.http_errors import as_error
-from btm_cluster.serving.metrics import Metrics
+from btm_cluster.serving.http_errors import GONE, as_error
+from btm_cluster.serving.metrics import Metrics, Outcome
 
 Result = TypeVar("Result")
 CHARACTERS_PER_TOKEN = 128
@@ -61,19 +63,15 @@ class CompletionCall:
 
     async def stream(self) -> Response:
         """The answer in parts. What is wrong with the call is said before the first one."""
-        stack = contextlib.ExitStack()
-        try:
+        with contextlib.ExitStack() as stack:
             forest = stack.enter_context(self._live.current.in_use())
-            stack.enter_context(self._metrics.call())
+            outcome = stack.enter_context(self._metrics.call())
             read = await self._read(forest)
             served = await forest.model(self._body.model)
             continuations = self._start(served, read, True)
-        except BaseException:
-            stack.close()
-            raise
-        stack.callback(served.engine.cancel, continuations)
-        parts = self._parts(forest, served, read, continuations, stack)
-        return StreamingResponse(parts, media_type="text/event-stream")
+            stack.callback(served.engine.cancel, continuations)
+            parts = self._parts(forest, served, read, continuations, outcome)
+            return _Stream(parts, stack.pop_all())
 
     async def _parts(
         self,
@@ -81,27 +79,28 @@ class CompletionCall:
         served: Served,
         read: Sequence[ReadText],
         continuations: Sequence[Continuation],
-        stack: contextlib.ExitStack,
+        outcome: Outcome,
     ) -> AsyncIterator[str]:
         body, tokenizer = self._body, forest.tokenizer
         streams = [
             streamed(index, body, read[index // body.n], one, served, tokenizer)
             for index, one in enumerate(continuations)
         ]
-        with stack:
-            try:
-                async with asyncio.timeout(self._live.settings.seconds):
-                    async for choice in _merged(streams):
-                        yield _event(self._completion(forest, [choice], None))
-            except Exception as exc:  # the status has been sent: the error is the last part
-                _, error = as_error(exc)
-                yield f"data: {json.dumps(error)}\n\n"
-                return
-            count = sum(one.told for one in continuations)
-            self._metrics.wrote(count)
-            if body.stream_options is not None and body.stream_options.include_usage:
-                yield _event(self._completion(forest, [], self._usage(read, count)))
-            yield "data: [DONE]\n\n"
+        outcome.status = GONE  # unless the last part is read
+        try:
+            async with asyncio.timeout(self._live.settings.seconds):
+                async for choice in _merged(streams):
+                    yield _event(self._completion(forest, [choice], None))
+        except Exception as exc:  # the status has been sent: the error is the last part
+            outcome.status, error = as_error(exc)
+            yield f"data: {json.dumps(error)}\n\n"
+            return
+        count = sum(one.told for one in continuations)
+        self._metrics.wrote(count)
+        if body.stream_options is not None and body.stream_options.include_usage:
+            yield _event(self._completion(forest, [], self._usage(read, count)))
+        yield "data: [DONE]\n\n"
+        outcome.status = 200
 
     async def _read(self, forest: OpenForest) -> list[ReadText]:
         """The prompts' token ids.
@@ -163,6 +162,19 @@ class CompletionCall:
         )
 
 
+class _Stream(StreamingResponse):
+    """Parts, and what is open for them until the last one is sent or the caller has gone: also where that is
+    before the first."""
+
+    def __init__(self, parts: AsyncIterator[str], held: contextlib.ExitStack) -> None:
+        super().__init__(parts, media_type="text/event-stream")
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._held:
+            await super().__call__(scope, receive, send)
+
+
 async def _merged(streams: Sequence[AsyncIterator[Choice]]) -> AsyncIterator[Choice]:
     """Parts of several choices, each as it comes."""
     queue: asyncio.Queue[Choice | BaseException | None] = asyncio.Queue()
@@ -197,13 +209,17 @@ async def within(seconds: float, work: Awaitable[Result]) -> Result:
 
 
 async def until_gone(request: Request, work: Awaitable[Result]) -> Result:
-    """The result, unless the caller hangs up first: then the work is cancelled."""
+    """The result. If the caller hangs up first, the work is cancelled.
+
+    Raises:
+        ClientDisconnect: the caller has hung up.
+    """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_hang_up(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise asyncio.CancelledError
+            raise ClientDisconnect
         return task.result()
     finally:
         gone.cancel()

@@ -8,16 +8,20 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from btm_cluster.errors import BtmError, BusyError, ClosedError, UnknownModelError, UserError
 
+GONE = 499
+"""Nobody reads the answer: nginx's status, for metrics and logs."""
 STATUS: tuple[tuple[type[BaseException], int, str], ...] = (
     (UnknownModelError, 404, "model_not_found"),
     (UserError, 400, "invalid_request"),
     (BusyError, 429, "too_many_requests"),
     (ClosedError, 503, "unavailable"),
     (TimeoutError, 408, "timeout"),
+    (ClientDisconnect, GONE, "gone"),
 )
 """HTTP status and code of an error, the first that fits; all others are 500."""
 
@@ -77,7 +81,12 @@ def add_error_handlers(app: FastAPI) -> None:
 
     app.add_exception_handler(RequestValidationError, say_invalid)
     app.add_exception_handler(HTTPException, say_refused)
-    for kind in (BtmError, TimeoutError, Exception):  # the last is raised on, for the server's log
+    for kind in (
+        BtmError,
+        TimeoutError,
+        ClientDisconnect,
+        Exception,
+    ):  # the last is raised on, for the server's log
         app.add_exception_handler(kind, say)
 
 

@@ -373,7 +373,9 @@ def calling(server: Server, path: str, body: object) -> Iterator[None]:
         yield
 
 
-def test_the_row_of_a_caller_who_hangs_up_is_given_to_the_next(grown: GrownForest, mixture: Mixture) -> None:
+def test_the_row_of_a_caller_who_hangs_up_is_given_to_the_next_and_nothing_is_logged(
+    grown: GrownForest, mixture: Mixture, capfd: pytest.CaptureFixture[str]
+) -> None:
     with serving(grown.prepared.plan.store, mixture, rows=1) as server:
         engine = server.live.current.ensemble
         for stream in (False, True):
@@ -386,6 +388,11 @@ def test_the_row_of_a_caller_who_hangs_up_is_given_to_the_next(grown: GrownFores
                 go_on.set()
                 wait_for(lambda: engine.under_way == 0)
         assert server.complete(prompt="ab", max_tokens=2).choices[0].finish_reason == "length"
+        wait_for(
+            lambda: 'btm_serve_calls_total{status="499"} 2.0' in httpx2.get(f"{server.url}/metrics").text
+        )
+        assert 'btm_serve_calls_total{status="200"} 1.0' in httpx2.get(f"{server.url}/metrics").text
+    assert "Exception" not in capfd.readouterr().err
 
 
 def test_a_plans_newer_version_that_was_not_evaluated_is_not_served_yet(
