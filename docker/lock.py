@@ -1,9 +1,9 @@
 """Writes requirements.lock and torch-cuda.lock, what the images install, with
 SHA-256: `python3.11 docker/lock.py`.
 
-Takes the versions of constraints.txt and asks pip, which downloads hardly more than metadata: a minute. For
-Python 3.11 on Linux x86_64, as docker/Dockerfile has it. torch is in the file for CUDA alone: its build for
-CPUs is on an index of its own.
+Takes the project's dependencies and its extra `serve`, with the versions of constraints.txt, and asks pip,
+which downloads hardly more than metadata: a minute. For Python 3.11 on Linux x86_64, as docker/Dockerfile has
+it. torch is in the file for CUDA alone: its build for CPUs is on an index of its own.
 """
 
 import json
@@ -52,8 +52,13 @@ def main() -> None:
     """Asks pip, and writes both files."""
     if (sys.version_info[:2], sys.platform, platform.machine()) != ((3, 11), "linux", "x86_64"):
         sys.exit("lock.py: run it with the images' own Python, 3.11 on Linux x86_64")
-    project = tomllib.loads((HERE.parent / "pyproject.toml").read_text(encoding="utf-8"))
-    requirements = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
+    pyproject = tomllib.loads((HERE.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    project = pyproject["project"]
+    requirements = [
+        *project["dependencies"],
+        *project["optional-dependencies"]["serve"],
+        *pyproject["build-system"]["requires"],
+    ]
     lines = locked(requirements, HERE.parent / "constraints.txt")
     for name, is_for_cuda in (("requirements.lock", False), ("torch-cuda.lock", True)):
         chosen = [line for line in lines if bool(FOR_CUDA.match(line)) == is_for_cuda]

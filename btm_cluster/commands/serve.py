@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import sys
-import threading
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,7 +13,6 @@ import typer
 from btm_cluster.errors import UserError
 from btm_cluster.plan import Plan, read_plan
 from btm_cluster.session import driving, open_ledger
-from btm_cluster.stopping import handling
 from btm_cluster.terminal.options import Address, Dashboard, InProcess
 from btm_cluster.workers.shadowing import check_shadowing
 
@@ -103,10 +101,8 @@ def serve(
         live = LiveForest(open_ledger(location), settings)
         asyncio.run(serve_in_process(live, mixture, newer, endpoint, ready))
         return
-    stop, cluster = threading.Event(), RayCluster(address, dashboard)
-    with handling(lambda *_: stop.set()):
-        given = None if plan is None else mixture
-        serve_on_ray(arguments, given, newer, endpoint, cluster, stop, ready)
+    given = None if plan is None else mixture
+    serve_on_ray(arguments, given, newer, endpoint, RayCluster(address, dashboard), ready)
 
 
 def _check_extra() -> None:
@@ -153,10 +149,13 @@ def _mixture(
 
 
 def _say_ready(endpoint: "Endpoint", mixture: "Mixture", settings: "ServingSettings") -> None:
+    from btm_cluster.serving.settings import API_KEY
+
     url = endpoint.url
     print(f"forest version {mixture.version} answers at {url}/v1: {', '.join(mixture.domains)}")
+    key = "" if settings.key_digest is None else f'-H "Authorization: Bearer ${API_KEY}" '
     print(
-        f"curl {url}/v1/completions -H 'Content-Type: application/json' "
+        f"curl {url}/v1/completions -H 'Content-Type: application/json' {key}"
         """-d '{"model": "ensemble", "prompt": "Once", "max_tokens": 20}'""",
         flush=True,
     )

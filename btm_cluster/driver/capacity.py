@@ -21,6 +21,8 @@ class Demand:
     how: Resources
     saved_at: int | None = None
     """The update of the training checkpoint whose resources these are; None: they are the plan's."""
+    remedy: str | None = None
+    """Where they are neither's."""
 
     @property
     def description(self) -> str:
@@ -67,7 +69,7 @@ def no_capacity(
         f"{place} has no room for {demand.label}, and never will",
         found=f"nodes with {describe_nodes(nodes)}",
         expected=", ".join(filter(None, [demand.description, demand.origin])) + "; a worker on one node",
-        remedy=f"{less}, or {elsewhere}",
+        remedy=demand.remedy or f"{less}, or {elsewhere}",
     )
 
 

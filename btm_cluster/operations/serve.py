@@ -24,6 +24,7 @@ from btm_cluster.serving.app import build_app
 from btm_cluster.serving.forest import LiveForest
 from btm_cluster.serving.settings import FOLLOW_SECONDS, ForestArguments
 from btm_cluster.steps.mixture import Mixture, newer_in_store
+from btm_cluster.stopping import handling, stopped
 from btm_cluster.workers.in_process import InProcess, LocalControl
 from btm_cluster.workers.on_ray.lazily import set_environment
 
@@ -138,7 +139,8 @@ async def serve_in_process(
     server = _Server(build_app(live), endpoint, ready)
     following = asyncio.create_task(live.follow(newer, FOLLOW_SECONDS)) if newer is not None else None
     try:
-        await server.serve()
+        with handling(lambda *_: None):  # uvicorn has its own, and hands on what it took
+            await server.serve()
     finally:
         if following is not None:
             following.cancel()
@@ -173,26 +175,32 @@ def serve_on_ray(
     newer: Callable[[int], Mixture | None] | None,
     endpoint: Endpoint,
     cluster: RayCluster,
-    stop: threading.Event,
     ready: Callable[[], None],
 ) -> None:
-    """Serves on a cluster until `stop` is set; requests under way are answered first.
+    """Serves on a cluster until a signal ends it; requests under way are answered first.
 
     Replicas follow their store by themselves. A `mixture` they cannot follow: then `newer` is asked here.
 
     Raises:
+        UserError: Ray Serve does not take the settings of its autoscaling.
         ResourcesError: no cluster, or one that cannot hold the replicas.
+        Stopped: by a signal before it answered, or by a second one.
     """
     set_environment(cluster.address)
     from btm_cluster.serving import on_ray
     from btm_cluster.workers.on_ray.cluster import connected, has_capacity
 
-    with connected(cluster.address, cluster.dashboard):
-        has_capacity(Demand("serving", _resources(arguments)), arguments.autoscaling is not None)
+    on_ray.autoscaling_of(arguments)  # refused before Ray starts
+    ending = _Ending()
+    with handling(ending.asked), connected(cluster.address, cluster.dashboard):
+        may_grow = arguments.autoscaling is not None and cluster.address is not None
+        has_capacity(Demand("serving", _resources(arguments), remedy=_LESS), may_grow)
+        on_ray.check_address(endpoint.host, endpoint.port)
         try:
             on_ray.start(arguments, mixture, endpoint.host, endpoint.port)
             ready()
-            while not stop.wait(FOLLOW_SECONDS):
+            ending.answers_first = True
+            while not ending.stop.wait(FOLLOW_SECONDS):
                 if mixture is None or newer is None:
                     continue
                 try:
@@ -203,6 +211,25 @@ def serve_on_ray(
                     log.warning("forest version %d stays: %s", mixture.version, exc)
         finally:
             on_ray.stop()
+
+
+_LESS = (
+    "lower --replicas, --gpus-per-replica or --cpus-per-replica, or add nodes; "
+    "on a cluster whose autoscaler adds them, give --autoscaling"
+)
+
+
+class _Ending:
+    """What signals do: while a server answers, the first one lets it end; any other ends the command."""
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self.answers_first = False
+
+    def asked(self, *_: object) -> None:
+        if self.stop.is_set() or not self.answers_first:
+            raise stopped()
+        self.stop.set()
 
 
 def _resources(arguments: ForestArguments) -> Resources:

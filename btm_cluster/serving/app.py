@@ -4,11 +4,11 @@ import functools
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
-from fastapi.responses import JSONResponse
 
 from btm_cluster.errors import ClosedError, UnknownModelError
-from btm_cluster.serving.calls import CompletionCall, domains_of, within
+from btm_cluster.serving.calls import CompletionCall, until_gone, within
 from btm_cluster.serving.completions import CompletionRequest, DomainsRequest
+from btm_cluster.serving.domains import domains_of
 from btm_cluster.serving.forest import LiveForest, LoadedForest
 from btm_cluster.serving.http_errors import BodyLimit, add_error_handlers, check_key
 from btm_cluster.serving.metrics import Metrics
@@ -17,7 +17,8 @@ from btm_cluster.serving.metrics import Metrics
 def build_app(live: LiveForest) -> FastAPI:
     """The application over a live forest.
 
-    Where an API key is set, every call but of /healthz needs it, as `Authorization: Bearer KEY`.
+    Where an API key is set, all calls need it, as `Authorization: Bearer KEY`, but for /healthz and the API's own
+    description at /docs.
     """
     needs_key = Depends(functools.partial(check_key, live.settings.key_digest))
     app = FastAPI(title="btm", summary="A forest of expert language models.", docs_url="/docs")
@@ -29,13 +30,14 @@ def build_app(live: LiveForest) -> FastAPI:
         call = CompletionCall(live, body, request, metrics)
         if body.stream:
             return await call.stream()
-        return JSONResponse((await call.answer()).model_dump())
+        return Response((await call.answer()).model_dump_json(), media_type="application/json")
 
     @app.post("/v1/domains", dependencies=[needs_key])
-    async def domains(body: DomainsRequest) -> dict[str, Any]:
+    async def domains(body: DomainsRequest, request: Request) -> dict[str, Any]:
         settings = live.settings
         with live.current.in_use() as forest:
-            found = await within(settings.seconds, domains_of(forest, body, settings))
+            call = domains_of(forest, body, settings)
+            found = await within(settings.seconds, until_gone(request, call))
             return {
                 "object": "list",
                 "forest_version": forest.mixture.version,

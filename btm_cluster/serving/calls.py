@@ -11,26 +11,21 @@ from typing import TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from btm_cluster.errors import UserError
-from btm_cluster.language_model.document_scores import DocumentScorer, NamedText
 from btm_cluster.language_model.ensemble_scoring import TextScores
 from btm_cluster.serving.answers import ReadText, choice_of, read_prompt, streamed
-from btm_cluster.serving.completions import (
-    Choice,
-    Completion,
-    CompletionRequest,
-    DomainsOfText,
-    DomainsRequest,
-    Usage,
-)
+from btm_cluster.serving.completions import Choice, Completion, CompletionRequest, Usage
 from btm_cluster.serving.engine_thread import Continuation
-from btm_cluster.serving.forest import ENSEMBLE, LiveForest, LoadedForest, Served
-from btm_cluster.serving.http_errors import as_error
-from btm_cluster.serving.metrics import Metrics
-from btm_cluster.serving.settings import ServingSettings
+from btm_cluster.serving.forest import LiveForest, LoadedForest, Served
+from btm_cluster.serving.http_errors import GONE, as_error
+from btm_cluster.serving.metrics import Metrics, Outcome
 
 Result = TypeVar("Result")
+CHARACTERS_PER_TOKEN = 128
+"""No text has more in every token. A longer prompt is not read: while the tokenizer reads, nobody is answered."""
 
 
 class CompletionCall:
@@ -44,11 +39,11 @@ class CompletionCall:
         """The whole answer."""
         with self._live.current.in_use() as forest, self._metrics.call():
             call = self._answer(forest)
-            return await within(self._live.settings.seconds, _until_gone(self._request, call))
+            return await within(self._live.settings.seconds, until_gone(self._request, call))
 
     async def _answer(self, forest: LoadedForest) -> Completion:
         body, tokenizer = self._body, forest.tokenizer
-        read = self._read(forest)
+        read = await self._read(forest)
         served = await forest.model(body.model)
         continuations = self._start(served, read, False)
         try:
@@ -68,19 +63,15 @@ class CompletionCall:
 
     async def stream(self) -> Response:
         """The answer in parts. What is wrong with the call is said before the first one."""
-        stack = contextlib.ExitStack()
-        try:
+        with contextlib.ExitStack() as stack:
             forest = stack.enter_context(self._live.current.in_use())
-            stack.enter_context(self._metrics.call())
-            read = self._read(forest)
+            outcome = stack.enter_context(self._metrics.call())
+            read = await self._read(forest)
             served = await forest.model(self._body.model)
             continuations = self._start(served, read, True)
-        except BaseException:
-            stack.close()
-            raise
-        stack.callback(served.engine.cancel, continuations)
-        parts = self._parts(forest, served, read, continuations, stack)
-        return StreamingResponse(parts, media_type="text/event-stream")
+            stack.callback(served.engine.cancel, continuations)
+            parts = self._parts(forest, served, read, continuations, outcome)
+            return _Stream(parts, stack.pop_all())
 
     async def _parts(
         self,
@@ -88,33 +79,34 @@ class CompletionCall:
         served: Served,
         read: Sequence[ReadText],
         continuations: Sequence[Continuation],
-        stack: contextlib.ExitStack,
+        outcome: Outcome,
     ) -> AsyncIterator[str]:
         body, tokenizer = self._body, forest.tokenizer
         streams = [
             streamed(index, body, read[index // body.n], one, served, tokenizer)
             for index, one in enumerate(continuations)
         ]
-        with stack:
-            try:
-                async with asyncio.timeout(self._live.settings.seconds):
-                    async for choice in _merged(streams):
-                        yield _event(self._completion(forest, [choice], None))
-            except Exception as exc:  # the status has been sent: the error is the last part
-                _, error = as_error(exc)
-                yield f"data: {json.dumps(error)}\n\n"
-                return
-            count = sum(one.told for one in continuations)
-            self._metrics.wrote(count)
-            if body.stream_options is not None and body.stream_options.include_usage:
-                yield _event(self._completion(forest, [], self._usage(read, count)))
-            yield "data: [DONE]\n\n"
+        outcome.status = GONE  # unless the last part is read
+        try:
+            async with asyncio.timeout(self._live.settings.seconds):
+                async for choice in _merged(streams):
+                    yield _event(self._completion(forest, [choice], None))
+        except Exception as exc:  # the status has been sent: the error is the last part
+            outcome.status, error = as_error(exc)
+            yield f"data: {json.dumps(error)}\n\n"
+            return
+        count = sum(one.told for one in continuations)
+        self._metrics.wrote(count)
+        if body.stream_options is not None and body.stream_options.include_usage:
+            yield _event(self._completion(forest, [], self._usage(read, count)))
+        yield "data: [DONE]\n\n"
+        outcome.status = 200
 
-    def _read(self, forest: LoadedForest) -> list[ReadText]:
+    async def _read(self, forest: LoadedForest) -> list[ReadText]:
         """The prompts' token ids.
 
         Raises:
-            UserError: too many of them.
+            UserError: too many of them, or one that is far too long.
         """
         prompts, settings = self._body.prompts, self._live.settings
         if len(prompts) * self._body.n > settings.prompts:
@@ -124,7 +116,16 @@ class CompletionCall:
                 expected=f"at most {settings.prompts} texts",
                 remedy="send several requests",
             )
-        return [read_prompt(prompt, forest.tokenizer) for prompt in prompts]
+        most = forest.mixture.block_tokens * CHARACTERS_PER_TOKEN
+        for prompt in prompts:
+            if len(prompt) > most:
+                raise UserError(
+                    "the prompt is too long",
+                    found=f"{len(prompt):,} characters or token ids",
+                    expected=f"a block of {forest.mixture.block_tokens} tokens at most",
+                    remedy="give its end alone",
+                )
+        return await asyncio.to_thread(lambda: [read_prompt(one, forest.tokenizer) for one in prompts])
 
     def _start(self, served: Served, read: Sequence[ReadText], streams: bool) -> list[Continuation]:
         body = self._body
@@ -161,36 +162,17 @@ class CompletionCall:
         )
 
 
-async def domains_of(
-    forest: LoadedForest, body: DomainsRequest, settings: ServingSettings
-) -> list[DomainsOfText]:
-    """As `btm score` says it: the scorer asks from a thread of its own, since it waits."""
-    given = [body.input] if isinstance(body.input, str) else body.input
-    if len(given) > settings.prompts:
-        raise UserError("too many texts", found=str(len(given)), expected=f"at most {settings.prompts}")
-    loop, served = asyncio.get_running_loop(), await forest.model(ENSEMBLE)
+class _Stream(StreamingResponse):
+    """Parts, and what is open for them until the last one is sent or the caller has gone: also where that is
+    before the first."""
 
-    def score(texts: Sequence[Sequence[int]]) -> list[TextScores]:
-        asked = asyncio.run_coroutine_threadsafe(served.engine.score(texts, served.gate), loop)
-        return asked.result(settings.seconds)
+    def __init__(self, parts: AsyncIterator[str], held: contextlib.ExitStack) -> None:
+        super().__init__(parts, media_type="text/event-stream")
+        self._held = held
 
-    names = list(served.names)
-    places = [names.index(domain) for domain in forest.mixture.domains]
-    scorer = DocumentScorer(score, forest.tokenizer, forest.mixture.block_tokens, names, places)
-    named = [NamedText("input", number, text) for number, text in enumerate(given)]
-    found = await asyncio.to_thread(lambda: list(scorer.score(named)))
-    answers = []
-    for text, sums in found:
-        logp = dict(zip((*names, ENSEMBLE), sums.logp.tolist(), strict=True))
-        answers.append(
-            DomainsOfText(
-                index=text.number,
-                domains=dict(zip(forest.mixture.domains, sums.posterior.tolist(), strict=True)),
-                tokens=sums.tokens,
-                nats_per_token={name: -value / sums.tokens for name, value in logp.items()},
-            )
-        )
-    return answers
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._held:
+            await super().__call__(scope, receive, send)
 
 
 async def _merged(streams: Sequence[AsyncIterator[Choice]]) -> AsyncIterator[Choice]:
@@ -226,14 +208,18 @@ async def within(seconds: float, work: Awaitable[Result]) -> Result:
         return await work
 
 
-async def _until_gone(request: Request, work: Awaitable[Result]) -> Result:
-    """The result, unless the caller hangs up first: then the work is cancelled."""
+async def until_gone(request: Request, work: Awaitable[Result]) -> Result:
+    """The result. If the caller hangs up first, the work is cancelled.
+
+    Raises:
+        ClientDisconnect: the caller has hung up.
+    """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_hang_up(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise asyncio.CancelledError
+            raise ClientDisconnect
         return task.result()
     finally:
         gone.cancel()

@@ -1,14 +1,41 @@
 """OpenAI's completions API as far as a mixture of base models has it: what is
 asked, and what is answered."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 from btm_cluster.language_model.prompts import Finish, Prompt
 from btm_cluster.language_model.sampling import Sampling
 
-TokenIds = Annotated[list[int], Field(min_length=1)]
+
+def _text(given: object) -> bool:
+    """Whether it is a text that a tokenizer reads. JSON can name half a character, a lone surrogate."""
+    return isinstance(given, str) and given.encode(errors="replace").decode() == given
+
+
+def _ids(given: object) -> bool:
+    return isinstance(given, list) and given != [] and all(type(token) is int for token in given)
+
+
+def _check_prompt(given: object) -> object:
+    several = given if isinstance(given, list) and given else [given]
+    if _ids(given) or all(map(_text, several)) or all(map(_ids, several)):
+        return given
+    raise ValueError("expected a text of whole characters, a list of token ids, or a list of either")
+
+
+def _check_texts(given: object) -> object:
+    if all(map(_text, given if isinstance(given, list) else [given])):
+        return given
+    raise ValueError("expected a text, or a list of texts, of whole characters")
+
+
+Prompts = Annotated[
+    str | list[int] | list[str] | list[list[int]],
+    PlainValidator(_check_prompt, json_schema_input_type=str | list[int] | list[str] | list[list[int]]),
+]
+Texts = Annotated[str | list[str], PlainValidator(_check_texts, json_schema_input_type=str | list[str])]
 FINISH_REASONS: dict[Finish, str] = {
     "end of text": "stop",
     "stop": "stop",
@@ -16,6 +43,7 @@ FINISH_REASONS: dict[Finish, str] = {
     "block": "length",
 }
 """OpenAI's words for why a text ended."""
+MOST_STOPS = 64
 
 
 class StreamOptions(BaseModel):
@@ -29,12 +57,7 @@ class CompletionRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     model: str
-    prompt: (
-        str
-        | TokenIds
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[TokenIds], Field(min_length=1)]
-    ) = ""
+    prompt: Prompts = ""
     max_tokens: int = Field(16, ge=0)
     temperature: float = Field(1.0, ge=0, le=100)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -44,7 +67,7 @@ class CompletionRequest(BaseModel):
     stream_options: StreamOptions | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool = False
-    stop: str | list[str] | None = None
+    stop: Texts | None = None
     seed: int | None = None
     user: str | None = None
     suffix: Literal[""] | None = None
@@ -61,6 +84,14 @@ class CompletionRequest(BaseModel):
     """Let one expert write alone, drawn from the prompt's posterior: as exact, and refused where it is not.
     Not OpenAI's."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _take_defaults_for_null(cls, given: Any) -> Any:
+        """As OpenAI's API does: some clients write `"max_tokens": null`."""
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None}
+
     @model_validator(mode="after")
     def _check_together(self) -> "CompletionRequest":
         if self.best_of not in (None, self.n):
@@ -71,6 +102,8 @@ class CompletionRequest(BaseModel):
             raise ValueError("max_tokens 0 writes nothing: it scores a prompt, with echo and logprobs")
         if "" in self.stops:
             raise ValueError("a stop string is empty")
+        if len(self.stops) > MOST_STOPS:
+            raise ValueError(f"at most {MOST_STOPS} stop strings are looked for after each token")
         return self
 
     @property
@@ -155,7 +188,7 @@ class DomainsRequest(BaseModel):
     """The body of `POST /v1/domains`."""
 
     model_config = ConfigDict(extra="forbid")
-    input: str | Annotated[list[str], Field(min_length=1)]
+    input: Texts
 
 
 class DomainsOfText(BaseModel):

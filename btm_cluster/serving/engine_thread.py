@@ -162,7 +162,7 @@ class EngineThread:
             if self.waiting + count > self._most_waiting + self.engine.free_rows:
                 raise BusyError(
                     "too many requests wait",
-                    found=f"{self.waiting} prompts and texts",
+                    found=f"{self.waiting} prompts and texts, and {count} more",
                     expected=f"at most {self._most_waiting}",
                     remedy="try again later",
                 )

@@ -8,16 +8,20 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from btm_cluster.errors import BtmError, BusyError, ClosedError, UnknownModelError, UserError
 
+GONE = 499
+"""Nobody reads the answer: nginx's status, for metrics and logs."""
 STATUS: tuple[tuple[type[BaseException], int, str], ...] = (
     (UnknownModelError, 404, "model_not_found"),
     (UserError, 400, "invalid_request"),
     (BusyError, 429, "too_many_requests"),
     (ClosedError, 503, "unavailable"),
     (TimeoutError, 408, "timeout"),
+    (ClientDisconnect, GONE, "gone"),
 )
 """HTTP status and code of an error, the first that fits; all others are 500."""
 
@@ -67,13 +71,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
     async def say_invalid(_: Request, exc: Exception) -> JSONResponse:
         assert isinstance(exc, RequestValidationError)
-        found = [
-            ": ".join(
-                filter(None, (".".join(map(str, one["loc"][1:])), one["msg"].removeprefix("Value error, ")))
-            )
-            for one in exc.errors()
-        ]
-        return JSONResponse(error_body("; ".join(found), "invalid_request_error", "invalid_request"), 400)
+        message = "; ".join(_what_is_wrong(one) for one in exc.errors())
+        return JSONResponse(error_body(message, "invalid_request_error", "invalid_request"), 400)
 
     async def say_refused(_: Request, exc: Exception) -> JSONResponse:
         assert isinstance(exc, HTTPException)
@@ -82,8 +81,24 @@ def add_error_handlers(app: FastAPI) -> None:
 
     app.add_exception_handler(RequestValidationError, say_invalid)
     app.add_exception_handler(HTTPException, say_refused)
-    for kind in (BtmError, TimeoutError):
+    for kind in (
+        BtmError,
+        TimeoutError,
+        ClientDisconnect,
+        Exception,
+    ):  # the last is raised on, for the server's log
         app.add_exception_handler(kind, say)
+
+
+def _what_is_wrong(found: dict[str, Any]) -> str:
+    """One fault of a body: where, and what."""
+    if found["type"] == "json_invalid":
+        return f"the body is no JSON: {found['ctx']['error']}, at character {found['loc'][-1]}"
+    if found["type"] == "model_attributes_type" and len(found["loc"]) == 1:
+        return "the body is no JSON object, or it comes without the header `Content-Type: application/json`"
+    place = ".".join(map(str, found["loc"][1:])) or "the body"
+    message = found["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}"
 
 
 class BodyLimit:

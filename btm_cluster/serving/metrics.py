@@ -3,10 +3,19 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from btm_cluster.serving.forest import LoadedForest
+from btm_cluster.serving.http_errors import GONE, as_error
+
+
+@dataclass
+class Outcome:
+    """How a call ended; an exception sets it by itself."""
+
+    status: int = 200
 
 
 class Metrics:
@@ -15,7 +24,7 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self._calls = Counter(
-            "btm_serve_calls", "Calls of /v1/completions by outcome.", ["outcome"], registry=self._registry
+            "btm_serve_calls", "Calls of /v1/completions by status.", ["status"], registry=self._registry
         )
         self._tokens = Counter("btm_serve_tokens", "Tokens written.", registry=self._registry)
         self._seconds = Histogram("btm_serve_call_seconds", "Time that calls took.", registry=self._registry)
@@ -24,15 +33,19 @@ class Metrics:
         self._version = Gauge("btm_serve_forest_version", "Version that is served.", registry=self._registry)
 
     @contextmanager
-    def call(self) -> Iterator[None]:
-        """Counts a call and its time, by whether it went well."""
-        started = time.monotonic()
-        outcome = "failed"
+    def call(self) -> Iterator["Outcome"]:
+        """Counts a call and its time by its status: 200, an error's, or 499 where the caller hung up."""
+        started, outcome = time.monotonic(), Outcome()
         try:
-            yield
-            outcome = "done"
+            yield outcome
+        except Exception as exc:
+            outcome.status = as_error(exc)[0]
+            raise
+        except BaseException:  # cancelled
+            outcome.status = GONE
+            raise
         finally:
-            self._calls.labels(outcome).inc()
+            self._calls.labels(outcome.status).inc()
             self._seconds.observe(time.monotonic() - started)
 
     def wrote(self, tokens: int) -> None:

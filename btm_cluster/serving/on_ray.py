@@ -4,17 +4,23 @@
 """
 
 import asyncio
+import contextlib
+import logging
 import os
 import pickle
+import time
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import ray
 from fastapi import FastAPI
+from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig
 
-from btm_cluster.errors import ClosedError, ResourcesError, one_line
+from btm_cluster.errors import ClosedError, ResourcesError, UserError, one_line
 from btm_cluster.ledger import Ledger
 from btm_cluster.serving.app import build_app
 from btm_cluster.serving.forest import LiveForest
@@ -66,10 +72,9 @@ def forest_app(arguments: ForestArguments) -> Application:
 
 def _application(arguments: ForestArguments, config: bytes | dict[str, Any]) -> Application:
     settings = arguments.settings
+    autoscaling = autoscaling_of(arguments)
     replicas = (
-        {"num_replicas": arguments.replicas}
-        if arguments.autoscaling is None
-        else {"autoscaling_config": arguments.autoscaling}
+        {"num_replicas": arguments.replicas} if autoscaling is None else {"autoscaling_config": autoscaling}
     )
     deployment = ForestServer.options(  # type: ignore[attr-defined]
         name="forest",
@@ -87,15 +92,41 @@ def _application(arguments: ForestArguments, config: bytes | dict[str, Any]) -> 
     return bound
 
 
+def autoscaling_of(arguments: ForestArguments) -> AutoscalingConfig | None:
+    """The settings of Ray Serve's autoscaling, where it decides how many replicas there are.
+
+    By default a replica should have as many requests as its engine writes at once. Serve's default, 2, is for
+    replicas that answer them one after the other.
+
+    Raises:
+        UserError: it does not know one of them, or does not take its value.
+    """
+    given = arguments.autoscaling
+    if given is None:
+        return None
+    known = AutoscalingConfig.model_fields.keys()
+    if unknown := given.keys() - known:
+        raise UserError(
+            "Ray Serve's autoscaling has no such setting",
+            found=", ".join(sorted(unknown)),
+            expected=", ".join(sorted(name for name in known if not name.startswith("_"))),
+        )
+    try:
+        return AutoscalingConfig(**{"target_ongoing_requests": arguments.settings.rows} | given)
+    except ValidationError as exc:
+        found = "; ".join(one["msg"].removeprefix("Value error, ") for one in exc.errors())
+        raise UserError("Ray Serve refuses the settings of its autoscaling", found=found) from exc
+
+
 def start(arguments: ForestArguments, mixture: Mixture | None, host: str, port: int) -> None:
     """Serves on the cluster that this process has joined; returns once replicas answer.
 
-    A cluster that serves already keeps its own address. Called again, replicas change to another mixture
-    without ending a request.
+    Called again, replicas change to another mixture without ending a request.
 
     Raises:
         ResourcesError: replicas do not start.
     """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"host": host, "port": port})
     try:
         application = (
@@ -110,7 +141,44 @@ def start(arguments: ForestArguments, mixture: Mixture | None, host: str, port: 
         ) from exc
 
 
+def _controller() -> Any:
+    """Serve's own actor on this cluster, where it runs."""
+    try:
+        return ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return None
+
+
+def check_address(host: str, port: int) -> None:
+    """Refuses an address other than that of a Serve that runs on the cluster, which keeps its own.
+
+    Raises:
+        ResourcesError: naming both.
+    """
+    controller = _controller()
+    if controller is None:
+        return
+    known = ray.get(controller.get_http_config.remote())
+    if (known.host, known.port) != (host, port):
+        raise ResourcesError(
+            "Ray Serve runs on this cluster already, at another address",
+            found=f"{known.host}, port {known.port}",
+            expected=f"{host}, port {port}",
+            remedy="name its address with --host and --port, or end it with `serve shutdown`",
+        )
+
+
 def stop() -> None:
-    """Ends the application, and Serve with it, once the requests under way are answered."""
-    serve.delete(APPLICATION)
-    serve.shutdown()
+    """Ends the application, once the requests under way are answered; and Serve, where it serves nothing else."""
+    while APPLICATION in serve.status().applications:
+        with contextlib.suppress(
+            TimeoutError
+        ):  # it waits for a minute, which is shorter than a request may take
+            serve.delete(APPLICATION)
+    controller = _controller()
+    if controller is None or serve.status().applications:
+        return
+    # serve.shutdown() waits in a call that Ray tells of as failed, since its actor ends meanwhile.
+    ray.get(controller.graceful_shutdown.remote(False))
+    while _controller() is not None:
+        time.sleep(0.1)

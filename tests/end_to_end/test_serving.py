@@ -36,10 +36,13 @@ def test_of_two_hundred_requests_none_is_lost_though_a_replica_is_killed_and_all
 
     assert found == _expected(store)
     assert first not in _replicas(cluster)
+    elsewhere = btm("serve", "--store", store, "--port", str(free_port()))
+    assert elsewhere.exit_code() == 2
+    assert "at another address" in elsewhere.said
     assert httpx2.get(f"http://127.0.0.1:{port}/healthz").json()["forest_version"] == undisturbed.version
     server.process.send_signal(signal.SIGTERM)
     assert server.exit_code() == 0
-    assert "Traceback" not in server.said
+    assert not {"Traceback", "INFO", "(raylet)"} & set(server.said.split())
     assert not _replicas(cluster)
 
 

@@ -5,6 +5,8 @@ kubernetes-validate has Kubernetes' schemas; those of KubeRay's kinds are ray_ki
 """
 
 import fnmatch
+import importlib
+import inspect
 import json
 import re
 import shutil
@@ -20,12 +22,15 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from btm_cluster.algorithm import grow
 from btm_cluster.driver.driver import Driver
+from btm_cluster.errors import UserError
 from btm_cluster.ledger import Ledger
 from btm_cluster.operations import doctor
 from btm_cluster.plan import ClusterPlan, Plan
+from btm_cluster.serving.settings import API_KEY, ForestArguments, ServingSettings
 from btm_cluster.storage.local_folder import LocalFolder
 from btm_cluster.workers.in_process import InProcess, LocalControl
 
@@ -63,7 +68,7 @@ PODS = [pod for document in DOCUMENTS for pod in pods(document)]
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=named)
 def test_every_manifest_holds_to_the_schema_of_its_kind(document: dict[str, Any]) -> None:
-    if document["kind"] in ("RayCluster", "RayJob"):
+    if document["kind"] in RAY_KINDS:
         schema = RAY_KINDS[document["kind"]] | {"$defs": RAY_KINDS["$defs"]}
         jsonschema.validate(document, schema)
     else:
@@ -74,7 +79,7 @@ def test_every_manifest_holds_to_the_schema_of_its_kind(document: dict[str, Any]
 
 
 def test_a_misspelt_field_is_found() -> None:
-    for kind in ("RayCluster", "RayJob"):
+    for kind in ("RayCluster", "RayJob", "RayService"):
         (document,) = of_kind(kind).values()
         schema = RAY_KINDS[kind] | {"$defs": RAY_KINDS["$defs"]}
         with pytest.raises(jsonschema.ValidationError, match="workerGroups"):
@@ -132,7 +137,7 @@ def test_expansions_never_overlap_pause_between_attempts_and_name_their_tick() -
 
 def test_what_a_manifest_refers_to_is_there() -> None:
     accounts, settings = of_kind("ServiceAccount"), of_kind("ConfigMap")
-    by_hand = {"btm-plan", "btm-ray-token"}
+    by_hand = {"btm-plan", "btm-ray-token", "btm-api-key"}
     assert all(name in (KUBERAY / "base.yaml").read_text() for name in by_hand)
     for pod in PODS:
         assert pod["spec"]["serviceAccountName"] in accounts
@@ -148,6 +153,90 @@ def test_what_a_manifest_refers_to_is_there() -> None:
         None
     }
     assert any(p["spec"]["podSelector"] == {} and "ingress" not in p["spec"] for p in policies)
+
+
+def serve_config() -> dict[str, Any]:
+    """What rayservice.yaml serves, in Ray's words."""
+    found: dict[str, Any] = yaml.safe_load(of_kind("RayService")["btm-serve"]["spec"]["serveConfigV2"])
+    return found
+
+
+serves_on_ray = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray Serve's own, when imported
+
+
+@serves_on_ray
+def test_rays_own_schema_and_ours_take_what_is_served() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    from btm_cluster.serving.on_ray import autoscaling_of
+
+    config = serve_config()
+    taken = ServeDeploySchema.model_validate(config).model_dump(mode="json", exclude_unset=True)
+    assert taken == config  # it drops what it does not know
+    (application,) = config["applications"]
+    module, _, name = application["import_path"].partition(":")
+    arguments = ForestArguments.model_validate(application["args"])
+    assert list(inspect.signature(getattr(importlib.import_module(module), name)).parameters) == ["arguments"]
+    assert arguments.settings.key_digest is None  # the pods have the key, not the manifest
+    scaling = autoscaling_of(arguments)
+    assert scaling is not None
+    (group,) = of_kind("RayService")["btm-serve"]["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert float(limits["nvidia.com/gpu"]) >= arguments.gpus_per_replica
+    assert float(limits["cpu"]) >= arguments.cpus_per_replica
+    assert (group["minReplicas"], group["maxReplicas"]) == (scaling.min_replicas, scaling.max_replicas)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [{"storee": "s"}, {"settings": {"rowz": 8}}, {"settings": {"rows": 0}}, {"replicas": 0}, {"store": ""}],
+    ids=str,
+)
+def test_misspelt_or_impossible_arguments_of_a_served_forest_are_refused(args: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        ForestArguments.model_validate({"store": "s3://bucket/forest"} | args)
+
+
+@serves_on_ray
+@pytest.mark.parametrize("autoscaling", [{"max_replica": 2}, {"min_replicas": 3, "max_replicas": 2}], ids=str)
+def test_settings_of_autoscaling_that_ray_does_not_take_are_refused(autoscaling: dict[str, Any]) -> None:
+    from btm_cluster.serving.on_ray import autoscaling_of
+
+    with pytest.raises(UserError, match="autoscaling"):
+        autoscaling_of(ForestArguments(store="s", autoscaling=autoscaling))
+    rows = ServingSettings(rows=7)
+    scaling = autoscaling_of(ForestArguments(store="s", settings=rows, autoscaling={"max_replicas": 2}))
+    assert scaling is not None
+    assert scaling.target_ongoing_requests == 7
+
+
+def test_a_served_forest_is_reached_with_a_key_on_one_port_and_its_head_by_no_caller() -> None:
+    service = of_kind("RayService")["btm-serve"]["spec"]
+    assert service["excludeHeadPodFromServeSvc"] is True
+    cluster, port = service["rayClusterConfig"], {"name": "serve", "containerPort": 8000}
+    assert cluster["authOptions"] == {"mode": "token", "secretName": "btm-ray-token"}
+    assert serve_config()["http_options"]["port"] == port["containerPort"]
+    # KubeRay makes the service from the head's port of this name, and asks the workers' about their health.
+    assert port in cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"]
+    (group,) = cluster["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    assert port in container["ports"]
+    (key,) = [variable for variable in container["env"] if variable["name"] == API_KEY]
+    reference = key["valueFrom"]["secretKeyRef"]
+    assert f"{reference['name']} --from-literal={reference['key']}=" in (KUBERAY / "base.yaml").read_text()
+    assert not reference.get("optional")  # without its key a pod does not start, rather than serve everybody
+    policy = of_kind("NetworkPolicy")["btm-server"]["spec"]
+    assert policy["podSelector"]["matchLabels"].items() <= group["template"]["metadata"]["labels"].items()
+    assert [rule["ports"] for rule in policy["ingress"]] == [[{"port": port["containerPort"]}]]
+
+
+def test_what_is_under_way_is_answered_before_a_serving_pod_or_cluster_goes() -> None:
+    (application,) = serve_config()["applications"]
+    seconds = application["args"]["settings"]["seconds"]
+    service = of_kind("RayService")["btm-serve"]["spec"]
+    (group,) = service["rayClusterConfig"]["workerGroupSpecs"]
+    assert group["template"]["spec"]["terminationGracePeriodSeconds"] > seconds
+    assert service["rayClusterDeletionDelaySeconds"] > seconds
 
 
 def test_a_stopped_job_has_longer_to_save_than_the_driver_takes() -> None:
@@ -313,7 +402,8 @@ def test_what_the_image_installs_is_pinned_by_hash_and_agrees_with_the_pins_of_d
         name: version for name, version in (locked | for_cuda).items() if known.get(name, version) != version
     }
     assert different == {}, "python3.11 docker/lock.py writes the lock anew"
-    wanted = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["serve"]]
     names = {re.sub(r"[-_.]+", "-", re.split(r"[\[>=]", requirement)[0]).lower() for requirement in wanted}
     assert names <= (locked | for_cuda).keys()
     assert for_cuda.keys() - {"torch", "triton"} == {

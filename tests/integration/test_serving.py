@@ -49,6 +49,10 @@ class Server:
     def post(self, path: str, body: object, **headers: str) -> httpx2.Response:
         return httpx2.post(f"{self.url}{path}", json=body, headers=headers, timeout=60)
 
+    def post_text(self, path: str, body: str) -> httpx2.Response:
+        headers = {"Content-Type": "application/json"}
+        return httpx2.post(f"{self.url}{path}", content=body.encode(), headers=headers, timeout=60)
+
     def do(self, work: Any) -> Any:
         """Does something in the server's event loop."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
@@ -220,6 +224,10 @@ REFUSED: list[tuple[int, str, dict[str, Any]]] = [
     (400, "prompt", {"prompt": []}),
     (400, "logprobs", {"logprobs": 21}),
     (400, "one expert alone", {"draws_one_expert": True, "temperature": 0.5}),
+    (400, "a list of token ids", {"prompt": [True]}),
+    (400, "a list of token ids", {"prompt": ["ab", [1]]}),
+    (400, "at most 64 stop strings", {"stop": ["x"] * 65}),
+    (400, "4,097 characters", {"prompt": "a" * (32 * 128 + 1)}),
     (400, "temperature", {"temperature": -1}),
 ]
 
@@ -235,9 +243,65 @@ def test_what_cannot_be_answered_is_refused_with_its_reason(
     assert error["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize("body", ['"prompt": "\\ud800"', '"prompt": "ab", "stop": ["\\ud800"]'])
+def test_half_a_character_is_refused_and_the_engine_lives_on(server: Server, body: str) -> None:
+    """JSON can name it, and Python holds it. As a stop string it ended the engine, for everybody."""
+    answer = server.post_text("/v1/completions", f'{{"model": "ensemble", {body}}}')
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request")
+    assert "whole characters" in answer.text
+    assert "whole characters" in server.post_text("/v1/domains", '{"input": "\\ud800"}').text
+    assert server.complete(prompt="ab", max_tokens=2).choices
+
+
+def test_null_stands_for_the_default_as_in_openais_api(server: Server) -> None:
+    names = ("prompt", "max_tokens", "temperature", "n", "stop", "stream", "echo", "presence_penalty")
+    body = {"model": "ensemble"} | dict.fromkeys(names)
+    assert server.post("/v1/completions", body).json()["usage"]["completion_tokens"] <= 16
+
+
+def test_a_fault_of_ours_is_told_as_openais_clients_read_it(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("it is ours")
+
+    monkeypatch.setattr(server.live.current.ensemble.engine, "check", fail)
+    answer = server.post("/v1/completions", {"model": "ensemble", "prompt": "ab"})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+
+
+def test_a_long_text_of_one_caller_is_not_too_much_and_is_given_up_with_its_caller(
+    grown: GrownForest, mixture: Mixture
+) -> None:
+    with serving(grown.prepared.plan.store, mixture, rows=1, waiting=1) as server:
+        text = "rbou hub arb " * 100
+        assert server.post("/v1/domains", {"input": text}).json()["data"][0]["tokens"] > 10 * 32
+        too_long = server.post("/v1/domains", {"input": "a" * 1_000_001})
+        assert (too_long.status_code, "1,000,001" in too_long.text) == (400, True)
+
+        engine, go_on, scored = server.live.current.ensemble.engine, threading.Event(), list[int]()
+        score = engine.score
+
+        def slowly(texts: Any, *arguments: Any) -> Any:
+            scored.append(len(texts))
+            go_on.wait(60)
+            return score(texts, *arguments)
+
+        engine.score = slowly  # type: ignore[method-assign]
+        with calling(server, "/v1/domains", {"input": text}):
+            wait_for(lambda: scored)
+        wait_for(lambda: server.live.current._users == 0)
+        go_on.set()
+        for _ in range(3):
+            assert server.complete(prompt="ab", max_tokens=2).choices
+        assert len(scored) == 1
+
+
 def test_a_body_that_is_no_json_or_too_long_or_at_another_address_is_refused(server: Server) -> None:
     post = httpx2.post
-    assert post(f"{server.url}/v1/completions", content=b"{").status_code == 400
+    assert "no JSON: Expecting property name" in server.post_text("/v1/completions", "{").text
+    without = post(f"{server.url}/v1/completions", content=b'{"model": "ensemble"}')
+    assert (without.status_code, "Content-Type" in without.json()["error"]["message"]) == (400, True)
     too_long = post(f"{server.url}/v1/completions", content=b" " * (9 * 2**20))
     assert (too_long.status_code, too_long.json()["error"]["code"]) == (413, "too_large")
     in_parts = post(f"{server.url}/v1/completions", content=(b" " * 2**20 for _ in range(9)))
@@ -298,24 +362,37 @@ def test_too_many_callers_are_told_so_at_once_and_a_late_answer_is_given_up(
         assert answers[0].status_code == 408
 
 
-def test_the_row_of_a_caller_who_hangs_up_is_given_to_the_next(grown: GrownForest, mixture: Mixture) -> None:
+@contextmanager
+def calling(server: Server, path: str, body: object) -> Iterator[None]:
+    """Sends a request, and hangs up without reading the answer."""
+    host, port = server.url.removeprefix("http://").split(":")
+    said = json.dumps(body)
+    head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((host, int(port))) as caller:
+        caller.sendall(f"{head}Content-Length: {len(said)}\r\n\r\n{said}".encode())
+        yield
+
+
+def test_the_row_of_a_caller_who_hangs_up_is_given_to_the_next_and_nothing_is_logged(
+    grown: GrownForest, mixture: Mixture, capfd: pytest.CaptureFixture[str]
+) -> None:
     with serving(grown.prepared.plan.store, mixture, rows=1) as server:
         engine = server.live.current.ensemble
         for stream in (False, True):
             with held(server) as go_on:
-                body = json.dumps({"model": "ensemble", "prompt": "ab", "max_tokens": 20, "stream": stream})
-                host, port = server.url.removeprefix("http://").split(":")
-                with socket.create_connection((host, int(port))) as caller:
-                    head = (
-                        f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-                    )
-                    caller.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+                body = {"model": "ensemble", "prompt": "ab", "max_tokens": 20, "stream": stream}
+                with calling(server, "/v1/completions", body):
                     wait_for(lambda: engine.under_way == 1)
                 (gone,) = engine._rows.values()
                 wait_for(lambda gone=gone: gone.is_cancelled)
                 go_on.set()
                 wait_for(lambda: engine.under_way == 0)
         assert server.complete(prompt="ab", max_tokens=2).choices[0].finish_reason == "length"
+        wait_for(
+            lambda: 'btm_serve_calls_total{status="499"} 2.0' in httpx2.get(f"{server.url}/metrics").text
+        )
+        assert 'btm_serve_calls_total{status="200"} 1.0' in httpx2.get(f"{server.url}/metrics").text
+    assert "Exception" not in capfd.readouterr().err
 
 
 def test_a_plans_newer_version_that_was_not_evaluated_is_not_served_yet(
