@@ -37,7 +37,10 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     replicas: Annotated[int, typer.Option(min=1, help="Processes that hold the forest.")] = 1,
-    gpus_per_replica: Annotated[float, typer.Option(min=0)] = 0,
+    gpus_per_replica: Annotated[
+        float | None,
+        typer.Option(min=0, help="1 where the cluster has GPUs; 0 for CPUs.", show_default=False),
+    ] = None,
     cpus_per_replica: Annotated[float, typer.Option(min=0)] = 1,
     autoscaling: Annotated[
         str | None,

@@ -193,6 +193,7 @@ def serve_on_ray(
     on_ray.autoscaling_of(arguments)  # refused before Ray starts
     ending = _Ending()
     with handling(ending.asked), connected(cluster.address, cluster.dashboard):
+        arguments = on_ray.with_gpus(arguments)
         may_grow = arguments.autoscaling is not None and cluster.address is not None
         has_capacity(Demand("serving", _resources(arguments), remedy=_LESS), may_grow)
         on_ray.check_address(endpoint.host, endpoint.port)
@@ -234,8 +235,10 @@ class _Ending:
 
 def _resources(arguments: ForestArguments) -> Resources:
     return Resources(
-        workers=arguments.replicas,
-        gpus_per_worker=arguments.gpus_per_replica,
+        workers=int((arguments.autoscaling or {}).get("min_replicas", 1))
+        if arguments.autoscaling is not None
+        else arguments.replicas,
+        gpus_per_worker=arguments.gpus_per_replica or 0,
         cpus_per_worker=ceil(arguments.cpus_per_replica),
         micro_batch_blocks=1,
         precision=arguments.settings.precision,

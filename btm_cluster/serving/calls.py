@@ -109,11 +109,12 @@ class CompletionCall:
             UserError: too many of them, or one that is far too long.
         """
         prompts, settings = self._body.prompts, self._live.settings
-        if len(prompts) * self._body.n > settings.prompts:
+        most_texts = min(settings.prompts, settings.rows + settings.waiting)
+        if len(prompts) * self._body.n > most_texts:
             raise UserError(
                 "too many texts are asked for in one request",
                 found=f"{len(prompts)} prompts, {self._body.n} of each",
-                expected=f"at most {settings.prompts} texts",
+                expected=f"at most {most_texts} texts",
                 remedy="send several requests",
             )
         most = forest.mixture.block_tokens * CHARACTERS_PER_TOKEN

@@ -21,8 +21,9 @@ from btm_cluster.language_model.prompts import Drawn, Prompt, Written
 log = logging.getLogger(__name__)
 SCORED_AT_ONCE = 8192
 """Tokens of texts that are scored between two steps, or one text: meanwhile nothing is written."""
-
-
+STEPS_BETWEEN_PROMPTS = 8
+"""Tokens that are written between two times of reading prompts, where anything is under way. Reading one prompt
+takes as long as a dozen steps of all rows, and reading several hardly longer."""
 News: TypeAlias = Drawn | Written | BaseException
 
 
@@ -82,6 +83,8 @@ class EngineThread:
         self._prompts: deque[Continuation] = deque()
         self._texts: deque[_Scoring] = deque()
         self._rows: dict[int, Continuation] = {}
+        self._steps = 0
+        """Since prompts were read."""
         self._is_closing = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -197,11 +200,15 @@ class EngineThread:
             del self._rows[row]
 
     def _admit(self) -> None:
+        if self._rows and self._steps < STEPS_BETWEEN_PROMPTS:
+            return
         with self._wake:
             waiting = [one for one in self._prompts if not one.is_cancelled]
             taken = waiting[: self.engine.free_rows]
             self._prompts = deque(waiting[len(taken) :])
-        self._read_in(taken)
+        if taken:
+            self._steps = 0
+            self._read_in(taken)
 
     def _read_in(self, taken: Sequence[Continuation]) -> None:
         """Together or, where that fails, one by one: such as a prompt too many for the device's memory."""
@@ -239,6 +246,7 @@ class EngineThread:
                 _tell(one.loop, _settle, one.found, found)
 
     def _step(self) -> None:
+        self._steps += 1
         for row, drawn in self.engine.step().items():
             one = self._rows[row]
             if one.streams and drawn.is_written:

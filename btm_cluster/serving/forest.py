@@ -79,7 +79,9 @@ class LoadedForest:
 
     def _thread(self, models: Sequence[PreTrainedModel], mixture: Mixture) -> EngineThread:
         settings = self._settings
-        engine = engine_of(models, mixture, self.tokenizer, settings.rows, settings.precision)
+        engine = engine_of(
+            models, mixture, self.tokenizer, settings.rows, settings.precision, settings.device
+        )
         return EngineThread(engine, settings.waiting)
 
     def _of_the_ensemble(self) -> Iterator[tuple[str, Served]]:

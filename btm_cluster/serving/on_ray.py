@@ -9,7 +9,7 @@ import logging
 import os
 import pickle
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -70,8 +70,18 @@ def forest_app(arguments: ForestArguments) -> Application:
     return _application(arguments, {"forest_version": arguments.forest_version})
 
 
+def with_gpus(arguments: ForestArguments) -> ForestArguments:
+    """The same with a number of GPUs for each replica: one where this cluster has any, unless it was given."""
+    if arguments.gpus_per_replica is not None:
+        return arguments
+    return arguments.model_copy(update={"gpus_per_replica": float(ray.cluster_resources().get("GPU", 0) > 0)})
+
+
 def _application(arguments: ForestArguments, config: bytes | dict[str, Any]) -> Application:
+    arguments = with_gpus(arguments)
     settings = arguments.settings
+    if not arguments.gpus_per_replica:  # Ray does not hide GPUs from an actor that asks for none
+        settings = replace(settings, device="cpu")
     autoscaling = autoscaling_of(arguments)
     replicas = (
         {"num_replicas": arguments.replicas} if autoscaling is None else {"autoscaling_config": autoscaling}

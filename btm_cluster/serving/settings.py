@@ -30,6 +30,8 @@ class ServingSettings:
     other_models: AtLeastOne = 2
     """Single models beside the ensemble's that are kept loaded."""
     precision: Literal["float32", "bfloat16"] = "float32"
+    device: str | None = None
+    """Such as `cpu`; by default the GPU where the process sees one."""
     key_digest: str | None = None
     """Of the API key that callers need; without one, everybody may call."""
 
@@ -44,7 +46,8 @@ class ForestArguments(BaseModel):
     settings: ServingSettings = ServingSettings()
     follow_seconds: Positive = FOLLOW_SECONDS
     replicas: AtLeastOne = 1
-    gpus_per_replica: NotNegative = 0
+    gpus_per_replica: NotNegative | None = None
+    """0 serves on CPUs. By default 1 where the cluster has a GPU when serving starts, and else 0."""
     cpus_per_replica: NotNegative = 1
     autoscaling: dict[str, Any] | None = None
     """Ray Serve's settings, such as {min_replicas: 1, max_replicas: 4}, instead of a fixed number."""
