@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from btm_cluster.driver.capacity import Demand
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.port import Outcome
-from btm_cluster.errors import BtmError, ResourcesError, UserError
+from btm_cluster.errors import BtmError, ClosedError, ResourcesError, UserError, one_line
 from btm_cluster.ledger import Ledger
 from btm_cluster.operations.ensemble import mixture_of_plan
 from btm_cluster.plan import Plan
@@ -134,17 +134,30 @@ async def serve_in_process(
     """Serves until a signal ends it; requests under way are answered first.
 
     With `newer`, newer versions of the forest take the place of the one that is served.
+
+    Raises:
+        ClosedError: the engine has failed: for whoever supervises this process to start it anew.
     """
     await live.change_to(mixture)
     server = _Server(build_app(live), endpoint, ready)
-    following = asyncio.create_task(live.follow(newer, FOLLOW_SECONDS)) if newer is not None else None
+    beside = [asyncio.create_task(_end_with_its_engine(live, server))]
+    if newer is not None:
+        beside.append(asyncio.create_task(live.follow(newer, FOLLOW_SECONDS)))
     try:
         with handling(lambda *_: None):  # uvicorn has its own, and hands on what it took
             await server.serve()
     finally:
-        if following is not None:
-            following.cancel()
+        for task in beside:
+            task.cancel()
         live.close()
+    if live.current.failure is not None:
+        raise ClosedError("the engine has failed", found=one_line(live.current.failure))
+
+
+async def _end_with_its_engine(live: LiveForest, server: uvicorn.Server) -> None:
+    while live.current.failure is None:
+        await asyncio.sleep(1)
+    server.should_exit = True
 
 
 class _Server(uvicorn.Server):

@@ -450,7 +450,7 @@ def test_what_arrived_is_a_text_to_merge_and_to_generate_for(
     assert merged.weights == {"meadow": 1.0}
     assert (tmp_path / "merged" / "model.safetensors").exists()
     assert generate(plan, "meadow", ["a"], Continuation(2, Sampling()), in_process(plan))[0].tokens
-    with pytest.raises(UserError, match="no text of the plan or the forest"):
+    with pytest.raises(UserError, match="no such text in the plan or the forest"):
         write_merged_model(plan, Average("argmax", "prairie"), tmp_path / "none", in_process(plan))
 
 

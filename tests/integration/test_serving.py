@@ -15,7 +15,7 @@ import openai
 import pytest
 import uvicorn
 
-from btm_cluster.errors import ResourcesError
+from btm_cluster.errors import ClosedError, ResourcesError
 from btm_cluster.forest import take_out
 from btm_cluster.language_model.document_scores import NamedText
 from btm_cluster.language_model.prompts import Drawn
@@ -23,7 +23,7 @@ from btm_cluster.language_model.sampling import Sampling
 from btm_cluster.ledger import Ledger, artifact_key
 from btm_cluster.operations.generate import Continuation, generate
 from btm_cluster.operations.score import scorer_of_plan
-from btm_cluster.operations.serve import mixture_to_serve, newer_of_plan
+from btm_cluster.operations.serve import Endpoint, mixture_to_serve, newer_of_plan, serve_in_process
 from btm_cluster.serving.app import build_app
 from btm_cluster.serving.forest import LiveForest
 from btm_cluster.serving.http_errors import digest_of
@@ -319,6 +319,25 @@ def test_without_the_key_nothing_but_health_is_told(grown: GrownForest, mixture:
         assert wrong.status_code == 401
         assert httpx2.get(f"{server.url}/healthz").json()["status"] == "ok"
         assert server.complete(prompt="ab", max_tokens=2).choices
+
+
+def test_a_server_in_process_ends_with_its_engine(grown: GrownForest, mixture: Mixture) -> None:
+    live, endpoint = LiveForest(grown.driver.ledger, ServingSettings(rows=1)), Endpoint(port=free_port())
+
+    def fail() -> dict[int, Drawn]:
+        raise RuntimeError("the device is gone")
+
+    def ask() -> None:
+        live.current.ensemble.engine.step = fail  # type: ignore[method-assign, assignment]
+        body = {"model": "ensemble", "prompt": "ab"}
+        answers.append(httpx2.post(f"{endpoint.url}/v1/completions", json=body, timeout=60))
+
+    answers: list[httpx2.Response] = []
+    caller = threading.Thread(target=ask)
+    with pytest.raises(ClosedError, match="the device is gone"):
+        asyncio.run(serve_in_process(live, mixture, None, endpoint, caller.start))
+    caller.join(60)
+    assert answers[0].status_code == 500
 
 
 @contextmanager
