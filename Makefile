@@ -30,9 +30,11 @@ SEEDS ?= 10
 chaos: $(INSTALLED)  ## The long campaign of faults: make chaos SEEDS=100
 	$(BIN)/python -m tests.faults.campaign --seeds $(SEEDS)
 
+# pip would compile with one core. Some packages have files for other Pythons, which do not compile.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
 	touch $@
 
 clean:  ## Removes .venv and what was built.
