@@ -66,7 +66,7 @@ def export(
 ) -> None:
     """Write experts, the seed or an average as Hugging Face folders, and push them to the hub."""
     if (plan_path is None) == (store is None):
-        found = "both" if store else "neither"
+        found = "both a plan and --store" if store else "neither a plan nor --store"
         raise UserError(
             "btm export needs a forest", found=found, expected="a plan, or --store with its place"
         )

@@ -52,7 +52,7 @@ def merge(
     from btm_cluster.operations.score import reading_of
 
     asked = Average(weights, target, density, scale)
-    sources = tuple(source_of("given", [file], field, delimiter) for file in text or ())
+    sources = tuple(source_of("your-text", [file], field, delimiter) for file in text or ())
     given = GivenText(sources, reading_of(bad_documents)) if sources else None
     check_merge_call(plan, asked, given, to)
     with driving(plan, address, in_process, dashboard=False, json_output=json_output) as driver:

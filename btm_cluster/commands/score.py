@@ -75,10 +75,10 @@ def _check_call(
     target: str | None,
 ) -> None:
     if bool(files) == (text is not None):
-        found = "both" if files else "neither"
+        found = "both files and --text" if files else "neither files nor --text"
         raise UserError("btm score needs texts", found=found, expected="files, or --text with a text itself")
     if (store is None) == (plan_path is None):
-        found = "both" if store else "neither"
+        found = "both --store and --plan" if store else "neither --store nor --plan"
         raise UserError("btm score needs a forest", found=found, expected="--store with its place, or --plan")
     if target is not None and plan_path is None:
         raise UserError("--for needs a plan", expected="--plan, by which a text's mixture is fitted")

@@ -76,7 +76,7 @@ def check_average(asked: Average, option: str, texts: Sequence[str], needs_targe
     if asked.weights in FOR_A_TEXT and needs_target and not asked.target:
         raise UserError(
             f"{option} {asked.weights} needs a text to merge for",
-            expected=f"--for TEXT, such as {', '.join(texts)}",
+            expected=f"--for TEXT, such as {', '.join(texts)}; btm merge also takes files of your own, --text FILE",
         )
     _check_parameters(asked, option)
 

@@ -64,7 +64,7 @@ def check_serve_call(plan: Plan | None, store: str | None, endpoint: Endpoint, n
         UserError: saying what is wrong with it.
     """
     if (plan is None) == (store is None):
-        found = "both" if store else "neither"
+        found = "both a plan and --store" if store else "neither a plan nor --store"
         raise UserError("btm serve needs a forest", found=found, expected="a plan, or --store with its place")
     if new_server:
         _check_free(endpoint)

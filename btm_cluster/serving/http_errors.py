@@ -1,5 +1,6 @@
 """Errors as OpenAI's clients read them, the check of an API key, and the limit of a body."""
 
+import difflib
 import hashlib
 import hmac
 from typing import Any
@@ -12,9 +13,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from btm_cluster.errors import BtmError, BusyError, ClosedError, UnknownModelError, UserError
+from btm_cluster.serving.completions import CompletionRequest, DomainsRequest
 
 GONE = 499
 """Nobody reads the answer: nginx's status, for metrics and logs."""
+
 STATUS: tuple[tuple[type[BaseException], int, str], ...] = (
     (UnknownModelError, 404, "model_not_found"),
     (UserError, 400, "invalid_request"),
@@ -27,6 +30,9 @@ STATUS: tuple[tuple[type[BaseException], int, str], ...] = (
 
 
 CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+
+
+ADDRESSES = "there are /v1/completions, /v1/models, /v1/domains, /healthz and /metrics; no chat, since experts are base models"
 
 
 def error_body(message: str, kind: str, code: str | None = None) -> dict[str, Any]:
@@ -74,9 +80,12 @@ def add_error_handlers(app: FastAPI) -> None:
         message = "; ".join(_what_is_wrong(one) for one in exc.errors())
         return JSONResponse(error_body(message, "invalid_request_error", "invalid_request"), 400)
 
-    async def say_refused(_: Request, exc: Exception) -> JSONResponse:
+    async def say_refused(request: Request, exc: Exception) -> JSONResponse:
         assert isinstance(exc, HTTPException)
-        body = error_body(str(exc.detail), _type_of(exc.status_code), CODES.get(exc.status_code))
+        message = str(exc.detail)
+        if exc.status_code == 404:
+            message = f"nothing is at {request.url.path}: {ADDRESSES}"
+        body = error_body(message, _type_of(exc.status_code), CODES.get(exc.status_code))
         return JSONResponse(body, exc.status_code, exc.headers)
 
     app.add_exception_handler(RequestValidationError, say_invalid)
@@ -98,6 +107,10 @@ def _what_is_wrong(found: dict[str, Any]) -> str:
         return "the body is no JSON object, or it comes without the header `Content-Type: application/json`"
     place = ".".join(map(str, found["loc"][1:])) or "the body"
     message = found["msg"].removeprefix("Value error, ")
+    if found["type"] == "extra_forbidden":
+        fields = (*CompletionRequest.model_fields, *DomainsRequest.model_fields)
+        near = difflib.get_close_matches(str(found["loc"][-1]), fields, 1)
+        message = "there is no such field" + (f"; did you mean {near[0]}?" if near else "")
     return f"{place}: {message}"
 
 

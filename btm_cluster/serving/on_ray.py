@@ -4,11 +4,13 @@
 """
 
 import asyncio
+import base64
 import contextlib
 import logging
 import os
 import pickle
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -46,12 +48,10 @@ class ForestServer:
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_app(self._live)
 
-    async def reconfigure(self, config: bytes | dict[str, Any]) -> None:
-        """Serves what a command has mixed, as bytes; or a version of the store by
-        number, or the newest."""
-        if isinstance(config, bytes):
-            mixture: Mixture = pickle.loads(config)
-            await self._live.change_to(mixture)
+    async def reconfigure(self, config: Mapping[str, Any]) -> None:
+        """Serves what a command has mixed; or a version of the store by number, or the newest."""
+        if "mixture" in config:
+            await self._live.change_to(mixture_of(config))
             return
         version = config.get("forest_version")
         await self._live.change_to(await asyncio.to_thread(mixture_of_store, self._live.ledger, version))
@@ -63,6 +63,17 @@ class ForestServer:
         """Ray starts a replica anew whose engine has failed."""
         if self._live.current.failure is not None:
             raise ClosedError("the engine has failed", found=str(self._live.current.failure))
+
+
+def config_of(mixture: Mixture) -> dict[str, str]:
+    """A mixture as the configuration of replicas, which Ray Serve takes and tells as JSON."""
+    return {"mixture": base64.b64encode(pickle.dumps(mixture)).decode()}
+
+
+def mixture_of(config: Mapping[str, Any]) -> Mixture:
+    """The mixture that `config_of` wrote."""
+    mixture: Mixture = pickle.loads(base64.b64decode(config["mixture"]))
+    return mixture
 
 
 def forest_app(arguments: ForestArguments) -> Application:
@@ -77,7 +88,7 @@ def with_gpus(arguments: ForestArguments) -> ForestArguments:
     return arguments.model_copy(update={"gpus_per_replica": float(ray.cluster_resources().get("GPU", 0) > 0)})
 
 
-def _application(arguments: ForestArguments, config: bytes | dict[str, Any]) -> Application:
+def _application(arguments: ForestArguments, config: dict[str, Any]) -> Application:
     arguments = with_gpus(arguments)
     settings = arguments.settings
     if not arguments.gpus_per_replica:  # Ray does not hide GPUs from an actor that asks for none
@@ -140,7 +151,7 @@ def start(arguments: ForestArguments, mixture: Mixture | None, host: str, port: 
     serve.start(http_options={"host": host, "port": port})
     try:
         application = (
-            forest_app(arguments) if mixture is None else _application(arguments, pickle.dumps(mixture))
+            forest_app(arguments) if mixture is None else _application(arguments, config_of(mixture))
         )
         serve.run(application, name=APPLICATION, route_prefix="/")
     except RuntimeError as exc:

@@ -216,7 +216,7 @@ REFUSED: list[tuple[int, str, dict[str, Any]]] = [
     (400, "unknown token id", {"prompt": [10**6]}),
     (400, "too long", {"prompt": "abc " * 200}),
     (400, "at most 128", {"n": 129}),
-    (400, "tempurature: Extra", {"tempurature": 1}),
+    (400, "tempurature: there is no such field; did you mean temperature?", {"tempurature": 1}),
     (400, "echo cannot be streamed", {"echo": True, "stream": True}),
     (400, "max_tokens 0", {"max_tokens": 0}),
     (400, "stop string is empty", {"stop": [""]}),
@@ -306,7 +306,8 @@ def test_a_body_that_is_no_json_or_too_long_or_at_another_address_is_refused(ser
     assert (too_long.status_code, too_long.json()["error"]["code"]) == (413, "too_large")
     in_parts = post(f"{server.url}/v1/completions", content=(b" " * 2**20 for _ in range(9)))
     assert in_parts.status_code == 413
-    assert post(f"{server.url}/v1/chat/completions", json={}).status_code == 404
+    chat = post(f"{server.url}/v1/chat/completions", json={})
+    assert (chat.status_code, "/v1/completions" in chat.json()["error"]["message"]) == (404, True)
     assert post(f"{server.url}/v1/models", json={}).status_code == 405
 
 
@@ -412,6 +413,24 @@ def test_the_row_of_a_caller_who_hangs_up_is_given_to_the_next_and_nothing_is_lo
         )
         assert 'btm_serve_calls_total{status="200"} 1.0' in httpx2.get(f"{server.url}/metrics").text
     assert "Exception" not in capfd.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray Serve's import
+def test_a_mixture_reaches_replicas_as_ray_serve_takes_it_and_tells_it(mixture: Mixture) -> None:
+    from ray.serve.schema import DeploymentSchema
+
+    from btm_cluster.serving.on_ray import config_of, mixture_of
+
+    schema = DeploymentSchema(name="forest", user_config=json.loads(json.dumps(config_of(mixture))))
+    found = mixture_of(schema.user_config)
+    assert (found.version, found.models, found.tokenizer) == (
+        mixture.version,
+        mixture.models,
+        mixture.tokenizer,
+    )
+    assert {text: gate.log_prior_E.tolist() for text, gate in found.gates.items()} == {
+        text: gate.log_prior_E.tolist() for text, gate in mixture.gates.items()
+    }
 
 
 def test_a_plans_newer_version_that_was_not_evaluated_is_not_served_yet(
