@@ -88,7 +88,8 @@ def generate(
     asked = Continuation(max_new_tokens, sampling, stops)
     check_generate_call(asked)
     texts = _prompts(prompt, prompts)
-    with driving(plan, address, in_process, dashboard=False, json_output=json_output) as driver:
+    # Standard output is for the text alone.
+    with driving(plan, address, in_process, dashboard=False, json_output=True) as driver:
         found = generate_texts(plan, target, texts, asked, driver)
     if json_output:
         told = [_as_json(one, show_experts) for one in found]

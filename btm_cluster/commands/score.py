@@ -63,7 +63,7 @@ def score(
     check_sources(sources, reading)
     texts = documents_of(sources, reading, bad) if text is None else _string(text)
     end_input()
-    scorer = _scorer(store, plan, target, address, in_process, json_output)
+    scorer = _scorer(store, plan, target, address, in_process)
     _show(scorer, texts, packed, json_output, bad)
 
 
@@ -102,14 +102,14 @@ def _scorer(
     target: str | None,
     address: str | None,
     in_process: bool,
-    json_output: bool,
 ) -> "DocumentScorer":
     from btm_cluster.operations.score import scorer_of_plan, scorer_of_store
 
     if plan is None:
         assert store is not None
         return scorer_of_store(open_ledger(store))
-    with driving(plan, address, in_process, dashboard=False, json_output=json_output) as driver:
+    # Standard output is for the figures alone.
+    with driving(plan, address, in_process, dashboard=False, json_output=True) as driver:
         return scorer_of_plan(plan, target, driver)
 
 

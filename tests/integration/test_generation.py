@@ -12,6 +12,7 @@ import yaml
 from btm_cluster.algorithm import grow
 from btm_cluster.cli import app, run_command
 from btm_cluster.equations import learned_gate
+from btm_cluster.ledger import Ledger, artifact_key
 from btm_cluster.plan import Plan
 from btm_cluster.terminal.output import printable
 from tests.conftest import in_process, plan_fields
@@ -78,6 +79,19 @@ def generate(plan_path: Path, capsys: pytest.CaptureFixture[str]) -> Generate:
         return run_command(lambda: app(whole, standalone_mode=False)), *capsys.readouterr()
 
     return call
+
+
+def test_standard_output_is_the_text_alone_though_a_fit_is_made_for_it(
+    generate: Generate, plan_path: Path
+) -> None:
+    ledger = Ledger.open(str(plan_path.parent / "store"))
+    for fit in ledger.list_artifacts("fit"):
+        ledger.storage.delete(artifact_key(fit.ref))
+    code, out, err = generate("--prompt", "a b", "--max-new-tokens", 3)
+    assert code == 0
+    assert "fitting" in err
+    assert out.startswith("a b")
+    assert "fitting" not in out
 
 
 def test_prompts_of_a_file_are_written_on_each_by_random_numbers_of_its_own(
