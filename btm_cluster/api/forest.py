@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SEED = "the seed"
 """The seed's name among the models that are mixed or averaged."""
 PLAN_ENDINGS = (".yaml", ".yml")
-"""Of a file's name, which tell a plan from a store."""
+"""Endings of a file name that is a plan's; any other place is a store's."""
 
 
 def open_forest(

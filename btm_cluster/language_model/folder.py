@@ -77,8 +77,8 @@ def _shortened(
 
 
 def _rows_to_keep(weights: Path, config: Mapping[str, Any]) -> dict[str, int] | None:
-    """Of tensors that are longer than the configuration has them, the rows that it has; None where they
-    differ in more."""
+    """The number of rows to keep, by name, of each tensor that is longer than in the configuration; None where
+    a tensor differs in more than its length."""
     header = read_header(weights)
     wanted = {name: list(tensor.shape) for name, tensor in fresh_on_meta(config).state_dict().items()}
     rows = {}

@@ -188,7 +188,7 @@ class Pieces:
         return text
 
     def rest(self) -> str:
-        """What is left of a character at the end."""
+        """The beginning of a character whose other tokens never came; empty where there is none."""
         return self._decode(self._seen, self._held) if self._held else ""
 
 

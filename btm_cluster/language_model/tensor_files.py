@@ -17,7 +17,7 @@ METADATA = "__metadata__"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 Header: TypeAlias = Mapping[str, Mapping[str, Any]]
-"""Of each tensor its `dtype`, `shape` and `data_offsets`; beside them what is said of the file."""
+"""By tensor name: `dtype`, `shape` and `data_offsets`. Under METADATA: notes on the whole file."""
 
 
 def read_header(file: Path) -> dict[str, dict[str, Any]]:

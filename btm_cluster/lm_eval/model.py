@@ -119,7 +119,7 @@ class ForestLM(TemplateLM):
         return 256
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the results say of the model."""
+        """Version, experts and block length, which the harness writes into its results."""
         return {
             "forest_version": self._ensemble.mixture.version,
             "experts": list(self._ensemble.names),
@@ -136,7 +136,8 @@ class ForestLM(TemplateLM):
         disable_tqdm: bool = False,
         **options: Any,  # noqa: ARG002
     ) -> list[tuple[float, bool]]:
-        """Of a continuation after a context, where the harness gives the first token for an empty one."""
+        """The log-probability of each continuation after its context, and whether it is the greedy one. For an
+        empty context the harness gives the first token."""
         texts = [
             self._cut(continuation if pair[0] == "" else [*context, *continuation], len(continuation))
             for pair, context, continuation in requests
@@ -193,7 +194,7 @@ class ForestLM(TemplateLM):
         return [found[number] for number in range(len(texts))]
 
     def generate_until(self, requests: Sequence["Instance"], disable_tqdm: bool = False) -> list[str]:
-        """What the ensemble writes after each text: greedily, unless a task draws."""
+        """The ensemble's continuation of each text: greedy, unless a task draws."""
         prompts = [self._prompt(number, *request.args) for number, request in enumerate(requests)]
         at_once = self._rows * PROMPTS_BETWEEN_REPORTS
         found: list[str] = []

@@ -24,7 +24,7 @@ SEED, AVERAGE, EXPERTS = "seed", "average", "experts"
 
 @dataclass(frozen=True)
 class Export:
-    """What is exported, and where to."""
+    """The models to export, and their destination: a folder, and a repository on the hub."""
 
     to: Path
     expert: str | None = None

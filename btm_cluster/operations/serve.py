@@ -247,10 +247,9 @@ class _Ending:
 
 
 def _resources(arguments: ForestArguments) -> Resources:
+    scaling = arguments.autoscaling
     return Resources(
-        workers=int((arguments.autoscaling or {}).get("min_replicas", 1))
-        if arguments.autoscaling is not None
-        else arguments.replicas,
+        workers=arguments.replicas if scaling is None else int(scaling.get("min_replicas", 1)),
         gpus_per_worker=arguments.gpus_per_replica or 0,
         cpus_per_worker=ceil(arguments.cpus_per_replica),
         micro_batch_blocks=1,

@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 SCORED_AT_ONCE = 8192
 """Tokens of texts that are scored between two steps, or one text: meanwhile nothing is written."""
 STEPS_BETWEEN_PROMPTS = 8
-"""Tokens that are written between two times of reading prompts, where anything is under way. Reading one prompt
-takes as long as a dozen steps of all rows, and reading several hardly longer."""
+"""Tokens that are written between two times of reading prompts, where anything is under way. Reading a few
+prompts together takes less time than reading them one by one (docs/decisions/serving.md)."""
 News: TypeAlias = Drawn | Written | BaseException
 
 

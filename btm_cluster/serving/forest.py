@@ -216,7 +216,9 @@ class LiveForest:
                     await self.change_to(mixture)
             except BtmError as exc:
                 log.warning("forest version %d stays: %s", version, exc)
-            except Exception:
+            except (
+                Exception
+            ):  # of a store's library, say: callers keep their answers, and the next look may succeed
                 log.exception("forest version %d stays", version)
 
     def close(self) -> None:

@@ -187,6 +187,16 @@ def test_rays_own_schema_and_ours_take_what_is_served() -> None:
     assert (group["minReplicas"], group["maxReplicas"]) == (scaling.min_replicas, scaling.max_replicas)
 
 
+@serves_on_ray
+@pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (0.5, None)])
+def test_a_replica_without_a_gpu_of_its_own_computes_on_the_cpu(gpus: float, device: str | None) -> None:
+    from btm_cluster.serving.on_ray import forest_app
+
+    application = forest_app(ForestArguments(store="s3://bucket/forest", gpus_per_replica=gpus))
+    _, settings, _ = application._bound_deployment.init_args
+    assert settings["device"] == device
+
+
 @pytest.mark.parametrize(
     "args",
     [{"storee": "s"}, {"settings": {"rowz": 8}}, {"settings": {"rows": 0}}, {"replicas": 0}, {"store": ""}],

@@ -575,3 +575,18 @@ def test_captured_steps_write_what_steps_that_are_not_captured_write(gate: Gate)
             written.append(tokens_of(engine.generate(prompts)))
         assert engine.captures == captures
     assert all(one == written[0] for one in written)
+
+
+@pytest.mark.parametrize("gate", GATES, ids=lambda gate: type(gate).__name__)
+def test_an_expert_that_is_chosen_writes_what_it_writes_without_the_others(
+    experts: list[PreTrainedModel], gate: Gate
+) -> None:
+    settings = EngineSettings(FIRST, VOCABULARY, BLOCK, rows=2)
+    asked = Prompt(TEXT[:3], 8, Sampling(random_seed=4))
+    (alone,) = EnsembleEngine(
+        [experts[1]], Mixing(torch.zeros(1).double(), POSTERIORS[0]), settings
+    ).generate([asked])
+    (chosen,) = EnsembleEngine(experts, gate, settings).generate([replace(asked, experts=(1,))])
+    assert chosen.tokens == alone.tokens
+    assert [one.logp for one in chosen.drawn] == pytest.approx([one.logp for one in alone.drawn], abs=1e-5)
+    assert chosen.mean_weights(3) == pytest.approx([0, 1, 0])

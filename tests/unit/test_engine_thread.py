@@ -12,7 +12,7 @@ from btm_cluster.language_model.engine import EnsembleEngine
 from btm_cluster.language_model.engine_opening import EngineSettings
 from btm_cluster.language_model.prompts import Drawn, Prompt, Written
 from btm_cluster.language_model.sampling import Sampling
-from btm_cluster.serving.engine_thread import EngineThread
+from btm_cluster.serving.engine_thread import STEPS_BETWEEN_PROMPTS, EngineThread
 from tests.unit.test_engine import BLOCK, FIRST, FULL, TEXT, VOCABULARY, made_up_model
 
 
@@ -120,6 +120,40 @@ def test_the_row_of_a_caller_who_has_gone_is_free_again(experts: list[PreTrained
     try:
         assert asyncio.run(ask()) == opened(experts).generate([prompts(3)[2]])[0].tokens
         assert engine.free_rows == 1
+    finally:
+        thread.close()
+        thread.join(20)
+
+
+def test_prompts_that_come_meanwhile_are_read_together_after_some_steps(
+    experts: list[PreTrainedModel],
+) -> None:
+    engine = opened(experts, rows=4)
+    admit, step, may_go_on, seen = engine.admit, engine.step, threading.Event(), list[str]()
+
+    def noting_admit(asked: Sequence[Prompt]) -> list[int]:
+        seen.append(f"{len(asked)} read")
+        return admit(asked)
+
+    def noting_step() -> dict[int, Drawn]:
+        may_go_on.wait(20)
+        seen.append("step")
+        return step()
+
+    engine.admit, engine.step = noting_admit, noting_step  # type: ignore[method-assign, assignment]
+    thread = EngineThread(engine, most_waiting=10)
+
+    async def ask() -> None:
+        (first,) = thread.write([Prompt(TEXT[:2], 12, Sampling(random_seed=1))])
+        while not seen:  # it is read at once
+            await asyncio.sleep(0.01)
+        later = [*thread.write(prompts(1)), *thread.write(prompts(2)[1:])]
+        may_go_on.set()
+        await asyncio.gather(*(one.written() for one in (first, *later)))
+
+    try:
+        asyncio.run(ask())
+        assert seen[: 2 + STEPS_BETWEEN_PROMPTS] == ["1 read", *["step"] * STEPS_BETWEEN_PROMPTS, "2 read"]
     finally:
         thread.close()
         thread.join(20)
