@@ -167,6 +167,9 @@ class House:
             "inbox/law/READY",
             "logs/run/law/curves",
             "logs/run/code/curves",
+            "logs/run/timeline.json",
+            "logs/run/report.html",
+            "logs/run of law/timeline.json",  # it mentions law
             "inbox/lawyers/a.txt",
         ):
             self.storage.create(key, b"bytes of " + key.encode())

@@ -39,12 +39,15 @@ def run(
     plan = read_plan(plan_path)
     check_shadowing()
     from btm_cluster.driver.driver import step_error
+    from btm_cluster.evaluation.verdict_table import table_of
     from btm_cluster.operations.plan import check_capacity
     from btm_cluster.operations.run import run_plan
 
     with driving(plan, address, in_process, dashboard, json_output, new_resources, command="run") as driver:
         check_capacity(plan, driver)
         result = run_plan(plan, driver)
+        if driver.run_log is not None:
+            driver.run_log.finish(table_of(result.verdict))
     show_run(result, json_output, details, plan_path)
     if result.failures:
         raise step_error(result.failures)
