@@ -1,4 +1,4 @@
-"""Gathers what a run does, as its workers tell it: steps, waits, checkpoints, failures, and what was held meanwhile."""
+"""Gathers what a run does, as its workers tell it: steps, waits, checkpoints, failures, and what they held."""
 
 import threading
 import time
