@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 
 from btm_cluster.session import open_ledger
-from btm_cluster.terminal.options import Json, Store
+from btm_cluster.terminal.options import ForestPlan, Json, Store, forest_place
 
 
 def gc(
-    store: Store,
+    plan_path: ForestPlan = None,
+    store: Store = None,
     keep_versions: Annotated[int, typer.Option(help="Newest versions whose models stay.", min=1)] = 10,
     grace_days: Annotated[
         float, typer.Option(help="What is younger stays: longer than any run takes.", min=0)
@@ -28,7 +29,7 @@ def gc(
     """
     from btm_cluster.operations.gc import collect, find_garbage
 
-    ledger = open_ledger(store)
+    ledger = open_ledger(forest_place("forest gc", plan_path, store).store)
     garbage = find_garbage(ledger, keep_versions, 86_400 * grace_days, now=None if delete else time.time())
     if delete:
         collect(ledger, garbage)

@@ -9,7 +9,7 @@ import typer
 
 from btm_cluster.errors import UserError
 from btm_cluster.session import open_ledger
-from btm_cluster.terminal.options import Domain, Json, Store
+from btm_cluster.terminal.options import Domain, ForestPlan, Json, Store, forest_place
 
 if TYPE_CHECKING:
     from btm_cluster.ledger import Ledger
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 def remove(
     domain: Domain,
-    store: Store,
+    plan_path: ForestPlan = None,
+    store: Store = None,
     purge: Annotated[
         bool, typer.Option("--purge", help="Delete it for good: text, tokens, scores, weights.")
     ] = False,
@@ -35,7 +36,7 @@ def remove(
     from btm_cluster.operations.remove import bring_back, influence_of, remove
 
     _check_call(purge, yes, undo)
-    ledger = open_ledger(store)
+    ledger = open_ledger(forest_place("forest remove", plan_path, store).store)
     if undo:
         forest = bring_back(ledger, domain)
         told = json.dumps({"version": forest.version}, indent=1)

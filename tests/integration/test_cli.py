@@ -7,14 +7,16 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from btm_cluster import __version__
 from btm_cluster.algorithm import grow
-from btm_cluster.cli import app, run_command
+from btm_cluster.cli import app, forest_app, run_command
 from btm_cluster.errors import PlanError, StepError, Stopped, StoreError
 from btm_cluster.plan import Plan, read_plan
 from tests.conftest import in_process
@@ -33,7 +35,8 @@ HEAVY = (
 
 WATCHED = f"""
 import sys
-from btm_cluster.cli import app, run_command
+from btm_cluster import __version__
+from btm_cluster.cli import app, forest_app, run_command
 code = run_command(lambda: app(sys.argv[1:]))
 print("imported:", *(name for name in {HEAVY} if name in sys.modules), file=sys.stderr)
 sys.exit(code)
@@ -117,6 +120,94 @@ def test_every_command_has_help(btm: Callable[..., tuple[int, str, str]]) -> Non
         code, shown, _ = btm(command, "--help")
         assert code == 0
         assert "Usage:" in shown
+
+
+FOREST_COMMANDS: dict[str, tuple[str, ...]] = {
+    "export": ("--seed", "--to", "new"),
+    "generate": ("--in-process",),
+    "score": ("--text", "a", "--in-process"),
+    "serve": ("--in-process",),
+    "forest contributions": (),
+    "forest diff": ("0", "1"),
+    "forest gc": (),
+    "forest log": (),
+    "forest pin": ("0",),
+    "forest remove": ("kitchen",),
+    "forest rollback": ("0",),
+    "forest show": (),
+    "forest verify": (),
+}
+"""Every command that reads a forest, with what else it needs."""
+
+
+def test_the_commands_that_read_a_forest_are_known() -> None:
+    found = {
+        f"{prefix}{command.callback.__name__}"
+        for group, prefix in ((app, ""), (forest_app, "forest "))
+        for command in group.registered_commands
+        if command.callback is not None and "store" in signature(command.callback).parameters
+    }
+    assert found == FOREST_COMMANDS.keys()
+
+
+@pytest.mark.parametrize("command", FOREST_COMMANDS)
+def test_a_forest_is_named_by_its_plan_or_its_store_in_every_command(
+    command: str,
+    fields: dict[str, Any],
+    write_plan: Callable[..., Path],
+    btm: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    call, path = [*command.split(), *FOREST_COMMANDS[command]], write_plan(fields)
+    plan = ["--plan", path] if command == "score" else [path]
+    for wrong in ([], [*plan, "--store", "elsewhere"]):
+        code, out, err = btm(*call, *wrong)
+        assert (code, out) == (2, "")
+        assert f"btm {command} needs a forest" in err
+    by_store = btm(*call, "--store", fields["store"])
+    assert "needs a forest" not in by_store[2]
+    monkeypatch.setenv("BTM_STORE", fields["store"])
+    assert btm(*call) == by_store
+    monkeypatch.setenv("BTM_STORE", "elsewhere")
+    by_plan = btm(*call, *plan)
+    assert "elsewhere" not in by_plan[2], "who names a plan means its store"
+    assert by_plan == by_store or not command.startswith("forest")
+
+
+def test_versions_are_said_and_nothing_is_imported_for_it(tmp_path: Path) -> None:
+    code, shown, imported = fresh("--version", folder=tmp_path)
+    assert (code, imported) == (0, [])
+    assert re.match(
+        rf"btm {__version__} \(Python 3\.\d+\.\d+, torch \S+, transformers \S+, ray \S+\)\n", shown
+    )
+
+
+@pytest.mark.parametrize("command", ["", "run", "forest", "forest show"])
+def test_h_is_help(command: str, btm: Callable[..., tuple[int, str, str]]) -> None:
+    assert btm(*command.split(), "-h") == btm(*command.split(), "--help")
+
+
+def test_bash_completes_commands_and_options(tmp_path: Path) -> None:
+    """By the script that `btm --install-completion bash` writes, in a bash of its own."""
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = os.environ | {
+        "HOME": str(home),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    installed = subprocess.run(
+        ["btm", "--install-completion", "bash"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "completion installed" in installed.stdout
+    (script,) = (home / ".bash_completions").glob("btm.sh")
+    complete = f"source {script}; COMP_WORDS=(btm forest ro); COMP_CWORD=2; _btm_completion btm; echo ${{COMPREPLY[@]}}"
+    done = subprocess.run(
+        ["bash", "-c", complete], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["rollback"]
 
 
 def test_init_writes_a_plan_that_reads_and_never_over_another(
