@@ -22,8 +22,9 @@ from btm_cluster.plan.texts import DomainPlan, ReadingPlan, TextPlan
 from btm_cluster.plan.tracking import TrackingPlan
 from btm_cluster.plan.training import BranchingPlan, ModelPlan, TokenizerPlan, TrainingPlan
 from btm_cluster.plan.values import (
-    Location,
+    PLAN_FOLDER,
     Name,
+    Place,
     Positive,
     PositiveReal,
     Real,
@@ -60,7 +61,7 @@ class MergingPlan(Section):
     """Context of the `window` posterior."""
     discount: Annotated[Real, Field(le=1)] = 0.97
     """How much a token of evidence still counts one token later, in the `calibrated` posterior."""
-    clusters: Location | None = None
+    clusters: Place | None = None
     """Folder of a cluster model of `btm discover` whose clusters are named as the domains: adds the ensemble
     that weighs experts by distance to them to the evaluation."""
     cluster_temperature: PositiveReal = 0.1
@@ -111,8 +112,8 @@ class Plan(Section):
     rules: ClassVar = plan_rules.plan_rules
     name: Name
     """Shown in the dashboard and in reports."""
-    store: Location
-    """Folder, or s3://bucket/prefix. Relative paths are relative to the current folder."""
+    store: Place
+    """Folder, or s3://bucket/prefix. A relative path, here and for texts, begins at the folder of the plan."""
     domains: Annotated[tuple[DomainPlan, ...], Field(min_length=1)]
     """Texts that get an expert each."""
     targets: tuple[TextPlan, ...] = ()
@@ -157,15 +158,18 @@ class Plan(Section):
 def read_plan(source: str | Path | Mapping[str, Any]) -> Plan:
     """The plan in a YAML file, or in plain values as YAML would give them.
 
+    Relative paths begin at the folder of the file; in plain values, at the current folder.
+
     Raises:
         PlanError: naming every field that is wrong, what was found, what is expected and the remedy.
     """
     if isinstance(source, Mapping):
-        name, values = "the plan", dict(source)
+        name, values, context = "the plan", dict(source), None
     else:
         name, values = f"the plan {source}", read_plan_file(Path(source))
+        context = {PLAN_FOLDER: Path(source).parent}
     try:
-        return Plan.model_validate(values)
+        return Plan.model_validate(values, context=context)
     except ValidationError as exc:
         problems = describe_problems(exc, Plan)
     raise PlanError(f"{name} has {len(problems)} problem(s)\n" + "\n".join(problems))
