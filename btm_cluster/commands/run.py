@@ -37,11 +37,12 @@ def run(
     plan = read_plan(plan_path)
     check_shadowing()
     from btm_cluster.driver.driver import step_error
-    from btm_cluster.operations.plan import check_capacity
+    from btm_cluster.operations.plan import check_run
     from btm_cluster.operations.run import run_plan
 
     with driving(plan, address, in_process, dashboard, json_output, new_resources) as driver:
-        check_capacity(plan, driver)
+        for note in check_run(plan, driver):
+            consoles(json_output)[1].print(f"note: {note}", soft_wrap=True)
         result = run_plan(plan, driver)
     show_run(result, json_output)
     if result.failures:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from btm_cluster.driver.capacity import Demand, describe_nodes, fits
+from btm_cluster.driver.room import SOME_CLUSTER, Room
 from btm_cluster.errors import BtmError, ResourcesError, UserError
 from btm_cluster.storage import open_storage
 from btm_cluster.storage.node_cache import node_cache
@@ -129,6 +130,14 @@ def notes_on_this_machine(demands: Sequence[Demand]) -> list[str]:
     except ResourcesError as exc:
         notes.append(f"{exc.what}: {exc.found}")
     return notes
+
+
+def room_here(on_gpus: bool) -> Room:
+    """What this machine can do at once; that of some cluster where GPUs are wanted and it has none."""
+    gpus = _gpus() if on_gpus else ()
+    if on_gpus and not gpus:
+        return SOME_CLUSTER
+    return Room("on this machine", float(len(gpus)), float(usable_cpus()), next(iter(gpus), None))
 
 
 def usable_cpus() -> int:

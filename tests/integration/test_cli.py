@@ -256,7 +256,7 @@ def test_a_preview_is_a_table_or_json(
     assert (code, err) == (0, "")
     seen = json.loads(out)
     assert {"name", "state", "updates", "tokens", "stored_bytes", "device_hours"} <= seen["steps"][0].keys()
-    assert seen["money"] == pytest.approx(2.5 * seen["device_hours"])
+    assert seen["money"] == pytest.approx(2.5 * seen["gpu_hours"])
 
 
 def test_a_preview_says_what_this_machine_could_never_do_unless_a_cluster_is_named(
