@@ -12,8 +12,8 @@ import pytest
 from btm_cluster.commands.plan import preview_table
 from btm_cluster.data.tokenizer import train_tokenizer
 from btm_cluster.driver.preparation import prepare
-from btm_cluster.driver.room import Room
 from btm_cluster.driver.prepared_plan import text_of
+from btm_cluster.driver.room import Room
 from btm_cluster.errors import FoundationError, StepError, UserError
 from btm_cluster.ledger import Ledger, Ref, artifact_key, blob_key
 from btm_cluster.operations.plan import DONE, NEW, UNREAD, Preview, Step, preview
