@@ -2,7 +2,7 @@
 tracking, and signals that save first."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from btm_cluster.terminal.output import end_input
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from btm_cluster.driver.capacity import Demand
     from btm_cluster.driver.driver import Driver
     from btm_cluster.ledger import Ledger
 
@@ -50,6 +51,7 @@ def opened_driver(
     SIGTERM and Ctrl-C ask the trainings to save first, and end in Stopped; in a thread of a program's own
     they are not heard.
     """
+    from btm_cluster.driver.budget import Meter, MeteredWorkers
     from btm_cluster.driver.driver import Driver
     from btm_cluster.driver.recipes import expert_resources
     from btm_cluster.terminal.progress import ProgressView
@@ -65,12 +67,19 @@ def opened_driver(
         handling(asked),
         ExitStack() as stack,
     ):
-        workers: InProcess | LazyRayWorkers = InProcess(ledger, LocalControl(watcher, asked.stop))
+        meter = Meter(plan, ledger.storage, watcher, asked.stop)
+        workers: InProcess | LazyRayWorkers = InProcess(ledger, LocalControl(meter, asked.stop))
         if not in_process:
             store, expert = ledger.storage.location, expert_resources(plan)
-            lazy = LazyRayWorkers(store, watcher, asked.stop, plan.cluster, expert, address, dashboard)
+            lazy = LazyRayWorkers(store, meter, asked.stop, plan.cluster, expert, address, dashboard)
             workers = stack.enter_context(lazy)
-        asked.driver = Driver(ledger, workers, workers.check_capacity, new_resources)
+        metered = MeteredWorkers(workers, meter, ledger)
+
+        def check_demands(demands: "Sequence[Demand]") -> None:
+            metered.check_budget(demands)
+            workers.check_capacity(demands)
+
+        asked.driver = Driver(ledger, metered, check_demands, new_resources)
         yield asked.driver
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from btm_cluster.algorithm import Grown
+from btm_cluster.driver.budget import Spent, budget_notes
 from btm_cluster.driver.capacity import Demand
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.outstanding import baseline_requests
@@ -85,12 +86,12 @@ class Preview:
     @property
     def gpu_hours(self) -> float:
         """Of the steps to come that run on GPUs."""
-        return sum(step.device_hours for step in self.steps if step.on_gpus)
+        return _cost(self.steps).gpu_hours
 
     @property
     def cpu_hours(self) -> float:
         """Of the trainings and scores to come that run without a GPU."""
-        return sum(step.device_hours for step in self.steps if not step.on_gpus)
+        return _cost(self.steps).cpu_hours
 
     @property
     def money(self) -> float | None:
@@ -122,8 +123,9 @@ def preview(plan: Plan, ledger: Ledger, new_resources: bool = False, room: Room 
     cost = _Cost(plan, walk, parameters, room, rates_of(plan, prepared.model, ledger, room.gpu))
     trainings = list(_trainings(grown, cost))
     scores = _scores(prepared, sizes, cost)
+    steps = (*_readings(walk, ledger), *_preparation(walk), *trainings, scores)
     return Preview(
-        (*_readings(walk, ledger), *_preparation(walk), *trainings, scores),
+        steps,
         uses,
         parameters,
         non_embedding,
@@ -133,9 +135,14 @@ def preview(plan: Plan, ledger: Ledger, new_resources: bool = False, room: Room 
         room.name,
         plan.cluster.price_per_gpu_hour,
         first_token_of(plan),
-        tuple(_notes(plan, uses)),
+        (*_notes(plan, uses), *budget_notes(plan, ledger.storage, _cost(steps))),
         _demands(walk),
     )
+
+
+def _cost(steps: Sequence[Step]) -> Spent:
+    on_gpus = sum(step.device_hours for step in steps if step.on_gpus)
+    return Spent(on_gpus, sum(step.device_hours for step in steps if not step.on_gpus))
 
 
 def check_run(plan: Plan, driver: Driver) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ plan is refused in a fraction of a second. `read_plan` is the only way in; `prob
 refuses.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -13,6 +13,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from btm_cluster.errors import PlanError
 from btm_cluster.plan import rules as plan_rules
+from btm_cluster.plan.broken_rules import Broken, Given
+from btm_cluster.plan.budget import BudgetPlan, budget_rules
 from btm_cluster.plan.expansion import ExpansionPlan
 from btm_cluster.plan.file import read_plan_file
 from btm_cluster.plan.problems import describe_problems
@@ -101,15 +103,21 @@ class ClusterPlan(Section):
     stop_grace_seconds: PositiveReal = 120
     """Time a stopped run has to save its training checkpoints."""
     price_per_gpu_hour: Real | None = None
-    """For `btm plan`."""
+    """For `btm plan`, and for `budget.money`."""
     tokens_per_gpu_second: PositiveReal | None = None
-    """For `btm plan`; without it, the rate of earlier runs in the store."""
+    """For `btm plan`; without it, the rate of earlier runs in the store, or one that follows from the model's
+    FLOPs and the GPU."""
+
+
+def _rules(given: Given) -> Iterator[Broken]:
+    yield from plan_rules.plan_rules(given)
+    yield from budget_rules(given)
 
 
 class Plan(Section):
     """One forest: its texts, model, recipe and how it is grown."""
 
-    rules: ClassVar = plan_rules.plan_rules
+    rules: ClassVar = _rules
     name: Name
     """Shown in the dashboard and in reports."""
     store: Place
@@ -134,6 +142,8 @@ class Plan(Section):
     """Rivals trained with the same compute on the same text."""
     cluster: ClusterPlan = ClusterPlan()
     """How the work is done."""
+    budget: BudgetPlan = BudgetPlan()
+    """What it may cost."""
     study: StudyPlan | None = None
     """For `btm study` alone; without it, the plan's own model with all rivals and controls."""
     expansion: ExpansionPlan = ExpansionPlan()
