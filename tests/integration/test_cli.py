@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -222,6 +223,57 @@ def test_init_writes_a_plan_that_reads_and_never_over_another(
         assert code == 2
         assert "already exists" in err
     assert path.read_text() == "mine"
+
+
+def test_init_sizes_a_plan_to_the_texts_that_are_named_and_no_preview_of_it_warns(
+    texts: dict[str, Path],
+    btm: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("kitchen", "harbour", "market"):
+        (tmp_path / "text" / name).mkdir(parents=True)
+        shutil.copy(texts[name], tmp_path / "text" / name / "a.jsonl")
+    (tmp_path / "plans").mkdir()
+    named = [f"--text={name}=text/{name}/*.jsonl" for name in ("kitchen", "harbour")]
+    code, out, _ = btm("init", "plans/mine.yaml", *named, "--target", "market=text/market/a.jsonl")
+    assert code == 0
+    assert "its updates read" in out
+    monkeypatch.chdir("/")
+    path = tmp_path / "plans" / "mine.yaml"
+    plan = read_plan(path)
+    assert [text.name for text in plan.texts] == ["kitchen", "harbour", "market"]
+    assert plan.domains[0].text == (f"{tmp_path}/text/kitchen/*.jsonl",)
+    seen = json.loads(btm("plan", path, "--json")[1])
+    assert all(0 < use["passes"] <= 4 for use in seen["texts"])
+    assert seen["notes"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("--text", "kitchen"), "NAME=FILES"),
+        (("--text", "Kitchen=a.jsonl"), "lower-case letters"),
+        (("--text", "kitchen=none/*.jsonl"), "the text of 'kitchen' matches no file"),
+        (("--text", "kitchen=a.pdf"), "files that are not read"),
+        (("--target", "kitchen=a.pdf"), "only --target"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_texts_that_init_cannot_read_are_refused_and_nothing_is_written(
+    arguments: tuple[str, ...],
+    part: str,
+    btm: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.pdf").touch()
+    code, _, err = btm("init", "new.yaml", *arguments)
+    assert code == 2
+    assert part in err
+    assert not (tmp_path / "new.yaml").exists()
 
 
 def test_init_in_a_folder_that_is_not_there_is_refused(
