@@ -102,6 +102,14 @@ def open_ledger(store: str) -> "Ledger":
     return ledger
 
 
+def dry_ledger(store: str) -> "Ledger":
+    """A ledger over a store as it stands, which keeps in memory whatever is written to it."""
+    from btm_cluster.ledger import Ledger
+    from btm_cluster.workers.dry_run import Overlay
+
+    return Ledger(Overlay(open_ledger(store).storage))
+
+
 class _Asked:
     """Hears signals: the first one asks to save and stop, a second one to go
     without saving; a third ends the process, where it is a command's own."""

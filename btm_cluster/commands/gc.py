@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from btm_cluster.errors import UserError
 from btm_cluster.session import open_ledger
 from btm_cluster.terminal.options import ForestPlan, Json, Store, forest_place
 
@@ -21,6 +22,9 @@ def gc(
     delete: Annotated[
         bool, typer.Option("--delete", help="Delete it; without this, only say what would go.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would go: so it does without --delete.")
+    ] = False,
     json_output: Json = False,
 ) -> None:
     """Find, and with --delete remove, what no kept version, no run in the making and nothing young reaches.
@@ -29,6 +33,8 @@ def gc(
     """
     from btm_cluster.operations.gc import collect, find_garbage
 
+    if dry_run and delete:
+        raise UserError("--dry-run and --delete exclude each other", remedy="leave one of them out")
     ledger = open_ledger(forest_place("forest gc", plan_path, store).store)
     garbage = find_garbage(ledger, keep_versions, 86_400 * grace_days, now=None if delete else time.time())
     if delete:

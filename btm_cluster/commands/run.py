@@ -4,11 +4,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from btm_cluster.commands.plan import plan as preview
 from btm_cluster.plan import read_plan
 from btm_cluster.session import driving
 from btm_cluster.terminal.options import (
     Address,
     Dashboard,
+    DryRun,
     InProcess,
     JsonAndProgress,
     NewResources,
@@ -32,8 +34,12 @@ def run(
     in_process: InProcess = False,
     dashboard: Dashboard = False,
     new_resources: NewResources = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Grow the forest: seed, experts, merge, and the verdict. Run again, it goes on where it was."""
+    if dry_run:
+        preview(plan_path, json_output, address)
+        return
     plan = read_plan(plan_path)
     check_shadowing()
     from btm_cluster.driver.driver import step_error

@@ -49,6 +49,9 @@ Store = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what it would do. Nothing is started, nothing is written.")
+]
 Domain = Annotated[str, typer.Argument(help="The domain.", show_default=False)]
 Target = Annotated[
     str | None,

@@ -327,6 +327,17 @@ def test_a_preview_says_what_this_machine_could_never_do_unless_a_cluster_is_nam
     assert "note:" not in btm("plan", path, "--address", "auto")[1]
 
 
+def test_a_dry_run_is_a_preview(
+    fields: dict[str, Any], write_plan: Callable[..., Path], btm: Callable[..., tuple[int, str, str]]
+) -> None:
+    path = write_plan(set_price(fields))  # whose rate is not measured anew each time
+    assert btm("run", path, "--dry-run", "--json") == btm("plan", path, "--json")
+    assert not Path(fields["store"]).exists()
+    code, _, err = btm("forest", "gc", path, "--dry-run", "--delete")
+    assert code == 2
+    assert "exclude each other" in err
+
+
 def set_price(fields: dict[str, Any]) -> dict[str, Any]:
     cluster = {"gpus_per_expert": 1, "seed_gpus": 1, "tokens_per_gpu_second": 1, "price_per_gpu_hour": 2.5}
     return fields | {"cluster": cluster}
