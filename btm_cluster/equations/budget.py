@@ -24,6 +24,12 @@ def stored_bytes(parameters: int, with_optimizer: bool) -> int:
     return parameters * 4 * (3 if with_optimizer else 1)
 
 
+def trained_bytes(parameters: int) -> int:
+    """Bytes of memory that a model takes while it is trained, at least: weights, gradients and Adam's two
+    moments in float32. Activations come on top."""
+    return parameters * 4 * 4
+
+
 def training_flops_per_token(parameters: int, layers: int, width: int, block_tokens: int) -> int:
     """Operations per token, forward and backward: 6 for each parameter, and attention over the block.
 

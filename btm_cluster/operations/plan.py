@@ -15,11 +15,12 @@ from btm_cluster.driver.budget import Spent, budget_notes
 from btm_cluster.driver.capacity import Demand
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.outstanding import baseline_requests
+from btm_cluster.driver.plan_notes import notes_on
 from btm_cluster.driver.prepared_plan import PreparedPlan, first_token_of, text_of
 from btm_cluster.driver.rates import FORWARD_SHARE, Rate, rates_of
 from btm_cluster.driver.recipes import expert_request, expert_resources, seed_request, seed_start
 from btm_cluster.driver.room import SOME_CLUSTER, Room, devices
-from btm_cluster.driver.text_sizes import TextSize, TextUse, text_sizes, text_uses, too_many_passes
+from btm_cluster.driver.text_sizes import TextSize, TextUse, text_sizes, text_uses
 from btm_cluster.equations.budget import stored_bytes, wall_hours
 from btm_cluster.language_model.model import count_parameters
 from btm_cluster.ledger import Artifact, Ledger, Ref
@@ -36,6 +37,7 @@ from btm_cluster.requests import (
     TrainRequest,
     TrainTokenizer,
 )
+from btm_cluster.workers.disk_and_memory import check_disk_of_store
 from btm_cluster.workers.dry_walk import DONE, NEW, UNREAD, DryWalk
 
 
@@ -99,6 +101,11 @@ class Preview:
         known = self.on_gpus and self.price_per_gpu_hour is not None
         return self.gpu_hours * self.price_per_gpu_hour if known else None  # type: ignore[operator]
 
+    @property
+    def bytes_to_store(self) -> int:
+        """At least: the models that are new."""
+        return sum(step.stored_bytes for step in self.steps if step.updates and step.state != DONE)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values for machines."""
         fields = asdict(self)
@@ -135,8 +142,8 @@ def preview(plan: Plan, ledger: Ledger, new_resources: bool = False, room: Room 
         room.name,
         plan.cluster.price_per_gpu_hour,
         first_token_of(plan),
-        (*_notes(plan, uses), *budget_notes(plan, ledger.storage, _cost(steps))),
-        _demands(walk),
+        (*notes_on(plan, uses), *budget_notes(plan, ledger.storage, _cost(steps))),
+        _demands(walk, parameters),
     )
 
 
@@ -150,31 +157,13 @@ def check_run(plan: Plan, driver: Driver) -> tuple[str, ...]:
     should be known of it.
 
     Raises:
-        ResourcesError: naming what there is and what is asked.
+        ResourcesError: naming what there is and what is asked, of devices, memory or disk.
+        BudgetError: the plan's budget is spent.
     """
     seen = preview(plan, driver.ledger, driver.new_resources)
+    check_disk_of_store(driver.ledger.storage.location, seen.bytes_to_store)
     driver.check_capacity(seen.demands)
     return seen.notes
-
-
-def _notes(plan: Plan, uses: Sequence[TextUse]) -> Iterator[str]:
-    training = plan.training
-    if often := too_many_passes(uses, training.updates):
-        yield often
-    if plan.cluster.price_per_gpu_hour is not None and not plan.cluster.gpus_per_expert:
-        yield "`cluster.price_per_gpu_hour` prices nothing: experts train on CPU (`cluster.gpus_per_expert` is 0)"
-    if plan.model.pretrained is None:
-        return
-    if not training.seed_updates:
-        yield f"the pretrained model is the seed: experts train all {training.updates:,} updates"
-        return
-    yield (
-        f"the pretrained model is the seed, and `training.seed_share` is {training.seed_share:g}: updates 1 "
-        "to "
-        f"{training.seed_updates:,} of {training.updates:,} are never made, and experts begin at that point "
-        "of the "
-        "learning-rate line; without `seed_share` they train all"
-    )
 
 
 def _readings(walk: DryWalk, ledger: Ledger) -> Iterator[Step]:
@@ -284,7 +273,7 @@ def _wall_hours(trainings: Sequence[Step], scores: Step) -> float:
     return seed.hours + wall_hours([(step.hours, step.share) for step in others]) + scores.hours
 
 
-def _demands(walk: DryWalk) -> tuple[Demand, ...]:
+def _demands(walk: DryWalk, parameters: int) -> tuple[Demand, ...]:
     """The groups that the trainings to come ask for: one for each size, and
     one for each training that goes on."""
     seen: dict[tuple[Resources, str], Demand] = {}
@@ -292,6 +281,8 @@ def _demands(walk: DryWalk) -> tuple[Demand, ...]:
         if isinstance(request, TrainRequest):
             is_new_expert = request.role == "expert" and request.saved_at is None
             label = f"expert {request.label}" if request.role == "expert" else request.label
-            demand = Demand("an expert" if is_new_expert else label, request.how, request.saved_at)
+            demand = Demand(
+                "an expert" if is_new_expert else label, request.how, request.saved_at, parameters=parameters
+            )
             seen.setdefault((demand.how, demand.label if demand.saved_at is not None else ""), demand)
     return tuple(seen.values())

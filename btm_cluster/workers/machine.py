@@ -22,6 +22,7 @@ from btm_cluster.driver.room import SOME_CLUSTER, Room
 from btm_cluster.errors import BtmError, ResourcesError, UserError
 from btm_cluster.storage import open_storage
 from btm_cluster.storage.node_cache import node_cache
+from btm_cluster.workers.disk_and_memory import problems_here
 
 PROGRAM_SECONDS = 120.0
 _THREAD_VARIABLES = ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TORCH_NUM_THREADS", "OMP_THREAD_LIMIT")
@@ -125,6 +126,7 @@ def notes_on_this_machine(demands: Sequence[Demand]) -> list[str]:
             notes.append(
                 f"{demand.label} asks for {asked}, and this machine has {describe_nodes([node])}: {there}"
             )
+    notes += [f"{one.what}: {one.found}, and it wants {one.expected}" for one in problems_here(demands)]
     try:
         check_compiler(demands)
     except ResourcesError as exc:
