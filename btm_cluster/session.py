@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+from btm_cluster.errors import UserError
 from btm_cluster.plan import Plan
 from btm_cluster.stopping import end_at_signals, handling, stopped
 from btm_cluster.terminal.output import end_input
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from btm_cluster.driver.capacity import Demand
     from btm_cluster.driver.driver import Driver
     from btm_cluster.ledger import Ledger
+
+_JOBS_COPY = "/working_dir_files/_ray_pkg_"
+"""In paths of what `ray job submit --working-dir` carried."""
 
 
 @contextmanager
@@ -94,10 +98,21 @@ def local_driver(store: str) -> "Driver":
 
 
 def open_ledger(store: str) -> "Ledger":
-    """The ledger of a store that was found to be usable."""
+    """The ledger of a store that was found to be usable.
+
+    Raises:
+        UserError: it is not, or would not outlive the Ray job that this runs in.
+    """
     from btm_cluster.ledger import Ledger
 
     ledger = Ledger.open(store)
+    if _JOBS_COPY in ledger.storage.location:
+        raise UserError(
+            "the store would be deleted with this job",
+            found=f"{ledger.storage.location}, in the job's own copy of its working directory",
+            expected="a bucket, or an absolute path that all nodes share",
+            remedy="write such a `store` into the plan",
+        )
     ledger.storage.check()
     return ledger
 

@@ -327,6 +327,19 @@ def test_a_preview_says_what_this_machine_could_never_do_unless_a_cluster_is_nam
     assert "note:" not in btm("plan", path, "--address", "auto")[1]
 
 
+def test_a_store_in_the_jobs_own_copy_of_its_folder_is_refused(
+    fields: dict[str, Any], btm: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    """It was grown, and deleted with the job."""
+    folder = tmp_path / "session/runtime_resources/working_dir_files/_ray_pkg_0123456789abcdef"
+    folder.mkdir(parents=True)
+    (folder / "plan.yaml").write_text(yaml.safe_dump(fields | {"store": "forests/lost"}))
+    for command in ("run", "plan"):
+        code, _, err = btm(command, folder / "plan.yaml")
+        assert code == 2
+        assert "the store would be deleted with this job" in err
+
+
 def test_a_dry_run_is_a_preview(
     fields: dict[str, Any], write_plan: Callable[..., Path], btm: Callable[..., tuple[int, str, str]]
 ) -> None:
