@@ -43,7 +43,9 @@ def expand(
     if dry_run:
         show_new(find_new(plan, dry_ledger(plan.store)), json_output)
         return
-    with driving(plan, address, in_process, dashboard, json_output, new_resources) as driver:
+    with driving(
+        plan, address, in_process, dashboard, json_output, new_resources, command="expand"
+    ) as driver:
         result = expand(plan, driver)
     show_expanded(result, json_output)
     if result.failures:

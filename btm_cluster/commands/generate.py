@@ -105,7 +105,7 @@ def generate(
         found = generate_from_store(open_ledger(place.store), texts, asked)
     else:
         # Standard output is for the text alone.
-        with driving(place.plan, address, in_process, dashboard=False, json_output=True) as driver:
+        with driving(place.plan, address, in_process, False, json_output=True, command="generate") as driver:
             found = generate_texts(place.plan, target, texts, asked, driver)
     if json_output:
         told = [_as_json(one, show_experts) for one in found]

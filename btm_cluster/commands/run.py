@@ -48,7 +48,7 @@ def run(
     from btm_cluster.operations.plan import check_run
     from btm_cluster.operations.run import run_plan
 
-    with driving(plan, address, in_process, dashboard, json_output, new_resources) as driver:
+    with driving(plan, address, in_process, dashboard, json_output, new_resources, command="run") as driver:
         for note in check_run(plan, driver):
             consoles(json_output)[1].print(f"note: {note}", soft_wrap=True)
         result = run_plan(plan, driver)

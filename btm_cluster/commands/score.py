@@ -101,7 +101,7 @@ def _scorer(
     if place.plan is None:
         return scorer_of_store(open_ledger(place.store))
     # Standard output is for the figures alone.
-    with driving(place.plan, address, in_process, dashboard=False, json_output=True) as driver:
+    with driving(place.plan, address, in_process, False, json_output=True, command="score") as driver:
         return scorer_of_plan(place.plan, target, driver)
 
 

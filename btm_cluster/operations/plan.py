@@ -142,7 +142,7 @@ def preview(plan: Plan, ledger: Ledger, new_resources: bool = False, room: Room 
         room.name,
         plan.cluster.price_per_gpu_hour,
         first_token_of(plan),
-        (*notes_on(plan, uses), *budget_notes(plan, ledger.storage, _cost(steps))),
+        (*notes_on(plan, uses), *budget_notes(plan, ledger, _cost(steps))),
         _demands(walk, parameters),
     )
 

@@ -8,16 +8,16 @@ from btm_cluster.plan.values import PositiveReal
 
 
 class BudgetPlan(Section):
-    """What all commands with this store may spend on training and scoring together.
+    """What all commands with this store may spend together, by their timelines in the store.
 
     Once it is spent, trainings save and the run stops. Raise it, and the same command goes on from there. It is
     no part of an identity.
     """
 
     gpu_hours: PositiveReal | None = None
-    """Hours of steps on GPUs times their GPUs, or their share of one."""
+    """GPUs that steps hold, or shares of one, times hours."""
     cpu_hours: PositiveReal | None = None
-    """Hours of trainings and scoring without a GPU, times their CPUs."""
+    """CPUs that steps hold, times hours."""
     money: PositiveReal | None = None
     """The same as `gpu_hours` at `cluster.price_per_gpu_hour`, in its currency."""
 
@@ -37,6 +37,3 @@ def budget_rules(given: Given) -> Iterator[Broken]:
         if is_given(budget.get(name)) and not any(gpus):
             expected = "nothing, since nothing is trained on GPUs"
             yield Broken(f"budget.{name}", str(budget[name]), expected, "give `cpu_hours` instead")
-    if is_given(budget.get("cpu_hours")) and all(gpus):
-        expected = "nothing, since everything is trained on GPUs"
-        yield Broken("budget.cpu_hours", str(budget["cpu_hours"]), expected, "give `gpu_hours` instead")

@@ -1,37 +1,48 @@
 """The plan's budget: what steps cost over all runs with a store, and the stop once it is spent."""
 
 import threading
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 
 import pytest
 
-from btm_cluster.driver.budget import Meter, MeteredWorkers, Spent, spent_in
+from btm_cluster.driver.budget import Budget, Spent, WorkersWithinBudget, spent_in
 from btm_cluster.driver.capacity import demand_of
 from btm_cluster.driver.driver import Driver
-from btm_cluster.driver.recipes import score_request, seed_request
+from btm_cluster.driver.run_events import RunEvents
+from btm_cluster.driver.run_log import RunLog
 from btm_cluster.errors import BudgetError, PlanError, Stopped
 from btm_cluster.language_model import training
 from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.ledger.timelines import list_runs, read_timeline
 from btm_cluster.operations.plan import preview
 from btm_cluster.plan import Plan, read_plan
-from btm_cluster.requests import Resources, TrainRequest
+from btm_cluster.requests import StepRequest
 from btm_cluster.requests.progress import Progress
 from btm_cluster.workers.in_process import InProcess, LocalControl
-from btm_cluster.workers.on_ray.supervision import WARMING_UP, waiting_message
+from btm_cluster.workers.step_events import event_of
 from tests.integration.conftest import PreparedStore, copy_store
 
 SECOND = 1 / 3600
 """In hours."""
 
 
-def metered(plan: Plan, clock: Callable[[], float]) -> tuple[Driver, MeteredWorkers]:
-    """A driver in this process, whose time is the clock's."""
+@contextmanager
+def within_budget(plan: Plan) -> Iterator[tuple[Driver, Budget]]:
+    """A driver in this process, whose clock goes on by a second at each look."""
     ledger, stop = Ledger.open(plan.store), threading.Event()
-    meter = Meter(plan, ledger.storage, lambda _: None, stop, clock)
-    workers = MeteredWorkers(InProcess(ledger, LocalControl(meter, stop)), meter, ledger)
-    return Driver(ledger, workers), workers
+    ticks = count(1_700_000_000)
+    events = RunEvents("run", lambda: float(next(ticks)))
+    budget = Budget(plan, ledger, events, lambda _: None, stop)
+    workers = WorkersWithinBudget(InProcess(ledger, LocalControl(budget, stop), events), budget)
+    with RunLog(ledger, events):
+        yield Driver(ledger, workers), budget
+
+
+def require(plan: Plan, request: StepRequest) -> Artifact:
+    with within_budget(plan) as (driver, _):
+        return driver.require([request])[0]
 
 
 def with_budget(plan: Plan, seconds: float) -> Plan:
@@ -48,81 +59,62 @@ def test_a_spent_budget_stops_at_a_checkpoint_and_once_raised_the_run_goes_on_to
     seed, ledger = prepared_store.seed, prepared_store.driver.ledger
     plan = with_budget(prepared_store.prepared.plan, 3.5)
     with pytest.raises(BudgetError) as stopped:
-        metered(plan, count().__next__)[0].require([seed])
+        require(plan, seed)
     saved = ledger.latest_training(seed.ref.identity)
     assert saved is not None
     assert 0 < saved.recipe["update"] < seed.last_update
     assert f"it goes on, seed at update {saved.recipe['update']}" in stopped.value.remedy
     assert "raise budget.cpu_hours" in stopped.value.remedy
     assert stopped.value.exit_code == Stopped.exit_code == 130
-    spent = spent_in(ledger.storage)
-    assert 3.5 * SECOND <= spent.cpu_hours < 8 * SECOND
+    spent = spent_in(ledger)
+    assert 3.5 * SECOND <= spent.cpu_hours < 10 * SECOND
     assert spent.gpu_hours == 0
+    (run,) = list_runs(ledger)
+    timeline = read_timeline(ledger, run)
+    assert timeline.outcome == "stopped"
+    assert [event.cause for event in timeline.events if event.what == "stop"] == [
+        "the plan's budget is spent"
+    ]
 
     (note,) = preview(plan, ledger).notes
     assert "of 0.0009722 is spent (budget.cpu_hours), and about" in note
-    again, workers = metered(plan, count().__next__)
-    with pytest.raises(BudgetError, match="spent"):
-        workers.check_budget([demand_of(seed)])
-    with pytest.raises(BudgetError, match="spent"):
-        again.require([seed])
-    assert spent_in(ledger.storage) == spent, "nothing was started"
+    with within_budget(plan) as (again, budget):
+        with pytest.raises(BudgetError, match="spent"):
+            budget.check([demand_of(seed)])
+        with pytest.raises(BudgetError, match="spent"):
+            again.require([seed])
+    assert spent_in(ledger) == spent, "nothing was started"
 
-    (trained,) = metered(with_budget(plan, 1000), count().__next__)[0].require([seed])
+    trained = require(with_budget(plan, 1000), seed)
     elsewhere = copy_store(plan_with_blocks, tmp_path_factory.mktemp("undisturbed") / "store")
-    (undisturbed,) = metered(elsewhere, count().__next__)[0].require([seed])
+    undisturbed = require(elsewhere, seed)
     for file in ("model.safetensors", "optimizer.safetensors"):
         assert trained.blob(file) == undisturbed.blob(file)
-    metered(plan, count().__next__)[0].require([seed])  # what is made costs nothing
+    require(plan, seed)  # what is made costs nothing
 
 
-def test_scores_of_one_process_cost_its_time_once(prepared_store: PreparedStore) -> None:
-    driver, prepared = prepared_store.driver, prepared_store.prepared
-    prepared_store.train_seed()
-    asked = [
-        score_request(prepared, seed_request(prepared).ref, text, split)
-        for text in prepared.domains
-        for split in ("development", "test")
-    ]
-    ticks = count()
-    before = spent_in(driver.ledger.storage).cpu_hours
-    assert all(isinstance(one, Artifact) for one in metered(prepared.plan, ticks.__next__)[0].obtain(asked))
-    assert 0 < spent_in(driver.ledger.storage).cpu_hours - before < next(ticks) * SECOND
-
-
-@pytest.fixture
-def on_gpus(prepared_store: PreparedStore) -> TrainRequest:
-    return replace(prepared_store.seed, how=Resources(2, 0.5, 1, 16, "bfloat16", compile=True))
-
-
-def test_gpu_hours_and_money_count_shares_of_gpus_from_the_first_report_at_work(
-    prepared_store: PreparedStore, on_gpus: TrainRequest
-) -> None:
+def test_gpu_hours_and_money_are_those_that_steps_hold(prepared_store: PreparedStore) -> None:
     plan = prepared_store.prepared.plan
     cluster = plan.cluster.model_copy(update={"price_per_gpu_hour": 3.0})
     budget = plan.budget.model_copy(update={"money": 3.0})
     plan = plan.model_copy(update={"cluster": cluster, "budget": budget})
     now, stop = [0.0], threading.Event()
-    meter = Meter(plan, prepared_store.driver.ledger.storage, lambda _: None, stop, lambda: now[0])
-    meter.expect([on_gpus])
+    events = RunEvents("run", lambda: now[0])
+    kept = Budget(plan, prepared_store.driver.ledger, events, lambda _: None, stop)
+    step = event_of(prepared_store.seed, "step", 0.0, 0.0, gpus=0.5, cpus=2)
+    events.begin("seed", step)
 
-    def report(phase: str, at_hours: float) -> None:
+    def report(at_hours: float) -> None:
         now[0] = 3600 * at_hours
-        meter(Progress(on_gpus.label, phase))
+        kept(Progress("seed", "training"))
 
-    for phase in (WARMING_UP, waiting_message("2 GPUs")):
-        report(phase, 1)
-        assert meter.spent == Spent()
-    report("starting", 2)
-    report("training", 2.75)
-    assert meter.spent.gpu_hours == pytest.approx(0.75)
+    report(1.5)
+    assert kept.spent == Spent(gpu_hours=0.75, cpu_hours=3)
     assert not stop.is_set()
-    report("training", 3.1)
+    report(2.1)
     assert stop.is_set()
-    assert meter.over == "money"
-    meter.ended(on_gpus)
-    report("training", 9)
-    assert meter.spent.gpu_hours == pytest.approx(1.1)
+    assert kept.limit == "money"
+    assert "3.15 of 3 is spent (budget.money)" in kept.stopped([]).found
 
 
 @pytest.mark.parametrize(
@@ -130,7 +122,6 @@ def test_gpu_hours_and_money_count_shares_of_gpus_from_the_first_report_at_work(
     [
         ({"budget": {"money": 5}, "cluster": {"gpus_per_expert": 1}}, "price_per_gpu_hour"),
         ({"budget": {"gpu_hours": 5}}, "give `cpu_hours` instead"),
-        ({"budget": {"cpu_hours": 5}, "cluster": {"gpus_per_expert": 1, "seed_gpus": 1}}, "give `gpu_hours`"),
         ({"budget": {"gpu_hours": 0}}, "budget.gpu_hours"),
     ],
     ids=str,
