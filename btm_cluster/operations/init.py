@@ -151,6 +151,15 @@ def _tokens(text: TextPlan) -> int:
     return estimated_tokens(stamp["text"])
 
 
+def _field(text: TextPlan) -> str | None:
+    """The field of its rows that seems to hold the text, where that is another than the default."""
+    from btm_cluster.data.fields import field_with_text
+    from btm_cluster.data.sources import source_files
+
+    found = field_with_text(source_files(text)["text"][0].path)
+    return None if found == text.field else found
+
+
 def _this_machine() -> "Machine":
     from btm_cluster.driver.rates import ASSUMED_GPU
     from btm_cluster.driver.sizing import Machine
@@ -189,7 +198,10 @@ def _duration(hours: float) -> str:
 def _entry(text: TextPlan, path: Path) -> str:
     files = [_from_plan(pattern, path) for pattern in text.text]
     shown = json.dumps(files[0] if len(files) == 1 else files, ensure_ascii=False)
-    return f"  - {{name: {text.name}, text: {shown}}}"
+    field = _field(text)
+    return (
+        f"  - {{name: {text.name}, text: {shown}{'' if field is None else f', field: {json.dumps(field)}'}}}"
+    )
 
 
 def _targets(texts: Sequence[TextPlan], path: Path) -> str:

@@ -90,7 +90,7 @@ def forest_place(
         UserError: both or neither is named.
         PlanError: the plan is wrong.
     """
-    if plan_path is not None and store == os.environ.get(STORE_VARIABLE):
+    if not store or (plan_path is not None and store == os.environ.get(STORE_VARIABLE)):
         store = None
     if (plan_path is None) == (store is None):
         raise UserError(

@@ -235,6 +235,8 @@ def test_init_sizes_a_plan_to_the_texts_that_are_named_and_no_preview_of_it_warn
     for name in ("kitchen", "harbour", "market"):
         (tmp_path / "text" / name).mkdir(parents=True)
         shutil.copy(texts[name], tmp_path / "text" / name / "a.jsonl")
+    harbour = tmp_path / "text" / "harbour" / "a.jsonl"
+    harbour.write_text(harbour.read_text().replace('"text"', '"body"'))
     (tmp_path / "plans").mkdir()
     named = [f"--text={name}=text/{name}/*.jsonl" for name in ("kitchen", "harbour")]
     code, out, _ = btm("init", "plans/mine.yaml", *named, "--target", "market=text/market/a.jsonl")
@@ -245,6 +247,7 @@ def test_init_sizes_a_plan_to_the_texts_that_are_named_and_no_preview_of_it_warn
     plan = read_plan(path)
     assert [text.name for text in plan.texts] == ["kitchen", "harbour", "market"]
     assert plan.domains[0].text == (f"{tmp_path}/text/kitchen/*.jsonl",)
+    assert [domain.field for domain in plan.domains] == ["text", "body"]
     seen = json.loads(btm("plan", path, "--json")[1])
     assert all(0 < use["passes"] <= 4 for use in seen["texts"])
     assert seen["notes"] == []
