@@ -2,10 +2,11 @@
 tracking, and signals that save first."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+from btm_cluster.errors import UserError
 from btm_cluster.plan import Plan
 from btm_cluster.stopping import end_at_signals, handling, stopped
 from btm_cluster.terminal.output import end_input
@@ -13,10 +14,14 @@ from btm_cluster.terminal.output import end_input
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from btm_cluster.driver.capacity import Demand
     from btm_cluster.driver.driver import Driver
     from btm_cluster.driver.run_events import RunEvents
     from btm_cluster.ledger import Ledger
     from btm_cluster.requests.progress import Progress, Watcher
+
+_JOBS_COPY = "/working_dir_files/_ray_pkg_"
+"""In paths of what `ray job submit --working-dir` carried."""
 
 
 @contextmanager
@@ -56,6 +61,7 @@ def opened_driver(
     SIGTERM and Ctrl-C ask the trainings to save first, and end in Stopped; in a thread of a program's own
     they are not heard.
     """
+    from btm_cluster.driver.budget import Budget, WorkersWithinBudget
     from btm_cluster.driver.driver import Driver
     from btm_cluster.driver.recipes import expert_resources
     from btm_cluster.driver.run_events import RunEvents
@@ -76,14 +82,19 @@ def opened_driver(
         ExitStack() as stack,
     ):
         stack.callback(asked.tell_stop)
-        workers: InProcess | LazyRayWorkers = InProcess(ledger, LocalControl(watcher, asked.stop), events)
+        budget = Budget(plan, ledger, events, watcher, asked.stop)
+        workers: InProcess | LazyRayWorkers = InProcess(ledger, LocalControl(budget, asked.stop), events)
         if not in_process:
             store, expert = ledger.storage.location, expert_resources(plan)
-            lazy = LazyRayWorkers(
-                store, watcher, asked.stop, plan.cluster, expert, address, dashboard, events
-            )
+            lazy = LazyRayWorkers(store, budget, asked.stop, plan.cluster, expert, address, dashboard, events)
             workers = stack.enter_context(lazy)
-        asked.driver = Driver(ledger, workers, workers.check_capacity, new_resources, run_log)
+
+        def check_demands(demands: "Sequence[Demand]") -> None:
+            budget.check(demands)
+            workers.check_capacity(demands)
+
+        within = WorkersWithinBudget(workers, budget)
+        asked.driver = Driver(ledger, within, check_demands, new_resources, run_log)
         yield asked.driver
 
 
@@ -98,12 +109,31 @@ def local_driver(store: str) -> "Driver":
 
 
 def open_ledger(store: str) -> "Ledger":
-    """The ledger of a store that was found to be usable."""
+    """The ledger of a store that was found to be usable.
+
+    Raises:
+        UserError: it is not, or would not outlive the Ray job that this runs in.
+    """
     from btm_cluster.ledger import Ledger
 
     ledger = Ledger.open(store)
+    if _JOBS_COPY in ledger.storage.location:
+        raise UserError(
+            "the store would be deleted with this job",
+            found=f"{ledger.storage.location}, in the job's own copy of its working directory",
+            expected="a bucket, or an absolute path that all nodes share",
+            remedy="write such a `store` into the plan",
+        )
     ledger.storage.check()
     return ledger
+
+
+def dry_ledger(store: str) -> "Ledger":
+    """A ledger over a store as it stands, which keeps in memory whatever is written to it."""
+    from btm_cluster.ledger import Ledger
+    from btm_cluster.workers.dry_run import Overlay
+
+    return Ledger(Overlay(open_ledger(store).storage))
 
 
 def _each(*watchers: "Watcher") -> "Watcher":

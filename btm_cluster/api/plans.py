@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from btm_cluster.operations.plan import check_capacity
+from btm_cluster.operations.plan import check_run
 from btm_cluster.operations.run import Run, run_plan
 from btm_cluster.plan import Plan, read_plan
 from btm_cluster.session import opened_driver
@@ -40,7 +40,7 @@ def run(
     check_shadowing()
     progress = progress_console()
     with opened_driver(plan, address, in_process, progress, dashboard, new_resources) as driver:
-        check_capacity(plan, driver)
+        check_run(plan, driver)
         return run_plan(plan, driver)
 
 

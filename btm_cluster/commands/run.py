@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from btm_cluster.commands.plan import plan as preview
 from btm_cluster.plan import read_plan
 from btm_cluster.session import driving
 from btm_cluster.terminal.options import (
     Address,
     Dashboard,
     Details,
+    DryRun,
     InProcess,
     JsonAndProgress,
     NewResources,
@@ -34,17 +36,22 @@ def run(
     dashboard: Dashboard = False,
     new_resources: NewResources = False,
     details: Details = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Grow the forest: seed, experts, merge, and the verdict. Run again, it goes on where it was."""
+    if dry_run:
+        preview(plan_path, json_output, address)
+        return
     plan = read_plan(plan_path)
     check_shadowing()
     from btm_cluster.driver.driver import step_error
     from btm_cluster.evaluation.verdict_table import table_of
-    from btm_cluster.operations.plan import check_capacity
+    from btm_cluster.operations.plan import check_run
     from btm_cluster.operations.run import run_plan
 
     with driving(plan, address, in_process, dashboard, json_output, new_resources, command="run") as driver:
-        check_capacity(plan, driver)
+        for note in check_run(plan, driver):
+            consoles(json_output)[1].print(f"note: {note}", soft_wrap=True)
         result = run_plan(plan, driver)
         if driver.run_log is not None:
             driver.run_log.finish(table_of(result.verdict))

@@ -19,6 +19,7 @@ from btm_cluster.requests import StepRequest, TrainRequest
 from btm_cluster.requests.progress import Control, Progress, Watcher
 from btm_cluster.steps.registry import run_batch
 from btm_cluster.stopping import stopped
+from btm_cluster.workers.disk_and_memory import check_this_machine
 from btm_cluster.workers.machine import check_compiler, usable_cpus
 from btm_cluster.workers.pending import Pending
 from btm_cluster.workers.step_events import event_of
@@ -51,6 +52,7 @@ class InProcess:
 
     def check_capacity(self, demands: Sequence[Demand]) -> None:
         """Any number of CPUs will do, since threads can share them: the same model, later."""
+        check_this_machine(demands)
         check_compiler(demands)
         for demand in demands:
             gpus = math.ceil(demand.how.workers * demand.how.gpus_per_worker)

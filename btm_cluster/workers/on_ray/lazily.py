@@ -13,6 +13,7 @@ from btm_cluster.driver.run_events import RunEvents
 from btm_cluster.plan import ClusterPlan
 from btm_cluster.requests import Resources, StepRequest, TrainRequest
 from btm_cluster.requests.progress import Watcher
+from btm_cluster.workers.disk_and_memory import check_this_machine
 from btm_cluster.workers.machine import check_compiler
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class LazyRayWorkers:
     def check_capacity(self, demands: Sequence[Demand]) -> None:
         if demands:
             if self._address is None:
+                check_this_machine(demands)
                 check_compiler(demands)
             self._connected().check_capacity(demands)
 
