@@ -1,4 +1,4 @@
-"""A study's page: the paper's tables and figures, in Markdown, SVG and PNG, from results alone.
+"""A study's page: the paper's tables and figures, in Markdown and HTML, from results alone.
 
 Numbers are means over random seeds, ± their standard deviation where there are several.
 """
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from btm_cluster.report.content import Block, Page, Paragraph, Section, Table, Tile
 from btm_cluster.report.entries import (
     BASELINES,
     CALIBRATED,
@@ -19,9 +20,13 @@ from btm_cluster.report.entries import (
     select,
     spread,
 )
-from btm_cluster.report.figures import draw_figures
+from btm_cluster.report.figures import study_figures
+from btm_cluster.report.markdown import markdown
+from btm_cluster.report.page import render, standalone
 from btm_cluster.report.results import KEY, Entry, Results, repeats_left
 
+MARKDOWN_FILE, HTML_FILE = "README.md", "report.html"
+TITLE = "Results of a study"
 # Rows of table 1: what it is called, and which entries it is.
 TABLE_1: dict[str, Wanted] = {
     **BASELINES,
@@ -62,39 +67,108 @@ TABLE_8 = (*BASELINES, "DEMix, paper's posterior", "forest, paper's posterior", 
 
 
 def write_page(results: Results, folder: Path) -> None:
-    """Writes README.md, and the figures where there is something to draw."""
+    """Writes README.md, report.html, and the figures where there is something to draw."""
     folder.mkdir(parents=True, exist_ok=True)
-    sections = [*_size_sections(results), *draw_figures(results, folder), _texts_section(results)]
-    sections += [_trials_section(results), _speeds_section(results)]
-    seeds = sorted({entry["random_seed"] for entry in results.entries})
-    opening = (
-        "# Results of a study\n\nMade by `btm study` and `btm report` from `summary.json`; do not edit. "
-        "Perplexity per token on "
-        "test text, mean over texts; everything fitted or chosen was so on development text. "
-        f"Random seeds: {', '.join(map(str, seeds))}; ± is the standard deviation over them.\n"
-    )
+    for one in study_figures(results):
+        (folder / one.figure.file).write_text(standalone(one.figure.svg), encoding="utf-8")
+    sections = [*_size_sections(results), *figure_sections(results), *_other_sections(results)]
+    opening = f"# {TITLE}\n\nMade by `btm study` and `btm report` from `summary.json`; do not edit. {_opening(results)}\n"
     left = repeats_left(results)
     if left:
-        opening += f"\n**Not finished: written with {left} of the sizes and random seeds still to come.**\n"
-    (folder / "README.md").write_text(opening + "\n" + "\n".join(filter(None, sections)), encoding="utf-8")
+        opening += f"\n**Not finished: {_unfinished(left)}.**\n"
+    text = "\n".join([opening, *map(markdown, sections)])
+    (folder / MARKDOWN_FILE).write_text(text, encoding="utf-8")
+    (folder / HTML_FILE).write_text(render(_page(results, sections)), encoding="utf-8")
 
 
-def _size_sections(results: Results) -> Iterator[str]:
-    for size in dict.fromkeys(entry["size"] for entry in results.entries):
+def _page(results: Results, sections: Sequence[Section]) -> Page:
+    left = repeats_left(results)
+    best = min(
+        (tile for size in _sizes(results) if (tile := _tile(select(results.entries, size=size), size))),
+        key=lambda one: one[0],
+        default=None,
+    )
+    lead = _opening(results) + (f" Not finished: {_unfinished(left)}." if left else "")
+    tiles = [
+        tile
+        for size in _sizes(results)
+        if (found := _tile(select(results.entries, size=size), size))
+        for tile in [found[1]]
+    ]
+    headline = TITLE if best is None else f"At best {_signed(best[0])} perplexity against the Transformer-LM"
+    is_good = None if best is None else best[0] < 0
+    return Page(TITLE, headline, is_good, lead, tiles, sections, "Made by btm report from summary.json.")
+
+
+def _tile(entries: Sequence[Entry], size: str) -> tuple[float, Tile] | None:
+    """The best ensemble of a size: its mean difference, which may be zero."""
+    rows = {
+        name: select(main_entries(entries), **wanted) for name, wanted in TABLE_1.items() if "forest" in name
+    }
+    known = {
+        name: [entry["difference"] for entry in found]
+        for name, found in rows.items()
+        if found and all(entry["difference"] is not None for entry in found)
+    }
+    if not known:
+        return None
+    name, values = min(known.items(), key=lambda one: spread(one[1]).mean)
+    mean = spread(values).mean
+    detail = f"{name}; {len(values)} random seed{'s' * (len(values) > 1)}; all texts"
+    return mean, Tile(f"Best of size {size}", _signed(mean), detail, mean < 0)
+
+
+def _signed(share: float) -> str:
+    return f"{100 * share:+.1f} %".replace("-", "−")
+
+
+def _sizes(results: Results) -> list[str]:
+    return list(dict.fromkeys(entry["size"] for entry in results.entries))
+
+
+def _opening(results: Results) -> str:
+    seeds = sorted({entry["random_seed"] for entry in results.entries})
+    return (
+        "Perplexity per token on test text, mean over texts; everything fitted or chosen was so on development "
+        f"text. Random seeds: {', '.join(map(str, seeds))}; ± is the standard deviation over them."
+    )
+
+
+def _unfinished(left: int) -> str:
+    return f"written with {left} of the sizes and random seeds still to come"
+
+
+def figure_sections(results: Results) -> Iterator[Section]:
+    """A section for each curve that was measured."""
+    for one in study_figures(results):
+        yield Section(one.figure.file.removesuffix(".svg"), one.heading, [one.figure])
+
+
+def _other_sections(results: Results) -> Iterator[Section]:
+    yield _texts_section(results)
+    yield from _trials_sections(results)
+    yield _speeds_section(results)
+
+
+def _size_sections(results: Results) -> Iterator[Section]:
+    for size in _sizes(results):
         entries = main_entries(select(results.entries, size=size))
         first = entries[0]
-        yield (
-            f"## {size}: {first['non_embedding_parameters']:,} parameters without embeddings, "
+        heading = (
+            f"{size}: {first['non_embedding_parameters']:,} parameters without embeddings, "
             f"{first['tokens']:,} tokens, "
-            f"seed share {main_share(entries)}\n"
+            f"seed share {main_share(entries)}"
         )
-        yield _compared_with(entries)
-        yield "### Table 1: systems\n\n" + _means_table(entries, TABLE_1)
-        yield "### Table 2: averages of parameters, at the inference cost of one model\n\n" + _means_table(
-            entries, TABLE_2
-        )
-        yield "### Table 8: by text\n\n" + _texts_table(entries, results.texts)
-        yield "### What a posterior is worth\n\n" + _means_table(entries, _posteriors(entries))
+        blocks: list[Block] = [
+            Paragraph(_compared_with(entries)),
+            _means_table("Table 1: systems", entries, TABLE_1),
+            _means_table(
+                "Table 2: averages of parameters, at the inference cost of one model", entries, TABLE_2
+            ),
+            _by_text_table(entries, results.texts),
+            _means_table("What a posterior is worth", entries, _posteriors(entries)),
+        ]
+        yield Section(f"size-{size}", heading, blocks)
 
 
 def _compared_with(entries: Sequence[Entry]) -> str:
@@ -103,9 +177,9 @@ def _compared_with(entries: Sequence[Entry]) -> str:
     for entry in select(entries, **BASELINES["Transformer-LM"]):
         seeds.setdefault(_chosen(entry.get("milestones")), []).append(str(entry["random_seed"]))
     if len(seeds) == 1:
-        return f"Differences are to {next(iter(seeds))}.\n"
+        return f"Differences are to {next(iter(seeds))}."
     listed = "; ".join(f"with random seed {', '.join(own)} to {chosen}" for chosen, own in seeds.items())
-    return f"Differences are {listed}.\n"
+    return f"Differences are {listed}."
 
 
 def _chosen(milestones: Mapping[str, Any] | None) -> str:
@@ -117,15 +191,15 @@ def _chosen(milestones: Mapping[str, Any] | None) -> str:
     return f"the Transformer-LM at update {best:,} of {last:,}, its best milestone by the domains' development text"
 
 
-def _means_table(entries: Sequence[Entry], rows: Mapping[str, Wanted]) -> str:
-    lines = ["| | train | eval | all | against the Transformer-LM |", "|---|---|---|---|---|"]
-    for name, wanted in rows.items():
+def _means_table(caption: str, entries: Sequence[Entry], wanted_rows: Mapping[str, Wanted]) -> Table:
+    rows = []
+    for name, wanted in wanted_rows.items():
         found = select(entries, **wanted)
         if not found:
             continue
         cells = [_words([entry[group] for entry in found]) for group in ("train", "eval", "all")]
-        lines.append(f"| {name}{_some_seeds(found, entries)} | {' | '.join(cells)} | {_difference(found)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([f"{name}{_some_seeds(found, entries)}", *cells, _difference(found)])
+    return Table(caption, ["", "train", "eval", "all", "against the Transformer-LM"], rows)
 
 
 def _some_seeds(found: Sequence[Entry], entries: Sequence[Entry]) -> str:
@@ -166,75 +240,94 @@ def _posteriors(entries: Sequence[Entry]) -> dict[str, Wanted]:
     return rows
 
 
-def _texts_table(entries: Sequence[Entry], texts: Sequence[Entry]) -> str:
-    rows = {name: select(entries, **TABLE_1[name]) for name in TABLE_8}
-    rows = {f"{name}{_some_seeds(found, entries)}": found for name, found in rows.items() if found}
-    lines = ["| | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
-    for text in texts:
-        cells = [
-            _words([entry["per_domain"].get(text["name"]) for entry in found]) for found in rows.values()
+def _by_text_table(entries: Sequence[Entry], texts: Sequence[Entry]) -> Table:
+    systems = {name: select(entries, **TABLE_1[name]) for name in TABLE_8}
+    systems = {f"{name}{_some_seeds(found, entries)}": found for name, found in systems.items() if found}
+    rows = [
+        [
+            _name(text),
+            *(
+                _words([entry["per_domain"].get(text["name"]) for entry in found])
+                for found in systems.values()
+            ),
         ]
-        lines.append(f"| {text['name']}{' (target)' if text['is_target'] else ''} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _texts_section(results: Results) -> str:
-    lines = [
-        "## Table 7: texts\n",
-        "| | training words | training tokens | development tokens | test tokens | test windows of 20 words "
-        "also in training |",
-        "|---|---|---|---|---|---|",
+        for text in texts
     ]
+    return Table("Table 8: by text", ["", *systems], rows)
+
+
+def _name(text: Entry) -> str:
+    return f"{text['name']} (target)" if text["is_target"] else str(text["name"])
+
+
+def _texts_section(results: Results) -> Section:
+    headings = ["", "training words", "training tokens", "development tokens", "test tokens"]
+    rows = []
     for text in results.texts:
         words, tokens = text["words"].get("train", 0), text["tokens"]
         seen = text["test_windows_in_training"] / max(1, text["test_windows"])
         counts = [words, tokens.get("train", 0), tokens.get("development", 0), tokens.get("test", 0)]
-        cells = [f"{count:,}" if count else "–" for count in counts]
-        lines.append(
-            f"| {text['name']}{' (target)' if text['is_target'] else ''} | {' | '.join(cells)} | {seen:.2%} |"
-        )
-    return "\n".join(lines) + "\n"
+        rows.append([_name(text), *(f"{count:,}" if count else "–" for count in counts), f"{seen:.2%}"])
+    heading = "Table 7: texts"
+    return Section(
+        "texts", heading, [Table(heading, [*headings, "test windows of 20 words also in training"], rows)]
+    )
 
 
-def _trials_section(results: Results) -> str:
-    recipes = _tried_section(
-        "## Recipes\n\nTried on the Transformer-LM alone; all systems were trained by the one in bold.\n",
+def _trials_sections(results: Results) -> Iterator[Section]:
+    columns = {
+        "learning_rate": "learning rate",
+        "updates": "updates",
+        "blocks_per_domain_update": "blocks of a domain per update",
+    }
+    yield from _tried_section(
+        (
+            "recipes",
+            "Recipes",
+            "Tried on the Transformer-LM alone; all systems were trained by the one in bold.",
+        ),
         "learning_rate",
-        {
-            "learning_rate": "learning rate",
-            "updates": "updates",
-            "blocks_per_domain_update": "blocks of a domain per update",
-        },
+        columns,
         "perplexity on the domains' development text",
         results.trials,
     )
-    scales = _tried_section(
-        "## Experts' learning rates\n\nOver the seed's at the same update. Tried on the forest alone; all "
-        "experts that branch from "
-        "a seed were trained by the one in bold.\n",
+    told = (
+        "Over the seed's at the same update. Tried on the forest alone; all experts that branch from a seed were "
+        "trained by the one in bold."
+    )
+    yield from _tried_section(
+        ("rates", "Experts' learning rates", told),
         "learning_rate_scale",
         {"learning_rate_scale": "scale"},
         "perplexity of the ensemble on the domains' development text",
         results.trials,
     )
-    return "\n".join(filter(None, [recipes, scales]))
 
 
 def _tried_section(
-    opening: str, tried: str, columns: Mapping[str, str], measured: str, trials: Sequence[Entry]
-) -> str:
-    """The trials of one thing, with what each column is called and what they were measured by."""
+    named: tuple[str, str, str],
+    tried: str,
+    columns: Mapping[str, str],
+    measured: str,
+    trials: Sequence[Entry],
+) -> Iterator[Section]:
+    """The trials of one thing, if there are any: what each column is called and what they were measured by."""
+    identifier, heading, opening = named
     trials = [trial for trial in trials if tried in trial]
     if not trials:
-        return ""
-    lines = [opening, f"| | {' | '.join(columns.values())} | {measured} |", "|---" * (len(columns) + 2) + "|"]
-    for trial in trials:
-        cells = [_number(trial[name]) for name in columns]
-        found = "diverged" if trial["development"] is None else f"{trial['development']:.2f}"
-        lines.append(
-            f"| {trial['size']} | {' | '.join(cells)} | {f'**{found}**' if trial['chosen'] else found} |"
-        )
-    return "\n".join([*lines, *_edges(trials, tried, columns[tried])]) + "\n"
+        return
+    rows = [
+        [
+            str(trial["size"]),
+            *(_number(trial[name]) for name in columns),
+            "diverged" if trial["development"] is None else f"{trial['development']:.2f}",
+        ]
+        for trial in trials
+    ]
+    strong = frozenset(number for number, trial in enumerate(trials) if trial["chosen"])
+    table = Table(heading, ["", *columns.values(), measured], rows, strong)
+    edges = [Paragraph(edge) for edge in _edges(trials, tried, columns[tried])]
+    yield Section(identifier, heading, [Paragraph(opening), table, *edges])
 
 
 def _number(value: float) -> str:
@@ -249,27 +342,24 @@ def _edges(trials: Sequence[Entry], name: str, words: str) -> Iterator[str]:
         chosen = {trial[name] for trial in select(trials, size=size, chosen=True)}
         for edge, side in ((max(values), "highest"), (min(values), "lowest")):
             if len(values) > 1 and edge in chosen:
-                yield f"\nThe {side} {words} tried for {size} is the best: one beyond it may be better still."
+                yield f"The {side} {words} tried for {size} is the best: one beyond it may be better still."
 
 
-def _speeds_section(results: Results) -> str:
+def _speeds_section(results: Results) -> Section:
     groups: dict[tuple[object, ...], list[Entry]] = {}
     for speed in results.speeds:
         key = tuple(speed[name] for name in ("size", "role", "blocks_per_update", "gpus", "device"))
         groups.setdefault(key, []).append(speed)
-    lines = [
-        "## Speed\n",
-        "As trained in the study, compilation and neighbours on the same GPU included.\n",
-        "| | trained | blocks per update | GPUs of each | updates per second | tokens per second |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for (size, role, blocks, gpus, device), speeds in groups.items():
         rates = [
             spread([speed[name] for speed in speeds]).mean
             for name in ("updates_per_second", "tokens_per_second")
         ]
         count = f"{gpus:g} {device}" if gpus else "CPU"
-        lines.append(
-            f"| {size} {role} | {len(speeds)} | {blocks} | {count} | {rates[0]:.1f} | {rates[1]:,.0f} |"
+        rows.append(
+            [f"{size} {role}", str(len(speeds)), str(blocks), count, f"{rates[0]:.1f}", f"{rates[1]:,.0f}"]
         )
-    return "\n".join(lines) + "\n"
+    headings = ["", "trained", "blocks per update", "GPUs of each", "updates per second", "tokens per second"]
+    told = Paragraph("As trained in the study, compilation and neighbours on the same GPU included.")
+    return Section("speed", "Speed", [told, Table("Speed", headings, rows)])
