@@ -2,8 +2,11 @@
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+
+from btm_cluster.curve import Curve, DevelopmentCurve
 from btm_cluster.evaluation.rows import (
     CALIBRATED_ENSEMBLE,
     POSTERIOR_AVERAGE,
@@ -11,15 +14,13 @@ from btm_cluster.evaluation.rows import (
     TRANSFORMER_LM,
     UNIFORM_AVERAGE,
 )
-
-from btm_cluster.curve import Curve, DevelopmentCurve
 from btm_cluster.evaluation.texts import TextReport
 from btm_cluster.evaluation.verdict import SplitResult, verdict
 from btm_cluster.forest import Expert, Forest, Foundation, Parent
 from btm_cluster.ledger.timelines import Event, Node, Timeline
 from btm_cluster.mixing.parts import Parts
 from btm_cluster.plan import Plan
-from btm_cluster.report.measured import Piece, TextParts, Training, tops_of
+from btm_cluster.report.measured import Piece, TextParts, Training, excerpt_length, tops_of
 from btm_cluster.report.run_page import Evaluated, RunReport
 
 FACTORS = {
@@ -34,14 +35,19 @@ HOSTILE = "</script><script>document.title = 'taken'</script><img src=x onerror=
 
 
 def made_report(
-    experts: int = 4, targets: int = 2, words: Sequence[str] = ("tide ", "and ", HOSTILE)
+    experts: int = 4,
+    targets: int = 2,
+    words: Sequence[str] = ("tide ", "and ", HOSTILE),
+    excerpt_tokens: int | None = None,
 ) -> RunReport:
     """The same for the same numbers."""
     rng = random.Random(experts)
     domains = [f"domain-{number:02d}" for number in range(experts)]
     names = [*domains, *(f"target-{number:02d}" for number in range(targets))]
     versions = made_versions(domains)
-    parts = [_parts(name, name not in domains, experts, rng, words, len(names)) for name in names]
+    length = excerpt_length(len(names)) if excerpt_tokens is None else excerpt_tokens
+    cycled = [words[n % len(words)] for n in range(length)]
+    parts = [_parts(name, name not in domains, experts, rng, cycled) for name in names]
     results = [_split_result(name, name not in domains, number) for number, name in enumerate(names)]
     costs = dict.fromkeys(FACTORS, 1) | {CALIBRATED_ENSEMBLE: experts}
     texts = [_text(name, name not in domains, rng) for name in names]
@@ -68,7 +74,7 @@ def made_report(
     trainings += [Training("Transformer-LM", "transformer-lm", _curve(300, 600, rng))]
     evaluated = Evaluated(versions[-1], verdict(results, costs=costs), texts, parts, overlaps)
     runs = [("20260102-030405-host-7", made_timeline(domains, names))]
-    return RunReport(plan, versions, evaluated, trainings, runs, "/made-up/logs/")
+    return RunReport(plan, versions, evaluated, trainings, runs, "s3://key:secret@bucket/made-up/logs/")
 
 
 def made_versions(domains: Sequence[str]) -> list[Forest]:
@@ -91,98 +97,57 @@ def made_versions(domains: Sequence[str]) -> list[Forest]:
     ]
 
 
+def _event(what: str, label: str, began: float, ended: float, **more: Any) -> Event:
+    return Event.model_validate(
+        {
+            "what": what,
+            "kind": "train",
+            "label": label,
+            "process": label,
+            "began": began,
+            "ended": ended,
+            **more,
+        }
+    )
+
+
 def made_timeline(domains: Sequence[str], texts: Sequence[str]) -> Timeline:
     """Two machines of a GPU: the seed, experts in turn on both, of which one fails once and waits, then scores."""
-    nodes = {"a": Node(name="host-a", gpus=1, cpus=8), "b": Node(name="host-b", gpus=1, cpus=8)}
     events = [
-        Event(what="step", kind="read", label=texts[0], node="a", cpus=1, began=1000, ended=1002),
-        Event(
-            what="start",
-            kind="train",
-            label="seed",
-            role="seed",
-            node="a",
-            process="seed",
-            began=1002,
-            ended=1005,
-        ),
-        Event(
-            what="step",
-            kind="train",
-            label="seed",
-            role="seed",
-            node="a",
-            process="seed",
-            gpus=1,
-            began=1005,
-            ended=1065,
-        ),
-        Event(
-            what="checkpoint", kind="train", label="seed", node="a", process="seed", began=1030, ended=1031
-        ),
+        _event("step", texts[0], 1000, 1002, kind="read", node="a", process="task", cpus=1),
+        _event("start", "seed", 1002, 1005, node="a", gpus=1),
+        _event("step", "seed", 1005, 1065, node="a", gpus=1),
+        _event("checkpoint", "seed", 1030, 1031, node="a"),
+        _event("failure", domains[0], 1065, 1066, node="a", gpus=1, cause="out of memory"),
+        _event("wait", domains[-1], 1065, 1070),
     ]
     for number, name in enumerate(domains):
-        node, turn = "ab"[number % 2], number // 2
-        began = 1065 + 30 * turn
+        began = 1066 + 30 * (number // 2)
         events.append(
-            Event(
-                what="step",
-                kind="train",
-                label=name,
-                domain=name,
-                role="expert",
-                node=node,
-                process=name,
-                gpus=1,
-                began=began,
-                ended=began + 29,
-            )
+            _event("step", name, began, began + 29, node="ab"[number % 2], gpus=1, attempt=2 - (number > 0))
         )
-    ended = 1065 + 30 * ((len(domains) + 1) // 2)
-    events.append(
-        Event(
-            what="failure",
-            kind="train",
-            label=domains[0],
-            node="a",
-            process=domains[0],
-            gpus=1,
-            began=1070,
-            ended=1071,
-            cause="out of memory",
-        )
-    )
-    events.append(Event(what="wait", kind="train", label=domains[-1], began=1065, ended=ended - 30))
+    end = max(event.ended for event in events)
+    pairs = [f"{text} under {name}" for text in texts for name in domains]
     events += [
-        Event(
-            what="step",
-            kind="score",
-            label=f"{text} under {name}",
-            node="b",
-            gpus=0.5,
-            began=ended + 0.01 * n,
-            ended=ended + 0.01 * n + 0.009,
+        _event(
+            "step", pair, end + n / 100, end + (n + 1) / 100, kind="score", node="b", process="task", gpus=0.5
         )
-        for n, (text, name) in enumerate((text, name) for text in texts for name in domains)
+        for n, pair in enumerate(pairs)
     ]
     events.sort(key=lambda event: event.began)
-    end = events[-1].ended
-    held = sum(event.gpus * event.seconds for event in events if event.holds)
     return Timeline(
         command="run",
         began=1000,
-        ended=end,
+        ended=events[-1].ended,
         outcome="done",
-        nodes=nodes,
+        nodes={letter: Node(name=f"host-{letter}", gpus=1, cpus=8) for letter in "ab"},
         events=events,
-        gpu_seconds=held,
+        gpu_seconds=sum(event.gpus * event.seconds for event in events if event.holds),
         cpu_seconds=2,
     )
 
 
-def _parts(
-    name: str, is_target: bool, experts: int, rng: random.Random, words: Sequence[str], texts: int
-) -> TextParts:
+def _parts(name: str, is_target: bool, experts: int, rng: random.Random, words: Sequence[str]) -> TextParts:
     own = int(name[-2:]) if not is_target else rng.randrange(experts)
     weights = [rng.random() * 0.1 + (n == own) for n in range(experts)]
     total = sum(weights)
@@ -195,14 +160,9 @@ def _parts(
         of_top=tuple(31 - 0.1 * n for n, _ in enumerate(tops_of(experts))),
         tokens=10_000,
     )
-    length = min(200, max(60, 6_000 // texts))
     pieces = tuple(
-        Piece(
-            words[n % len(words)],
-            own if rng.random() < 0.7 else rng.randrange(experts),
-            0.3 + 0.7 * rng.random(),
-        )
-        for n in range(length)
+        Piece(word, own if rng.random() < 0.7 else rng.randrange(experts), 0.3 + 0.7 * rng.random())
+        for word in words
     )
     return TextParts(name, is_target, 45.0, parts, True, pieces)
 

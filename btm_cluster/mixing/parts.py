@@ -10,6 +10,7 @@ import torch
 
 from btm_cluster.equations.contribution import leave_one_out
 from btm_cluster.equations.mixture import log_mixture
+from btm_cluster.equations.perplexity import perplexity
 from btm_cluster.equations.posterior import Posterior, keep_top, log_posterior
 from btm_cluster.mixing.scores import BLOCKS_AT_ONCE, ScoreStack
 
@@ -55,7 +56,8 @@ def measure_parts(
             of_top_K[i] += log_mixture(logp_EBT, keep_top(log_prior_E, k), posterior)[mask_BT].sum()
         tokens += int(mask_BT.sum())
     whole, alone, without, of_top = (
-        tuple(torch.exp(-sums / tokens).tolist()) for sums in (total_1, alone_E, without_E, of_top_K)
+        tuple(perplexity(sums, torch.tensor(tokens)).tolist())
+        for sums in (total_1, alone_E, without_E, of_top_K)
     )
     weights = tuple((weights_E / tokens).tolist())
     return Parts(whole[0], alone, weights, without if experts > 1 else (), of_top, tokens)

@@ -122,5 +122,9 @@ def plan_section(plan: Plan) -> Section:
 
 
 def _yaml(fields: Mapping[str, object]) -> str:
-    text = yaml.safe_dump(dict(fields), sort_keys=False, allow_unicode=True, width=100)
+    return without_credentials(yaml.safe_dump(dict(fields), sort_keys=False, allow_unicode=True, width=100))
+
+
+def without_credentials(text: str) -> str:
+    """Text without what stands before the @ of an address."""
     return _CREDENTIALS.sub("…@", text)

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-import torch
 
 from btm_cluster.curve import Curve
 from btm_cluster.data.blocks import Blocks
 from btm_cluster.data.tokenizer import TextTokenizer
 from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText, overlap_requests
+from btm_cluster.equations.perplexity import perplexity
 from btm_cluster.equations.posterior import responsibilities
 from btm_cluster.evaluation.comparison import fits_of
 from btm_cluster.evaluation.evaluate import forest_ensemble
@@ -73,13 +73,18 @@ def tops_of(experts: int) -> list[int]:
     return sorted({*(2**n for n in range(experts.bit_length()) if 2**n < experts), experts})
 
 
+def excerpt_length(texts: int) -> int:
+    """Tokens of each excerpt, at most."""
+    return min(EXCERPT_TOKENS, max(LEAST_EXCERPT_TOKENS, ALL_EXCERPTS_TOKENS // max(1, texts)))
+
+
 def read_text_parts(prepared: PreparedPlan, forest: Forest, ledger: Ledger) -> list[TextParts]:
     """Each text with a test split, in the plan's order."""
     experts = forest_ensemble(prepared, forest)
     fits, seed = fits_of(prepared, experts), Ref("model", forest.foundation.seed)
     tokenizer = open_tokenizer(ledger, prepared.tokenizer)
     texts = [text for text in prepared.texts if text.tokens["test"]]
-    length = min(EXCERPT_TOKENS, max(LEAST_EXCERPT_TOKENS, ALL_EXCERPTS_TOKENS // max(1, len(texts))))
+    length = excerpt_length(len(texts))
     most = max(1, MOST_SCORES // (len(experts.refs) * prepared.plan.training.block_tokens))
     found = []
     for text in texts:
@@ -97,7 +102,7 @@ def read_text_parts(prepared: PreparedPlan, forest: Forest, ledger: Ledger) -> l
 def _perplexities(stack: ScoreStack, blocks: int) -> list[float]:
     """Each model's on the first blocks: [E]."""
     logp_EBT, mask_BT = stack.take(0, blocks)
-    return torch.exp(-logp_EBT[:, mask_BT].mean(1)).tolist()
+    return perplexity(logp_EBT[:, mask_BT].sum(1), mask_BT.sum()).tolist()
 
 
 def _blocks(ledger: Ledger, text: PreparedText, first: int) -> np.ndarray:

@@ -20,7 +20,7 @@ TEMPLATES = "templates"
 
 def render(page: Page) -> str:
     """The page as HTML."""
-    style, script = _file("figures.css") + _file("page.css"), _file("page.js")
+    style, script = style_sheet(), _file("page.js")
     html = (
         _environment()
         .get_template("page.html")
@@ -33,6 +33,11 @@ def render(page: Page) -> str:
         )
     )
     return visible(html)
+
+
+def style_sheet() -> str:
+    """The style of a page and its figures."""
+    return _file("figures.css") + _file("page.css")
 
 
 def standalone(svg: str) -> str:

@@ -10,7 +10,12 @@ from btm_cluster.ledger.timelines import Timeline
 from btm_cluster.plan import Plan
 from btm_cluster.report.content import Page, Section, not_measured
 from btm_cluster.report.expert_sections import colours_of, excerpts_section, heat_section, worth_section
-from btm_cluster.report.forest_sections import lineage_section, plan_section, texts_section
+from btm_cluster.report.forest_sections import (
+    lineage_section,
+    plan_section,
+    texts_section,
+    without_credentials,
+)
 from btm_cluster.report.measured import TextParts, Training
 from btm_cluster.report.results import Results
 from btm_cluster.report.run_sections import curves_section, timeline_section
@@ -64,7 +69,7 @@ def run_page(report: RunReport) -> Page:
         " ".join(told),
         tiles(done.verdict) if done else (),
         list(_sections(report)),
-        f"Made by btm report from the store {report.plan.store}. Nothing on this page comes from elsewhere.",
+        f"Made by btm report from the store {without_credentials(report.plan.store)}, and from nothing else.",
     )
 
 
@@ -80,7 +85,9 @@ def _sections(report: RunReport) -> list[Section]:
         excerpts_section(parts, experts, why_not),
         worth_section(parts, experts, why_not),
         curves_section(report.trainings, colours),
-        timeline_section(report.runs, report.plan.cluster.price_per_gpu_hour, report.logs),
+        timeline_section(
+            report.runs, report.plan.cluster.price_per_gpu_hour, without_credentials(report.logs)
+        ),
         *_study_sections(report.study),
         lineage_section(report.versions, colours),
         texts_section(done.texts if done else (), done.overlaps if done else {}, why_not),
