@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from btm_cluster.report.content import Figure, Key, Table
+from btm_cluster.report.content import Figure, Table
 from btm_cluster.report.entries import (
     BASELINES,
     CALIBRATED,
@@ -112,9 +112,8 @@ def _figure(
     drawn = {name: (number, points) for number, (name, points) in enumerate(curves.items()) if points}
     lines = [Line(name, points, colour) for name, (colour, points) in drawn.items()]
     axes, most = (over, "test perplexity, all texts"), FAR_ABOVE * compared_with[1]
-    svg = draw_lines(heading, lines, axes, compared_with, most, width=WIDTH, height=HEIGHT)
+    svg = draw_lines(heading, lines, axes, compared_with, most, (WIDTH, HEIGHT), has_legend=True)
     rows = [[name, f"{x:g}", f"{value:.2f}"] for name, (_, points) in drawn.items() for x, value in points]
     table = Table(heading, ["system", over, "perplexity"], rows)
     caption = f"Test perplexity over {over}; the dashed line is the {compared_with[0]}"
-    keys = [Key(name, colour) for name, (colour, _) in drawn.items()]
-    return StudyFigure(heading, Figure(svg, caption, table, keys, file=file))
+    return StudyFigure(heading, Figure(svg, caption, table, file=file))

@@ -41,9 +41,9 @@ def style_sheet() -> str:
 
 
 def standalone(svg: str) -> str:
-    """A drawing as a file of its own, in light and dark."""
+    """A drawing as a file of its own, in light and dark, on its own paper: the page that shows it may have another."""
     head, closing, rest = svg.partition(">")
-    return f"{head}{closing}<style>{_file('figures.css')}</style>{rest}\n"
+    return f"{head}{closing}<style>{_file('figures.css')}svg {{ background: var(--paper); }}</style>{rest}\n"
 
 
 @cache

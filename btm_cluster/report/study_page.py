@@ -199,7 +199,7 @@ def _means_table(caption: str, entries: Sequence[Entry], wanted_rows: Mapping[st
             continue
         cells = [_words([entry[group] for entry in found]) for group in ("train", "eval", "all")]
         rows.append([f"{name}{_some_seeds(found, entries)}", *cells, _difference(found)])
-    return Table(caption, ["", "train", "eval", "all", "against the Transformer-LM"], rows)
+    return Table(caption, ["system", "train", "eval", "all", "against the Transformer-LM"], rows)
 
 
 def _some_seeds(found: Sequence[Entry], entries: Sequence[Entry]) -> str:
@@ -253,7 +253,7 @@ def _by_text_table(entries: Sequence[Entry], texts: Sequence[Entry]) -> Table:
         ]
         for text in texts
     ]
-    return Table("Table 8: by text", ["", *systems], rows)
+    return Table("Table 8: by text", ["text", *systems], rows)
 
 
 def _name(text: Entry) -> str:
@@ -261,7 +261,7 @@ def _name(text: Entry) -> str:
 
 
 def _texts_section(results: Results) -> Section:
-    headings = ["", "training words", "training tokens", "development tokens", "test tokens"]
+    headings = ["text", "training words", "training tokens", "development tokens", "test tokens"]
     rows = []
     for text in results.texts:
         words, tokens = text["words"].get("train", 0), text["tokens"]
@@ -325,7 +325,7 @@ def _tried_section(
         for trial in trials
     ]
     strong = frozenset(number for number, trial in enumerate(trials) if trial["chosen"])
-    table = Table(heading, ["", *columns.values(), measured], rows, strong)
+    table = Table(heading, ["size", *columns.values(), measured], rows, strong)
     edges = [Paragraph(edge) for edge in _edges(trials, tried, columns[tried])]
     yield Section(identifier, heading, [Paragraph(opening), table, *edges])
 
@@ -360,6 +360,13 @@ def _speeds_section(results: Results) -> Section:
         rows.append(
             [f"{size} {role}", str(len(speeds)), str(blocks), count, f"{rates[0]:.1f}", f"{rates[1]:,.0f}"]
         )
-    headings = ["", "trained", "blocks per update", "GPUs of each", "updates per second", "tokens per second"]
+    headings = [
+        "model",
+        "trained",
+        "blocks per update",
+        "GPUs of each",
+        "updates per second",
+        "tokens per second",
+    ]
     told = Paragraph("As trained in the study, compilation and neighbours on the same GPU included.")
     return Section("speed", "Speed", [told, Table("Speed", headings, rows)])

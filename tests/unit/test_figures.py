@@ -13,7 +13,7 @@ from btm_cluster.report.drawing import Drawing, Scale, tick_words, ticks
 from btm_cluster.report.gantt import draw_gantt, merged
 from btm_cluster.report.heat_map import draw_heat_map
 from btm_cluster.report.intervals import Measured, draw_intervals
-from btm_cluster.report.line_chart import Line, draw_lines, thinned
+from btm_cluster.report.line_chart import Line, below, draw_lines, thinned
 from btm_cluster.report.lineage_graph import draw_lineage, lives_of
 from btm_cluster.report.timeline import Bar, busy_of, lanes_of, mishaps, seconds_of, totals
 from tests.made_report import made_timeline, made_versions
@@ -114,10 +114,15 @@ def test_curves_share_their_axes_and_higher_values_lie_higher() -> None:
     assert of_class(root, "polyline", "dashed")[0].get("class") == "line c1 dashed"
 
 
-def test_what_is_above_the_most_stays_at_the_edge_of_the_drawing() -> None:
-    root = parsed(draw_lines("loss", [Line("one", [(0, 1.0), (1, 1.1), (2, 50.0)], 0)], ("x", "y"), most=1.5))
-    (line,) = (points(line) for line in root.iter(f"{SVG}polyline"))
-    assert 0 < line[2][1] < line[1][1] < line[0][1]
+def test_a_line_is_cut_where_it_rises_above_the_most_and_goes_on_where_it_comes_back() -> None:
+    line = [(0.0, 1.0), (1.0, 3.0), (2.0, 9.0), (3.0, 1.0), (4.0, 1.5)]
+    assert below(line, 2.0) == [[(0, 1), (0.5, 2)], [(2.875, 2), (3, 1), (4, 1.5)]]
+    assert below(line, 9.0) == [line]
+    assert below(line, 0.5) == []
+    root = parsed(draw_lines("loss", [Line("one", line, 0)], ("x", "y"), most=2.0, has_legend=True))
+    assert all(y >= 20 for line in root.iter(f"{SVG}polyline") for _, y in points(line))
+    assert len(list(root.iter(f"{SVG}circle"))) == 3
+    assert "one" in words_of(root)
 
 
 def test_a_long_curve_keeps_its_ends() -> None:
