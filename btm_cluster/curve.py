@@ -6,6 +6,7 @@ was trained by itself or on the Transformer-LM's way. Knows no tensors and no st
 
 import math
 from collections.abc import Collection, Sequence
+from itertools import compress
 from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
@@ -14,7 +15,12 @@ CURVE_FILE = "curve.json"
 MOST_POINTS = 500
 """Of a whole training; ends and milestones come on top."""
 DEVELOPMENT_POINTS = 16
-"""Of a whole training, seed and expert together: 8 of each at a seed share of a half."""
+"""Of a whole training, seed and expert together: 8 of each at a seed share of a half. Starts and ends come on
+top."""
+MOST_DEVELOPMENT_BLOCKS = 64
+"""Of each text, at each of these points."""
+DEVELOPMENT_SHARE = 0.01
+"""Of a training's arithmetic. Passes are not compiled: on a GPU they may take twice their share of the time."""
 DIGITS = 6
 """Significant ones that are kept of each value."""
 
@@ -55,14 +61,38 @@ class Curve(_Points):
     """Trained on so far, from this training's own first update on."""
     development: DevelopmentCurve = DevelopmentCurve()
 
+    def ending_at(self, last_update: int, first_update: int, updates: int, blocks_per_update: int) -> Self:
+        """The curve of the model that this training is at `last_update`, without the ends of others that it passed."""
+        keeps = [is_recorded(update, updates, (last_update,)) for update in self.updates]
+        lists = {name: list(compress(value, keeps)) for name, value in self if isinstance(value, list)}
+        points, _ = development_size(updates, blocks_per_update)
+        looks = {first_update, *development_updates(updates, points), last_update}
+        kept = [
+            (u, loss)
+            for u, loss in zip(self.development.updates, self.development.loss, strict=True)
+            if u in looks
+        ]
+        development = DevelopmentCurve(updates=[u for u, _ in kept], loss=[loss for _, loss in kept])
+        return type(self)(**lists, development=development)
+
 
 def is_recorded(update: int, updates: int, ends: Collection[int]) -> bool:
-    """Whether a curve has a point after `update` updates of a plan of so many; `ends` are the last one and milestones."""
+    """Whether a curve has a point after `update` updates of a plan of so many; `ends` are where models end."""
     return update in ends or update % -(-updates // MOST_POINTS) == 0
 
 
+def development_size(updates: int, blocks_per_update: int) -> tuple[int, int]:
+    """How often development loss is taken in a whole training, and on how many blocks of each text.
+
+    `blocks_per_update` are those of each text. A forward pass is a third of the arithmetic of an update.
+    """
+    passes = int(3 * DEVELOPMENT_SHARE * updates * blocks_per_update)
+    points = min(DEVELOPMENT_POINTS, passes)
+    return points, min(MOST_DEVELOPMENT_BLOCKS, passes // points) if points else 1
+
+
 def development_updates(updates: int, points: int) -> range:
-    """Updates of a plan of so many after which development loss is taken, beside the training's last one."""
+    """Updates of a plan of so many after which development loss is taken, beside starts and ends."""
     every = -(-updates // points) if points else updates + 1
     return range(every, updates + 1, every)
 
