@@ -41,7 +41,7 @@ def draw_intervals(title: str, rows: Sequence[Measured], zero: str) -> str:
         y = TOP + ROW * number
         css = "better" if row.high < 0 else "worse" if row.low > 0 else "same"
         drawing.text(EDGE, y + 13, shorten(row.name, MOST_CHARACTERS))
-        drawing.text(WIDTH - EDGE, y + 13, percent(round(row.value, 3)), "value", "end")
+        drawing.text(WIDTH - EDGE, y + 13, f"{100 * row.value:+.1f} %".replace("-", "−"), "value", "end")
         ends = [min(max(end, low), high) for end in (row.low, row.high)]
         drawing.line((scale(ends[0]), y + 24), (scale(ends[1]), y + 24), f"interval {css}")
         drawing.dot(scale(min(row.value, high)), y + 24, 5, css)

@@ -94,8 +94,9 @@ def systems_section(verdict: Verdict | None, why_not: str) -> Section:
     if measured:
         caption = (
             f"Perplexity on test text against the {verdict.baseline}: mean over texts, with its 95 % interval. "
-            "Left of zero is better."
+            "The best is on top, and left of zero is better."
         )
+        measured.sort(key=lambda one: one.value)
         svg = draw_intervals("Systems against the baseline", measured, f"the {verdict.baseline}")
         blocks.append(Figure(svg, caption, table, shows_data=True))
     else:
@@ -119,7 +120,9 @@ def _systems_table(rows: Sequence[Row], verdict: Verdict) -> Table:
     ]
     strong = [number for number, row in enumerate(rows) if _is_judged(row.system, verdict)]
     caption = "Perplexity on test text by system: means over texts"
-    return Table(caption, [*headings, f"against the {verdict.baseline}", "interval of that"], table, strong)
+    return Table(
+        caption, [*headings, f"against the {verdict.baseline}", "interval of the difference"], table, strong
+    )
 
 
 def _is_judged(system: str, verdict: Verdict) -> bool:

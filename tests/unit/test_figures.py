@@ -95,7 +95,7 @@ def test_a_system_that_is_far_worse_does_not_press_the_others_together() -> None
     fair = of_class(root, "circle", "better")[1]
     assert number(fair, "cx") - number(good, "cx") > 50
     assert number(awful, "cx") <= float(root.get("width") or 0)
-    assert "+900 %" in words_of(root)
+    assert "+900.0 %" in words_of(root)
 
 
 def points(line: Element) -> list[tuple[float, float]]:
