@@ -19,6 +19,8 @@ def evaluate(
     check_shadowing()
     from btm_cluster.operations.evaluate import evaluate_forest
 
-    with driving(plan, address, in_process, dashboard=False, json_output=json_output) as driver:
+    with driving(
+        plan, address, in_process, dashboard=False, json_output=json_output, command="evaluate"
+    ) as driver:
         result = evaluate_forest(plan, driver)
     show_run(result, json_output, details, plan_path)

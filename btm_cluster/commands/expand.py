@@ -37,7 +37,9 @@ def expand(
     from btm_cluster.driver.driver import step_error
     from btm_cluster.operations.expand import expand
 
-    with driving(plan, address, in_process, dashboard, json_output, new_resources) as driver:
+    with driving(
+        plan, address, in_process, dashboard, json_output, new_resources, command="expand"
+    ) as driver:
         result = expand(plan, driver)
     show_expanded(result, json_output)
     if result.failures:

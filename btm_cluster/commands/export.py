@@ -89,7 +89,7 @@ def export(
     )
     check_export_call(asked, plan)
     with (
-        driving(plan, address, in_process, dashboard=False, json_output=json_output)
+        driving(plan, address, in_process, dashboard=False, json_output=json_output, command="export")
         if plan is not None
         else nullcontext(local_driver(str(store)))
     ) as driver:

@@ -89,7 +89,7 @@ def generate(
     check_generate_call(asked)
     texts = _prompts(prompt, prompts)
     # Standard output is for the text alone.
-    with driving(plan, address, in_process, dashboard=False, json_output=True) as driver:
+    with driving(plan, address, in_process, dashboard=False, json_output=True, command="generate") as driver:
         found = generate_texts(plan, target, texts, asked, driver)
     if json_output:
         told = [_as_json(one, show_experts) for one in found]

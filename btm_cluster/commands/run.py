@@ -42,7 +42,7 @@ def run(
     from btm_cluster.operations.plan import check_capacity
     from btm_cluster.operations.run import run_plan
 
-    with driving(plan, address, in_process, dashboard, json_output, new_resources) as driver:
+    with driving(plan, address, in_process, dashboard, json_output, new_resources, command="run") as driver:
         check_capacity(plan, driver)
         result = run_plan(plan, driver)
     show_run(result, json_output, details, plan_path)

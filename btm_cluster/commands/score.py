@@ -109,7 +109,7 @@ def _scorer(
         assert store is not None
         return scorer_of_store(open_ledger(store))
     # Standard output is for the figures alone.
-    with driving(plan, address, in_process, dashboard=False, json_output=True) as driver:
+    with driving(plan, address, in_process, dashboard=False, json_output=True, command="score") as driver:
         return scorer_of_plan(plan, target, driver)
 
 

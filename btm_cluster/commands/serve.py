@@ -147,7 +147,7 @@ def _mixture(
 
     if plan is None:
         return mixture_of_store(open_ledger(store), version)
-    with driving(plan, address, in_process, dashboard=False, json_output=False) as driver:
+    with driving(plan, address, in_process, dashboard=False, json_output=False, command="serve") as driver:
         return mixture_to_serve(plan, driver, version)
 
 

@@ -6,6 +6,7 @@ Shown while it runs; decides nothing.
 from transformers import PreTrainedModel
 
 from btm_cluster.equations.budget import training_flops_per_token
+from btm_cluster.language_model.demix import has_row_per_domain
 from btm_cluster.requests import Resources
 
 _PEAK_TFLOPS = {
@@ -34,7 +35,11 @@ def utilisation(
     gpus = how.workers * how.gpus_per_worker
     if peak is None or not gpus or how.precision != "bfloat16":
         return None
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    # Of a DEMix a token takes one domain's feed-forwards, of however many this process holds.
+    parameters = sum(
+        parameter.numel() // (len(parameter) if has_row_per_domain(name) else 1)
+        for name, parameter in model.named_parameters()
+    )
     layers, width = (getattr(model.config, name, 0) for name in ("num_hidden_layers", "hidden_size"))
     flops = training_flops_per_token(parameters, layers, width, block_tokens)
     return tokens_per_second * flops / (gpus * peak)

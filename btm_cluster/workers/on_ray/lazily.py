@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from btm_cluster.driver.capacity import Demand
 from btm_cluster.driver.port import Outcome
+from btm_cluster.driver.run_events import RunEvents
 from btm_cluster.plan import ClusterPlan
 from btm_cluster.requests import Resources, StepRequest, TrainRequest
 from btm_cluster.requests.progress import Watcher
@@ -48,10 +49,11 @@ class LazyRayWorkers:
         expert: Resources,
         address: str | None,
         dashboard: bool,
+        events: RunEvents | None = None,
     ) -> None:
         if address is None:  # which never grows
             cluster = cluster.model_copy(update={"autoscaling": False})
-        self._arguments = (store, watcher, stop, cluster, expert)
+        self._arguments = (store, watcher, stop, cluster, expert, events or RunEvents())
         self._address, self._dashboard = address, dashboard
         self._stack = ExitStack()
         self._workers: RayWorkers | None = None
