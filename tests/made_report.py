@@ -74,7 +74,7 @@ def made_report(
     trainings += [Training("Transformer-LM", "transformer-lm", _curve(300, 600, rng))]
     evaluated = Evaluated(versions[-1], verdict(results, costs=costs), texts, parts, overlaps)
     runs = [("20260102-030405-host-7", made_timeline(domains, names))]
-    return RunReport(plan, versions, evaluated, trainings, runs, "s3://key:secret@bucket/made-up/logs/")
+    return RunReport(plan, versions, evaluated, "", trainings, runs, "s3://key:secret@bucket/made-up/logs/")
 
 
 def made_versions(domains: Sequence[str]) -> list[Forest]:

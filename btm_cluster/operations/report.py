@@ -10,11 +10,13 @@ from pathlib import Path
 from btm_cluster.algorithm import Grown
 from btm_cluster.driver.driver import Driver
 from btm_cluster.errors import BtmError, UserError, one_line
+from btm_cluster.evaluation.verdict import Verdict
+from btm_cluster.forest import Forest
 from btm_cluster.ledger import Ledger
 from btm_cluster.ledger.records import LOGS
 from btm_cluster.ledger.timelines import Timeline, list_runs, read_timeline, run_key
 from btm_cluster.operations.evaluate import find_grown
-from btm_cluster.operations.run import evaluated
+from btm_cluster.operations.run import Run, evaluated
 from btm_cluster.plan import Plan
 from btm_cluster.report.content import Page
 from btm_cluster.report.measured import read_overlaps, read_text_parts, read_trainings
@@ -74,77 +76,119 @@ def write_plan_report(plan: Plan, studies: Sequence[Path], to: Path, ledger: Led
     return to / HTML_FILE
 
 
-def store_report(plan: Plan, ledger: Ledger, run: str) -> str | None:
-    """Stores the page beside a run's curves and timeline: its address, or None after a warning.
+def finish_run(plan: Plan, driver: Driver, run: Run | None = None) -> str | None:
+    """Ends a run with its page, beside its curves and timeline in the store; and passes the verdict and the page on
+    to where its curves go. `run` is the outcome where the forest was evaluated.
 
-    A run goes on without its page.
+    The address of the page; None after a warning, or where the driver keeps no log. A run never fails for it.
     """
-    key = run_key(run, HTML_FILE)
-    try:
-        with scratch_folder() as folder:
-            file = folder / HTML_FILE
-            file.write_text(render(page_of(plan, ledger)), encoding="utf-8")
-            ledger.storage.upload(key, file)
-    except Exception as exc:  # whatever it is, the run itself is done
-        log.warning("the report was not written: %s; `btm report PLAN --to DIR` tries again", one_line(exc))
+    log_of_run = driver.run_log
+    if log_of_run is None:
         return None
-    return ledger.storage.address(key)
+    log_of_run.store()  # the page shows the timeline up to here
+    with scratch_folder() as folder:
+        try:
+            file, address = _store_page(plan, driver.ledger, log_of_run.run, run, folder)
+        except Exception as exc:  # whatever it is, the run itself is done
+            log.warning(
+                "the report was not written: %s; `btm report PLAN --to DIR` tries again", one_line(exc)
+            )
+            file, address = None, None
+        if run is not None:
+            log_of_run.finish(verdict_rows(run.verdict), file)
+    return address
 
 
-def page_of(plan: Plan, ledger: Ledger, study: Results | None = None) -> Page:
+def _store_page(plan: Plan, ledger: Ledger, name: str, run: Run | None, folder: Path) -> tuple[Path, str]:
+    key, file = run_key(name, HTML_FILE), folder / HTML_FILE
+    file.write_text(render(page_of(plan, ledger, run=run, under_way=name)), encoding="utf-8")
+    ledger.storage.upload(key, file)
+    return file, ledger.storage.address(key)
+
+
+def verdict_rows(verdict: Verdict) -> list[dict[str, str | float | None]]:
+    """Every system on test text, mean over all texts that are compared on."""
+    rows = []
+    for row in verdict.rows.get("test", ()):
+        if mean := row.means.get("all"):
+            low, high = mean.difference_interval or (None, None)
+            rows.append(
+                {
+                    "system": row.system,
+                    "inference_cost": row.inference_cost,
+                    "perplexity": mean.perplexity,
+                    "bits_per_byte": mean.bits_per_byte,
+                    "difference": mean.difference,
+                    "difference_low": low,
+                    "difference_high": high,
+                }
+            )
+    return rows
+
+
+def page_of(
+    plan: Plan, ledger: Ledger, study: Results | None = None, run: Run | None = None, under_way: str = ""
+) -> Page:
     """The page of a plan.
+
+    `run` is an evaluation that is known already; `under_way` is the run that ends with this page.
 
     Raises:
         UserError: the store has no forest, or does not know the plan's texts.
     """
-    versions = [forest for n in ledger.log.versions() if (forest := ledger.log.version(n)) is not None]
+    versions = [forest for forest, _ in ledger.log.history()]
     if not versions:
         raise UserError(
             f"there is no forest in {plan.store} to report on",
             remedy="`btm run PLAN` grows one and evaluates it",
         )
-    driver = Driver(ledger, Stored())
-    grown, done = _evaluated(plan, driver)
+    grown, done, why_not = _newest_evaluated(plan, versions, Driver(ledger, Stored()), run)
     return run_page(
         RunReport(
             plan,
             versions,
             done,
+            why_not,
             read_trainings(versions[-1], grown.baseline if grown else None, ledger),
-            _runs(ledger),
+            _runs(ledger, under_way),
             ledger.storage.address(LOGS),
             study,
         )
     )
 
 
-def _evaluated(plan: Plan, driver: Driver) -> tuple[Grown | None, Evaluated | None]:
-    """The newest version of the forest of which everything is in the store."""
-    ledger = driver.ledger
-    grown: Grown | None = None
-    for version in list(reversed(ledger.log.versions()))[:VERSIONS_TRIED]:
-        forest = ledger.log.version(version)
-        if forest is None or not forest.experts:
-            continue
+def _newest_evaluated(
+    plan: Plan, versions: Sequence[Forest], driver: Driver, run: Run | None
+) -> tuple[Grown | None, Evaluated | None, str]:
+    """The newest version of the forest of which everything is in the store; and what the newest lacks."""
+    newest: Grown | None = None
+    lacks = ""
+    for forest in [one for one in reversed(versions) if one.experts][:VERSIONS_TRIED]:
         try:
-            found = find_grown(plan, driver, version)
-            grown = grown or found
-            run = evaluated(plan, found, driver)
+            grown = find_grown(plan, driver, forest.version)
+            newest = newest or grown
+            is_known = run is not None and run.forest == grown.forest
+            return newest, _evaluated(plan, grown, driver, run if is_known else None), lacks
         except NotMadeError as exc:
-            log.info("forest version %d was not evaluated: %s", version, exc.found)
-            continue
-        overlaps = read_overlaps(found.prepared, ledger)
-        parts = read_text_parts(found.prepared, forest, ledger)
-        return found, Evaluated(forest, run.verdict, run.texts, parts, overlaps)
-    return grown, None
+            lacks = lacks or exc.found
+    return newest, None, lacks or "no expert was trained yet"
 
 
-def _runs(ledger: Ledger) -> list[tuple[str, Timeline]]:
-    """The newest runs; one that cannot be read is passed over."""
+def _evaluated(plan: Plan, grown: Grown, driver: Driver, run: Run | None) -> Evaluated:
+    run = run or evaluated(plan, grown, driver)
+    parts = read_text_parts(grown.prepared, grown.forest, driver.ledger)
+    overlaps = read_overlaps(grown.prepared, driver.ledger)
+    return Evaluated(grown.forest, run.verdict, run.texts, parts, overlaps)
+
+
+def _runs(ledger: Ledger, under_way: str) -> list[tuple[str, Timeline]]:
+    """The newest runs; one that cannot be read is passed over, and the one under way ends here."""
     found = []
     for run in list_runs(ledger)[:RUNS_SHOWN]:
         try:
-            found.append((run, read_timeline(ledger, run)))
+            timeline = read_timeline(ledger, run)
+            ended = timeline.model_copy(update={"outcome": "done"}) if run == under_way else timeline
+            found.append((run, ended))
         except BtmError as exc:
             log.warning("a timeline is passed over: %s", exc.what)
     return found

@@ -42,6 +42,8 @@ class RunReport:
     versions: Sequence[Forest]
     evaluated: Evaluated | None
     """The newest version of which everything is measured."""
+    lacks: str
+    """What the store has not of a newer version."""
     trainings: Sequence[Training]
     runs: Sequence[tuple[str, Timeline]]
     """The newest first."""
@@ -56,11 +58,14 @@ def run_page(report: RunReport) -> Page:
     outcome, is_good = headline(done.verdict if done else None)
     told = [lead(done.verdict)] if done else []
     if done is None:
-        told.append(f"Forest version {newest.version} was not evaluated: `btm evaluate PLAN` does that.")
+        told.append(
+            f"Forest version {newest.version} was not evaluated ({report.lacks}): `btm run PLAN` or `btm evaluate PLAN` "
+            "does that."
+        )
     elif done.forest.version != newest.version:
         told.append(
             f"This is version {done.forest.version}, the newest that was evaluated; the forest is at version "
-            f"{newest.version}, and `btm evaluate PLAN` evaluates it."
+            f"{newest.version} ({report.lacks}), and `btm evaluate PLAN` evaluates it."
         )
     return Page(
         f"{report.plan.name}: forest version {(done.forest if done else newest).version}",

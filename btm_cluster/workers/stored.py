@@ -29,7 +29,7 @@ class Stored:
         more = f" and {len(requests) - SHOWN} more" if len(requests) > SHOWN else ""
         raise NotMadeError(
             "the store has not all that this plan makes",
-            found=f"without {', '.join(named)}{more}",
+            found=f"it lacks {', '.join(named)}{more}",
             remedy="`btm run PLAN` makes it",
         )
         yield

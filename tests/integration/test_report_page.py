@@ -11,14 +11,18 @@ import torch
 
 from btm_cluster.cli import app, run_command
 from btm_cluster.data.blocks import Blocks
+from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.preparation import prepare
+from btm_cluster.driver.run_events import RunEvents
+from btm_cluster.driver.run_log import RunLog
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation.scoring import stack_of
 from btm_cluster.evaluation.texts import report_texts
 from btm_cluster.ledger import Ledger, Ref
 from btm_cluster.ledger.timelines import TIMELINE_FILE, run_key, write_timeline
 from btm_cluster.mixing.fitting import FULL, Mixing
-from btm_cluster.operations.report import page_of, store_report, write_plan_report
+from btm_cluster.operations.report import finish_run, page_of, write_plan_report
+from btm_cluster.operations.run import run_plan
 from btm_cluster.plan import Plan
 from btm_cluster.report.measured import find_excerpt, longest_stretch, read_overlaps, read_text_parts
 from btm_cluster.steps.stored import documents_of, open_tokenizer
@@ -122,19 +126,50 @@ def test_a_page_is_made_from_the_store_alone_and_nothing_is_added_to_it(
         "founded by tiny",
     ):
         assert said in html
-    assert store_report(run_plan_copy, ledger, "20260102-030405-host-7") == str(
-        Path(run_plan_copy.store, "logs/20260102-030405-host-7/report.html")
-    )
     assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
 
 
-def test_a_plan_that_was_never_run_has_no_page_and_the_remedy_is_named(
-    plan: Plan, caplog: pytest.LogCaptureFixture
+def logged(plan: Plan, told: list[Any]) -> Driver:
+    """A driver that keeps a log of its run, and tells what reaches the places where curves go."""
+    driver = in_process(plan)
+
+    def finish(rows: Any, file: Path | None) -> None:
+        told.append((list(rows), None if file is None else file.read_text()))
+
+    driver.run_log = RunLog(driver.ledger, RunEvents("run"), finish)
+    return driver
+
+
+def test_a_run_ends_with_its_page_in_the_store_and_passes_it_on(run_plan_copy: Plan) -> None:
+    told: list[Any] = []
+    driver = logged(run_plan_copy, told)
+    run = run_plan(run_plan_copy, driver)
+    address = finish_run(run_plan_copy, driver, run)
+    assert driver.run_log is not None
+    assert address == str(Path(run_plan_copy.store, "logs", driver.run_log.run, "report.html"))
+    ((rows, html),) = told
+    assert html == Path(address).read_text()
+    test = {row.system: row for row in run.verdict.rows["test"]}
+    assert [row["system"] for row in rows] == [name for name, row in test.items() if "all" in row.means]
+    assert rows[1]["perplexity"] == test[rows[1]["system"]].means["all"].perplexity
+
+
+def test_a_run_does_not_fail_for_its_page(
+    run_plan_copy: Plan, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    told: list[Any] = []
+    driver = logged(run_plan_copy, told)
+    run = run_plan(run_plan_copy, driver)
+    monkeypatch.setattr("btm_cluster.operations.report.render", lambda _: 1 / 0)
+    assert finish_run(run_plan_copy, driver, run) is None
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "the report was not written: division by zero" in caplog.text
+    assert [html for _, html in told] == [None]
+
+
+def test_a_plan_that_was_never_run_has_no_page_and_the_remedy_is_named(plan: Plan) -> None:
     with pytest.raises(UserError, match=r"no forest in .*\n.*btm run PLAN"):
         page_of(plan, Ledger.open(plan.store))
-    assert store_report(plan, Ledger.open(plan.store), "run") is None
-    assert "the report was not written" in caplog.text
 
 
 def test_a_version_that_was_not_evaluated_is_passed_over(run_plan_copy: Plan) -> None:
