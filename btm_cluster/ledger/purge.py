@@ -29,6 +29,7 @@ from btm_cluster.ledger.records import (
     HELD,
     LOGS,
     QUARANTINE,
+    REPORT_FILE,
     list_branch_points,
     list_refusals,
     newest_held,
@@ -50,8 +51,8 @@ class PurgePlan:
     trainings: tuple[str, ...]
     """Models with training checkpoints, or with versions of such."""
     records: tuple[str, ...]
-    """Branch points, judgements and refusals of the domain, and branch points that
-    would start from something that goes."""
+    """Branch points, judgements and refusals of the domain, branch points that
+    would start from something that goes, and the pages of runs."""
     inbox_files: int
     kinds: Mapping[str, int]
     """Artifacts by kind."""
@@ -220,8 +221,11 @@ def _records_of(ledger: Ledger, domain: str, forests: list[Forest], going: Colle
     keys = {f"{EXPANSIONS}{point}.json" for point in points} | {
         f"{QUARANTINE}{identity}.json" for identity in refused
     }
-    curves = (entry.key.split("/")[:3] for entry in ledger.storage.list(LOGS))
+    logs = [entry.key.split("/") for entry in ledger.storage.list(LOGS)]
+    curves = (parts[:3] for parts in logs)
     keys |= {"/".join([*folders, ""]) for folders in curves if folders[-1] == domain and ".." not in folders}
+    # Any run's page may quote the domain's test text.
+    keys |= {"/".join(parts) for parts in logs if len(parts) == 3 and parts[2] == REPORT_FILE}
     held = {
         f"{HELD}{one.branch_point}-" for one in newest_held(ledger).values() if one.branch_point in points
     }

@@ -13,7 +13,7 @@ from btm_cluster.errors import BtmError, UserError, one_line
 from btm_cluster.evaluation.verdict import Verdict
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import Ledger
-from btm_cluster.ledger.records import LOGS
+from btm_cluster.ledger.records import LOGS, REPORT_FILE
 from btm_cluster.ledger.timelines import Timeline, list_runs, read_timeline, run_key
 from btm_cluster.operations.evaluate import find_grown
 from btm_cluster.operations.run import Run, evaluated
@@ -24,7 +24,7 @@ from btm_cluster.report.page import render
 from btm_cluster.report.results import Results, check_nothing_is_lost, read_results, write_results
 from btm_cluster.report.run_page import Evaluated, RunReport, run_page
 from btm_cluster.report.run_sections import RUNS_SHOWN
-from btm_cluster.report.study_page import HTML_FILE, MARKDOWN_FILE, write_page
+from btm_cluster.report.study_page import MARKDOWN_FILE, write_page
 from btm_cluster.storage.new_folder import check_folder
 from btm_cluster.storage.scratch import scratch_folder
 from btm_cluster.workers.stored import NotMadeError, Stored
@@ -72,8 +72,8 @@ def write_plan_report(plan: Plan, studies: Sequence[Path], to: Path, ledger: Led
     check_folder(to)
     page = page_of(plan, ledger, read_results(studies) if studies else None)
     to.mkdir(parents=True, exist_ok=True)
-    (to / HTML_FILE).write_text(render(page), encoding="utf-8")
-    return to / HTML_FILE
+    (to / REPORT_FILE).write_text(render(page), encoding="utf-8")
+    return to / REPORT_FILE
 
 
 def finish_run(plan: Plan, driver: Driver, run: Run | None = None) -> str | None:
@@ -100,7 +100,7 @@ def finish_run(plan: Plan, driver: Driver, run: Run | None = None) -> str | None
 
 
 def _store_page(plan: Plan, ledger: Ledger, name: str, run: Run | None, folder: Path) -> tuple[Path, str]:
-    key, file = run_key(name, HTML_FILE), folder / HTML_FILE
+    key, file = run_key(name, REPORT_FILE), folder / REPORT_FILE
     file.write_text(render(page_of(plan, ledger, run=run, under_way=name)), encoding="utf-8")
     ledger.storage.upload(key, file)
     return file, ledger.storage.address(key)

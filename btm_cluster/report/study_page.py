@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from btm_cluster.ledger.records import REPORT_FILE
 from btm_cluster.report.content import Block, Page, Paragraph, Section, Table, Tile
 from btm_cluster.report.entries import (
     BASELINES,
@@ -25,7 +26,7 @@ from btm_cluster.report.markdown import markdown
 from btm_cluster.report.page import render, standalone
 from btm_cluster.report.results import KEY, Entry, Results, repeats_left
 
-MARKDOWN_FILE, HTML_FILE = "README.md", "report.html"
+MARKDOWN_FILE = "README.md"
 TITLE = "Results of a study"
 # Rows of table 1: what it is called, and which entries it is.
 TABLE_1: dict[str, Wanted] = {
@@ -78,7 +79,7 @@ def write_page(results: Results, folder: Path) -> None:
         opening += f"\n**Not finished: {_unfinished(left)}.**\n"
     text = "\n".join([opening, *map(markdown, sections)])
     (folder / MARKDOWN_FILE).write_text(text, encoding="utf-8")
-    (folder / HTML_FILE).write_text(render(_page(results, sections)), encoding="utf-8")
+    (folder / REPORT_FILE).write_text(render(_page(results, sections)), encoding="utf-8")
 
 
 def _page(results: Results, sections: Sequence[Section]) -> Page:
