@@ -114,12 +114,14 @@ def _event(what: str, label: str, began: float, ended: float, **more: Any) -> Ev
 def made_timeline(domains: Sequence[str], texts: Sequence[str]) -> Timeline:
     """Two machines of a GPU: the seed, experts in turn on both, of which one fails once and waits, then scores."""
     events = [
-        _event("step", texts[0], 1000, 1002, kind="read", node="a", process="task", cpus=1),
+        _event("step", texts[0], 1000, 1002, kind="read_text", node="a", process="task", cpus=1),
         _event("start", "seed", 1002, 1005, node="a", gpus=1),
         _event("step", "seed", 1005, 1065, node="a", gpus=1),
         _event("checkpoint", "seed", 1030, 1031, node="a"),
         _event("failure", domains[0], 1065, 1066, node="a", gpus=1, cause="out of memory"),
-        _event("wait", domains[-1], 1065, 1070),
+        _event("wait", domains[-1], 1065, 1066),
+        _event("wait", texts[0], 999.5, 1000, kind="read_text", process="task"),
+        _event("wait", texts[-1], 999.7, 1000.5, kind="read_text", process="task"),
     ]
     for number, name in enumerate(domains):
         began = 1066 + 30 * (number // 2)
@@ -137,7 +139,7 @@ def made_timeline(domains: Sequence[str], texts: Sequence[str]) -> Timeline:
     events.sort(key=lambda event: event.began)
     return Timeline(
         command="run",
-        began=1000,
+        began=999.5,
         ended=events[-1].ended,
         outcome="done",
         nodes={letter: Node(name=f"host-{letter}", gpus=1, cpus=8) for letter in "ab"},

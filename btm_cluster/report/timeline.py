@@ -10,13 +10,18 @@ from btm_cluster.ledger.timelines import Event, Timeline
 from btm_cluster.report.drawing import duration
 
 MOST_LANES = 40
+TASK = "task"
+"""What processes are called that run any step."""
+READING = ("reading, tokenising", 2)
 STEPS: Mapping[str, tuple[str, int]] = {
     "train": ("training", 0),
     "score": ("scoring", 1),
-    "read": ("reading, tokenising", 2),
-    "tokenize": ("reading, tokenising", 2),
-    "tokenizer": ("reading, tokenising", 2),
-    "overlap": ("reading, tokenising", 2),
+    "read_text": READING,
+    "shuffle_texts": READING,
+    "train_tokenizer": READING,
+    "import_tokenizer": READING,
+    "tokenize": READING,
+    "find_overlap": READING,
 }
 """What steps do, by their names, and the number of its colour."""
 OTHER_STEPS = ("fitting, mixing, averaging", 3)
@@ -75,15 +80,22 @@ def seconds_of(timeline: Timeline) -> float:
 
 def lanes_of(timeline: Timeline) -> tuple[list[Lane], int]:
     """The lanes with the most to show, in order of nodes and processes, and how many were left out."""
+    nodes = {event.process: event.node for event in timeline.events if event.node and event.process != TASK}
     grouped: dict[tuple[str, str], list[Event]] = {}
+    waiting: list[Event] = []
     for event in timeline.events:
-        node = timeline.nodes.get(event.node or "")
-        grouped.setdefault((node.name if node else "no node yet", event.process), []).append(event)
+        key = event.node or nodes.get(event.process)  # a training waits in the lane that it has later
+        if key is None:
+            waiting.append(event)
+        else:
+            node = timeline.nodes[key].name if key in timeline.nodes else key
+            grouped.setdefault((node, event.process), []).append(event)
     lanes = [
         lane
         for (node, process), events in sorted(grouped.items())
         for lane in _lanes(f"{node}: {process}", events, timeline.began)
     ]
+    lanes += _waiting(waiting, timeline.began)
     by_work = sorted(range(len(lanes)), key=lambda n: -sum(bar.end - bar.start for bar in lanes[n].bars))
     busiest = sorted(by_work[:MOST_LANES])
     return [lanes[number] for number in busiest], len(lanes) - len(busiest)
@@ -105,6 +117,20 @@ def _lanes(name: str, events: Iterable[Event], began: float) -> Iterator[Lane]:
     for number, bars in enumerate(lanes or [[]], 1):
         own = name if len(lanes) < 2 else f"{name} {number}"
         yield Lane(own, tuple(bars), tuple(marks) if number == 1 else ())
+
+
+def _waiting(events: Iterable[Event], began: float) -> Iterator[Lane]:
+    """One lane for all that waits at once and has no process yet."""
+    bars: list[Bar] = []
+    for event in sorted(events, key=lambda event: event.began):
+        bar = _bar(event, began)
+        if bars and bars[-1].what == bar.what and bar.start <= bars[-1].end:
+            tip = f"{bars[-1].what}: several steps"
+            bar = Bar(bar.what, bar.colour, bars[-1].start, max(bars[-1].end, bar.end), tip)
+            bars.pop()
+        bars.append(bar)
+    if bars:
+        yield Lane("steps without a place yet", tuple(bars), ())
 
 
 def what_of(event: Event) -> tuple[str, int]:

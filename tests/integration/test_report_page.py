@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from btm_cluster.cli import app, run_command
 from btm_cluster.data.blocks import Blocks
@@ -21,7 +22,7 @@ from btm_cluster.evaluation.texts import report_texts
 from btm_cluster.ledger import Ledger, Ref
 from btm_cluster.ledger.timelines import TIMELINE_FILE, run_key, write_timeline
 from btm_cluster.mixing.fitting import FULL, Mixing
-from btm_cluster.operations.report import finish_run, page_of, write_plan_report
+from btm_cluster.operations.report import finish_run, page_of
 from btm_cluster.operations.run import run_plan
 from btm_cluster.plan import Plan
 from btm_cluster.report.measured import find_excerpt, longest_stretch, read_overlaps, read_text_parts
@@ -109,14 +110,19 @@ def run_plan_copy(founded_plan: Plan, tmp_path: Path) -> Plan:
 
 
 def test_a_page_is_made_from_the_store_alone_and_nothing_is_added_to_it(
-    run_plan_copy: Plan, tmp_path: Path
+    run_plan_copy: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ledger = Ledger.open(run_plan_copy.store)
     write_timeline(ledger, "20260102-030405-host-7", made_timeline(["kitchen", "harbour"], ["kitchen"]))
     ledger.storage.create(run_key("20260102-030406-host-8", TIMELINE_FILE), b"{}")
     before = {entry.key for entry in ledger.storage.list("")}
-    page = write_plan_report(run_plan_copy, [], tmp_path / "page", ledger)
-    assert page == tmp_path / "page" / "report.html"
+    plan_path = tmp_path / "plan.yaml"
+    plan_path.write_text(yaml.safe_dump(run_plan_copy.model_dump(mode="json", exclude_unset=True)))
+    page = tmp_path / "page" / "report.html"
+    assert run_command(lambda: app(["report", str(plan_path), "--to", str(page.parent)])) == 0
+    assert capsys.readouterr().out == f"wrote {page}\n"
+    assert run_command(lambda: app(["report", str(plan_path), str(plan_path), "--to", str(page.parent)])) == 2
+    assert "a page is of one plan" in capsys.readouterr().err
     assert {entry.key for entry in ledger.storage.list("")} == before
     html = page.read_text()
     for said in (

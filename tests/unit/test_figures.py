@@ -172,11 +172,19 @@ def test_a_timeline_has_a_lane_for_each_process_and_says_how_long_gpus_were_idle
     lanes, left_out = lanes_of(timeline)
     assert left_out == 0
     assert [lane.name for lane in lanes] == [
-        "host-a: law", "host-a: seed", "host-a: task", "host-b: code", "host-b: task", "no node yet: code",
+        "host-a: law", "host-a: seed", "host-a: task", "host-b: code", "host-b: task", "steps without a place yet",
     ]  # fmt: skip
     (seed,) = (lane for lane in lanes if lane.name == "host-a: seed")
-    assert [(bar.what, bar.start, bar.end) for bar in seed.bars] == [("starting", 2, 5), ("training", 5, 65)]
+    assert [(bar.what, bar.start, bar.end) for bar in seed.bars] == [
+        ("starting", 2.5, 5.5),
+        ("training", 5.5, 65.5),
+    ]
     assert [mark.what for mark in seed.marks] == ["checkpoint"]
+    assert [(bar.what, bar.end - bar.start) for bar in lanes[3].bars] == [
+        ("waiting for room", 1),
+        ("training", 29),
+    ]
+    assert [(bar.start, bar.end) for bar in lanes[5].bars] == [(0, 1)], "two wait at once"
     busy = busy_of(timeline)
     steps = 60 + 2 * 29 + 2 * 0.01 * 0.5
     assert (busy.device, busy.total) == ("GPUs", 2)
