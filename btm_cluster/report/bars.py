@@ -8,9 +8,7 @@ WIDTH, ROW = 420, 22
 MOST_CHARACTERS = 22
 
 
-def draw_bars(
-    title: str, rows: Sequence[tuple[str, float]], words: Words = compact, colours: Sequence[int] = ()
-) -> str:
+def draw_bars(title: str, rows: Sequence[tuple[str, float]], words: Words = compact) -> str:
     """A bar from zero for each name; those below zero go to the left."""
     names = [shorten(name, MOST_CHARACTERS) for name, _ in rows]
     left, values = width_of(names) + 8, [value for _, value in rows]
@@ -21,8 +19,7 @@ def draw_bars(
         y = ROW * number
         start, end = sorted((scale(0), scale(value)))
         drawing.text(left - 6, y + 15, name, "", "end")
-        css = f"c{colours[number]}" if colours else "c0"
-        drawing.rectangle(start, y + 4, max(end - start, 0.5), ROW - 8, css)
+        drawing.rectangle(start, y + 4, max(end - start, 0.5), ROW - 8, "c0")
         is_left = value < 0
         drawing.text(
             start - 4 if is_left else end + 4, y + 15, words(value), "small", "end" if is_left else "start"

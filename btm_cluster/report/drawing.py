@@ -62,23 +62,16 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Scale:
-    """Values on a line of pixels, evenly or by their logarithm."""
+    """Values on a line of pixels."""
 
     low: float
     high: float
     start: float
     end: float
-    is_log: bool = False
 
     def __call__(self, value: float) -> float:
         """The pixel of a value."""
-        of = math.log if self.is_log else _same
-        span = of(self.high) - of(self.low)
-        return self.start + (of(value) - of(self.low)) / (span or 1.0) * (self.end - self.start)
-
-
-def _same(value: float) -> float:
-    return value
+        return self.start + (value - self.low) / ((self.high - self.low) or 1.0) * (self.end - self.start)
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:

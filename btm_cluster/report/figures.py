@@ -15,7 +15,7 @@ from btm_cluster.report.entries import (
     select,
     spread,
 )
-from btm_cluster.report.line_chart import Line, draw_lines
+from btm_cluster.report.line_chart import Line, Points, draw_lines
 from btm_cluster.report.results import Entry, Results
 
 FIGURE_1: dict[str, Wanted] = {
@@ -35,7 +35,6 @@ _FITTED: dict[str, Wanted] = {
 WIDTH, HEIGHT = 480, 300
 FAR_ABOVE = 1.6
 """Times the baseline: averages without a seed leave the drawing."""
-Curve = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def _curve(entries: Sequence[Entry], wanted: Wanted, over: str) -> list[tuple[fl
 
 
 def _figure(
-    heading: str, curves: Mapping[str, Curve], compared_with: tuple[str, float], over: str, file: str
+    heading: str, curves: Mapping[str, Points], compared_with: tuple[str, float], over: str, file: str
 ) -> StudyFigure:
     drawn = {name: (number, points) for number, (name, points) in enumerate(curves.items()) if points}
     lines = [Line(name, points, colour) for name, (colour, points) in drawn.items()]

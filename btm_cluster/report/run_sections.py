@@ -8,7 +8,7 @@ from btm_cluster.report.content import Block, Figure, Figures, Key, Paragraph, S
 from btm_cluster.report.drawing import duration, share_words
 from btm_cluster.report.expert_sections import OTHERS
 from btm_cluster.report.gantt import draw_gantt
-from btm_cluster.report.line_chart import Line, draw_lines
+from btm_cluster.report.line_chart import Line, Points, draw_lines
 from btm_cluster.report.measured import Training
 from btm_cluster.report.timeline import busy_of, lanes_of, mishaps, seconds_of, totals, what_of
 
@@ -17,7 +17,6 @@ TIMELINE = ("timeline", "Timeline and cost")
 SEED_COLOUR, BASELINE_COLOUR = 5, 6
 RUNS_SHOWN = 20
 MISHAPS_SHOWN = 50
-Points = Sequence[tuple[float, float]]
 _PLOTS: Mapping[str, tuple[str, Callable[[Curve], Points]]] = {
     "training loss": ("nats per token", lambda curve: _points(curve.updates, curve.loss)),
     "development loss": (

@@ -51,24 +51,16 @@ def write_page(results: Results, folder: Path) -> None:
 
 def _page(results: Results, sections: Sequence[Section]) -> Page:
     left = repeats_left(results)
-    best = min(
-        (tile for size in _sizes(results) if (tile := _tile(select(results.entries, size=size), size))),
-        key=lambda one: one[0],
-        default=None,
-    )
     lead = _opening(results) + (f" Not finished: {_unfinished(left)}." if left else "")
-    tiles = [
-        tile
-        for size in _sizes(results)
-        if (found := _tile(select(results.entries, size=size), size))
-        for tile in [found[1]]
-    ]
-    headline = TITLE if best is None else f"At best {_signed(best[0])} perplexity against the Transformer-LM"
-    is_good = None if best is None else best[0] < 0
+    found = [best for size in _sizes(results) if (best := _best(select(results.entries, size=size), size))]
+    tiles = [tile for _, tile in found]
+    mean = min((mean for mean, _ in found), default=None)
+    headline = TITLE if mean is None else f"At best {_signed(mean)} perplexity against the Transformer-LM"
+    is_good = None if mean is None else mean < 0
     return Page(TITLE, headline, is_good, lead, tiles, sections, "Made by btm report from summary.json.")
 
 
-def _tile(entries: Sequence[Entry], size: str) -> tuple[float, Tile] | None:
+def _best(entries: Sequence[Entry], size: str) -> tuple[float, Tile] | None:
     """The best ensemble of a size: its mean difference, which may be zero."""
     rows = {
         name: select(main_entries(entries), **wanted) for name, wanted in TABLE_1.items() if "forest" in name

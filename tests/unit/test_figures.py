@@ -52,9 +52,7 @@ def test_ticks_are_round_within_and_few(low: float, high: float) -> None:
     assert len(set(tick_words(found))) == len(found)
 
 
-def test_a_logarithmic_scale_has_equal_ratios_at_equal_distances() -> None:
-    scale = Scale(1, 100, 0, 10, is_log=True)
-    assert [scale(value) for value in (1, 10, 100)] == pytest.approx([0, 5, 10])
+def test_a_scale_of_one_value_has_a_place_for_it() -> None:
     assert Scale(3, 3, 0, 10)(3) == 0
 
 
