@@ -39,6 +39,7 @@ def expand(
     check_shadowing()
     from btm_cluster.driver.driver import step_error
     from btm_cluster.operations.expand import expand, find_new
+    from btm_cluster.operations.report import finish_run
 
     if dry_run:
         show_new(find_new(plan, dry_ledger(plan.store)), json_output)
@@ -47,6 +48,9 @@ def expand(
         plan, address, in_process, dashboard, json_output, new_resources, command="expand"
     ) as driver:
         result = expand(plan, driver)
+        page = finish_run(plan, driver) if result.added else None
+    if page:
+        consoles(json_output)[1].print(f"report: {page}", soft_wrap=True)
     show_expanded(result, json_output)
     if result.failures:
         raise step_error(result.failures)

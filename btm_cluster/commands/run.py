@@ -45,24 +45,25 @@ def run(
     plan = read_plan(plan_path)
     check_shadowing()
     from btm_cluster.driver.driver import step_error
-    from btm_cluster.evaluation.verdict_table import table_of
     from btm_cluster.operations.plan import check_run
+    from btm_cluster.operations.report import finish_run
     from btm_cluster.operations.run import run_plan
 
     with driving(plan, address, in_process, dashboard, json_output, new_resources, command="run") as driver:
         for note in check_run(plan, driver):
             consoles(json_output)[1].print(f"note: {note}", soft_wrap=True)
         result = run_plan(plan, driver)
-        if driver.run_log is not None:
-            driver.run_log.finish(table_of(result.verdict))
-    show_run(result, json_output, details, plan_path)
+        page = finish_run(plan, driver, result)
+    show_run(result, json_output, details, plan_path, page)
     if result.failures:
         raise step_error(result.failures)
 
 
-def show_run(run: "Run", json_output: bool, details: bool, plan_path: Path) -> None:
+def show_run(run: "Run", json_output: bool, details: bool, plan_path: Path, page: str | None) -> None:
     """Prints the outcome of a run: the verdict first, and what to do next last; or all of it as JSON."""
     console, notes = consoles(json_output)
+    if json_output and page:
+        notes.print(f"report: {page}", soft_wrap=True)
     if json_output:
         print(json.dumps(run.to_json(), indent=2))
         return
@@ -74,9 +75,11 @@ def show_run(run: "Run", json_output: bool, details: bool, plan_path: Path) -> N
         show_stacked(*fits_table(run.priors, run.evidence_weights), console)
         show_verdict_details(run.verdict, console)
     notes.print(run.steps_line, soft_wrap=True)
+    if page:
+        console.print(f"report: {page}", soft_wrap=True)
     plan = shlex.quote(str(plan_path))
     console.print(
-        f"next: `btm report {plan} --to FOLDER` shows all of it, `btm serve {plan}` serves the ensemble, "
+        f"next: `btm report {plan} --to FOLDER` writes that page anywhere, `btm serve {plan}` serves the ensemble, "
         f"`btm merge {plan} --to FOLDER` writes a single model",
         soft_wrap=True,
     )

@@ -382,7 +382,7 @@ def test_results_that_cannot_be_written_are_refused_before_anything_starts(
         (plan / "x", f"{plan}, a file"),
         ("/proc/x", "cannot write to /proc/x"),
     ):
-        for command in (("study", plan), ("report", tmp_path)):
+        for command in (("study", plan), ("report", tmp_path), ("report", plan)):
             code, _, err = btm(*command, "--to", to)
             assert code == 2
             assert part in err
