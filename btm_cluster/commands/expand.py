@@ -5,7 +5,7 @@ import json
 from typing import TYPE_CHECKING
 
 from btm_cluster.plan import read_plan
-from btm_cluster.session import driving
+from btm_cluster.session import driving, opened_view
 from btm_cluster.terminal.options import (
     Address,
     Dashboard,
@@ -34,11 +34,12 @@ def expand(
     not. Nothing to add: starts nothing."""
     plan = read_plan(plan_path)
     check_shadowing()
-    from btm_cluster.driver.driver import step_error
-    from btm_cluster.operations.expand import expand
+    with opened_view() as view:
+        from btm_cluster.driver.driver import step_error
+        from btm_cluster.operations.expand import expand
 
-    with driving(plan, address, in_process, dashboard, json_output, new_resources) as driver:
-        result = expand(plan, driver)
+        with driving(view, plan, address, in_process, dashboard, new_resources) as driver:
+            result = expand(plan, driver)
     show_expanded(result, json_output)
     if result.failures:
         raise step_error(result.failures)

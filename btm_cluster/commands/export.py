@@ -11,7 +11,7 @@ import typer
 
 from btm_cluster.errors import UserError
 from btm_cluster.plan import read_plan
-from btm_cluster.session import driving, local_driver
+from btm_cluster.session import driving, local_driver, opened_view
 from btm_cluster.terminal.options import Address, Density, InProcess, JsonAndProgress, Scale, Target
 from btm_cluster.workers.shadowing import check_shadowing
 
@@ -72,28 +72,30 @@ def export(
         )
     plan = read_plan(plan_path) if plan_path is not None else None
     check_shadowing()
-    from btm_cluster.operations.export import Export, check_export_call
-    from btm_cluster.operations.export import export as write
+    with opened_view() as view:
+        from btm_cluster.operations.export import Export, check_export_call
+        from btm_cluster.operations.export import export as write
 
-    asked = Export(
-        to,
-        expert,
-        seed,
-        _average(average, target, density, scale),
-        all_models,
-        mergekit,
-        repository,
-        public,
-        licence,
-        _bytes(shard_size),
-    )
-    check_export_call(asked, plan)
-    with (
-        driving(plan, address, in_process, dashboard=False, json_output=json_output)
-        if plan is not None
-        else nullcontext(local_driver(str(store)))
-    ) as driver:
-        written = write(asked, plan, driver)
+        asked = Export(
+            to,
+            expert,
+            seed,
+            _average(average, target, density, scale),
+            all_models,
+            mergekit,
+            repository,
+            public,
+            licence,
+            _bytes(shard_size),
+        )
+        check_export_call(asked, plan)
+        with (
+            driving(view, plan, address, in_process)
+            if plan is not None
+            else nullcontext(local_driver(view, str(store)))
+        ) as driver:
+            view.say("writing")
+            written = write(asked, plan, driver)
     if json_output:
         models = [asdict(one) | {"folder": str(one.folder)} for one in written]
         print(json.dumps({"models": models, "mergekit": mergekit and str(mergekit)}, indent=1))

@@ -15,7 +15,7 @@ import typer
 
 from btm_cluster.errors import UserError
 from btm_cluster.plan import read_plan
-from btm_cluster.session import driving
+from btm_cluster.session import driving, opened_view
 from btm_cluster.terminal.options import Address, InProcess, JsonAndProgress, PlanPath
 from btm_cluster.terminal.output import printable
 from btm_cluster.workers.shadowing import check_shadowing
@@ -78,19 +78,20 @@ def generate(
     """Let the whole forest continue a prompt, and say which experts it trusted."""
     plan = read_plan(plan_path)
     check_shadowing()
-    from btm_cluster.language_model.sampling import Sampling
-    from btm_cluster.operations.generate import Continuation, check_generate_call
-    from btm_cluster.operations.generate import generate as generate_texts
-    from btm_cluster.terminal.tables import consoles
-
     stops = tuple(_in_utf8(os.fsencode(one), "a stop string") for one in stop or ())
-    sampling = Sampling(temperature, top_p, seed, top_k, repetition_penalty)
-    asked = Continuation(max_new_tokens, sampling, stops)
-    check_generate_call(asked)
     texts = _prompts(prompt, prompts)
-    # Standard output is for the text alone.
-    with driving(plan, address, in_process, dashboard=False, json_output=True) as driver:
-        found = generate_texts(plan, target, texts, asked, driver)
+    with opened_view() as view:
+        from btm_cluster.language_model.sampling import Sampling
+        from btm_cluster.operations.generate import Continuation, check_generate_call
+        from btm_cluster.operations.generate import generate as generate_texts
+        from btm_cluster.terminal.tables import consoles
+
+        sampling = Sampling(temperature, top_p, seed, top_k, repetition_penalty)
+        asked = Continuation(max_new_tokens, sampling, stops)
+        check_generate_call(asked)
+        with driving(view, plan, address, in_process) as driver:
+            view.say("generating")
+            found = generate_texts(plan, target, texts, asked, driver)
     if json_output:
         told = [_as_json(one, show_experts) for one in found]
         print(json.dumps(told if prompts else told[0]))

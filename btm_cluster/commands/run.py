@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from btm_cluster.plan import read_plan
-from btm_cluster.session import driving
+from btm_cluster.session import driving, opened_view
 from btm_cluster.terminal.options import (
     Address,
     Dashboard,
@@ -36,13 +36,14 @@ def run(
     """Grow the forest: seed, experts, merge, and the verdict. Run again, it goes on where it was."""
     plan = read_plan(plan_path)
     check_shadowing()
-    from btm_cluster.driver.driver import step_error
-    from btm_cluster.operations.plan import check_capacity
-    from btm_cluster.operations.run import run_plan
+    with opened_view() as view:
+        from btm_cluster.driver.driver import step_error
+        from btm_cluster.operations.plan import check_capacity
+        from btm_cluster.operations.run import run_plan
 
-    with driving(plan, address, in_process, dashboard, json_output, new_resources) as driver:
-        check_capacity(plan, driver)
-        result = run_plan(plan, driver)
+        with driving(view, plan, address, in_process, dashboard, new_resources) as driver:
+            check_capacity(plan, driver)
+            result = run_plan(plan, driver)
     show_run(result, json_output)
     if result.failures:
         raise step_error(result.failures)

@@ -12,7 +12,7 @@ import typer
 
 from btm_cluster.errors import UserError
 from btm_cluster.plan import Plan, read_plan
-from btm_cluster.session import driving, open_ledger
+from btm_cluster.session import driving, open_ledger, opened_view
 from btm_cluster.terminal.options import Address, InProcess, JsonAndProgress
 from btm_cluster.terminal.output import end_input
 from btm_cluster.terminal.text_options import Delimiter, Field, source_of
@@ -20,6 +20,7 @@ from btm_cluster.workers.shadowing import check_shadowing
 
 if TYPE_CHECKING:
     from btm_cluster.language_model.document_scores import DocumentScorer, NamedText
+    from btm_cluster.terminal.progress import ProgressView
 
 
 def score(
@@ -56,14 +57,16 @@ def score(
     _check_call(files, text, store, plan_path, target)
     plan = read_plan(plan_path) if plan_path else None
     check_shadowing()
-    from btm_cluster.operations.score import check_sources, documents_of, reading_of
+    bad = Counter[str]()
+    with opened_view() as view:
+        from btm_cluster.operations.score import check_sources, documents_of, reading_of
 
-    reading, bad = reading_of(bad_documents), Counter[str]()
-    sources = [source_of("scored", [file], field, delimiter) for file in files or ()]
-    check_sources(sources, reading)
-    texts = documents_of(sources, reading, bad) if text is None else _string(text)
-    end_input()
-    scorer = _scorer(store, plan, target, address, in_process)
+        reading = reading_of(bad_documents)
+        sources = [source_of("scored", [file], field, delimiter) for file in files or ()]
+        check_sources(sources, reading)
+        texts = documents_of(sources, reading, bad) if text is None else _string(text)
+        end_input()
+        scorer = _scorer(view, store, plan, target, address, in_process)
     _show(scorer, texts, packed, json_output, bad)
 
 
@@ -97,6 +100,7 @@ def _string(text: str) -> "list[NamedText]":
 
 
 def _scorer(
+    view: "ProgressView",
     store: str | None,
     plan: Plan | None,
     target: str | None,
@@ -107,9 +111,9 @@ def _scorer(
 
     if plan is None:
         assert store is not None
+        view.say("opening the forest's models")
         return scorer_of_store(open_ledger(store))
-    # Standard output is for the figures alone.
-    with driving(plan, address, in_process, dashboard=False, json_output=True) as driver:
+    with driving(view, plan, address, in_process) as driver:
         return scorer_of_plan(plan, target, driver)
 
 

@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from btm_cluster.driver.capacity import Demand
-from btm_cluster.driver.port import Failure, Outcome, Workers
+from btm_cluster.driver.outlook import Outlook
+from btm_cluster.driver.port import Failure, Listener, Outcome, Workers
 from btm_cluster.errors import StepError
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.requests import Resources, StepRequest, TrainRequest
@@ -28,8 +29,10 @@ class Driver:
         workers: Workers,
         check_capacity: CheckCapacity | None = None,
         new_resources: bool = False,
+        listener: Listener | None = None,
     ) -> None:
         self.ledger = ledger
+        self.listener = listener or Outlook()
         self.workers = workers
         self._check_capacity = check_capacity
         self.new_resources = new_resources
@@ -74,9 +77,11 @@ class Driver:
                 missing.append(request)
             else:
                 self._count(self.reused, request)
+                self.listener.found(request, found)
                 yield request, found
         if not missing:
             return
+        self.listener.ask(missing)
         with (
             self._asking(),
             closing(self.workers.run([self._resumed(request) for request in missing])) as steps,
@@ -84,6 +89,7 @@ class Driver:
             for request, outcome in steps:
                 if isinstance(outcome, Artifact):
                     self._count(self.made, request)
+                self.listener.end(request, outcome)
                 yield request, outcome
 
     def _count(self, tally: Counter[str], request: StepRequest) -> None:

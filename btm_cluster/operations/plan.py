@@ -7,7 +7,7 @@ depends on it: every training while no forest is founded, its own expert afterwa
 """
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from btm_cluster.algorithm import Grown
@@ -67,6 +67,8 @@ class Preview:
     demands: tuple[Demand, ...] = ()
     """The groups that the trainings to come ask for, with the resources of
     their checkpoints where they have any."""
+    requests: tuple[StepRequest, ...] = ()
+    """Every step that is still to be made, as far as it is known before texts are read."""
 
     @property
     def device_hours(self) -> float | None:
@@ -83,7 +85,8 @@ class Preview:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for machines."""
-        fields = asdict(self)
+        fields = asdict(replace(self, requests=()))
+        del fields["requests"]
         fields["asks"] = fields.pop("demands")
         return fields | {"device_hours": self.device_hours, "money": self.money}
 
@@ -113,6 +116,7 @@ def preview(plan: Plan, ledger: Ledger, new_resources: bool = False) -> Preview:
         first_token_of(plan),
         tuple(_notes(plan)),
         _demands(walk),
+        tuple(walk.dry_run.asked.values()),
     )
 
 
@@ -122,7 +126,10 @@ def check_capacity(plan: Plan, driver: Driver) -> None:
     Raises:
         ResourcesError: naming what there is and what is asked.
     """
-    driver.check_capacity(preview(plan, driver.ledger, driver.new_resources).demands)
+    driver.listener.say("looking at what is there")
+    seen = preview(plan, driver.ledger, driver.new_resources)
+    driver.listener.expect(seen.requests)
+    driver.check_capacity(seen.demands)
 
 
 class _Walk(Driver):

@@ -6,7 +6,7 @@ from btm_cluster.data.blocks import pack_blocks
 from btm_cluster.data.corpus import read_shard
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.requests import Tokenize
-from btm_cluster.requests.progress import Control, Progress
+from btm_cluster.requests.progress import Control, Counter
 from btm_cluster.steps.stored import open_tokenizer
 from btm_cluster.storage.scratch import scratch_folder
 
@@ -14,10 +14,12 @@ from btm_cluster.storage.scratch import scratch_folder
 def tokenize(request: Tokenize, ledger: Ledger, control: Control) -> Artifact:
     """Packs the shard's documents into blocks; held-out text keeps its last, partly
     filled block and each token's document."""
-    control.report(Progress(request.label, "tokenising"))
     text = ledger.get(Ref("text", request.text))
     tokenizer = open_tokenizer(ledger, request.tokenizer)
-    documents = read_shard(ledger.open_file(text, request.shard))
+    split = text.facts["splits"][request.split]
+    total = split["documents"] if len(split["shards"]) == 1 else 0  # of a single shard nothing is counted
+    counter = Counter(control, request.shown, "tokenising", total, "documents")
+    documents = counter.over(read_shard(ledger.open_file(text, request.shard)))
     held_out = request.split != "train"
     tokens, owners = pack_blocks(documents, tokenizer, request.block_tokens, keep_rest=held_out)
     with scratch_folder() as folder:

@@ -162,13 +162,24 @@ class TrainingRun:
 
     def report(self, state: TrainingState, report: UpdateReport) -> None:
         request, rate = self._request, report.tokens_per_second
-        span = (state.update, request.first_update, request.last_update)
         seconds_left = (request.last_update - state.update) * self._spec.tokens_per_update / max(rate, 1e-9)
-        stored = (self._checkpoints.stall_seconds, self._checkpoints.upload_seconds)
         device = device_name(self._spec.compute.device)
         mfu = utilisation(state.model, request.how, request.training.block_tokens, rate, device)
         self._control.report(
-            Progress(request.label, "training", *span, report.loss, rate, seconds_left, *stored, mfu)
+            Progress(
+                request.label,
+                "training",
+                state.update,
+                request.last_update,
+                "updates",
+                first=request.first_update,
+                loss=report.loss,
+                tokens_per_second=rate,
+                seconds_left=seconds_left,
+                stall_seconds=self._checkpoints.stall_seconds,
+                upload_seconds=self._checkpoints.upload_seconds,
+                mfu=mfu,
+            )
         )
 
     def trained(self, role: Role, state: TrainingState) -> Trained:

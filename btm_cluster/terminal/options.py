@@ -1,9 +1,14 @@
 """Arguments and options that several commands take."""
 
+from collections.abc import Callable
+from functools import wraps
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from btm_cluster.terminal.logs import logging_to
 
 PlanPath = Annotated[Path, typer.Argument(help="The plan, a YAML file.", show_default=False)]
 JsonAndProgress = Annotated[
@@ -44,3 +49,26 @@ Scale = Annotated[
         help="Factor of differences, for ties and task-arithmetic; else the papers'.", show_default=False
     ),
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show results and errors only.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what happens in detail.")]
+LogFile = Annotated[
+    Path | None, typer.Option("--log-file", help="Append all that happens, in detail.", show_default=False)
+]
+
+
+def logged(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with options for its log: --quiet, --verbose and --log-file."""
+
+    @wraps(command)
+    def with_log(*args: Any, quiet: bool, verbose: bool, log_file: Path | None, **options: Any) -> Any:
+        with logging_to(quiet, verbose, log_file):
+            return command(*args, **options)
+
+    own = signature(command, eval_str=True)
+    added = {"quiet": (Quiet, False), "verbose": (Verbose, False), "log_file": (LogFile, None)}
+    parameters = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (annotation, default) in added.items()
+    ]
+    with_log.__signature__ = own.replace(parameters=[*own.parameters.values(), *parameters])  # type: ignore[attr-defined]
+    return with_log

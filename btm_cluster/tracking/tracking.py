@@ -65,14 +65,14 @@ class Tracking:
     def __call__(self, progress: Progress) -> None:
         self._watcher(progress)
         values = points_of(progress)
-        if not values or self._said.get(progress.label) == progress.update:
+        if not values or self._said.get(progress.label) == progress.done:
             return
-        self._said[progress.label] = progress.update
+        self._said[progress.label] = progress.done
         if self._trackers is None:
             made = [_attempt(None, make) for make in self._makers]
             self._trackers = [tracker for tracker in made if tracker is not FAILED]
         for tracker in list(self._trackers):
-            if _attempt(tracker, partial(tracker.log, progress.label, progress.update, values)) is FAILED:
+            if _attempt(tracker, partial(tracker.log, progress.label, progress.done, values)) is FAILED:
                 self._trackers.remove(tracker)
 
 
