@@ -19,10 +19,8 @@ from btm_cluster.requests.progress import Phase, Progress
 PASSES_OF_TRAINING = 3
 SECONDS_OF_OTHER_STEPS = 1.0
 """What a step that passes no token through a model is taken for before one of its kind has ended."""
-MEASURED_SECONDS = 2.0
+MEASURED_SECONDS = 5.0
 """A step under way tells its pace once it was counted for so long."""
-TOLERANCE, SLACK_SECONDS = 0.1, 5.0
-"""An estimate that is shown moves where it is wrong by more than this share and these seconds."""
 NOT_AT_WORK: tuple[Phase, ...] = ("waiting", "starting", "warming up")
 AtOnce = Callable[[Resources | None], int]
 """How many groups of such resources the workers can hold at once; None is one CPU."""
@@ -46,6 +44,7 @@ class _Job:
     counted_from: float
     latest: Progress
     first_share: float = 0.0
+    heard_at: float = 0.0
     ended_work: float = 0.0
 
     def hear(self, progress: Progress, now: float) -> None:
@@ -53,11 +52,11 @@ class _Job:
             self.began = now
         if progress.phase != self.latest.phase or (progress.share or 0.0) < self.first_share:
             self.counted_from, self.first_share = now, progress.share or 0.0
-        self.latest = progress
+        self.latest, self.heard_at = progress, now
 
-    def measured(self, now: float) -> tuple[float, float] | None:
+    def measured(self) -> tuple[float, float] | None:
         """Seconds, and the share of the job that they took; None where it is too early to say."""
-        seconds, share = now - self.counted_from, (self.latest.share or 0.0) - self.first_share
+        seconds, share = self.heard_at - self.counted_from, (self.latest.share or 0.0) - self.first_share
         return (seconds, share) if seconds >= MEASURED_SECONDS and share > 0 else None
 
 
@@ -97,6 +96,11 @@ class Outlook:
     _tokens: dict[Ref, int] = field(default_factory=dict)
     _open: Counter[str] = field(default_factory=Counter)
     """How many steps of a name have not ended."""
+    _ended_jobs: int = 0
+    _busy_seconds: float = 0.0
+    _idle_seconds: float = 0.0
+    """In which something was asked for and nothing was at work: processes take time to start."""
+    _looked: float | None = None
 
     # What it is told
 
@@ -121,9 +125,9 @@ class Outlook:
 
     def hear(self, progress: Progress) -> None:
         """A progress report: of steps that have not ended, since some arrive late."""
-        if not self._open[progress.label]:
+        if progress.label not in self._open:
             return
-        now = self.clock()
+        now = self._look()
         job = self._jobs.get(progress.label)
         if job is None:
             self._jobs[progress.label] = _Job(now, now, progress, progress.share or 0.0)
@@ -136,15 +140,30 @@ class Outlook:
         step.is_done, step.is_failed = not isinstance(outcome, Failure), isinstance(outcome, Failure)
         if isinstance(outcome, Artifact):
             self._learn(request, outcome)
+        now = self._look()
         self._open[request.shown] -= 1
-        job, now = self._jobs.get(request.shown), self.clock()
+        if not self._open[request.shown]:
+            del self._open[request.shown]
+            self._ended_jobs += 1
+        job = self._jobs.get(request.shown)
         if job is None:
             return
         if step.is_done:
             self._paces[step.kind].add((now - job.began) * _workers(request), self._work(request))
         job.began, job.ended_work = now, job.ended_work + self._work(request)
-        if not self._open[request.shown]:
+        if request.shown not in self._open:
             del self._jobs[request.shown]
+
+    def _look(self) -> float:
+        """Counts the time since it last looked as busy or idle; returns the present."""
+        now = self.clock()
+        if self._looked is not None and self._open:
+            if any(job.latest.phase not in NOT_AT_WORK for job in self._jobs.values()):
+                self._busy_seconds += now - self._looked
+            else:
+                self._idle_seconds += now - self._looked
+        self._looked = now
+        return now
 
     def say(self, what: str) -> None:
         """What is done that is no step takes no time here."""
@@ -187,9 +206,11 @@ class Outlook:
         if not any(step.kind.passes_tokens for step in self._steps.values()):
             return None
         paces = self._all_paces()
+        self._look()
         longest: defaultdict[int, float] = defaultdict(float)
         together: defaultdict[int, float] = defaultdict(float)
-        for steps in self._outstanding_jobs():
+        jobs = self._outstanding_jobs()
+        for steps in jobs:
             first = steps[0]
             pace = self._pace_of(first.kind, paces)
             if pace is None:
@@ -197,7 +218,14 @@ class Outlook:
             seconds = self._work_left(steps) * pace / _workers(first.request)
             longest[first.kind.stage] = max(longest[first.kind.stage], seconds)
             together[first.kind.stage] += seconds / max(1, self.at_once(first.request.group))
-        return sum(max(longest[stage], together[stage]) for stage in longest)
+        at_work = sum(max(longest[stage], together[stage]) for stage in longest)
+        return at_work + self._idle_to_come(at_work, len(jobs))
+
+    def _idle_to_come(self, at_work: float, jobs: int) -> float:
+        """As much for each job as so far, but no larger a share of the time than so far."""
+        by_job = self._idle_seconds / max(1, self._ended_jobs) * jobs
+        by_share = at_work * self._idle_seconds / max(self._busy_seconds, 1e-9)
+        return min(by_job, by_share)
 
     def _outstanding(self) -> Iterator[_Step]:
         return (step for step in self._steps.values() if not (step.is_done or step.is_failed))
@@ -218,11 +246,10 @@ class Outlook:
 
     def _all_paces(self) -> dict[Kind, _Pace]:
         """Of what has ended, and of what is under way for long enough."""
-        now = self.clock()
         paces = defaultdict(_Pace, {kind: _Pace(one.seconds, one.work) for kind, one in self._paces.items()})
         for steps in self._outstanding_jobs():
             job = self._jobs.get(steps[0].request.shown)
-            measured = job.measured(now) if job is not None else None
+            measured = job.measured() if job is not None else None
             if job is not None and measured is not None:
                 work = sum(self._work(step.request) for step in steps) + job.ended_work
                 paces[steps[0].kind].add(measured[0] * _workers(steps[0].request), measured[1] * work)
@@ -257,21 +284,3 @@ def _tokens_to_train(request: TrainRequest) -> float:
 
 def _workers(request: StepRequest) -> int:
     return 1 if request.group is None else request.group.workers
-
-
-class SteadyEstimate:
-    """An estimate that counts down by the clock, and moves only where it is clearly wrong."""
-
-    def __init__(self) -> None:
-        self._end: float | None = None
-
-    def update(self, now: float, seconds_left: float | None) -> float | None:
-        """Seconds left to be shown, given those that are estimated now."""
-        if seconds_left is None:
-            self._end = None
-        elif (
-            self._end is None
-            or abs(self._end - now - seconds_left) > TOLERANCE * seconds_left + SLACK_SECONDS
-        ):
-            self._end = now + seconds_left
-        return None if self._end is None else max(0.0, self._end - now)

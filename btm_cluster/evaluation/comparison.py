@@ -84,7 +84,7 @@ class Comparer:
                     yield average
                     yield from score_requests(
                         prepared,
-                        {average.ref: f"the average, {average.label}"},
+                        {average.ref: f"average {average.label}"},
                         [text] if text else prepared.texts,
                         self.splits,
                     )

@@ -60,7 +60,7 @@ def fit_request(prepared: PreparedPlan, ensemble: Ensemble, text: PreparedText |
     """The fit of all methods of an ensemble for a text; for one of which nothing is known, without a text."""
     scored = ScoredSplit((), ()) if text is None else scored_split(ensemble.refs, text, "development")
     for_all = tuple(request.ref for request in for_all_requests(prepared, ensemble, text))
-    label = f"fit for {text.name if text else 'any text'} under {ensemble.name}"
+    label = f"mixture for {text.name if text else 'any text'} under {ensemble.name}"
     return FitText(label, ensemble.refs, scored, ensemble.methods, for_all, prepared.plan.merging)
 
 

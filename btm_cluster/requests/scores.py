@@ -30,7 +30,7 @@ class ScoreRequest(StepRequest):
 
     @property
     def shown(self) -> str:
-        return f"texts under {self.model_name}"
+        return f"with {self.model_name}"
 
     @property
     def recipe(self) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -11,8 +12,10 @@ from btm_cluster.driver.outlook import Count
 from btm_cluster.requests.progress import Progress
 from btm_cluster.terminal.amounts import amount, checkpoint, duration, loss, rate, seconds_left, time_left
 
-NARROW, WIDE, WIDEST = 60, 100, 140
-"""Columns from which on rows have a bar, a rate and an estimate, and what checkpoints cost."""
+NARROW = 60
+"""Columns from which on there are bars."""
+GAP = 2
+"""Columns between two of a row."""
 LINES_LEFT_FREE = 2
 BETWEEN = " · "
 
@@ -32,8 +35,9 @@ class Screen:
 
     def __rich_console__(self, console: Console, _: object) -> list[RenderableType]:
         above = [_headline(self, console.width), *_counts(self.counts, console.width)]
-        if self.doing and not self.running:
-            above.append(Text(f"{self.doing}…"))
+        if not self.running:
+            is_open = any(count.is_asked and count.done + count.failed < count.total for count in self.counts)
+            above.append(Text("waiting for the next steps to start…" if is_open else f"{self.doing}…"))
         used = sum(len(console.render_lines(one)) for one in above)
         return [Group(*above, *_rows(self.running, console, console.height - used - LINES_LEFT_FREE))]
 
@@ -69,30 +73,42 @@ def _counts(counts: tuple[Count, ...], width: int) -> list[RenderableType]:
 
 
 def _rows(running: tuple[Progress, ...], console: Console, room: int) -> list[RenderableType]:
-    """A row for each job, as many as there is room for."""
+    """A row for each job, as many as there is room for; the columns that do not fit are left out."""
     if not running:
         return []
     shown = running if len(running) <= room else running[: max(1, room - 1)]
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True, overflow="ellipsis", max_width=max(16, console.width // 3))
-    for progress in shown:
-        table.add_row(f"{progress.phase} {progress.label}", *_cells(progress, console.width))
-    for column in table.columns[1:]:
-        column.no_wrap = True
+    names = [f"{progress.phase} {progress.label}" for progress in shown]
+    cells = [_cells(progress, console.width) for progress in shown]
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    bar = console.width // 8 if console.width >= NARROW and any(one.share is not None for one in shown) else 0
+    wanted = min(max(map(cell_len, names)), console.width * 2 // 5)
+    while widths and sum(width + GAP for width in [wanted, bar, *widths] if width) > console.width + GAP:
+        widths.pop()
+    others = sum(width + GAP for width in [bar, *widths] if width)
+    table = Table.grid(padding=(0, GAP, 0, 0))
+    table.add_column(no_wrap=True, overflow="ellipsis", max_width=max(1, console.width - others))
+    for name, progress, row in zip(names, shown, cells, strict=True):
+        drawn = [_bar(progress, bar)] if bar else []
+        table.add_row(name, *drawn, *(cell for cell, width in zip(row, widths, strict=False) if width))
     rest = len(running) - len(shown)
     return [table, *([Text(f"and {rest} more", "dim")] if rest else [])]
 
 
-def _cells(progress: Progress, width: int) -> list[RenderableType]:
+def _bar(progress: Progress, width: int) -> RenderableType:
     share = progress.share
-    counted = progress.note or amount(progress)
+    return "" if share is None else ProgressBar(total=1.0, completed=share, width=width)
+
+
+def _cells(progress: Progress, width: int) -> list[str]:
+    """What the columns after name and bar say, the most telling first."""
+    share, left = progress.share, seconds_left(progress)
     if width < NARROW:
-        return [counted if share is None else f"{share:4.0%}"]
-    bar: RenderableType = ""
-    if share is not None:
-        bar = ProgressBar(total=1.0, completed=share, width=width // 8)
-    if width < WIDE:
-        return [bar, counted, loss(progress) or rate(progress)]
-    left = seconds_left(progress)
-    cells = [bar, counted, loss(progress), rate(progress), "" if left is None else time_left(left)]
-    return [*cells, checkpoint(progress)] if width >= WIDEST else cells
+        return [progress.note if share is None else f"{share:4.0%}"]
+    how_well, how_fast = loss(progress), rate(progress)
+    return [
+        progress.note or amount(progress),
+        how_well or how_fast,
+        how_fast if how_well else "",
+        "" if left is None else time_left(left),
+        checkpoint(progress),
+    ]

@@ -9,8 +9,9 @@ from types import TracebackType
 from rich.console import Console
 from rich.live import Live
 
-from btm_cluster.driver.outlook import AtOnce, Outlook, SteadyEstimate
+from btm_cluster.driver.outlook import AtOnce, Outlook
 from btm_cluster.driver.port import Outcome
+from btm_cluster.driver.steady_estimate import SteadyEstimate
 from btm_cluster.ledger import Artifact
 from btm_cluster.requests import StepRequest
 from btm_cluster.requests.progress import Progress
