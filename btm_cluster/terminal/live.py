@@ -37,7 +37,8 @@ class Screen:
         above = [_headline(self, console.width), *_counts(self.counts, console.width)]
         if not self.running:
             is_open = any(count.is_asked and count.done + count.failed < count.total for count in self.counts)
-            above.append(Text("waiting for the next steps to start…" if is_open else f"{self.doing}…"))
+            doing = "waiting for the next steps to start" if is_open else self.doing
+            above.append(Text(f"{doing}…" if doing else ""))
         used = sum(len(console.render_lines(one)) for one in above)
         return [Group(*above, *_rows(self.running, console, console.height - used - LINES_LEFT_FREE))]
 

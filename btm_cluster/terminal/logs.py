@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,10 @@ class _ToStandardError(logging.StreamHandler[Any]):
 
 class _File(logging.FileHandler):
     """A file that is given up where it cannot be written any more."""
+
+    def close(self) -> None:
+        with suppress(OSError):  # of what was not written
+            super().close()
 
     def handleError(self, _: logging.LogRecord) -> None:
         logging.getLogger().removeHandler(self)

@@ -141,6 +141,19 @@ def test_a_dumb_terminal_and_a_quiet_command_have_no_live_display(monkeypatch: p
     assert terminal.file.getvalue() == ""  # type: ignore[attr-defined]
 
 
+def test_a_terminal_that_should_have_no_colours_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn() -> str:
+        terminal = Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=80)
+        with terminal.capture() as capture:
+            terminal.print(view_of_a_run(terminal).screen())
+        return capture.get()
+
+    colour = re.compile(r"\x1b\[(?:\d+;)*[39][0-7]m")
+    assert colour.search(drawn())
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not colour.search(drawn())
+
+
 def test_a_log_has_a_line_for_each_phase_and_then_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "btm_cluster")
     clock = Clock()
