@@ -10,8 +10,10 @@ import pytest
 from btm_cluster.driver.outlook import Outlook
 from btm_cluster.driver.port import Failure
 from btm_cluster.driver.steady_estimate import SteadyEstimate
+from btm_cluster.driver.step_kinds import kind_of
 from btm_cluster.requests import TrainRequest
 from btm_cluster.requests.progress import Progress
+from btm_cluster.steps.registry import STEPS
 from tests.progress_steps import Clock, at_update, made, reading, scoring, tokenising, training
 
 SEED = training("seed", "seed", 0, 300)
@@ -235,3 +237,9 @@ def test_what_is_shown_moves_only_where_it_is_clearly_wrong(
     estimated: list[float | None], shown: list[float | None]
 ) -> None:
     assert list(sequence(*estimated)) == shown
+
+
+def test_every_kind_of_step_is_counted() -> None:
+    for request_type in STEPS:
+        requested = SEED if request_type is TrainRequest else object.__new__(request_type)
+        assert kind_of(requested).done
