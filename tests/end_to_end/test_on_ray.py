@@ -51,7 +51,9 @@ def test_a_submitted_job_grows_the_same_forest_as_one_process_and_shows_itself_i
         metrics = _wait_for(lambda: _metrics(cluster), lambda text: "ray_btm_loss{" in text)
         assert job.wait(timeout=400) == 0, (tmp_path / "job.log").read_text()
     said = (tmp_path / "job.log").read_text()
-    assert re.search(r"ensemble, calibrated, (beat|lost to|can not be told apart from) the seed", said)
+    assert re.search(
+        r"(Worth it|Not worth it|Undecided) as an ensemble: .* against the seed on 4 test texts", said
+    )
     assert experts_in(tmp_path / "store") == plain(undisturbed)
     assert re.search(r'ray_btm_updates\{[^}]*expert="(seed|kitchen|harbour|orchard)"', metrics)
     actors = subprocess.run(
@@ -230,7 +232,7 @@ def test_a_failed_expert_is_named_its_siblings_are_merged_and_only_it_is_tried_a
     assert run.exit_code() == 1, run.said
     assert re.search(rf"- {failing}: 1 attempt.*\n?.*is damaged", run.said), run.said
     assert set(experts_in(store)) == {other}
-    assert "test perplexity" in run.said, "the verdict on what there is"
+    assert " as an ensemble: " in run.said, "the verdict on what there is"
     damaged.write_bytes(whole)
     again = grow_only(path)
     assert again.exit_code() == 0, again.said
