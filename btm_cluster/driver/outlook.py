@@ -9,6 +9,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 from btm_cluster.driver.port import Failure, Outcome
 from btm_cluster.driver.step_kinds import Kind, kind_of
@@ -96,6 +97,7 @@ class Outlook:
     _tokens: dict[Ref, int] = field(default_factory=dict)
     _open: Counter[str] = field(default_factory=Counter)
     """How many steps of a name have not ended."""
+    _unfinished: Counter[Kind] = field(default_factory=Counter)
     _ended_jobs: int = 0
     _busy_seconds: float = 0.0
     _idle_seconds: float = 0.0
@@ -122,6 +124,7 @@ class Outlook:
         for request in requests:
             self._steps[request.ref] = _Step(request, kind_of(request))
         self._open.update(request.shown for request in requests)
+        self._unfinished.update(map(kind_of, requests))
 
     def hear(self, progress: Progress) -> None:
         """A progress report: of steps that have not ended, since some arrive late."""
@@ -141,6 +144,7 @@ class Outlook:
         if isinstance(outcome, Artifact):
             self._learn(request, outcome)
         now = self._look()
+        self._unfinished[step.kind] -= 1
         self._open[request.shown] -= 1
         if not self._open[request.shown]:
             del self._open[request.shown]
@@ -168,6 +172,9 @@ class Outlook:
     def say(self, what: str) -> None:
         """What is done that is no step takes no time here."""
 
+    def part(self, what: str) -> None:
+        """Parts are not told apart here."""
+
     def _learn(self, request: StepRequest, artifact: Artifact) -> None:
         if isinstance(request, Tokenize):
             self._tokens[request.ref] = int(artifact.facts["tokens"])
@@ -194,6 +201,10 @@ class Outlook:
         """The steps of one kind."""
         return next(count for count in self.counts() if count.kind == kind)
 
+    def has_finished(self, kind: Kind) -> bool:
+        """Whether every step of a kind that was asked for has ended."""
+        return not self._unfinished[kind]
+
     def running(self) -> list[Progress]:
         """The newest report of each job under way, in the order in which they began."""
         return [job.latest for job in self._jobs.values()]
@@ -209,6 +220,7 @@ class Outlook:
         self._look()
         longest: defaultdict[int, float] = defaultdict(float)
         together: defaultdict[int, float] = defaultdict(float)
+        at_once = cache(self.at_once)
         jobs = self._outstanding_jobs()
         for steps in jobs:
             first = steps[0]
@@ -217,7 +229,7 @@ class Outlook:
                 return None
             seconds = self._work_left(steps) * pace / _workers(first.request)
             longest[first.kind.stage] = max(longest[first.kind.stage], seconds)
-            together[first.kind.stage] += seconds / max(1, self.at_once(first.request.group))
+            together[first.kind.stage] += seconds / max(1, at_once(first.request.group))
         at_work = sum(max(longest[stage], together[stage]) for stage in longest)
         return at_work + self._idle_to_come(at_work, len(jobs))
 

@@ -44,6 +44,9 @@ class Listener(Protocol):
     def say(self, what: str) -> None:
         """What is done that is no step."""
 
+    def part(self, what: str) -> None:
+        """A part of the whole begins. How long the others take is not known."""
+
 
 class Workers(Protocol):
     """Runs steps, wherever that is."""

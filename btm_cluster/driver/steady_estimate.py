@@ -10,13 +10,15 @@ class SteadyEstimate:
     def __init__(self) -> None:
         self._end: float | None = None
 
+    def left(self, now: float) -> float | None:
+        """Seconds left to be shown."""
+        return None if self._end is None else max(0.0, self._end - now)
+
     def update(self, now: float, seconds_left: float | None) -> float | None:
-        """Seconds left to be shown, given those that are estimated now."""
+        """Takes what is estimated now, and returns what is to be shown."""
+        shown = self.left(now)
         if seconds_left is None:
             self._end = None
-        elif (
-            self._end is None
-            or abs(self._end - now - seconds_left) > TOLERANCE * seconds_left + SLACK_SECONDS
-        ):
+        elif shown is None or abs(shown - seconds_left) > TOLERANCE * seconds_left + SLACK_SECONDS:
             self._end = now + seconds_left
-        return None if self._end is None else max(0.0, self._end - now)
+        return self.left(now)

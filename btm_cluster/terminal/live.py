@@ -26,6 +26,8 @@ class Screen:
 
     doing: str
     """What is done that is no step."""
+    part: str
+    """The part of the whole that is under way, where there are several."""
     counts: tuple[Count, ...]
     running: tuple[Progress, ...]
     elapsed_seconds: float
@@ -46,7 +48,7 @@ class Screen:
 def _headline(screen: Screen, width: int) -> RenderableType:
     elapsed = duration(screen.elapsed_seconds)
     if screen.seconds_left is None:
-        return Text(f"{elapsed} so far", style="bold")
+        return Text(f"{elapsed} so far" + (f", {screen.part}" if screen.part else ""), style="bold")
     words = Text(f"{screen.share:4.0%}  {elapsed} so far, {time_left(screen.seconds_left)}", style="bold")
     if width < NARROW:
         return words

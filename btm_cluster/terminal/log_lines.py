@@ -51,9 +51,10 @@ class LogLines:
                     outcome.cause,
                 )
             return
-        count = self._outlook.count_of(kind_of(request))
-        is_all = count.done + count.failed == count.total
-        log.log(logging.INFO if is_all else logging.DEBUG, "%s: done, %s", request.label, words_of(count))
+        log.debug("%s: done", request.label)
+        kind = kind_of(request)
+        if self._outlook.has_finished(kind):
+            log.info("%s", words_of(self._outlook.count_of(kind)))
 
     def whole(self, elapsed_seconds: float, left: float | None) -> None:
         """How far the whole run is, if it is time to say so."""

@@ -31,8 +31,7 @@ class ProgressView:
         self._outlook, self._estimate = Outlook(clock=clock), SteadyEstimate()
         self._lines = LogLines(self._outlook, clock)
         self._estimated, self._share = self._began - ESTIMATE_SECONDS, 0.0
-        self._left: float | None = None
-        self._doing = ""
+        self._doing = self._part = ""
         self._live: Live | None = None
         if console.is_terminal and not console.is_dumb_terminal and not is_quiet():
             self._live = Live(
@@ -57,7 +56,8 @@ class ProgressView:
         with self._lock:
             self._outlook.hear(progress)
             self._lines.hear(progress)
-            self._lines.whole(self._clock() - self._began, self._seconds_left())
+            self._estimate_anew()
+            self._lines.whole(self._clock() - self._began, self._left())
 
     def say(self, what: str) -> None:
         """What is done that is no step, such as `reading the plan`."""
@@ -66,6 +66,11 @@ class ProgressView:
             log.info("%s", what)
         if self._live:
             self._live.refresh()
+
+    def part(self, what: str) -> None:
+        with self._lock:
+            self._part = what
+            log.info("%s", what)
 
     def runs_on(self, at_once: AtOnce) -> None:
         """How many groups the workers hold at once: how long a run takes depends on it."""
@@ -87,13 +92,17 @@ class ProgressView:
         with self._lock:
             self._outlook.end(request, outcome)
             self._lines.end(request, outcome)
+            self._estimate_anew()
 
     def screen(self) -> Screen:
         """What is shown now."""
         with self._lock:
-            elapsed, left = self._clock() - self._began, self._seconds_left()
+            elapsed, left = self._clock() - self._began, self._left()
+            if left is not None:
+                self._share = max(self._share, min(0.99, elapsed / max(elapsed + left, 1e-9)))
             return Screen(
                 self._doing,
+                self._part,
                 tuple(self._outlook.counts()),
                 tuple(self._outlook.running()),
                 elapsed,
@@ -101,12 +110,12 @@ class ProgressView:
                 self._share,
             )
 
-    def _seconds_left(self) -> float | None:
+    def _left(self) -> float | None:
+        return None if self._part else self._estimate.left(self._clock())
+
+    def _estimate_anew(self) -> None:
+        """Estimates, if it is time to. By whoever reports: the thread that draws asks no workers."""
         now = self._clock()
         if now - self._estimated >= ESTIMATE_SECONDS:
             self._estimated = now
-            self._left = self._estimate.update(now, self._outlook.seconds_left())
-            if self._left is not None:
-                elapsed = now - self._began
-                self._share = max(self._share, min(0.99, elapsed / max(elapsed + self._left, 1e-9)))
-        return self._left
+            self._estimate.update(now, self._outlook.seconds_left())

@@ -120,6 +120,13 @@ def test_before_a_step_runs_the_screen_says_what_is_done() -> None:
     assert "for a free GPU" in shown(view, terminal)[-1]
 
 
+def test_of_several_parts_the_one_under_way_is_named_and_nothing_is_said_of_the_end() -> None:
+    terminal = console(80)
+    view = view_of_a_run(terminal)
+    view.part("part 2 of 6: small, random seed 1")
+    assert shown(view, terminal)[0] == "2 min so far, part 2 of 6: small, random seed 1"
+
+
 def test_a_live_display_is_drawn_when_it_is_opened_and_gone_when_it_is_closed() -> None:
     terminal = console(80)
     written = terminal.file
@@ -174,7 +181,7 @@ def test_a_log_has_a_line_for_each_phase_and_then_now_and_then(caplog: pytest.Lo
         "seed: loading",
         "1 min so far, less than a minute left: 0/1 seed trained",
         "seed: storing",
-        "seed: done, 1/1 seed trained",
+        "1/1 seed trained",
     ]
 
 

@@ -58,6 +58,8 @@ class RayWorkers:
         self._merger: Any = None
         self._trainers = Trainers(store, cluster, self._board)
         self._announced: list[TrainRequest] = []
+        self._nodes: list[dict[str, float]] = []
+        """Resources of the cluster's nodes as this call began."""
         self._fits_now: Mapping[str, bool] = {}
         """Whether the cluster as it stands can hold a training of this call, by label."""
 
@@ -68,10 +70,10 @@ class RayWorkers:
             has_capacity(demand, self._cluster.autoscaling)
 
     def at_once(self, group: Resources | None) -> int:
-        """How many such groups the cluster can hold at once; None is one CPU."""
+        """How many such groups the cluster could hold at once when steps were last asked for; None is one CPU."""
         if group is None:
-            return max(1, int(ray.cluster_resources().get("CPU", 1)))
-        return max(1, min(groups_held(live_nodes(), group), self._cluster.concurrent_experts or sys.maxsize))
+            return max(1, int(sum(node.get("CPU", 0.0) for node in self._nodes)))
+        return max(1, min(groups_held(self._nodes, group), self._cluster.concurrent_experts or sys.maxsize))
 
     def get_ready(self, trainings: Sequence[TrainRequest]) -> None:
         self._announced = list(trainings)
@@ -80,6 +82,7 @@ class RayWorkers:
         self._fits_now = self._check_trainings(
             [request for request in requests if isinstance(request, TrainRequest)]
         )
+        self._nodes = live_nodes()
         self._metrics.stands(Ledger.open(self._store).log.newest())
         announced, self._announced = self._announced, []
         pending, running = Pending(requests), dict[Any, Running]()
