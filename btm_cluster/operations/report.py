@@ -10,7 +10,7 @@ from pathlib import Path
 from btm_cluster.algorithm import Grown
 from btm_cluster.driver.driver import Driver
 from btm_cluster.errors import BtmError, UserError, one_line
-from btm_cluster.evaluation.verdict import Verdict
+from btm_cluster.evaluation.verdict_table import table_of
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import Ledger
 from btm_cluster.ledger.records import LOGS, REPORT_FILE
@@ -95,7 +95,7 @@ def finish_run(plan: Plan, driver: Driver, run: Run | None = None) -> str | None
             )
             file, address = None, None
         if run is not None:
-            log_of_run.finish(verdict_rows(run.verdict), file)
+            log_of_run.finish(table_of(run.verdict), file)
     return address
 
 
@@ -104,26 +104,6 @@ def _store_page(plan: Plan, ledger: Ledger, name: str, run: Run | None, folder: 
     file.write_text(render(page_of(plan, ledger, run=run, under_way=name)), encoding="utf-8")
     ledger.storage.upload(key, file)
     return file, ledger.storage.address(key)
-
-
-def verdict_rows(verdict: Verdict) -> list[dict[str, str | float | None]]:
-    """Every system on test text, mean over all texts that are compared on."""
-    rows = []
-    for row in verdict.rows.get("test", ()):
-        if mean := row.means.get("all"):
-            low, high = mean.difference_interval or (None, None)
-            rows.append(
-                {
-                    "system": row.system,
-                    "inference_cost": row.inference_cost,
-                    "perplexity": mean.perplexity,
-                    "bits_per_byte": mean.bits_per_byte,
-                    "difference": mean.difference,
-                    "difference_low": low,
-                    "difference_high": high,
-                }
-            )
-    return rows
 
 
 def page_of(

@@ -1,6 +1,7 @@
 """Curves of a real run: TensorBoard's in the store, always; Weights & Biases'
 and MLflow's where the plan asks."""
 
+import json
 import signal
 import sys
 import time
@@ -30,9 +31,15 @@ def _every_update_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("btm_cluster.language_model.training.REPORT_SECONDS", 0.0)
 
 
+VERDICT = [{"system": "seed", "perplexity": 12.5, "difference": None}]
+
+
 def grow_in_process(plan: Plan) -> None:
     with driving(plan, None, in_process=True, dashboard=False, json_output=False) as driver:
         grow(plan, driver)
+        report = Path(plan.store, "report.html")
+        report.write_text("a report")
+        driver.run_log.finish(VERDICT, report)
 
 
 def points(file: Path) -> list[tuple[str, int, float]]:
@@ -52,8 +59,13 @@ def points(file: Path) -> list[tuple[str, int, float]]:
 def test_every_training_of_a_run_leaves_its_curves_in_the_store(fields: dict[str, Any]) -> None:
     plan = Plan.model_validate(fields | {"domains": fields["domains"][:1], "targets": []})
     grow_in_process(plan)
-    files = {path.parent.name: path for path in Path(plan.store, "logs").rglob("events.*")}
-    assert files.keys() == {"seed", "kitchen"}
+    (run,) = Path(plan.store, "logs").iterdir()
+    files = {path.parent.name: path for path in run.rglob("events.*")}
+    assert files.keys() == {"seed", "kitchen", run.name}
+    assert (
+        b"| system | perplexity | difference |\n| --- | --- | --- |\n| seed | 12.5 |  |"
+        in files[run.name].read_bytes()
+    )
     ledger = Ledger.open(plan.store)
     forest = ledger.log.newest()
     models = {one.domain: Ref("model", one.identity) for one in forest.experts}
@@ -171,7 +183,12 @@ def test_wandb_gets_the_curves(
     grow_in_process(Plan.model_validate(fields))
     wandb.teardown()  # offline, its own process writes the file, and may be at it when the run is finished
     (kept,) = tmp_path.rglob("*.wandb")
-    assert b"kitchen/loss" in kept.read_bytes()
+    told = kept.read_bytes()
+    for name in (b"kitchen/loss", b"kitchen/learning_rate", b"kitchen/development_loss"):
+        assert name in told, name
+    assert b"report.html" in told
+    (table,) = tmp_path.rglob("verdict_*.table.json")
+    assert json.loads(table.read_text())["data"] == [["seed", 12.5, None]]
 
 
 def test_mlflow_gets_the_curves(
@@ -186,9 +203,16 @@ def test_mlflow_gets_the_curves(
     experiment = client.get_experiment_by_name("forests").experiment_id
     (run,) = client.search_runs([experiment])
     assert run.info.status == "FINISHED"
-    assert {point.step for point in client.get_metric_history(run.info.run_id, "kitchen/loss")} == set(
-        range(7, 13)
-    )
+    for name in ("loss", "learning_rate", "gradient_norm", "tokens"):
+        points = client.get_metric_history(run.info.run_id, f"kitchen/{name}")
+        assert {point.step for point in points} == set(range(7, 13)), name
+    looks = client.get_metric_history(run.info.run_id, "kitchen/development_loss")
+    assert {point.step for point in looks} == {6, 12}
+    folder = Path(run.info.artifact_uri.removeprefix("file://"))
+    assert json.loads((folder / "verdict.json").read_text()) == {
+        "columns": ["system", "perplexity", "difference"], "data": [["seed", 12.5, None]],
+    }  # fmt: skip
+    assert (folder / "report.html").read_text() == "a report"
 
 
 def test_a_service_that_fails_is_given_up_and_training_goes_on(

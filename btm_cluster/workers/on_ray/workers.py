@@ -65,6 +65,7 @@ class RayWorkers:
         self._to_train: dict[Ref, TrainRequest] = {}
         self._retried = {"max_restarts": cluster.retries, "max_task_retries": -1}
         self._merger: Any = None
+        self._merger_name = ""
         self._trainers = Trainers(store, cluster, self._board)
         self._announced: list[TrainRequest] = []
         self._fits_now: Mapping[str, bool] = {}
@@ -177,16 +178,17 @@ class RayWorkers:
 
     def _start(self, batch: list[StepRequest]) -> Running:
         request, step = batch[0], STEPS[type(batch[0])]
+        options: dict[str, Any]
         if isinstance(request, TrainRequest):
             return self._start_training(request)
         if step.runs_in == "merger":
             if self._merger is None:
-                self._merger = MergerActor.options(
-                    name=f"merge-{time.time_ns()}", num_cpus=1, **self._retried
-                ).remote()
+                self._merger_name = f"merge-{time.time_ns()}"
+                options = {"name": self._merger_name, "num_cpus": 1, **self._retried}
+                self._merger = MergerActor.options(**options).remote()
             result = self._merger.average.remote(batch, self._store, self._board)
-            return Running(batch, result, process="merge")
-        options: dict[str, Any] = {
+            return Running(batch, result, process=self._merger_name)
+        options = {
             "name": f"{step.function} {request.label}",
             "max_retries": self._cluster.retries,
         }
