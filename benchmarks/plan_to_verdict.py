@@ -133,7 +133,8 @@ def _plan(arguments: argparse.Namespace, scratch: Path) -> tuple[dict[str, Any],
     command = [sys.executable, str(ROOT / "jobs/quickstart_text.py"), "forests/quickstart-text"]
     subprocess.run(command, cwd=scratch, check=True, stdout=subprocess.DEVNULL)
     print(f"text by jobs/quickstart_text.py: {time.monotonic() - started:.1f} s, not counted")
-    return yaml.safe_load((ROOT / "jobs/plans/quickstart.yaml").read_text(encoding="utf-8")), scratch
+    written = (ROOT / "jobs/plans/quickstart.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(written.replace(" ../../", f" {scratch}/")), scratch
 
 
 @contextmanager

@@ -23,6 +23,8 @@ class Demand:
     """The update of the training checkpoint whose resources these are; None: they are the plan's."""
     remedy: str | None = None
     """Where they are neither's."""
+    parameters: int = 0
+    """Of the model that is trained; 0 where nothing is."""
 
     @property
     def description(self) -> str:
@@ -54,7 +56,12 @@ def bundle(how: Resources) -> dict[str, float]:
 
 def fits(nodes: Sequence[Mapping[str, float]], how: Resources) -> bool:
     """Whether nodes with these resources, empty, can hold the group."""
-    return sum(_fitting(node, bundle(how)) for node in nodes) >= how.workers
+    return groups_held(nodes, how) >= 1
+
+
+def groups_held(nodes: Sequence[Mapping[str, float]], how: Resources) -> int:
+    """How many such groups nodes with these resources, empty, can hold at once."""
+    return sum(_fitting(node, bundle(how)) for node in nodes) // how.workers
 
 
 def no_capacity(

@@ -1,4 +1,4 @@
-"""Gathers what a run does, as its workers tell it: steps, waits, checkpoints, failures, and what was held meanwhile."""
+"""Gathers what a run does, as its workers tell it: steps, waits, checkpoints, failures, and what they held."""
 
 import threading
 import time
@@ -56,12 +56,10 @@ class RunEvents:
                 self._left_out += len(self._events) - MOST_EVENTS
                 self._events = _longest(self._events)
 
-    def add_stop(self, asked: float) -> None:
+    def add_stop(self, asked: float, cause: str = "SIGTERM or Ctrl-C") -> None:
         """Tells that the run was asked to stop then, and has stopped now."""
         known = {"what": "stop", "kind": "run", "label": self._command, "process": "driver"}
-        self.add(
-            Event.model_validate(known | {"began": asked, "ended": self.now(), "cause": "SIGTERM or Ctrl-C"})
-        )
+        self.add(Event.model_validate(known | {"began": asked, "ended": self.now(), "cause": cause}))
 
     def begin(self, key: Hashable, event: Event) -> None:
         """Tells of something that is under way, whose end is not known yet."""
@@ -84,6 +82,15 @@ class RunEvents:
         if training is not None:
             known = {"what": "checkpoint", "began": now - seconds - stall, "ended": now}
             self.add(training.model_copy(update=known | {"cause": f"training stalled for {stall:.3g} s"}))
+
+    def held(self) -> tuple[float, float]:
+        """GPU-seconds and CPU-seconds that were held until now."""
+        now = self.now()
+        with self._lock:
+            under_way = [one for one in self._under_way.values() if one.holds]
+            gpus = sum(max(0.0, now - one.began) * one.gpus for one in under_way)
+            cpus = sum(max(0.0, now - one.began) * one.cpus for one in under_way)
+            return self._gpu_seconds + gpus, self._cpu_seconds + cpus
 
     def timeline(self, outcome: Outcome = "running") -> Timeline:
         """All that happened until now."""

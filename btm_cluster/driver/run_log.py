@@ -49,7 +49,8 @@ class RunLog:
         self._thread.join(LAST_SECONDS)
 
     def finish(self, verdict: Sequence[Mapping[str, Any]], report: Path | None = None) -> None:
-        """Passes the run's outcome on to where its curves go: the verdict's rows, and its report, a local file."""
+        """Passes the run's outcome on to where its curves go: the verdict's rows, and the report, a local
+        file."""
         self._finish(verdict, report)
 
     def store(self) -> None:

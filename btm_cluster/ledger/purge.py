@@ -234,9 +234,10 @@ def _records_of(ledger: Ledger, domain: str, forests: list[Forest], going: Colle
 
 
 def _told_of(ledger: Ledger, domain: str) -> set[str]:
-    """Files of runs that may tell of a domain, beside its curves: timelines that mention it, and every verdict and
-    report, which name and quote all domains and can be made again."""
-    keys = [entry.key for entry in ledger.storage.list(LOGS) if entry.key.count("/") == 2]
+    """Files of runs that may tell of a domain, beside its curves: timelines that mention it, and every verdict
+    and report, which name and quote all domains and can be made again."""
+    listed = [entry.key for entry in ledger.storage.list(LOGS)]
+    keys = [key for key in listed if key.count("/") == 2 and ".." not in key.split("/")]
     return {
         key
         for key in keys

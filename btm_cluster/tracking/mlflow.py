@@ -27,7 +27,8 @@ class Mlflow:
             self._client.log_metric(self._run, f"{label}/{name}", value, step=update, synchronous=False)
 
     def finish(self, verdict: Sequence[Mapping[str, Any]], report: Path | None) -> None:
-        """The verdict as a table, in the form of MLflow's own `log_table`, which needs pandas; the report as a file."""
+        """The verdict as a table, in the form of MLflow's own `log_table`, which needs pandas; the report as a
+        file."""
         columns = list(verdict[0]) if verdict else []
         table = {"columns": columns, "data": [[row[name] for name in columns] for row in verdict]}
         self._client.log_dict(self._run, table, "verdict.json")

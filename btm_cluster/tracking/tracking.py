@@ -33,7 +33,7 @@ class Tracker(Protocol):
         """Adds a point to the curves of a training."""
 
     def finish(self, verdict: Sequence[Mapping[str, Any]], report: Path | None) -> None:
-        """Adds the run's outcome: the verdict's rows, all of the same columns, and the report, a local file."""
+        """Adds the run's outcome: rows of the verdict, all of the same columns, and the report, a local file."""
 
     def close(self, ended_well: bool) -> None:
         """Ends the run."""
@@ -71,7 +71,7 @@ class Tracking:
 
     def __call__(self, progress: Progress) -> None:
         self._watcher(progress)
-        label, update, values = progress.label, progress.update, points_of(progress)
+        label, update, values = progress.label, progress.done, points_of(progress)
         if not values or self._said.get(label) == update:
             return
         self._said[label] = update

@@ -15,10 +15,11 @@ from btm_cluster.driver.run_events import RunEvents, cause_of
 from btm_cluster.errors import BtmError, DivergedError, Stopped, UserError
 from btm_cluster.ledger import Ledger
 from btm_cluster.ledger.timelines import Node
-from btm_cluster.requests import StepRequest, TrainRequest
+from btm_cluster.requests import Resources, StepRequest, TrainRequest
 from btm_cluster.requests.progress import Control, Progress, Watcher
 from btm_cluster.steps.registry import run_batch
 from btm_cluster.stopping import stopped
+from btm_cluster.workers.disk_and_memory import check_this_machine
 from btm_cluster.workers.machine import check_compiler, usable_cpus
 from btm_cluster.workers.pending import Pending
 from btm_cluster.workers.step_events import event_of
@@ -51,12 +52,17 @@ class InProcess:
 
     def check_capacity(self, demands: Sequence[Demand]) -> None:
         """Any number of CPUs will do, since threads can share them: the same model, later."""
+        check_this_machine(demands)
         check_compiler(demands)
         for demand in demands:
             gpus = math.ceil(demand.how.workers * demand.how.gpus_per_worker)
             if gpus > (usable := torch.cuda.device_count()):
                 node = {"CPU": float(usable_cpus()), "GPU": float(usable)}
                 raise no_capacity(demand, "this machine", [node], "run it on one that has them")
+
+    def at_once(self, _: Resources | None) -> int:
+        """One step after the other."""
+        return 1
 
     def get_ready(self, trainings: Sequence[TrainRequest]) -> None:
         """Nothing: there is no other process."""

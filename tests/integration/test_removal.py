@@ -297,7 +297,7 @@ def test_an_average_whose_weights_were_fitted_on_a_purged_target_goes_too(plan: 
     market = next(text for text in prepared.texts if text.is_target)
     average = average_request(prepared, experts, "fitted", market)
     fits = weight_requests(prepared, experts, "fitted", market)
-    driver.require([*score_requests(prepared, experts.refs, [market], ["development"]), *fits, average])
+    driver.require([*score_requests(prepared, experts.names, [market], ["development"]), *fits, average])
     others = [
         m.ref for m in ledger.list_artifacts("model") if m.facts["role"] == "average" and m.ref != average.ref
     ]
@@ -405,6 +405,11 @@ def test_the_commands_say_what_goes_and_what_stays_and_purge_only_when_confirmed
     assert "purging meadow deletes" in out
     assert "2 files of the inbox" in out
     assert "--yes" in err
+    assert btm("forest", "remove", "meadow", "--purge", "--dry-run", *at)[:2] == (0, out)
+    code, told, _ = btm("forest", "remove", "meadow", "--dry-run", *at)
+    assert (code, newest(ledger).version) == (0, 3)
+    assert told.startswith("it would be forest version 4: removed meadow\n")
+    assert "the expert of island, which descends from its expert" in told
     code, out, _ = btm("forest", "remove", "meadow", "--purge", "--yes", *at)
     assert code == 0
     assert "the expert of island, which descends from its expert" in out

@@ -1,8 +1,8 @@
 """Tells the events of a run what happens on the cluster.
 
-Nodes' clocks differ. The board, which is on the driver's node, keeps for each node the smallest difference between
-when it heard and what that node's clock said: the difference of the clocks, and the quickest message's few
-milliseconds. Times are told by the driver's clock.
+Nodes' clocks differ. The board, which is on the driver's node, keeps for each node the smallest difference
+between when it heard and what that node's clock said: the difference of the clocks, and the quickest message's
+few milliseconds. Times are told by the driver's clock.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -43,7 +43,7 @@ class Begun:
 
 @dataclass(frozen=True)
 class Worked:
-    """What became of a batch: an artifact for each request, and when each was made where that was measured."""
+    """What became of a batch: an artifact for each request, and when each was made if that was measured."""
 
     artifacts: list[Artifact]
     spans: list[Span] = field(default_factory=list)
