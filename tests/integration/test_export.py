@@ -197,7 +197,10 @@ def test_a_given_text_weighs_experts_as_the_same_text_of_the_plan_does_and_is_no
     (manifest,) = (key for key in new if key.startswith("artifacts/"))
     made = ledger.read_manifest(manifest)
     assert made is not None
-    assert new <= {manifest, f"blobs/{made.blob('model.safetensors').sha256}"}
+    (timeline,) = (key for key in new if key.endswith("/timeline.json"))
+    assert new <= {manifest, timeline, f"blobs/{made.blob('model.safetensors').sha256}"}
+    told_of_run = ledger.storage.read(timeline).decode()
+    assert "given" not in told_of_run.replace("weights for a given text", "")
     assert sorted(made.recipe["weights"]) == sorted(one["weight"] for one in experts.values())
     assert "given.jsonl" not in json.dumps([made.recipe, made.facts, made.note])
 
