@@ -1,6 +1,7 @@
 """The tables of a study's page, from its entries."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from btm_cluster.report.content import Paragraph, Section, Table
@@ -76,15 +77,28 @@ def _chosen(milestones: Mapping[str, Any] | None) -> str:
 
 
 def means_table(caption: str, entries: Sequence[Entry], wanted_rows: Mapping[str, Wanted]) -> Table:
-    """A row for each of `wanted_rows` that was measured."""
+    """A row for each of `wanted_rows` that was measured; bits per byte and inference cost where entries have
+    them, which those of earlier versions have not."""
+    has_bits = any("bits_per_byte" in entry for entry in entries)
     rows = []
     for name, wanted in wanted_rows.items():
         found = select(entries, **wanted)
         if not found:
             continue
         cells = [_words([entry[group] for entry in found]) for group in ("train", "eval", "all")]
-        rows.append([f"{name}{_some_seeds(found, entries)}", *cells, _difference(found)])
-    return Table(caption, ["system", "train", "eval", "all", "against the Transformer-LM"], rows)
+        bits = [_bits_and_cost(found)] if has_bits else []
+        rows.append([f"{name}{_some_seeds(found, entries)}", *cells, *chain(*bits), _difference(found)])
+    measured = ["train", "eval", "all", *(("bits per byte, all", "inference cost") if has_bits else ())]
+    return Table(caption, ["system", *measured, "against the Transformer-LM"], rows)
+
+
+def _bits_and_cost(entries: Sequence[Entry]) -> tuple[str, str]:
+    known = [entry["bits_per_byte"]["all"] for entry in entries if "bits_per_byte" in entry]
+    bits = [value for value in known if value is not None]
+    costs = {entry["inference_cost"] for entry in entries if "inference_cost" in entry}
+    return spread(bits).words("{:.4f}") if bits else "–", ", ".join(
+        f"{cost}x" for cost in sorted(costs)
+    ) or "–"
 
 
 def _some_seeds(found: Sequence[Entry], entries: Sequence[Entry]) -> str:

@@ -226,6 +226,13 @@ def test_a_study_compares_with_the_transformer_lm_at_its_best_milestone_as_a_run
     assert page.count("| Transformer-LM at its best milestone |") == 4, (
         "tables 1, 2, 8 and that of the posteriors"
     )
+    assert f"| {finished['all']:.1f} | {finished['bits_per_byte']['all']:.4f} | 1x |" in page
+    # Of an earlier version there are none.
+    bare = [
+        {k: v for k, v in e.items() if k not in ("bits_per_byte", "inference_cost")} for e in study.entries
+    ]
+    write_page(replace(results, entries=tuple(bare)), tmp_path / "bare")
+    assert "bits per byte" not in (tmp_path / "bare" / "README.md").read_text()
     # With another random seed the finished one is the best: it is the baseline there, and differs by nothing
     # from itself.
     others = [e | {"random_seed": 1} for e in study.entries if e is not best and e is not finished]
