@@ -1,5 +1,5 @@
 """Every field of a plan with its default and meaning, as Markdown, from the
-models themselves: `docs/plan.md` is this."""
+models themselves: `docs/reference/plan.md` is this."""
 
 import json
 import types

@@ -27,7 +27,7 @@ from tests.conftest import DOMAINS, in_process, made_up_documents, write_jsonl
 from tests.integration.conftest import BLOCK, WrittenForest, copy_store
 
 ROOT = Path(__file__).parents[2]
-NOTEBOOK = ROOT / "docs" / "python.ipynb"
+NOTEBOOK = ROOT / "docs" / "reference" / "python.ipynb"
 
 Command = Callable[..., Any]
 
