@@ -9,8 +9,8 @@ help:  ## What there is to make.
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' Makefile
 
 run: $(INSTALLED)  ## The quickstart: real text from this installation, seed, experts, baseline, verdict.
-	$(BIN)/python jobs/quickstart_text.py forests/quickstart-text
-	$(BIN)/btm run jobs/plans/quickstart.yaml
+	$(BIN)/btm quickstart
+	$(BIN)/btm run quickstart.yaml
 
 # Most of a test's time here is waiting for processes to start, so more of them than cores.
 TESTS_AT_ONCE ?= 3

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from btm_cluster.errors import PlanError
 from btm_cluster.operations.init import STARTER_PLAN
+from btm_cluster.operations.quickstart import PLAN_FILE, QUICKSTART_PLAN, TEXT_FOLDER, TEXTS
 from btm_cluster.operations.schema import plan_reference
 from btm_cluster.plan import Plan, plan_schema, read_plan
 from btm_cluster.plan.problems import describe_problems
@@ -449,6 +450,14 @@ REPOSITORY = Path(__file__).parents[2]
 )
 def test_every_plan_that_is_shipped_is_one(plan: str) -> None:
     assert read_plan(plan).domains
+
+
+def test_the_quickstarts_plan_reads_the_text_that_is_written_with_it(tmp_path: Path) -> None:
+    (tmp_path / PLAN_FILE).write_text(QUICKSTART_PLAN)
+    plan = read_plan(tmp_path / PLAN_FILE)
+    for text in (*plan.domains, *plan.targets):
+        assert text.text[0].endswith(f"{TEXT_FOLDER}/{text.name}.jsonl")
+        assert text.name in TEXTS
 
 
 @pytest.mark.parametrize(
