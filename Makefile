@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help run test test-unit check chaos clean
+.PHONY: help run test test-unit check docs reference chaos clean
 
 help:  ## What there is to make.
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' Makefile
@@ -26,6 +26,12 @@ check: $(INSTALLED)  ## Style, types and the direction of imports.
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(INSTALLED)  ## The documentation's site, in site/: strict, without a network.
+	$(BIN)/python -m zensical build --strict --clean
+
+reference: $(INSTALLED)  ## The pages of docs/reference/ that the code itself says.
+	$(BIN)/python tools/reference.py
+
 SEEDS ?= 10
 chaos: $(INSTALLED)  ## The long campaign of faults: make chaos SEEDS=100
 	$(BIN)/python -m tests.faults.campaign --seeds $(SEEDS)
@@ -38,4 +44,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:  ## Removes .venv and what was built.
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build site *.egg-info

