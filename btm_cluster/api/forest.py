@@ -22,7 +22,7 @@ from btm_cluster.operations.generate import PROMPTS_AT_ONCE
 from btm_cluster.plan import Plan
 from btm_cluster.session import open_ledger, opened_driver
 from btm_cluster.steps.mixture import forest_with_experts, load_stored, mixture_of_store
-from btm_cluster.steps.stored import open_tokenizer, open_transformers_tokenizer
+from btm_cluster.steps.stored import documents_of, open_tokenizer, open_transformers_tokenizer
 from btm_cluster.terminal.tables import progress_console
 
 if TYPE_CHECKING:
@@ -119,6 +119,23 @@ class OpenForest:
     def first_token(self) -> int:
         """Id of the token that every block was read after in training. Ensembles read it by themselves."""
         return open_tokenizer(self._ledger, self._tokenizer).first_token
+
+    def documents(self, domain: str, split: Literal["train", "development", "test"] = "test") -> list[str]:
+        """The documents of one split of a domain's text, in the order in which they are packed into blocks.
+
+        Raises:
+            UserError: no expert has that domain.
+            StoreError: the store has lost the text.
+        """
+        texts = {expert.domain: expert.text for expert in self._forest.experts}
+        if domain not in texts:
+            raise UserError(
+                f"no expert has the domain {domain}",
+                found=f"{self!r}",
+                expected=f"one of {', '.join(texts)}",
+                remedy="name one of them",
+            )
+        return list(documents_of(self._ledger, texts[domain], split))
 
     @property
     def _tokenizer(self) -> Ref:

@@ -3,7 +3,7 @@
 from btm_cluster.commands.run import show_run
 from btm_cluster.plan import read_plan
 from btm_cluster.session import driving
-from btm_cluster.terminal.options import Address, InProcess, JsonAndProgress, PlanPath
+from btm_cluster.terminal.options import Address, Details, InProcess, JsonAndProgress, PlanPath
 from btm_cluster.workers.shadowing import check_shadowing
 
 
@@ -12,6 +12,7 @@ def evaluate(
     json_output: JsonAndProgress = False,
     address: Address = None,
     in_process: InProcess = False,
+    details: Details = False,
 ) -> None:
     """Evaluate the forest as it stands, on the text of all its domains and of the plan's targets."""
     plan = read_plan(plan_path)
@@ -20,4 +21,4 @@ def evaluate(
 
     with driving(plan, address, in_process, dashboard=False, json_output=json_output) as driver:
         result = evaluate_forest(plan, driver)
-    show_run(result, json_output)
+    show_run(result, json_output, details, plan_path)

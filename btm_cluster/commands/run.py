@@ -1,7 +1,9 @@
-"""`btm run`: shows texts, what was fitted, and the verdict."""
+"""`btm run`: shows the verdict; with --details texts, what was fitted, and every text's figures."""
 
 import json
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from btm_cluster.plan import read_plan
@@ -9,18 +11,17 @@ from btm_cluster.session import driving
 from btm_cluster.terminal.options import (
     Address,
     Dashboard,
+    Details,
     InProcess,
     JsonAndProgress,
     NewResources,
     PlanPath,
 )
-from btm_cluster.terminal.tables import consoles, plain_table, show_table
-from btm_cluster.terminal.verdict import verdict_tables
+from btm_cluster.terminal.tables import ManyColumns, consoles, show_stacked
+from btm_cluster.terminal.verdict import show_verdict, show_verdict_details
 from btm_cluster.workers.shadowing import check_shadowing
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from btm_cluster.evaluation.texts import TextReport
     from btm_cluster.operations.run import Run
 
@@ -32,6 +33,7 @@ def run(
     in_process: InProcess = False,
     dashboard: Dashboard = False,
     new_resources: NewResources = False,
+    details: Details = False,
 ) -> None:
     """Grow the forest: seed, experts, merge, and the verdict. Run again, it goes on where it was."""
     plan = read_plan(plan_path)
@@ -43,39 +45,48 @@ def run(
     with driving(plan, address, in_process, dashboard, json_output, new_resources) as driver:
         check_capacity(plan, driver)
         result = run_plan(plan, driver)
-    show_run(result, json_output)
+    show_run(result, json_output, details, plan_path)
     if result.failures:
         raise step_error(result.failures)
 
 
-def show_run(run: "Run", json_output: bool) -> None:
-    """Prints the outcome of a run: texts, what was fitted, the verdict; or all of it as JSON."""
+def show_run(run: "Run", json_output: bool, details: bool, plan_path: Path) -> None:
+    """Prints the outcome of a run: the verdict first, and what to do next last; or all of it as JSON."""
     console, notes = consoles(json_output)
     if json_output:
         print(json.dumps(run.to_json(), indent=2))
         return
-    show_table(texts_table(run.texts), console)
-    for notice in skipped_notice(run.texts, run.wanted_development_blocks):
+    show_verdict(run.verdict, console)
+    for notice in _notices(run):
         console.print(f"note: {notice}", soft_wrap=True)
-    for name in run.passed_over:
-        console.print(f"note: {name} was taken out of the forest and is passed over", soft_wrap=True)
-    if run.trained_otherwise:
-        console.print(
-            f"note: the plan's `branching` has changed, and these stay as they were trained: "
-            f"{', '.join(run.trained_otherwise)}; "
-            "with another `store` all experts are trained by it",
-            soft_wrap=True,
-        )
-    for name in run.missing_baselines:
-        console.print(
-            f"note: {name} is not trained, and not compared with; `btm run` trains it", soft_wrap=True
-        )
-    show_table(fits_table(run.priors, run.evidence_weights), console)
-    verdict_tables(run.verdict, console)
+    if details:
+        show_stacked(*texts_table(run.texts), console)
+        show_stacked(*fits_table(run.priors, run.evidence_weights), console)
+        show_verdict_details(run.verdict, console)
     notes.print(run.steps_line, soft_wrap=True)
+    plan = shlex.quote(str(plan_path))
+    console.print(
+        f"next: `btm report {plan} --to FOLDER` shows all of it, `btm serve {plan}` serves the ensemble, "
+        f"`btm merge {plan} --to FOLDER` writes a single model",
+        soft_wrap=True,
+    )
 
 
-def texts_table(texts: Sequence["TextReport"]) -> "Table":
+def _notices(run: "Run") -> Iterator[str]:
+    """What a reader of the verdict should know of the run."""
+    yield from skipped_notice(run.texts, run.wanted_development_blocks)
+    yield from (f"{name} was taken out of the forest and is passed over" for name in run.passed_over)
+    if run.trained_otherwise:
+        yield (
+            f"the plan's `branching` has changed, and these stay as they were trained: "
+            f"{', '.join(run.trained_otherwise)}; with another `store` all experts are trained by it"
+        )
+    yield from (
+        f"{name} is not trained, and not compared with; `btm run` trains it" for name in run.missing_baselines
+    )
+
+
+def texts_table(texts: Sequence["TextReport"]) -> ManyColumns:
     """The paper's Table 7, and how much test text also stands in training text."""
     headings = [
         "text",
@@ -87,9 +98,7 @@ def texts_table(texts: Sequence["TextReport"]) -> "Table":
         "skipped",
     ]
     headings += ["test documents in training", "20-word windows in training"]
-    table = plain_table("Texts", headings, [_row_of_text(text) for text in texts])
-    table.columns[0].no_wrap = True
-    return table
+    return "Texts", headings, [_row_of_text(text) for text in texts]
 
 
 def _row_of_text(text: "TextReport") -> list[str]:
@@ -116,10 +125,8 @@ def skipped_notice(texts: Sequence["TextReport"], wanted_blocks: int) -> list[st
     return notices
 
 
-def fits_table(weights: Mapping[str, Mapping[str, float]], evidence: Mapping[str, float]) -> "Table":
+def fits_table(weights: Mapping[str, Mapping[str, float]], evidence: Mapping[str, float]) -> ManyColumns:
     """The fitted values: each text's prior over the experts, and β of the calibrated posterior."""
     experts = list(next(iter(weights.values())))
     rows = [[text, *(f"{p[e]:.3f}" for e in experts), f"{evidence[text]:.3f}"] for text, p in weights.items()]
-    return plain_table(
-        "Fitted prior by text, and the weight of evidence", ["text", *experts, "evidence"], rows
-    )
+    return "Fitted prior by text, and the weight of evidence", ["text", *experts, "evidence"], rows

@@ -17,19 +17,18 @@ from btm_cluster.data.blocks import Blocks
 from btm_cluster.data.tokenizer import TOKENIZER_FILES, TextTokenizer, load_tokenizer
 from btm_cluster.driver.prepared_plan import PreparedPlan
 from btm_cluster.equations.clusters import cluster_log_weights, log_weighted_mixture
-from btm_cluster.equations.mixture import document_sums
 from btm_cluster.errors import UserError
+from btm_cluster.evaluation.rows import CLUSTER_ENSEMBLE
 from btm_cluster.evaluation.scoring import stack_of
 from btm_cluster.evaluation.verdict import SplitResult
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import Ledger, Ref
-from btm_cluster.mixing.scores import BLOCKS_AT_ONCE, ScoreStack
+from btm_cluster.mixing.scores import ScoreStack
 from btm_cluster.plan import Plan
 
 if TYPE_CHECKING:
     from btm_cluster.data.clusters import Clusters
 
-CLUSTER_ENSEMBLE = "ensemble, by cluster distance"
 FIRST_CONTEXT_TOKENS = 8
 
 
@@ -76,8 +75,8 @@ def with_cluster_ensemble(
         refs = texts[result.text].tokens[result.split]
         blocks = Blocks([ledger.open_file(ledger.get(ref), "tokens.npy") for ref in refs])
         stack = stack_of(ledger, models, texts[result.text], result.split)
-        logp_D = cluster_sums(stack, blocks, clusters, experts, tokenizer, merging.cluster_temperature)
-        return replace(result, logp={**result.logp, CLUSTER_ENSEMBLE: logp_D})
+        logp_UD = cluster_sums(stack, blocks, clusters, experts, tokenizer, merging.cluster_temperature)
+        return replace(result, logp={**result.logp, CLUSTER_ENSEMBLE: logp_UD})
 
     return tuple(map(with_row, results))
 
@@ -90,19 +89,17 @@ def cluster_sums(
     tokenizer: TextTokenizer,
     temperature: float,
 ) -> torch.Tensor:
-    """The ensemble's summed log-probability by document: [D].
+    """The ensemble's summed log-probability by document: [U, D].
 
     `experts` are the clusters of the stack's models, in order.
     """
-    total_D = torch.zeros(len(stack.tokens()), dtype=torch.float64)
-    for start in range(0, len(stack), BLOCKS_AT_ONCE):
-        logp_EBT, mask_BT = stack.take(start, start + BLOCKS_AT_ONCE)
-        tokens_BT = blocks.take(np.arange(start, start + len(mask_BT)))
+
+    def mixture(logp_EBT: torch.Tensor, start: int) -> torch.Tensor:
+        tokens_BT = blocks.take(np.arange(start, start + logp_EBT.shape[1]))
         log_weight_EBT = context_log_weights(tokens_BT, clusters, experts, tokenizer, temperature)
-        owners_BT = stack.documents_BT[start : start + BLOCKS_AT_ONCE]
-        sums_D = document_sums(log_weighted_mixture(logp_EBT, log_weight_EBT), owners_BT)
-        total_D[: len(sums_D)] += sums_D
-    return total_D
+        return log_weighted_mixture(logp_EBT, log_weight_EBT)[None]
+
+    return stack.by_document(mixture)[0]
 
 
 def context_log_weights(

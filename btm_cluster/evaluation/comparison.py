@@ -3,6 +3,7 @@ every document under every system out.
 
 Runs, studies and trials ask it for different rows of the same table. Everything is asked for in one call, and
 the workers start each step once its inputs are there. Whatever is fitted or chosen is so on development text.
+U is tokens and bytes, as `equations/perplexity.py` has them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ import torch
 
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.prepared_plan import HELD_OUT, PreparedPlan, PreparedText
+from btm_cluster.equations.perplexity import TOKENS
 from btm_cluster.evaluation.fitting import (
     average_request,
     fit_request,
@@ -23,9 +25,9 @@ from btm_cluster.evaluation.fitting import (
     weights_request,
 )
 from btm_cluster.evaluation.milestones import choose_milestone, milestone_scores
+from btm_cluster.evaluation.rows import Milestones
 from btm_cluster.evaluation.scoring import by_ref, score_requests, stack_of
 from btm_cluster.evaluation.systems import BEST_TRANSFORMER_LM, Ensemble, System
-from btm_cluster.evaluation.verdict import Milestones
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.mixing.fit_file import SUMS
 from btm_cluster.mixing.scores import ScoreStack
@@ -34,17 +36,23 @@ from btm_cluster.requests import StepRequest
 Part: TypeAlias = tuple[str, str]
 """A text by name, and one of its splits."""
 Rows: TypeAlias = dict[System, dict[Part, torch.Tensor]]
-"""Summed log-probability by document [D], by text and split, of each system."""
+"""Summed log-probability by document [U, D], by text and split, of each system."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Every system's sums, and the tokens of each document [D], by text and split."""
+    """Every system's sums, and the tokens and bytes of each document [U, D], by text and split."""
 
     rows: Rows
-    tokens: Mapping[Part, torch.Tensor]
+    sizes: Mapping[Part, torch.Tensor]
+    costs: Mapping[System, int]
+    """Forward passes of a model that a system takes for a token."""
     milestones: Milestones | None = None
     """The Transformer-LM's, of which the best has a row of its own where it is not the finished one."""
+
+    def with_rows(self, other: "Comparison") -> "Comparison":
+        """The rows of another comparison on the same texts beside these."""
+        return replace(self, rows={**self.rows, **other.rows}, costs={**self.costs, **other.costs})
 
 
 @dataclass(frozen=True)
@@ -126,11 +134,16 @@ class _Reader:
         for ensemble in ensembles:
             rows |= self._mixed(ensemble) | self._averaged(ensemble)
         any_model = next(iter([*single.values(), *(ref for ensemble in ensembles for ref in ensemble.refs)]))
-        tokens = {
-            (text.name, split): self._stack([any_model], text, split).tokens()
+        sizes = {
+            (text.name, split): self._stack([any_model], text, split).sizes()
             for text, split in self.asked.parts
         }
-        return Comparison(rows, tokens)
+        mixtures = {
+            ensemble.mixed_by(method): method.top_k or len(ensemble.models)
+            for ensemble in ensembles
+            for method in ensemble.methods
+        }
+        return Comparison(rows, sizes, dict.fromkeys(rows, 1) | mixtures)
 
     def _stack(self, models: Sequence[Ref], text: PreparedText, split: str) -> ScoreStack:
         return stack_of(self.ledger, models, text, split, self.made)
@@ -145,9 +158,9 @@ class _Reader:
         rows: Rows = {}
         for text, split in self.asked.parts if ensemble.methods else ():
             mixture = self.made[mix_request(self.asked.prepared, ensemble, text, split).ref]
-            sums_MD = np.load(self.ledger.open_file(mixture, SUMS))
-            for method, sums_D in zip(ensemble.methods, sums_MD, strict=True):
-                rows.setdefault(ensemble.mixed_by(method), {})[text.name, split] = torch.from_numpy(sums_D)
+            sums_MUD = np.load(self.ledger.open_file(mixture, SUMS))
+            for method, sums_UD in zip(ensemble.methods, sums_MUD, strict=True):
+                rows.setdefault(ensemble.mixed_by(method), {})[text.name, split] = torch.from_numpy(sums_UD)
         return rows
 
     def _averaged(self, ensemble: Ensemble) -> Rows:
@@ -179,13 +192,14 @@ class _Reader:
         best_row, own_row = rows.values()
         names = [name for name, _ in forest.models]
         for text, split in self.asked.parts:
-            sums_ED = self._stack(forest.refs, text, split).sums()
+            sums_EUD = self._stack(forest.refs, text, split).sums()
             best = 0
             if text.tokens["development"]:
-                best = int(self._stack(forest.refs, text, "development").sums().sum(1).argmax())
-            best_row[text.name, split] = sums_ED[best]
+                development_EUD = self._stack(forest.refs, text, "development").sums()
+                best = int(development_EUD[:, TOKENS].sum(1).argmax())
+            best_row[text.name, split] = sums_EUD[best]
             if text.name in names:
-                own_row[text.name, split] = sums_ED[names.index(text.name)]
+                own_row[text.name, split] = sums_EUD[names.index(text.name)]
         return rows
 
 

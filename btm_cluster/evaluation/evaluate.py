@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.prepared_plan import PreparedPlan
 from btm_cluster.driver.recipes import transformer_lm_milestones
+from btm_cluster.evaluation import rows
 from btm_cluster.evaluation.cluster_ensemble import with_cluster_ensemble
 from btm_cluster.evaluation.comparison import Comparer, Comparison, fits_of
 from btm_cluster.evaluation.fitting import average_request
@@ -25,20 +26,7 @@ from btm_cluster.evaluation.systems import (
     planned_method,
     with_seed,
 )
-from btm_cluster.evaluation.verdict import (
-    BEST_MILESTONE,
-    CALIBRATED_DEMIX,
-    CALIBRATED_ENSEMBLE,
-    GATED_ENSEMBLE,
-    PAPER_DEMIX,
-    PAPER_ENSEMBLE,
-    SEEDED_ENSEMBLE,
-    SEEDED_GATE,
-    Milestones,
-    SplitResult,
-)
-from btm_cluster.evaluation.verdict import SEED as SEED_NAME
-from btm_cluster.evaluation.verdict import TRANSFORMER_LM as TRANSFORMER_LM_NAME
+from btm_cluster.evaluation.verdict import SplitResult
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import Ref
 from btm_cluster.mixing.fit_file import Fitted, open_fits
@@ -55,8 +43,10 @@ class Evaluation:
     fits: Mapping[str, Mapping[MixingMethod, Fitted]]
     """Fits of the experts alone, by text and method."""
     averages: Mapping[str, Ref]
-    milestones: Milestones | None
+    milestones: rows.Milestones | None
     """The Transformer-LM's."""
+    costs: Mapping[str, int]
+    """Forward passes of a model for a token, by system."""
 
 
 def evaluate(
@@ -77,7 +67,10 @@ def evaluate(
     averages |= {
         f"posterior for {t.name}": average_request(prepared, experts, prior, t).ref for t in prepared.texts
     }
-    return Evaluation(results, fits, averages, comparison.milestones)
+    shown = _names(prepared, comparer.ensembles)
+    costs = {shown[system]: cost for system, cost in comparison.costs.items() if system in shown}
+    costs |= {rows.CLUSTER_ENSEMBLE: len(forest.experts)}
+    return Evaluation(results, fits, averages, comparison.milestones, costs)
 
 
 def comparer_of(
@@ -129,17 +122,17 @@ def _names(prepared: PreparedPlan, ensembles: Sequence[Ensemble]) -> dict[System
     half = max(1, len(experts.models) // 2)
     prior = prepared.plan.merging.average_prior
     names = {
-        SEED: SEED_NAME,
-        TRANSFORMER_LM: TRANSFORMER_LM_NAME,
-        BEST_TRANSFORMER_LM: BEST_MILESTONE,
-        System("best single expert"): "best single expert",
-        System("own expert"): "the domain's own expert",
-        experts.averaged_by("uniform"): "average, uniform",
-        experts.averaged_by("argmax"): "average, argmax",
-        experts.averaged_by(prior): "average, posterior",
-        experts.mixed_by(PAPERS): PAPER_ENSEMBLE,
-        experts.mixed_by(CALIBRATED): CALIBRATED_ENSEMBLE,
-        experts.mixed_by(replace(CALIBRATED, top_k=half)): f"ensemble, top-{half}",
+        SEED: rows.SEED,
+        TRANSFORMER_LM: rows.TRANSFORMER_LM,
+        BEST_TRANSFORMER_LM: rows.BEST_MILESTONE,
+        System("best single expert"): rows.BEST_EXPERT,
+        System("own expert"): rows.OWN_EXPERT,
+        experts.averaged_by("uniform"): rows.UNIFORM_AVERAGE,
+        experts.averaged_by("argmax"): rows.ARGMAX_AVERAGE,
+        experts.averaged_by(prior): rows.POSTERIOR_AVERAGE,
+        experts.mixed_by(PAPERS): rows.PAPER_ENSEMBLE,
+        experts.mixed_by(CALIBRATED): rows.CALIBRATED_ENSEMBLE,
+        experts.mixed_by(replace(CALIBRATED, top_k=half)): rows.top_k_ensemble(half),
     }
     for ensemble in others:
         names |= {ensemble.mixed_by(method): _name(ensemble, method) for method in ensemble.methods}
@@ -153,12 +146,12 @@ def _names(prepared: PreparedPlan, ensembles: Sequence[Ensemble]) -> dict[System
 
 def _name(ensemble: Ensemble, method: MixingMethod) -> str:
     if ensemble.system == DEMIX:
-        return {PAPERS: PAPER_DEMIX, CALIBRATED: CALIBRATED_DEMIX}[method]
+        return {PAPERS: rows.PAPER_DEMIX, CALIBRATED: rows.CALIBRATED_DEMIX}[method]
     if ensemble.system == SEEDED_FOREST:
-        return {CALIBRATED: SEEDED_ENSEMBLE, GATE: SEEDED_GATE}.get(
-            method, "ensemble with the seed, as planned"
+        return {CALIBRATED: rows.SEEDED_ENSEMBLE, GATE: rows.SEEDED_GATE}.get(
+            method, rows.PLANNED_SEEDED_ENSEMBLE
         )
-    return {GATE: GATED_ENSEMBLE}.get(method, "ensemble, as planned")
+    return {GATE: rows.GATED_ENSEMBLE}.get(method, rows.PLANNED_ENSEMBLE)
 
 
 def _results(
@@ -176,7 +169,7 @@ def _results(
                 for system, shown in names.items()
                 if (name, split) in comparison.rows.get(system, {})
             },
-            tokens_D,
+            sizes_UD,
         )
-        for (name, split), tokens_D in comparison.tokens.items()
+        for (name, split), sizes_UD in comparison.sizes.items()
     )

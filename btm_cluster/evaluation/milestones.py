@@ -8,8 +8,8 @@ alone is then an easy rival.
 from collections.abc import Mapping
 
 from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText
+from btm_cluster.evaluation.rows import Milestones
 from btm_cluster.evaluation.scoring import mean_perplexities, score_requests
-from btm_cluster.evaluation.verdict import Milestones
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.requests import ScoreRequest
 

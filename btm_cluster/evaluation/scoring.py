@@ -6,6 +6,7 @@ from functools import lru_cache
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.prepared_plan import HELD_OUT, PreparedPlan, PreparedText
 from btm_cluster.driver.recipes import score_request
+from btm_cluster.equations.perplexity import TOKENS, perplexity
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.mixing.scores import ScoreStack
 from btm_cluster.requests import Resources, ScoredSplit, ScoreRequest
@@ -69,7 +70,7 @@ def mean_perplexities(
     totals = [0.0] * len(models)
     for text in texts:
         stack = stack_of(ledger, models, text, "development", known)
-        perplexities = (-stack.sums().sum(1) / stack.tokens().sum()).exp()
+        perplexities = perplexity(stack.sums()[:, TOKENS].sum(1), stack.sizes()[TOKENS].sum())
         totals = [total + one for total, one in zip(totals, perplexities.tolist(), strict=True)]
     return [total / len(texts) for total in totals]
 

@@ -1,14 +1,12 @@
-"""Test perplexities of a model as far as the store has its scores. Makes none."""
+"""Test perplexities and bits per byte of a model as far as the store has its scores. Makes none."""
 
 from collections.abc import Mapping
 
-import torch
-
 from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText
-from btm_cluster.equations.mixture import interval, perplexity, resampled_perplexity
+from btm_cluster.equations.perplexity import TOKENS
 from btm_cluster.evaluation.scoring import scored_split
-from btm_cluster.evaluation.verdict import RESAMPLES
-from btm_cluster.language_model.model_card import Result
+from btm_cluster.evaluation.verdict import SplitResult, cell, measure
+from btm_cluster.language_model.model_card import Figures, Result
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.mixing.scores import ScoreStack
 
@@ -28,11 +26,10 @@ def stored_results(prepared: PreparedPlan, models: Mapping[str, Ref], ledger: Le
 
 def _result(text: PreparedText, scores: Mapping[str, Artifact], ledger: Ledger, random_seed: int) -> Result:
     stack = ScoreStack(ledger, list(scores.values()), text.tokens["test"])
-    logp_SD, tokens_D = stack.sums(), stack.tokens()
-    values_S = perplexity(logp_SD, tokens_D)
-    resamples_SR = resampled_perplexity(logp_SD, tokens_D, RESAMPLES, random_seed)
-    cells = {
-        name: (float(value), *interval(resamples_R))
-        for name, value, resamples_R in zip(scores, values_S, resamples_SR, strict=True)
-    }
-    return Result(text.name, int(torch.sum(tokens_D)), cells)
+    sizes_UD = stack.sizes()
+    result = SplitResult(
+        text.name, text.is_target, "test", dict(zip(scores, stack.sums(), strict=True)), sizes_UD
+    )
+    cells = {name: cell(one) for name, one in measure(result, random_seed).items()}
+    figures = {name: Figures(one.perplexity, one.interval, one.bits_per_byte) for name, one in cells.items()}
+    return Result(text.name, int(sizes_UD[TOKENS].sum()), figures)

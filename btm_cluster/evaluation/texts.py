@@ -8,7 +8,7 @@ import numpy as np
 
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText, overlap_requests, stored_text
-from btm_cluster.evaluation.verdict import ADDED_LATER
+from btm_cluster.evaluation.judgement import ADDED_LATER
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import Artifact, Ref
 

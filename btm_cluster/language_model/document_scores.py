@@ -1,12 +1,10 @@
 """Documents scored by an ensemble as they stream by: sums for each model and the
 mixture, and whose domain a document is of.
 
-Perplexity is the verdict's: exp of the mean negative log-probability of all tokens, each document's
-end-of-text token among them, in blocks that are read after the tokenizer's first token. Bits per byte leave
-end-of-text tokens out. Knows no store.
+Perplexity and bits per byte are the verdict's, in blocks that are read after the tokenizer's first token.
+Knows no store.
 """
 
-import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ from typing import Protocol
 import torch
 
 from btm_cluster.data.tokenizer import TextTokenizer
+from btm_cluster.equations.perplexity import bits_per_byte, perplexity
 from btm_cluster.language_model.ensemble_scoring import TextScores
 
 TOKENS_AT_ONCE = 65_536
@@ -100,8 +99,12 @@ class Sums:
     def scored(self, names: Sequence[str], domains: Sequence[int]) -> Scored:
         """As figures, of at least one document."""
         surprises = [
-            Surprise(_exp(-logp / self.tokens), (end - logp) / math.log(2) / self.bytes)
-            for logp, end in zip(self.logp.tolist(), self.ends.tolist(), strict=True)
+            Surprise(*figures)
+            for figures in zip(
+                perplexity(self.logp, torch.tensor(self.tokens)).tolist(),
+                bits_per_byte(self.logp - self.ends, torch.tensor(self.bytes)).tolist(),
+                strict=True,
+            )
         ]
         shares = (self.posterior / self.documents).tolist()
         return Scored(
@@ -215,7 +218,3 @@ def _take_in(block: _Block, said: TextScores) -> None:
         one.sums.logp += part_MT.sum(1)
         if not one.left:
             one.sums.ends += part_MT[:, -1]
-
-
-def _exp(nats: float) -> float:
-    return float(torch.tensor(nats, dtype=torch.float64).exp())

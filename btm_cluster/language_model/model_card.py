@@ -26,13 +26,22 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Figures:
+    """How well a model predicts a text."""
+
+    perplexity: float
+    interval: tuple[float, float]
+    """The perplexity's, at 95 % over documents."""
+    bits_per_byte: float
+
+
+@dataclass(frozen=True)
 class Result:
-    """Test perplexity on a text, by system, each with its 95 % interval over documents."""
+    """Figures on the test split of a text, by system."""
 
     text: str
     tokens: int
-    perplexities: Mapping[str, tuple[float, float, float]]
-    """Perplexity, and the interval's ends."""
+    figures: Mapping[str, Figures]
 
 
 @dataclass(frozen=True)
@@ -115,8 +124,8 @@ def _reading(card: Card) -> str:
         f"It was trained on blocks of {card.block_tokens} tokens, each read after `{card.first_token}`: text "
         "beyond a block's length is new to it.\n\n"
         "Its perplexity is exp of the mean negative log-probability of all tokens, each document's "
-        "end-of-text token among them. Documents follow each other in blocks of that length, and each block is read by "
-        "itself."
+        "end-of-text token among them; bits per byte are of the text in UTF-8, without these. Documents follow each "
+        "other in blocks of that length, and each block is read by itself."
     )
 
 
@@ -131,19 +140,21 @@ def _licence(card: Card) -> str:
 def _results(results: Sequence[Result]) -> str:
     if not results:
         return ""
-    systems = list(dict.fromkeys(system for result in results for system in result.perplexities))
+    systems = list(dict.fromkeys(system for result in results for system in result.figures))
     lines = [
-        "## Test perplexity",
+        "## Test perplexity, and bits per byte",
         "",
         f"| text | tokens | {' | '.join(systems)} |",
         f"|---|---|{'---|' * len(systems)}",
     ]
     for result in results:
-        cells = [
-            "{:.2f} ({:.2f} to {:.2f})".format(*result.perplexities[system])
-            if system in result.perplexities
-            else ""
-            for system in systems
-        ]
+        cells = [_words(result.figures[system]) if system in result.figures else "" for system in systems]
         lines.append(f"| {result.text} | {result.tokens:,} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", "In brackets is the 95 % interval over documents, from a bootstrap."])
+    return "\n".join(
+        [*lines, "", "In brackets is the perplexity's 95 % interval over documents, from a bootstrap."]
+    )
+
+
+def _words(figures: Figures) -> str:
+    low, high = figures.interval
+    return f"{figures.perplexity:.2f} ({low:.2f} to {high:.2f}), {figures.bits_per_byte:.4f}"

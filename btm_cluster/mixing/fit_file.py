@@ -21,7 +21,7 @@ from btm_cluster.requests import MixingMethod
 Fitted: TypeAlias = Mixing | FixedShare | Discounts | LearnedGate
 FIT_FILE = "fit.safetensors"
 SUMS = "sums.npy"
-"""The file of a mixture: summed log-probabilities by document, float64 [methods, D]."""
+"""The file of a mixture: summed log-probabilities by document, float64 [methods, U, D]."""
 
 
 def write_fits(fits: Sequence[Fitted], path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from btm_cluster.equations.calibration import calibrate
 from btm_cluster.equations.mixture import log_mixture
+from btm_cluster.equations.perplexity import perplexity
 from btm_cluster.equations.posterior import Kind, Posterior, PriorKind, keep_top, log_posterior, log_prior
 from btm_cluster.equations.running import RunningGate, running_posterior
 from btm_cluster.plan import MergingPlan
@@ -51,7 +52,7 @@ def cross_fitted_perplexity(logp_EBT: torch.Tensor, mask_BT: torch.Tensor, mergi
         mixing = fit_planned(logp_EBT[:, fitted_B], mask_BT[fitted_B], merging)
         logp_BT = log_mixture(logp_EBT[:, measured_B], mixing.log_prior_E, mixing.posterior)
         total += float(logp_BT[mask_BT[measured_B]].sum())
-    return float(torch.exp(torch.tensor(-total / int(mask_BT.sum()), dtype=torch.float64)))
+    return float(perplexity(torch.tensor(total, dtype=torch.float64), mask_BT.sum()))
 
 
 def fit_planned(logp_EBT: torch.Tensor, mask_BT: torch.Tensor, merging: MergingPlan) -> Mixing:

@@ -1,4 +1,7 @@
-"""Stored token log-probabilities as arrays: several models on one split of one text, streamed by blocks."""
+"""Stored token log-probabilities as arrays: several models on one split of one text, streamed by blocks.
+
+U is tokens and bytes, as `equations/perplexity.py` has them.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -8,7 +11,7 @@ import torch
 
 from btm_cluster.equations.gates import Gate, log_gated_mixture
 from btm_cluster.equations.learned_gate import TextScores
-from btm_cluster.equations.mixture import document_sums, document_tokens, log_mixture
+from btm_cluster.equations.mixture import document_sums, document_tokens, ends_of_documents, log_mixture
 from btm_cluster.equations.posterior import Posterior
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.requests import ScoredSplit
@@ -20,7 +23,7 @@ class ScoreStack:
     """E models' scores on B blocks of T tokens, memory-mapped; taken as float64, a few blocks at a time."""
 
     def __init__(self, ledger: Ledger, scores: Sequence[Artifact], tokens: Sequence[Ref]) -> None:
-        self._ledger, self._artifacts = ledger, scores
+        self._ledger, self._artifacts, self._tokens = ledger, scores, tokens
         self._scores = self._open("logp.npy")
         self.documents_BT = _documents(ledger, tokens)
 
@@ -55,41 +58,51 @@ class ScoreStack:
         logp_EBT, mask_BT = self.take(0, stop)
         return TextScores(logp_EBT, self._stacked(self._entropies, 0, stop), mask_BT)
 
-    def tokens(self) -> torch.Tensor:
-        """Tokens of each document: [D]."""
-        return document_tokens(self.documents_BT)
+    def sizes(self) -> torch.Tensor:
+        """Tokens of each document, and bytes of its text: float64 [U, D]."""
+        files = [self._ledger.open_file(self._ledger.get(ref), "bytes.npy") for ref in self._tokens]
+        bytes_D = torch.from_numpy(np.concatenate([np.load(file) for file in files]))
+        return torch.stack([document_tokens(self.documents_BT), bytes_D.double()])
 
     def sums(self) -> torch.Tensor:
-        """Each model's summed log-probability by document: [E, D]."""
-        return self._by_document(lambda logp_EBT, _: logp_EBT)
+        """Each model's summed log-probability by document: [E, U, D]."""
+        return self.by_document(lambda logp_EBT, _: logp_EBT)
 
     def gated_sums(self, gate: Gate) -> torch.Tensor:
-        """The summed log-probability by document of the ensemble under a gate: [D]."""
+        """The summed log-probability by document of the ensemble under a gate: [U, D]."""
 
         def mixture(logp_EBT: torch.Tensor, start: int) -> torch.Tensor:
             entropy_EBT = self._stacked(self._entropies, start, start + BLOCKS_AT_ONCE)
             return log_gated_mixture(gate, logp_EBT, entropy_EBT)[None]
 
-        return self._by_document(mixture)[0]
+        return self.by_document(mixture)[0]
 
     def mixture_sums(self, log_prior_E: torch.Tensor, posterior: Posterior) -> torch.Tensor:
-        """The ensemble's summed log-probability by document: [D]."""
-        return self._by_document(lambda logp_EBT, _: log_mixture(logp_EBT, log_prior_E, posterior)[None])[0]
+        """The ensemble's summed log-probability by document: [U, D]."""
+        return self.by_document(lambda logp_EBT, _: log_mixture(logp_EBT, log_prior_E, posterior)[None])[0]
 
-    def _by_document(self, values_of: Callable[[torch.Tensor, int], torch.Tensor]) -> torch.Tensor:
+    def by_document(self, values_of: Callable[[torch.Tensor, int], torch.Tensor]) -> torch.Tensor:
+        """Sums by document of what a function makes of a few blocks' scores: [S, U, D].
+
+        It gets [E, B, T] and the number of the first block, and returns log-probabilities [S, B, T].
+        """
+        ends_BT = ends_of_documents(self.documents_BT)
         parts = []
         for start in range(0, len(self), BLOCKS_AT_ONCE):
-            logp_EBT, _ = self.take(start, start + BLOCKS_AT_ONCE)
-            owners_BT = self.documents_BT[start : start + BLOCKS_AT_ONCE]
-            parts.append(
-                torch.stack([document_sums(values_BT, owners_BT) for values_BT in values_of(logp_EBT, start)])
-            )
+            blocks = slice(start, start + BLOCKS_AT_ONCE)
+            owners_BT = self.documents_BT[blocks]
+            values_SBT = values_of(self.take(blocks.start, blocks.stop)[0], start)
+            values_USBT = [values_SBT, values_SBT.masked_fill(ends_BT[blocks], 0.0)]
+            sums_US = [[document_sums(values_BT, owners_BT) for values_BT in one] for one in values_USBT]
+            parts.append(torch.stack([torch.stack(sums_S) for sums_S in sums_US], dim=1))
         # A document's number is its place in the text, so each part is as long as the last document it
         # reaches.
-        total_SD = torch.zeros(parts[0].shape[0], max(part.shape[1] for part in parts), dtype=torch.float64)
+        total_SUD = torch.zeros(
+            *parts[0].shape[:2], max(part.shape[2] for part in parts), dtype=torch.float64
+        )
         for part in parts:
-            total_SD[:, : part.shape[1]] += part
-        return total_SD
+            total_SUD[:, :, : part.shape[2]] += part
+        return total_SUD
 
     def _stacked(self, arrays: Sequence[np.ndarray], start: int, stop: int) -> torch.Tensor:
         """[E, B, T], 0 at padding."""

@@ -15,6 +15,7 @@ import torch
 from btm_cluster.equations.calibration import DEFAULT_EVIDENCE_WEIGHT, calibrate
 from btm_cluster.equations.contribution import leave_one_out
 from btm_cluster.equations.mixture import log_mixture
+from btm_cluster.equations.perplexity import perplexity
 from btm_cluster.equations.posterior import Posterior, uniform_prior
 from btm_cluster.errors import UserError
 from btm_cluster.forest import Forest
@@ -130,15 +131,15 @@ def _contribution(
 ) -> Contribution:
     test = ScoreStack(ledger, splits["test"].scores, splits["test"].tokens)
     log_prior_E, posterior = _fit(ledger, splits.get("development"), len(forest.experts))
-    total, without_E, count = 0.0, torch.zeros(len(forest.experts), dtype=torch.float64), 0
+    total, without_E = (torch.zeros(n, dtype=torch.float64) for n in (1, len(forest.experts)))
+    count = 0
     for start in range(0, len(test), BLOCKS_AT_ONCE):
         logp_EBT, mask_BT = test.take(start, start + BLOCKS_AT_ONCE)
-        total += float(log_mixture(logp_EBT, log_prior_E, posterior)[mask_BT].sum())
+        total += log_mixture(logp_EBT, log_prior_E, posterior)[mask_BT].sum()
         without_E += leave_one_out(logp_EBT, log_prior_E, posterior)[:, mask_BT].sum(1)
         count += int(mask_BT.sum())
-    perplexities_E = torch.exp(-without_E / count).tolist()
-    perplexity = float(torch.exp(torch.tensor(-total / count, dtype=torch.float64)))
-    return Contribution(name, is_domain, perplexity, dict(zip(forest.domains, perplexities_E, strict=True)))
+    whole, *without = perplexity(torch.cat([total, without_E]), torch.tensor(count)).tolist()
+    return Contribution(name, is_domain, whole, dict(zip(forest.domains, without, strict=True)))
 
 
 def _fit(ledger: Ledger, development: _Scored | None, experts: int) -> tuple[torch.Tensor, Posterior]:

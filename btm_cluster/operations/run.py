@@ -105,7 +105,10 @@ def evaluated(plan: Plan, grown: Grown, driver: Driver) -> Run:
         },
         evidence_weights={text: fit.posterior.weight for text, fit in calibrated.items()},
         verdict=verdict(
-            evaluation.results, left_out_of_comparison(prepared, grown.forest, driver), evaluation.milestones
+            evaluation.results,
+            left_out_of_comparison(prepared, grown.forest, driver),
+            evaluation.milestones,
+            evaluation.costs,
         ),
         passed_over=tuple(d.name for d in plan.domains if d.name in grown.forest.withdrawn),
         trained_otherwise=_trained_otherwise(grown.prepared, grown.forest, driver.ledger),

@@ -123,7 +123,8 @@ class Tokenize(StepRequest):
 
     @property
     def recipe(self) -> Mapping[str, Any]:
-        return {"split": self.split, "shard": self.shard, "block_tokens": self.block_tokens}
+        held_out = {} if self.split == "train" else {"bytes_of_documents": True}
+        return {"split": self.split, "shard": self.shard, "block_tokens": self.block_tokens, **held_out}
 
     @property
     def inputs(self) -> Inputs:

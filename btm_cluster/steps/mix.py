@@ -13,7 +13,7 @@ from btm_cluster.storage.scratch import scratch_folder
 
 
 def mix(request: MixText, ledger: Ledger, control: Control) -> Artifact:
-    """Writes `sums.npy`, float64 [methods, D]: summed log-probability by document, for
+    """Writes `sums.npy`, float64 [methods, U, D]: summed log-probability by document, for
     each method of the fit in order."""
     control.report(Progress(request.label, "mixing"))
     with one_thread_each(), scratch_folder() as scratch:

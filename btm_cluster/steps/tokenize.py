@@ -1,5 +1,7 @@
 """Turns a shard of a text into token blocks."""
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 
 from btm_cluster.data.blocks import pack_blocks
@@ -12,19 +14,30 @@ from btm_cluster.storage.scratch import scratch_folder
 
 
 def tokenize(request: Tokenize, ledger: Ledger, control: Control) -> Artifact:
-    """Packs the shard's documents into blocks; held-out text keeps its last, partly
-    filled block and each token's document."""
+    """Packs the shard's documents into blocks.
+
+    Held-out text keeps its last, partly filled block, each token's document, and each document's bytes.
+    """
     control.report(Progress(request.label, "tokenising"))
     text = ledger.get(Ref("text", request.text))
     tokenizer = open_tokenizer(ledger, request.tokenizer)
-    documents = read_shard(ledger.open_file(text, request.shard))
     held_out = request.split != "train"
+    bytes_of_documents: list[int] = []
+    documents = _counted(read_shard(ledger.open_file(text, request.shard)), bytes_of_documents)
     tokens, owners = pack_blocks(documents, tokenizer, request.block_tokens, keep_rest=held_out)
     with scratch_folder() as folder:
         files = {"tokens.npy": folder / "tokens.npy"}
         np.save(files["tokens.npy"], tokens)
         if held_out:
-            files["documents.npy"] = folder / "documents.npy"
+            files |= {name: folder / name for name in ("documents.npy", "bytes.npy")}
             np.save(files["documents.npy"], owners)
+            np.save(files["bytes.npy"], np.array(bytes_of_documents, dtype=np.int64))
         facts = {"blocks": len(tokens), "tokens": int((owners >= 0).sum())}
         return ledger.commit(request, files, facts)
+
+
+def _counted(documents: Iterable[str], counts: list[int]) -> Iterator[str]:
+    """The documents; appends the bytes of each in UTF-8 to `counts`, without an end-of-text token."""
+    for document in documents:
+        counts.append(len(document.encode()))
+        yield document

@@ -14,7 +14,7 @@ import torch
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText
 from btm_cluster.driver.recipes import train_request
-from btm_cluster.evaluation.comparison import Rows
+from btm_cluster.evaluation.comparison import Comparison, Part, Rows
 from btm_cluster.evaluation.fitting import averaged_starts
 from btm_cluster.evaluation.scoring import score_requests, stack_of
 from btm_cluster.evaluation.systems import Ensemble, System
@@ -40,7 +40,7 @@ class Adapted:
     stages: tuple[Ref, ...]
 
 
-def adapt(prepared: PreparedPlan, transformer_lm: Ref, forest: Ensemble, driver: Driver) -> Rows:
+def adapt(prepared: PreparedPlan, transformer_lm: Ref, forest: Ensemble, driver: Driver) -> Comparison:
     """Trains both on every text's development blocks; their sums on test text."""
     held_in = {text.name: _held_in(prepared, text, driver) for text in prepared.texts}
     texts = [text for text in prepared.texts if held_in[text.name]]
@@ -94,7 +94,7 @@ def _rows(
     new: Sequence[Adapted],
     forest: Ensemble,
     driver: Driver,
-) -> Rows:
+) -> Comparison:
     driver.require(
         [score for one in (*carried_on, *new) for score in score_requests(prepared, one.stages, [one.text])]
     )
@@ -107,13 +107,18 @@ def _rows(
         return one.stages[int(left_out(one, one.stages)[0].sum((1, 2)).argmax())]
 
     rows: Rows = {}
+    sizes: dict[Part, torch.Tensor] = {}
+    costs: dict[System, int] = {}
     for rival, expert in zip(carried_on, new, strict=True):
         part, combined = (expert.text.name, "test"), [*forest.refs, best(expert)]
-        single = stack_of(driver.ledger, [best(rival), best(expert)], expert.text, "test").sums()
-        rows.setdefault(System("transformer-lm on development text"), {})[part] = single[0]
-        rows.setdefault(System("expert on development text"), {})[part] = single[1]
+        single = stack_of(driver.ledger, [best(rival), best(expert)], expert.text, "test")
+        names = ("transformer-lm on development text", "expert on development text")
+        for system, sums_UD in zip(map(System, names), single.sums(), strict=True):
+            rows.setdefault(system, {})[part], costs[system] = sums_UD, 1
         mixing = fit_mixing("calibrated", "fitted", *left_out(expert, combined), prepared.plan.merging)
         stack = stack_of(driver.ledger, combined, expert.text, "test")
         system = System("forest with an expert on development text", posterior="calibrated", prior="fitted")
-        rows.setdefault(system, {})[part] = stack.mixture_sums(mixing.log_prior_E, mixing.posterior)
-    return rows
+        sums_UD = stack.mixture_sums(mixing.log_prior_E, mixing.posterior)
+        rows.setdefault(system, {})[part], costs[system] = sums_UD, len(combined)
+        sizes[part] = single.sizes()
+    return Comparison(rows, sizes, costs)

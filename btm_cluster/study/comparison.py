@@ -7,9 +7,10 @@ from typing import Any
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.prepared_plan import PreparedPlan
 from btm_cluster.evaluation.comparison import Comparer, Comparison
+from btm_cluster.evaluation.rows import BEST_MILESTONE, Cell, Milestones
+from btm_cluster.evaluation.rows import TRANSFORMER_LM as BASELINE
 from btm_cluster.evaluation.systems import BEST_TRANSFORMER_LM, TRANSFORMER_LM, Ensemble, System
-from btm_cluster.evaluation.verdict import BEST_MILESTONE, Cell, Milestones, SplitResult, verdict
-from btm_cluster.evaluation.verdict import TRANSFORMER_LM as BASELINE
+from btm_cluster.evaluation.verdict import SplitResult, verdict
 from btm_cluster.ledger import Ref
 
 
@@ -36,7 +37,7 @@ def compare(prepared: PreparedPlan, models: Models, driver: Driver) -> Compariso
 
 
 def entries_from(prepared: PreparedPlan, comparison: Comparison) -> Iterator[dict[str, Any]]:
-    """A row of plain values for each system: perplexities, and the difference with its interval.
+    """A row of plain values for each system: perplexities, bits per byte, and the difference with its interval.
 
     The difference is to the Transformer-LM at its best milestone, which the Transformer-LM's own row names.
     """
@@ -47,7 +48,7 @@ def entries_from(prepared: PreparedPlan, comparison: Comparison) -> Iterator[dic
             text.is_target,
             "test",
             {name: sums[part] for name, system in names.items() if part in (sums := comparison.rows[system])},
-            comparison.tokens[part],
+            comparison.sizes[part],
         )
         for text in prepared.texts
         for part in [(text.name, "test")]
@@ -59,6 +60,11 @@ def entries_from(prepared: PreparedPlan, comparison: Comparison) -> Iterator[dic
         yield asdict(names[row.system]) | {
             **{entry: _rounded(cell) for entry, cell in means.items()},
             "per_domain": {text: _rounded(cell) for text, cell in row.cells.items()},
+            "bits_per_byte": {
+                **{entry: _bits(cell) for entry, cell in means.items()},
+                "per_domain": {text: _bits(cell) for text, cell in row.cells.items()},
+            },
+            "inference_cost": comparison.costs[names[row.system]],
             "difference": _share(whole.difference) if whole else None,
             "difference_interval": _shares(whole.difference_interval) if whole else None,
             **({"milestones": _plain(best)} if best and names[row.system] == TRANSFORMER_LM else {}),
@@ -88,6 +94,10 @@ def _share(value: float | None) -> float | None:
 
 def _shares(interval: Sequence[float] | None) -> list[float] | None:
     return None if interval is None else [round(value, 6) for value in interval]
+
+
+def _bits(cell: Cell | None) -> float | None:
+    return None if cell is None else round(cell.bits_per_byte, 5)
 
 
 def _rounded(cell: Cell | None) -> float | None:

@@ -85,8 +85,8 @@ def run_study(plan: Plan, driver: Driver) -> Iterator[Study]:
         models, trained = train_repeat(repeat, driver)
         comparison = compare(repeat.prepared, models, driver)
         if "adapted" in study.systems:
-            rows = adapt(repeat.prepared, models.transformer_lm, models.ensembles[0], driver)
-            comparison = replace(comparison, rows=comparison.rows | rows)
+            adapted = adapt(repeat.prepared, models.transformer_lm, models.ensembles[0], driver)
+            comparison = comparison.with_rows(adapted)
         entries += entries_of(repeat, comparison)
         speeds += [_speed(repeat, request, model) for request, model in trained]
         yield Study(tuple(entries), texts, tuple(speeds), trials, len(repeats) - number)

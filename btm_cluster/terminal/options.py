@@ -17,6 +17,9 @@ Address = Annotated[
 ]
 InProcess = Annotated[bool, typer.Option("--in-process", help="Without Ray, one step after the other.")]
 Dashboard = Annotated[bool, typer.Option("--dashboard", help="Serve the Ray dashboard of a local cluster.")]
+Details = Annotated[
+    bool, typer.Option("--details", help="Every text's figures, what was fitted, and sizes of texts, too.")
+]
 NewResources = Annotated[
     bool,
     typer.Option(

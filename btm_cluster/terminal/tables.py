@@ -7,12 +7,14 @@ Every command imports this module. rich takes long to import, so that it is only
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+ManyColumns: TypeAlias = tuple[str, list[str], list[list[str]]]
+"""A title, headings, and rows of cells."""
 MOST_COLUMNS = 100_000
 """Wider than any table."""
 _AS_IT_IS: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "force_jupyter": False}
@@ -55,13 +57,45 @@ def progress_console() -> "Console":
 
 def show_table(table: "Table", console: "Console") -> None:
     """Prints a table, wider than the terminal where it must be: no name and no number is cut."""
+    least = _least_width(table, console)
+    if least > console.width:
+        table.width = least
+    console.print(table, crop=False)
+
+
+def fitting(tables: Sequence["Table"], console: "Console") -> "Table":
+    """The first of several that is no wider than the terminal, or the last."""
+    return next((table for table in tables if _least_width(table, console) <= console.width), tables[-1])
+
+
+def show_stacked(
+    title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], console: "Console"
+) -> None:
+    """Prints a table that may have many columns as several, one below the other, as wide as the terminal.
+
+    Each has the first column.
+    """
+    start = 1
+    while start < len(headings) or start == 1:
+        stop = len(headings)
+        while True:
+            kept = [0, *range(start, stop)]
+            shown = [[row[i] for i in kept] for row in rows]
+            table = plain_table(title if start == 1 else "", [headings[i] for i in kept], shown)
+            table.columns[0].no_wrap = True
+            if stop <= start + 1 or _least_width(table, console) <= console.width:
+                break
+            stop -= 1
+        show_table(table, console)
+        start = stop
+
+
+def _least_width(table: "Table", console: "Console") -> int:
+    """The width below which something would be cut, which no column is narrower than from now on."""
     from rich.cells import cell_len
 
     for column in table.columns:  # rich would take from the widest, which may have one long word alone
         cells = map(str, (column.header, *column.cells))
-        parts = cells if column.no_wrap else (word for cell in cells for word in cell.split())
+        parts = (part for cell in cells for part in (cell.splitlines() if column.no_wrap else cell.split()))
         column.min_width = max(map(cell_len, parts), default=0)
-    least = table.__rich_measure__(console, console.options.update(width=MOST_COLUMNS)).minimum
-    if least > console.width:
-        table.width = least
-    console.print(table, crop=False)
+    return table.__rich_measure__(console, console.options.update(width=MOST_COLUMNS)).minimum

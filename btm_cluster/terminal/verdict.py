@@ -1,44 +1,100 @@
-"""The tables of a verdict: a system in each row, and the sentence below."""
+"""A verdict at a terminal: whether it was worth it, one table, and what else there is to know."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from btm_cluster.terminal.tables import plain_table, show_table
+from btm_cluster.terminal.tables import fitting, plain_table, show_stacked, show_table
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from btm_cluster.evaluation.verdict import Cell, Row, Verdict
+    from btm_cluster.evaluation.rows import Cell, Row
+    from btm_cluster.evaluation.verdict import Verdict
+
+JUDGED_SPLIT = "test"
 
 
-def verdict_tables(verdict: "Verdict", console: "Console") -> None:
-    """Prints a table for each split, texts in columns, and the sentence."""
+def show_verdict(verdict: "Verdict", console: "Console") -> None:
+    """Prints the judgements, the table of test text, and the notes."""
+    for judgement in verdict.judgements:
+        console.print(judgement.sentence, soft_wrap=True)
+    if rows := verdict.rows.get(JUDGED_SPLIT):
+        show_table(fitting(_means_tables(JUDGED_SPLIT, rows, verdict), console), console)
+    for note in verdict.notes:
+        console.print(note, soft_wrap=True)
+
+
+def show_verdict_details(verdict: "Verdict", console: "Console") -> None:
+    """Prints the means of the other splits, and all texts of each split."""
     for split, rows in verdict.rows.items():
-        show_table(_means_table(split, rows, verdict), console)
-        show_table(_texts_table(split, rows, verdict.left_out), console)
-    console.print(verdict.sentence, soft_wrap=True)
+        if split != JUDGED_SPLIT:
+            show_table(fitting(_means_tables(split, rows, verdict), console), console)
+        texts = list(dict.fromkeys(text for row in rows for text in row.cells))
+        headings = [
+            f"{text}\n({verdict.left_out[text]})" if text in verdict.left_out else text for text in texts
+        ]
+        for what, words in (("Perplexity", _perplexity), ("Bits per byte", _bits_per_byte)):
+            show_stacked(
+                f"{what} on {split} text, by text{_fitted_on(split)}",
+                ["system", *headings],
+                [[row.system, *(words(row.cells.get(text)) for text in texts)] for row in rows],
+                console,
+            )
 
 
-def _means_table(split: str, rows: Sequence["Row"], verdict: "Verdict") -> "Table":
-    groups = {"domains": "domains", "targets": "targets", "all": "all"}
-    if verdict.left_out:
-        groups = {
-            "domains": "founding domains",
-            "targets": "targets",
-            "all": "all of these",
-            "left_out": "left out",
-        }
+_SYSTEM, _COST, _ALL, _INTERVAL, _BITS, _DIFFERENCE = (
+    "system",
+    "cost",
+    "all",
+    "95 % interval",
+    "bits per\nbyte",
+    "difference",
+)
+_ALWAYS = (_SYSTEM, _COST, _ALL, _BITS, _DIFFERENCE)
+
+
+def _means_tables(split: str, rows: Sequence["Row"], verdict: "Verdict") -> list["Table"]:
+    """The same table narrower and narrower: without the interval, without groups of texts, with a
+    difference's interval below it, and with a system's name on several lines."""
+    every = _columns(rows, verdict)
+    least = {name: every[name] for name in _ALWAYS}
+    no_interval = {name: cells for name, cells in every.items() if name != _INTERVAL}
+    stacked = {name: [_stacked(cell) for cell in cells] for name, cells in least.items()}
+    tables = [_means_table(split, columns) for columns in (every, no_interval, least, stacked, stacked)]
+    tables[-1].columns[0].no_wrap = False
+    return tables
+
+
+def _stacked(cell: str) -> str:
+    return cell.replace(" (", "\n(").replace(") on ", ")\non ")
+
+
+def _means_table(split: str, columns: Mapping[str, Sequence[str]]) -> "Table":
+    rows = list(zip(*columns.values(), strict=True))
     table = plain_table(
-        f"Perplexity on {split} text: means over texts, 95 % interval over documents{_fitted_on(split)}",
-        ["system", *groups.values(), f"interval of {groups['all']}", f"against {verdict.baseline}"],
-        [
-            [row.system, *(_perplexity(row.means.get(group)) for group in groups), *_intervals(row)]
-            for row in rows
-        ],
+        f"Perplexity on {split} text, mean over texts{_fitted_on(split)}", list(columns), rows
     )
-    table.columns[0].no_wrap = True
+    for column in table.columns:
+        column.no_wrap = True
     return table
+
+
+def _columns(rows: Sequence["Row"], verdict: "Verdict") -> dict[str, list[str]]:
+    """Cells by heading."""
+    groups = {"domains": "domains", "targets": "targets"}
+    if verdict.left_out:
+        groups = {"domains": "founding domains", "targets": "targets", "left_out": "left out"}
+    intervals = [_intervals(row) for row in rows]
+    return {
+        _SYSTEM: [row.system for row in rows],
+        _COST: ["–" if row.inference_cost is None else f"{row.inference_cost}x" for row in rows],
+        **{heading: [_perplexity(row.means.get(group)) for row in rows] for group, heading in groups.items()},
+        _ALL: [_perplexity(row.means.get("all")) for row in rows],
+        _INTERVAL: [interval for interval, _ in intervals],
+        _BITS: [_bits_per_byte(row.means.get("all")) for row in rows],
+        _DIFFERENCE: [difference for _, difference in intervals],
+    }
 
 
 def _fitted_on(split: str) -> str:
@@ -47,6 +103,10 @@ def _fitted_on(split: str) -> str:
 
 def _perplexity(cell: "Cell | None") -> str:
     return "–" if cell is None else f"{cell.perplexity:.2f}"
+
+
+def _bits_per_byte(cell: "Cell | None") -> str:
+    return "–" if cell is None else f"{cell.bits_per_byte:.4f}"
 
 
 def _intervals(row: "Row") -> tuple[str, str]:
@@ -61,14 +121,3 @@ def _intervals(row: "Row") -> tuple[str, str]:
         return interval, "–"
     low, high = cell.difference_interval
     return interval, f"{cell.difference:+.1%} ({low:+.1%} to {high:+.1%}){where}"
-
-
-def _texts_table(split: str, rows: Sequence["Row"], left_out: Mapping[str, str]) -> "Table":
-    texts = list(dict.fromkeys(text for row in rows for text in row.cells))
-    table = plain_table(
-        f"Perplexity on {split} text, by text{_fitted_on(split)}",
-        ["system", *(f"{text}\n({left_out[text]})" if text in left_out else text for text in texts)],
-        [[row.system, *(_perplexity(row.cells.get(text)) for text in texts)] for row in rows],
-    )
-    table.columns[0].no_wrap = True
-    return table

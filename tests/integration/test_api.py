@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import btm_cluster as btm
 from btm_cluster.cli import app, run_command
 from btm_cluster.errors import Stopped, UserError
+from btm_cluster.evaluation.rows import SEED
 from btm_cluster.forest import take_out
 from btm_cluster.ledger.versions import append_next
 from btm_cluster.session import opened_driver
@@ -297,6 +299,20 @@ def test_the_notebook_of_the_docs_runs_in_a_kernel(tmp_path: Path) -> None:
     command = [sys.executable, "-c", RUN_NOTEBOOK, str(NOTEBOOK), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "The ensemble, calibrated," in done.stdout
+    assert "Worth it as an ensemble: " in done.stdout
     assert "tide Surprise(perplexity=" in done.stdout
     assert (tmp_path / "forest" / "forest" / "000001.json").is_file()
+
+
+def test_the_script_of_the_docs_reproduces_a_figure_of_the_verdict(
+    forest: WrittenForest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "reference" / "perplexity.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    for named, ours in (('"forests/quickstart"', repr(forest.plan.store)), ('"python"', '"kitchen"')):
+        assert named in script
+        script = script.replace(named, ours)
+    exec(script, {})
+    rows = btm.open_forest(forest.plan_path, in_process=True).verdict().rows["test"]
+    seed = next(row for row in rows if row.system == SEED)
+    assert capsys.readouterr().out.strip() == f"{seed.cells['kitchen'].perplexity:.2f}"

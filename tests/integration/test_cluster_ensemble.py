@@ -15,9 +15,12 @@ from btm_cluster.data.blocks import Blocks
 from btm_cluster.data.clusters import Clusters, find_clusters, load_clusters, save_clusters
 from btm_cluster.driver.prepared_plan import PreparedPlan
 from btm_cluster.driver.recipes import score_request
+from btm_cluster.equations.mixture import ends_of_documents
+from btm_cluster.equations.perplexity import BYTES, TOKENS
 from btm_cluster.errors import UserError
-from btm_cluster.evaluation.cluster_ensemble import CLUSTER_ENSEMBLE, context_log_weights
+from btm_cluster.evaluation.cluster_ensemble import context_log_weights
 from btm_cluster.evaluation.evaluate import evaluate
+from btm_cluster.evaluation.rows import CLUSTER_ENSEMBLE
 from btm_cluster.evaluation.verdict import SplitResult, verdict
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.mixing.scores import ScoreStack
@@ -100,7 +103,8 @@ def test_the_row_is_the_sum_of_a_loop_over_tokens(
     tokens_BT = np.concatenate(
         [np.load(ledger.open_file(ledger.get(r), "tokens.npy")) for r in text.tokens[split]]
     )
-    expected_D = np.zeros(len(stack.tokens()))
+    expected_UD = np.zeros(tuple(stack.sizes().shape))
+    ends_BT = ends_of_documents(stack.documents_BT)
     for b, tokens in enumerate(tokens_BT):
         for t in range(len(tokens)):
             seen = max((m for m in (8, 16) if m <= t), default=0)
@@ -112,9 +116,10 @@ def test_the_row_is_the_sum_of_a_loop_over_tokens(
             owner = int(stack.documents_BT[b, t])
             if owner >= 0:
                 p = float((weights / weights.sum()) @ np.exp(logp_EBT[:, b, t].numpy()))
-                expected_D[owner] += math.log(p)
+                expected_UD[TOKENS, owner] += math.log(p)
+                expected_UD[BYTES, owner] += 0.0 if ends_BT[b, t] else math.log(p)
     result = next(r for r in results if (r.text, r.split) == (name, split))
-    np.testing.assert_allclose(result.logp[CLUSTER_ENSEMBLE].numpy(), expected_D, rtol=1e-4)
+    np.testing.assert_allclose(result.logp[CLUSTER_ENSEMBLE].numpy(), expected_UD, rtol=1e-4)
 
 
 def split_at(tokens: list[int], end: int) -> list[list[int]]:

@@ -11,7 +11,7 @@ import pytest
 
 from btm_cluster.commands.run import show_run
 from btm_cluster.errors import UserError
-from btm_cluster.evaluation.verdict import CALIBRATED_ENSEMBLE, TRANSFORMER_LM
+from btm_cluster.evaluation.rows import CALIBRATED_ENSEMBLE, TRANSFORMER_LM, is_ensemble
 from btm_cluster.ledger import Ledger
 from btm_cluster.operations.evaluate import evaluate_forest
 from btm_cluster.operations.expand import expand
@@ -89,18 +89,23 @@ def test_a_forest_is_compared_on_what_its_rivals_learned_from_too_or_nobody_did(
     ]
     assert min(compared) < judged < max(compared)
     assert forest.means["left_out"].perplexity == forest.cells["meadow"].perplexity
-    assert f"{judged:+.1%}" in evaluated.verdict.sentence
+    assert any(
+        f"{row.means['all'].difference:+.1%}" in evaluated.verdict.sentence
+        for row in rows.values()
+        if is_ensemble(row.system)
+    )
     assert (
         "Not compared on, since only one side learned from it: meadow (added later)."
         in evaluated.verdict.sentence
     )
     assert f"The {evaluated.verdict.baseline} never saw meadow." in evaluated.verdict.sentence
     assert evaluated.verdict.milestones == founded.verdict.milestones, "chosen by the founding domains alone"
-    show_run(evaluated, json_output=False)
+    show_run(evaluated, json_output=False, details=True, plan_path=Path("my plan.yaml"))
     shown = capsys.readouterr().out
     assert "founding domains" in shown
     assert "left out" in shown
     assert "(added later)" in shown
+    assert shown.splitlines()[-1].endswith("`btm merge 'my plan.yaml' --to FOLDER` writes a single model")
     assert run_plan(plan, in_process(plan)).to_json()["verdict"] == evaluated.to_json()["verdict"], (
         "run or evaluate"
     )
@@ -112,7 +117,7 @@ def test_a_baseline_that_the_plan_names_and_nobody_trained_is_told(
     both = changed(plan, baselines=["transformer-lm", "demix"])
     run = evaluate_forest(both, in_process(both))
     assert (run.missing_baselines, run.to_json()["missing_baselines"]) == (("demix",), ["demix"])
-    show_run(run, json_output=False)
+    show_run(run, json_output=False, details=False, plan_path=Path("plan.yaml"))
     assert "note: demix is not trained, and not compared with" in capsys.readouterr().out
 
 

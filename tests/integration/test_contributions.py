@@ -10,6 +10,7 @@ import torch
 from btm_cluster.cli import app, run_command
 from btm_cluster.equations.contribution import leave_one_out
 from btm_cluster.equations.mixture import log_mixture
+from btm_cluster.equations.perplexity import TOKENS
 from btm_cluster.equations.posterior import Posterior, leave_out
 from btm_cluster.errors import UserError
 from btm_cluster.ledger import Ledger
@@ -52,8 +53,9 @@ def test_a_domains_own_expert_is_worth_most_to_it_and_nothing_is_made(
         assert max(found.domains, key=text.rise) == text.text
         assert text.rise(text.text) > 0
     ensemble = {(r.text, r.split): r for r in grown.evaluation.results}["market", "test"]
-    sums_D, tokens = ensemble.logp["ensemble, calibrated"], float(ensemble.tokens_D.sum())
-    assert found.texts[3].perplexity == pytest.approx(math.exp(-float(sums_D.sum()) / tokens), rel=1e-9)
+    sums_U, sizes_U = ensemble.logp["ensemble, calibrated"].sum(1), ensemble.sizes_UD.sum(1)
+    expected = math.exp(-float(sums_U[TOKENS] / sizes_U[TOKENS]))
+    assert found.texts[3].perplexity == pytest.approx(expected, rel=1e-9)
     store = ("--store", ledger.storage.location)
     assert run_command(lambda: app(["forest", "contributions", *store])) == 0
     assert "without kitchen" in capsys.readouterr().out

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from btm_cluster.cli import app, run_command
+from btm_cluster.equations.perplexity import BYTES, TOKENS, bits_per_byte
 from btm_cluster.language_model.model import load_model
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.steps.stored import documents_of, open_config
@@ -158,11 +159,13 @@ def test_a_card_says_what_a_model_is_and_how_well_it_predicts(
     (row,) = (line for line in text.splitlines() if line.startswith("| market |"))
     result = next(one for one in grown.evaluation.results if (one.text, one.split) == ("market", "test"))
     figures = [
-        f"{torch.exp(-result.logp[system].sum() / result.tokens_D.sum()):.2f} ("
+        f"{torch.exp(-result.logp[system][TOKENS].sum() / result.sizes_UD[TOKENS].sum()):.2f} ("
         for system in ("seed", "Transformer-LM")
     ]
-    assert f"| {int(result.tokens_D.sum()):,} |" in row
+    assert f"| {int(result.sizes_UD[TOKENS].sum()):,} |" in row
     assert all(figure in row for figure in figures)
+    bits = bits_per_byte(result.logp["seed"][BYTES].sum(), result.sizes_UD[BYTES].sum())
+    assert f"), {bits:.4f} |" in row
     config = json.loads((tmp_path / "kitchen" / "config.json").read_text())
     assert config["n_positions"] == 32
     assert AutoTokenizer.from_pretrained(tmp_path / "kitchen").model_max_length == 32

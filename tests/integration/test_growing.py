@@ -10,7 +10,8 @@ from btm_cluster.commands.run import show_run
 from btm_cluster.driver.driver import step_error
 from btm_cluster.driver.preparation import prepare
 from btm_cluster.errors import FoundationError, StepError, UserError
-from btm_cluster.evaluation.verdict import CALIBRATED_ENSEMBLE, PAPER_ENSEMBLE, SEED, TRANSFORMER_LM, verdict
+from btm_cluster.evaluation.rows import CALIBRATED_ENSEMBLE, PAPER_ENSEMBLE, SEED, TRANSFORMER_LM
+from btm_cluster.evaluation.verdict import verdict
 from btm_cluster.operations.evaluate import evaluate_forest
 from btm_cluster.operations.rollback import rollback
 from btm_cluster.operations.run import run_plan
@@ -81,7 +82,7 @@ def test_experts_stay_when_branching_changes_and_a_run_names_them(
     plan = Plan.model_validate(fields | {"branching": {"start": "uniform", "learning_rate_scale": 3.0}})
     run = run_plan(plan, in_process(plan))
     assert run.trained_otherwise == tuple(sorted(DOMAINS)), "where the later one started is its own matter"
-    show_run(run, json_output=False)
+    show_run(run, json_output=False, details=False, plan_path=Path("plan.yaml"))
     assert f"these stay as they were trained: {', '.join(sorted(DOMAINS))};" in " ".join(
         capsys.readouterr().out.split()
     )

@@ -14,13 +14,22 @@ from typing import Any
 import pytest
 import yaml
 from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import bits_per_byte as harness_bits_per_byte
 from lm_eval.api.registry import Registry
+from lm_eval.models.huggingface import HFLM
 
 import btm_cluster as btm
+from btm_cluster.driver.preparation import prepare
+from btm_cluster.equations.perplexity import BYTES, bits_per_byte
 from btm_cluster.errors import UserError
+from btm_cluster.evaluation.scoring import score_models, stack_of
+from btm_cluster.ledger import Ref
 from btm_cluster.lm_eval import ENTRY_POINT, MODEL
 from btm_cluster.lm_eval.__main__ import main
 from btm_cluster.lm_eval.model import ForestLM
+from btm_cluster.plan import Plan
+from btm_cluster.steps.stored import documents_of
+from tests.conftest import write_jsonl
 from tests.integration.conftest import BLOCK, WrittenForest
 from tests.integration.test_serving import serving
 
@@ -133,6 +142,30 @@ def fitted(forest: WrittenForest) -> ForestLM:
 
 def request(kind: str, *arguments: Any) -> Instance:
     return Instance(kind, {}, arguments, 0)  # type: ignore[arg-type]
+
+
+def test_the_verdicts_bits_per_byte_are_the_harnesss_on_the_same_text(
+    forest: WrittenForest, tmp_path: Path
+) -> None:
+    # Of a split, the first document is read alone; the harness has one window for what fits into a block.
+    short = [f"Nº {number}: ✓" for number in range(60)]
+    target = {"name": "short", "text": str(write_jsonl(tmp_path / "short.jsonl", short))}
+    fields = forest.plan.model_dump(mode="json") | {"targets": [target]}
+    prepared = prepare(Plan.model_validate(fields), forest.driver)
+    (text,) = [text for text in prepared.texts if text.name == "short"]
+    document = next(documents_of(forest.ledger, text.identity, "test"))
+    assert len(forest.tokenizer.encode(document)) < BLOCK
+    opened = btm.open_forest(forest.plan.store)
+    for written in (opened.seed.model(), opened.tokenizer):
+        written.save_pretrained(tmp_path)
+    measured = HFLM(pretrained=str(tmp_path), device="cpu", batch_size=1)
+    (logp,) = measured.loglikelihood_rolling([request("loglikelihood_rolling", document)], disable_tqdm=True)
+    seed = Ref("model", opened.seed.identity)
+    score_models(prepared, [seed], [text], forest.driver, ["test"])
+    stack = stack_of(forest.ledger, [seed], text, "test")
+    found = bits_per_byte(stack.sums()[0, BYTES, 0], stack.sizes()[BYTES, 0])
+    expected = harness_bits_per_byte([(logp, len(document.encode()))])
+    assert float(found) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_plans_mixture_measures_as_it_scores(fitted: ForestLM, forest: WrittenForest) -> None:

@@ -1,5 +1,6 @@
 """The Transformer-LM at its best milestone: how it is chosen, and that a run is judged against it."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ import pytest
 
 from btm_cluster.driver.prepared_plan import PreparedPlan
 from btm_cluster.driver.recipes import seed_request, transformer_lm_milestones, transformer_lm_request
+from btm_cluster.equations.perplexity import TOKENS
 from btm_cluster.evaluation.milestones import best_milestone, choose_milestone, milestone_scores
+from btm_cluster.evaluation.rows import BEST_MILESTONE, SEED, TRANSFORMER_LM
 from btm_cluster.evaluation.scoring import stack_of
-from btm_cluster.evaluation.verdict import BEST_MILESTONE, SEED, TRANSFORMER_LM
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.ledger.records import list_baselines
 from btm_cluster.operations.evaluate import evaluate_forest, find_grown
@@ -97,7 +99,9 @@ def test_the_choice_is_by_the_mean_perplexity_on_development_text_of_domains_tha
     assert found is not None
     for update, model in milestones.items():
         stacks = [stack_of(ledger, [model], text, "development") for text in others]
-        values = [float((-stack.sums().sum() / stack.tokens().sum()).exp()) for stack in stacks]
+        values = [
+            math.exp(-float(stack.sums()[0, TOKENS].sum() / stack.sizes()[TOKENS].sum())) for stack in stacks
+        ]
         assert found.perplexities[update] == pytest.approx(sum(values) / len(values))
     none = replace(
         prepared, texts=tuple(replace(t, tokens={**t.tokens, "development": ()}) for t in prepared.texts)

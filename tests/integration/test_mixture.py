@@ -12,12 +12,18 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from btm_cluster.driver.prepared_plan import PreparedText
-from btm_cluster.equations import mixture
+from btm_cluster.equations import perplexity as of_perplexity
 from btm_cluster.equations.mixture import (
     document_sums,
     document_tokens,
-    interval,
+    ends_of_documents,
     log_mixture,
+)
+from btm_cluster.equations.perplexity import (
+    BYTES,
+    TOKENS,
+    bits_per_byte,
+    interval,
     perplexity,
     resampled_perplexity,
 )
@@ -25,6 +31,7 @@ from btm_cluster.equations.posterior import Posterior, keep_top
 from btm_cluster.evaluation.scoring import score_models, scored_split
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.mixing.scores import BLOCKS_AT_ONCE, ScoreStack
+from btm_cluster.steps.stored import open_tokenizer
 from tests.integration.conftest import GrownForest
 from tests.made import origin
 
@@ -151,11 +158,19 @@ def test_the_reported_ensemble_is_the_sum_over_tokens_of_each_document(grown: Gr
     prior_E = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
     logp_EBT, _ = stack.take(0, len(stack))
     token_BT = log_mixture(logp_EBT, prior_E.log(), POSTERIORS[0])
-    expected = [0.0] * int(stack.documents_BT.max() + 1)
+    tokens_BT = np.concatenate(
+        [
+            np.load(grown.driver.ledger.open_file(grown.driver.ledger.get(ref), "tokens.npy"))
+            for ref in text.tokens["test"]
+        ]
+    )
+    end = open_tokenizer(grown.driver.ledger, grown.prepared.tokenizer).end_of_text
+    expected = np.zeros((2, int(stack.documents_BT.max() + 1)))
     for b, t in np.ndindex(*stack.documents_BT.shape):
         if stack.documents_BT[b, t] >= 0:
-            expected[int(stack.documents_BT[b, t])] += float(token_BT[b, t])
-    assert len(expected) == text.facts["splits"]["test"]["documents"]
+            expected[TOKENS, stack.documents_BT[b, t]] += float(token_BT[b, t])
+            expected[BYTES, stack.documents_BT[b, t]] += float(token_BT[b, t]) * (tokens_BT[b, t] != end)
+    assert expected.shape[1] == text.facts["splits"]["test"]["documents"]
     np.testing.assert_allclose(stack.mixture_sums(prior_E.log(), POSTERIORS[0]).numpy(), expected, rtol=1e-12)
 
 
@@ -170,7 +185,10 @@ def commit_split(
     for i, owners_BT in enumerate(shards):
         path = Path(folder, f"documents-{i}.npy")
         np.save(path, owners_BT)
-        refs.append(ledger.commit(origin("tokens", {"shard": i}), {"documents.npy": path}, {}).ref)
+        sizes = Path(folder, f"bytes-{i}.npy")
+        np.save(sizes, 100 * i + np.arange(owners_BT.max() + 1))
+        files = {"documents.npy": path, "bytes.npy": sizes}
+        refs.append(ledger.commit(origin("tokens", {"shard": i}), files, {}).ref)
     for i, scores_BT in enumerate(scores_EBT):
         path = Path(folder, f"logp-{i}.npy")
         np.save(path, scores_BT.astype(np.float32))
@@ -210,8 +228,7 @@ def test_a_document_that_spans_blocks_is_one_document_and_shards_are_numbered_th
     two_shards: tuple[ScoreStack, list[np.ndarray], np.ndarray],
 ) -> None:
     stack, shards, scores = two_shards
-    assert len(stack.tokens()) == 100
-    expected_tokens, expected = np.zeros(100), np.zeros((3, 100))
+    expected_tokens, expected, last = np.zeros(100), np.zeros((3, 100)), np.zeros((3, 100))
     row = 0
     for shard, first in zip(shards, (0, 60), strict=True):
         for owners in shard:
@@ -219,10 +236,13 @@ def test_a_document_that_spans_blocks_is_one_document_and_shards_are_numbered_th
                 if owner >= 0:
                     expected_tokens[first + owner] += 1
                     expected[:, first + owner] += scores[:, row, t]
+                    last[:, first + owner] = scores[:, row, t]
             row += 1
-    np.testing.assert_array_equal(stack.tokens().numpy(), expected_tokens)
-    np.testing.assert_allclose(stack.sums().numpy(), expected, rtol=1e-6)
-    assert stack.sums().shape == (3, 100)
+    np.testing.assert_array_equal(stack.sizes()[TOKENS].numpy(), expected_tokens)
+    assert stack.sizes()[BYTES].tolist() == [*range(60), *range(100, 140)]
+    assert stack.sums().shape == (3, 2, 100)
+    np.testing.assert_allclose(stack.sums()[:, TOKENS].numpy(), expected, rtol=1e-6)
+    np.testing.assert_allclose(stack.sums()[:, BYTES].numpy(), expected - last, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("posterior", POSTERIORS, ids=lambda p: p.kind)
@@ -233,7 +253,7 @@ def test_streaming_by_blocks_changes_no_ensemble(
     prior_E = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()
     logp_EBT, mask_BT = stack.take(0, len(stack))
     at_once = document_sums(log_mixture(logp_EBT, prior_E, posterior).where(mask_BT, 0.0), stack.documents_BT)
-    torch.testing.assert_close(stack.mixture_sums(prior_E, posterior), at_once, rtol=1e-13, atol=0)
+    torch.testing.assert_close(stack.mixture_sums(prior_E, posterior)[TOKENS], at_once, rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize("garbage", [0.0, -1e9, math.nan, -math.inf])
@@ -248,7 +268,7 @@ def test_what_a_model_says_of_padding_plays_no_part(tmp_path: Path, garbage: flo
         Ledger.open(f"{tmp_path}/b"), str(tmp_path), [shard], np.where(shard >= 0, scores, garbage)
     )
     found = ScoreStack(Ledger.open(f"{tmp_path}/b"), models, refs)
-    assert found.tokens().tolist() == [5, 9, 7]
+    assert found.sizes()[TOKENS].tolist() == [5, 9, 7]
     prior_E = torch.tensor([0.4, 0.6], dtype=torch.float64).log()
     for posterior in POSTERIORS:
         assert torch.equal(found.mixture_sums(prior_E, posterior), expected.mixture_sums(prior_E, posterior))
@@ -269,16 +289,28 @@ def test_document_sums_and_tokens_are_those_of_a_loop() -> None:
     assert document_sums(logp[:0], owners[:0]).tolist() == []
 
 
+def test_a_documents_last_token_is_its_end_wherever_blocks_and_shards_are_cut() -> None:
+    owners = torch.tensor([[0, 0, 1], [1, 2, 3], [3, -1, -1], [4, 4, 4]])
+    assert ends_of_documents(owners).int().tolist() == [[0, 1, 0], [1, 1, 0], [1, 0, 0], [0, 0, 1]]
+    assert ends_of_documents(owners[:0]).shape == (0, 3)
+
+
 def test_perplexity_is_per_token_and_not_the_mean_over_documents() -> None:
     logp_SD = torch.tensor([[-2.0, -30.0], [-4.0, -60.0]], dtype=torch.float64)
     tokens_D = torch.tensor([2.0, 14.0], dtype=torch.float64)
-    np.testing.assert_allclose(perplexity(logp_SD, tokens_D).numpy(), [math.exp(2), math.exp(4)])
+    found = perplexity(logp_SD.sum(1), tokens_D.sum())
+    np.testing.assert_allclose(found.numpy(), [math.exp(2), math.exp(4)])
+
+
+def test_a_model_that_knows_nothing_of_bytes_spends_eight_bits_on_each() -> None:
+    nats, sizes = torch.tensor(-7 * math.log(256), dtype=torch.float64), torch.tensor(7)
+    assert float(bits_per_byte(nats, sizes)) == pytest.approx(8)
 
 
 def test_a_uniform_model_has_the_vocabulary_as_its_perplexity_in_every_resample() -> None:
     tokens_D = torch.arange(1, 40, dtype=torch.float64)
     logp_SD = (-math.log(320) * tokens_D)[None]
-    assert float(perplexity(logp_SD, tokens_D)) == pytest.approx(320)
+    assert float(perplexity(logp_SD.sum(), tokens_D.sum())) == pytest.approx(320)
     np.testing.assert_allclose(resampled_perplexity(logp_SD, tokens_D, 50, 0).numpy(), 320, rtol=1e-12)
 
 
@@ -300,7 +332,7 @@ def test_resampling_in_parts_draws_what_resampling_at_once_draws(monkeypatch: py
     tokens_D = torch.arange(1, 41, dtype=torch.float64)
     logp_SD = -torch.rand(2, 40, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * tokens_D
     at_once = resampled_perplexity(logp_SD, tokens_D, 101, random_seed=5)
-    monkeypatch.setattr(mixture, "RESAMPLED_AT_ONCE", 10 * 40)
+    monkeypatch.setattr(of_perplexity, "RESAMPLED_AT_ONCE", 10 * 40)
     in_parts = resampled_perplexity(logp_SD, tokens_D, 101, random_seed=5)
     assert in_parts.shape == (2, 101)
     torch.testing.assert_close(in_parts, at_once)

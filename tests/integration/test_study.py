@@ -21,9 +21,7 @@ from btm_cluster.equations.learned_gate import LearnedGate, TextScores, fit_gate
 from btm_cluster.equations.mixture import log_mixture
 from btm_cluster.errors import StepError, TrainingError, UserError
 from btm_cluster.evaluation.fitting import fit_for
-from btm_cluster.evaluation.scoring import stack_of
-from btm_cluster.evaluation.systems import CALIBRATED, GATE, MANY_METHODS, PAPERS, PRIOR_ALONE, Ensemble
-from btm_cluster.evaluation.verdict import (
+from btm_cluster.evaluation.rows import (
     BEST_MILESTONE,
     CALIBRATED_DEMIX,
     CALIBRATED_ENSEMBLE,
@@ -35,6 +33,8 @@ from btm_cluster.evaluation.verdict import (
     SEEDED_GATE,
     TRANSFORMER_LM,
 )
+from btm_cluster.evaluation.scoring import stack_of
+from btm_cluster.evaluation.systems import CALIBRATED, GATE, MANY_METHODS, PAPERS, PRIOR_ALONE, Ensemble
 from btm_cluster.language_model import soup
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.mixing.fit_file import FIT_FILE, open_fits, write_fits
@@ -276,7 +276,8 @@ def test_mixtures_are_those_of_fits_on_development_text_made_by_hand(studied: St
         ("gate", for_all_prior, None): test.gated_sums(for_all),
         ("gate", "fitted", None): test.gated_sums(tune_gate(own, for_all)),
     }
-    for (posterior, prior, top_k), sums_D in wanted.items():
+    sizes_UD = test.sizes()
+    for (posterior, prior, top_k), sums_UD in wanted.items():
         entry = studied.entry(
             system="forest",
             seed_share=0.5,
@@ -285,8 +286,14 @@ def test_mixtures_are_those_of_fits_on_development_text_made_by_hand(studied: St
             top_k=top_k,
             development_blocks=None,
         )
-        perplexity = math.exp(-float(sums_D.sum() / test.tokens().sum()))
-        assert entry["per_domain"][target.name] == pytest.approx(perplexity, rel=1e-5), (posterior, prior)
+        perplexity, nats_per_byte = -sums_UD.sum(1) / sizes_UD.sum(1)
+        assert entry["per_domain"][target.name] == pytest.approx(math.exp(perplexity), rel=1e-5), (
+            posterior,
+            prior,
+        )
+        bits = entry["bits_per_byte"]["per_domain"][target.name]
+        assert bits == pytest.approx(float(nats_per_byte) / math.log(2), rel=1e-4), (posterior, prior)
+        assert entry["inference_cost"] == (top_k or len(experts))
 
 
 @pytest.mark.parametrize("method", [*MANY_METHODS, MixingMethod("calibrated", "mean", top_k=2)], ids=str)

@@ -13,8 +13,9 @@ import torch
 import yaml
 
 from btm_cluster.cli import app, run_command
+from btm_cluster.equations.perplexity import BYTES, TOKENS, bits_per_byte
 from btm_cluster.evaluation.evaluate import evaluate
-from btm_cluster.evaluation.verdict import CALIBRATED_ENSEMBLE
+from btm_cluster.evaluation.rows import CALIBRATED_ENSEMBLE
 from btm_cluster.language_model.document_scores import DocumentScorer, NamedText
 from btm_cluster.language_model.ensemble_scoring import TextScores
 from tests.conftest import DOMAINS, made_up_documents, write_jsonl
@@ -104,9 +105,11 @@ def test_packed_documents_have_the_perplexity_of_the_verdict(
         _, total = lines_of(
             score(file, "--plan", forest.plan_path, "--for", name, "--packed", "--in-process", "--json")
         )
-        assert total["total"]["tokens"] == int(result.tokens_D.sum())
-        expected = math.exp(-float(result.logp[CALIBRATED_ENSEMBLE].sum() / result.tokens_D.sum()))
-        assert total["total"]["ensemble"]["perplexity"] == pytest.approx(expected, rel=1e-5)
+        assert total["total"]["tokens"] == int(result.sizes_UD[TOKENS].sum())
+        sums_U, sizes_U = result.logp[CALIBRATED_ENSEMBLE].sum(1), result.sizes_UD.sum(1)
+        found = total["total"]["ensemble"]
+        assert found["perplexity"] == pytest.approx(math.exp(-sums_U[TOKENS] / sizes_U[TOKENS]), rel=1e-5)
+        assert found["bits_per_byte"] == pytest.approx(float(bits_per_byte(sums_U, sizes_U)[BYTES]), rel=1e-5)
         own = forest.grown.forest.domains.index("kitchen")
         assert list(total["total"]["experts"])[own] == "kitchen"
         unknown = lines_of(score(file, "--plan", forest.plan_path, "--packed", "--in-process", "--json"))[1]

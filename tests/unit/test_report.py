@@ -7,21 +7,24 @@ import numpy as np
 import pytest
 import torch
 
-from btm_cluster.evaluation.verdict import (
-    ADDED_LATER,
+from btm_cluster.evaluation.judgement import ADDED_LATER
+from btm_cluster.evaluation.rows import (
+    BEST_EXPERT,
     BEST_MILESTONE,
     CALIBRATED_ENSEMBLE,
-    FORESTS,
+    OWN_EXPERT,
+    POSTERIOR_AVERAGE,
     SEED,
+    SEEDED_GATE,
     TRANSFORMER_LM,
+    UNIFORM_AVERAGE,
     Milestones,
     Row,
-    SplitResult,
-    Verdict,
-    verdict,
+    top_k_ensemble,
 )
+from btm_cluster.evaluation.verdict import SplitResult, Verdict, verdict
 from btm_cluster.terminal.tables import consoles
-from btm_cluster.terminal.verdict import verdict_tables
+from btm_cluster.terminal.verdict import show_verdict
 
 DOCUMENTS = 200
 
@@ -32,9 +35,10 @@ def split_result(text: str, is_target: bool, factors: dict[str, float], split: s
     rng = np.random.default_rng(sum(map(ord, text)))
     tokens_D = torch.from_numpy(rng.integers(10, 100, DOCUMENTS)).double()
     logp_D = -tokens_D * torch.from_numpy(rng.uniform(2, 5, DOCUMENTS))
-    return SplitResult(
-        text, is_target, split, {name: factor * logp_D for name, factor in factors.items()}, tokens_D
-    )
+    # A tenth of it is said of end-of-text tokens, and a token has four bytes.
+    logp_UD, sizes_UD = torch.stack([logp_D, 0.9 * logp_D]), torch.stack([tokens_D, 4 * tokens_D])
+    logp = {name: factor * logp_UD for name, factor in factors.items()}
+    return SplitResult(text, is_target, split, logp, sizes_UD)
 
 
 def texts_with(factors: dict[str, float]) -> list[SplitResult]:
@@ -55,33 +59,74 @@ def test_identical_systems_differ_by_exactly_zero_and_cannot_be_told_apart() -> 
     for cell in (*row.cells.values(), *row.means.values()):
         assert cell.difference == 0.0
         assert cell.difference_interval == (0.0, 0.0)
-    assert "can not be told apart from the Transformer-LM" in found.sentence
+    assert found.judgements[0].outcome == "undecided"
+    assert found.sentence.startswith("Undecided as an ensemble: +0.0% perplexity")
 
 
-@pytest.mark.parametrize("system", FORESTS)
-@pytest.mark.parametrize(("factor", "outcome"), [(0.9, "beat the"), (1.1, "lost to the")])
-def test_a_system_that_is_better_on_every_document_beats_the_baseline_and_a_worse_one_loses(
-    factor: float, outcome: str, system: str
+@pytest.mark.parametrize(
+    ("system", "kind"),
+    [
+        (CALIBRATED_ENSEMBLE, "an ensemble"),
+        (SEEDED_GATE, "an ensemble"),
+        (top_k_ensemble(2), "an ensemble"),
+        (POSTERIOR_AVERAGE, "a single model"),
+        (BEST_EXPERT, "a single model"),
+    ],
+)
+@pytest.mark.parametrize(("factor", "outcome"), [(0.9, "Worth it"), (1.1, "Not worth it")])
+def test_a_system_that_is_better_on_every_document_is_worth_it_and_a_worse_one_is_not(
+    factor: float, outcome: str, system: str, kind: str
 ) -> None:
-    found = verdict(texts_with({TRANSFORMER_LM: 1.0, SEED: 1.3, system: factor}))
+    found = verdict(texts_with({TRANSFORMER_LM: 1.0, SEED: 1.3, system: factor}), costs={system: 3})
     assert found.baseline == TRANSFORMER_LM
-    assert f"The {system}, {outcome}" in found.sentence
-    assert ("better on every text" in found.sentence) == (factor < 1)
+    (judged,) = found.judgements
+    difference = row_of(found, system).means["all"].difference
+    assert found.sentence.startswith(f"{outcome} as {kind}: {difference:+.1%} perplexity (95 % interval ")
+    assert (
+        f" against the Transformer-LM on 3 test texts, at 3 times its inference cost ({system})."
+        in found.sentence
+    )
+    assert judged.no_better_on == (() if factor < 1 else ("law", "code", "mail"))
 
 
-def test_the_sentence_names_the_texts_where_the_ensemble_was_no_better() -> None:
+def test_the_judgement_names_the_texts_where_the_ensemble_was_no_better() -> None:
     results = [
         split_result("law", False, {TRANSFORMER_LM: 1.0, CALIBRATED_ENSEMBLE: 0.7}),
         split_result("mail", True, {TRANSFORMER_LM: 1.0, CALIBRATED_ENSEMBLE: 1.01}),
     ]
-    assert "no better on: mail." in verdict(results).sentence
+    assert verdict(results).sentence.endswith(" No better on: mail.")
+
+
+def test_the_best_of_a_kind_is_chosen_on_development_text_and_judged_on_test_text() -> None:
+    test = {TRANSFORMER_LM: 1.0, CALIBRATED_ENSEMBLE: 0.9, SEEDED_GATE: 0.95, UNIFORM_AVERAGE: 1.2}
+    development = {**test, CALIBRATED_ENSEMBLE: 0.95, SEEDED_GATE: 0.9}
+    results = [
+        split_result("law", False, of, split) for split, of in (("test", test), ("development", development))
+    ]
+    ensemble, single = verdict(results).judgements
+    assert (ensemble.system, single.system) == (SEEDED_GATE, UNIFORM_AVERAGE)
+    assert ensemble.difference == row_of(verdict(results), SEEDED_GATE).means["all"].difference
+    assert (ensemble.outcome, single.outcome) == ("worth it", "not worth it")
+    (without, _) = verdict(results[:1]).judgements
+    assert without.system == CALIBRATED_ENSEMBLE, "by test text, where there is no other"
+
+
+def test_bits_per_byte_are_those_of_the_formula_without_ends_of_texts() -> None:
+    results = texts_with({SEED: 1.0, CALIBRATED_ENSEMBLE: 0.9})
+    found = row_of(verdict(results), CALIBRATED_ENSEMBLE)
+    nats = {r.text: -float(r.logp[CALIBRATED_ENSEMBLE][0].sum() / r.sizes_UD[0].sum()) for r in results}
+    expected = {text: 0.9 * one / 4 / math.log(2) for text, one in nats.items()}
+    assert {text: cell.bits_per_byte for text, cell in found.cells.items()} == pytest.approx(expected)
+    assert found.means["all"].bits_per_byte == pytest.approx(sum(expected.values()) / 3)
+    told = verdict(results).to_json()["splits"]["test"][-1]
+    assert told["texts"]["law"]["bits_per_byte"] == found.cells["law"].bits_per_byte
 
 
 def test_perplexities_and_their_means_over_texts_are_those_of_the_formula() -> None:
     results = texts_with({TRANSFORMER_LM: 1.0, SEED: 1.1, CALIBRATED_ENSEMBLE: 0.9})
     found = row_of(verdict(results), CALIBRATED_ENSEMBLE)
     expected = {
-        r.text: math.exp(-0.9 * float(r.logp[TRANSFORMER_LM].sum() / r.tokens_D.sum())) for r in results
+        r.text: math.exp(-0.9 * float(r.logp[TRANSFORMER_LM][0].sum() / r.sizes_UD[0].sum())) for r in results
     }
     assert {text: cell.perplexity for text, cell in found.cells.items()} == pytest.approx(expected)
     assert found.means["domains"].perplexity == pytest.approx((expected["law"] + expected["code"]) / 2)
@@ -114,8 +159,9 @@ def test_the_forest_is_judged_against_the_best_milestone_whatever_test_text_says
     milestones = Milestones({900: 9.5, 1000: 9.1, 1100: 9.2, 1200: 9.3}, best=1000)
     found = verdict(texts_with(factors), milestones=milestones)
     assert found.baseline == BEST_MILESTONE
+    assert "Worth it as an ensemble: " in found.sentence
     assert (
-        "The ensemble, calibrated, beat the Transformer-LM at its best milestone: test perplexity"
+        "against the Transformer-LM at its best milestone on 3 test texts (ensemble, calibrated)."
         in found.sentence
     )
     assert found.sentence.endswith(
@@ -130,7 +176,7 @@ def test_the_forest_is_judged_against_the_best_milestone_whatever_test_text_says
     told = found.to_json()
     assert told["milestones"]["best"] == 1000
     assert told["milestones"]["development"]["1100"] == 9.2
-    verdict_tables(found, consoles(json_output=False)[0])
+    show_verdict(found, consoles(json_output=False)[0])
     assert "Transformer-LM at its best milestone" in capsys.readouterr().out
 
 
@@ -148,10 +194,10 @@ def test_where_the_finished_transformer_lm_is_the_best_the_sentence_says_so() ->
 
 def test_a_system_that_some_texts_lack_has_means_only_where_it_has_them_all() -> None:
     results = [
-        split_result("law", False, {SEED: 1.0, CALIBRATED_ENSEMBLE: 0.9, "own expert": 0.8}),
+        split_result("law", False, {SEED: 1.0, CALIBRATED_ENSEMBLE: 0.9, OWN_EXPERT: 0.8}),
         split_result("mail", True, {SEED: 1.0, CALIBRATED_ENSEMBLE: 0.9}),
     ]
-    row = row_of(verdict(results), "own expert")
+    row = row_of(verdict(results), OWN_EXPERT)
     assert set(row.cells) == {"law"}
     assert set(row.means) == {"domains"}
 
@@ -163,7 +209,7 @@ def test_documents_of_different_texts_are_drawn_independently() -> None:
         split_result("law", False, {SEED: 1.0, CALIBRATED_ENSEMBLE: 1.0}),
         split_result("law", False, {SEED: 1.0, CALIBRATED_ENSEMBLE: 1.0}),
     )
-    renamed = SplitResult("twin", False, "test", other.logp, other.tokens_D)
+    renamed = SplitResult("twin", False, "test", other.logp, other.sizes_UD)
     row = row_of(verdict([one, renamed]), SEED)
     width = {
         name: cell.interval[1] - cell.interval[0]
@@ -179,7 +225,7 @@ def test_splits_have_tables_of_their_own_and_the_sentence_speaks_of_test_text() 
     )
     found = verdict([better_in_development, split_result("law", False, factors)])
     assert set(found.rows) == {"development", "test"}
-    assert "lost to" in found.sentence
+    assert found.sentence.startswith("Not worth it")
 
 
 def test_the_same_results_give_the_same_verdict_as_plain_json() -> None:
@@ -197,8 +243,11 @@ def test_a_text_that_one_side_alone_learned_from_is_shown_and_not_compared_on() 
     ]
     added = split_result("tea", False, {TRANSFORMER_LM: 1.5, CALIBRATED_ENSEMBLE: 0.5})
     found = verdict([*both, added], {"tea": ADDED_LATER, "harbour": "no expert"})
-    assert "lost to the Transformer-LM" in found.sentence
-    assert "over 2 texts that both or neither learned from. It was no better on: law, mail." in found.sentence
+    assert found.sentence.startswith("Not worth it as an ensemble: ")
+    assert (
+        "against the Transformer-LM on 2 test texts (ensemble, calibrated). No better on: law, mail."
+        in found.sentence
+    )
     assert (
         "learned from it: tea (added later); harbour (no expert). The Transformer-LM never saw tea."
         in found.sentence
@@ -224,11 +273,9 @@ def test_an_interval_of_the_domains_alone_is_not_shown_as_one_of_all_texts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     results = [
-        split_result("law", False, {SEED: 1.0, CALIBRATED_ENSEMBLE: 0.9, "own expert": 0.8}),
+        split_result("law", False, {SEED: 1.0, CALIBRATED_ENSEMBLE: 0.9, OWN_EXPERT: 0.8}),
         split_result("mail", True, {SEED: 1.0, CALIBRATED_ENSEMBLE: 0.9}),
     ]
-    verdict_tables(verdict(results), consoles(json_output=False)[0])
-    shown = next(
-        line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("own expert")
-    )
+    show_verdict(verdict(results), consoles(json_output=False)[0])
+    shown = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith(OWN_EXPERT))
     assert shown.count("on domains") == 2
