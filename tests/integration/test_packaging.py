@@ -1,10 +1,12 @@
 """The wheel: what it holds, and that it works without the repository, beside the packages that it needs."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 from collections.abc import Callable
@@ -61,6 +63,18 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     files = (path for path in (ROOT / "btm_cluster").rglob("*") if path.is_file())
     assert held == {path.relative_to(ROOT).as_posix() for path in files if path.suffix != ".pyc"}
     assert "btm_cluster/py.typed" in held
+
+
+def test_the_documents_name_every_extra_and_the_workflow_every_python() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    page = (ROOT / "docs" / "how-to" / "install.md").read_text(encoding="utf-8")
+    assert [extra for extra in project["optional-dependencies"] if f"`{extra}`" not in page] == []
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    (job,) = yaml.safe_load(workflow)["jobs"].values()
+    supported = re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"]))
+    assert job["strategy"]["matrix"]["python"] == supported
+    assert ".ci/run" in job["steps"][-1]["run"]
+    assert all(re.search(r"@[0-9a-f]{40}$", step["uses"]) for step in job["steps"][:-1])
 
 
 def test_the_installed_package_is_this_version(installed: Callable[..., str], tmp_path: Path) -> None:

@@ -65,6 +65,14 @@ def test_commands_in_the_text_have_their_names_and_options(page: str) -> None:
             assert not word.startswith("--") or word.partition("=")[0] in {*known, "--help"}, words
 
 
+PROGRAMS = [block for page in pages() for block in blocks(page) if block.language == "python"]
+
+
+@pytest.mark.parametrize("block", PROGRAMS, ids=lambda block: f"{block.page}: {block.text.splitlines()[0]}")
+def test_every_python_program_is_one(block: Block) -> None:
+    compile(block.text, block.page, "exec")
+
+
 PLANS = [block for page in pages() for block in blocks(page) if block.language == "yaml"]
 
 
