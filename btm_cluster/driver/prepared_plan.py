@@ -82,6 +82,12 @@ class PreparedPlan:
         )
 
 
+def training_text(identity: str, tokens: Mapping[str, tuple[Ref, ...]]) -> TrainingText:
+    """A text as training sees it, given its token blocks by split. Of a large text, one shard of development
+    blocks will do."""
+    return TrainingText(identity, tokens["train"], development=tokens.get("development", ())[:1])
+
+
 def without_withdrawn(plan: Plan, forest: Forest | None) -> Plan:
     """The plan without the domains that were taken out of the forest: naming
     them still does not bring them back.
@@ -228,7 +234,7 @@ def prepared_from(
         for name, text in ((source.name, identities[source.name]) for source in plan.texts)
     )
     founding = tuple(
-        TrainingText(text, tokens_of(name, text)["train"] if text in facts else ())
+        training_text(text, tokens_of(name, text)) if text in facts else TrainingText(text, ())
         for name, text in sorted(founders, key=lambda f: f[1])
     )
     return PreparedPlan(plan, texts, founders, founding, tokenizer, *model)

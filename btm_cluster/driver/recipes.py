@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText
+from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText, training_text
 from btm_cluster.errors import PlanError
 from btm_cluster.forest import Forest
 from btm_cluster.language_model.demix import check_splits
@@ -89,7 +89,7 @@ def check_demix_fits(plan: Plan, model: Mapping[str, Any], domains: int) -> None
 def expert_request(prepared: PreparedPlan, domain: PreparedText, start: Start) -> TrainRequest:
     """An expert: (1-s)·U updates on its domain alone, at its own scale of the learning rate."""
     training = prepared.plan.training
-    text = TrainingText(domain.identity, domain.tokens["train"])
+    text = training_text(domain.identity, domain.tokens)
     span = (training.seed_updates, training.updates)
     return at_experts_rate(prepared, train_request(prepared, domain.name, "expert", (text,), span, start))
 

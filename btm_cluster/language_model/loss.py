@@ -4,6 +4,9 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+NO_TOKEN = -100
+"""In place of a token that is not there: nothing is lost on it."""
+
 
 class NextTokenLoss(torch.nn.Module):
     """Summed negative log-likelihood of blocks [B, T], given what was read
@@ -15,7 +18,8 @@ class NextTokenLoss(torch.nn.Module):
 
     def forward(self, read_BT: torch.Tensor, blocks_BT: torch.Tensor) -> torch.Tensor:
         logits = self.model(input_ids=read_BT, use_cache=False).logits
-        return functional.cross_entropy(logits.flatten(0, 1).float(), blocks_BT.flatten(), reduction="sum")
+        logits, tokens = logits.flatten(0, 1).float(), blocks_BT.flatten()
+        return functional.cross_entropy(logits, tokens, reduction="sum", ignore_index=NO_TOKEN)
 
 
 def read_after(blocks_BT: torch.Tensor, first_token: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """One rank's view of the group. `any` and `from_first` are collectives: all ranks call them, or none."""
+    """One rank's view of the group. `any`, `sum` and `from_first` are collectives: all ranks call them, or none."""
 
     rank: int
     world: int
@@ -39,6 +39,13 @@ class ProcessGroup:
         tensor = torch.tensor(flags, dtype=torch.uint8, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return [bool(flag) for flag in tensor.tolist()]
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor on the group's device over all ranks; a GPU is not waited for."""
+        if self.world > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+        return value
 
     def from_first(self, value: T) -> T:
         """The first rank's `value`, on every rank; it is pickled."""

@@ -11,13 +11,13 @@ import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
-
+from btm_cluster.curve import is_recorded
 from btm_cluster.errors import DivergedError, Stopped
+from btm_cluster.language_model.development import DevelopmentLoss
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.training_spec import TrainingSpec
 from btm_cluster.language_model.training_state import TrainingState
-from btm_cluster.language_model.update import Updates
+from btm_cluster.language_model.update import Update, Updates
 
 REPORT_SECONDS = 1.0
 AGREE_EVERY = 8
@@ -30,8 +30,13 @@ class UpdateReport:
 
     loss: float
     """Mean negative log-likelihood per token of this rank's blocks, in nats."""
+    learning_rate: float
+    gradient_norm: float
+    """Over the whole model, before clipping."""
     tokens_per_second: float
     """All ranks together, since the last report."""
+    development: tuple[int, float] | None = None
+    """The update at which the newest loss on development blocks was taken, and that loss."""
 
 
 class TrainingCallbacks(Protocol):
@@ -94,16 +99,21 @@ class _TrainLoop:
         self.spec, self.state, self.callbacks = spec, state, callbacks
         self.group = ProcessGroup.joined(spec.compute.device)
         self.updates = Updates(spec, state, self.group)
-        self.loss = torch.zeros((), device=spec.compute.device)
+        self.development = DevelopmentLoss(spec, state, self.group)
+        self.made: Update | None = None
         self.pace = _Pace()
 
     def run(self) -> None:
         spec, state = self.spec, self.state
+        if not state.recording.curve().development.updates:
+            self._look_at_development()
         while state.update < spec.last_update:
             must_save = self._stop_or_save()
-            self.loss = self.updates.make()
+            self.made = self.updates.make()
             state.update += 1
             self.pace.tokens += spec.tokens_per_update
+            self._record(self.made)
+            self._look_at_development()
             if self.pace.is_report_due() or state.update == spec.last_update:
                 self._report()
             if must_save:
@@ -130,12 +140,27 @@ class _TrainLoop:
             raise Stopped(f"{self.spec.label} was stopped", found=f"saved at update {self.state.update}")
         return self.callbacks.should_save()
 
+    def _record(self, made: Update) -> None:
+        """Notes a point of the curve, where it has one: the loss is the mean over all ranks."""
+        spec, update = self.spec, self.state.update
+        if is_recorded(update, spec.training.updates, spec.ends):
+            loss = self.group.sum(made.total_loss) / spec.tokens_per_update
+            tokens = (update - spec.first_update) * spec.tokens_per_update
+            self.state.recording.note(update, tokens, made.learning_rate, loss, made.gradient_norm)
+
+    def _look_at_development(self) -> None:
+        if self.development.is_due(self.state.update):
+            self.state.recording.note_development(self.state.update, self.development.take())
+
     def _report(self) -> None:
-        rate = self.pace.lap()
+        rate, made = self.pace.lap(), self.made
         if self.group.world == 1:
             self._check_finite()
-        if self.group.is_first:
-            self.callbacks.report(self.state, UpdateReport(self.loss.item(), rate))
+        if made is not None and self.group.is_first:
+            looks = self.state.recording.curve().development
+            look = (looks.updates[-1], looks.loss[-1]) if looks.updates else None
+            numbers = (made.loss.item(), made.learning_rate, made.gradient_norm.item())
+            self.callbacks.report(self.state, UpdateReport(*numbers, rate, look))
 
     def _save(self, wait: bool) -> None:
         """Has the state saved, unless it is spoiled: the last good one stays."""
@@ -146,12 +171,16 @@ class _TrainLoop:
         if self._is_spoiled(weights):
             raise DivergedError(
                 f"{self.spec.label}: the loss or the weights are not finite at update {self.state.update}",
-                found=f"loss {self.loss.item()}",
+                found=f"loss {self._loss()}",
                 remedy=self.spec.divergence_remedy,
             )
 
     def _is_spoiled(self, weights: bool) -> bool:
         """Whether the loss, or the weights where asked, are not finite on any
         rank: all ranks get the same answer."""
-        spoiled = not math.isfinite(self.loss.item()) or (weights and not self.state.has_finite_weights())
+        spoiled = not math.isfinite(self._loss()) or (weights and not self.state.has_finite_weights())
         return any(self.group.any(spoiled))
+
+    def _loss(self) -> float:
+        """This rank's loss at the last update of this run; waits for the device."""
+        return 0.0 if self.made is None else self.made.loss.item()

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from btm_cluster.data.blocks import Blocks
 from btm_cluster.language_model.compute import Compute
 from btm_cluster.plan import TrainingPlan
@@ -44,11 +46,19 @@ class TrainingSpec:
     compute: Compute
     divergence_remedy: str
     """The remedy in the error message where the loss is not finite."""
+    development_DNT: torch.Tensor | None = None
+    """Development blocks [texts, blocks, block_tokens] to take a loss on now and then, int64, NO_TOKEN where a
+    block is not full. Of a DEMix, those of every text in order; of another model, of any."""
 
     @property
     def blocks_per_update(self) -> int:
         """Blocks of all texts together."""
         return len(self.texts) * self.training.blocks_per_domain_update
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Updates after which the model may be stored for good."""
+        return (*self.milestones, self.last_update)
 
     @property
     def tokens_per_update(self) -> int:

@@ -6,7 +6,7 @@ Knows no store: files are local, and the caller has found and checked them.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from btm_cluster.language_model.demix_group import Share, gather_domains, share_
 from btm_cluster.language_model.model import build_model, load_weights, save_weights, weights_of
 from btm_cluster.language_model.optimizer import build_optimizer
 from btm_cluster.language_model.process_group import ProcessGroup
+from btm_cluster.language_model.recording import Recording
 from btm_cluster.language_model.training_spec import TrainingSpec
 
 MODEL_FILE = "model.safetensors"
@@ -39,6 +40,8 @@ class TrainingState:
     """Updates made so far."""
     share: Share | None = None
     """The domains of a DEMix that this rank trains; None for another model."""
+    recording: Recording = field(default_factory=Recording)
+    """The training's curve so far."""
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The whole model's weights by name. Every rank of a group exhausts it."""

@@ -2,6 +2,7 @@
 passes, clipping and the optimiser's step."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,19 @@ PASSES_UNTIL_RECORDED = 3
 """After so many passes torch.compile has recorded its CUDA graphs."""
 
 
+@dataclass(frozen=True)
+class Update:
+    """What an update came to: numbers that may still be on their way, on the device."""
+
+    loss: torch.Tensor
+    """Mean negative log-likelihood per token of this rank's blocks; not finite where the gradient is not."""
+    total_loss: torch.Tensor
+    """Its sum over these."""
+    gradient_norm: torch.Tensor
+    """Over the whole model, before clipping."""
+    learning_rate: float
+
+
 class Updates:
     """Makes the updates of one training."""
 
@@ -35,12 +49,13 @@ class Updates:
         self.forward = self._wrap(NextTokenLoss(state.model))
         state.model.train()
 
-    def make(self) -> torch.Tensor:
-        """One optimiser step; returns this rank's mean loss per token, still on the device."""
+    def make(self) -> Update:
+        """One optimiser step."""
         optimizer = self.state.optimizer
         self._seed_dropout()
+        learning_rate = learning_rate_at(self.state.update, self.spec)
         for parameters in optimizer.param_groups:
-            parameters["lr"] = learning_rate_at(self.state.update, self.spec)
+            parameters["lr"] = learning_rate
         blocks = self._blocks()
         total = self._backward(blocks)
         norm = self._clip_gradients()
@@ -48,7 +63,7 @@ class Updates:
         optimizer.zero_grad(set_to_none=True)
         # A gradient that is not finite spoils the weights under a finite loss: it spoils the loss that is
         # reported too.
-        return total / blocks.numel() + 0.0 * norm
+        return Update(total / blocks.numel() + 0.0 * norm, total, norm, learning_rate)
 
     def try_out(self) -> None:
         """The forward and backward passes of an update of made-up blocks: what these

@@ -28,7 +28,12 @@ from btm_cluster.ledger.forest_log import ForestLog
 from btm_cluster.ledger.keys import list_ours
 from btm_cluster.ledger.manifests import list_manifests, read_manifest, read_manifests
 from btm_cluster.ledger.tombstones import OTHER_TEXT, Tombstones, withdraw
-from btm_cluster.ledger.trainings import read_trainings
+from btm_cluster.ledger.trainings import (
+    clear_training,
+    drop_older_trainings,
+    latest_training,
+    read_trainings,
+)
 from btm_cluster.storage import Entry, Storage, open_storage
 
 logger = logging.getLogger(__name__)
@@ -213,12 +218,7 @@ class Ledger:
         if purged := self.tombstones.found_among(checkpoint):
             self.storage.erase(training_folder(identity))
             raise purged
-        manifests, _ = read_trainings(self.storage, self.documents, identity)
-        kept = {blob.sha256 for k, manifest in manifests.items() if k >= key for blob in manifest.blobs}
-        for older in sorted(k for k in manifests if k < key):
-            self.storage.delete(older)
-            for sha256 in {blob.sha256 for blob in manifests[older].blobs} - kept:
-                self.storage.delete(blob_key(ref, sha256))
+        drop_older_trainings(self.storage, self.documents, identity, key)
 
     def latest_training(self, identity: str, passed_over: Collection[str] = ()) -> Artifact | None:
         """The training checkpoint with the most updates, but for those whose
@@ -227,21 +227,12 @@ class Ledger:
         One that is damaged or has lost a file is passed over with a warning, since training can make it
         again.
         """
-        manifests, damaged = read_trainings(self.storage, self.documents, identity)
-        for key, exc in damaged.items():
-            logger.warning("passed over the training checkpoint %s: %s", key, exc)
-        return max(
-            (m for m in manifests.values() if m.manifest_hash not in passed_over),
-            key=lambda manifest: int(manifest.recipe["update"]),
-            default=None,
-        )
+        return latest_training(self.storage, self.documents, identity, passed_over)
 
     def clear_training(self, identity: str) -> None:
         """Drops every training checkpoint of a model that is committed, and
         what was left of unfinished ones."""
-        # By key: manifests before their blobs.
-        for entry in list_ours(self.storage, training_folder(identity)):
-            self.storage.delete(entry.key)
+        clear_training(self.storage, identity)
 
     def _standing(self, ref: Ref, manifest_hash: str) -> Artifact:
         artifact = self.find(ref)

@@ -33,6 +33,8 @@ class TrainingText:
     split: str = "train"
     first_blocks: int | None = None
     """Train on so many blocks only."""
+    development: tuple[Ref, ...] = ()
+    """Blocks to take a loss on now and then, which is looked at: no part of any identity."""
 
     @property
     def name(self) -> str:
@@ -143,7 +145,7 @@ class TrainRequest(StepRequest):
 
     @property
     def needs(self) -> tuple[Ref, ...]:
-        tokens = (ref for text in self.texts for ref in text.tokens)
+        tokens = (ref for text in self.texts for ref in (*text.tokens, *text.development))
         return (self.tokenizer, *self.inputs["start"], *tokens, *self._passed)
 
     @property

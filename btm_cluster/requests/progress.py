@@ -23,6 +23,15 @@ class Progress:
     """How long that checkpoint then took to be stored, while training went on."""
     mfu: float | None = None
     """Share of the GPUs' arithmetic that the model uses, where their peak is known."""
+    learning_rate: float | None = None
+    gradient_norm: float | None = None
+    """Over the whole model, before clipping."""
+    tokens: int | None = None
+    """Trained on so far, from the training's own first update on."""
+    development_loss: float | None = None
+    """The newest loss on development blocks, in nats per token."""
+    development_update: int | None = None
+    """The update at which it was taken."""
 
 
 class Control(Protocol):

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from btm_cluster.curve import CURVE_FILE, Curve
 from btm_cluster.errors import MissingError, StoreError, UserError, one_line
 from btm_cluster.language_model.model import save_weights
+from btm_cluster.language_model.recording import Recording
 from btm_cluster.language_model.training_state import (
     MODEL_FILE,
     OPTIMIZER_FILE,
@@ -22,6 +24,7 @@ from btm_cluster.language_model.training_state import (
     load_state,
 )
 from btm_cluster.ledger import Artifact, Ledger, Named
+from btm_cluster.ledger.curves import read_curve
 from btm_cluster.storage.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
@@ -53,6 +56,15 @@ def load_stored(
         raise does_not_fit(name, one_line(exc)) from exc
 
 
+def load_curve(state: TrainingState, ledger: Ledger, source: Artifact, label: str) -> None:
+    """Goes on with the curve that a stored state of this training has. One that cannot be read costs a warning:
+    it begins anew, and no training waits for it."""
+    try:
+        state.recording = Recording(read_curve(ledger, source))
+    except (StoreError, UserError) as exc:
+        log.warning("%s: its curve begins anew at update %d: %s", label, state.update, exc)
+
+
 class TrainingCheckpoints:
     """Saves a model in the making, at most one save under way at a time."""
 
@@ -73,6 +85,7 @@ class TrainingCheckpoints:
         update: int,
         weights: Iterable[tuple[str, torch.Tensor]],
         moments: Iterable[tuple[str, torch.Tensor]],
+        curve: Curve,
         facts: Mapping[str, Any],
         wait: bool,
     ) -> None:
@@ -88,7 +101,7 @@ class TrainingCheckpoints:
         moments_now = {name: t.to("cpu", copy=True) for name, t in moments}
         self.stall_seconds = time.monotonic() - started
         self.stalled_seconds += self.stall_seconds
-        self._saving = self._pool.submit(self._store, update, weights_now, moments_now, dict(facts))
+        self._saving = self._pool.submit(self._store, update, weights_now, moments_now, curve, dict(facts))
         if wait:
             saving, self._saving = self._saving, None
             saving.result()
@@ -114,12 +127,14 @@ class TrainingCheckpoints:
         update: int,
         weights: dict[str, torch.Tensor],
         moments: dict[str, torch.Tensor],
+        curve: Curve,
         facts: dict[str, Any],
     ) -> None:
         started = time.monotonic()
         with scratch_folder() as scratch:
-            files = {MODEL_FILE: scratch / MODEL_FILE, OPTIMIZER_FILE: scratch / OPTIMIZER_FILE}
+            files = {name: scratch / name for name in (MODEL_FILE, OPTIMIZER_FILE, CURVE_FILE)}
             save_weights(weights, files[MODEL_FILE])
             save_weights(moments, files[OPTIMIZER_FILE])
+            files[CURVE_FILE].write_text(curve.model_dump_json(), encoding="utf-8")
             self._ledger.save_training(self._model, update, files, facts, self._passed_over)
         self.upload_seconds = time.monotonic() - started

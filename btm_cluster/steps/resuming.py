@@ -18,7 +18,7 @@ from btm_cluster.language_model.training_spec import TrainingSpec
 from btm_cluster.language_model.training_state import TrainingState, build_state
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import Resources, TrainRequest
-from btm_cluster.steps.checkpoints import load_stored
+from btm_cluster.steps.checkpoints import load_curve, load_stored
 
 log = logging.getLogger(__name__)
 SPAN = ("first_update", "last_update")
@@ -38,6 +38,10 @@ class Source:
     @property
     def is_checkpoint(self) -> bool:
         return self.stored is not None and self.stored.kind == "training"
+
+    def is_on_the_way(self, request: TrainRequest) -> bool:
+        """Whether it is of this training, and not what it starts from."""
+        return self.is_checkpoint or self.update > request.first_update
 
 
 class AlreadyTrained(Exception):
@@ -64,6 +68,8 @@ def restore(
         state = build_state(spec, group)  # anew after a failure, which may have loaded a part of it
         damaged = not _loads(state, source, ledger, request.label)
         if not any(group.any(damaged)):
+            if source.stored is not None and source.is_on_the_way(request):
+                load_curve(state, ledger, source.stored, request.label)
             return state, source, passed_over
         assert source.stored is not None
         passed_over.add(source.stored.manifest_hash)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from btm_cluster.curve import CURVE_FILE
 from btm_cluster.data.blocks import Blocks
 from btm_cluster.data.tokenizer import TOKENIZER_FILES
 from btm_cluster.errors import MissingError, TrainingError
@@ -64,7 +65,7 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
             if made.is_demix:
                 return _commit_demix(made, trained, ledger, commit, folder / MODEL_FILE)
             keeps_optimizer = made.last_update < made.training.updates and not made.weights_only
-            files = write_state(trained.state, folder, keeps_optimizer)
+            files = write_state(trained.state, folder, keeps_optimizer) | _write_curve(trained, folder)
             return commit(made, files, trained.facts, trained.note)
 
         if request.pretrained is not None:
@@ -127,7 +128,15 @@ def _commit_demix(
         "origin": _origin(request, ledger),
     }
     parts = [part.ref for part in request.parts]
-    return ledger.commit(request, {}, {**trained.facts, **facts}, trained.note, parts)
+    files = _write_curve(trained, file.parent)
+    return ledger.commit(request, files, {**trained.facts, **facts}, trained.note, parts)
+
+
+def _write_curve(trained: Trained, folder: Path) -> dict[str, Path]:
+    """Writes the curve below `folder`; returns the file by name."""
+    file = folder / CURVE_FILE
+    file.write_text(trained.curve.model_dump_json(), encoding="utf-8")
+    return {CURVE_FILE: file}
 
 
 def _origin(made: TrainRequest | DemixPart, ledger: Ledger) -> str:

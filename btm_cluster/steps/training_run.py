@@ -3,15 +3,15 @@
 Here the loop's callbacks meet store and driver. Committing what comes out is the caller's.
 """
 
-import dataclasses
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any, TypeAlias
 
+from btm_cluster.curve import Curve
 from btm_cluster.data.blocks import Blocks
 from btm_cluster.language_model.compute import Compute, device_name, device_of
 from btm_cluster.language_model.process_group import ProcessGroup
@@ -23,6 +23,7 @@ from btm_cluster.ledger import Ledger
 from btm_cluster.requests import Resources, Role, TrainRequest
 from btm_cluster.requests.progress import Control, Progress
 from btm_cluster.steps.checkpoints import TrainingCheckpoints
+from btm_cluster.steps.development import open_development
 from btm_cluster.steps.resuming import Source, earlier_spans, profiles, restore
 from btm_cluster.storage.node_cache import node_cache
 
@@ -37,6 +38,7 @@ class Trained:
     state: TrainingState
     facts: dict[str, Any]
     note: dict[str, Any]
+    curve: Curve
 
 
 AtMilestone: TypeAlias = Callable[[TrainRequest, Trained], Any]
@@ -61,6 +63,7 @@ def run_training(
     spec = spec_of(request, texts, first_token)
     set_up(spec.compute)
     group = ProcessGroup.joined(spec.compute.device)
+    spec = replace(spec, development_DNT=open_development(request, ledger, group))
     state, source, passed_over = restore(request, spec, ledger, group)
     checkpoints = TrainingCheckpoints(ledger, request, request.label, passed_over)
     run = TrainingRun(request, spec, control, group, source, checkpoints, at_milestone)
@@ -149,8 +152,8 @@ class TrainingRun:
     def save(self, state: TrainingState, wait: bool) -> None:
         weights, moments = state.weights(), state.moments()
         if self._group.is_first:
-            how = {"how": dataclasses.asdict(self._request.how)}
-            self._checkpoints.save(state.update, weights, moments, how | self._profiles(state), wait)
+            facts = {"how": asdict(self._request.how)} | self._profiles(state)
+            self._checkpoints.save(state.update, weights, moments, state.recording.curve(), facts, wait)
         else:
             deque(chain(weights, moments), maxlen=0)  # the first rank gathers what this one holds
         self._last_saved = time.monotonic()
@@ -167,18 +170,38 @@ class TrainingRun:
         stored = (self._checkpoints.stall_seconds, self._checkpoints.upload_seconds)
         device = device_name(self._spec.compute.device)
         mfu = utilisation(state.model, request.how, request.training.block_tokens, rate, device)
+        development = report.development or (None, None)
         self._control.report(
-            Progress(request.label, "training", *span, report.loss, rate, seconds_left, *stored, mfu)
+            Progress(
+                request.label,
+                "training",
+                *span,
+                report.loss,
+                rate,
+                seconds_left,
+                *stored,
+                mfu,
+                learning_rate=report.learning_rate,
+                gradient_norm=report.gradient_norm,
+                tokens=self._tokens(state),
+                development_update=development[0],
+                development_loss=development[1],
+            )
         )
 
     def trained(self, role: Role, state: TrainingState) -> Trained:
         """The training as it stands, for an artifact of `role`."""
-        return Trained(state, self._facts(role, state), self._note(state))
+        request, curve = self._request, state.recording.curve()
+        training = request.training
+        size = (training.updates, training.blocks_per_domain_update)
+        curve = curve.ending_at(state.update, request.first_update, *size)
+        return Trained(state, self._facts(role, state), self._note(state), curve)
 
     def _facts(self, role: Role, state: TrainingState) -> dict[str, Any]:
-        request = self._request
-        tokens = (state.update - request.first_update) * self._spec.tokens_per_update
-        return {"role": role, "tokens": tokens, **self._profiles(state)}
+        return {"role": role, "tokens": self._tokens(state), **self._profiles(state)}
+
+    def _tokens(self, state: TrainingState) -> int:
+        return (state.update - self._request.first_update) * self._spec.tokens_per_update
 
     def _profiles(self, state: TrainingState) -> dict[str, Any]:
         earlier = earlier_spans(self._source, self._request.first_update)

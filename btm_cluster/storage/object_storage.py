@@ -9,11 +9,8 @@ checksum headers are used only where it demands them.
 """
 
 import hashlib
-import logging
-import random
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import cached_property, partial
@@ -22,21 +19,16 @@ from typing import Any, TypeVar
 
 import boto3
 import botocore.exceptions as failures
-from boto3.exceptions import S3UploadFailedError
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
-from btm_cluster.errors import MissingError, StoreError, UserError
+from btm_cluster.errors import StoreError, UserError
 from btm_cluster.storage.node_cache import node_cache
 from btm_cluster.storage.port import Entry, check_key, check_prefix
-from btm_cluster.storage.s3_errors import FAILURES, code_of, is_transient, message_of, store_error
+from btm_cluster.storage.s3_errors import FAILURES, code_of, is_transient, store_error
 from btm_cluster.storage.s3_location import parse_location
-from btm_cluster.storage.store_calls import DONE, FAILED, TRIED_AGAIN, count_store_call
+from btm_cluster.storage.s3_patience import PATIENCE_SECONDS, Patience
 
-log = logging.getLogger(__name__)
-PATIENCE_SECONDS = 300.0
-"""How long a store may be out before an operation on it fails."""
-LONGEST_PAUSE_SECONDS = 20.0
 ANSWER_SECONDS = 60.0
 """How long a service that has taken a request may be silent."""
 PART_BYTES = 8 * 2**20
@@ -59,7 +51,7 @@ class ObjectStorage:
     def __init__(self, location: str, patience_seconds: float = PATIENCE_SECONDS) -> None:
         self.location = location
         self._bucket, self._prefix, options = parse_location(location)
-        self._patience_seconds = patience_seconds
+        self._attempt = Patience(location, patience_seconds).attempt
         self._always = {"ExpectedBucketOwner": options["owner"]} if "owner" in options else {}
         names = {
             "encryption": "ServerSideEncryption",
@@ -285,35 +277,6 @@ class ObjectStorage:
         self._client.download_file(
             self._bucket, self._prefix + key, str(target), ExtraArgs=dict(self._always), Config=_transfers()
         )
-
-    def _attempt(self, verb: str, key: str, act: Callable[[], Result]) -> Result:
-        """Does it, again and again while the store is out, which boto3's own
-        retries bridge for seconds only."""
-        deadline = time.monotonic() + self._patience_seconds
-        pause = 1.0
-        while True:
-            try:
-                result = act()
-                count_store_call(verb, DONE)
-                return result
-            except FAILURES as failed:
-                # Which has only words.
-                exc = failed.__context__ if isinstance(failed, S3UploadFailedError) else failed
-                assert exc is not None
-                if not is_transient(exc) or time.monotonic() + pause > deadline:
-                    error = store_error(verb, key, self.location, exc)
-                    count_store_call(verb, DONE if isinstance(error, MissingError) else FAILED)
-                    raise error from exc
-                count_store_call(verb, TRIED_AGAIN)
-                log.warning(
-                    "%s: cannot %s %s yet, trying again: %s",
-                    self.location,
-                    verb,
-                    key or "it",
-                    message_of(exc),
-                )
-            time.sleep(pause * random.uniform(0.5, 1.0))
-            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
 
 def _transfers() -> TransferConfig:

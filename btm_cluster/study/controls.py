@@ -8,10 +8,16 @@ have, and the Transformer-LM given the development text that the forest's priors
 
 from dataclasses import replace
 
-from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText, text_of, tokenize_requests
+from btm_cluster.driver.prepared_plan import (
+    PreparedPlan,
+    PreparedText,
+    text_of,
+    tokenize_requests,
+    training_text,
+)
 from btm_cluster.driver.recipes import at_experts_rate, seed_start, train_request
 from btm_cluster.ledger import Artifact, Ledger, Ref
-from btm_cluster.requests import ShuffleTexts, TrainingText, TrainRequest
+from btm_cluster.requests import ShuffleTexts, TrainRequest
 
 DEMIXES = ("demix", "demix-from-seed")
 
@@ -21,7 +27,7 @@ def scratch_request(prepared: PreparedPlan, domain: PreparedText, number: int) -
     random initialisation of its own."""
     training = prepared.plan.training
     own = training.model_copy(update={"random_seed": training.random_seed + 1 + number})
-    text = TrainingText(domain.identity, domain.tokens["train"])
+    text = training_text(domain.identity, domain.tokens)
     request = train_request(prepared, domain.name, "expert", (text,), (0, training.updates), None)
     return replace(request, training=own)
 

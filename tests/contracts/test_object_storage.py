@@ -56,7 +56,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The adapter's clock, and that of boto3's retries. boto3's own limit
     of requests per second is lifted."""
     clock = Clock()
-    monkeypatch.setattr("btm_cluster.storage.object_storage.time", clock)
+    monkeypatch.setattr("btm_cluster.storage.s3_patience.time", clock)
     monkeypatch.setattr("botocore.endpoint.time", clock)
     monkeypatch.setattr("botocore.retries.bucket.TokenBucket.acquire", lambda *_, **__: True)
     return clock

@@ -232,7 +232,7 @@ def test_a_failed_expert_is_named_its_siblings_are_merged_and_only_it_is_tried_a
     assert run.exit_code() == 1, run.said
     assert re.search(rf"- {failing}: 1 attempt.*\n?.*is damaged", run.said), run.said
     assert set(experts_in(store)) == {other}
-    assert "test perplexity" in run.said, "the verdict on what there is"
+    assert " as an ensemble: " in run.said, "the verdict on what there is"
     damaged.write_bytes(whole)
     again = grow_only(path)
     assert again.exit_code() == 0, again.said

@@ -17,6 +17,7 @@ from btm_cluster.driver.recipes import demix_request, seed_request
 from btm_cluster.errors import PlanError
 from btm_cluster.language_model.demix_group import share_of
 from btm_cluster.ledger import Ledger
+from btm_cluster.ledger.curves import read_curve
 from btm_cluster.plan import Plan
 from btm_cluster.requests import TrainRequest
 from btm_cluster.steps.train import train
@@ -37,6 +38,13 @@ def demix_fields(texts: dict[str, Path], store: Path, domains: int) -> dict[str,
 
 def parts_of(request: TrainRequest, ledger: Ledger) -> list[dict[str, Any]]:
     return [load_file(ledger.open_file(ledger.get(part.ref), "model.safetensors")) for part in request.parts]
+
+
+def curve_of(request: TrainRequest, ledger: Ledger) -> list[list[float]]:
+    curve = read_curve(ledger, ledger.get(request.ref))
+    assert curve is not None
+    looks = curve.development
+    return [curve.updates, curve.loss, curve.gradient_norm, curve.tokens, looks.updates, looks.loss]
 
 
 def test_groups_of_ranks_train_the_demix_of_one_process(texts: dict[str, Path], tmp_path: Path) -> None:
@@ -62,7 +70,11 @@ def test_groups_of_ranks_train_the_demix_of_one_process(texts: dict[str, Path], 
             fields = demix_fields(texts, copy, domains)
             resized = [(fields, 4, 2, is_seeded), (fields, 2, None, is_seeded)]
         train(request, driver.ledger, Undisturbed())
-        alone[domains, is_seeded] = request, parts_of(request, driver.ledger)
+        alone[domains, is_seeded] = (
+            request,
+            parts_of(request, driver.ledger),
+            curve_of(request, driver.ledger),
+        )
     made = subprocess.run(
         [sys.executable, "-m", "tests.integration.train_in_groups"],
         input=json.dumps([*jobs, *resized]),
@@ -73,13 +85,14 @@ def test_groups_of_ranks_train_the_demix_of_one_process(texts: dict[str, Path], 
     )
     assert made.returncode == 0, made.stderr
     for fields, ranks, _, is_seeded in (*jobs[1::2], resized[1]):
-        request, expected = alone[len(fields["domains"]), is_seeded]
+        request, expected, curve = alone[len(fields["domains"]), is_seeded]
         ledger = Ledger.open(fields["store"])
         profile = ledger.get(request.ref).facts["profile"]
         if fields is resized[1][0]:
             assert [span["workers"] for span in profile] == [4, 2]
         else:
             assert profile["workers"] == ranks
+        assert curve_of(request, ledger) == [pytest.approx(values, rel=1e-3) for values in curve], ranks
         found = parts_of(request, ledger)
         for part, other in zip(found, expected, strict=True):
             for name, tensor in part.items():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from btm_cluster.cli import app, run_command
+from btm_cluster.curve import CURVE_FILE
 from btm_cluster.driver.preparation import prepare
 from btm_cluster.driver.recipes import demix_request
 from btm_cluster.equations import learned_gate
@@ -185,14 +186,15 @@ def test_a_purged_domain_leaves_nothing_but_tombstones_and_the_store_stays_sound
     expert = forest.expert("meadow")
     document = json.loads(Path(plan.store, "inbox/meadow/a.jsonl").read_text().splitlines()[0])["text"]
     assert named_in(plan.store, document) == {"inbox/meadow/a.jsonl"}
-    shared = {blob.sha256 for blob in ledger.get(Ref("model", expert.identity)).blobs} - {
-        expert.weights_sha256
-    }
+    blobs = ledger.get(Ref("model", expert.identity)).blobs
+    own = {expert.weights_sha256, *(blob.sha256 for blob in blobs if blob.name == CURVE_FILE)}
+    shared = {blob.sha256 for blob in blobs} - own
     assert shared, "its configuration and tokenizer are everybody's"
     remove(ledger, "meadow")
     purge(ledger, plan_purge(ledger, "meadow"))
     for trace in (document, expert.text, expert.weights_sha256, "meadow"):
         assert not named_in(plan.store, trace)
+    assert own.isdisjoint(path.name for path in Path(plan.store, "blobs").iterdir())
     # Its descendant's lineage is an identity that leads to a tombstone: that of the average it started from.
     (start,) = [point.start.model for point in list_branch_points(ledger) if point.domain == "island"]
     assert expert.identity in ledger.tombstones.all()[start].body["parents"]

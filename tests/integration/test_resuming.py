@@ -173,11 +173,9 @@ def test_a_checkpoint_of_other_shapes_or_names_is_passed_over_whole(
     stop_after(prepared_store, request, 3)
     saved = ledger.latest_training(request.ref.identity)
     assert saved is not None
-    files = {}
-    for blob in saved.blobs:
-        files[blob.name] = tmp_path / blob.name
-        tensors = load_file(ledger.open_file(saved, blob.name))
-        save_file(change(tensors) if blob.name == name else tensors, files[blob.name])
+    files = {blob.name: ledger.open_file(saved, blob.name) for blob in saved.blobs}
+    save_file(change(load_file(files[name])), tmp_path / name)
+    files[name] = tmp_path / name
     ledger.save_training(request, 4, files, saved.facts)
     assert weights_of(run(prepared_store, request)) == undisturbed
     assert "does not fit the model" in caplog.text

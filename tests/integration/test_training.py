@@ -17,15 +17,23 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from btm_cluster.curve import CURVE_FILE
 from btm_cluster.driver.driver import resumed
 from btm_cluster.driver.preparation import prepare
+from btm_cluster.driver.recipes import demix_request, score_request
 from btm_cluster.errors import Stopped, TrainingError
 from btm_cluster.language_model import training
 from btm_cluster.language_model.loss import NextTokenLoss, read_after
 from btm_cluster.language_model.model import build_model
 from btm_cluster.language_model.optimizer import build_optimizer
-from btm_cluster.language_model.training_state import TrainingState, write_state
-from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.language_model.training_state import (
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    TrainingState,
+    write_state,
+)
+from btm_cluster.ledger import Artifact, Ledger, artifact_key
+from btm_cluster.ledger.curves import read_curve
 from btm_cluster.plan import Plan
 from btm_cluster.requests import AverageRequest, Start, TrainRequest
 from btm_cluster.requests.progress import Progress
@@ -74,7 +82,8 @@ class Interrupting(Undisturbed):
 
 def weights_of(model: Artifact) -> dict[str, str]:
     """Hashes of the files in which bit-identical trainings are bit-identical."""
-    return {blob.name: blob.sha256 for blob in model.blobs if blob.name.endswith(".safetensors")}
+    files = (MODEL_FILE, OPTIMIZER_FILE, CURVE_FILE)
+    return {blob.name: blob.sha256 for blob in model.blobs if blob.name in files}
 
 
 def run(prepared_store: PreparedStore, request: TrainRequest, control: Undisturbed | None = None) -> Artifact:
@@ -389,7 +398,8 @@ class PlainAdam:
         self.m = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self.v = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
 
-    def step(self, learning_rate: float, request: TrainRequest) -> None:
+    def step(self, learning_rate: float, request: TrainRequest) -> float:
+        """Changes the parameters; returns the norm of the gradient."""
         plan, (b1, b2) = request.training, request.training.betas
         norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in self.parameters.values()))
         scale = min(1.0, plan.gradient_clip / (norm + 1e-6))
@@ -403,6 +413,7 @@ class PlainAdam:
             with torch.no_grad():
                 p -= learning_rate * (decay * p + m / (v.sqrt() + plan.epsilon))
             p.grad = None
+        return norm
 
 
 def plain_loss(model: PreTrainedModel, rows: np.ndarray, end: int) -> torch.Tensor:
@@ -425,6 +436,7 @@ class PlainTraining:
         self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**dict(self.request.model)))
         self.adam = PlainAdam(dict(self.model.named_parameters()))
         self.losses: list[float] = []
+        self.norms: list[float] = []
 
     def run(
         self, request: TrainRequest, learning_rates: Mapping[int, float], first_position: int, order_seed: int
@@ -441,7 +453,7 @@ class PlainTraining:
             loss = plain_loss(self.model, np.concatenate(rows), end)
             loss.backward()
             self.losses.append(float(loss.detach()))
-            self.adam.step(learning_rates[update], request)
+            self.norms.append(self.adam.step(learning_rates[update], request))
 
 
 class Listening(Undisturbed):
@@ -485,7 +497,48 @@ def test_seed_and_expert_are_those_of_a_plain_training_loop(
     plain.run(request, LINE, first_position=0, order_seed=1)
     check_weights(prepared_store, expert, plain)
     assert heard.losses == pytest.approx(plain.losses, rel=1e-5)
+    curves = [read_curve(prepared_store.driver.ledger, model) for model in (seed, expert)]
+    assert [curve.updates for curve in curves] == [list(range(1, 7)), list(range(7, 13))]
+    assert [*curves[0].loss, *curves[1].loss] == pytest.approx(plain.losses, rel=1e-5)
+    assert [*curves[0].gradient_norm, *curves[1].gradient_norm] == pytest.approx(plain.norms, rel=1e-4)
+    assert [*curves[0].learning_rate, *curves[1].learning_rate] == pytest.approx(
+        list(LINE.values()), rel=1e-5
+    )
+    tokens = [[update * texts * 4 * 32 for update in range(1, 7)] for texts in (3, 1)]
+    assert [curve.tokens for curve in curves] == tokens
     assert plain.losses[-1] < plain.losses[0] - 0.3
+
+
+@pytest.mark.parametrize("kind", ["seed", "expert", "demix"])
+def test_development_loss_is_that_of_scores_of_the_same_blocks(
+    prepared_store: PreparedStore, kind: str
+) -> None:
+    prepared, ledger = prepared_store.prepared, prepared_store.driver.ledger
+    request = demix_request(prepared) if kind == "demix" else REQUESTS[kind](prepared_store)
+    curve = read_curve(ledger, run(prepared_store, request))
+    assert curve.development.updates == {"seed": [6], "expert": [6, 12], "demix": [12]}[kind]
+    models = {part.text: part.ref for part in request.parts} or {
+        text.text: request.ref for text in request.texts
+    }
+    asked = [
+        score_request(prepared, models[text.identity], text, "development")
+        for text in prepared.domains
+        if text.identity in models
+    ]
+    losses = [-np.load(ledger.open_file(one, "logp.npy"))[0] for one in prepared_store.driver.require(asked)]
+    assert curve.development.loss[-1] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_a_training_whose_development_blocks_are_lost_goes_on_without_their_loss(
+    prepared_store: PreparedStore, undisturbed: Mapping[str, dict[str, str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    ledger, request = prepared_store.driver.ledger, prepared_store.seed
+    ledger.storage.delete(artifact_key(request.texts[0].development[0]))
+    model = run(prepared_store, request)
+    assert weights_of(model)[MODEL_FILE] == undisturbed["seed"][MODEL_FILE]
+    curve = read_curve(ledger, model)
+    assert (len(curve.updates), curve.development.updates) == (6, [])
+    assert "seed: trains without development loss: the store has no tokens" in caplog.text
 
 
 def test_the_transformer_lm_is_a_plain_training_loop_that_goes_on_with_the_mix(

@@ -14,6 +14,7 @@ from btm_cluster.errors import DivergedError, Stopped
 from btm_cluster.language_model import training
 from btm_cluster.language_model.attention import leave_causal_masks_out
 from btm_cluster.language_model.compute import Compute
+from btm_cluster.language_model.loss import NO_TOKEN, read_after
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.training import UpdateReport, train
 from btm_cluster.language_model.training_spec import TextBlocks, TrainingSpec
@@ -158,6 +159,46 @@ def test_trying_an_update_out_leaves_the_state_as_it_was(spec: TrainingSpec) -> 
         train(spec, state, Recorded(state))
     torch.testing.assert_close(dict(tried.weights()), dict(untouched.weights()), rtol=0, atol=0)
     torch.testing.assert_close(dict(tried.moments()), dict(untouched.moments()), rtol=0, atol=0)
+
+
+def test_development_loss_changes_no_bit_of_a_training_and_has_nothing_compiled_anew(
+    spec: TrainingSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        compiled.append(1)
+        return graph.forward
+
+    def with_count(module: torch.nn.Module, **_: Any) -> None:
+        module._compiled_call_impl = torch.compile(module._call_impl, backend=count, dynamic=False)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", with_count)
+    spec = replace(spec, compute=replace(spec.compute, micro_batch_blocks=4, compile=True))
+    development = torch.randint(64, (2, 3, 8))
+    development[0, 2, 5:] = NO_TOKEN
+    states, counts = [], []
+    for looked_at in (None, development):
+        torch._dynamo.reset()
+        compiled.clear()
+        states.append(build_state(spec, ALONE))
+        train(replace(spec, development_DNT=looked_at), states[-1], Recorded(states[-1]))
+        counts.append(len(compiled))
+    plain, looked = states
+    torch.testing.assert_close(dict(plain.weights()), dict(looked.weights()), rtol=0, atol=0)
+    torch.testing.assert_close(dict(plain.moments()), dict(looked.moments()), rtol=0, atol=0)
+    assert counts[0] == counts[1] > 0
+    curves = [state.recording.curve() for state in states]
+    assert (curves[0].development.updates, curves[1].development.updates) == ([], [2, 4])
+    assert curves[0].loss == curves[1].loss
+    assert looked.model.training
+    with torch.no_grad():
+        logp = torch.log_softmax(
+            looked.model.eval()(read_after(development.flatten(0, 1).clamp(min=0), 0)).logits, -1
+        )
+    known = development.flatten(0, 1) != NO_TOKEN
+    expected = -logp.gather(-1, development.flatten(0, 1).clamp(min=0)[..., None])[..., 0][known].mean()
+    assert curves[1].development.loss[-1] == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize(

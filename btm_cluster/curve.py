@@ -1,0 +1,107 @@
+"""The curve of a training, as it is stored with the model: values, the updates at which they are taken, and their file.
+
+Which updates these are is a function of the plan's number of updates alone. So a seed has one curve whether it
+was trained by itself or on the Transformer-LM's way. Knows no tensors and no store.
+"""
+
+import math
+from collections.abc import Collection, Sequence
+from itertools import compress
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+
+CURVE_FILE = "curve.json"
+MOST_POINTS = 500
+"""Of a whole training; ends and milestones come on top."""
+DEVELOPMENT_POINTS = 16
+"""Of a whole training, seed and expert together: 8 of each at a seed share of a half. Starts and ends come on
+top."""
+MOST_DEVELOPMENT_BLOCKS = 64
+"""Of each text, at each of these points."""
+DEVELOPMENT_SHARE = 0.01
+"""Of a training's arithmetic. Passes are not compiled: on a GPU they may take twice their share of the time."""
+DIGITS = 6
+"""Significant ones that are kept of each value."""
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Points(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    updates: list[Count] = []
+    """Updates made when the values were taken, rising."""
+    loss: list[FiniteFloat] = []
+    """Nats per token."""
+
+    @model_validator(mode="after")
+    def _are_points(self) -> Self:
+        lists = {name: value for name, value in self if isinstance(value, list)}
+        if len({len(values) for values in lists.values()}) > 1:
+            raise ValueError(
+                f"lists of different lengths: {', '.join(f'{n} {len(v)}' for n, v in lists.items())}"
+            )
+        if any(after <= before for before, after in zip(self.updates, self.updates[1:], strict=False)):
+            raise ValueError("updates that do not rise")
+        return self
+
+
+class DevelopmentCurve(_Points):
+    """Loss on the first development blocks of what a model is trained on."""
+
+
+class Curve(_Points):
+    """Points of a training: what each update reported, in order. A point that was not finite is left out."""
+
+    learning_rate: list[FiniteFloat] = []
+    gradient_norm: list[FiniteFloat] = []
+    """Over the whole model, before clipping."""
+    tokens: list[Count] = []
+    """Trained on so far, from this training's own first update on."""
+    development: DevelopmentCurve = DevelopmentCurve()
+
+    def ending_at(self, last_update: int, first_update: int, updates: int, blocks_per_update: int) -> Self:
+        """The curve of the model that this training is at `last_update`, without the ends of others that it passed."""
+        keeps = [is_recorded(update, updates, (last_update,)) for update in self.updates]
+        lists = {name: list(compress(value, keeps)) for name, value in self if isinstance(value, list)}
+        points, _ = development_size(updates, blocks_per_update)
+        looks = {first_update, *development_updates(updates, points), last_update}
+        kept = [
+            (u, loss)
+            for u, loss in zip(self.development.updates, self.development.loss, strict=True)
+            if u in looks
+        ]
+        development = DevelopmentCurve(updates=[u for u, _ in kept], loss=[loss for _, loss in kept])
+        return type(self)(**lists, development=development)
+
+
+def is_recorded(update: int, updates: int, ends: Collection[int]) -> bool:
+    """Whether a curve has a point after `update` updates of a plan of so many; `ends` are where models end."""
+    return update in ends or update % -(-updates // MOST_POINTS) == 0
+
+
+def development_size(updates: int, blocks_per_update: int) -> tuple[int, int]:
+    """How often development loss is taken in a whole training, and on how many blocks of each text.
+
+    `blocks_per_update` are those of each text. A forward pass is a third of the arithmetic of an update.
+    """
+    passes = int(3 * DEVELOPMENT_SHARE * updates * blocks_per_update)
+    points = min(DEVELOPMENT_POINTS, passes)
+    return points, min(MOST_DEVELOPMENT_BLOCKS, passes // points) if points else 1
+
+
+def development_updates(updates: int, points: int) -> range:
+    """Updates of a plan of so many after which development loss is taken, beside starts and ends."""
+    every = -(-updates // points) if points else updates + 1
+    return range(every, updates + 1, every)
+
+
+def rounded(value: float) -> float:
+    """A value as a curve keeps it."""
+    return float(f"{value:.{DIGITS}g}")
+
+
+def are_finite(values: Sequence[float]) -> bool:
+    """Whether a curve can keep all of these."""
+    return all(map(math.isfinite, values))

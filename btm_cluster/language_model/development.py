@@ -1,0 +1,67 @@
+"""Loss on development blocks while a model trains. It is looked at, and changes nothing that is trained."""
+
+import torch
+
+from btm_cluster.curve import development_size, development_updates
+from btm_cluster.language_model.batches import split_into_micro_batches
+from btm_cluster.language_model.compute import autocast
+from btm_cluster.language_model.loss import NO_TOKEN, NextTokenLoss, read_after
+from btm_cluster.language_model.process_group import ProcessGroup
+from btm_cluster.language_model.training_spec import TrainingSpec
+from btm_cluster.language_model.training_state import TrainingState
+
+LOGITS_AT_ONCE = 2**26
+"""Of one pass: what training leaves of a GPU's memory must do."""
+
+
+class DevelopmentLoss:
+    """The loss of one training on its development blocks, which all ranks take together, each on some.
+
+    Forward passes are not compiled: compiled ones would be recorded anew for another mode and shape. A model in
+    evaluation draws no random numbers.
+    """
+
+    def __init__(self, spec: TrainingSpec, state: TrainingState, group: ProcessGroup) -> None:
+        self._spec, self._state, self._group = spec, state, group
+        self._updates: set[int] = set()
+        blocks_DNT = spec.development_DNT
+        if blocks_DNT is None:
+            return
+        points, _ = development_size(spec.training.updates, spec.training.blocks_per_domain_update)
+        self._updates = {*development_updates(spec.training.updates, points), *spec.ends}
+        if not spec.from_scratch:
+            self._updates.add(spec.first_update)
+        self._tokens = int((blocks_DNT != NO_TOKEN).sum())
+        self._blocks_BT = self._own(blocks_DNT).to(spec.compute.device)
+
+    def is_due(self, update: int) -> bool:
+        """Whether it is taken where the training stands at `update`: the same on all ranks."""
+        return update in self._updates
+
+    @torch.no_grad()
+    def take(self) -> torch.Tensor:
+        """Mean negative log-likelihood per token over all ranks' blocks, in nats, still on the device."""
+        spec, model = self._spec, self._state.model
+        total = torch.zeros((), device=spec.compute.device)
+        loss = NextTokenLoss(model).eval()
+        for blocks in self._passes():
+            with autocast(spec.compute.device, spec.compute.precision):
+                total += loss(read_after(blocks.clamp(min=0), spec.first_token), blocks)
+        model.train()
+        return self._group.sum(total) / self._tokens
+
+    def _own(self, blocks_DNT: torch.Tensor) -> torch.Tensor:
+        """This rank's blocks; of a DEMix, those of its own domains, domain after domain."""
+        share = self._state.share
+        if share is None:
+            return blocks_DNT.flatten(0, 1)[self._group.rank :: self._group.world]
+        own = blocks_DNT[share.domains.start : share.domains.stop, share.number :: share.ranks_per_domain]
+        return own.flatten(0, 1)
+
+    def _passes(self) -> list[torch.Tensor]:
+        blocks_BT = self._blocks_BT
+        if not len(blocks_BT):  # of a group larger than there are blocks
+            return []
+        logits = blocks_BT.shape[1] * self._state.model.config.vocab_size
+        at_once = max(1, min(self._spec.compute.micro_batch_blocks, LOGITS_AT_ONCE // logits))
+        return list(split_into_micro_batches(blocks_BT, at_once, self._state.share))

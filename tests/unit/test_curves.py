@@ -1,0 +1,118 @@
+"""The points that a curve has, and what is read back of curves and timelines."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from btm_cluster.curve import CURVE_FILE, development_updates, is_recorded
+from btm_cluster.errors import UserError
+from btm_cluster.ledger import Ledger
+from btm_cluster.ledger.curves import read_curve
+from btm_cluster.ledger.timelines import (
+    Event,
+    Node,
+    Timeline,
+    list_runs,
+    new_run_name,
+    read_timeline,
+    run_key,
+    write_timeline,
+)
+from btm_cluster.storage.local_folder import LocalFolder
+from tests.made import origin
+
+POINTS = {
+    "updates": [1, 2], "loss": [3.5, 3.25], "learning_rate": [0.001, 0.002], "gradient_norm": [1.5, 0.5],
+    "tokens": [128, 256], "development": {"updates": [2], "loss": [3.75]},
+}  # fmt: skip
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(LocalFolder(str(tmp_path / "store")))
+
+
+@pytest.mark.parametrize("updates", [1, 12, 499, 500, 501, 1_000_000])
+def test_a_curve_has_all_updates_of_a_short_training_and_at_most_512_of_a_long_one(updates: int) -> None:
+    ends = (updates // 2, updates)
+    points = [update for update in range(1, updates + 1) if is_recorded(update, updates, ends)]
+    assert points[-1] == updates
+    assert min(updates, 250) <= len(points) <= 512
+
+
+def test_a_seeds_points_are_those_of_the_transformer_lm_that_passes_it() -> None:
+    seed = [update for update in range(1, 601) if is_recorded(update, 2_000, ends=(600,))]
+    whole = [update for update in range(1, 2_001) if is_recorded(update, 2_000, ends=(600, 2_000))]
+    assert seed == [update for update in whole if update <= 600]
+
+
+def test_development_loss_is_taken_at_even_distances() -> None:
+    assert list(development_updates(200, 16)) == list(range(13, 201, 13))
+    assert list(development_updates(12, 2)) == [6, 12]
+    assert list(development_updates(12, 16)) == list(range(1, 13))
+    assert list(development_updates(12, 0)) == []
+
+
+def commit_curve(ledger: Ledger, folder: Path, text: str) -> Any:
+    (folder / CURVE_FILE).write_text(text, encoding="utf-8")
+    return ledger.commit(origin("model", {"of": text}), {CURVE_FILE: folder / CURVE_FILE}, {})
+
+
+def test_a_curve_is_read_back_and_a_model_without_one_has_none(ledger: Ledger, tmp_path: Path) -> None:
+    curve = read_curve(ledger, commit_curve(ledger, tmp_path, json.dumps(POINTS)))
+    assert curve is not None
+    assert json.loads(curve.model_dump_json()) == POINTS
+    assert read_curve(ledger, ledger.commit(origin("model", {}), {}, {})) is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"loss": [3.5]},
+        {"updates": [2, 2]},
+        {"tokens": ["many", "more"]},
+        {"development": {"updates": [1], "loss": []}},
+        {"surprise": []},
+    ],
+)
+def test_a_file_that_is_no_curve_is_refused_by_name(
+    ledger: Ledger, tmp_path: Path, wrong: dict[str, Any]
+) -> None:
+    model = commit_curve(ledger, tmp_path, json.dumps(POINTS | wrong))
+    with pytest.raises(UserError, match=rf"curve\.json of model {model.identity[:12]} holds no curve"):
+        read_curve(ledger, model)
+
+
+def timeline() -> Timeline:
+    event = Event(
+        what="step", kind="train", label="seed", role="seed", node="n", gpus=1, cpus=1, began=11, ended=14
+    )
+    return Timeline(
+        command="run", began=10, ended=15, nodes={"n": Node(name="host", gpus=8, cpus=64)}, events=[event],
+        gpu_seconds=3, cpu_seconds=3,
+    )  # fmt: skip
+
+
+def test_a_timeline_is_read_back_and_runs_are_listed_newest_first(ledger: Ledger, tmp_path: Path) -> None:
+    names = ["20261129-120000-host-1", new_run_name()]
+    for name in names:
+        write_timeline(ledger, name, timeline())
+    (tmp_path / "events").touch()
+    ledger.storage.upload(run_key("20261130-120000-host-2", "seed/events"), tmp_path / "events")
+    assert list_runs(ledger) == sorted(names, reverse=True)
+    assert read_timeline(ledger, names[0]) == timeline()
+
+
+def test_a_timeline_that_is_missing_or_broken_is_refused_by_name(ledger: Ledger) -> None:
+    with pytest.raises(UserError, match="no timeline of the run 'yesterday'"):
+        read_timeline(ledger, "yesterday")
+    write_timeline(ledger, "today", timeline())
+    with pytest.raises(UserError) as missing:
+        read_timeline(ledger, "yesterday")
+    assert "of today" in missing.value.expected
+    path = Path(ledger.storage.address(run_key("today", "timeline.json")))
+    path.write_text(path.read_text()[:-10])
+    with pytest.raises(UserError, match=r"logs/today/timeline\.json is no timeline"):
+        read_timeline(ledger, "today")
