@@ -1,12 +1,15 @@
 """The command line: registers the commands, and turns errors into messages and exit codes."""
 
 import os
+import platform
 import sys
 from collections.abc import Callable
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 
+from btm_cluster import __version__
 from btm_cluster.commands.contributions import contributions
 from btm_cluster.commands.diff import diff
 from btm_cluster.commands.discover import discover
@@ -37,13 +40,13 @@ from btm_cluster.stopping import end_at_signals
 from btm_cluster.terminal.output import CLOSED_PIPE, printable, safe_output
 
 app = typer.Typer(
-    help="Branch-Train-Merge: grow a forest of expert language models on Ray.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 forest_app = typer.Typer(
-    help="Look at a forest and its history, and look after its store.", no_args_is_help=True
+    help="Look at a forest and its history, and look after its store. Every command takes a PLAN, or --store.",
+    no_args_is_help=True,
 )
 app.add_typer(forest_app, name="forest")
 for command in (
@@ -67,6 +70,29 @@ for command in (
     app.command()(command)
 for forest_command in (show, log, remove, rollback, diff, contributions, verify, gc, pin):
     forest_app.command()(forest_command)
+
+
+def _print_versions(is_asked: bool) -> None:
+    """Those of what results depend on, without importing any of it."""
+    if is_asked:
+        others = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "ray"))
+        print(f"btm {__version__} (Python {platform.python_version()}, {others})")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_versions,
+            is_eager=True,
+            help="Print the versions of btm and of what it stands on.",
+        ),
+    ] = False,
+) -> None:
+    """Branch-Train-Merge: grow a forest of expert language models on Ray."""
 
 
 def main() -> None:

@@ -18,6 +18,7 @@
     ├── ClosedError                    an engine that has failed or was told to end
     ├── OutputError                    standard output cannot be written; exit 141 where its reader has gone
     └── Stopped               exit 130 the user or the cluster asked to stop; everything was saved
+        └── BudgetError                the plan's budget is spent
 
 Each carries four parts: what failed, what was found, what was expected, the remedy. All of them survive
 pickling, since Ray carries them between processes.
@@ -113,6 +114,10 @@ class OutputError(BtmError):
 
 class Stopped(BtmError):
     exit_code = 130
+
+
+class BudgetError(Stopped):
+    pass
 
 
 def one_line(exc: BaseException, most: int = 300) -> str:

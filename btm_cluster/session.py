@@ -2,10 +2,11 @@
 tracking, and signals that save first."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+from btm_cluster.errors import UserError
 from btm_cluster.plan import Plan
 from btm_cluster.stopping import end_at_signals, handling, stopped
 from btm_cluster.terminal.output import end_input
@@ -13,8 +14,14 @@ from btm_cluster.terminal.output import end_input
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from btm_cluster.driver.capacity import Demand
     from btm_cluster.driver.driver import Driver
+    from btm_cluster.driver.run_events import RunEvents
     from btm_cluster.ledger import Ledger
+    from btm_cluster.requests.progress import Progress, Watcher
+
+_JOBS_COPY = "/working_dir_files/_ray_pkg_"
+"""In paths of what `ray job submit --working-dir` carried."""
 
 
 @contextmanager
@@ -25,13 +32,16 @@ def driving(
     dashboard: bool,
     json_output: bool,
     new_resources: bool = False,
+    command: str = "python",
 ) -> Iterator["Driver"]:
     """A driver for one command, whose process ends at the third signal."""
     end_input()
     from btm_cluster.terminal.tables import consoles
 
     progress = consoles(json_output)[1]
-    with opened_driver(plan, address, in_process, progress, dashboard, new_resources, True) as driver:
+    with opened_driver(
+        plan, address, in_process, progress, dashboard, new_resources, True, command
+    ) as driver:
         yield driver
 
 
@@ -44,33 +54,47 @@ def opened_driver(
     dashboard: bool = False,
     new_resources: bool = False,
     ends_process: bool = False,
+    command: str = "python",
 ) -> Iterator["Driver"]:
     """A driver for the plan's store. Ray is joined or started only once there is something to do.
 
     SIGTERM and Ctrl-C ask the trainings to save first, and end in Stopped; in a thread of a program's own
     they are not heard.
     """
+    from btm_cluster.driver.budget import Budget, WorkersWithinBudget
     from btm_cluster.driver.driver import Driver
     from btm_cluster.driver.recipes import expert_resources
+    from btm_cluster.driver.run_events import RunEvents
+    from btm_cluster.driver.run_log import RunLog
     from btm_cluster.terminal.progress import ProgressView
     from btm_cluster.tracking.tracking import Tracking
     from btm_cluster.workers.in_process import InProcess, LocalControl
     from btm_cluster.workers.on_ray.lazily import LazyRayWorkers
 
     ledger = open_ledger(plan.store)
-    asked = _Asked(ends_process)
+    events = RunEvents(command)
+    asked = _Asked(ends_process, events)
     with (
         ProgressView(progress) as view,
-        Tracking(plan, ledger.storage, view) as watcher,
+        Tracking(plan, ledger.storage, _each(view, events.watch), events.run) as watcher,
         handling(asked),
+        RunLog(ledger, events, watcher.finish) as run_log,
         ExitStack() as stack,
     ):
-        workers: InProcess | LazyRayWorkers = InProcess(ledger, LocalControl(watcher, asked.stop))
+        stack.callback(asked.tell_stop)
+        budget = Budget(plan, ledger, events, watcher, asked.stop)
+        workers: InProcess | LazyRayWorkers = InProcess(ledger, LocalControl(budget, asked.stop), events)
         if not in_process:
             store, expert = ledger.storage.location, expert_resources(plan)
-            lazy = LazyRayWorkers(store, watcher, asked.stop, plan.cluster, expert, address, dashboard)
+            lazy = LazyRayWorkers(store, budget, asked.stop, plan.cluster, expert, address, dashboard, events)
             workers = stack.enter_context(lazy)
-        asked.driver = Driver(ledger, workers, workers.check_capacity, new_resources)
+
+        def check_demands(demands: "Sequence[Demand]") -> None:
+            budget.check(demands)
+            workers.check_capacity(demands)
+
+        within = WorkersWithinBudget(workers, budget)
+        asked.driver = Driver(ledger, within, check_demands, new_resources, run_log)
         yield asked.driver
 
 
@@ -85,21 +109,51 @@ def local_driver(store: str) -> "Driver":
 
 
 def open_ledger(store: str) -> "Ledger":
-    """The ledger of a store that was found to be usable."""
+    """The ledger of a store that was found to be usable.
+
+    Raises:
+        UserError: it is not, or would not outlive the Ray job that this runs in.
+    """
     from btm_cluster.ledger import Ledger
 
     ledger = Ledger.open(store)
+    if _JOBS_COPY in ledger.storage.location:
+        raise UserError(
+            "the store would be deleted with this job",
+            found=f"{ledger.storage.location}, in the job's own copy of its working directory",
+            expected="a bucket, or an absolute path that all nodes share",
+            remedy="write such a `store` into the plan",
+        )
     ledger.storage.check()
     return ledger
+
+
+def dry_ledger(store: str) -> "Ledger":
+    """A ledger over a store as it stands, which keeps in memory whatever is written to it."""
+    from btm_cluster.ledger import Ledger
+    from btm_cluster.workers.dry_run import Overlay
+
+    return Ledger(Overlay(open_ledger(store).storage))
+
+
+def _each(*watchers: "Watcher") -> "Watcher":
+    """A watcher that passes on what it sees to several."""
+
+    def watch(progress: "Progress") -> None:
+        for one in watchers:
+            one(progress)
+
+    return watch
 
 
 class _Asked:
     """Hears signals: the first one asks to save and stop, a second one to go
     without saving; a third ends the process, where it is a command's own."""
 
-    def __init__(self, ends_process: bool) -> None:
-        self._ends_process = ends_process
+    def __init__(self, ends_process: bool, events: "RunEvents") -> None:
+        self._ends_process, self._events = ends_process, events
         self.stop = threading.Event()
+        self.stopped_at: float | None = None
         self.driver: Driver | None = None
 
     def __call__(self, *_: object) -> None:
@@ -107,7 +161,13 @@ class _Asked:
             if self._ends_process:
                 end_at_signals()
             raise stopped()
+        self.stopped_at = self._events.now()
         self.stop.set()
         # The driver itself computes, and has nothing to save.
         if self.driver is None or not self.driver.is_asking:
             raise stopped()
+
+    def tell_stop(self) -> None:
+        """Tells the run's events of a stop that was asked for, once it is over."""
+        if self.stopped_at is not None:
+            self._events.add_stop(self.stopped_at)

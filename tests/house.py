@@ -160,13 +160,16 @@ class House:
         )
 
     def fill(self) -> None:
-        """What lies about: an inbox, a refusal, curves, a checkpoint, an open
+        """What lies about: an inbox, a refusal, curves, a page, a checkpoint, an open
         branch point that was held back."""
         for key in (
             "inbox/law/a.jsonl",
             "inbox/law/READY",
             "logs/run/law/curves",
             "logs/run/code/curves",
+            "logs/run/timeline.json",
+            "logs/run/report.html",
+            "logs/run of law/timeline.json",  # it mentions law
             "inbox/lawyers/a.txt",
         ):
             self.storage.create(key, b"bytes of " + key.encode())

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from btm_cluster.operations.plan import check_capacity
+from btm_cluster.operations.plan import check_run
+from btm_cluster.operations.report import finish_run
 from btm_cluster.operations.run import Run, run_plan
 from btm_cluster.plan import Plan, read_plan
 from btm_cluster.session import opened_driver
@@ -23,6 +24,7 @@ def run(
     """Grows the plan's forest and evaluates it, as `btm run` does; run again, it goes on where it was.
 
     Progress goes to standard error. Experts that failed are in the result's `failures`; the others are merged.
+    The run's page is `logs/<run>/report.html` in the store.
 
     Args:
         plan: as `read_plan` gives it, or what that takes.
@@ -40,8 +42,10 @@ def run(
     check_shadowing()
     progress = progress_console()
     with opened_driver(plan, address, in_process, progress, dashboard, new_resources) as driver:
-        check_capacity(plan, driver)
-        return run_plan(plan, driver)
+        check_run(plan, driver)
+        result = run_plan(plan, driver)
+        finish_run(plan, driver, result)
+        return result
 
 
 def as_plan(source: Plan | str | Path | Mapping[str, Any]) -> Plan:

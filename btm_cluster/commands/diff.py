@@ -7,19 +7,21 @@ from typing import Annotated
 import typer
 
 from btm_cluster.session import open_ledger
-from btm_cluster.terminal.options import Json, Store
+from btm_cluster.terminal.options import ForestPlan, Json, Store, forest_place
 
 
 def diff(
     before: Annotated[int, typer.Argument(metavar="A", help="A version.", show_default=False)],
     after: Annotated[int, typer.Argument(metavar="B", help="Another one.", show_default=False)],
-    store: Store,
+    plan_path: ForestPlan = None,
+    store: Store = None,
     json_output: Json = False,
 ) -> None:
     """Show which domains two versions differ in."""
     from btm_cluster.operations.diff import diff
 
-    found = diff(open_ledger(store), before, after)
+    ledger = open_ledger(forest_place("forest diff", plan_path, store).store)
+    found = diff(ledger, before, after)
     if json_output:
         print(json.dumps(asdict(found), indent=1))
         return

@@ -18,7 +18,11 @@ def evaluate(
     plan = read_plan(plan_path)
     check_shadowing()
     from btm_cluster.operations.evaluate import evaluate_forest
+    from btm_cluster.operations.report import finish_run
 
-    with driving(plan, address, in_process, dashboard=False, json_output=json_output) as driver:
+    with driving(
+        plan, address, in_process, dashboard=False, json_output=json_output, command="evaluate"
+    ) as driver:
         result = evaluate_forest(plan, driver)
-    show_run(result, json_output, details, plan_path)
+        page = finish_run(plan, driver, result)
+    show_run(result, json_output, details, plan_path, page)

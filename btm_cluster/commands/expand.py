@@ -2,13 +2,15 @@
 and one last line that says it all."""
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from btm_cluster.plan import read_plan
-from btm_cluster.session import driving
+from btm_cluster.session import driving, dry_ledger
 from btm_cluster.terminal.options import (
     Address,
     Dashboard,
+    DryRun,
     InProcess,
     JsonAndProgress,
     NewResources,
@@ -19,7 +21,7 @@ from btm_cluster.workers.shadowing import check_shadowing
 
 if TYPE_CHECKING:
     from btm_cluster.expansion.acceptance import Gain
-    from btm_cluster.operations.expand import Expanded
+    from btm_cluster.operations.expand import Expanded, New
 
 
 def expand(
@@ -29,16 +31,26 @@ def expand(
     in_process: InProcess = False,
     dashboard: Dashboard = False,
     new_resources: NewResources = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Add the domains that the plan or the store's inbox has and the forest has
     not. Nothing to add: starts nothing."""
     plan = read_plan(plan_path)
     check_shadowing()
     from btm_cluster.driver.driver import step_error
-    from btm_cluster.operations.expand import expand
+    from btm_cluster.operations.expand import expand, find_new
+    from btm_cluster.operations.report import finish_run
 
-    with driving(plan, address, in_process, dashboard, json_output, new_resources) as driver:
+    if dry_run:
+        show_new(find_new(plan, dry_ledger(plan.store)), json_output)
+        return
+    with driving(
+        plan, address, in_process, dashboard, json_output, new_resources, command="expand"
+    ) as driver:
         result = expand(plan, driver)
+        page = finish_run(plan, driver) if result.added else None
+    if page:
+        consoles(json_output)[1].print(f"report: {page}", soft_wrap=True)
     show_expanded(result, json_output)
     if result.failures:
         raise step_error(result.failures)
@@ -52,15 +64,7 @@ def show_expanded(expanded: "Expanded", json_output: bool) -> None:
     if json_output:
         print(json.dumps(expanded.to_json(), indent=2))
         return
-    told = {
-        "not ready": expanded.waiting,
-        "passed over": expanded.passed_over,
-        "quarantined": expanded.quarantined,
-        "held back": expanded.held,
-    }
-    for what, reasons in told.items():
-        for name, reason in sorted(reasons.items()):
-            console.print(_visible(f"{what}: {name}: {reason}"), soft_wrap=True)
+    _tell_left(expanded.waiting, expanded.passed_over, expanded.quarantined, expanded.held)
     for failure in expanded.failures:
         console.print(f"failed: {failure.label}", soft_wrap=True)
     if expanded.added:
@@ -70,6 +74,23 @@ def show_expanded(expanded: "Expanded", json_output: bool) -> None:
     console.print(outcome_line(expanded), soft_wrap=True)
 
 
+def show_new(new: "New", json_output: bool) -> None:
+    """Prints what an expansion would take up, and what it would leave."""
+    if json_output:
+        print(json.dumps(new.to_json(), indent=2))
+        return
+    console, _ = consoles(json_output)
+    _tell_left(new.inbox.waiting, new.passed_over, new.inbox.quarantined, {})
+    for name in new.named:
+        console.print(f"would add: {name}, of the plan", soft_wrap=True)
+    for arrival in new.inbox.arrivals:
+        console.print(_visible(f"would add: {arrival.domain.name}, from the inbox"), soft_wrap=True)
+    console.print(
+        f"{len(new.domains) or 'nothing'} would be read and added to forest version {new.forest.version}",
+        soft_wrap=True,
+    )
+
+
 def outcome_line(expanded: "Expanded") -> str:
     """The outcome of an expansion, on one line."""
     stands = f"forest version {expanded.forest.version}, {len(expanded.forest.experts)} experts"
@@ -77,6 +98,14 @@ def outcome_line(expanded: "Expanded") -> str:
         return f"nothing was added: {stands}"
     names = [f"{name}{_gain(expanded.gains.get(name))}" for name in expanded.added]
     return f"added {', '.join(names)}: {stands}"
+
+
+def _tell_left(*reasons: "Mapping[str, str]") -> None:
+    """A line for each domain that is not added: not ready, passed over, quarantined, held back."""
+    console, _ = consoles(False)
+    for what, of in zip(("not ready", "passed over", "quarantined", "held back"), reasons, strict=True):
+        for name, reason in sorted(of.items()):
+            console.print(_visible(f"{what}: {name}: {reason}"), soft_wrap=True)
 
 
 def _visible(line: str) -> str:

@@ -10,9 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from btm_cluster.errors import UserError
-from btm_cluster.plan import read_plan
 from btm_cluster.session import driving, local_driver
-from btm_cluster.terminal.options import Address, Density, InProcess, JsonAndProgress, Scale, Target
+from btm_cluster.terminal.options import (
+    Address,
+    Density,
+    ForestPlan,
+    InProcess,
+    JsonAndProgress,
+    Scale,
+    Store,
+    Target,
+    forest_place,
+)
 from btm_cluster.workers.shadowing import check_shadowing
 
 if TYPE_CHECKING:
@@ -23,13 +32,8 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 def export(
     to: Annotated[Path, typer.Option(help="Folder for the model or models.", show_default=False)],
-    plan_path: Annotated[
-        Path | None,
-        typer.Argument(metavar="[PLAN]", help="The plan, a YAML file; or --store.", show_default=False),
-    ] = None,
-    store: Annotated[
-        str | None, typer.Option(help="A forest's store, instead of a plan.", show_default=False)
-    ] = None,
+    plan_path: ForestPlan = None,
+    store: Store = None,
     expert: Annotated[str | None, typer.Option(help="The expert of this domain.", show_default=False)] = None,
     seed: Annotated[bool, typer.Option("--seed", help="The seed.")] = False,
     average: Annotated[
@@ -65,12 +69,8 @@ def export(
     in_process: InProcess = False,
 ) -> None:
     """Write experts, the seed or an average as Hugging Face folders, and push them to the hub."""
-    if (plan_path is None) == (store is None):
-        found = "both a plan and --store" if store else "neither a plan nor --store"
-        raise UserError(
-            "btm export needs a forest", found=found, expected="a plan, or --store with its place"
-        )
-    plan = read_plan(plan_path) if plan_path is not None else None
+    place = forest_place("export", plan_path, store)
+    plan = place.plan
     check_shadowing()
     from btm_cluster.operations.export import Export, check_export_call
     from btm_cluster.operations.export import export as write
@@ -89,9 +89,9 @@ def export(
     )
     check_export_call(asked, plan)
     with (
-        driving(plan, address, in_process, dashboard=False, json_output=json_output)
+        driving(plan, address, in_process, dashboard=False, json_output=json_output, command="export")
         if plan is not None
-        else nullcontext(local_driver(str(store)))
+        else nullcontext(local_driver(place.store))
     ) as driver:
         written = write(asked, plan, driver)
     if json_output:

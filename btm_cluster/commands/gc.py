@@ -7,18 +7,23 @@ from typing import Annotated
 
 import typer
 
+from btm_cluster.errors import UserError
 from btm_cluster.session import open_ledger
-from btm_cluster.terminal.options import Json, Store
+from btm_cluster.terminal.options import ForestPlan, Json, Store, forest_place
 
 
 def gc(
-    store: Store,
+    plan_path: ForestPlan = None,
+    store: Store = None,
     keep_versions: Annotated[int, typer.Option(help="Newest versions whose models stay.", min=1)] = 10,
     grace_days: Annotated[
         float, typer.Option(help="What is younger stays: longer than any run takes.", min=0)
     ] = 30,
     delete: Annotated[
         bool, typer.Option("--delete", help="Delete it; without this, only say what would go.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would go: so it does without --delete.")
     ] = False,
     json_output: Json = False,
 ) -> None:
@@ -28,7 +33,9 @@ def gc(
     """
     from btm_cluster.operations.gc import collect, find_garbage
 
-    ledger = open_ledger(store)
+    if dry_run and delete:
+        raise UserError("--dry-run and --delete exclude each other", remedy="leave one of them out")
+    ledger = open_ledger(forest_place("forest gc", plan_path, store).store)
     garbage = find_garbage(ledger, keep_versions, 86_400 * grace_days, now=None if delete else time.time())
     if delete:
         collect(ledger, garbage)

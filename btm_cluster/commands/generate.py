@@ -14,10 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from btm_cluster.errors import UserError
-from btm_cluster.plan import read_plan
-from btm_cluster.session import driving
-from btm_cluster.terminal.options import Address, InProcess, JsonAndProgress, PlanPath
-from btm_cluster.terminal.output import printable
+from btm_cluster.session import driving, open_ledger
+from btm_cluster.terminal.options import (
+    Address,
+    ForestPlan,
+    InProcess,
+    JsonAndProgress,
+    Store,
+    forest_place,
+)
+from btm_cluster.terminal.output import end_input, printable
 from btm_cluster.workers.shadowing import check_shadowing
 
 if TYPE_CHECKING:
@@ -38,7 +44,8 @@ ENDINGS: "Mapping[Finish, str]" = {
 
 
 def generate(
-    plan_path: PlanPath,
+    plan_path: ForestPlan = None,
+    store: Store = None,
     prompt: Annotated[
         str | None, typer.Option(help="What to go on from; - reads standard input.", show_default=False)
     ] = None,
@@ -75,11 +82,16 @@ def generate(
     address: Address = None,
     in_process: InProcess = False,
 ) -> None:
-    """Let the whole forest continue a prompt, and say which experts it trusted."""
-    plan = read_plan(plan_path)
+    """Let the whole forest continue a prompt, and say which experts it trusted.
+
+    With a plan the experts are mixed as it says; with --store alone, by the paper's posterior.
+    """
+    place = forest_place("generate", plan_path, store)
+    if target is not None and place.plan is None:
+        raise UserError("--for needs a plan", expected="a plan, by which a text's mixture is fitted")
     check_shadowing()
     from btm_cluster.language_model.sampling import Sampling
-    from btm_cluster.operations.generate import Continuation, check_generate_call
+    from btm_cluster.operations.generate import Continuation, check_generate_call, generate_from_store
     from btm_cluster.operations.generate import generate as generate_texts
     from btm_cluster.terminal.tables import consoles
 
@@ -88,9 +100,13 @@ def generate(
     asked = Continuation(max_new_tokens, sampling, stops)
     check_generate_call(asked)
     texts = _prompts(prompt, prompts)
-    # Standard output is for the text alone.
-    with driving(plan, address, in_process, dashboard=False, json_output=True) as driver:
-        found = generate_texts(plan, target, texts, asked, driver)
+    if place.plan is None:
+        end_input()
+        found = generate_from_store(open_ledger(place.store), texts, asked)
+    else:
+        # Standard output is for the text alone.
+        with driving(place.plan, address, in_process, False, json_output=True, command="generate") as driver:
+            found = generate_texts(place.plan, target, texts, asked, driver)
     if json_output:
         told = [_as_json(one, show_experts) for one in found]
         print(json.dumps(told if prompts else told[0]))

@@ -55,7 +55,9 @@ def merge(
     sources = tuple(source_of("your-text", [file], field, delimiter) for file in text or ())
     given = GivenText(sources, reading_of(bad_documents)) if sources else None
     check_merge_call(plan, asked, given, to)
-    with driving(plan, address, in_process, dashboard=False, json_output=json_output) as driver:
+    with driving(
+        plan, address, in_process, dashboard=False, json_output=json_output, command="merge"
+    ) as driver:
         merged = write_merged_model(plan, asked, to, driver, given)
     if json_output:
         print(json.dumps({"folder": str(to), "weights": merged.weights, **_as_json(merged)}, indent=1))

@@ -14,7 +14,9 @@ from btm_cluster.workers.shadowing import check_shadowing
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
+    from btm_cluster.driver.text_sizes import TextSize, TextUse
     from btm_cluster.operations.plan import Preview
 
 
@@ -23,10 +25,12 @@ def plan(plan_path: PlanPath, json_output: JsonAndProgress = False, address: Add
     plan = read_plan(plan_path)
     check_shadowing()
     end_input()
+    from btm_cluster.driver.room import SOME_CLUSTER
     from btm_cluster.operations.plan import preview
-    from btm_cluster.workers.machine import notes_on_this_machine
+    from btm_cluster.workers.machine import notes_on_this_machine, room_here
 
-    seen = preview(plan, open_ledger(plan.store))
+    room = room_here(plan.cluster.gpus_per_expert > 0) if address is None else SOME_CLUSTER
+    seen = preview(plan, open_ledger(plan.store), room=room)
     notes = notes_on_this_machine(seen.demands) if address is None else []
     if json_output:
         print(json.dumps(seen.to_json() | {"notes": notes}, indent=1))
@@ -36,7 +40,7 @@ def plan(plan_path: PlanPath, json_output: JsonAndProgress = False, address: Add
 
 def preview_table(preview: "Preview", notes: Sequence[str], console: "Console") -> None:
     """Prints what a run would do, what that would cost, and what should be known of the machine."""
-    unit = "GPU-hours" if preview.on_gpus else "hours"
+    about = "≈" if preview.rate.is_estimate else ""
     rows = [
         [
             step.name,
@@ -44,24 +48,16 @@ def preview_table(preview: "Preview", notes: Sequence[str], console: "Console") 
             f"{step.updates:,}" if step.updates else "–",
             f"{step.tokens:,}" if step.tokens else "–",
             f"{step.stored_bytes / 1e6:,.1f} MB" if step.stored_bytes else "–",
-            f"{step.device_hours:,.3f}" if step.device_hours is not None else "–",
+            f"{about}{step.device_hours:,.3f}" if step.device_hours else "–",
         ]
         for step in preview.steps
     ]
-    show_table(
-        plain_table("What a run would do", ["step", "state", "updates", "tokens", "stored", unit], rows),
-        console,
-    )
-    total = "no rate known: give cluster.tokens_per_gpu_second, or train something in this store first"
-    if preview.device_hours is not None:
-        total = f"{preview.device_hours:,.3f} {unit} of training to come"
-    if preview.money is not None:
-        total += f", {preview.money:,.2f} at {preview.price_per_gpu_hour} per GPU-hour"
-    console.print(
-        f"{preview.parameters:,} parameters, {preview.non_embedding_parameters:,} without embeddings; "
-        f"{total}.",
-        soft_wrap=True,
-    )
+    unit = "GPU-hours" if preview.on_gpus else "CPU-hours"
+    headings = ["step", "state", "updates", "tokens", "stored", unit]
+    show_table(plain_table("What a run would do", headings, rows), console)
+    show_table(_texts_table(preview.texts), console)
+    parameters = f"{preview.parameters:,} parameters, {preview.non_embedding_parameters:,} without embeddings"
+    console.print(f"{parameters}; {_cost_line(preview)}.", soft_wrap=True)
     console.print(f"Every block is read after the token {preview.first_token}.", soft_wrap=True)
     goes_on = [
         f"{demand.label} goes on at update {demand.saved_at} with the resources of its start, "
@@ -72,3 +68,48 @@ def preview_table(preview: "Preview", notes: Sequence[str], console: "Console") 
     ]
     for note in (*preview.notes, *goes_on, *notes):
         console.print(f"note: {note}", soft_wrap=True)
+
+
+def _texts_table(texts: "Sequence[TextUse]") -> "Table":
+    """How often each training text is read."""
+    from btm_cluster.driver.text_sizes import shown_passes
+
+    def shown(passes: float | None, size: "TextSize") -> str:
+        return "not known yet" if passes is None else shown_passes(passes, size)
+
+    rows = [
+        [
+            use.size.name,
+            _tokens(use.size),
+            *(shown(passes, use.size) for passes in (use.seed_passes, use.expert_passes, use.passes)),
+        ]
+        for use in texts
+    ]
+    headings = ["text", "training tokens", "by the seed", "by its expert", "together"]
+    return plain_table("Passes over each training text", headings, rows)
+
+
+def _tokens(size: "TextSize") -> str:
+    """The number of tokens of a text, or three digits of an estimate."""
+    if size.train is None:
+        return "not known yet"
+    return f"≈{int(float(f'{size.train:.2e}')):,}" if size.is_estimate else f"{size.train:,}"
+
+
+def _cost_line(preview: "Preview") -> str:
+    """The cost of what is still to be done, and how it is known."""
+    spent = [f"{preview.gpu_hours:,.3f} GPU-hours"] if preview.on_gpus else []
+    if preview.cpu_hours or not preview.on_gpus:
+        spent.append(f"{preview.cpu_hours:,.3f} CPU-hours")
+    about = "≈" if preview.rate.is_estimate else ""
+    told = f"{about}{' and '.join(spent)} of training and scoring to come"
+    if preview.money is not None:
+        told += f", {preview.money:,.2f} at {preview.price_per_gpu_hour} per GPU-hour"
+    return f"{told}, about {duration(preview.wall_hours)} {preview.room} ({preview.rate.origin})"
+
+
+def duration(hours: float) -> str:
+    """A time as people say it."""
+    if hours < 1:
+        return f"{max(1, round(60 * hours))} min"
+    return f"{hours:,.1f} hours" if hours < 48 else f"{hours / 24:,.1f} days"

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from btm_cluster.errors import UserError
-from btm_cluster.session import open_ledger
-from btm_cluster.terminal.options import Domain, Json, Store
+from btm_cluster.session import dry_ledger, open_ledger
+from btm_cluster.terminal.options import Domain, DryRun, ForestPlan, Json, Store, forest_place
 
 if TYPE_CHECKING:
     from btm_cluster.ledger import Ledger
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 def remove(
     domain: Domain,
-    store: Store,
+    plan_path: ForestPlan = None,
+    store: Store = None,
     purge: Annotated[
         bool, typer.Option("--purge", help="Delete it for good: text, tokens, scores, weights.")
     ] = False,
@@ -27,6 +28,7 @@ def remove(
     undo: Annotated[
         bool, typer.Option("--undo", help="Bring a removed domain back, unless it was purged.")
     ] = False,
+    dry_run: DryRun = False,
     json_output: Json = False,
 ) -> None:
     """Take a domain out of the forest: a new version, at once in effect. Says
@@ -35,14 +37,16 @@ def remove(
     from btm_cluster.operations.remove import bring_back, influence_of, remove
 
     _check_call(purge, yes, undo)
-    ledger = open_ledger(store)
+    place = forest_place("forest remove", plan_path, store).store
+    ledger = dry_ledger(place) if dry_run else open_ledger(place)
+    would = "it would be " if dry_run else ""
     if undo:
         forest = bring_back(ledger, domain)
         told = json.dumps({"version": forest.version}, indent=1)
-        print(told if json_output else f"forest version {forest.version}: {forest.reason}")
+        print(told if json_output else f"{would}forest version {forest.version}: {forest.reason}")
         return
     if purge:
-        _purge_domain(ledger, domain, yes, json_output)
+        _purge_domain(ledger, domain, yes, json_output, dry_run)
         return
     forest = remove(ledger, domain)
     expert = last_expert(ledger, domain)
@@ -51,7 +55,7 @@ def remove(
     if json_output:
         print(json.dumps({"version": forest.version, "influence": asdict(influence)}, indent=1))
         return
-    print(f"forest version {forest.version}: {forest.reason}")
+    print(f"{would}forest version {forest.version}: {forest.reason}")
     _tell(influence)
 
 
@@ -64,13 +68,17 @@ def _check_call(purge: bool, yes: bool, undo: bool) -> None:
         )
 
 
-def _purge_domain(ledger: "Ledger", domain: str, yes: bool, json_output: bool) -> None:
+def _purge_domain(ledger: "Ledger", domain: str, yes: bool, json_output: bool, dry_run: bool) -> None:
     from btm_cluster.ledger.purge import plan_purge
     from btm_cluster.operations.remove import purge
 
     purge_plan = plan_purge(ledger, domain)
     if not json_output:
         _state(purge_plan)
+    if dry_run:
+        if json_output:
+            print(json.dumps({"would_purge": asdict(purge_plan)}, indent=1))
+        return
     if not yes and not _confirmed(domain):
         raise UserError(
             f"{domain!r} was not purged", found="no confirmation", remedy="confirm it, or say --yes"

@@ -5,15 +5,34 @@ from typing import Annotated
 
 import typer
 
+from btm_cluster.errors import UserError
+from btm_cluster.plan import read_plan
+from btm_cluster.session import open_ledger
+
 
 def report(
-    summaries: Annotated[
-        list[Path], typer.Argument(help="Folders that `btm study` wrote.", show_default=False)
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            help="A plan, and folders of studies whose curves to show; or such folders alone.",
+            show_default=False,
+        ),
     ],
-    to: Annotated[Path, typer.Option(help="Folder for the page and its figures.", show_default=False)],
+    to: Annotated[Path, typer.Option(help="Folder for the page.", show_default=False)],
 ) -> None:
-    """Make one page of tables and figures from the results of one or several
-    studies, which are kept beside it."""
-    from btm_cluster.operations.report import write_report
+    """Make the page of a plan from its store, or of the results of studies, which are kept beside it.
 
-    print(f"wrote {write_report(summaries, to)}")
+    Trains and scores nothing, and starts nothing."""
+    from btm_cluster.operations.report import is_plan, write_plan_report, write_report
+
+    plans = [source for source in sources if is_plan(source)]
+    if not plans:
+        print(f"wrote {write_report(sources, to)}")
+        return
+    if len(plans) > 1:
+        raise UserError(
+            "a page is of one plan", found=", ".join(map(str, plans)), remedy="call `btm report` for each"
+        )
+    plan = read_plan(plans[0])
+    studies = [source for source in sources if source not in plans]
+    print(f"wrote {write_plan_report(plan, studies, to, open_ledger(plan.store))}")

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from btm_cluster.commands.plan import plan as preview
 from btm_cluster.plan import read_plan
 from btm_cluster.session import driving
 from btm_cluster.terminal.options import (
     Address,
     Dashboard,
     Details,
+    DryRun,
     InProcess,
     JsonAndProgress,
     NewResources,
@@ -34,25 +36,34 @@ def run(
     dashboard: Dashboard = False,
     new_resources: NewResources = False,
     details: Details = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Grow the forest: seed, experts, merge, and the verdict. Run again, it goes on where it was."""
+    if dry_run:
+        preview(plan_path, json_output, address)
+        return
     plan = read_plan(plan_path)
     check_shadowing()
     from btm_cluster.driver.driver import step_error
-    from btm_cluster.operations.plan import check_capacity
+    from btm_cluster.operations.plan import check_run
+    from btm_cluster.operations.report import finish_run
     from btm_cluster.operations.run import run_plan
 
-    with driving(plan, address, in_process, dashboard, json_output, new_resources) as driver:
-        check_capacity(plan, driver)
+    with driving(plan, address, in_process, dashboard, json_output, new_resources, command="run") as driver:
+        for note in check_run(plan, driver):
+            consoles(json_output)[1].print(f"note: {note}", soft_wrap=True)
         result = run_plan(plan, driver)
-    show_run(result, json_output, details, plan_path)
+        page = finish_run(plan, driver, result)
+    show_run(result, json_output, details, plan_path, page)
     if result.failures:
         raise step_error(result.failures)
 
 
-def show_run(run: "Run", json_output: bool, details: bool, plan_path: Path) -> None:
+def show_run(run: "Run", json_output: bool, details: bool, plan_path: Path, page: str | None) -> None:
     """Prints the outcome of a run: the verdict first, and what to do next last; or all of it as JSON."""
     console, notes = consoles(json_output)
+    if json_output and page:
+        notes.print(f"report: {page}", soft_wrap=True)
     if json_output:
         print(json.dumps(run.to_json(), indent=2))
         return
@@ -64,9 +75,11 @@ def show_run(run: "Run", json_output: bool, details: bool, plan_path: Path) -> N
         show_stacked(*fits_table(run.priors, run.evidence_weights), console)
         show_verdict_details(run.verdict, console)
     notes.print(run.steps_line, soft_wrap=True)
+    if page:
+        console.print(f"report: {page}", soft_wrap=True)
     plan = shlex.quote(str(plan_path))
     console.print(
-        f"next: `btm report {plan} --to FOLDER` shows all of it, `btm serve {plan}` serves the ensemble, "
+        f"next: `btm report {plan} --to FOLDER` writes that page anywhere, `btm serve {plan}` serves the ensemble, "
         f"`btm merge {plan} --to FOLDER` writes a single model",
         soft_wrap=True,
     )

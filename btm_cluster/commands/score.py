@@ -11,9 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from btm_cluster.errors import UserError
-from btm_cluster.plan import Plan, read_plan
 from btm_cluster.session import driving, open_ledger
-from btm_cluster.terminal.options import Address, InProcess, JsonAndProgress
+from btm_cluster.terminal.options import (
+    Address,
+    ForestPlace,
+    InProcess,
+    JsonAndProgress,
+    Store,
+    forest_place,
+)
 from btm_cluster.terminal.output import end_input
 from btm_cluster.terminal.text_options import Delimiter, Field, source_of
 from btm_cluster.workers.shadowing import check_shadowing
@@ -29,14 +35,11 @@ def score(
     text: Annotated[
         str | None, typer.Option(help="A text itself, instead of files.", show_default=False)
     ] = None,
-    store: Annotated[
-        str | None,
-        typer.Option(help="A forest's store, mixed by the paper's posterior.", show_default=False),
-    ] = None,
     plan_path: Annotated[
         Path | None,
-        typer.Option("--plan", help="A plan, whose forest is mixed as it says.", show_default=False),
+        typer.Option("--plan", help="The forest's plan, which mixes it as it says.", show_default=False),
     ] = None,
+    store: Store = None,
     target: Annotated[
         str | None,
         typer.Option("--for", help="With --plan: text whose fitted mixture to use.", show_default=False),
@@ -52,9 +55,14 @@ def score(
     address: Address = None,
     in_process: InProcess = False,
 ) -> None:
-    """Say how surprising texts are to each expert and to the ensemble, and which domain each is of."""
-    _check_call(files, text, store, plan_path, target)
-    plan = read_plan(plan_path) if plan_path else None
+    """Say how surprising texts are to each expert and to the ensemble, and which domain each is of.
+
+    With --plan the experts are mixed as it says; with --store alone, by the paper's posterior.
+    """
+    _check_call(files, text)
+    place = forest_place("score", plan_path, store, "--plan")
+    if target is not None and place.plan is None:
+        raise UserError("--for needs a plan", expected="--plan, by which a text's mixture is fitted")
     check_shadowing()
     from btm_cluster.operations.score import check_sources, documents_of, reading_of
 
@@ -63,25 +71,14 @@ def score(
     check_sources(sources, reading)
     texts = documents_of(sources, reading, bad) if text is None else _string(text)
     end_input()
-    scorer = _scorer(store, plan, target, address, in_process)
+    scorer = _scorer(place, target, address, in_process)
     _show(scorer, texts, packed, json_output, bad)
 
 
-def _check_call(
-    files: Sequence[str] | None,
-    text: str | None,
-    store: str | None,
-    plan_path: Path | None,
-    target: str | None,
-) -> None:
+def _check_call(files: Sequence[str] | None, text: str | None) -> None:
     if bool(files) == (text is not None):
         found = "both files and --text" if files else "neither files nor --text"
         raise UserError("btm score needs texts", found=found, expected="files, or --text with a text itself")
-    if (store is None) == (plan_path is None):
-        found = "both --store and --plan" if store else "neither --store nor --plan"
-        raise UserError("btm score needs a forest", found=found, expected="--store with its place, or --plan")
-    if target is not None and plan_path is None:
-        raise UserError("--for needs a plan", expected="--plan, by which a text's mixture is fitted")
     if text is not None and not text.strip():
         raise UserError("--text is empty", expected="a text")
 
@@ -97,20 +94,15 @@ def _string(text: str) -> "list[NamedText]":
 
 
 def _scorer(
-    store: str | None,
-    plan: Plan | None,
-    target: str | None,
-    address: str | None,
-    in_process: bool,
+    place: ForestPlace, target: str | None, address: str | None, in_process: bool
 ) -> "DocumentScorer":
     from btm_cluster.operations.score import scorer_of_plan, scorer_of_store
 
-    if plan is None:
-        assert store is not None
-        return scorer_of_store(open_ledger(store))
+    if place.plan is None:
+        return scorer_of_store(open_ledger(place.store))
     # Standard output is for the figures alone.
-    with driving(plan, address, in_process, dashboard=False, json_output=True) as driver:
-        return scorer_of_plan(plan, target, driver)
+    with driving(place.plan, address, in_process, False, json_output=True, command="score") as driver:
+        return scorer_of_plan(place.plan, target, driver)
 
 
 def _show(

@@ -5,15 +5,14 @@ import json
 import os
 import sys
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from btm_cluster.errors import UserError
-from btm_cluster.plan import Plan, read_plan
+from btm_cluster.plan import Plan
 from btm_cluster.session import driving, open_ledger
-from btm_cluster.terminal.options import Address, Dashboard, InProcess
+from btm_cluster.terminal.options import Address, Dashboard, ForestPlan, InProcess, Store, forest_place
 from btm_cluster.workers.shadowing import check_shadowing
 
 if TYPE_CHECKING:
@@ -23,13 +22,8 @@ if TYPE_CHECKING:
 
 
 def serve(
-    plan_path: Annotated[
-        Path | None, typer.Argument(help="A plan, whose forest is mixed as it says.", show_default=False)
-    ] = None,
-    store: Annotated[
-        str | None,
-        typer.Option(help="A forest's store instead, mixed by the paper's posterior.", show_default=False),
-    ] = None,
+    plan_path: ForestPlan = None,
+    store: Store = None,
     forest_version: Annotated[
         int | None,
         typer.Option(help="A version; else the newest, and each newer one as it comes.", show_default=False),
@@ -60,8 +54,11 @@ def serve(
     in_process: InProcess = False,
     dashboard: Dashboard = False,
 ) -> None:
-    """Serve the forest behind an OpenAI-compatible endpoint. Callers need the key in BTM_API_KEY, if set."""
-    plan = None if plan_path is None else read_plan(plan_path)
+    """Serve the forest behind an OpenAI-compatible endpoint. Callers need the key in BTM_API_KEY, if set.
+
+    With a plan the experts are mixed as it says; with --store alone, by the paper's posterior.
+    """
+    location, plan = forest_place("serve", plan_path, store)
     check_shadowing()
     _check_extra()
     from btm_cluster.operations.serve import (
@@ -77,7 +74,7 @@ def serve(
     from btm_cluster.serving.settings import API_KEY, ForestArguments, ServingSettings
 
     endpoint = Endpoint(host, port)
-    check_serve_call(plan, store, endpoint, new_server=in_process or address is None)
+    check_serve_call(endpoint, new_server=in_process or address is None)
     key = os.environ.get(API_KEY)
     settings = ServingSettings(
         rows,
@@ -87,7 +84,6 @@ def serve(
         precision=precision,
         key_digest=digest_of(key) if key else None,
     )
-    location = plan.store if plan is not None else str(store)
     arguments = ForestArguments(
         store=location,
         forest_version=forest_version,
@@ -147,7 +143,7 @@ def _mixture(
 
     if plan is None:
         return mixture_of_store(open_ledger(store), version)
-    with driving(plan, address, in_process, dashboard=False, json_output=False) as driver:
+    with driving(plan, address, in_process, dashboard=False, json_output=False, command="serve") as driver:
         return mixture_to_serve(plan, driver, version)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from btm_cluster.session import open_ledger
-from btm_cluster.terminal.options import Json, Store
+from btm_cluster.terminal.options import ForestPlan, Json, Store, forest_place
 from btm_cluster.terminal.tables import consoles, plain_table, show_table
 
 if TYPE_CHECKING:
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 def show(
-    store: Store,
+    plan_path: ForestPlan = None,
+    store: Store = None,
     version: Annotated[int | None, typer.Option(help="A version; without it, the newest.")] = None,
     json_output: Json = False,
 ) -> None:
@@ -24,7 +25,7 @@ def show(
     from btm_cluster.forest import describe_forest
     from btm_cluster.operations.show import show
 
-    shown = show(open_ledger(store), version)
+    shown = show(open_ledger(forest_place("forest show", plan_path, store).store), version)
     if json_output:
         print(json.dumps(describe_forest(shown.forest), indent=1))
     else:

@@ -27,6 +27,6 @@ def study(
     from btm_cluster.operations.study import open_place, write_studies
 
     place = open_place(to)
-    with driving(plan, address, in_process, dashboard, False, new_resources) as driver:
+    with driving(plan, address, in_process, dashboard, False, new_resources, command="study") as driver:
         for page in write_studies(plan, place, driver):
             print(f"wrote {page}", flush=True)

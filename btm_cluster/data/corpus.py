@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow
 
-from btm_cluster.data.documents import BadDocument
+from btm_cluster.data.documents import NO_TEXT, BadDocument
 from btm_cluster.data.sources import Document, read_documents
 from btm_cluster.errors import TextError
 from btm_cluster.plan import ReadingPlan, TextPlan
@@ -114,10 +114,12 @@ def usable_documents(
             else:
                 bad["an empty document"] += 1
         elif reading.bad_documents == "refuse":
+            other = "name the `field` that holds the text, " if item.reason.startswith(NO_TEXT) else ""
             raise TextError(
                 f"the text of {name!r} has a bad document",
                 found=f"{item.where}: {item.reason}",
-                remedy="mend it, or set `reading: {bad_documents: skip}` to skip and count such documents",
+                remedy=f"{other}mend it, or set `reading: {{bad_documents: skip}}` to skip and count such "
+                "documents",
             )
         else:
             bad[item.reason] += 1

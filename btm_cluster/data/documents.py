@@ -6,6 +6,8 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+NO_TEXT = "a row without text in the field"
+
 
 @dataclass(frozen=True)
 class BadDocument:
@@ -26,7 +28,7 @@ class Delimiter:
 def checked(where: str, text: Any, field: str, longest: int) -> str | BadDocument:
     """A document, if it is text that is neither too long nor broken."""
     if not isinstance(text, str):
-        return BadDocument(where, f"a row without text in the field {field!r}")
+        return BadDocument(where, f"{NO_TEXT} {field!r}")
     if len(text) > longest:
         return BadDocument(where, f"a document longer than {longest} characters")
     try:

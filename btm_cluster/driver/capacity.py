@@ -23,6 +23,8 @@ class Demand:
     """The update of the training checkpoint whose resources these are; None: they are the plan's."""
     remedy: str | None = None
     """Where they are neither's."""
+    parameters: int = 0
+    """Of the model that is trained; 0 where nothing is."""
 
     @property
     def description(self) -> str:

@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 from btm_cluster.driver.capacity import Demand
 from btm_cluster.driver.port import Failure, Outcome, Workers
+from btm_cluster.driver.run_log import RunLog
 from btm_cluster.errors import StepError
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.requests import Resources, StepRequest, TrainRequest
@@ -28,10 +29,13 @@ class Driver:
         workers: Workers,
         check_capacity: CheckCapacity | None = None,
         new_resources: bool = False,
+        run_log: RunLog | None = None,
     ) -> None:
         self.ledger = ledger
         self.workers = workers
         self._check_capacity = check_capacity
+        self.run_log = run_log
+        """Where the timeline of the command that this drives is stored, if it is."""
         self.new_resources = new_resources
         """Whether trainings go on from their checkpoints with the plan's resources,
         and not with those of their start."""

@@ -1,14 +1,33 @@
 """The cost of a recipe. Plain arithmetic, no torch."""
 
+import heapq
+from collections.abc import Sequence
 
-def device_hours(tokens: int, tokens_per_device_second: float) -> float:
-    """Hours of one device to train on `tokens`."""
-    return tokens / tokens_per_device_second / 3600
+
+def wall_hours(trainings: Sequence[tuple[float, float]]) -> float:
+    """Hours until all trainings are done, each of so many hours on such a share of the machines. Each starts
+    once those before it have started and its share is free."""
+    running: list[tuple[float, float]] = []
+    now, free = 0.0, 1.0
+    for hours, share in trainings:
+        share = min(share, 1.0)  # what can never be had is refused elsewhere
+        while free + 1e-9 < share:
+            now, released = heapq.heappop(running)
+            free += released
+        free -= share
+        heapq.heappush(running, (now + hours, share))
+    return max((end for end, _ in running), default=0.0)
 
 
 def stored_bytes(parameters: int, with_optimizer: bool) -> int:
     """Bytes of a model in float32, with Adam's two moments where a branch needs them."""
     return parameters * 4 * (3 if with_optimizer else 1)
+
+
+def trained_bytes(parameters: int) -> int:
+    """Bytes of memory that a model takes while it is trained, at least: weights, gradients and Adam's two
+    moments in float32. Activations come on top."""
+    return parameters * 4 * 4
 
 
 def training_flops_per_token(parameters: int, layers: int, width: int, block_tokens: int) -> int:

@@ -30,6 +30,7 @@ from btm_cluster.evaluation.scoring import by_ref, score_requests, stack_of
 from btm_cluster.evaluation.systems import BEST_TRANSFORMER_LM, Ensemble, System
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.mixing.fit_file import SUMS
+from btm_cluster.mixing.fitting import each_in_one_thread
 from btm_cluster.mixing.scores import ScoreStack
 from btm_cluster.requests import StepRequest
 
@@ -127,51 +128,57 @@ class _Reader:
     made: Mapping[Ref, Artifact]
 
     def read(self) -> Comparison:
-        single, ensembles = self.asked.single, self.asked.ensembles
-        rows: Rows = {system: self._alone(model) for system, model in single.items()}
-        if ensembles:
-            rows |= self._experts(ensembles[0])
-        for ensemble in ensembles:
-            rows |= self._mixed(ensemble) | self._averaged(ensemble)
-        any_model = next(iter([*single.values(), *(ref for ensemble in ensembles for ref in ensemble.refs)]))
+        parts = self.asked.parts
+        rows: Rows = {}
+        for part, of_part in zip(parts, each_in_one_thread(self._rows_of, parts), strict=True):
+            for system, sums_UD in of_part.items():
+                rows.setdefault(system, {})[part[0].name, part[1]] = sums_UD
         sizes = {
-            (text.name, split): self._stack([any_model], text, split).sizes()
-            for text, split in self.asked.parts
+            (text.name, split): self._stack([self._models[0]], text, split).sizes() for text, split in parts
         }
         mixtures = {
             ensemble.mixed_by(method): method.top_k or len(ensemble.models)
-            for ensemble in ensembles
+            for ensemble in self.asked.ensembles
             for method in ensemble.methods
         }
         return Comparison(rows, sizes, dict.fromkeys(rows, 1) | mixtures)
 
+    @property
+    def _models(self) -> list[Ref]:
+        """Those that are the same for all texts."""
+        ensembles = self.asked.ensembles
+        return list(dict.fromkeys([*self.asked.single.values(), *(ensembles[0].refs if ensembles else ())]))
+
+    def _rows_of(self, part: tuple[PreparedText, str]) -> dict[System, torch.Tensor]:
+        """Each system's sums on one part, in the order of a table's rows."""
+        text, split = part
+        ensembles = self.asked.ensembles
+        averages = {
+            ensemble.averaged_by(weights): self._average(ensemble, weights, text)
+            for ensemble in ensembles
+            for weights in ensemble.averages
+        }
+        models = list(dict.fromkeys([*self._models, *averages.values()]))
+        sums = dict(zip(models, self._stack(models, text, split).sums(), strict=True))
+        rows = {system: sums[model] for system, model in self.asked.single.items()}
+        if ensembles:
+            rows |= {system: sums[model] for system, model in self._experts(ensembles[0], text).items()}
+        for ensemble in ensembles:
+            rows |= self._mixed(ensemble, text, split)
+            rows |= {
+                ensemble.averaged_by(w): sums[averages[ensemble.averaged_by(w)]] for w in ensemble.averages
+            }
+        return rows
+
     def _stack(self, models: Sequence[Ref], text: PreparedText, split: str) -> ScoreStack:
         return stack_of(self.ledger, models, text, split, self.made)
 
-    def _alone(self, model: Ref) -> dict[Part, torch.Tensor]:
-        return {
-            (text.name, split): self._stack([model], text, split).sums()[0]
-            for text, split in self.asked.parts
-        }
-
-    def _mixed(self, ensemble: Ensemble) -> Rows:
-        rows: Rows = {}
-        for text, split in self.asked.parts if ensemble.methods else ():
-            mixture = self.made[mix_request(self.asked.prepared, ensemble, text, split).ref]
-            sums_MUD = np.load(self.ledger.open_file(mixture, SUMS))
-            for method, sums_UD in zip(ensemble.methods, sums_MUD, strict=True):
-                rows.setdefault(ensemble.mixed_by(method), {})[text.name, split] = torch.from_numpy(sums_UD)
-        return rows
-
-    def _averaged(self, ensemble: Ensemble) -> Rows:
-        rows: Rows = {}
-        for weights in ensemble.averages:
-            row = rows.setdefault(ensemble.averaged_by(weights), {})
-            for text, split in self.asked.parts:
-                row[text.name, split] = self._stack(
-                    [self._average(ensemble, weights, text)], text, split
-                ).sums()[0]
-        return rows
+    def _mixed(self, ensemble: Ensemble, text: PreparedText, split: str) -> dict[System, torch.Tensor]:
+        if not ensemble.methods:
+            return {}
+        mixture = self.made[mix_request(self.asked.prepared, ensemble, text, split).ref]
+        sums_MUD = torch.from_numpy(np.load(self.ledger.open_file(mixture, SUMS)))
+        return dict(zip(map(ensemble.mixed_by, ensemble.methods), sums_MUD, strict=True))
 
     def _average(self, ensemble: Ensemble, weights: str, text: PreparedText) -> Ref:
         prepared = self.asked.prepared
@@ -182,25 +189,17 @@ class _Reader:
             )
         return average_request(prepared, ensemble, weights, None if weights == "uniform" else text).ref
 
-    def _experts(self, forest: Ensemble) -> Rows:
+    def _experts(self, forest: Ensemble, text: PreparedText) -> dict[System, Ref]:
         """The expert that is best on a text's development blocks (without any,
         the first), and the domain's own."""
-        rows: Rows = {
-            System("best single expert", forest.seed_share): {},
-            System("own expert", forest.seed_share): {},
+        best = 0
+        if text.tokens["development"]:
+            development_EUD = self._stack(forest.refs, text, "development").sums()
+            best = int(development_EUD[:, TOKENS].sum(1).argmax())
+        own = [model for domain, model in forest.models if domain == text.name]
+        return {System("best single expert", forest.seed_share): forest.refs[best]} | {
+            System("own expert", forest.seed_share): model for model in own
         }
-        best_row, own_row = rows.values()
-        names = [name for name, _ in forest.models]
-        for text, split in self.asked.parts:
-            sums_EUD = self._stack(forest.refs, text, split).sums()
-            best = 0
-            if text.tokens["development"]:
-                development_EUD = self._stack(forest.refs, text, "development").sums()
-                best = int(development_EUD[:, TOKENS].sum(1).argmax())
-            best_row[text.name, split] = sums_EUD[best]
-            if text.name in names:
-                own_row[text.name, split] = sums_EUD[names.index(text.name)]
-        return rows
 
 
 def fits_of(prepared: PreparedPlan, ensemble: Ensemble) -> dict[str, Ref]:

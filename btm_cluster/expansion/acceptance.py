@@ -17,7 +17,7 @@ from btm_cluster.evaluation.texts import targets_seen_in
 from btm_cluster.forest import Expert, Forest
 from btm_cluster.ledger import Ref
 from btm_cluster.ledger.records import Held, branch_point_identity
-from btm_cluster.mixing.fitting import cross_fitted_perplexity, fit_in_parallel
+from btm_cluster.mixing.fitting import cross_fitted_perplexity, each_in_one_thread
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def judge(prepared: PreparedPlan, forest: Forest, experts: Sequence[Expert], dri
         return Gain(perplexity(old, domain) if old else None, perplexity((*old, *accepted), domain))
 
     domains = [expert.domain for expert in accepted]
-    gains = dict(zip(domains, fit_in_parallel(gain, domains), strict=True))
+    gains = dict(zip(domains, each_in_one_thread(gain, domains), strict=True))
     return Judgement(accepted, held, gains)
 
 
@@ -94,9 +94,9 @@ def _ensemble_perplexity(
 
 
 def _mean(perplexity: Perplexity, experts: tuple[Expert, ...], texts: Sequence[PreparedText]) -> float:
-    return sum(fit_in_parallel(lambda text: perplexity(experts, text), [text.name for text in texts])) / len(
-        texts
-    )
+    return sum(
+        each_in_one_thread(lambda text: perplexity(experts, text), [text.name for text in texts])
+    ) / len(texts)
 
 
 def _texts_of(prepared: PreparedPlan, forest: Forest, driver: Driver) -> list[PreparedText]:

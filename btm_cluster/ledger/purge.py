@@ -33,6 +33,7 @@ from btm_cluster.ledger.records import (
     list_refusals,
     newest_held,
 )
+from btm_cluster.ledger.timelines import TIMELINE_FILE
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class PurgePlan:
     trainings: tuple[str, ...]
     """Models with training checkpoints, or with versions of such."""
     records: tuple[str, ...]
-    """Branch points, judgements and refusals of the domain, and branch points that
-    would start from something that goes."""
+    """Branch points, judgements and refusals of the domain, branch points that
+    would start from something that goes, and the pages of runs."""
     inbox_files: int
     kinds: Mapping[str, int]
     """Artifacts by kind."""
@@ -96,7 +97,11 @@ def plan_purge(ledger: Ledger, domain: str) -> PurgePlan:
         trainings=tuple(
             sorted({*experts, *training, *(p.split("/")[1] for p in _prefixes(begun, "training/"))})
         ),
-        records=tuple(sorted({*records, *_prefixes(begun, EXPANSIONS, QUARANTINE, HELD, LOGS)})),
+        records=tuple(
+            sorted(
+                {*records, *_told_of(ledger, domain), *_prefixes(begun, EXPANSIONS, QUARANTINE, HELD, LOGS)}
+            )
+        ),
         inbox_files=len(inbox),
         kinds=Counter(manifests[key].kind for key in going),
         size_bytes=sum(blobs.values()) + sum(entry.size_bytes for entry in inbox),
@@ -220,12 +225,25 @@ def _records_of(ledger: Ledger, domain: str, forests: list[Forest], going: Colle
     keys = {f"{EXPANSIONS}{point}.json" for point in points} | {
         f"{QUARANTINE}{identity}.json" for identity in refused
     }
-    curves = (entry.key.split("/")[:3] for entry in ledger.storage.list(LOGS))
+    logs = [entry.key.split("/") for entry in ledger.storage.list(LOGS)]
+    curves = (parts[:3] for parts in logs)
     keys |= {"/".join([*folders, ""]) for folders in curves if folders[-1] == domain and ".." not in folders}
     held = {
         f"{HELD}{one.branch_point}-" for one in newest_held(ledger).values() if one.branch_point in points
     }
     return keys | held
+
+
+def _told_of(ledger: Ledger, domain: str) -> set[str]:
+    """Files of runs that may tell of a domain, beside its curves: timelines that mention it, and every verdict
+    and report, which name and quote all domains and can be made again."""
+    listed = [entry.key for entry in ledger.storage.list(LOGS)]
+    keys = [key for key in listed if key.count("/") == 2 and ".." not in key.split("/")]
+    return {
+        key
+        for key in keys
+        if not key.endswith(f"/{TIMELINE_FILE}") or domain.encode() in ledger.storage.read(key)
+    }
 
 
 def _prefixes(begun: Iterable[PurgeRecord], *folders: str) -> set[str]:

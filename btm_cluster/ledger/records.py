@@ -6,6 +6,8 @@ small documents, each created once.
     held/<id>-<version>.json           an expert without which version n of the forest was better
     quarantine/<id>.json               what the inbox had under a name and was refused, until it is replaced
     logs/<run>/<training>/…            TensorBoard's curves, written anew while a training runs
+    logs/<run>/timeline.json           what the run did, when and where (`timelines.py`)
+    logs/<run>/report.html             the run's page, which quotes test text
 
 Knows what they say and where they lie; decides nothing.
 """
@@ -22,6 +24,8 @@ from btm_cluster.requests import Start
 
 EXPANSIONS, HELD, QUARANTINE, TOMBSTONES, LOGS = "expansions/", "held/", "quarantine/", "tombstones/", "logs/"
 PINS, BASELINES = "pins/", "baselines/"
+REPORT_FILE = "report.html"
+"""Of each run's folder below LOGS."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Nothing depends on it: it is there to be looked at. All times are seconds since 1970 by the driver's clock.
 """
 
+import itertools
 import os
 import socket
 import time
@@ -20,6 +21,9 @@ MOST_EVENTS = 5_000
 """In one timeline: about 1.5 MB."""
 MOST_CAUSE = 500
 """Characters of a cause."""
+
+_NUMBERS = itertools.count()
+"""Of the runs of this process: several may begin within a second."""
 
 What: TypeAlias = Literal["step", "start", "checkpoint", "wait", "failure", "stop"]
 Outcome: TypeAlias = Literal["running", "done", "failed", "stopped"]
@@ -95,7 +99,9 @@ class Timeline(_Record):
 
 def new_run_name() -> str:
     """The name of a run that begins now: later ones sort behind it."""
-    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{socket.gethostname()}-{os.getpid()}"
+    number = next(_NUMBERS)
+    name = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{socket.gethostname()}-{os.getpid()}"
+    return f"{name}-{number}" if number else name
 
 
 def run_key(run: str, file: str) -> str:

@@ -21,7 +21,7 @@ from btm_cluster.equations.running import RunningGate, running_posterior
 from btm_cluster.plan import MergingPlan
 
 FULL = Posterior("full")
-FITS_AT_ONCE = 8
+AT_ONCE = 8
 """At most: each holds a text's development blocks under all experts, several times over."""
 PosteriorName = Kind | Literal["none"]
 
@@ -91,14 +91,15 @@ def shared_mixing(samples: Sequence[tuple[torch.Tensor, torch.Tensor]], merging:
     return fit_mixing("calibrated", "uniform", logp_EBT, torch.cat([mask for _, mask in samples]), merging)
 
 
-Fit = TypeVar("Fit")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
-def fit_in_parallel(fit: Callable[[str], Fit], texts: Sequence[str]) -> list[Fit]:
-    """A fit of each text, a few at a time, each in one thread: they are too
-    small to be spread over several."""
-    with one_thread_each(), ThreadPoolExecutor(min(FITS_AT_ONCE, os.cpu_count() or 1)) as pool:
-        return list(pool.map(fit, texts))
+def each_in_one_thread(act: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """The result for each item, a few at a time: each is too small for torch to spread it over several
+    threads."""
+    with one_thread_each(), ThreadPoolExecutor(min(AT_ONCE, os.cpu_count() or 1)) as pool:
+        return list(pool.map(act, items))
 
 
 @contextmanager

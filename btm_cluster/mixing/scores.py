@@ -90,11 +90,11 @@ class ScoreStack:
         parts = []
         for start in range(0, len(self), BLOCKS_AT_ONCE):
             blocks = slice(start, start + BLOCKS_AT_ONCE)
-            owners_BT = self.documents_BT[blocks]
             values_SBT = values_of(self.take(blocks.start, blocks.stop)[0], start)
-            values_USBT = [values_SBT, values_SBT.masked_fill(ends_BT[blocks], 0.0)]
-            sums_US = [[document_sums(values_BT, owners_BT) for values_BT in one] for one in values_USBT]
-            parts.append(torch.stack([torch.stack(sums_S) for sums_S in sums_US], dim=1))
+            sums_S = [
+                _sums(values_BT, self.documents_BT[blocks], ends_BT[blocks]) for values_BT in values_SBT
+            ]
+            parts.append(torch.stack(sums_S))
         # A document's number is its place in the text, so each part is as long as the last document it
         # reaches.
         total_SUD = torch.zeros(
@@ -108,6 +108,13 @@ class ScoreStack:
         """[E, B, T], 0 at padding."""
         stacked = np.stack([array[start:stop] for array in arrays]).astype(np.float64)
         return torch.from_numpy(stacked).masked_fill(self.documents_BT[start:stop] < 0, 0.0)
+
+
+def _sums(values_BT: torch.Tensor, documents_BT: torch.Tensor, ends_BT: torch.Tensor) -> torch.Tensor:
+    """Sums by document: [U, D]."""
+    total_D = document_sums(values_BT, documents_BT)
+    text_D = total_D.index_add(0, documents_BT[ends_BT], -values_BT[ends_BT].double())
+    return torch.stack([total_D, text_D])
 
 
 def _documents(ledger: Ledger, tokens: Sequence[Ref]) -> torch.Tensor:

@@ -13,14 +13,12 @@ from typing import Any
 import torch
 
 from btm_cluster.equations.calibration import DEFAULT_EVIDENCE_WEIGHT, calibrate
-from btm_cluster.equations.contribution import leave_one_out
-from btm_cluster.equations.mixture import log_mixture
-from btm_cluster.equations.perplexity import perplexity
 from btm_cluster.equations.posterior import Posterior, uniform_prior
 from btm_cluster.errors import UserError
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import Artifact, Ledger, Ref
-from btm_cluster.mixing.scores import BLOCKS_AT_ONCE, ScoreStack
+from btm_cluster.mixing.parts import measure_parts
+from btm_cluster.mixing.scores import ScoreStack
 from btm_cluster.plan import MergingPlan
 
 
@@ -130,16 +128,9 @@ def _contribution(
     ledger: Ledger, forest: Forest, name: str, is_domain: bool, splits: Mapping[str, _Scored]
 ) -> Contribution:
     test = ScoreStack(ledger, splits["test"].scores, splits["test"].tokens)
-    log_prior_E, posterior = _fit(ledger, splits.get("development"), len(forest.experts))
-    total, without_E = (torch.zeros(n, dtype=torch.float64) for n in (1, len(forest.experts)))
-    count = 0
-    for start in range(0, len(test), BLOCKS_AT_ONCE):
-        logp_EBT, mask_BT = test.take(start, start + BLOCKS_AT_ONCE)
-        total += log_mixture(logp_EBT, log_prior_E, posterior)[mask_BT].sum()
-        without_E += leave_one_out(logp_EBT, log_prior_E, posterior)[:, mask_BT].sum(1)
-        count += int(mask_BT.sum())
-    whole, *without = perplexity(torch.cat([total, without_E]), torch.tensor(count)).tolist()
-    return Contribution(name, is_domain, whole, dict(zip(forest.domains, without, strict=True)))
+    parts = measure_parts(test, *_fit(ledger, splits.get("development"), len(forest.experts)))
+    without = dict(zip(forest.domains, parts.without, strict=True))
+    return Contribution(name, is_domain, parts.perplexity, without)
 
 
 def _fit(ledger: Ledger, development: _Scored | None, experts: int) -> tuple[torch.Tensor, Posterior]:

@@ -11,6 +11,7 @@ import hashlib
 import heapq
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -59,11 +60,12 @@ class Discovery:
 
     @property
     def plan_snippet(self) -> str:
-        """The clusters as `domains:` of a plan."""
+        """The clusters as `domains:` of a plan, wherever that is."""
         lines = ["domains:"]
         for cluster in self.clusters:
             lines.append(f"  # {cluster.documents:,} documents: {', '.join(cluster.words)}")
-            lines.append(f"  - {{name: {json.dumps(cluster.name)}, text: {json.dumps(cluster.file)}}}")
+            file = cluster.file and os.path.abspath(cluster.file)
+            lines.append(f"  - {{name: {json.dumps(cluster.name)}, text: {json.dumps(file)}}}")
         return "\n".join(lines) + "\n"
 
 

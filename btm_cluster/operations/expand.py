@@ -61,15 +61,43 @@ class Expanded:
         }
 
 
-def expand(plan: Plan, driver: Driver) -> Expanded:
-    """Adds what is new.
+@dataclass(frozen=True)
+class New:
+    """What a plan and its inbox have that the forest has not."""
 
-    Domains of the forest are not looked at again, so the plan that founded it serves for ever.
+    plan: Plan
+    """The plan without the domains that the forest has settled."""
+    forest: Forest
+    inbox: Inbox
+    passed_over: Mapping[str, str]
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """New domains of the plan."""
+        return tuple(domain.name for domain in self.plan.domains)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """All new domains."""
+        return (*self.named, *(arrival.domain.name for arrival in self.inbox.arrivals))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for machines."""
+        return {
+            "forest": describe_forest(self.forest),
+            "would_add": list(self.domains),
+            "quarantined": dict(self.inbox.quarantined),
+            "waiting": dict(self.inbox.waiting),
+            "passed_over": dict(self.passed_over),
+        }
+
+
+def find_new(plan: Plan, ledger: Ledger) -> New:
+    """Looks for domains that the forest has not settled. None of their text is read.
 
     Raises:
-        UserError: there is no forest yet, or the plan does not fit it.
+        UserError: there is no forest yet.
     """
-    ledger = driver.ledger
     forest = ledger.log.newest()
     if forest is None:
         raise UserError(
@@ -79,8 +107,20 @@ def expand(plan: Plan, driver: Driver) -> Expanded:
     named = tuple(domain for domain in plan.domains if domain.name not in settled)
     plan = plan.model_copy(update={"domains": named})
     inbox = look(ledger, plan, settled)
-    passed_over = _passed_over(ledger, forest, inbox)
-    if not named and not inbox.arrivals:
+    return New(plan, forest, inbox, _passed_over(ledger, forest, inbox))
+
+
+def expand(plan: Plan, driver: Driver) -> Expanded:
+    """Adds what is new.
+
+    Domains of the forest are not looked at again, so the plan that founded it serves for ever.
+
+    Raises:
+        UserError: there is no forest yet, or the plan does not fit it.
+    """
+    found = find_new(plan, driver.ledger)
+    plan, forest, inbox, passed_over = found.plan, found.forest, found.inbox, found.passed_over
+    if not found.domains:
         return Expanded(forest, forest, inbox.waiting, passed_over, inbox.quarantined)
     # What is not judged is not read either.
     targets = plan.targets if plan.expansion.accept_if is not None else ()

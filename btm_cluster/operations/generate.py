@@ -10,9 +10,10 @@ from btm_cluster.errors import UserError
 from btm_cluster.language_model.engine import EnsembleEngine
 from btm_cluster.language_model.prompts import Finish, Prompt, Written, check_length, pieces
 from btm_cluster.language_model.sampling import Sampling, check_sampling
+from btm_cluster.ledger import Ledger
 from btm_cluster.operations.ensemble import mixture_of_plan
 from btm_cluster.plan import Plan
-from btm_cluster.steps.mixture import open_engine
+from btm_cluster.steps.mixture import Mixture, mixture_of_store, open_engine
 from btm_cluster.steps.stored import open_tokenizer
 
 PROMPTS_AT_ONCE = 8
@@ -83,10 +84,24 @@ def generate(
         UserError: no forest yet, a target that is unknown or was taken out of it, or a prompt that fills a
         block.
     """
-    mixture = mixture_of_plan(plan, driver, target).without_ruled_out()
-    tokenizer = open_tokenizer(driver.ledger, mixture.tokenizer)
+    return _generate(mixture_of_plan(plan, driver, target).without_ruled_out(), prompts, asked, driver.ledger)
+
+
+def generate_from_store(ledger: Ledger, prompts: Sequence[str], asked: Continuation) -> list[Generated]:
+    """Continues each prompt by the newest forest of a store, mixed by the paper's posterior.
+
+    Raises:
+        UserError: there is no forest in the store, it has no expert, or a prompt fills a block.
+    """
+    return _generate(mixture_of_store(ledger), prompts, asked, ledger)
+
+
+def _generate(
+    mixture: Mixture, prompts: Sequence[str], asked: Continuation, ledger: Ledger
+) -> list[Generated]:
+    tokenizer = open_tokenizer(ledger, mixture.tokenizer)
     read_prompts(prompts, tokenizer, mixture.block_tokens)  # refused before a model is loaded
-    engine = open_engine(driver.ledger, mixture, tokenizer, min(len(prompts), PROMPTS_AT_ONCE))
+    engine = open_engine(ledger, mixture, tokenizer, min(len(prompts), PROMPTS_AT_ONCE))
     return continue_prompts(engine, tokenizer, list(mixture.models), prompts, asked)
 
 

@@ -1,65 +1,225 @@
-"""`btm init`: a commented plan to begin with."""
+"""`btm init`: a commented plan to begin with, sized to the texts that are named and to this machine."""
 
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from btm_cluster.errors import UserError
+from btm_cluster.plan import TextPlan
 
-STARTER_PLAN = """\
+if TYPE_CHECKING:
+    from btm_cluster.driver.sizing import Machine, ModelSize, Sizing
+
+_PLAN = """\
 # A plan for one forest. `btm plan FILE` says what it would do and cost, `btm run FILE` does it.
-# Paths are relative to the folder you run btm in. `btm schema` prints a JSON schema for your editor.
+# Relative paths begin at the folder of this file. `btm schema` prints a JSON schema for your editor.
 name: my-forest
-store: ./forests/my-forest            # a folder
-
+store: ./forests/my-forest            # a folder, or s3://bucket/prefix
+{assumed}
 domains:                              # an expert each
+{domains}
+targets:{targets}
+
+reading:
+  development_share: {share:g}             # held out for what is fitted
+  test_share: {share:g}                    # held out for what is reported
+  bad_documents: refuse               # or skip: leave out, count and report lines that are broken or too long
+
+tokenizer: {{train: {{vocabulary: {vocabulary}}}}}        # or {{pretrained: name-or-folder}}
+model: {model}
+                                      # or {{preset: gpt3-125m}}, or {{pretrained: name-or-folder}}, which then is the seed
+
+training:
+  block_tokens: {block_tokens}
+  updates: {updates}                         # the whole budget: seed updates, then expert updates
+  seed_share: 0.75                    # the paper's 0.5 suits larger models; leave it out where the model is pretrained
+  blocks_per_domain_update: {blocks}         # an expert's batch; the seed takes this times the number of domains
+  learning_rate: {learning_rate:g}
+branching: {{learning_rate_scale: 1}}   # the experts' over the seed's; 1 is the paper's, 2 made ensembles of small models better
+baselines: [transformer-lm]           # the rival of the same compute, so that you know whether it was worth it
+
+merging: {{posterior: calibrated, prior: fitted, development_blocks: 100}}    # posterior: gate learns more; with_seed: true
+
+# expansion:                          # how `btm expand` adds what arrives in the store's inbox
+#   accept_if: {{development_perplexity_rise_at_most: 0.01}}    # hold back experts that make the forest worse
+
+cluster:                              # how, not what: changing this changes no result's name
+  seed_gpus: {seed_gpus:g}                        # 0 trains on CPU
+  gpus_per_expert: {gpus_per_expert:g}                  # 0.25 puts four experts on one GPU
+  seed_cpus: {seed_cpus}
+  cpus_per_expert: {cpus_per_expert}
+  # concurrent_experts: 8
+  # price_per_gpu_hour: 2.5
+# budget: {{{budget}_hours: 10}}            # once it is spent the run saves and stops; raise it, and it goes on
+# tracking: {{wandb: {{project: forests}}}}         # or mlflow; TensorBoard's curves are always in the store's logs/
+"""
+_EXAMPLE_DOMAINS = """\
   - name: news
     text: ./text/news/*.jsonl.zst     # .jsonl .parquet .txt, plain, .gz, .zst or .bz2; local or s3://; globs and lists
     field: text                       # the field of a row that holds the document
   - name: code
-    text: ./text/code/**/*.py         # any other file is a document of its own
-targets:                              # evaluated, never trained on: half development, half test text
-  - {name: blog, text: ./text/blog.jsonl}
-
-reading:
-  bad_documents: refuse               # or skip: leave out, count and report lines that are broken or too long
-
-tokenizer: {train: {vocabulary: 8192}}        # or {pretrained: name-or-folder}
-model: {preset: gpt3-125m}                    # or {config: {model_type: gpt2, n_layer: 4, n_embd: 256, n_head: 4}}
-                                              # or {pretrained: name-or-folder}, which then is the seed
-
-training:
-  block_tokens: 1024
-  updates: 80000                      # the whole budget: seed updates, then expert updates
-  seed_share: 0.5                     # small models want more: 0.75; leave it out where the model is pretrained
-  blocks_per_domain_update: 128       # an expert's batch; the seed takes this times the number of domains
-  learning_rate: 5.0e-4
-branching: {learning_rate_scale: 1}   # the experts' over the seed's; 1 is the paper's, 2 made ensembles of small models better
-baselines: [transformer-lm]           # the rival of the same compute, so that you know whether it was worth it
-
-merging: {posterior: calibrated, prior: fitted, development_blocks: 100}    # posterior: gate learns more; with_seed: true
-
-# expansion:                          # how `btm expand` adds what arrives in the store's inbox
-#   accept_if: {development_perplexity_rise_at_most: 0.01}    # hold back experts that make the forest worse
-
-cluster:                              # how, not what: changing this changes no result's name
-  seed_gpus: 0                        # 0 trains on CPU
-  gpus_per_expert: 0                  # 0.25 puts four experts on one GPU
-  seed_cpus: 2
-  cpus_per_expert: 1
-  # concurrent_experts: 8
-  # price_per_gpu_hour: 2.5
-# tracking: {wandb: {project: forests}}         # or mlflow; TensorBoard's curves are always in the store's logs/
-"""
+    text: ./text/code/**/*.py         # any other file is a document of its own"""
+_EXAMPLE_TARGETS = """                              # evaluated, never trained on: half development, half test text
+  - {name: blog, text: ./text/blog.jsonl}"""
+_SMALL = "{config: {model_type: gpt2, n_layer: 4, n_embd: 256, n_head: 4}}"
+STARTER_PLAN = _PLAN.format(
+    assumed="",
+    domains=_EXAMPLE_DOMAINS,
+    targets=_EXAMPLE_TARGETS,
+    share=0.02,
+    vocabulary=8192,
+    model=_SMALL,
+    block_tokens=256,
+    updates=600,
+    blocks=8,
+    learning_rate=2e-3,
+    seed_gpus=0,
+    gpus_per_expert=0,
+    seed_cpus=2,
+    cpus_per_expert=1,
+    budget="cpu",
+)
+"""Where no text is named: small enough for a laptop."""
 
 
-def write_starter_plan(path: Path) -> None:
-    """Writes it to a new file.
+@dataclass(frozen=True)
+class NamedTexts:
+    """Texts for a plan, as they are found from the current folder."""
+
+    domains: Sequence[TextPlan]
+    targets: Sequence[TextPlan] = ()
+
+
+def write_starter_plan(path: Path, texts: NamedTexts | None = None) -> str:
+    """Writes a plan to a new file, for these texts where any are named; returns what was assumed for it.
 
     Raises:
         UserError: the file is there already, or cannot be written.
+        TextError: a text that is not there, or of a kind that is not read.
     """
     if path.exists():
         raise UserError(f"{path} already exists", remedy="choose another name")
+    plan, assumed = (STARTER_PLAN, "") if texts is None else _sized_plan(path, texts)
     try:
-        path.write_text(STARTER_PLAN, encoding="utf-8")
+        path.write_text(plan, encoding="utf-8")
     except OSError as exc:
         raise UserError(f"cannot write {path}", found=str(exc), remedy="choose another place") from exc
+    return assumed
+
+
+def _sized_plan(path: Path, texts: NamedTexts) -> tuple[str, str]:
+    from btm_cluster.driver.sizing import SEED_SHARE, size_for
+
+    tokens = {text.name: _tokens(text) for text in (*texts.domains, *texts.targets)}
+    domains = {text.name: tokens[text.name] for text in texts.domains}
+    machine = _this_machine()
+    sizing = size_for(domains, sum(tokens[text.name] for text in texts.targets), machine)
+    assumed = _assumed(domains, sizing, machine)
+    gpus = machine.devices if machine.on_gpus else 0
+    shared = min(1.0, int(100 * gpus / len(domains)) / 100) if sizing.size.preset is None else 1.0
+    cpus = len(os.sched_getaffinity(0)) if machine.on_gpus else machine.devices
+    assert SEED_SHARE == 0.75, "as the template says"
+    return _PLAN.format(
+        assumed="".join(f"\n# {line}" for line in assumed) + "\n",
+        domains="\n".join(_entry(text, path) for text in texts.domains),
+        targets=_targets(texts.targets, path),
+        share=sizing.held_out_share,
+        vocabulary=sizing.vocabulary,
+        model=_model(sizing.size),
+        block_tokens=sizing.size.block_tokens,
+        updates=sizing.updates,
+        blocks=sizing.blocks_per_update,
+        learning_rate=sizing.size.learning_rate,
+        seed_gpus=min(gpus, 1),
+        gpus_per_expert=max(0.01, shared) if gpus else 0,
+        seed_cpus=cpus,
+        cpus_per_expert=max(1, cpus // len(domains)),
+        budget="gpu" if gpus else "cpu",
+    ), "\n".join(assumed)
+
+
+def _tokens(text: TextPlan) -> int:
+    """About as many as its files hold."""
+    from btm_cluster.data.sizes import estimated_tokens
+    from btm_cluster.data.sources import fingerprint, refuse_unread
+
+    stamp = fingerprint(text)
+    refuse_unread(text, stamp)
+    return estimated_tokens(stamp["text"])
+
+
+def _field(text: TextPlan) -> str | None:
+    """The field of its rows that seems to hold the text, where that is another than the default."""
+    from btm_cluster.data.fields import field_with_text
+    from btm_cluster.data.sources import source_files
+
+    found = field_with_text(source_files(text)["text"][0].path)
+    return None if found == text.field else found
+
+
+def _this_machine() -> "Machine":
+    from btm_cluster.driver.rates import ASSUMED_GPU
+    from btm_cluster.driver.sizing import Machine
+    from btm_cluster.language_model.utilisation import (
+        CPU_UTILISATION,
+        GPU_UTILISATION,
+        cpu_flops,
+        peak_flops,
+    )
+    from btm_cluster.workers.machine import room_here
+
+    room = room_here(on_gpus=True)
+    if room.gpus:
+        peak = peak_flops(room.gpu or "") or peak_flops(ASSUMED_GPU)
+        assert peak is not None
+        return Machine(f"{room.gpus:g} × {room.gpu}", int(room.gpus), GPU_UTILISATION * peak, on_gpus=True)
+    cpus = int(room_here(on_gpus=False).cpus or 1)
+    return Machine(f"{cpus} CPUs without a GPU", cpus, CPU_UTILISATION * cpu_flops(), on_gpus=False)
+
+
+def _assumed(domains: dict[str, int], sizing: "Sizing", machine: "Machine") -> list[str]:
+    smallest = min(domains, key=lambda name: domains[name])
+    sizes = ", ".join(f"{name} ≈{float(f'{tokens:.1e}'):,.0f}" for name, tokens in domains.items())
+    return [
+        f"Sized by `btm init` for {machine.name}, and for these tokens, by the sizes of the files: {sizes}.",
+        f"A model of {sizing.size.parameters / 1e6:,.1f} million parameters; its updates read {smallest} about "
+        f"{sizing.passes:.1f} times (over 4, more passes teach little).",
+        f"A first run takes about {_duration(sizing.hours)} here. With more text or time, raise `updates`.",
+    ]
+
+
+def _duration(hours: float) -> str:
+    return f"{max(1, round(60 * hours))} min" if hours < 2 else f"{hours:.0f} hours"
+
+
+def _entry(text: TextPlan, path: Path) -> str:
+    files = [_from_plan(pattern, path) for pattern in text.text]
+    shown = json.dumps(files[0] if len(files) == 1 else files, ensure_ascii=False)
+    field = _field(text)
+    return (
+        f"  - {{name: {text.name}, text: {shown}{'' if field is None else f', field: {json.dumps(field)}'}}}"
+    )
+
+
+def _targets(texts: Sequence[TextPlan], path: Path) -> str:
+    if not texts:
+        return " []                           # texts that are evaluated, never trained on"
+    entries = "\n".join(_entry(text, path) for text in texts)
+    return f"                              # evaluated, never trained on: half development, half test text\n{entries}"
+
+
+def _from_plan(pattern: str, path: Path) -> str:
+    """A pattern of the current folder, from the folder of the plan."""
+    if "://" in pattern or pattern.startswith(("/", "~")):
+        return pattern
+    return os.path.relpath(os.path.join(os.getcwd(), pattern), os.path.realpath(path.parent))
+
+
+def _model(size: "ModelSize") -> str:
+    if size.preset is not None:
+        return f"{{preset: {size.preset}}}"
+    shape = f"n_layer: {size.layers}, n_embd: {size.width}, n_head: {size.heads}"
+    return f"{{config: {{model_type: gpt2, {shape}}}}}"

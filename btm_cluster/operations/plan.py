@@ -6,18 +6,22 @@ It is the run itself, on workers that make nothing (`workers/dry_run.py`). A tex
 depends on it: every training while no forest is founded, its own expert afterwards.
 """
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from btm_cluster.algorithm import Grown
+from btm_cluster.driver.budget import Spent, budget_notes
 from btm_cluster.driver.capacity import Demand
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.outstanding import baseline_requests
-from btm_cluster.driver.port import Outcome
-from btm_cluster.driver.prepared_plan import first_token_of, text_of
-from btm_cluster.driver.recipes import expert_request, seed_request, seed_start
-from btm_cluster.equations.budget import device_hours, stored_bytes
+from btm_cluster.driver.plan_notes import notes_on
+from btm_cluster.driver.prepared_plan import PreparedPlan, first_token_of, text_of
+from btm_cluster.driver.rates import FORWARD_SHARE, Rate, rates_of
+from btm_cluster.driver.recipes import expert_request, expert_resources, seed_request, seed_start
+from btm_cluster.driver.room import SOME_CLUSTER, Room, devices
+from btm_cluster.driver.text_sizes import TextSize, TextUse, text_sizes, text_uses
+from btm_cluster.equations.budget import stored_bytes, wall_hours
 from btm_cluster.language_model.model import count_parameters
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.operations.run import grow_and_evaluate
@@ -33,9 +37,8 @@ from btm_cluster.requests import (
     TrainRequest,
     TrainTokenizer,
 )
-from btm_cluster.workers.dry_run import DryRun, Overlay
-
-DONE, NEW, UNREAD = "done", "new", "unknown until its text is read"
+from btm_cluster.workers.disk_and_memory import check_disk_of_store
+from btm_cluster.workers.dry_walk import DONE, NEW, UNREAD, DryWalk
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,13 @@ class Step:
     updates: int = 0
     tokens: int = 0
     stored_bytes: int = 0
-    device_hours: float | None = None
-    """GPU-hours, or hours of the CPU group; None where no rate is known."""
+    device_hours: float = 0.0
+    """GPU-hours, or CPU-hours where it runs without a GPU, of what is still to be made."""
+    on_gpus: bool = False
+    hours: float = 0.0
+    """How long that takes."""
+    share: float = 1.0
+    """Of the machines, meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +64,18 @@ class Preview:
     """All steps of a plan, and what the new ones cost together."""
 
     steps: tuple[Step, ...]
+    texts: tuple[TextUse, ...]
+    """How often each domain's training text is read."""
     parameters: int
     non_embedding_parameters: int
     on_gpus: bool
+    """Whether experts are trained on GPUs."""
+    rate: Rate
+    """How fast one device trains an expert."""
+    wall_hours: float
+    """Until all is trained and scored, with as much at once as there is room for."""
+    room: str
+    """Where that is."""
     price_per_gpu_hour: float | None
     first_token: str
     """The token after which every block is read."""
@@ -69,108 +86,87 @@ class Preview:
     their checkpoints where they have any."""
 
     @property
-    def device_hours(self) -> float | None:
-        """Device hours of the trainings that are new; None while a rate is missing."""
-        hours = [step.device_hours for step in self.steps if step.updates and step.state != DONE]
-        return None if any(h is None for h in hours) else sum(h for h in hours if h is not None)
+    def gpu_hours(self) -> float:
+        """Of the steps to come that run on GPUs."""
+        return _cost(self.steps).gpu_hours
+
+    @property
+    def cpu_hours(self) -> float:
+        """Of the trainings and scores to come that run without a GPU."""
+        return _cost(self.steps).cpu_hours
 
     @property
     def money(self) -> float | None:
         """At the plan's price."""
-        hours = self.device_hours
-        known = self.on_gpus and hours is not None and self.price_per_gpu_hour is not None
-        return hours * self.price_per_gpu_hour if known else None  # type: ignore[operator]
+        known = self.on_gpus and self.price_per_gpu_hour is not None
+        return self.gpu_hours * self.price_per_gpu_hour if known else None  # type: ignore[operator]
+
+    @property
+    def bytes_to_store(self) -> int:
+        """At least: the models that are new."""
+        return sum(step.stored_bytes for step in self.steps if step.updates and step.state != DONE)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for machines."""
         fields = asdict(self)
         fields["asks"] = fields.pop("demands")
-        return fields | {"device_hours": self.device_hours, "money": self.money}
+        fields["texts"] = [asdict(use) | {"passes": use.passes} for use in self.texts]
+        return fields | {"gpu_hours": self.gpu_hours, "cpu_hours": self.cpu_hours, "money": self.money}
 
 
-def preview(plan: Plan, ledger: Ledger, new_resources: bool = False) -> Preview:
-    """The steps of a run of `plan` with this store.
+def preview(plan: Plan, ledger: Ledger, new_resources: bool = False, room: Room = SOME_CLUSTER) -> Preview:
+    """The steps of a run of `plan` with this store, on machines that have `room`.
 
     Raises:
         UserError: whatever a run would refuse before it spends anything.
     """
-    walk = _Walk(Ledger(Overlay(ledger.storage)), new_resources)
+    walk = DryWalk(ledger, new_resources)
     grown = grow_and_evaluate(plan, walk)
-    parameters, non_embedding = count_parameters(grown.prepared.model)
-    rate = _rate(plan, ledger)
-    steps = [
-        *_readings(walk, ledger),
-        *_preparation(walk),
-        *_trainings(grown, walk, parameters, rate),
-        _scores(walk),
-    ]
+    prepared = grown.prepared
+    reads = {request.label: request for request in walk.all_of(ReadText) if isinstance(request, ReadText)}
+    sizes = text_sizes(prepared, reads, ledger)
+    uses = text_uses(prepared, sizes)
+    parameters, non_embedding = count_parameters(prepared.model)
+    cost = _Cost(plan, walk, parameters, room, rates_of(plan, prepared.model, ledger, room.gpu))
+    trainings = list(_trainings(grown, cost))
+    scores = _scores(prepared, sizes, cost)
+    steps = (*_readings(walk, ledger), *_preparation(walk), *trainings, scores)
     return Preview(
-        tuple(steps),
+        steps,
+        uses,
         parameters,
         non_embedding,
         plan.cluster.gpus_per_expert > 0,
+        cost.rates[plan.cluster.gpus_per_expert > 0],
+        _wall_hours(trainings, scores),
+        room.name,
         plan.cluster.price_per_gpu_hour,
         first_token_of(plan),
-        tuple(_notes(plan)),
-        _demands(walk),
+        (*notes_on(plan, uses), *budget_notes(plan, ledger, _cost(steps))),
+        _demands(walk, parameters),
     )
 
 
-def check_capacity(plan: Plan, driver: Driver) -> None:
-    """Refuses a run whose trainings can never have what they ask for, before a text is read.
+def _cost(steps: Sequence[Step]) -> Spent:
+    on_gpus = sum(step.device_hours for step in steps if step.on_gpus)
+    return Spent(on_gpus, sum(step.device_hours for step in steps if not step.on_gpus))
+
+
+def check_run(plan: Plan, driver: Driver) -> tuple[str, ...]:
+    """Refuses a run whose trainings can never have what they ask for, before a text is read; returns what
+    should be known of it.
 
     Raises:
-        ResourcesError: naming what there is and what is asked.
+        ResourcesError: naming what there is and what is asked, of devices, memory or disk.
+        BudgetError: the plan's budget is spent.
     """
-    driver.check_capacity(preview(plan, driver.ledger, driver.new_resources).demands)
+    seen = preview(plan, driver.ledger, driver.new_resources)
+    check_disk_of_store(driver.ledger.storage.location, seen.bytes_to_store)
+    driver.check_capacity(seen.demands)
+    return seen.notes
 
 
-class _Walk(Driver):
-    """A driver that walks a dry run, and remembers every request and whether the store had its artifact."""
-
-    def __init__(self, ledger: Ledger, new_resources: bool) -> None:
-        self.dry_run = DryRun(ledger)
-        super().__init__(ledger, self.dry_run, new_resources=new_resources)
-        self.found: dict[Ref, Artifact] = {}
-        self.requests: dict[Ref, StepRequest] = {}
-
-    def run(self, requests: Iterable[StepRequest]) -> Generator[tuple[StepRequest, Outcome], None, None]:
-        for request, outcome in super().run(requests):
-            self.requests.setdefault(request.ref, request)
-            if request.ref not in self.dry_run.asked and isinstance(outcome, Artifact):
-                self.found[request.ref] = outcome
-            yield request, outcome
-
-    def state(self, request: StepRequest) -> str:
-        """Whether a step is done, new, or unknown until its text is read."""
-        if self.dry_run.hides(request):
-            return UNREAD
-        return DONE if request.ref in self.found else NEW
-
-    def all_of(self, *kinds: type[StepRequest]) -> list[StepRequest]:
-        """The requests of some kinds, in the order in which they were asked for."""
-        return [request for request in self.requests.values() if isinstance(request, kinds)]
-
-
-def _notes(plan: Plan) -> Iterator[str]:
-    training = plan.training
-    if plan.cluster.price_per_gpu_hour is not None and not plan.cluster.gpus_per_expert:
-        yield "`cluster.price_per_gpu_hour` prices nothing: experts train on CPU (`cluster.gpus_per_expert` is 0)"
-    if plan.model.pretrained is None:
-        return
-    if not training.seed_updates:
-        yield f"the pretrained model is the seed: experts train all {training.updates:,} updates"
-        return
-    yield (
-        f"the pretrained model is the seed, and `training.seed_share` is {training.seed_share:g}: updates 1 "
-        "to "
-        f"{training.seed_updates:,} of {training.updates:,} are never made, and experts begin at that point "
-        "of the "
-        "learning-rate line; without `seed_share` they train all"
-    )
-
-
-def _readings(walk: _Walk, ledger: Ledger) -> Iterator[Step]:
+def _readings(walk: DryWalk, ledger: Ledger) -> Iterator[Step]:
     for request in walk.all_of(ReadText):
         if (read := walk.found.get(request.ref)) is None:
             yield Step(f"read {request.label}", NEW)
@@ -179,7 +175,7 @@ def _readings(walk: _Walk, ledger: Ledger) -> Iterator[Step]:
             yield Step(f"read {request.label}", DONE, stored_bytes=_size([text]))
 
 
-def _preparation(walk: _Walk) -> Iterator[Step]:
+def _preparation(walk: DryWalk) -> Iterator[Step]:
     (tokenizer,) = walk.all_of(TrainTokenizer, ImportTokenizer)
     yield Step("tokenizer", walk.state(tokenizer))
     blocks = walk.all_of(Tokenize)
@@ -187,18 +183,27 @@ def _preparation(walk: _Walk) -> Iterator[Step]:
     yield Step("token blocks", _share_done(walk, blocks), stored_bytes=_size(found))
 
 
-def _scores(walk: _Walk) -> Step:
-    """The scores of every model that is no average, on all held-out text."""
+def _scores(prepared: PreparedPlan, sizes: Sequence[TextSize], cost: "_Cost") -> Step:
+    """The scores of every model on all held-out text; averages are not counted as done or new, since they are
+    named by fits."""
+    walk = cost.walk
+    asked = [request for request in walk.all_of(ScoreRequest) if isinstance(request, ScoreRequest)]
     averages = {request.ref for request in walk.all_of(AverageRequest)}
-    scores = [request for request in walk.all_of(ScoreRequest) if request.inputs["model"][0] not in averages]
-    return Step("scores", _share_done(walk, scores))
+    held_out = {size.name: size.held_out or 0 for size in sizes}
+    named = {refs: text.name for text in prepared.texts for refs in text.tokens.values()}
+    # Of development and test text, each is about half.
+    tokens = sum(held_out.get(named.get(one.tokens, ""), 0) / 2 for one in asked if walk.state(one) != DONE)
+    state = _share_done(walk, [one for one in asked if one.model not in averages])
+    fields = cost.of(expert_resources(prepared.plan), FORWARD_SHARE * tokens)
+    # Of many models, so that all machines have some of it to do.
+    return Step("scores", state, **fields | {"hours": fields["hours"] * fields["share"], "share": 1.0})
 
 
 def _size(artifacts: Iterable[Artifact]) -> int:
     return sum(blob.size_bytes for artifact in artifacts for blob in artifact.blobs)
 
 
-def _share_done(walk: _Walk, requests: Sequence[StepRequest]) -> str:
+def _share_done(walk: DryWalk, requests: Sequence[StepRequest]) -> str:
     states = [walk.state(request) for request in requests]
     done, hidden = states.count(DONE), states.count(UNREAD)
     if hidden == len(states):
@@ -208,58 +213,67 @@ def _share_done(walk: _Walk, requests: Sequence[StepRequest]) -> str:
     return DONE if done == len(states) else NEW if not done else f"{len(states) - done} of {len(states)} new"
 
 
-def _trainings(grown: Grown, walk: _Walk, parameters: int, rate: float | None) -> Iterator[Step]:
+@dataclass(frozen=True)
+class _Cost:
+    """What the cost of a training follows from."""
+
+    plan: Plan
+    walk: DryWalk
+    parameters: int
+    room: Room
+    rates: Mapping[bool, Rate]
+    """By whether it is on GPUs."""
+
+    def of(self, how: Resources, tokens: float, is_expert: bool = False) -> dict[str, Any]:
+        """Fields of a step whose group trains on so many tokens."""
+        on_gpus = how.gpus_per_worker > 0
+        spent = self.rates[on_gpus].hours(tokens)
+        at_once = self.plan.cluster.concurrent_experts if is_expert else None
+        share = max(self.room.share(how, len(self.plan.domains)), 1 / at_once if at_once else 0.0)
+        return {"device_hours": spent, "on_gpus": on_gpus, "hours": spent / devices(how), "share": share}
+
+
+def _trainings(grown: Grown, cost: _Cost) -> Iterator[Step]:
     """Seed, an expert for each of the plan's domains, and the baselines."""
-    prepared = grown.prepared
+    prepared, walk = grown.prepared, cost.walk
     seed = seed_request(prepared)
     asked = {
         request.label: request for request in walk.all_of(TrainRequest) if isinstance(request, TrainRequest)
     }
     start = seed_start(prepared, seed.ref)
-    yield _training(seed, walk.state(seed) if seed.label in asked else DONE, parameters, rate)
+    yield _training(seed, walk.state(seed) if seed.label in asked else DONE, cost)
     for domain in prepared.domains:
         request = asked.get(domain.name)
         state = DONE if request is None else walk.state(request)
-        yield _training(request or expert_request(prepared, domain, start), state, parameters, rate)
+        yield _training(request or expert_request(prepared, domain, start), state, cost)
     for baseline in baseline_requests(prepared):
-        yield _training(
-            baseline, walk.state(baseline) if baseline.ref in walk.requests else NEW, parameters, rate
-        )
+        yield _training(baseline, walk.state(baseline) if baseline.ref in walk.requests else NEW, cost)
 
 
-def _training(request: TrainRequest, state: str, parameters: int, rate: float | None) -> Step:
-    # Up to those it is another step's.
-    updates = request.last_update - max([request.first_update, *request.milestones])
-    return _training_step(
+def _training(request: TrainRequest, state: str, cost: _Cost) -> Step:
+    first = max([request.first_update, *request.milestones])  # up to a milestone it is another step's
+    tokens_per_update = request.blocks_per_update * request.training.block_tokens
+    resumed = cost.walk.dry_run.asked.get(request.ref)
+    saved_at = resumed.saved_at if isinstance(resumed, TrainRequest) else None
+    to_come = 0 if state == DONE else request.last_update - max(first, saved_at or 0)
+    return Step(
         f"{request.role} {request.label}" if request.role == "expert" else request.label,
         state,
-        updates,
-        updates * request.blocks_per_update * request.training.block_tokens,
-        stored_bytes(parameters, request.role == "seed" and request.pretrained is None)
+        request.last_update - first,
+        (request.last_update - first) * tokens_per_update,
+        stored_bytes(cost.parameters, request.role == "seed" and request.pretrained is None)
         * (max(1, len(request.parts)) + len(request.snapshots)),
-        rate,
+        **cost.of(request.how, to_come * tokens_per_update, request.role == "expert"),
     )
 
 
-def _training_step(name: str, state: str, updates: int, tokens: int, size: int, rate: float | None) -> Step:
-    return Step(name, state, updates, tokens, size, None if rate is None else device_hours(tokens, rate))
+def _wall_hours(trainings: Sequence[Step], scores: Step) -> float:
+    """The seed alone, then the others beside each other, then the scores."""
+    seed, *others = trainings
+    return seed.hours + wall_hours([(step.hours, step.share) for step in others]) + scores.hours
 
 
-def _rate(plan: Plan, ledger: Ledger) -> float | None:
-    """Tokens per second of one GPU (or the CPU group): the plan's, or that of
-    the newest training in the store."""
-    if plan.cluster.tokens_per_gpu_second is not None:
-        return plan.cluster.tokens_per_gpu_second
-    on_gpus = plan.cluster.gpus_per_expert > 0
-    notes = [model.note for model in ledger.list_artifacts("model")]
-    alike = [note for note in notes if note.get("tokens_per_second") and (note["gpus"] > 0) == on_gpus]
-    if not alike:
-        return None
-    newest = max(alike, key=lambda note: note["created"])
-    return float(newest["tokens_per_second"]) / (newest["gpus"] or 1)
-
-
-def _demands(walk: _Walk) -> tuple[Demand, ...]:
+def _demands(walk: DryWalk, parameters: int) -> tuple[Demand, ...]:
     """The groups that the trainings to come ask for: one for each size, and
     one for each training that goes on."""
     seen: dict[tuple[Resources, str], Demand] = {}
@@ -267,6 +281,8 @@ def _demands(walk: _Walk) -> tuple[Demand, ...]:
         if isinstance(request, TrainRequest):
             is_new_expert = request.role == "expert" and request.saved_at is None
             label = f"expert {request.label}" if request.role == "expert" else request.label
-            demand = Demand("an expert" if is_new_expert else label, request.how, request.saved_at)
+            demand = Demand(
+                "an expert" if is_new_expert else label, request.how, request.saved_at, parameters=parameters
+            )
             seen.setdefault((demand.how, demand.label if demand.saved_at is not None else ""), demand)
     return tuple(seen.values())

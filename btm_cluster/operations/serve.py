@@ -57,15 +57,12 @@ class RayCluster:
     dashboard: bool = False
 
 
-def check_serve_call(plan: Plan | None, store: str | None, endpoint: Endpoint, new_server: bool) -> None:
+def check_serve_call(endpoint: Endpoint, new_server: bool) -> None:
     """Refuses a call that cannot be met, before anything starts.
 
     Raises:
         UserError: saying what is wrong with it.
     """
-    if (plan is None) == (store is None):
-        found = "both a plan and --store" if store else "neither a plan nor --store"
-        raise UserError("btm serve needs a forest", found=found, expected="a plan, or --store with its place")
     if new_server:
         _check_free(endpoint)
 

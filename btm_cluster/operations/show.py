@@ -33,5 +33,5 @@ def no_forest(ledger: Ledger) -> UserError:
     """The refusal of a store without a forest."""
     return UserError(
         f"there is no forest in {ledger.storage.location}",
-        remedy="check --store, which is relative to this folder; `btm run` grows one",
+        remedy="check the plan's `store`, or --store, which is relative to this folder; `btm run` grows one",
     )

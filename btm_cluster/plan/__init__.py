@@ -3,6 +3,7 @@
 `plan.py` has the fields, the others what they are made of.
 """
 
+from btm_cluster.plan.budget import BudgetPlan
 from btm_cluster.plan.expansion import ExpansionPlan, InboxPlan
 from btm_cluster.plan.plan import ClusterPlan, MergingPlan, Plan, plan_schema, read_plan
 from btm_cluster.plan.study import SizePlan, StudyPlan
@@ -11,6 +12,7 @@ from btm_cluster.plan.tracking import TrackingPlan
 from btm_cluster.plan.training import ModelPlan, Preset, TrainedTokenizerPlan, TrainingPlan
 
 __all__ = [
+    "BudgetPlan",
     "ClusterPlan",
     "DatasetPlan",
     "DomainPlan",

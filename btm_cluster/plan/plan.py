@@ -5,7 +5,7 @@ plan is refused in a fraction of a second. `read_plan` is the only way in; `prob
 refuses.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -13,6 +13,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from btm_cluster.errors import PlanError
 from btm_cluster.plan import rules as plan_rules
+from btm_cluster.plan.broken_rules import Broken, Given
+from btm_cluster.plan.budget import BudgetPlan, budget_rules
 from btm_cluster.plan.expansion import ExpansionPlan
 from btm_cluster.plan.file import read_plan_file
 from btm_cluster.plan.problems import describe_problems
@@ -22,8 +24,9 @@ from btm_cluster.plan.texts import DomainPlan, ReadingPlan, TextPlan
 from btm_cluster.plan.tracking import TrackingPlan
 from btm_cluster.plan.training import BranchingPlan, ModelPlan, TokenizerPlan, TrainingPlan
 from btm_cluster.plan.values import (
-    Location,
+    PLAN_FOLDER,
     Name,
+    Place,
     Positive,
     PositiveReal,
     Real,
@@ -60,7 +63,7 @@ class MergingPlan(Section):
     """Context of the `window` posterior."""
     discount: Annotated[Real, Field(le=1)] = 0.97
     """How much a token of evidence still counts one token later, in the `calibrated` posterior."""
-    clusters: Location | None = None
+    clusters: Place | None = None
     """Folder of a cluster model of `btm discover` whose clusters are named as the domains: adds the ensemble
     that weighs experts by distance to them to the evaluation."""
     cluster_temperature: PositiveReal = 0.1
@@ -100,19 +103,25 @@ class ClusterPlan(Section):
     stop_grace_seconds: PositiveReal = 120
     """Time a stopped run has to save its training checkpoints."""
     price_per_gpu_hour: Real | None = None
-    """For `btm plan`."""
+    """For `btm plan`, and for `budget.money`."""
     tokens_per_gpu_second: PositiveReal | None = None
-    """For `btm plan`; without it, the rate of earlier runs in the store."""
+    """For `btm plan`; without it, the rate of earlier runs in the store, or one that follows from the model's
+    FLOPs and the GPU."""
+
+
+def _rules(given: Given) -> Iterator[Broken]:
+    yield from plan_rules.plan_rules(given)
+    yield from budget_rules(given)
 
 
 class Plan(Section):
     """One forest: its texts, model, recipe and how it is grown."""
 
-    rules: ClassVar = plan_rules.plan_rules
+    rules: ClassVar = _rules
     name: Name
     """Shown in the dashboard and in reports."""
-    store: Location
-    """Folder, or s3://bucket/prefix. Relative paths are relative to the current folder."""
+    store: Place
+    """Folder, or s3://bucket/prefix. A relative path, here and for texts, begins at the folder of the plan."""
     domains: Annotated[tuple[DomainPlan, ...], Field(min_length=1)]
     """Texts that get an expert each."""
     targets: tuple[TextPlan, ...] = ()
@@ -133,6 +142,8 @@ class Plan(Section):
     """Rivals trained with the same compute on the same text."""
     cluster: ClusterPlan = ClusterPlan()
     """How the work is done."""
+    budget: BudgetPlan = BudgetPlan()
+    """What it may cost."""
     study: StudyPlan | None = None
     """For `btm study` alone; without it, the plan's own model with all rivals and controls."""
     expansion: ExpansionPlan = ExpansionPlan()
@@ -157,15 +168,18 @@ class Plan(Section):
 def read_plan(source: str | Path | Mapping[str, Any]) -> Plan:
     """The plan in a YAML file, or in plain values as YAML would give them.
 
+    Relative paths begin at the folder of the file; in plain values, at the current folder.
+
     Raises:
         PlanError: naming every field that is wrong, what was found, what is expected and the remedy.
     """
     if isinstance(source, Mapping):
-        name, values = "the plan", dict(source)
+        name, values, context = "the plan", dict(source), None
     else:
         name, values = f"the plan {source}", read_plan_file(Path(source))
+        context = {PLAN_FOLDER: Path(source).parent}
     try:
-        return Plan.model_validate(values)
+        return Plan.model_validate(values, context=context)
     except ValidationError as exc:
         problems = describe_problems(exc, Plan)
     raise PlanError(f"{name} has {len(problems)} problem(s)\n" + "\n".join(problems))

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from btm_cluster.plan.broken_rules import BROKEN_RULE
+from btm_cluster.plan.synonyms import synonym_of
 
 Location = Sequence[str | int]
 
@@ -38,7 +39,8 @@ def _describe(record: Mapping[str, Any], root: type[BaseModel]) -> str:
         return _entry(where, parts["found"], parts["expected"], parts["remedy"])
     if kind == "extra_forbidden":
         remedy = (
-            _nearest(str(location[-1]), section.model_fields)
+            _other_name(str(location[-1]))
+            or _nearest(str(location[-1]), section.model_fields)
             or f"known here: {', '.join(section.model_fields)}"
         )
         return _entry(where, "an unknown key", "a known key", remedy)
@@ -110,6 +112,13 @@ def _leaves(annotation: Any) -> Iterator[Any]:
     for argument in get_args(annotation):
         yield argument
         yield from _leaves(argument)
+
+
+def _other_name(name: str) -> str | None:
+    known = synonym_of(name)
+    if known is None:
+        return None
+    return f"here it is `{known.field}`" + (f": {known.conversion}" if known.conversion else "")
 
 
 def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str | None:

@@ -6,14 +6,14 @@ from pydantic import Field
 
 from btm_cluster.plan import rules as plan_rules
 from btm_cluster.plan.section import Section
-from btm_cluster.plan.values import Files, Location, Name, Positive, Share, Text
+from btm_cluster.plan.values import Files, FolderOrName, Name, Positive, Share, Text
 
 
 class DatasetPlan(Section):
     """A Hugging Face data set, by hub name or local folder, streamed through `datasets`."""
 
     rules: ClassVar = plan_rules.dataset_rules
-    name: Location
+    name: FolderOrName
     """Hub name, or the path of a local folder."""
     configuration: Text | None = None
     """The data set's configuration, where it has several."""

@@ -8,7 +8,7 @@ from btm_cluster.plan import rules as plan_rules
 from btm_cluster.plan.section import Section
 from btm_cluster.plan.values import (
     Config,
-    Location,
+    FolderOrName,
     Positive,
     PositiveReal,
     Real,
@@ -33,7 +33,7 @@ class TokenizerPlan(Section):
     rules: ClassVar = plan_rules.tokenizer_rules
     train: TrainedTokenizerPlan | None = None
     """Train one on the text of the founding domains."""
-    pretrained: Location | None = None
+    pretrained: FolderOrName | None = None
     """Hub name or local folder. Its tokenizer.json is used as it is."""
     first_token: Text | None = None
     """The token after which every block is read, such as <bos>, of a pretrained tokenizer. Without it, the
@@ -52,7 +52,7 @@ class ModelPlan(Section):
     config: Config | None = None
     """Fields of a transformers configuration, such as {model_type: gpt2,
     n_layer: 4, n_embd: 256, n_head: 4}."""
-    pretrained: Location | None = None
+    pretrained: FolderOrName | None = None
     """Hub name or local folder of a causal language model, which then is the seed: `training.seed_share` is 0
     unless written. On a cluster every node must have the folder."""
 

@@ -1,11 +1,14 @@
-"""The kinds of values in a plan: their bounds, and how YAML's surprises are read."""
+"""The kinds of values in a plan: their bounds, how YAML's surprises are read, and where relative paths begin."""
 
 import json
+import os
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
+PLAN_FOLDER = "folder of the plan"
+"""In pydantic's context: relative paths begin there. Without it, they begin in the current folder."""
 NAME_PATTERN = "[a-z0-9][a-z0-9_-]{0,63}"
 
 
@@ -46,6 +49,29 @@ def _check_file(value: str) -> str:
     return value
 
 
+def _beside_plan(value: str, info: ValidationInfo) -> str:
+    """A path of a plan's file, from the current folder; of a plan without one it stays as it is.
+
+    It stays relative where it can, so that a job's copy of a folder is the same plan.
+    """
+    folder = (info.context or {}).get(PLAN_FOLDER)
+    if folder is None or "://" in value or value.startswith(("/", "~")):
+        return value
+    here, above, parts = os.getcwd(), os.path.realpath(folder), value.split("/")
+    if above == here:
+        return value
+    while parts and parts[0] in (".", ".."):  # those alone: further on, one may follow a link
+        above = os.path.dirname(above) if parts.pop(0) == ".." else above
+    path = "/".join([above.rstrip("/"), *parts])
+    return os.path.relpath(path, here) if path.startswith(f"{here}/") else path
+
+
+def _folder_beside_plan(value: str, info: ValidationInfo) -> str:
+    """A folder beside the plan, or else the name that it is for the hub."""
+    path = _beside_plan(value, info)
+    return path if os.path.isdir(path) else value
+
+
 def _check_plain(value: dict[str, Any]) -> dict[str, Any]:
     try:
         json.dumps(value, allow_nan=False)
@@ -62,6 +88,9 @@ Share = Annotated[Real, Field(lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 Name = Annotated[str, AfterValidator(_check_name), Field(json_schema_extra={"pattern": f"^{NAME_PATTERN}$"})]
 Location = Annotated[str, AfterValidator(_check_location)]
-Files = Annotated[tuple[Annotated[Location, AfterValidator(_check_file)], ...], BeforeValidator(_as_tuple)]
+Place = Annotated[Location, AfterValidator(_beside_plan)]
+FolderOrName = Annotated[Location, AfterValidator(_folder_beside_plan)]
+File = Annotated[Location, AfterValidator(_check_file), AfterValidator(_beside_plan)]
+Files = Annotated[tuple[File, ...], BeforeValidator(_as_tuple)]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_switch)]
 Config = Annotated[dict[str, Any], AfterValidator(_check_plain)]

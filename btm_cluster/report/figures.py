@@ -1,11 +1,13 @@
-"""The figures of a study's page, as SVG and PNG."""
+"""The curves of a study: perplexity over seed share, experts kept, and development blocks."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
+from btm_cluster.report.content import Figure, Table
 from btm_cluster.report.entries import (
     BASELINES,
     CALIBRATED,
+    GATE,
     PAPERS,
     PLAIN,
     Wanted,
@@ -13,6 +15,7 @@ from btm_cluster.report.entries import (
     select,
     spread,
 )
+from btm_cluster.report.line_chart import Line, Points, draw_lines
 from btm_cluster.report.results import Entry, Results
 
 FIGURE_1: dict[str, Wanted] = {
@@ -23,29 +26,52 @@ FIGURE_1: dict[str, Wanted] = {
     "average, uniform": {"system": "average", "prior": "uniform"},
     "seed": {"system": "seed"},
 }
+_POSTERIORS: dict[str, Wanted] = {"paper's posterior": PAPERS, "calibrated": CALIBRATED}
+_FITTED: dict[str, Wanted] = {
+    "calibrated": CALIBRATED,
+    "discounts": {"posterior": "discounts", "prior": "fitted"},
+    "learned gate": GATE,
+}
+WIDTH, HEIGHT = 480, 300
+FAR_ABOVE = 1.6
+"""Times the baseline: averages without a seed leave the drawing."""
 
 
-def draw_figures(results: Results, folder: Path) -> Iterator[str]:
-    """Writes each figure to the folder, and yields its section of the page."""
+@dataclass(frozen=True)
+class StudyFigure:
+    """A figure and the heading that it stands under."""
+
+    heading: str
+    figure: Figure
+
+
+def study_figures(results: Results) -> Iterator[StudyFigure]:
+    """The figures of each size that a study measured enough for."""
     for size in dict.fromkeys(entry["size"] for entry in results.entries):
         entries = select(results.entries, size=size)
         shares = sorted({entry["seed_share"] for entry in entries if entry["seed_share"] is not None})
         if len(shares) > 2:
             swept, seeds = of_every_share(entries, shares)
             curves = {name: _curve(swept, wanted, "seed_share") for name, wanted in FIGURE_1.items()}
-            _draw(curves, _baseline(swept), "seed share", folder / f"seed-share-{size}")
             heading = (
-                f"## Figure 1: perplexity over seed share, {size}, random seed {', '.join(map(str, seeds))}"
+                f"Figure 1: perplexity over seed share, {size}, random seed {', '.join(map(str, seeds))}"
             )
-            yield f"{heading}\n\n![seed share](seed-share-{size}.svg)\n"
+            yield _figure(heading, curves, _baseline(swept), "seed share", f"seed-share-{size}.svg")
         tops = main_entries(entries)
         curves = {
             name: _curve(tops, {"system": "forest", "development_blocks": None, **posterior}, "top_k")
-            for name, posterior in (("paper's posterior", PAPERS), ("calibrated", CALIBRATED))
+            for name, posterior in _POSTERIORS.items()
         }
         if any(len(points) > 1 for points in curves.values()):
-            _draw(curves, _baseline(tops), "experts kept, of the largest prior", folder / f"top-k-{size}")
-            yield f"## Top-k, {size}\n\n![top-k](top-k-{size}.svg)\n"
+            over = "experts kept, of the largest prior"
+            yield _figure(f"Top-k, {size}", curves, _baseline(tops), over, f"top-k-{size}.svg")
+        curves = {
+            name: _curve(tops, {"system": "forest", "top_k": None, **posterior}, "development_blocks")
+            for name, posterior in _FITTED.items()
+        }
+        if any(len(points) > 1 for points in curves.values()):
+            over, file = "development blocks that are fitted on", f"development-blocks-{size}.svg"
+            yield _figure(f"Development blocks, {size}", curves, _baseline(tops), over, file)
 
 
 def of_every_share(entries: Sequence[Entry], shares: Sequence[float]) -> tuple[list[Entry], list[int]]:
@@ -79,31 +105,14 @@ def _curve(entries: Sequence[Entry], wanted: Wanted, over: str) -> list[tuple[fl
     return [(value, spread(seen).mean) for value, seen in sorted(values.items())]
 
 
-def _draw(
-    curves: Mapping[str, Sequence[tuple[float, float]]],
-    compared_with: tuple[str, float],
-    over: str,
-    file: Path,
-) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "btm"  # the same results give the same bytes
-    from matplotlib import pyplot
-
-    called, baseline = compared_with
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
-    axes.axhline(baseline, color="black", linestyle="--", linewidth=1, label=called)
-    for name, points in curves.items():
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
-    values = [baseline, *(value for points in curves.values() for _, value in points)]
-    highest = 1.6 * baseline  # averages without a seed leave the picture
-    axes.set_ylim(0.95 * min(values), min(highest, 1.05 * max(values)))
-    axes.set(xlabel=over, ylabel="test perplexity, all texts")
-    axes.legend(frameon=False, fontsize="small")
-    for ending in ("svg", "png"):
-        figure.savefig(
-            file.with_suffix(f".{ending}"), dpi=150, metadata={"Date": None} if ending == "svg" else None
-        )
-    pyplot.close(figure)
+def _figure(
+    heading: str, curves: Mapping[str, Points], compared_with: tuple[str, float], over: str, file: str
+) -> StudyFigure:
+    drawn = {name: (number, points) for number, (name, points) in enumerate(curves.items()) if points}
+    lines = [Line(name, points, colour) for name, (colour, points) in drawn.items()]
+    axes, most = (over, "test perplexity, all texts"), FAR_ABOVE * compared_with[1]
+    svg = draw_lines(heading, lines, axes, compared_with, most, (WIDTH, HEIGHT), has_legend=True)
+    rows = [[name, f"{x:g}", f"{value:.2f}"] for name, (_, points) in drawn.items() for x, value in points]
+    table = Table(heading, ["system", over, "perplexity"], rows)
+    caption = f"Test perplexity over {over}; the dashed line is the {compared_with[0]}"
+    return StudyFigure(heading, Figure(svg, caption, table, file=file))

@@ -15,7 +15,7 @@ from btm_cluster.errors import UserError
 from btm_cluster.evaluation.scoring import mean_perplexities, score_models, stack_of
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import Artifact, Ref
-from btm_cluster.mixing.fitting import cross_fitted_perplexity, fit_in_parallel
+from btm_cluster.mixing.fitting import cross_fitted_perplexity, each_in_one_thread
 from btm_cluster.plan import Plan, SizePlan, StudyPlan, TrainingPlan
 from btm_cluster.requests import TrainRequest
 from btm_cluster.study.controls import DEMIXES
@@ -241,7 +241,7 @@ def _ensemble_perplexity(prepared: PreparedPlan, experts: Sequence[Ref], driver:
         stack = stack_of(driver.ledger, experts, texts[name], "development", scores)
         return cross_fitted_perplexity(*stack.take(0, merging.development_blocks), merging)
 
-    return sum(fit_in_parallel(perplexity, list(texts))) / len(texts)
+    return sum(each_in_one_thread(perplexity, list(texts))) / len(texts)
 
 
 def _development_perplexities(prepared: PreparedPlan, models: Sequence[Ref], driver: Driver) -> list[float]:

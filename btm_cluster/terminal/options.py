@@ -1,9 +1,19 @@
-"""Arguments and options that several commands take."""
+"""Arguments and options that several commands take.
 
+A command that reads a forest takes it one way: a PLAN as its last argument, or `--store` with the forest's
+store. Where the arguments are files without number, the plan is `--plan`.
+"""
+
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
+
+from btm_cluster.errors import UserError
+from btm_cluster.plan import Plan, read_plan
+
+STORE_VARIABLE = "BTM_STORE"
 
 PlanPath = Annotated[Path, typer.Argument(help="The plan, a YAML file.", show_default=False)]
 JsonAndProgress = Annotated[
@@ -28,8 +38,23 @@ NewResources = Annotated[
         "their start.",
     ),
 ]
-Store = Annotated[str, typer.Option("--store", help="The store: a folder or URL.", show_default=False)]
+ForestPlan = Annotated[
+    Path | None,
+    typer.Argument(metavar="[PLAN]", help="The forest's plan, a YAML file; or --store.", show_default=False),
+]
+Store = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        envvar=STORE_VARIABLE,
+        help="The forest's store, a folder or URL, instead of a plan.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what it would do. Nothing is started, nothing is written.")
+]
 Domain = Annotated[str, typer.Argument(help="The domain.", show_default=False)]
 Target = Annotated[
     str | None,
@@ -47,3 +72,34 @@ Scale = Annotated[
         help="Factor of differences, for ties and task-arithmetic; else the papers'.", show_default=False
     ),
 ]
+
+
+class ForestPlace(NamedTuple):
+    """Where a forest is: its store, and its plan where that was named."""
+
+    store: str
+    plan: Plan | None = None
+
+
+def forest_place(
+    command: str, plan_path: Path | None, store: str | None, plan_is: str = "a plan"
+) -> ForestPlace:
+    """The forest that a command was given. A plan that is named comes before a store of the environment.
+
+    Raises:
+        UserError: both or neither is named.
+        PlanError: the plan is wrong.
+    """
+    if not store or (plan_path is not None and store == os.environ.get(STORE_VARIABLE)):
+        store = None
+    if (plan_path is None) == (store is None):
+        raise UserError(
+            f"btm {command} needs a forest",
+            found=f"both {plan_is} and --store" if store else f"neither {plan_is} nor --store",
+            expected=f"{plan_is}, or --store (or {STORE_VARIABLE}) with its place",
+        )
+    if plan_path is None:
+        assert store is not None
+        return ForestPlace(store)
+    plan = read_plan(plan_path)
+    return ForestPlace(plan.store, plan)

@@ -30,6 +30,8 @@ _LIKENESSES = {
     "·": "*",
     "β": "beta",
     "±": "+-",
+    "≈": "~",
+    "→": "->",
     "²": "2",
 }
 """ASCII for what our own tables and sentences are set in.

@@ -1,5 +1,9 @@
 """MLflow: a run of a plan is a run there."""
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
 from btm_cluster.plan import Plan
 
 
@@ -21,6 +25,15 @@ class Mlflow:
     def log(self, label: str, update: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             self._client.log_metric(self._run, f"{label}/{name}", value, step=update, synchronous=False)
+
+    def finish(self, verdict: Sequence[Mapping[str, Any]], report: Path | None) -> None:
+        """The verdict as a table, in the form of MLflow's own `log_table`, which needs pandas; the report as a
+        file."""
+        columns = list(verdict[0]) if verdict else []
+        table = {"columns": columns, "data": [[row[name] for name in columns] for row in verdict]}
+        self._client.log_dict(self._run, table, "verdict.json")
+        if report is not None:
+            self._client.log_artifact(self._run, str(report))
 
     def close(self, ended_well: bool) -> None:
         self._client.set_terminated(self._run, "FINISHED" if ended_well else "FAILED")

@@ -7,12 +7,14 @@ key. No training waits for a curve, and none fails for one.
 
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 from btm_cluster.errors import UserError
+from btm_cluster.ledger.timelines import new_run_name
 from btm_cluster.plan import Plan
 from btm_cluster.requests.progress import Progress, Watcher
 from btm_cluster.storage import Storage
@@ -30,6 +32,9 @@ class Tracker(Protocol):
     def log(self, label: str, update: int, values: dict[str, float]) -> None:
         """Adds a point to the curves of a training."""
 
+    def finish(self, verdict: Sequence[Mapping[str, Any]], report: Path | None) -> None:
+        """Adds the run's outcome: rows of the verdict, all of the same columns, and the report, a local file."""
+
     def close(self, ended_well: bool) -> None:
         """Ends the run."""
 
@@ -37,16 +42,18 @@ class Tracker(Protocol):
 class Tracking:
     """A watcher that passes on what it sees, and tracks it.
 
-    Nothing is begun before there is a point to track.
+    Nothing is begun before there is a point to track; a run that trains nothing is not tracked. `run` is its
+    name in the store.
 
     Raises:
         UserError: the plan asks for a service whose package is not installed.
     """
 
-    def __init__(self, plan: Plan, storage: Storage, watcher: Watcher) -> None:
+    def __init__(self, plan: Plan, storage: Storage, watcher: Watcher, run: str | None = None) -> None:
         self._watcher, self._said = watcher, dict[str, int]()
+        self._said_of_development: dict[str, int] = {}
         check_tracking(plan)
-        self._makers: list[Callable[[], Tracker]] = [lambda: TensorBoard(storage)]
+        self._makers: list[Callable[[], Tracker]] = [lambda: TensorBoard(storage, run or new_run_name())]
         if plan.tracking.wandb is not None:
             self._makers.append(lambda: Wandb(plan))
         if plan.tracking.mlflow is not None:
@@ -64,15 +71,27 @@ class Tracking:
 
     def __call__(self, progress: Progress) -> None:
         self._watcher(progress)
-        values = points_of(progress)
-        if not values or self._said.get(progress.label) == progress.update:
+        label, update, values = progress.label, progress.update, points_of(progress)
+        if not values or self._said.get(label) == update:
             return
-        self._said[progress.label] = progress.update
+        self._said[label] = update
         if self._trackers is None:
             made = [_attempt(None, make) for make in self._makers]
             self._trackers = [tracker for tracker in made if tracker is not FAILED]
-        for tracker in list(self._trackers):
-            if _attempt(tracker, partial(tracker.log, progress.label, progress.update, values)) is FAILED:
+        self._to_all(lambda tracker: tracker.log(label, update, values))
+        looked, loss = progress.development_update, progress.development_loss
+        if looked is not None and loss is not None and self._said_of_development.get(label) != looked:
+            self._said_of_development[label] = looked
+            self._to_all(lambda tracker: tracker.log(label, looked, {"development_loss": loss}))
+
+    def finish(self, verdict: Sequence[Mapping[str, Any]], report: Path | None = None) -> None:
+        """Passes the outcome of a run that has trained something on."""
+        self._to_all(lambda tracker: tracker.finish(verdict, report))
+
+    def _to_all(self, act: Callable[[Tracker], None]) -> None:
+        """Does something with each tracker; those that fail are given up."""
+        for tracker in list(self._trackers or ()):
+            if _attempt(tracker, partial(act, tracker)) is FAILED and self._trackers is not None:
                 self._trackers.remove(tracker)
 
 
@@ -82,12 +101,15 @@ def points_of(progress: Progress) -> dict[str, float]:
         return {}
     said = {
         "loss": progress.loss,
+        "learning_rate": progress.learning_rate,
+        "gradient_norm": progress.gradient_norm,
+        "tokens": progress.tokens,
         "tokens_per_second": progress.tokens_per_second,
         "mfu": progress.mfu,
         "checkpoint_stall_seconds": progress.stall_seconds,
         "checkpoint_upload_seconds": progress.upload_seconds,
     }
-    return {name: value for name, value in said.items() if value is not None}
+    return {name: float(value) for name, value in said.items() if value is not None}
 
 
 def _attempt(tracker: Tracker | None, act: Callable[[], Any]) -> Any:

@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from btm_cluster.driver.capacity import Demand, describe_nodes, fits
+from btm_cluster.driver.room import SOME_CLUSTER, Room
 from btm_cluster.errors import BtmError, ResourcesError, UserError
 from btm_cluster.storage import open_storage
 from btm_cluster.storage.node_cache import node_cache
+from btm_cluster.workers.disk_and_memory import problems_here
 
 PROGRAM_SECONDS = 120.0
 _THREAD_VARIABLES = ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TORCH_NUM_THREADS", "OMP_THREAD_LIMIT")
@@ -124,11 +126,20 @@ def notes_on_this_machine(demands: Sequence[Demand]) -> list[str]:
             notes.append(
                 f"{demand.label} asks for {asked}, and this machine has {describe_nodes([node])}: {there}"
             )
+    notes += [f"{one.what}: {one.found}, and it wants {one.expected}" for one in problems_here(demands)]
     try:
         check_compiler(demands)
     except ResourcesError as exc:
         notes.append(f"{exc.what}: {exc.found}")
     return notes
+
+
+def room_here(on_gpus: bool) -> Room:
+    """What this machine can do at once; that of some cluster where GPUs are wanted and it has none."""
+    gpus = _gpus() if on_gpus else ()
+    if on_gpus and not gpus:
+        return SOME_CLUSTER
+    return Room("on this machine", float(len(gpus)), float(usable_cpus()), next(iter(gpus), None))
 
 
 def usable_cpus() -> int:

@@ -16,7 +16,7 @@ from btm_cluster.errors import UserError
 # fmt: off
 LIBRARIES = frozenset((
     "accelerate", "aiohttp", "attr", "boto3", "botocore", "click", "datasets", "dill", "filelock", "fsspec",
-    "google", "grpc", "httpx", "huggingface_hub", "jinja2", "jsonschema", "matplotlib", "msgpack",
+    "google", "grpc", "httpx", "huggingface_hub", "jinja2", "jsonschema", "markupsafe", "msgpack",
     "multiprocess", "networkx", "numpy", "packaging", "pandas", "psutil", "pyarrow", "pydantic", "ray",
     "regex", "requests", "rich", "s3transfer", "safetensors", "scipy", "sklearn", "sympy", "tensorboardX",
     "tokenizers", "torch", "tqdm", "transformers", "typer", "typing_extensions", "urllib3", "xxhash",

@@ -8,7 +8,7 @@ import sys
 from btm_cluster.algorithm import grow
 from btm_cluster.cli import run_command
 from btm_cluster.driver.driver import step_error
-from btm_cluster.operations.plan import check_capacity
+from btm_cluster.operations.plan import check_run
 from btm_cluster.plan import read_plan
 from btm_cluster.session import driving
 
@@ -16,7 +16,7 @@ from btm_cluster.session import driving
 def main(path: str) -> None:
     plan = read_plan(path)
     with driving(plan, "auto", in_process=False, dashboard=False, json_output=False) as driver:
-        check_capacity(plan, driver)
+        check_run(plan, driver)
         grown = grow(plan, driver)
     if grown.failures:
         raise step_error(grown.failures)

@@ -3,6 +3,7 @@ stopped, and with an expert that fails."""
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from btm_cluster.algorithm import grow, train_seed
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.preparation import prepare
 from btm_cluster.driver.recipes import expert_request, score_request, seed_request, seed_start
+from btm_cluster.driver.run_events import RunEvents
 from btm_cluster.equations.learned_gate import fit_gate_for_all, tune_gate
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation.evaluate import forest_ensemble
@@ -28,7 +31,8 @@ from btm_cluster.evaluation.fitting import fit_request, for_all_requests, mix_re
 from btm_cluster.evaluation.scoring import score_models, stack_of
 from btm_cluster.evaluation.systems import CALIBRATED, GATE, PAPERS
 from btm_cluster.forest import Forest
-from btm_cluster.ledger import Artifact, Ref
+from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.ledger.timelines import list_runs, read_timeline
 from btm_cluster.mixing.fit_file import SUMS
 from btm_cluster.mixing.fitting import fit_mixing, one_thread_each, shared_mixing
 from btm_cluster.plan import Plan
@@ -44,13 +48,23 @@ from tests.forked import run_forked
 def test_a_submitted_job_grows_the_same_forest_as_one_process_and_shows_itself_in_ray(
     cluster: dict[str, str], long_plan: Path, undisturbed: Forest, tmp_path: Path
 ) -> None:
-    submit = [str(BIN / "ray"), "job", "submit", "--working-dir", str(long_plan.parent), "--"]
-    entry = ["python", str(REPOSITORY / "jobs" / "grow_forest.py"), "plan.yaml"]
+    # From the user's own folder: the text beside the plan goes along, and the store does not.
+    folder = tmp_path / "mine"
+    fields = yaml.safe_load(long_plan.read_text())
+    for text in (*fields["domains"], *fields["targets"]):
+        (folder / "text").mkdir(parents=True, exist_ok=True)
+        shutil.copy(text["text"], folder / "text" / f"{text['name']}.jsonl")
+        text["text"] = f"text/{text['name']}.jsonl"
+    (folder / "plan.yaml").write_text(yaml.safe_dump(fields))
+    submit = [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--"]
+    entry = ["btm", "run", "plan.yaml", "--address", "auto"]
     with (tmp_path / "job.log").open("w") as log:
-        job = subprocess.Popen([*submit, *entry], env=cluster, stdout=log, stderr=log)
+        job = subprocess.Popen([*submit, *entry], cwd=folder, env=cluster, stdout=log, stderr=log)
         metrics = _wait_for(lambda: _metrics(cluster), lambda text: "ray_btm_loss{" in text)
         assert job.wait(timeout=400) == 0, (tmp_path / "job.log").read_text()
     said = (tmp_path / "job.log").read_text()
+    copies = Path(cluster["SESSION_FOLDER"]).glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*")
+    assert list(copies), "where a relative store would be: session.py refuses it by this path"
     assert re.search(
         r"(Worth it|Not worth it|Undecided) as an ensemble: .* against the seed on 4 test texts", said
     )
@@ -67,6 +81,26 @@ def test_a_submitted_job_grows_the_same_forest_as_one_process_and_shows_itself_i
     for domain in undisturbed.domains:
         assert any(name.startswith(f"expert-{domain}-") for name in names), names
     assert any(name.startswith("merge-") for name in names), names
+    check_timeline(Ledger.open(str(tmp_path / "store")), undisturbed, names)
+
+
+def check_timeline(ledger: Ledger, forest: Forest, actors: set[str]) -> None:
+    """The one run of a store says which actors trained, scored and averaged, on which node, and what it cost."""
+    (run,) = list_runs(ledger)
+    seen = read_timeline(ledger, run)
+    assert (seen.command, seen.outcome) == ("run", "done")
+    (node,) = seen.nodes
+    assert (seen.nodes[node].cpus, seen.nodes[node].gpus) == (2, 0)
+    steps = [one for one in seen.events if one.what == "step"]
+    assert {one.node for one in steps} == {node}
+    assert all(seen.began - 1 <= one.began <= one.ended <= seen.ended + 1 for one in seen.events)
+    trained = {one.label: one for one in steps if one.kind == "train"}
+    assert trained.keys() >= {"seed", *forest.domains}
+    assert all(trained["seed"].ended <= trained[domain].began + 1 for domain in forest.domains)
+    assert {one.process for one in steps if one.kind in ("train", "average")} <= actors
+    assert {one.kind for one in steps} >= {"read_text", "tokenize", "train", "score", "average"}
+    held = sum(one.seconds * one.cpus for one in seen.events if one.what in ("step", "start", "failure"))
+    assert seen.cpu_seconds == pytest.approx(held)
 
 
 IMPORTS = """
@@ -149,10 +183,19 @@ def test_an_expert_gets_ready_while_its_seed_is_trained_and_trainers_score_other
     scores = [score_request(prepared, model.ref, domain, "test") for model in models]
     monkeypatch.setattr(workers, "step_task", None)  # so that no other process can score
     told: list[tuple[str, str]] = []
-    with connect(driver.ledger, lambda one: told.append((one.label, one.phase)), threading.Event()) as on_ray:
+    events = RunEvents()
+
+    def tell(one: Progress) -> None:
+        told.append((one.label, one.phase))
+
+    with connect(driver.ledger, tell, threading.Event(), events) as on_ray:
         outcomes = [outcome for _, outcome in on_ray.run([*models, *scores])]
     assert all(isinstance(outcome, Artifact) for outcome in outcomes), outcomes
     assert told.index((expert.label, "warming up")) < told.index((seed.label, "storing"))
+    happened = [(one.what, one.kind, one.label) for one in events.timeline().events]
+    assert happened.index(("start", "train", expert.label)) < happened.index(("step", "train", expert.label))
+    trainers = {one.process for one in events.timeline().events if one.kind == "train"}
+    assert {one.process for one in events.timeline().events if one.kind == "score"} <= trainers
 
 
 def test_a_users_mistake_in_another_step_costs_a_training_nothing(

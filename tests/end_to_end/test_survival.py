@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from btm_cluster.forest import Forest
+from btm_cluster.ledger import Ledger
+from btm_cluster.ledger.timelines import list_runs, read_timeline
 from tests.end_to_end.conftest import (
     GROW,
     SESSION,
@@ -48,6 +50,17 @@ def test_of_two_trainers_one_hangs_and_one_is_killed_and_both_go_on_from_their_c
     os.kill(only_trainer(cluster[SESSION]), signal.SIGKILL)
     assert run.exit_code() == 0, run.said
     assert experts_in(tmp_path / "store") == plain(undisturbed)
+    ledger = Ledger.open(str(tmp_path / "store"))
+    happened = [
+        (one.what, one.label, one.attempt)
+        for one in read_timeline(ledger, list_runs(ledger)[0]).events
+        if one.kind == "train" and one.what in ("step", "failure")
+    ]
+    for name in (first, second):
+        assert [(what, attempt) for what, label, attempt in happened if label == name] == [
+            ("failure", 1),
+            ("step", 2),
+        ]
 
 
 def test_a_trainer_whose_process_always_dies_is_reported_with_attempts_host_and_siblings_stay(

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from btm_cluster.driver.preparation import prepare
 from btm_cluster.driver.recipes import seed_request
+from btm_cluster.driver.run_events import RunEvents
 from btm_cluster.errors import Stopped
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.plan import Plan
@@ -118,9 +119,13 @@ def test_a_group_makes_the_model_of_one_worker(
     tmp_path: Path,
 ) -> None:
     request, ledger = request_for_two
-    with connect(ledger, lambda _: None, threading.Event()) as workers:
+    events = RunEvents()
+    with connect(ledger, lambda _: None, threading.Event(), events) as workers:
         outcome = run_all(workers, [request])[0]
     assert isinstance(outcome, Artifact), outcome
+    (step,) = [one for one in events.timeline().events if one.what == "step"]
+    assert (step.cpus, step.role, step.attempt) == (2, "seed", 1)
+    assert step.process.startswith("seed-seed-")
     assert outcome.facts["profile"]["workers"] == 2
     assert any(name.startswith(f"seed-seed-{request.ref.identity[:8]}-") for name in train_runs(cluster))
     together = load_file(ledger.open_file(outcome, "model.safetensors"))

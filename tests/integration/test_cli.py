@@ -4,17 +4,20 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from btm_cluster import __version__
 from btm_cluster.algorithm import grow
-from btm_cluster.cli import app, run_command
+from btm_cluster.cli import app, forest_app, run_command
 from btm_cluster.errors import PlanError, StepError, Stopped, StoreError
 from btm_cluster.plan import Plan, read_plan
 from tests.conftest import in_process
@@ -33,7 +36,8 @@ HEAVY = (
 
 WATCHED = f"""
 import sys
-from btm_cluster.cli import app, run_command
+from btm_cluster import __version__
+from btm_cluster.cli import app, forest_app, run_command
 code = run_command(lambda: app(sys.argv[1:]))
 print("imported:", *(name for name in {HEAVY} if name in sys.modules), file=sys.stderr)
 sys.exit(code)
@@ -119,6 +123,94 @@ def test_every_command_has_help(btm: Callable[..., tuple[int, str, str]]) -> Non
         assert "Usage:" in shown
 
 
+FOREST_COMMANDS: dict[str, tuple[str, ...]] = {
+    "export": ("--seed", "--to", "new"),
+    "generate": ("--in-process",),
+    "score": ("--text", "a", "--in-process"),
+    "serve": ("--in-process",),
+    "forest contributions": (),
+    "forest diff": ("0", "1"),
+    "forest gc": (),
+    "forest log": (),
+    "forest pin": ("0",),
+    "forest remove": ("kitchen",),
+    "forest rollback": ("0",),
+    "forest show": (),
+    "forest verify": (),
+}
+"""Every command that reads a forest, with what else it needs."""
+
+
+def test_the_commands_that_read_a_forest_are_known() -> None:
+    found = {
+        f"{prefix}{command.callback.__name__}"
+        for group, prefix in ((app, ""), (forest_app, "forest "))
+        for command in group.registered_commands
+        if command.callback is not None and "store" in signature(command.callback).parameters
+    }
+    assert found == FOREST_COMMANDS.keys()
+
+
+@pytest.mark.parametrize("command", FOREST_COMMANDS)
+def test_a_forest_is_named_by_its_plan_or_its_store_in_every_command(
+    command: str,
+    fields: dict[str, Any],
+    write_plan: Callable[..., Path],
+    btm: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    call, path = [*command.split(), *FOREST_COMMANDS[command]], write_plan(fields)
+    plan = ["--plan", path] if command == "score" else [path]
+    for wrong in ([], [*plan, "--store", "elsewhere"]):
+        code, out, err = btm(*call, *wrong)
+        assert (code, out) == (2, "")
+        assert f"btm {command} needs a forest" in err
+    by_store = btm(*call, "--store", fields["store"])
+    assert "needs a forest" not in by_store[2]
+    monkeypatch.setenv("BTM_STORE", fields["store"])
+    assert btm(*call) == by_store
+    monkeypatch.setenv("BTM_STORE", "elsewhere")
+    by_plan = btm(*call, *plan)
+    assert "elsewhere" not in by_plan[2], "who names a plan means its store"
+    assert by_plan == by_store or not command.startswith("forest")
+
+
+def test_versions_are_said_and_nothing_is_imported_for_it(tmp_path: Path) -> None:
+    code, shown, imported = fresh("--version", folder=tmp_path)
+    assert (code, imported) == (0, [])
+    assert re.match(
+        rf"btm {__version__} \(Python 3\.\d+\.\d+, torch \S+, transformers \S+, ray \S+\)\n", shown
+    )
+
+
+@pytest.mark.parametrize("command", ["", "run", "forest", "forest show"])
+def test_h_is_help(command: str, btm: Callable[..., tuple[int, str, str]]) -> None:
+    assert btm(*command.split(), "-h") == btm(*command.split(), "--help")
+
+
+def test_bash_completes_commands_and_options(tmp_path: Path) -> None:
+    """By the script that `btm --install-completion bash` writes, in a bash of its own."""
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = os.environ | {
+        "HOME": str(home),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    installed = subprocess.run(
+        ["btm", "--install-completion", "bash"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "completion installed" in installed.stdout
+    (script,) = (home / ".bash_completions").glob("btm.sh")
+    complete = f"source {script}; COMP_WORDS=(btm forest ro); COMP_CWORD=2; _btm_completion btm; echo ${{COMPREPLY[@]}}"
+    done = subprocess.run(
+        ["bash", "-c", complete], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["rollback"]
+
+
 def test_init_writes_a_plan_that_reads_and_never_over_another(
     btm: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
@@ -131,6 +223,60 @@ def test_init_writes_a_plan_that_reads_and_never_over_another(
         assert code == 2
         assert "already exists" in err
     assert path.read_text() == "mine"
+
+
+def test_init_sizes_a_plan_to_the_texts_that_are_named_and_no_preview_of_it_warns(
+    texts: dict[str, Path],
+    btm: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("kitchen", "harbour", "market"):
+        (tmp_path / "text" / name).mkdir(parents=True)
+        shutil.copy(texts[name], tmp_path / "text" / name / "a.jsonl")
+    harbour = tmp_path / "text" / "harbour" / "a.jsonl"
+    harbour.write_text(harbour.read_text().replace('"text"', '"body"'))
+    (tmp_path / "plans").mkdir()
+    named = [f"--text={name}=text/{name}/*.jsonl" for name in ("kitchen", "harbour")]
+    code, out, _ = btm("init", "plans/mine.yaml", *named, "--target", "market=text/market/a.jsonl")
+    assert code == 0
+    assert "its updates read" in out
+    monkeypatch.chdir("/")
+    path = tmp_path / "plans" / "mine.yaml"
+    plan = read_plan(path)
+    assert [text.name for text in plan.texts] == ["kitchen", "harbour", "market"]
+    assert plan.domains[0].text == (f"{tmp_path}/text/kitchen/*.jsonl",)
+    assert [domain.field for domain in plan.domains] == ["text", "body"]
+    seen = json.loads(btm("plan", path, "--json")[1])
+    assert all(0 < use["passes"] <= 4 for use in seen["texts"])
+    assert seen["notes"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("--text", "kitchen"), "NAME=FILES"),
+        (("--text", "Kitchen=a.jsonl"), "lower-case letters"),
+        (("--text", "kitchen=none/*.jsonl"), "the text of 'kitchen' matches no file"),
+        (("--text", "kitchen=a.pdf"), "files that are not read"),
+        (("--target", "kitchen=a.pdf"), "only --target"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_texts_that_init_cannot_read_are_refused_and_nothing_is_written(
+    arguments: tuple[str, ...],
+    part: str,
+    btm: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.pdf").touch()
+    code, _, err = btm("init", "new.yaml", *arguments)
+    assert code == 2
+    assert part in err
+    assert not (tmp_path / "new.yaml").exists()
 
 
 def test_init_in_a_folder_that_is_not_there_is_refused(
@@ -165,7 +311,7 @@ def test_a_preview_is_a_table_or_json(
     assert (code, err) == (0, "")
     seen = json.loads(out)
     assert {"name", "state", "updates", "tokens", "stored_bytes", "device_hours"} <= seen["steps"][0].keys()
-    assert seen["money"] == pytest.approx(2.5 * seen["device_hours"])
+    assert seen["money"] == pytest.approx(2.5 * seen["gpu_hours"])
 
 
 def test_a_preview_says_what_this_machine_could_never_do_unless_a_cluster_is_named(
@@ -182,6 +328,30 @@ def test_a_preview_says_what_this_machine_could_never_do_unless_a_cluster_is_nam
     assert [note.split(" asks")[0] for note in seen["notes"]] == ["seed"]
     assert seen["asks"][0]["how"]["cpus_per_worker"] == 100_000
     assert "note:" not in btm("plan", path, "--address", "auto")[1]
+
+
+def test_a_store_in_the_jobs_own_copy_of_its_folder_is_refused(
+    fields: dict[str, Any], btm: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    """It was grown, and deleted with the job."""
+    folder = tmp_path / "session/runtime_resources/working_dir_files/_ray_pkg_0123456789abcdef"
+    folder.mkdir(parents=True)
+    (folder / "plan.yaml").write_text(yaml.safe_dump(fields | {"store": "forests/lost"}))
+    for command in ("run", "plan"):
+        code, _, err = btm(command, folder / "plan.yaml")
+        assert code == 2
+        assert "the store would be deleted with this job" in err
+
+
+def test_a_dry_run_is_a_preview(
+    fields: dict[str, Any], write_plan: Callable[..., Path], btm: Callable[..., tuple[int, str, str]]
+) -> None:
+    path = write_plan(set_price(fields))  # whose rate is not measured anew each time
+    assert btm("run", path, "--dry-run", "--json") == btm("plan", path, "--json")
+    assert not Path(fields["store"]).exists()
+    code, _, err = btm("forest", "gc", path, "--dry-run", "--delete")
+    assert code == 2
+    assert "exclude each other" in err
 
 
 def set_price(fields: dict[str, Any]) -> dict[str, Any]:
@@ -212,7 +382,7 @@ def test_results_that_cannot_be_written_are_refused_before_anything_starts(
         (plan / "x", f"{plan}, a file"),
         ("/proc/x", "cannot write to /proc/x"),
     ):
-        for command in (("study", plan), ("report", tmp_path)):
+        for command in (("study", plan), ("report", tmp_path), ("report", plan)):
             code, _, err = btm(*command, "--to", to)
             assert code == 2
             assert part in err

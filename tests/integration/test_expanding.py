@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from btm_cluster.algorithm import grow, merge, settled_branches, train
-from btm_cluster.commands.expand import show_expanded
+from btm_cluster.commands.expand import show_expanded, show_new
 from btm_cluster.data.sources import read_documents
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.port import Failure, Outcome
@@ -27,13 +27,14 @@ from btm_cluster.ledger import Ledger
 from btm_cluster.operations.averages import Average
 from btm_cluster.operations.contributions import contributions
 from btm_cluster.operations.evaluate import evaluate_forest
-from btm_cluster.operations.expand import Expanded, expand
+from btm_cluster.operations.expand import Expanded, expand, find_new
 from btm_cluster.operations.generate import Continuation, generate
 from btm_cluster.operations.merge import write_merged_model
 from btm_cluster.operations.verify import verify
 from btm_cluster.plan import ExpansionPlan, Plan
 from btm_cluster.plan.expansion import AcceptancePlan
 from btm_cluster.requests import StepRequest, TrainRequest
+from btm_cluster.session import dry_ledger
 from btm_cluster.storage import Entry
 from btm_cluster.storage.local_folder import LocalFolder
 from btm_cluster.workers.in_process import InProcess, LocalControl
@@ -103,6 +104,25 @@ def test_a_domain_in_the_inbox_becomes_an_expert_and_nothing_that_exists_is_made
     evaluated = evaluate_forest(plan, in_process(plan))
     assert "meadow" in evaluated.verdict.rows["test"][0].cells, "though the plan does not name it"
     assert len(contributions(ledger).texts) == 4
+
+
+def test_a_dry_run_says_what_would_be_added_and_writes_nothing(
+    plan: Plan,
+    ledger: Ledger,
+    arrive: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arrive("meadow")
+    put(ledger, tmp_path, "island/island.pdf", b"refused")
+    put(ledger, tmp_path, "island/READY", b"")
+    before = sorted(Path(plan.store).rglob("*"))
+    show_new(find_new(plan, dry_ledger(plan.store)), json_output=False)
+    told = capsys.readouterr().out
+    assert "would add: meadow, from the inbox\n" in told
+    assert "quarantined: island: " in told
+    assert told.endswith(f"1 would be read and added to forest version {newest(ledger).version}\n")
+    assert sorted(Path(plan.store).rglob("*")) == before
 
 
 def test_an_expansion_of_a_domain_that_the_plan_names_is_the_same_expert_as_in_a_run(

@@ -78,10 +78,9 @@ def test_the_documents_name_every_extra_and_the_workflow_every_python() -> None:
 
 
 def test_the_installed_package_is_this_version(installed: Callable[..., str], tmp_path: Path) -> None:
-    say = "import btm_cluster, importlib.metadata as m; print(btm_cluster.__file__, m.version('btm-cluster'))"
-    file, version = installed("python", "-c", say, cwd=tmp_path).split()
-    assert version == btm_cluster.__version__
+    file = installed("python", "-c", "import btm_cluster; print(btm_cluster.__file__)", cwd=tmp_path)
     assert not Path(file).is_relative_to(ROOT)
+    assert btm_cluster.__version__ in installed("btm", "--version", cwd=tmp_path)
 
 
 def test_the_quickstart_runs_from_the_installed_package(

@@ -13,6 +13,7 @@ from btm_cluster.commands.plan import preview_table
 from btm_cluster.data.tokenizer import train_tokenizer
 from btm_cluster.driver.preparation import prepare
 from btm_cluster.driver.prepared_plan import text_of
+from btm_cluster.driver.room import Room
 from btm_cluster.errors import FoundationError, StepError, UserError
 from btm_cluster.ledger import Ledger, Ref, artifact_key, blob_key
 from btm_cluster.operations.plan import DONE, NEW, UNREAD, Preview, Step, preview
@@ -70,7 +71,7 @@ def test_before_texts_are_read_sizes_are_known_and_nothing_is_claimed_of_the_res
     assert (step(seen, "seed").updates, step(seen, "seed").tokens) == (6, 6 * 3 * 4 * 32)
     assert (step(seen, "expert kitchen").updates, step(seen, "expert kitchen").tokens) == (6, 6 * 4 * 32)
     assert step(seen, "transformer-lm").tokens == 6 * 3 * 4 * 32
-    assert seen.device_hours is None
+    assert seen.rate.is_estimate
     assert seen.money is None
     assert not Path(fields["store"]).exists()
 
@@ -89,7 +90,7 @@ def test_what_is_foretold_before_reading_is_what_is_foretold_afterwards_and_done
         other = step(done, one.name)
         assert (one.updates, one.tokens) == (other.updates, other.tokens)
         assert one.stored_bytes in (0, other.stored_bytes)
-    assert done.device_hours == 0
+    assert (done.gpu_hours, done.cpu_hours, done.wall_hours) == (0, 0, 0)
 
 
 def test_parameters_and_bytes_are_those_of_the_stored_models(after: dict[str, Any]) -> None:
@@ -111,25 +112,76 @@ def test_parameters_and_bytes_are_those_of_the_stored_models(after: dict[str, An
 
 def test_hours_and_money_follow_from_the_plans_rate_and_price(fields: dict[str, Any]) -> None:
     cluster = fields["cluster"] | {"gpus_per_expert": 1, "tokens_per_gpu_second": 10, "price_per_gpu_hour": 3}
-    seen = look(fields | {"cluster": cluster})
-    tokens = 2 * 6 * 3 * 4 * 32  # the seed, and three experts
-    assert seen.device_hours == pytest.approx(tokens / 10 / 3600)
-    assert seen.money == pytest.approx(3 * tokens / 10 / 3600)
-    assert step(seen, "seed").device_hours == pytest.approx(tokens / 2 / 10 / 3600)
-    assert json.loads(json.dumps(seen.to_json()))["money"] == seen.money
+    seen = look(fields | {"cluster": cluster | {"seed_gpus": 2, "concurrent_experts": 2}})
+    tokens = 6 * 3 * 4 * 32  # of the seed, and of three experts together
+    scores = step(seen, "scores").device_hours
+    assert scores > 0
+    assert seen.gpu_hours == pytest.approx(2 * tokens / 10 / 3600 + scores)
+    assert seen.cpu_hours == 0
+    assert seen.money == pytest.approx(3 * seen.gpu_hours)
+    assert step(seen, "seed").device_hours == pytest.approx(tokens / 10 / 3600)
+    one_after_another = tokens / 2 + 2 * tokens / 3  # the seed on two GPUs; two experts at once, and then one
+    assert seen.wall_hours == pytest.approx(one_after_another / 10 / 3600 + scores / 3)
+    told = json.loads(json.dumps(seen.to_json()))
+    assert (told["money"], told["gpu_hours"]) == (seen.money, seen.gpu_hours)
+
+
+def test_before_the_first_run_hours_are_estimated_from_the_models_flops_and_the_device(
+    fields: dict[str, Any],
+) -> None:
+    cluster = fields["cluster"] | {"gpus_per_expert": 1, "seed_gpus": 1}
+    plan = Plan.model_validate(fields | {"cluster": cluster})
+    ledger = Ledger.open(plan.store)
+    known = preview(plan, ledger, room=Room("there", 8, 16, "NVIDIA H200, driver 1"))
+    parameters, layers, width, block = known.parameters, 1, 32, 32
+    flops = 6 * parameters + 12 * layers * width * block
+    assert known.rate.tokens_per_second == pytest.approx(0.35 * 989e12 / flops)
+    assert known.wall_hours < known.gpu_hours
+    assert "H200" in known.rate.origin
+    unknown = preview(plan, ledger)
+    assert "an A100, since the GPU is not known here" in unknown.rate.origin
+    assert unknown.gpu_hours == pytest.approx(known.gpu_hours * 989 / 312)
+    on_cpu = look(fields)
+    assert on_cpu.rate.is_estimate
+    assert 1e8 < on_cpu.rate.tokens_per_second * flops < 1e13, "what a CPU does"
+
+
+def test_passes_over_each_text_are_estimated_first_and_then_counted_and_too_many_are_warned_of(
+    fields: dict[str, Any],
+) -> None:
+    once = look(fields)
+    assert once.notes == ()
+    for use in once.texts:
+        size = Path(next(d for d in fields["domains"] if d["name"] == use.size.name)["text"]).stat().st_size
+        assert use.size.is_estimate
+        assert use.size.train == pytest.approx(0.8 * size / 4, abs=1)
+        assert use.passes == pytest.approx(12 * 4 * 32 / use.size.train)
+        assert use.seed_passes == use.expert_passes
+    fields["training"] |= {"updates": 1_000}
+    plan = Plan.model_validate(fields)
+    prepare(plan, in_process(plan))
+    often = look(fields)
+    for use in often.texts:
+        assert not use.size.is_estimate
+        assert use.passes == pytest.approx(1_000 * 4 * 32 / use.size.train)
+    (note,) = often.notes
+    most = max(use.passes for use in often.texts)
+    assert f"lower `training.updates` to {int(1_000 * 4 / most)}" in note
+    fields["training"] |= {"updates": int(1_000 * 4 / most)}
+    assert look(fields).notes == ()
 
 
 def test_earlier_runs_give_a_rate_for_the_same_kind_of_device_only(after: dict[str, Any]) -> None:
     longer = after | {"store": after["store"], "training": after["training"]}
     market = {"name": "late", "text": after["targets"][0]["text"]}
     seen = look(longer | {"domains": [*after["domains"], market], "targets": []})
-    assert seen.device_hours is not None
-    assert seen.device_hours > 0
+    assert seen.rate.origin == "as the newest training in this store went"
+    assert seen.cpu_hours > 0
     assert seen.money is None  # hours of a CPU have no price
     gpus = look(
         longer | {"domains": [*after["domains"], market], "targets": [], "cluster": {"gpus_per_expert": 1}}
     )
-    assert gpus.device_hours is None
+    assert gpus.rate.is_estimate
 
 
 def test_a_domain_that_arrives_later_leaves_the_others_done(after: dict[str, Any], tmp_path: Path) -> None:
@@ -157,7 +209,7 @@ def test_a_new_target_means_new_blocks_and_no_training(after: dict[str, Any], tm
     changed = {name: state for name, state in states(seen).items() if state != DONE}
     assert changed.keys() == {"read fair", "token blocks", "scores"}
     assert changed["token blocks"].endswith("and more once all texts are read")
-    assert seen.device_hours == 0
+    assert seen.cpu_hours == step(seen, "scores").device_hours > 0
 
 
 def test_texts_that_are_read_and_not_trained_on_are_told_apart(fields: dict[str, Any]) -> None:

@@ -90,7 +90,12 @@ def test_with_a_text_goes_what_is_made_of_it_but_not_what_learned_from_others_to
     }
     for trace in ("law expert", "checkpoint of law", "law text", "inbox/law/", "run/law", "7" * 64):
         assert {key.partition("/")[0] for key in full.holding(f"bytes of {trace}")} <= {"tombstones"}
-    assert full.memory.objects.keys() >= {"inbox/lawyers/a.txt", "logs/run/code/curves"}
+    assert full.memory.objects.keys() >= {
+        "inbox/lawyers/a.txt",
+        "logs/run/code/curves",
+        "logs/run/timeline.json",
+    }
+    assert full.memory.objects.keys().isdisjoint({"logs/run/report.html", "logs/run of law/timeline.json"})
     # Whoever comes back to poems starts from another average: that one went.
     assert [
         key.partition("/")[0] for key in full.memory.objects if key.startswith(("expansions/", "held/"))

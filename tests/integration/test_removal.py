@@ -405,6 +405,11 @@ def test_the_commands_say_what_goes_and_what_stays_and_purge_only_when_confirmed
     assert "purging meadow deletes" in out
     assert "2 files of the inbox" in out
     assert "--yes" in err
+    assert btm("forest", "remove", "meadow", "--purge", "--dry-run", *at)[:2] == (0, out)
+    code, told, _ = btm("forest", "remove", "meadow", "--dry-run", *at)
+    assert (code, newest(ledger).version) == (0, 3)
+    assert told.startswith("it would be forest version 4: removed meadow\n")
+    assert "the expert of island, which descends from its expert" in told
     code, out, _ = btm("forest", "remove", "meadow", "--purge", "--yes", *at)
     assert code == 0
     assert "the expert of island, which descends from its expert" in out

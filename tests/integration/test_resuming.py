@@ -20,7 +20,7 @@ from btm_cluster.driver.recipes import demix_request
 from btm_cluster.errors import MissingError, ResourcesError, Stopped
 from btm_cluster.language_model.training_state import TrainingState, write_state
 from btm_cluster.ledger import Artifact, Ledger
-from btm_cluster.operations.plan import check_capacity, preview
+from btm_cluster.operations.plan import check_run, preview
 from btm_cluster.plan import Plan
 from btm_cluster.requests import Resources, TrainRequest
 from btm_cluster.steps.resuming import find_source, profiles
@@ -488,7 +488,7 @@ def test_gpus_that_this_machine_lacks_are_refused_before_a_text_is_read(fields: 
     driver = in_process(plan := Plan.model_validate(fields))
     asking = Driver(driver.ledger, driver.workers, driver.workers.check_capacity)
     with pytest.raises(ResourcesError, match="no room for an expert"):
-        check_capacity(plan, asking)
+        check_run(plan, asking)
     assert not Path(plan.store).exists()
 
 

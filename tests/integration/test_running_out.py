@@ -5,6 +5,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import gettempdir
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +15,15 @@ import torch
 from btm_cluster.driver.port import Failure
 from btm_cluster.driver.preparation import prepare
 from btm_cluster.driver.recipes import score_request
-from btm_cluster.errors import StoreError, TrainingError
+from btm_cluster.equations.budget import trained_bytes
+from btm_cluster.errors import ResourcesError, StoreError, TrainingError
+from btm_cluster.ledger import Ledger
+from btm_cluster.operations.plan import check_run, preview
 from btm_cluster.operations.verify import verify
 from btm_cluster.plan import Plan
 from btm_cluster.requests.progress import Progress
+from btm_cluster.session import driving
+from btm_cluster.workers import disk_and_memory
 from tests.conftest import in_process, run_all
 from tests.integration.conftest import PreparedStore, copy_store
 from tests.integration.test_training import AT_EVERY_UPDATE, Undisturbed, last_saved, run, weights_of
@@ -64,6 +72,28 @@ class Hungry(Undisturbed):
             self.times -= 1
             self.run_out()
         return False
+
+
+@pytest.mark.parametrize("lacking", ["memory", "disk of the store", "disk on which seed is written"])
+def test_a_run_that_memory_or_disk_cannot_hold_is_refused_before_a_text_is_read(
+    lacking: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan.model_validate(fields)
+    needed = trained_bytes(preview(plan, Ledger.open(plan.store)).parameters)
+    monkeypatch.setattr(disk_and_memory, "_memory", lambda: needed - (lacking == "memory"))
+    free = {"disk of the store": (10, 10**9), "disk on which seed is written": (10**9, 10)}
+    of_store, of_scratch = free.get(lacking, (10**9, 10**9))
+    monkeypatch.setattr(
+        disk_and_memory.shutil,
+        "disk_usage",
+        lambda folder: SimpleNamespace(free=of_scratch if Path(folder) == Path(gettempdir()) else of_store),
+    )
+    with (
+        driving(plan, None, True, False, True) as driver,
+        pytest.raises(ResourcesError, match=f"the {lacking}"),
+    ):
+        check_run(plan, driver)
+    assert not list(driver.ledger.list_artifacts("source"))
 
 
 @pytest.mark.parametrize("run_out", RUNS_OUT)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -456,8 +457,11 @@ def test_results_are_read_back_and_those_of_several_seeds_make_one_page(
     ):
         assert heading in page
     for figure in ("seed-share-model", "top-k-model"):
-        assert (tmp_path / "page" / f"{figure}.png").stat().st_size > 5_000
-        assert (tmp_path / "page" / f"{figure}.svg").read_text().startswith("<?xml")
+        drawing = ElementTree.fromstring((tmp_path / "page" / f"{figure}.svg").read_text())
+        assert {"Transformer-LM", "ensemble, calibrated"} & {one.text for one in drawing.findall("{*}text")}
+    html = (tmp_path / "page" / "report.html").read_text()
+    assert f"{1.5 * all_texts:.1f} ± {all_texts / 2**0.5:.1f}" in html
+    assert html.count("<svg ") == page.count(".svg)")
 
 
 def test_a_study_in_the_store_of_a_forest_that_was_founded_on_other_domains_is_refused(

@@ -1,8 +1,10 @@
 """Curves of a real run: TensorBoard's in the store, always; Weights & Biases'
 and MLflow's where the plan asks."""
 
+import json
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,11 @@ from tensorboardX.proto.event_pb2 import Event
 
 from btm_cluster.algorithm import grow
 from btm_cluster.cli import app, run_command
-from btm_cluster.errors import Stopped, StoreError
+from btm_cluster.driver.preparation import read, tokenize
+from btm_cluster.errors import StepError, Stopped, StoreError
+from btm_cluster.ledger import Ledger, Ref
+from btm_cluster.ledger.curves import read_curve
+from btm_cluster.ledger.timelines import Timeline, list_runs, read_timeline
 from btm_cluster.plan import Plan
 from btm_cluster.requests.progress import Progress
 from btm_cluster.session import driving
@@ -25,9 +31,15 @@ def _every_update_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("btm_cluster.language_model.training.REPORT_SECONDS", 0.0)
 
 
+VERDICT = [{"system": "seed", "perplexity": 12.5, "difference": None}]
+
+
 def grow_in_process(plan: Plan) -> None:
     with driving(plan, None, in_process=True, dashboard=False, json_output=False) as driver:
         grow(plan, driver)
+        report = Path(plan.store, "report.html")
+        report.write_text("a report")
+        driver.run_log.finish(VERDICT, report)
 
 
 def points(file: Path) -> list[tuple[str, int, float]]:
@@ -47,14 +59,77 @@ def points(file: Path) -> list[tuple[str, int, float]]:
 def test_every_training_of_a_run_leaves_its_curves_in_the_store(fields: dict[str, Any]) -> None:
     plan = Plan.model_validate(fields | {"domains": fields["domains"][:1], "targets": []})
     grow_in_process(plan)
-    files = {path.parent.name: path for path in Path(plan.store, "logs").rglob("events.*")}
-    assert files.keys() == {"seed", "kitchen"}
+    (run,) = Path(plan.store, "logs").iterdir()
+    files = {path.parent.name: path for path in run.rglob("events.*")}
+    assert files.keys() == {"seed", "kitchen", run.name}
+    assert (
+        b"| system | perplexity | difference |\n| --- | --- | --- |\n| seed | 12.5 |  |"
+        in files[run.name].read_bytes()
+    )
+    ledger = Ledger.open(plan.store)
+    forest = ledger.log.newest()
+    models = {one.domain: Ref("model", one.identity) for one in forest.experts}
+    models["seed"] = Ref("model", forest.foundation.seed)
     for label, updates in {"seed": range(1, 7), "kitchen": range(7, 13)}.items():
         losses = [(update, value) for name, update, value in points(files[label]) if name == "loss"]
         assert [update for update, _ in losses] == list(updates)
         assert all(0 < value < 20 for _, value in losses)
+        curve = read_curve(ledger, ledger.get(models[label]))
+        for name in ("loss", "learning_rate", "gradient_norm", "tokens"):
+            told = [(update, value) for tag, update, value in points(files[label]) if tag == name]
+            stored = list(zip(curve.updates, getattr(curve, name), strict=True))
+            assert told == [(update, pytest.approx(value, rel=1e-5)) for update, value in stored], name
+        told = [(update, value) for tag, update, value in points(files[label]) if tag == "development_loss"]
+        looks = zip(curve.development.updates, curve.development.loss, strict=True)
+        assert told == [(update, pytest.approx(value, rel=1e-5)) for update, value in looks]
     grow_in_process(plan)
     assert len(list(Path(plan.store, "logs").iterdir())) == 1  # nothing was trained, so there is no curve
+
+
+def timeline_of(plan: Plan) -> Timeline:
+    ledger = Ledger.open(plan.store)
+    return read_timeline(ledger, list_runs(ledger)[0])
+
+
+def test_a_run_leaves_what_ran_when_and_where_beside_its_curves(fields: dict[str, Any]) -> None:
+    plan = Plan.model_validate(fields | {"domains": fields["domains"][:1], "targets": []})
+    before = time.time()
+    grow_in_process(plan)
+    seen = timeline_of(plan)
+    assert list(Path(plan.store, "logs").iterdir()) == [
+        Path(plan.store, "logs", list_runs(Ledger.open(plan.store))[0])
+    ]
+    assert (seen.outcome, seen.left_out, seen.gpu_seconds) == ("done", 0, 0)
+    assert before <= seen.began <= seen.events[0].began <= seen.events[-1].ended <= seen.ended <= time.time()
+    steps = [(one.kind, one.label, one.domain, one.role) for one in seen.events]
+    assert steps[0] == ("read_text", "kitchen", "kitchen", None)
+    assert steps[-2:] == [("train", "seed", None, "seed"), ("train", "kitchen", "kitchen", "expert")]
+    assert {one.what for one in seen.events} == {"step"}
+    assert {one.node for one in seen.events} == seen.nodes.keys() == {"here"}
+    assert seen.cpu_seconds == pytest.approx(sum(one.seconds for one in seen.events))
+
+
+def stop_before_tokenising(plan: Plan) -> None:
+    with driving(plan, None, in_process=True, dashboard=False, json_output=True, command="run") as driver:
+        prepared = read(plan, driver)
+        signal.raise_signal(signal.SIGTERM)
+        tokenize(prepared, driver)
+
+
+def test_a_run_that_is_stopped_and_one_that_fails_say_so_in_their_timelines(fields: dict[str, Any]) -> None:
+    plan = Plan.model_validate(fields | {"domains": fields["domains"][:1], "targets": []})
+    with pytest.raises(Stopped):
+        stop_before_tokenising(plan)
+    seen = timeline_of(plan)
+    assert (seen.command, seen.outcome) == ("run", "stopped")
+    assert [one.what for one in seen.events][-1] == "stop"
+    endless = plan.model_copy(update={"training": plan.training.model_copy(update={"learning_rate": 1e30})})
+    with pytest.raises(StepError):
+        grow_in_process(endless)
+    seen = timeline_of(plan)
+    assert seen.outcome == "failed"
+    assert [(one.what, one.label) for one in seen.events if one.what != "step"] == [("failure", "seed")]
+    assert "not finite" in (seen.events[-1].cause or "")
 
 
 class NoRoomForLogs(LocalFolder):
@@ -108,7 +183,12 @@ def test_wandb_gets_the_curves(
     grow_in_process(Plan.model_validate(fields))
     wandb.teardown()  # offline, its own process writes the file, and may be at it when the run is finished
     (kept,) = tmp_path.rglob("*.wandb")
-    assert b"kitchen/loss" in kept.read_bytes()
+    told = kept.read_bytes()
+    for name in (b"kitchen/loss", b"kitchen/learning_rate", b"kitchen/development_loss"):
+        assert name in told, name
+    assert b"report.html" in told
+    (table,) = tmp_path.rglob("verdict_*.table.json")
+    assert json.loads(table.read_text())["data"] == [["seed", 12.5, None]]
 
 
 def test_mlflow_gets_the_curves(
@@ -123,9 +203,16 @@ def test_mlflow_gets_the_curves(
     experiment = client.get_experiment_by_name("forests").experiment_id
     (run,) = client.search_runs([experiment])
     assert run.info.status == "FINISHED"
-    assert {point.step for point in client.get_metric_history(run.info.run_id, "kitchen/loss")} == set(
-        range(7, 13)
-    )
+    for name in ("loss", "learning_rate", "gradient_norm", "tokens"):
+        points = client.get_metric_history(run.info.run_id, f"kitchen/{name}")
+        assert {point.step for point in points} == set(range(7, 13)), name
+    looks = client.get_metric_history(run.info.run_id, "kitchen/development_loss")
+    assert {point.step for point in looks} == {6, 12}
+    folder = Path(run.info.artifact_uri.removeprefix("file://"))
+    assert json.loads((folder / "verdict.json").read_text()) == {
+        "columns": ["system", "perplexity", "difference"], "data": [["seed", 12.5, None]],
+    }  # fmt: skip
+    assert (folder / "report.html").read_text() == "a report"
 
 
 def test_a_service_that_fails_is_given_up_and_training_goes_on(

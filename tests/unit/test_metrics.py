@@ -8,6 +8,7 @@ import pytest
 
 from btm_cluster.equations.budget import training_flops_per_token
 from btm_cluster.errors import StoreError
+from btm_cluster.language_model.demix import split_feed_forwards
 from btm_cluster.language_model.model import build_model
 from btm_cluster.language_model.utilisation import peak_flops, utilisation
 from btm_cluster.requests import Resources
@@ -59,6 +60,16 @@ def test_utilisation_is_flops_done_by_flops_there_are_and_of_a_share_of_a_gpu_it
     assert utilisation(model, how, 32, 1e6, "NVIDIA H200") == pytest.approx(1e6 * flops / (2 * 989e12))
     quarter = dataclasses.replace(how, workers=1, gpus_per_worker=0.25)
     assert utilisation(model, quarter, 32, 1e6, "NVIDIA H200") == pytest.approx(1e6 * flops / (0.25 * 989e12))
+
+
+def test_of_a_demix_a_token_takes_the_feed_forwards_of_one_domain() -> None:
+    config = {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 300}
+    how = Resources(1, 1.0, 1, 4, "bfloat16", compile=False)
+    dense, demix = (build_model(config, 0) for _ in range(2))
+    split_feed_forwards(demix, range(3))
+    assert sum(p.numel() for p in demix.parameters()) > sum(p.numel() for p in dense.parameters())
+    found = [utilisation(model, how, 32, 1e6, "NVIDIA H200") for model in (dense, demix)]
+    assert found[0] == found[1]
 
 
 def test_where_the_peak_is_not_known_there_is_no_utilisation() -> None:

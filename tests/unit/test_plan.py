@@ -18,7 +18,8 @@ from btm_cluster.operations.init import STARTER_PLAN
 from btm_cluster.operations.quickstart import PLAN_FILE, QUICKSTART_PLAN, TEXT_FOLDER, TEXTS
 from btm_cluster.operations.schema import plan_reference
 from btm_cluster.plan import Plan, plan_schema, read_plan
-from btm_cluster.plan.problems import describe_problems
+from btm_cluster.plan.problems import _sections, describe_problems
+from btm_cluster.plan.synonyms import SYNONYMS
 
 MINIMAL = """\
 name: n
@@ -65,7 +66,7 @@ def entries(words: str) -> dict[str, str]:
 
 def test_the_starter_parses_and_comments_every_choice_that_it_makes(write: Callable[[str], Path]) -> None:
     plan = read_plan(write(STARTER_PLAN))
-    assert plan.domains[0].text == ("./text/news/*.jsonl.zst",)
+    assert plan.domains[0].text[0].endswith("/text/news/*.jsonl.zst")
     assert plan.baselines == ("transformer-lm",)
     assert STARTER_PLAN.count("#") > 20
 
@@ -94,6 +95,62 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_name(
     (fields if section is None else fields.setdefault(section, {}))[key] = 1
     words = refusal(write(yaml.safe_dump(fields)))
     assert f"did you mean `{nearest}`?" in entries(words)[f"{section}.{key}" if section else key]
+
+
+@pytest.mark.parametrize(
+    ("key", "section", "remedy"),
+    [
+        ("batch_size", "training", "`training.blocks_per_domain_update`: blocks that an expert takes"),
+        ("num-train-epochs", "training", "`training.updates`: epochs times the tokens of a domain"),
+        ("lr", None, "here it is `training.learning_rate`"),
+        ("seed", "training", "here it is `training.random_seed`"),
+        ("n_layer", "model", "here it is `model.config`"),
+    ],
+)
+def test_a_name_that_other_tools_have_is_refused_with_the_plans_own(
+    key: str, section: str | None, remedy: str, write: Callable[[str], Path]
+) -> None:
+    fields = yaml.safe_load(MINIMAL)
+    (fields if section is None else fields.setdefault(section, {}))[key] = 1
+    words = refusal(write(yaml.safe_dump(fields)))
+    assert remedy in entries(words)[f"{section}.{key}" if section else key]
+
+
+@pytest.mark.parametrize("name", SYNONYMS)
+def test_another_tools_name_stands_for_a_field_that_is_there_and_has_another_name(name: str) -> None:
+    section: Any = Plan
+    assert name == name.lower().replace("-", "_")
+    *sections, last = SYNONYMS[name].field.split(".")
+    for part in sections:
+        (section,) = _sections(section.model_fields[part.removesuffix("[]")].annotation)
+    assert last in section.model_fields
+    assert name != last
+
+
+def test_a_relative_path_begins_at_the_folder_of_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It began in the current folder, so that a plan meant other texts from elsewhere."""
+    (tmp_path / "plans" / "models" / "mine").mkdir(parents=True)
+    path = tmp_path / "plans" / "plan.yaml"
+    fields = yaml.safe_load(MINIMAL) | {"store": "../store", "model": {"pretrained": "models/mine"}}
+    fields["tokenizer"] = {"pretrained": "hub/name"}
+    fields["domains"] = [{"name": "a", "text": ["./a/*.txt", "/b/../c.txt", "~/d.txt", "s3://bucket/e.txt"]}]
+    path.write_text(yaml.safe_dump(fields))
+
+    def seen(plan: Plan) -> tuple[str, str | None, str | None, tuple[str, ...]]:
+        return plan.store, plan.model.pretrained, plan.tokenizer.pretrained, plan.domains[0].text
+
+    elsewhere = ("/b/../c.txt", "~/d.txt", "s3://bucket/e.txt")
+    monkeypatch.chdir(path.parent)
+    in_it = ("../store", "models/mine", "hub/name", ("./a/*.txt", *elsewhere))
+    assert seen(read_plan("plan.yaml")) == seen(read_plan(path)) == in_it
+    monkeypatch.chdir(tmp_path)
+    above = ("store", "plans/models/mine", "hub/name", ("plans/a/*.txt", *elsewhere))
+    assert seen(read_plan("plans/plan.yaml")) == above
+    monkeypatch.chdir("/")
+    assert seen(read_plan(path))[1] == str(path.parent / "models/mine")
+    assert seen(read_plan(fields))[0] == "../store", "without a file, from the current folder"
 
 
 def test_a_key_that_resembles_nothing_is_refused_with_all_known_names(write: Callable[[str], Path]) -> None:
@@ -312,7 +369,7 @@ def test_anchors_and_merge_keys_work(write: Callable[[str], Path]) -> None:
     )
     first, second = read_plan(write(document)).domains
     assert (first.name, first.field) == ("a", "body")
-    assert (second.name, second.text, second.field) == ("b", ("b.jsonl",), "body")
+    assert (second.name, Path(second.text[0]).name, second.field) == ("b", "b.jsonl", "body")
 
 
 def test_an_alias_that_expands_to_billions_of_values_is_refused_briefly(write: Callable[[str], Path]) -> None:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 from btm_cluster.driver.capacity import Demand
 from btm_cluster.driver.port import Outcome
+from btm_cluster.driver.run_events import RunEvents
 from btm_cluster.plan import ClusterPlan
 from btm_cluster.requests import Resources, StepRequest, TrainRequest
 from btm_cluster.requests.progress import Watcher
+from btm_cluster.workers.disk_and_memory import check_this_machine
 from btm_cluster.workers.machine import check_compiler
 
 if TYPE_CHECKING:
@@ -48,10 +50,11 @@ class LazyRayWorkers:
         expert: Resources,
         address: str | None,
         dashboard: bool,
+        events: RunEvents | None = None,
     ) -> None:
         if address is None:  # which never grows
             cluster = cluster.model_copy(update={"autoscaling": False})
-        self._arguments = (store, watcher, stop, cluster, expert)
+        self._arguments = (store, watcher, stop, cluster, expert, events or RunEvents())
         self._address, self._dashboard = address, dashboard
         self._stack = ExitStack()
         self._workers: RayWorkers | None = None
@@ -67,6 +70,7 @@ class LazyRayWorkers:
     def check_capacity(self, demands: Sequence[Demand]) -> None:
         if demands:
             if self._address is None:
+                check_this_machine(demands)
                 check_compiler(demands)
             self._connected().check_capacity(demands)
 

@@ -15,8 +15,10 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from btm_cluster.identity import Ref
 from btm_cluster.requests.progress import Progress
 from btm_cluster.storage.store_calls import StoreCalls, take_store_calls
+from btm_cluster.workers.on_ray.spans import Begun, Span
 from btm_cluster.workers.on_ray.supervision import STARTING
 
 STOP_POLL_SECONDS = 1.0
@@ -32,6 +34,12 @@ class News:
     """How often each of these labels was started."""
     store_calls: StoreCalls
     """Store calls of the steps."""
+    begun: list[Begun]
+    """Batches that processes have begun with."""
+    warm_ups: list[tuple[Ref, Span]]
+    """When processes got ready for trainings, before their turn."""
+    clock_offsets: dict[str, float]
+    """Seconds from a node's clock to this one's, at most so many: the messages' way is in it."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,9 @@ class ProgressBoard:
         self._host: dict[str, str] = {}
         self._processes: defaultdict[str, set[Process]] = defaultdict(set)
         self._store_calls: Counts[tuple[str, str]] = Counts()
+        self._begun: list[Begun] = []
+        self._warm_ups: list[tuple[Ref, Span]] = []
+        self._clock_offsets: dict[str, float] = {}
 
     def put(self, progress: Progress, host: str) -> None:
         self._fresh[progress.label] = progress
@@ -85,6 +96,16 @@ class ProgressBoard:
         if progress.phase == STARTING:
             self._attempts[progress.label] += 1
             self._processes[progress.label].clear()
+
+    def begin(self, begun: Begun) -> None:
+        """Notes that a process has begun with a batch."""
+        offset = time.time() - begun.at
+        self._clock_offsets[begun.node] = min(offset, self._clock_offsets.get(begun.node, offset))
+        self._begun.append(begun)
+
+    def warmed_up(self, training: Ref, span: Span) -> None:
+        """Notes that a process is ready for a training."""
+        self._warm_ups.append((training, span))
 
     def enter(self, label: str, process: Process) -> None:
         """Notes a process that works on a label, until that is started anew."""
@@ -103,8 +124,15 @@ class ProgressBoard:
 
     def take(self) -> News:
         attempts = {label: self._attempts[label] for label in self._fresh}
-        taken = News(list(self._fresh.values()), attempts, dict(self._store_calls))
-        self._fresh = {}
+        taken = News(
+            list(self._fresh.values()),
+            attempts,
+            dict(self._store_calls),
+            self._begun,
+            self._warm_ups,
+            dict(self._clock_offsets),
+        )
+        self._fresh, self._begun, self._warm_ups = {}, [], []
         self._store_calls.clear()
         return taken
 
@@ -134,6 +162,10 @@ class RayControl:
     def report(self, progress: Progress) -> None:
         self._board.put.remote(progress, socket.gethostname())
         self._count()
+
+    def begin(self, first: Ref) -> None:
+        """Tells that this process begins with a batch, by its first request."""
+        self._board.begin.remote(Begun.now(first))
 
     def stopping(self) -> bool:
         return self._asked_to_stop()

@@ -23,12 +23,17 @@ class Running:
     trainer: Any = None
     how: Resources | None = None
     """Resources that the trainer holds."""
+    process: str = "task"
+    """The actor's name, or `task`."""
     waits_for: InitVar[str] = ""
     """Capacity that the cluster lacked when this was submitted."""
     state: StepState = field(init=False)
     seconds_left: float | None = None
     """As a training last said."""
     started: float = field(default_factory=time.monotonic)
+    asked: float = field(default_factory=time.time)
+    """In seconds since 1970."""
+    attempt: int = 1
 
     def __post_init__(self, waits_for: str) -> None:
         is_training = self.trainer is not None and self.is_training

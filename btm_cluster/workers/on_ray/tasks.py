@@ -6,10 +6,10 @@ from typing import Any
 
 import ray
 
-from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.ledger import Ledger
 from btm_cluster.requests import StepRequest, TrainRequest
-from btm_cluster.steps.registry import run_batch
 from btm_cluster.workers.on_ray.progress import RayControl
+from btm_cluster.workers.on_ray.spans import Worked, work
 
 AVERAGES_AT_ONCE = 4
 OTHER_SECONDS = 2.0
@@ -17,34 +17,34 @@ OTHER_SECONDS = 2.0
 
 
 @ray.remote
-def step_task(batch: Sequence[StepRequest], store: str, board: Any) -> list[Artifact]:
+def step_task(batch: Sequence[StepRequest], store: str, board: Any) -> Worked:
     """Does what the requests of a batch ask for."""
     with RayControl(board, lambda: False) as control:
-        return list(run_batch(batch, Ledger.open(store), control))
+        return work(batch, store, control)
 
 
 @ray.remote(num_cpus=0)
-def await_other_task(request: TrainRequest, store: str, name: str) -> list[Artifact] | None:
+def await_other_task(request: TrainRequest, store: str, name: str) -> Worked | None:
     """The model that another driver's trainer is at; None where that one ended without it."""
     while True:
         found = Ledger.open(store).find(request.ref)
         if found is not None:
-            return [found]
+            return Worked([found])
         try:
             ray.get_actor(name)
         except ValueError:  # there is none of that name any more
             found = Ledger.open(store).find(request.ref)
-            return None if found is None else [found]
+            return None if found is None else Worked([found])
         time.sleep(OTHER_SECONDS)
 
 
 class Merger:
     """The merge actor: averages models, a few at a time, since most of that is reading and hashing."""
 
-    def average(self, batch: Sequence[StepRequest], store: str, board: Any) -> list[Artifact]:
+    def average(self, batch: Sequence[StepRequest], store: str, board: Any) -> Worked:
         """The committed averages."""
         with RayControl(board, lambda: False) as control:
-            return list(run_batch(batch, Ledger.open(store), control))
+            return work(batch, store, control)
 
 
 MergerActor: Any = ray.remote(max_concurrency=AVERAGES_AT_ONCE)(Merger)

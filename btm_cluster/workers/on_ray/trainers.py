@@ -41,6 +41,7 @@ class _Idle:
 
     actor: Any
     how: Resources
+    process: str
     since: float
 
 
@@ -133,7 +134,7 @@ class Trainers:
         """
         if finished.trainer is None or finished.how is None:
             return None
-        idle = _Idle(finished.trainer, finished.how, time.monotonic())
+        idle = _Idle(finished.trainer, finished.how, finished.process, time.monotonic())
         is_wanted = idle.how.workers > 1 or self._is_place_wanted(pending, running)
         if not finished.is_training:
             self._score_seconds = idle.since - finished.started
@@ -165,7 +166,8 @@ class Trainers:
         return any(_can_score(how, request) for how in at_work)
 
     def _score(self, idle: _Idle, batch: list[StepRequest]) -> Running:
-        return Running(batch, idle.actor.score.remote(batch, self._store, self._board), idle.actor, idle.how)
+        result = idle.actor.score.remote(batch, self._store, self._board)
+        return Running(batch, result, idle.actor, idle.how, idle.process)
 
     # Ending
 

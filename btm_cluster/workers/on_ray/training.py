@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import threading
+import time
 import uuid
 from collections.abc import Sequence
 from importlib import import_module
@@ -23,9 +24,10 @@ from btm_cluster.errors import BtmError, Stopped, TrainingError, UserError
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import Resources, ScoreRequest, TrainRequest
 from btm_cluster.requests.progress import Progress
-from btm_cluster.steps.registry import function_of, quick_imports, run_batch
+from btm_cluster.steps.registry import function_of, quick_imports
 from btm_cluster.storage.scratch import scratch_folder
 from btm_cluster.workers.on_ray.progress import Process, RayControl, StopPoll
+from btm_cluster.workers.on_ray.spans import Span, Worked, work
 from btm_cluster.workers.on_ray.supervision import LOADING, STARTING, WARMING_UP
 
 log = logging.getLogger(__name__)
@@ -37,27 +39,31 @@ class Trainer:
     def __init__(self) -> None:
         self._stop = threading.Event()
 
-    def train(self, request: TrainRequest, store: str, retries: int, board: Any) -> list[Artifact]:
-        """The committed model, alone in a list."""
+    def train(self, request: TrainRequest, store: str, retries: int, board: Any) -> Worked:
+        """The committed model."""
+        began = time.time()
         control = RayControl(board, self._stop.is_set)
         control.report(Progress(request.label, STARTING))
+        if request.how.workers == 1:  # a group's workers may still wait for their place
+            control.begin(request.ref)
         board.enter.remote(request.label, Process.this())
         with quick_imports():
             from ray.train.torch import TorchTrainer  # `ray.train` here and below; drivers have no use for it
 
         if request.how.workers == 1:
 
-            def loop() -> Artifact | BtmError:
-                return _step(request, store, control)
+            def loop() -> Worked | BtmError:
+                return _step(request, store, control, began)
         else:
             trainer = ray.get_runtime_context().current_actor
 
-            def loop() -> Artifact | BtmError:
+            def loop() -> Worked | BtmError:
                 is_to_go = ray.train.get_preemption_info  # None in Train's local mode, so only groups ask
                 board.enter.remote(request.label, Process.this())
-                return _step(
-                    request, store, RayControl(board, StopPoll(trainer), lambda: is_to_go() is not None)
-                )
+                control = RayControl(board, StopPoll(trainer), lambda: is_to_go() is not None)
+                if ray.train.get_context().get_world_rank() == 0:
+                    control.begin(request.ref)
+                return _step(request, store, control, time.time())
 
         # Ray Train keeps notes of a run there, which nobody needs afterwards.
         with scratch_folder() as folder:
@@ -65,15 +71,16 @@ class Trainer:
             result = TorchTrainer(loop, scaling_config=_scaling(request.how), run_config=run_config).fit()
         if isinstance(result.return_value, BtmError):
             raise result.return_value
-        if not isinstance(result.return_value, Artifact):
+        if not isinstance(result.return_value, Worked):
             raise TrainingError(f"{request.label}: Ray Train ended without a model", found=str(result))
-        return [result.return_value]
+        return result.return_value
 
     def warm_up(self, request: TrainRequest, board: Any) -> None:
         """Gets this process ready to train, before its inputs are there.
 
         A fault is left for the training to meet.
         """
+        began = time.time()
         board.enter.remote(request.label, Process.this())
         RayControl(board, lambda: False).report(Progress(request.label, WARMING_UP))
         with quick_imports():
@@ -85,8 +92,9 @@ class Trainer:
             warm_up(request)
         except Exception:
             log.warning("%s: its process could not be warmed up", request.label, exc_info=True)
+        board.warmed_up.remote(request.ref, Span.since(began))
 
-    def score(self, batch: Sequence[ScoreRequest], store: str, board: Any) -> list[Artifact]:
+    def score(self, batch: Sequence[ScoreRequest], store: str, board: Any) -> Worked:
         """Scores texts under a model, first of all the one that this process has
         trained: it need not start anew for that."""
         import torch
@@ -94,7 +102,7 @@ class Trainer:
         gc.collect()
         torch.cuda.empty_cache()  # of what training held
         with RayControl(board, lambda: False) as control:
-            return list(run_batch(batch, Ledger.open(store), control))
+            return work(batch, store, control)
 
     @ray.method(concurrency_group="control")
     def stop(self) -> None:
@@ -110,7 +118,7 @@ class Trainer:
 TrainerActor: Any = ray.remote(concurrency_groups={"control": 2})(Trainer)
 
 
-def _step(request: TrainRequest, store: str, control: RayControl) -> Artifact | BtmError:
+def _step(request: TrainRequest, store: str, control: RayControl, began: float) -> Worked | BtmError:
     """The train loop of one worker; in a group, the process group was set up by Ray Train.
 
     What trying again cannot mend is returned and not raised, since Train tries again whatever is raised.
@@ -124,7 +132,7 @@ def _step(request: TrainRequest, store: str, control: RayControl) -> Artifact | 
                 # Its turn has come: a group may wait for it long.
                 control.report(Progress(request.label, LOADING))
             model: Artifact = train(request, Ledger.open(store), control)
-            return model
+            return Worked([model], [Span.since(began)])
     except (UserError, Stopped, TrainingError) as exc:
         return exc
 

@@ -17,19 +17,22 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from btm_cluster.driver.capacity import Demand, bundle, demand_of
 from btm_cluster.driver.port import Failure, Outcome
+from btm_cluster.driver.run_events import RunEvents
 from btm_cluster.errors import UserError
-from btm_cluster.ledger import Ledger
+from btm_cluster.ledger import Ledger, Ref
 from btm_cluster.plan import ClusterPlan
 from btm_cluster.requests import MergeRequest, Resources, StepRequest, TrainRequest
 from btm_cluster.requests.progress import Progress, Watcher
 from btm_cluster.steps.registry import STEPS
 from btm_cluster.stopping import stopped
 from btm_cluster.storage.store_calls import take_store_calls
+from btm_cluster.workers.on_ray.chronicle import Chronicle
 from btm_cluster.workers.on_ray.cluster import has_capacity
 from btm_cluster.workers.on_ray.failures import LOG_LINES, failure_of
 from btm_cluster.workers.on_ray.metrics import Metrics
 from btm_cluster.workers.on_ray.progress import News, ProgressBoardActor
 from btm_cluster.workers.on_ray.running import Running
+from btm_cluster.workers.on_ray.spans import Worked
 from btm_cluster.workers.on_ray.supervision import WARMING_UP, Kill, Limits, supervise, waiting_message
 from btm_cluster.workers.on_ray.tasks import MergerActor, await_other_task, step_task
 from btm_cluster.workers.on_ray.trainers import Trainers
@@ -43,7 +46,13 @@ class RayWorkers:
     """The port for a connected Ray cluster. `stop` is set when the driver was asked to stop."""
 
     def __init__(
-        self, store: str, watcher: Watcher, stop: threading.Event, cluster: ClusterPlan, expert: Resources
+        self,
+        store: str,
+        watcher: Watcher,
+        stop: threading.Event,
+        cluster: ClusterPlan,
+        expert: Resources,
+        events: RunEvents,
     ) -> None:
         self._store, self._watcher, self._stop = store, watcher, stop
         self._cluster, self._expert = cluster, expert
@@ -52,9 +61,11 @@ class RayWorkers:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         board = {"max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
         self._board = ProgressBoardActor.options(name=f"progress-{time.time_ns()}", **board).remote()
-        self._metrics = Metrics(store)
+        self._metrics, self._chronicle = Metrics(store), Chronicle(events, store)
+        self._to_train: dict[Ref, TrainRequest] = {}
         self._retried = {"max_restarts": cluster.retries, "max_task_retries": -1}
         self._merger: Any = None
+        self._merger_name = ""
         self._trainers = Trainers(store, cluster, self._board)
         self._announced: list[TrainRequest] = []
         self._fits_now: Mapping[str, bool] = {}
@@ -75,6 +86,8 @@ class RayWorkers:
         )
         self._metrics.stands(Ledger.open(self._store).log.newest())
         announced, self._announced = self._announced, []
+        trainings = [request for request in (*requests, *announced) if isinstance(request, TrainRequest)]
+        self._to_train = {request.ref: request for request in trainings}
         pending, running = Pending(requests), dict[Any, Running]()
         try:
             while pending or running:
@@ -95,6 +108,7 @@ class RayWorkers:
             self._stop_all(running.values())
             raise
         finally:
+            self._chronicle.given_up(running.values())
             for one in running.values():
                 one.end()
             self._trainers.end_all(announced)
@@ -164,15 +178,17 @@ class RayWorkers:
 
     def _start(self, batch: list[StepRequest]) -> Running:
         request, step = batch[0], STEPS[type(batch[0])]
+        options: dict[str, Any]
         if isinstance(request, TrainRequest):
             return self._start_training(request)
         if step.runs_in == "merger":
             if self._merger is None:
-                self._merger = MergerActor.options(
-                    name=f"merge-{time.time_ns()}", num_cpus=1, **self._retried
-                ).remote()
-            return Running(batch, self._merger.average.remote(batch, self._store, self._board))
-        options: dict[str, Any] = {
+                self._merger_name = f"merge-{time.time_ns()}"
+                options = {"name": self._merger_name, "num_cpus": 1, **self._retried}
+                self._merger = MergerActor.options(**options).remote()
+            result = self._merger.average.remote(batch, self._store, self._board)
+            return Running(batch, result, process=self._merger_name)
+        options = {
             "name": f"{step.function} {request.label}",
             "max_retries": self._cluster.retries,
         }
@@ -198,7 +214,8 @@ class RayWorkers:
         self._metrics.asked(request)
         has_place = has_place or self._fits_now[request.label]
         waits_for = "" if has_place else self._say_what_waits(demand_of(request))
-        return Running([request], result, trainer, request.how, waits_for)
+        name = trainer_name(request, self._store)
+        return Running([request], result, trainer, request.how, name, waits_for)
 
     def _say_what_waits(self, demand: Demand) -> str:
         self._watcher(Progress(demand.label, waiting_message(demand.description)))
@@ -207,14 +224,17 @@ class RayWorkers:
     def _collect(self, finished: Running) -> list[Outcome] | None:
         """An outcome for each request of the batch. None: another driver's training came to nothing."""
         try:
-            outcomes: list[Outcome] | None = ray.get(finished.result)
-            return outcomes
+            worked: Worked | None = ray.get(finished.result)
         except ray.exceptions.RayError as exc:
             attempts, host = ray.get(self._board.attempts_and_host.remote(finished.label))
             log = _log_of(finished.trainer)
             finished.end()
             finished.trainer = None
-            return [failure_of(one.label, exc, attempts, host, log) for one in finished.batch]
+            failures = [failure_of(one.label, exc, attempts, host, log) for one in finished.batch]
+            self._chronicle.ended(finished, failures, ())
+            return [*failures]
+        self._chronicle.ended(finished, (), worked.spans if worked else ())
+        return None if worked is None else [*worked.artifacts]
 
     def _relay(self, running: Iterable[Running]) -> None:
         """Passes progress on to the watcher, says what waits for room, and kills what hangs."""
@@ -225,6 +245,7 @@ class RayWorkers:
                 self._trainers.heard(progress.label)
             self._metrics.heard(progress, news.attempts[progress.label])
             self._watcher(progress)
+        self._chronicle.heard(news, running, self._to_train)
         for store_calls in (news.store_calls, take_store_calls()):
             self._metrics.count_store_calls(store_calls)
         self._metrics.renew()

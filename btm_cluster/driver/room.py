@@ -1,0 +1,31 @@
+"""How much machines can do at once, as far as a preview of a run knows it."""
+
+from dataclasses import dataclass
+
+from btm_cluster.requests import Resources
+
+
+@dataclass(frozen=True)
+class Room:
+    """The GPUs and CPUs that trainings share; None where they are not known."""
+
+    name: str
+    """Where it is, in words."""
+    gpus: float | None = None
+    cpus: float | None = None
+    gpu: str | None = None
+    """The name of its GPUs."""
+
+    def share(self, how: Resources, at_once: int) -> float:
+        """The part of it that a group takes; where it is not known, there is room for so many at once."""
+        there = self.gpus if how.gpus_per_worker else self.cpus
+        return devices(how) / there if there else 1 / max(at_once, 1)
+
+
+SOME_CLUSTER = Room("with room for all experts at once")
+"""Machines that nobody has looked at."""
+
+
+def devices(how: Resources) -> float:
+    """GPUs of a group, or its CPUs where it has none."""
+    return how.workers * (how.gpus_per_worker or how.cpus_per_worker)

@@ -1,0 +1,261 @@
+"""The tables of a study's page, from its entries."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from btm_cluster.report.content import Paragraph, Section, Table
+from btm_cluster.report.entries import (
+    BASELINES,
+    CALIBRATED,
+    GATE,
+    PAPERS,
+    PLAIN,
+    Wanted,
+    select,
+    spread,
+)
+from btm_cluster.report.results import KEY, Entry, Results
+
+# Rows of table 1: what it is called, and which entries it is.
+TABLE_1: dict[str, Wanted] = {
+    **BASELINES,
+    "Transformer-LM, from the seed on at the experts' rate": {
+        "system": "transformer-lm at the experts' rate"
+    },
+    "seed": {"system": "seed"},
+    "best single expert": {"system": "best single expert"},
+    "the domain's own expert": {"system": "own expert"},
+    "DEMix, paper's posterior": {"system": "demix", **PAPERS},
+    "DEMix, calibrated": {"system": "demix", **CALIBRATED},
+    "DEMix from the seed, paper's posterior": {"system": "demix-from-seed", **PAPERS},
+    "DEMix from the seed, calibrated": {"system": "demix-from-seed", **CALIBRATED},
+    "forest, paper's posterior": {"system": "forest", **PAPERS, **PLAIN},
+    "forest, calibrated": {"system": "forest", **CALIBRATED, **PLAIN},
+    "forest, learned gate": {"system": "forest", **GATE, **PLAIN},
+    "forest with its seed, paper's posterior": {"system": "forest with its seed", **PAPERS, **PLAIN},
+    "forest with its seed, calibrated": {"system": "forest with its seed", **CALIBRATED, **PLAIN},
+    "forest with its seed, learned gate": {"system": "forest with its seed", **GATE, **PLAIN},
+    "random splits, paper's posterior": {"system": "random-split", **PAPERS},
+    "random splits, calibrated": {"system": "random-split", **CALIBRATED},
+    "Transformer-LM, trained on the development text": {"system": "transformer-lm on development text"},
+    "forest with an expert on the development text": {"system": "forest with an expert on development text"},
+}
+TABLE_2: dict[str, Wanted] = {
+    **BASELINES,
+    "average, uniform": {"system": "average", "prior": "uniform"},
+    "average, argmax": {"system": "average", "prior": "argmax"},
+    "average, posterior (ema)": {"system": "average", "prior": "ema"},
+    "average, posterior (fitted)": {"system": "average", "prior": "fitted"},
+    "average, greedy soup": {"system": "average", "prior": "greedy"},
+    "average, learned soup": {"system": "average", "prior": "learned"},
+    "average of random splits, uniform": {"system": "average of random-split", "prior": "uniform"},
+    "ensemble, paper's posterior": {"system": "forest", **PAPERS, **PLAIN},
+    "ensemble, calibrated": {"system": "forest", **CALIBRATED, **PLAIN},
+}
+TABLE_8 = (*BASELINES, "DEMix, paper's posterior", "forest, paper's posterior", "forest, calibrated")
+
+
+def compared_with(entries: Sequence[Entry]) -> str:
+    """Which Transformer-LM differences are taken to, by random seed."""
+    seeds: dict[str, list[str]] = {}
+    for entry in select(entries, **BASELINES["Transformer-LM"]):
+        seeds.setdefault(_chosen(entry.get("milestones")), []).append(str(entry["random_seed"]))
+    if len(seeds) == 1:
+        return f"Differences are to {next(iter(seeds))}."
+    listed = "; ".join(f"with random seed {', '.join(own)} to {chosen}" for chosen, own in seeds.items())
+    return f"Differences are {listed}."
+
+
+def _chosen(milestones: Mapping[str, Any] | None) -> str:
+    if milestones is None:
+        return "the finished Transformer-LM; its milestones were not compared"
+    best, last = milestones["best"], milestones["last"]
+    if best == last:
+        return "the finished Transformer-LM, which is its best milestone by the domains' development text"
+    return f"the Transformer-LM at update {best:,} of {last:,}, its best milestone by the domains' development text"
+
+
+def means_table(caption: str, entries: Sequence[Entry], wanted_rows: Mapping[str, Wanted]) -> Table:
+    """A row for each of `wanted_rows` that was measured."""
+    rows = []
+    for name, wanted in wanted_rows.items():
+        found = select(entries, **wanted)
+        if not found:
+            continue
+        cells = [_words([entry[group] for entry in found]) for group in ("train", "eval", "all")]
+        rows.append([f"{name}{_some_seeds(found, entries)}", *cells, _difference(found)])
+    return Table(caption, ["system", "train", "eval", "all", "against the Transformer-LM"], rows)
+
+
+def _some_seeds(found: Sequence[Entry], entries: Sequence[Entry]) -> str:
+    """Which random seeds a row has, where the table has others too: its means
+    are not to be held against theirs."""
+    own, every = ({entry["random_seed"] for entry in some} for some in (found, entries))
+    return "" if own == every else f" (random seed {', '.join(map(str, sorted(own)))})"
+
+
+def _words(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return spread(known).words() if known else "–"
+
+
+def _difference(entries: Sequence[Entry]) -> str:
+    """The mean difference on all texts; with one random seed alone, the interval over documents.
+
+    A Transformer-LM that is the baseline with one random seed and not with another differs by nothing with
+    the first.
+    """
+    if all(entry["difference"] is None for entry in entries):
+        return ""
+    words = spread([100 * (entry["difference"] or 0.0) for entry in entries]).words("{:+.1f}") + " %"
+    if len(entries) > 1:
+        return words
+    low, high = entries[0]["difference_interval"]
+    return f"{words} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def posteriors(entries: Sequence[Entry]) -> dict[str, Wanted]:
+    """Every way of mixing the forest's experts."""
+    rows = dict(BASELINES)
+    for entry in select(entries, system="forest"):
+        key = {name: entry[name] for name in KEY if name not in ("size", "seed_share")}
+        blocks, k = entry["development_blocks"], entry["top_k"]
+        name = f"{entry['posterior']}, prior {entry['prior']}"
+        rows[name + (f", {blocks} development blocks" if blocks else "") + (f", top {k}" if k else "")] = key
+    return rows
+
+
+def by_text_table(entries: Sequence[Entry], texts: Sequence[Entry]) -> Table:
+    """The paper's table 8."""
+    systems = {name: select(entries, **TABLE_1[name]) for name in TABLE_8}
+    systems = {f"{name}{_some_seeds(found, entries)}": found for name, found in systems.items() if found}
+    rows = [
+        [
+            _name(text),
+            *(
+                _words([entry["per_domain"].get(text["name"]) for entry in found])
+                for found in systems.values()
+            ),
+        ]
+        for text in texts
+    ]
+    return Table("Table 8: by text", ["text", *systems], rows)
+
+
+def _name(text: Entry) -> str:
+    return f"{text['name']} (target)" if text["is_target"] else str(text["name"])
+
+
+def texts_section(results: Results) -> Section:
+    """The paper's table 7."""
+    headings = ["text", "training words", "training tokens", "development tokens", "test tokens"]
+    rows = []
+    for text in results.texts:
+        words, tokens = text["words"].get("train", 0), text["tokens"]
+        seen = text["test_windows_in_training"] / max(1, text["test_windows"])
+        counts = [words, tokens.get("train", 0), tokens.get("development", 0), tokens.get("test", 0)]
+        rows.append([_name(text), *(f"{count:,}" if count else "–" for count in counts), f"{seen:.2%}"])
+    heading = "Table 7: texts"
+    return Section(
+        "texts", heading, [Table(heading, [*headings, "test windows of 20 words also in training"], rows)]
+    )
+
+
+def trials_sections(results: Results) -> Iterator[Section]:
+    """What was tried before the study, if anything was."""
+    columns = {
+        "learning_rate": "learning rate",
+        "updates": "updates",
+        "blocks_per_domain_update": "blocks of a domain per update",
+    }
+    yield from _tried_section(
+        (
+            "recipes",
+            "Recipes",
+            "Tried on the Transformer-LM alone; all systems were trained by the one in bold.",
+        ),
+        "learning_rate",
+        columns,
+        "perplexity on the domains' development text",
+        results.trials,
+    )
+    told = (
+        "Over the seed's at the same update. Tried on the forest alone; all experts that branch from a seed were "
+        "trained by the one in bold."
+    )
+    yield from _tried_section(
+        ("rates", "Experts' learning rates", told),
+        "learning_rate_scale",
+        {"learning_rate_scale": "scale"},
+        "perplexity of the ensemble on the domains' development text",
+        results.trials,
+    )
+
+
+def _tried_section(
+    named: tuple[str, str, str],
+    tried: str,
+    columns: Mapping[str, str],
+    measured: str,
+    trials: Sequence[Entry],
+) -> Iterator[Section]:
+    """The trials of one thing, if there are any: what each column is called and what they were measured by."""
+    identifier, heading, opening = named
+    trials = [trial for trial in trials if tried in trial]
+    if not trials:
+        return
+    rows = [
+        [
+            str(trial["size"]),
+            *(_number(trial[name]) for name in columns),
+            "diverged" if trial["development"] is None else f"{trial['development']:.2f}",
+        ]
+        for trial in trials
+    ]
+    strong = frozenset(number for number, trial in enumerate(trials) if trial["chosen"])
+    table = Table(heading, ["size", *columns.values(), measured], rows, strong)
+    edges = [Paragraph(edge) for edge in _edges(trials, tried, columns[tried])]
+    yield Section(identifier, heading, [Paragraph(opening), table, *edges])
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+def _edges(trials: Sequence[Entry], name: str, words: str) -> Iterator[str]:
+    """A warning for each size whose chosen value has none tried beyond it: of a
+    recipe, the rival may do better there."""
+    for size in dict.fromkeys(trial["size"] for trial in trials):
+        values = {trial[name] for trial in select(trials, size=size)}
+        chosen = {trial[name] for trial in select(trials, size=size, chosen=True)}
+        for edge, side in ((max(values), "highest"), (min(values), "lowest")):
+            if len(values) > 1 and edge in chosen:
+                yield f"The {side} {words} tried for {size} is the best: one beyond it may be better still."
+
+
+def speeds_section(results: Results) -> Section:
+    """Updates and tokens per second of each kind of training."""
+    groups: dict[tuple[object, ...], list[Entry]] = {}
+    for speed in results.speeds:
+        key = tuple(speed[name] for name in ("size", "role", "blocks_per_update", "gpus", "device"))
+        groups.setdefault(key, []).append(speed)
+    rows = []
+    for (size, role, blocks, gpus, device), speeds in groups.items():
+        rates = [
+            spread([speed[name] for speed in speeds]).mean
+            for name in ("updates_per_second", "tokens_per_second")
+        ]
+        count = f"{gpus:g} {device}" if gpus else "CPU"
+        rows.append(
+            [f"{size} {role}", str(len(speeds)), str(blocks), count, f"{rates[0]:.1f}", f"{rates[1]:,.0f}"]
+        )
+    headings = [
+        "model",
+        "trained",
+        "blocks per update",
+        "GPUs of each",
+        "updates per second",
+        "tokens per second",
+    ]
+    told = Paragraph("As trained in the study, compilation and neighbours on the same GPU included.")
+    return Section("speed", "Speed", [told, Table("Speed", headings, rows)])

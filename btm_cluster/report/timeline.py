@@ -1,0 +1,183 @@
+"""A run's timeline as numbers: lanes of bars, how many devices were busy when, and what it cost.
+
+Knows nothing of how it is drawn.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from btm_cluster.ledger.timelines import Event, Timeline
+from btm_cluster.report.drawing import duration
+
+MOST_LANES = 40
+TASK = "task"
+"""What processes are called that run any step."""
+READING = ("reading, tokenising", 2)
+STEPS: Mapping[str, tuple[str, int]] = {
+    "train": ("training", 0),
+    "score": ("scoring", 1),
+    "read_text": READING,
+    "shuffle_texts": READING,
+    "train_tokenizer": READING,
+    "import_tokenizer": READING,
+    "tokenize": READING,
+    "find_overlap": READING,
+}
+"""What steps do, by their names, and the number of its colour."""
+OTHER_STEPS = ("fitting, mixing, averaging", 3)
+OTHER_EVENTS: Mapping[str, tuple[str, int]] = {
+    "start": ("starting", 4),
+    "wait": ("waiting for room", 7),
+    "checkpoint": ("checkpoint", 5),
+    "failure": ("failure", 6),
+    "stop": ("stopped", 6),
+}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Something that took time in a lane, in seconds since the run began."""
+
+    what: str
+    colour: int
+    start: float
+    end: float
+    tip: str
+
+
+@dataclass(frozen=True)
+class Lane:
+    """A process of a node: bars that do not overlap, and moments that lie over them."""
+
+    name: str
+    bars: tuple[Bar, ...]
+    marks: tuple[Bar, ...]
+
+
+@dataclass(frozen=True)
+class Busy:
+    """Devices that were at a step, over time."""
+
+    device: str
+    total: float
+    steps: tuple[tuple[float, float], ...]
+    """From each second on, so many."""
+    used_seconds: float
+    """Device-seconds of steps."""
+    whole_seconds: float
+    """Device-seconds of the whole run."""
+
+    @property
+    def idle(self) -> float:
+        """The share of device-seconds in which there was no step."""
+        return 1 - self.used_seconds / self.whole_seconds if self.whole_seconds else 0.0
+
+
+def seconds_of(timeline: Timeline) -> float:
+    """How long the run took."""
+    return max(timeline.ended - timeline.began, 1e-3)
+
+
+def lanes_of(timeline: Timeline) -> tuple[list[Lane], int]:
+    """The lanes with the most to show, in order of nodes and processes, and how many were left out."""
+    nodes = {event.process: event.node for event in timeline.events if event.node and event.process != TASK}
+    grouped: dict[tuple[str, str], list[Event]] = {}
+    waiting: list[Event] = []
+    for event in timeline.events:
+        key = event.node or nodes.get(event.process)  # a training waits in the lane that it has later
+        if key is None:
+            waiting.append(event)
+        else:
+            node = timeline.nodes[key].name if key in timeline.nodes else key
+            grouped.setdefault((node, event.process), []).append(event)
+    lanes = [
+        lane
+        for (node, process), events in sorted(grouped.items())
+        for lane in _lanes(f"{node}: {process}", events, timeline.began)
+    ]
+    lanes += _waiting(waiting, timeline.began)
+    by_work = sorted(range(len(lanes)), key=lambda n: -sum(bar.end - bar.start for bar in lanes[n].bars))
+    busiest = sorted(by_work[:MOST_LANES])
+    return [lanes[number] for number in busiest], len(lanes) - len(busiest)
+
+
+def _lanes(name: str, events: Iterable[Event], began: float) -> Iterator[Lane]:
+    """Of one process; tasks of a node that run at once lie in several."""
+    lanes: list[list[Bar]] = []
+    marks: list[Bar] = []
+    for event in sorted(events, key=lambda event: (event.began, event.ended)):
+        bar = _bar(event, began)
+        if event.what in ("checkpoint", "failure", "stop"):
+            marks.append(bar)
+            continue
+        free = next((lane for lane in lanes if lane[-1].end <= bar.start + 1e-3), None)
+        if free is None:
+            lanes.append(free := [])
+        free.append(bar)
+    for number, bars in enumerate(lanes or [[]], 1):
+        own = name if len(lanes) < 2 else f"{name} {number}"
+        yield Lane(own, tuple(bars), tuple(marks) if number == 1 else ())
+
+
+def _waiting(events: Iterable[Event], began: float) -> Iterator[Lane]:
+    """One lane for all that waits at once and has no process yet."""
+    bars: list[Bar] = []
+    for event in sorted(events, key=lambda event: event.began):
+        bar = _bar(event, began)
+        if bars and bars[-1].what == bar.what and bar.start <= bars[-1].end:
+            tip = f"{bars[-1].what}: several steps"
+            bar = Bar(bar.what, bar.colour, bars[-1].start, max(bars[-1].end, bar.end), tip)
+            bars.pop()
+        bars.append(bar)
+    if bars:
+        yield Lane("steps without a place yet", tuple(bars), ())
+
+
+def what_of(event: Event) -> tuple[str, int]:
+    """What it is called in the legend, and the number of its colour."""
+    return STEPS.get(event.kind, OTHER_STEPS) if event.what == "step" else OTHER_EVENTS[event.what]
+
+
+def _bar(event: Event, began: float) -> Bar:
+    what, colour = what_of(event)
+    tip = f"{event.label}: {what}, {duration(event.seconds)}"
+    if event.attempt > 1:
+        tip += f", attempt {event.attempt}"
+    if event.cause:
+        tip += f", {event.cause}"
+    return Bar(what, colour, event.began - began, event.ended - began, tip)
+
+
+def busy_of(timeline: Timeline) -> Busy:
+    """How many GPUs were at a step; CPUs of a run without GPUs."""
+    on_gpus = any(node.gpus for node in timeline.nodes.values())
+    changes: dict[float, float] = {0.0: 0.0}
+    used = 0.0
+    for event in timeline.events:
+        count = event.gpus if on_gpus else event.cpus
+        if event.what == "step" and count:
+            start, end = event.began - timeline.began, event.ended - timeline.began
+            changes[start] = changes.get(start, 0.0) + count
+            changes[end] = changes.get(end, 0.0) - count
+            used += count * event.seconds
+    steps, now = [], 0.0
+    for second, change in sorted(changes.items()):
+        now += change
+        steps.append((second, max(0.0, now)))
+    total = sum(node.gpus if on_gpus else node.cpus for node in timeline.nodes.values())
+    return Busy("GPUs" if on_gpus else "CPUs", total, tuple(steps), used, total * seconds_of(timeline))
+
+
+def totals(timeline: Timeline) -> list[tuple[str, int, float]]:
+    """For each thing that was done: how often, and the seconds of it, the longest first."""
+    counted: dict[str, tuple[int, float]] = {}
+    for event in timeline.events:
+        what, _ = what_of(event)
+        count, seconds = counted.get(what, (0, 0.0))
+        counted[what] = (count + 1, seconds + event.seconds)
+    return sorted(((what, *both) for what, both in counted.items()), key=lambda one: -one[2])
+
+
+def mishaps(timeline: Timeline) -> list[Event]:
+    """Attempts that failed, and stops."""
+    return [event for event in timeline.events if event.what in ("failure", "stop")]

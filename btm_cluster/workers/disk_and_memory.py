@@ -1,0 +1,107 @@
+"""Whether disk and memory of this machine can hold what trainings write and compute with, before anything is spent.
+
+Only what is needed at least is asked for, so that nothing is refused that could work.
+"""
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+
+from btm_cluster.driver.capacity import Demand
+from btm_cluster.equations.budget import stored_bytes, trained_bytes
+from btm_cluster.errors import ResourcesError
+
+GIGABYTE = 10**9
+_PROGRAM_SECONDS = 30.0
+
+
+def check_disk_of_store(location: str, needed: int) -> None:
+    """Refuses to begin where a local store has no room for the models to come.
+
+    Raises:
+        ResourcesError: naming what is free and what is needed.
+    """
+    if "://" not in location:
+        _check_disk(
+            "the disk of the store", Path(location), needed, "make room there, or name another `store`"
+        )
+
+
+def check_this_machine(demands: Sequence[Demand]) -> None:
+    """Refuses trainings that this machine has not the memory or the scratch space for.
+
+    Raises:
+        ResourcesError: naming what there is and what is needed.
+    """
+    for problem in problems_here(demands):
+        raise problem
+
+
+def problems_here(demands: Sequence[Demand]) -> Iterator[ResourcesError]:
+    """What of memory and scratch space this machine lacks for trainings that it runs itself."""
+    trained = [demand for demand in demands if demand.parameters]
+    memory = _memory()
+    gpu_memory = _gpu_memory() if any(demand.how.gpus_per_worker for demand in trained) else None
+    for demand in trained:
+        needed = trained_bytes(demand.parameters) // demand.how.workers
+        there, of = (gpu_memory, "a GPU") if demand.how.gpus_per_worker else (memory, "this machine")
+        if there is not None and needed > there:
+            yield ResourcesError(
+                f"the memory of {of} is too small to train {demand.label}",
+                found=f"{there / GIGABYTE:,.1f} GB",
+                expected=f"at least {needed / GIGABYTE:,.1f} GB, for weights, gradients and Adam's moments of "
+                f"{demand.parameters:,} parameters in float32",
+                remedy="take a smaller `model`, or a machine with more",
+            )
+        try:
+            remedy = "make room there, or set TMPDIR to a folder on a larger disk"
+            what, folder = (
+                f"the disk on which {demand.label} is written before it is stored",
+                tempfile.gettempdir(),
+            )
+            _check_disk(what, Path(folder), stored_bytes(demand.parameters, with_optimizer=True), remedy)
+        except ResourcesError as exc:
+            yield exc
+
+
+def _check_disk(what: str, folder: Path, needed: int, remedy: str) -> None:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise ResourcesError(
+            f"{what} has not enough room",
+            found=f"{free / GIGABYTE:,.1f} GB free in {folder}",
+            expected=f"at least {needed / GIGABYTE:,.1f} GB for the models to come",
+            remedy=remedy,
+        )
+
+
+def _memory() -> int:
+    """Of this machine, or of the container that this runs in."""
+    total = int(psutil.virtual_memory().total)
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return total
+    return total if limit == "max" else min(total, int(limit))
+
+
+def _gpu_memory() -> int | None:
+    """Of the largest GPU here, in bytes; None where NVIDIA's driver does not say."""
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(
+            query,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_PROGRAM_SECONDS,
+            check=True,
+        ).stdout
+        return max(int(line) for line in said.split()) << 20
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
