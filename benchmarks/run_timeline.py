@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRESS = re.compile(
-    r"(?P<label>[^:]+): (?P<phase>[a-z]+)(?: update (?P<update>\d+)/(?P<last>\d+) loss \S+)?(?: .*)?"
+    r"(?:[\d-]+ [\d:]+ [A-Z]+ )?(?P<label>[^:]+): (?P<phase>[a-z]+)(?: update (?P<update>\d+)/(?P<last>\d+) loss \S+)?(?: .*)?"
 )
 TRAINING_PHASES = {"starting", "loading", "storing"}
 TEXT_PHASES = {"reading", "tokenising", "comparing"}

@@ -37,6 +37,7 @@ from btm_cluster.commands.study import study
 from btm_cluster.commands.verify import verify
 from btm_cluster.errors import BtmError, OutputError, Stopped, UserError
 from btm_cluster.stopping import end_at_signals
+from btm_cluster.terminal.options import logged
 from btm_cluster.terminal.output import CLOSED_PIPE, printable, safe_output
 
 app = typer.Typer(
@@ -67,9 +68,9 @@ for command in (
     discover,
     doctor,
 ):
-    app.command()(command)
+    app.command()(logged(command))
 for forest_command in (show, log, remove, rollback, diff, contributions, verify, gc, pin):
-    forest_app.command()(forest_command)
+    forest_app.command()(logged(forest_command))
 
 
 def _print_versions(is_asked: bool) -> None:

@@ -12,45 +12,50 @@ from btm_cluster.stopping import end_at_signals, handling, stopped
 from btm_cluster.terminal.output import end_input
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from btm_cluster.driver.capacity import Demand
     from btm_cluster.driver.driver import Driver
     from btm_cluster.driver.run_events import RunEvents
     from btm_cluster.ledger import Ledger
     from btm_cluster.requests.progress import Progress, Watcher
+    from btm_cluster.terminal.progress import ProgressView
 
 _JOBS_COPY = "/working_dir_files/_ray_pkg_"
 """In paths of what `ray job submit --working-dir` carried."""
 
 
 @contextmanager
+def opened_view() -> Iterator["ProgressView"]:
+    """The progress of a command or call, to be opened before what takes seconds to import."""
+    from btm_cluster.terminal.progress import ProgressView
+    from btm_cluster.terminal.tables import progress_console
+
+    with ProgressView(progress_console()) as view:
+        view.say("loading PyTorch")
+        yield view
+
+
+@contextmanager
 def driving(
+    view: "ProgressView",
     plan: Plan,
     address: str | None,
     in_process: bool,
-    dashboard: bool,
-    json_output: bool,
+    dashboard: bool = False,
     new_resources: bool = False,
     command: str = "python",
 ) -> Iterator["Driver"]:
     """A driver for one command, whose process ends at the third signal."""
     end_input()
-    from btm_cluster.terminal.tables import consoles
-
-    progress = consoles(json_output)[1]
-    with opened_driver(
-        plan, address, in_process, progress, dashboard, new_resources, True, command
-    ) as driver:
+    with opened_driver(view, plan, address, in_process, dashboard, new_resources, True, command) as driver:
         yield driver
 
 
 @contextmanager
 def opened_driver(
+    view: "ProgressView",
     plan: Plan,
     address: str | None,
     in_process: bool,
-    progress: "Console",
     dashboard: bool = False,
     new_resources: bool = False,
     ends_process: bool = False,
@@ -66,16 +71,15 @@ def opened_driver(
     from btm_cluster.driver.recipes import expert_resources
     from btm_cluster.driver.run_events import RunEvents
     from btm_cluster.driver.run_log import RunLog
-    from btm_cluster.terminal.progress import ProgressView
     from btm_cluster.tracking.tracking import Tracking
     from btm_cluster.workers.in_process import InProcess, LocalControl
     from btm_cluster.workers.on_ray.lazily import LazyRayWorkers
 
+    view.say("opening the store")
     ledger = open_ledger(plan.store)
     events = RunEvents(command)
     asked = _Asked(ends_process, events)
     with (
-        ProgressView(progress) as view,
         Tracking(plan, ledger.storage, _each(view, events.watch), events.run) as watcher,
         handling(asked),
         RunLog(ledger, events, watcher.finish) as run_log,
@@ -86,26 +90,29 @@ def opened_driver(
         workers: InProcess | LazyRayWorkers = InProcess(ledger, LocalControl(budget, asked.stop), events)
         if not in_process:
             store, expert = ledger.storage.location, expert_resources(plan)
-            lazy = LazyRayWorkers(store, budget, asked.stop, plan.cluster, expert, address, dashboard, events)
+            lazy = LazyRayWorkers(
+                store, budget, view.say, asked.stop, plan.cluster, expert, address, dashboard, events
+            )
             workers = stack.enter_context(lazy)
+        view.runs_on(workers.at_once)
 
         def check_demands(demands: "Sequence[Demand]") -> None:
             budget.check(demands)
             workers.check_capacity(demands)
 
         within = WorkersWithinBudget(workers, budget)
-        asked.driver = Driver(ledger, within, check_demands, new_resources, run_log)
+        asked.driver = Driver(ledger, within, check_demands, new_resources, view, run_log)
         yield asked.driver
 
 
-def local_driver(store: str) -> "Driver":
-    """A driver without a plan for a store that is there: steps run in this process, and show no progress."""
+def local_driver(view: "ProgressView", store: str) -> "Driver":
+    """A driver without a plan for a store that is there: steps run in this process."""
     end_input()
     from btm_cluster.driver.driver import Driver
     from btm_cluster.workers.in_process import InProcess, LocalControl
 
     ledger = open_ledger(store)
-    return Driver(ledger, InProcess(ledger, LocalControl(lambda _: None, threading.Event())))
+    return Driver(ledger, InProcess(ledger, LocalControl(view, threading.Event())), listener=view)
 
 
 def open_ledger(store: str) -> "Ledger":

@@ -25,8 +25,9 @@ def stopped() -> Stopped:
 def end_at_once(*_: object) -> None:
     """Ends the process as it is: another library would swallow an exception that
     is raised while it is imported."""
-    show_cursor = b"\x1b[?25h" if sys.stderr.isatty() else b""
-    os.write(2, show_cursor + f"error: {stopped()}\n".encode())
+    # Where progress is shown, its last line ends here and the cursor is seen again.
+    clear = b"\r\x1b[K\x1b[?25h" if sys.stderr.isatty() else b""
+    os.write(2, clear + f"error: {stopped()}\n".encode())
     os._exit(Stopped.exit_code)
 
 

@@ -19,12 +19,14 @@ def main() -> None:
     """Like `btm expand PLAN --address auto`."""
     from btm_cluster.commands.expand import expand
     from btm_cluster.errors import UserError
+    from btm_cluster.terminal.logs import logging_to
 
     arguments = [argument for argument in sys.argv[1:] if argument != NEW_RESOURCES]
     new_resources = NEW_RESOURCES in sys.argv
     if len(arguments) != 1:
         raise UserError("expand_forest.py takes one argument", expected="the plan, a YAML file")
-    expand(Path(arguments[0]), address="auto", new_resources=new_resources)
+    with logging_to():
+        expand(Path(arguments[0]), address="auto", new_resources=new_resources)
 
 
 if __name__ == "__main__":

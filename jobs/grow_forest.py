@@ -19,12 +19,14 @@ def main() -> None:
     """Like `btm run PLAN --address auto`."""
     from btm_cluster.commands.run import run
     from btm_cluster.errors import UserError
+    from btm_cluster.terminal.logs import logging_to
 
     arguments = [argument for argument in sys.argv[1:] if argument != NEW_RESOURCES]
     new_resources = NEW_RESOURCES in sys.argv
     if len(arguments) != 1:
         raise UserError("grow_forest.py takes one argument", expected="the plan, a YAML file")
-    run(Path(arguments[0]), address="auto", new_resources=new_resources)
+    with logging_to():
+        run(Path(arguments[0]), address="auto", new_resources=new_resources)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,14 @@ def main() -> None:
     """Like `btm study PLAN --to PLACE --address auto`."""
     from btm_cluster.commands.study import study
     from btm_cluster.errors import UserError
+    from btm_cluster.terminal.logs import logging_to
 
     arguments = [argument for argument in sys.argv[1:] if argument != NEW_RESOURCES]
     new_resources = NEW_RESOURCES in sys.argv
     if len(arguments) != 2:
         raise UserError("run_study.py takes two arguments", expected="the plan, and a place for the results")
-    study(Path(arguments[0]), arguments[1], address="auto", new_resources=new_resources)
+    with logging_to():
+        study(Path(arguments[0]), arguments[1], address="auto", new_resources=new_resources)
 
 
 if __name__ == "__main__":

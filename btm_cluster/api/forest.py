@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from btm_cluster.api.ensemble import OpenEnsemble
-from btm_cluster.api.plans import as_plan
+from btm_cluster.api.plans import as_plan, opened_driver_of_call
 from btm_cluster.driver.driver import Driver
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation.verdict import Verdict
@@ -20,10 +20,9 @@ from btm_cluster.operations.ensemble import mixture_of_plan
 from btm_cluster.operations.evaluate import check_text_is_known, evaluate_forest, find_grown
 from btm_cluster.operations.generate import PROMPTS_AT_ONCE
 from btm_cluster.plan import Plan
-from btm_cluster.session import open_ledger, opened_driver
+from btm_cluster.session import open_ledger
 from btm_cluster.steps.mixture import forest_with_experts, load_stored, mixture_of_store
 from btm_cluster.steps.stored import documents_of, open_tokenizer, open_transformers_tokenizer
-from btm_cluster.terminal.tables import progress_console
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -219,7 +218,7 @@ class OpenForest:
             return evaluate_forest(self.plan, driver, self.version).verdict
 
     def _driver(self, plan: Plan) -> AbstractContextManager[Driver]:
-        return opened_driver(plan, self._address, self._in_process, progress_console())
+        return opened_driver_of_call(plan, self._address, self._in_process)
 
 
 def _needs_plan(what: str) -> UserError:

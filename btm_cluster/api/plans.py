@@ -1,15 +1,17 @@
 """Runs a plan, as `btm run` does."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from btm_cluster.driver.driver import Driver
 from btm_cluster.operations.plan import check_run
 from btm_cluster.operations.report import finish_run
 from btm_cluster.operations.run import Run, run_plan
 from btm_cluster.plan import Plan, read_plan
-from btm_cluster.session import opened_driver
-from btm_cluster.terminal.tables import progress_console
+from btm_cluster.session import opened_driver, opened_view
+from btm_cluster.terminal.logs import logging_of_library
 from btm_cluster.workers.shadowing import check_shadowing
 
 
@@ -40,12 +42,24 @@ def run(
     """
     plan = as_plan(plan)
     check_shadowing()
-    progress = progress_console()
-    with opened_driver(plan, address, in_process, progress, dashboard, new_resources) as driver:
+    with opened_driver_of_call(plan, address, in_process, dashboard, new_resources) as driver:
         check_run(plan, driver)
         result = run_plan(plan, driver)
         finish_run(plan, driver, result)
         return result
+
+
+@contextmanager
+def opened_driver_of_call(
+    plan: Plan, address: str | None, in_process: bool, dashboard: bool = False, new_resources: bool = False
+) -> Iterator[Driver]:
+    """A driver for one call. Progress goes to standard error, or to where the program's own logging has it go."""
+    with (
+        logging_of_library(),
+        opened_view() as view,
+        opened_driver(view, plan, address, in_process, dashboard, new_resources) as driver,
+    ):
+        yield driver
 
 
 def as_plan(source: Plan | str | Path | Mapping[str, Any]) -> Plan:

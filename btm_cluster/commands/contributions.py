@@ -2,7 +2,7 @@
 
 import json
 
-from btm_cluster.session import open_ledger
+from btm_cluster.session import open_ledger, opened_view
 from btm_cluster.terminal.options import ForestPlan, Json, Store, forest_place
 from btm_cluster.terminal.tables import consoles, plain_table, show_table
 
@@ -10,9 +10,11 @@ from btm_cluster.terminal.tables import consoles, plain_table, show_table
 def contributions(plan_path: ForestPlan = None, store: Store = None, json_output: Json = False) -> None:
     """Show what each expert is worth on each text: how test perplexity rises
     without it, from cached scores alone."""
-    from btm_cluster.operations.contributions import contributions
+    with opened_view() as view:
+        from btm_cluster.operations.contributions import contributions
 
-    found = contributions(open_ledger(forest_place("forest contributions", plan_path, store).store))
+        view.say("reading scores")
+        found = contributions(open_ledger(forest_place("forest contributions", plan_path, store).store))
     if json_output:
         print(json.dumps(found.to_json(), indent=1))
         return

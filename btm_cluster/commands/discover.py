@@ -1,7 +1,6 @@
 """`btm discover`."""
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from btm_cluster.errors import UserError
+from btm_cluster.session import opened_view
 from btm_cluster.stopping import unwinding
 from btm_cluster.storage.new_folder import check_new_folder
 from btm_cluster.terminal.output import end_input
@@ -54,20 +54,19 @@ def discover(
     check_shadowing()
     end_input()
     source = source_of("unlabelled", text or [], field, delimiter, dataset, split)
-    from btm_cluster.operations.discover import assign, discover
-    from btm_cluster.plan import ReadingPlan
+    with opened_view() as view:
+        from btm_cluster.operations.discover import assign, discover
+        from btm_cluster.plan import ReadingPlan
 
-    reading = ReadingPlan(bad_documents=bad_documents)
-    if model is not None:
+        reading = ReadingPlan(bad_documents=bad_documents)
+        view.say("reading documents")
         with unwinding():
-            found = assign(source, reading, model, to)
-    else:
-        assert clusters is not None
-        assert to is not None
-        with unwinding():
-            found = discover(
-                source, reading, clusters, to, random_seed, sample, lambda line: print(line, file=sys.stderr)
-            )
+            if model is not None:
+                found = assign(source, reading, model, to)
+            else:
+                assert clusters is not None
+                assert to is not None
+                found = discover(source, reading, clusters, to, random_seed, sample, view.say)
     _show(found, to, json_output)
 
 

@@ -2,7 +2,7 @@
 
 from btm_cluster.commands.run import show_run
 from btm_cluster.plan import read_plan
-from btm_cluster.session import driving
+from btm_cluster.session import driving, opened_view
 from btm_cluster.terminal.options import Address, Details, InProcess, JsonAndProgress, PlanPath
 from btm_cluster.workers.shadowing import check_shadowing
 
@@ -17,12 +17,11 @@ def evaluate(
     """Evaluate the forest as it stands, on the text of all its domains and of the plan's targets."""
     plan = read_plan(plan_path)
     check_shadowing()
-    from btm_cluster.operations.evaluate import evaluate_forest
-    from btm_cluster.operations.report import finish_run
+    with opened_view() as view:
+        from btm_cluster.operations.evaluate import evaluate_forest
+        from btm_cluster.operations.report import finish_run
 
-    with driving(
-        plan, address, in_process, dashboard=False, json_output=json_output, command="evaluate"
-    ) as driver:
-        result = evaluate_forest(plan, driver)
-        page = finish_run(plan, driver, result)
+        with driving(view, plan, address, in_process, command="evaluate") as driver:
+            result = evaluate_forest(plan, driver)
+            page = finish_run(plan, driver, result)
     show_run(result, json_output, details, plan_path, page)

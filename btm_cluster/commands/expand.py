@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from btm_cluster.plan import read_plan
-from btm_cluster.session import driving, dry_ledger
+from btm_cluster.session import driving, dry_ledger, opened_view
 from btm_cluster.terminal.options import (
     Address,
     Dashboard,
@@ -37,18 +37,23 @@ def expand(
     not. Nothing to add: starts nothing."""
     plan = read_plan(plan_path)
     check_shadowing()
-    from btm_cluster.driver.driver import step_error
-    from btm_cluster.operations.expand import expand, find_new
-    from btm_cluster.operations.report import finish_run
+    with opened_view() as view:
+        from btm_cluster.driver.driver import step_error
+        from btm_cluster.operations.expand import expand, find_new
+        from btm_cluster.operations.report import finish_run
 
+        if dry_run:
+            view.say("looking for what is new")
+            new = find_new(plan, dry_ledger(plan.store))
+        else:
+            with driving(
+                view, plan, address, in_process, dashboard, new_resources, command="expand"
+            ) as driver:
+                result = expand(plan, driver)
+                page = finish_run(plan, driver) if result.added else None
     if dry_run:
-        show_new(find_new(plan, dry_ledger(plan.store)), json_output)
+        show_new(new, json_output)
         return
-    with driving(
-        plan, address, in_process, dashboard, json_output, new_resources, command="expand"
-    ) as driver:
-        result = expand(plan, driver)
-        page = finish_run(plan, driver) if result.added else None
     if page:
         consoles(json_output)[1].print(f"report: {page}", soft_wrap=True)
     show_expanded(result, json_output)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from btm_cluster.errors import UserError
-from btm_cluster.session import driving, local_driver
+from btm_cluster.session import driving, local_driver, opened_view
 from btm_cluster.terminal.options import (
     Address,
     Density,
@@ -72,28 +72,30 @@ def export(
     place = forest_place("export", plan_path, store)
     plan = place.plan
     check_shadowing()
-    from btm_cluster.operations.export import Export, check_export_call
-    from btm_cluster.operations.export import export as write
+    with opened_view() as view:
+        from btm_cluster.operations.export import Export, check_export_call
+        from btm_cluster.operations.export import export as write
 
-    asked = Export(
-        to,
-        expert,
-        seed,
-        _average(average, target, density, scale),
-        all_models,
-        mergekit,
-        repository,
-        public,
-        licence,
-        _bytes(shard_size),
-    )
-    check_export_call(asked, plan)
-    with (
-        driving(plan, address, in_process, dashboard=False, json_output=json_output, command="export")
-        if plan is not None
-        else nullcontext(local_driver(place.store))
-    ) as driver:
-        written = write(asked, plan, driver)
+        asked = Export(
+            to,
+            expert,
+            seed,
+            _average(average, target, density, scale),
+            all_models,
+            mergekit,
+            repository,
+            public,
+            licence,
+            _bytes(shard_size),
+        )
+        check_export_call(asked, plan)
+        with (
+            driving(view, plan, address, in_process, command="export")
+            if plan is not None
+            else nullcontext(local_driver(view, place.store))
+        ) as driver:
+            view.say("writing")
+            written = write(asked, plan, driver)
     if json_output:
         models = [asdict(one) | {"folder": str(one.folder)} for one in written]
         print(json.dumps({"models": models, "mergekit": mergekit and str(mergekit)}, indent=1))

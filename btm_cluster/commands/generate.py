@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from btm_cluster.errors import UserError
-from btm_cluster.session import driving, open_ledger
+from btm_cluster.session import driving, open_ledger, opened_view
 from btm_cluster.terminal.options import (
     Address,
     ForestPlan,
@@ -90,23 +90,25 @@ def generate(
     if target is not None and place.plan is None:
         raise UserError("--for needs a plan", expected="a plan, by which a text's mixture is fitted")
     check_shadowing()
-    from btm_cluster.language_model.sampling import Sampling
-    from btm_cluster.operations.generate import Continuation, check_generate_call, generate_from_store
-    from btm_cluster.operations.generate import generate as generate_texts
-    from btm_cluster.terminal.tables import consoles
-
     stops = tuple(_in_utf8(os.fsencode(one), "a stop string") for one in stop or ())
-    sampling = Sampling(temperature, top_p, seed, top_k, repetition_penalty)
-    asked = Continuation(max_new_tokens, sampling, stops)
-    check_generate_call(asked)
     texts = _prompts(prompt, prompts)
-    if place.plan is None:
-        end_input()
-        found = generate_from_store(open_ledger(place.store), texts, asked)
-    else:
-        # Standard output is for the text alone.
-        with driving(place.plan, address, in_process, False, json_output=True, command="generate") as driver:
-            found = generate_texts(place.plan, target, texts, asked, driver)
+    with opened_view() as view:
+        from btm_cluster.language_model.sampling import Sampling
+        from btm_cluster.operations.generate import Continuation, check_generate_call, generate_from_store
+        from btm_cluster.operations.generate import generate as generate_texts
+        from btm_cluster.terminal.tables import consoles
+
+        sampling = Sampling(temperature, top_p, seed, top_k, repetition_penalty)
+        asked = Continuation(max_new_tokens, sampling, stops)
+        check_generate_call(asked)
+        if place.plan is None:
+            end_input()
+            view.say("generating")
+            found = generate_from_store(open_ledger(place.store), texts, asked)
+        else:
+            with driving(view, place.plan, address, in_process, command="generate") as driver:
+                view.say("generating")
+                found = generate_texts(place.plan, target, texts, asked, driver)
     if json_output:
         told = [_as_json(one, show_experts) for one in found]
         print(json.dumps(told if prompts else told[0]))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from btm_cluster.plan import read_plan
-from btm_cluster.session import driving
+from btm_cluster.session import driving, opened_view
 from btm_cluster.terminal.options import Address, Density, InProcess, JsonAndProgress, PlanPath, Scale, Target
 from btm_cluster.terminal.text_options import Delimiter, Field, source_of
 from btm_cluster.workers.shadowing import check_shadowing
@@ -46,19 +46,18 @@ def merge(
     """Merge the experts into one model and write it as a Hugging Face folder."""
     plan = read_plan(plan_path)
     check_shadowing()
-    from btm_cluster.operations.averages import Average
-    from btm_cluster.operations.given_text import GivenText
-    from btm_cluster.operations.merge import check_merge_call, write_merged_model
-    from btm_cluster.operations.score import reading_of
+    with opened_view() as view:
+        from btm_cluster.operations.averages import Average
+        from btm_cluster.operations.given_text import GivenText
+        from btm_cluster.operations.merge import check_merge_call, write_merged_model
+        from btm_cluster.operations.score import reading_of
 
-    asked = Average(weights, target, density, scale)
-    sources = tuple(source_of("your-text", [file], field, delimiter) for file in text or ())
-    given = GivenText(sources, reading_of(bad_documents)) if sources else None
-    check_merge_call(plan, asked, given, to)
-    with driving(
-        plan, address, in_process, dashboard=False, json_output=json_output, command="merge"
-    ) as driver:
-        merged = write_merged_model(plan, asked, to, driver, given)
+        asked = Average(weights, target, density, scale)
+        sources = tuple(source_of("your-text", [file], field, delimiter) for file in text or ())
+        given = GivenText(sources, reading_of(bad_documents)) if sources else None
+        check_merge_call(plan, asked, given, to)
+        with driving(view, plan, address, in_process, command="merge") as driver:
+            merged = write_merged_model(plan, asked, to, driver, given)
     if json_output:
         print(json.dumps({"folder": str(to), "weights": merged.weights, **_as_json(merged)}, indent=1))
         return

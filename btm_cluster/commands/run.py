@@ -1,6 +1,7 @@
 """`btm run`: shows the verdict; with --details texts, what was fitted, and every text's figures."""
 
 import json
+import logging
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from btm_cluster.commands.plan import plan as preview
 from btm_cluster.plan import read_plan
-from btm_cluster.session import driving
+from btm_cluster.session import driving, opened_view
 from btm_cluster.terminal.options import (
     Address,
     Dashboard,
@@ -22,6 +23,8 @@ from btm_cluster.terminal.options import (
 from btm_cluster.terminal.tables import ManyColumns, consoles, show_stacked
 from btm_cluster.terminal.verdict import show_verdict, show_verdict_details
 from btm_cluster.workers.shadowing import check_shadowing
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from btm_cluster.evaluation.texts import TextReport
@@ -44,16 +47,17 @@ def run(
         return
     plan = read_plan(plan_path)
     check_shadowing()
-    from btm_cluster.driver.driver import step_error
-    from btm_cluster.operations.plan import check_run
-    from btm_cluster.operations.report import finish_run
-    from btm_cluster.operations.run import run_plan
+    with opened_view() as view:
+        from btm_cluster.driver.driver import step_error
+        from btm_cluster.operations.plan import check_run
+        from btm_cluster.operations.report import finish_run
+        from btm_cluster.operations.run import run_plan
 
-    with driving(plan, address, in_process, dashboard, json_output, new_resources, command="run") as driver:
-        for note in check_run(plan, driver):
-            consoles(json_output)[1].print(f"note: {note}", soft_wrap=True)
-        result = run_plan(plan, driver)
-        page = finish_run(plan, driver, result)
+        with driving(view, plan, address, in_process, dashboard, new_resources, command="run") as driver:
+            for note in check_run(plan, driver):
+                log.warning(note)
+            result = run_plan(plan, driver)
+            page = finish_run(plan, driver, result)
     show_run(result, json_output, details, plan_path, page)
     if result.failures:
         raise step_error(result.failures)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from btm_cluster.errors import UserError
-from btm_cluster.session import driving, open_ledger
+from btm_cluster.session import driving, open_ledger, opened_view
 from btm_cluster.terminal.options import (
     Address,
     ForestPlace,
@@ -26,6 +26,7 @@ from btm_cluster.workers.shadowing import check_shadowing
 
 if TYPE_CHECKING:
     from btm_cluster.language_model.document_scores import DocumentScorer, NamedText
+    from btm_cluster.terminal.progress import ProgressView
 
 
 def score(
@@ -64,14 +65,16 @@ def score(
     if target is not None and place.plan is None:
         raise UserError("--for needs a plan", expected="--plan, by which a text's mixture is fitted")
     check_shadowing()
-    from btm_cluster.operations.score import check_sources, documents_of, reading_of
+    bad = Counter[str]()
+    with opened_view() as view:
+        from btm_cluster.operations.score import check_sources, documents_of, reading_of
 
-    reading, bad = reading_of(bad_documents), Counter[str]()
-    sources = [source_of("scored", [file], field, delimiter) for file in files or ()]
-    check_sources(sources, reading)
-    texts = documents_of(sources, reading, bad) if text is None else _string(text)
-    end_input()
-    scorer = _scorer(place, target, address, in_process)
+        reading = reading_of(bad_documents)
+        sources = [source_of("scored", [file], field, delimiter) for file in files or ()]
+        check_sources(sources, reading)
+        texts = documents_of(sources, reading, bad) if text is None else _string(text)
+        end_input()
+        scorer = _scorer(view, place, target, address, in_process)
     _show(scorer, texts, packed, json_output, bad)
 
 
@@ -94,14 +97,14 @@ def _string(text: str) -> "list[NamedText]":
 
 
 def _scorer(
-    place: ForestPlace, target: str | None, address: str | None, in_process: bool
+    view: "ProgressView", place: ForestPlace, target: str | None, address: str | None, in_process: bool
 ) -> "DocumentScorer":
     from btm_cluster.operations.score import scorer_of_plan, scorer_of_store
 
     if place.plan is None:
+        view.say("opening the forest's models")
         return scorer_of_store(open_ledger(place.store))
-    # Standard output is for the figures alone.
-    with driving(place.plan, address, in_process, False, json_output=True, command="score") as driver:
+    with driving(view, place.plan, address, in_process, command="score") as driver:
         return scorer_of_plan(place.plan, target, driver)
 
 

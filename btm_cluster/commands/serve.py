@@ -11,7 +11,7 @@ import typer
 
 from btm_cluster.errors import UserError
 from btm_cluster.plan import Plan
-from btm_cluster.session import driving, open_ledger
+from btm_cluster.session import driving, open_ledger, opened_view
 from btm_cluster.terminal.options import Address, Dashboard, ForestPlan, InProcess, Store, forest_place
 from btm_cluster.workers.shadowing import check_shadowing
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from btm_cluster.operations.serve import Endpoint
     from btm_cluster.serving.settings import ServingSettings
     from btm_cluster.steps.mixture import Mixture
+    from btm_cluster.terminal.progress import ProgressView
 
 
 def serve(
@@ -61,20 +62,24 @@ def serve(
     location, plan = forest_place("serve", plan_path, store)
     check_shadowing()
     _check_extra()
-    from btm_cluster.operations.serve import (
-        Endpoint,
-        RayCluster,
-        check_serve_call,
-        follower,
-        serve_in_process,
-        serve_on_ray,
-    )
+    scaling = _autoscaling(autoscaling)
+    with opened_view() as view:
+        from btm_cluster.operations.serve import (
+            Endpoint,
+            RayCluster,
+            check_serve_call,
+            follower,
+            serve_in_process,
+            serve_on_ray,
+        )
+
+        endpoint = Endpoint(host, port)
+        check_serve_call(endpoint, new_server=in_process or address is None)
+        mixture = _mixture(view, plan, location, forest_version, address, in_process)
     from btm_cluster.serving.forest import LiveForest
     from btm_cluster.serving.http_errors import digest_of
     from btm_cluster.serving.settings import API_KEY, ForestArguments, ServingSettings
 
-    endpoint = Endpoint(host, port)
-    check_serve_call(endpoint, new_server=in_process or address is None)
     key = os.environ.get(API_KEY)
     settings = ServingSettings(
         rows,
@@ -91,9 +96,8 @@ def serve(
         replicas=replicas,
         gpus_per_replica=gpus_per_replica,
         cpus_per_replica=cpus_per_replica,
-        autoscaling=_autoscaling(autoscaling),
+        autoscaling=scaling,
     )
-    mixture = _mixture(plan, location, forest_version, address, in_process)
     newer = follower(plan, location) if forest_version is None else None
     ready = partial(_say_ready, endpoint, mixture, settings)
     if in_process:
@@ -136,14 +140,19 @@ def _autoscaling(given: str | None) -> dict[str, Any] | None:
 
 
 def _mixture(
-    plan: Plan | None, store: str, version: int | None, address: str | None, in_process: bool
+    view: "ProgressView",
+    plan: Plan | None,
+    store: str,
+    version: int | None,
+    address: str | None,
+    in_process: bool,
 ) -> "Mixture":
     from btm_cluster.operations.serve import mixture_to_serve
     from btm_cluster.steps.mixture import mixture_of_store
 
     if plan is None:
         return mixture_of_store(open_ledger(store), version)
-    with driving(plan, address, in_process, dashboard=False, json_output=False, command="serve") as driver:
+    with driving(view, plan, address, in_process, command="serve") as driver:
         return mixture_to_serve(plan, driver, version)
 
 

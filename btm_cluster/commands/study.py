@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from btm_cluster.plan import read_plan
-from btm_cluster.session import driving
+from btm_cluster.session import driving, opened_view
 from btm_cluster.terminal.options import Address, Dashboard, InProcess, NewResources, PlanPath
 from btm_cluster.workers.shadowing import check_shadowing
 
@@ -24,9 +24,10 @@ def study(
     sizes, repeats; tables and figures."""
     plan = read_plan(plan_path)
     check_shadowing()
-    from btm_cluster.operations.study import open_place, write_studies
+    with opened_view() as view:
+        from btm_cluster.operations.study import open_place, write_studies
 
-    place = open_place(to)
-    with driving(plan, address, in_process, dashboard, False, new_resources, command="study") as driver:
-        for page in write_studies(plan, place, driver):
-            print(f"wrote {page}", flush=True)
+        place = open_place(to)
+        with driving(view, plan, address, in_process, dashboard, new_resources, command="study") as driver:
+            for page in write_studies(plan, place, driver):
+                print(f"wrote {page}", flush=True)

@@ -10,15 +10,16 @@ import hashlib
 import json
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow
 
 from btm_cluster.data.documents import NO_TEXT, BadDocument
 from btm_cluster.data.sources import Document, read_documents
+from btm_cluster.data.streams import Count
 from btm_cluster.errors import TextError
 from btm_cluster.plan import ReadingPlan, TextPlan
 
@@ -27,6 +28,7 @@ SHARD_CHARACTERS = 32_000_000
 _HELD_OUT_FIRST = {"test": 0, "development": 1, "train": 2}
 _RECORD = struct.Struct("<32sBI")
 _SPOOL_BUFFER_BYTES = 1 << 17
+OverParts: TypeAlias = Callable[[list[Path]], Iterable[Path]]
 
 
 @dataclass
@@ -41,12 +43,19 @@ class Text:
 
 
 def write_text(
-    source: TextPlan, reading: ReadingPlan, is_target: bool, folder: Path, most_bytes: int | None = None
+    source: TextPlan,
+    reading: ReadingPlan,
+    is_target: bool,
+    folder: Path,
+    most_bytes: int | None = None,
+    count: Count | None = None,
+    sorting: OverParts = iter,
 ) -> Text:
     """Reads `source` and writes its shards below `folder`.
 
     A target's text is all held out: half development, half test. Elsewhere `reading` says the shares.
-    `most_bytes` bounds a source that is not trusted, as in `read_documents`.
+    `most_bytes` bounds a source that is not trusted, and `count` is told what was read, as in
+    `read_documents`. `sorting` goes over the parts of the text while they are sorted.
 
     Raises:
         TextError: a bad document where the plan refuses them, or a split that needs text and has none.
@@ -62,9 +71,11 @@ def write_text(
     shares = (0.0 if given["development"] else shares[0], 0.0 if given["test"] else shares[1])
     if is_target and given["test"] and not given["development"]:
         shares = (1.0, 0.0)  # a target's remaining text can only be development text
-    documents = usable_documents(source.name, read_documents(source, reading, most_bytes), reading, bad)
+    documents = usable_documents(
+        source.name, read_documents(source, reading, most_bytes, count), reading, bad
+    )
     spools, lowest = _spool(documents, shares, folder)
-    text = _write_shards(spools, folder, fill_splits(lowest, shares))
+    text = _write_shards(sorting(spools), folder, fill_splits(lowest, shares))
     text.bad = bad
     _check_splits(source.name, text, is_target)
     return text
@@ -209,7 +220,7 @@ def _unspool(path: Path) -> tuple[list[tuple[bytes, int, bytes]], int]:
     return [(key, *best[key]) for key in sorted(best)], count
 
 
-def _write_shards(spools: list[Path], folder: Path, moved: Mapping[bytes, tuple[str, str]]) -> Text:
+def _write_shards(spools: Iterable[Path], folder: Path, moved: Mapping[bytes, tuple[str, str]]) -> Text:
     """Shard files by split, and the text's identity: a hash over the documents,
     whose order is that of their hashes.
 

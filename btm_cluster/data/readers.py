@@ -17,7 +17,7 @@ import pyarrow.parquet
 
 from btm_cluster.data.documents import BadDocument, Delimiter, cell_value, checked
 from btm_cluster.data.files import S3, is_lost, readable
-from btm_cluster.data.streams import Budget, open_random, open_stream
+from btm_cluster.data.streams import Budget, Count, open_random, open_stream
 from btm_cluster.errors import TextError, one_line
 from btm_cluster.plan import TextPlan
 from btm_cluster.plan.kinds import CONVERT, SEPARATORS, ending, kind_of
@@ -35,6 +35,7 @@ def read_file(
     longest: int,
     delimiter: Delimiter | None = None,
     budget: Budget | None = None,
+    count: Count | None = None,
 ) -> Iterator[str | BadDocument]:
     """The documents of a file.
 
@@ -52,9 +53,9 @@ def read_file(
         return
     try:
         if kind == "Parquet":
-            yield from _read_parquet(where, path, source.field, longest)
+            yield from _read_parquet(where, path, source.field, longest, count)
             return
-        with open_stream(path, budget) as stream:
+        with open_stream(path, budget, count) as stream:
             if kind == "JSON lines":
                 yield from _read_json_lines(where, stream, source.field, longest)
             elif kind == "table":
@@ -263,7 +264,9 @@ def _as_text(stream: io.BufferedReader) -> io.TextIOWrapper:
     return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
 
 
-def _read_parquet(where: str, path: str, field: str, longest: int) -> Iterator[str | BadDocument]:
+def _read_parquet(
+    where: str, path: str, field: str, longest: int, count: Count | None
+) -> Iterator[str | BadDocument]:
     stream, ahead = open_random(path)
     # Buffered in pieces: by default pyarrow holds the whole column of a row group, which may be the whole
     # file.
@@ -278,3 +281,5 @@ def _read_parquet(where: str, path: str, field: str, longest: int) -> Iterator[s
             for cell in batch.column(field):  # by name: asked for `a`, pyarrow also reads a column `a.b`
                 number += 1
                 yield checked(f"{where}, row {number}", cell_value(cell, longest), field, longest)
+            if count is not None:  # as if all rows were as long
+                count(stream.size() * len(batch) // file.metadata.num_rows)

@@ -15,7 +15,7 @@ from btm_cluster.data.data_sets import read_data_set, stamp_of
 from btm_cluster.data.documents import BadDocument, Delimiter
 from btm_cluster.data.files import S3, SourceFile, find_files, readable
 from btm_cluster.data.readers import read_file
-from btm_cluster.data.streams import Budget
+from btm_cluster.data.streams import Budget, Count
 from btm_cluster.errors import TextError, one_line
 from btm_cluster.plan import ReadingPlan, TextPlan
 from btm_cluster.plan.kinds import CONVERT, Kind, ending, kind_of
@@ -82,7 +82,7 @@ def refuse_unread(source: TextPlan, stamp: Mapping[str, Any]) -> None:
 
 
 def read_documents(
-    source: TextPlan, reading: ReadingPlan, most_bytes: int | None = None
+    source: TextPlan, reading: ReadingPlan, most_bytes: int | None = None, count: Count | None = None
 ) -> Iterator[Document | BadDocument]:
     """The documents of a source, in the order of its files; never more than one of them in memory.
 
@@ -96,13 +96,15 @@ def read_documents(
     if source.dataset is not None:
         for split, item in read_data_set(source.name, source.dataset, source.field, longest):
             yield item if isinstance(item, BadDocument) else Document(item, split)
+            if count is not None:
+                count(1)
         return
     budget = None if most_bytes is None else Budget(most_bytes)
     delimiter = Delimiter(source.delimiter) if source.delimiter else None
     files = source_files(source)
     for split, given in files.items():
         for file in given:
-            for item in read_file(file.path, source, longest, delimiter, budget):
+            for item in read_file(file.path, source, longest, delimiter, budget, count):
                 yield (
                     item
                     if isinstance(item, BadDocument)

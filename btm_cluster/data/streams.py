@@ -6,7 +6,8 @@ import gzip
 import io
 import os
 import stat
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import pyarrow
 
@@ -43,6 +44,29 @@ class Budget:
                 expected=f"at most {self._most_bytes:,}",
                 remedy="cut it into several domains, or raise `expansion.inbox.most_decompressed_gigabytes`",
             )
+
+
+Count: TypeAlias = Callable[[int], None]
+"""Told what was read: bytes of files as they are stored, or documents of a data set."""
+
+
+class _Metered(io.RawIOBase):
+    """A stream that tells how much was read of it."""
+
+    def __init__(self, raw: Any, count: Count) -> None:
+        self._raw, self._count = raw, count
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        size = int(self._raw.readinto(buffer))
+        self._count(size)
+        return size
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
 
 
 class _Counted(io.RawIOBase):
@@ -108,12 +132,14 @@ class _Recoded(io.RawIOBase):
         super().close()
 
 
-def open_stream(path: str, budget: Budget | None = None) -> io.BufferedReader:
+def open_stream(path: str, budget: Budget | None = None, count: Count | None = None) -> io.BufferedReader:
     """A file's bytes, decompressed and in UTF-8.
 
     With a budget, which they spend, no link of any kind is followed.
     """
     raw: Any = _open_whole(path, is_trusted=budget is None)
+    if count is not None:
+        raw = _Metered(raw, count)
     match codec(path):
         case "gzip":
             raw = _Gunzipped(raw)

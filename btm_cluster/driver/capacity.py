@@ -56,7 +56,12 @@ def bundle(how: Resources) -> dict[str, float]:
 
 def fits(nodes: Sequence[Mapping[str, float]], how: Resources) -> bool:
     """Whether nodes with these resources, empty, can hold the group."""
-    return sum(_fitting(node, bundle(how)) for node in nodes) >= how.workers
+    return groups_held(nodes, how) >= 1
+
+
+def groups_held(nodes: Sequence[Mapping[str, float]], how: Resources) -> int:
+    """How many such groups nodes with these resources, empty, can hold at once."""
+    return sum(_fitting(node, bundle(how)) for node in nodes) // how.workers
 
 
 def no_capacity(

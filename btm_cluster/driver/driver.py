@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from btm_cluster.driver.capacity import Demand
-from btm_cluster.driver.port import Failure, Outcome, Workers
+from btm_cluster.driver.outlook import Outlook
+from btm_cluster.driver.port import Failure, Listener, Outcome, Workers
 from btm_cluster.driver.run_log import RunLog
 from btm_cluster.errors import StepError
 from btm_cluster.ledger import Artifact, Ledger, Ref
@@ -29,9 +30,11 @@ class Driver:
         workers: Workers,
         check_capacity: CheckCapacity | None = None,
         new_resources: bool = False,
+        listener: Listener | None = None,
         run_log: RunLog | None = None,
     ) -> None:
         self.ledger = ledger
+        self.listener = listener or Outlook()
         self.workers = workers
         self._check_capacity = check_capacity
         self.run_log = run_log
@@ -78,9 +81,11 @@ class Driver:
                 missing.append(request)
             else:
                 self._count(self.reused, request)
+                self.listener.found(request, found)
                 yield request, found
         if not missing:
             return
+        self.listener.ask(missing)
         with (
             self._asking(),
             closing(self.workers.run([self._resumed(request) for request in missing])) as steps,
@@ -88,6 +93,7 @@ class Driver:
             for request, outcome in steps:
                 if isinstance(outcome, Artifact):
                     self._count(self.made, request)
+                self.listener.end(request, outcome)
                 yield request, outcome
 
     def _count(self, tally: Counter[str], request: StepRequest) -> None:

@@ -3,7 +3,7 @@
 `requests/` has what is asked. `workers/` implements the port.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -24,6 +24,28 @@ class Failure:
 
 
 Outcome: TypeAlias = Artifact | Failure
+
+
+class Listener(Protocol):
+    """Hears what a driver asks for and what comes of it."""
+
+    def expect(self, requests: Iterable[StepRequest]) -> None:
+        """These will be asked for, as far as is known before texts are read."""
+
+    def found(self, request: StepRequest, artifact: Artifact) -> None:
+        """This was there already."""
+
+    def ask(self, requests: Sequence[StepRequest]) -> None:
+        """These are given to the workers."""
+
+    def end(self, request: StepRequest, outcome: Outcome) -> None:
+        """A step came to its end."""
+
+    def say(self, what: str) -> None:
+        """What is done that is no step."""
+
+    def part(self, what: str) -> None:
+        """A part of the whole begins. How long the others take is not known."""
 
 
 class Workers(Protocol):

@@ -106,11 +106,11 @@ def seed_start(prepared: PreparedPlan, seed: Ref) -> Start:
     return Start(seed, keep)
 
 
-def score_request(prepared: PreparedPlan, model: Ref, text: PreparedText, split: str) -> ScoreRequest:
+def score_request(
+    prepared: PreparedPlan, model: Ref, text: PreparedText, split: str, model_name: str
+) -> ScoreRequest:
     """One split of a text under a model, computed as an expert is trained."""
-    return ScoreRequest(
-        f"{text.name} under {model.identity[:8]}", model, text.tokens[split], expert_resources(prepared.plan)
-    )
+    return ScoreRequest(text.name, model_name, model, text.tokens[split], expert_resources(prepared.plan))
 
 
 def expert_resources(plan: Plan) -> Resources:

@@ -78,7 +78,8 @@ class Comparer:
     def requests(self) -> Iterator[StepRequest]:
         """Every step that the comparison takes; some come up twice."""
         prepared = self.prepared
-        models = [*self.single.values(), *(model for ensemble in self.ensembles for model in ensemble.refs)]
+        named = {model: name for one in reversed(self.ensembles) for model, name in one.names.items()}
+        models = named | {model: system.name for system, model in self.single.items()}
         yield from score_requests(prepared, models, prepared.texts)
         yield from milestone_scores(prepared, self.milestones)
         for ensemble in self.ensembles:
@@ -91,7 +92,10 @@ class Comparer:
                     average = average_request(prepared, ensemble, weights, text)
                     yield average
                     yield from score_requests(
-                        prepared, [average.ref], [text] if text else prepared.texts, self.splits
+                        prepared,
+                        {average.ref: f"average {average.label}"},
+                        [text] if text else prepared.texts,
+                        self.splits,
                     )
 
     def compare(self, driver: Driver) -> Comparison:
@@ -105,7 +109,9 @@ class Comparer:
         if milestones is not None and not milestones.is_finished_best:
             best = self.milestones[milestones.best]
             asked = replace(self, single={**self.single, BEST_TRANSFORMER_LM: best})
-            scores = score_requests(self.prepared, [best], self.prepared.texts, self.splits)
+            scores = score_requests(
+                self.prepared, {best: BEST_TRANSFORMER_LM.name}, self.prepared.texts, self.splits
+            )
             made |= by_ref(driver.require([request for request in scores if request.ref not in made]))
         return replace(_Reader(asked, driver.ledger, made).read(), milestones=milestones)
 

@@ -60,7 +60,7 @@ def fit_request(prepared: PreparedPlan, ensemble: Ensemble, text: PreparedText |
     """The fit of all methods of an ensemble for a text; for one of which nothing is known, without a text."""
     scored = ScoredSplit((), ()) if text is None else scored_split(ensemble.refs, text, "development")
     for_all = tuple(request.ref for request in for_all_requests(prepared, ensemble, text))
-    label = f"fit for {text.name if text else 'any text'} under {ensemble.name}"
+    label = f"mixture for {text.name if text else 'any text'} under {ensemble.name}"
     return FitText(label, ensemble.refs, scored, ensemble.methods, for_all, prepared.plan.merging)
 
 
@@ -75,7 +75,8 @@ def weights_request(prepared: PreparedPlan, ensemble: Ensemble, text: PreparedTe
 
     It does not hang on how a plan mixes.
     """
-    return fit_request(prepared, replace(ensemble, methods=weight_methods(prepared.plan.merging)), text)
+    fit = fit_request(prepared, replace(ensemble, methods=weight_methods(prepared.plan.merging)), text)
+    return replace(fit, label=f"weights for {text.name} under {ensemble.name}")
 
 
 def weight_methods(merging: MergingPlan) -> tuple[MixingMethod, ...]:
@@ -93,19 +94,22 @@ def average_request(
     is_unrelated = ensemble.seed is None
     if text is None:
         assert weights == "uniform", weights
-        return uniform_request(ensemble.refs, is_unrelated)
+        return uniform_request(ensemble.refs, is_unrelated, f"uniform{ensemble.of_which}")
     fit = (
         soup_request(prepared, ensemble, weights, text)
         if weights in SEARCHES
         else weights_request(prepared, ensemble, text)
     )
     fitted = FittedWeights(fit.ref, weights)
-    return AverageRequest(f"{weights} for {text.name}", ensemble.refs, fitted, is_unrelated)
+    label = f"{weights} for {text.name}{ensemble.of_which}"
+    return AverageRequest(label, ensemble.refs, fitted, is_unrelated)
 
 
-def uniform_request(models: tuple[Ref, ...], unrelated: bool = False) -> AverageRequest:
+def uniform_request(
+    models: tuple[Ref, ...], unrelated: bool = False, label: str = "uniform"
+) -> AverageRequest:
     """The average in which every model has the same weight."""
-    return AverageRequest("uniform", models, tuple(uniform_weights(len(models))), unrelated)
+    return AverageRequest(label, models, tuple(uniform_weights(len(models))), unrelated)
 
 
 def weight_requests(
@@ -116,9 +120,8 @@ def weight_requests(
         return []
     requests: list[FitText | FitForAll | SoupRequest] = []
     if weights != "greedy":
-        requests += fit_requests(
-            prepared, replace(ensemble, methods=weight_methods(prepared.plan.merging)), text
-        )
+        of_weights = replace(ensemble, methods=weight_methods(prepared.plan.merging))
+        requests += [*for_all_requests(prepared, of_weights, text), weights_request(prepared, ensemble, text)]
     return [*requests, soup_request(prepared, ensemble, weights, text)] if weights in SEARCHES else requests
 
 
@@ -134,7 +137,7 @@ def scores_for(prepared: PreparedPlan, ensemble: Ensemble, text: PreparedText | 
     texts = [text] if text is not None else []
     if for_all_requests(prepared, ensemble, text):
         texts += [domain for domain in prepared.domains if domain != text]
-    return score_requests(prepared, ensemble.refs, texts, ["development"])
+    return score_requests(prepared, ensemble.names, texts, ["development"])
 
 
 def fit_for(
@@ -175,5 +178,5 @@ def averaged_starts(
         prior = prepared.plan.merging.average_prior
         averages = [average_request(prepared, experts, prior, domain) for domain in new]
         fits = [fit for domain in new for fit in weight_requests(prepared, experts, prior, domain)]
-        driver.require([*score_requests(prepared, experts.refs, new, ["development"]), *fits, *averages])
+        driver.require([*score_requests(prepared, experts.names, new, ["development"]), *fits, *averages])
     return [Start(average.ref, keep_optimizer=False) for average in averages]

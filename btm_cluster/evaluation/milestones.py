@@ -21,7 +21,8 @@ def best_milestone(perplexities: Mapping[int, float]) -> int:
 
 def milestone_scores(prepared: PreparedPlan, milestones: Mapping[int, Ref]) -> list[ScoreRequest]:
     """The scores that the choice takes. `milestones` are models by update."""
-    return score_requests(prepared, milestones.values(), _judged_on(prepared), ["development"])
+    models = {model: f"transformer-lm at update {update}" for update, model in milestones.items()}
+    return score_requests(prepared, models, _judged_on(prepared), ["development"])
 
 
 def choose_milestone(

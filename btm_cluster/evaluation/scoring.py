@@ -16,15 +16,14 @@ ONE_CPU = Resources(1, 0.0, 1, 1, "float32", False)
 
 def score_requests(
     prepared: PreparedPlan,
-    models: Iterable[Ref],
+    models: Mapping[Ref, str],
     texts: Sequence[PreparedText],
     splits: Sequence[str] = HELD_OUT,
 ) -> list[ScoreRequest]:
-    """Each model on each text, as far as a text has the split."""
-    distinct = dict.fromkeys(models)
+    """Each model on each text, as far as a text has the split. `models` have the names that they are shown by."""
     return [
-        score_request(prepared, model, text, split)
-        for model in distinct
+        score_request(prepared, model, text, split, name)
+        for model, name in models.items()
         for text in texts
         for split in splits
         if text.tokens[split]
@@ -33,7 +32,7 @@ def score_requests(
 
 def score_models(
     prepared: PreparedPlan,
-    models: Iterable[Ref],
+    models: Mapping[Ref, str],
     texts: Sequence[PreparedText],
     driver: Driver,
     splits: Sequence[str] = HELD_OUT,
@@ -57,7 +56,7 @@ def scored_split(models: Sequence[Ref], text: PreparedText, split: str) -> Score
 @lru_cache(maxsize=2**16)
 def _score_ref(model: Ref, tokens: tuple[Ref, ...]) -> Ref:
     """Resources are no part of a name; tables ask for each one many times."""
-    return ScoreRequest("", model, tokens, ONE_CPU).ref
+    return ScoreRequest("", "", model, tokens, ONE_CPU).ref
 
 
 def mean_perplexities(

@@ -47,6 +47,11 @@ class System:
     """On which it was fitted, where that is not the plan's number."""
     top_k: int | None = None
 
+    @property
+    def name(self) -> str:
+        """The name that progress shows."""
+        return self.system if self.seed_share is None else f"{self.system} at seed share {self.seed_share:g}"
+
 
 FOREST, SEEDED_FOREST, DEMIX = "forest", "forest with its seed", "demix"
 TRANSFORMER_LM = System("transformer-lm")
@@ -75,7 +80,18 @@ class Ensemble:
     @property
     def name(self) -> str:
         """The name that progress shows: a study may have several ensembles of a system."""
-        return f"{self.system} of {self.models[0][1].identity[:8]}"
+        return System(self.system, self.seed_share).name
+
+    @property
+    def of_which(self) -> str:
+        """What progress adds to the name of one of its models, or of an average: nothing for a run's own forest."""
+        is_runs_own = self.system in (FOREST, SEEDED_FOREST) and self.seed_share is None
+        return "" if is_runs_own else f" of {self.name}"
+
+    @property
+    def names(self) -> dict[Ref, str]:
+        """The names that progress shows for its models."""
+        return {model: f"{name}{self.of_which}" for name, model in self.models}
 
     @property
     def refs(self) -> tuple[Ref, ...]:

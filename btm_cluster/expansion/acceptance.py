@@ -80,7 +80,7 @@ def _ensemble_perplexity(
     prepared: PreparedPlan, experts: Sequence[Expert], texts: Sequence[PreparedText], driver: Driver
 ) -> Perplexity:
     """Scores every text under every expert, and answers, once, for any of them."""
-    models = [Ref("model", expert.identity) for expert in experts]
+    models = {Ref("model", expert.identity): expert.domain for expert in experts}
     scores = score_models(prepared, models, texts, driver, ["development"])
     by_name = {text.name: text for text in texts}
 

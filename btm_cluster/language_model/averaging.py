@@ -30,20 +30,24 @@ def average_files(files: Sequence[Path], weights: Sequence[float], target: Path)
     merge_files(files, partial(average_tensor, weights=weights), target)
 
 
-def merge_files(files: Sequence[Path], method: Method, target: Path) -> None:
+def merge_files(
+    files: Sequence[Path], method: Method, target: Path, count: Callable[[int], None] = lambda _: None
+) -> None:
     """Writes what `method` makes of the models in `files`, tensor by tensor, to `target`.
 
-    Memory: a few tensors, whatever the number of models' tensors.
+    Memory: a few tensors, whatever the number of models' tensors. `count` is told of each that is made.
 
     Raises:
         IncompatibleError: tensors of other names or shapes, checked from the headers before any weight is
             read; or whole numbers that differ.
     """
     header = _common_header(files)
-    write_tensors(header, _merged(files, names_in_order(header), method), target)
+    write_tensors(header, _merged(files, names_in_order(header), method, count), target)
 
 
-def _merged(files: Sequence[Path], names: Sequence[str], method: Method) -> Iterator[torch.Tensor]:
+def _merged(
+    files: Sequence[Path], names: Sequence[str], method: Method, count: Callable[[int], None]
+) -> Iterator[torch.Tensor]:
     opened = [safe_open(file, framework="pt") for file in files]
     for name in names:
         tensors = [model.get_tensor(name) for model in opened]  # type: ignore[no-untyped-call]
@@ -56,6 +60,7 @@ def _merged(files: Sequence[Path], names: Sequence[str], method: Method) -> Iter
                 expected="floating-point tensors, or the same values in all",
                 remedy="ensemble these models instead",
             ) from exc
+        count(1)
 
 
 def _common_header(files: Sequence[Path]) -> Header:

@@ -2,6 +2,7 @@
 every token, and the entropy of its prediction."""
 
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -30,13 +31,18 @@ def set_up_scoring(how: Resources) -> None:
 
 
 def score_blocks(
-    model: PreTrainedModel, blocks: Blocks, first_token: int, how: Resources, folder: Path
+    model: PreTrainedModel,
+    blocks: Blocks,
+    first_token: int,
+    how: Resources,
+    folder: Path,
+    count: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Path]:
     """Writes log p(x_t | x_<t) of every token, and the entropy in nats of p(· |
     x_<t), as float32 [blocks, tokens] files.
 
-    The log-softmax is taken in float32 whatever the arithmetic of the forward pass. Returns the files below
-    `folder` by name.
+    The log-softmax is taken in float32 whatever the arithmetic of the forward pass. `count` is told how many
+    blocks were scored. Returns the files below `folder` by name.
 
     Raises:
         DivergedError: the model gives log-probabilities that are not finite.
@@ -57,6 +63,7 @@ def score_blocks(
             for out, values_BT in zip(opened, scored, strict=True):
                 out.write(values_BT.cpu().numpy().astype("<f4", copy=False).tobytes())
             total += float(scored[0].double().sum())
+            count(len(rows))
     if not math.isfinite(total):
         raise DivergedError(
             "the model gives log-probabilities that are not finite",

@@ -7,7 +7,7 @@ device, next to one more.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,10 +78,16 @@ class Soup:
     """Several models, and the one whose parameters are any weighted sum of theirs."""
 
     def __init__(
-        self, model: PreTrainedModel, files: Sequence[Path], first_token: int, how: Resources
+        self,
+        model: PreTrainedModel,
+        files: Sequence[Path],
+        first_token: int,
+        how: Resources,
+        count: Callable[[], None] = lambda: None,
     ) -> None:
-        """`model` has the architecture of all; its own weights are written over."""
-        self._how, self._first_token = how, first_token
+        """`model` has the architecture of all; its own weights are written over. `count` is called for each
+        average that is tried."""
+        self._how, self._first_token, self._count = how, first_token, count
         self._device = device_of(how.gpus_per_worker)
         self._model = model.to(self._device).eval()
         self._parts = [
@@ -115,6 +121,7 @@ class Soup:
         return torch.stack(products).double().sum(1).cpu() / tokens
 
     def _mix(self, weights: Sequence[float]) -> None:
+        self._count()
         with torch.no_grad():
             for name, parameter in weights_of(self._model).items():
                 if not parameter.is_floating_point():

@@ -7,7 +7,7 @@ depends on it: every training while no forest is founded, its own expert afterwa
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from btm_cluster.algorithm import Grown
@@ -84,6 +84,8 @@ class Preview:
     demands: tuple[Demand, ...] = ()
     """The groups that the trainings to come ask for, with the resources of
     their checkpoints where they have any."""
+    requests: tuple[StepRequest, ...] = ()
+    """Every step that is still to be made, as far as it is known before texts are read."""
 
     @property
     def gpu_hours(self) -> float:
@@ -108,7 +110,8 @@ class Preview:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for machines."""
-        fields = asdict(self)
+        fields = asdict(replace(self, requests=()))
+        del fields["requests"]
         fields["asks"] = fields.pop("demands")
         fields["texts"] = [asdict(use) | {"passes": use.passes} for use in self.texts]
         return fields | {"gpu_hours": self.gpu_hours, "cpu_hours": self.cpu_hours, "money": self.money}
@@ -144,6 +147,7 @@ def preview(plan: Plan, ledger: Ledger, new_resources: bool = False, room: Room 
         first_token_of(plan),
         (*notes_on(plan, uses), *budget_notes(plan, ledger, _cost(steps))),
         _demands(walk, parameters),
+        tuple(walk.dry_run.asked.values()),
     )
 
 
@@ -160,7 +164,9 @@ def check_run(plan: Plan, driver: Driver) -> tuple[str, ...]:
         ResourcesError: naming what there is and what is asked, of devices, memory or disk.
         BudgetError: the plan's budget is spent.
     """
+    driver.listener.say("looking at what is there")
     seen = preview(plan, driver.ledger, driver.new_resources)
+    driver.listener.expect(seen.requests)
     check_disk_of_store(driver.ledger.storage.location, seen.bytes_to_store)
     driver.check_capacity(seen.demands)
     return seen.notes

@@ -91,6 +91,7 @@ def run_plan(plan: Plan, driver: Driver) -> Run:
 def evaluated(plan: Plan, grown: Grown, driver: Driver) -> Run:
     """Evaluates a forest that has experts, and reports on it."""
     prepared = blocks_of_forest(grown.prepared, grown.forest, driver)
+    driver.listener.say("comparing the systems")
     evaluation = evaluate(prepared, grown.forest, grown.baseline, driver, grown.demix)
     texts = report_texts(prepared, driver)
     domains = grown.forest.domains

@@ -54,6 +54,11 @@ class StepRequest(ABC):
         return tuple(ref for refs in self.inputs.values() for ref in refs)
 
     @property
+    def shown(self) -> str:
+        """The name that progress goes by: that of the whole batch."""
+        return self.label
+
+    @property
     def batch(self) -> object:
         """Requests of one batch are done by one process, one after the other, where they can start together.
 

@@ -16,10 +16,21 @@ class ScoreRequest(StepRequest):
     """Score one split of one text under one model: a log-probability and an entropy per token."""
 
     kind: ClassVar[str] = "scores"
-    label: str
+    text: str
+    """By name, as the model: both are shown."""
+    model_name: str
     model: Ref
     tokens: tuple[Ref, ...]
     how: Resources
+
+    @property
+    def label(self) -> str:  # type: ignore[override]
+        """The name that a failure goes by."""
+        return f"{self.text} under {self.model_name}"
+
+    @property
+    def shown(self) -> str:
+        return f"with {self.model_name}"
 
     @property
     def recipe(self) -> Mapping[str, Any]:

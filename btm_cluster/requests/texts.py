@@ -41,6 +41,12 @@ class ReadText(StepRequest):
         }
 
     @property
+    def source_bytes(self) -> int:
+        """Bytes of its files as they are stored; 0 for a data set, whose size is not known."""
+        splits = ("text", "development", "test")
+        return sum(file[1] for split in splits for file in self.fingerprint.get(split, ()))
+
+    @property
     def inputs(self) -> Inputs:
         return {}
 
@@ -122,6 +128,10 @@ class Tokenize(StepRequest):
     block_tokens: int
 
     @property
+    def shown(self) -> str:
+        return f"{self.label} {self.shard.partition('.')[0]}"
+
+    @property
     def recipe(self) -> Mapping[str, Any]:
         held_out = {} if self.split == "train" else {"bytes_of_documents": True}
         return {"split": self.split, "shard": self.shard, "block_tokens": self.block_tokens, **held_out}
@@ -139,6 +149,10 @@ class FindOverlap(StepRequest):
     label: str
     text: str
     tests: tuple[str, ...]
+
+    @property
+    def shown(self) -> str:
+        return f"{self.label} with test text"
 
     @property
     def recipe(self) -> Mapping[str, Any]:

@@ -11,9 +11,10 @@ from btm_cluster.equations.averaging import average_tensor
 from btm_cluster.equations.task_vectors import task_arithmetic, ties
 from btm_cluster.errors import IncompatibleError
 from btm_cluster.language_model.averaging import Method, merge_files
+from btm_cluster.language_model.tensor_files import names_in_order, read_header
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import AverageRequest, FittedWeights, MergeRequest, TaskVectorRequest
-from btm_cluster.requests.progress import Control, Progress
+from btm_cluster.requests.progress import Control, Counter, Phase
 from btm_cluster.steps.stored import open_config
 from btm_cluster.storage.scratch import scratch_folder
 
@@ -26,13 +27,12 @@ def average(request: AverageRequest, ledger: Ledger, control: Control) -> Artifa
     Raises:
         IncompatibleError: models of different origins, shapes or tokenizers; before a weight is read.
     """
-    control.report(Progress(request.label, "averaging"))
     # In the order of identities: sums in float32 depend on it.
     weights = dict(sorted(weights_of(request, ledger).items()))
     models = [ledger.get(model) for model in request.inputs["models"] if model.identity in weights]
     check_compatible(ledger, models, request.unrelated)
     method = partial(average_tensor, weights=list(weights.values()))
-    return _commit(request, models, method, {"weights": weights}, ledger)
+    return _commit(request, models, method, {"weights": weights}, ledger, control)
 
 
 def merge_task_vectors(request: TaskVectorRequest, ledger: Ledger, control: Control) -> Artifact:
@@ -44,7 +44,6 @@ def merge_task_vectors(request: TaskVectorRequest, ledger: Ledger, control: Cont
     Raises:
         IncompatibleError: as for averages; the ancestor is one of the models then.
     """
-    control.report(Progress(request.label, "merging"))
     base = ledger.get(request.base)
     models = [ledger.get(model) for model in request.inputs["models"]]
     check_compatible(ledger, [base, *models])
@@ -56,7 +55,7 @@ def merge_task_vectors(request: TaskVectorRequest, ledger: Ledger, control: Cont
             return ties(start, others, request.density, request.scale)
         return task_arithmetic(start, others, request.scale)
 
-    return _commit(request, [base, *models], method, facts, ledger)
+    return _commit(request, [base, *models], method, facts, ledger, control)
 
 
 def task_weights(request: TaskVectorRequest) -> dict[str, float]:
@@ -71,14 +70,15 @@ def _commit(
     method: Method,
     facts: Mapping[str, Any],
     ledger: Ledger,
+    control: Control,
 ) -> Artifact:
     with scratch_folder() as folder:
         files = {"model.safetensors": folder / "model.safetensors"}
-        merge_files(
-            [ledger.open_file(model, "model.safetensors") for model in models],
-            method,
-            files["model.safetensors"],
-        )
+        weights = [ledger.open_file(model, "model.safetensors") for model in models]
+        phase: Phase = "averaging" if isinstance(request, AverageRequest) else "merging"
+        tensors = len(names_in_order(read_header(weights[0])))
+        counter = Counter(control, request.label, phase, tensors, "tensors")
+        merge_files(weights, method, files["model.safetensors"], counter.add)
         for name in ("config.json", *TOKENIZER_FILES):
             files[name] = ledger.open_file(models[0], name)
         facts = {"role": "average", **facts, "origin": models[0].facts["origin"]}

@@ -6,7 +6,7 @@ A text's fits see its development blocks in hash order. One setting for all sees
 blocks alone, which is what a text without development text gets.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -22,7 +22,7 @@ from btm_cluster.mixing.fitting import FULL, Mixing, PosteriorName, fit_mixing, 
 from btm_cluster.mixing.scores import ScoreStack
 from btm_cluster.plan import MergingPlan
 from btm_cluster.requests import FitForAll, FitText, MixingMethod, ScoredSplit
-from btm_cluster.requests.progress import Control, Progress
+from btm_cluster.requests.progress import Control, Counter, Progress
 from btm_cluster.storage.scratch import scratch_folder
 
 GATE = "gate"
@@ -30,7 +30,7 @@ GATE = "gate"
 
 def fit_for_all(request: FitForAll, ledger: Ledger, control: Control) -> Artifact:
     """Fits one setting for all texts. The artifact has one fit, whose prior is uniform."""
-    control.report(Progress(request.label, "fitting for all texts"))
+    control.report(Progress(request.label, "fitting"))
     with one_thread_each():
         samples = [sample_of(ledger, domain, request.merging) for domain in request.domains]
         return _commit(request, [fit_together(request.posterior, samples, request.merging)], {}, ledger)
@@ -44,16 +44,16 @@ def fit_text(request: FitText, ledger: Ledger, control: Control) -> Artifact:
     Named are the priors that methods without a posterior have, and `argmax`: the one model with the largest
     prior of the paper.
     """
-    control.report(Progress(request.label, "fitting"))
     with one_thread_each():
         for_all = {
             method: fit
             for ref in request.for_all
             for method, fit in open_fits(ledger, ledger.get(ref)).items()
         }
+        counter = Counter(control, request.label, "fitting", unit="methods")
         if request.development.scores:
             sample = sample_of(ledger, request.development, request.merging)
-            fits = fit_methods(request.methods, sample, request.merging, for_all)
+            fits = fit_methods(request.methods, sample, request.merging, for_all, counter.over)
         else:
             fits = _without_text(request.methods, len(request.models), request.merging, for_all)
         identities = [model.identity for model in request.models]
@@ -87,11 +87,12 @@ def fit_methods(
     sample: TextScores,
     merging: MergingPlan,
     for_all: Mapping[MixingMethod, Fitted],
+    over: Callable[[Iterable[MixingMethod]], Iterable[MixingMethod]] = iter,
 ) -> dict[MixingMethod, Fitted]:
     """Each method, fitted on a text's development blocks in hash order; methods
-    that differ in their top k share a fit."""
+    that differ in their top k share a fit. `over` goes over those that are fitted."""
     own = dict.fromkeys(replace(method, top_k=None) for method in methods if not method.is_for_all)
-    fitted = {method: _fit(method, sample, merging, for_all) for method in own}
+    fitted = {method: _fit(method, sample, merging, for_all) for method in over(own)}
 
     def fit_of(method: MixingMethod) -> Fitted:
         if method.is_for_all:

@@ -3,6 +3,7 @@
 Either ends in an artifact that names the text as its part.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from btm_cluster.data.corpus import Text, write_random_part, write_text
@@ -10,24 +11,33 @@ from btm_cluster.data.data_sets import pinned
 from btm_cluster.errors import IntegrityError
 from btm_cluster.ledger import Artifact, Ledger, Origin, Ref, artifact_key
 from btm_cluster.requests import ReadText, ShuffleTexts
-from btm_cluster.requests.progress import Control, Progress
-from btm_cluster.steps.stored import documents_of
+from btm_cluster.requests.progress import Control, Counter
+from btm_cluster.steps.stored import count_documents, documents_of
 from btm_cluster.storage.scratch import scratch_folder
 
 
 def read_text(request: ReadText, ledger: Ledger, control: Control) -> Artifact:
     """Reads a source: its documents become shards of a text."""
-    control.report(Progress(request.label, "reading"))
+    size = request.source_bytes
+    read = Counter(control, request.label, "reading", size, "bytes" if size else "documents")
+
+    def sorting(parts: list[Path]) -> Iterator[Path]:
+        return Counter(control, request.label, "sorting", len(parts), "parts").over(parts)
+
     source = pinned(request.source, request.fingerprint)
     with scratch_folder() as folder:
-        text = write_text(source, request.reading, request.is_target, folder, request.most_bytes)
+        text = write_text(
+            source, request.reading, request.is_target, folder, request.most_bytes, read.add, sorting
+        )
         return _commit_text(request, text, ledger)
 
 
 def shuffle_texts(request: ShuffleTexts, ledger: Ledger, control: Control) -> Artifact:
     """Writes one of the parts that the texts' training documents are dealt into."""
-    control.report(Progress(request.label, "shuffling"))
-    documents = (d for text in sorted(request.texts) for d in documents_of(ledger, text, "train"))
+    texts = sorted(request.texts)
+    total = sum(count_documents(ledger, text, "train") for text in texts)
+    shuffled = Counter(control, request.label, "shuffling", total, "documents")
+    documents = shuffled.over(d for text in texts for d in documents_of(ledger, text, "train"))
     with scratch_folder() as folder:
         part = write_random_part(documents, request.part, len(request.texts), request.random_seed, folder)
         return _commit_text(request, part, ledger)

@@ -10,7 +10,7 @@ from btm_cluster.language_model.model import load_model
 from btm_cluster.language_model.scoring import score_blocks, set_up_scoring
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import ScoreRequest
-from btm_cluster.requests.progress import Control, Progress
+from btm_cluster.requests.progress import Control, Counter
 from btm_cluster.steps.stored import first_token_of, open_config
 from btm_cluster.storage.scratch import scratch_folder
 
@@ -20,11 +20,14 @@ def score(requests: Sequence[ScoreRequest], ledger: Ledger, control: Control) ->
     set_up_scoring(requests[0].how)
     source = ledger.get(requests[0].model)
     model = load_model(open_config(ledger, source), ledger.open_file(source, "model.safetensors"))
-    for i, request in enumerate(requests):
+    texts = [
+        Blocks([ledger.open_file(ledger.get(ref), "tokens.npy") for ref in request.tokens])
+        for request in requests
+    ]
+    counter = Counter(control, requests[0].shown, "scoring", sum(map(len, texts)), "blocks")
+    for request, blocks in zip(requests, texts, strict=True):
         assert request.model == source.ref, "one model at a time"
-        control.report(Progress(request.label, "scoring", i, 0, len(requests)))
         first_token = first_token_of(ledger, request.tokens)
-        blocks = Blocks([ledger.open_file(ledger.get(ref), "tokens.npy") for ref in request.tokens])
         with scratch_folder() as scratch:
-            files = score_blocks(model, blocks, first_token, request.how, scratch)
+            files = score_blocks(model, blocks, first_token, request.how, scratch, counter.add)
             yield ledger.commit(request, files, {"blocks": len(blocks)})

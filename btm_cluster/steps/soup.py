@@ -8,7 +8,7 @@ from btm_cluster.language_model.model import load_model
 from btm_cluster.language_model.soup import Soup, greedy_soup, learned_soup, read_blocks
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import SoupRequest
-from btm_cluster.requests.progress import Control, Progress
+from btm_cluster.requests.progress import Control, Counter
 from btm_cluster.steps.average import check_compatible
 from btm_cluster.steps.stored import first_token_of, open_config
 
@@ -21,7 +21,7 @@ def search(request: SoupRequest, ledger: Ledger, control: Control) -> Artifact:
         IncompatibleError: models that cannot be averaged; before a weight is read.
         TextError: no development block to search on.
     """
-    control.report(Progress(request.label, "searching weights"))
+    counter = Counter(control, request.label, "searching", unit="averages")
     # In the order of identities, as averages are: sums in float32 depend on it.
     models = [ledger.get(model) for model in request.inputs["models"]]
     identities = [model.identity for model in models]
@@ -38,7 +38,7 @@ def search(request: SoupRequest, ledger: Ledger, control: Control) -> Artifact:
         )
     config, first_token = open_config(ledger, models[0]), first_token_of(ledger, request.tokens)
     files = [ledger.open_file(model, "model.safetensors") for model in models]
-    soup = Soup(load_model(config, files[0]), files, first_token, request.how)
+    soup = Soup(load_model(config, files[0]), files, first_token, request.how, counter.add)
     if request.strategy == "greedy":
         found = greedy_soup(soup, reading)
     else:

@@ -25,6 +25,11 @@ def documents_of(ledger: Ledger, text: str, split: str) -> Iterator[str]:
         yield from read_shard(ledger.open_file(artifact, shard))
 
 
+def count_documents(ledger: Ledger, text: str, split: str) -> int:
+    """How many documents a split of a stored text has."""
+    return int(ledger.get(Ref("text", text)).facts["splits"][split]["documents"])
+
+
 def open_tokenizer(ledger: Ledger, ref: Ref) -> TextTokenizer:
     """A stored tokenizer."""
     artifact = ledger.get(ref)

@@ -8,7 +8,7 @@ from btm_cluster.data.blocks import pack_blocks
 from btm_cluster.data.corpus import read_shard
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.requests import Tokenize
-from btm_cluster.requests.progress import Control, Progress
+from btm_cluster.requests.progress import Control, Counter
 from btm_cluster.steps.stored import open_tokenizer
 from btm_cluster.storage.scratch import scratch_folder
 
@@ -18,12 +18,15 @@ def tokenize(request: Tokenize, ledger: Ledger, control: Control) -> Artifact:
 
     Held-out text keeps its last, partly filled block, each token's document, and each document's bytes.
     """
-    control.report(Progress(request.label, "tokenising"))
     text = ledger.get(Ref("text", request.text))
     tokenizer = open_tokenizer(ledger, request.tokenizer)
+    split = text.facts["splits"][request.split]
+    total = split["documents"] if len(split["shards"]) == 1 else 0  # facts are those of a whole split
+    counter = Counter(control, request.shown, "tokenising", total, "documents")
     held_out = request.split != "train"
     bytes_of_documents: list[int] = []
-    documents = _counted(read_shard(ledger.open_file(text, request.shard)), bytes_of_documents)
+    shard = counter.over(read_shard(ledger.open_file(text, request.shard)))
+    documents = _counted(shard, bytes_of_documents)
     tokens, owners = pack_blocks(documents, tokenizer, request.block_tokens, keep_rest=held_out)
     with scratch_folder() as folder:
         files = {"tokens.npy": folder / "tokens.npy"}

@@ -61,7 +61,7 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
         def commit_trained(made: TrainRequest, trained: Trained) -> Artifact:
             if made.ref != request.ref and (found := ledger.find(made.ref)) is not None:
                 return found  # an attempt before this one has passed it
-            control.report(Progress(request.label, "storing", made.last_update, 0, request.last_update))
+            control.report(Progress(request.label, "storing"))
             if made.is_demix:
                 return _commit_demix(made, trained, ledger, commit, folder / MODEL_FILE)
             keeps_optimizer = made.last_update < made.training.updates and not made.weights_only

@@ -165,9 +165,7 @@ class TrainingRun:
 
     def report(self, state: TrainingState, report: UpdateReport) -> None:
         request, rate = self._request, report.tokens_per_second
-        span = (state.update, request.first_update, request.last_update)
         seconds_left = (request.last_update - state.update) * self._spec.tokens_per_update / max(rate, 1e-9)
-        stored = (self._checkpoints.stall_seconds, self._checkpoints.upload_seconds)
         device = device_name(self._spec.compute.device)
         mfu = utilisation(state.model, request.how, request.training.block_tokens, rate, device)
         development = report.development or (None, None)
@@ -175,12 +173,16 @@ class TrainingRun:
             Progress(
                 request.label,
                 "training",
-                *span,
-                report.loss,
-                rate,
-                seconds_left,
-                *stored,
-                mfu,
+                state.update,
+                request.last_update,
+                "updates",
+                first=request.first_update,
+                loss=report.loss,
+                tokens_per_second=rate,
+                seconds_left=seconds_left,
+                stall_seconds=self._checkpoints.stall_seconds,
+                upload_seconds=self._checkpoints.upload_seconds,
+                mfu=mfu,
                 learning_rate=report.learning_rate,
                 gradient_norm=report.gradient_norm,
                 tokens=self._tokens(state),

@@ -21,6 +21,7 @@ from btm_cluster.evaluation.systems import Ensemble, System
 from btm_cluster.ledger import Ref
 from btm_cluster.mixing.fitting import fit_mixing
 from btm_cluster.requests import Start, TrainingText, TrainRequest
+from btm_cluster.study.repeat import Repeat, marked
 
 BLOCKS_PER_UPDATE = 8
 RATES = (0.1, 0.3)
@@ -37,30 +38,45 @@ class Adapted:
     text: PreparedText
     held_in: int
     """Development blocks that were trained on; those after them choose."""
-    stages: tuple[Ref, ...]
+    requests: tuple[TrainRequest, ...]
+    start: Ref
+
+    @property
+    def stages(self) -> dict[Ref, str]:
+        """The models by name."""
+        named = {self.start: f"the start for {self.text.name}"}
+        for request in self.requests:
+            for update in (*request.milestones, request.last_update):
+                named[request.until(update).ref] = f"{request.label} at update {update}"
+        return named
 
 
-def adapt(prepared: PreparedPlan, transformer_lm: Ref, forest: Ensemble, driver: Driver) -> Comparison:
+def adapt(repeat: Repeat, transformer_lm: Ref, forest: Ensemble, driver: Driver) -> Comparison:
     """Trains both on every text's development blocks; their sums on test text."""
+    prepared = repeat.prepared
     held_in = {text.name: _held_in(prepared, text, driver) for text in prepared.texts}
     texts = [text for text in prepared.texts if held_in[text.name]]
     whole = Start(transformer_lm, keep_optimizer=False)
     branched = averaged_starts(prepared, forest, texts, driver)
     carried_on = [(text, held_in[text.name], whole) for text in texts]
     new = [(text, held_in[text.name], start) for text, start in zip(texts, branched, strict=True)]
-    requests = [adapted_requests(prepared, *one) for one in (*carried_on, *new)]
+    requests = [
+        *(_adapted_requests(repeat, "transformer-lm", *one) for one in carried_on),
+        *(_adapted_requests(repeat, "average", *one) for one in new),
+    ]
     driver.require([request for both in requests for request in both])
     adapted = [
-        Adapted(text, blocks, (start.model, *(stage for request in both for stage in _stages(request))))
+        Adapted(text, blocks, tuple(both), start.model)
         for (text, blocks, start), both in zip((*carried_on, *new), requests, strict=True)
     ]
     return _rows(prepared, adapted[: len(texts)], adapted[len(texts) :], forest, driver)
 
 
-def adapted_requests(
-    prepared: PreparedPlan, text: PreparedText, blocks: int, start: Start
+def _adapted_requests(
+    repeat: Repeat, start_name: str, text: PreparedText, blocks: int, start: Start
 ) -> list[TrainRequest]:
     """One for each learning rate, with milestones after the first numbers of passes."""
+    prepared = repeat.prepared
     at_once = min(BLOCKS_PER_UPDATE, blocks)
     epoch = -(-blocks // at_once)
     trained_on = TrainingText(text.identity, text.tokens["development"], "development", blocks)
@@ -68,13 +84,13 @@ def adapted_requests(
     for rate in RATES:
         peak = rate * prepared.plan.training.learning_rate
         fields = {"updates": PASSES[-1] * epoch, "blocks_per_domain_update": at_once, "learning_rate": peak}
-        label = f"{text.name}-from-{start.model.identity[:6]}-at-{peak:g}"
+        label = f"{text.name}-from-{start_name}-at-{peak:g}"
         request = train_request(prepared, label, "expert", (trained_on,), (0, PASSES[-1] * epoch), start)
         how = replace(request.how, compile=False)  # too short to be worth it
         training = prepared.plan.training.model_copy(update=fields)
         milestones = tuple(passes * epoch for passes in PASSES[:-1])
         requests.append(replace(request, training=training, milestones=milestones, how=how))
-    return requests
+    return marked(repeat, requests)
 
 
 def _held_in(prepared: PreparedPlan, text: PreparedText, driver: Driver) -> int:
@@ -82,10 +98,6 @@ def _held_in(prepared: PreparedPlan, text: PreparedText, driver: Driver) -> int:
     blocks = sum(driver.ledger.get(ref).facts["blocks"] for ref in text.tokens["development"])
     blocks = min(blocks, prepared.plan.merging.development_blocks)
     return max(1, blocks * 4 // 5) if blocks >= 2 else 0
-
-
-def _stages(request: TrainRequest) -> list[Ref]:
-    return [*(request.until(update).ref for update in request.milestones), request.ref]
 
 
 def _rows(
@@ -104,7 +116,8 @@ def _rows(
         return stack.take(one.held_in, prepared.plan.merging.development_blocks)
 
     def best(one: Adapted) -> Ref:
-        return one.stages[int(left_out(one, one.stages)[0].sum((1, 2)).argmax())]
+        stages = list(one.stages)
+        return stages[int(left_out(one, stages)[0].sum((1, 2)).argmax())]
 
     rows: Rows = {}
     sizes: dict[Part, torch.Tensor] = {}

@@ -2,7 +2,7 @@
 Transformer-LM best, and that of its forest."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -156,8 +156,8 @@ def _by_the_best(repeat: Repeat, recipes: Sequence[TrainingPlan], driver: Driver
         for number, whole in enumerate(wholes, 1)
     ]
     trained = _that_converged([[request] for request in called], driver)
-    refs = [models[0] for models in trained if models]
-    found = dict(zip(refs, _development_perplexities(repeat.prepared, refs, driver), strict=True))
+    models = {model: name for one in trained for model, name in one.items()}
+    found = dict(zip(models, _development_perplexities(repeat.prepared, models, driver), strict=True))
     perplexities = [found.get(whole.ref, math.inf) for whole in wholes]
     best = perplexities.index(min(perplexities))
     recipe_rows = _rows(repeat, [recipe.learning_rate for recipe in recipes], perplexities, "learning_rate")
@@ -216,8 +216,8 @@ def _rows(
     ]
 
 
-def _that_converged(tried: Sequence[Sequence[TrainRequest]], driver: Driver) -> list[list[Ref]]:
-    """The models of each that was tried, all trained at once; none where one of them diverged.
+def _that_converged(tried: Sequence[Sequence[TrainRequest]], driver: Driver) -> list[dict[Ref, str]]:
+    """The models of each that was tried, by name, all trained at once; none where one of them diverged.
 
     Raises:
         StepError: one failed otherwise, or one diverged in each.
@@ -225,26 +225,28 @@ def _that_converged(tried: Sequence[Sequence[TrainRequest]], driver: Driver) -> 
     outcomes = driver.obtain([request for one in tried for request in one])
     failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
     made = {outcome.ref for outcome in outcomes if isinstance(outcome, Artifact)}
-    models = [[request.ref for request in one] for one in tried]
-    converged = [refs if made.issuperset(refs) else [] for refs in models]
+    models = [{request.ref: request.label for request in one} for one in tried]
+    converged = [one if made.issuperset(one) else {} for one in models]
     if not any(converged) or not all(failure.has_diverged for failure in failures):
         raise step_error(failures)
     return converged
 
 
-def _ensemble_perplexity(prepared: PreparedPlan, experts: Sequence[Ref], driver: Driver) -> float:
+def _ensemble_perplexity(prepared: PreparedPlan, experts: Mapping[Ref, str], driver: Driver) -> float:
     """Mean over domains, on development text, of the ensemble as the plan mixes it."""
     scores = score_models(prepared, experts, prepared.domains, driver, ["development"])
     texts, merging = {text.name: text for text in prepared.domains}, prepared.plan.merging
 
     def perplexity(name: str) -> float:
-        stack = stack_of(driver.ledger, experts, texts[name], "development", scores)
+        stack = stack_of(driver.ledger, list(experts), texts[name], "development", scores)
         return cross_fitted_perplexity(*stack.take(0, merging.development_blocks), merging)
 
     return sum(each_in_one_thread(perplexity, list(texts))) / len(texts)
 
 
-def _development_perplexities(prepared: PreparedPlan, models: Sequence[Ref], driver: Driver) -> list[float]:
+def _development_perplexities(
+    prepared: PreparedPlan, models: Mapping[Ref, str], driver: Driver
+) -> list[float]:
     """Each model's mean over domains."""
     scores = score_models(prepared, models, prepared.domains, driver, ["development"])
-    return mean_perplexities(driver.ledger, models, prepared.domains, scores)
+    return mean_perplexities(driver.ledger, list(models), prepared.domains, scores)

@@ -76,16 +76,19 @@ def run_study(plan: Plan, driver: Driver) -> Iterator[Study]:
         StepError: something could not be trained; the rest is kept, and the same command goes on.
     """
     study = plan.study or StudyPlan()
+    driver.listener.part("texts and trials first")
     repeats = repeats_of(plan.model_copy(update={"study": study}), driver)
     texts = tuple(report_texts(repeats[0].prepared, driver))
     trials = tuple(trial for repeat in repeats for trial in repeat.trials)
     entries: list[Mapping[str, Any]] = []
     speeds: list[Mapping[str, Any]] = []
     for number, repeat in enumerate(repeats, 1):
+        name = f"{repeat.size}, random seed {repeat.prepared.plan.training.random_seed}"
+        driver.listener.part(f"part {number} of {len(repeats)}: {name}")
         models, trained = train_repeat(repeat, driver)
         comparison = compare(repeat.prepared, models, driver)
         if "adapted" in study.systems:
-            adapted = adapt(repeat.prepared, models.transformer_lm, models.ensembles[0], driver)
+            adapted = adapt(repeat, models.transformer_lm, models.ensembles[0], driver)
             comparison = comparison.with_rows(adapted)
         entries += entries_of(repeat, comparison)
         speeds += [_speed(repeat, request, model) for request, model in trained]

@@ -1,17 +1,22 @@
 """Arguments and options that several commands take.
 
+
 A command that reads a forest takes it one way: a PLAN as its last argument, or `--store` with the forest's
 store. Where the arguments are files without number, the plan is `--plan`.
 """
 
 import os
+from collections.abc import Callable
+from functools import wraps
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from btm_cluster.errors import UserError
 from btm_cluster.plan import Plan, read_plan
+from btm_cluster.terminal.logs import logging_to
 
 STORE_VARIABLE = "BTM_STORE"
 
@@ -103,3 +108,28 @@ def forest_place(
         return ForestPlace(store)
     plan = read_plan(plan_path)
     return ForestPlace(plan.store, plan)
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show results and errors only.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what happens in detail.")]
+LogFile = Annotated[
+    Path | None, typer.Option("--log-file", help="Append all that happens, in detail.", show_default=False)
+]
+
+
+def logged(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with options for its log: --quiet, --verbose and --log-file."""
+
+    @wraps(command)
+    def with_log(*args: Any, quiet: bool, verbose: bool, log_file: Path | None, **options: Any) -> Any:
+        with logging_to(quiet, verbose, log_file):
+            return command(*args, **options)
+
+    own = signature(command, eval_str=True)
+    added = {"quiet": (Quiet, False), "verbose": (Verbose, False), "log_file": (LogFile, None)}
+    parameters = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (annotation, default) in added.items()
+    ]
+    with_log.__signature__ = own.replace(parameters=[*own.parameters.values(), *parameters])  # type: ignore[attr-defined]
+    return with_log

@@ -1,31 +1,49 @@
-"""Live progress of the steps of a run: a line for each at a terminal, a line now and then elsewhere."""
+"""Progress of a run: a live display at a terminal, lines of a log everywhere."""
 
+import sys
+import threading
 import time
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 
-from btm_cluster.errors import OutputError
+from btm_cluster.driver.outlook import AtOnce, Outlook
+from btm_cluster.driver.port import Outcome
+from btm_cluster.driver.steady_estimate import SteadyEstimate
+from btm_cluster.ledger import Artifact
+from btm_cluster.requests import StepRequest
 from btm_cluster.requests.progress import Progress
+from btm_cluster.terminal.live import Screen
+from btm_cluster.terminal.log_lines import LogLines, log
+from btm_cluster.terminal.logs import is_quiet
 
-PLAIN_SECONDS = 10.0
+ESTIMATE_SECONDS = 1.0
+"""Between two estimates."""
 
 
 class ProgressView:
-    """Shows progress: a live line per label at a terminal, a plain line now and then elsewhere."""
+    """Shows what it is told of: by steps as they report (it is a watcher), and by their driver (its listener)."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._latest: dict[str, Progress] = {}
-        self._said: dict[str, tuple[str, float]] = {}
-        is_live = console.is_terminal and not console.is_dumb_terminal
-        self._live = Live(console=console, refresh_per_second=4, transient=True) if is_live else None
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._began, self._lock = clock, clock(), threading.RLock()
+        self._outlook, self._estimate = Outlook(clock=clock), SteadyEstimate()
+        self._lines = LogLines(self._outlook, clock)
+        self._estimated, self._share = self._began - ESTIMATE_SECONDS, 0.0
+        self._doing = self._part = ""
+        self._live: Live | None = None
+        if console.is_terminal and not console.is_dumb_terminal and not is_quiet():
+            self._live = Live(
+                console=console,
+                get_renderable=self.screen,
+                transient=True,
+                redirect_stdout=sys.stdout.isatty(),  # or what is piped would be shown here
+            )
 
     def __enter__(self) -> "ProgressView":
         if self._live:
-            self._live.start()
+            self._live.start(refresh=True)
         return self
 
     def __exit__(
@@ -35,51 +53,69 @@ class ProgressView:
             self._live.stop()
 
     def __call__(self, progress: Progress) -> None:
-        self._latest[progress.label] = progress
+        with self._lock:
+            self._outlook.hear(progress)
+            self._lines.hear(progress)
+            self._estimate_anew()
+            self._lines.whole(self._clock() - self._began, self._left())
+
+    def say(self, what: str) -> None:
+        """What is done that is no step, such as `reading the plan`."""
+        with self._lock:
+            self._doing = what
+            log.info("%s", what)
         if self._live:
-            self._live.update(self._table())
-            return
-        phase, said = self._said.get(progress.label, ("", 0.0))
-        is_last = progress.phase == "training" and progress.update == progress.last_update
-        if phase != progress.phase or time.monotonic() - said >= PLAIN_SECONDS or is_last:
-            self._said[progress.label] = (progress.phase, time.monotonic())
-            self._say(" ".join(filter(None, _columns(progress))))
+            self._live.refresh()
 
-    def _say(self, line: str) -> None:
-        try:
-            self._console.print(line, soft_wrap=True)
-        # A run is worth more than its progress; the verdict says that nothing can be written.
-        except OutputError:
-            self._console.quiet = True
+    def part(self, what: str) -> None:
+        with self._lock:
+            self._part = what
+            log.info("%s", what)
 
-    def _table(self) -> Table:
-        table = Table(box=None, show_header=False, pad_edge=False)
-        for _ in range(7):
-            table.add_column(no_wrap=True)
-        for progress in list(self._latest.values())[-20:]:
-            table.add_row(*_columns(progress))
-        return table
+    def runs_on(self, at_once: AtOnce) -> None:
+        """How many groups the workers hold at once: how long a run takes depends on it."""
+        self._outlook.at_once = at_once
 
+    def expect(self, requests: Iterable[StepRequest]) -> None:
+        with self._lock:
+            self._outlook.expect(requests)
 
-def _columns(progress: Progress) -> list[str]:
-    counted = progress.last_update > progress.first_update
-    rate = progress.tokens_per_second
-    return [
-        f"{progress.label}:",
-        progress.phase,
-        f"update {progress.update}/{progress.last_update}" if counted and progress.loss is not None else "",
-        f"loss {progress.loss:.3f}" if progress.loss is not None else "",
-        f"{rate:,.0f} tokens/s" if rate else "",
-        _time_left(progress),
-        f"checkpoint: stalled {progress.stall_seconds:.1f} s, stored in {progress.upload_seconds:.1f} s"
-        if progress.stall_seconds is not None and progress.upload_seconds is not None
-        else "",
-    ]
+    def found(self, request: StepRequest, artifact: Artifact) -> None:
+        with self._lock:
+            self._outlook.found(request, artifact)
 
+    def ask(self, requests: Sequence[StepRequest]) -> None:
+        with self._lock:
+            self._outlook.ask(requests)
 
-def _time_left(progress: Progress) -> str:
-    if not progress.seconds_left:
-        return ""
-    minutes, seconds = divmod(round(progress.seconds_left), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d} left" if hours else f"{minutes}:{seconds:02d} left"
+    def end(self, request: StepRequest, outcome: Outcome) -> None:
+        with self._lock:
+            self._outlook.end(request, outcome)
+            self._lines.end(request, outcome)
+            self._estimate_anew()
+
+    def screen(self) -> Screen:
+        """What is shown now."""
+        with self._lock:
+            elapsed, left = self._clock() - self._began, self._left()
+            if left is not None:
+                self._share = max(self._share, min(0.99, elapsed / max(elapsed + left, 1e-9)))
+            return Screen(
+                self._doing,
+                self._part,
+                tuple(self._outlook.counts()),
+                tuple(self._outlook.running()),
+                elapsed,
+                left,
+                self._share,
+            )
+
+    def _left(self) -> float | None:
+        return None if self._part else self._estimate.left(self._clock())
+
+    def _estimate_anew(self) -> None:
+        """Estimates, if it is time to. By whoever reports: the thread that draws asks no workers."""
+        now = self._clock()
+        if now - self._estimated >= ESTIMATE_SECONDS:
+            self._estimated = now
+            self._estimate.update(now, self._outlook.seconds_left())

@@ -9,6 +9,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from btm_cluster.terminal.logs import is_quiet
+from btm_cluster.terminal.output import Output
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -36,22 +39,23 @@ def plain_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str
 
 
 def consoles(json_output: bool) -> "tuple[Console, Console]":
-    """Where results go and where progress goes: with --json, standard output is for the JSON alone."""
+    """Where results go and where notes beside them go: with --json, standard output is for the JSON alone."""
     from rich.console import Console
 
     results = Console(width=None if sys.stdout.isatty() else 200, **_AS_IT_IS)
-    return results, Console(stderr=json_output, width=None if sys.stderr.isatty() else 200, **_AS_IT_IS)
+    width = None if sys.stderr.isatty() else 200
+    return results, Console(stderr=json_output, width=width, quiet=is_quiet(), **_AS_IT_IS)
 
 
 def progress_console() -> "Console":
-    """Where a program that imports this package sees progress: standard error.
+    """Where progress goes: standard error.
 
     Lines are replaced there only if that is the process's own: in a notebook it is said to be a terminal, and
     is none.
     """
     from rich.console import Console
 
-    is_own = sys.stderr is sys.__stderr__
+    is_own = sys.stderr is sys.__stderr__ or isinstance(sys.stderr, Output)
     return Console(stderr=True, force_terminal=None if is_own else False, **_AS_IT_IS)
 
 

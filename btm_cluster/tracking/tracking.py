@@ -71,7 +71,7 @@ class Tracking:
 
     def __call__(self, progress: Progress) -> None:
         self._watcher(progress)
-        label, update, values = progress.label, progress.update, points_of(progress)
+        label, update, values = progress.label, progress.done, points_of(progress)
         if not values or self._said.get(label) == update:
             return
         self._said[label] = update

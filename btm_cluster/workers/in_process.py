@@ -15,7 +15,7 @@ from btm_cluster.driver.run_events import RunEvents, cause_of
 from btm_cluster.errors import BtmError, DivergedError, Stopped, UserError
 from btm_cluster.ledger import Ledger
 from btm_cluster.ledger.timelines import Node
-from btm_cluster.requests import StepRequest, TrainRequest
+from btm_cluster.requests import Resources, StepRequest, TrainRequest
 from btm_cluster.requests.progress import Control, Progress, Watcher
 from btm_cluster.steps.registry import run_batch
 from btm_cluster.stopping import stopped
@@ -59,6 +59,10 @@ class InProcess:
             if gpus > (usable := torch.cuda.device_count()):
                 node = {"CPU": float(usable_cpus()), "GPU": float(usable)}
                 raise no_capacity(demand, "this machine", [node], "run it on one that has them")
+
+    def at_once(self, _: Resources | None) -> int:
+        """One step after the other."""
+        return 1
 
     def get_ready(self, trainings: Sequence[TrainRequest]) -> None:
         """Nothing: there is no other process."""

@@ -180,7 +180,7 @@ def test_an_expert_gets_ready_while_its_seed_is_trained_and_trainers_score_other
     expert = expert_request(prepared, domain, seed_start(prepared, seed.ref))
     average = AverageRequest("average", (seed.ref, expert.ref), (0.5, 0.5))
     models = [seed, expert, average]
-    scores = [score_request(prepared, model.ref, domain, "test") for model in models]
+    scores = [score_request(prepared, model.ref, domain, "test", model.label) for model in models]
     monkeypatch.setattr(workers, "step_task", None)  # so that no other process can score
     told: list[tuple[str, str]] = []
     events = RunEvents()
@@ -221,7 +221,7 @@ def test_a_users_mistake_in_another_step_costs_a_training_nothing(
         list(on_ray.run([endless]))
     saved = driver.ledger.latest_training(endless.ref.identity)
     assert saved is not None
-    assert saved.recipe["update"] >= told[1].update > 0
+    assert saved.recipe["update"] >= told[1].done > 0
 
 
 def test_scores_are_mixed_in_the_cluster_as_their_fits_say(
@@ -232,7 +232,7 @@ def test_scores_are_mixed_in_the_cluster_as_their_fits_say(
     grown = grow(plan, driver := in_process(plan))
     prepared, merging, ledger = grown.prepared, plan.merging, driver.ledger
     experts = [Ref("model", expert.identity) for expert in grown.forest.experts]
-    score_models(prepared, experts, prepared.texts, driver)
+    score_models(prepared, dict.fromkeys(experts, "an expert"), prepared.texts, driver)
     target, domains = prepared.texts[-1], prepared.domains
     methods = (PAPERS, replace(CALIBRATED, is_for_all=True), GATE)
     ensemble = replace(forest_ensemble(prepared, grown.forest), methods=methods)

@@ -45,7 +45,7 @@ def test_of_two_trainers_one_hangs_and_one_is_killed_and_both_go_on_from_their_c
     wait_until_an_expert_trains(run)
     first, second = ("kitchen", "harbour") if "kitchen: training" in run.said else ("harbour", "kitchen")
     os.kill(only_trainer(cluster[SESSION]), signal.SIGSTOP)
-    run.wait_until_said(f"{first}: hangs: no update for 0.3 min, killed")
+    run.wait_until_said(f"{first}: hanging without an update for 0.3 min, killed")
     run.wait_until_said(f"{second}: training update [1-9]")
     os.kill(only_trainer(cluster[SESSION]), signal.SIGKILL)
     assert run.exit_code() == 0, run.said
@@ -115,7 +115,7 @@ def test_of_two_drivers_of_one_plan_one_waits_for_what_the_other_trains_and_foll
     runs = second, grow_only(path)
     for run in runs:
         assert run.exit_code() == 0, run.said
-    trained = [set(re.findall(r"^(\w+): training update", run.said, re.M)) for run in runs]
+    trained = [set(re.findall(r"INFO (\w+): training update", run.said)) for run in runs]
     assert not trained[0] & trained[1]
     assert trained[0] | trained[1] == {"seed", "kitchen", "harbour"}
     assert "seed" in trained[0]

@@ -65,7 +65,7 @@ class StopAfter:
         self._updates = updates
 
     def __call__(self, progress: Progress) -> None:
-        if progress.phase == "training" and progress.update >= self._updates:
+        if progress.phase == "training" and progress.done >= self._updates:
             self.stop.set()
 
 
@@ -85,7 +85,7 @@ class PreemptAtFirstUpdate:
             return
         update = self._latest()
         if self._before is None:
-            self.first_update, self._before = progress.update, update
+            self.first_update, self._before = progress.done, update
             self._announce()
         elif update > self._before:
             self.saved_at = update

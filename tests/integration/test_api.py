@@ -2,6 +2,7 @@
 
 import ast
 import json
+import logging
 import os
 import re
 import signal
@@ -22,9 +23,8 @@ from btm_cluster.errors import Stopped, UserError
 from btm_cluster.evaluation.rows import SEED
 from btm_cluster.forest import take_out
 from btm_cluster.ledger.versions import append_next
-from btm_cluster.session import opened_driver
+from btm_cluster.session import opened_driver, opened_view
 from btm_cluster.stopping import handling
-from btm_cluster.terminal.tables import progress_console
 from tests.conftest import DOMAINS, in_process, made_up_documents, write_jsonl
 from tests.integration.conftest import BLOCK, WrittenForest, copy_store
 
@@ -90,10 +90,14 @@ def test_a_plan_may_be_given_as_plain_values(fields: dict[str, Any]) -> None:
 
 
 def test_a_plan_is_run_and_run_again_in_a_thread(
-    fields: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    fields: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A thread hears no signals, and a program that imports the package keeps its standard input and output."""
     monkeypatch.setattr("btm_cluster.session.end_input", None)
+    caplog.set_level(logging.INFO, "btm_cluster")
     first = btm.run(fields | {"domains": fields["domains"][:2], "targets": []}, in_process=True)
     assert first.forest.domains == ("harbour", "kitchen")
     assert not first.failures
@@ -105,15 +109,14 @@ def test_a_plan_is_run_and_run_again_in_a_thread(
     thread.join()
     assert again[0].verdict == first.verdict
     assert sum(again[0].made.values()) == 0
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "seed: training update 6/6" in err
+    assert capsys.readouterr().out == ""
+    assert "seed: training update 6/6" in caplog.text
 
 
 def test_signals_stop_a_call_and_never_the_program(plan: btm.Plan) -> None:
     with handling(signal.SIG_IGN):
         before = signal.getsignal(signal.SIGINT)
-        with opened_driver(plan, None, True, progress_console()) as driver:
+        with opened_view() as view, opened_driver(view, plan, None, True) as driver:
             driver.is_asking = True
             signal.raise_signal(signal.SIGINT)  # asks to save
             for _ in range(2):

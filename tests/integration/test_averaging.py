@@ -305,7 +305,7 @@ def test_averages_are_weighted_by_the_prior_that_the_plan_says(grown: GrownFores
     for prior in ("fitted", "ema"):
         merging = grown.prepared.plan.merging.model_copy(update={"average_prior": prior})
         prepared = replace(grown.prepared, plan=grown.prepared.plan.model_copy(update={"merging": merging}))
-        score_models(prepared, experts, [market], driver, ["development"])
+        score_models(prepared, dict.fromkeys(experts, "an expert"), [market], driver, ["development"])
         sample = stack_of(driver.ledger, experts, market, "development").take(0, merging.development_blocks)
         expected = posterior_weights(log_prior(prior, *sample, FULL).exp())
         average = driver.ledger.get(averaged_starts(prepared, forest, [market], driver)[0].model)

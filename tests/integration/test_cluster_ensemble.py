@@ -133,7 +133,7 @@ def split_at(tokens: list[int], end: int) -> list[list[int]]:
 
 
 def score_of(grown: GrownForest, model: Ref, name: str, split: str) -> Artifact:
-    return grown.driver.ledger.get(score_request(grown.prepared, model, grown.text(name), split).ref)
+    return grown.driver.ledger.get(score_request(grown.prepared, model, grown.text(name), split, "").ref)
 
 
 def test_every_text_has_the_row_and_without_a_cluster_model_none_has(

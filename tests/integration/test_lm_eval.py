@@ -161,7 +161,7 @@ def test_the_verdicts_bits_per_byte_are_the_harnesss_on_the_same_text(
     measured = HFLM(pretrained=str(tmp_path), device="cpu", batch_size=1)
     (logp,) = measured.loglikelihood_rolling([request("loglikelihood_rolling", document)], disable_tqdm=True)
     seed = Ref("model", opened.seed.identity)
-    score_models(prepared, [seed], [text], forest.driver, ["test"])
+    score_models(prepared, {seed: "seed"}, [text], forest.driver, ["test"])
     stack = stack_of(forest.ledger, [seed], text, "test")
     found = bits_per_byte(stack.sums()[0, BYTES, 0], stack.sizes()[BYTES, 0])
     expected = harness_bits_per_byte([(logp, len(document.encode()))])

@@ -105,7 +105,7 @@ def full_distributions(grown: GrownForest) -> dict[str, tuple[np.ndarray, torch.
 def stack_of(grown: GrownForest, text: PreparedText, split: str) -> ScoreStack:
     """The experts' stored scores on a split."""
     experts = [artifact.ref for artifact in grown.experts]
-    score_models(grown.prepared, experts, [text], grown.driver, [split])
+    score_models(grown.prepared, dict.fromkeys(experts, "an expert"), [text], grown.driver, [split])
     return ScoreStack.of(grown.driver.ledger, scored_split(experts, text, split))
 
 

@@ -14,9 +14,10 @@ from rich.console import Console
 
 from btm_cluster.cli import app, run_command
 from btm_cluster.requests.progress import Progress
+from btm_cluster.terminal.logs import logging_to
 from btm_cluster.terminal.output import CLOSED_PIPE, safe_output
 from btm_cluster.terminal.progress import ProgressView
-from btm_cluster.terminal.tables import consoles, plain_table, show_table
+from btm_cluster.terminal.tables import consoles, plain_table, progress_console, show_table
 
 
 @pytest.fixture
@@ -72,7 +73,8 @@ def test_square_brackets_and_colons_are_shown_as_they_are(printed_in: Callable[.
     def show() -> None:
         console = consoles(False)[0]
         show_table(plain_table("of [v2]", ["[/name]"], [["data [red]/:fire:.jsonl"]]), console)
-        ProgressView(console)(Progress("a[b]", "reading data [v2]"))
+        with logging_to():
+            ProgressView(progress_console())(Progress("a[b]", "reading", note="data [v2]"))
 
     shown = printed_in("utf-8", show).decode()
     for part in ("of [v2]", "[/name]", "data [red]/:fire:.jsonl", "a[b]: reading data [v2]"):
@@ -145,13 +147,13 @@ def test_what_cannot_be_written_to_standard_error_changes_no_exit_code(
 
 def test_a_run_goes_on_where_its_progress_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        sys, "stdout", io.TextIOWrapper(io.BufferedWriter(Full(CLOSED), 1), "utf-8", write_through=True)
+        sys, "stderr", io.TextIOWrapper(io.BufferedWriter(Full(CLOSED), 1), "utf-8", write_through=True)
     )
 
     def run() -> None:
-        view = ProgressView(consoles(False)[1])
-        for phase in ("reading", "training"):
-            view(Progress("seed", phase))
+        with logging_to(), ProgressView(progress_console()) as view:
+            view(Progress("seed", "reading"))
+            view(Progress("seed", "training"))
         raise SystemExit(3)
 
     assert run_command(run) == 3

@@ -297,7 +297,7 @@ def test_an_average_whose_weights_were_fitted_on_a_purged_target_goes_too(plan: 
     market = next(text for text in prepared.texts if text.is_target)
     average = average_request(prepared, experts, "fitted", market)
     fits = weight_requests(prepared, experts, "fitted", market)
-    driver.require([*score_requests(prepared, experts.refs, [market], ["development"]), *fits, average])
+    driver.require([*score_requests(prepared, experts.names, [market], ["development"]), *fits, average])
     others = [
         m.ref for m in ledger.list_artifacts("model") if m.facts["role"] == "average" and m.ref != average.ref
     ]

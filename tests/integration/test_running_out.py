@@ -175,7 +175,7 @@ def test_a_disk_that_is_full_while_training_costs_its_checkpoints_and_then_is_na
     made = run(prepared_store, request)
     assert weights_of(made) == undisturbed
     text = prepared_store.prepared.texts[0]
-    score = score_request(prepared_store.prepared, made.ref, text, "test")
+    score = score_request(prepared_store.prepared, made.ref, text, "test", "a model")
     with filled(small_disk):
         (outcome,) = run_all(prepared_store.driver.workers, [score])
         assert isinstance(outcome, Failure)

@@ -27,7 +27,7 @@ from tests.made import origin
 def stored(grown: GrownForest, model: Artifact, name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and stored scores of a split under a model."""
     ledger, text = grown.driver.ledger, grown.text(name)
-    scores = ledger.get(score_request(grown.prepared, model.ref, text, split).ref)
+    scores = ledger.get(score_request(grown.prepared, model.ref, text, split, "").ref)
     shards = [np.load(ledger.open_file(ledger.get(ref), "tokens.npy")) for ref in text.tokens[split]]
     return np.concatenate(shards), np.load(ledger.open_file(scores, "logp.npy"))
 
@@ -158,7 +158,7 @@ def test_a_model_that_diverged_is_a_failure_that_says_so_and_stores_no_scores(
     files = {name: ledger.open_file(grown.experts[0], name) for name in ("config.json", "tokenizer.json")}
     files["model.safetensors"] = tmp_path / "model.safetensors"
     diverged = ledger.commit(origin("model", {}), files, {})
-    request = score_request(grown.prepared, diverged.ref, grown.text("market"), "test")
+    request = score_request(grown.prepared, diverged.ref, grown.text("market"), "test", "a model")
     (outcome,) = run_all(driver.workers, [request])
     assert isinstance(outcome, Failure)
     assert "not finite" in outcome.cause

@@ -73,7 +73,7 @@ def test_the_loss_of_a_single_expert_is_that_of_its_stored_scores(
     assert not reading.mask_BT.all(), "padding is part of this test"
     driver, prepared = grown.driver, grown.prepared
     models, market = [model.ref for model in models_of(grown)], grown.text("market")
-    score_models(prepared, models, [market], driver, ["development"])
+    score_models(prepared, dict.fromkeys(models, "an expert"), [market], driver, ["development"])
     for one_hot, model in zip(one_hots(len(soup)), models, strict=True):
         stored = stack_of(driver.ledger, [model], market, "development").take(0, 100)[0][0]
         expected = -float(stored[reading.mask_BT].mean())

@@ -21,7 +21,7 @@ from btm_cluster.ledger.curves import read_curve
 from btm_cluster.ledger.timelines import Timeline, list_runs, read_timeline
 from btm_cluster.plan import Plan
 from btm_cluster.requests.progress import Progress
-from btm_cluster.session import driving
+from btm_cluster.session import driving, opened_view
 from btm_cluster.storage.local_folder import LocalFolder
 from btm_cluster.tracking.tracking import Tracking
 
@@ -35,7 +35,7 @@ VERDICT = [{"system": "seed", "perplexity": 12.5, "difference": None}]
 
 
 def grow_in_process(plan: Plan) -> None:
-    with driving(plan, None, in_process=True, dashboard=False, json_output=False) as driver:
+    with opened_view() as view, driving(view, plan, None, in_process=True) as driver:
         grow(plan, driver)
         report = Path(plan.store, "report.html")
         report.write_text("a report")
@@ -140,10 +140,10 @@ class NoRoomForLogs(LocalFolder):
 
 
 def test_a_run_that_is_stopped_while_the_driver_itself_computes_ends_at_once(plan: Plan) -> None:
-    with driving(plan, None, in_process=True, dashboard=False, json_output=True) as driver:
+    with opened_view() as view, driving(view, plan, None, in_process=True) as driver:
         driver.is_asking = True  # workers notice by themselves, and save
         signal.raise_signal(signal.SIGTERM)
-    with pytest.raises(Stopped), driving(plan, None, in_process=True, dashboard=False, json_output=True):
+    with pytest.raises(Stopped), opened_view() as view, driving(view, plan, None, in_process=True):
         signal.raise_signal(signal.SIGTERM)
 
 
@@ -152,8 +152,8 @@ def test_a_store_that_takes_no_curves_costs_a_warning(
 ) -> None:
     seen: list[Progress] = []
     with Tracking(plan, NoRoomForLogs(str(tmp_path)), seen.append) as tracking:
-        tracking(Progress("seed", "training", 1, 0, 2, 3.0, 10.0))
-    assert [progress.update for progress in seen] == [1]
+        tracking(Progress("seed", "training", 1, 2, loss=3.0, tokens_per_second=10.0))
+    assert [progress.done for progress in seen] == [1]
     assert "curves were not stored" in caplog.text
 
 
@@ -229,6 +229,6 @@ def test_a_service_that_fails_is_given_up_and_training_goes_on(
     with Tracking(plan, LocalFolder(str(tmp_path)), seen.append) as tracking:
         tracking._makers.append(Fails)
         for update in (1, 2):
-            tracking(Progress("seed", "training", update, 0, 2, 3.0, 10.0))
+            tracking(Progress("seed", "training", update, 2, loss=3.0, tokens_per_second=10.0))
     assert len(seen) == 2
     assert caplog.text.count("Fails is given up for this run: its disk is full") == 1

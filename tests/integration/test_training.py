@@ -521,7 +521,7 @@ def test_development_loss_is_that_of_scores_of_the_same_blocks(
         text.text: request.ref for text in request.texts
     }
     asked = [
-        score_request(prepared, models[text.identity], text, "development")
+        score_request(prepared, models[text.identity], text, "development", text.name)
         for text in prepared.domains
         if text.identity in models
     ]

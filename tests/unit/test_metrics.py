@@ -38,8 +38,8 @@ def test_a_training_that_ended_is_neither_silent_nor_waiting_and_is_forgotten_in
 
 
 def test_a_sign_of_life_without_a_loss_moves_no_curve() -> None:
-    assert shown(Progress("kitchen", "storing", 12, 0, 12)) == {}
-    told = shown(Progress("kitchen", "training", 6, 0, 12, 3.0, 100.0, mfu=0.4))
+    assert shown(Progress("kitchen", "storing")) == {}
+    told = shown(Progress("kitchen", "training", 6, 12, loss=3.0, tokens_per_second=100.0, mfu=0.4))
     assert told == {"updates": 6, "updates_wanted": 12, "loss": 3.0, "tokens_per_second": 100.0, "mfu": 0.4}
 
 

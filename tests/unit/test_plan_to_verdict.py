@@ -30,7 +30,7 @@ LINES = [
     (3.0, "tokenizer: training the tokenizer"),
     (5.0, "seed: starting"),
     (6.0, "seed: loading"),
-    (8.0, "seed: training update 9/100 loss 7.607 4,782 tokens/s 1:24 left"),
+    (8.0, "2026-11-29 15:30:01 INFO seed: training update 9/100 loss 7.607 4,782 tokens/s about 2 min left"),
     (
         9.0,
         "seed: training update 100/100 loss 5.659 4,782 tokens/s checkpoint: stalled 0.1 s, stored in 0.2 s",
@@ -77,7 +77,9 @@ def whole_run():
 
 
 def test_a_line_tells_the_phase_and_the_update():
-    progress = parse_line(8.0, "seed: training update 9/100 loss 7.607 4,782 tokens/s 1:24 left")
+    progress = parse_line(
+        8.0, "2026-11-29 15:30:01 INFO seed: training update 9/100 loss 7.607 4,782 tokens/s"
+    )
     assert progress is not None
     assert (progress.label, progress.phase, progress.update, progress.is_last) == (
         "seed",

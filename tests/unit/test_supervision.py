@@ -11,8 +11,8 @@ from btm_cluster.workers.on_ray.supervision import Action, Kill, Limits, Phase, 
 
 LIMITS = Limits(hang_seconds=120, start_seconds=600, waiting_seconds=60)
 STARTING, LOADING, STORING = (Progress("seed", phase) for phase in ("starting", "loading", "storing"))
-COMPILING = Progress("seed", "compiling")
-UPDATING = Progress("seed", "training", update=3, loss=4.2)
+IMPORTING = Progress("seed", "importing")
+UPDATING = Progress("seed", "training", done=3, loss=4.2)
 
 
 def training(phase: Phase, heard_at: float = 0.0, waits_for: str = "") -> StepState:
@@ -24,17 +24,17 @@ def training(phase: Phase, heard_at: float = 0.0, waits_for: str = "") -> StepSt
     [
         ("queued", STARTING, "queued"),
         ("queued", LOADING, "preparing"),
-        ("queued", COMPILING, "preparing"),
+        ("queued", IMPORTING, "preparing"),
         ("queued", UPDATING, "updating"),
         ("queued", STORING, "preparing"),
         ("preparing", STARTING, "queued"),
         ("preparing", LOADING, "preparing"),
-        ("preparing", COMPILING, "preparing"),
+        ("preparing", IMPORTING, "preparing"),
         ("preparing", UPDATING, "updating"),
         ("preparing", STORING, "preparing"),  # resumed at its last update: only storing is left
         ("updating", STARTING, "queued"),
         ("updating", LOADING, "preparing"),
-        ("updating", COMPILING, "updating"),
+        ("updating", IMPORTING, "updating"),
         ("updating", UPDATING, "updating"),
         ("updating", STORING, "updating"),  # a milestone
     ],
@@ -47,8 +47,8 @@ def test_a_report_moves_a_training_to_its_next_phase_and_is_a_sign_that_it_does_
     assert supervise(state, news, 9_999.0, LIMITS) == (replace(state, phase=after, heard_at=9_999.0), None)
 
 
-HANGS_UPDATING = Kill("hangs: no update for 2 min, killed")
-HANGS_PREPARING = Kill("hangs: no update for 12 min, killed")
+HANGS_UPDATING = Kill("without an update for 2 min, killed")
+HANGS_PREPARING = Kill("without an update for 12 min, killed")
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_step_that_reports_nothing_regularly_is_never_called_hanging(phase: Ph
     [
         ("", 1e9, None),
         ("2 GPUs", 59.9, None),
-        ("2 GPUs", 60.0, Say("waiting for the cluster to grow to 2 GPUs")),
+        ("2 GPUs", 60.0, Say("for the cluster to grow to 2 GPUs")),
     ],
 )
 @pytest.mark.parametrize("is_training", [False, True])
@@ -110,7 +110,7 @@ def actions(reports: Sequence[tuple[float, Progress | None]]) -> list[tuple[floa
 
 
 def test_a_training_that_waits_starts_hangs_and_is_restarted() -> None:
-    waits = Say("waiting for the cluster to grow to 1 GPU")
+    waits = Say("for the cluster to grow to 1 GPU")
     assert actions(
         [
             (59.0, None), (60.0, None), (119.0, None), (121.0, None),

@@ -195,6 +195,11 @@ def _join(address: str) -> Any:
         ) from exc
 
 
+def live_nodes() -> list[dict[str, float]]:
+    """The resources of each node of the cluster."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def has_capacity(demand: Demand, autoscaling: bool) -> bool:
     """Whether the cluster as it stands can hold the group; False if it cannot
     and an autoscaler may make room.
@@ -204,7 +209,7 @@ def has_capacity(demand: Demand, autoscaling: bool) -> bool:
     Raises:
         ResourcesError: it cannot, and it will not grow.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = live_nodes()
     if fits(nodes, demand.how):
         return True
     if autoscaling:

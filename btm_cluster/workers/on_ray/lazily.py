@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -45,6 +45,7 @@ class LazyRayWorkers:
         self,
         store: str,
         watcher: Watcher,
+        say: Callable[[str], None],
         stop: threading.Event,
         cluster: ClusterPlan,
         expert: Resources,
@@ -52,6 +53,7 @@ class LazyRayWorkers:
         dashboard: bool,
         events: RunEvents | None = None,
     ) -> None:
+        self._say = say
         if address is None:  # which never grows
             cluster = cluster.model_copy(update={"autoscaling": False})
         self._arguments = (store, watcher, stop, cluster, expert, events or RunEvents())
@@ -81,12 +83,20 @@ class LazyRayWorkers:
     def run(self, requests: Sequence[StepRequest]) -> Generator[tuple[StepRequest, Outcome], None, None]:
         return self._connected().run(requests)
 
+    def at_once(self, group: Resources | None) -> int:
+        """How many groups the cluster can hold at once, as it stands; one, while none is joined."""
+        return 1 if self._workers is None else self._workers.at_once(group)
+
     def _connected(self) -> "RayWorkers":
         if self._workers is None:
+            self._say(
+                "starting Ray" if self._address is None else f"joining the Ray cluster at {self._address}"
+            )
             set_environment(self._address)
             from btm_cluster.workers.on_ray.cluster import connected
             from btm_cluster.workers.on_ray.workers import RayWorkers
 
             self._stack.enter_context(connected(self._address, self._dashboard))
             self._workers = RayWorkers(*self._arguments)
+            self._say("waiting for the first step to start")
         return self._workers

@@ -63,8 +63,8 @@ class Watched:
 def shown(progress: Progress) -> dict[str, float]:
     """The numbers of a progress report."""
     said = {
-        "updates": progress.update if progress.loss is not None else None,
-        "updates_wanted": progress.last_update if progress.loss is not None else None,
+        "updates": progress.done if progress.loss is not None else None,
+        "updates_wanted": progress.total if progress.loss is not None else None,
         "loss": progress.loss,
         "tokens_per_second": progress.tokens_per_second,
         "mfu": progress.mfu,

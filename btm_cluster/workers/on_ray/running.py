@@ -42,7 +42,7 @@ class Running:
     @property
     def label(self) -> str:
         """The name that progress goes by."""
-        return self.batch[0].label
+        return self.batch[0].shown
 
     @property
     def is_training(self) -> bool:

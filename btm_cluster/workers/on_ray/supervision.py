@@ -6,15 +6,15 @@ the new state. Knows nothing of Ray or of processes.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 from btm_cluster.requests.progress import Progress
 
-STARTING = "starting"
+STARTING: Final = "starting"
 """Phase that a training reports first in each attempt, before its turn to load has come."""
-WARMING_UP = "warming up"
+WARMING_UP: Final = "warming up"
 """Phase of a training whose process was started before its inputs are there."""
-LOADING = "loading"
+LOADING: Final = "loading"
 """Phase that a training reports once its turn has come."""
 
 
@@ -61,14 +61,14 @@ class StepState:
 class Say:
     """Tell the user that the step waits."""
 
-    message: str
+    note: str
 
 
 @dataclass(frozen=True)
 class Kill:
     """Kill the step's processes and tell the user why; Ray restarts it from its last checkpoint."""
 
-    message: str
+    note: str
 
 
 Action: TypeAlias = Say | Kill | None
@@ -86,15 +86,15 @@ def supervise(
         ), None
     patience = _patience(state, limits)
     if state.is_training and state.phase != "queued" and now - state.heard_at >= patience:
-        return replace(state, heard_at=now), Kill(f"hangs: no update for {patience / 60:g} min, killed")
+        return replace(state, heard_at=now), Kill(f"without an update for {patience / 60:g} min, killed")
     if state.waits_for and now - state.said_at >= limits.waiting_seconds:
-        return replace(state, said_at=now), Say(waiting_message(state.waits_for))
+        return replace(state, said_at=now), Say(waiting_note(state.waits_for))
     return state, None
 
 
-def waiting_message(capacity: str) -> str:
-    """Message about a step for which the cluster has no room yet."""
-    return f"waiting for the cluster to grow to {capacity}"
+def waiting_note(capacity: str) -> str:
+    """For what a step waits that the cluster has no room for yet."""
+    return f"for the cluster to grow to {capacity}"
 
 
 def _phase_after(state: StepState, news: Progress) -> Phase:

@@ -5,6 +5,7 @@ Steps wait here for the inputs that others of the same call make, and trainings 
 everything else is Ray's. A failed request never cancels its siblings.
 """
 
+import sys
 import threading
 import time
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
@@ -15,25 +16,25 @@ import ray
 import ray.util.state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from btm_cluster.driver.capacity import Demand, bundle, demand_of
+from btm_cluster.driver.capacity import Demand, bundle, demand_of, groups_held
 from btm_cluster.driver.port import Failure, Outcome
 from btm_cluster.driver.run_events import RunEvents
 from btm_cluster.errors import UserError
 from btm_cluster.ledger import Ledger, Ref
 from btm_cluster.plan import ClusterPlan
 from btm_cluster.requests import MergeRequest, Resources, StepRequest, TrainRequest
-from btm_cluster.requests.progress import Progress, Watcher
+from btm_cluster.requests.progress import Phase, Progress, Watcher
 from btm_cluster.steps.registry import STEPS
 from btm_cluster.stopping import stopped
 from btm_cluster.storage.store_calls import take_store_calls
 from btm_cluster.workers.on_ray.chronicle import Chronicle
-from btm_cluster.workers.on_ray.cluster import has_capacity
+from btm_cluster.workers.on_ray.cluster import has_capacity, live_nodes
 from btm_cluster.workers.on_ray.failures import LOG_LINES, failure_of
 from btm_cluster.workers.on_ray.metrics import Metrics
 from btm_cluster.workers.on_ray.progress import News, ProgressBoardActor
 from btm_cluster.workers.on_ray.running import Running
 from btm_cluster.workers.on_ray.spans import Worked
-from btm_cluster.workers.on_ray.supervision import WARMING_UP, Kill, Limits, supervise, waiting_message
+from btm_cluster.workers.on_ray.supervision import WARMING_UP, Kill, Limits, supervise, waiting_note
 from btm_cluster.workers.on_ray.tasks import MergerActor, await_other_task, step_task
 from btm_cluster.workers.on_ray.trainers import Trainers
 from btm_cluster.workers.on_ray.training import trainer_name
@@ -68,6 +69,8 @@ class RayWorkers:
         self._merger_name = ""
         self._trainers = Trainers(store, cluster, self._board)
         self._announced: list[TrainRequest] = []
+        self._nodes: list[dict[str, float]] = []
+        """Resources of the cluster's nodes as this call began."""
         self._fits_now: Mapping[str, bool] = {}
         """Whether the cluster as it stands can hold a training of this call, by label."""
 
@@ -77,6 +80,12 @@ class RayWorkers:
         for demand in demands:
             has_capacity(demand, self._cluster.autoscaling)
 
+    def at_once(self, group: Resources | None) -> int:
+        """How many such groups the cluster could hold at once when steps were last asked for; None is one CPU."""
+        if group is None:
+            return max(1, int(sum(node.get("CPU", 0.0) for node in self._nodes)))
+        return max(1, min(groups_held(self._nodes, group), self._cluster.concurrent_experts or sys.maxsize))
+
     def get_ready(self, trainings: Sequence[TrainRequest]) -> None:
         self._announced = list(trainings)
 
@@ -84,6 +93,7 @@ class RayWorkers:
         self._fits_now = self._check_trainings(
             [request for request in requests if isinstance(request, TrainRequest)]
         )
+        self._nodes = live_nodes()
         self._metrics.stands(Ledger.open(self._store).log.newest())
         announced, self._announced = self._announced, []
         trainings = [request for request in (*requests, *announced) if isinstance(request, TrainRequest)]
@@ -196,7 +206,7 @@ class RayWorkers:
         if request.group is None:
             options["num_cpus"] = 1
         else:
-            alone = Demand(request.label, replace(request.group, workers=1))
+            alone = Demand(request.shown, replace(request.group, workers=1))
             waits_for = "" if has_capacity(alone, self._cluster.autoscaling) else self._say_what_waits(alone)
             held = bundle(alone.how)
             options |= {"num_cpus": held["CPU"], "num_gpus": held.get("GPU", 0)}
@@ -207,18 +217,21 @@ class RayWorkers:
         try:
             trainer, has_place = self._trainers.start(request)
         except ValueError:  # the name is taken
-            self._watcher(Progress(request.label, "waiting for another driver, which trains it"))
+            self._watcher(Progress(request.label, "waiting", note="for another driver, which trains it"))
             name = trainer_name(request, self._store)
             return Running([request], await_other_task.remote(request, self._store, name))
         result = trainer.train.remote(request, self._store, self._cluster.retries, self._board)
         self._metrics.asked(request)
+        if not has_place:
+            note = "for a free GPU" if request.how.gpus_per_worker else "for free CPUs"
+            self._watcher(Progress(request.label, "waiting", note=note))
         has_place = has_place or self._fits_now[request.label]
         waits_for = "" if has_place else self._say_what_waits(demand_of(request))
         name = trainer_name(request, self._store)
         return Running([request], result, trainer, request.how, name, waits_for)
 
     def _say_what_waits(self, demand: Demand) -> str:
-        self._watcher(Progress(demand.label, waiting_message(demand.description)))
+        self._watcher(Progress(demand.label, "waiting", note=waiting_note(demand.description)))
         return demand.description
 
     def _collect(self, finished: Running) -> list[Outcome] | None:
@@ -255,7 +268,8 @@ class RayWorkers:
                 one.seconds_left = news_of.seconds_left
             one.state, action = supervise(one.state, fresh.get(one.label), time.monotonic(), limits)
             if action is not None:
-                self._watcher(Progress(one.label, action.message))
+                phase: Phase = "hanging" if isinstance(action, Kill) else "waiting"
+                self._watcher(Progress(one.label, phase, note=action.note))
             if isinstance(action, Kill):
                 for process in ray.get(self._board.processes.remote(one.label)):
                     process.kill()
@@ -264,7 +278,7 @@ class RayWorkers:
         """Asks every trainer to save and stop, and waits for them as long as the plan allows."""
         trainings = [one for one in running if one.state.phase == "updating"]
         for one in trainings:
-            self._watcher(Progress(one.label, "saving, to stop"))
+            self._watcher(Progress(one.label, "saving", note="to stop"))
             one.trainer.stop.remote()
         if trainings:
             results = [one.result for one in trainings]
