@@ -160,7 +160,7 @@ class House:
         )
 
     def fill(self) -> None:
-        """What lies about: an inbox, a refusal, curves, a page, a checkpoint, an open
+        """What lies about: an inbox, a refusal, curves, a checkpoint, an open
         branch point that was held back."""
         for key in (
             "inbox/law/a.jsonl",

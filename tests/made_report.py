@@ -119,7 +119,7 @@ def made_timeline(domains: Sequence[str], texts: Sequence[str]) -> Timeline:
         _event("step", "seed", 1005, 1065, node="a", gpus=1),
         _event("checkpoint", "seed", 1030, 1031, node="a"),
         _event("failure", domains[0], 1065, 1066, node="a", gpus=1, cause="out of memory"),
-        _event("wait", domains[-1], 1065, 1066),
+        _event("wait", domains[-1], 1065, 1066.5),
         _event("wait", texts[0], 999.5, 1000, kind="read_text", process="task"),
         _event("wait", texts[-1], 999.7, 1000.5, kind="read_text", process="task"),
     ]

@@ -5,13 +5,15 @@ import torch
 from btm_cluster.curve import development_size, development_updates
 from btm_cluster.language_model.batches import split_into_micro_batches
 from btm_cluster.language_model.compute import autocast
-from btm_cluster.language_model.loss import NO_TOKEN, NextTokenLoss, read_after
+from btm_cluster.language_model.loss import NO_TOKEN, read_after, summed_loss
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.training_spec import TrainingSpec
 from btm_cluster.language_model.training_state import TrainingState
 
-LOGITS_AT_ONCE = 2**26
-"""Of one pass: what training leaves of a GPU's memory must do."""
+LOGITS_AT_ONCE = {"cuda": 2**29, "cpu": 2**26}
+"""Of one pass: 1 GiB in bfloat16. Passes of one block would be bound by kernel launches."""
+LOSSES_AT_ONCE = 2**26
+"""Logits turned to float32 at once, for the loss."""
 
 
 class DevelopmentLoss:
@@ -43,10 +45,14 @@ class DevelopmentLoss:
         """Mean negative log-likelihood per token over all ranks' blocks, in nats, still on the device."""
         spec, model = self._spec, self._state.model
         total = torch.zeros((), device=spec.compute.device)
-        loss = NextTokenLoss(model).eval()
-        for blocks in self._passes():
+        model.eval()
+        for blocks_BT in self._passes():
             with autocast(spec.compute.device, spec.compute.precision):
-                total += loss(read_after(blocks.clamp(min=0), spec.first_token), blocks)
+                read_BT = read_after(blocks_BT.clamp(min=0), spec.first_token)
+                logits_BTV = model(input_ids=read_BT, use_cache=False).logits
+                parts = max(1, LOSSES_AT_ONCE // logits_BTV[0].numel())
+                for pair in zip(torch.split(logits_BTV, parts), torch.split(blocks_BT, parts), strict=True):
+                    total += summed_loss(*pair)
         model.train()
         return self._group.sum(total) / self._tokens
 
@@ -63,5 +69,7 @@ class DevelopmentLoss:
         if not len(blocks_BT):  # of a group larger than there are blocks
             return []
         logits = blocks_BT.shape[1] * self._state.model.config.vocab_size
-        at_once = max(1, min(self._spec.compute.micro_batch_blocks, LOGITS_AT_ONCE // logits))
+        at_once = max(
+            1, min(self._spec.compute.micro_batch_blocks, LOGITS_AT_ONCE[blocks_BT.device.type] // logits)
+        )
         return list(split_into_micro_batches(blocks_BT, at_once, self._state.share))

@@ -17,9 +17,13 @@ class NextTokenLoss(torch.nn.Module):
         self.model = model
 
     def forward(self, read_BT: torch.Tensor, blocks_BT: torch.Tensor) -> torch.Tensor:
-        logits = self.model(input_ids=read_BT, use_cache=False).logits
-        logits, tokens = logits.flatten(0, 1).float(), blocks_BT.flatten()
-        return functional.cross_entropy(logits, tokens, reduction="sum", ignore_index=NO_TOKEN)
+        return summed_loss(self.model(input_ids=read_BT, use_cache=False).logits, blocks_BT)
+
+
+def summed_loss(logits_BTV: torch.Tensor, blocks_BT: torch.Tensor) -> torch.Tensor:
+    """Summed negative log-likelihood of blocks under the logits of their tokens."""
+    logits, tokens = logits_BTV.flatten(0, 1).float(), blocks_BT.flatten()
+    return functional.cross_entropy(logits, tokens, reduction="sum", ignore_index=NO_TOKEN)
 
 
 def read_after(blocks_BT: torch.Tensor, first_token: int) -> torch.Tensor:

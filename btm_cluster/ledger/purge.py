@@ -51,8 +51,8 @@ class PurgePlan:
     trainings: tuple[str, ...]
     """Models with training checkpoints, or with versions of such."""
     records: tuple[str, ...]
-    """Branch points, judgements and refusals of the domain, branch points that
-    would start from something that goes, and the pages of runs."""
+    """Branch points, judgements and refusals of the domain, and branch points that
+    would start from something that goes."""
     inbox_files: int
     kinds: Mapping[str, int]
     """Artifacts by kind."""
@@ -225,8 +225,7 @@ def _records_of(ledger: Ledger, domain: str, forests: list[Forest], going: Colle
     keys = {f"{EXPANSIONS}{point}.json" for point in points} | {
         f"{QUARANTINE}{identity}.json" for identity in refused
     }
-    logs = [entry.key.split("/") for entry in ledger.storage.list(LOGS)]
-    curves = (parts[:3] for parts in logs)
+    curves = (entry.key.split("/")[:3] for entry in ledger.storage.list(LOGS))
     keys |= {"/".join([*folders, ""]) for folders in curves if folders[-1] == domain and ".." not in folders}
     held = {
         f"{HELD}{one.branch_point}-" for one in newest_held(ledger).values() if one.branch_point in points

@@ -12,6 +12,8 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 NAMESPACE = "http://www.w3.org/2000/svg"
 CHARACTER = 7.0
 """Width of a character of 12 pixels in a wide font, in pixels."""
+MINUTES, HOURS = 120, 2 * 3600
+"""Seconds from which on minutes or hours are said."""
 _NOT_IN_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
@@ -84,6 +86,12 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
 
 
+def time_ticks(seconds: float, most: int) -> list[tuple[float, str]]:
+    """Seconds from 0 on that are round in the unit in which they are said, and how."""
+    size, unit = (3600.0, "h") if seconds >= HOURS else (60.0, "min") if seconds >= MINUTES else (1.0, "s")
+    return [(size * tick, f"{tick:g} {unit}") for tick in ticks(0.0, seconds / size, most)]
+
+
 def tick_words(numbers: Sequence[float]) -> list[str]:
     """The numbers of an axis with as many digits as tell them apart."""
     if len(numbers) < 2 or max(map(abs, numbers)) >= 1000:
@@ -128,9 +136,9 @@ def share_words(share: float, digits: int = 0) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as people say them."""
-    if seconds < 120:
+    if seconds < MINUTES:
         return f"{seconds:.3g} s"
-    if seconds < 2 * 3600:
+    if seconds < HOURS:
         return f"{seconds / 60:.3g} min"
     return f"{seconds / 3600:.3g} h"
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from btm_cluster.report.drawing import Drawing, Scale, duration, share_words, shorten, ticks, width_of
+from btm_cluster.report.drawing import Drawing, Scale, duration, share_words, shorten, time_ticks, width_of
 from btm_cluster.report.timeline import Bar, Busy, Lane
 
 WIDTH, LANE, FOOT, BUSY = 900, 20, 30, 70
@@ -19,9 +19,9 @@ def draw_gantt(title: str, lanes: Sequence[Lane], busy: Busy, seconds: float) ->
     height = LANE * len(lanes) + 14 + BUSY + FOOT
     told = f"{len(lanes)} processes over {duration(seconds)}; {busy.device} without a step {share_words(busy.idle)} of the time."
     drawing = Drawing(WIDTH, height, title, told)
-    for tick in ticks(0.0, seconds, 8):
+    for tick, words in time_ticks(seconds, 8):
         drawing.line((across(tick), 0), (across(tick), height - FOOT), "grid")
-        drawing.text(across(tick), height - FOOT + 16, duration(tick), "small", "middle")
+        drawing.text(across(tick), height - FOOT + 16, words, "small", "middle")
     for number, (lane, name) in enumerate(zip(lanes, names, strict=True)):
         y = LANE * number
         drawing.text(left - 6, y + 14, name, "small", "end")

@@ -109,7 +109,7 @@ def timeline_section(runs: Sequence[tuple[str, Timeline]], price: float | None, 
         ]
         blocks.append(Table("Failures and stops", ["step", "what", "attempt", "after", "cause"], rows))
     blocks += [_runs_table(runs[:RUNS_SHOWN], price)]
-    blocks.append(Paragraph(f"Curves for TensorBoard: {logs}{name}", is_note=True))
+    blocks.append(Paragraph(f"Curves for TensorBoard: {logs.rstrip('/')}/{name}", is_note=True))
     return Section(*TIMELINE, blocks)
 
 

@@ -4,7 +4,7 @@ Knows nothing of how it is drawn.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from btm_cluster.ledger.timelines import Event, Timeline
 from btm_cluster.report.drawing import duration
@@ -25,9 +25,12 @@ STEPS: Mapping[str, tuple[str, int]] = {
 }
 """What steps do, by their names, and the number of its colour."""
 OTHER_STEPS = ("fitting, mixing, averaging", 3)
+WAITING = "waiting for room"
+WAIT_SECONDS = 3.0
+"""Between the beginning of a step and the end of its wait, at most: they are told by different processes."""
 OTHER_EVENTS: Mapping[str, tuple[str, int]] = {
     "start": ("starting", 4),
-    "wait": ("waiting for room", 7),
+    "wait": (WAITING, 7),
     "checkpoint": ("checkpoint", 5),
     "failure": ("failure", 6),
     "stop": ("stopped", 6),
@@ -110,13 +113,21 @@ def _lanes(name: str, events: Iterable[Event], began: float) -> Iterator[Lane]:
         if event.what in ("checkpoint", "failure", "stop"):
             marks.append(bar)
             continue
-        free = next((lane for lane in lanes if lane[-1].end <= bar.start + 1e-3), None)
+        free = next((lane for lane in lanes if _ends_before(lane[-1], bar)), None)
         if free is None:
             lanes.append(free := [])
+        elif free[-1].end > bar.start:
+            free[-1] = replace(free[-1], end=bar.start)
         free.append(bar)
     for number, bars in enumerate(lanes or [[]], 1):
         own = name if len(lanes) < 2 else f"{name} {number}"
         yield Lane(own, tuple(bars), tuple(marks) if number == 1 else ())
+
+
+def _ends_before(earlier: Bar, later: Bar) -> bool:
+    """Whether a bar is over when another begins. A wait is, once what was waited for begins, whoever told of it when."""
+    is_wait = earlier.what == WAITING and later.what != WAITING
+    return earlier.end <= later.start + (WAIT_SECONDS if is_wait else 1e-3)
 
 
 def _waiting(events: Iterable[Event], began: float) -> Iterator[Lane]:

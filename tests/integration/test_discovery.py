@@ -194,7 +194,7 @@ def test_new_documents_go_to_the_clusters_of_their_topics_by_their_names_of_now(
     listed.write_text(json.dumps(rows))
     new = write_jsonl(tmp_path / "new.jsonl", made_up_documents("harbour", 120)[90:])
     code, out, err = btm(
-        "discover", new, "--model", tmp_path / "found", "--to", tmp_path / "placed", "--json"
+        "discover", new, "--model", tmp_path / "found", "--to", tmp_path / "placed", "--json", "--quiet"
     )
     assert (code, err) == (0, "")
     counts = {cluster["name"]: cluster["documents"] for cluster in json.loads(out)["clusters"]}

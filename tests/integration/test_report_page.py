@@ -19,6 +19,7 @@ from btm_cluster.driver.run_log import RunLog
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation.scoring import stack_of
 from btm_cluster.evaluation.texts import report_texts
+from btm_cluster.evaluation.verdict_table import table_of
 from btm_cluster.ledger import Ledger, Ref
 from btm_cluster.ledger.timelines import TIMELINE_FILE, run_key, write_timeline
 from btm_cluster.mixing.fitting import FULL, Mixing
@@ -155,9 +156,7 @@ def test_a_run_ends_with_its_page_in_the_store_and_passes_it_on(run_plan_copy: P
     assert address == str(Path(run_plan_copy.store, "logs", driver.run_log.run, "report.html"))
     ((rows, html),) = told
     assert html == Path(address).read_text()
-    test = {row.system: row for row in run.verdict.rows["test"]}
-    assert [row["system"] for row in rows] == [name for name, row in test.items() if "all" in row.means]
-    assert rows[1]["perplexity"] == test[rows[1]["system"]].means["all"].perplexity
+    assert rows == table_of(run.verdict)
 
 
 def test_a_run_does_not_fail_for_its_page(

@@ -9,7 +9,7 @@ from xml.etree.ElementTree import Element
 import pytest
 
 from btm_cluster.report.bars import draw_bars
-from btm_cluster.report.drawing import Drawing, Scale, tick_words, ticks
+from btm_cluster.report.drawing import Drawing, Scale, tick_words, ticks, time_ticks
 from btm_cluster.report.gantt import draw_gantt, merged
 from btm_cluster.report.heat_map import draw_heat_map
 from btm_cluster.report.intervals import Measured, draw_intervals
@@ -50,6 +50,13 @@ def test_ticks_are_round_within_and_few(low: float, high: float) -> None:
     assert 1 <= len(found) <= 6
     assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in found)
     assert len(set(tick_words(found))) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "last"), [(45, (40.0, "40 s")), (770, (720.0, "12 min")), (9000, (9000.0, "2.5 h"))]
+)
+def test_times_are_round_in_the_unit_that_they_are_said_in(seconds: float, last: tuple[float, str]) -> None:
+    assert time_ticks(seconds, 8)[-1] == last
 
 
 def test_a_scale_of_one_value_has_a_place_for_it() -> None:
