@@ -3,14 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help run test test-unit check chaos clean
+.PHONY: help run test test-unit check docs reference chaos clean
 
 help:  ## What there is to make.
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' Makefile
 
 run: $(INSTALLED)  ## The quickstart: real text from this installation, seed, experts, baseline, verdict.
-	$(BIN)/python jobs/quickstart_text.py forests/quickstart-text
-	$(BIN)/btm run jobs/plans/quickstart.yaml
+	$(BIN)/btm quickstart
+	$(BIN)/btm run quickstart.yaml
 
 # Most of a test's time here is waiting for processes to start, so more of them than cores.
 TESTS_AT_ONCE ?= 3
@@ -26,6 +26,12 @@ check: $(INSTALLED)  ## Style, types and the direction of imports.
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(INSTALLED)  ## The documentation's site, in site/: strict, without a network.
+	$(BIN)/python -m zensical build --strict --clean
+
+reference: $(INSTALLED)  ## The pages of docs/reference/ that the code itself says.
+	$(BIN)/python tools/reference.py
+
 SEEDS ?= 10
 chaos: $(INSTALLED)  ## The long campaign of faults: make chaos SEEDS=100
 	$(BIN)/python -m tests.faults.campaign --seeds $(SEEDS)
@@ -38,4 +44,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:  ## Removes .venv and what was built.
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build site *.egg-info

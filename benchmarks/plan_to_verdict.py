@@ -130,11 +130,11 @@ def _plan(arguments: argparse.Namespace, scratch: Path) -> tuple[dict[str, Any],
             arguments.gpus_per_expert = gpus * (4_000 // arguments.domains) / 10_000
         return corpus_plan(arguments), Path.cwd()
     started = time.monotonic()
-    command = [sys.executable, str(ROOT / "jobs/quickstart_text.py"), "forests/quickstart-text"]
-    subprocess.run(command, cwd=scratch, check=True, stdout=subprocess.DEVNULL)
-    print(f"text by jobs/quickstart_text.py: {time.monotonic() - started:.1f} s, not counted")
-    written = (ROOT / "jobs/plans/quickstart.yaml").read_text(encoding="utf-8")
-    return yaml.safe_load(written.replace(" ../../", f" {scratch}/")), scratch
+    command = [sys.executable, "-m", "btm_cluster", "quickstart"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(command, cwd=scratch, env=environment, check=True, stdout=subprocess.DEVNULL)
+    print(f"text by btm quickstart: {time.monotonic() - started:.1f} s, not counted")
+    return yaml.safe_load((scratch / "quickstart.yaml").read_text(encoding="utf-8")), scratch
 
 
 @contextmanager

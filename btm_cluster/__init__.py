@@ -1,6 +1,6 @@
 """Branch-Train-Merge language-model training as a service on Ray.
 
-`import btm_cluster as btm` gives the Python API, the names of `__all__`; docs/python.md describes it. Each is
+`import btm_cluster as btm` gives the Python API, the names of `__all__`; docs/reference/python.md describes it. Each is
 imported when it is first used, so that the command line starts without torch.
 """
 

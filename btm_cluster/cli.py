@@ -24,6 +24,7 @@ from btm_cluster.commands.log import log
 from btm_cluster.commands.merge import merge
 from btm_cluster.commands.pin import pin
 from btm_cluster.commands.plan import plan
+from btm_cluster.commands.quickstart import quickstart
 from btm_cluster.commands.remove import remove
 from btm_cluster.commands.report import report
 from btm_cluster.commands.rollback import rollback
@@ -50,6 +51,7 @@ forest_app = typer.Typer(
 )
 app.add_typer(forest_app, name="forest")
 for command in (
+    quickstart,
     init,
     plan,
     schema,

@@ -58,7 +58,8 @@ class OpenEnsemble:
             max_new_tokens: a text also ends at an end-of-text token, a stop string or a full block; `finish` says
                 which.
             temperature: 0 takes the likeliest token.
-            top_p, top_k: draw among the likeliest tokens only.
+            top_p: draw among the likeliest tokens that together reach this.
+            top_k: draw among so many of the likeliest tokens.
             repetition_penalty: above 1, tokens that were there are avoided.
             stop: strings before which a text ends.
 

@@ -45,7 +45,8 @@ def open_forest(
     Args:
         source: the place of its store, a folder or URL; or its plan, as a value, plain values or a YAML file.
         version: its number.
-        in_process, address: as in `run`, for fits and scores that the store lacks.
+        in_process: as in `run`, for fits and scores that the store lacks.
+        address: the same.
 
     Raises:
         UserError: there is no forest, or no such version.

@@ -8,7 +8,7 @@ import typer
 
 def schema(
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print tables for people instead: docs/plan.md.")
+        bool, typer.Option("--markdown", help="Print tables for people instead: docs/reference/plan.md.")
     ] = False,
 ) -> None:
     """Print the JSON schema of a plan, for editors."""

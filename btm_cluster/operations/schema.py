@@ -1,5 +1,5 @@
 """Every field of a plan with its default and meaning, as Markdown, from the
-models themselves: `docs/plan.md` is this."""
+models themselves: `docs/reference/plan.md` is this."""
 
 import json
 import types
@@ -15,8 +15,8 @@ from btm_cluster.plan.plan import Plan
 OPENING = """\
 # The fields of a plan
 
-Written by `btm schema --markdown`; do not edit. A path such as `training.updates` is the field `updates` of the section
-`training`; `[]` stands for each entry of a list.
+Written by `make reference` from the models themselves; do not edit. A path such as `training.updates` is the
+field `updates` of the section `training`; `[]` stands for each entry of a list.
 """
 
 

@@ -1,4 +1,4 @@
-"""The short campaign; `make chaos SEEDS=100` is the long one, and docs/operations.md has its results."""
+"""The short campaign; `make chaos SEEDS=100` is the long one, and docs/operations/measurements.md has its results."""
 
 import shutil
 

@@ -29,7 +29,7 @@ from tests.conftest import DOMAINS, in_process, made_up_documents, write_jsonl
 from tests.integration.conftest import BLOCK, WrittenForest, copy_store
 
 ROOT = Path(__file__).parents[2]
-NOTEBOOK = ROOT / "docs" / "python.ipynb"
+NOTEBOOK = ROOT / "docs" / "reference" / "python.ipynb"
 
 Command = Callable[..., Any]
 
@@ -310,7 +310,7 @@ def test_the_notebook_of_the_docs_runs_in_a_kernel(tmp_path: Path) -> None:
 def test_the_script_of_the_docs_reproduces_a_figure_of_the_verdict(
     forest: WrittenForest, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page = (ROOT / "docs" / "perplexity.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reference" / "perplexity.md").read_text(encoding="utf-8")
     (script,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     for named, ours in (('"forests/quickstart"', repr(forest.plan.store)), ('"python"', '"kitchen"')):
         assert named in script

@@ -21,6 +21,11 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def is_generated(page: Path) -> bool:
+    """Whether its headings come from the code when the site is built, which then checks links to them."""
+    return "\n::: " in page.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_every_link_leads_to_a_file_and_to_a_heading_in_it(name: str) -> None:
     page = ROOT / name
@@ -30,7 +35,7 @@ def test_every_link_leads_to_a_file_and_to_a_heading_in_it(name: str) -> None:
         file, _, anchor = link.partition("#")
         target = page.parent / file if file else page
         assert target.exists(), link
-        assert not anchor or anchor in anchors(target), link
+        assert not anchor or anchor in anchors(target) or is_generated(target), link
 
 
 def test_the_index_of_decisions_has_every_page_once() -> None:

@@ -43,5 +43,6 @@ def test_imports_have_at_most_ten_levels_and_every_module_of_the_root_is_on_one(
 
 
 @pytest.mark.parametrize("folder", sorted({file.parent.name for file in PACKAGE.glob("*/__init__.py")}))
-def test_contributing_says_what_each_package_holds(folder: str) -> None:
-    assert f"`{folder}/`" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_the_documents_say_what_each_package_holds(folder: str, page: str) -> None:
+    assert f"`{folder}/`" in (ROOT / page).read_text(encoding="utf-8")

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from btm_cluster.errors import PlanError
 from btm_cluster.operations.init import STARTER_PLAN
+from btm_cluster.operations.quickstart import PLAN_FILE, QUICKSTART_PLAN, TEXT_FOLDER, TEXTS
 from btm_cluster.operations.schema import plan_reference
 from btm_cluster.plan import Plan, plan_schema, read_plan
 from btm_cluster.plan.problems import _sections, describe_problems
@@ -398,11 +399,7 @@ def test_the_schema_describes_every_field_and_closes_every_section() -> None:
     assert "rules" not in schema["properties"]
 
 
-def test_the_page_of_all_fields_is_up_to_date() -> None:
-    page = Path(__file__).parents[2] / "docs" / "plan.md"
-    assert page.read_text(encoding="utf-8") == plan_reference(), (
-        "write it anew: btm schema --markdown > docs/plan.md"
-    )
+def test_the_reference_has_every_field() -> None:
     for name in {name.partition(".")[2] for name, _ in _properties(plan_schema())}:
         assert f"| `{name}` | " in plan_reference()
 
@@ -506,6 +503,14 @@ REPOSITORY = Path(__file__).parents[2]
 )
 def test_every_plan_that_is_shipped_is_one(plan: str) -> None:
     assert read_plan(plan).domains
+
+
+def test_the_quickstarts_plan_reads_the_text_that_is_written_with_it(tmp_path: Path) -> None:
+    (tmp_path / PLAN_FILE).write_text(QUICKSTART_PLAN)
+    plan = read_plan(tmp_path / PLAN_FILE)
+    for text in (*plan.domains, *plan.targets):
+        assert text.text[0].endswith(f"{TEXT_FOLDER}/{text.name}.jsonl")
+        assert text.name in TEXTS
 
 
 @pytest.mark.parametrize(

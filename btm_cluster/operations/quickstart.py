@@ -1,7 +1,7 @@
-"""Writes text that every installation has, without a download: `python jobs/quickstart_text.py FOLDER`.
+"""`btm quickstart`: a small plan, and text for it that every installation has, without a download.
 
-Holds where a domain's text comes from and how it becomes the lines {"text": ...} of FOLDER/<domain>.jsonl.
-Knows no plans, tokens or models. The same versions give the same bytes; a file that exists is left alone.
+Holds where a domain's text comes from and how it becomes the lines {"text": ...} of a file. The same versions
+of the packages give the same bytes; a file that exists is left alone.
 """
 
 import ast
@@ -12,12 +12,42 @@ import importlib.util
 import json
 import os
 import re
-import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from pydoc_data.topics import topics
+
+from btm_cluster.errors import UserError
+
+QUICKSTART_PLAN = """\
+# The quickstart: real text that every installation already has, a small model, two cores, no download.
+# Written by `btm quickstart` together with its text; `btm run quickstart.yaml` runs it.
+name: quickstart
+store: forests/quickstart
+
+domains:                      # an expert each
+  - {name: python, text: forests/quickstart-text/python.jsonl}
+  - {name: cpp, text: forests/quickstart-text/cpp.jsonl}
+  - {name: aws, text: forests/quickstart-text/aws.jsonl}    # prose: descriptions of services
+  - {name: mathematics, text: forests/quickstart-text/mathematics.jsonl}
+targets:                      # evaluated, never trained on
+  - {name: arrow, text: forests/quickstart-text/arrow.jsonl}
+  - {name: networkx, text: forests/quickstart-text/networkx.jsonl}
+reading: {development_share: 0.03, test_share: 0.05}
+
+tokenizer: {train: {vocabulary: 2048}}
+model: {config: {model_type: gpt2, n_layer: 2, n_embd: 128, n_head: 4}}
+training:
+  block_tokens: 128
+  updates: 200
+  seed_share: 0.5
+  blocks_per_domain_update: 8
+  learning_rate: 3.0e-3
+baselines: [transformer-lm]
+cluster: {seed_cpus: 2, cpus_per_expert: 1}
+"""
+PLAN_FILE, TEXT_FOLDER = Path("quickstart.yaml"), Path("forests/quickstart-text")
 
 # domain: at most this many MB, of these texts. Experts are trained on the first five.
 TEXTS: dict[str, tuple[float, Callable[[], Iterable[str]]]] = {
@@ -41,7 +71,11 @@ WHOLE_LINES = re.compile(r"(?m)^(?=[ \t]*\S)[^\ud800-\udfff]{300,8000}$")  # sur
 def package(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        sys.exit(f"quickstart_text: package {name!r} is not in {sys.prefix}; install the project there first")
+        raise UserError(
+            f"the quickstart's text comes from the package {name!r}",
+            found="it is not installed",
+            remedy="install btm-cluster with its dependencies",
+        )
     return Path(spec.origin).parent
 
 
@@ -96,13 +130,17 @@ def sample(limit_megabytes: float, texts: Iterable[str]) -> Iterator[str]:
         yield document
 
 
-def write(path: Path) -> str:
+def write_text(path: Path) -> str:
     """Writes a domain's file unless it is there, and says what it holds."""
     if not path.exists():
         limit_megabytes, texts = TEXTS[path.stem]
         rows = [json.dumps({"text": text}) + "\n" for text in sample(limit_megabytes, texts())]
         if not rows:
-            sys.exit(f"quickstart_text: no text for {path.stem!r} in {sys.prefix}; is its package complete?")
+            raise UserError(
+                f"the quickstart has no text for {path.stem!r}",
+                found="a package without its sources",
+                remedy="install btm-cluster's dependencies anew",
+            )
         unfinished = path.with_suffix(f".{os.getpid()}")
         unfinished.write_text("".join(rows))
         unfinished.replace(path)
@@ -110,10 +148,19 @@ def write(path: Path) -> str:
     return f"{path.stem:12} {content.count(10):5} documents {len(content) / 1e6:5.2f} MB"
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python jobs/quickstart_text.py FOLDER")
-    Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor() as processes:
-        for line in processes.map(write, [Path(sys.argv[1], f"{domain}.jsonl") for domain in TEXTS]):
-            print(line)
+def write_quickstart() -> Iterator[str]:
+    """Writes plan and text into the current folder; yields a line for each file.
+
+    Raises:
+        UserError: a package that the text comes from is missing, or the folder cannot be written.
+    """
+    try:
+        TEXT_FOLDER.mkdir(parents=True, exist_ok=True)
+        with ProcessPoolExecutor() as processes:
+            yield from processes.map(write_text, [TEXT_FOLDER / f"{domain}.jsonl" for domain in TEXTS])
+        if not PLAN_FILE.exists():
+            PLAN_FILE.write_text(QUICKSTART_PLAN, encoding="utf-8")
+    except OSError as exc:
+        raise UserError(
+            "the quickstart cannot be written here", found=str(exc), remedy="cd to another folder"
+        ) from exc
