@@ -301,5 +301,13 @@ def connect(cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Callabl
     settings = ClusterPlan(stop_grace_seconds=240, autoscaling=True)  # a node that joins may be late
     expert = Resources(1, 0, 1, 4, "float32", False)
     return lambda ledger, watcher, stop, events=None: LazyRayWorkers(
-        ledger.storage.location, watcher, stop, settings, expert, cluster["RAY_ADDRESS"], False, events
+        ledger.storage.location,
+        watcher,
+        lambda _: None,
+        stop,
+        settings,
+        expert,
+        cluster["RAY_ADDRESS"],
+        False,
+        events,
     )

@@ -22,7 +22,7 @@ from btm_cluster.operations.plan import check_run, preview
 from btm_cluster.operations.verify import verify
 from btm_cluster.plan import Plan
 from btm_cluster.requests.progress import Progress
-from btm_cluster.session import driving
+from btm_cluster.session import driving, opened_view
 from btm_cluster.workers import disk_and_memory
 from tests.conftest import in_process, run_all
 from tests.integration.conftest import PreparedStore, copy_store
@@ -89,7 +89,8 @@ def test_a_run_that_memory_or_disk_cannot_hold_is_refused_before_a_text_is_read(
         lambda folder: SimpleNamespace(free=of_scratch if Path(folder) == Path(gettempdir()) else of_store),
     )
     with (
-        driving(plan, None, True, False, True) as driver,
+        opened_view() as view,
+        driving(view, plan, None, True) as driver,
         pytest.raises(ResourcesError, match=f"the {lacking}"),
     ):
         check_run(plan, driver)

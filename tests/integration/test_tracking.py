@@ -110,7 +110,7 @@ def test_a_run_leaves_what_ran_when_and_where_beside_its_curves(fields: dict[str
 
 
 def stop_before_tokenising(plan: Plan) -> None:
-    with driving(plan, None, in_process=True, dashboard=False, json_output=True, command="run") as driver:
+    with opened_view() as view, driving(view, plan, None, in_process=True, command="run") as driver:
         prepared = read(plan, driver)
         signal.raise_signal(signal.SIGTERM)
         tokenize(prepared, driver)
