@@ -1,6 +1,6 @@
 """`btm evaluate`."""
 
-from btm_cluster.commands.run import show_run
+from btm_cluster.commands.run import show_and_finish
 from btm_cluster.plan import read_plan
 from btm_cluster.session import driving, opened_view
 from btm_cluster.terminal.options import Address, Details, InProcess, JsonAndProgress, PlanPath
@@ -19,9 +19,8 @@ def evaluate(
     check_shadowing()
     with opened_view() as view:
         from btm_cluster.operations.evaluate import evaluate_forest
-        from btm_cluster.operations.report import finish_run
 
         with driving(view, plan, address, in_process, command="evaluate") as driver:
             result = evaluate_forest(plan, driver)
-            page = finish_run(plan, driver, result)
-    show_run(result, json_output, details, plan_path, page)
+            view.close()
+            show_and_finish(plan, driver, result, json_output, details, plan_path)

@@ -27,8 +27,10 @@ from btm_cluster.workers.shadowing import check_shadowing
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
+    from btm_cluster.driver.driver import Driver
     from btm_cluster.evaluation.texts import TextReport
     from btm_cluster.operations.run import Run
+    from btm_cluster.plan import Plan
 
 
 def run(
@@ -50,26 +52,45 @@ def run(
     with opened_view() as view:
         from btm_cluster.driver.driver import step_error
         from btm_cluster.operations.plan import check_run
-        from btm_cluster.operations.report import finish_run
         from btm_cluster.operations.run import run_plan
 
         with driving(view, plan, address, in_process, dashboard, new_resources, command="run") as driver:
             for note in check_run(plan, driver):
                 log.warning(note)
             result = run_plan(plan, driver)
-            page = finish_run(plan, driver, result)
-    show_run(result, json_output, details, plan_path, page)
+            view.close()
+            show_and_finish(plan, driver, result, json_output, details, plan_path)
     if result.failures:
         raise step_error(result.failures)
 
 
-def show_run(run: "Run", json_output: bool, details: bool, plan_path: Path, page: str | None) -> None:
-    """Prints the outcome of a run: the verdict first, and what to do next last; or all of it as JSON."""
+def show_and_finish(
+    plan: "Plan", driver: "Driver", run: "Run", json_output: bool, details: bool, plan_path: Path
+) -> None:
+    """Prints the outcome of a run, then writes its page, which takes seconds, and says what to do next."""
+    from btm_cluster.operations.report import finish_run
+
+    try:
+        show_run(run, json_output, details)
+    finally:
+        page = finish_run(plan, driver, run)
+    console = consoles(json_output)[int(json_output)]
+    if page:
+        console.print(f"report: {page}", soft_wrap=True)
+    if not json_output:
+        plan_name = shlex.quote(str(plan_path))
+        console.print(
+            f"next: `btm report {plan_name} --to FOLDER` writes that page anywhere, `btm serve {plan_name}` "
+            f"serves the ensemble, `btm merge {plan_name} --to FOLDER` writes a single model",
+            soft_wrap=True,
+        )
+
+
+def show_run(run: "Run", json_output: bool, details: bool) -> None:
+    """Prints the outcome of a run: the verdict first; or all of it as JSON."""
     console, notes = consoles(json_output)
-    if json_output and page:
-        notes.print(f"report: {page}", soft_wrap=True)
     if json_output:
-        print(json.dumps(run.to_json(), indent=2))
+        print(json.dumps(run.to_json(), indent=2), flush=True)
         return
     show_verdict(run.verdict, console)
     for notice in _notices(run):
@@ -79,14 +100,6 @@ def show_run(run: "Run", json_output: bool, details: bool, plan_path: Path, page
         show_stacked(*fits_table(run.priors, run.evidence_weights), console)
         show_verdict_details(run.verdict, console)
     notes.print(run.steps_line, soft_wrap=True)
-    if page:
-        console.print(f"report: {page}", soft_wrap=True)
-    plan = shlex.quote(str(plan_path))
-    console.print(
-        f"next: `btm report {plan} --to FOLDER` writes that page anywhere, `btm serve {plan}` serves the ensemble, "
-        f"`btm merge {plan} --to FOLDER` writes a single model",
-        soft_wrap=True,
-    )
 
 
 def _notices(run: "Run") -> Iterator[str]:

@@ -49,8 +49,13 @@ class ProgressView:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the display: what is printed afterwards stays where it is."""
         if self._live:
             self._live.stop()
+            self._live = None
 
     def __call__(self, progress: Progress) -> None:
         with self._lock:

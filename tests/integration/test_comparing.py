@@ -100,12 +100,11 @@ def test_a_forest_is_compared_on_what_its_rivals_learned_from_too_or_nobody_did(
     )
     assert f"The {evaluated.verdict.baseline} never saw meadow." in evaluated.verdict.sentence
     assert evaluated.verdict.milestones == founded.verdict.milestones, "chosen by the founding domains alone"
-    show_run(evaluated, json_output=False, details=True, plan_path=Path("my plan.yaml"))
+    show_run(evaluated, json_output=False, details=True)
     shown = capsys.readouterr().out
     assert "founding domains" in shown
     assert "left out" in shown
     assert "(added later)" in shown
-    assert shown.splitlines()[-1].endswith("`btm merge 'my plan.yaml' --to FOLDER` writes a single model")
     assert run_plan(plan, in_process(plan)).to_json()["verdict"] == evaluated.to_json()["verdict"], (
         "run or evaluate"
     )
@@ -117,7 +116,7 @@ def test_a_baseline_that_the_plan_names_and_nobody_trained_is_told(
     both = changed(plan, baselines=["transformer-lm", "demix"])
     run = evaluate_forest(both, in_process(both))
     assert (run.missing_baselines, run.to_json()["missing_baselines"]) == (("demix",), ["demix"])
-    show_run(run, json_output=False, details=False, plan_path=Path("plan.yaml"))
+    show_run(run, json_output=False, details=False)
     assert "note: demix is not trained, and not compared with" in capsys.readouterr().out
 
 

@@ -82,7 +82,7 @@ def test_experts_stay_when_branching_changes_and_a_run_names_them(
     plan = Plan.model_validate(fields | {"branching": {"start": "uniform", "learning_rate_scale": 3.0}})
     run = run_plan(plan, in_process(plan))
     assert run.trained_otherwise == tuple(sorted(DOMAINS)), "where the later one started is its own matter"
-    show_run(run, json_output=False, details=False, plan_path=Path("plan.yaml"))
+    show_run(run, json_output=False, details=False)
     assert f"these stay as they were trained: {', '.join(sorted(DOMAINS))};" in " ".join(
         capsys.readouterr().out.split()
     )

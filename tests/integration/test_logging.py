@@ -66,13 +66,17 @@ def test_a_run_shows_something_before_it_imports_torch_and_never_a_hash(
     seen = at_a_terminal(80, ["run", str(path), "--in-process"])
     before, _, after = seen.partition(MARK)
     assert "loading PyTorch…" in before
-    drawn, cursor_is_back, _ = after.partition("\x1b[?25h")
+    drawn, cursor_is_back, rest = after.partition("\x1b[?25h")
     assert cursor_is_back
     progress = ESCAPES.sub("", before + drawn)
     assert "2/2 texts read · " in progress
     assert "1/1 seed trained" in progress
     assert "2/2 experts trained" in progress
     assert not re.search(r"[0-9a-f]{8}", progress)
+    first, *_, report, following = ESCAPES.sub("", rest).split("\r\n")[:-1]
+    assert re.search(r"(Worth it|Not worth it|Undecided) as an ensemble: ", first)
+    assert report.startswith(f"report: {path.parent}/store/logs/")
+    assert following.startswith(f"next: `btm report {path} --to FOLDER` writes that page anywhere, ")
 
 
 def test_elsewhere_there_are_lines_with_time_and_level_on_standard_error(
