@@ -158,7 +158,7 @@ def test_a_run_that_is_stopped_and_then_killed_resumes_to_the_very_same_forest(
     stopped.wait_until_said(r"seed: training update [1-9]")
     stopped.process.send_signal(signal.SIGTERM)
     assert stopped.exit_code() == 130, stopped.said
-    assert "saving, to stop" in stopped.said
+    assert "saving to stop" in stopped.said
     assert list((store / "training").rglob("*.json"))
     killed = btm("run", str(path))
     killed.wait_until_said(r"(kitchen|harbour): training update")
