@@ -177,7 +177,7 @@ class Outlook:
 
     def _learn(self, request: StepRequest, artifact: Artifact) -> None:
         if isinstance(request, Tokenize):
-            self._tokens[request.ref] = int(artifact.facts["tokens"])
+            self._tokens[request.ref] = int(artifact.facts.get("tokens", 0))
 
     # What it says
 

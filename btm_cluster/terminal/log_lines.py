@@ -25,17 +25,18 @@ class LogLines:
 
     def __init__(self, outlook: Outlook, clock: Callable[[], float] = time.monotonic) -> None:
         self._outlook, self._clock = outlook, clock
-        self._said: dict[str, tuple[Phase, float]] = {}
+        self._said: dict[str, tuple[tuple[Phase, str], float]] = {}
         self._whole_said = clock()
 
     def hear(self, progress: Progress) -> None:
         """A progress report."""
         now = self._clock()
-        phase, said = self._said.get(progress.label, (None, 0.0))
+        what = (progress.phase, progress.note)
+        before, said = self._said.get(progress.label, (None, 0.0))
         is_last = progress.phase == "training" and 0 < progress.total == progress.done
-        is_due = phase != progress.phase or now - said >= LINE_SECONDS or is_last
+        is_due = what != before or now - said >= LINE_SECONDS or is_last
         if is_due:
-            self._said[progress.label] = (progress.phase, now)
+            self._said[progress.label] = (what, now)
         is_worth_it = is_due and progress.phase not in SHORT_PHASES
         log.log(logging.INFO if is_worth_it else logging.DEBUG, "%s", line_of(progress))
 

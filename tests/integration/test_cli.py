@@ -199,9 +199,12 @@ def test_bash_completes_commands_and_options(tmp_path: Path) -> None:
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
-    installed = subprocess.run(
-        ["btm", "--install-completion", "bash"], env=environment, capture_output=True, text=True, check=True
-    )
+    from_bash = [
+        "bash",
+        "-c",
+        "btm --install-completion && true",
+    ]  # which shell it is for, it asks its parent
+    installed = subprocess.run(from_bash, env=environment, capture_output=True, text=True, check=True)
     assert "completion installed" in installed.stdout
     (script,) = (home / ".bash_completions").glob("btm.sh")
     complete = f"source {script}; COMP_WORDS=(btm forest ro); COMP_CWORD=2; _btm_completion btm; echo ${{COMPREPLY[@]}}"

@@ -222,11 +222,12 @@ class RayWorkers:
             return Running([request], await_other_task.remote(request, self._store, name))
         result = trainer.train.remote(request, self._store, self._cluster.retries, self._board)
         self._metrics.asked(request)
-        if not has_place:
+        waits_for = ""
+        if not has_place and self._fits_now[request.label]:
             note = "for a free GPU" if request.how.gpus_per_worker else "for free CPUs"
             self._watcher(Progress(request.label, "waiting", note=note))
-        has_place = has_place or self._fits_now[request.label]
-        waits_for = "" if has_place else self._say_what_waits(demand_of(request))
+        elif not has_place:
+            waits_for = self._say_what_waits(demand_of(request))
         name = trainer_name(request, self._store)
         return Running([request], result, trainer, request.how, name, waits_for)
 
