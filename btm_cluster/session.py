@@ -164,7 +164,7 @@ class _Asked:
         self.driver: Driver | None = None
 
     def __call__(self, *_: object) -> None:
-        if self.stop.is_set():
+        if self.stopped_at is not None:  # a budget that is spent asks to stop, too
             if self._ends_process:
                 end_at_signals()
             raise stopped()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from btm_cluster.driver.capacity import NEW_RESOURCES
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 
 def plan(plan_path: PlanPath, json_output: JsonAndProgress = False, address: Address = None) -> None:
     """Say what a run would do, what is done already, and what the rest would cost. Starts nothing."""
+    show_preview(plan_path, json_output, address, new_resources=False)
+
+
+def show_preview(plan_path: Path, json_output: bool, address: str | None, new_resources: bool) -> None:
+    """Previews a run, with the plan's resources for trainings that go on where that is asked for."""
     plan = read_plan(plan_path)
     check_shadowing()
     end_input()
@@ -30,10 +36,10 @@ def plan(plan_path: PlanPath, json_output: JsonAndProgress = False, address: Add
     from btm_cluster.workers.machine import notes_on_this_machine, room_here
 
     room = room_here(plan.cluster.gpus_per_expert > 0) if address is None else SOME_CLUSTER
-    seen = preview(plan, open_ledger(plan.store), room=room)
+    seen = preview(plan, open_ledger(plan.store), new_resources, room)
     notes = notes_on_this_machine(seen.demands) if address is None else []
     if json_output:
-        print(json.dumps(seen.to_json() | {"notes": notes}, indent=1))
+        print(json.dumps(seen.to_json() | {"notes": [*seen.notes, *notes]}, indent=1))
     else:
         preview_table(seen, notes, consoles(False)[0])
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from btm_cluster.commands.plan import plan as preview
+from btm_cluster.commands.plan import show_preview
 from btm_cluster.plan import read_plan
 from btm_cluster.session import driving, opened_view
 from btm_cluster.terminal.options import (
@@ -45,7 +45,7 @@ def run(
 ) -> None:
     """Grow the forest: seed, experts, merge, and the verdict. Run again, it goes on where it was."""
     if dry_run:
-        preview(plan_path, json_output, address)
+        show_preview(plan_path, json_output, address, new_resources)
         return
     plan = read_plan(plan_path)
     check_shadowing()

@@ -3,6 +3,7 @@
 What a run holds stands in its timeline, which the store has of every run.
 """
 
+import logging
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
@@ -11,12 +12,14 @@ from dataclasses import dataclass
 from btm_cluster.driver.capacity import Demand
 from btm_cluster.driver.port import Outcome, Workers
 from btm_cluster.driver.run_events import RunEvents
-from btm_cluster.errors import BudgetError, Stopped
+from btm_cluster.errors import BudgetError, Stopped, UserError
 from btm_cluster.ledger import Ledger
 from btm_cluster.ledger.timelines import list_runs, read_timeline
 from btm_cluster.plan import Plan
 from btm_cluster.requests import StepRequest, TrainRequest
 from btm_cluster.requests.progress import Progress, Watcher
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,17 @@ def limits(plan: Plan) -> dict[str, float]:
 
 
 def spent_in(ledger: Ledger) -> Spent:
-    """What all runs with a store have cost, as far as their timelines tell."""
-    timelines = (read_timeline(ledger, run) for run in list_runs(ledger))
-    return sum((Spent(one.gpu_seconds / 3600, one.cpu_seconds / 3600) for one in timelines), Spent())
+    """What all runs with a store have cost, as far as their timelines tell. One that cannot be read costs a
+    warning."""
+    spent = Spent()
+    for run in list_runs(ledger):
+        try:
+            one = read_timeline(ledger, run)
+        except UserError as exc:
+            log.warning("what the run %s has cost is not counted: %s", run, exc)
+        else:
+            spent += Spent(one.gpu_seconds / 3600, one.cpu_seconds / 3600)
+    return spent
 
 
 def budget_notes(plan: Plan, ledger: Ledger, to_come: Spent) -> Iterator[str]:
@@ -72,11 +83,12 @@ class Budget:
         self._before = spent_in(ledger) if self._limits else Spent()
         self.stopped_at: float | None = None
         """When it was found to be spent while steps ran, in seconds since 1970."""
+        self._stopped_by = ""
 
     def __call__(self, progress: Progress) -> None:
         self._watcher(progress)
-        if self.stopped_at is None and self.limit:
-            self.stopped_at = self._events.now()
+        if self.stopped_at is None and (limit := self.limit):
+            self.stopped_at, self._stopped_by = self._events.now(), limit
             self._stop.set()
 
     @property
@@ -115,7 +127,7 @@ class Budget:
         """The error of a run that was stopped for it, once all is saved."""
         assert self.stopped_at is not None
         self._events.add_stop(self.stopped_at, "the plan's budget is spent")
-        return self._error(self.limit, unfinished)
+        return self._error(self._stopped_by, unfinished)
 
     def _error(self, limit: str, requests: Sequence[StepRequest]) -> BudgetError:
         trainings = [request for request in requests if isinstance(request, TrainRequest)]

@@ -85,11 +85,9 @@ class Driver:
                 yield request, found
         if not missing:
             return
-        self.listener.ask(missing)
-        with (
-            self._asking(),
-            closing(self.workers.run([self._resumed(request) for request in missing])) as steps,
-        ):
+        asked_for = [self._resumed(request) for request in missing]
+        self.listener.ask(asked_for)
+        with self._asking(), closing(self.workers.run(asked_for)) as steps:
             for request, outcome in steps:
                 if isinstance(outcome, Artifact):
                     self._count(self.made, request)

@@ -105,7 +105,7 @@ class _TrainLoop:
 
     def run(self) -> None:
         spec, state = self.spec, self.state
-        if not state.recording.curve().development.updates:
+        if any(self.group.any(not state.recording.curve().development.updates)):
             self._look_at_development()
         while state.update < spec.last_update:
             must_save = self._stop_or_save()

@@ -103,7 +103,7 @@ def plan_purge(ledger: Ledger, domain: str) -> PurgePlan:
             )
         ),
         inbox_files=len(inbox),
-        kinds=Counter(manifests[key].kind for key in going),
+        kinds=dict(Counter(manifests[key].kind for key in going)),
         size_bytes=sum(blobs.values()) + sum(entry.size_bytes for entry in inbox),
     )
     if not (texts or experts or going or inbox or records or begun):

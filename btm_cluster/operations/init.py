@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from btm_cluster.errors import UserError
 from btm_cluster.plan import TextPlan
 
@@ -199,9 +201,9 @@ def _entry(text: TextPlan, path: Path) -> str:
     files = [_from_plan(pattern, path) for pattern in text.text]
     shown = json.dumps(files[0] if len(files) == 1 else files, ensure_ascii=False)
     field = _field(text)
-    return (
-        f"  - {{name: {text.name}, text: {shown}{'' if field is None else f', field: {json.dumps(field)}'}}}"
-    )
+    is_plain = yaml.safe_load(text.name) == text.name  # YAML takes `no` for false and `2023` for a number
+    name = text.name if is_plain else json.dumps(text.name)
+    return f"  - {{name: {name}, text: {shown}{'' if field is None else f', field: {json.dumps(field)}'}}}"
 
 
 def _targets(texts: Sequence[TextPlan], path: Path) -> str:

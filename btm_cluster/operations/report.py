@@ -5,11 +5,12 @@ Makes, trains and scores nothing.
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from btm_cluster.algorithm import Grown
 from btm_cluster.driver.driver import Driver
-from btm_cluster.errors import BtmError, UserError, one_line
+from btm_cluster.errors import BtmError, StoreError, UserError, one_line
 from btm_cluster.evaluation.verdict_table import table_of
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import Ledger
@@ -86,14 +87,15 @@ def finish_run(plan: Plan, driver: Driver, run: Run | None = None) -> str | None
     if log_of_run is None:
         return None
     log_of_run.store()  # the page shows the timeline up to here
-    with scratch_folder() as folder:
+    file, address = None, None
+    with ExitStack() as stack:
         try:
+            folder = stack.enter_context(scratch_folder())
             file, address = _store_page(plan, driver.ledger, log_of_run.run, run, folder)
         except Exception as exc:  # whatever it is, the run itself is done
             log.warning(
                 "the report was not written: %s; `btm report PLAN --to DIR` tries again", one_line(exc)
             )
-            file, address = None, None
         if run is not None:
             log_of_run.finish(table_of(run.verdict), file)
     return address
@@ -149,8 +151,8 @@ def _newest_evaluated(
             newest = newest or grown
             is_known = run is not None and run.forest == grown.forest
             return newest, _evaluated(plan, grown, driver, run if is_known else None), lacks
-        except NotMadeError as exc:
-            lacks = lacks or exc.found
+        except (NotMadeError, StoreError) as exc:  # an older version's texts may be purged
+            lacks = lacks or exc.found or exc.what
     return newest, None, lacks or "no expert was trained yet"
 
 

@@ -94,10 +94,12 @@ def time_ticks(seconds: float, most: int) -> list[tuple[float, str]]:
 
 def tick_words(numbers: Sequence[float]) -> list[str]:
     """The numbers of an axis with as many digits as tell them apart."""
-    if len(numbers) < 2 or max(map(abs, numbers)) >= 1000:
-        return [compact(number) for number in numbers]
-    step = numbers[1] - numbers[0]
-    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    short = [compact(number) for number in numbers]
+    if len(numbers) < 2 or (max(map(abs, numbers)) >= 1000 and len(set(short)) == len(short)):
+        return short
+    digits = max(0, -math.floor(math.log10(numbers[1] - numbers[0]) + 1e-9))
+    if digits > 4:
+        return [f"{number:.1e}".replace("e-0", "e-") if number else "0" for number in numbers]
     return [f"{number:.{digits}f}" for number in numbers]
 
 

@@ -56,13 +56,15 @@ def draw_lineage(title: str, versions: Sequence[Forest], colours: Mapping[str, i
     places = {forest.version: left + 16 + STEP * number for number, forest in enumerate(shown)}
     newest = shown[-1].version
     told = f"{len(versions)} versions; {len(shown[-1].experts)} experts in version {newest}."
-    drawing = Drawing(left + STEP * len(shown) + 16, TOP + ROW * (len(lives) + 1), title, told)
+    identities = list(dict.fromkeys(life.identity for life in lives))  # one that came back has its row again
+    height = TOP + ROW * (len(identities) + 1)
+    drawing = Drawing(left + STEP * len(shown) + 16, height, title, told)
     for version, x in places.items():
         drawing.text(x, 14, f"version {version}", "small", "middle")
-        drawing.line((x, 20), (x, TOP + ROW * (len(lives) + 1) - 6), "grid")
+        drawing.line((x, 20), (x, height - 6), "grid")
     heights = {seed: TOP + 0.5 * ROW}
-    for number, life in enumerate(lives, 1):
-        heights[life.identity] = TOP + (number + 0.5) * ROW
+    for number, identity in enumerate(identities, 1):
+        heights[identity] = TOP + (number + 0.5) * ROW
     drawing.text(left - 8, heights[seed] + 4, "seed", "", "end")
     drawing.line((places[shown[0].version], heights[seed]), (places[newest], heights[seed]), "line c7")
     drawing.dot(places[shown[0].version], heights[seed], 5, "c7")

@@ -63,9 +63,14 @@ def run_page(report: RunReport) -> Page:
             "does that."
         )
     elif done.forest.version != newest.version:
+        rest = (
+            f" ({report.lacks}), and `btm evaluate PLAN` evaluates it"
+            if newest.experts
+            else ", without experts"
+        )
         told.append(
             f"This is version {done.forest.version}, the newest that was evaluated; the forest is at version "
-            f"{newest.version} ({report.lacks}), and `btm evaluate PLAN` evaluates it."
+            f"{newest.version}{rest}."
         )
     return Page(
         f"{report.plan.name}: forest version {(done.forest if done else newest).version}",
@@ -80,7 +85,11 @@ def run_page(report: RunReport) -> Page:
 
 def _sections(report: RunReport) -> list[Section]:
     done = report.evaluated
-    why_not = "" if done else "No version of this forest was evaluated; `btm evaluate PLAN` does that."
+    why_not = (
+        "No text of the plan has test documents."
+        if done
+        else "No version of this forest was evaluated; `btm evaluate PLAN` does that."
+    )
     experts = (done.forest if done else report.versions[-1]).domains
     parts = done.parts if done else ()
     colours = colours_of(experts)

@@ -73,7 +73,7 @@ class Busy:
     @property
     def idle(self) -> float:
         """The share of device-seconds in which there was no step."""
-        return 1 - self.used_seconds / self.whole_seconds if self.whole_seconds else 0.0
+        return max(0.0, 1 - self.used_seconds / self.whole_seconds) if self.whole_seconds else 0.0
 
 
 def seconds_of(timeline: Timeline) -> float:
@@ -96,7 +96,7 @@ def lanes_of(timeline: Timeline) -> tuple[list[Lane], int]:
     lanes = [
         lane
         for (node, process), events in sorted(grouped.items())
-        for lane in _lanes(f"{node}: {process}", events, timeline.began)
+        for lane in _lanes(f"{process} on {node}", events, timeline.began)
     ]
     lanes += _waiting(waiting, timeline.began)
     by_work = sorted(range(len(lanes)), key=lambda n: -sum(bar.end - bar.start for bar in lanes[n].bars))
@@ -120,7 +120,7 @@ def _lanes(name: str, events: Iterable[Event], began: float) -> Iterator[Lane]:
             free[-1] = replace(free[-1], end=bar.start)
         free.append(bar)
     for number, bars in enumerate(lanes or [[]], 1):
-        own = name if len(lanes) < 2 else f"{name} {number}"
+        own = name if len(lanes) < 2 else f"{number}. {name}"
         yield Lane(own, tuple(bars), tuple(marks) if number == 1 else ())
 
 

@@ -176,7 +176,7 @@ class TrainingRun:
                 state.update,
                 request.last_update,
                 "updates",
-                first=request.first_update,
+                first=self._source.update,
                 loss=report.loss,
                 tokens_per_second=rate,
                 seconds_left=seconds_left,

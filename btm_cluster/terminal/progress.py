@@ -32,6 +32,7 @@ class ProgressView:
         self._lines = LogLines(self._outlook, clock)
         self._estimated, self._share = self._began - ESTIMATE_SECONDS, 0.0
         self._doing = self._part = ""
+        self._screen = Screen("", "", (), (), 0.0, None, 0.0)
         self._live: Live | None = None
         if console.is_terminal and not console.is_dumb_terminal and not is_quiet():
             self._live = Live(
@@ -100,12 +101,17 @@ class ProgressView:
             self._estimate_anew()
 
     def screen(self) -> Screen:
-        """What is shown now."""
-        with self._lock:
+        """What is shown now, or was last, while somebody tells of something.
+
+        The thread that draws holds the terminal, which whoever tells may write a line to: it waits for nobody.
+        """
+        if not self._lock.acquire(blocking=False):
+            return self._screen
+        try:
             elapsed, left = self._clock() - self._began, self._left()
             if left is not None:
                 self._share = max(self._share, min(0.99, elapsed / max(elapsed + left, 1e-9)))
-            return Screen(
+            self._screen = Screen(
                 self._doing,
                 self._part,
                 tuple(self._outlook.counts()),
@@ -114,6 +120,9 @@ class ProgressView:
                 left,
                 self._share,
             )
+            return self._screen
+        finally:
+            self._lock.release()
 
     def _left(self) -> float | None:
         return None if self._part else self._estimate.left(self._clock())

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,7 @@ from btm_cluster.driver.run_log import RunLog
 from btm_cluster.errors import BudgetError, PlanError, Stopped
 from btm_cluster.language_model import training
 from btm_cluster.ledger import Artifact, Ledger
-from btm_cluster.ledger.timelines import list_runs, read_timeline
+from btm_cluster.ledger.timelines import list_runs, read_timeline, write_timeline
 from btm_cluster.operations.plan import preview
 from btm_cluster.plan import Plan, read_plan
 from btm_cluster.requests import StepRequest
@@ -131,3 +132,14 @@ def test_a_budget_that_bounds_nothing_is_refused(
 ) -> None:
     with pytest.raises(PlanError, match=refused):
         read_plan(fields | change)
+
+
+def test_a_run_whose_timeline_cannot_be_read_is_not_counted_and_stops_nobody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ledger = Ledger.open(str(tmp_path / "store"))
+    for run in ("whole", "broken"):
+        write_timeline(ledger, run, RunEvents("run").timeline().model_copy(update={"gpu_seconds": 7200.0}))
+    (tmp_path / "store" / "logs" / "broken" / "timeline.json").write_text("{}")
+    assert spent_in(ledger) == Spent(gpu_hours=2.0)
+    assert "what the run broken has cost is not counted" in caplog.text

@@ -241,14 +241,17 @@ def test_init_sizes_a_plan_to_the_texts_that_are_named_and_no_preview_of_it_warn
     harbour = tmp_path / "text" / "harbour" / "a.jsonl"
     harbour.write_text(harbour.read_text().replace('"text"', '"body"'))
     (tmp_path / "plans").mkdir()
-    named = [f"--text={name}=text/{name}/*.jsonl" for name in ("kitchen", "harbour")]
+    # YAML would take the second name for false.
+    named = [
+        f"--text={name}=text/{source}/*.jsonl" for name, source in (("kitchen", "kitchen"), ("no", "harbour"))
+    ]
     code, out, _ = btm("init", "plans/mine.yaml", *named, "--target", "market=text/market/a.jsonl")
     assert code == 0
     assert "its updates read" in out
     monkeypatch.chdir("/")
     path = tmp_path / "plans" / "mine.yaml"
     plan = read_plan(path)
-    assert [text.name for text in plan.texts] == ["kitchen", "harbour", "market"]
+    assert [text.name for text in plan.texts] == ["kitchen", "no", "market"]
     assert plan.domains[0].text == (f"{tmp_path}/text/kitchen/*.jsonl",)
     assert [domain.field for domain in plan.domains] == ["text", "body"]
     seen = json.loads(btm("plan", path, "--json")[1])

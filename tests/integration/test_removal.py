@@ -410,6 +410,8 @@ def test_the_commands_say_what_goes_and_what_stays_and_purge_only_when_confirmed
     assert (code, newest(ledger).version) == (0, 3)
     assert told.startswith("it would be forest version 4: removed meadow\n")
     assert "the expert of island, which descends from its expert" in told
+    told = json.loads(btm("forest", "remove", "meadow", "--purge", "--dry-run", "--json", *at)[1])
+    assert told["would_purge"]["kinds"]["model"] > 0
     code, out, _ = btm("forest", "remove", "meadow", "--purge", "--yes", *at)
     assert code == 0
     assert "the expert of island, which descends from its expert" in out

@@ -177,9 +177,9 @@ def test_a_timeline_has_a_lane_for_each_process_and_says_how_long_gpus_were_idle
     lanes, left_out = lanes_of(timeline)
     assert left_out == 0
     assert [lane.name for lane in lanes] == [
-        "host-a: law", "host-a: seed", "host-a: task", "host-b: code", "host-b: task", "steps without a place yet",
+        "law on host-a", "seed on host-a", "task on host-a", "code on host-b", "task on host-b", "steps without a place yet",
     ]  # fmt: skip
-    (seed,) = (lane for lane in lanes if lane.name == "host-a: seed")
+    (seed,) = (lane for lane in lanes if lane.name == "seed on host-a")
     assert [(bar.what, bar.start, bar.end) for bar in seed.bars] == [
         ("starting", 2.5, 5.5),
         ("training", 5.5, 65.5),

@@ -3,6 +3,7 @@
 import io
 import logging
 import re
+import threading
 
 import pytest
 from rich.console import Console
@@ -252,3 +253,30 @@ def test_durations_are_as_rough_as_they_are_long(seconds: int, words: str, left:
 def test_a_line_says_why_a_training_is_killed() -> None:
     told = Progress("kitchen", "hanging", note="without an update for 20 min, killed")
     assert line_of(told) == "kitchen: hanging without an update for 20 min, killed"
+
+
+def test_the_thread_that_draws_waits_for_nobody_who_tells_of_something() -> None:
+    # It holds the terminal, for which a line of the log waits in turn.
+    terminal = console(80)
+    view = view_of_a_run(terminal)
+    before = view.screen()
+    told, drawn = threading.Event(), threading.Event()
+
+    class Waiting(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:  # noqa: ARG002
+            told.set()
+            assert drawn.wait(10), "the screen was waited for"
+
+    handler, logger = Waiting(), logging.getLogger("btm_cluster.terminal.log_lines")
+    logger.addHandler(handler)
+    teller = threading.Thread(target=view.end, args=(EXPERTS[0], Failure("kitchen", 1, "here", "it fell")))
+    try:
+        teller.start()
+        assert told.wait(10)
+        assert view.screen() == before
+        drawn.set()
+        teller.join(10)
+    finally:
+        logger.removeHandler(handler)
+    assert not teller.is_alive()
+    assert view.screen() != before

@@ -1,7 +1,9 @@
 "use strict";
 // Sorts a table by the column whose heading is pressed. Without this script the page is whole, in our order.
 function numberIn(text) {
-  return parseFloat(text.trim().replace(/,/g, "").replace("−", "-"));
+  const told = text.trim().replace(/,/g, "").replace("−", "-");
+  const unit = / (min|h)$/.exec(told);
+  return parseFloat(told) * (unit ? { min: 60, h: 3600 }[unit[1]] : 1);
 }
 function compare(one, other) {
   const [a, b] = [numberIn(one), numberIn(other)];
