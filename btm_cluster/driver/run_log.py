@@ -1,4 +1,4 @@
-"""Stores the timeline of a run, now and then and at its end. No run waits for it, and none fails for it."""
+"""Stores the timeline of a run, now and then and at its end. None fails for it."""
 
 import logging
 import threading

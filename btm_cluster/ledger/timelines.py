@@ -1,6 +1,6 @@
 """What a run did, when and where: `logs/<run>/timeline.json`, written anew while it goes on.
 
-Nothing depends on it: it is there to be looked at. All times are seconds since 1970 by the driver's clock.
+Only what a budget counts depends on it: it is there to be looked at. All times are seconds since 1970 by the driver's clock.
 """
 
 import itertools
@@ -145,7 +145,7 @@ def read_timeline(ledger: Ledger, run: str) -> Timeline:
             f"{key} is no timeline",
             found=one_line(exc),
             expected="the fields that this version of btm_cluster writes",
-            remedy="use the version that wrote it, or delete it: nothing depends on it",
+            remedy="use the version that wrote it, or delete it: a budget no longer counts that run then",
         ) from exc
 
 
