@@ -13,14 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 CURVE_FILE = "curve.json"
 MOST_POINTS = 500
-"""Of a whole training; ends and milestones come on top."""
+"""Most points of a whole training, beside ends and milestones."""
 DEVELOPMENT_POINTS = 8
-"""Of a whole training, seed and expert together: 4 of each at a seed share of a half. Starts and ends come on
+"""Points of a whole training, seed and expert together: 4 of each at a seed share of a half. Starts and ends come on
 top."""
 MOST_DEVELOPMENT_BLOCKS = 64
-"""Of each text, at each of these points."""
+"""Most development blocks of each text at each of these points."""
 DEVELOPMENT_SHARE = 0.0025
-"""Of a training's arithmetic. Passes are not compiled: on a GPU they take several times their share of the time.
+"""Share of a training's arithmetic. Passes are not compiled: on a GPU they take several times that share of time.
 At 0.01, with 3.2M parameters on an H200, it was 18 % of a seed's seconds (once, on 29 November 2026)."""
 DIGITS = 6
 """Significant ones that are kept of each value."""

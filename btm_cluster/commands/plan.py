@@ -77,7 +77,7 @@ def preview_table(preview: "Preview", notes: Sequence[str], console: "Console") 
 
 
 def _texts_table(texts: "Sequence[TextUse]") -> "Table":
-    """How often each training text is read."""
+    """Passes over each training text."""
     from btm_cluster.driver.text_sizes import shown_passes
 
     def shown(passes: float | None, size: "TextSize") -> str:

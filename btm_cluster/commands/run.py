@@ -103,7 +103,7 @@ def show_run(run: "Run", json_output: bool, details: bool) -> None:
 
 
 def _notices(run: "Run") -> Iterator[str]:
-    """What a reader of the verdict should know of the run."""
+    """Sentences on skipped documents, and on domains and baselines that the verdict goes without."""
     yield from skipped_notice(run.texts, run.wanted_development_blocks)
     yield from (f"{name} was taken out of the forest and is passed over" for name in run.passed_over)
     if run.trained_otherwise:

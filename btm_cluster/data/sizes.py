@@ -1,4 +1,4 @@
-"""How many tokens files hold, about, by their sizes alone: before any is read."""
+"""Estimates of the tokens in files, by their sizes alone: before any is read."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from btm_cluster.plan.kinds import codec, kind_of
 
 BYTES_PER_TOKEN = 4.0
-"""Of text, in a vocabulary of some tens of thousands; a smaller vocabulary makes more tokens of it."""
+"""Bytes of text per token with a vocabulary of some tens of thousands; a smaller one makes more tokens."""
 COMPRESSED = 3.0
 """Bytes of text in a byte of .gz, .zst or .bz2."""
 PARQUET = 2.0

@@ -1,4 +1,4 @@
-"""What steps have cost, over all commands with a store, and the stop once the plan's budget is spent.
+"""The cost of steps over all commands with a store, and the stop once the plan's budget is spent.
 
 What a run holds stands in its timeline, which the store has of every run.
 """
@@ -46,7 +46,7 @@ def limits(plan: Plan) -> dict[str, float]:
 
 
 def spent_in(ledger: Ledger) -> Spent:
-    """What all runs with a store have cost, as far as their timelines tell. One that cannot be read costs a
+    """The cost of all runs with a store, by their timelines. One that cannot be read is left out, with a
     warning."""
     spent = Spent()
     for run in list_runs(ledger):

@@ -24,7 +24,7 @@ class Demand:
     remedy: str | None = None
     """Where they are neither's."""
     parameters: int = 0
-    """Of the model that is trained; 0 where nothing is."""
+    """Parameters of the model that is trained; 0 for other steps."""
 
     @property
     def description(self) -> str:

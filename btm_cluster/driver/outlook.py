@@ -1,4 +1,4 @@
-"""How far a run is and how long it still takes: from what was asked, what is done, and the pace of this run.
+"""Progress of a run and its time left: from the requests, their outcomes, and the pace of this run.
 
 Work of models is counted in tokens that pass forward through one: a token that is trained on passes three
 times, since going back costs twice as much. Any other step counts as one, and reading in bytes. Nothing is
@@ -19,7 +19,7 @@ from btm_cluster.requests.progress import Phase, Progress
 
 PASSES_OF_TRAINING = 3
 SECONDS_OF_OTHER_STEPS = 1.0
-"""What a step that passes no token through a model is taken for before one of its kind has ended."""
+"""Assumed duration of a step that passes no token through a model, before one of its kind has ended."""
 MEASURED_SECONDS = 5.0
 """A step under way tells its pace once it was counted for so long."""
 NOT_AT_WORK: tuple[Phase, ...] = ("waiting", "starting", "warming up")
@@ -170,7 +170,7 @@ class Outlook:
         return now
 
     def say(self, what: str) -> None:
-        """What is done that is no step takes no time here."""
+        """Ignored: only steps take time here."""
 
     def part(self, what: str) -> None:
         """Parts are not told apart here."""
@@ -257,7 +257,7 @@ class Outlook:
         return min(work, (work + job.ended_work) * (1 - job.latest.share))
 
     def _all_paces(self) -> dict[Kind, _Pace]:
-        """Of what has ended, and of what is under way for long enough."""
+        """Paces of steps that have ended, and of those under way for long enough."""
         paces = defaultdict(_Pace, {kind: _Pace(one.seconds, one.work) for kind, one in self._paces.items()})
         for steps in self._outstanding_jobs():
             job = self._jobs.get(steps[0].request.shown)

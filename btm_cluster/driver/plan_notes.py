@@ -1,4 +1,4 @@
-"""What should be known of a plan before it is run, and is no mistake."""
+"""Notes on a plan before it is run, of things that are no mistake."""
 
 from collections.abc import Iterator, Sequence
 

@@ -42,7 +42,7 @@ class Listener(Protocol):
         """A step came to its end."""
 
     def say(self, what: str) -> None:
-        """What is done that is no step."""
+        """The activity, where that is no step."""
 
     def part(self, what: str) -> None:
         """A part of the whole begins. How long the others take is not known."""

@@ -1,4 +1,4 @@
-"""How fast a device trains a plan's model: as the plan says, as the store has seen, or estimated.
+"""Rates of training a plan's model on a device: stated in the plan, measured in the store, or estimated.
 
 A device is a GPU or a CPU. Knows no machine: what this one has comes in.
 """
@@ -22,7 +22,7 @@ from btm_cluster.plan import Plan
 ASSUMED_GPU = "A100"
 """Where a plan wants GPUs and there is none to look at."""
 FORWARD_SHARE = 1 / 3
-"""Of the FLOPs of an update, those of its forward pass: what scoring takes for a token."""
+"""Share of the forward pass in an update's FLOPs: scoring a token costs that share of training on it."""
 
 
 @dataclass(frozen=True)

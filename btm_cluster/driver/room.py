@@ -1,4 +1,4 @@
-"""How much machines can do at once, as far as a preview of a run knows it."""
+"""Devices of the machines, as far as a preview of a run knows them."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ class Room:
     """The GPUs and CPUs that trainings share; None where they are not known."""
 
     name: str
-    """Where it is, in words."""
+    """Its place, in words."""
     gpus: float | None = None
     cpus: float | None = None
     gpu: str | None = None

@@ -48,12 +48,12 @@ class ModelSize:
 
     @property
     def parameters(self) -> int:
-        """Of GPT-2's architecture, with tied embeddings; biases and norms are left out."""
+        """Parameters of GPT-2's architecture, with tied embeddings, without biases and norms."""
         return 12 * self.layers * self.width**2 + (self.vocabulary + self.block_tokens) * self.width
 
     @property
     def flops_per_token(self) -> int:
-        """Of an update."""
+        """FLOPs of training on one token."""
         return training_flops_per_token(self.parameters, self.layers, self.width, self.block_tokens)
 
 
@@ -88,16 +88,16 @@ class Machine:
 
 @dataclass(frozen=True)
 class Sizing:
-    """What suits."""
+    """The sizing that suits a machine."""
 
     size: ModelSize
     vocabulary: int
     updates: int
     blocks_per_update: int
     held_out_share: float
-    """Of each domain's documents, for development text and for test text each."""
+    """Share of each domain's documents in development text, and the same in test text."""
     passes: float
-    """Over the smallest text."""
+    """Passes over the smallest text."""
     hours: float
 
 

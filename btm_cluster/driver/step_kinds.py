@@ -49,6 +49,8 @@ SEARCHES = Kind("searches", 9, COMBINE)
 MIXTURES = Kind("mixtures", 10, COMBINE)
 AVERAGES = Kind("averages", 11, COMBINE)
 OVERLAPS = Kind("texts compared", 12, PREPARE)
+OTHERS = Kind("other steps", 13, COMBINE)
+"""Steps without a count of their own."""
 
 _KINDS: dict[type[StepRequest], Kind] = {
     ReadText: READ,
@@ -71,4 +73,4 @@ def kind_of(request: StepRequest) -> Kind:
     """The kind of a step."""
     if isinstance(request, TrainRequest):
         return {"seed": SEEDS, "expert": EXPERTS}.get(request.role, BASELINES)
-    return _KINDS[type(request)]
+    return _KINDS.get(type(request), OTHERS)

@@ -1,4 +1,4 @@
-"""How many tokens each text of a plan has, and how often its trainings read them.
+"""Tokens of each text of a plan, and the passes of its trainings over them.
 
 Exact where the store has the text's token blocks; else estimated from the sizes of its files.
 """
@@ -65,7 +65,7 @@ def text_sizes(prepared: PreparedPlan, reads: Mapping[str, ReadText], ledger: Le
 
 
 def text_uses(prepared: PreparedPlan, sizes: Sequence[TextSize]) -> tuple[TextUse, ...]:
-    """How often each domain of the plan is read.
+    """Passes of the plan's trainings over each domain.
 
     The seed reads founding domains, unless it is a pretrained model; each expert reads its own domain.
     """

@@ -1,4 +1,4 @@
-"""What the rows of a verdict come to: whether the best ensemble and the best single model of a forest are
+"""The judgement of a verdict's rows: whether the best ensemble and the best single model of a forest are
 worth it, and what a reader should know besides."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -98,7 +98,7 @@ def notes_on(
     left_out: Mapping[str, str],
     milestones: Milestones | None,
 ) -> tuple[str, ...]:
-    """Why there is no judgement, which Transformer-LM the baseline is, and what is left out."""
+    """Notes on a missing judgement, on which Transformer-LM is the baseline, and on texts left out."""
     return tuple(_notes(test, judgements, baseline, left_out, milestones))
 
 

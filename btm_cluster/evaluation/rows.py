@@ -24,7 +24,7 @@ POSTERIOR_AVERAGE = "average, posterior"
 PAPER_DEMIX = "DEMix, paper's posterior"
 CALIBRATED_DEMIX = "DEMix, calibrated"
 SINGLE_MODELS = (BEST_EXPERT, UNIFORM_AVERAGE, ARGMAX_AVERAGE, POSTERIOR_AVERAGE)
-"""What a forest gives that costs no more than one model."""
+"""Systems of a forest that cost no more than one model."""
 
 
 def top_k_ensemble(k: int) -> str:

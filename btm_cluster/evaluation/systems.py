@@ -84,7 +84,7 @@ class Ensemble:
 
     @property
     def of_which(self) -> str:
-        """What progress adds to the name of one of its models, or of an average: nothing for a run's own forest."""
+        """Suffix of the names of its models and averages in progress; empty for a run's own forest."""
         is_runs_own = self.system in (FOREST, SEEDED_FOREST) and self.seed_share is None
         return "" if is_runs_own else f" of {self.name}"
 

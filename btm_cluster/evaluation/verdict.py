@@ -45,9 +45,9 @@ class Verdict:
     baseline: str
     rows: Mapping[str, tuple[Row, ...]]
     judgements: tuple[Judgement, ...]
-    """Of the best ensemble and of the best single model; empty where there is no text to compare on."""
+    """Judgements of the best ensemble and of the best single model; empty without a text to compare on."""
     notes: tuple[str, ...]
-    """What a reader of the judgements should know."""
+    """Sentences for the reader of the judgements: the baseline, and texts that are left out."""
     left_out: Mapping[str, str]
     """Texts from which the forest's experts learned and the baseline did not,
     or the other way round, and why."""
@@ -187,7 +187,7 @@ def _mean(measured: Mapping[str, Measured], texts: Sequence[str]) -> Measured:
 
 
 def cell(system: Measured, baseline: Measured | None = None) -> Cell:
-    """As a table shows it."""
+    """The cell of a table."""
     if baseline is None:
         return Cell(system.value, interval(system.resamples_R), system.bits_per_byte)
     return Cell(

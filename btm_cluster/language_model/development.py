@@ -11,7 +11,7 @@ from btm_cluster.language_model.training_spec import TrainingSpec
 from btm_cluster.language_model.training_state import TrainingState
 
 LOGITS_AT_ONCE = {"cuda": 2**29, "cpu": 2**26}
-"""Of one pass: 1 GiB in bfloat16. Passes of one block would be bound by kernel launches."""
+"""Most logits of one pass: 1 GiB in bfloat16. Passes of one block would be bound by kernel launches."""
 LOSSES_AT_ONCE = 2**26
 """Logits turned to float32 at once, for the loss."""
 

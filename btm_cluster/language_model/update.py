@@ -25,7 +25,7 @@ PASSES_UNTIL_RECORDED = 3
 
 @dataclass(frozen=True)
 class Update:
-    """What an update came to: numbers that may still be on their way, on the device."""
+    """Loss, gradient norm and learning rate of an update; tensors may still be computed on the device."""
 
     loss: torch.Tensor
     """Mean negative log-likelihood per token of this rank's blocks; not finite where the gradient is not."""

@@ -25,7 +25,7 @@ from btm_cluster.requests import Start
 EXPANSIONS, HELD, QUARANTINE, TOMBSTONES, LOGS = "expansions/", "held/", "quarantine/", "tombstones/", "logs/"
 PINS, BASELINES = "pins/", "baselines/"
 REPORT_FILE = "report.html"
-"""Of each run's folder below LOGS."""
+"""Name of the page in each run's folder below LOGS."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a run did, when and where: `logs/<run>/timeline.json`, written anew while it goes on.
+"""The timeline of a run: `logs/<run>/timeline.json`, written anew while it goes on.
 
 Only what a budget counts depends on it: it is there to be looked at. All times are seconds since 1970 by the driver's clock.
 """
@@ -23,7 +23,7 @@ MOST_CAUSE = 500
 """Characters of a cause."""
 
 _NUMBERS = itertools.count()
-"""Of the runs of this process: several may begin within a second."""
+"""Counts the runs of this process, since several may begin within a second."""
 
 What: TypeAlias = Literal["step", "start", "checkpoint", "wait", "failure", "stop"]
 Outcome: TypeAlias = Literal["running", "done", "failed", "stopped"]
@@ -55,7 +55,7 @@ class Event(_Record):
     """The name that progress shows."""
     domain: str | None = None
     role: str | None = None
-    """Of a training: seed, expert, transformer-lm or demix."""
+    """seed, expert, transformer-lm or demix; None for other steps than training."""
     node: str | None = None
     """Its key in `nodes`: of a group, the first rank's; None where it is not known."""
     process: str = "task"
@@ -71,7 +71,7 @@ class Event(_Record):
 
     @property
     def seconds(self) -> float:
-        """How long it took."""
+        """Its duration in seconds."""
         return self.ended - self.began
 
     @property
@@ -86,11 +86,11 @@ class Timeline(_Record):
     command: str
     began: FiniteFloat
     ended: FiniteFloat
-    """Of a run under way, or whose driver was killed, when this was last written."""
+    """End of the run; while it is under way, or if its driver was killed, the time of the last writing."""
     outcome: Outcome = "running"
     nodes: dict[str, Node]
     events: list[Event]
-    """By when they began."""
+    """In order of their beginnings."""
     left_out: int = 0
     """Short steps beyond MOST_EVENTS, which the sums have."""
     gpu_seconds: Amount

@@ -1,4 +1,4 @@
-"""What each expert does in an ensemble on a text: its weight, what it is worth, and how few experts would do.
+"""Each expert's part in an ensemble on a text: its weight, the rise without it, and ensembles of fewer experts.
 
 Arithmetic on stored scores, in bounded memory.
 """

@@ -63,7 +63,7 @@ class Expanded:
 
 @dataclass(frozen=True)
 class New:
-    """What a plan and its inbox have that the forest has not."""
+    """Domains of a plan and its inbox that the forest lacks."""
 
     plan: Plan
     """The plan without the domains that the forest has settled."""

@@ -54,9 +54,9 @@ class Step:
     """GPU-hours, or CPU-hours where it runs without a GPU, of what is still to be made."""
     on_gpus: bool = False
     hours: float = 0.0
-    """How long that takes."""
+    """Hours that it takes."""
     share: float = 1.0
-    """Of the machines, meanwhile."""
+    """Share of the machines that it holds."""
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,17 @@ class Preview:
 
     steps: tuple[Step, ...]
     texts: tuple[TextUse, ...]
-    """How often each domain's training text is read."""
+    """Passes over each domain's training text."""
     parameters: int
     non_embedding_parameters: int
     on_gpus: bool
     """Whether experts are trained on GPUs."""
     rate: Rate
-    """How fast one device trains an expert."""
+    """Rate at which one device trains an expert."""
     wall_hours: float
-    """Until all is trained and scored, with as much at once as there is room for."""
+    """Hours until all is trained and scored, with as much at once as there is room for."""
     room: str
-    """Where that is."""
+    """The machines that this is for, in words."""
     price_per_gpu_hour: float | None
     first_token: str
     """The token after which every block is read."""
@@ -89,12 +89,12 @@ class Preview:
 
     @property
     def gpu_hours(self) -> float:
-        """Of the steps to come that run on GPUs."""
+        """GPU-hours of the steps to come."""
         return _cost(self.steps).gpu_hours
 
     @property
     def cpu_hours(self) -> float:
-        """Of the trainings and scores to come that run without a GPU."""
+        """CPU-hours of the trainings and scores to come that run without a GPU."""
         return _cost(self.steps).cpu_hours
 
     @property
@@ -221,14 +221,14 @@ def _share_done(walk: DryWalk, requests: Sequence[StepRequest]) -> str:
 
 @dataclass(frozen=True)
 class _Cost:
-    """What the cost of a training follows from."""
+    """Inputs of the cost of a training."""
 
     plan: Plan
     walk: DryWalk
     parameters: int
     room: Room
     rates: Mapping[bool, Rate]
-    """By whether it is on GPUs."""
+    """Rates, by whether they are on GPUs."""
 
     def of(self, how: Resources, tokens: float, is_expert: bool = False) -> dict[str, Any]:
         """Fields of a step whose group trains on so many tokens."""

@@ -8,7 +8,7 @@ from btm_cluster.plan.values import PositiveReal
 
 
 class BudgetPlan(Section):
-    """What all commands with this store may spend together, by their timelines in the store.
+    """Limits on the total cost of all commands with this store, by their timelines in the store.
 
     Once it is spent, trainings save and the run stops. Raise it, and the same command goes on from there. It is
     no part of an identity.

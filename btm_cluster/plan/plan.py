@@ -143,7 +143,7 @@ class Plan(Section):
     cluster: ClusterPlan = ClusterPlan()
     """How the work is done."""
     budget: BudgetPlan = BudgetPlan()
-    """What it may cost."""
+    """Limits on its cost."""
     study: StudyPlan | None = None
     """For `btm study` alone; without it, the plan's own model with all rivals and controls."""
     expansion: ExpansionPlan = ExpansionPlan()

@@ -63,7 +63,7 @@ def _parents_table(forest: Forest) -> Table:
 def texts_section(
     texts: Sequence[TextReport], overlaps: Mapping[str, Mapping[str, float]], why_not: str
 ) -> Section:
-    """How long texts are, and how much of their test text stands in training text."""
+    """Sizes of texts, and the share of their test text that stands in training text."""
     if not texts:
         return not_measured(*TEXTS, why_not)
     trained = [(text.name, float(text.tokens.get("train", 0))) for text in texts if text.tokens.get("train")]
@@ -112,7 +112,7 @@ def _overlap_map(
 
 
 def plan_section(plan: Plan) -> Section:
-    """What the user wrote; and all fields, defaults included. Credentials in addresses are left out."""
+    """The plan as written, and with all defaults. Credentials in addresses are left out."""
     written = plan.model_dump(mode="json", exclude_unset=True)
     whole = plan.model_dump(mode="json")
     return Section(

@@ -10,7 +10,7 @@ from btm_cluster.report.drawing import Drawing, Scale, compact, shorten, tick_wo
 WIDTH, HEIGHT = 330, 230
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 26, 40
 MOST_POINTS, LEAST_POINTS, ALL_POINTS = 100, 40, 3_000
-"""Of a curve, and of all in a chart: many curves have fewer each."""
+"""Most points of a curve, and of all curves of a chart: many curves have fewer each."""
 MOST_DOTS = 12
 """Points of a curve that are marked each."""
 

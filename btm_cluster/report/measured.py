@@ -1,4 +1,4 @@
-"""What a run's page shows, read from the store alone: nothing is made, scored or trained for it."""
+"""The content of a run's page, read from the store alone: nothing is made, scored or trained for it."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -46,7 +46,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class TextParts:
-    """What each model does on a text's test split."""
+    """Measurements of each model on a text's test split."""
 
     name: str
     is_target: bool

@@ -66,7 +66,7 @@ def _file(name: str) -> str:
 
 
 def _with_code(text: str) -> Markup:
-    """What stands between backticks as code."""
+    """HTML of a text whose parts between backticks are code."""
     return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 

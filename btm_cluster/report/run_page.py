@@ -43,12 +43,12 @@ class RunReport:
     evaluated: Evaluated | None
     """The newest version of which everything is measured."""
     lacks: str
-    """What the store has not of a newer version."""
+    """What the store lacks of a newer version, in words."""
     trainings: Sequence[Training]
     runs: Sequence[tuple[str, Timeline]]
     """The newest first."""
     logs: str
-    """Where the curves of runs lie."""
+    """The place of runs' curves."""
     study: Results | None = None
 
 

@@ -87,7 +87,7 @@ def _span(points: Points) -> list[str]:
 
 
 def timeline_section(runs: Sequence[tuple[str, Timeline]], price: float | None, logs: str) -> Section:
-    """What ran where and when: the newest run that trained something; and all runs with what they cost.
+    """The timeline of the newest run that trained something, and all runs with their cost.
 
     `price` is of a GPU-hour; `logs` is where the curves of runs lie.
     """

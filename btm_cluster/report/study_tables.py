@@ -176,7 +176,7 @@ def texts_section(results: Results) -> Section:
 
 
 def trials_sections(results: Results) -> Iterator[Section]:
-    """What was tried before the study, if anything was."""
+    """The trials of a study, if there were any."""
     columns = {
         "learning_rate": "learning rate",
         "updates": "updates",

@@ -11,7 +11,7 @@ from btm_cluster.report.drawing import duration
 
 MOST_LANES = 40
 TASK = "task"
-"""What processes are called that run any step."""
+"""Name of processes that run steps of any kind."""
 READING = ("reading, tokenising", 2)
 STEPS: Mapping[str, tuple[str, int]] = {
     "train": ("training", 0),
@@ -23,7 +23,7 @@ STEPS: Mapping[str, tuple[str, int]] = {
     "tokenize": READING,
     "find_overlap": READING,
 }
-"""What steps do, by their names, and the number of its colour."""
+"""Activity in the legend by step name, and the number of its colour."""
 OTHER_STEPS = ("fitting, mixing, averaging", 3)
 WAITING = "waiting for room"
 WAIT_SECONDS = 3.0
@@ -77,7 +77,7 @@ class Busy:
 
 
 def seconds_of(timeline: Timeline) -> float:
-    """How long the run took."""
+    """Seconds that the run took."""
     return max(timeline.ended - timeline.began, 1e-3)
 
 
@@ -105,7 +105,7 @@ def lanes_of(timeline: Timeline) -> tuple[list[Lane], int]:
 
 
 def _lanes(name: str, events: Iterable[Event], began: float) -> Iterator[Lane]:
-    """Of one process; tasks of a node that run at once lie in several."""
+    """Lanes of one process; tasks of a node that run at once lie in several."""
     lanes: list[list[Bar]] = []
     marks: list[Bar] = []
     for event in sorted(events, key=lambda event: (event.began, event.ended)):
@@ -145,7 +145,7 @@ def _waiting(events: Iterable[Event], began: float) -> Iterator[Lane]:
 
 
 def what_of(event: Event) -> tuple[str, int]:
-    """What it is called in the legend, and the number of its colour."""
+    """Its name in the legend, and the number of its colour."""
     return STEPS.get(event.kind, OTHER_STEPS) if event.what == "step" else OTHER_EVENTS[event.what]
 
 
@@ -180,7 +180,7 @@ def busy_of(timeline: Timeline) -> Busy:
 
 
 def totals(timeline: Timeline) -> list[tuple[str, int, float]]:
-    """For each thing that was done: how often, and the seconds of it, the longest first."""
+    """Count and seconds of each activity, the longest first."""
     counted: dict[str, tuple[int, float]] = {}
     for event in timeline.events:
         what, _ = what_of(event)

@@ -34,7 +34,7 @@ def headline(verdict: Verdict | None) -> tuple[str, bool | None]:
 
 
 def lead(verdict: Verdict) -> str:
-    """What belongs to the headline: on what it rests, and what a reader should know besides."""
+    """The paragraph below the headline: number of texts, intervals, the baseline, and notes."""
     sentences = []
     for texts in sorted({one.texts for one in verdict.judgements}):
         sentences.append(f"On {texts} test text{'s' * (texts > 1)}, with 95 % intervals over documents.")

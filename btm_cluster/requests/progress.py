@@ -27,7 +27,7 @@ Phase: TypeAlias = Literal[
     "hanging",
     "saving",
 ]
-"""What a step is at. A training of a model or of a tokenizer is `training`."""
+"""Activity of a step. A training of a model or of a tokenizer is `training`."""
 Unit: TypeAlias = Literal[
     "", "bytes", "documents", "characters", "updates", "blocks", "methods", "tensors", "averages", "parts"
 ]
@@ -52,7 +52,7 @@ class Progress:
     first: int = 0
     """Where `done` began: an expert's first update is the seed's last."""
     note: str = ""
-    """What the numbers do not say: for what it waits, or why it is killed."""
+    """The reason for waiting or for being killed, in words."""
     loss: float | None = None
     tokens_per_second: float | None = None
     seconds_left: float | None = None

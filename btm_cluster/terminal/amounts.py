@@ -20,7 +20,7 @@ def amount(progress: Progress) -> str:
 
 
 def rate(progress: Progress) -> str:
-    """How fast it goes; empty where that is not known."""
+    """The rate in words; empty where it is not known."""
     if progress.tokens_per_second:
         return f"{progress.tokens_per_second:,.0f} tokens/s"
     if not progress.per_second:
@@ -38,7 +38,7 @@ def loss(progress: Progress) -> str:
 
 
 def checkpoint(progress: Progress) -> str:
-    """What the last checkpoint of a training cost."""
+    """Seconds that the last checkpoint of a training took, in words."""
     if progress.stall_seconds is None or progress.upload_seconds is None:
         return ""
     return f"checkpoint: stalled {progress.stall_seconds:.1f} s, stored in {progress.upload_seconds:.1f} s"

@@ -22,10 +22,10 @@ BETWEEN = " · "
 
 @dataclass(frozen=True)
 class Screen:
-    """What is shown at one moment."""
+    """The display at one moment."""
 
     doing: str
-    """What is done that is no step."""
+    """The activity, where that is no step."""
     part: str
     """The part of the whole that is under way, where there are several."""
     counts: tuple[Count, ...]
@@ -33,7 +33,7 @@ class Screen:
     elapsed_seconds: float
     seconds_left: float | None
     share: float
-    """Of the run that is done, from 0 to 1, where it is known how long the rest takes."""
+    """Finished share of the run, from 0 to 1, where the time left is known."""
 
     def __rich_console__(self, console: Console, _: object) -> list[RenderableType]:
         above = [_headline(self, console.width), *_counts(self.counts, console.width)]
@@ -103,7 +103,7 @@ def _bar(progress: Progress, width: int) -> RenderableType:
 
 
 def _cells(progress: Progress, width: int) -> list[str]:
-    """What the columns after name and bar say, the most telling first."""
+    """Texts of the columns after name and bar, the most important first."""
     share, left = progress.share, seconds_left(progress)
     if width < NARROW:
         return [progress.note if share is None else f"{share:4.0%}"]

@@ -17,7 +17,7 @@ LINE_SECONDS = 15.0
 WHOLE_SECONDS = 60.0
 """Between two lines on the whole run."""
 SHORT_PHASES: tuple[Phase, ...] = ("fitting", "mixing", "averaging")
-"""Of which there are many: they are counted with the whole run."""
+"""Phases without lines of their own, since there are many: they are counted with the whole run."""
 
 
 class LogLines:

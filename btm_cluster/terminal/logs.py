@@ -1,4 +1,4 @@
-"""Where log records go while a command runs: standard error, and a file where one is named.
+"""The log of a command: on standard error, and in a file where one is named.
 
 A process that uses this package as a library decides that by itself. Knows no commands.
 """

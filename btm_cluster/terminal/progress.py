@@ -66,7 +66,7 @@ class ProgressView:
             self._lines.whole(self._clock() - self._began, self._left())
 
     def say(self, what: str) -> None:
-        """What is done that is no step, such as `reading the plan`."""
+        """Shows an activity that is no step, such as `reading the plan`."""
         with self._lock:
             self._doing = what
             log.info("%s", what)
@@ -101,7 +101,7 @@ class ProgressView:
             self._estimate_anew()
 
     def screen(self) -> Screen:
-        """What is shown now, or was last, while somebody tells of something.
+        """The present screen, or the last one while another thread is reporting.
 
         The thread that draws holds the terminal, which whoever tells may write a line to: it waits for nobody.
         """

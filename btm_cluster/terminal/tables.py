@@ -39,7 +39,7 @@ def plain_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str
 
 
 def consoles(json_output: bool) -> "tuple[Console, Console]":
-    """Where results go and where notes beside them go: with --json, standard output is for the JSON alone."""
+    """The consoles of results and of notes beside them: with --json, standard output is for the JSON alone."""
     from rich.console import Console
 
     results = Console(width=None if sys.stdout.isatty() else 200, **_AS_IT_IS)
@@ -48,7 +48,7 @@ def consoles(json_output: bool) -> "tuple[Console, Console]":
 
 
 def progress_console() -> "Console":
-    """Where progress goes: standard error.
+    """The console of progress: standard error.
 
     Lines are replaced there only if that is the process's own: in a notebook it is said to be a terminal, and
     is none.

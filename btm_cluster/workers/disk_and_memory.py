@@ -42,7 +42,7 @@ def check_this_machine(demands: Sequence[Demand]) -> None:
 
 
 def problems_here(demands: Sequence[Demand]) -> Iterator[ResourcesError]:
-    """What of memory and scratch space this machine lacks for trainings that it runs itself."""
+    """Shortages of memory and scratch space on this machine for trainings that it runs itself."""
     trained = [demand for demand in demands if demand.parameters]
     memory = _memory()
     gpu_memory = _gpu_memory() if any(demand.how.gpus_per_worker for demand in trained) else None
@@ -81,7 +81,7 @@ def _check_disk(what: str, folder: Path, needed: int, remedy: str) -> None:
 
 
 def _memory() -> int:
-    """Of this machine, or of the container that this runs in."""
+    """Bytes of memory of this machine, or of the container that this runs in."""
     total = int(psutil.virtual_memory().total)
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
@@ -91,7 +91,7 @@ def _memory() -> int:
 
 
 def _gpu_memory() -> int | None:
-    """Of the largest GPU here, in bytes; None where NVIDIA's driver does not say."""
+    """Memory of the largest GPU here, in bytes; None where NVIDIA's driver does not say."""
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
         said = subprocess.run(

@@ -135,7 +135,7 @@ def notes_on_this_machine(demands: Sequence[Demand]) -> list[str]:
 
 
 def room_here(on_gpus: bool) -> Room:
-    """What this machine can do at once; that of some cluster where GPUs are wanted and it has none."""
+    """The devices of this machine; those of some cluster where GPUs are wanted and it has none."""
     gpus = _gpus() if on_gpus else ()
     if on_gpus and not gpus:
         return SOME_CLUSTER

@@ -10,8 +10,8 @@ import pytest
 from btm_cluster.driver.outlook import Outlook
 from btm_cluster.driver.port import Failure
 from btm_cluster.driver.steady_estimate import SteadyEstimate
-from btm_cluster.driver.step_kinds import kind_of
-from btm_cluster.requests import TrainRequest
+from btm_cluster.driver.step_kinds import OTHERS, kind_of
+from btm_cluster.requests import FindOverlap, TrainRequest
 from btm_cluster.requests.progress import Progress
 from btm_cluster.steps.registry import STEPS
 from tests.progress_steps import Clock, at_update, made, reading, scoring, tokenising, training
@@ -239,7 +239,12 @@ def test_what_is_shown_moves_only_where_it_is_clearly_wrong(
     assert list(sequence(*estimated)) == shown
 
 
-def test_every_kind_of_step_is_counted() -> None:
+def test_every_step_of_the_registry_has_a_count_and_a_new_one_is_counted_among_others() -> None:
     for request_type in STEPS:
         requested = SEED if request_type is TrainRequest else object.__new__(request_type)
-        assert kind_of(requested).done
+        assert kind_of(requested) != OTHERS
+
+    class NewStep(FindOverlap):
+        """As whoever adds a step writes it."""
+
+    assert kind_of(object.__new__(NewStep)) == OTHERS

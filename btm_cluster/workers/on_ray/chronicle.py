@@ -28,7 +28,7 @@ LOST = "its process or node was lost; it was started again"
 
 
 class Chronicle:
-    """What is known of the steps of one driver."""
+    """The record of one driver's steps on the cluster."""
 
     def __init__(self, events: RunEvents, store: str) -> None:
         self._events, self._store = events, store
@@ -113,5 +113,5 @@ def _of(one: Running) -> dict[str, Any]:
 
 
 def _held(how: Resources) -> dict[str, Any]:
-    """What a step or a trainer holds, over all processes of a group."""
+    """GPUs and CPUs of a step or a trainer, over all processes of a group."""
     return {"gpus": how.workers * how.gpus_per_worker, "cpus": float(how.workers * how.cpus_per_worker)}

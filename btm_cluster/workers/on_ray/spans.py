@@ -1,4 +1,4 @@
-"""When and where steps run on the cluster, as their own processes measure it: by their node's clock."""
+"""Times and places of steps on the cluster, measured by their own processes with their node's clock."""
 
 import time
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ class Begun:
 
 @dataclass(frozen=True)
 class Worked:
-    """What became of a batch: an artifact for each request, and when each was made if that was measured."""
+    """The outcome of a batch: an artifact for each request, and its times where they were measured."""
 
     artifacts: list[Artifact]
     spans: list[Span] = field(default_factory=list)

@@ -93,7 +93,7 @@ def supervise(
 
 
 def waiting_note(capacity: str) -> str:
-    """For what a step waits that the cluster has no room for yet."""
+    """The reason for waiting, of a step that the cluster has no room for yet."""
     return f"for the cluster to grow to {capacity}"
 
 
