@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from btm_cluster.driver.capacity import NEW_RESOURCES
 from btm_cluster.plan import read_plan
 from btm_cluster.session import open_ledger
+from btm_cluster.terminal.amounts import duration
 from btm_cluster.terminal.options import Address, JsonAndProgress, PlanPath
 from btm_cluster.terminal.output import end_input
 from btm_cluster.terminal.tables import consoles, plain_table, show_table
@@ -111,11 +112,4 @@ def _cost_line(preview: "Preview") -> str:
     told = f"{about}{' and '.join(spent)} of training and scoring to come"
     if preview.money is not None:
         told += f", {preview.money:,.2f} at {preview.price_per_gpu_hour} per GPU-hour"
-    return f"{told}, about {duration(preview.wall_hours)} {preview.room} ({preview.rate.origin})"
-
-
-def duration(hours: float) -> str:
-    """A time as people say it."""
-    if hours < 1:
-        return f"{max(1, round(60 * hours))} min"
-    return f"{hours:,.1f} hours" if hours < 48 else f"{hours / 24:,.1f} days"
+    return f"{told}, about {duration(max(60.0, 3600 * preview.wall_hours))} {preview.room} ({preview.rate.origin})"

@@ -11,6 +11,7 @@ import yaml
 
 from btm_cluster.errors import UserError
 from btm_cluster.plan import TextPlan
+from btm_cluster.terminal.amounts import duration
 
 if TYPE_CHECKING:
     from btm_cluster.driver.sizing import Machine, ModelSize, Sizing
@@ -189,12 +190,8 @@ def _assumed(domains: dict[str, int], sizing: "Sizing", machine: "Machine") -> l
         f"Sized by `btm init` for {machine.name}, and for these tokens, by the sizes of the files: {sizes}.",
         f"A model of {sizing.size.parameters / 1e6:,.1f} million parameters; its updates read {smallest} about "
         f"{sizing.passes:.1f} times (over 4, more passes teach little).",
-        f"A first run takes about {_duration(sizing.hours)} here. With more text or time, raise `updates`.",
+        f"A first run takes about {duration(max(60.0, 3600 * sizing.hours))} here. With more text or time, raise `updates`.",
     ]
-
-
-def _duration(hours: float) -> str:
-    return f"{max(1, round(60 * hours))} min" if hours < 2 else f"{hours:.0f} hours"
 
 
 def _entry(text: TextPlan, path: Path) -> str:

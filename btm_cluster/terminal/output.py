@@ -7,16 +7,19 @@ Knows no commands.
 
 import codecs
 import io
+import logging
 import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
 from btm_cluster.errors import OutputError
 
+log = logging.getLogger(__name__)
 CLOSED_PIPE = 128 + signal.SIGPIPE
 """Exit code where the reader has gone, as in `btm forest log | head`: what a
 shell reports of a program that SIGPIPE ended."""
@@ -34,10 +37,11 @@ _LIKENESSES = {
     "→": "->",
     "²": "2",
 }
-"""ASCII for what our own tables and sentences are set in.
+"""ASCII for the characters of our own tables and sentences.
 
 Other characters, such as those of a name, are written as escapes.
 """
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @contextmanager
@@ -49,7 +53,7 @@ def safe_output() -> Iterator["Output"]:
     """
     _open_all_three()
     before = sys.stdout, sys.stderr
-    output = Output(_in_any_encoding(sys.stdout))
+    output = _Results(_in_any_encoding(sys.stdout))
     notes = _Notes(_in_any_encoding(sys.stderr))
     sys.stdout, sys.stderr = cast(TextIO, output), cast(TextIO, notes)
     try:
@@ -130,6 +134,25 @@ class Output:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
+
+
+class _Results(Output):
+    """Standard output, which is for results: a command writes them from its own thread.
+
+    Lines of other threads go to the log. They are libraries': Ray prints there when a process of the cluster
+    dies, whatever it is told about logs.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._owner = threading.get_ident()
+
+    def write(self, text: str) -> int:
+        if threading.get_ident() == self._owner:
+            return super().write(text)
+        for line in filter(None, map(str.strip, text.splitlines())):
+            log.info("%s", printable(_COLOURS.sub("", line)))
+        return len(text)
 
 
 class _Notes(Output):

@@ -4,7 +4,6 @@ Only what is needed at least is asked for, so that nothing is refused that could
 """
 
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,9 +13,9 @@ import psutil
 from btm_cluster.driver.capacity import Demand
 from btm_cluster.equations.budget import stored_bytes, trained_bytes
 from btm_cluster.errors import ResourcesError
+from btm_cluster.workers.nvidia import gpu_facts
 
 GIGABYTE = 10**9
-_PROGRAM_SECONDS = 30.0
 
 
 def check_disk_of_store(location: str, needed: int) -> None:
@@ -92,16 +91,5 @@ def _memory() -> int:
 
 def _gpu_memory() -> int | None:
     """Memory of the largest GPU here, in bytes; None where NVIDIA's driver does not say."""
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        said = subprocess.run(
-            query,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_PROGRAM_SECONDS,
-            check=True,
-        ).stdout
-        return max(int(line) for line in said.split()) << 20
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
+    megabytes = [int(total) for (total,) in gpu_facts("memory.total") if total.isdigit()]
+    return max(megabytes) << 20 if megabytes else None

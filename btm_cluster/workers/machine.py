@@ -23,6 +23,7 @@ from btm_cluster.errors import BtmError, ResourcesError, UserError
 from btm_cluster.storage import open_storage
 from btm_cluster.storage.node_cache import node_cache
 from btm_cluster.workers.disk_and_memory import problems_here
+from btm_cluster.workers.nvidia import gpu_facts
 
 PROGRAM_SECONDS = 120.0
 _THREAD_VARIABLES = ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TORCH_NUM_THREADS", "OMP_THREAD_LIMIT")
@@ -153,20 +154,7 @@ def usable_cpus() -> int:
 
 
 def _gpus() -> tuple[str, ...]:
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        said = subprocess.run(
-            query,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=PROGRAM_SECONDS,
-            check=True,
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ()
-    return tuple(line.strip().replace(", ", ", driver ") for line in said.splitlines() if line.strip())
+    return tuple(f"{name}, driver {driver}" for name, driver in gpu_facts("name", "driver_version"))
 
 
 def _torch_sees() -> tuple[str | None, int]:

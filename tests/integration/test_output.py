@@ -3,9 +3,11 @@ an error of ours where it cannot."""
 
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -239,3 +241,18 @@ def test_streams_are_given_back() -> None:
     with safe_output():
         assert sys.stdout is not before
     assert sys.stdout is before
+
+
+def test_what_a_library_prints_in_a_thread_of_its_own_goes_to_the_log_and_not_among_results(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    # Ray does, when a process of the cluster dies: a run's JSON began with it.
+    with caplog.at_level(logging.INFO), safe_output():
+        thread = threading.Thread(
+            target=print, args=("\x1b[33m(raylet)\x1b[0m A worker died\n\nTask failed",)
+        )
+        thread.start()
+        thread.join()
+        print("{}")
+    assert capsys.readouterr().out == "{}\n"
+    assert caplog.messages == ["(raylet) A worker died", "Task failed"]
