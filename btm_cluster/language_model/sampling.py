@@ -1,9 +1,9 @@
 """How tokens are drawn: settings of one sequence, and the draw for several
 sequences at once, on their device.
 
-Each sequence has one uniform number per token, of a stream of its own, and its token is where the cumulated
-probabilities reach that number. So a draw depends on nothing else in the batch, but for rounding of the
-probabilities.
+Each sequence has one uniform number per token, of a stream of its own, and every token of the vocabulary gets
+Gumbel noise made of that number: the largest log-probability with its noise is drawn. So a draw depends on
+nothing else in the batch, but for rounding, which matters where the two largest sums are equal but for it.
 
 R sequences, V tokens of the vocabulary.
 """
@@ -17,6 +17,9 @@ from btm_cluster.errors import UserError
 
 _LARGEST_UNIFORM = 1 - 2.0**-40
 """Times a sum of probabilities, it stays below that sum in float64."""
+_GOLDEN_GAMMA = -0x61C8864680B583EB
+_MIXED = ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1))
+"""SplitMix64: its step, and shifts and factors of its output."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +62,26 @@ def uniforms(random_seed: int, sample: int, count: int) -> np.ndarray:
 def draw(log_probs_RV: torch.Tensor, uniform_R: torch.Tensor, temperature_R: torch.Tensor) -> torch.Tensor:
     """One token of each sequence: int64 [R].
 
-    Log-probabilities need not be normalised; -inf is never drawn.
+    Log-probabilities need not be normalised; -inf is never drawn. Temperature 0 takes the likeliest.
+
+    Source: Maddison et al., A* Sampling, 2014 (the Gumbel-max trick).
     """
-    is_greedy_R = temperature_R == 0
-    scaled_RV = log_probs_RV / temperature_R.masked_fill(is_greedy_R, 1)[:, None]
-    cumulated_RV = (scaled_RV - scaled_RV.amax(-1, keepdim=True)).exp().cumsum(-1, dtype=torch.float64)
-    reached_R1 = uniform_R[:, None] * cumulated_RV[:, -1:]
-    # Beyond the last only where a model says NaN: an index that no buffer has would end the process on a GPU.
-    drawn_R = torch.searchsorted(cumulated_RV, reached_R1, right=True)[:, 0].clamp(
-        max=log_probs_RV.shape[1] - 1
-    )
-    return torch.where(is_greedy_R, log_probs_RV.argmax(-1), drawn_R)
+    noise_RV = _gumbel(uniform_R, log_probs_RV.shape[1])
+    return (log_probs_RV.double() + temperature_R.double()[:, None] * noise_RV).argmax(-1)
+
+
+def _gumbel(uniform_R: torch.Tensor, count: int) -> torch.Tensor:
+    """Numbers of the standard Gumbel distribution, each made of its sequence's number
+    and its place alone: float64 [R, count].
+
+    Source: Steele et al., Fast Splittable Pseudorandom Number Generators, 2014.
+    """
+    steps_V = torch.arange(1, 1 + count, device=uniform_R.device) * _GOLDEN_GAMMA
+    bits_RV = (uniform_R * 2.0**53).long()[:, None] + steps_V
+    for shift, factor in _MIXED:
+        bits_RV = (bits_RV ^ (bits_RV >> shift & (1 << 64 - shift) - 1)) * factor
+    between_0_and_1_RV = ((bits_RV >> 12 & (1 << 52) - 1).double() + 0.5) * 2.0**-52
+    return -(-between_0_and_1_RV.log()).log()
 
 
 def penalise(log_probs_RV: torch.Tensor, seen_RV: torch.Tensor, penalty_R: torch.Tensor) -> torch.Tensor:

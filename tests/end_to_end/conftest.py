@@ -248,7 +248,12 @@ class Btm:
             self.close()
 
     def close(self) -> None:
-        """Ends it where it still runs, so that a failed test leaves the cluster to the next."""
+        """Ends it where it still runs, so that a failed test leaves the cluster to the next: a server would
+        leave its replicas if it were killed."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=60)
         self.process.kill()
         self.process.wait()
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from scipy.stats import chisquare
 from transformers.generation.logits_process import (
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -55,23 +56,41 @@ def test_tokens_seen_before_are_penalised_as_transformers_does() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_a_token_is_drawn_for_its_share_of_the_uniform_numbers(temperature: float) -> None:
-    count = 20_000
-    uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+def test_a_token_is_drawn_by_its_probability(temperature: float) -> None:
+    count = 100_000
+    uniform = torch.from_numpy(uniforms(0, 0, count))
     drawn = draw(LOG_PROBS[:1].expand(count, -1), uniform, torch.full((count,), temperature))
-    found = torch.bincount(drawn, minlength=VOCABULARY) / count
-    torch.testing.assert_close(
-        found, torch.softmax(LOG_PROBS[0] / temperature, -1), rtol=0, atol=1.01 / count
-    )
+    found = torch.bincount(drawn, minlength=VOCABULARY).double()
+    expected = torch.softmax(LOG_PROBS[0].double() / temperature, -1) * count
+    assert chisquare(found, expected).pvalue > 0.001
+
+
+def test_draws_of_one_sequence_do_not_depend_on_each_other() -> None:
+    """Not even of neighbouring numbers, nor of neighbouring tokens."""
+    numbers = torch.arange(20_000, dtype=torch.float64) * 2.0**-53
+    drawn = draw(torch.zeros(1, 16).expand(len(numbers), -1), numbers, torch.ones(len(numbers)))
+    pairs = torch.zeros(16, 16).index_put((drawn[:-1], drawn[1:]), torch.ones(()), accumulate=True)
+    assert chisquare(pairs.flatten()).pvalue > 0.001
+
+
+def test_rounding_of_the_probabilities_changes_hardly_any_draw() -> None:
+    """Where cumulated probabilities reach a number, one draw in ninety would differ."""
+    count, vocabulary = 5000, 2000
+    random = torch.Generator().manual_seed(3)
+    log_probs = torch.log_softmax(torch.randn(1, vocabulary, generator=random), -1)
+    rounded = log_probs + 1e-3 * torch.randn(1, vocabulary, generator=random)
+    uniform, temperature = torch.from_numpy(uniforms(0, 0, count)), torch.ones(count)
+    drawn = [draw(one.expand(count, -1), uniform, temperature) for one in (log_probs, rounded)]
+    assert (drawn[0] != drawn[1]).sum() <= 5
 
 
 def test_what_is_ruled_out_is_never_drawn_not_even_by_the_smallest_or_largest_number() -> None:
-    log_probs = torch.tensor([[-torch.inf, -1.0, -torch.inf, -2.0, -torch.inf]]).expand(3, -1)
-    smallest, largest = 0.0, float(max(uniforms(0, 0, 1000)))
-    drawn = draw(
-        log_probs, torch.tensor([smallest, largest, 1 - 2.0**-40], dtype=torch.float64), torch.ones(3)
-    )
-    assert drawn.tolist() == [1, 3, 3]
+    log_probs = torch.tensor([[-torch.inf, -30.0, -torch.inf, -60.0, -torch.inf]]).expand(1002, -1)
+    extremes = torch.tensor([0.0, 1 - 2.0**-40], dtype=torch.float64)
+    uniform = torch.cat([extremes, torch.from_numpy(uniforms(0, 0, 1000))])
+    for temperature in (0.0, 1.0, 100.0):
+        drawn = draw(log_probs, uniform, torch.full((1002,), temperature))
+        assert set(drawn.tolist()) == ({1, 3} if temperature == 100 else {1})
 
 
 def test_at_temperature_0_the_likeliest_token_is_taken_beside_rows_that_draw() -> None:
