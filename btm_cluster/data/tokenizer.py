@@ -6,13 +6,15 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from btm_cluster.errors import TextError, UserError, one_line
+from btm_cluster.plan import ChatTemplate
 
 log = logging.getLogger(__name__)
 END_OF_TEXT = "<|endoftext|>"
@@ -98,6 +100,15 @@ class TextTokenizer:
     first_token: int
     """Id of the token that a model reads before every block: the tokenizer's own
     first token, or that of end of text."""
+    special_tokens_by_name: tuple[tuple[str, str], ...] = ()
+    """Such as `bos_token`, as chat templates call them; of a pretrained tokenizer."""
+    chat_template: ChatTemplate | None = None
+    """A pretrained tokenizer's own."""
+
+    @property
+    def begins_documents(self) -> bool:
+        """Whether documents begin with a token that is not the one that ends them, such as `<bos>`."""
+        return self.first_token != self.end_of_text
 
     @property
     def vocabulary(self) -> int:
@@ -118,6 +129,21 @@ class TextTokenizer:
         while batch := list(islice(remaining, BATCH_DOCUMENTS)):
             for encoding in self.backend.encode_batch_fast(batch, add_special_tokens=False):
                 yield encoding.ids
+
+    def encode_rendered(self, texts: Sequence[str]) -> list[Encoding]:
+        """Tokens of texts that a chat template wrote, in which special tokens are what they spell."""
+        encodings: list[Encoding] = self._for_rendered.encode_batch(list(texts), add_special_tokens=False)
+        return encodings
+
+    @cached_property
+    def _for_rendered(self) -> Tokenizer:
+        return Tokenizer.from_str(
+            self.backend.to_str()
+        )  # which leaves out that special tokens are to be spelled
+
+    def special_tokens(self) -> frozenset[int]:
+        """Ids of tokens that are no text."""
+        return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these tokens, special ones spelled out."""
@@ -165,9 +191,21 @@ def open_pretrained_tokenizer(source: Path, first_token: str | None = None) -> T
             expected="an eos_token among its tokens",
             remedy="set `eos_token` in its tokenizer_config.json",
         )
-    tokenizer = TextTokenizer(backend, end, _first_token(source, auto, backend, end, first_token))
+    first = _first_token(source, auto, backend, end, first_token)
+    named = tuple((name, token) for name, token in auto.special_tokens_map.items() if isinstance(token, str))
+    tokenizer = TextTokenizer(backend, end, first, named, _chat_template(source, auto, named))
     _compare(source, auto, tokenizer)
     return tokenizer
+
+
+def _chat_template(
+    source: Path, auto: Any, special_tokens: tuple[tuple[str, str], ...]
+) -> ChatTemplate | None:
+    try:
+        template = auto.get_chat_template()
+    except ValueError:  # it has none, or several of which none is the default
+        return None
+    return ChatTemplate(template, special_tokens, f"the chat template of the tokenizer {source}")
 
 
 def compare_with_transformers(folder: Path, tokenizer: TextTokenizer) -> None:

@@ -1,4 +1,7 @@
-"""The loss of next-token prediction on blocks."""
+"""The loss of next-token prediction on blocks.
+
+Blocks are int64 [B, T]. A token that is read and not predicted stands in them as `~token`, which is negative.
+"""
 
 import torch
 from torch.nn import functional
@@ -24,6 +27,16 @@ def summed_loss(logits_BTV: torch.Tensor, blocks_BT: torch.Tensor) -> torch.Tens
     """Summed negative log-likelihood of blocks under the logits of their tokens."""
     logits, tokens = logits_BTV.flatten(0, 1).float(), blocks_BT.flatten()
     return functional.cross_entropy(logits, tokens, reduction="sum", ignore_index=NO_TOKEN)
+
+
+def read_tokens(blocks_BT: torch.Tensor) -> torch.Tensor:
+    """The tokens of blocks, whether they are predicted or not."""
+    return torch.where(blocks_BT < 0, ~blocks_BT, blocks_BT)
+
+
+def predicted_tokens(blocks_BT: torch.Tensor) -> torch.Tensor:
+    """The tokens of blocks that are predicted, NO_TOKEN in place of the others."""
+    return blocks_BT.masked_fill(blocks_BT < 0, NO_TOKEN)
 
 
 def read_after(blocks_BT: torch.Tensor, first_token: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from btm_cluster.language_model.attention import leave_causal_masks_out
 from btm_cluster.language_model.batches import blocks_of_update, split_into_micro_batches
 from btm_cluster.language_model.compute import autocast
 from btm_cluster.language_model.demix_group import DemixGroup
-from btm_cluster.language_model.loss import NextTokenLoss, read_after
+from btm_cluster.language_model.loss import NextTokenLoss, predicted_tokens, read_after, read_tokens
 from btm_cluster.language_model.model import has_dropout
 from btm_cluster.language_model.optimizer import learning_rate_at
 from btm_cluster.language_model.process_group import ProcessGroup
@@ -28,12 +28,15 @@ class Update:
     """Loss, gradient norm and learning rate of an update; tensors may still be computed on the device."""
 
     loss: torch.Tensor
-    """Mean negative log-likelihood per token of this rank's blocks; not finite where the gradient is not."""
+    """Mean negative log-likelihood per predicted token of this rank's blocks; not finite where the gradient is
+    not."""
     total_loss: torch.Tensor
     """Its sum over these."""
     gradient_norm: torch.Tensor
     """Over the whole model, before clipping."""
     learning_rate: float
+    predicted: torch.Tensor | int
+    """Tokens that all ranks together predicted."""
 
 
 class Updates:
@@ -57,13 +60,14 @@ class Updates:
         for parameters in optimizer.param_groups:
             parameters["lr"] = learning_rate
         blocks = self._blocks()
-        total = self._backward(blocks)
+        own, predicted = self._count_predicted(blocks)
+        total = self._backward(blocks, predicted)
         norm = self._clip_gradients()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # A gradient that is not finite spoils the weights under a finite loss: it spoils the loss that is
         # reported too.
-        return Update(total / blocks.numel() + 0.0 * norm, total, norm, learning_rate)
+        return Update(total / own + 0.0 * norm, total, norm, learning_rate, predicted)
 
     def try_out(self) -> None:
         """The forward and backward passes of an update of made-up blocks: what these
@@ -74,21 +78,32 @@ class Updates:
         shape = (self.spec.blocks_per_update // self.group.world, self.spec.training.block_tokens)
         blocks = torch.zeros(shape, dtype=torch.int64, device=self.device)
         for _ in range(PASSES_UNTIL_RECORDED):
-            self._backward(blocks)
+            self._backward(blocks, self.spec.tokens_per_update)
             self._clip_gradients()
             self.state.optimizer.zero_grad(set_to_none=True)
 
-    def _backward(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Adds the gradients of the mean loss per token; returns the summed loss of this rank's blocks."""
+    def _count_predicted(self, blocks: torch.Tensor) -> tuple[torch.Tensor | int, torch.Tensor | int]:
+        """Tokens that this rank predicts, and all ranks together; at least one, where nothing is."""
+        if self.spec.predicts_all:
+            return blocks.numel(), self.spec.tokens_per_update
+        own = (blocks >= 0).sum()
+        return own.clamp(min=1), self.group.sum(own).clamp(min=1)
+
+    def _backward(self, blocks: torch.Tensor, predicted: torch.Tensor | int) -> torch.Tensor:
+        """Adds the gradients of the mean loss per predicted token; returns the summed loss of this rank's
+        blocks."""
         spec = self.spec
         micro_batches = split_into_micro_batches(blocks, spec.compute.micro_batch_blocks, self.state.share)
         total = torch.zeros((), device=self.device)
         for i, micro_batch in enumerate(micro_batches):
             with self._gradients_shared(after=i == len(micro_batches) - 1):
+                read = targets = micro_batch
+                if not spec.predicts_all:
+                    read, targets = read_tokens(micro_batch), predicted_tokens(micro_batch)
                 with autocast(self.device, spec.compute.precision):
-                    loss = self.forward(read_after(micro_batch, spec.first_token), micro_batch)
+                    loss = self.forward(read_after(read, spec.first_token), targets)
                 # DDP averages over ranks; the loss is a sum over all of them
-                (loss * (self.group.world / spec.tokens_per_update)).backward()
+                (loss * (self.group.world / predicted)).backward()
             total += loss.detach()
         return total
 

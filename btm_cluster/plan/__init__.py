@@ -4,6 +4,7 @@
 """
 
 from btm_cluster.plan.budget import BudgetPlan
+from btm_cluster.plan.chat_template import ChatTemplate
 from btm_cluster.plan.expansion import ExpansionPlan, InboxPlan
 from btm_cluster.plan.plan import ClusterPlan, MergingPlan, Plan, plan_schema, read_plan
 from btm_cluster.plan.study import SizePlan, StudyPlan
@@ -13,6 +14,7 @@ from btm_cluster.plan.training import ModelPlan, Preset, TrainedTokenizerPlan, T
 
 __all__ = [
     "BudgetPlan",
+    "ChatTemplate",
     "ClusterPlan",
     "DatasetPlan",
     "DomainPlan",

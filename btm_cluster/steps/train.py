@@ -12,18 +12,18 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from btm_cluster.curve import CURVE_FILE
-from btm_cluster.data.blocks import Blocks
 from btm_cluster.data.tokenizer import TOKENIZER_FILES
 from btm_cluster.errors import MissingError, TrainingError
 from btm_cluster.language_model.demix import count_demix_parameters, dense_part
 from btm_cluster.language_model.model import save_weights, write_config
 from btm_cluster.language_model.model_import import import_model
+from btm_cluster.language_model.training_spec import TextBlocks
 from btm_cluster.language_model.training_state import MODEL_FILE, write_state
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import DemixPart, TrainRequest
 from btm_cluster.requests.progress import Control, Progress
 from btm_cluster.steps.resuming import AlreadyTrained
-from btm_cluster.steps.stored import open_blocks, open_tokenizer
+from btm_cluster.steps.stored import open_text, open_tokenizer
 from btm_cluster.steps.training_run import AtMilestone, Trained, run_training
 from btm_cluster.storage.scratch import scratch_folder
 
@@ -71,7 +71,7 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
         if request.pretrained is not None:
             committed = commit(request, *import_model(request, tokens, folder))
         else:
-            texts = [open_blocks(ledger, text) for text in request.texts]
+            texts = [open_text(ledger, text) for text in request.texts]
             try:
                 trained = _train_within_memory(
                     request, ledger, control, texts, tokens.first_token, commit_trained
@@ -160,7 +160,7 @@ def _train_within_memory(
     request: TrainRequest,
     ledger: Ledger,
     control: Control,
-    texts: Sequence[Blocks],
+    texts: Sequence[TextBlocks],
     first_token: int,
     at_milestone: AtMilestone,
 ) -> Trained:

@@ -6,6 +6,7 @@ import torch
 
 from btm_cluster.data.blocks import Blocks
 from btm_cluster.language_model.process_group import ProcessGroup
+from btm_cluster.language_model.training_spec import TextBlocks
 from btm_cluster.language_model.training_state import build_state
 from btm_cluster.language_model.update import Updates
 from btm_cluster.requests import TrainRequest
@@ -21,7 +22,7 @@ def warm_up(request: TrainRequest) -> None:
     """
     if not request.how.gpus_per_worker or request.pretrained is not None:
         return
-    spec = spec_of(request, [Blocks([])] * len(request.texts), first_token=0)
+    spec = spec_of(request, [TextBlocks(text.name, Blocks([])) for text in request.texts], first_token=0)
     set_up(spec.compute)
     group = ProcessGroup.joined(spec.compute.device)
     Updates(spec, build_state(spec, group), group).try_out()
