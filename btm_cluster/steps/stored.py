@@ -68,7 +68,7 @@ def first_token_of(ledger: Ledger, tokens: Sequence[Ref]) -> int:
     return open_tokenizer(ledger, tokenizer).first_token if known is None else int(known)
 
 
-def open_text(ledger: Ledger, text: "TrainingText") -> "TextBlocks":
+def open_blocks(ledger: Ledger, text: "TrainingText") -> "TextBlocks":
     """A training text's blocks, memory-mapped."""
     from btm_cluster.language_model.training_spec import TextBlocks
 

@@ -23,7 +23,7 @@ from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import DemixPart, TrainRequest
 from btm_cluster.requests.progress import Control, Progress
 from btm_cluster.steps.resuming import AlreadyTrained
-from btm_cluster.steps.stored import open_text, open_tokenizer
+from btm_cluster.steps.stored import open_blocks, open_tokenizer
 from btm_cluster.steps.training_run import AtMilestone, Trained, run_training
 from btm_cluster.storage.scratch import scratch_folder
 
@@ -71,7 +71,7 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
         if request.pretrained is not None:
             committed = commit(request, *import_model(request, tokens, folder))
         else:
-            texts = [open_text(ledger, text) for text in request.texts]
+            texts = [open_blocks(ledger, text) for text in request.texts]
             try:
                 trained = _train_within_memory(
                     request, ledger, control, texts, tokens.first_token, commit_trained
