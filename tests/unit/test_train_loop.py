@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from btm_cluster.data.blocks import Blocks
+from btm_cluster.data.blocks import END, READ, TEXT, Blocks
 from btm_cluster.errors import DivergedError, Stopped
 from btm_cluster.language_model import training
 from btm_cluster.language_model.attention import leave_causal_masks_out
+from btm_cluster.language_model.batches import blocks_of_update
 from btm_cluster.language_model.compute import Compute
 from btm_cluster.language_model.loss import read_after, read_tokens
 from btm_cluster.language_model.process_group import ProcessGroup
@@ -159,6 +160,37 @@ def test_trying_an_update_out_leaves_the_state_as_it_was(spec: TrainingSpec) -> 
         train(spec, state, Recorded(state))
     torch.testing.assert_close(dict(tried.weights()), dict(untouched.weights()), rtol=0, atol=0)
     torch.testing.assert_close(dict(tried.moments()), dict(untouched.moments()), rtol=0, atol=0)
+
+
+def test_the_loss_is_the_mean_over_predicted_tokens_whatever_else_is_read(
+    spec: TrainingSpec, tmp_path: Path
+) -> None:
+    """Of all micro-batches together, however many each has."""
+    marks = np.random.default_rng(1).choice([READ, READ, TEXT, END], size=(2, 5, 8)).astype(np.uint8)
+    marks[:, :, :5] = READ
+    texts = []
+    for text, own in zip(spec.texts, marks, strict=True):
+        np.save(tmp_path / f"{text.identity}-marks.npy", own)
+        texts.append(replace(text, marks=Blocks([tmp_path / f"{text.identity}-marks.npy"])))
+    spec = replace(
+        spec,
+        texts=tuple(texts),
+        model=MODEL | {"resid_pdrop": 0.0},
+        compute=replace(spec.compute, micro_batch_blocks=1),
+    )
+    state, by_hand = build_state(spec, ALONE), build_state(spec, ALONE)
+    made = Updates(spec, state, ALONE).make()
+    blocks = blocks_of_update(spec, 0, ALONE, None)
+    plain = [text.blocks.take(np.arange(5)).tolist() for text in spec.texts]
+    assert all(block in plain[0] + plain[1] for block in read_tokens(blocks).tolist())
+    logits = by_hand.model(input_ids=read_after(read_tokens(blocks), 0)).logits
+    is_predicted = blocks >= 0
+    loss = torch.nn.functional.cross_entropy(logits[is_predicted], blocks[is_predicted])
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(by_hand.model.parameters(), spec.training.gradient_clip)
+    assert int(made.predicted) == int(is_predicted.sum()) < blocks.numel() / 2
+    torch.testing.assert_close(made.loss, loss.detach())
+    torch.testing.assert_close(made.gradient_norm, norm)
 
 
 def test_development_loss_changes_no_bit_of_a_training_and_has_nothing_compiled_anew(
