@@ -129,7 +129,9 @@ def usable_documents(
             else:
                 bad["an empty document"] += 1
         elif reading.bad_documents == "refuse":
-            other = "name the `field` that holds the text, " if item.reason.startswith(NO_TEXT) else ""
+            other = ""
+            if item.reason.startswith(NO_TEXT):
+                other = "name the `field` that holds the text, or `messages` of chat data, "
             raise TextError(
                 f"the text of {name!r} has a bad document",
                 found=f"{item.where}: {item.reason}",
