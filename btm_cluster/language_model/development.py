@@ -5,7 +5,14 @@ import torch
 from btm_cluster.curve import development_size, development_updates
 from btm_cluster.language_model.batches import split_into_micro_batches
 from btm_cluster.language_model.compute import autocast
-from btm_cluster.language_model.loss import predicted_tokens, read_after, read_tokens, summed_loss
+from btm_cluster.language_model.loss import (
+    head_for,
+    loss_of,
+    predicted_tokens,
+    read_after,
+    read_tokens,
+    summed_loss,
+)
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.training_spec import TrainingSpec
 from btm_cluster.language_model.training_state import TrainingState
@@ -35,6 +42,7 @@ class DevelopmentLoss:
             self._updates.add(spec.first_update)
         self._tokens = int((blocks_DNT >= 0).sum())
         self._blocks_BT = self._own(blocks_DNT).to(spec.compute.device)
+        self._head = head_for(state.model, spec.training.block_tokens)
 
     def is_due(self, update: int) -> bool:
         """Whether it is taken where the training stands at `update`: the same on all ranks."""
@@ -49,9 +57,12 @@ class DevelopmentLoss:
         for blocks_BT in self._passes():
             with autocast(spec.compute.device, spec.compute.precision):
                 read_BT = read_after(read_tokens(blocks_BT), spec.first_token)
+                targets_BT = predicted_tokens(blocks_BT)
+                if self._head is not None:
+                    total += loss_of(model, read_BT, targets_BT, self._head)
+                    continue
                 logits_BTV = model(input_ids=read_BT, use_cache=False).logits
                 parts = max(1, LOSSES_AT_ONCE // logits_BTV[0].numel())
-                targets_BT = predicted_tokens(blocks_BT)
                 for pair in zip(torch.split(logits_BTV, parts), torch.split(targets_BT, parts), strict=True):
                     total += summed_loss(*pair)
         model.train()

@@ -12,7 +12,7 @@ from btm_cluster.language_model.attention import leave_causal_masks_out
 from btm_cluster.language_model.batches import blocks_of_update, split_into_micro_batches
 from btm_cluster.language_model.compute import autocast
 from btm_cluster.language_model.demix_group import DemixGroup
-from btm_cluster.language_model.loss import NextTokenLoss, predicted_tokens, read_after, read_tokens
+from btm_cluster.language_model.loss import NextTokenLoss, head_for, predicted_tokens, read_after, read_tokens
 from btm_cluster.language_model.model import has_dropout
 from btm_cluster.language_model.optimizer import learning_rate_at
 from btm_cluster.language_model.process_group import ProcessGroup
@@ -49,7 +49,8 @@ class Updates:
         if state.share is not None and group.world > 1:
             self.demix = DemixGroup(state.model, state.share)
         self.has_dropout = has_dropout(state.model)
-        self.forward = self._wrap(NextTokenLoss(state.model))
+        self.head = head_for(state.model, spec.training.block_tokens)
+        self.forward = self._wrap(NextTokenLoss(state.model, self.head))
         state.model.train()
 
     def make(self) -> Update:
@@ -144,7 +145,10 @@ class Updates:
             )
         if self.spec.compute.compile:
             leave_causal_masks_out(self.state.model)
-            wrapped.compile(dynamic=False, mode="reduce-overhead" if self._fits_a_graph() else None)
+            if self.head is not None:  # whose pieces are many small operations, and not worth it
+                self.state.model.base_model.compile(dynamic=False)
+            else:
+                wrapped.compile(dynamic=False, mode="reduce-overhead" if self._fits_a_graph() else None)
         return wrapped
 
     def _fits_a_graph(self) -> bool:

@@ -20,8 +20,7 @@ from btm_cluster.ledger.curves import read_curve
 from btm_cluster.operations.plan import preview
 from btm_cluster.operations.run import run_plan
 from btm_cluster.plan import Plan
-from btm_cluster.steps.mixture import load_stored
-from btm_cluster.steps.stored import open_held_out, whole_documents_of
+from btm_cluster.steps.stored import open_held_out, open_model, whole_documents_of
 from btm_cluster.workers.dry_walk import DONE
 from tests.chatting import MARKED, write_conversations, write_tokenizer
 from tests.conftest import in_process, made_up_documents, write_jsonl
@@ -101,7 +100,7 @@ def test_perplexity_and_bits_per_byte_are_of_what_the_assistant_says(chat_plan: 
         ids += [*chat["input_ids"], auto.eos_token_id]
         said += [*map(bool, chat["assistant_masks"]), False]
         bytes_ += sum(len(m["content"].encode()) for m in messages if m["role"] == "assistant")
-    logp = np.array(read_by_transformers(load_stored(ledger, seed), ids, auto.eos_token_id))
+    logp = np.array(read_by_transformers(open_model(ledger, seed), ids, auto.eos_token_id))
     is_said = np.array(said)
     is_text = is_said & (np.array(ids) != auto.convert_tokens_to_ids("<|im_end|>"))
 
@@ -134,7 +133,7 @@ def test_training_and_development_loss_are_of_the_predicted_tokens_alone(
     blocks_NT, is_predicted_NT = open_held_out(ledger, text.tokens["development"], 10**6)
     logp = np.stack(
         [
-            read_by_transformers(load_stored(ledger, Ref("model", expert.identity)), block, 0)
+            read_by_transformers(open_model(ledger, Ref("model", expert.identity)), block, 0)
             for block in blocks_NT.tolist()
         ]
     )
