@@ -8,6 +8,7 @@ from typing import Any
 from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText, training_text
 from btm_cluster.errors import PlanError
 from btm_cluster.forest import Forest
+from btm_cluster.language_model.deltas import trains_of
 from btm_cluster.language_model.demix import check_splits
 from btm_cluster.ledger import Ref
 from btm_cluster.plan import Plan
@@ -87,11 +88,14 @@ def check_demix_fits(plan: Plan, model: Mapping[str, Any], domains: int) -> None
 
 
 def expert_request(prepared: PreparedPlan, domain: PreparedText, start: Start) -> TrainRequest:
-    """An expert: (1-s)·U updates on its domain alone, at its own scale of the learning rate."""
+    """An expert: (1-s)·U updates on its domain alone, at its own scale of the learning rate, of what the plan
+    trains."""
     training = prepared.plan.training
     text = training_text(domain.identity, domain.tokens)
     span = (training.seed_updates, training.updates)
-    return at_experts_rate(prepared, train_request(prepared, domain.name, "expert", (text,), span, start))
+    request = train_request(prepared, domain.name, "expert", (text,), span, start)
+    trains = trains_of(prepared.plan.branching, prepared.model)
+    return at_experts_rate(prepared, replace(request, trains=trains))
 
 
 def at_experts_rate(prepared: PreparedPlan, request: TrainRequest) -> TrainRequest:
@@ -101,8 +105,10 @@ def at_experts_rate(prepared: PreparedPlan, request: TrainRequest) -> TrainReque
 
 
 def seed_start(prepared: PreparedPlan, seed: Ref) -> Start:
-    """Branching from the seed, with its optimiser unless the plan resets it or it has none."""
-    keep = prepared.plan.branching.optimizer == "keep" and prepared.pretrained is None
+    """Branching from the seed, with its optimiser unless the plan resets it, or it has none of what is trained."""
+    branching = prepared.plan.branching
+    has_moments = prepared.pretrained is None and branching.train != "lora"
+    keep = branching.optimizer == "keep" and has_moments
     return Start(seed, keep)
 
 

@@ -9,15 +9,24 @@ from btm_cluster.plan.plan import ClusterPlan, MergingPlan, Plan, plan_schema, r
 from btm_cluster.plan.study import SizePlan, StudyPlan
 from btm_cluster.plan.texts import DatasetPlan, DomainPlan, ReadingPlan, TextPlan
 from btm_cluster.plan.tracking import TrackingPlan
-from btm_cluster.plan.training import ModelPlan, Preset, TrainedTokenizerPlan, TrainingPlan
+from btm_cluster.plan.training import (
+    BranchingPlan,
+    LoraPlan,
+    ModelPlan,
+    Preset,
+    TrainedTokenizerPlan,
+    TrainingPlan,
+)
 
 __all__ = [
+    "BranchingPlan",
     "BudgetPlan",
     "ClusterPlan",
     "DatasetPlan",
     "DomainPlan",
     "ExpansionPlan",
     "InboxPlan",
+    "LoraPlan",
     "MergingPlan",
     "ModelPlan",
     "Plan",

@@ -37,8 +37,10 @@ from btm_cluster.requests.texts import (
     Tokenize,
     TrainTokenizer,
 )
+from btm_cluster.requests.trains import ALL, Lora, Part, Trains
 
 __all__ = [
+    "ALL",
     "AverageRequest",
     "DemixPart",
     "FindOverlap",
@@ -46,9 +48,11 @@ __all__ = [
     "FitText",
     "FittedWeights",
     "ImportTokenizer",
+    "Lora",
     "MergeRequest",
     "MixText",
     "MixingMethod",
+    "Part",
     "PrepareRequest",
     "Pretrained",
     "ReadText",
@@ -66,4 +70,5 @@ __all__ = [
     "TrainRequest",
     "TrainTokenizer",
     "TrainingText",
+    "Trains",
 ]

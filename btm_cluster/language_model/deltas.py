@@ -1,0 +1,78 @@
+"""Experts as deltas: what is trained of a model, what is frozen, and the files that hold what changed.
+
+The frozen part is held in the forward pass's precision; what is trained, in float32.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from btm_cluster.errors import PlanError
+from btm_cluster.language_model.demix import feed_forwards_of
+from btm_cluster.language_model.lora import ADAPTER_FILE, add_adapter, resolve_lora, stored_name
+from btm_cluster.language_model.model import fresh_on_meta
+from btm_cluster.plan import BranchingPlan, LoraPlan
+from btm_cluster.requests import ALL, Trains
+from btm_cluster.requests.trains import Part
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MODEL_FILE = "model.safetensors"
+DELTA_FILE = "delta.safetensors"
+FILES: Mapping[Part, str] = {"all": MODEL_FILE, "feed-forward": DELTA_FILE, "lora": ADAPTER_FILE}
+"""The file of a stored model's weights, by what was trained of them."""
+
+
+def trains_of(branching: BranchingPlan, model: Mapping[str, Any]) -> Trains:
+    """What a plan's experts train of a model, by its configuration.
+
+    Raises:
+        PlanError: the model has no such part, or it cannot be adapted so.
+    """
+    if branching.train == "lora":
+        return Trains("lora", resolve_lora(branching.lora or LoraPlan(), model))
+    if branching.train == "feed-forward":
+        if not feed_forwards_of(fresh_on_meta(model)):
+            raise PlanError(
+                f"branching.train: the feed-forwards of a {model['model_type']} cannot be told from the rest",
+                found="no submodule `mlp` in its layers",
+                expected="decoder layers with a feed-forward called `mlp`, as in gpt2, llama or qwen2",
+                remedy="take `train: lora` or `train: all`",
+            )
+        return Trains("feed-forward")
+    return ALL
+
+
+def freeze(model: "PreTrainedModel", trains: Trains, random_seed: int) -> None:
+    """Freezes all of `model` that is not trained, in place; with LoRA, a fresh adapter is what is trained."""
+    if trains.lora is not None:
+        add_adapter(model, trains.lora, random_seed)
+    elif trains.part == "feed-forward":
+        model.requires_grad_(False)
+        for mlp in feed_forwards_of(model).values():
+            mlp.requires_grad_(True)
+
+
+def hold_frozen_in(model: "PreTrainedModel", precision: str) -> None:
+    """Holds the frozen linear layers in the precision in which they are multiplied.
+
+    Embeddings and norms stay float32, as autocast has them: a forward pass gives the same bits as one with all
+    weights in float32.
+    """
+    if precision == "float32":
+        return
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | Conv1D) and id(module.weight) not in embeddings:
+            for parameter in module.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def trained_names(model: "PreTrainedModel", trains: Trains) -> dict[str, str]:
+    """The names that parameters in training are stored by, by their names in the model."""
+    names = sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return {name: stored_name(name) if trains.lora is not None else name for name in names}
