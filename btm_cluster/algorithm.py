@@ -34,6 +34,7 @@ from btm_cluster.ledger.records import (
 )
 from btm_cluster.plan import Plan
 from btm_cluster.requests import Start, StepRequest, TrainRequest
+from btm_cluster.steps.stored import weights_sha256
 
 MERGE_ATTEMPTS = 100
 
@@ -247,5 +248,4 @@ def _expert(request: TrainRequest, model: Artifact, ledger: Ledger) -> Expert:
     start = ledger.get(request.start.model)
     weights = start.facts.get("weights", {start.identity: 1.0})
     parents = tuple(Parent(identity, weight) for identity, weight in weights.items())
-    sha256 = model.blob("model.safetensors").sha256
-    return Expert(request.label, model.identity, sha256, request.texts[0].text, parents)
+    return Expert(request.label, model.identity, weights_sha256(model), request.texts[0].text, parents)

@@ -21,8 +21,8 @@ from btm_cluster.operations.evaluate import check_text_is_known, evaluate_forest
 from btm_cluster.operations.generate import PROMPTS_AT_ONCE
 from btm_cluster.plan import Plan
 from btm_cluster.session import open_ledger
-from btm_cluster.steps.mixture import forest_with_experts, load_stored, mixture_of_store
-from btm_cluster.steps.stored import documents_of, open_tokenizer, open_transformers_tokenizer
+from btm_cluster.steps.mixture import forest_with_experts, mixture_of_store
+from btm_cluster.steps.stored import documents_of, open_model, open_tokenizer, open_transformers_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -74,7 +74,7 @@ class StoredModel:
         Raises:
             StoreError: the store has lost it.
         """
-        return load_stored(self._ledger, Ref("model", self.identity)).eval()
+        return open_model(self._ledger, Ref("model", self.identity)).eval()
 
 
 class OpenForest:
@@ -204,7 +204,7 @@ class OpenForest:
             if domain is not None:
                 check_text_is_known(self.plan, domain, driver.ledger, self.version)
             average = make_average(find_grown(self.plan, driver, self.version), asked, driver)
-        return load_stored(self._ledger, average.ref).eval()
+        return open_model(self._ledger, average.ref).eval()
 
     def verdict(self) -> Verdict:
         """The comparison with seed and baselines, as `btm evaluate` makes it.

@@ -15,7 +15,8 @@ import torch
 from btm_cluster.errors import UserError
 from btm_cluster.language_model.block_check import logits_of, random_block
 from btm_cluster.language_model.model import LENGTH_FIELDS, config_from, fresh_on_meta, load_model
-from btm_cluster.language_model.tensor_files import names_in_order, read_header, write_cut, write_shards
+from btm_cluster.language_model.stored_weights import FirstRows, StoredWeights, write_shards
+from btm_cluster.language_model.tensor_files import names_in_order
 
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 SHARD_BYTES = 5 * 10**9
@@ -24,7 +25,7 @@ SHARD_BYTES = 5 * 10**9
 
 def write_model(
     config: Path,
-    weights: Path,
+    weights: StoredWeights,
     folder: Path,
     trained_tokens: int | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -37,12 +38,10 @@ def write_model(
     model claims.
     """
     fields = _read(config)
-    shortened = folder / "shortened.safetensors"
     if trained_tokens is not None:
-        fields, weights = _shortened(fields, weights, trained_tokens, shortened)
+        fields, weights = _shortened(fields, weights, trained_tokens)
     _write(folder / CONFIG, fields)
     write_shards(weights, folder, shard_bytes)
-    shortened.unlink(missing_ok=True)
 
 
 def say_block_length(folder: Path, block_tokens: int) -> None:
@@ -51,10 +50,9 @@ def say_block_length(folder: Path, block_tokens: int) -> None:
 
 
 def _shortened(
-    before: dict[str, Any], weights: Path, block_tokens: int, target: Path
-) -> tuple[dict[str, Any], Path]:
-    """The configuration with the trained length, and the weights that fit it, written to `target` where some
-    are cut.
+    before: dict[str, Any], weights: StoredWeights, block_tokens: int
+) -> tuple[dict[str, Any], StoredWeights]:
+    """The configuration with the trained length, and the weights that fit it.
 
     As they were where they claim no more, or where the model would predict something else.
     """
@@ -68,18 +66,15 @@ def _shortened(
     rows = _rows_to_keep(weights, after) if longer else None
     if rows is None:
         return before, weights
-    cut = weights
-    if rows:
-        write_cut(weights, rows, target)
-        cut = target
+    cut = FirstRows(weights, rows)
     # Some architectures compute something else from their length.
     return (after, cut) if _predict_alike(before, weights, after, cut, block_tokens) else (before, weights)
 
 
-def _rows_to_keep(weights: Path, config: Mapping[str, Any]) -> dict[str, int] | None:
+def _rows_to_keep(weights: StoredWeights, config: Mapping[str, Any]) -> dict[str, int] | None:
     """The number of rows to keep, by name, of each tensor that is longer than in the configuration; None where
     a tensor differs in more than its length."""
-    header = read_header(weights)
+    header = weights.header
     wanted = {name: list(tensor.shape) for name, tensor in fresh_on_meta(config).state_dict().items()}
     rows = {}
     for name in names_in_order(header):
@@ -94,14 +89,14 @@ def _rows_to_keep(weights: Path, config: Mapping[str, Any]) -> dict[str, int] | 
 
 def _predict_alike(
     config: Mapping[str, Any],
-    weights: Path,
+    weights: StoredWeights,
     other_config: Mapping[str, Any],
-    other_weights: Path,
+    other_weights: StoredWeights,
     block_tokens: int,
 ) -> bool:
-    def predicted(config: Mapping[str, Any], weights: Path) -> torch.Tensor:
+    def predicted(config: Mapping[str, Any], weights: StoredWeights) -> torch.Tensor:
         model = load_model(config, weights)
-        return logits_of(model, random_block(model.config.vocab_size, block_tokens), str(weights.parent))
+        return logits_of(model, random_block(model.config.vocab_size, block_tokens), str(weights))
 
     try:
         one, other = predicted(config, weights), predicted(other_config, other_weights)

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from btm_cluster.data.tokenizer import TextTokenizer
 from btm_cluster.errors import IncompatibleError, PlanError, one_line
 from btm_cluster.language_model.block_check import check_reads_if_small
+from btm_cluster.language_model.stored_weights import StoredWeights
+from btm_cluster.language_model.tensor_files import names_in_order
 from btm_cluster.plan import ModelPlan, Preset
 
 if TYPE_CHECKING:
@@ -150,22 +152,23 @@ def build_model(config: Mapping[str, Any], random_seed: int) -> "PreTrainedModel
     return _fresh(config)
 
 
-def load_weights(model: "PreTrainedModel", file: Path) -> None:
-    """Loads a safetensors file into `model`, tied weights included.
+def load_weights(model: "PreTrainedModel", weights: StoredWeights) -> None:
+    """Loads stored weights into `model`, tied ones included.
 
     Raises:
         IncompatibleError: naming tensors that are missing, unexpected or of another shape.
     """
     found = ""
     try:
-        missing, unexpected = model.load_state_dict(load_file(file), strict=False)
+        tensors = {name: weights.read(name) for name in names_in_order(weights.header)}
+        missing, unexpected = model.load_state_dict(tensors, strict=False)
         untied = sorted(set(missing) - set(getattr(model, "all_tied_weights_keys", None) or {}))
         found = name_tensors({"missing": untied, "unexpected": unexpected})
     except RuntimeError as exc:  # of other shapes
         found = one_line(exc)
     if found:
         raise IncompatibleError(
-            f"{file.name} does not fit the model",
+            f"{weights} does not fit the model",
             found=found,
             expected="exactly the tensors of its configuration",
             remedy="use the version of transformers by which the model was stored",
@@ -180,12 +183,17 @@ def name_tensors(wrong: Mapping[str, Sequence[str]]) -> str:
     )
 
 
-def load_model(config: Mapping[str, Any], file: Path) -> "PreTrainedModel":
-    """A model with the weights of a safetensors file, in float32."""
+def load_model(
+    config: Mapping[str, Any],
+    weights: StoredWeights,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> "PreTrainedModel":
+    """A model with stored weights."""
     # Built fresh, not on the meta device: buffers that are computed and never stored need their values.
     model = _fresh(config)
-    load_weights(model, file)
-    return model
+    load_weights(model, weights)
+    return model.to(device, dtype)
 
 
 def weights_of(model: "PreTrainedModel") -> dict[str, torch.Tensor]:

@@ -22,6 +22,8 @@ from btm_cluster.language_model.model_files import (
     weight_files,
 )
 from btm_cluster.language_model.pretrained import MODEL_PATTERNS, check_same, model_hash, resolve
+from btm_cluster.language_model.stored_weights import TensorFiles
+from btm_cluster.language_model.tensor_files import WEIGHTS
 from btm_cluster.requests import Pretrained, TrainRequest
 
 if TYPE_CHECKING:
@@ -52,10 +54,10 @@ def import_model(
     check_reads(model, block_tokens, source)
     probe_1T = random_block(tokenizer.vocabulary, block_tokens)
     expected = logits_of(model, probe_1T, source)
-    files = {"model.safetensors": folder / "model.safetensors"}
-    save_weights(_text_weights(model, request.model, source), files["model.safetensors"])
+    files = {WEIGHTS: folder / WEIGHTS}
+    save_weights(_text_weights(model, request.model, source), files[WEIGHTS])
     del model  # one copy at a time
-    found = logits_of(load_model(request.model, files["model.safetensors"]), probe_1T, source)
+    found = logits_of(load_model(request.model, TensorFiles([files[WEIGHTS]])), probe_1T, source)
     apart = float((torch.log_softmax(found, -1) - torch.log_softmax(expected, -1)).abs().max())
     if apart > LARGEST_DIFFERENCE:
         raise UserError(

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -22,6 +21,8 @@ from btm_cluster.equations.averaging import greedy_weights, posterior_weights, u
 from btm_cluster.language_model.compute import autocast, device_of
 from btm_cluster.language_model.loss import read_after
 from btm_cluster.language_model.model import weights_of
+from btm_cluster.language_model.stored_weights import StoredWeights
+from btm_cluster.language_model.tensor_files import names_in_order
 from btm_cluster.requests import Resources
 
 BATCH_BLOCKS = 16
@@ -80,7 +81,7 @@ class Soup:
     def __init__(
         self,
         model: PreTrainedModel,
-        files: Sequence[Path],
+        parts: Sequence[StoredWeights],
         first_token: int,
         how: Resources,
         count: Callable[[], None] = lambda: None,
@@ -91,7 +92,8 @@ class Soup:
         self._device = device_of(how.gpus_per_worker)
         self._model = model.to(self._device).eval()
         self._parts = [
-            {n: t.to(self._device, torch.float32) for n, t in load_file(file).items()} for file in files
+            {n: part.read(n, self._device).to(torch.float32) for n in names_in_order(part.header)}
+            for part in parts
         ]
 
     def __len__(self) -> int:

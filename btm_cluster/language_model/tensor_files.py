@@ -1,17 +1,15 @@
-"""Safetensors files that are read and written one tensor at a time: headers, whole files, and shards.
+"""Safetensors files that are read and written one tensor at a time: headers, and whole files.
 
 Knows the format and nothing of models.
 """
 
 import json
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import safe_open
 
 METADATA = "__metadata__"
 WEIGHTS = "model.safetensors"
@@ -60,43 +58,3 @@ def write_tensors(header: Header, tensors: Iterable[torch.Tensor], target: Path)
             out.write(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
         written = out.tell()
     assert written == 8 + len(encoded) + size, f"wrote {written} bytes, expected {8 + len(encoded) + size}"
-
-
-def write_shards(file: Path, folder: Path, shard_bytes: int) -> list[str]:
-    """Writes the tensors of a file into `folder` as transformers opens them: as one file, or as several of at
-    most `shard_bytes` with an index. Returns the names of all files.
-
-    A tensor that is larger has a file of its own. Memory: one tensor.
-    """
-    header = read_header(file)
-    names = names_in_order(header)
-    split = split_state_dict_into_shards_factory(
-        {name: header[name] for name in names},
-        get_storage_size=size_of,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=shard_bytes,
-    )
-    with safe_open(file, framework="pt") as opened:
-        for shard, own in split.filename_to_tensors.items():
-            write_tensors(header_of(header, own), map(opened.get_tensor, own), folder / shard)
-    if not split.is_sharded:
-        return list(split.filename_to_tensors)
-    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return [*split.filename_to_tensors, INDEX]
-
-
-def write_cut(file: Path, rows: Mapping[str, int], target: Path) -> None:
-    """Writes a file with only the first rows of some of its tensors, by name. Memory: one tensor."""
-    header = read_header(file)
-    cut = {name: _cut_entry(entry, rows[name]) if name in rows else entry for name, entry in header.items()}
-    names = names_in_order(header)
-    with safe_open(file, framework="pt") as opened:
-        read: Callable[[str], torch.Tensor] = opened.get_tensor
-        tensors = (read(name)[: rows[name]] if name in rows else read(name) for name in names)
-        write_tensors(header_of(cut, names), tensors, target)
-
-
-def _cut_entry(entry: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    held, *others = entry["shape"]
-    return {**entry, "shape": [rows, *others], "data_offsets": [0, size_of(entry) // held * rows]}

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from btm_cluster.errors import IntegrityError
@@ -21,9 +20,10 @@ from btm_cluster.language_model.model import build_model, load_weights, save_wei
 from btm_cluster.language_model.optimizer import build_optimizer
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.recording import Recording
+from btm_cluster.language_model.stored_weights import StoredWeights
+from btm_cluster.language_model.tensor_files import WEIGHTS, names_in_order
 from btm_cluster.language_model.training_spec import TrainingSpec
 
-MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 CAUSAL_TOKENS = 8
 """Enough to see whether a model reads from left to right."""
@@ -88,8 +88,10 @@ def build_state(spec: TrainingSpec, group: ProcessGroup) -> TrainingState:
     )
 
 
-def load_state(state: TrainingState, update: int, weights: Path, optimizer: Path | None, name: str) -> None:
-    """Fills `state` with the whole model's weights and moments from files;
+def load_state(
+    state: TrainingState, update: int, weights: StoredWeights, optimizer: StoredWeights | None, name: str
+) -> None:
+    """Fills `state` with the whole model's stored weights and moments;
     without `optimizer`, that starts anew.
 
     In a group each rank takes its own domains of a DEMix; a dense model's feed-forwards are copied for each
@@ -102,7 +104,8 @@ def load_state(state: TrainingState, update: int, weights: Path, optimizer: Path
     """
     load_weights(state.model, weights)
     if optimizer is not None:
-        _load_moments(state, load_file(optimizer), name)
+        tensors = {name: optimizer.read(name) for name in names_in_order(optimizer.header)}
+        _load_moments(state, tensors, name)
     state.update = update
 
 
@@ -133,8 +136,8 @@ def does_not_fit(name: str, found: str) -> IntegrityError:
 def write_state(state: TrainingState, folder: Path, with_optimizer: bool) -> dict[str, Path]:
     """Writes weights, and the optimiser's state where asked, as files below
     `folder`; returns them by name."""
-    files = {MODEL_FILE: folder / MODEL_FILE}
-    save_weights(dict(state.weights()), files[MODEL_FILE])
+    files = {WEIGHTS: folder / WEIGHTS}
+    save_weights(dict(state.weights()), files[WEIGHTS])
     if with_optimizer:
         files[OPTIMIZER_FILE] = folder / OPTIMIZER_FILE
         save_weights(dict(state.moments()), files[OPTIMIZER_FILE])

@@ -18,14 +18,13 @@ from btm_cluster.data.corpus import content_hash
 from btm_cluster.equations.posterior import PriorKind
 from btm_cluster.errors import UserError
 from btm_cluster.forest import Forest
-from btm_cluster.language_model.model import load_model
 from btm_cluster.language_model.scoring import score_blocks, set_up_scoring
 from btm_cluster.ledger import Ledger, Ref
 from btm_cluster.mixing.text_weights import TextWeights, weigh
 from btm_cluster.operations.score import check_sources, documents_of
 from btm_cluster.plan import ReadingPlan, TextPlan
 from btm_cluster.requests import Resources
-from btm_cluster.steps.stored import open_config, open_tokenizer
+from btm_cluster.steps.stored import open_model, open_tokenizer
 from btm_cluster.storage.scratch import scratch_folder
 
 BLOCKS_AT_ONCE = 8
@@ -108,9 +107,7 @@ def _scores(ledger: Ledger, models: Sequence[Ref], tokens_BT: np.ndarray, first_
     for ref in models:
         with scratch_folder() as scratch:
             np.save(scratch / "tokens.npy", tokens_BT)
-            artifact = ledger.get(ref)
-            weights = ledger.open_file(artifact, "model.safetensors")
-            model = load_model(open_config(ledger, artifact), weights)
+            model = open_model(ledger, ref)
             blocks = Blocks([scratch / "tokens.npy"])
             logp: Path = score_blocks(model, blocks, first_token, how, scratch)["logp.npy"]
             found.append(np.load(logp).astype(np.float64))

@@ -12,11 +12,12 @@ from btm_cluster.evaluation.stored_results import stored_results
 from btm_cluster.forest import Forest, Parent
 from btm_cluster.language_model.folder import SHARD_BYTES, say_block_length, write_model
 from btm_cluster.language_model.model_card import Card, Part, Result, card_text
+from btm_cluster.language_model.tensor_files import WEIGHTS
 from btm_cluster.ledger import Artifact, Ledger, Ref
-from btm_cluster.steps.stored import open_tokenizer
+from btm_cluster.steps.stored import open_tokenizer, open_weights
 from btm_cluster.storage.new_folder import new_folder
 
-CARD, CONFIG, WEIGHTS = "README.md", "config.json", "model.safetensors"
+CARD, CONFIG = "README.md", "config.json"
 LICENCES = ("LICENSE", "NOTICE")
 SEED = "the seed"
 
@@ -52,7 +53,7 @@ def write_folder(
         for name, source in files.items():
             if name not in (CARD, CONFIG, WEIGHTS):
                 shutil.copyfile(ledger.open_file(source, name), folder / name)
-        config, weights = (ledger.open_file(one.model, name) for name in (CONFIG, WEIGHTS))
+        config, weights = ledger.open_file(one.model, CONFIG), open_weights(ledger, one.model)
         write_model(config, weights, folder, None if is_pretrained else block_tokens, shard_bytes)
         if not is_pretrained:
             say_block_length(folder, block_tokens)

@@ -20,8 +20,8 @@ from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.mixing.fitting import FULL, Mixing
 from btm_cluster.serving.engine_thread import EngineThread
 from btm_cluster.serving.settings import ServingSettings
-from btm_cluster.steps.mixture import Mixture, engine_of, load_stored
-from btm_cluster.steps.stored import open_tokenizer
+from btm_cluster.steps.mixture import Mixture, engine_of
+from btm_cluster.steps.stored import open_model, open_tokenizer
 
 log = logging.getLogger(__name__)
 ENSEMBLE = "ensemble"
@@ -68,7 +68,7 @@ class LoadedForest:
         self.models: Mapping[Ref, PreTrainedModel]
         self.tokenizer = open_tokenizer(ledger, mixture.tokenizer)
         loaded: Mapping[Ref, PreTrainedModel] = before.models if before is not None else {}
-        self.models = {ref: loaded.get(ref) or load_stored(ledger, ref) for ref in mixture.models.values()}
+        self.models = {ref: loaded.get(ref) or open_model(ledger, ref) for ref in mixture.models.values()}
         self.ensemble = self._thread(list(self.models.values()), mixture)
         self._by_name = dict(self._of_the_ensemble())
         self._elsewhere = dict(self._beside_the_ensemble())
@@ -140,7 +140,7 @@ class LoadedForest:
         gate = Mixing(uniform_prior(torch.zeros(1, dtype=torch.float64)), FULL)
         ref = self._elsewhere[name]
         alone = replace(self.mixture, models={name: ref}, gate=gate, gates={})
-        return Served(self._thread([load_stored(self._ledger, ref)], alone), [name], gate)
+        return Served(self._thread([open_model(self._ledger, ref)], alone), [name], gate)
 
     @property
     def failure(self) -> BaseException | None:

@@ -10,12 +10,12 @@ from btm_cluster.data.tokenizer import TOKENIZER_FILES
 from btm_cluster.equations.averaging import average_tensor
 from btm_cluster.equations.task_vectors import task_arithmetic, ties
 from btm_cluster.errors import IncompatibleError
-from btm_cluster.language_model.averaging import Method, merge_files
-from btm_cluster.language_model.tensor_files import names_in_order, read_header
+from btm_cluster.language_model.averaging import Method, merge_models
+from btm_cluster.language_model.tensor_files import WEIGHTS, names_in_order
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import AverageRequest, FittedWeights, MergeRequest, TaskVectorRequest
 from btm_cluster.requests.progress import Control, Counter, Phase
-from btm_cluster.steps.stored import open_config
+from btm_cluster.steps.stored import open_config, open_weights
 from btm_cluster.storage.scratch import scratch_folder
 
 
@@ -73,12 +73,12 @@ def _commit(
     control: Control,
 ) -> Artifact:
     with scratch_folder() as folder:
-        files = {"model.safetensors": folder / "model.safetensors"}
-        weights = [ledger.open_file(model, "model.safetensors") for model in models]
+        files = {WEIGHTS: folder / WEIGHTS}
+        weights = [open_weights(ledger, model) for model in models]
         phase: Phase = "averaging" if isinstance(request, AverageRequest) else "merging"
-        tensors = len(names_in_order(read_header(weights[0])))
+        tensors = len(names_in_order(weights[0].header))
         counter = Counter(control, request.label, phase, tensors, "tensors")
-        merge_files(weights, method, files["model.safetensors"], counter.add)
+        merge_models(weights, method, files[WEIGHTS], counter.add)
         for name in ("config.json", *TOKENIZER_FILES):
             files[name] = ledger.open_file(models[0], name)
         facts = {"role": "average", **facts, "origin": models[0].facts["origin"]}

@@ -16,8 +16,9 @@ from btm_cluster.curve import CURVE_FILE, Curve
 from btm_cluster.errors import MissingError, StoreError, UserError, one_line
 from btm_cluster.language_model.model import save_weights
 from btm_cluster.language_model.recording import Recording
+from btm_cluster.language_model.stored_weights import TensorFiles
+from btm_cluster.language_model.tensor_files import WEIGHTS
 from btm_cluster.language_model.training_state import (
-    MODEL_FILE,
     OPTIMIZER_FILE,
     TrainingState,
     does_not_fit,
@@ -25,6 +26,7 @@ from btm_cluster.language_model.training_state import (
 )
 from btm_cluster.ledger import Artifact, Ledger, Named
 from btm_cluster.ledger.curves import read_curve
+from btm_cluster.steps.stored import open_weights
 from btm_cluster.storage.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
@@ -42,10 +44,10 @@ def load_stored(
     """
     keep_optimizer = keep_optimizer and source.has(OPTIMIZER_FILE)
     name = f"{source.kind} {source.identity[:12]}"
-    # Both files are known to be whole before either is loaded.
-    weights = ledger.open_file(source, MODEL_FILE)
-    optimizer = ledger.open_file(source, OPTIMIZER_FILE) if keep_optimizer else None
     try:
+        # All files are known to be whole before one is loaded.
+        weights = open_weights(ledger, source)
+        optimizer = TensorFiles([ledger.open_file(source, OPTIMIZER_FILE)]) if keep_optimizer else None
         load_state(state, update, weights, optimizer, name)
     except FileNotFoundError as exc:
         what = f"{name}: a file was deleted while it was read"
@@ -132,8 +134,8 @@ class TrainingCheckpoints:
     ) -> None:
         started = time.monotonic()
         with scratch_folder() as scratch:
-            files = {name: scratch / name for name in (MODEL_FILE, OPTIMIZER_FILE, CURVE_FILE)}
-            save_weights(weights, files[MODEL_FILE])
+            files = {name: scratch / name for name in (WEIGHTS, OPTIMIZER_FILE, CURVE_FILE)}
+            save_weights(weights, files[WEIGHTS])
             save_weights(moments, files[OPTIMIZER_FILE])
             files[CURVE_FILE].write_text(curve.model_dump_json(), encoding="utf-8")
             self._ledger.save_training(self._model, update, files, facts, self._passed_over)

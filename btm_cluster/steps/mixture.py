@@ -18,11 +18,10 @@ from btm_cluster.errors import UserError
 from btm_cluster.forest import Forest
 from btm_cluster.language_model.engine import EnsembleEngine
 from btm_cluster.language_model.engine_opening import EngineSettings
-from btm_cluster.language_model.model import load_model
 from btm_cluster.ledger import Ledger, Ref
 from btm_cluster.ledger.versions import version_of
 from btm_cluster.mixing.fitting import FULL, Mixing
-from btm_cluster.steps.stored import open_config
+from btm_cluster.steps.stored import open_model
 
 
 @dataclass(frozen=True)
@@ -113,14 +112,8 @@ def open_engine(
     Raises:
         UserError: the device has too little memory.
     """
-    models = [load_stored(ledger, model) for model in mixture.models.values()]
+    models = [open_model(ledger, model) for model in mixture.models.values()]
     return engine_of(models, mixture, tokenizer, rows, precision, device)
-
-
-def load_stored(ledger: Ledger, model: Ref) -> PreTrainedModel:
-    """A stored model, on the CPU."""
-    found = ledger.get(model)
-    return load_model(open_config(ledger, found), ledger.open_file(found, "model.safetensors"))
 
 
 def engine_of(

@@ -6,12 +6,11 @@ One model, loaded once, many texts.
 from collections.abc import Iterator, Sequence
 
 from btm_cluster.data.blocks import Blocks
-from btm_cluster.language_model.model import load_model
 from btm_cluster.language_model.scoring import score_blocks, set_up_scoring
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import ScoreRequest
 from btm_cluster.requests.progress import Control, Counter
-from btm_cluster.steps.stored import first_token_of, open_config
+from btm_cluster.steps.stored import first_token_of, open_model
 from btm_cluster.storage.scratch import scratch_folder
 
 
@@ -19,7 +18,7 @@ def score(requests: Sequence[ScoreRequest], ledger: Ledger, control: Control) ->
     """Scores each requested text; all requests name the same model."""
     set_up_scoring(requests[0].how)
     source = ledger.get(requests[0].model)
-    model = load_model(open_config(ledger, source), ledger.open_file(source, "model.safetensors"))
+    model = open_model(ledger, source)
     texts = [
         Blocks([ledger.open_file(ledger.get(ref), "tokens.npy") for ref in request.tokens])
         for request in requests

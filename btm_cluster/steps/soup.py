@@ -4,13 +4,12 @@ One process, one search.
 """
 
 from btm_cluster.errors import TextError
-from btm_cluster.language_model.model import load_model
 from btm_cluster.language_model.soup import Soup, greedy_soup, learned_soup, read_blocks
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import SoupRequest
 from btm_cluster.requests.progress import Control, Counter
 from btm_cluster.steps.average import check_compatible
-from btm_cluster.steps.stored import first_token_of, open_config
+from btm_cluster.steps.stored import first_token_of, open_model, open_weights
 
 
 def search(request: SoupRequest, ledger: Ledger, control: Control) -> Artifact:
@@ -36,9 +35,9 @@ def search(request: SoupRequest, ledger: Ledger, control: Control) -> Artifact:
         raise TextError(
             f"{request.label}: there is no development text", remedy="give the text a development split"
         )
-    config, first_token = open_config(ledger, models[0]), first_token_of(ledger, request.tokens)
-    files = [ledger.open_file(model, "model.safetensors") for model in models]
-    soup = Soup(load_model(config, files[0]), files, first_token, request.how, counter.add)
+    first_token = first_token_of(ledger, request.tokens)
+    parts = [open_weights(ledger, model) for model in models]
+    soup = Soup(open_model(ledger, models[0]), parts, first_token, request.how, counter.add)
     if request.strategy == "greedy":
         found = greedy_soup(soup, reading)
     else:

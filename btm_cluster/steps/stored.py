@@ -1,5 +1,5 @@
 """Stored artifacts as the values that steps work with: documents,
-tokenizers, token blocks, configurations."""
+tokenizers, token blocks, configurations, weights and models."""
 
 import json
 import shutil
@@ -12,9 +12,11 @@ from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.storage.scratch import scratch_folder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from btm_cluster.data.blocks import Blocks
+    from btm_cluster.language_model.stored_weights import StoredWeights
     from btm_cluster.requests import TrainingText
 
 
@@ -68,3 +70,34 @@ def open_blocks(ledger: Ledger, text: "TrainingText") -> "Blocks":
 def open_config(ledger: Ledger, model: Artifact) -> dict[str, Any]:
     """A stored model's configuration."""
     return dict(json.loads(ledger.open_file(model, "config.json").read_text(encoding="utf-8")))
+
+
+def open_weights(ledger: Ledger, model: Artifact) -> "StoredWeights":
+    """A stored model's weights, or those of a training checkpoint; no tensor is read yet."""
+    from btm_cluster.language_model.stored_weights import TensorFiles
+    from btm_cluster.language_model.tensor_files import WEIGHTS
+
+    return TensorFiles([ledger.open_file(model, WEIGHTS)])
+
+
+def open_model(
+    ledger: Ledger,
+    model: Ref | Artifact,
+    device: "torch.device | str" = "cpu",
+    dtype: "torch.dtype | None" = None,
+) -> "PreTrainedModel":
+    """A stored model; in float32 where no `dtype` is named."""
+    import torch
+
+    from btm_cluster.language_model.model import load_model
+
+    found = ledger.get(model) if isinstance(model, Ref) else model
+    weights = open_weights(ledger, found)
+    return load_model(open_config(ledger, found), weights, device, dtype or torch.float32)
+
+
+def weights_sha256(model: Artifact) -> str:
+    """SHA-256 of a stored model's weights."""
+    from btm_cluster.language_model.tensor_files import WEIGHTS
+
+    return model.blob(WEIGHTS).sha256

@@ -18,7 +18,8 @@ from btm_cluster.errors import MissingError, TrainingError
 from btm_cluster.language_model.demix import count_demix_parameters, dense_part
 from btm_cluster.language_model.model import save_weights, write_config
 from btm_cluster.language_model.model_import import import_model
-from btm_cluster.language_model.training_state import MODEL_FILE, write_state
+from btm_cluster.language_model.tensor_files import WEIGHTS
+from btm_cluster.language_model.training_state import write_state
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import DemixPart, TrainRequest
 from btm_cluster.requests.progress import Control, Progress
@@ -63,7 +64,7 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
                 return found  # an attempt before this one has passed it
             control.report(Progress(request.label, "storing"))
             if made.is_demix:
-                return _commit_demix(made, trained, ledger, commit, folder / MODEL_FILE)
+                return _commit_demix(made, trained, ledger, commit, folder / WEIGHTS)
             keeps_optimizer = made.last_update < made.training.updates and not made.weights_only
             files = write_state(trained.state, folder, keeps_optimizer) | _write_curve(trained, folder)
             return commit(made, files, trained.facts, trained.note)
@@ -120,7 +121,7 @@ def _commit_demix(
         raise
     for domain, part in enumerate(request.parts):
         save_weights(dense_part(weights, domain), file)
-        commit(part, {MODEL_FILE: file}, {"role": "demix-part"}, {})
+        commit(part, {WEIGHTS: file}, {"role": "demix-part"}, {})
     total, non_embedding = count_demix_parameters(request.model, len(request.parts))
     facts = {
         "parameters": total,
@@ -153,7 +154,7 @@ def _last_state(request: TrainRequest, ledger: Ledger) -> Path:
         raise MissingError(
             f"{request.label}: the state of its last update is not in the store", remedy="run it again"
         )
-    return ledger.open_file(last, MODEL_FILE)
+    return ledger.open_file(last, WEIGHTS)
 
 
 def _train_within_memory(

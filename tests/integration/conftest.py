@@ -18,12 +18,11 @@ from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText
 from btm_cluster.driver.recipes import seed_request, transformer_lm_request
 from btm_cluster.evaluation.evaluate import Evaluation, evaluate
 from btm_cluster.forest import Forest
-from btm_cluster.language_model.model import load_model
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.operations.run import run_plan
 from btm_cluster.plan import Plan
 from btm_cluster.requests import TrainRequest
-from btm_cluster.steps.stored import documents_of, open_config, open_tokenizer
+from btm_cluster.steps.stored import documents_of, open_model, open_tokenizer
 from tests.conftest import in_process, plan_fields
 
 
@@ -135,10 +134,7 @@ class WrittenForest:
 
     def models(self) -> list[Any]:
         found = [self.ledger.get(Ref("model", expert.identity)) for expert in self.grown.forest.experts]
-        return [
-            load_model(open_config(self.ledger, m), self.ledger.open_file(m, "model.safetensors"))
-            for m in found
-        ]
+        return [open_model(self.ledger, model) for model in found]
 
     def test_documents(self, name: str) -> list[str]:
         text = next(text for text in self.grown.prepared.texts if text.name == name)

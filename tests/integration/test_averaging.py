@@ -24,7 +24,8 @@ from btm_cluster.errors import IncompatibleError
 from btm_cluster.evaluation.evaluate import forest_ensemble
 from btm_cluster.evaluation.fitting import averaged_starts
 from btm_cluster.evaluation.scoring import score_models, stack_of
-from btm_cluster.language_model.averaging import average_files
+from btm_cluster.language_model.averaging import average_models
+from btm_cluster.language_model.stored_weights import TensorFiles
 from btm_cluster.language_model.tensor_files import read_header
 from btm_cluster.ledger import Artifact, Origin, Ref
 from btm_cluster.mixing.fitting import FULL
@@ -80,7 +81,7 @@ def test_an_average_of_files_is_the_float64_average_to_its_dtypes_rounding(
     files = [tmp_path / f"{i}.safetensors" for i in range(3)]
     for model, file in zip(models, files, strict=True):
         save_file(model, file, metadata={"format": "pt"})
-    average_files(files, WEIGHTS, tmp_path / "average.safetensors")
+    average_models([TensorFiles([file]) for file in files], WEIGHTS, tmp_path / "average.safetensors")
     found = load_file(tmp_path / "average.safetensors")
     assert found.keys() == SHAPES.keys()
     for name, tensor in found.items():
@@ -103,7 +104,9 @@ def test_one_hot_weights_give_that_model_bit_for_bit(tmp_path: Path) -> None:
         files = [tmp_path / f"{i}.safetensors" for i in range(3)]
         for model, file in zip(models, files, strict=True):
             save_file(model, file, metadata={"format": "pt"})
-        average_files(files, [0.0, 1.0, 0.0], tmp_path / "average.safetensors")
+        average_models(
+            [TensorFiles([file]) for file in files], [0.0, 1.0, 0.0], tmp_path / "average.safetensors"
+        )
         assert (tmp_path / "average.safetensors").read_bytes() == files[1].read_bytes()
 
 
@@ -129,8 +132,10 @@ def test_tensors_are_matched_by_name_wherever_they_lie_in_a_file(tmp_path: Path)
     save_file(models[0], tmp_path / "0.safetensors")
     write_backwards(models[1], tmp_path / "1.safetensors")
     for order in ([0, 1], [1, 0]):
-        average_files(
-            [tmp_path / f"{i}.safetensors" for i in order], [0.25, 0.75], tmp_path / "average.safetensors"
+        average_models(
+            [TensorFiles([tmp_path / f"{i}.safetensors"]) for i in order],
+            [0.25, 0.75],
+            tmp_path / "average.safetensors",
         )
         for name, tensor in load_file(tmp_path / "average.safetensors").items():
             check_is_average(tensor, [models[i][name] for i in order], [0.25, 0.75])
@@ -154,7 +159,9 @@ def test_other_tensors_are_refused_from_the_headers_alone(change: Change, named:
         (header,) = struct.unpack("<Q", whole[:8])
         (tmp_path / name).write_bytes(whole[: 8 + header])  # no weight is there to be read
     with pytest.raises(IncompatibleError) as refused:
-        average_files([tmp_path / "a", tmp_path / "b"], [0.5, 0.5], tmp_path / "average.safetensors")
+        average_models(
+            [TensorFiles([tmp_path / name]) for name in "ab"], [0.5, 0.5], tmp_path / "average.safetensors"
+        )
     assert refused.value.found.startswith(named)
     assert refused.value.expected.startswith(named)
     assert not (tmp_path / "average.safetensors").exists()
@@ -320,8 +327,8 @@ import sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from btm_cluster.language_model.averaging import average_files
-from btm_cluster.language_model.tensor_files import write_shards
+from btm_cluster.language_model.averaging import average_models
+from btm_cluster.language_model.stored_weights import TensorFiles, write_shards
 
 TENSORS, ROWS = 64, 128  # of 512 kB each: a model of 32 MB
 folder = Path(sys.argv[1])
@@ -333,8 +340,8 @@ def held():  # what the process owns; pages of mapped files are the system's, to
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
 
-average_files(files, [0.2, 0.3, 0.5], folder / "warm.safetensors")
-write_shards(folder / "warm.safetensors", folder, 2**30)
+average_models([TensorFiles([file]) for file in files], [0.2, 0.3, 0.5], folder / "warm.safetensors")
+write_shards(TensorFiles([folder / "warm.safetensors"]), folder, 2**30)
 before, peak = held(), 0
 
 def watch(*_):
@@ -342,8 +349,8 @@ def watch(*_):
     peak = max(peak, held())
 
 sys.setprofile(watch)
-average_files(files, [0.2, 0.3, 0.5], folder / "average.safetensors")
-write_shards(folder / "average.safetensors", folder, 8 * 2**20)
+average_models([TensorFiles([file]) for file in files], [0.2, 0.3, 0.5], folder / "average.safetensors")
+write_shards(TensorFiles([folder / "average.safetensors"]), folder, 8 * 2**20)
 sys.setprofile(None)
 print((peak - before) // (ROWS * 1024 * 4))
 """

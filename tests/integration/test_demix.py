@@ -22,7 +22,6 @@ from btm_cluster.language_model.demix import (
     split_feed_forwards,
 )
 from btm_cluster.language_model.loss import NextTokenLoss, read_after
-from btm_cluster.language_model.model import load_model
 from btm_cluster.language_model.scoring import score_tokens
 from btm_cluster.ledger import Artifact, Ledger, Named
 from btm_cluster.operations.evaluate import find_grown
@@ -32,7 +31,7 @@ from btm_cluster.operations.run import run_plan
 from btm_cluster.operations.verify import verify
 from btm_cluster.plan import Plan, read_plan
 from btm_cluster.requests import TrainRequest
-from btm_cluster.steps.stored import open_blocks
+from btm_cluster.steps.stored import open_blocks, open_model
 from btm_cluster.steps.train import train
 from btm_cluster.steps.training_run import run_training
 from btm_cluster.study.controls import seeded_demix_request
@@ -254,7 +253,7 @@ def test_a_trained_demix_is_a_plain_loop_over_dense_models_that_share_all_but_th
             (plain_loss(model, rows, end) / len(models)).backward()
         adam.step(LINE[update], request)
     for part, model in zip(stored_parts(ledger, request), models, strict=True):
-        found = load_model(request.model, ledger.open_file(part, "model.safetensors"))
+        found = open_model(ledger, part)
         for (name, tensor), (_, expected) in zip(
             found.named_parameters(), model.named_parameters(), strict=True
         ):
@@ -273,7 +272,7 @@ def test_the_parts_of_a_trained_demix_say_of_a_block_what_it_says_when_it_routes
     block = torch.from_numpy(texts[0].take(np.zeros(1, dtype=np.int64)))
     routed = score_tokens(trained.state.model.eval(), block.expand(3, -1), end, request_.how)[0]
     for part, logp in zip(stored_parts(ledger, request_), routed, strict=True):
-        model = load_model(request_.model, ledger.open_file(part, "model.safetensors"))
+        model = open_model(ledger, part)
         torch.testing.assert_close(score_tokens(model, block, end, request_.how)[0][0], logp)
     assert (routed[0] - routed[1]).abs().max() > 0.01
 
@@ -307,9 +306,7 @@ def test_a_demix_of_one_domain_that_branches_from_the_seed_is_the_transformer_lm
     request = seeded_demix_request(prepared, seed)
     run(prepared_store, request)
     (part,) = stored_parts(ledger, request)
-    whole, found = (
-        load_model(request.model, ledger.open_file(one, "model.safetensors")) for one in (dense, part)
-    )
+    whole, found = (open_model(ledger, one) for one in (dense, part))
     for (name, tensor), expected in zip(found.named_parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 

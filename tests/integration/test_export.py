@@ -20,9 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from btm_cluster.cli import app, run_command
 from btm_cluster.equations.perplexity import BYTES, TOKENS, bits_per_byte
-from btm_cluster.language_model.model import load_model
 from btm_cluster.ledger import Artifact, Ledger, Ref
-from btm_cluster.steps.stored import documents_of, open_config
+from btm_cluster.steps.stored import documents_of, open_model
 from tests.conftest import write_jsonl
 from tests.integration.conftest import GrownForest, copy_store
 
@@ -60,7 +59,7 @@ def is_the_stored(folder: Path, model: Artifact, ledger: Ledger) -> None:
     opened, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
-    stored = load_model(open_config(ledger, model), ledger.open_file(model, "model.safetensors"))
+    stored = open_model(ledger, model)
     read = AutoTokenizer.from_pretrained(folder)("harbour market", return_tensors="pt").input_ids
     torch.testing.assert_close(opened.eval()(read).logits, stored.eval()(read).logits, rtol=0, atol=0)
 

@@ -20,7 +20,7 @@ from transformers import (
 from btm_cluster.data.tokenizer import train_tokenizer
 from btm_cluster.driver.prepared_plan import tokenizer_request
 from btm_cluster.errors import PlanError, UserError
-from btm_cluster.language_model.model import full_config, has_dropout, load_model
+from btm_cluster.language_model.model import full_config, has_dropout
 from btm_cluster.language_model.pretrained import pretrained_config, pretrained_model, resolve
 from btm_cluster.ledger import Ref
 from btm_cluster.operations.averages import Average
@@ -29,7 +29,7 @@ from btm_cluster.operations.plan import preview
 from btm_cluster.operations.run import run_plan
 from btm_cluster.plan import ModelPlan, Plan
 from btm_cluster.requests import ImportTokenizer
-from btm_cluster.steps.stored import open_config
+from btm_cluster.steps.stored import open_model
 from tests.conftest import DOMAINS, in_process, made_up_documents, run_all
 
 SMALL = {
@@ -273,9 +273,7 @@ def test_a_merged_folder_claims_the_block_length_that_it_was_trained_on(
     assert not loading["missing_keys"]
     assert not loading["mismatched_keys"]
     average = next(m for m in driver.ledger.list_artifacts("model") if m.facts["role"] == "average")
-    stored = load_model(
-        open_config(driver.ledger, average), driver.ledger.open_file(average, "model.safetensors")
-    )
+    stored = open_model(driver.ledger, average)
     block = torch.arange(32)[None]
     torch.testing.assert_close(ours.eval()(input_ids=block).logits, stored.eval()(input_ids=block).logits)
 

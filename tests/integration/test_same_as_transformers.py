@@ -21,7 +21,7 @@ from btm_cluster.data.tokenizer import TextTokenizer, open_pretrained_tokenizer
 from btm_cluster.driver.prepared_plan import model_config
 from btm_cluster.equations.posterior import Posterior
 from btm_cluster.errors import PlanError, UserError
-from btm_cluster.language_model.averaging import average_files
+from btm_cluster.language_model.averaging import average_models
 from btm_cluster.language_model.engine import EnsembleEngine
 from btm_cluster.language_model.engine_opening import EngineSettings
 from btm_cluster.language_model.model import load_model
@@ -29,6 +29,7 @@ from btm_cluster.language_model.model_import import import_model
 from btm_cluster.language_model.pretrained import pretrained_config, pretrained_model
 from btm_cluster.language_model.prompts import Prompt
 from btm_cluster.language_model.scoring import score_blocks
+from btm_cluster.language_model.stored_weights import TensorFiles
 from btm_cluster.ledger import Ref
 from btm_cluster.mixing.fitting import Mixing
 from btm_cluster.operations.run import run_plan
@@ -163,7 +164,7 @@ def brought_in(folder: Path, into: Path) -> tuple[PreTrainedModel, TextTokenizer
     request = import_request(folder, tokenizer)
     into.mkdir(exist_ok=True)
     files = import_model(request, tokenizer, into)[0]
-    return load_model(request.model, files["model.safetensors"]).eval(), tokenizer
+    return load_model(request.model, TensorFiles([files["model.safetensors"]])).eval(), tokenizer
 
 
 def by_transformers(model: Any, blocks: np.ndarray, first: int) -> np.ndarray:
@@ -434,10 +435,10 @@ def test_buffers_that_differ_are_averaged_and_whole_numbers_must_be_the_same(tmp
     files = [tmp_path / "one", tmp_path / "other"]
     for n, file in enumerate(files):
         save_file({"bias": torch.full((4,), float(n)), "count": torch.tensor(3)}, file)
-    average_files(files, [0.25, 0.75], tmp_path / "average")
+    average_models([TensorFiles([file]) for file in files], [0.25, 0.75], tmp_path / "average")
     average = load_file(tmp_path / "average")
     torch.testing.assert_close(average["bias"], torch.full((4,), 0.75))
     assert average["count"] == 3
     save_file({"bias": torch.zeros(4), "count": torch.tensor(5)}, files[1])
     with pytest.raises(UserError, match="count: whole numbers that differ"):
-        average_files(files, [0.25, 0.75], tmp_path / "average")
+        average_models([TensorFiles([file]) for file in files], [0.25, 0.75], tmp_path / "average")

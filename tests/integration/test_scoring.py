@@ -15,9 +15,10 @@ from btm_cluster.driver.recipes import expert_resources, score_request
 from btm_cluster.errors import TrainingError
 from btm_cluster.language_model.model import load_model
 from btm_cluster.language_model.scoring import _entropy, score_blocks, score_tokens
+from btm_cluster.language_model.stored_weights import TensorFiles
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.requests import Resources
-from btm_cluster.steps.stored import open_config
+from btm_cluster.steps.stored import open_config, open_model
 from tests.conftest import in_process, run_all
 from tests.integration.conftest import GrownForest, copy_store
 from tests.integration.test_mixture import distributions
@@ -63,7 +64,7 @@ def scored(grown: GrownForest) -> tuple[torch.nn.Module, Blocks, int, Resources]
     """An expert, the test blocks of a target, the end-of-text token, and how to score."""
     ledger = grown.driver.ledger
     config = open_config(ledger, grown.experts[0])
-    model = load_model(config, ledger.open_file(grown.experts[0], "model.safetensors"))
+    model = open_model(ledger, grown.experts[0])
     files = [ledger.open_file(ledger.get(ref), "tokens.npy") for ref in grown.text("market").tokens["test"]]
     return model, Blocks(files), config["eos_token_id"], expert_resources(grown.prepared.plan)
 
@@ -163,7 +164,7 @@ def test_a_model_that_diverged_is_a_failure_that_says_so_and_stores_no_scores(
     assert isinstance(outcome, Failure)
     assert "not finite" in outcome.cause
     assert ledger.find(request.ref) is None
-    model = load_model(open_config(ledger, diverged), tmp_path / "model.safetensors")
+    model = load_model(open_config(ledger, diverged), TensorFiles([tmp_path / "model.safetensors"]))
     blocks = Blocks([ledger.open_file(ledger.get(ref), "tokens.npy") for ref in request.tokens])
     with pytest.raises(TrainingError):
         score_blocks(model, blocks, 0, request.how, tmp_path)

@@ -16,7 +16,6 @@ from btm_cluster.evaluation.evaluate import forest_ensemble
 from btm_cluster.evaluation.fitting import average_request, scores_for, soup_request, weight_requests
 from btm_cluster.evaluation.scoring import score_models, stack_of
 from btm_cluster.evaluation.systems import Ensemble, with_seed
-from btm_cluster.language_model.model import load_model
 from btm_cluster.language_model.soup import (
     HELD_OUT_EVERY,
     Reading,
@@ -29,7 +28,7 @@ from btm_cluster.language_model.soup import (
 )
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.operations.gc import find_garbage
-from btm_cluster.steps.stored import open_config
+from btm_cluster.steps.stored import open_config, open_model, open_weights
 from tests.conftest import in_process, run_all
 from tests.integration.conftest import GrownForest, copy_store
 from tests.made import origin
@@ -46,9 +45,9 @@ def soup(grown: GrownForest) -> Soup:
     """The experts and the seed, ready to be mixed."""
     ledger, models = grown.driver.ledger, models_of(grown)
     config = open_config(ledger, models[0])
-    files = [ledger.open_file(model, "model.safetensors") for model in models]
+    parts = [open_weights(ledger, model) for model in models]
     return Soup(
-        load_model(config, files[0]), files, config["eos_token_id"], expert_resources(grown.prepared.plan)
+        open_model(ledger, models[0]), parts, config["eos_token_id"], expert_resources(grown.prepared.plan)
     )
 
 
@@ -180,12 +179,10 @@ def test_a_search_commits_weights_from_which_the_average_is_made(
         [average_request(grown.prepared, ensemble_of(grown), "greedy", grown.text("market"))]
     )
     assert average.facts["weights"] == {identity: weight for identity, weight in weights.items() if weight}
-    model = load_model(
-        open_config(store.ledger, average), store.ledger.open_file(average, "model.safetensors")
-    )
+    model = open_model(store.ledger, average)
     alone = Soup(
         model,
-        [store.ledger.open_file(average, "model.safetensors")],
+        [open_weights(store.ledger, average)],
         open_config(store.ledger, average)["eos_token_id"],
         request.how,
     )

@@ -26,8 +26,8 @@ from btm_cluster.language_model import training
 from btm_cluster.language_model.loss import NextTokenLoss, read_after
 from btm_cluster.language_model.model import build_model
 from btm_cluster.language_model.optimizer import build_optimizer
+from btm_cluster.language_model.tensor_files import WEIGHTS
 from btm_cluster.language_model.training_state import (
-    MODEL_FILE,
     OPTIMIZER_FILE,
     TrainingState,
     write_state,
@@ -82,7 +82,7 @@ class Interrupting(Undisturbed):
 
 def weights_of(model: Artifact) -> dict[str, str]:
     """Hashes of the files in which bit-identical trainings are bit-identical."""
-    files = (MODEL_FILE, OPTIMIZER_FILE, CURVE_FILE)
+    files = (WEIGHTS, OPTIMIZER_FILE, CURVE_FILE)
     return {blob.name: blob.sha256 for blob in model.blobs if blob.name in files}
 
 
@@ -535,7 +535,7 @@ def test_a_training_whose_development_blocks_are_lost_goes_on_without_their_loss
     ledger, request = prepared_store.driver.ledger, prepared_store.seed
     ledger.storage.delete(artifact_key(request.texts[0].development[0]))
     model = run(prepared_store, request)
-    assert weights_of(model)[MODEL_FILE] == undisturbed["seed"][MODEL_FILE]
+    assert weights_of(model)[WEIGHTS] == undisturbed["seed"][WEIGHTS]
     curve = read_curve(ledger, model)
     assert (len(curve.updates), curve.development.updates) == (6, [])
     assert "seed: trains without development loss: the store has no tokens" in caplog.text

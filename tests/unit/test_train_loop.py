@@ -16,10 +16,11 @@ from btm_cluster.language_model.attention import leave_causal_masks_out
 from btm_cluster.language_model.compute import Compute
 from btm_cluster.language_model.loss import NO_TOKEN, read_after
 from btm_cluster.language_model.process_group import ProcessGroup
+from btm_cluster.language_model.stored_weights import TensorFiles
+from btm_cluster.language_model.tensor_files import WEIGHTS
 from btm_cluster.language_model.training import UpdateReport, train
 from btm_cluster.language_model.training_spec import TextBlocks, TrainingSpec
 from btm_cluster.language_model.training_state import (
-    MODEL_FILE,
     OPTIMIZER_FILE,
     TrainingState,
     build_state,
@@ -131,7 +132,8 @@ def test_a_stop_saves_what_there_is_and_a_state_loaded_from_it_ends_in_the_same_
     assert callbacks.calls[-1] == ("save and wait", 3)
     write_state(cut, tmp_path, with_optimizer=True)
     resumed = build_state(spec, ALONE)
-    load_state(resumed, 3, tmp_path / MODEL_FILE, tmp_path / OPTIMIZER_FILE, "a test's state")
+    stored, moments = (TensorFiles([tmp_path / name]) for name in (WEIGHTS, OPTIMIZER_FILE))
+    load_state(resumed, 3, stored, moments, "a test's state")
     train(spec, resumed, Recorded(resumed))
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(resumed)[name]), name
