@@ -9,20 +9,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from btm_cluster.errors import PlanError
+from btm_cluster.errors import IncompatibleError, PlanError
 from btm_cluster.language_model.demix import feed_forwards_of
 from btm_cluster.language_model.lora import ADAPTER_FILE, add_adapter, resolve_lora, stored_name
-from btm_cluster.language_model.model import fresh_on_meta
-from btm_cluster.plan import BranchingPlan, LoraPlan
-from btm_cluster.requests import ALL, Trains
-from btm_cluster.requests.trains import Part
+from btm_cluster.language_model.model import fresh_on_meta, name_tensors
+from btm_cluster.language_model.stored_weights import StoredWeights
+from btm_cluster.language_model.tensor_files import WEIGHTS, names_in_order
+from btm_cluster.plan import ALL, BranchingPlan, LoraPlan, Part, Trains
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MODEL_FILE = "model.safetensors"
-DELTA_FILE = "delta.safetensors"
-FILES: Mapping[Part, str] = {"all": MODEL_FILE, "feed-forward": DELTA_FILE, "lora": ADAPTER_FILE}
+FILES: Mapping[Part, str] = {"all": WEIGHTS, "feed-forward": "delta.safetensors", "lora": ADAPTER_FILE}
 """The file of a stored model's weights, by what was trained of them."""
 
 
@@ -76,3 +74,31 @@ def trained_names(model: "PreTrainedModel", trains: Trains) -> dict[str, str]:
     """The names that parameters in training are stored by, by their names in the model."""
     names = sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     return {name: stored_name(name) if trains.lora is not None else name for name in names}
+
+
+@torch.no_grad()
+def load_trained(model: "PreTrainedModel", trains: Trains, weights: StoredWeights) -> None:
+    """Loads what was stored of a training into what is trained of `model`.
+
+    Raises:
+        IncompatibleError: naming tensors that are missing, unexpected or of another shape.
+    """
+    parameters, names = dict(model.named_parameters()), trained_names(model, trains)
+    there = {*names_in_order(weights.header)}
+    shapes = {stored: list(parameters[name].shape) for name, stored in names.items()}
+    wrong = {
+        "missing": sorted(shapes.keys() - there),
+        "unexpected": sorted(there - shapes.keys()),
+        "of another shape": [
+            n for n in sorted(there & shapes.keys()) if weights.header[n]["shape"] != shapes[n]
+        ],
+    }
+    if found := name_tensors(wrong):
+        raise IncompatibleError(
+            f"{weights} does not fit the model",
+            found=found,
+            expected="exactly the tensors that are trained",
+            remedy="use the versions of transformers and peft by which it was stored",
+        )
+    for name, stored in names.items():
+        parameters[name].copy_(weights.read(stored))

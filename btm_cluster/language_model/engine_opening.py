@@ -94,8 +94,13 @@ def in_precision(model: PreTrainedModel, precision: str) -> PreTrainedModel:
     return model
 
 
+def bytes_of(models: Sequence[PreTrainedModel]) -> int:
+    """Bytes of the models' parameters, those that they share once."""
+    return sum({id(one): one.nbytes for model in models for one in model.parameters()}.values())
+
+
 def _too_little_memory(models: Sequence[PreTrainedModel], settings: EngineSettings) -> UserError:
-    weights = sum(parameter.nbytes for model in models for parameter in model.parameters())
+    weights = bytes_of(models)
     return UserError(
         "the models do not fit on the device",
         found=f"{len(models)} models of {weights / 1e9:.1f} GB in all, and {settings.rows} rows of "

@@ -16,9 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from btm_cluster.errors import PlanError
 from btm_cluster.language_model.model import fresh_on_meta
-from btm_cluster.plan import LoraPlan
+from btm_cluster.language_model.stored_weights import StoredWeights
+from btm_cluster.plan import Lora, LoraPlan
 from btm_cluster.plan.training import ALL_LINEAR
-from btm_cluster.requests import Lora
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -99,18 +99,15 @@ def add_adapter(model: "PreTrainedModel", lora: Lora, random_seed: int) -> None:
     inject_adapter_in_model(_config_for(lora, model), model, _ADAPTER)
 
 
-def put_adapter(
-    model: "PreTrainedModel", lora: Lora, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
-) -> None:
-    """Puts a stored adapter into `model`, in place, on the device of its layers."""
+def put_adapter(model: "PreTrainedModel", lora: Lora, adapter: StoredWeights) -> None:
+    """Puts a stored adapter into `model`, in place, in its type and on its device."""
     from peft import inject_adapter_in_model
 
     inject_adapter_in_model(_config_for(lora, model), model, _ADAPTER, low_cpu_mem_usage=True)
-    device = model.device
-    for name in [name for name, p in model.named_parameters() if p.is_meta]:
+    for name in [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         owner, _, own = name.rpartition(".")
-        weight = torch.nn.Parameter(tensors[stored_name(name)].to(device, dtype), requires_grad=False)
-        setattr(model.get_submodule(owner), own, weight)
+        tensor = adapter.read(stored_name(name)).to(model.device, model.dtype, copy=True)
+        setattr(model.get_submodule(owner), own, torch.nn.Parameter(tensor, requires_grad=False))
 
 
 def stored_name(name: str) -> str:
@@ -132,6 +129,11 @@ def adapter_config(lora: Lora, model: Mapping[str, Any], base: str | None = None
     fields.pop("peft_version", None)
     named = {"base_model_name_or_path": base, "inference_mode": True, "target_modules": list(lora.modules)}
     return {**fields, "peft_type": "LORA", "task_type": "CAUSAL_LM", **named}
+
+
+def lora_of(config: Mapping[str, Any]) -> Lora:
+    """The adapter that an adapter_config.json describes."""
+    return Lora(config["r"], float(config["lora_alpha"]), tuple(sorted(config["target_modules"])))
 
 
 def write_adapter_config(config: Mapping[str, Any], folder: Path) -> Path:

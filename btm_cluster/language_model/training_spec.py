@@ -8,8 +8,7 @@ import torch
 
 from btm_cluster.data.blocks import Blocks
 from btm_cluster.language_model.compute import Compute
-from btm_cluster.plan import TrainingPlan
-from btm_cluster.requests import ALL, Trains
+from btm_cluster.plan import ALL, TrainingPlan, Trains
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,10 @@ from btm_cluster.plan.training import (
     TrainedTokenizerPlan,
     TrainingPlan,
 )
+from btm_cluster.plan.trains import ALL, Lora, Part, Trains
 
 __all__ = [
+    "ALL",
     "BranchingPlan",
     "BudgetPlan",
     "ClusterPlan",
@@ -26,9 +28,11 @@ __all__ = [
     "DomainPlan",
     "ExpansionPlan",
     "InboxPlan",
+    "Lora",
     "LoraPlan",
     "MergingPlan",
     "ModelPlan",
+    "Part",
     "Plan",
     "Preset",
     "ReadingPlan",
@@ -38,6 +42,7 @@ __all__ = [
     "TrackingPlan",
     "TrainedTokenizerPlan",
     "TrainingPlan",
+    "Trains",
     "plan_schema",
     "read_plan",
 ]

@@ -37,10 +37,8 @@ from btm_cluster.requests.texts import (
     Tokenize,
     TrainTokenizer,
 )
-from btm_cluster.requests.trains import ALL, Lora, Part, Trains
 
 __all__ = [
-    "ALL",
     "AverageRequest",
     "DemixPart",
     "FindOverlap",
@@ -48,11 +46,9 @@ __all__ = [
     "FitText",
     "FittedWeights",
     "ImportTokenizer",
-    "Lora",
     "MergeRequest",
     "MixText",
     "MixingMethod",
-    "Part",
     "PrepareRequest",
     "Pretrained",
     "ReadText",
@@ -70,5 +66,4 @@ __all__ = [
     "TrainRequest",
     "TrainTokenizer",
     "TrainingText",
-    "Trains",
 ]

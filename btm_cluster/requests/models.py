@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeAlias
 
 from btm_cluster.identity import Inputs, Ref, identity_of, plain_inputs
-from btm_cluster.plan import TrainingPlan
+from btm_cluster.plan import ALL, TrainingPlan, Trains
 from btm_cluster.requests.request import Resources, StepRequest, texts_of
-from btm_cluster.requests.trains import ALL, Trains
 
 _TRAINING = {
     "block_tokens",

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from btm_cluster.data.corpus import read_shard
 from btm_cluster.data.tokenizer import TOKENIZER_FILES, TextTokenizer, load_tokenizer
-from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.errors import MissingError
+from btm_cluster.ledger import Artifact, Ledger, Ref, artifact_key
 from btm_cluster.storage.scratch import scratch_folder
 
 if TYPE_CHECKING:
@@ -72,12 +73,63 @@ def open_config(ledger: Ledger, model: Artifact) -> dict[str, Any]:
     return dict(json.loads(ledger.open_file(model, "config.json").read_text(encoding="utf-8")))
 
 
-def open_weights(ledger: Ledger, model: Artifact) -> "StoredWeights":
-    """A stored model's weights, or those of a training checkpoint; no tensor is read yet."""
-    from btm_cluster.language_model.stored_weights import TensorFiles
-    from btm_cluster.language_model.tensor_files import WEIGHTS
+def open_stored(ledger: Ledger, model: Artifact) -> "StoredWeights":
+    """The tensors that a stored model, or a training checkpoint, itself holds: all, or what changed of its base.
 
-    return TensorFiles([ledger.open_file(model, WEIGHTS)])
+    None is read yet.
+    """
+    from btm_cluster.language_model.stored_weights import TensorFiles
+
+    return TensorFiles([ledger.open_file(model, _weights_file(model))])
+
+
+def open_weights(ledger: Ledger, model: Artifact) -> "StoredWeights":
+    """A stored model's weights: of one that holds what changed of its base, those of the whole model that it is.
+
+    No tensor is read yet.
+
+    Raises:
+        MissingError: its base is gone.
+        IncompatibleError: its base is another model.
+    """
+    stored = open_stored(ledger, model)
+    if not model.is_delta:
+        return stored
+    from btm_cluster.language_model.delta_weights import ChangedWeights, LoraWeights
+
+    base = open_weights(ledger, base_of(ledger, model))
+    if model.facts["trains"] != "lora":
+        return ChangedWeights(base, stored)
+    config = open_adapter_config(ledger, model)
+    return LoraWeights(base, stored, config["lora_alpha"] / config["r"], config["fan_in_fan_out"])
+
+
+def base_of(ledger: Ledger, delta: Artifact) -> Artifact:
+    """The model of which `delta` holds what changed.
+
+    Raises:
+        MissingError: it was purged, or the store has lost it.
+    """
+    (base,) = delta.inputs["start"]
+    found = ledger.find(base)
+    if found is None:
+        is_purged = bool(ledger.tombstones.purged_among([base]))
+        raise MissingError(
+            f"{delta.kind} {delta.identity[:12]} holds only what changed of its base, {base}",
+            found=f"the base {'was purged' if is_purged else 'is not in the store'}",
+            expected=artifact_key(base),
+            remedy="take its domain out of the forest (`btm forest remove`), and train it anew by another name"
+            if is_purged
+            else "restore the base from a backup",
+        )
+    return found
+
+
+def open_adapter_config(ledger: Ledger, model: Artifact) -> dict[str, Any]:
+    """PEFT's configuration of a stored adapter."""
+    from btm_cluster.language_model.lora import ADAPTER_CONFIG
+
+    return dict(json.loads(ledger.open_file(model, ADAPTER_CONFIG).read_text(encoding="utf-8")))
 
 
 def open_model(
@@ -97,7 +149,11 @@ def open_model(
 
 
 def weights_sha256(model: Artifact) -> str:
-    """SHA-256 of a stored model's weights."""
-    from btm_cluster.language_model.tensor_files import WEIGHTS
+    """SHA-256 of a stored model's weights, or of what it holds of them."""
+    return model.blob(_weights_file(model)).sha256
 
-    return model.blob(WEIGHTS).sha256
+
+def _weights_file(model: Artifact) -> str:
+    from btm_cluster.language_model.deltas import FILES
+
+    return FILES[model.facts.get("trains", "all")]

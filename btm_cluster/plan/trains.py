@@ -43,5 +43,10 @@ class Trains:
             return {}
         return {"trains": {"part": self.part} | (asdict(self.lora) if self.lora else {})}
 
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """Its place in an artifact's facts, by which the artifact is known to need its start."""
+        return {"trains": self.part} if self.is_delta else {}
+
 
 ALL = Trains()
