@@ -89,12 +89,16 @@ def check_demix_fits(plan: Plan, model: Mapping[str, Any], domains: int) -> None
 
 def expert_request(prepared: PreparedPlan, domain: PreparedText, start: Start) -> TrainRequest:
     """An expert: (1-s)·U updates on its domain alone, at its own scale of the learning rate, of what the plan
-    trains."""
+    trains.
+
+    LoRA's matrices are new, and no start has moments of them.
+    """
     training = prepared.plan.training
     text = training_text(domain.identity, domain.tokens)
     span = (training.seed_updates, training.updates)
-    request = train_request(prepared, domain.name, "expert", (text,), span, start)
     trains = trains_of(prepared.plan.branching, prepared.model)
+    start = replace(start, keep_optimizer=start.keep_optimizer and trains.lora is None)
+    request = train_request(prepared, domain.name, "expert", (text,), span, start)
     return at_experts_rate(prepared, replace(request, trains=trains))
 
 
@@ -105,10 +109,8 @@ def at_experts_rate(prepared: PreparedPlan, request: TrainRequest) -> TrainReque
 
 
 def seed_start(prepared: PreparedPlan, seed: Ref) -> Start:
-    """Branching from the seed, with its optimiser unless the plan resets it, or it has none of what is trained."""
-    branching = prepared.plan.branching
-    has_moments = prepared.pretrained is None and branching.train != "lora"
-    keep = branching.optimizer == "keep" and has_moments
+    """Branching from the seed, with its optimiser unless the plan resets it or it has none."""
+    keep = prepared.plan.branching.optimizer == "keep" and prepared.pretrained is None
     return Start(seed, keep)
 
 

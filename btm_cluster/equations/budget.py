@@ -30,6 +30,11 @@ def trained_bytes(parameters: int) -> int:
     return parameters * 4 * 4
 
 
+def frozen_bytes(parameters: int) -> int:
+    """Bytes of memory that frozen weights take beside those that are trained, at least: in bfloat16."""
+    return parameters * 2
+
+
 def training_flops_per_token(
     parameters: int, layers: int, width: int, block_tokens: int, trained: int | None = None
 ) -> int:

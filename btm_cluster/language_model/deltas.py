@@ -3,7 +3,9 @@
 The frozen part is held in the forward pass's precision; what is trained, in float32.
 """
 
+import json
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +13,13 @@ from transformers.pytorch_utils import Conv1D
 
 from btm_cluster.errors import IncompatibleError, PlanError
 from btm_cluster.language_model.demix import feed_forwards_of
-from btm_cluster.language_model.lora import ADAPTER_FILE, add_adapter, resolve_lora, stored_name
+from btm_cluster.language_model.lora import (
+    ADAPTER_FILE,
+    add_adapter,
+    count_adapter,
+    resolve_lora,
+    stored_name,
+)
 from btm_cluster.language_model.model import fresh_on_meta, name_tensors
 from btm_cluster.language_model.stored_weights import StoredWeights
 from btm_cluster.language_model.tensor_files import WEIGHTS, names_in_order
@@ -42,6 +50,23 @@ def trains_of(branching: BranchingPlan, model: Mapping[str, Any]) -> Trains:
             )
         return Trains("feed-forward")
     return ALL
+
+
+def count_trained(model: Mapping[str, Any], trains: Trains) -> tuple[int, int]:
+    """How many parameters are trained of a model, by its configuration, and so stored; and how many are frozen."""
+    return _count(json.dumps(model, sort_keys=True), trains)
+
+
+@cache
+def _count(model: str, trains: Trains) -> tuple[int, int]:
+    fresh = fresh_on_meta(json.loads(model))
+    whole = sum(parameter.numel() for parameter in fresh.parameters())
+    if trains.lora is not None:
+        return count_adapter(trains.lora, fresh), whole
+    if trains.part == "all":
+        return whole, 0
+    own = sum(p.numel() for mlp in feed_forwards_of(fresh).values() for p in mlp.parameters())
+    return own, whole - own
 
 
 def freeze(model: "PreTrainedModel", trains: Trains, random_seed: int) -> None:

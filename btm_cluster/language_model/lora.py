@@ -72,6 +72,16 @@ def _linear_layers(model: "PreTrainedModel") -> dict[str, torch.nn.Linear | Conv
     }
 
 
+def count_adapter(lora: Lora, model: "PreTrainedModel") -> int:
+    """How many parameters an adapter of `model` has."""
+    return sum(lora.rank * sum(layer.weight.shape) for layer in _adapted(lora, model))
+
+
+def _adapted(lora: Lora, model: "PreTrainedModel") -> list[torch.nn.Linear | Conv1D]:
+    layers = _linear_layers(model).items()
+    return [layer for name, layer in layers if any(_is_called(name, module) for module in lora.modules)]
+
+
 def _is_called(name: str, module: str) -> bool:
     """Whether PEFT takes a layer's name for one of its `target_modules`."""
     return f".{name}".endswith(f".{module}")
@@ -146,11 +156,9 @@ def write_adapter_config(config: Mapping[str, Any], folder: Path) -> Path:
 def _config_for(lora: Lora, model: "PreTrainedModel") -> "LoraConfig":
     from peft import LoraConfig
 
-    layers = _linear_layers(model).items()
-    adapted = (layer for name, layer in layers if any(_is_called(name, module) for module in lora.modules))
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         target_modules=list(lora.modules),
-        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in adapted),
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in _adapted(lora, model)),
     )

@@ -488,4 +488,5 @@ def test_a_newer_version_takes_over_while_requests_are_under_way(
         assert "expert:orchard" not in [model.id for model in server.client.models.list()]
         now = server.live.current.shared
         unchanged = [ref for ref in first.models.values() if now.find(ref)]
-        assert unchanged and all(now.find(ref) is before.shared.find(ref) for ref in unchanged)
+        assert unchanged
+        assert all(now.find(ref) is before.shared.find(ref) for ref in unchanged)
