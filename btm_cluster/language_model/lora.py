@@ -58,7 +58,7 @@ def _resolved(model: str, rank: int, alpha: float, modules: tuple[str, ...] | No
                 "branching.lora.rank is above the width of a layer",
                 found=f"rank {rank}, and {name} of {' × '.join(map(str, layers[name].weight.shape))}",
                 expected=f"at most {narrowest}, where the adapter already holds any change of that layer",
-                remedy="lower the rank, or train: all",
+                remedy="lower the rank, or leave such layers out of branching.lora.modules",
             )
     return Lora(rank, alpha, modules)
 

@@ -172,7 +172,7 @@ def _what(forest: Forest, one: ForestModel) -> str:
     if model.facts["role"] != "average":
         tokens = model.facts["tokens"]
         how = {"lora": " with LoRA", "feed-forward": ", its feed-forwards alone"}.get(
-            model.facts.get("trains"), ""
+            str(model.facts.get("trains")), ""
         )
         return f"The expert of the domain {one.name}, trained{how} on {tokens:,} tokens of it, {method}"
     if "base" not in model.inputs:
