@@ -39,8 +39,7 @@ def resolve_lora(plan: LoraPlan, model: Mapping[str, Any]) -> Lora:
         PlanError: a name that none of its linear layers has, or a rank above a layer's width.
     """
     modules = None if ALL_LINEAR in plan.modules else tuple(sorted({*plan.modules}))
-    alpha = 2.0 * plan.rank if plan.alpha is None else plan.alpha
-    return _resolved(json.dumps(model, sort_keys=True), plan.rank, alpha, modules)
+    return _resolved(json.dumps(model, sort_keys=True), plan.rank, plan.alpha, modules)
 
 
 @cache

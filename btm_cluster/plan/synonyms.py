@@ -40,7 +40,7 @@ _CONFIG = Synonym("model.config", "such as {model_type: gpt2, n_layer: 4, n_embd
 _PRETRAINED = Synonym("model.pretrained", "with the same name as `tokenizer.pretrained`")
 _DOMAINS = Synonym("domains", "an expert for each entry of the list")
 _LORA_RANK = Synonym("branching.lora.rank", "with `train: lora`")
-_LORA_ALPHA = Synonym("branching.lora.alpha", "with `train: lora`; without it, twice the rank")
+_LORA_ALPHA = Synonym("branching.lora.alpha", "with `train: lora`")
 _LORA_MODULES = Synonym("branching.lora.modules", "with `train: lora`; a list of names, or all-linear")
 _CHECKPOINTS = Synonym("cluster.checkpoint_minutes", "in minutes")
 

@@ -109,11 +109,15 @@ class LoraPlan(Section):
 
     rank: Positive = 16
     """Rows of A, columns of B. Enough for a domain of some million tokens; more text wants more: 64 to 256."""
-    alpha: PositiveReal | None = None
-    """ΔW is scaled by alpha/rank. Without it twice the rank, as adapters are mostly trained: a scale of 2."""
+    alpha: PositiveReal = 32.0
+    """ΔW is scaled by alpha/rank: by 2 at rank 16, as is the habit. Where it stays as the rank changes, so does
+    the best learning rate.
+
+    Source: Schulman et al., 2025, LoRA Without Regret.
+    """
     modules: Modules = (ALL_LINEAR,)
     """Linear layers that are adapted: names such as [q_proj, v_proj], or PEFT's `all-linear`, all of the decoder
-    layers. Adapters on attention alone, which was LoRA's first habit, learn less at any rank."""
+    layers. Adapters beside attention alone, LoRA's first habit, learn less at equal size (same source)."""
 
 
 LORA_RATE_SCALE = 10.0

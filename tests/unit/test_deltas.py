@@ -266,13 +266,13 @@ def test_a_state_of_other_names_is_refused(tmp_path: Path) -> None:
 
 def test_what_a_plan_trains_is_named_by_layers_whichever_way_it_is_written() -> None:
     every = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
-    assert trains_of(LORA, MODELS["llama"]) == Trains("lora", Lora(3, 6.0, every))
+    assert trains_of(LORA, MODELS["llama"]) == Trains("lora", Lora(3, 32.0, every))
     some = {"rank": 8, "modules": ["v_proj", "q_proj", "v_proj"]}
     found = trains_of(BranchingPlan.model_validate({"train": "lora", "lora": some}), MODELS["llama"])
-    assert found.lora == Lora(8, 16.0, ("q_proj", "v_proj"))
+    assert found.lora == Lora(8, 32.0, ("q_proj", "v_proj"))
     one = BranchingPlan.model_validate({"train": "lora", "lora": {"modules": "self_attn.q_proj", "alpha": 4}})
     assert trains_of(one, MODELS["llama"]).lora == Lora(16, 4.0, ("self_attn.q_proj",))
-    assert trains_of(LORA, MODELS["gpt2"]).lora == Lora(3, 6.0, ("c_attn", "c_fc", "c_proj"))
+    assert trains_of(LORA, MODELS["gpt2"]).lora == Lora(3, 32.0, ("c_attn", "c_fc", "c_proj"))
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ def test_an_adapters_configuration_is_the_same_bytes_in_any_process(tmp_path: Pa
     written = write_adapter_config(adapter_config(lora, MODELS["gpt2"]), tmp_path).read_text()
     fields = json.loads(written)
     assert fields["target_modules"] == sorted(fields["target_modules"])
-    assert (fields["r"], fields["lora_alpha"], fields["fan_in_fan_out"]) == (3, 6, True)
+    assert (fields["r"], fields["lora_alpha"], fields["fan_in_fan_out"]) == (3, 32, True)
     assert "peft_version" not in fields
 
 
