@@ -157,7 +157,7 @@ def _config_for(lora: Lora, model: "PreTrainedModel") -> "LoraConfig":
 
     return LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,  # as PEFT itself writes it
         target_modules=list(lora.modules),
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in _adapted(lora, model)),
     )

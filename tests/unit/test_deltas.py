@@ -29,12 +29,13 @@ from btm_cluster.language_model.training_state import (
     OPTIMIZER_FILE,
     TrainingState,
     build_state,
+    load_moments,
     load_state,
     write_state,
 )
 from btm_cluster.language_model.update import Updates
 from btm_cluster.language_model.utilisation import utilisation
-from btm_cluster.plan import BranchingPlan, Lora, TrainingPlan, Trains
+from btm_cluster.plan import ALL, BranchingPlan, Lora, TrainingPlan, Trains
 from btm_cluster.requests import Resources
 from tests.unit.test_train_loop import Recorded
 
@@ -152,6 +153,20 @@ def test_a_training_that_was_cut_ends_in_the_same_bits(started: Started) -> None
     found = dict(resumed.weights())
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_feed_forwards_keep_the_moments_that_their_base_has_of_them(tmp_path: Path) -> None:
+    started = Started("llama", FEED_FORWARD, tmp_path)
+    of_all = replace(started.spec, trains=ALL, from_scratch=True)
+    whole = build_state(of_all, ALONE)
+    train(of_all, whole, Recorded(whole))
+    kept = dict(whole.moments())
+    save_weights(kept, tmp_path / OPTIMIZER_FILE)
+    state = started.fresh()
+    load_moments(state, TensorFiles([tmp_path / OPTIMIZER_FILE]), "the base")
+    found = dict(state.moments())
+    assert found.keys() == {"step", *(name for name in kept if ".mlp." in name)}
+    assert all(torch.equal(found[name], kept[name]) for name in found)
 
 
 @pytest.mark.filterwarnings(
