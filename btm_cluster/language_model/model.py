@@ -4,22 +4,20 @@ and saving in Hugging Face layout."""
 import difflib
 import json
 import math
-import os
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from btm_cluster.data.tokenizer import TextTokenizer
 from btm_cluster.errors import IncompatibleError, PlanError, one_line
 from btm_cluster.language_model.block_check import check_reads_if_small
 from btm_cluster.language_model.stored_weights import StoredWeights
-from btm_cluster.language_model.tensor_files import names_in_order
+from btm_cluster.language_model.tensor_files import Header, layout, names_in_order, write_tensors
 from btm_cluster.plan import ModelPlan, Preset
 
 if TYPE_CHECKING:
@@ -153,27 +151,88 @@ def build_model(config: Mapping[str, Any], random_seed: int) -> "PreTrainedModel
 
 
 def load_weights(model: "PreTrainedModel", weights: StoredWeights) -> None:
-    """Loads stored weights into `model`, tied ones included.
+    """Loads stored weights into `model`, tied ones included, in its own dtypes.
 
     Raises:
-        IncompatibleError: naming tensors that are missing, unexpected or of another shape.
+        IncompatibleError: naming tensors that are missing, unexpected or of another shape or dtype.
     """
+    _check_dtypes(model, weights)
+    _load(model, {name: weights.read(name) for name in names_in_order(weights.header)}, weights)
+
+
+def load_model(
+    config: Mapping[str, Any],
+    weights: StoredWeights,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> "PreTrainedModel":
+    """A model with stored weights; `dtype` is that of its parameters, as `in_precision` has it.
+
+    Memory: the model, and one tensor as it is stored.
+
+    Raises:
+        IncompatibleError: as for `load_weights`.
+    """
+    model = in_precision(fresh_without_values(config), dtype)
+    _check_dtypes(model, weights)
+    own = model.state_dict(keep_vars=True)
+    tied: dict[int, list[str]] = defaultdict(list)
+    for name, tensor in own.items():
+        tied[id(tensor)].append(name)
+    tensors: dict[str, torch.Tensor] = {}
+    for name in names_in_order(weights.header):
+        tensor = weights.read(name, device)
+        if name in own:
+            # A copy: on the CPU, what is read may be a view of a mapped file.
+            tensor = tensor.to(own[name].dtype, copy=tensor.device.type == "cpu")
+        tensors |= dict.fromkeys((name, *tied[id(own.get(name))]), tensor)
+    _load(model, tensors, weights, assign=True)
+    return model.to(device)
+
+
+def _load(
+    model: "PreTrainedModel",
+    tensors: Mapping[str, torch.Tensor],
+    weights: StoredWeights,
+    assign: bool = False,
+) -> None:
     found = ""
     try:
-        tensors = {name: weights.read(name) for name in names_in_order(weights.header)}
-        missing, unexpected = model.load_state_dict(tensors, strict=False)
+        missing, unexpected = model.load_state_dict(tensors, strict=False, assign=assign)
         untied = sorted(set(missing) - set(getattr(model, "all_tied_weights_keys", None) or {}))
         found = name_tensors({"missing": untied, "unexpected": unexpected})
     except RuntimeError as exc:  # of other shapes
         found = one_line(exc)
     if found:
-        raise IncompatibleError(
-            f"{weights} does not fit the model",
-            found=found,
-            expected="exactly the tensors of its configuration",
-            remedy="use the version of transformers by which the model was stored",
-        )
+        raise unfit(weights, found)
     model.tie_weights()
+
+
+def unfit(weights: StoredWeights, found: str) -> IncompatibleError:
+    """The error of stored weights that are not a model's."""
+    return IncompatibleError(
+        f"{weights} does not fit the model",
+        found=found,
+        expected="exactly the tensors of its configuration",
+        remedy="use the version of transformers by which the model was stored",
+    )
+
+
+def _check_dtypes(model: "PreTrainedModel", weights: StoredWeights) -> None:
+    """Refuses parameters of several dtypes: shards of several models.
+
+    Raises:
+        IncompatibleError: naming a parameter of each dtype.
+    """
+    names = _cast_parameters(model) & weights.header.keys()
+    found = {weights.header[name]["dtype"]: name for name in sorted(names)}
+    if len(found) > 1:
+        raise IncompatibleError(
+            f"{weights} mixes weights of several dtypes",
+            found="; ".join(f"{dtype}: {name}" for dtype, name in sorted(found.items())),
+            expected="one dtype in all shards",
+            remedy="restore the shards that were stored together",
+        )
 
 
 def name_tensors(wrong: Mapping[str, Sequence[str]]) -> str:
@@ -183,17 +242,23 @@ def name_tensors(wrong: Mapping[str, Sequence[str]]) -> str:
     )
 
 
-def load_model(
-    config: Mapping[str, Any],
-    weights: StoredWeights,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> "PreTrainedModel":
-    """A model with stored weights."""
-    # Built fresh, not on the meta device: buffers that are computed and never stored need their values.
-    model = _fresh(config)
-    load_weights(model, weights)
-    return model.to(device, dtype)
+def in_precision(model: "PreTrainedModel", dtype: torch.dtype) -> "PreTrainedModel":
+    """A float32 model with its parameters in `dtype`, but for those that its architecture wants in float32.
+
+    Buffers stay as they are: rotary frequencies in bf16 would blur positions.
+    """
+    cast = _cast_parameters(model)
+    for name, parameter in model.named_parameters():
+        if name in cast:
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def _cast_parameters(model: "PreTrainedModel") -> set[str]:
+    """The names of the parameters that `in_precision` casts."""
+    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    stays = re.compile("|".join(rf"(^|\.){re.escape(name)}($|\.)" for name in kept) or "$.")
+    return {name for name, p in model.named_parameters() if p.is_floating_point() and not stays.search(name)}
 
 
 def weights_of(model: "PreTrainedModel") -> dict[str, torch.Tensor]:
@@ -205,22 +270,21 @@ def weights_of(model: "PreTrainedModel") -> dict[str, torch.Tensor]:
     return dict(sorted((parameters | buffers).items()))
 
 
-def save_weights(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
-    """Writes tensors as safetensors, in the layout that transformers opens.
+def layout_of(model: "PreTrainedModel", dtype: torch.dtype) -> Header:
+    """The header of the file of a float32 model whose parameters are stored in `dtype`, as `in_precision` has
+    them."""
+    cast = _cast_parameters(model)
+    return layout(
+        {
+            name: torch.empty(tensor.shape, dtype=dtype if name in cast else tensor.dtype, device="meta")
+            for name, tensor in weights_of(model).items()
+        }
+    )
 
-    Raises:
-        OSError: the file cannot be written, as by any other writer; safetensors has the system's number in
-        words only.
-    """
-    try:
-        save_file(
-            {name: t.contiguous().cpu() for name, t in tensors.items()}, file, metadata={"format": "pt"}
-        )
-    except SafetensorError as exc:
-        number = re.search(r"os error (\d+)", str(exc))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from exc
+
+def save_weights(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Writes tensors as safetensors, in the layout that transformers opens."""
+    write_tensors(layout(tensors), tensors.items(), file)
 
 
 def has_dropout(model: "PreTrainedModel") -> bool:
@@ -289,6 +353,20 @@ def _fresh(config: Mapping[str, Any]) -> "PreTrainedModel":
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         config_from(config), dtype=torch.float32, trust_remote_code=False
     )
+    return model
+
+
+def fresh_without_values(config: Mapping[str, Any]) -> "PreTrainedModel":
+    """A model whose parameters have no memory yet, on the meta device; buffers that are computed have their
+    values.
+
+    As transformers itself loads: it computes buffers where it draws weights, which costs nothing on that device.
+    """
+    model = fresh_on_meta(config)
+    for name, buffer in list(model.named_buffers(remove_duplicate=False)):
+        owner, _, own_name = name.rpartition(".")
+        setattr(model.get_submodule(owner), own_name, torch.empty_like(buffer, device="cpu"))
+    model.initialize_weights()
     return model
 
 

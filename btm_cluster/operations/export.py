@@ -9,8 +9,8 @@ from btm_cluster.driver.driver import Driver
 from btm_cluster.errors import UserError
 from btm_cluster.forest import Forest
 from btm_cluster.language_model import mergekit
-from btm_cluster.language_model.folder import SHARD_BYTES
 from btm_cluster.language_model.hub import check_push, push
+from btm_cluster.language_model.stored_weights import SHARD_BYTES
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.ledger.versions import newest_version
 from btm_cluster.operations.averages import Average, check_average, make_average, request_without_text

@@ -10,9 +10,9 @@ from btm_cluster.algorithm import Grown
 from btm_cluster.data.tokenizer import compare_with_transformers
 from btm_cluster.evaluation.stored_results import stored_results
 from btm_cluster.forest import Forest, Parent
-from btm_cluster.language_model.folder import SHARD_BYTES, say_block_length, write_model
+from btm_cluster.language_model.folder import say_block_length, write_model
 from btm_cluster.language_model.model_card import Card, Part, Result, card_text
-from btm_cluster.language_model.tensor_files import WEIGHTS
+from btm_cluster.language_model.stored_weights import SHARD_BYTES, holds_weights
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.steps.stored import open_tokenizer, open_weights
 from btm_cluster.storage.new_folder import new_folder
@@ -51,7 +51,7 @@ def write_folder(
     tokens = open_tokenizer(ledger, tokenizer.ref)
     with new_folder(to) as folder:
         for name, source in files.items():
-            if name not in (CARD, CONFIG, WEIGHTS):
+            if name not in (CARD, CONFIG) and not holds_weights(name):
                 shutil.copyfile(ledger.open_file(source, name), folder / name)
         config, weights = ledger.open_file(one.model, CONFIG), open_weights(ledger, one.model)
         write_model(config, weights, folder, None if is_pretrained else block_tokens, shard_bytes)

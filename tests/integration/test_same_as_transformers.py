@@ -21,7 +21,6 @@ from btm_cluster.data.tokenizer import TextTokenizer, open_pretrained_tokenizer
 from btm_cluster.driver.prepared_plan import model_config
 from btm_cluster.equations.posterior import Posterior
 from btm_cluster.errors import PlanError, UserError
-from btm_cluster.language_model.averaging import average_models
 from btm_cluster.language_model.engine import EnsembleEngine
 from btm_cluster.language_model.engine_opening import EngineSettings
 from btm_cluster.language_model.model import load_model
@@ -36,6 +35,7 @@ from btm_cluster.operations.run import run_plan
 from btm_cluster.plan import ModelPlan, Plan, TrainingPlan
 from btm_cluster.requests import Resources, TrainRequest
 from tests.conftest import DOMAINS, in_process, made_up_documents
+from tests.integration.test_averaging import write_average
 
 BLOCK_TOKENS = 40
 HOW = Resources(1, 0, 1, 4, "float32", False)
@@ -435,10 +435,10 @@ def test_buffers_that_differ_are_averaged_and_whole_numbers_must_be_the_same(tmp
     files = [tmp_path / "one", tmp_path / "other"]
     for n, file in enumerate(files):
         save_file({"bias": torch.full((4,), float(n)), "count": torch.tensor(3)}, file)
-    average_models([TensorFiles([file]) for file in files], [0.25, 0.75], tmp_path / "average")
+    write_average(files, [0.25, 0.75], tmp_path / "average")
     average = load_file(tmp_path / "average")
     torch.testing.assert_close(average["bias"], torch.full((4,), 0.75))
     assert average["count"] == 3
     save_file({"bias": torch.zeros(4), "count": torch.tensor(5)}, files[1])
     with pytest.raises(UserError, match="count: whole numbers that differ"):
-        average_models([TensorFiles([file]) for file in files], [0.25, 0.75], tmp_path / "average")
+        write_average(files, [0.25, 0.75], tmp_path / "average")
