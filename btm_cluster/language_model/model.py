@@ -313,8 +313,10 @@ def count_parameters(config: Mapping[str, Any]) -> tuple[int, int]:
     return total, total - sum(embeddings.values())
 
 
-def write_config(config: Mapping[str, Any], tokenizer: TextTokenizer, folder: Path) -> Path:
-    """Writes config.json, with the class that opens it.
+def write_config(
+    config: Mapping[str, Any], tokenizer: TextTokenizer, folder: Path, dtype: str = "float32"
+) -> Path:
+    """Writes config.json, with the class that opens it, and the type of the weights where that is not float32.
 
     Special tokens that it does not name are the tokenizer's.
 
@@ -329,6 +331,8 @@ def write_config(config: Mapping[str, Any], tokenizer: TextTokenizer, folder: Pa
     file = folder / "config.json"
     fields = json.loads(file.read_text(encoding="utf-8"))
     fields.pop("transformers_version", None)
+    if dtype != "float32":
+        fields["dtype"] = dtype
     file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return file
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -157,8 +157,8 @@ def _shards_of(index: Path) -> list[str]:
         IncompatibleError: it is none.
     """
     try:
-        found: dict[str, Any] = json.loads(index.read_bytes())["weight_map"]
-        return sorted(set(found.values()))
+        found: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
+        return sorted(set(map(str, found.values())))
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise IncompatibleError(
             f"{index.name} is no index of weights",

@@ -71,11 +71,11 @@ def _card(
     first_token: str,
     licence_files: Sequence[str],
 ) -> Card:
-    model = one.model
+    model, rounded = one.model, stored_type(seed)
     relation = "merge" if model.facts["role"] == "average" else "finetune"
     return Card(
         title=f"{called}: {one.name}",
-        what=_what(forest, one),
+        what=_what(forest, one) + ("" if rounded == "float32" else f" Its weights are rounded to {rounded}."),
         identity=model.identity,
         relation=None if model.identity == seed.identity else relation,
         parts=parts_of(forest, model),
@@ -87,6 +87,11 @@ def _card(
         licence_files=licence_files,
         results=one.results,
     )
+
+
+def stored_type(seed: Artifact) -> str:
+    """The type in which a forest's weights are stored, by its seed: `training.weights`."""
+    return str(seed.recipe["training"].get("weights", "float32"))
 
 
 def results_of(grown: Grown, model: Ref, ledger: Ledger) -> tuple[Result, ...]:

@@ -54,7 +54,7 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
             facts: Mapping[str, Any],
             note: Mapping[str, Any],
         ) -> Artifact:
-            files["config.json"] = write_config(request.model, tokens, folder)
+            files["config.json"] = write_config(request.model, tokens, folder, request.training.weights)
             files |= {name: ledger.open_file(tokenizer, name) for name in TOKENIZER_FILES}
             return ledger.commit(made, files, {**facts, "origin": _origin(made, ledger)}, note)
 

@@ -103,7 +103,9 @@ def test_half_precision_weights_are_summed_in_float32() -> None:
     assert found.tolist() == [1.25, 1.25]
 
 
-def test_models_of_several_precisions_are_averaged_in_float32_and_stored_in_the_widest(tmp_path: Path) -> None:
+def test_models_of_several_precisions_are_averaged_in_float32_and_stored_in_the_widest(
+    tmp_path: Path,
+) -> None:
     files, models = [tmp_path / "half", tmp_path / "whole"], [made_up_model(d, 0) for d in DTYPES[:2]]
     for model, file in zip(models, files, strict=True):
         save_file(model, file)
