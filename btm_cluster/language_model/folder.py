@@ -19,8 +19,7 @@ from btm_cluster.language_model.stored_weights import (
     SHARD_BYTES,
     FirstRows,
     StoredWeights,
-    tensors_of,
-    write_weights,
+    write_shards,
 )
 from btm_cluster.language_model.tensor_files import names_in_order
 
@@ -45,7 +44,7 @@ def write_model(
     if trained_tokens is not None:
         fields, weights = _shortened(fields, weights, trained_tokens)
     _write(folder / CONFIG, fields)
-    write_weights(weights.header, tensors_of(weights), folder, shard_bytes)
+    write_shards(weights, folder, shard_bytes)
 
 
 def say_block_length(folder: Path, block_tokens: int) -> None:

@@ -135,6 +135,16 @@ def write_weights(
     return files
 
 
+def write_shards(
+    weights: StoredWeights,
+    folder: Path,
+    shard_bytes: int | None = None,
+    count: Callable[[int], None] = lambda _: None,
+) -> dict[str, Path]:
+    """Writes a stored model into `folder`, as `write_weights` does; `count` is told of each tensor."""
+    return write_weights(weights.header, tensors_of(weights, count), folder, shard_bytes)
+
+
 def holds_weights(name: str) -> bool:
     """Whether a file of a model's folder, by its name, holds weights, or says which files do."""
     return name == INDEX or _WEIGHT_FILE.fullmatch(name) is not None

@@ -11,7 +11,7 @@ from btm_cluster.equations.averaging import average_tensor
 from btm_cluster.equations.task_vectors import task_arithmetic, ties
 from btm_cluster.errors import IncompatibleError
 from btm_cluster.language_model.averaging import MergedWeights, Method
-from btm_cluster.language_model.stored_weights import tensors_of, write_weights
+from btm_cluster.language_model.stored_weights import write_shards
 from btm_cluster.language_model.tensor_files import names_in_order
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import AverageRequest, FittedWeights, MergeRequest, TaskVectorRequest
@@ -78,7 +78,7 @@ def _commit(
         phase: Phase = "averaging" if isinstance(request, AverageRequest) else "merging"
         tensors = len(names_in_order(merged.header))
         counter = Counter(control, request.label, phase, tensors, "tensors")
-        files = write_weights(merged.header, tensors_of(merged, counter.add), folder)
+        files = write_shards(merged, folder, count=counter.add)
         for name in ("config.json", *TOKENIZER_FILES):
             files[name] = ledger.open_file(models[0], name)
         facts = {"role": "average", **facts, "origin": models[0].facts["origin"]}

@@ -339,7 +339,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from btm_cluster.language_model.averaging import average_models
-from btm_cluster.language_model.stored_weights import TensorFiles, tensors_of, write_weights
+from btm_cluster.language_model.stored_weights import TensorFiles, write_shards
 
 TENSORS, ROWS = 64, 128  # of 512 kB each: a model of 32 MB
 folder = Path(sys.argv[1])
@@ -352,7 +352,7 @@ def held():  # what the process owns; pages of mapped files are the system's, to
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
 
 average = average_models([TensorFiles([file]) for file in files], [0.2, 0.3, 0.5])
-write_weights(average.header, tensors_of(average), folder, 2**30)
+write_shards(average, folder, 2**30)
 before, peak = held(), 0
 
 def watch(*_):
@@ -360,7 +360,7 @@ def watch(*_):
     peak = max(peak, held())
 
 sys.setprofile(watch)
-write_weights(average.header, tensors_of(average), folder, 8 * 2**20)
+write_shards(average, folder, 8 * 2**20)
 sys.setprofile(None)
 print((peak - before) // (ROWS * 1024 * 4))
 """

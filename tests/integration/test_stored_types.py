@@ -20,6 +20,7 @@ from btm_cluster.language_model.tensor_files import INDEX, header_of, names_in_o
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.operations.export import mergekit_text
 from btm_cluster.operations.model_folder import ForestModel, write_folder
+from btm_cluster.operations.verify import verify
 from btm_cluster.plan import Plan
 from btm_cluster.requests import AverageRequest, TaskVectorRequest, TrainRequest
 from btm_cluster.steps.stored import open_model, open_weights
@@ -77,6 +78,7 @@ def test_what_is_stored_is_what_was_trained_in_float32_rounded_once(whole: Fores
         assert types(expected) == {"F32"}
         for tensor, stored in tensors_of(expected):
             assert torch.equal(weights.read(tensor), stored.bfloat16()), (name, tensor)
+    assert not verify(rounded[0].ledger).problems
 
 
 def test_a_training_that_goes_on_from_a_seed_in_bfloat16_ends_as_one_that_was_not_interrupted(
