@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from btm_cluster.language_model.model import build_model, full_config, load_model, save_weights, weights_of
+from btm_cluster.language_model.configuration import full_config
+from btm_cluster.language_model.model import build_model, load_model, save_weights, weights_of
 from btm_cluster.language_model.optimizer import build_optimizer
 from btm_cluster.language_model.stored_weights import TensorFiles
 from btm_cluster.language_model.training_state import TrainingState, write_state

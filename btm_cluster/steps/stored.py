@@ -114,7 +114,7 @@ def open_model(
 
 
 def weights_sha256(model: Artifact) -> str:
-    """SHA-256 of a stored model's weights: of their file, or of the list of its shards' SHA-256."""
+    """SHA-256 of a stored model's weights: of their file, or of the list of SHA-256 of index and shards."""
     from btm_cluster.language_model.stored_weights import holds_weights
 
     hashes = [blob.sha256 for blob in sorted(model.blobs, key=attrgetter("name")) if holds_weights(blob.name)]

@@ -112,17 +112,17 @@ def _commit_demix(
     All are cut from the state that training stored at its end: it has every domain, which a rank of a group
     has not.
     """
+    header = layout_of(fresh_on_meta(request.model), getattr(torch, request.training.weights))
     try:
         weights = _last_state(request, ledger)
+        for domain, part in enumerate(request.parts):
+            files = write_weights(header, tensors_of(DensePart(weights, domain)), folder)
+            commit(part, files, {"role": "demix-part"}, {})
     except (MissingError, FileNotFoundError):
         # By another driver, which cleared what this one had stored.
         if (done := ledger.find(request.ref)) is not None:
             return done
         raise
-    header = layout_of(fresh_on_meta(request.model), getattr(torch, request.training.weights))
-    for domain, part in enumerate(request.parts):
-        files = write_weights(header, tensors_of(DensePart(weights, domain)), folder)
-        commit(part, files, {"role": "demix-part"}, {})
     total, non_embedding = count_demix_parameters(request.model, len(request.parts))
     facts = {
         "parameters": total,

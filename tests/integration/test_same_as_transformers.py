@@ -21,9 +21,10 @@ from btm_cluster.data.tokenizer import TextTokenizer, open_pretrained_tokenizer
 from btm_cluster.driver.prepared_plan import model_config
 from btm_cluster.equations.posterior import Posterior
 from btm_cluster.errors import PlanError, UserError
+from btm_cluster.language_model.configuration import config_from
 from btm_cluster.language_model.engine import EnsembleEngine
 from btm_cluster.language_model.engine_opening import EngineSettings
-from btm_cluster.language_model.model import config_from, fresh_without_values, load_model
+from btm_cluster.language_model.model import fresh_without_values, load_model
 from btm_cluster.language_model.model_import import import_model
 from btm_cluster.language_model.pretrained import pretrained_config, pretrained_model
 from btm_cluster.language_model.prompts import Prompt
