@@ -3,15 +3,12 @@
 Averages, exports and task vectors see dense weights: of LoRA, W + ΔW, and never A or B.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
 from btm_cluster.errors import IncompatibleError
 from btm_cluster.language_model.lora import layer_of
 from btm_cluster.language_model.stored_weights import StoredWeights
-from btm_cluster.language_model.tensor_files import Header, header_of, names_in_order
+from btm_cluster.language_model.tensor_files import Header, names_in_order
 
 
 class ChangedWeights:
@@ -26,12 +23,10 @@ class ChangedWeights:
         self._names = {*names_in_order(changed.header)}
         for name in sorted(self._names):
             _check_shape(base, changed, name, changed.header[name]["shape"])
-        entries = dict(base.header) | {name: changed.header[name] for name in self._names}
-        self._header = header_of(entries, names_in_order(base.header))
 
     @property
     def header(self) -> Header:
-        return self._header
+        return self._base.header
 
     def read(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         return (self._changed if name in self._names else self._base).read(name, device)
@@ -41,7 +36,8 @@ class ChangedWeights:
 
 
 class LoraWeights:
-    """A base beside which an adapter lies: an adapted tensor is W + scale · B·A, in float32.
+    """A base beside which an adapter lies: an adapted tensor is W + scale · B·A, read in float32 whatever the
+    base is stored in.
 
     `transposed` where W is stored as [in, out], as in GPT-2.
 
@@ -56,17 +52,14 @@ class LoraWeights:
         self._matrices: dict[str, list[str]] = {}
         for stored in sorted(names_in_order(adapter.header)):  # of each layer A, then B
             self._matrices.setdefault(layer_of(stored), []).append(stored)
-        entries = dict(base.header)
         for name, (a, b) in self._matrices.items():
             (_, width_in), (width_out, _) = adapter.header[a]["shape"], adapter.header[b]["shape"]
             shape = [width_in, width_out] if transposed else [width_out, width_in]
             _check_shape(base, adapter, name, shape)
-            entries[name] = _float32(base.header[name])
-        self._header = header_of(entries, names_in_order(base.header))
 
     @property
     def header(self) -> Header:
-        return self._header
+        return self._base.header
 
     def read(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         weight = self._base.read(name, device)
@@ -89,11 +82,3 @@ def _check_shape(base: StoredWeights, delta: StoredWeights, name: str, shape: li
             expected=f"{list(known['shape'])} in {base}" if known else f"a tensor of {base}",
             remedy="use it with the base that it was trained on",
         )
-
-
-def _float32(entry: Mapping[str, Any]) -> dict[str, Any]:
-    elements = 1
-    for length in entry["shape"]:
-        elements *= length
-    first, _ = entry["data_offsets"]
-    return {**entry, "dtype": "F32", "data_offsets": [first, first + 4 * elements]}

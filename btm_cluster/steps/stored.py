@@ -1,9 +1,12 @@
 """Stored artifacts as the values that steps work with: documents,
 tokenizers, token blocks, configurations, weights and models."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btm_cluster.data.corpus import read_shard
@@ -77,10 +80,25 @@ def open_stored(ledger: Ledger, model: Artifact) -> "StoredWeights":
     """The tensors that a stored model, or a training checkpoint, itself holds: all, or what changed of its base.
 
     None is read yet.
-    """
-    from btm_cluster.language_model.stored_weights import TensorFiles
 
-    return TensorFiles([ledger.open_file(model, _weights_file(model))])
+    Raises:
+        MissingError: it has no weights, or an index that names a file which it has not.
+    """
+    from btm_cluster.language_model.stored_weights import TensorFiles, open_files
+    from btm_cluster.language_model.tensor_files import INDEX
+
+    def locate(name: str) -> Path:
+        if not model.has(name):
+            raise MissingError(
+                f"{model.kind} {model.identity[:12]} lacks {name}, which holds weights",
+                found=", ".join(blob.name for blob in model.blobs),
+                remedy="delete its manifest and run the plan again, which makes it anew",
+            )
+        return ledger.open_file(model, name)
+
+    if model.is_delta:
+        return TensorFiles([locate(_file_of_delta(model))])
+    return open_files(locate, model.has(INDEX))
 
 
 def open_weights(ledger: Ledger, model: Artifact) -> "StoredWeights":
@@ -149,11 +167,17 @@ def open_model(
 
 
 def weights_sha256(model: Artifact) -> str:
-    """SHA-256 of a stored model's weights, or of what it holds of them."""
-    return model.blob(_weights_file(model)).sha256
+    """SHA-256 of a stored model's weights, or of what it holds of them: of their file, or of the list of SHA-256 of
+    index and shards."""
+    from btm_cluster.language_model.stored_weights import holds_weights
+
+    if model.is_delta:
+        return model.blob(_file_of_delta(model)).sha256
+    hashes = [blob.sha256 for blob in sorted(model.blobs, key=attrgetter("name")) if holds_weights(blob.name)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
-def _weights_file(model: Artifact) -> str:
+def _file_of_delta(model: Artifact) -> str:
     from btm_cluster.language_model.deltas import FILES
 
-    return FILES[model.facts.get("trains", "all")]
+    return FILES[model.facts["trains"]]

@@ -24,6 +24,7 @@ from btm_cluster.errors import MissingError, PlanError, Stopped, UserError
 from btm_cluster.evaluation.fitting import uniform_request
 from btm_cluster.language_model.engine_opening import bytes_of
 from btm_cluster.language_model.prompts import Prompt
+from btm_cluster.language_model.stored_weights import StoredWeights
 from btm_cluster.ledger import Artifact, Ledger, Ref, artifact_key
 from btm_cluster.operations.export import Export, export
 from btm_cluster.operations.plan import preview
@@ -83,6 +84,10 @@ def bytes_in_memory(models: Iterable[PreTrainedModel]) -> int:
     """Of all that their parameters and buffers lie in, each storage once."""
     storages = (t.untyped_storage() for m in models for t in (*m.parameters(), *m.buffers()))
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def dtypes(weights: StoredWeights) -> set[str]:
+    return {entry["dtype"] for entry in weights.header.values() if "dtype" in entry}
 
 
 def test_an_expert_stores_what_changed_and_keeps_its_base_alive(deltas: Deltas) -> None:
@@ -185,6 +190,27 @@ def test_an_average_of_deltas_is_an_ordinary_model_of_their_mean(deltas: Deltas)
     for name, tensor in made.items():
         mean = torch.stack([part.read(name) for part in parts]).double().mean(0)
         assert torch.allclose(tensor.double(), mean, atol=1e-6), name
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_forest_that_is_stored_in_16_bits_has_such_deltas(
+    part: str, plan_with_blocks: Plan, tmp_path: Path
+) -> None:
+    plan = copy_store(plan_with_blocks, tmp_path / "store")
+    training = plan.training.model_copy(update={"weights": "bfloat16"})
+    plan = plan.model_copy(update={"baselines": (), "domains": plan.domains[:2], "training": training})
+    driver = in_process(plan := branching_of(plan, part))
+    refs = [Ref("model", expert.identity) for expert in grow(plan, driver).forest.experts]
+    models = [driver.ledger.get(ref) for ref in refs]
+    assert dtypes(open_stored(driver.ledger, models[0])) == ({"F32"} if part == "lora" else {"BF16"})
+    (shared, _) = open_models(driver.ledger, refs)
+    assert torch.allclose(logits(shared), logits(open_model(driver.ledger, refs[0])), atol=1e-6)
+    (average,) = driver.require([uniform_request(tuple(refs))])
+    made = open_weights(driver.ledger, average)
+    assert dtypes(made) == {"BF16"}
+    name = "transformer.h.0.mlp.c_fc.weight"
+    mean = torch.stack([open_weights(driver.ledger, one).read(name).float() for one in models]).mean(0)
+    assert torch.allclose(made.read(name).float(), mean, rtol=2**-8)
 
 
 @pytest.mark.filterwarnings(
