@@ -35,6 +35,9 @@ def export(
     plan_path: ForestPlan = None,
     store: Store = None,
     expert: Annotated[str | None, typer.Option(help="The expert of this domain.", show_default=False)] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Of a LoRA expert, the adapter alone, as PEFT opens it.")
+    ] = False,
     seed: Annotated[bool, typer.Option("--seed", help="The seed.")] = False,
     average: Annotated[
         str | None,
@@ -86,6 +89,7 @@ def export(
             repository,
             public,
             licence,
+            adapter,
             _bytes(shard_size),
         )
         check_export_call(asked, plan)

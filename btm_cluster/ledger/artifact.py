@@ -81,10 +81,16 @@ class Artifact:
     def needs(self) -> tuple[Ref, ...]:
         """Artifacts without which this one is of no use: its inputs and parts.
 
-        A trained model is whole without its start.
+        A trained model is whole without its start, unless it holds only what changed of that.
         """
-        inputs = (ref for role, refs in self.inputs.items() if role != "start" for ref in refs)
+        left_out = () if self.is_delta else ("start",)
+        inputs = (ref for role, refs in self.inputs.items() if role not in left_out for ref in refs)
         return (*inputs, *self.parts)
+
+    @property
+    def is_delta(self) -> bool:
+        """Whether it holds only what changed of the model that it started from."""
+        return "trains" in self.facts
 
     @property
     def parents(self) -> tuple[str, ...]:

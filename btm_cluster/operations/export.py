@@ -15,7 +15,13 @@ from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.ledger.versions import newest_version
 from btm_cluster.operations.averages import Average, check_average, make_average, request_without_text
 from btm_cluster.operations.evaluate import check_text_is_known, find_grown
-from btm_cluster.operations.model_folder import ForestModel, results_of, stored_type, write_folder
+from btm_cluster.operations.model_folder import (
+    ForestModel,
+    results_of,
+    stored_type,
+    write_adapter_folder,
+    write_folder,
+)
 from btm_cluster.plan import Plan
 from btm_cluster.storage.new_folder import check_folder, check_new_folder, new_folder
 
@@ -38,6 +44,8 @@ class Export:
     """On the hub; of several models, the beginning of their names."""
     public: bool = False
     licence: str | None = None
+    adapter: bool = False
+    """Only the adapter of a LoRA expert, not the whole model that it makes of its base."""
     shard_bytes: int = SHARD_BYTES
 
 
@@ -75,6 +83,8 @@ def check_export_call(asked: Export, plan: Plan | None) -> None:
         check_average(asked.average, "--average", [text.name for text in plan.texts] if plan else ())
     if asked.mergekit is not None:
         _check_mergekit(asked, asked.mergekit)
+    if asked.adapter and asked.expert is None:
+        raise UserError("--adapter is of a LoRA expert", found=given[0], expected="--expert NAME --adapter")
     if asked.public and asked.repository is None:
         raise UserError(
             "--public is of --push-to-hub", remedy="add --push-to-hub OWNER/NAME, or leave it out"
@@ -117,7 +127,10 @@ def export(asked: Export, plan: Plan | None, driver: Driver) -> list[Written]:
                 write_folder(ledger, forest, called, one, whole / name, asked.shard_bytes)
     else:
         (one,) = models.values()
-        write_folder(ledger, forest, called, one, asked.to, asked.shard_bytes)
+        if asked.adapter:
+            write_adapter_folder(ledger, forest, called, one, asked.to)
+        else:
+            write_folder(ledger, forest, called, one, asked.to, asked.shard_bytes)
     if asked.mergekit is not None:
         folders = {one.model.identity: str(places[name].absolute()) for name, one in models.items()}
         _write(asked.mergekit, mergekit_text(models[AVERAGE].model, folders, stored_type(models[SEED].model)))

@@ -9,17 +9,30 @@ from btm_cluster.plan.plan import ClusterPlan, MergingPlan, Plan, plan_schema, r
 from btm_cluster.plan.study import SizePlan, StudyPlan
 from btm_cluster.plan.texts import DatasetPlan, DomainPlan, ReadingPlan, TextPlan
 from btm_cluster.plan.tracking import TrackingPlan
-from btm_cluster.plan.training import ModelPlan, Preset, TrainedTokenizerPlan, TrainingPlan
+from btm_cluster.plan.training import (
+    BranchingPlan,
+    LoraPlan,
+    ModelPlan,
+    Preset,
+    TrainedTokenizerPlan,
+    TrainingPlan,
+)
+from btm_cluster.plan.trains import ALL, Lora, Part, Trains
 
 __all__ = [
+    "ALL",
+    "BranchingPlan",
     "BudgetPlan",
     "ClusterPlan",
     "DatasetPlan",
     "DomainPlan",
     "ExpansionPlan",
     "InboxPlan",
+    "Lora",
+    "LoraPlan",
     "MergingPlan",
     "ModelPlan",
+    "Part",
     "Plan",
     "Preset",
     "ReadingPlan",
@@ -29,6 +42,7 @@ __all__ = [
     "TrackingPlan",
     "TrainedTokenizerPlan",
     "TrainingPlan",
+    "Trains",
     "plan_schema",
     "read_plan",
 ]

@@ -15,6 +15,7 @@ from btm_cluster.data.blocks import Blocks
 from btm_cluster.data.tokenizer import TOKENIZER_FILES
 from btm_cluster.errors import MissingError, TrainingError
 from btm_cluster.language_model.demix import DensePart, count_demix_parameters
+from btm_cluster.language_model.lora import ADAPTER_CONFIG, adapter_config, write_adapter_config
 from btm_cluster.language_model.model import fresh_on_meta, layout_of, write_config
 from btm_cluster.language_model.model_import import import_model
 from btm_cluster.language_model.stored_weights import StoredWeights, tensors_of, write_weights
@@ -67,6 +68,9 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
             keeps_optimizer = made.last_update < made.training.updates and not made.weights_only
             dtype = getattr(torch, made.training.weights)
             files = write_state(trained.state, folder, keeps_optimizer, dtype) | _write_curve(trained, folder)
+            if made.trains.lora is not None:
+                config = adapter_config(made.trains.lora, made.model)
+                files[ADAPTER_CONFIG] = write_adapter_config(config, folder)
             return commit(made, files, trained.facts, trained.note)
 
         if request.pretrained is not None:
