@@ -15,6 +15,7 @@ import torch
 from btm_cluster.errors import UserError
 from btm_cluster.language_model.block_check import logits_of, random_block
 from btm_cluster.language_model.model import LENGTH_FIELDS, config_from, fresh_on_meta, load_model
+from btm_cluster.language_model.published_weights import published
 from btm_cluster.language_model.stored_weights import FirstRows, StoredWeights, write_shards
 from btm_cluster.language_model.tensor_files import names_in_order
 
@@ -41,7 +42,7 @@ def write_model(
     if trained_tokens is not None:
         fields, weights = _shortened(fields, weights, trained_tokens)
     _write(folder / CONFIG, fields)
-    write_shards(weights, folder, shard_bytes)
+    write_shards(published(weights, fields["model_type"]), folder, shard_bytes)
 
 
 def say_block_length(folder: Path, block_tokens: int) -> None:

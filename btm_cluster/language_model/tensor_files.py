@@ -4,8 +4,9 @@ Knows the format and nothing of models.
 """
 
 import json
+import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,6 +17,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 Header: TypeAlias = Mapping[str, Mapping[str, Any]]
 """By tensor name: `dtype`, `shape` and `data_offsets`. Under METADATA: notes on the whole file."""
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Floating-point types by their names in headers."""
 
 
 def read_header(file: Path) -> dict[str, dict[str, Any]]:
@@ -39,6 +42,12 @@ def header_of(tensors: Header, names: Iterable[str]) -> dict[str, dict[str, Any]
         found[name] = {**tensors[name], "data_offsets": [place, place + size]}
         place += size
     return found
+
+
+def entry_of(dtype: str, shape: Sequence[int]) -> dict[str, Any]:
+    """The entry of a tensor of this floating-point type and shape, for `header_of` to give a place."""
+    size = math.prod(shape) * DTYPES[dtype].itemsize
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [0, size]}
 
 
 def size_of(entry: Mapping[str, Any]) -> int:

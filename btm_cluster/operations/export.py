@@ -5,21 +5,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from btm_cluster.algorithm import Grown
 from btm_cluster.driver.driver import Driver
 from btm_cluster.errors import UserError
+from btm_cluster.evaluation.mixture_of_experts import mixture_of_experts_requests
 from btm_cluster.forest import Forest
 from btm_cluster.language_model import mergekit
 from btm_cluster.language_model.folder import SHARD_BYTES
 from btm_cluster.language_model.hub import check_push, push
+from btm_cluster.language_model.mixture_of_experts import check_target
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.ledger.versions import newest_version
 from btm_cluster.operations.averages import Average, check_average, make_average, request_without_text
 from btm_cluster.operations.evaluate import check_text_is_known, find_grown
 from btm_cluster.operations.model_folder import ForestModel, results_of, write_folder
-from btm_cluster.plan import Plan
+from btm_cluster.plan import MixtureOfExpertsPlan, Plan
+from btm_cluster.steps.stored import open_config
 from btm_cluster.storage.new_folder import check_folder, check_new_folder, new_folder
 
-SEED, AVERAGE, EXPERTS = "seed", "average", "experts"
+SEED, AVERAGE, EXPERTS, MIXTURE_OF_EXPERTS = "seed", "average", "experts", "mixture-of-experts"
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Export:
     average: Average | None = None
     all: bool = False
     """The seed and every expert, and the average where one is asked for, each in a folder of its own."""
+    mixture_of_experts: MixtureOfExpertsPlan | None = None
     mergekit: Path | None = None
     """A file for the YAML of the same average."""
     repository: str | None = None
@@ -46,7 +51,7 @@ class Written:
     """A model that was exported."""
 
     model: str
-    """`seed`, `average`, or `experts/` and the domain."""
+    """`seed`, `average`, `mixture-of-experts`, or `experts/` and the domain."""
     folder: Path
     url: str | None
     """Its repository on the hub."""
@@ -62,6 +67,7 @@ def check_export_call(asked: Export, plan: Plan | None) -> None:
         "--expert": asked.expert is not None,
         "--seed": asked.seed,
         "--average": asked.average is not None and not asked.all,
+        "--moe": asked.mixture_of_experts is not None,
         "--all": asked.all,
     }
     given = [option for option, is_given in kinds.items() if is_given]
@@ -69,7 +75,11 @@ def check_export_call(asked: Export, plan: Plan | None) -> None:
         raise UserError(
             "btm export needs one kind of model",
             found=" and ".join(given) or "none",
-            expected="--expert NAME, --seed, --average WEIGHTS or --all, which takes --average too",
+            expected="--expert NAME, --seed, --average WEIGHTS, --moe, or --all, which takes --average too",
+        )
+    if asked.mixture_of_experts is not None and plan is None:
+        raise UserError(
+            "--moe fits routers on development text", remedy="name the forest's plan instead of --store"
         )
     if asked.average is not None:
         check_average(asked.average, "--average", [text.name for text in plan.texts] if plan else ())
@@ -145,6 +155,8 @@ def _names(asked: Export, forest: Forest) -> list[str]:
     if asked.expert is not None:
         forest.expert(asked.expert)
         return [f"{EXPERTS}/{asked.expert}"]
+    if asked.mixture_of_experts is not None:
+        return [MIXTURE_OF_EXPERTS]
     if not forest.experts and not asked.seed:
         raise UserError(f"forest version {forest.version} has no expert", found=forest.reason)
     experts = [f"{EXPERTS}/{domain}" for domain in forest.domains] if asked.all else []
@@ -174,12 +186,32 @@ def _models(
         else:
             (made,) = driver.require([request_without_text(forest, asked.average)])
         known[AVERAGE] = (asked.average.label, made.ref)
+    if asked.mixture_of_experts is not None:
+        assert grown is not None, "a call without a plan was refused"
+        known[MIXTURE_OF_EXPERTS] = ("mixture of experts", _mix(grown, asked.mixture_of_experts, driver))
 
     def model(called: str, ref: Ref) -> ForestModel:
         results = results_of(grown, ref, ledger) if grown is not None else ()
         return ForestModel(called, ledger.get(ref), results, asked.licence)
 
     return {name: model(*known[name]) for name in names}
+
+
+def _mix(grown: Grown, wanted: MixtureOfExpertsPlan, driver: Driver) -> Ref:
+    """The mixture of experts, made where it is not there yet.
+
+    Raises:
+        UserError: an architecture that no mixture of experts has, or more experts for a token than there are.
+    """
+    forest = grown.forest
+    check_target(open_config(driver.ledger, driver.ledger.get(Ref("model", forest.foundation.seed))))
+    if wanted.experts_per_token > len(forest.experts):
+        raise UserError(
+            "--experts-per-token is more than the forest has",
+            found=str(wanted.experts_per_token),
+            expected=f"at most {len(forest.experts)}",
+        )
+    return driver.require(mixture_of_experts_requests(grown.prepared, forest, wanted))[-1].ref
 
 
 def _write(file: Path, text: str) -> None:

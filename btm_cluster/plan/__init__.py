@@ -5,7 +5,7 @@
 
 from btm_cluster.plan.budget import BudgetPlan
 from btm_cluster.plan.expansion import ExpansionPlan, InboxPlan
-from btm_cluster.plan.plan import ClusterPlan, MergingPlan, Plan, plan_schema, read_plan
+from btm_cluster.plan.plan import ClusterPlan, MergingPlan, MixtureOfExpertsPlan, Plan, plan_schema, read_plan
 from btm_cluster.plan.study import SizePlan, StudyPlan
 from btm_cluster.plan.texts import DatasetPlan, DomainPlan, ReadingPlan, TextPlan
 from btm_cluster.plan.tracking import TrackingPlan
@@ -19,6 +19,7 @@ __all__ = [
     "ExpansionPlan",
     "InboxPlan",
     "MergingPlan",
+    "MixtureOfExpertsPlan",
     "ModelPlan",
     "Plan",
     "Preset",
