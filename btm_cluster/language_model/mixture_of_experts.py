@@ -67,13 +67,14 @@ TARGETS: Mapping[str, Target] = {
     "mistral": Target("mixtral", ("intermediate_size", "head_dim", "sliding_window")),
     "qwen2": Target(
         "qwen2_moe",
+        ("intermediate_size",),
         renamed={"intermediate_size": "moe_intermediate_size"},
         added={**_RENORMALISED, "shared_expert_intermediate_size": IDLE_CHANNELS, "qkv_bias": True},
         only={"use_sliding_window": False, "head_dim": None},
     ),
     "qwen3": Target(
         "qwen3_moe",
-        ("head_dim", "attention_bias"),
+        ("intermediate_size", "head_dim", "attention_bias"),
         {"intermediate_size": "moe_intermediate_size"},
         _RENORMALISED,
         {"use_sliding_window": False},
