@@ -86,7 +86,7 @@ def export(
     address: Address = None,
     in_process: InProcess = False,
 ) -> None:
-    """Write experts, the seed, an average or a mixture of experts as Hugging Face folders, and push them to the hub."""
+    """Write experts, seed, average or a mixture of experts as Hugging Face folders, and push them to the hub."""
     place = forest_place("export", plan_path, store)
     plan = place.plan
     check_shadowing()

@@ -215,4 +215,8 @@ def differ_in_feed_forwards_alone(rest: StoredWeights, experts: Sequence[StoredW
     """Whether all that is no feed-forward is the same in these models, bit by bit: a mixture is then exact, in
     that each token is computed by whole experts. Stops at the first tensor that differs."""
     others = (name for name in names_in_order(rest.header) if not _FEED_FORWARD.fullmatch(name))
-    return all(torch.equal(rest.read(name), expert.read(name)) for name in others for expert in experts)
+    return all(
+        torch.equal(rest.read(name).float(), expert.read(name).float())
+        for name in others
+        for expert in experts
+    )

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from btm_cluster.algorithm import Grown
 from btm_cluster.driver.driver import Driver
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation.mixture_of_experts import mixture_of_experts_requests
@@ -14,7 +13,7 @@ from btm_cluster.language_model import mergekit
 from btm_cluster.language_model.folder import SHARD_BYTES
 from btm_cluster.language_model.hub import check_push, push
 from btm_cluster.language_model.mixture_of_experts import check_target
-from btm_cluster.ledger import Artifact, Ref
+from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.ledger.versions import newest_version
 from btm_cluster.operations.averages import Average, check_average, make_average, request_without_text
 from btm_cluster.operations.evaluate import check_text_is_known, find_grown
@@ -117,6 +116,8 @@ def export(asked: Export, plan: Plan | None, driver: Driver) -> list[Written]:
     ledger, forest = driver.ledger, newest_version(driver.ledger)
     names = _names(asked, forest)
     repositories = {name: _repository(asked, name) for name in names}
+    if asked.mixture_of_experts is not None:
+        _check_mixture_of_experts(asked.mixture_of_experts, forest, ledger)
     check_push([one for one in repositories.values() if one is not None], asked.public)
     models = _models(asked, names, forest, plan, driver)
     called = plan.name if plan is not None else ledger.storage.location.rstrip("/").rpartition("/")[2]
@@ -188,7 +189,8 @@ def _models(
         known[AVERAGE] = (asked.average.label, made.ref)
     if asked.mixture_of_experts is not None:
         assert grown is not None, "a call without a plan was refused"
-        known[MIXTURE_OF_EXPERTS] = ("mixture of experts", _mix(grown, asked.mixture_of_experts, driver))
+        steps = mixture_of_experts_requests(grown.prepared, forest, asked.mixture_of_experts)
+        known[MIXTURE_OF_EXPERTS] = ("mixture of experts", driver.require(steps)[-1].ref)
 
     def model(called: str, ref: Ref) -> ForestModel:
         results = results_of(grown, ref, ledger) if grown is not None else ()
@@ -197,21 +199,19 @@ def _models(
     return {name: model(*known[name]) for name in names}
 
 
-def _mix(grown: Grown, wanted: MixtureOfExpertsPlan, driver: Driver) -> Ref:
-    """The mixture of experts, made where it is not there yet.
+def _check_mixture_of_experts(wanted: MixtureOfExpertsPlan, forest: Forest, ledger: Ledger) -> None:
+    """Refuses a mixture of experts that cannot be made.
 
     Raises:
         UserError: an architecture that no mixture of experts has, or more experts for a token than there are.
     """
-    forest = grown.forest
-    check_target(open_config(driver.ledger, driver.ledger.get(Ref("model", forest.foundation.seed))))
+    check_target(open_config(ledger, ledger.get(Ref("model", forest.foundation.seed))))
     if wanted.experts_per_token > len(forest.experts):
         raise UserError(
             "--experts-per-token is more than the forest has",
             found=str(wanted.experts_per_token),
             expected=f"at most {len(forest.experts)}",
         )
-    return driver.require(mixture_of_experts_requests(grown.prepared, forest, wanted))[-1].ref
 
 
 def _write(file: Path, text: str) -> None:
