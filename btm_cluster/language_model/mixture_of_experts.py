@@ -13,9 +13,10 @@ import torch
 from transformers import PretrainedConfig
 
 from btm_cluster.errors import UserError
-from btm_cluster.language_model.model import config_from, count_parameters, fresh_on_meta
+from btm_cluster.language_model.configuration import config_from
+from btm_cluster.language_model.model import count_parameters, fresh_on_meta, layout_of
 from btm_cluster.language_model.stored_weights import StoredWeights
-from btm_cluster.language_model.tensor_files import DTYPES, Header, entry_of, header_of, names_in_order
+from btm_cluster.language_model.tensor_files import DTYPES, Header, names_in_order
 
 _SHARED_FIELDS = (
     "vocab_size",
@@ -173,14 +174,8 @@ class MixtureWeights:
         config: Mapping[str, Any],
     ) -> None:
         self._rest, self._experts, self._routers = rest, experts, routers
-        dense = rest.header
-        dtypes = {name: dense[name]["dtype"] for name in names_in_order(dense)}
-        of_experts = next(dtype for name, dtype in dtypes.items() if _FEED_FORWARD.fullmatch(name))
-        shapes = {name: p.shape for name, p in fresh_on_meta(config).named_parameters()}
-        entries = {
-            name: entry_of(dtypes.get(name, of_experts), shape) for name, shape in sorted(shapes.items())
-        }
-        self._header = header_of(entries, entries)
+        dtype = next(e["dtype"] for name, e in rest.header.items() if _FEED_FORWARD.fullmatch(name))
+        self._header = layout_of(fresh_on_meta(config), DTYPES[dtype])
 
     @property
     def header(self) -> Header:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from btm_cluster.language_model.stored_weights import StoredWeights
-from btm_cluster.language_model.tensor_files import Header, entry_of, header_of, names_in_order
+from btm_cluster.language_model.tensor_files import Header, header_of, names_in_order
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class PublishedWeights:
             shape = stored["shape"]
             if place.expert is not None:
                 shape = [shape[1] // place.parts, *shape[2:]]
-            entries[published] = entry_of(stored["dtype"], shape)
+            entries[published] = {"dtype": stored["dtype"], "shape": shape}
         self._header = header_of(entries, entries)
 
     @property

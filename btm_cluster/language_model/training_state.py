@@ -7,6 +7,7 @@ Knows no store: files are local, and the caller has found and checked them.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -16,18 +17,19 @@ from btm_cluster.errors import IntegrityError
 from btm_cluster.language_model.block_check import check_reads
 from btm_cluster.language_model.demix import own_moments, split_feed_forwards
 from btm_cluster.language_model.demix_group import Share, gather_domains, share_of
-from btm_cluster.language_model.model import build_model, load_weights, save_weights, weights_of
+from btm_cluster.language_model.model import build_model, layout_of, load_weights, weights_of
 from btm_cluster.language_model.optimizer import build_optimizer
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.recording import Recording
-from btm_cluster.language_model.stored_weights import StoredWeights
-from btm_cluster.language_model.tensor_files import WEIGHTS, names_in_order
+from btm_cluster.language_model.stored_weights import StoredWeights, write_weights
+from btm_cluster.language_model.tensor_files import Header, layout, names_in_order, write_tensors
 from btm_cluster.language_model.training_spec import TrainingSpec
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 CAUSAL_TOKENS = 8
 """Enough to see whether a model reads from left to right."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_MASTER = "master."
 
 
 @dataclass
@@ -52,13 +54,17 @@ class TrainingState:
 
         Every rank of a group exhausts it.
         """
+        return self._gathered(self.held_moments())
+
+    def held_moments(self) -> dict[str, torch.Tensor]:
+        """The moments as this rank holds them."""
         tensors: dict[str, torch.Tensor] = {}
         for name, parameter in sorted(self.model.named_parameters()):
             kept = self.optimizer.state.get(parameter)
             if kept:
                 tensors |= {f"{moment}.{name}": kept[moment] for moment in _MOMENTS}
                 tensors["step"] = torch.as_tensor(kept["step"], dtype=torch.float32)
-        return self._gathered(tensors)
+        return tensors
 
     def has_finite_weights(self) -> bool:
         """Whether every weight that this rank holds is a finite number."""
@@ -94,6 +100,8 @@ def load_state(
     """Fills `state` with the whole model's stored weights and moments;
     without `optimizer`, that starts anew.
 
+    Weights that the optimiser holds in float32 go before those that were rounded to be stored.
+
     In a group each rank takes its own domains of a DEMix; a dense model's feed-forwards are copied for each
     domain.
 
@@ -102,7 +110,8 @@ def load_state(
         IntegrityError: moments of another model, which `name` names.
         FileNotFoundError: a file was deleted meanwhile.
     """
-    load_weights(state.model, weights)
+    exact = optimizer and _Masters(optimizer)
+    load_weights(state.model, exact if exact and names_in_order(exact.header) else weights)
     if optimizer is not None:
         tensors = {name: optimizer.read(name) for name in names_in_order(optimizer.header)}
         _load_moments(state, tensors, name)
@@ -113,7 +122,9 @@ def _load_moments(state: TrainingState, tensors: Mapping[str, torch.Tensor], nam
     for name, parameter in state.model.named_parameters():
         stored = {moment: own_moments(state.model, name, moment, tensors) for moment in _MOMENTS}
         moments = {
-            moment: tensor.to(parameter.device) for moment, tensor in stored.items() if tensor is not None
+            moment: tensor.to(parameter.device, copy=True)
+            for moment, tensor in stored.items()
+            if tensor is not None
         }
         if not moments:
             continue
@@ -133,12 +144,39 @@ def does_not_fit(name: str, found: str) -> IntegrityError:
     )
 
 
-def write_state(state: TrainingState, folder: Path, with_optimizer: bool) -> dict[str, Path]:
-    """Writes weights, and the optimiser's state where asked, as files below
-    `folder`; returns them by name."""
-    files = {WEIGHTS: folder / WEIGHTS}
-    save_weights(dict(state.weights()), files[WEIGHTS])
+def write_state(
+    state: TrainingState, folder: Path, with_optimizer: bool, dtype: torch.dtype = torch.float32
+) -> dict[str, Path]:
+    """Writes weights in a dtype, and the optimiser's state where asked, as files below `folder`; returns them by
+    name.
+
+    Where the weights are rounded, that state holds them in float32 too: training goes on from those. Memory: one
+    tensor.
+    """
+    files = write_weights(layout_of(state.model, dtype), state.weights(), folder)
     if with_optimizer:
+        held, tensors = state.held_moments(), state.moments()
+        if dtype != torch.float32:
+            held |= {f"{_MASTER}{name}": tensor for name, tensor in weights_of(state.model).items()}
+            tensors = chain(tensors, ((f"{_MASTER}{name}", tensor) for name, tensor in state.weights()))
         files[OPTIMIZER_FILE] = folder / OPTIMIZER_FILE
-        save_weights(dict(state.moments()), files[OPTIMIZER_FILE])
+        write_tensors(layout(held), tensors, files[OPTIMIZER_FILE])
     return files
+
+
+class _Masters:
+    """The weights that a stored optimiser holds in float32; none where the model itself is stored so."""
+
+    def __init__(self, optimizer: StoredWeights) -> None:
+        self._optimizer = optimizer
+
+    @property
+    def header(self) -> Header:
+        whole = self._optimizer.header
+        return {n.removeprefix(_MASTER): entry for n, entry in whole.items() if n.startswith(_MASTER)}
+
+    def read(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        return self._optimizer.read(f"{_MASTER}{name}", device)
+
+    def __str__(self) -> str:
+        return str(self._optimizer)

@@ -15,7 +15,8 @@ from btm_cluster.language_model.model import write_config
 from btm_cluster.language_model.routers import Router, blocks_to_read, fit_routers
 from btm_cluster.language_model.scoring import set_up_scoring
 from btm_cluster.language_model.soup import Reading, read_blocks
-from btm_cluster.language_model.tensor_files import names_in_order, write_tensors
+from btm_cluster.language_model.stored_weights import write_shards
+from btm_cluster.language_model.tensor_files import names_in_order
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.requests import MixtureOfExpertsRequest
 from btm_cluster.requests.progress import Control, Counter
@@ -53,13 +54,12 @@ def mix_experts(request: MixtureOfExpertsRequest, ledger: Ledger, control: Contr
         "inference_cost": size.inference_cost,
         "routers": [{"accuracy": router.accuracy, "sharpness": router.sharpness} for router in routers],
     }
-    names = names_in_order(mixture.header)
-    counter = Counter(control, request.label, "merging", len(names), "tensors")
+    counter = Counter(control, request.label, "merging", len(names_in_order(mixture.header)), "tensors")
     with scratch_folder() as folder:
-        files = {"model.safetensors": folder / "model.safetensors"}
-        write_tensors(mixture.header, map(mixture.read, counter.over(names)), files["model.safetensors"])
+        files = write_shards(mixture, folder, count=counter.add)
         (tokenizer,) = ledger.get(request.ordered_tokens[0][0]).inputs["tokenizer"]
-        files["config.json"] = write_config(config, open_tokenizer(ledger, tokenizer), folder)
+        dtype = dense.get("dtype") or "float32"
+        files["config.json"] = write_config(config, open_tokenizer(ledger, tokenizer), folder, dtype)
         files |= {name: ledger.open_file(rest, name) for name in TOKENIZER_FILES}
         return ledger.commit(request, files, facts, {"name": request.label})
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from btm_cluster.cli import app, run_command
 from btm_cluster.errors import IncompatibleError, UserError
+from btm_cluster.language_model.configuration import config_from, plain_config
 from btm_cluster.language_model.folder import write_model
 from btm_cluster.language_model.mixture_of_experts import (
     MixtureWeights,
@@ -19,18 +20,10 @@ from btm_cluster.language_model.mixture_of_experts import (
     mixture_config,
     size_of_mixture,
 )
-from btm_cluster.language_model.model import (
-    build_model,
-    config_from,
-    load_model,
-    plain_config,
-    save_weights,
-    weights_of,
-)
+from btm_cluster.language_model.model import build_model, load_model, save_weights, weights_of
 from btm_cluster.language_model.routers import fit_routers
 from btm_cluster.language_model.soup import Reading
-from btm_cluster.language_model.stored_weights import TensorFiles
-from btm_cluster.language_model.tensor_files import names_in_order, write_tensors
+from btm_cluster.language_model.stored_weights import TensorFiles, write_shards
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.operations.run import run_plan
 from btm_cluster.plan import Plan
@@ -93,9 +86,9 @@ class Made:
         """The mixture of some models, with routers drawn at random, as a store has it."""
         routers = [torch.randn(EXPERTS, 32) for _ in range(2)]
         weights = MixtureWeights(self.files[0], files, routers, self.mixture_config)
-        file = self.folder / f"{name}.safetensors"
-        write_tensors(weights.header, map(weights.read, names_in_order(weights.header)), file)
-        return TensorFiles([file])
+        to = self.folder / name
+        to.mkdir()
+        return TensorFiles(list(write_shards(weights, to).values()))
 
     def open(self, weights: TensorFiles) -> PreTrainedModel:
         return load_model(self.mixture_config, weights).eval()
