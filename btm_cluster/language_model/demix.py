@@ -16,6 +16,8 @@ from torch.func import functional_call
 
 from btm_cluster.errors import UserError
 from btm_cluster.language_model.model import count_parameters, fresh_on_meta
+from btm_cluster.language_model.stored_weights import StoredWeights
+from btm_cluster.language_model.tensor_files import Header, names_in_order, ordered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,11 +94,16 @@ def split_feed_forwards(model: "PreTrainedModel", domains: range) -> None:
     Raises:
         UserError: its layers have no feed-forward that can be told, or have several already.
     """
-    found = {name: mlp for name, mlp in model.named_modules() if _FEED_FORWARD.search(name)}
+    found = feed_forwards_of(model)
     if not found or any(hasattr(mlp, "experts") for mlp in found.values()):
         raise _refused(model, "layers of experts already" if found else "no submodule `mlp` in its layers")
     for name, mlp in found.items():
         model.set_submodule(name, DomainFeedForwards(mlp, domains))
+
+
+def feed_forwards_of(model: "PreTrainedModel") -> dict[str, torch.nn.Module]:
+    """The feed-forwards of a model's layers by name; none where they cannot be told."""
+    return {name: mlp for name, mlp in model.named_modules() if _FEED_FORWARD.search(name)}
 
 
 def check_splits(config: Mapping[str, Any], domains: int) -> None:
@@ -121,13 +128,32 @@ def has_row_per_domain(name: str) -> bool:
     return _EXPERTS in name
 
 
-def dense_part(weights: Mapping[str, torch.Tensor], domain: int) -> dict[str, torch.Tensor]:
-    """The weights of the ordinary model that a DEMix is for one domain: what is
-    shared, and the domain's feed-forwards."""
-    return {
-        _dense_name(name): tensor[domain] if has_row_per_domain(name) else tensor
-        for name, tensor in weights.items()
-    }
+class DensePart:
+    """The weights of the ordinary model that a stored DEMix is for one domain: what is shared, and the domain's
+    feed-forwards."""
+
+    def __init__(self, demix: StoredWeights, domain: int) -> None:
+        self._demix, self._domain = demix, domain
+        self._stacked = {_dense_name(name): name for name in names_in_order(demix.header)}
+        entries = {name: demix.header[stacked] for name, stacked in self._stacked.items()}
+        rows = {
+            name: {**entry, "shape": entry["shape"][1:]}
+            for name, entry in entries.items()
+            if has_row_per_domain(self._stacked[name])
+        }
+        self._header = ordered({**entries, **rows})
+
+    @property
+    def header(self) -> Header:
+        return self._header
+
+    def read(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        stacked = self._stacked[name]
+        tensor = self._demix.read(stacked)
+        return (tensor[self._domain] if has_row_per_domain(stacked) else tensor).to(device)
+
+    def __str__(self) -> str:
+        return str(self._demix)
 
 
 def _dense_name(name: str) -> str:
@@ -138,8 +164,8 @@ def count_demix_parameters(config: Mapping[str, Any], domains: int) -> tuple[int
     """All parameters of a DEMix, and those that are not embeddings: what is
     shared, and D times the feed-forwards."""
     total, non_embedding = count_parameters(config)
-    modules = fresh_on_meta(config).named_modules()
-    split = sum(p.numel() for name, mlp in modules if _FEED_FORWARD.search(name) for p in mlp.parameters())
+    feed_forwards = feed_forwards_of(fresh_on_meta(config)).values()
+    split = sum(p.numel() for mlp in feed_forwards for p in mlp.parameters())
     return total + (domains - 1) * split, non_embedding + (domains - 1) * split
 
 

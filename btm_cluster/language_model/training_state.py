@@ -7,6 +7,7 @@ Knows no store: files are local, and the caller has found and checked them.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -14,20 +15,29 @@ from transformers import PreTrainedModel
 
 from btm_cluster.errors import IntegrityError
 from btm_cluster.language_model.block_check import check_reads
+from btm_cluster.language_model.deltas import FILES, freeze, hold_frozen_in, load_trained, trained_names
 from btm_cluster.language_model.demix import own_moments, split_feed_forwards
 from btm_cluster.language_model.demix_group import Share, gather_domains, share_of
-from btm_cluster.language_model.model import build_model, load_weights, save_weights, weights_of
+from btm_cluster.language_model.model import (
+    build_model,
+    layout_of,
+    load_model,
+    load_weights,
+    weights_of,
+)
 from btm_cluster.language_model.optimizer import build_optimizer
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.recording import Recording
-from btm_cluster.language_model.stored_weights import StoredWeights
-from btm_cluster.language_model.tensor_files import WEIGHTS, names_in_order
+from btm_cluster.language_model.stored_weights import StoredWeights, write_weights
+from btm_cluster.language_model.tensor_files import Header, layout, names_in_order, write_tensors
 from btm_cluster.language_model.training_spec import TrainingSpec
+from btm_cluster.plan import ALL, Trains
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 CAUSAL_TOKENS = 8
 """Enough to see whether a model reads from left to right."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_MASTER = "master."
 
 
 @dataclass
@@ -40,59 +50,80 @@ class TrainingState:
     """Updates made so far."""
     share: Share | None = None
     """The domains of a DEMix that this rank trains; None for another model."""
+    trains: Trains = ALL
+    """The weights that change: all that is stored is of these."""
     recording: Recording = field(default_factory=Recording)
     """The training's curve so far."""
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The whole model's weights by name. Every rank of a group exhausts it."""
-        return self._gathered(weights_of(self.model))
+        """The weights that are stored, by name: all, or those that change. Every rank of a group exhausts it."""
+        return self._gathered(self.held_weights())
 
     def moments(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Adam's moments of the whole model by parameter name, and its step count.
+        """Adam's moments of all that is trained, by the name that a parameter is stored by, and its step count.
 
         Every rank of a group exhausts it.
         """
+        return self._gathered(self.held_moments())
+
+    def held_moments(self) -> dict[str, torch.Tensor]:
+        """The moments as this rank holds them."""
         tensors: dict[str, torch.Tensor] = {}
-        for name, parameter in sorted(self.model.named_parameters()):
-            kept = self.optimizer.state.get(parameter)
+        parameters = dict(self.model.named_parameters())
+        for name, stored in trained_names(self.model, self.trains).items():
+            kept = self.optimizer.state.get(parameters[name])
             if kept:
-                tensors |= {f"{moment}.{name}": kept[moment] for moment in _MOMENTS}
+                tensors |= {f"{moment}.{stored}": kept[moment] for moment in _MOMENTS}
                 tensors["step"] = torch.as_tensor(kept["step"], dtype=torch.float32)
-        return self._gathered(tensors)
+        return tensors
 
     def has_finite_weights(self) -> bool:
-        """Whether every weight that this rank holds is a finite number."""
-        return bool(
-            torch.stack([tensor.isfinite().all() for tensor in weights_of(self.model).values()]).all()
-        )
+        """Whether every weight that this rank holds, and that may have changed, is a finite number."""
+        return bool(torch.stack([tensor.isfinite().all() for tensor in self.held_weights().values()]).all())
+
+    def held_weights(self) -> dict[str, torch.Tensor]:
+        """The weights that are stored, as this rank holds them."""
+        if not self.trains.is_delta:
+            return weights_of(self.model)
+        parameters = dict(self.model.named_parameters())
+        names = trained_names(self.model, self.trains).items()
+        return {stored: parameters[name].detach() for name, stored in names}
 
     def _gathered(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         return iter(tensors.items()) if self.share is None else gather_domains(tensors, self.share)
 
 
-def build_state(spec: TrainingSpec, group: ProcessGroup) -> TrainingState:
-    """A model with the weights that the random seed draws, and an optimiser that has made no step.
+def build_state(spec: TrainingSpec, group: ProcessGroup, base: StoredWeights | None = None) -> TrainingState:
+    """A model with the weights that the random seed draws, or those of `base`, and an optimiser that has made no
+    step.
+
+    `base` are the weights to train a part of.
 
     Raises:
         UserError: an architecture that does not read from left to right, or of which no DEMix can be made.
     """
-    model = build_model(spec.model, spec.training.random_seed)
+    random_seed = spec.training.random_seed
+    model = build_model(spec.model, random_seed) if base is None else load_model(spec.model, base)
     if spec.from_scratch:
         check_reads(model, CAUSAL_TOKENS, f"a {spec.model['model_type']}")
     share = share_of(group.rank, group.world, len(spec.texts)) if spec.is_demix else None
     if share is not None:
         split_feed_forwards(model, share.domains)
+    freeze(model, spec.trains, random_seed)
+    if spec.trains.is_delta:
+        hold_frozen_in(model, spec.compute.precision)
     model = model.to(spec.compute.device)
-    return TrainingState(
-        model, build_optimizer(model, spec.training, spec.is_demix), spec.first_update, share
-    )
+    optimizer = build_optimizer(model, spec.training, spec.is_demix)
+    return TrainingState(model, optimizer, spec.first_update, share, spec.trains)
 
 
 def load_state(
     state: TrainingState, update: int, weights: StoredWeights, optimizer: StoredWeights | None, name: str
 ) -> None:
-    """Fills `state` with the whole model's stored weights and moments;
+    """Fills `state` with stored weights and moments of all that is trained;
     without `optimizer`, that starts anew.
+
+    Weights that the optimiser holds in float32 go before those that were rounded to be stored.
 
     In a group each rank takes its own domains of a DEMix; a dense model's feed-forwards are copied for each
     domain.
@@ -102,18 +133,37 @@ def load_state(
         IntegrityError: moments of another model, which `name` names.
         FileNotFoundError: a file was deleted meanwhile.
     """
-    load_weights(state.model, weights)
+    exact = optimizer and _Masters(optimizer)
+    stored = exact if exact and names_in_order(exact.header) else weights
+    if state.trains.is_delta:
+        load_trained(state.model, state.trains, stored)
+    else:
+        load_weights(state.model, stored)
     if optimizer is not None:
-        tensors = {name: optimizer.read(name) for name in names_in_order(optimizer.header)}
-        _load_moments(state, tensors, name)
+        load_moments(state, optimizer, name)
     state.update = update
 
 
-def _load_moments(state: TrainingState, tensors: Mapping[str, torch.Tensor], name_of_state: str) -> None:
-    for name, parameter in state.model.named_parameters():
-        stored = {moment: own_moments(state.model, name, moment, tensors) for moment in _MOMENTS}
+def load_moments(state: TrainingState, optimizer: StoredWeights, name_of_state: str) -> None:
+    """Fills the optimiser with stored moments of all that is trained; what has none starts without.
+
+    Raises:
+        IntegrityError: moments of another model, which `name_of_state` names.
+    """
+    tensors = {name: optimizer.read(name) for name in names_in_order(optimizer.header)}
+    parameters = dict(state.model.named_parameters())
+    for name, stored_as in trained_names(state.model, state.trains).items():
+        parameter = parameters[name]
+        stored = {
+            moment: tensors.get(f"{moment}.{stored_as}")
+            if state.trains.is_delta
+            else own_moments(state.model, name, moment, tensors)
+            for moment in _MOMENTS
+        }
         moments = {
-            moment: tensor.to(parameter.device) for moment, tensor in stored.items() if tensor is not None
+            moment: tensor.to(parameter.device, copy=True)
+            for moment, tensor in stored.items()
+            if tensor is not None
         }
         if not moments:
             continue
@@ -133,12 +183,49 @@ def does_not_fit(name: str, found: str) -> IntegrityError:
     )
 
 
-def write_state(state: TrainingState, folder: Path, with_optimizer: bool) -> dict[str, Path]:
-    """Writes weights, and the optimiser's state where asked, as files below
-    `folder`; returns them by name."""
-    files = {WEIGHTS: folder / WEIGHTS}
-    save_weights(dict(state.weights()), files[WEIGHTS])
+def write_state(
+    state: TrainingState, folder: Path, with_optimizer: bool, dtype: torch.dtype = torch.float32
+) -> dict[str, Path]:
+    """Writes weights in a dtype, and the optimiser's state where asked, as files below `folder`; returns them by
+    name. An adapter is small, and stays float32.
+
+    Where the weights are rounded, that state holds them in float32 too: training goes on from those. Memory: one
+    tensor.
+    """
+    if state.trains.lora is not None:
+        dtype = torch.float32
+    if state.trains.is_delta:
+        name = FILES[state.trains.part]
+        files = {name: folder / name}
+        rounded = {
+            n: torch.empty_like(t, dtype=dtype, device="meta") for n, t in state.held_weights().items()
+        }
+        write_tensors(layout(rounded), state.weights(), files[name])
+    else:
+        files = write_weights(layout_of(state.model, dtype), state.weights(), folder)
     if with_optimizer:
+        held, tensors = state.held_moments(), state.moments()
+        if dtype != torch.float32:
+            held |= {f"{_MASTER}{name}": tensor for name, tensor in state.held_weights().items()}
+            tensors = chain(tensors, ((f"{_MASTER}{name}", tensor) for name, tensor in state.weights()))
         files[OPTIMIZER_FILE] = folder / OPTIMIZER_FILE
-        save_weights(dict(state.moments()), files[OPTIMIZER_FILE])
+        write_tensors(layout(held), tensors, files[OPTIMIZER_FILE])
     return files
+
+
+class _Masters:
+    """The weights that a stored optimiser holds in float32; none where the model itself is stored so."""
+
+    def __init__(self, optimizer: StoredWeights) -> None:
+        self._optimizer = optimizer
+
+    @property
+    def header(self) -> Header:
+        whole = self._optimizer.header
+        return {n.removeprefix(_MASTER): entry for n, entry in whole.items() if n.startswith(_MASTER)}
+
+    def read(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        return self._optimizer.read(f"{_MASTER}{name}", device)
+
+    def __str__(self) -> str:
+        return str(self._optimizer)

@@ -94,4 +94,5 @@ File = Annotated[Location, AfterValidator(_check_file), AfterValidator(_beside_p
 Messages = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple), Field(min_length=1, max_length=2)]
 Files = Annotated[tuple[File, ...], BeforeValidator(_as_tuple)]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_switch)]
+Modules = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 Config = Annotated[dict[str, Any], AfterValidator(_check_plain)]

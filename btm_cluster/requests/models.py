@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeAlias
 
 from btm_cluster.identity import Inputs, Ref, identity_of, plain_inputs
-from btm_cluster.plan import TrainingPlan
+from btm_cluster.plan import ALL, TrainingPlan, Trains
 from btm_cluster.requests.request import Resources, StepRequest, texts_of
 
 _TRAINING = {
@@ -20,8 +20,8 @@ _TRAINING = {
     "gradient_clip",
     "random_seed",
 }
-"""Fields of a plan's `training` that a model's identity hangs on;
-`seed_share` is in its first and last update."""
+"""Fields of a plan's `training` that a model's identity hangs on, and `weights` where it
+is not float32; `seed_share` is in its first and last update."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,8 @@ class TrainRequest(StepRequest):
 
     What comes out is a model for each of `parts`, and an artifact that names them.
     """
+    trains: Trains = ALL
+    """The weights that change. Of less than all, `start` is needed to use what comes out."""
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -114,9 +116,10 @@ class TrainRequest(StepRequest):
     @property
     def _trajectory(self) -> dict[str, Any]:
         """The recipe of a training that does not say how far it goes."""
+        rounded = set() if self.training.weights == "float32" else {"weights"}
         return {
             "model": self.model,
-            "training": self.training.model_dump(mode="json", include=_TRAINING),
+            "training": self.training.model_dump(mode="json", include=_TRAINING | rounded),
             "first_update": self.first_update,
             "keep_optimizer": self.start is not None and self.start.keep_optimizer,
             "pretrained": self.pretrained.sha256 if self.pretrained else None,
@@ -125,6 +128,7 @@ class TrainRequest(StepRequest):
             "parts_of_texts": [
                 [text.split, text.first_blocks] for text in self._ordered if text.split != "train"
             ],
+            **self.trains.recipe,
         }
 
     @property

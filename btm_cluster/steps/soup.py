@@ -6,6 +6,7 @@ One process, one search.
 import torch
 
 from btm_cluster.errors import TextError
+from btm_cluster.language_model.compute import device_of
 from btm_cluster.language_model.soup import Reading, Soup, greedy_soup, learned_soup
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import SoupRequest
@@ -27,15 +28,15 @@ def search(request: SoupRequest, ledger: Ledger, control: Control) -> Artifact:
     models = [ledger.get(model) for model in request.inputs["models"]]
     identities = [model.identity for model in models]
     check_compatible(ledger, models)
-    blocks_BT, is_predicted_BT = open_held_out(ledger, request.tokens, request.blocks)
-    reading = Reading(torch.from_numpy(blocks_BT), torch.from_numpy(is_predicted_BT))
+    reading = Reading(*map(torch.from_numpy, open_held_out(ledger, request.tokens, request.blocks)))
     if not len(reading):
         raise TextError(
             f"{request.label}: there is no development text", remedy="give the text a development split"
         )
     first_token = first_token_of(ledger, request.tokens)
     parts = [open_weights(ledger, model) for model in models]
-    soup = Soup(open_model(ledger, models[0]), parts, first_token, request.how, counter.add)
+    mixed = open_model(ledger, models[0], device_of(request.how.gpus_per_worker))
+    soup = Soup(mixed, parts, first_token, request.how, counter.add)
     if request.strategy == "greedy":
         found = greedy_soup(soup, reading)
     else:

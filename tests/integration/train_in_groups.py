@@ -1,8 +1,9 @@
-"""Trains a DEMix over groups of processes that are forked from this one: `python -m
+"""Trains a DEMix, or an expert, over groups of processes that are forked from this one: `python -m
 tests.integration.train_in_groups < JOBS`.
 
 JOBS are JSON: a plan, a number of ranks, the update after which one rank asks to stop, or null, and whether
-the DEMix branches from the seed, which the store then has.
+the DEMix branches from the seed, which the store then has. Of a plan without a DEMix it is the first expert,
+which does.
 """
 
 import json
@@ -10,12 +11,13 @@ import os
 import sys
 import tempfile
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import torch.distributed as dist
 
 from btm_cluster.driver.preparation import prepare
-from btm_cluster.driver.recipes import demix_request, seed_request
+from btm_cluster.driver.recipes import demix_request, expert_request, seed_request, seed_start
 from btm_cluster.errors import Stopped
 from btm_cluster.plan import Plan
 from btm_cluster.requests import TrainRequest
@@ -26,11 +28,13 @@ from tests.integration.test_training import AT_EVERY_UPDATE, Interrupting, Undis
 
 
 def request_for(plan: Plan, ranks: int, is_seeded: bool) -> TrainRequest:
-    """The plan's DEMix, of a group; it saves as often as the group agrees on it."""
+    """The plan's DEMix or first expert, of a group; it saves as often as the group agrees on it."""
     prepared = prepare(plan, in_process(plan))
-    request = (
-        seeded_demix_request(prepared, seed_request(prepared).ref) if is_seeded else demix_request(prepared)
-    )
+    seed = seed_request(prepared).ref
+    if not plan.baselines:
+        request = expert_request(prepared, prepared.domains[0], seed_start(prepared, seed))
+    else:
+        request = seeded_demix_request(prepared, seed) if is_seeded else demix_request(prepared)
     return replace(request, how=replace(request.how, workers=ranks), checkpoint_seconds=AT_EVERY_UPDATE)
 
 
@@ -50,7 +54,10 @@ def train_on(rank: int, rendezvous: str, plan: Plan, request: TrainRequest, stop
 
 def main() -> None:
     """One job after the other."""
-    for fields, ranks, stop_after, is_seeded in json.load(sys.stdin):
+    jobs = json.load(sys.stdin)
+    if any("branching" in fields for fields, *_ in jobs):
+        import_module("peft")  # before the processes are forked, which all need it
+    for fields, ranks, stop_after, is_seeded in jobs:
         plan = Plan.model_validate(fields)
         request = request_for(plan, ranks, is_seeded)
         with tempfile.TemporaryDirectory() as folder:
