@@ -52,8 +52,8 @@ def check_template(template: ChatTemplate) -> None:
         raise PlanError(
             f"{template.origin} is not Jinja", found=f"line {exc.lineno}: {one_line(exc)}", remedy=remedy
         ) from exc
-    except Exception:
-        pass
+    except Exception:  # of a template that wants messages, as it may
+        return
 
 
 def render(template: ChatTemplate, conversation: Conversation) -> RenderedChat:

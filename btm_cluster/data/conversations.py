@@ -12,7 +12,6 @@ ASSISTANT = "assistant"
 ROLES = ("system", "developer", "user", ASSISTANT, "tool")
 _OTHER_NAMES = {"human": "user", "gpt": ASSISTANT, "observation": "tool", "function_response": "tool"}
 """As ShareGPT's `from` has them."""
-_TEXT_OF_PARTS = "text"
 
 
 class BadMessages(ValueError):
@@ -80,22 +79,20 @@ def _parsed(value: Any) -> Any:
 def _message(row: Any) -> dict[str, Any]:
     if not isinstance(row, Mapping):
         raise BadMessages("a message without a role and content")
-    message = {
+    others = {
         name: value for name, value in row.items() if value is not None
-    }  # Parquet fills what is not there
-    if "role" not in message and "from" in message:
-        message = {"role": message.pop("from"), "content": message.pop("value", None)} | message
-    role = message.get("role")
-    message["role"] = _OTHER_NAMES.get(role, role) if isinstance(role, str) else role
-    if message["role"] not in ROLES:
-        raise BadMessages(f"a message of the unknown role {str(role)[:40]!r}; known are {', '.join(ROLES)}")
-    content = _content(message.get("content"))
-    calls = message.get("tool_calls")
+    }  # as Parquet fills what is not there
+    names = ("from", "value") if "role" not in others and "from" in others else ("role", "content")
+    given, content = others.pop(names[0], None), _content(others.pop(names[1], None))
+    role = _OTHER_NAMES.get(given, given) if isinstance(given, str) else given
+    if role not in ROLES:
+        raise BadMessages(f"a message of the unknown role {str(given)[:40]!r}; known are {', '.join(ROLES)}")
+    calls = others.get("tool_calls")
     if content is None and not calls:
-        raise BadMessages(f"a message of the {message['role']} without text")
-    if message["role"] == ASSISTANT and not (content or "").strip() and not calls:
+        raise BadMessages(f"a message of the {role} without text")
+    if role == ASSISTANT and not (content or "").strip() and not calls:
         raise BadMessages("an empty turn of the assistant")
-    return message | ({} if content is None else {"content": content})
+    return {"role": role, **({} if content is None else {"content": content}), **others}
 
 
 def _content(content: Any) -> str | None:
@@ -103,9 +100,7 @@ def _content(content: Any) -> str | None:
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else []
-    texts = [
-        part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == _TEXT_OF_PARTS
-    ]
+    texts = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
     if parts and len(texts) == len(parts) and all(isinstance(text, str) for text in texts):
         return "".join(map(str, texts))
     return None

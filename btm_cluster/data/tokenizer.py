@@ -137,9 +137,8 @@ class TextTokenizer:
 
     @cached_property
     def _for_rendered(self) -> Tokenizer:
-        return Tokenizer.from_str(
-            self.backend.to_str()
-        )  # which leaves out that special tokens are to be spelled
+        # As text it does not say that special tokens are to be spelled.
+        return Tokenizer.from_str(self.backend.to_str())
 
     def special_tokens(self) -> frozenset[int]:
         """Ids of tokens that are no text."""

@@ -82,6 +82,11 @@ def messages_rules(messages: Any, field: Any, kinds: Set[Kind | None]) -> Iterat
         yield Broken("messages", "files of plain text", expected, "leave `messages` out, or name other files")
 
 
+def inbox_rules(given: Given) -> Iterator[Broken]:
+    """A delivery has documents or messages."""
+    yield from messages_rules(given.get("messages"), given.get("field"), set())
+
+
 def domain_rules(given: Given) -> Iterator[Broken]:
     """Like any text; and a domain has training text."""
     yield from text_rules(given)
