@@ -1,8 +1,7 @@
-"""Tokenizers: trained on text or brought from elsewhere, kept as a Hugging Face folder."""
+"""Tokenizers, kept as a Hugging Face folder: opened, brought from elsewhere, and what they make of text."""
 
 import json
 import logging
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Encoding, Tokenizer
 
-from btm_cluster.errors import TextError, UserError, one_line
+from btm_cluster.errors import UserError, one_line
 from btm_cluster.plan import ChatTemplate
 
 log = logging.getLogger(__name__)
@@ -41,52 +40,6 @@ _PROBE = (
 )
 """Text on which tokenizers differ: digits, runs of spaces, line ends,
 contractions, other scripts, ligatures, emoji."""
-_LONGEST_RUN = 1000
-_LONG_RUN = re.compile(rf"(?<!\S)\S{{{_LONGEST_RUN + 1},}}|(?<!\s)\s{{{_LONGEST_RUN + 1},}}")
-
-
-def train_tokenizer(documents: Iterable[str], vocabulary: int, folder: Path) -> int:
-    """Trains a byte-level BPE and saves it; returns its number of tokens.
-
-    Independent of document order and threads.
-
-    Raises:
-        TextError: the text is too small for the vocabulary.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_cut_long_runs(documents), trainer)
-    found = tokenizer.get_vocab_size()
-    if found < vocabulary:
-        raise TextError(
-            "the training text is too small for the vocabulary",
-            found=f"{found} tokens",
-            expected=f"tokenizer.train.vocabulary = {vocabulary}",
-            remedy=f"give more text, or set the vocabulary to {found} or less",
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    _write_config({"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}, folder)
-    return found
-
-
-def _cut_long_runs(documents: Iterable[str]) -> Iterator[str]:
-    """The documents, cut within long runs without (or of) white space: a run
-    of n takes the trainer n² steps."""
-    for text in documents:
-        rest = 0
-        for run in _LONG_RUN.finditer(text):
-            yield text[rest : run.start()]
-            yield from (text[i : i + _LONGEST_RUN] for i in range(run.start(), run.end(), _LONGEST_RUN))
-            rest = run.end()
-        yield text[rest:]
 
 
 @dataclass(frozen=True)
@@ -247,13 +200,14 @@ def import_tokenizer(source: Path, tokenizer: TextTokenizer, folder: Path) -> di
         given["chat_template"] = [
             {"name": n, "template": f.read_text(encoding="utf-8")} for n, f in named.items()
         ]
-    _write_config({"eos_token": tokenizer.name(tokenizer.end_of_text)} | given, folder)
+    write_config({"eos_token": tokenizer.name(tokenizer.end_of_text)} | given, folder)
     for name in kept:
         shutil.copyfile(source / name, folder / name)
     return {name: folder / name for name in (*TOKENIZER_FILES, *kept)}
 
 
-def _write_config(fields: Mapping[str, Any], folder: Path) -> None:
+def write_config(fields: Mapping[str, Any], folder: Path) -> None:
+    """Writes tokenizer_config.json below `folder`."""
     # A named class such as Qwen2Tokenizer is rebuilt by transformers 5 with the class's own rules; this one
     # opens the file.
     whole = {**fields, "tokenizer_class": "PreTrainedTokenizerFast"}
@@ -341,12 +295,3 @@ def _first_token(source: Path, auto: Any, backend: Tokenizer, end: int, given: s
 
 def _content(token: str | Mapping[str, Any]) -> str:
     return token if isinstance(token, str) else str(token["content"])
-
-
-def take_characters(documents: Iterable[str], characters: int) -> Iterator[str]:
-    """The first documents, until they hold `characters` characters."""
-    for text in documents:
-        if characters <= 0:
-            return
-        yield text
-        characters -= len(text)

@@ -20,9 +20,8 @@ from btm_cluster.data.tokenizer import (
     import_tokenizer,
     load_tokenizer,
     open_pretrained_tokenizer,
-    take_characters,
-    train_tokenizer,
 )
+from btm_cluster.data.tokenizer_training import take_characters, train_tokenizer
 from btm_cluster.errors import TextError, UserError
 from btm_cluster.language_model.pretrained import pretrained_tokenizer_hash
 from tests.conftest import made_up_documents
