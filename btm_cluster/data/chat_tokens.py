@@ -1,6 +1,7 @@
 """Conversations as tokens, with marks of what the assistant says, which alone is predicted."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -42,10 +43,11 @@ def _tokenised_chats(
     special = tokenizer.special_tokens()
     encodings = tokenizer.encode_rendered([chat.text for chat in rendered])
     for conversation, chat, encoding in zip(conversations, rendered, encodings, strict=True):
-        marks, size = _marks(chat, encoding, special)
-        ids = list(encoding.ids)
-        if not _has_ended(chat, encoding, tokenizer.end_of_text):
-            ids.append(tokenizer.end_of_text)
+        tokens = _Tokens.of(encoding)
+        marks, size = _marks(chat, tokens, special)
+        ids = tokens.ids
+        if not _has_ended(chat, tokens, tokenizer.end_of_text):
+            ids = [*ids, tokenizer.end_of_text]
             marks = np.append(marks, np.uint8(END if _must_end(conversation, marks) else READ))
         yield TokenisedDocument(ids, marks, size)
 
@@ -61,31 +63,47 @@ def _render(template: ChatTemplate, conversation: Conversation) -> RenderedChat:
         ) from exc
 
 
-def _marks(chat: RenderedChat, encoding: Encoding, special: frozenset[int]) -> tuple[np.ndarray, int]:
+@dataclass(frozen=True)
+class _Tokens:
+    """Tokens of a text, each from its first character up to its last."""
+
+    ids: list[int]
+    starts: np.ndarray
+    ends: np.ndarray
+
+    @staticmethod
+    def of(encoding: Encoding) -> "_Tokens":
+        # Each of these is made anew whenever it is asked for.
+        starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
+        return _Tokens(encoding.ids, starts, ends)
+
+
+def _marks(chat: RenderedChat, tokens: _Tokens, special: frozenset[int]) -> tuple[np.ndarray, int]:
     """Marks of the tokens, uint8, and the bytes of the text that is predicted.
 
     A token that reaches into a turn is part of it. White space after the token that ends a turn is not.
     """
-    marks = np.full(len(encoding.ids), READ, dtype=np.uint8)
+    marks = np.full(len(tokens.ids), READ, dtype=np.uint8)
     size = 0
-    starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
-    for turn in chat.turns:
-        places = np.flatnonzero((ends > turn[0]) & (starts < turn[1]))
-        no_text = [i for i in places.tolist() if encoding.ids[i] in special]
-        start, end = turn
-        if no_text and not chat.text[ends[no_text[-1]] : end].strip():
-            places, end = places[places <= no_text[-1]], int(ends[no_text[-1]])
-        marks[places] = TEXT
+    for start, end in chat.turns:
+        first = int(np.searchsorted(tokens.ends, start, "right"))
+        last = int(np.searchsorted(tokens.starts, end))
+        no_text = [i for i in range(first, last) if tokens.ids[i] in special]
+        if no_text and not chat.text[tokens.ends[no_text[-1]] : end].strip():
+            last, end = no_text[-1] + 1, int(tokens.ends[no_text[-1]])
+        marks[first:last] = TEXT
         marks[no_text] = END
         size += len(chat.text[start:end].encode())
-        size -= sum(len(chat.text[starts[i] : ends[i]].encode()) for i in no_text)
+        size -= sum(len(chat.text[tokens.starts[i] : tokens.ends[i]].encode()) for i in no_text)
     return marks, size
 
 
-def _has_ended(chat: RenderedChat, encoding: Encoding, end_of_text: int) -> bool:
+def _has_ended(chat: RenderedChat, tokens: _Tokens, end_of_text: int) -> bool:
     """Whether the template itself writes the end of text, with nothing but white space after it."""
-    last = next((i for i in range(len(encoding.ids) - 1, -1, -1) if encoding.ids[i] == end_of_text), None)
-    return last is not None and not chat.text[encoding.offsets[last][1] :].strip()
+    if end_of_text not in tokens.ids:
+        return False
+    last = len(tokens.ids) - 1 - tokens.ids[::-1].index(end_of_text)
+    return not chat.text[tokens.ends[last] :].strip()
 
 
 def _must_end(conversation: Conversation, marks: np.ndarray) -> bool:
