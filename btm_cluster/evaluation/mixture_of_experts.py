@@ -7,7 +7,7 @@ from btm_cluster.evaluation.fitting import uniform_request
 from btm_cluster.evaluation.systems import System
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import Ref
-from btm_cluster.plan import MixtureOfExpertsPlan
+from btm_cluster.plan import MixtureOfExpertsPlan, Plan
 from btm_cluster.requests import AverageRequest, MixtureOfExpertsRequest
 
 MIXTURE_OF_EXPERTS = System("mixture of experts")
@@ -30,22 +30,22 @@ def mixture_of_experts_request(
             found=f"none of {', '.join(without)}",
             remedy="name `development` files for them in the plan, or leave the mixture of experts out",
         )
-    average = average_of_rest(forest, wanted)
-    merging = prepared.plan.merging
+    average = average_of_rest(prepared.plan, forest, wanted)
     return MixtureOfExpertsRequest(
-        label=f"mixture of experts with the {wanted.rest}",
+        label=f"mixture of experts with the {'seed' if average is None else 'average'}",
         models=_models(forest),
         rest=Ref("model", forest.foundation.seed) if average is None else average.ref,
         tokens=tuple(tokens[domain] for domain in forest.domains),
         experts_per_token=min(wanted.experts_per_token, len(forest.experts)),
-        blocks=merging.development_blocks,
+        blocks=prepared.plan.merging.development_blocks,
         how=expert_resources(prepared.plan),
     )
 
 
-def average_of_rest(forest: Forest, wanted: MixtureOfExpertsPlan) -> AverageRequest | None:
+def average_of_rest(plan: Plan, forest: Forest, wanted: MixtureOfExpertsPlan) -> AverageRequest | None:
     """The average that a mixture of experts has its attention, embeddings and norms of; None: the seed."""
-    return uniform_request(_models(forest)) if wanted.rest == "average" else None
+    suited = "seed" if plan.branching.train == "feed-forward" else "average"
+    return None if (wanted.rest or suited) == "seed" else uniform_request(_models(forest))
 
 
 def mixture_of_experts_requests(
@@ -56,7 +56,7 @@ def mixture_of_experts_requests(
     Raises:
         TextError: a domain has no development text.
     """
-    average = average_of_rest(forest, wanted)
+    average = average_of_rest(prepared.plan, forest, wanted)
     mixture = mixture_of_experts_request(prepared, forest, wanted)
     return [mixture] if average is None else [average, mixture]
 

@@ -41,9 +41,10 @@ class MixtureOfExpertsPlan(Section):
     experts_per_token: Positive = 2
     """Feed-forwards that a token passes in every layer, of those with the largest scores. All experts, where
     a forest has fewer."""
-    rest: Literal["average", "seed"] = "average"
-    """Whose attention, embeddings and norms it has: those of the experts' uniform average, which is better
-    where experts have changed them too, or the seed's, which is exact where they have not."""
+    rest: Literal["average", "seed"] | None = None
+    """Whose attention, embeddings and norms it has: those of the experts' uniform average, or the seed's. Unless
+    this is written, it is the seed for `branching.train: feed-forward`, which is exact, and the average for
+    experts that have changed the rest too."""
 
 
 class MergingPlan(Section):
