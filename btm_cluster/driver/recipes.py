@@ -10,6 +10,7 @@ from btm_cluster.errors import PlanError
 from btm_cluster.forest import Forest
 from btm_cluster.language_model.deltas import trains_of
 from btm_cluster.language_model.demix import check_splits
+from btm_cluster.language_model.mixture_of_experts import check_target
 from btm_cluster.ledger import Ref
 from btm_cluster.plan import Plan
 from btm_cluster.requests import Resources, Role, ScoreRequest, Start, TrainingText, TrainRequest
@@ -85,6 +86,16 @@ def check_demix_fits(plan: Plan, model: Mapping[str, Any], domains: int) -> None
             remedy=f"set cluster.seed_gpus to {domains}, or leave DEMix out of `baselines` and "
             "`study.systems`",
         )
+
+
+def check_mixture_of_experts(plan: Plan, model: Mapping[str, Any]) -> None:
+    """Refuses, before a text is read, a mixture of experts that the plan asks for and that cannot be made.
+
+    Raises:
+        UserError: naming the architecture, or the field that no mixture of experts has.
+    """
+    if plan.merging.mixture_of_experts is not None:
+        check_target(model)
 
 
 def expert_request(prepared: PreparedPlan, domain: PreparedText, start: Start) -> TrainRequest:

@@ -95,8 +95,9 @@ class Artifact:
     @property
     def parents(self) -> tuple[str, ...]:
         """Identities of the models that a model was made from: its start, those that
-        it averages, their common ancestor, or the DEMix it is part of."""
-        roles = ("start", "models", "base", "demix")
+        it averages or mixes, their common ancestor, what else a mixture of experts has, or the DEMix it is
+        part of."""
+        roles = ("start", "models", "base", "rest", "demix")
         return tuple(ref.identity for role in roles for ref in self.inputs.get(role, ()))
 
     def blob(self, name: str) -> Blob:

@@ -22,6 +22,8 @@ from btm_cluster.storage.new_folder import new_folder
 CARD, CONFIG = "README.md", "config.json"
 LICENCES = ("LICENSE", "NOTICE")
 SEED = "the seed"
+OTHER_VERSION = "an expert of an earlier version"
+MIXTURE_OF_EXPERTS = "mixture-of-experts"
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def write_folder(
         write_model(config, weights, folder, None if is_pretrained else block_tokens, shard_bytes)
         if not is_pretrained:
             say_block_length(folder, block_tokens)
-        relation = "merge" if one.model.facts["role"] == "average" else "finetune"
+        relation = "merge" if one.model.facts["role"] in ("average", MIXTURE_OF_EXPERTS) else "finetune"
         _finish(ledger, forest, called, one, seed, relation, files, folder)
 
 
@@ -152,15 +154,20 @@ def results_of(grown: Grown, model: Ref, ledger: Ledger) -> tuple[Result, ...]:
 
 
 def parts_of(forest: Forest, model: Artifact) -> tuple[Part, ...]:
-    """The models that a model of the forest is made of, the largest weight first, and then by name."""
+    """The models that a model of the forest is made of, the largest weight first, and then by name; the
+    experts of a mixture by number."""
     names = {forest.foundation.seed: SEED} | {one.identity: one.domain for one in forest.experts}
+    if model.facts["role"] == MIXTURE_OF_EXPERTS:
+        return tuple(
+            Part(f"expert {number}: {names.get(one.identity, OTHER_VERSION)}", one.identity, None)
+            for number, one in enumerate(model.inputs["models"])
+        )
     weights: Mapping[str, float | None]
     weights = {parent.identity: parent.weight for parent in _expert_parents(forest, model)}
     if "models" in model.inputs:
         weights = model.facts.get("weights") or dict.fromkeys(model.parents)
     parts = [
-        Part(names.get(identity, "an expert of an earlier version"), identity, weight)
-        for identity, weight in weights.items()
+        Part(names.get(identity, OTHER_VERSION), identity, weight) for identity, weight in weights.items()
     ]
     return tuple(sorted(parts, key=lambda part: (-(part.weight or 0.0), part.name)))
 
@@ -174,6 +181,8 @@ def _what(forest: Forest, one: ForestModel) -> str:
     model = one.model
     if model.identity == forest.foundation.seed:
         return f"The seed of a forest of experts, {method}"
+    if model.facts["role"] == MIXTURE_OF_EXPERTS:
+        return _what_mixture(forest, model, method)
     if model.facts["role"] != "average":
         tokens = model.facts["tokens"]
         how = {"lora": " with LoRA", "feed-forward": ", its feed-forwards alone"}.get(
@@ -193,6 +202,22 @@ def _what(forest: Forest, one: ForestModel) -> str:
     return (
         "A merge of experts that branched from one seed by task arithmetic (Ilharco et al., 2022), of scale "
         f"{recipe['scale']:g}, {method}"
+    )
+
+
+def _what_mixture(forest: Forest, model: Artifact, method: str) -> str:
+    (rest,) = model.inputs["rest"]
+    whose = "the seed's" if rest.identity == forest.foundation.seed else "those of their uniform average"
+    close = (
+        "The experts differ in feed-forwards alone: where a token goes to one expert in every layer, it is "
+        "predicted as by that expert."
+        if model.facts["is_exact"]
+        else "It approximates the experts, whose attention, embeddings and norms differ too."
+    )
+    return (
+        f"A mixture of the feed-forwards of {len(model.inputs['models'])} experts that branched from one seed, "
+        f"{method} In every layer a router sends each token to {model.recipe['experts_per_token']} of them, by "
+        f"its largest scores. Attention, embeddings and norms are {whose}. {close}"
     )
 
 

@@ -5,7 +5,7 @@
 
 from btm_cluster.plan.budget import BudgetPlan
 from btm_cluster.plan.expansion import ExpansionPlan, InboxPlan
-from btm_cluster.plan.plan import ClusterPlan, MergingPlan, Plan, plan_schema, read_plan
+from btm_cluster.plan.plan import ClusterPlan, MergingPlan, MixtureOfExpertsPlan, Plan, plan_schema, read_plan
 from btm_cluster.plan.study import SizePlan, StudyPlan
 from btm_cluster.plan.texts import DatasetPlan, DomainPlan, ReadingPlan, TextPlan
 from btm_cluster.plan.tracking import TrackingPlan
@@ -31,6 +31,7 @@ __all__ = [
     "Lora",
     "LoraPlan",
     "MergingPlan",
+    "MixtureOfExpertsPlan",
     "ModelPlan",
     "Part",
     "Plan",
