@@ -6,6 +6,7 @@ the very same objects: moved or cast for one model, they are for all.
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -47,16 +48,16 @@ class SharedModels:
     def _over(self, base: PreTrainedModel, delta: Artifact) -> PreTrainedModel:
         """The model that `delta` is over its base."""
         stored = open_stored(self._ledger, delta)
-        shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
+        shared: dict[int, Any] = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
         if delta.facts["trains"] == "lora":
-            model = copy.deepcopy(base, dict(shared))
+            model = copy.deepcopy(base, shared)
             put_adapter(model, lora_of(open_adapter_config(self._ledger, delta)), stored)
             return model
         for name, tensor in base.named_parameters():
             if name in stored.header:
                 changed = stored.read(name).to(tensor.device, tensor.dtype, copy=True)
                 shared[id(tensor)] = torch.nn.Parameter(changed, requires_grad=False)
-        return copy.deepcopy(base, dict(shared))
+        return copy.deepcopy(base, shared)
 
 
 def open_models(ledger: Ledger, models: Sequence[Ref]) -> list[PreTrainedModel]:
