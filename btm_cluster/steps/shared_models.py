@@ -5,7 +5,8 @@ the very same objects: moved or cast for one model, they are for all.
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -61,19 +62,13 @@ class SharedModels:
     def _over(self, base: PreTrainedModel, delta: Artifact) -> PreTrainedModel:
         """The model that `delta` is over its base."""
         stored = open_stored(self._ledger, delta)
-        shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
+        shared: dict[int, Any] = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
         if delta.facts["trains"] == "lora":
-            model = copy.deepcopy(base, dict(shared))
+            model = copy.deepcopy(base, shared)
             put_adapter(model, lora_of(open_adapter_config(self._ledger, delta)), stored)
             return model
         for name, tensor in base.named_parameters():
             if name in stored.header:
                 changed = stored.read(name).to(tensor.device, tensor.dtype, copy=True)
                 shared[id(tensor)] = torch.nn.Parameter(changed, requires_grad=False)
-        return copy.deepcopy(base, dict(shared))
-
-
-def open_models(ledger: Ledger, models: Sequence[Ref]) -> list[PreTrainedModel]:
-    """Stored models, for evaluation, on the CPU in float32; those of one base share its tensors."""
-    shared = SharedModels(ledger)
-    return [shared.open(model) for model in models]
+        return copy.deepcopy(base, shared)
