@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,19 @@ from btm_cluster.operations.plan import preview
 from btm_cluster.operations.verify import verify
 from btm_cluster.plan import Plan
 from btm_cluster.steps.mixture import engine_of, mixture_of_store
-from btm_cluster.steps.shared_models import SharedModels, open_models
+from btm_cluster.steps.shared_models import SharedModels
 from btm_cluster.steps.stored import open_model, open_stored, open_tokenizer, open_weights
 from btm_cluster.steps.train import train
 from tests.conftest import DOMAINS, in_process, plan_fields
 from tests.integration.conftest import copy_store
 from tests.integration.test_training import Interrupting, Undisturbed
+
+
+def open_models(ledger: Ledger, models: Sequence[Ref]) -> list[PreTrainedModel]:
+    """Stored models on the CPU, in float32; those of one base share its tensors."""
+    shared = SharedModels(ledger)
+    return [shared.open(model) for model in models]
+
 
 PARTS = {"lora": {"train": "lora", "lora": {"rank": 4}}, "feed-forward": {"train": "feed-forward"}}
 
