@@ -167,13 +167,18 @@ def load_weights(model: "PreTrainedModel", weights: StoredWeights) -> None:
     except RuntimeError as exc:  # of other shapes
         found = one_line(exc)
     if found:
-        raise IncompatibleError(
-            f"{weights} does not fit the model",
-            found=found,
-            expected="exactly the tensors of its configuration",
-            remedy="use the version of transformers by which the model was stored",
-        )
+        raise unfit(weights, found)
     model.tie_weights()
+
+
+def unfit(weights: StoredWeights, found: str) -> IncompatibleError:
+    """The error of stored weights that are not a model's."""
+    return IncompatibleError(
+        f"{weights} does not fit the model",
+        found=found,
+        expected="exactly the tensors of its configuration",
+        remedy="use the version of transformers by which the model was stored",
+    )
 
 
 def name_tensors(wrong: Mapping[str, Sequence[str]]) -> str:
@@ -290,6 +295,23 @@ def _fresh(config: Mapping[str, Any]) -> "PreTrainedModel":
         config_from(config), dtype=torch.float32, trust_remote_code=False
     )
     return model
+
+
+def fresh_without_values(config: Mapping[str, Any]) -> "PreTrainedModel":
+    """A model whose parameters have no memory yet, on the meta device; buffers that are computed have their
+    values."""
+    register = torch.nn.Module.register_parameter
+
+    def register_on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # one that is tied is registered twice
+            parameter = torch.nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    torch.nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
+    try:
+        return _fresh(config)
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def fresh_on_meta(config: Mapping[str, Any]) -> "PreTrainedModel":

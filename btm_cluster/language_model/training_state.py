@@ -5,6 +5,7 @@ It is built, filled from files, and read out to be saved.
 Knows no store: files are local, and the caller has found and checked them.
 """
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from btm_cluster.errors import IntegrityError
+from btm_cluster.errors import IntegrityError, UserError
 from btm_cluster.language_model.block_check import check_reads
 from btm_cluster.language_model.demix import own_moments, split_feed_forwards
 from btm_cluster.language_model.demix_group import Share, gather_domains, share_of
@@ -20,6 +21,15 @@ from btm_cluster.language_model.model import build_model, load_weights, save_wei
 from btm_cluster.language_model.optimizer import build_optimizer
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.recording import Recording
+from btm_cluster.language_model.sharding import (
+    build_sharded,
+    gather,
+    hand_out,
+    is_sharded,
+    like,
+    load_own,
+    own_part,
+)
 from btm_cluster.language_model.stored_weights import StoredWeights
 from btm_cluster.language_model.tensor_files import WEIGHTS, names_in_order
 from btm_cluster.language_model.training_spec import TrainingSpec
@@ -62,20 +72,26 @@ class TrainingState:
 
     def has_finite_weights(self) -> bool:
         """Whether every weight that this rank holds is a finite number."""
-        return bool(
-            torch.stack([tensor.isfinite().all() for tensor in weights_of(self.model).values()]).all()
-        )
+        held = [own_part(tensor) for tensor in weights_of(self.model).values()]
+        return bool(torch.stack([tensor.isfinite().all() for tensor in held]).all())
 
     def _gathered(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        return iter(tensors.items()) if self.share is None else gather_domains(tensors, self.share)
+        return gather(tensors) if self.share is None else gather_domains(tensors, self.share)
 
 
-def build_state(spec: TrainingSpec, group: ProcessGroup) -> TrainingState:
+def build_state(spec: TrainingSpec, group: ProcessGroup, draws_weights: bool = True) -> TrainingState:
     """A model with the weights that the random seed draws, and an optimiser that has made no step.
+
+    Without `draws_weights`, those of a sharded model are undefined: they are loaded next.
 
     Raises:
         UserError: an architecture that does not read from left to right, or of which no DEMix can be made.
     """
+    if spec.compute.is_sharded:
+        model = build_sharded(spec.model, spec.compute, group)
+        if draws_weights:
+            _draw_sharded(model, spec, group)
+        return TrainingState(model, build_optimizer(model, spec.training), spec.first_update)
     model = build_model(spec.model, spec.training.random_seed)
     if spec.from_scratch:
         check_reads(model, CAUSAL_TOKENS, f"a {spec.model['model_type']}")
@@ -86,6 +102,24 @@ def build_state(spec: TrainingSpec, group: ProcessGroup) -> TrainingState:
     return TrainingState(
         model, build_optimizer(model, spec.training, spec.is_demix), spec.first_update, share
     )
+
+
+def _draw_sharded(model: PreTrainedModel, spec: TrainingSpec, group: ProcessGroup) -> None:
+    """Gives a sharded model the weights that the random seed draws for one process: the first rank draws them in
+    its host's memory, and hands them out."""
+    whole: PreTrainedModel | None = None
+    wrong: UserError | None = None
+    if group.is_first:
+        whole = build_model(spec.model, spec.training.random_seed)
+        try:
+            if spec.from_scratch:
+                check_reads(whole, CAUSAL_TOKENS, f"a {spec.model['model_type']}")
+        except UserError as exc:
+            wrong = exc
+    wrong = group.from_first(wrong)  # the others would wait for weights
+    if wrong is not None:
+        raise wrong
+    hand_out(model, whole, group)
 
 
 def load_state(
@@ -102,7 +136,8 @@ def load_state(
         IntegrityError: moments of another model, which `name` names.
         FileNotFoundError: a file was deleted meanwhile.
     """
-    load_weights(state.model, weights)
+    load = load_own if is_sharded(state.model) else load_weights
+    load(state.model, weights)
     if optimizer is not None:
         tensors = {name: optimizer.read(name) for name in names_in_order(optimizer.header)}
         _load_moments(state, tensors, name)
@@ -112,15 +147,14 @@ def load_state(
 def _load_moments(state: TrainingState, tensors: Mapping[str, torch.Tensor], name_of_state: str) -> None:
     for name, parameter in state.model.named_parameters():
         stored = {moment: own_moments(state.model, name, moment, tensors) for moment in _MOMENTS}
-        moments = {
-            moment: tensor.to(parameter.device) for moment, tensor in stored.items() if tensor is not None
-        }
+        moments = {moment: tensor for moment, tensor in stored.items() if tensor is not None}
         if not moments:
             continue
         if "step" not in tensors or any(tensor.shape != parameter.shape for tensor in moments.values()):
             raise does_not_fit(name_of_state, f"the optimiser's state of {name}")
         fused_device = parameter.device if state.optimizer.defaults.get("fused") else torch.device("cpu")
-        state.optimizer.state[parameter] = {"step": tensors["step"].clone().to(fused_device), **moments}
+        own = {moment: like(parameter, tensor) for moment, tensor in moments.items()}
+        state.optimizer.state[parameter] = {"step": tensors["step"].clone().to(fused_device), **own}
 
 
 def does_not_fit(name: str, found: str) -> IntegrityError:
@@ -137,8 +171,20 @@ def write_state(state: TrainingState, folder: Path, with_optimizer: bool) -> dic
     """Writes weights, and the optimiser's state where asked, as files below
     `folder`; returns them by name."""
     files = {WEIGHTS: folder / WEIGHTS}
-    save_weights(dict(state.weights()), files[WEIGHTS])
+    save_weights(_on_the_host(state.weights()), files[WEIGHTS])
     if with_optimizer:
         files[OPTIMIZER_FILE] = folder / OPTIMIZER_FILE
-        save_weights(dict(state.moments()), files[OPTIMIZER_FILE])
+        save_weights(_on_the_host(state.moments()), files[OPTIMIZER_FILE])
     return files
+
+
+def help_to_write(state: TrainingState, with_optimizer: bool) -> None:
+    """The part in `write_state`, which the first rank of a group calls, of every other rank."""
+    deque(state.weights(), maxlen=0)
+    if with_optimizer:
+        deque(state.moments(), maxlen=0)
+
+
+def _on_the_host(tensors: Iterator[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Tensors that are gathered one by one, so that a device never holds all."""
+    return {name: tensor.cpu() for name, tensor in tensors}

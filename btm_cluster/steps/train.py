@@ -15,11 +15,13 @@ from btm_cluster.curve import CURVE_FILE
 from btm_cluster.data.blocks import Blocks
 from btm_cluster.data.tokenizer import TOKENIZER_FILES
 from btm_cluster.errors import MissingError, TrainingError
+from btm_cluster.language_model.compute import device_of
 from btm_cluster.language_model.demix import count_demix_parameters, dense_part
 from btm_cluster.language_model.model import save_weights, write_config
 from btm_cluster.language_model.model_import import import_model
+from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.tensor_files import WEIGHTS
-from btm_cluster.language_model.training_state import write_state
+from btm_cluster.language_model.training_state import help_to_write, write_state
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import DemixPart, TrainRequest
 from btm_cluster.requests.progress import Control, Progress
@@ -38,10 +40,11 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
         Stopped: asked to stop; the state is saved and the same request continues from it.
         UserError: the model was purged once.
     """
+    group = ProcessGroup.joined(device_of(request.how.gpus_per_worker))
     done = ledger.find(request.ref)
     if done is not None:
         _fill_in_snapshots(request, ledger, control)
-        if _is_first_rank():
+        if group.is_first:
             ledger.clear_training(request.ref.identity)  # a crash may have come between commit and clearing
         return done
     ledger.check_not_purged(request.ref)
@@ -59,13 +62,20 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
             files |= {name: ledger.open_file(tokenizer, name) for name in TOKENIZER_FILES}
             return ledger.commit(made, files, {**facts, "origin": _origin(made, ledger)}, note)
 
-        def commit_trained(made: TrainRequest, trained: Trained) -> Artifact:
-            if made.ref != request.ref and (found := ledger.find(made.ref)) is not None:
-                return found  # an attempt before this one has passed it
-            control.report(Progress(request.label, "storing"))
+        def commit_trained(made: TrainRequest, trained: Trained) -> Artifact | None:
+            """On the group's first rank, the committed artifact; the others help to gather it."""
+            is_there = group.is_first and made.ref != request.ref and ledger.find(made.ref) is not None
+            if any(group.any(is_there)):
+                return None  # an attempt before this one has passed it
+            if group.is_first:
+                control.report(Progress(request.label, "storing"))
             if made.is_demix:
-                return _commit_demix(made, trained, ledger, commit, folder / WEIGHTS)
+                file = folder / WEIGHTS
+                return _commit_demix(made, trained, ledger, commit, file) if group.is_first else None
             keeps_optimizer = made.last_update < made.training.updates and not made.weights_only
+            if not group.is_first:
+                help_to_write(trained.state, keeps_optimizer)
+                return None
             files = write_state(trained.state, folder, keeps_optimizer) | _write_curve(trained, folder)
             return commit(made, files, trained.facts, trained.note)
 
@@ -79,9 +89,10 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
                 )
             except AlreadyTrained:
                 return ledger.get(request.ref)
-            if not _is_first_rank():
+            stored = commit_trained(request, trained)
+            if stored is None:
                 return _await_commit(ledger, request)
-            committed = commit_trained(request, trained)
+            committed = stored
     ledger.clear_training(request.ref.identity)
     if dist.is_initialized():
         dist.barrier()
@@ -201,10 +212,6 @@ def _out_of_memory(request: TrainRequest, exc: BaseException) -> TrainingError:
         remedy="lower cluster.micro_batch_blocks, or give it more of a GPU; the last training checkpoint is "
         "kept",
     )
-
-
-def _is_first_rank() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _await_commit(ledger: Ledger, request: TrainRequest) -> Artifact:

@@ -1,0 +1,107 @@
+"""Groups whose ranks hold a share each of model, gradients and moments: they train the model of one process, and go
+on from each other's checkpoints."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from btm_cluster.driver.preparation import prepare
+from btm_cluster.driver.recipes import seed_request, transformer_lm_request
+from btm_cluster.ledger import Ledger
+from btm_cluster.ledger.curves import read_curve
+from btm_cluster.plan import Plan
+from btm_cluster.requests import TrainRequest
+from btm_cluster.steps.train import train
+from tests.conftest import in_process, plan_fields
+from tests.integration.test_training import Undisturbed
+from tests.integration.train_in_groups import Job, train_in_groups
+
+WEIGHTS, MOMENTS = "model.safetensors", "optimizer.safetensors"
+
+
+def sharded_fields(texts: dict[str, Path], store: Path) -> dict[str, Any]:
+    """A plan of a model with two embedding matrices, whose training shows the scale of every gradient, as Adam's
+    own small epsilon would not. On two ranks an update has more passes on one than on the other; of some
+    matrices there is no row left for the third rank."""
+    fields = plan_fields(texts, store)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 2}
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, **heads}
+    fields["model"] = {"config": {"model_type": "llama", **sizes}}
+    own_scale = {"learning_rate": 0.5, "epsilon": 1.0, "gradient_clip": 0.5}
+    fields["training"] |= {"blocks_per_domain_update": 3, **own_scale}
+    fields["cluster"]["micro_batch_blocks"] = 2
+    return fields | {"baselines": ["transformer-lm"]}
+
+
+@dataclass(frozen=True)
+class Made:
+    """A Transformer-LM, with the seed on its way."""
+
+    request: TrainRequest
+    ledger: Ledger
+
+    def files(self) -> list[bytes]:
+        """Of the seed, which has an optimiser, and of the finished model."""
+        seed, whole = self.ledger.get(self.request.until(6).ref), self.ledger.get(self.request.ref)
+        places = [(seed, WEIGHTS), (seed, MOMENTS), (whole, WEIGHTS)]
+        return [self.ledger.open_file(model, name).read_bytes() for model, name in places]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return load_file(self.ledger.open_file(self.ledger.get(self.request.ref), WEIGHTS))
+
+    def curve(self) -> list[list[float]]:
+        curve = read_curve(self.ledger, self.ledger.get(self.request.ref))
+        assert curve is not None
+        looks = curve.development
+        return [curve.updates, curve.loss, curve.gradient_norm, looks.updates, looks.loss]
+
+    def groups(self) -> list[tuple[int, str]]:
+        """Workers and sharding of each span of updates."""
+        profile = self.ledger.get(self.request.ref).facts["profile"]
+        spans = profile if isinstance(profile, list) else [profile]
+        return [(span["workers"], span.get("sharding", "none")) for span in spans]
+
+
+def test_sharded_groups_train_the_model_of_one_process_and_go_on_from_each_others_checkpoints(
+    texts: dict[str, Path], tmp_path: Path
+) -> None:
+    store = tmp_path / "alone"
+    driver = in_process(plan := Plan.model_validate(sharded_fields(texts, store)))
+    prepared = prepare(plan, driver)
+    request = transformer_lm_request(prepared, seed_request(prepared).ref)
+    for name in ("undisturbed", "stopped", "recomputed", "grown", "shrunk"):
+        shutil.copytree(store, tmp_path / name)
+
+    def job(name: str, ranks: int, sharding: str, stop_after: int | None = None, **how: Any) -> Job:
+        fields = sharded_fields(texts, tmp_path / name)
+        return Job(fields, "transformer-lm", ranks, stop_after, {"sharding": sharding, **how})
+
+    train_in_groups(
+        [
+            job("undisturbed", 2, "full"),
+            job("stopped", 2, "full", stop_after=2),
+            job("stopped", 2, "full"),
+            job("recomputed", 2, "full", activation_checkpointing="on"),
+            job("grown", 2, "none", stop_after=2),
+            job("grown", 3, "full"),
+            job("shrunk", 3, "full", stop_after=2),
+            job("shrunk", 1, "none"),
+        ]
+    )
+    train(request, driver.ledger, Undisturbed())
+    made = {folder.name: Made(request, Ledger.open(str(folder))) for folder in tmp_path.iterdir()}
+    assert made["undisturbed"].groups() == [(2, "full")]
+    assert made["grown"].groups() == [(2, "none"), (3, "full")]
+    assert made["shrunk"].groups() == [(3, "full"), (1, "none")]
+    assert made["stopped"].files() == made["recomputed"].files() == made["undisturbed"].files()
+    alone = made.pop("alone")
+    for name, other in made.items():
+        assert other.curve() == [pytest.approx(values, rel=1e-3) for values in alone.curve()], name
+        tensors = other.tensors()
+        for tensor, values in alone.tensors().items():
+            assert (tensors[tensor] - values).abs().max() < 1e-4, (name, tensor)
