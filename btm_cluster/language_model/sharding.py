@@ -25,11 +25,18 @@ from btm_cluster.language_model.tensor_files import names_in_order
 
 
 def build_sharded(config: Mapping[str, Any], compute: Compute, group: ProcessGroup) -> PreTrainedModel:
-    """A sharded float32 model on the group's device, with undefined weights. A collective.
-
-    One layer at a time is there as a whole.
-    """
+    """A sharded float32 model on the group's device, with undefined weights. A collective."""
     model = fresh_without_values(config)
+    shard(model, compute, group)
+    return model
+
+
+def shard(model: PreTrainedModel, compute: Compute, group: ProcessGroup) -> None:
+    """Spreads a model's parameters over the ranks, in place. A collective.
+
+    Those on the meta device get memory, one layer at a time as a whole. Frozen ones may be of another precision
+    than those that are trained.
+    """
     mesh = init_device_mesh(compute.device.type, (group.world,))
     policy = MixedPrecisionPolicy()
     if compute.precision == "bfloat16":
@@ -38,7 +45,6 @@ def build_sharded(config: Mapping[str, Any], compute: Compute, group: ProcessGro
         _allocate(unit, compute.device)
         # Resharded also after a forward pass without a backward one: between updates, all weights are shares.
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    return model
 
 
 def _allocate(unit: torch.nn.Module, device: torch.device) -> None:

@@ -19,7 +19,7 @@ _SHARDING: Mapping[str, Setting] = {"auto": "auto", "none": "off", "full": "on"}
 
 
 def settled(request: TrainRequest, group: ProcessGroup) -> TrainRequest:
-    """The request with resources that say how it is trained, by the memory of the first rank's GPU, or the part of
+    """The request with resources that leave nothing open, by the memory of the first rank's GPU, or the part of
     it that a worker is given. A collective.
 
     Raises:
@@ -27,23 +27,26 @@ def settled(request: TrainRequest, group: ProcessGroup) -> TrainRequest:
     """
     if group.device.type == "cpu" or request.is_demix:
         return request
-    how = request.how
-    there = torch.cuda.get_device_properties(group.device).total_memory * min(1.0, how.gpus_per_worker)
-    there = group.from_first(there)
-    size = size_of(fresh_on_meta(request.model))
+    there = torch.cuda.get_device_properties(group.device).total_memory
+    return settled_for(request, group.from_first(there * min(1.0, request.how.gpus_per_worker)))
+
+
+def settled_for(request: TrainRequest, there: float) -> TrainRequest:
+    """The request with resources that leave nothing open, where a worker has so many bytes."""
+    how, size = request.how, size_of(fresh_on_meta(request.model))
     sharding = _SHARDING[how.sharding]
     way = choose_way(size, _way_of(request), USABLE_SHARE * there, sharding, how.activation_checkpointing)
     memory = memory_of(size, way)
     _check_holds(request, memory, there)
-    log.info("%s: about %.1f of %.1f GB on each GPU, %s", request.label, memory.total / 1e9, there / 1e9, way)
-    return replace(
-        request,
-        how=replace(
-            how,
-            sharding="full" if way.is_sharded else "none",
-            activation_checkpointing="on" if way.recomputes else "off",
-        ),
+    settled_how = replace(
+        how,
+        sharding="full" if way.is_sharded else "none",
+        activation_checkpointing="on" if way.recomputes else "off",
     )
+    words = "%s: about %.1f of %.1f GB on each GPU, sharding: %s, activation_checkpointing: %s"
+    chosen = (settled_how.sharding, settled_how.activation_checkpointing)
+    log.info(words, request.label, memory.total / 1e9, there / 1e9, *chosen)
+    return replace(request, how=settled_how)
 
 
 def _way_of(request: TrainRequest) -> Way:

@@ -2,7 +2,7 @@
 on from each other's checkpoints."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,23 @@ import torch
 from safetensors.torch import load_file
 
 from btm_cluster.driver.preparation import prepare
-from btm_cluster.driver.recipes import seed_request, transformer_lm_request
+from btm_cluster.driver.recipes import (
+    expert_resources,
+    seed_request,
+    seed_resources,
+    transformer_lm_request,
+)
+from btm_cluster.errors import ResourcesError
+from btm_cluster.language_model.layers import size_of
+from btm_cluster.language_model.model import fresh_on_meta
 from btm_cluster.ledger import Ledger
 from btm_cluster.ledger.curves import read_curve
 from btm_cluster.plan import Plan
-from btm_cluster.requests import TrainRequest
+from btm_cluster.requests import Resources, TrainRequest
+from btm_cluster.steps.settling import settled_for
 from btm_cluster.steps.train import train
 from tests.conftest import in_process, plan_fields
+from tests.integration.conftest import PreparedStore
 from tests.integration.test_training import Undisturbed
 from tests.integration.train_in_groups import Job, train_in_groups
 
@@ -65,6 +75,25 @@ class Made:
         profile = self.ledger.get(self.request.ref).facts["profile"]
         spans = profile if isinstance(profile, list) else [profile]
         return [(span["workers"], span.get("sharding", "none")) for span in spans]
+
+
+def test_what_a_plan_leaves_open_is_settled_by_the_memory_that_is_there(
+    prepared_store: PreparedStore,
+) -> None:
+    on_gpus = {"seed_gpus": 2, "gpus_per_expert": 1}
+    plan = prepared_store.prepared.plan
+    plan = plan.model_copy(update={"cluster": plan.cluster.model_copy(update=on_gpus)})
+    seed = replace(prepared_store.seed, how=seed_resources(plan))
+    assert (seed.how.sharding, seed.how.activation_checkpointing) == ("auto", "auto")
+    assert expert_resources(plan).sharding == "none", "one GPU has nothing to share"
+    state = 16 * size_of(fresh_on_meta(seed.model)).parameters
+    plenty, scarce = (settled_for(seed, bytes_there).how for bytes_there in (100 * state, state))
+    assert (plenty.sharding, plenty.activation_checkpointing) == ("none", "off")
+    assert (scarce.sharding, scarce.activation_checkpointing) == ("full", "on")
+    assert {"sharding", "activation_checkpointing"}.isdisjoint(plenty.facts), "as before there was a choice"
+    assert Resources(**scarce.facts) == scarce
+    with pytest.raises(ResourcesError, match="seed does not fit its GPUs"):
+        settled_for(seed, 0.4 * state)
 
 
 def test_sharded_groups_train_the_model_of_one_process_and_go_on_from_each_others_checkpoints(
