@@ -11,7 +11,6 @@ that it works.
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -53,61 +52,14 @@ def main() -> None:
 def ours(size: str, micro_batch: int) -> float:
     """The project's train loop, without a store."""
     import torch
-
-    from btm_cluster.data.blocks import Blocks
-    from btm_cluster.language_model.compute import Compute
-    from btm_cluster.language_model.model import full_config
-    from btm_cluster.language_model.process_group import ProcessGroup
-    from btm_cluster.language_model.training import UpdateReport, train
-    from btm_cluster.language_model.training_spec import TextBlocks, TrainingSpec
-    from btm_cluster.language_model.training_state import TrainingState, build_state
-    from btm_cluster.plan import ModelPlan, TrainingPlan
+    from bare_training import Shape, train_bare
 
     layers, width, heads, batch, vocabulary, updates = SIZES[size]
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
-    compute = Compute(device, 1, micro_batch, "bfloat16" if on_gpu else "float32", compile=on_gpu)
-    rates: list[float] = []
-
-    class Rates:
-        def should_stop(self) -> bool:
-            return False
-
-        def should_save(self) -> bool:
-            return False
-
-        def save(self, state: TrainingState, wait: bool) -> None:
-            pass
-
-        def passed_milestone(self, state: TrainingState) -> None:
-            pass
-
-        def report(self, state: TrainingState, report: UpdateReport) -> None:
-            if state.update > updates // 2:
-                rates.append(report.tokens_per_second)
-
-    shape = {"model_type": "gpt2", "n_layer": layers, "n_embd": width, "n_head": heads}
+    config = {"model_type": "gpt2", "n_layer": layers, "n_embd": width, "n_head": heads}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as scratch:
-        np.save(Path(scratch, "tokens.npy"), _random_blocks(vocabulary, 512).astype(np.uint16))
-        spec = TrainingSpec(
-            label=size,
-            model=full_config(ModelPlan(config=shape), vocabulary, 1024),
-            texts=(TextBlocks("random", Blocks([Path(scratch, "tokens.npy")])),),
-            first_token=0,
-            training=TrainingPlan(updates=updates, blocks_per_domain_update=batch),
-            first_update=0,
-            last_update=updates,
-            milestones=(),
-            from_scratch=True,
-            rewarms=False,
-            restart_data=False,
-            is_demix=False,
-            compute=compute,
-            divergence_remedy="",
-        )
-        compute.set_up()
-        train(spec, build_state(spec, ProcessGroup.joined(device)), Rates())
-    return statistics.median(rates)
+        shape = Shape(config, vocabulary, batch, micro_batch)
+        return train_bare(shape, updates, 1, Path(scratch), device).tokens_per_second
 
 
 def trainer(size: str, micro_batch: int) -> float:

@@ -12,21 +12,26 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 NAMESPACE = "http://www.w3.org/2000/svg"
 CHARACTER = 7.0
 """Width of a character of 12 pixels in a wide font, in pixels."""
+NARROW = 370
+"""Pixels: a drawing that fits a phone is drawn larger on a wide page, where it stands alone."""
 MINUTES, HOURS = 120, 2 * 3600
 """Seconds from which on minutes or hours are said."""
 _NOT_IN_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 class Drawing:
-    """An SVG of a size in pixels, which says in words what it shows."""
+    """An SVG of a size in pixels, with a title and a description."""
 
     def __init__(self, width: float, height: float, title: str, description: str) -> None:
         size = {"viewBox": f"0 0 {_number(width)} {_number(height)}", "width": _number(width)}
-        self._root = Element("svg", {"xmlns": NAMESPACE, **size, "height": _number(height), "role": "img"})
+        css = {"class": "narrow"} if width <= NARROW else {}
+        self._root = Element(
+            "svg", {"xmlns": NAMESPACE, **size, "height": _number(height), "role": "img", **css}
+        )
         self.add("title", visible(title))
         self.add("desc", visible(description))
 
-    def add(self, tag: str, words: str | None = None, **attributes: str | float) -> Element:
+    def add(self, tag: str, content: str | None = None, **attributes: str | float) -> Element:
         """Adds an element. `css` is its class; other names have `-` where they have `_` here."""
         named = {
             "class" if name == "css" else name.replace("_", "-"): value
@@ -36,19 +41,19 @@ class Drawing:
             if value != ""
         }
         element = SubElement(self._root, tag, named)
-        element.text = words
+        element.text = content
         return element
 
     def line(self, start: tuple[float, float], end: tuple[float, float], css: str) -> None:
         """A straight line."""
         self.add("line", x1=start[0], y1=start[1], x2=end[0], y2=end[1], css=css)
 
-    def text(self, x: float, y: float, words: str, css: str = "", anchor: str = "start") -> Element:
-        """Words whose baseline is at y."""
-        return self.add("text", visible(words), x=x, y=y, css=css, text_anchor=anchor)
+    def text(self, x: float, y: float, text: str, css: str = "", anchor: str = "start") -> Element:
+        """Text whose baseline is at y."""
+        return self.add("text", visible(text), x=x, y=y, css=css, text_anchor=anchor)
 
     def rectangle(self, x: float, y: float, width: float, height: float, css: str, tip: str = "") -> None:
-        """A rectangle, with words that show where the pointer rests on it."""
+        """A rectangle, with a label that shows where the pointer rests on it."""
         element = self.add("rect", x=x, y=y, width=width, height=height, css=css)
         if tip:
             SubElement(element, "title").text = visible(tip)
@@ -92,7 +97,7 @@ def time_ticks(seconds: float, most: int) -> list[tuple[float, str]]:
     return [(size * tick, f"{tick:g} {unit}") for tick in ticks(0.0, seconds / size, most)]
 
 
-def tick_words(numbers: Sequence[float]) -> list[str]:
+def tick_labels(numbers: Sequence[float]) -> list[str]:
     """The numbers of an axis with as many digits as tell them apart."""
     short = [compact(number) for number in numbers]
     if len(numbers) < 2 or (max(map(abs, numbers)) >= 1000 and len(set(short)) == len(short)):
@@ -103,19 +108,19 @@ def tick_words(numbers: Sequence[float]) -> list[str]:
     return [f"{number:.{digits}f}" for number in numbers]
 
 
-def shorten(words: str, most: int) -> str:
+def shorten(text: str, most: int) -> str:
     """At most so many characters."""
-    return words if len(words) <= most else words[: most - 1] + "…"
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def width_of(words: Sequence[str]) -> float:
+def width_of(texts: Sequence[str]) -> float:
     """About the pixels that the longest takes, in the size of a figure's text."""
-    return CHARACTER * max(map(len, words), default=0)
+    return CHARACTER * max(map(len, texts), default=0)
 
 
-def visible(words: str) -> str:
+def visible(text: str) -> str:
     """Without characters that XML cannot have."""
-    return _NOT_IN_XML.sub("\N{REPLACEMENT CHARACTER}", words)
+    return _NOT_IN_XML.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def compact(value: float) -> str:
@@ -131,7 +136,7 @@ def percent(value: float) -> str:
     return f"{100 * value:+.3g} %".replace("-", "−") if value else "0 %"
 
 
-def share_words(share: float, digits: int = 0) -> str:
+def share_text(share: float, digits: int = 0) -> str:
     """A share in a sentence or a table."""
     return f"{100 * share:.{digits}f} %"
 
@@ -145,7 +150,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.3g} h"
 
 
-Words = Callable[[float], str]
+Format = Callable[[float], str]
 """A number as a figure says it."""
 
 

@@ -30,7 +30,7 @@ class Spread:
     mean: float
     deviation: float | None
 
-    def words(self, pattern: str = "{:.1f}") -> str:
+    def formatted(self, pattern: str = "{:.1f}") -> str:
         """As in a table's cell."""
         written = pattern.format(self.mean)
         return (

@@ -18,7 +18,7 @@ from btm_cluster.report.content import (
     Token,
     not_measured,
 )
-from btm_cluster.report.drawing import percent, share_words
+from btm_cluster.report.drawing import percent, share_text
 from btm_cluster.report.heat_map import draw_heat_map
 from btm_cluster.report.line_chart import Line, draw_lines
 from btm_cluster.report.measured import Piece, TextParts, tops_of
@@ -56,27 +56,27 @@ def _perplexity_map(texts: Sequence[TextParts], names: Sequence[str], experts: S
     values = [[text.seed, *text.parts.alone] for text in texts]
     span = math.log(max(AT_LEAST, *(max(row) / min(row) for row in values)))
     shades = [[1 - math.log(value / min(row)) / span for value in row] for row in values]
-    words = [[f"{value:.1f}" for value in row] for row in values]
+    cells = [[f"{value:.1f}" for value in row] for row in values]
     caption = (
         "Test perplexity of each expert alone. The stronger the colour, the nearer to the best on that text"
     )
     columns = ["seed", *experts]
-    svg = draw_heat_map("Perplexity of experts on texts", caption + ".", names, columns, shades, words)
-    table = Table("test perplexity by text and expert", ["text", *columns], _rows(names, words))
+    svg = draw_heat_map("Perplexity of experts on texts", caption + ".", names, columns, shades, cells)
+    table = Table("test perplexity by text and expert", ["text", *columns], _rows(names, cells))
     return Figure(svg, caption + ".", table)
 
 
 def _posterior_map(texts: Sequence[TextParts], names: Sequence[str], experts: Sequence[str]) -> Figure:
     values = [text.parts.weights for text in texts]
-    words = [[f"{100 * weight:.0f}" for weight in row] for row in values]
+    cells = [[f"{100 * weight:.0f}" for weight in row] for row in values]
     caption = "Posterior: the expert’s mean weight in the calibrated ensemble, in %"
-    svg = draw_heat_map("Posterior of experts on texts", caption + ".", names, experts, values, words)
-    table = Table("mean posterior in %, by text and expert", ["text", *experts], _rows(names, words))
+    svg = draw_heat_map("Posterior of experts on texts", caption + ".", names, experts, values, cells)
+    table = Table("mean posterior in %, by text and expert", ["text", *experts], _rows(names, cells))
     return Figure(svg, caption + ".", table)
 
 
-def _rows(names: Sequence[str], words: Sequence[Sequence[str]]) -> list[list[str]]:
-    return [[name, *row] for name, row in zip(names, words, strict=True)]
+def _rows(names: Sequence[str], cells: Sequence[Sequence[str]]) -> list[list[str]]:
+    return [[name, *row] for name, row in zip(names, cells, strict=True)]
 
 
 def _name(text: TextParts) -> str:
@@ -110,7 +110,7 @@ def _excerpt(text: TextParts, experts: Sequence[str], is_folded: bool) -> Excerp
     tokens = [
         Token(
             piece.text,
-            f"{experts[piece.expert]} {share_words(piece.share)}",
+            f"{experts[piece.expert]} {share_text(piece.share)}",
             colours[piece.expert],
             strength(piece.share),
         )
@@ -121,7 +121,7 @@ def _excerpt(text: TextParts, experts: Sequence[str], is_folded: bool) -> Excerp
     if any(colour == OTHERS for colour in colours.values()):
         keys.append(Key("other experts", OTHERS))
     rows = [
-        ["".join(piece.text for piece in run), experts[one], str(len(run)), share_words(_mean_share(run))]
+        ["".join(piece.text for piece in run), experts[one], str(len(run)), share_text(_mean_share(run))]
         for one, run in ((one, list(run)) for one, run in groupby(text.excerpt, lambda piece: piece.expert))
     ]
     table = Table(f"stretches of {text.name}", ["text", "expert", "tokens", "mean share"], rows)
@@ -167,7 +167,7 @@ def worth_section(texts: Sequence[TextParts], experts: Sequence[str], why_not: s
             [
                 expert,
                 percent(round(mean, 4)),
-                share_words(weight, 1),
+                share_text(weight, 1),
                 *(percent(round(rise, 4)) for rise in rises[expert]),
             ]
             for (mean, expert), weight in zip(means, weights, strict=True)

@@ -11,7 +11,7 @@ from btm_cluster.forest import Forest, difference
 from btm_cluster.plan import Plan
 from btm_cluster.report.bars import draw_bars
 from btm_cluster.report.content import Block, Figure, Listing, Paragraph, Section, Table, not_measured
-from btm_cluster.report.drawing import share_words
+from btm_cluster.report.drawing import share_text
 from btm_cluster.report.heat_map import draw_heat_map
 from btm_cluster.report.lineage_graph import LEAST_WEIGHT, MOST_VERSIONS, draw_lineage
 
@@ -25,7 +25,7 @@ def lineage_section(versions: Sequence[Forest], colours: Mapping[str, int]) -> S
     """Which experts each version has, and what they branched from."""
     caption = (
         "Versions from left to right, a line for each expert from where it was merged to where it was taken out "
-        f"(a ring). Grey lines lead from what it branched from, at a weight of {share_words(LEAST_WEIGHT)} or more."
+        f"(a ring). Grey lines lead from what it branched from, at a weight of {share_text(LEAST_WEIGHT)} or more."
     )
     if len(versions) > MOST_VERSIONS:
         caption += f" The newest {MOST_VERSIONS} of {len(versions)} versions are drawn."
@@ -48,7 +48,7 @@ def _parents_table(forest: Forest) -> Table:
     for expert in forest.experts:
         parents = sorted(expert.parents, key=lambda parent: -parent.weight)
         told = [
-            f"{names.get(parent.identity, parent.identity[:8])} {share_words(parent.weight)}"
+            f"{names.get(parent.identity, parent.identity[:8])} {share_text(parent.weight)}"
             for parent in parents[:8]
         ]
         more = f", and {len(parents) - 8} more" if len(parents) > 8 else ""
@@ -100,14 +100,14 @@ def _overlap_map(
 ) -> Figure:
     names = [text.name for text in texts]
     shares = [[overlaps.get(name, {}).get(domain) for domain in domains] for name in names]
-    words = [["" if share is None else f"{100 * share:.1f}" for share in row] for row in shares]
+    cells = [["" if share is None else f"{100 * share:.1f}" for share in row] for row in shares]
     caption = "Overlap: share of a text’s test windows of 20 words that also stand in a domain’s training text, in %."
     table = Table(
         "overlap in %, test text by training text",
         ["test text", *domains],
-        [[name, *row] for name, row in zip(names, words, strict=True)],
+        [[name, *row] for name, row in zip(names, cells, strict=True)],
     )
-    svg = draw_heat_map("Overlap of test with training text", caption, names, domains, shares, words)
+    svg = draw_heat_map("Overlap of test with training text", caption, names, domains, shares, cells)
     return Figure(svg, caption, table)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from btm_cluster.report.drawing import Drawing, Scale, duration, share_words, shorten, time_ticks, width_of
+from btm_cluster.report.drawing import Drawing, Scale, duration, share_text, shorten, time_ticks, width_of
 from btm_cluster.report.timeline import Bar, Busy, Lane
 
 WIDTH, LANE, FOOT, BUSY = 900, 20, 30, 70
@@ -17,11 +17,11 @@ def draw_gantt(title: str, lanes: Sequence[Lane], busy: Busy, seconds: float) ->
     left = max(width_of(names), width_of(["GPUs busy"])) + 10
     across = Scale(0.0, seconds, left, WIDTH - 16)
     height = LANE * len(lanes) + 14 + BUSY + FOOT
-    told = f"{len(lanes)} processes over {duration(seconds)}; {busy.device} without a step {share_words(busy.idle)} of the time."
+    told = f"{len(lanes)} processes over {duration(seconds)}; {busy.device} without a step {share_text(busy.idle)} of the time."
     drawing = Drawing(WIDTH, height, title, told)
-    for tick, words in time_ticks(seconds, 8):
+    for tick, label in time_ticks(seconds, 8):
         drawing.line((across(tick), 0), (across(tick), height - FOOT), "grid")
-        drawing.text(across(tick), height - FOOT + 16, words, "small", "middle")
+        drawing.text(across(tick), height - FOOT + 16, label, "small", "middle")
     for number, (lane, name) in enumerate(zip(lanes, names, strict=True)):
         y = LANE * number
         drawing.text(left - 6, y + 14, name, "small", "end")

@@ -17,9 +17,9 @@ def draw_heat_map(
     rows: Sequence[str],
     columns: Sequence[str],
     shades: Sequence[Sequence[float | None]],
-    words: Sequence[Sequence[str]],
+    labels: Sequence[Sequence[str]],
 ) -> str:
-    """A cell for each row and column, darker from 0 to 1; None is left empty. `words` are for small maps."""
+    """A cell for each row and column, darker from 0 to 1; None is left empty. `labels` are for small maps."""
     is_small = max(len(rows), len(columns)) <= MOST_WITH_NUMBERS
     wide, high = (52.0, 28.0) if is_small else (13.0, 13.0)
     names = [shorten(name, MOST_CHARACTERS) for name in rows]
@@ -45,7 +45,7 @@ def draw_heat_map(
             "transform", f"rotate({angle} {x:g} {y:g})"
         )
     if is_small:
-        for i, numbers in enumerate(words):
+        for i, numbers in enumerate(labels):
             for j, number in enumerate(numbers):
                 drawing.text(left + (j + 0.5) * wide, top + (i + 0.5) * high + 4, number, "cell", "middle")
     return drawing.svg()

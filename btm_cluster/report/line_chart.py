@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from btm_cluster.report.drawing import Drawing, Scale, compact, shorten, tick_words, ticks
+from btm_cluster.report.drawing import Drawing, Scale, compact, shorten, tick_labels, ticks
 
 WIDTH, HEIGHT = 330, 230
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 26, 40
@@ -71,9 +71,9 @@ def draw_lines(
 def _draw_axes(drawing: Drawing, across: Scale, up: Scale, axes: tuple[str, str]) -> None:
     bottom = up.start
     marks = ticks(up.low, up.high)
-    for tick, words in zip(marks, tick_words(marks), strict=True):
+    for tick, label in zip(marks, tick_labels(marks), strict=True):
         drawing.line((LEFT, up(tick)), (across.end, up(tick)), "grid")
-        drawing.text(LEFT - 5, up(tick) + 4, words, "small", "end")
+        drawing.text(LEFT - 5, up(tick) + 4, label, "small", "end")
     for tick in ticks(across.low, across.high):
         drawing.line((across(tick), bottom), (across(tick), bottom + 4), "axis")
         drawing.text(across(tick), bottom + 16, compact(tick), "small", "middle")

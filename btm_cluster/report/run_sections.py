@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from btm_cluster.curve import Curve
 from btm_cluster.ledger.timelines import Timeline
 from btm_cluster.report.content import Block, Figure, Figures, Key, Paragraph, Section, Table, not_measured
-from btm_cluster.report.drawing import duration, share_words
+from btm_cluster.report.drawing import duration, share_text
 from btm_cluster.report.expert_sections import OTHERS
 from btm_cluster.report.gantt import draw_gantt
 from btm_cluster.report.line_chart import Line, Points, draw_lines
@@ -117,7 +117,7 @@ def _gantt(name: str, timeline: Timeline) -> Figure:
     lanes, left_out = lanes_of(timeline)
     busy, seconds = busy_of(timeline), seconds_of(timeline)
     svg = draw_gantt("Timeline of the run", lanes, busy, seconds)
-    idle = share_words(busy.idle)
+    idle = share_text(busy.idle)
     caption = (
         f"`btm {timeline.command}`, run {name}: {duration(seconds)}. {busy.device} were without a step {idle} "
         "of the time."

@@ -85,7 +85,7 @@ def means_table(caption: str, entries: Sequence[Entry], wanted_rows: Mapping[str
         found = select(entries, **wanted)
         if not found:
             continue
-        cells = [_words([entry[group] for entry in found]) for group in ("train", "eval", "all")]
+        cells = [_cell([entry[group] for entry in found]) for group in ("train", "eval", "all")]
         bits = [_bits_and_cost(found)] if has_bits else []
         rows.append([f"{name}{_some_seeds(found, entries)}", *cells, *chain(*bits), _difference(found)])
     measured = ["train", "eval", "all", *(("bits per byte, all", "inference cost") if has_bits else ())]
@@ -96,7 +96,7 @@ def _bits_and_cost(entries: Sequence[Entry]) -> tuple[str, str]:
     known = [entry["bits_per_byte"]["all"] for entry in entries if "bits_per_byte" in entry]
     bits = [value for value in known if value is not None]
     costs = {entry["inference_cost"] for entry in entries if "inference_cost" in entry}
-    return spread(bits).words("{:.4f}") if bits else "–", ", ".join(
+    return spread(bits).formatted("{:.4f}") if bits else "–", ", ".join(
         f"{cost}x" for cost in sorted(costs)
     ) or "–"
 
@@ -108,9 +108,9 @@ def _some_seeds(found: Sequence[Entry], entries: Sequence[Entry]) -> str:
     return "" if own == every else f" (random seed {', '.join(map(str, sorted(own)))})"
 
 
-def _words(values: Sequence[float | None]) -> str:
+def _cell(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
-    return spread(known).words() if known else "–"
+    return spread(known).formatted() if known else "–"
 
 
 def _difference(entries: Sequence[Entry]) -> str:
@@ -121,11 +121,11 @@ def _difference(entries: Sequence[Entry]) -> str:
     """
     if all(entry["difference"] is None for entry in entries):
         return ""
-    words = spread([100 * (entry["difference"] or 0.0) for entry in entries]).words("{:+.1f}") + " %"
+    shown = spread([100 * (entry["difference"] or 0.0) for entry in entries]).formatted("{:+.1f}") + " %"
     if len(entries) > 1:
-        return words
+        return shown
     low, high = entries[0]["difference_interval"]
-    return f"{words} ({100 * low:+.1f} to {100 * high:+.1f})"
+    return f"{shown} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def posteriors(entries: Sequence[Entry]) -> dict[str, Wanted]:
@@ -147,7 +147,7 @@ def by_text_table(entries: Sequence[Entry], texts: Sequence[Entry]) -> Table:
         [
             _name(text),
             *(
-                _words([entry["per_domain"].get(text["name"]) for entry in found])
+                _cell([entry["per_domain"].get(text["name"]) for entry in found])
                 for found in systems.values()
             ),
         ]
@@ -236,7 +236,7 @@ def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
-def _edges(trials: Sequence[Entry], name: str, words: str) -> Iterator[str]:
+def _edges(trials: Sequence[Entry], name: str, setting: str) -> Iterator[str]:
     """A warning for each size whose chosen value has none tried beyond it: of a
     recipe, the rival may do better there."""
     for size in dict.fromkeys(trial["size"] for trial in trials):
@@ -244,7 +244,7 @@ def _edges(trials: Sequence[Entry], name: str, words: str) -> Iterator[str]:
         chosen = {trial[name] for trial in select(trials, size=size, chosen=True)}
         for edge, side in ((max(values), "highest"), (min(values), "lowest")):
             if len(values) > 1 and edge in chosen:
-                yield f"The {side} {words} tried for {size} is the best: one beyond it may be better still."
+                yield f"The {side} {setting} tried for {size} is the best: one beyond it may be better still."
 
 
 def speeds_section(results: Results) -> Section:

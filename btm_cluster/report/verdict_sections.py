@@ -6,7 +6,7 @@ from btm_cluster.evaluation.judgement import Judgement
 from btm_cluster.evaluation.rows import SEED, Cell, Row
 from btm_cluster.evaluation.verdict import Verdict
 from btm_cluster.report.content import Block, Figure, Section, Table, Tile, not_measured
-from btm_cluster.report.drawing import share_words
+from btm_cluster.report.drawing import share_text
 from btm_cluster.report.intervals import Measured, draw_intervals
 
 DASH = "–"
@@ -23,7 +23,7 @@ def headline(verdict: Verdict | None) -> tuple[str, bool | None]:
         verdict.judgements, key=lambda one: ("worth it", "undecided", "not worth it").index(one.outcome)
     )
     as_what = f"as {'an' if first.kind == 'ensemble' else 'one'} {first.kind.removeprefix('single ')}"
-    much = share_words(abs(first.difference), 1)
+    much = share_text(abs(first.difference), 1)
     if first.outcome == "undecided":
         return f"Undecided: {as_what}, the forest cannot be told apart from the {first.baseline}", None
     side = "below" if first.difference < 0 else "above"

@@ -49,11 +49,11 @@ def _headline(screen: Screen, width: int) -> RenderableType:
     elapsed = duration(screen.elapsed_seconds)
     if screen.seconds_left is None:
         return Text(f"{elapsed} so far" + (f", {screen.part}" if screen.part else ""), style="bold")
-    words = Text(f"{screen.share:4.0%}  {elapsed} so far, {time_left(screen.seconds_left)}", style="bold")
+    label = Text(f"{screen.share:4.0%}  {elapsed} so far, {time_left(screen.seconds_left)}", style="bold")
     if width < NARROW:
-        return words
+        return label
     grid = Table.grid(padding=(0, 1))
-    grid.add_row(ProgressBar(total=1.0, completed=screen.share, width=width // 4), words)
+    grid.add_row(ProgressBar(total=1.0, completed=screen.share, width=width // 4), label)
     return grid
 
 
@@ -63,15 +63,15 @@ def _counts(counts: tuple[Count, ...], width: int) -> list[RenderableType]:
     for count in counts:
         if not count.is_asked:
             continue
-        words = Text(
+        label = Text(
             f"{count.done}/{count.total} {count.kind.done}", "dim" if count.done == count.total else ""
         )
         if count.failed:
-            words.append(f" ({count.failed} failed)", "red")
-        if lines and lines[-1].cell_len + len(BETWEEN) + words.cell_len <= width:
-            lines[-1].append(BETWEEN).append_text(words)
+            label.append(f" ({count.failed} failed)", "red")
+        if lines and lines[-1].cell_len + len(BETWEEN) + label.cell_len <= width:
+            lines[-1].append(BETWEEN).append_text(label)
         else:
-            lines.append(words)
+            lines.append(label)
     return list(lines)
 
 

@@ -55,7 +55,7 @@ class LogLines:
         log.debug("%s: done", request.label)
         kind = kind_of(request)
         if self._outlook.has_finished(kind):
-            log.info("%s", words_of(self._outlook.count_of(kind)))
+            log.info("%s", describe(self._outlook.count_of(kind)))
 
     def whole(self, elapsed_seconds: float, left: float | None) -> None:
         """How far the whole run is, if it is time to say so."""
@@ -63,12 +63,12 @@ class LogLines:
         if now - self._whole_said < WHOLE_SECONDS:
             return
         self._whole_said = now
-        counts = ", ".join(map(words_of, self._outlook.counts()))
+        counts = ", ".join(map(describe, self._outlook.counts()))
         estimate = "" if left is None else f", {time_left(left)}"
         log.info("%s so far%s: %s", duration(elapsed_seconds), estimate, counts)
 
 
-def words_of(count: Count) -> str:
+def describe(count: Count) -> str:
     """`3/8 experts trained`."""
     failed = f" ({count.failed} failed)" if count.failed else ""
     return f"{count.done}/{count.total} {count.kind.done}{failed}"

@@ -34,11 +34,11 @@ def show_verdict_details(verdict: "Verdict", console: "Console") -> None:
         headings = [
             f"{text}\n({verdict.left_out[text]})" if text in verdict.left_out else text for text in texts
         ]
-        for what, words in (("Perplexity", _perplexity), ("Bits per byte", _bits_per_byte)):
+        for what, as_text in (("Perplexity", _perplexity), ("Bits per byte", _bits_per_byte)):
             show_stacked(
                 f"{what} on {split} text, by text{_fitted_on(split)}",
                 ["system", *headings],
-                [[row.system, *(words(row.cells.get(text)) for text in texts)] for row in rows],
+                [[row.system, *(as_text(row.cells.get(text)) for text in texts)] for row in rows],
                 console,
             )
 

@@ -144,13 +144,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         yield environment
 
 
-def _wait_for(read: Callable[[], str], is_ready: Callable[[str], bool], seconds: float = 240) -> str:
+def _wait_for(
+    read: Callable[[], str], is_ready: Callable[[str], bool], seconds: float = 240, every: float = 0.1
+) -> str:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         said = read()
         if is_ready(said):
             return said
-        time.sleep(0.1)
+        time.sleep(every)
     raise AssertionError(f"not ready after {seconds} s: {read()[-2000:]}")
 
 

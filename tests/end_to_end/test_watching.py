@@ -118,7 +118,8 @@ def test_every_panel_shows_a_run_and_a_training_that_waits_raises_its_alert(
     _wait_for(
         lambda: str(prometheus.firing("BtmWaitsForResources")), lambda said: str(tmp_path / "waits") in said
     )
-    _wait_for(lambda: str(empty()), lambda said: said == str(NEEDS_A_GPU))
+    # A query for each panel: asked ten times a second, they took a core.
+    _wait_for(lambda: str(empty()), lambda said: said == str(NEEDS_A_GPU), every=1)
     for run in (waits, runs):
         run.process.send_signal(signal.SIGTERM)
         assert run.exit_code() == 130, run.said

@@ -9,7 +9,7 @@ from xml.etree.ElementTree import Element
 import pytest
 
 from btm_cluster.report.bars import draw_bars
-from btm_cluster.report.drawing import Drawing, Scale, tick_words, ticks, time_ticks
+from btm_cluster.report.drawing import Drawing, Scale, tick_labels, ticks, time_ticks
 from btm_cluster.report.gantt import draw_gantt, merged
 from btm_cluster.report.heat_map import draw_heat_map
 from btm_cluster.report.intervals import Measured, draw_intervals
@@ -49,7 +49,7 @@ def test_ticks_are_round_within_and_few(low: float, high: float) -> None:
     found = ticks(low, high)
     assert 1 <= len(found) <= 6
     assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in found)
-    assert len(set(tick_words(found))) == len(found)
+    assert len(set(tick_labels(found))) == len(found)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,120 @@
+"""This project's train loop on random tokens, without a store or Ray, for measurements of its speed."""
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from btm_cluster.data.blocks import Blocks
+from btm_cluster.language_model.compute import Compute
+from btm_cluster.language_model.model import full_config
+from btm_cluster.language_model.process_group import ProcessGroup
+from btm_cluster.language_model.training import UpdateReport, train
+from btm_cluster.language_model.training_spec import TextBlocks, TrainingSpec
+from btm_cluster.language_model.training_state import TrainingState, build_state
+from btm_cluster.language_model.utilisation import utilisation
+from btm_cluster.plan import ModelPlan, TrainingPlan
+from btm_cluster.requests import Resources
+
+RANDOM_BLOCKS = 512
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's size and what one worker takes per update."""
+
+    config: Mapping[str, Any]
+    vocabulary: int
+    blocks: int
+    """Per worker and update."""
+    micro_batch: int
+    block_tokens: int = 1024
+
+
+@dataclass
+class Pace:
+    """The train loop's callbacks: they save nothing, and note how fast it goes."""
+
+    updates: int
+    rates: list[float] = field(default_factory=list)
+    """Tokens per second of the whole group, each over about a second of the second half."""
+    mfu: list[float] = field(default_factory=list)
+    """Of one worker."""
+    first_update: float | None = None
+    """When the first report came, by time.monotonic."""
+    how: Resources | None = None
+    block_tokens: int = 1024
+
+    def should_stop(self) -> bool:
+        return False
+
+    def should_save(self) -> bool:
+        return False
+
+    def save(self, state: TrainingState, wait: bool) -> None:
+        pass
+
+    def passed_milestone(self, state: TrainingState) -> None:
+        pass
+
+    def report(self, state: TrainingState, report: UpdateReport) -> None:
+        self.first_update = self.first_update or time.monotonic()
+        if state.update <= self.updates // 2:
+            return
+        self.rates.append(report.tokens_per_second)
+        if self.how is not None and torch.cuda.is_available():
+            name = torch.cuda.get_device_name()
+            self.mfu.append(
+                utilisation(state.model, self.how, self.block_tokens, report.tokens_per_second, name) or 0.0
+            )
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Median over the second half: compiling is left out."""
+        return statistics.median(self.rates)
+
+
+def compute_of(shape: Shape, device: torch.device) -> Compute:
+    """bf16, compiled, on a GPU; float32 on a CPU."""
+    on_gpu = device.type == "cuda"
+    return Compute(device, 1, shape.micro_batch, "bfloat16" if on_gpu else "float32", compile=on_gpu)
+
+
+def train_bare(shape: Shape, updates: int, workers: int, folder: Path, device: torch.device) -> Pace:
+    """Trains a model of this shape from scratch; in a group of `workers`, which this process has joined, or
+    alone."""
+    file = folder / "tokens.npy"
+    if not file.exists():
+        tokens = np.random.default_rng(0).integers(1, shape.vocabulary, (RANDOM_BLOCKS, shape.block_tokens))
+        np.save(file, tokens.astype(np.uint16))
+    compute = compute_of(shape, device)
+    spec = TrainingSpec(
+        label="benchmark",
+        model=full_config(ModelPlan(config=dict(shape.config)), shape.vocabulary, shape.block_tokens),
+        texts=(TextBlocks("random", Blocks([file])),),
+        first_token=0,
+        training=TrainingPlan(
+            updates=updates,
+            blocks_per_domain_update=workers * shape.blocks,
+            block_tokens=shape.block_tokens,
+        ),
+        first_update=0,
+        last_update=updates,
+        milestones=(),
+        from_scratch=True,
+        rewarms=False,
+        restart_data=False,
+        is_demix=False,
+        compute=compute,
+        divergence_remedy="",
+    )
+    compute.set_up()
+    how = Resources(workers, 1.0, 1, shape.micro_batch, compute.precision, compute.compile)
+    pace = Pace(updates, how=how, block_tokens=shape.block_tokens)
+    train(spec, build_state(spec, ProcessGroup.joined(device)), pace)
+    return pace
