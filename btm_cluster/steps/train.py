@@ -209,8 +209,8 @@ def _out_of_memory(request: TrainRequest, exc: BaseException) -> TrainingError:
     return TrainingError(
         f"{request.label}: out of memory",
         found=(str(exc) or type(exc).__name__).splitlines()[0],
-        remedy="lower cluster.micro_batch_blocks, or give it more of a GPU; the last training checkpoint is "
-        "kept",
+        remedy="lower cluster.micro_batch_blocks, set cluster.activation_checkpointing: on, or give it more of a "
+        "GPU, and go on by --new-resources; the last training checkpoint is kept",
     )
 
 
