@@ -12,7 +12,7 @@ import torch
 
 from btm_cluster.data.blocks import Blocks
 from btm_cluster.language_model.compute import Compute
-from btm_cluster.language_model.model import full_config
+from btm_cluster.language_model.configuration import full_config
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.training import UpdateReport, train
 from btm_cluster.language_model.training_spec import TextBlocks, TrainingSpec

@@ -34,9 +34,10 @@ from bare_training import Pace, Shape, compute_of, spec_of
 
 from btm_cluster.identity import Ref, identity_by
 from btm_cluster.language_model.compute import Compute, device_name
+from btm_cluster.language_model.configuration import full_config
 from btm_cluster.language_model.layers import size_of
 from btm_cluster.language_model.memory import USABLE_SHARE, Setting, Way, choose_way, memory_of
-from btm_cluster.language_model.model import fresh_on_meta, full_config
+from btm_cluster.language_model.model import fresh_on_meta
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.training import train
 from btm_cluster.language_model.training_state import TrainingState, build_state

@@ -15,7 +15,7 @@ from btm_cluster.data.tokenizer import END_OF_TEXT
 from btm_cluster.errors import TextError, UserError
 from btm_cluster.forest import Forest, Foundation
 from btm_cluster.identity import identity_of
-from btm_cluster.language_model.model import full_config
+from btm_cluster.language_model.configuration import full_config
 from btm_cluster.language_model.pretrained import (
     pretrained_config,
     pretrained_model,

@@ -1,8 +1,7 @@
-"""Merges stored models into one safetensors file, holding one tensor of each at a time."""
+"""Models merged into one, a tensor at a time: of each model one is held."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -10,69 +9,90 @@ import torch
 from btm_cluster.equations.averaging import average_tensor
 from btm_cluster.errors import IncompatibleError
 from btm_cluster.language_model.stored_weights import StoredWeights
-from btm_cluster.language_model.tensor_files import Header, names_in_order, write_tensors
+from btm_cluster.language_model.tensor_files import DTYPES, Header, header_of, names_in_order
 
 Method: TypeAlias = Callable[[Sequence[torch.Tensor]], torch.Tensor]
-"""Makes one tensor of one of each model, all of one shape.
+"""Makes one tensor of one of each model, all of one shape; those of half precision come as float32.
 
 Raises ValueError where that cannot be.
 """
 
 
-def average_models(models: Sequence[StoredWeights], weights: Sequence[float], target: Path) -> None:
-    """Writes Σ w_i θ_i of `models` to `target`, as `merge_models` does."""
-    merge_models(models, partial(average_tensor, weights=weights), target)
+class MergedWeights:
+    """What a method makes of several models, tensor by tensor as it is read.
 
-
-def merge_models(
-    models: Sequence[StoredWeights],
-    method: Method,
-    target: Path,
-    count: Callable[[int], None] = lambda _: None,
-) -> None:
-    """Writes what `method` makes of `models`, tensor by tensor, to `target`.
-
-    Memory: a few tensors, whatever the number of models' tensors. `count` is told of each that is made.
+    It is to be stored in their dtype, and in the widest where they differ.
 
     Raises:
-        IncompatibleError: tensors of other names or shapes, checked from the headers before any weight is
-            read; or whole numbers that differ.
+        IncompatibleError: tensors of other names or shapes, checked before any weight is read; or, where one
+            is read, whole numbers that differ.
     """
-    header = _common_header(models)
-    write_tensors(header, _merged(models, names_in_order(header), method, count), target)
 
+    def __init__(self, models: Sequence[StoredWeights], method: Method) -> None:
+        self._models, self._method = models, method
+        self._header = _common_header(models)
 
-def _merged(
-    models: Sequence[StoredWeights], names: Sequence[str], method: Method, count: Callable[[int], None]
-) -> Iterator[torch.Tensor]:
-    for name in names:
+    @property
+    def header(self) -> Header:
+        return self._header
+
+    def read(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         try:
-            yield method([model.read(name) for model in models])
+            # On the CPU, so that an average is the same wherever it goes.
+            return self._method([_widened(model.read(name)) for model in self._models]).to(device)
         except ValueError as exc:
             raise IncompatibleError(
-                f"{models[0]} and {len(models) - 1} others cannot be averaged",
+                f"{self} cannot be averaged",
                 found=f"{name}: {exc}",
                 expected="floating-point tensors, or the same values in all",
                 remedy="ensemble these models instead",
             ) from exc
-        count(1)
+
+    def __str__(self) -> str:
+        return f"{self._models[0]} and {len(self._models) - 1} others"
+
+
+def average_models(models: Sequence[StoredWeights], weights: Sequence[float]) -> MergedWeights:
+    """Σ w_i θ_i of `models`, summed in float32."""
+    return MergedWeights(models, partial(average_tensor, weights=weights))
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def _common_header(models: Sequence[StoredWeights]) -> Header:
-    shapes = [
-        {
-            name: (model.header[name]["dtype"], model.header[name]["shape"])
-            for name in names_in_order(model.header)
-        }
-        for model in models
-    ]
-    for model, other in zip(models[1:], shapes[1:], strict=True):
-        if other != shapes[0]:
-            name = next(n for n in sorted({*shapes[0], *other}) if shapes[0].get(n) != other.get(n))
-            raise IncompatibleError(
-                f"{model} cannot be averaged with {models[0]}",
-                found=f"{name}: {other.get(name)}",
-                expected=f"{name}: {shapes[0].get(name)}",
-                remedy="average only models of one architecture",
-            )
-    return models[0].header
+    first = models[0].header
+    names = names_in_order(first)
+    entries = {name: first[name] for name in names}
+    for model in models[1:]:
+        other = model.header
+        for name in sorted({*names, *names_in_order(other)}):
+            found, expected = (_form(header, name) for header in (other, entries))
+            wider = _wider(found, expected)
+            if wider is None:
+                raise IncompatibleError(
+                    f"{model} cannot be averaged with {models[0]}",
+                    found=f"{name}: {found}",
+                    expected=f"{name}: {expected}",
+                    remedy="average only models of one architecture",
+                )
+            entries[name] = {**entries[name], "dtype": wider}
+    return header_of(entries, names)
+
+
+def _form(header: Header, name: str) -> tuple[str, list[int]] | None:
+    return (header[name]["dtype"], header[name]["shape"]) if name in header else None
+
+
+def _wider(one: tuple[str, list[int]] | None, other: tuple[str, list[int]] | None) -> str | None:
+    """The dtype that holds both of two tensors; None where they have no average."""
+    if one is None or other is None or one[1] != other[1]:
+        return None
+    if one[0] == other[0]:
+        return one[0]
+    dtypes = [DTYPES[one[0]], DTYPES[other[0]]]
+    if not all(dtype.is_floating_point for dtype in dtypes):
+        return None
+    both = torch.promote_types(*dtypes)
+    return next(name for name, dtype in DTYPES.items() if dtype == both)

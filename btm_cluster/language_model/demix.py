@@ -16,6 +16,8 @@ from torch.func import functional_call
 
 from btm_cluster.errors import UserError
 from btm_cluster.language_model.model import count_parameters, fresh_on_meta
+from btm_cluster.language_model.stored_weights import StoredWeights
+from btm_cluster.language_model.tensor_files import Header, names_in_order, ordered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -121,13 +123,32 @@ def has_row_per_domain(name: str) -> bool:
     return _EXPERTS in name
 
 
-def dense_part(weights: Mapping[str, torch.Tensor], domain: int) -> dict[str, torch.Tensor]:
-    """The weights of the ordinary model that a DEMix is for one domain: what is
-    shared, and the domain's feed-forwards."""
-    return {
-        _dense_name(name): tensor[domain] if has_row_per_domain(name) else tensor
-        for name, tensor in weights.items()
-    }
+class DensePart:
+    """The weights of the ordinary model that a stored DEMix is for one domain: what is shared, and the domain's
+    feed-forwards."""
+
+    def __init__(self, demix: StoredWeights, domain: int) -> None:
+        self._demix, self._domain = demix, domain
+        self._stacked = {_dense_name(name): name for name in names_in_order(demix.header)}
+        entries = {name: demix.header[stacked] for name, stacked in self._stacked.items()}
+        rows = {
+            name: {**entry, "shape": entry["shape"][1:]}
+            for name, entry in entries.items()
+            if has_row_per_domain(self._stacked[name])
+        }
+        self._header = ordered({**entries, **rows})
+
+    @property
+    def header(self) -> Header:
+        return self._header
+
+    def read(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        stacked = self._stacked[name]
+        tensor = self._demix.read(stacked)
+        return (tensor[self._domain] if has_row_per_domain(stacked) else tensor).to(device)
+
+    def __str__(self) -> str:
+        return str(self._demix)
 
 
 def _dense_name(name: str) -> str:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from btm_cluster.errors import UserError
 from btm_cluster.language_model.decoding import Decoder, ReaderDecoder, RowBuffers, reads_on_as_it_scores
+from btm_cluster.language_model.model import in_precision
 from btm_cluster.language_model.row_cache import RowCacheDecoder, reads_rows_as_it_scores
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,9 @@ def open_decoder(models: Sequence[PreTrainedModel], settings: EngineSettings) ->
     try:
         first = models[0].to(device).eval()
         way = settings.way or fastest_way(first, settings.block_tokens)
-        placed = [in_precision(model.eval(), settings.precision).to(device) for model in models]
+        placed = [
+            in_precision(model.eval(), getattr(torch, settings.precision)).to(device) for model in models
+        ]
         nothing = placed[0](
             input_ids=torch.tensor([[settings.first_token]], device=device), use_cache=False
         ).logits
@@ -78,20 +81,6 @@ def fastest_way(model: PreTrainedModel, block_tokens: int) -> Way:
     way: Way = "readers" if reads_on_as_it_scores(model, block_tokens) else "anew"
     log.info("%s is continued row by row, %s", type(model).__name__, way)
     return way
-
-
-def in_precision(model: PreTrainedModel, precision: str) -> PreTrainedModel:
-    """A model whose parameters are in a precision, but for those that its architecture wants in float32.
-
-    Buffers stay as they are: rotary frequencies in bf16 would blur positions.
-    """
-    if precision == "float32":
-        return model
-    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not kept & set(name.split(".")):
-            parameter.data = parameter.data.to(torch.bfloat16)
-    return model
 
 
 def _too_little_memory(models: Sequence[PreTrainedModel], settings: EngineSettings) -> UserError:

@@ -14,13 +14,12 @@ import torch
 
 from btm_cluster.errors import UserError
 from btm_cluster.language_model.block_check import logits_of, random_block
-from btm_cluster.language_model.model import LENGTH_FIELDS, config_from, fresh_on_meta, load_model
-from btm_cluster.language_model.stored_weights import FirstRows, StoredWeights, write_shards
+from btm_cluster.language_model.configuration import LENGTH_FIELDS, config_from
+from btm_cluster.language_model.model import fresh_on_meta, load_model
+from btm_cluster.language_model.stored_weights import SHARD_BYTES, FirstRows, StoredWeights, write_shards
 from btm_cluster.language_model.tensor_files import names_in_order
 
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
-SHARD_BYTES = 5 * 10**9
-"""The most bytes of weights in a file, as huggingface_hub has it by default."""
 
 
 def write_model(

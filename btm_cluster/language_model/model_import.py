@@ -13,7 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from btm_cluster.data.tokenizer import TextTokenizer
 from btm_cluster.errors import UserError, one_line
 from btm_cluster.language_model.block_check import check_reads, logits_of, random_block
-from btm_cluster.language_model.model import fresh_on_meta, load_model, name_tensors, save_weights, weights_of
+from btm_cluster.language_model.model import (
+    fresh_on_meta,
+    in_precision,
+    layout_of,
+    load_model,
+    name_tensors,
+    weights_of,
+)
 from btm_cluster.language_model.model_files import (
     do_not_match,
     says_nothing,
@@ -22,8 +29,8 @@ from btm_cluster.language_model.model_files import (
     weight_files,
 )
 from btm_cluster.language_model.pretrained import MODEL_PATTERNS, check_same, model_hash, resolve
-from btm_cluster.language_model.stored_weights import TensorFiles
-from btm_cluster.language_model.tensor_files import WEIGHTS
+from btm_cluster.language_model.stored_weights import open_files, write_weights
+from btm_cluster.language_model.tensor_files import INDEX
 from btm_cluster.requests import Pretrained, TrainRequest
 
 if TYPE_CHECKING:
@@ -50,14 +57,18 @@ def import_model(
     assert request.pretrained is not None
     source, block_tokens = request.pretrained.source, request.training.block_tokens
     model = _load(request.pretrained)
+    dtype = getattr(torch, request.training.weights)
+    _round(model, dtype)
     _check_finite(model, source)
     check_reads(model, block_tokens, source)
     probe_1T = random_block(tokenizer.vocabulary, block_tokens)
     expected = logits_of(model, probe_1T, source)
-    files = {WEIGHTS: folder / WEIGHTS}
-    save_weights(_text_weights(model, request.model, source), files[WEIGHTS])
-    del model  # one copy at a time
-    found = logits_of(load_model(request.model, TensorFiles([files[WEIGHTS]])), probe_1T, source)
+    weights = _text_weights(model, request.model, source)
+    files = write_weights(layout_of(fresh_on_meta(request.model), dtype), weights.items(), folder)
+    del model, weights  # one copy at a time
+    found = logits_of(
+        load_model(request.model, open_files(files.__getitem__, INDEX in files)), probe_1T, source
+    )
     apart = float((torch.log_softmax(found, -1) - torch.log_softmax(expected, -1)).abs().max())
     if apart > LARGEST_DIFFERENCE:
         raise UserError(
@@ -100,6 +111,12 @@ def _load(pretrained: Pretrained) -> "PreTrainedModel":
     if any(wrong.values()):
         raise do_not_match(pretrained.source, wrong)
     return model
+
+
+def _round(model: "PreTrainedModel", dtype: torch.dtype) -> None:
+    """Rounds the weights to what is stored of them: those are the model that is checked."""
+    if dtype != torch.float32:
+        in_precision(model, dtype).float()
 
 
 def _text_weights(

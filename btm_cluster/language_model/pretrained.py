@@ -22,7 +22,7 @@ from btm_cluster.data.tokenizer import (
 )
 from btm_cluster.errors import UserError, one_line
 from btm_cluster.language_model.block_check import check_reads_if_small
-from btm_cluster.language_model.model import check_fits, plain_config
+from btm_cluster.language_model.configuration import check_fits, plain_config
 from btm_cluster.language_model.model_files import (
     check_tensors,
     has_own_head,

@@ -18,7 +18,13 @@ from transformers import PreTrainedModel
 
 from btm_cluster.language_model.compute import Compute
 from btm_cluster.language_model.layers import units_of
-from btm_cluster.language_model.model import fresh_without_values, name_tensors, unfit, weights_of
+from btm_cluster.language_model.model import (
+    check_dtypes,
+    fresh_without_values,
+    name_tensors,
+    unfit,
+    weights_of,
+)
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.stored_weights import StoredWeights
 from btm_cluster.language_model.tensor_files import names_in_order
@@ -76,8 +82,9 @@ def load_own(model: PreTrainedModel, weights: StoredWeights) -> None:
     """Loads this rank's shares of stored weights; one tensor at a time is read.
 
     Raises:
-        IncompatibleError: naming tensors that are missing, unexpected or of another shape.
+        IncompatibleError: naming tensors that are missing, unexpected or of another shape or dtype.
     """
+    check_dtypes(model, weights)
     tensors, stored = weights_of(model), names_in_order(weights.header)
     shapes = {name: list(weights.header[name]["shape"]) for name in stored}
     found = {
@@ -107,7 +114,7 @@ def _cut(tensor: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
 def like(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
     """A tensor that is held as `parameter` is, with the values of `whole`."""
     if not isinstance(parameter, DTensor):
-        return whole.to(parameter.device)
+        return whole.to(parameter.device, copy=True)  # it may be a view of a mapped file
     tensor = torch.empty_like(parameter, dtype=whole.dtype, requires_grad=False)
     take_own(tensor, whole)
     return tensor

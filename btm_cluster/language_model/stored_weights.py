@@ -4,24 +4,32 @@ Knows files and tensors, and nothing of architectures or stores.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open
 
+from btm_cluster.errors import IncompatibleError, one_line
 from btm_cluster.language_model.tensor_files import (
     INDEX,
+    WEIGHTS,
     Header,
+    TensorWriter,
     header_of,
     names_in_order,
     read_header,
     size_of,
-    write_tensors,
 )
+
+SHARD_BYTES = 5 * 10**9
+"""The most bytes of weights in a file, as huggingface_hub has it by default."""
+_WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 
 
 class StoredWeights(Protocol):
@@ -29,7 +37,8 @@ class StoredWeights(Protocol):
 
     @property
     def header(self) -> Header:
-        """Dtype, shape and place of each tensor, in the order in which they lie there."""
+        """Shape and place of each tensor, in the order in which they lie there, and the dtype that it is to be
+        stored in again."""
 
     def read(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """A tensor as it is stored; on the CPU it may be a view of a mapped file, not to be written to."""
@@ -70,8 +79,8 @@ class FirstRows:
     def __init__(self, weights: StoredWeights, rows: Mapping[str, int]) -> None:
         self._weights, self._rows = weights, rows
         whole = weights.header
-        cut = {name: _cut_entry(whole[name], rows[name]) if name in rows else whole[name] for name in whole}
-        self._header = header_of(cut, names_in_order(whole))
+        cut = {name: {**whole[name], "shape": [n, *whole[name]["shape"][1:]]} for name, n in rows.items()}
+        self._header = header_of({**whole, **cut}, names_in_order(whole))
 
     @property
     def header(self) -> Header:
@@ -85,28 +94,85 @@ class FirstRows:
         return str(self._weights)
 
 
-def write_shards(weights: StoredWeights, folder: Path, shard_bytes: int) -> list[str]:
-    """Writes tensors into `folder` as transformers opens them: as one file, or as several of at most
-    `shard_bytes` with an index. Returns the names of all files.
+def tensors_of(
+    weights: StoredWeights, count: Callable[[int], None] = lambda _: None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors by name, one after the other; `count` is told of each that is done with."""
+    for name in names_in_order(weights.header):
+        yield name, weights.read(name)
+        count(1)
+
+
+def write_weights(
+    header: Header,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    folder: Path,
+    shard_bytes: int | None = None,
+) -> dict[str, Path]:
+    """Writes tensors, in any order, into `folder` as transformers opens them: as one file, or as several of at
+    most `shard_bytes`, or else SHARD_BYTES, with an index. Returns all files by name.
 
     A tensor that is larger has a file of its own. Memory: one tensor.
     """
-    header = weights.header
     split = split_state_dict_into_shards_factory(
         {name: header[name] for name in names_in_order(header)},
         get_storage_size=size_of,
         filename_pattern="model{suffix}.safetensors",
-        max_shard_size=shard_bytes,
+        max_shard_size=SHARD_BYTES if shard_bytes is None else shard_bytes,
     )
-    for shard, own in split.filename_to_tensors.items():
-        write_tensors(header_of(header, own), map(weights.read, own), folder / shard)
-    if not split.is_sharded:
-        return list(split.filename_to_tensors)
-    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return [*split.filename_to_tensors, INDEX]
+    files = {shard: folder / shard for shard in split.filename_to_tensors}
+    with ExitStack() as stack:
+        writers = {
+            shard: stack.enter_context(TensorWriter(header_of(header, own), folder / shard))
+            for shard, own in split.filename_to_tensors.items()
+        }
+        for name, tensor in tensors:
+            writers[split.tensor_to_filename[name]].write(name, tensor)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        files[INDEX] = folder / INDEX
+        files[INDEX].write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return files
 
 
-def _cut_entry(entry: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    held, *others = entry["shape"]
-    return {**entry, "shape": [rows, *others], "data_offsets": [0, size_of(entry) // held * rows]}
+def write_shards(
+    weights: StoredWeights,
+    folder: Path,
+    shard_bytes: int | None = None,
+    count: Callable[[int], None] = lambda _: None,
+) -> dict[str, Path]:
+    """Writes a stored model into `folder`, as `write_weights` does; `count` is told of each tensor."""
+    return write_weights(weights.header, tensors_of(weights, count), folder, shard_bytes)
+
+
+def holds_weights(name: str) -> bool:
+    """Whether a file of a model's folder, by its name, holds weights, or says which files do."""
+    return name == INDEX or _WEIGHT_FILE.fullmatch(name) is not None
+
+
+def open_files(locate: Callable[[str], Path], is_sharded: bool) -> TensorFiles:
+    """The weights of one file or several, which `locate` finds by name.
+
+    Raises:
+        IncompatibleError: an index that is none.
+    """
+    names = _shards_of(locate(INDEX)) if is_sharded else [WEIGHTS]
+    return TensorFiles([locate(name) for name in names])
+
+
+def _shards_of(index: Path) -> list[str]:
+    """The names of the files that an index names, in order.
+
+    Raises:
+        IncompatibleError: it is none.
+    """
+    try:
+        found: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
+        return sorted(set(map(str, found.values())))
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise IncompatibleError(
+            f"{index.name} is no index of weights",
+            found=one_line(exc) or type(exc).__name__,
+            expected="`weight_map`: the file of each tensor, by name",
+            remedy="save the model again",
+        ) from exc

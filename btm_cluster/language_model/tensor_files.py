@@ -4,16 +4,34 @@ Knows the format and nothing of models.
 """
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import torch
 
 METADATA = "__metadata__"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+DTYPES: Mapping[str, torch.dtype] = {
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""By their names in a header, in the order in which safetensors puts tensors into a file."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Header: TypeAlias = Mapping[str, Mapping[str, Any]]
 """By tensor name: `dtype`, `shape` and `data_offsets`. Under METADATA: notes on the whole file."""
 
@@ -31,7 +49,7 @@ def names_in_order(header: Header) -> list[str]:
 
 
 def header_of(tensors: Header, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """The header of a file that has these tensors alone, in this order; bytes as `data_offsets` has them."""
+    """The header of a file that has these tensors alone, in this order; of each, dtype and shape count."""
     found: dict[str, dict[str, Any]] = {METADATA: {"format": "pt"}}
     place = 0
     for name in names:
@@ -41,20 +59,53 @@ def header_of(tensors: Header, names: Iterable[str]) -> dict[str, dict[str, Any]
     return found
 
 
+def layout(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
+    """The header of a file with these tensors, as safetensors orders them; they need no values."""
+    return ordered({name: {"dtype": _NAMES[t.dtype], "shape": list(t.shape)} for name, t in tensors.items()})
+
+
+def ordered(tensors: Header) -> dict[str, dict[str, Any]]:
+    """The header of a file with tensors of these dtypes and shapes, as safetensors orders them."""
+    order = list(DTYPES)
+    return header_of(tensors, sorted(tensors, key=lambda name: (order.index(tensors[name]["dtype"]), name)))
+
+
 def size_of(entry: Mapping[str, Any]) -> int:
     """Bytes of a tensor by its entry in a header."""
-    first, end = entry["data_offsets"]
-    return int(end - first)
+    shape: list[int] = entry["shape"]
+    return math.prod(shape) * DTYPES[entry["dtype"]].itemsize
 
 
-def write_tensors(header: Header, tensors: Iterable[torch.Tensor], target: Path) -> None:
-    """Writes a file of this header; its tensors come in order, and one at a time is held."""
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the format aligns data to 8 bytes
-    size = max((entry["data_offsets"][1] for name, entry in header.items() if name != METADATA), default=0)
-    with target.open("wb") as out:
-        out.write(struct.pack("<Q", len(encoded)) + encoded)
-        for tensor in tensors:
-            out.write(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-        written = out.tell()
-    assert written == 8 + len(encoded) + size, f"wrote {written} bytes, expected {8 + len(encoded) + size}"
+class TensorWriter:
+    """A file in the making: its tensors come in any order, and none is held."""
+
+    def __init__(self, header: Header, target: Path) -> None:
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)  # the format aligns data to 8 bytes
+        self._header, self._missing = header, set(names_in_order(header))
+        self._first_byte = 8 + len(encoded)
+        self._out = target.open("wb")
+        self._out.write(struct.pack("<Q", len(encoded)) + encoded)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Writes a tensor from whatever device, in the dtype that the header says."""
+        entry = self._header[name]
+        assert list(tensor.shape) == entry["shape"], f"{name}: {list(tensor.shape)}, not {entry['shape']}"
+        stored = tensor.detach().to("cpu", DTYPES[entry["dtype"]]).reshape(-1)
+        self._out.seek(self._first_byte + entry["data_offsets"][0])
+        self._out.write(stored.view(torch.uint8).numpy().data)
+        self._missing.remove(name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        self._out.close()
+        assert failed or not self._missing, f"not written: {sorted(self._missing)[:3]}"
+
+
+def write_tensors(header: Header, tensors: Iterable[tuple[str, torch.Tensor]], target: Path) -> None:
+    """Writes a file of this header; its tensors come by name, in any order, and one at a time is held."""
+    with TensorWriter(header, target) as writer:
+        for name, tensor in tensors:
+            writer.write(name, tensor)

@@ -17,7 +17,7 @@ from btm_cluster.errors import IntegrityError, UserError
 from btm_cluster.language_model.block_check import check_reads
 from btm_cluster.language_model.demix import own_moments, split_feed_forwards
 from btm_cluster.language_model.demix_group import Share, gather_domains, share_of
-from btm_cluster.language_model.model import build_model, load_weights, save_weights, weights_of
+from btm_cluster.language_model.model import build_model, layout_of, load_weights, weights_of
 from btm_cluster.language_model.optimizer import build_optimizer
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.recording import Recording
@@ -30,14 +30,15 @@ from btm_cluster.language_model.sharding import (
     load_own,
     own_part,
 )
-from btm_cluster.language_model.stored_weights import StoredWeights
-from btm_cluster.language_model.tensor_files import WEIGHTS, names_in_order
+from btm_cluster.language_model.stored_weights import StoredWeights, write_weights
+from btm_cluster.language_model.tensor_files import Header, layout, names_in_order, write_tensors
 from btm_cluster.language_model.training_spec import TrainingSpec
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 CAUSAL_TOKENS = 8
 """Enough to see whether a model reads from left to right."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_MASTER = "master."
 
 
 @dataclass
@@ -62,13 +63,17 @@ class TrainingState:
 
         Every rank of a group exhausts it.
         """
+        return self._gathered(self.held_moments())
+
+    def held_moments(self) -> dict[str, torch.Tensor]:
+        """The moments as this rank holds them."""
         tensors: dict[str, torch.Tensor] = {}
         for name, parameter in sorted(self.model.named_parameters()):
             kept = self.optimizer.state.get(parameter)
             if kept:
                 tensors |= {f"{moment}.{name}": kept[moment] for moment in _MOMENTS}
                 tensors["step"] = torch.as_tensor(kept["step"], dtype=torch.float32)
-        return self._gathered(tensors)
+        return tensors
 
     def has_finite_weights(self) -> bool:
         """Whether every weight that this rank holds is a finite number."""
@@ -128,6 +133,8 @@ def load_state(
     """Fills `state` with the whole model's stored weights and moments;
     without `optimizer`, that starts anew.
 
+    Weights that the optimiser holds in float32 go before those that were rounded to be stored.
+
     In a group each rank takes its own domains of a DEMix; a dense model's feed-forwards are copied for each
     domain.
 
@@ -136,8 +143,9 @@ def load_state(
         IntegrityError: moments of another model, which `name` names.
         FileNotFoundError: a file was deleted meanwhile.
     """
+    exact = optimizer and _Masters(optimizer)
     load = load_own if is_sharded(state.model) else load_weights
-    load(state.model, weights)
+    load(state.model, exact if exact and names_in_order(exact.header) else weights)
     if optimizer is not None:
         tensors = {name: optimizer.read(name) for name in names_in_order(optimizer.header)}
         _load_moments(state, tensors, name)
@@ -167,24 +175,52 @@ def does_not_fit(name: str, found: str) -> IntegrityError:
     )
 
 
-def write_state(state: TrainingState, folder: Path, with_optimizer: bool) -> dict[str, Path]:
-    """Writes weights, and the optimiser's state where asked, as files below
-    `folder`; returns them by name."""
-    files = {WEIGHTS: folder / WEIGHTS}
-    save_weights(_on_the_host(state.weights()), files[WEIGHTS])
+def write_state(
+    state: TrainingState, folder: Path, with_optimizer: bool, dtype: torch.dtype = torch.float32
+) -> dict[str, Path]:
+    """Writes weights in a dtype, and the optimiser's state where asked, as files below `folder`; returns them by
+    name. In a group the first rank does, and the others `help_to_write`.
+
+    Where the weights are rounded, that state holds them in float32 too: training goes on from those. Memory: one
+    tensor.
+    """
+    files = write_weights(layout_of(state.model, dtype), state.weights(), folder)
     if with_optimizer:
+        held = state.held_moments()
+        if dtype != torch.float32:
+            held |= {f"{_MASTER}{name}": tensor for name, tensor in weights_of(state.model).items()}
         files[OPTIMIZER_FILE] = folder / OPTIMIZER_FILE
-        save_weights(_on_the_host(state.moments()), files[OPTIMIZER_FILE])
+        write_tensors(layout(held), _optimizer_tensors(state, dtype), files[OPTIMIZER_FILE])
     return files
 
 
-def help_to_write(state: TrainingState, with_optimizer: bool) -> None:
-    """The part in `write_state`, which the first rank of a group calls, of every other rank."""
+def help_to_write(state: TrainingState, with_optimizer: bool, dtype: torch.dtype) -> None:
+    """What every other rank does while the first one writes: it takes part in gathering."""
     deque(state.weights(), maxlen=0)
     if with_optimizer:
-        deque(state.moments(), maxlen=0)
+        deque(_optimizer_tensors(state, dtype), maxlen=0)
 
 
-def _on_the_host(tensors: Iterator[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Tensors that are gathered one by one, so that a device never holds all."""
-    return {name: tensor.cpu() for name, tensor in tensors}
+def _optimizer_tensors(state: TrainingState, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from state.moments()
+    if dtype != torch.float32:
+        for name, tensor in state.weights():
+            yield f"{_MASTER}{name}", tensor
+
+
+class _Masters:
+    """The weights that a stored optimiser holds in float32; none where the model itself is stored so."""
+
+    def __init__(self, optimizer: StoredWeights) -> None:
+        self._optimizer = optimizer
+
+    @property
+    def header(self) -> Header:
+        whole = self._optimizer.header
+        return {n.removeprefix(_MASTER): entry for n, entry in whole.items() if n.startswith(_MASTER)}
+
+    def read(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        return self._optimizer.read(f"{_MASTER}{name}", device)
+
+    def __str__(self) -> str:
+        return str(self._optimizer)

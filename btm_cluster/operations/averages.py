@@ -23,14 +23,11 @@ from btm_cluster.evaluation.systems import Ensemble, with_seed
 from btm_cluster.forest import Forest
 from btm_cluster.language_model.averaging import average_models
 from btm_cluster.language_model.model import load_model
-from btm_cluster.language_model.stored_weights import TensorFiles
-from btm_cluster.language_model.tensor_files import WEIGHTS
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.operations.evaluate import TAKEN_OUT
 from btm_cluster.requests import MergeRequest, TaskVectorMethod, TaskVectorRequest
 from btm_cluster.steps.average import check_compatible
 from btm_cluster.steps.stored import open_config, open_weights
-from btm_cluster.storage.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -158,10 +155,8 @@ def average_by_weights(
     used = sorted((models[name].identity, weight) for name, weight in weights.items() if weight)
     found = [ledger.get(Ref("model", identity)) for identity, _ in used]
     check_compatible(ledger, found)
-    with scratch_folder() as folder:
-        file = folder / WEIGHTS
-        average_models([open_weights(ledger, one) for one in found], [w for _, w in used], file)
-        return load_model(open_config(ledger, found[0]), TensorFiles([file]))
+    average = average_models([open_weights(ledger, one) for one in found], [w for _, w in used])
+    return load_model(open_config(ledger, found[0]), average)
 
 
 def _check_weights(weights: Mapping[str, float], models: Mapping[str, Ref]) -> None:

@@ -9,13 +9,13 @@ from btm_cluster.driver.driver import Driver
 from btm_cluster.errors import UserError
 from btm_cluster.forest import Forest
 from btm_cluster.language_model import mergekit
-from btm_cluster.language_model.folder import SHARD_BYTES
 from btm_cluster.language_model.hub import check_push, push
+from btm_cluster.language_model.stored_weights import SHARD_BYTES
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.ledger.versions import newest_version
 from btm_cluster.operations.averages import Average, check_average, make_average, request_without_text
 from btm_cluster.operations.evaluate import check_text_is_known, find_grown
-from btm_cluster.operations.model_folder import ForestModel, results_of, write_folder
+from btm_cluster.operations.model_folder import ForestModel, results_of, stored_type, write_folder
 from btm_cluster.plan import Plan
 from btm_cluster.storage.new_folder import check_folder, check_new_folder, new_folder
 
@@ -120,23 +120,23 @@ def export(asked: Export, plan: Plan | None, driver: Driver) -> list[Written]:
         write_folder(ledger, forest, called, one, asked.to, asked.shard_bytes)
     if asked.mergekit is not None:
         folders = {one.model.identity: str(places[name].absolute()) for name, one in models.items()}
-        _write(asked.mergekit, mergekit_text(models[AVERAGE].model, folders))
+        _write(asked.mergekit, mergekit_text(models[AVERAGE].model, folders, stored_type(models[SEED].model)))
     return [
         Written(name, places[name], None if to is None else push(places[name], to, asked.public))
         for name, to in repositories.items()
     ]
 
 
-def mergekit_text(average: Artifact, folders: Mapping[str, str]) -> str:
-    """The YAML by which mergekit makes an average of the models in some folders, by identity."""
+def mergekit_text(average: Artifact, folders: Mapping[str, str], dtype: str) -> str:
+    """The YAML by which mergekit makes an average of the models in some folders, by identity, in `dtype`."""
     if "base" not in average.inputs:
         weights = average.facts["weights"]
-        return mergekit.linear({folders[identity]: weight for identity, weight in weights.items()})
+        return mergekit.linear({folders[identity]: weight for identity, weight in weights.items()}, dtype)
     (base,) = average.inputs["base"]
     models = [folders[model.identity] for model in average.inputs["models"]]
     recipe = average.recipe
     return mergekit.task_vectors(
-        recipe["method"], folders[base.identity], models, recipe["scale"], recipe["density"]
+        recipe["method"], folders[base.identity], models, recipe["scale"], recipe["density"], dtype
     )
 
 

@@ -18,6 +18,7 @@ from btm_cluster.data.corpus import content_hash
 from btm_cluster.equations.posterior import PriorKind
 from btm_cluster.errors import UserError
 from btm_cluster.forest import Forest
+from btm_cluster.language_model.compute import device_of
 from btm_cluster.language_model.scoring import score_blocks, set_up_scoring
 from btm_cluster.ledger import Ledger, Ref
 from btm_cluster.mixing.text_weights import TextWeights, weigh
@@ -107,7 +108,7 @@ def _scores(ledger: Ledger, models: Sequence[Ref], tokens_BT: np.ndarray, first_
     for ref in models:
         with scratch_folder() as scratch:
             np.save(scratch / "tokens.npy", tokens_BT)
-            model = open_model(ledger, ref)
+            model = open_model(ledger, ref, device_of(how.gpus_per_worker))
             blocks = Blocks([scratch / "tokens.npy"])
             logp: Path = score_blocks(model, blocks, first_token, how, scratch)["logp.npy"]
             found.append(np.load(logp).astype(np.float64))

@@ -10,9 +10,9 @@ from btm_cluster.algorithm import Grown
 from btm_cluster.data.tokenizer import compare_with_transformers
 from btm_cluster.evaluation.stored_results import stored_results
 from btm_cluster.forest import Forest, Parent
-from btm_cluster.language_model.folder import SHARD_BYTES, say_block_length, write_model
+from btm_cluster.language_model.folder import say_block_length, write_model
 from btm_cluster.language_model.model_card import Card, Part, Result, card_text
-from btm_cluster.language_model.tensor_files import WEIGHTS
+from btm_cluster.language_model.stored_weights import SHARD_BYTES, holds_weights
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.steps.stored import open_tokenizer, open_weights
 from btm_cluster.storage.new_folder import new_folder
@@ -51,7 +51,7 @@ def write_folder(
     tokens = open_tokenizer(ledger, tokenizer.ref)
     with new_folder(to) as folder:
         for name, source in files.items():
-            if name not in (CARD, CONFIG, WEIGHTS):
+            if name not in (CARD, CONFIG) and not holds_weights(name):
                 shutil.copyfile(ledger.open_file(source, name), folder / name)
         config, weights = ledger.open_file(one.model, CONFIG), open_weights(ledger, one.model)
         write_model(config, weights, folder, None if is_pretrained else block_tokens, shard_bytes)
@@ -71,11 +71,11 @@ def _card(
     first_token: str,
     licence_files: Sequence[str],
 ) -> Card:
-    model = one.model
+    model, rounded = one.model, stored_type(seed)
     relation = "merge" if model.facts["role"] == "average" else "finetune"
     return Card(
         title=f"{called}: {one.name}",
-        what=_what(forest, one),
+        what=_what(forest, one) + ("" if rounded == "float32" else f" Its weights are rounded to {rounded}."),
         identity=model.identity,
         relation=None if model.identity == seed.identity else relation,
         parts=parts_of(forest, model),
@@ -87,6 +87,11 @@ def _card(
         licence_files=licence_files,
         results=one.results,
     )
+
+
+def stored_type(seed: Artifact) -> str:
+    """The type in which a forest's weights are stored, by its seed: `training.weights`."""
+    return str(seed.recipe["training"].get("weights", "float32"))
 
 
 def results_of(grown: Grown, model: Ref, ledger: Ledger) -> tuple[Result, ...]:

@@ -92,6 +92,9 @@ class TrainingPlan(Section):
     """Largest gradient norm. The paper's released recipe clips at 0.1; 1.0 is the field's habit."""
     random_seed: Annotated[Whole, Field(lt=2**63)] = 0
     """Initial weights and block order."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """Type in which models are stored. bfloat16 halves them, and rounds each weight to 8 bits of precision;
+    training itself, its checkpoints and whatever it goes on from stay float32, and averages are summed so."""
 
     @property
     def seed_updates(self) -> int:

@@ -20,8 +20,8 @@ _TRAINING = {
     "gradient_clip",
     "random_seed",
 }
-"""Fields of a plan's `training` that a model's identity hangs on;
-`seed_share` is in its first and last update."""
+"""Fields of a plan's `training` that a model's identity hangs on, and `weights` where it
+is not float32; `seed_share` is in its first and last update."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,10 @@ class TrainRequest(StepRequest):
     @property
     def _trajectory(self) -> dict[str, Any]:
         """The recipe of a training that does not say how far it goes."""
+        rounded = set() if self.training.weights == "float32" else {"weights"}
         return {
             "model": self.model,
-            "training": self.training.model_dump(mode="json", include=_TRAINING),
+            "training": self.training.model_dump(mode="json", include=_TRAINING | rounded),
             "first_update": self.first_update,
             "keep_optimizer": self.start is not None and self.start.keep_optimizer,
             "pretrained": self.pretrained.sha256 if self.pretrained else None,

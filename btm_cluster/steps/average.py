@@ -10,8 +10,9 @@ from btm_cluster.data.tokenizer import TOKENIZER_FILES
 from btm_cluster.equations.averaging import average_tensor
 from btm_cluster.equations.task_vectors import task_arithmetic, ties
 from btm_cluster.errors import IncompatibleError
-from btm_cluster.language_model.averaging import Method, merge_models
-from btm_cluster.language_model.tensor_files import WEIGHTS, names_in_order
+from btm_cluster.language_model.averaging import MergedWeights, Method
+from btm_cluster.language_model.stored_weights import write_shards
+from btm_cluster.language_model.tensor_files import names_in_order
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import AverageRequest, FittedWeights, MergeRequest, TaskVectorRequest
 from btm_cluster.requests.progress import Control, Counter, Phase
@@ -73,12 +74,11 @@ def _commit(
     control: Control,
 ) -> Artifact:
     with scratch_folder() as folder:
-        files = {WEIGHTS: folder / WEIGHTS}
-        weights = [open_weights(ledger, model) for model in models]
+        merged = MergedWeights([open_weights(ledger, model) for model in models], method)
         phase: Phase = "averaging" if isinstance(request, AverageRequest) else "merging"
-        tensors = len(names_in_order(weights[0].header))
+        tensors = len(names_in_order(merged.header))
         counter = Counter(control, request.label, phase, tensors, "tensors")
-        merge_models(weights, method, files[WEIGHTS], counter.add)
+        files = write_shards(merged, folder, count=counter.add)
         for name in ("config.json", *TOKENIZER_FILES):
             files[name] = ledger.open_file(models[0], name)
         facts = {"role": "average", **facts, "origin": models[0].facts["origin"]}

@@ -6,6 +6,7 @@ One model, loaded once, many texts.
 from collections.abc import Iterator, Sequence
 
 from btm_cluster.data.blocks import Blocks
+from btm_cluster.language_model.compute import device_of
 from btm_cluster.language_model.scoring import score_blocks, set_up_scoring
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import ScoreRequest
@@ -18,7 +19,7 @@ def score(requests: Sequence[ScoreRequest], ledger: Ledger, control: Control) ->
     """Scores each requested text; all requests name the same model."""
     set_up_scoring(requests[0].how)
     source = ledger.get(requests[0].model)
-    model = open_model(ledger, source)
+    model = open_model(ledger, source, device_of(requests[0].how.gpus_per_worker))
     texts = [
         Blocks([ledger.open_file(ledger.get(ref), "tokens.npy") for ref in request.tokens])
         for request in requests

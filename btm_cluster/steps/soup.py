@@ -4,6 +4,7 @@ One process, one search.
 """
 
 from btm_cluster.errors import TextError
+from btm_cluster.language_model.compute import device_of
 from btm_cluster.language_model.soup import Soup, greedy_soup, learned_soup, read_blocks
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import SoupRequest
@@ -37,7 +38,8 @@ def search(request: SoupRequest, ledger: Ledger, control: Control) -> Artifact:
         )
     first_token = first_token_of(ledger, request.tokens)
     parts = [open_weights(ledger, model) for model in models]
-    soup = Soup(open_model(ledger, models[0]), parts, first_token, request.how, counter.add)
+    mixed = open_model(ledger, models[0], device_of(request.how.gpus_per_worker))
+    soup = Soup(mixed, parts, first_token, request.how, counter.add)
     if request.strategy == "greedy":
         found = greedy_soup(soup, reading)
     else:

@@ -1,13 +1,17 @@
 """Stored artifacts as the values that steps work with: documents,
 tokenizers, token blocks, configurations, weights and models."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btm_cluster.data.corpus import read_shard
 from btm_cluster.data.tokenizer import TOKENIZER_FILES, TextTokenizer, load_tokenizer
+from btm_cluster.errors import MissingError
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.storage.scratch import scratch_folder
 
@@ -73,11 +77,24 @@ def open_config(ledger: Ledger, model: Artifact) -> dict[str, Any]:
 
 
 def open_weights(ledger: Ledger, model: Artifact) -> "StoredWeights":
-    """A stored model's weights, or those of a training checkpoint; no tensor is read yet."""
-    from btm_cluster.language_model.stored_weights import TensorFiles
-    from btm_cluster.language_model.tensor_files import WEIGHTS
+    """A stored model's weights, or those of a training checkpoint; no tensor is read yet.
 
-    return TensorFiles([ledger.open_file(model, WEIGHTS)])
+    Raises:
+        MissingError: it has no weights, or an index that names a file which it has not.
+    """
+    from btm_cluster.language_model.stored_weights import open_files
+    from btm_cluster.language_model.tensor_files import INDEX
+
+    def locate(name: str) -> Path:
+        if not model.has(name):
+            raise MissingError(
+                f"{model.kind} {model.identity[:12]} lacks {name}, which holds weights",
+                found=", ".join(blob.name for blob in model.blobs),
+                remedy="delete its manifest and run the plan again, which makes it anew",
+            )
+        return ledger.open_file(model, name)
+
+    return open_files(locate, model.has(INDEX))
 
 
 def open_model(
@@ -97,7 +114,8 @@ def open_model(
 
 
 def weights_sha256(model: Artifact) -> str:
-    """SHA-256 of a stored model's weights."""
-    from btm_cluster.language_model.tensor_files import WEIGHTS
+    """SHA-256 of a stored model's weights: of their file, or of the list of SHA-256 of index and shards."""
+    from btm_cluster.language_model.stored_weights import holds_weights
 
-    return model.blob(WEIGHTS).sha256
+    hashes = [blob.sha256 for blob in sorted(model.blobs, key=attrgetter("name")) if holds_weights(blob.name)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()

@@ -9,24 +9,23 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 
 from btm_cluster.curve import CURVE_FILE
 from btm_cluster.data.blocks import Blocks
 from btm_cluster.data.tokenizer import TOKENIZER_FILES
 from btm_cluster.errors import MissingError, TrainingError
 from btm_cluster.language_model.compute import device_of
-from btm_cluster.language_model.demix import count_demix_parameters, dense_part
-from btm_cluster.language_model.model import save_weights, write_config
+from btm_cluster.language_model.demix import DensePart, count_demix_parameters
+from btm_cluster.language_model.model import fresh_on_meta, layout_of, write_config
 from btm_cluster.language_model.model_import import import_model
 from btm_cluster.language_model.process_group import ProcessGroup
-from btm_cluster.language_model.tensor_files import WEIGHTS
+from btm_cluster.language_model.stored_weights import StoredWeights, tensors_of, write_weights
 from btm_cluster.language_model.training_state import help_to_write, write_state
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import DemixPart, TrainRequest
 from btm_cluster.requests.progress import Control, Progress
 from btm_cluster.steps.resuming import AlreadyTrained
-from btm_cluster.steps.stored import open_blocks, open_tokenizer
+from btm_cluster.steps.stored import open_blocks, open_tokenizer, open_weights
 from btm_cluster.steps.training_run import AtMilestone, Trained, run_training
 from btm_cluster.storage.scratch import scratch_folder
 
@@ -58,7 +57,7 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
             facts: Mapping[str, Any],
             note: Mapping[str, Any],
         ) -> Artifact:
-            files["config.json"] = write_config(request.model, tokens, folder)
+            files["config.json"] = write_config(request.model, tokens, folder, request.training.weights)
             files |= {name: ledger.open_file(tokenizer, name) for name in TOKENIZER_FILES}
             return ledger.commit(made, files, {**facts, "origin": _origin(made, ledger)}, note)
 
@@ -70,13 +69,13 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
             if group.is_first:
                 control.report(Progress(request.label, "storing"))
             if made.is_demix:
-                file = folder / WEIGHTS
-                return _commit_demix(made, trained, ledger, commit, file) if group.is_first else None
+                return _commit_demix(made, trained, ledger, commit, folder) if group.is_first else None
             keeps_optimizer = made.last_update < made.training.updates and not made.weights_only
+            dtype = getattr(torch, made.training.weights)
             if not group.is_first:
-                help_to_write(trained.state, keeps_optimizer)
+                help_to_write(trained.state, keeps_optimizer, dtype)
                 return None
-            files = write_state(trained.state, folder, keeps_optimizer) | _write_curve(trained, folder)
+            files = write_state(trained.state, folder, keeps_optimizer, dtype) | _write_curve(trained, folder)
             return commit(made, files, trained.facts, trained.note)
 
         if request.pretrained is not None:
@@ -116,23 +115,24 @@ Commit: TypeAlias = Callable[[DemixPart, dict[str, Path], Mapping[str, Any], Map
 
 
 def _commit_demix(
-    request: TrainRequest, trained: Trained, ledger: Ledger, commit: Commit, file: Path
+    request: TrainRequest, trained: Trained, ledger: Ledger, commit: Commit, folder: Path
 ) -> Artifact:
     """Commits a DEMix as the ordinary models that it is for each domain, and then, by name, as a whole.
 
     All are cut from the state that training stored at its end: it has every domain, which a rank of a group
     has not.
     """
+    header = layout_of(fresh_on_meta(request.model), getattr(torch, request.training.weights))
     try:
-        weights = load_file(_last_state(request, ledger))
+        weights = _last_state(request, ledger)
+        for domain, part in enumerate(request.parts):
+            files = write_weights(header, tensors_of(DensePart(weights, domain)), folder)
+            commit(part, files, {"role": "demix-part"}, {})
     except (MissingError, FileNotFoundError):
         # By another driver, which cleared what this one had stored.
         if (done := ledger.find(request.ref)) is not None:
             return done
         raise
-    for domain, part in enumerate(request.parts):
-        save_weights(dense_part(weights, domain), file)
-        commit(part, {WEIGHTS: file}, {"role": "demix-part"}, {})
     total, non_embedding = count_demix_parameters(request.model, len(request.parts))
     facts = {
         "parameters": total,
@@ -140,7 +140,7 @@ def _commit_demix(
         "origin": _origin(request, ledger),
     }
     parts = [part.ref for part in request.parts]
-    files = _write_curve(trained, file.parent)
+    files = _write_curve(trained, folder)
     return ledger.commit(request, files, {**trained.facts, **facts}, trained.note, parts)
 
 
@@ -159,13 +159,13 @@ def _origin(made: TrainRequest | DemixPart, ledger: Ledger) -> str:
     return made.trajectory if made.start is None else str(ledger.get(made.start.model).facts["origin"])
 
 
-def _last_state(request: TrainRequest, ledger: Ledger) -> Path:
+def _last_state(request: TrainRequest, ledger: Ledger) -> StoredWeights:
     last = ledger.latest_training(request.ref.identity)
     if last is None or last.recipe["update"] != request.last_update:
         raise MissingError(
             f"{request.label}: the state of its last update is not in the store", remedy="run it again"
         )
-    return ledger.open_file(last, WEIGHTS)
+    return open_weights(ledger, last)
 
 
 def _train_within_memory(

@@ -7,7 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,8 +25,8 @@ from btm_cluster.evaluation.evaluate import forest_ensemble
 from btm_cluster.evaluation.fitting import averaged_starts
 from btm_cluster.evaluation.scoring import score_models, stack_of
 from btm_cluster.language_model.averaging import average_models
-from btm_cluster.language_model.stored_weights import TensorFiles
-from btm_cluster.language_model.tensor_files import read_header
+from btm_cluster.language_model.stored_weights import TensorFiles, tensors_of
+from btm_cluster.language_model.tensor_files import read_header, write_tensors
 from btm_cluster.ledger import Artifact, Origin, Ref
 from btm_cluster.mixing.fitting import FULL
 from btm_cluster.plan import MergingPlan
@@ -62,6 +62,11 @@ def made_up_model(dtype: torch.dtype, random_seed: int) -> dict[str, torch.Tenso
     }
 
 
+def write_average(files: Sequence[Path], weights: Sequence[float], target: Path) -> None:
+    average = average_models([TensorFiles([file]) for file in files], weights)
+    write_tensors(average.header, tensors_of(average), target)
+
+
 def check_is_average(found: torch.Tensor, tensors: list[torch.Tensor], weights: list[float]) -> None:
     """Rounded once to its own dtype, after a sum whose terms each cost at most a float32 rounding."""
     terms = [weight * tensor.double() for weight, tensor in zip(weights, tensors, strict=True)]
@@ -81,7 +86,7 @@ def test_an_average_of_files_is_the_float64_average_to_its_dtypes_rounding(
     files = [tmp_path / f"{i}.safetensors" for i in range(3)]
     for model, file in zip(models, files, strict=True):
         save_file(model, file, metadata={"format": "pt"})
-    average_models([TensorFiles([file]) for file in files], WEIGHTS, tmp_path / "average.safetensors")
+    write_average(files, WEIGHTS, tmp_path / "average.safetensors")
     found = load_file(tmp_path / "average.safetensors")
     assert found.keys() == SHAPES.keys()
     for name, tensor in found.items():
@@ -98,15 +103,26 @@ def test_half_precision_weights_are_summed_in_float32() -> None:
     assert found.tolist() == [1.25, 1.25]
 
 
+def test_models_of_several_precisions_are_averaged_in_float32_and_stored_in_the_widest(
+    tmp_path: Path,
+) -> None:
+    files, models = [tmp_path / "half", tmp_path / "whole"], [made_up_model(d, 0) for d in DTYPES[:2]]
+    for model, file in zip(models, files, strict=True):
+        save_file(model, file)
+    for order in (files, files[::-1]):
+        write_average(order, [0.5, 0.5], tmp_path / "average.safetensors")
+        for name, found in load_file(tmp_path / "average.safetensors").items():
+            assert found.dtype == torch.float32
+            check_is_average(found, [model[name].float() for model in models], [0.5, 0.5])
+
+
 def test_one_hot_weights_give_that_model_bit_for_bit(tmp_path: Path) -> None:
     for dtype in DTYPES:
         models = [made_up_model(dtype, seed) for seed in range(3)]
         files = [tmp_path / f"{i}.safetensors" for i in range(3)]
         for model, file in zip(models, files, strict=True):
             save_file(model, file, metadata={"format": "pt"})
-        average_models(
-            [TensorFiles([file]) for file in files], [0.0, 1.0, 0.0], tmp_path / "average.safetensors"
-        )
+        write_average(files, [0.0, 1.0, 0.0], tmp_path / "average.safetensors")
         assert (tmp_path / "average.safetensors").read_bytes() == files[1].read_bytes()
 
 
@@ -132,11 +148,8 @@ def test_tensors_are_matched_by_name_wherever_they_lie_in_a_file(tmp_path: Path)
     save_file(models[0], tmp_path / "0.safetensors")
     write_backwards(models[1], tmp_path / "1.safetensors")
     for order in ([0, 1], [1, 0]):
-        average_models(
-            [TensorFiles([tmp_path / f"{i}.safetensors"]) for i in order],
-            [0.25, 0.75],
-            tmp_path / "average.safetensors",
-        )
+        files = [tmp_path / f"{i}.safetensors" for i in order]
+        write_average(files, [0.25, 0.75], tmp_path / "average.safetensors")
         for name, tensor in load_file(tmp_path / "average.safetensors").items():
             check_is_average(tensor, [models[i][name] for i in order], [0.25, 0.75])
 
@@ -145,7 +158,7 @@ def test_tensors_are_matched_by_name_wherever_they_lie_in_a_file(tmp_path: Path)
     ("change", "named"),
     [
         (lambda m: m | {"odd": torch.zeros(3, 5, 8)}, "odd"),
-        (lambda m: m | {"vector": m["vector"].bfloat16()}, "vector"),
+        (lambda m: m | {"vector": m["vector"].int()}, "vector"),
         (lambda m: m | {"more": torch.zeros(2)}, "more"),
         (lambda m: {name: t for name, t in m.items() if name != "matrix"}, "matrix"),
     ],
@@ -159,9 +172,7 @@ def test_other_tensors_are_refused_from_the_headers_alone(change: Change, named:
         (header,) = struct.unpack("<Q", whole[:8])
         (tmp_path / name).write_bytes(whole[: 8 + header])  # no weight is there to be read
     with pytest.raises(IncompatibleError) as refused:
-        average_models(
-            [TensorFiles([tmp_path / name]) for name in "ab"], [0.5, 0.5], tmp_path / "average.safetensors"
-        )
+        write_average([tmp_path / "a", tmp_path / "b"], [0.5, 0.5], tmp_path / "average.safetensors")
     assert refused.value.found.startswith(named)
     assert refused.value.expected.startswith(named)
     assert not (tmp_path / "average.safetensors").exists()
@@ -340,8 +351,8 @@ def held():  # what the process owns; pages of mapped files are the system's, to
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
 
-average_models([TensorFiles([file]) for file in files], [0.2, 0.3, 0.5], folder / "warm.safetensors")
-write_shards(TensorFiles([folder / "warm.safetensors"]), folder, 2**30)
+average = average_models([TensorFiles([file]) for file in files], [0.2, 0.3, 0.5])
+write_shards(average, folder, 2**30)
 before, peak = held(), 0
 
 def watch(*_):
@@ -349,8 +360,7 @@ def watch(*_):
     peak = max(peak, held())
 
 sys.setprofile(watch)
-average_models([TensorFiles([file]) for file in files], [0.2, 0.3, 0.5], folder / "average.safetensors")
-write_shards(TensorFiles([folder / "average.safetensors"]), folder, 8 * 2**20)
+write_shards(average, folder, 8 * 2**20)
 sys.setprofile(None)
 print((peak - before) // (ROWS * 1024 * 4))
 """
@@ -361,6 +371,5 @@ def test_averaging_and_sharding_hold_a_few_tensors_at_a_time_and_never_a_model(t
     script = [sys.executable, "-c", MEASURE, str(tmp_path)]
     tensors_held = subprocess.run(script, check=True, capture_output=True, text=True).stdout
     assert int(tensors_held) <= 8, "a model has 64 tensors, three have 192"
-    assert load_file(tmp_path / "average.safetensors")["t05"][0, 0] == pytest.approx(
-        0.2 * 5 + 0.3 * 6 + 0.5 * 7
-    )
+    found = TensorFiles(sorted(tmp_path.glob("model-*.safetensors"))).read("t05")
+    assert found[0, 0] == pytest.approx(0.2 * 5 + 0.3 * 6 + 0.5 * 7)

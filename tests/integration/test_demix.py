@@ -16,13 +16,15 @@ from btm_cluster.driver.recipes import demix_request, seed_request, transformer_
 from btm_cluster.errors import PlanError, UserError
 from btm_cluster.evaluation.evaluate import evaluate
 from btm_cluster.language_model.demix import (
+    DensePart,
     check_splits,
     count_demix_parameters,
-    dense_part,
     split_feed_forwards,
 )
 from btm_cluster.language_model.loss import NextTokenLoss, read_after
+from btm_cluster.language_model.model import load_model, save_weights
 from btm_cluster.language_model.scoring import score_tokens
+from btm_cluster.language_model.stored_weights import TensorFiles
 from btm_cluster.ledger import Artifact, Ledger, Named
 from btm_cluster.operations.evaluate import find_grown
 from btm_cluster.operations.gc import find_garbage
@@ -142,15 +144,15 @@ def test_counted_parameters_are_those_that_are_there(config: dict[str, Any]) -> 
 
 @CONFIGS
 def test_a_part_is_an_ordinary_model_that_says_what_the_demix_says_of_its_domain(
-    config: dict[str, Any],
+    config: dict[str, Any], tmp_path: Path
 ) -> None:
     models, blocks = dense_models(config, 3), random_blocks(3)
     demix = demix_of(config, models)
     routed = demix(input_ids=blocks).logits
+    save_weights(dict(demix.named_parameters()), tmp_path / "demix.safetensors")
+    stored = TensorFiles([tmp_path / "demix.safetensors"])
     for domain in range(3):
-        part = fresh(config)
-        part.load_state_dict(dense_part(dict(demix.named_parameters()), domain), strict=False)
-        part.tie_weights()
+        part = load_model(config, DensePart(stored, domain))
         here = slice(3 * domain, 3 * domain + 3)
         torch.testing.assert_close(part(input_ids=blocks[here]).logits, routed[here])
 

@@ -20,7 +20,8 @@ from transformers import (
 from btm_cluster.data.tokenizer import train_tokenizer
 from btm_cluster.driver.prepared_plan import tokenizer_request
 from btm_cluster.errors import PlanError, UserError
-from btm_cluster.language_model.model import full_config, has_dropout
+from btm_cluster.language_model.configuration import full_config
+from btm_cluster.language_model.model import has_dropout
 from btm_cluster.language_model.pretrained import pretrained_config, pretrained_model, resolve
 from btm_cluster.ledger import Ref
 from btm_cluster.operations.averages import Average

@@ -342,9 +342,9 @@ def test_training_never_goes_on_from_a_milestone_without_its_optimiser(
 
 
 def without_writing_again(update: int) -> Callable[..., dict[str, Path]]:
-    def write(state: TrainingState, folder: Path, keeps_optimizer: bool) -> dict[str, Path]:
+    def write(state: TrainingState, *how: Any) -> dict[str, Path]:
         assert state.update != update, "this one is in the store"
-        return write_state(state, folder, keeps_optimizer)
+        return write_state(state, *how)
 
     return write
 

@@ -21,10 +21,10 @@ from btm_cluster.data.tokenizer import TextTokenizer, open_pretrained_tokenizer
 from btm_cluster.driver.prepared_plan import model_config
 from btm_cluster.equations.posterior import Posterior
 from btm_cluster.errors import PlanError, UserError
-from btm_cluster.language_model.averaging import average_models
+from btm_cluster.language_model.configuration import config_from
 from btm_cluster.language_model.engine import EnsembleEngine
 from btm_cluster.language_model.engine_opening import EngineSettings
-from btm_cluster.language_model.model import load_model
+from btm_cluster.language_model.model import fresh_without_values, load_model
 from btm_cluster.language_model.model_import import import_model
 from btm_cluster.language_model.pretrained import pretrained_config, pretrained_model
 from btm_cluster.language_model.prompts import Prompt
@@ -36,6 +36,7 @@ from btm_cluster.operations.run import run_plan
 from btm_cluster.plan import ModelPlan, Plan, TrainingPlan
 from btm_cluster.requests import Resources, TrainRequest
 from tests.conftest import DOMAINS, in_process, made_up_documents
+from tests.integration.test_averaging import write_average
 
 BLOCK_TOKENS = 40
 HOW = Resources(1, 0, 1, 4, "float32", False)
@@ -147,12 +148,12 @@ def save_model(folder: Path, kind: str, auto: Any = AutoModelForCausalLM, **fiel
     return model
 
 
-def import_request(folder: Path, tokenizer: TextTokenizer) -> TrainRequest:
+def import_request(folder: Path, tokenizer: TextTokenizer, **how: Any) -> TrainRequest:
     """The request that makes a pretrained model the seed."""
     pretrained = pretrained_model(str(folder))
     config = pretrained_config(pretrained, tokenizer.vocabulary, BLOCK_TOKENS)
     assert json.loads(json.dumps(config, allow_nan=False)) == config, "a request is stored as JSON"
-    training = TrainingPlan(block_tokens=BLOCK_TOKENS)
+    training = TrainingPlan(block_tokens=BLOCK_TOKENS, **how)
     return TrainRequest(
         "seed", "seed", config, Ref("tokenizer", ""), (), training, 0, 0, None, pretrained, False, HOW, 900.0
     )
@@ -217,6 +218,28 @@ def test_a_model_scores_and_writes_here_as_in_transformers(kind: str, tmp_path: 
         np.testing.assert_allclose(written[row], scores[0, prompt:], atol=1e-4)
     for found in (*engine.score([block]), *engine.score([block[:5], block[:-1], block])[2:]):
         np.testing.assert_allclose(found.logp_T, scores[0], atol=1e-4)
+
+
+def test_a_model_in_bfloat16_is_stored_as_it_was_where_the_plan_says_so(folder: Path, tmp_path: Path) -> None:
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    theirs.save_pretrained(folder)
+    tokenizer = open_pretrained_tokenizer(folder)
+    request = import_request(folder, tokenizer, weights="bfloat16")
+    found = load_file(import_model(request, tokenizer, tmp_path)[0]["model.safetensors"])
+    expected = load_file(folder / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_buffers_that_are_computed_have_their_values_before_a_model_has_weights(kind: str) -> None:
+    config = {"model_type": kind.split()[0], "vocab_size": 320, "pad_token_id": 0, **ARCHITECTURES[kind]}
+    found = fresh_without_values(config)
+    built = AutoModelForCausalLM.from_config(config_from(config))
+    assert all(parameter.is_meta for parameter in found.parameters())
+    expected = {name: b for name, b in built.named_buffers() if name not in built.state_dict()}
+    buffers = dict(found.named_buffers())
+    assert all(torch.equal(buffers[name], buffer) for name, buffer in expected.items())
 
 
 def change(folder: Path, **fields: Any) -> None:
@@ -435,10 +458,10 @@ def test_buffers_that_differ_are_averaged_and_whole_numbers_must_be_the_same(tmp
     files = [tmp_path / "one", tmp_path / "other"]
     for n, file in enumerate(files):
         save_file({"bias": torch.full((4,), float(n)), "count": torch.tensor(3)}, file)
-    average_models([TensorFiles([file]) for file in files], [0.25, 0.75], tmp_path / "average")
+    write_average(files, [0.25, 0.75], tmp_path / "average")
     average = load_file(tmp_path / "average")
     torch.testing.assert_close(average["bias"], torch.full((4,), 0.75))
     assert average["count"] == 3
     save_file({"bias": torch.zeros(4), "count": torch.tensor(5)}, files[1])
     with pytest.raises(UserError, match="count: whole numbers that differ"):
-        average_models([TensorFiles([file]) for file in files], [0.25, 0.75], tmp_path / "average")
+        write_average(files, [0.25, 0.75], tmp_path / "average")

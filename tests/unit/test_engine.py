@@ -21,8 +21,9 @@ from btm_cluster.equations.learned_gate import LearnedGate
 from btm_cluster.equations.posterior import Posterior, keep_top
 from btm_cluster.errors import UserError
 from btm_cluster.language_model.engine import EnsembleEngine
-from btm_cluster.language_model.engine_opening import EngineSettings, Way, in_precision
+from btm_cluster.language_model.engine_opening import EngineSettings, Way
 from btm_cluster.language_model.ensemble_scoring import passes
+from btm_cluster.language_model.model import in_precision
 from btm_cluster.language_model.prompts import Prompt, Written, pieces
 from btm_cluster.language_model.sampling import Sampling
 from btm_cluster.language_model.scoring import said_of, score_blocks, score_tokens
@@ -530,7 +531,7 @@ def test_in_bfloat16_weights_take_half_the_room_and_positions_stay_sharp() -> No
 def test_tensors_that_an_architecture_wants_sharp_stay_in_float32() -> None:
     model = made_up_model(0)
     model._keep_in_fp32_modules_strict = {"ln_f"}
-    in_precision(model, "bfloat16")
+    in_precision(model, torch.bfloat16)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == {
         "transformer.ln_f.weight",

@@ -12,7 +12,8 @@ from btm_cluster.driver.sizing import (
     Sizing,
     size_for,
 )
-from btm_cluster.language_model.model import count_parameters, full_config
+from btm_cluster.language_model.configuration import full_config
+from btm_cluster.language_model.model import count_parameters
 from btm_cluster.plan import ModelPlan
 
 LAPTOP = Machine("a laptop", 4, 40e9, on_gpus=False)
