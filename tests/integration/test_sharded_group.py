@@ -37,13 +37,14 @@ WEIGHTS, MOMENTS = "model.safetensors", "optimizer.safetensors"
 def sharded_fields(texts: dict[str, Path], store: Path) -> dict[str, Any]:
     """A plan of a model with two embedding matrices, whose training shows the scale of every gradient, as Adam's
     own small epsilon would not. On two ranks an update has more passes on one than on the other; of some
-    matrices there is no row left for the third rank."""
+    matrices there is no row left for the third rank. Models are stored in bfloat16, so that a seed's optimiser holds
+    its weights too."""
     fields = plan_fields(texts, store)
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 2}
     sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, **heads}
     fields["model"] = {"config": {"model_type": "llama", **sizes}}
     own_scale = {"learning_rate": 0.5, "epsilon": 1.0, "gradient_clip": 0.5}
-    fields["training"] |= {"blocks_per_domain_update": 3, **own_scale}
+    fields["training"] |= {"blocks_per_domain_update": 3, "weights": "bfloat16", **own_scale}
     fields["cluster"]["micro_batch_blocks"] = 2
     return fields | {"baselines": ["transformer-lm"]}
 
@@ -131,6 +132,4 @@ def test_sharded_groups_train_the_model_of_one_process_and_go_on_from_each_other
     alone = made.pop("alone")
     for name, other in made.items():
         assert other.curve() == [pytest.approx(values, rel=1e-3) for values in alone.curve()], name
-        tensors = other.tensors()
-        for tensor, values in alone.tensors().items():
-            assert (tensors[tensor] - values).abs().max() < 1e-4, (name, tensor)
+        torch.testing.assert_close(other.tensors(), alone.tensors(), rtol=0.01, atol=1e-4)
