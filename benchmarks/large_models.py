@@ -2,14 +2,14 @@
 
     python benchmarks/large_models.py llama-1b --gpus 1
     python benchmarks/large_models.py qwen-7b --gpus 2 --sharding full --checkpoints 2
-    python benchmarks/large_models.py qwen-7b --gpus 2 --micro-batch 2 --json qwen.json
+    python benchmarks/large_models.py qwen-7b --gpus 1 --train lora --rank 16 --json qwen.json
 
 Shapes of Llama-3.2-1B, Qwen2.5-3B and Qwen2.5-7B with random weights, random tokens, bf16, compiled, AdamW, 20
 updates. Prints a JSON object: tokens per second and MFU (medians over the second half of the updates: compiling is
 left out), the most memory that torch held on a GPU beside what was estimated, and seconds from the start of the
 processes to the first update. For each checkpoint, the seconds of copying it out, for which any training stands
-still, those of storing the copy, for which only this one does, and its bytes. `--sharding` and
-`--activation-checkpointing` are the plan's fields.
+still, those of storing the copy, for which only this one does, and its bytes. `--sharding`,
+`--activation-checkpointing` and `--train` are the plan's fields.
 
 Checkpoints go to `--store`, a folder on the disk that is to be measured. A group saves at updates 9 and 17. There
 must be room for two on that disk, and for one where temporary files go. Without GPUs it runs a toy size on two
@@ -25,7 +25,7 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -35,14 +35,16 @@ from bare_training import Pace, Shape, compute_of, spec_of
 from btm_cluster.identity import Ref, identity_by
 from btm_cluster.language_model.compute import Compute, device_name
 from btm_cluster.language_model.configuration import full_config
+from btm_cluster.language_model.deltas import FILES, count_trained, trains_of
 from btm_cluster.language_model.layers import size_of
 from btm_cluster.language_model.memory import USABLE_SHARE, Setting, Way, choose_way, memory_of
 from btm_cluster.language_model.model import fresh_on_meta
 from btm_cluster.language_model.process_group import ProcessGroup
+from btm_cluster.language_model.tensor_files import WEIGHTS
 from btm_cluster.language_model.training import train
 from btm_cluster.language_model.training_state import TrainingState, build_state
 from btm_cluster.ledger import Ledger
-from btm_cluster.plan import ModelPlan
+from btm_cluster.plan import BranchingPlan, ModelPlan, Trains
 from btm_cluster.requests import Resources
 from btm_cluster.steps.checkpoints import TrainingCheckpoints
 
@@ -83,6 +85,8 @@ class Asked:
     sharding: str
     activation_checkpointing: Setting
     micro_batch: int
+    train: Literal["all", "feed-forward", "lora"]
+    rank: int
     store: str
     began: float
     """By time.monotonic, before the processes start."""
@@ -90,6 +94,16 @@ class Asked:
     @property
     def shape(self) -> Shape:
         return replace(SIZES[self.size], micro_batch=self.micro_batch or SIZES[self.size].micro_batch)
+
+    @property
+    def model(self) -> dict[str, Any]:
+        shape = self.shape
+        return full_config(ModelPlan(config=dict(shape.config)), shape.vocabulary, shape.block_tokens)
+
+    @property
+    def trains(self) -> Trains:
+        lora = {"lora": {"rank": self.rank}} if self.train == "lora" else {}
+        return trains_of(BranchingPlan.model_validate({"train": self.train, **lora}), self.model)
 
 
 @dataclass(frozen=True)
@@ -113,10 +127,12 @@ class Saving(Pace):
     wanted: int = 0
     saved: list[dict[str, float]] = field(default_factory=list)
     calls: int = 0
+    weights_file: str = WEIGHTS
 
     def __post_init__(self) -> None:
         assert self.ledger is not None
-        self.checkpoints = TrainingCheckpoints(self.ledger, MODEL, "benchmark")
+        file = self.weights_file
+        self.checkpoints = TrainingCheckpoints(self.ledger, MODEL, "benchmark", weights_file=file)
 
     def should_save(self) -> bool:
         self.calls += 1
@@ -153,6 +169,8 @@ def main() -> None:
     parser.add_argument("--sharding", choices=("auto", "none", "full"), default="auto")
     parser.add_argument("--activation-checkpointing", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--micro-batch", type=int, default=0, help="blocks per forward pass")
+    parser.add_argument("--train", choices=("all", "feed-forward", "lora"), default="all")
+    parser.add_argument("--rank", type=int, default=16, help="of --train lora")
     parser.add_argument("--store", help="default: a temporary folder")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
@@ -189,6 +207,7 @@ def _rank(rank: int, asked: Asked, scratch: Path, results: "mp.SimpleQueue[dict[
     compute, estimate = _settled(asked, device)
     (scratch / str(rank)).mkdir()
     spec = spec_of(asked.shape, asked.updates, asked.gpus, scratch / str(rank), compute)
+    spec = replace(spec, trains=asked.trains)
     how = Resources(asked.gpus, 1.0, 1, compute.micro_batch_blocks, compute.precision, compute.compile)
     compute.set_up()
     pace = Saving(
@@ -197,6 +216,7 @@ def _rank(rank: int, asked: Asked, scratch: Path, results: "mp.SimpleQueue[dict[
         block_tokens=asked.shape.block_tokens,
         ledger=Ledger.open(asked.store),
         wanted=asked.checkpoints,
+        weights_file=FILES[asked.train],
     )
     train(spec, build_state(spec, group), pace)
     pace.checkpoints.close()
@@ -212,8 +232,8 @@ def _rank(rank: int, asked: Asked, scratch: Path, results: "mp.SimpleQueue[dict[
 def _settled(asked: Asked, device: torch.device) -> tuple[Compute, int]:
     """How the group computes, and the bytes that are expected on each GPU."""
     compute, shape = compute_of(asked.shape, device), asked.shape
-    model = full_config(ModelPlan(config=dict(shape.config)), shape.vocabulary, shape.block_tokens)
-    size = size_of(fresh_on_meta(model))
+    trained, frozen = count_trained(asked.model, asked.trains)
+    size = replace(size_of(fresh_on_meta(asked.model)), parameters=trained + frozen, frozen=frozen)
     bf16 = compute.precision == "bfloat16"
     way = Way(asked.gpus, min(shape.blocks, shape.micro_batch), shape.block_tokens, bf16, compute.compile)
     there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 1e12
@@ -231,6 +251,7 @@ def _summary(asked: Asked, compute: Compute, pace: Saving, peak: float, estimate
         "device": device_name(compute.device),
         "sharding": "full" if compute.is_sharded else "none",
         "activation_checkpointing": "on" if compute.recomputes else "off",
+        "train": f"lora, rank {asked.rank}" if asked.train == "lora" else asked.train,
         "tokens_per_pass": asked.shape.micro_batch * asked.shape.block_tokens,
         "tokens_per_second": round(pace.tokens_per_second),
         "mfu": round(statistics.median(pace.mfu), 4) if pace.mfu else None,

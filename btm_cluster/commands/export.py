@@ -5,7 +5,7 @@ import re
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -26,6 +26,7 @@ from btm_cluster.workers.shadowing import check_shadowing
 
 if TYPE_CHECKING:
     from btm_cluster.operations.averages import Average
+    from btm_cluster.plan import MixtureOfExpertsPlan, Plan
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -35,6 +36,9 @@ def export(
     plan_path: ForestPlan = None,
     store: Store = None,
     expert: Annotated[str | None, typer.Option(help="The expert of this domain.", show_default=False)] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Of a LoRA expert, the adapter alone, as PEFT opens it.")
+    ] = False,
     seed: Annotated[bool, typer.Option("--seed", help="The seed.")] = False,
     average: Annotated[
         str | None,
@@ -46,6 +50,23 @@ def export(
     target: Target = None,
     density: Density = None,
     scale: Scale = None,
+    moe: Annotated[
+        bool,
+        typer.Option("--moe", help="All experts as one mixture of experts, which vLLM serves; needs a plan."),
+    ] = False,
+    experts_per_token: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Experts of a token, with --moe; by default the plan's, or 2.", show_default=False
+        ),
+    ] = None,
+    rest: Annotated[
+        Literal["average", "seed"] | None,
+        typer.Option(
+            help="With --moe: whose attention, embeddings and norms; by default the plan's, or average.",
+            show_default=False,
+        ),
+    ] = None,
     all_models: Annotated[bool, typer.Option("--all", help="Seed and experts, a folder each.")] = False,
     mergekit: Annotated[
         Path | None,
@@ -68,7 +89,7 @@ def export(
     address: Address = None,
     in_process: InProcess = False,
 ) -> None:
-    """Write experts, the seed or an average as Hugging Face folders, and push them to the hub."""
+    """Write experts, seed, average or a mixture of experts as Hugging Face folders, and push them to the hub."""
     place = forest_place("export", plan_path, store)
     plan = place.plan
     check_shadowing()
@@ -82,10 +103,12 @@ def export(
             seed,
             _average(average, target, density, scale),
             all_models,
+            _mixture_of_experts(moe, experts_per_token, rest, plan),
             mergekit,
             repository,
             public,
             licence,
+            adapter,
             _bytes(shard_size),
         )
         check_export_call(asked, plan)
@@ -117,6 +140,23 @@ def _average(
     alone = [option for option, value in given.items() if value is not None]
     if alone:
         raise UserError(f"{alone[0]} is of an average", remedy="add --average WEIGHTS, or leave it out")
+    return None
+
+
+def _mixture_of_experts(
+    is_wanted: bool, experts_per_token: int | None, rest: str | None, plan: "Plan | None"
+) -> "MixtureOfExpertsPlan | None":
+    """The mixture that options and plan ask for."""
+    from btm_cluster.plan import MixtureOfExpertsPlan
+
+    given = {"experts_per_token": experts_per_token, "rest": rest}
+    options = {name: value for name, value in given.items() if value is not None}
+    if is_wanted:
+        planned = (plan.merging.mixture_of_experts if plan is not None else None) or MixtureOfExpertsPlan()
+        return planned.model_copy(update=options)
+    if options:
+        option = f"--{next(iter(options)).replace('_', '-')}"
+        raise UserError(f"{option} is of a mixture of experts", remedy="add --moe, or leave it out")
     return None
 
 

@@ -69,10 +69,9 @@ def _check_call(purge: bool, yes: bool, undo: bool) -> None:
 
 
 def _purge_domain(ledger: "Ledger", domain: str, yes: bool, json_output: bool, dry_run: bool) -> None:
-    from btm_cluster.ledger.purge import plan_purge
-    from btm_cluster.operations.remove import purge
+    from btm_cluster.operations.remove import planned_purge, purge
 
-    purge_plan = plan_purge(ledger, domain)
+    purge_plan = planned_purge(ledger, domain)
     if not json_output:
         _state(purge_plan)
     if dry_run:

@@ -24,7 +24,9 @@ class Demand:
     remedy: str | None = None
     """Where they are neither's."""
     parameters: int = 0
-    """Parameters of the model that is trained; 0 for other steps."""
+    """Parameters that are trained; 0 for other steps."""
+    frozen: int = 0
+    """Parameters of the model beside these, which are not."""
 
     @property
     def description(self) -> str:

@@ -14,7 +14,7 @@ from btm_cluster.driver.prepared_plan import (
     without_texts,
     without_withdrawn,
 )
-from btm_cluster.driver.recipes import check_demix, seed_request
+from btm_cluster.driver.recipes import check_demix, check_mixture_of_experts, seed_request
 from btm_cluster.errors import TextError
 from btm_cluster.plan import Plan
 
@@ -33,6 +33,7 @@ def read(plan: Plan, driver: Driver) -> PreparedPlan:
     requests = read_requests(plan)
     model = model_config(plan, vocabulary_of(plan))  # a wrong model is refused before a text is read
     check_demix(plan, model[0], driver.ledger.log.version(0))
+    check_mixture_of_experts(plan, model[0])
     bare = without_texts(plan, model, driver.ledger)
     if forest is not None:
         check_foundation(bare, forest, driver.ledger)

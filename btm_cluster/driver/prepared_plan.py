@@ -16,6 +16,7 @@ from btm_cluster.errors import TextError, UserError
 from btm_cluster.forest import Forest, Foundation
 from btm_cluster.identity import identity_of
 from btm_cluster.language_model.configuration import full_config
+from btm_cluster.language_model.deltas import trains_of
 from btm_cluster.language_model.pretrained import (
     pretrained_config,
     pretrained_model,
@@ -285,8 +286,16 @@ def overlap_requests(texts: Sequence[PreparedText], trained_on: Sequence[Prepare
 
 
 def model_config(plan: Plan, vocabulary: int) -> tuple[Mapping[str, Any], Pretrained | None]:
-    """The model's full configuration, and where it comes from if it is pretrained."""
+    """The model's full configuration, and where it comes from if it is pretrained.
+
+    Raises:
+        UserError: it fits neither the plan nor its tokenizer, or has no such part as `branching` trains.
+    """
+    pretrained = None
     if plan.model.pretrained is not None:
         pretrained = pretrained_model(plan.model.pretrained)
-        return pretrained_config(pretrained, vocabulary, plan.training.block_tokens), pretrained
-    return full_config(plan.model, vocabulary, plan.training.block_tokens), None
+        config = pretrained_config(pretrained, vocabulary, plan.training.block_tokens)
+    else:
+        config = full_config(plan.model, vocabulary, plan.training.block_tokens)
+    trains_of(plan.branching, config)
+    return config, pretrained

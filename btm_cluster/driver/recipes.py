@@ -8,7 +8,9 @@ from typing import Any
 from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText, training_text
 from btm_cluster.errors import PlanError
 from btm_cluster.forest import Forest
+from btm_cluster.language_model.deltas import trains_of
 from btm_cluster.language_model.demix import check_splits
+from btm_cluster.language_model.mixture_of_experts import check_target
 from btm_cluster.ledger import Ref
 from btm_cluster.plan import Plan
 from btm_cluster.requests import Resources, Role, ScoreRequest, Start, TrainingText, TrainRequest
@@ -95,12 +97,29 @@ def check_demix_fits(plan: Plan, model: Mapping[str, Any], domains: int) -> None
         )
 
 
+def check_mixture_of_experts(plan: Plan, model: Mapping[str, Any]) -> None:
+    """Refuses, before a text is read, a mixture of experts that the plan asks for and that cannot be made.
+
+    Raises:
+        UserError: naming the architecture, or the field that no mixture of experts has.
+    """
+    if plan.merging.mixture_of_experts is not None:
+        check_target(model)
+
+
 def expert_request(prepared: PreparedPlan, domain: PreparedText, start: Start) -> TrainRequest:
-    """An expert: (1-s)·U updates on its domain alone, at its own scale of the learning rate."""
+    """An expert: (1-s)·U updates on its domain alone, at its own scale of the learning rate, of what the plan
+    trains.
+
+    LoRA's matrices are new, and no start has moments of them.
+    """
     training = prepared.plan.training
     text = training_text(domain.identity, domain.tokens)
     span = (training.seed_updates, training.updates)
-    return at_experts_rate(prepared, train_request(prepared, domain.name, "expert", (text,), span, start))
+    trains = trains_of(prepared.plan.branching, prepared.model)
+    start = replace(start, keep_optimizer=start.keep_optimizer and trains.lora is None)
+    request = train_request(prepared, domain.name, "expert", (text,), span, start)
+    return at_experts_rate(prepared, replace(request, trains=trains))
 
 
 def at_experts_rate(prepared: PreparedPlan, request: TrainRequest) -> TrainRequest:

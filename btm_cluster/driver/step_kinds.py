@@ -9,6 +9,7 @@ from btm_cluster.requests import (
     FitText,
     ImportTokenizer,
     MixText,
+    MixtureOfExpertsRequest,
     ReadText,
     ScoreRequest,
     ShuffleTexts,
@@ -48,8 +49,9 @@ FITS = Kind("fits", 8, COMBINE)
 SEARCHES = Kind("searches", 9, COMBINE)
 MIXTURES = Kind("mixtures", 10, COMBINE)
 AVERAGES = Kind("averages", 11, COMBINE)
-OVERLAPS = Kind("texts compared", 12, PREPARE)
-OTHERS = Kind("other steps", 13, COMBINE)
+EXPERTS_MIXED = Kind("mixtures of experts", 12, COMBINE)
+OVERLAPS = Kind("texts compared", 13, PREPARE)
+OTHERS = Kind("other steps", 14, COMBINE)
 """Steps without a count of their own."""
 
 _KINDS: dict[type[StepRequest], Kind] = {
@@ -65,6 +67,7 @@ _KINDS: dict[type[StepRequest], Kind] = {
     MixText: MIXTURES,
     AverageRequest: AVERAGES,
     TaskVectorRequest: AVERAGES,
+    MixtureOfExpertsRequest: EXPERTS_MIXED,
     FindOverlap: OVERLAPS,
 }
 

@@ -30,9 +30,20 @@ def trained_bytes(parameters: int) -> int:
     return parameters * 4 * 4
 
 
-def training_flops_per_token(parameters: int, layers: int, width: int, block_tokens: int) -> int:
+def frozen_bytes(parameters: int) -> int:
+    """Bytes of memory that frozen weights take beside those that are trained, at least: in bfloat16."""
+    return parameters * 2
+
+
+def training_flops_per_token(
+    parameters: int, layers: int, width: int, block_tokens: int, trained: int | None = None
+) -> int:
     """Operations per token, forward and backward: 6 for each parameter, and attention over the block.
+
+    Of parameters that are frozen only 4, since none has a gradient: 2 forward, and 2 for the gradient of what
+    it reads. `trained` are all but those; by default all.
 
     Source: Chowdhery et al., 2022, PaLM, appendix B.
     """
-    return 6 * parameters + 12 * layers * width * block_tokens
+    trained = parameters if trained is None else trained
+    return 4 * parameters + 2 * trained + 12 * layers * width * block_tokens

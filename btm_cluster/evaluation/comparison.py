@@ -46,8 +46,8 @@ class Comparison:
 
     rows: Rows
     sizes: Mapping[Part, torch.Tensor]
-    costs: Mapping[System, int]
-    """Forward passes of a model that a system takes for a token."""
+    costs: Mapping[System, float]
+    """Forward passes of a model that a system takes for a token, by parameters."""
     milestones: Milestones | None = None
     """The Transformer-LM's, of which the best has a row of its own where it is not the finished one."""
 
@@ -69,6 +69,12 @@ class Comparer:
     splits: Sequence[str] = HELD_OUT
     milestones: Mapping[int, Ref] = field(default_factory=dict)
     """The Transformer-LM's models by update, the finished one among them."""
+    mixtures: Mapping[System, Sequence[StepRequest]] = field(default_factory=dict)
+    """The steps that make a mixture of experts, itself last, by its system; a single model once it is made."""
+
+    def __post_init__(self) -> None:
+        mixtures = {system: steps[-1].ref for system, steps in self.mixtures.items()}
+        object.__setattr__(self, "single", {**self.single, **mixtures})
 
     @property
     def parts(self) -> list[tuple[PreparedText, str]]:
@@ -80,6 +86,7 @@ class Comparer:
         prepared = self.prepared
         named = {model: name for one in reversed(self.ensembles) for model, name in one.names.items()}
         models = named | {model: system.name for system, model in self.single.items()}
+        yield from (step for steps in self.mixtures.values() for step in steps)
         yield from score_requests(prepared, models, prepared.texts)
         yield from milestone_scores(prepared, self.milestones)
         for ensemble in self.ensembles:
@@ -147,7 +154,11 @@ class _Reader:
             for ensemble in self.asked.ensembles
             for method in ensemble.methods
         }
-        return Comparison(rows, sizes, dict.fromkeys(rows, 1) | mixtures)
+        experts = {
+            system: self.made[steps[-1].ref].facts["inference_cost"]
+            for system, steps in self.asked.mixtures.items()
+        }
+        return Comparison(rows, sizes, dict.fromkeys(rows, 1) | mixtures | experts)
 
     @property
     def _models(self) -> list[Ref]:

@@ -11,6 +11,10 @@ from btm_cluster.evaluation import rows
 from btm_cluster.evaluation.cluster_ensemble import with_cluster_ensemble
 from btm_cluster.evaluation.comparison import Comparer, Comparison, fits_of
 from btm_cluster.evaluation.fitting import average_request
+from btm_cluster.evaluation.mixture_of_experts import (
+    MIXTURE_OF_EXPERTS,
+    mixture_of_experts_requests,
+)
 from btm_cluster.evaluation.systems import (
     BEST_TRANSFORMER_LM,
     CALIBRATED,
@@ -45,8 +49,8 @@ class Evaluation:
     averages: Mapping[str, Ref]
     milestones: rows.Milestones | None
     """The Transformer-LM's."""
-    costs: Mapping[str, int]
-    """Forward passes of a model for a token, by system."""
+    costs: Mapping[str, float]
+    """Forward passes of a model for a token, by parameters, by system."""
 
 
 def evaluate(
@@ -88,7 +92,11 @@ def comparer_of(
             (domain, part) for (domain, _), part in zip(prepared.founders_by_text, demix, strict=True)
         )
         ensembles.append(Ensemble(DEMIX, parts, (PAPERS, CALIBRATED)))
-    return Comparer(prepared, single, ensembles, milestones=milestones)
+    wanted = prepared.plan.merging.mixture_of_experts
+    mixtures = (
+        {} if wanted is None else {MIXTURE_OF_EXPERTS: mixture_of_experts_requests(prepared, forest, wanted)}
+    )
+    return Comparer(prepared, single, ensembles, milestones=milestones, mixtures=mixtures)
 
 
 def forest_ensemble(prepared: PreparedPlan, forest: Forest) -> Ensemble:
@@ -121,6 +129,7 @@ def _names(prepared: PreparedPlan, ensembles: Sequence[Ensemble]) -> dict[System
     experts, *others = ensembles
     half = max(1, len(experts.models) // 2)
     prior = prepared.plan.merging.average_prior
+    wanted = prepared.plan.merging.mixture_of_experts
     names = {
         SEED: rows.SEED,
         TRANSFORMER_LM: rows.TRANSFORMER_LM,
@@ -130,6 +139,11 @@ def _names(prepared: PreparedPlan, ensembles: Sequence[Ensemble]) -> dict[System
         experts.averaged_by("uniform"): rows.UNIFORM_AVERAGE,
         experts.averaged_by("argmax"): rows.ARGMAX_AVERAGE,
         experts.averaged_by(prior): rows.POSTERIOR_AVERAGE,
+        **(
+            {MIXTURE_OF_EXPERTS: rows.mixture_of_experts(min(wanted.experts_per_token, len(experts.models)))}
+            if wanted
+            else {}
+        ),
         experts.mixed_by(PAPERS): rows.PAPER_ENSEMBLE,
         experts.mixed_by(CALIBRATED): rows.CALIBRATED_ENSEMBLE,
         experts.mixed_by(replace(CALIBRATED, top_k=half)): rows.top_k_ensemble(half),

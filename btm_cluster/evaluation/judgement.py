@@ -1,12 +1,21 @@
-"""The judgement of a verdict's rows: whether the best ensemble and the best single model of a forest are
-worth it, and what a reader should know besides."""
+"""The judgement of a verdict's rows: whether the best ensemble, the best single model and the mixture of
+experts of a forest are worth it, and what a reader should know besides."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
-from btm_cluster.evaluation.rows import SINGLE_MODELS, Milestones, Row, is_ensemble
+from btm_cluster.evaluation.rows import (
+    SINGLE_MODELS,
+    Milestones,
+    Row,
+    cost_words,
+    is_ensemble,
+    is_mixture_of_experts,
+)
 
+Kind: TypeAlias = Literal["ensemble", "single model", "mixture of experts"]
+"""Of a forest's systems; of each the best is judged."""
 ADDED_LATER = "added later"
 """Why a domain is left out of the comparison that the forest got after its founding."""
 
@@ -15,7 +24,7 @@ ADDED_LATER = "added later"
 class Judgement:
     """Whether a system is worth it: its mean perplexity on test text against the baseline's."""
 
-    kind: Literal["ensemble", "single model"]
+    kind: Kind
     system: str
     """The best of its kind, by development text where there is any."""
     baseline: str
@@ -27,8 +36,8 @@ class Judgement:
     texts: int
     """On how many it was compared."""
     no_better_on: tuple[str, ...]
-    inference_cost: int | None
-    """Forward passes for a token."""
+    inference_cost: float | None
+    """Forward passes for a token, by parameters."""
 
     @property
     def outcome(self) -> Literal["worth it", "not worth it", "undecided"]:
@@ -42,7 +51,11 @@ class Judgement:
         article = "an" if self.kind == "ensemble" else "a"
         low, high = self.interval
         cost = self.inference_cost
-        priced = "" if cost is None else f", at {f'{cost} times ' if cost > 1 else ''}its inference cost"
+        priced = (
+            ""
+            if cost is None
+            else f", at {f'{cost_words(cost)} times ' if cost > 1 else ''}its inference cost"
+        )
         where = f" No better on: {', '.join(self.no_better_on)}." if self.no_better_on else ""
         return (
             f"{self.outcome.capitalize()} as {article} {self.kind}: {self.difference:+.1%} perplexity "
@@ -52,10 +65,11 @@ class Judgement:
 
 
 def judge(test: Sequence[Row], development: Sequence[Row], baseline: str) -> tuple[Judgement, ...]:
-    """A judgement of the best ensemble and of the best single model, as far as there are any to compare."""
-    kinds: Mapping[Literal["ensemble", "single model"], Callable[[str], bool]] = {
+    """A judgement of the best system of each kind, as far as there are any to compare."""
+    kinds: Mapping[Kind, Callable[[str], bool]] = {
         "ensemble": is_ensemble,
         "single model": SINGLE_MODELS.__contains__,
+        "mixture of experts": is_mixture_of_experts,
     }
     found = []
     for kind, is_of_kind in kinds.items():
@@ -73,7 +87,7 @@ def _best(rows: Mapping[str, Row], development: Sequence[Row]) -> Row:
     return rows[min(chosen_by, key=lambda system: chosen_by[system].means["all"].perplexity)]
 
 
-def _judgement(kind: Literal["ensemble", "single model"], row: Row, baseline: str) -> Judgement:
+def _judgement(kind: Kind, row: Row, baseline: str) -> Judgement:
     mean = row.means["all"]
     assert mean.difference is not None
     assert mean.difference_interval is not None

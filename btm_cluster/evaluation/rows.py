@@ -23,6 +23,7 @@ ARGMAX_AVERAGE = "average, argmax"
 POSTERIOR_AVERAGE = "average, posterior"
 PAPER_DEMIX = "DEMix, paper's posterior"
 CALIBRATED_DEMIX = "DEMix, calibrated"
+_MIXTURE_OF_EXPERTS = "mixture of experts"
 SINGLE_MODELS = (BEST_EXPERT, UNIFORM_AVERAGE, ARGMAX_AVERAGE, POSTERIOR_AVERAGE)
 """Systems of a forest that cost no more than one model."""
 
@@ -35,6 +36,21 @@ def top_k_ensemble(k: int) -> str:
 def is_ensemble(system: str) -> bool:
     """Whether a system is one of the forest's ensembles."""
     return system.startswith("ensemble")
+
+
+def mixture_of_experts(experts_per_token: int) -> str:
+    """The name of the mixture of experts in which a token passes so many feed-forwards of a layer."""
+    return f"{_MIXTURE_OF_EXPERTS}, top-{experts_per_token}"
+
+
+def is_mixture_of_experts(system: str) -> bool:
+    """Whether a system is one of the forest's mixtures of experts."""
+    return system.startswith(_MIXTURE_OF_EXPERTS)
+
+
+def cost_words(cost: float) -> str:
+    """An inference cost as tables and sentences have it, before the sign for times."""
+    return f"{round(cost, 2):g}"
 
 
 @dataclass(frozen=True)
@@ -58,8 +74,8 @@ class Row:
     """
 
     system: str
-    inference_cost: int | None
-    """Forward passes of a model for a token; None where that is not known."""
+    inference_cost: float | None
+    """Forward passes of a model for a token, by parameters; None where that is not known."""
     cells: Mapping[str, Cell]
     means: Mapping[str, Cell]
 

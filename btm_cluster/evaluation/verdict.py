@@ -45,7 +45,7 @@ class Verdict:
     baseline: str
     rows: Mapping[str, tuple[Row, ...]]
     judgements: tuple[Judgement, ...]
-    """Judgements of the best ensemble and of the best single model; empty without a text to compare on."""
+    """Judgements of the best ensemble, single model and mixture of experts; empty without a text to compare on."""
     notes: tuple[str, ...]
     """Sentences for the reader of the judgements: the baseline, and texts that are left out."""
     left_out: Mapping[str, str]
@@ -86,7 +86,7 @@ def verdict(
     results: Sequence[SplitResult],
     left_out: Mapping[str, str] | None = None,
     milestones: Milestones | None = None,
-    costs: Mapping[str, int] | None = None,
+    costs: Mapping[str, float] | None = None,
     random_seed: int = 0,
 ) -> Verdict:
     """Tables for each split, and whether the forest was worth it.
@@ -126,7 +126,7 @@ class Measured:
 
 def _rows(
     results: Sequence[SplitResult],
-    costs: Mapping[str, int | None],
+    costs: Mapping[str, float | None],
     baseline: str,
     left_out: Mapping[str, str],
     random_seed: int,

@@ -94,11 +94,16 @@ def split_feed_forwards(model: "PreTrainedModel", domains: range) -> None:
     Raises:
         UserError: its layers have no feed-forward that can be told, or have several already.
     """
-    found = {name: mlp for name, mlp in model.named_modules() if _FEED_FORWARD.search(name)}
+    found = feed_forwards_of(model)
     if not found or any(hasattr(mlp, "experts") for mlp in found.values()):
         raise _refused(model, "layers of experts already" if found else "no submodule `mlp` in its layers")
     for name, mlp in found.items():
         model.set_submodule(name, DomainFeedForwards(mlp, domains))
+
+
+def feed_forwards_of(model: "PreTrainedModel") -> dict[str, torch.nn.Module]:
+    """The feed-forwards of a model's layers by name; none where they cannot be told."""
+    return {name: mlp for name, mlp in model.named_modules() if _FEED_FORWARD.search(name)}
 
 
 def check_splits(config: Mapping[str, Any], domains: int) -> None:
@@ -159,8 +164,8 @@ def count_demix_parameters(config: Mapping[str, Any], domains: int) -> tuple[int
     """All parameters of a DEMix, and those that are not embeddings: what is
     shared, and D times the feed-forwards."""
     total, non_embedding = count_parameters(config)
-    modules = fresh_on_meta(config).named_modules()
-    split = sum(p.numel() for name, mlp in modules if _FEED_FORWARD.search(name) for p in mlp.parameters())
+    feed_forwards = feed_forwards_of(fresh_on_meta(config)).values()
+    split = sum(p.numel() for mlp in feed_forwards for p in mlp.parameters())
     return total + (domains - 1) * split, non_embedding + (domains - 1) * split
 
 

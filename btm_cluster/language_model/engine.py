@@ -20,7 +20,7 @@ from btm_cluster.equations.gates import Gate
 from btm_cluster.equations.running import RunningGate
 from btm_cluster.errors import UserError
 from btm_cluster.language_model.decoding import ReadPrompt
-from btm_cluster.language_model.engine_opening import EngineSettings, open_decoder
+from btm_cluster.language_model.engine_opening import EngineSettings, bytes_of, open_decoder
 from btm_cluster.language_model.ensemble_scoring import EnsembleScorer, TextScores
 from btm_cluster.language_model.mixing_step import Begun, MixingStep
 from btm_cluster.language_model.prompts import (
@@ -93,8 +93,7 @@ class EnsembleEngine:
     def memory(self) -> dict[str, int]:
         """Bytes that are taken for good: weights, and keys and values of all
         rows where these are in one place."""
-        weights = sum(parameter.nbytes for model in self._models for parameter in model.parameters())
-        return {"weights": weights, "rows": self.settings.rows * self._decoder.bytes_per_row}
+        return {"weights": bytes_of(self._models), "rows": self.settings.rows * self._decoder.bytes_per_row}
 
     @torch.inference_mode()
     def admit(self, prompts: Sequence[Prompt]) -> list[int]:

@@ -83,8 +83,13 @@ def fastest_way(model: PreTrainedModel, block_tokens: int) -> Way:
     return way
 
 
+def bytes_of(models: Sequence[PreTrainedModel]) -> int:
+    """Bytes of the models' parameters, those that they share once."""
+    return sum({id(one): one.nbytes for model in models for one in model.parameters()}.values())
+
+
 def _too_little_memory(models: Sequence[PreTrainedModel], settings: EngineSettings) -> UserError:
-    weights = sum(parameter.nbytes for model in models for parameter in model.parameters())
+    weights = bytes_of(models)
     return UserError(
         "the models do not fit on the device",
         found=f"{len(models)} models of {weights / 1e9:.1f} GB in all, and {settings.rows} rows of "

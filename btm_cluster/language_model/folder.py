@@ -16,6 +16,7 @@ from btm_cluster.errors import UserError
 from btm_cluster.language_model.block_check import logits_of, random_block
 from btm_cluster.language_model.configuration import LENGTH_FIELDS, config_from
 from btm_cluster.language_model.model import fresh_on_meta, load_model
+from btm_cluster.language_model.published_weights import published
 from btm_cluster.language_model.stored_weights import SHARD_BYTES, FirstRows, StoredWeights, write_shards
 from btm_cluster.language_model.tensor_files import names_in_order
 
@@ -40,7 +41,7 @@ def write_model(
     if trained_tokens is not None:
         fields, weights = _shortened(fields, weights, trained_tokens)
     _write(folder / CONFIG, fields)
-    write_shards(weights, folder, shard_bytes)
+    write_shards(published(weights, fields["model_type"]), folder, shard_bytes)
 
 
 def say_block_length(folder: Path, block_tokens: int) -> None:

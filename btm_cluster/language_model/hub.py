@@ -19,7 +19,12 @@ from huggingface_hub.utils import validate_repo_id
 
 from btm_cluster.errors import BtmError, UserError, one_line
 
-WEIGHT_FILES = ["model*.safetensors", "model.safetensors.index.json"]
+WEIGHT_FILES = [
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+]
 """Deleted from a repository as new ones come: transformers would open old ones of other names."""
 
 

@@ -53,7 +53,7 @@ class Card:
     """A sentence or two that say what the model is."""
     identity: str
     relation: str | None
-    """To its base model, in the hub's words: `finetune` or `merge`; None where it is that model."""
+    """To its base model, in the hub's words: `finetune`, `adapter` or `merge`; None where it is that model."""
     parts: Sequence[Part]
     domains: Sequence[str]
     """Domains whose text it learned from."""
@@ -85,7 +85,8 @@ def card_text(card: Card) -> str:
 
 def _fields(card: Card) -> dict[str, Any]:
     """The metadata that the hub reads."""
-    fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    library = "peft" if card.relation == "adapter" else "transformers"
+    fields: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     fields["tags"] = ["branch-train-merge", *(["merge"] if card.relation == "merge" else [])]
     if card.pretrained and is_hub_name(card.pretrained):
         fields["base_model"] = card.pretrained

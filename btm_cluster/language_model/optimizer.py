@@ -12,13 +12,13 @@ from btm_cluster.plan import TrainingPlan
 def build_optimizer(
     model: PreTrainedModel, training: TrainingPlan, is_demix: bool = False
 ) -> torch.optim.AdamW:
-    """AdamW over all parameters; weight decay on matrices only."""
+    """AdamW over all parameters that are trained; weight decay on matrices only."""
 
     def is_matrix(name: str, parameter: torch.nn.Parameter) -> bool:
         stacked = is_demix and has_row_per_domain(name)
         return parameter.ndim - stacked >= 2
 
-    parameters = sorted(model.named_parameters())
+    parameters = sorted((name, p) for name, p in model.named_parameters() if p.requires_grad)
     groups = [
         {
             "params": [p for name, p in parameters if is_matrix(name, p)],

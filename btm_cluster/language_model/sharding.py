@@ -20,7 +20,6 @@ from btm_cluster.language_model.compute import Compute
 from btm_cluster.language_model.layers import units_of
 from btm_cluster.language_model.model import (
     check_dtypes,
-    fresh_without_values,
     name_tensors,
     unfit,
     weights_of,
@@ -28,13 +27,6 @@ from btm_cluster.language_model.model import (
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.stored_weights import StoredWeights
 from btm_cluster.language_model.tensor_files import names_in_order
-
-
-def build_sharded(config: Mapping[str, Any], compute: Compute, group: ProcessGroup) -> PreTrainedModel:
-    """A sharded float32 model on the group's device, with undefined weights. A collective."""
-    model = fresh_without_values(config)
-    shard(model, compute, group)
-    return model
 
 
 def shard(model: PreTrainedModel, compute: Compute, group: ProcessGroup) -> None:

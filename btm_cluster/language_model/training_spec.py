@@ -8,7 +8,7 @@ import torch
 
 from btm_cluster.data.blocks import Blocks
 from btm_cluster.language_model.compute import Compute
-from btm_cluster.plan import TrainingPlan
+from btm_cluster.plan import ALL, TrainingPlan, Trains
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class TrainingSpec:
     compute: Compute
     divergence_remedy: str
     """The remedy in the error message where the loss is not finite."""
+    trains: Trains = ALL
+    """The weights that change; all others are frozen."""
     development_DNT: torch.Tensor | None = None
     """Development blocks [texts, blocks, block_tokens] to take a loss on now and then, int64, NO_TOKEN where a
     block is not full. Of a DEMix, those of every text in order; of another model, of any."""

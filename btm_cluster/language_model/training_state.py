@@ -13,26 +13,35 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from btm_cluster.errors import IntegrityError, UserError
+from btm_cluster.errors import BtmError, IntegrityError
 from btm_cluster.language_model.block_check import check_reads
+from btm_cluster.language_model.deltas import FILES, freeze, hold_frozen_in, load_trained, trained_names
 from btm_cluster.language_model.demix import own_moments, split_feed_forwards
 from btm_cluster.language_model.demix_group import Share, gather_domains, share_of
-from btm_cluster.language_model.model import build_model, layout_of, load_weights, weights_of
+from btm_cluster.language_model.model import (
+    build_model,
+    fresh_without_values,
+    layout_of,
+    load_model,
+    load_weights,
+    weights_of,
+)
 from btm_cluster.language_model.optimizer import build_optimizer
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.recording import Recording
 from btm_cluster.language_model.sharding import (
-    build_sharded,
     gather,
     hand_out,
     is_sharded,
     like,
     load_own,
     own_part,
+    shard,
 )
 from btm_cluster.language_model.stored_weights import StoredWeights, write_weights
 from btm_cluster.language_model.tensor_files import Header, layout, names_in_order, write_tensors
 from btm_cluster.language_model.training_spec import TrainingSpec
+from btm_cluster.plan import ALL, Trains
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 CAUSAL_TOKENS = 8
@@ -51,15 +60,17 @@ class TrainingState:
     """Updates made so far."""
     share: Share | None = None
     """The domains of a DEMix that this rank trains; None for another model."""
+    trains: Trains = ALL
+    """The weights that change: all that is stored is of these."""
     recording: Recording = field(default_factory=Recording)
     """The training's curve so far."""
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The whole model's weights by name. Every rank of a group exhausts it."""
-        return self._gathered(weights_of(self.model))
+        """The weights that are stored, by name: all, or those that change. Every rank of a group exhausts it."""
+        return self._gathered(self.held_weights())
 
     def moments(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Adam's moments of the whole model by parameter name, and its step count.
+        """Adam's moments of all that is trained, by the name that a parameter is stored by, and its step count.
 
         Every rank of a group exhausts it.
         """
@@ -68,69 +79,99 @@ class TrainingState:
     def held_moments(self) -> dict[str, torch.Tensor]:
         """The moments as this rank holds them."""
         tensors: dict[str, torch.Tensor] = {}
-        for name, parameter in sorted(self.model.named_parameters()):
-            kept = self.optimizer.state.get(parameter)
+        parameters = dict(self.model.named_parameters())
+        for name, stored in trained_names(self.model, self.trains).items():
+            kept = self.optimizer.state.get(parameters[name])
             if kept:
-                tensors |= {f"{moment}.{name}": kept[moment] for moment in _MOMENTS}
+                tensors |= {f"{moment}.{stored}": kept[moment] for moment in _MOMENTS}
                 tensors["step"] = torch.as_tensor(kept["step"], dtype=torch.float32)
         return tensors
 
     def has_finite_weights(self) -> bool:
-        """Whether every weight that this rank holds is a finite number."""
-        held = [own_part(tensor) for tensor in weights_of(self.model).values()]
+        """Whether every weight that this rank holds, and that may have changed, is a finite number."""
+        held = [own_part(tensor) for tensor in self.held_weights().values()]
         return bool(torch.stack([tensor.isfinite().all() for tensor in held]).all())
+
+    def held_weights(self) -> dict[str, torch.Tensor]:
+        """The weights that are stored, as this rank holds them."""
+        if not self.trains.is_delta:
+            return weights_of(self.model)
+        parameters = dict(self.model.named_parameters())
+        names = trained_names(self.model, self.trains).items()
+        return {stored: parameters[name].detach() for name, stored in names}
 
     def _gathered(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         return gather(tensors) if self.share is None else gather_domains(tensors, self.share)
 
 
-def build_state(spec: TrainingSpec, group: ProcessGroup, draws_weights: bool = True) -> TrainingState:
-    """A model with the weights that the random seed draws, and an optimiser that has made no step.
+def build_state(
+    spec: TrainingSpec, group: ProcessGroup, base: StoredWeights | None = None, draws_weights: bool = True
+) -> TrainingState:
+    """A model with the weights that the random seed draws, or those of `base`, and an optimiser that has made no
+    step.
 
-    Without `draws_weights`, those of a sharded model are undefined: they are loaded next.
+    `base` are the weights to train a part of. Without `draws_weights`, those of a sharded model are undefined:
+    they are loaded next.
 
     Raises:
         UserError: an architecture that does not read from left to right, or of which no DEMix can be made.
     """
+    share: Share | None = None
     if spec.compute.is_sharded:
-        model = build_sharded(spec.model, spec.compute, group)
-        if draws_weights:
-            _draw_sharded(model, spec, group)
-        return TrainingState(model, build_optimizer(model, spec.training), spec.first_update)
-    model = build_model(spec.model, spec.training.random_seed)
+        model = _sharded(spec, group, base, draws_weights)
+    else:
+        model = _whole(spec, base)
+        if spec.is_demix:
+            share = share_of(group.rank, group.world, len(spec.texts))
+            split_feed_forwards(model, share.domains)
+        model = model.to(spec.compute.device)
+    optimizer = build_optimizer(model, spec.training, spec.is_demix)
+    return TrainingState(model, optimizer, spec.first_update, share, spec.trains)
+
+
+def _whole(spec: TrainingSpec, base: StoredWeights | None) -> PreTrainedModel:
+    random_seed = spec.training.random_seed
+    model = build_model(spec.model, random_seed) if base is None else load_model(spec.model, base)
     if spec.from_scratch:
         check_reads(model, CAUSAL_TOKENS, f"a {spec.model['model_type']}")
-    share = share_of(group.rank, group.world, len(spec.texts)) if spec.is_demix else None
-    if share is not None:
-        split_feed_forwards(model, share.domains)
-    model = model.to(spec.compute.device)
-    return TrainingState(
-        model, build_optimizer(model, spec.training, spec.is_demix), spec.first_update, share
-    )
+    _freeze(model, spec)
+    return model
 
 
-def _draw_sharded(model: PreTrainedModel, spec: TrainingSpec, group: ProcessGroup) -> None:
-    """Gives a sharded model the weights that the random seed draws for one process: the first rank draws them in
-    its host's memory, and hands them out."""
+def _freeze(model: PreTrainedModel, spec: TrainingSpec) -> None:
+    freeze(model, spec.trains, spec.training.random_seed)
+    if spec.trains.is_delta:
+        hold_frozen_in(model, spec.compute.precision)
+
+
+def _sharded(
+    spec: TrainingSpec, group: ProcessGroup, base: StoredWeights | None, draws_weights: bool
+) -> PreTrainedModel:
+    """A sharded model with the weights of `_whole`, which the first rank makes in its host's memory, and hands
+    out."""
+    model = fresh_without_values(spec.model)
+    _freeze(model, spec)
+    shard(model, spec.compute, group)
+    if base is None and not draws_weights:
+        return model
     whole: PreTrainedModel | None = None
-    wrong: UserError | None = None
+    wrong: BtmError | OSError | None = None
     if group.is_first:
-        whole = build_model(spec.model, spec.training.random_seed)
         try:
-            if spec.from_scratch:
-                check_reads(whole, CAUSAL_TOKENS, f"a {spec.model['model_type']}")
-        except UserError as exc:
+            whole = _whole(spec, base)
+        except (BtmError, OSError) as exc:
             wrong = exc
     wrong = group.from_first(wrong)  # the others would wait for weights
     if wrong is not None:
         raise wrong
     hand_out(model, whole, group)
+    return model
 
 
 def load_state(
     state: TrainingState, update: int, weights: StoredWeights, optimizer: StoredWeights | None, name: str
 ) -> None:
-    """Fills `state` with the whole model's stored weights and moments;
+    """Fills `state` with stored weights and moments of all that is trained;
     without `optimizer`, that starts anew.
 
     Weights that the optimiser holds in float32 go before those that were rounded to be stored.
@@ -144,17 +185,33 @@ def load_state(
         FileNotFoundError: a file was deleted meanwhile.
     """
     exact = optimizer and _Masters(optimizer)
-    load = load_own if is_sharded(state.model) else load_weights
-    load(state.model, exact if exact and names_in_order(exact.header) else weights)
+    stored = exact if exact and names_in_order(exact.header) else weights
+    if state.trains.is_delta:
+        load_trained(state.model, state.trains, stored)
+    else:
+        load = load_own if is_sharded(state.model) else load_weights
+        load(state.model, stored)
     if optimizer is not None:
-        tensors = {name: optimizer.read(name) for name in names_in_order(optimizer.header)}
-        _load_moments(state, tensors, name)
+        load_moments(state, optimizer, name)
     state.update = update
 
 
-def _load_moments(state: TrainingState, tensors: Mapping[str, torch.Tensor], name_of_state: str) -> None:
-    for name, parameter in state.model.named_parameters():
-        stored = {moment: own_moments(state.model, name, moment, tensors) for moment in _MOMENTS}
+def load_moments(state: TrainingState, optimizer: StoredWeights, name_of_state: str) -> None:
+    """Fills the optimiser with stored moments of all that is trained; what has none starts without.
+
+    Raises:
+        IntegrityError: moments of another model, which `name_of_state` names.
+    """
+    tensors = {name: optimizer.read(name) for name in names_in_order(optimizer.header)}
+    parameters = dict(state.model.named_parameters())
+    for name, stored_as in trained_names(state.model, state.trains).items():
+        parameter = parameters[name]
+        stored = {
+            moment: tensors.get(f"{moment}.{stored_as}")
+            if state.trains.is_delta
+            else own_moments(state.model, name, moment, tensors)
+            for moment in _MOMENTS
+        }
         moments = {moment: tensor for moment, tensor in stored.items() if tensor is not None}
         if not moments:
             continue
@@ -179,16 +236,25 @@ def write_state(
     state: TrainingState, folder: Path, with_optimizer: bool, dtype: torch.dtype = torch.float32
 ) -> dict[str, Path]:
     """Writes weights in a dtype, and the optimiser's state where asked, as files below `folder`; returns them by
-    name. In a group the first rank does, and the others `help_to_write`.
+    name. An adapter is small, and stays float32. In a group the first rank does, and the others `help_to_write`.
 
     Where the weights are rounded, that state holds them in float32 too: training goes on from those. Memory: one
     tensor.
     """
-    files = write_weights(layout_of(state.model, dtype), state.weights(), folder)
+    if state.trains.lora is not None:
+        dtype = torch.float32
+    if state.trains.is_delta:
+        name = FILES[state.trains.part]
+        files = {name: folder / name}
+        held = state.held_weights()
+        rounded = {n: torch.empty(t.shape, dtype=dtype, device="meta") for n, t in held.items()}
+        write_tensors(layout(rounded), state.weights(), files[name])
+    else:
+        files = write_weights(layout_of(state.model, dtype), state.weights(), folder)
     if with_optimizer:
         held = state.held_moments()
         if dtype != torch.float32:
-            held |= {f"{_MASTER}{name}": tensor for name, tensor in weights_of(state.model).items()}
+            held |= {f"{_MASTER}{name}": tensor for name, tensor in state.held_weights().items()}
         files[OPTIMIZER_FILE] = folder / OPTIMIZER_FILE
         write_tensors(layout(held), _optimizer_tensors(state, dtype), files[OPTIMIZER_FILE])
     return files

@@ -49,12 +49,13 @@ def utilisation(
     if peak is None or not gpus or how.precision != "bfloat16":
         return None
     # Of a DEMix a token takes one domain's feed-forwards, of however many this process holds.
-    parameters = sum(
-        parameter.numel() // (len(parameter) if has_row_per_domain(name) else 1)
+    counts = [
+        (parameter.numel() // (len(parameter) if has_row_per_domain(name) else 1), parameter.requires_grad)
         for name, parameter in model.named_parameters()
-    )
+    ]
+    parameters, trained = sum(count for count, _ in counts), sum(count for count, learns in counts if learns)
     layers, width = (getattr(model.config, name, 0) for name in ("num_hidden_layers", "hidden_size"))
-    flops = training_flops_per_token(parameters, layers, width, block_tokens)
+    flops = training_flops_per_token(parameters, layers, width, block_tokens, trained)
     return tokens_per_second * flops / (gpus * peak)
 
 

@@ -81,16 +81,23 @@ class Artifact:
     def needs(self) -> tuple[Ref, ...]:
         """Artifacts without which this one is of no use: its inputs and parts.
 
-        A trained model is whole without its start.
+        A trained model is whole without its start, unless it holds only what changed of that.
         """
-        inputs = (ref for role, refs in self.inputs.items() if role != "start" for ref in refs)
+        left_out = () if self.is_delta else ("start",)
+        inputs = (ref for role, refs in self.inputs.items() if role not in left_out for ref in refs)
         return (*inputs, *self.parts)
+
+    @property
+    def is_delta(self) -> bool:
+        """Whether it holds only what changed of the model that it started from."""
+        return "trains" in self.facts
 
     @property
     def parents(self) -> tuple[str, ...]:
         """Identities of the models that a model was made from: its start, those that
-        it averages, their common ancestor, or the DEMix it is part of."""
-        roles = ("start", "models", "base", "demix")
+        it averages or mixes, their common ancestor, what else a mixture of experts has, or the DEMix it is
+        part of."""
+        roles = ("start", "models", "base", "rest", "demix")
         return tuple(ref.identity for role in roles for ref in self.inputs.get(role, ()))
 
     def blob(self, name: str) -> Blob:

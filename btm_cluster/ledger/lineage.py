@@ -52,7 +52,8 @@ def purged_with(purged: Collection[Ref], artifacts: Mapping[str, Artifact]) -> s
     purged: itself, and what was made from it.
 
     Models that learned from other texts too stay, and so do tokenizers and seeds. An expert stays that only
-    started from a model which goes: its own text is what it learned from.
+    started from a model which goes, since its own text is what it learned from; it goes where it holds only
+    what changed of that model.
     """
     going = set(purged)
     for layer in reversed(layers(artifacts)):
@@ -66,7 +67,9 @@ def _goes(artifact: Artifact, going: Collection[Ref]) -> bool:
     if artifact.kind in ("model", "training") and "texts" in artifact.inputs:
         texts = artifact.inputs["texts"]
         is_its_own = artifact.kind == "training" or artifact.facts.get("role") in _OF_ONE_TEXT
-        return is_its_own and bool(texts) and all(text in going for text in texts)
+        if is_its_own and bool(texts) and all(text in going for text in texts):
+            return True
+        return artifact.is_delta and not {*artifact.inputs["start"]}.isdisjoint(going)
     return artifact.kind != "tokenizer" and any(
         ref in going for ref in (*artifact.made_from, *artifact.parts)
     )

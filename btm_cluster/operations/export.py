@@ -7,19 +7,28 @@ from pathlib import Path
 
 from btm_cluster.driver.driver import Driver
 from btm_cluster.errors import UserError
+from btm_cluster.evaluation.mixture_of_experts import mixture_of_experts_requests
 from btm_cluster.forest import Forest
 from btm_cluster.language_model import mergekit
 from btm_cluster.language_model.hub import check_push, push
+from btm_cluster.language_model.mixture_of_experts import check_target
 from btm_cluster.language_model.stored_weights import SHARD_BYTES
-from btm_cluster.ledger import Artifact, Ref
+from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.ledger.versions import newest_version
 from btm_cluster.operations.averages import Average, check_average, make_average, request_without_text
 from btm_cluster.operations.evaluate import check_text_is_known, find_grown
-from btm_cluster.operations.model_folder import ForestModel, results_of, stored_type, write_folder
-from btm_cluster.plan import Plan
+from btm_cluster.operations.model_folder import (
+    ForestModel,
+    results_of,
+    stored_type,
+    write_adapter_folder,
+    write_folder,
+)
+from btm_cluster.plan import MixtureOfExpertsPlan, Plan
+from btm_cluster.steps.stored import open_config
 from btm_cluster.storage.new_folder import check_folder, check_new_folder, new_folder
 
-SEED, AVERAGE, EXPERTS = "seed", "average", "experts"
+SEED, AVERAGE, EXPERTS, MIXTURE_OF_EXPERTS = "seed", "average", "experts", "mixture-of-experts"
 
 
 @dataclass(frozen=True)
@@ -32,12 +41,15 @@ class Export:
     average: Average | None = None
     all: bool = False
     """The seed and every expert, and the average where one is asked for, each in a folder of its own."""
+    mixture_of_experts: MixtureOfExpertsPlan | None = None
     mergekit: Path | None = None
     """A file for the YAML of the same average."""
     repository: str | None = None
     """On the hub; of several models, the beginning of their names."""
     public: bool = False
     licence: str | None = None
+    adapter: bool = False
+    """Only the adapter of a LoRA expert, not the whole model that it makes of its base."""
     shard_bytes: int = SHARD_BYTES
 
 
@@ -46,7 +58,7 @@ class Written:
     """A model that was exported."""
 
     model: str
-    """`seed`, `average`, or `experts/` and the domain."""
+    """`seed`, `average`, `mixture-of-experts`, or `experts/` and the domain."""
     folder: Path
     url: str | None
     """Its repository on the hub."""
@@ -62,6 +74,7 @@ def check_export_call(asked: Export, plan: Plan | None) -> None:
         "--expert": asked.expert is not None,
         "--seed": asked.seed,
         "--average": asked.average is not None and not asked.all,
+        "--moe": asked.mixture_of_experts is not None,
         "--all": asked.all,
     }
     given = [option for option, is_given in kinds.items() if is_given]
@@ -69,12 +82,18 @@ def check_export_call(asked: Export, plan: Plan | None) -> None:
         raise UserError(
             "btm export needs one kind of model",
             found=" and ".join(given) or "none",
-            expected="--expert NAME, --seed, --average WEIGHTS or --all, which takes --average too",
+            expected="--expert NAME, --seed, --average WEIGHTS, --moe, or --all, which takes --average too",
+        )
+    if asked.mixture_of_experts is not None and plan is None:
+        raise UserError(
+            "--moe fits routers on development text", remedy="name the forest's plan instead of --store"
         )
     if asked.average is not None:
         check_average(asked.average, "--average", [text.name for text in plan.texts] if plan else ())
     if asked.mergekit is not None:
         _check_mergekit(asked, asked.mergekit)
+    if asked.adapter and asked.expert is None:
+        raise UserError("--adapter is of a LoRA expert", found=given[0], expected="--expert NAME --adapter")
     if asked.public and asked.repository is None:
         raise UserError(
             "--public is of --push-to-hub", remedy="add --push-to-hub OWNER/NAME, or leave it out"
@@ -107,6 +126,8 @@ def export(asked: Export, plan: Plan | None, driver: Driver) -> list[Written]:
     ledger, forest = driver.ledger, newest_version(driver.ledger)
     names = _names(asked, forest)
     repositories = {name: _repository(asked, name) for name in names}
+    if asked.mixture_of_experts is not None:
+        _check_mixture_of_experts(asked.mixture_of_experts, forest, ledger)
     check_push([one for one in repositories.values() if one is not None], asked.public)
     models = _models(asked, names, forest, plan, driver)
     called = plan.name if plan is not None else ledger.storage.location.rstrip("/").rpartition("/")[2]
@@ -117,7 +138,10 @@ def export(asked: Export, plan: Plan | None, driver: Driver) -> list[Written]:
                 write_folder(ledger, forest, called, one, whole / name, asked.shard_bytes)
     else:
         (one,) = models.values()
-        write_folder(ledger, forest, called, one, asked.to, asked.shard_bytes)
+        if asked.adapter:
+            write_adapter_folder(ledger, forest, called, one, asked.to)
+        else:
+            write_folder(ledger, forest, called, one, asked.to, asked.shard_bytes)
     if asked.mergekit is not None:
         folders = {one.model.identity: str(places[name].absolute()) for name, one in models.items()}
         _write(asked.mergekit, mergekit_text(models[AVERAGE].model, folders, stored_type(models[SEED].model)))
@@ -145,6 +169,8 @@ def _names(asked: Export, forest: Forest) -> list[str]:
     if asked.expert is not None:
         forest.expert(asked.expert)
         return [f"{EXPERTS}/{asked.expert}"]
+    if asked.mixture_of_experts is not None:
+        return [MIXTURE_OF_EXPERTS]
     if not forest.experts and not asked.seed:
         raise UserError(f"forest version {forest.version} has no expert", found=forest.reason)
     experts = [f"{EXPERTS}/{domain}" for domain in forest.domains] if asked.all else []
@@ -174,12 +200,31 @@ def _models(
         else:
             (made,) = driver.require([request_without_text(forest, asked.average)])
         known[AVERAGE] = (asked.average.label, made.ref)
+    if asked.mixture_of_experts is not None:
+        assert grown is not None, "a call without a plan was refused"
+        steps = mixture_of_experts_requests(grown.prepared, forest, asked.mixture_of_experts)
+        known[MIXTURE_OF_EXPERTS] = ("mixture of experts", driver.require(steps)[-1].ref)
 
     def model(called: str, ref: Ref) -> ForestModel:
         results = results_of(grown, ref, ledger) if grown is not None else ()
         return ForestModel(called, ledger.get(ref), results, asked.licence)
 
     return {name: model(*known[name]) for name in names}
+
+
+def _check_mixture_of_experts(wanted: MixtureOfExpertsPlan, forest: Forest, ledger: Ledger) -> None:
+    """Refuses a mixture of experts that cannot be made.
+
+    Raises:
+        UserError: an architecture that no mixture of experts has, or more experts for a token than there are.
+    """
+    check_target(open_config(ledger, ledger.get(Ref("model", forest.foundation.seed))))
+    if wanted.experts_per_token > len(forest.experts):
+        raise UserError(
+            "--experts-per-token is more than the forest has",
+            found=str(wanted.experts_per_token),
+            expected=f"at most {len(forest.experts)}",
+        )
 
 
 def _write(file: Path, text: str) -> None:

@@ -8,18 +8,22 @@ from pathlib import Path
 
 from btm_cluster.algorithm import Grown
 from btm_cluster.data.tokenizer import compare_with_transformers
+from btm_cluster.errors import UserError
 from btm_cluster.evaluation.stored_results import stored_results
 from btm_cluster.forest import Forest, Parent
 from btm_cluster.language_model.folder import say_block_length, write_model
+from btm_cluster.language_model.lora import ADAPTER_FILE, write_adapter_config
 from btm_cluster.language_model.model_card import Card, Part, Result, card_text
 from btm_cluster.language_model.stored_weights import SHARD_BYTES, holds_weights
 from btm_cluster.ledger import Artifact, Ledger, Ref
-from btm_cluster.steps.stored import open_tokenizer, open_weights
+from btm_cluster.steps.stored import open_adapter_config, open_tokenizer, open_weights
 from btm_cluster.storage.new_folder import new_folder
 
 CARD, CONFIG = "README.md", "config.json"
 LICENCES = ("LICENSE", "NOTICE")
 SEED = "the seed"
+OTHER_VERSION = "an expert of an earlier version"
+MIXTURE_OF_EXPERTS = "mixture-of-experts"
 
 
 @dataclass(frozen=True)
@@ -43,24 +47,71 @@ def write_folder(
     """
     block_tokens = forest.foundation.block_tokens
     seed = ledger.get(Ref("model", forest.foundation.seed))
-    tokenizer = ledger.get(Ref("tokenizer", forest.foundation.tokenizer))
     is_pretrained = seed.recipe["pretrained"] is not None
-    # What came with a pretrained model lies beside its weights, what came with a tokenizer beside that.
-    files = {blob.name: seed for blob in seed.blobs} if is_pretrained else {}
-    files |= {blob.name: tokenizer for blob in tokenizer.blobs}
-    tokens = open_tokenizer(ledger, tokenizer.ref)
     with new_folder(to) as folder:
-        for name, source in files.items():
-            if name not in (CARD, CONFIG) and not holds_weights(name):
-                shutil.copyfile(ledger.open_file(source, name), folder / name)
+        files = _write_what_came(ledger, forest, seed, folder)
         config, weights = ledger.open_file(one.model, CONFIG), open_weights(ledger, one.model)
         write_model(config, weights, folder, None if is_pretrained else block_tokens, shard_bytes)
         if not is_pretrained:
             say_block_length(folder, block_tokens)
-        compare_with_transformers(folder, tokens)
-        licences = sorted(name for name in files if name.startswith(LICENCES))
-        card = _card(forest, called, one, seed, tokens.name(tokens.first_token), licences)
-        (folder / CARD).write_text(card_text(card), encoding="utf-8")
+        relation = "merge" if one.model.facts["role"] in ("average", MIXTURE_OF_EXPERTS) else "finetune"
+        _finish(ledger, forest, called, one, seed, relation, files, folder)
+
+
+def write_adapter_folder(ledger: Ledger, forest: Forest, called: str, one: ForestModel, to: Path) -> None:
+    """Writes the adapter of a LoRA expert to the folder `to`, as PEFT opens it over its base.
+
+    It names the base where that is a pretrained model.
+
+    Raises:
+        UserError: the expert has no adapter.
+    """
+    if one.model.facts.get("trains") != "lora":
+        raise UserError(
+            f"the expert of {one.name} has no adapter to export",
+            found=f"an expert that trained {one.model.facts.get('trains', 'all')}",
+            expected="one that was trained with `branching: {train: lora}`",
+            remedy="leave --adapter out: the whole model is written",
+        )
+    seed = ledger.get(Ref("model", forest.foundation.seed))
+    is_over_pretrained = one.model.inputs["start"] == (seed.ref,) and seed.recipe["pretrained"] is not None
+    config = open_adapter_config(ledger, one.model)
+    config["base_model_name_or_path"] = seed.note.get("from") if is_over_pretrained else None
+    with new_folder(to) as folder:
+        files = _write_what_came(ledger, forest, seed, folder)
+        shutil.copyfile(ledger.open_file(one.model, ADAPTER_FILE), folder / ADAPTER_FILE)
+        write_adapter_config(config, folder)
+        _finish(ledger, forest, called, one, seed, "adapter", files, folder)
+
+
+def _write_what_came(ledger: Ledger, forest: Forest, seed: Artifact, folder: Path) -> list[str]:
+    """Writes the files of the tokenizer, and what came with a pretrained seed; returns their names."""
+    tokenizer = ledger.get(Ref("tokenizer", forest.foundation.tokenizer))
+    # What came with a pretrained model lies beside its weights, what came with a tokenizer beside that.
+    files = {blob.name: seed for blob in seed.blobs} if seed.recipe["pretrained"] is not None else {}
+    files |= {blob.name: tokenizer for blob in tokenizer.blobs}
+    for name, source in files.items():
+        if name not in (CARD, CONFIG) and not holds_weights(name):
+            shutil.copyfile(ledger.open_file(source, name), folder / name)
+    return list(files)
+
+
+def _finish(
+    ledger: Ledger,
+    forest: Forest,
+    called: str,
+    one: ForestModel,
+    seed: Artifact,
+    relation: str,
+    files: Sequence[str],
+    folder: Path,
+) -> None:
+    """Checks the tokenizer as transformers opens it, and writes the card."""
+    tokens = open_tokenizer(ledger, Ref("tokenizer", forest.foundation.tokenizer))
+    compare_with_transformers(folder, tokens)
+    licences = sorted(name for name in files if name.startswith(LICENCES))
+    card = _card(forest, called, one, seed, relation, tokens.name(tokens.first_token), licences)
+    (folder / CARD).write_text(card_text(card), encoding="utf-8")
 
 
 def _card(
@@ -68,11 +119,11 @@ def _card(
     called: str,
     one: ForestModel,
     seed: Artifact,
+    relation: str,
     first_token: str,
     licence_files: Sequence[str],
 ) -> Card:
     model, rounded = one.model, stored_type(seed)
-    relation = "merge" if model.facts["role"] == "average" else "finetune"
     return Card(
         title=f"{called}: {one.name}",
         what=_what(forest, one) + ("" if rounded == "float32" else f" Its weights are rounded to {rounded}."),
@@ -103,15 +154,20 @@ def results_of(grown: Grown, model: Ref, ledger: Ledger) -> tuple[Result, ...]:
 
 
 def parts_of(forest: Forest, model: Artifact) -> tuple[Part, ...]:
-    """The models that a model of the forest is made of, the largest weight first, and then by name."""
+    """The models that a model of the forest is made of, the largest weight first, and then by name; the
+    experts of a mixture by number."""
     names = {forest.foundation.seed: SEED} | {one.identity: one.domain for one in forest.experts}
+    if model.facts["role"] == MIXTURE_OF_EXPERTS:
+        return tuple(
+            Part(f"expert {number}: {names.get(one.identity, OTHER_VERSION)}", one.identity, None)
+            for number, one in enumerate(model.inputs["models"])
+        )
     weights: Mapping[str, float | None]
     weights = {parent.identity: parent.weight for parent in _expert_parents(forest, model)}
     if "models" in model.inputs:
         weights = model.facts.get("weights") or dict.fromkeys(model.parents)
     parts = [
-        Part(names.get(identity, "an expert of an earlier version"), identity, weight)
-        for identity, weight in weights.items()
+        Part(names.get(identity, OTHER_VERSION), identity, weight) for identity, weight in weights.items()
     ]
     return tuple(sorted(parts, key=lambda part: (-(part.weight or 0.0), part.name)))
 
@@ -125,9 +181,14 @@ def _what(forest: Forest, one: ForestModel) -> str:
     model = one.model
     if model.identity == forest.foundation.seed:
         return f"The seed of a forest of experts, {method}"
+    if model.facts["role"] == MIXTURE_OF_EXPERTS:
+        return _what_mixture(forest, model, method)
     if model.facts["role"] != "average":
         tokens = model.facts["tokens"]
-        return f"The expert of the domain {one.name}, trained on {tokens:,} tokens of it, {method}"
+        how = {"lora": " with LoRA", "feed-forward": ", its feed-forwards alone"}.get(
+            str(model.facts.get("trains")), ""
+        )
+        return f"The expert of the domain {one.name}, trained{how} on {tokens:,} tokens of it, {method}"
     if "base" not in model.inputs:
         return (
             f"A parameter average of experts that branched from one seed, {method} It was summed in float32."
@@ -141,6 +202,22 @@ def _what(forest: Forest, one: ForestModel) -> str:
     return (
         "A merge of experts that branched from one seed by task arithmetic (Ilharco et al., 2022), of scale "
         f"{recipe['scale']:g}, {method}"
+    )
+
+
+def _what_mixture(forest: Forest, model: Artifact, method: str) -> str:
+    (rest,) = model.inputs["rest"]
+    whose = "the seed's" if rest.identity == forest.foundation.seed else "those of their uniform average"
+    close = (
+        "The experts differ in feed-forwards alone: where a token goes to one expert in every layer, it is "
+        "predicted as by that expert."
+        if model.facts["is_exact"]
+        else "It approximates the experts, whose attention, embeddings and norms differ too."
+    )
+    return (
+        f"A mixture of the feed-forwards of {len(model.inputs['models'])} experts that branched from one seed, "
+        f"{method} In every layer a router sends each token to {model.recipe['experts_per_token']} of them, by "
+        f"its largest scores. Attention, embeddings and norms are {whose}. {close}"
     )
 
 

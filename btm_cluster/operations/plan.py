@@ -22,6 +22,7 @@ from btm_cluster.driver.recipes import expert_request, expert_resources, seed_re
 from btm_cluster.driver.room import SOME_CLUSTER, Room, devices
 from btm_cluster.driver.text_sizes import TextSize, TextUse, text_sizes, text_uses
 from btm_cluster.equations.budget import stored_bytes, wall_hours
+from btm_cluster.language_model.deltas import count_trained
 from btm_cluster.language_model.model import count_parameters
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.operations.run import grow_and_evaluate
@@ -130,7 +131,7 @@ def preview(plan: Plan, ledger: Ledger, new_resources: bool = False, room: Room 
     sizes = text_sizes(prepared, reads, ledger)
     uses = text_uses(prepared, sizes)
     parameters, non_embedding = count_parameters(prepared.model)
-    cost = _Cost(plan, walk, parameters, room, rates_of(plan, prepared.model, ledger, room.gpu))
+    cost = _Cost(plan, walk, room, rates_of(plan, prepared.model, ledger, room.gpu))
     trainings = list(_trainings(grown, cost))
     scores = _scores(prepared, sizes, cost)
     steps = (*_readings(walk, ledger), *_preparation(walk), *trainings, scores)
@@ -146,7 +147,7 @@ def preview(plan: Plan, ledger: Ledger, new_resources: bool = False, room: Room 
         plan.cluster.price_per_gpu_hour,
         first_token_of(plan),
         (*notes_on(plan, uses), *budget_notes(plan, ledger, _cost(steps))),
-        _demands(walk, parameters),
+        _demands(walk),
         tuple(walk.dry_run.asked.values()),
     )
 
@@ -225,7 +226,6 @@ class _Cost:
 
     plan: Plan
     walk: DryWalk
-    parameters: int
     room: Room
     rates: Mapping[bool, Rate]
     """Rates, by whether they are on GPUs."""
@@ -267,7 +267,10 @@ def _training(request: TrainRequest, state: str, cost: _Cost) -> Step:
         state,
         request.last_update - first,
         (request.last_update - first) * tokens_per_update,
-        stored_bytes(cost.parameters, request.role == "seed" and request.pretrained is None)
+        stored_bytes(
+            count_trained(request.model, request.trains)[0],
+            request.role == "seed" and request.pretrained is None,
+        )
         * (max(1, len(request.parts)) + len(request.snapshots)),
         **cost.of(request.how, to_come * tokens_per_update, request.role == "expert"),
     )
@@ -279,7 +282,7 @@ def _wall_hours(trainings: Sequence[Step], scores: Step) -> float:
     return seed.hours + wall_hours([(step.hours, step.share) for step in others]) + scores.hours
 
 
-def _demands(walk: DryWalk, parameters: int) -> tuple[Demand, ...]:
+def _demands(walk: DryWalk) -> tuple[Demand, ...]:
     """The groups that the trainings to come ask for: one for each size, and
     one for each training that goes on."""
     seen: dict[tuple[Resources, str], Demand] = {}
@@ -287,8 +290,13 @@ def _demands(walk: DryWalk, parameters: int) -> tuple[Demand, ...]:
         if isinstance(request, TrainRequest):
             is_new_expert = request.role == "expert" and request.saved_at is None
             label = f"expert {request.label}" if request.role == "expert" else request.label
+            trained, frozen = count_trained(request.model, request.trains)
             demand = Demand(
-                "an expert" if is_new_expert else label, request.how, request.saved_at, parameters=parameters
+                "an expert" if is_new_expert else label,
+                request.how,
+                request.saved_at,
+                parameters=trained,
+                frozen=frozen,
             )
             seen.setdefault((demand.how, demand.label if demand.saved_at is not None else ""), demand)
     return tuple(seen.values())

@@ -51,12 +51,32 @@ def remove(ledger: Ledger, domain: str) -> Forest:
     return append_next(ledger, lambda forest: take_out(forest, domain, f"removed {domain}"))
 
 
+def planned_purge(ledger: Ledger, domain: str) -> PurgePlan:
+    """What a purge of `domain` would delete.
+
+    Raises:
+        UserError: the store has nothing of it, or the expert of another domain would go with it.
+    """
+    found, forest = plan_purge(ledger, domain), ledger.log.newest()
+    others = [e.domain for e in (forest.experts if forest else ()) if e.identity in found.experts]
+    if over := [name for name in others if name != domain]:
+        raise UserError(
+            f"{domain!r} cannot be purged while experts of other domains hold only what changed of a model that "
+            "goes with it",
+            found=f"{', '.join(over)}: trained in part, from an average that the expert of {domain!r} is part of",
+            expected="no expert in the forest that is of no use afterwards",
+            remedy=f"take these out first: `btm forest remove {over[0]}`; other text may come under another name",
+        )
+    return found
+
+
 def purge(ledger: Ledger, domain: str) -> Purged:
     """Takes a domain out of the forest where it is in it, and deletes for good what the store has of it.
 
     Raises:
-        UserError: the store has nothing of it.
+        UserError: the store has nothing of it, or the expert of another domain would go with it.
     """
+    planned_purge(ledger, domain)
     forest = ledger.log.newest()
     if forest is not None and domain in forest.domains:
         forest = remove(ledger, domain)

@@ -5,21 +5,35 @@
 
 from btm_cluster.plan.budget import BudgetPlan
 from btm_cluster.plan.expansion import ExpansionPlan, InboxPlan
-from btm_cluster.plan.plan import ClusterPlan, MergingPlan, Plan, plan_schema, read_plan
+from btm_cluster.plan.plan import ClusterPlan, MergingPlan, MixtureOfExpertsPlan, Plan, plan_schema, read_plan
 from btm_cluster.plan.study import SizePlan, StudyPlan
 from btm_cluster.plan.texts import DatasetPlan, DomainPlan, ReadingPlan, TextPlan
 from btm_cluster.plan.tracking import TrackingPlan
-from btm_cluster.plan.training import ModelPlan, Preset, TrainedTokenizerPlan, TrainingPlan
+from btm_cluster.plan.training import (
+    BranchingPlan,
+    LoraPlan,
+    ModelPlan,
+    Preset,
+    TrainedTokenizerPlan,
+    TrainingPlan,
+)
+from btm_cluster.plan.trains import ALL, Lora, Part, Trains
 
 __all__ = [
+    "ALL",
+    "BranchingPlan",
     "BudgetPlan",
     "ClusterPlan",
     "DatasetPlan",
     "DomainPlan",
     "ExpansionPlan",
     "InboxPlan",
+    "Lora",
+    "LoraPlan",
     "MergingPlan",
+    "MixtureOfExpertsPlan",
     "ModelPlan",
+    "Part",
     "Plan",
     "Preset",
     "ReadingPlan",
@@ -29,6 +43,7 @@ __all__ = [
     "TrackingPlan",
     "TrainedTokenizerPlan",
     "TrainingPlan",
+    "Trains",
     "plan_schema",
     "read_plan",
 ]

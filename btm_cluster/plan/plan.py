@@ -35,6 +35,17 @@ from btm_cluster.plan.values import (
 )
 
 
+class MixtureOfExpertsPlan(Section):
+    """One model of all experts: their feed-forwards, behind a router in every layer."""
+
+    experts_per_token: Positive = 2
+    """Feed-forwards that a token passes in every layer, of those with the largest scores. All experts, where
+    a forest has fewer."""
+    rest: Literal["average", "seed"] = "average"
+    """Whose attention, embeddings and norms it has: those of the experts' uniform average, which is better
+    where experts have changed them too, or the seed's, which is exact where they have not."""
+
+
 class MergingPlan(Section):
     """How experts are combined, and on how much development text that is fitted."""
 
@@ -68,6 +79,9 @@ class MergingPlan(Section):
     that weighs experts by distance to them to the evaluation."""
     cluster_temperature: PositiveReal = 0.1
     """T of that ensemble's weights, softmax(-dist²/T). c-BTM: 0.1."""
+    mixture_of_experts: MixtureOfExpertsPlan | None = None
+    """Evaluate a mixture of experts too, as `btm export --moe` writes it; `{}` is one with the defaults. It
+    needs a llama, mistral, qwen2, qwen3 or olmo2, and development text of every domain."""
 
 
 class ClusterPlan(Section):

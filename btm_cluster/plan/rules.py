@@ -136,6 +136,14 @@ def training_rules(given: Given) -> Iterator[Broken]:
         )
 
 
+def branching_rules(given: Given) -> Iterator[Broken]:
+    """An adapter is described where one is trained."""
+    train = given.get("train", "all")
+    if is_given(given.get("lora")) and train in ("all", "feed-forward"):
+        expected = f"nothing, since experts train {train}"
+        yield Broken("lora", "an adapter", expected, "leave it out, or write `train: lora`")
+
+
 def merging_rules(given: Given) -> Iterator[Broken]:
     """A gate learns what a prior says, of all experts; and a temperature wants clusters."""
     if given.get("posterior") == "gate":

@@ -39,6 +39,9 @@ _SEED = Synonym("training.random_seed")
 _CONFIG = Synonym("model.config", "such as {model_type: gpt2, n_layer: 4, n_embd: 256, n_head: 4}")
 _PRETRAINED = Synonym("model.pretrained", "with the same name as `tokenizer.pretrained`")
 _DOMAINS = Synonym("domains", "an expert for each entry of the list")
+_LORA_RANK = Synonym("branching.lora.rank", "with `train: lora`")
+_LORA_ALPHA = Synonym("branching.lora.alpha", "with `train: lora`")
+_LORA_MODULES = Synonym("branching.lora.modules", "with `train: lora`; a list of names, or all-linear")
 _CHECKPOINTS = Synonym("cluster.checkpoint_minutes", "in minutes")
 
 SYNONYMS: dict[str, Synonym] = {
@@ -89,6 +92,14 @@ SYNONYMS: dict[str, Synonym] = {
     "num_gpus": Synonym("cluster.gpus_per_expert", "and `cluster.seed_gpus`"),
     "n_gpus": Synonym("cluster.gpus_per_expert", "and `cluster.seed_gpus`"),
     "nproc_per_node": Synonym("cluster.gpus_per_expert", "and `cluster.seed_gpus`"),
+    "r": _LORA_RANK,
+    "lora_r": _LORA_RANK,
+    "lora_rank": _LORA_RANK,
+    "lora_alpha": _LORA_ALPHA,
+    "target_modules": _LORA_MODULES,
+    "lora_target_modules": _LORA_MODULES,
+    "peft": Synonym("branching.train", "lora"),
+    "adapter": Synonym("branching.train", "lora"),
     "save_steps": _CHECKPOINTS,
     "save_interval": _CHECKPOINTS,
     "checkpoint_interval": _CHECKPOINTS,

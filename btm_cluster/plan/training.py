@@ -1,14 +1,15 @@
 """Sections of a plan on what is trained: tokenizer, model, training and branching."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from btm_cluster.plan import rules as plan_rules
 from btm_cluster.plan.section import Section
 from btm_cluster.plan.values import (
     Config,
     FolderOrName,
+    Modules,
     Positive,
     PositiveReal,
     Real,
@@ -102,19 +103,65 @@ class TrainingPlan(Section):
         return round(self.seed_share * self.updates)
 
 
+ALL_LINEAR = "all-linear"
+"""All linear layers but the output layer, in PEFT's words."""
+
+
+class LoraPlan(Section):
+    """The adapter of a LoRA expert: ΔW = alpha/rank · B·A beside each adapted weight W."""
+
+    rank: Positive = 16
+    """Rows of A, columns of B. Enough for a domain of some million tokens; more text wants more: 64 to 256."""
+    alpha: PositiveReal = 32.0
+    """ΔW is scaled by alpha/rank: by 2 at rank 16, as is the habit. Where it stays as the rank changes, so does
+    the best learning rate.
+
+    Source: Schulman et al., 2025, LoRA Without Regret.
+    """
+    modules: Modules = (ALL_LINEAR,)
+    """Linear layers that are adapted: names such as [q_proj, v_proj], or PEFT's `all-linear`, all of the decoder
+    layers. Adapters beside attention alone, LoRA's first habit, learn less at equal size (same source)."""
+
+
+LORA_RATE_SCALE = 10.0
+"""The best learning rate of LoRA over that of training the whole model, whatever the model's size.
+
+Source: Schulman et al., 2025, LoRA Without Regret.
+"""
+
+
 class BranchingPlan(Section):
     """How an expert starts and is trained.
 
     The first batch starts from the seed. Experts that a forest has stay as they are.
     """
 
+    rules: ClassVar = plan_rules.branching_rules
+    train: Literal["all", "feed-forward", "lora"] = "all"
+    """What experts change of the model that they start from: all of it, the feed-forwards of its layers, or
+    adapters of low rank (LoRA). The rest is frozen and shared: an expert stores what it changed and nothing
+    more. Seed, Transformer-LM and DEMix train all."""
+    lora: LoraPlan | None = None
+    """The adapter of `train: lora`; without it, one of rank 16 beside every linear layer."""
     start: Literal["seed", "posterior", "uniform"] = "posterior"
     """Where an expert starts whose domain is added to a forest that has experts: the seed, or the average of
-    the current experts weighted by their posterior on the new domain, or uniformly."""
+    the current experts weighted by their posterior on the new domain, or uniformly. Unless this is written,
+    it is the seed for experts that do not train all: an average is a whole model to store for each of them."""
     optimizer: Literal["keep", "reset"] = "keep"
     """Continue the seed's Adam moments and learning-rate line, or start the moments anew and rise to the line
-    again. An average has no moments to keep, nor has a pretrained model."""
+    again. There are none to keep of an average, a pretrained model, or the new matrices of LoRA."""
     learning_rate_scale: PositiveReal = 1.0
     """An expert's learning rate over the seed's at the same update; the paper: 1. With more, experts leave
     their seed further behind and differ more, with less they stay closer to it; which is better depends on
-    how they are mixed."""
+    how they are mixed. Unless this is written, it is 10 with LoRA: `training.learning_rate` stays the one by
+    which the whole model would be trained."""
+
+    @model_validator(mode="after")
+    def _settle_for_deltas(self) -> Self:
+        """What is not written follows from what experts train."""
+        settled: dict[str, Any] = {}
+        if self.train != "all" and "start" not in self.model_fields_set:
+            settled["start"] = "seed"
+        if self.train == "lora" and "learning_rate_scale" not in self.model_fields_set:
+            settled["learning_rate_scale"] = LORA_RATE_SCALE
+        return self.model_copy(update=settled) if settled else self

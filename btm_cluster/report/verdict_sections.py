@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from btm_cluster.evaluation.judgement import Judgement
-from btm_cluster.evaluation.rows import SEED, Cell, Row
+from btm_cluster.evaluation.rows import SEED, Cell, Row, cost_words
 from btm_cluster.evaluation.verdict import Verdict
 from btm_cluster.report.content import Block, Figure, Section, Table, Tile, not_measured
 from btm_cluster.report.drawing import share_text
@@ -47,7 +47,7 @@ def lead(verdict: Verdict) -> str:
 
 
 def tiles(verdict: Verdict) -> list[Tile]:
-    """The best ensemble, the best single model, and what they are held against."""
+    """The best system of each kind, and what they are held against."""
     found = [_tile(one) for one in verdict.judgements]
     row = next((row for row in verdict.rows.get("test", ()) if row.system == verdict.baseline), None)
     if row is not None and "all" in row.means:
@@ -70,8 +70,8 @@ def _tile(one: Judgement) -> Tile:
     return Tile(name, _signed(one.difference), "; ".join(parts), _GOOD[one.outcome])
 
 
-def _cost(cost: int | None) -> str:
-    return "inference cost not known" if cost is None else f"{cost}× inference cost"
+def _cost(cost: float | None) -> str:
+    return "inference cost not known" if cost is None else f"{cost_words(cost)}× inference cost"
 
 
 def _signed(share: float) -> str:
@@ -112,7 +112,7 @@ def _systems_table(rows: Sequence[Row], verdict: Verdict) -> Table:
     table = [
         [
             row.system,
-            DASH if row.inference_cost is None else f"{row.inference_cost}×",
+            DASH if row.inference_cost is None else f"{cost_words(row.inference_cost)}×",
             *(_perplexity(row.means.get(group)) for group in shown),
             *_whole(row.means.get("all")),
         ]

@@ -79,6 +79,43 @@ class TaskVectorRequest(MergeRequest):
 
 
 @dataclass(frozen=True)
+class MixtureOfExpertsRequest(MergeRequest):
+    """Make one mixture of experts of several models: their feed-forwards, behind a router in every layer."""
+
+    rest: Ref
+    """The model that attention, embeddings and norms are of: the seed, or an average."""
+    tokens: tuple[tuple[Ref, ...], ...]
+    """Development blocks of each model's domain, in order of the models: routers are fitted on them."""
+    experts_per_token: int
+    blocks: int
+    """How many development blocks of each domain are looked at, at most."""
+    how: Resources
+
+    @property
+    def ordered_tokens(self) -> tuple[tuple[Ref, ...], ...]:
+        """Development blocks in order of the models by identity, which is that of the experts."""
+        by_model = dict(zip(self.models, self.tokens, strict=True))
+        return tuple(by_model[model] for model in self._ordered)
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        return {
+            "experts_per_token": self.experts_per_token,
+            "blocks": self.blocks,
+            "shards": [len(tokens) for tokens in self.ordered_tokens],
+        }
+
+    @property
+    def inputs(self) -> Inputs:
+        tokens = tuple(ref for shards in self.ordered_tokens for ref in shards)
+        return {"models": self._ordered, "rest": (self.rest,), "tokens": tokens}
+
+    @property
+    def group(self) -> Resources:
+        return self.how
+
+
+@dataclass(frozen=True)
 class SoupRequest(StepRequest):
     """Search for the weights by which an average of models does best on development text.
 

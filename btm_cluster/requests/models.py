@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeAlias
 
 from btm_cluster.identity import Inputs, Ref, identity_of, plain_inputs
-from btm_cluster.plan import TrainingPlan
+from btm_cluster.plan import ALL, TrainingPlan, Trains
 from btm_cluster.requests.request import Resources, StepRequest, texts_of
 
 _TRAINING = {
@@ -105,6 +105,8 @@ class TrainRequest(StepRequest):
 
     What comes out is a model for each of `parts`, and an artifact that names them.
     """
+    trains: Trains = ALL
+    """The weights that change. Of less than all, `start` is needed to use what comes out."""
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -126,6 +128,7 @@ class TrainRequest(StepRequest):
             "parts_of_texts": [
                 [text.split, text.first_blocks] for text in self._ordered if text.split != "train"
             ],
+            **self.trains.recipe,
         }
 
     @property

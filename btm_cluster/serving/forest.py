@@ -5,7 +5,7 @@ and the change to the next version while requests are under way.
 import asyncio
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -21,6 +21,7 @@ from btm_cluster.mixing.fitting import FULL, Mixing
 from btm_cluster.serving.engine_thread import EngineThread
 from btm_cluster.serving.settings import ServingSettings
 from btm_cluster.steps.mixture import Mixture, engine_of
+from btm_cluster.steps.shared_models import SharedModels
 from btm_cluster.steps.stored import open_model, open_tokenizer
 
 log = logging.getLogger(__name__)
@@ -65,11 +66,11 @@ class LoadedForest:
             UserError: the device has too little memory.
         """
         self.mixture, self._ledger, self._settings = mixture, ledger, settings
-        self.models: Mapping[Ref, PreTrainedModel]
         self.tokenizer = open_tokenizer(ledger, mixture.tokenizer)
-        loaded: Mapping[Ref, PreTrainedModel] = before.models if before is not None else {}
-        self.models = {ref: loaded.get(ref) or open_model(ledger, ref) for ref in mixture.models.values()}
-        self.ensemble = self._thread(list(self.models.values()), mixture)
+        self.shared = SharedModels(ledger)
+        known = before.shared if before is not None else None
+        models = [self.shared.open(ref, known) for ref in mixture.models.values()]
+        self.ensemble = self._thread(models, mixture)
         self._by_name = dict(self._of_the_ensemble())
         self._elsewhere = dict(self._beside_the_ensemble())
         self._others: OrderedDict[str, Served] = OrderedDict()
@@ -140,7 +141,8 @@ class LoadedForest:
         gate = Mixing(uniform_prior(torch.zeros(1, dtype=torch.float64)), FULL)
         ref = self._elsewhere[name]
         alone = replace(self.mixture, models={name: ref}, gate=gate, gates={})
-        return Served(self._thread([open_model(self._ledger, ref)], alone), [name], gate)
+        model = self.shared.find(ref) or open_model(self._ledger, ref)
+        return Served(self._thread([model], alone), [name], gate)
 
     @property
     def failure(self) -> BaseException | None:

@@ -23,11 +23,12 @@ from btm_cluster.language_model.training_state import (
     OPTIMIZER_FILE,
     TrainingState,
     does_not_fit,
+    load_moments,
     load_state,
 )
 from btm_cluster.ledger import Artifact, Ledger, Named
 from btm_cluster.ledger.curves import read_curve
-from btm_cluster.steps.stored import open_weights
+from btm_cluster.steps.stored import open_stored
 from btm_cluster.storage.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,9 @@ def load_stored(
     state: TrainingState, update: int, ledger: Ledger, source: Artifact, keep_optimizer: bool
 ) -> None:
     """Fills `state`, which then stands at `update`, with a stored model's
-    weights, and its optimiser where asked.
+    weights, or with what is trained of them, and its optimiser where asked.
+
+    A state that is built over `source`, of which it trains a part, has its weights already.
 
     Raises:
         MissingError: a file is gone, perhaps while it was read.
@@ -47,9 +50,12 @@ def load_stored(
     name = f"{source.kind} {source.identity[:12]}"
     try:
         # All files are known to be whole before one is loaded.
-        weights = open_weights(ledger, source)
+        weights = open_stored(ledger, source)
         optimizer = TensorFiles([ledger.open_file(source, OPTIMIZER_FILE)]) if keep_optimizer else None
-        load_state(state, update, weights, optimizer, name)
+        if not state.trains.is_delta or source.is_delta:
+            load_state(state, update, weights, optimizer, name)
+        elif optimizer is not None:
+            load_moments(state, optimizer, name)
     except FileNotFoundError as exc:
         what = f"{name}: a file was deleted while it was read"
         raise MissingError(what, found=str(exc), remedy="run the plan again") from exc
@@ -71,7 +77,14 @@ def load_curve(state: TrainingState, ledger: Ledger, source: Artifact, label: st
 class TrainingCheckpoints:
     """Saves a model in the making, at most one save under way at a time."""
 
-    def __init__(self, ledger: Ledger, model: Named, label: str, passed_over: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        model: Named,
+        label: str,
+        passed_over: Collection[str] = (),
+        weights_file: str = WEIGHTS,
+    ) -> None:
         self.stalled_seconds = 0.0
         """How long training stood still for all saves."""
         self.stall_seconds: float | None = None
@@ -79,7 +92,7 @@ class TrainingCheckpoints:
         self.upload_seconds: float | None = None
         """How long the last save that was stored took for that, meanwhile."""
         self._ledger, self._model, self._label = ledger, model, label
-        self._passed_over = passed_over
+        self._passed_over, self._weights_file = passed_over, weights_file
         self._weights, self._moments = HostCopy(), HostCopy()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
@@ -137,8 +150,8 @@ class TrainingCheckpoints:
     ) -> None:
         started = time.monotonic()
         with scratch_folder() as scratch:
-            files = {name: scratch / name for name in (WEIGHTS, OPTIMIZER_FILE, CURVE_FILE)}
-            save_weights(weights, files[WEIGHTS])
+            files = {name: scratch / name for name in (self._weights_file, OPTIMIZER_FILE, CURVE_FILE)}
+            save_weights(weights, files[self._weights_file])
             save_weights(moments, files[OPTIMIZER_FILE])
             files[CURVE_FILE].write_text(curve.model_dump_json(), encoding="utf-8")
             self._ledger.save_training(self._model, update, files, facts, self._passed_over)

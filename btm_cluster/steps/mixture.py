@@ -21,7 +21,7 @@ from btm_cluster.language_model.engine_opening import EngineSettings
 from btm_cluster.ledger import Ledger, Ref
 from btm_cluster.ledger.versions import version_of
 from btm_cluster.mixing.fitting import FULL, Mixing
-from btm_cluster.steps.stored import open_model
+from btm_cluster.steps.shared_models import open_models
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def open_engine(
     device: str | None = None,
 ) -> EnsembleEngine:
     """The mixture's models, all of one architecture, loaded into this process: on its
-    GPU where there is one and no other `device` is named.
+    GPU where there is one and no other `device` is named. What they share is held once.
 
     The engine continues `rows` texts at a time. `tokenizer` is the mixture's, opened. In float32, the ensemble
     that writes is the one that was measured.
@@ -112,7 +112,7 @@ def open_engine(
     Raises:
         UserError: the device has too little memory.
     """
-    models = [open_model(ledger, model) for model in mixture.models.values()]
+    models = open_models(ledger, list(mixture.models.values()))
     return engine_of(models, mixture, tokenizer, rows, precision, device)
 
 

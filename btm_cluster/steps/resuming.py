@@ -13,11 +13,13 @@ import torch
 
 from btm_cluster.errors import IntegrityError, MissingError
 from btm_cluster.language_model.process_group import ProcessGroup
+from btm_cluster.language_model.stored_weights import StoredWeights
 from btm_cluster.language_model.training_spec import TrainingSpec
 from btm_cluster.language_model.training_state import TrainingState, build_state
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import Resources, TrainRequest
 from btm_cluster.steps.checkpoints import load_curve, load_stored
+from btm_cluster.steps.stored import open_weights
 
 log = logging.getLogger(__name__)
 SPAN = ("first_update", "last_update")
@@ -65,7 +67,8 @@ def restore(
     while True:
         source = _agree_on_source(request, ledger, group, passed_over)
         # Anew after a failure, which may have loaded a part of it.
-        state = build_state(spec, group, draws_weights=source.stored is None)
+        is_drawn = source.stored is None
+        state = build_state(spec, group, _base_of(request, ledger), draws_weights=is_drawn)
         damaged = not _loads(state, source, ledger, request.label)
         if not any(group.any(damaged)):
             if source.stored is not None and source.is_on_the_way(request):
@@ -74,6 +77,14 @@ def restore(
         assert source.stored is not None
         passed_over.add(source.stored.manifest_hash)
         del state
+
+
+def _base_of(request: TrainRequest, ledger: Ledger) -> StoredWeights | None:
+    """The weights of which a part is trained; None where all are."""
+    if not request.trains.is_delta:
+        return None
+    assert request.start is not None, "what changes is a part of a model that is there"
+    return open_weights(ledger, ledger.get(request.start.model))
 
 
 def _agree_on_source(

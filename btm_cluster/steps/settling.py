@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from btm_cluster.errors import ResourcesError
+from btm_cluster.language_model.deltas import count_trained
 from btm_cluster.language_model.layers import size_of
 from btm_cluster.language_model.memory import USABLE_SHARE, Memory, Setting, Way, choose_way, memory_of
 from btm_cluster.language_model.model import fresh_on_meta
@@ -33,7 +34,9 @@ def settled(request: TrainRequest, group: ProcessGroup) -> TrainRequest:
 
 def settled_for(request: TrainRequest, there: float) -> TrainRequest:
     """The request with resources that leave nothing open, where a worker has so many bytes."""
-    how, size = request.how, size_of(fresh_on_meta(request.model))
+    how = request.how
+    trained, frozen = count_trained(request.model, request.trains)
+    size = replace(size_of(fresh_on_meta(request.model)), parameters=trained + frozen, frozen=frozen)
     sharding = _SHARDING[how.sharding]
     way = choose_way(size, _way_of(request), USABLE_SHARE * there, sharding, how.activation_checkpointing)
     memory = memory_of(size, way)

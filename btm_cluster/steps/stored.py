@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from btm_cluster.data.corpus import read_shard
 from btm_cluster.data.tokenizer import TOKENIZER_FILES, TextTokenizer, load_tokenizer
 from btm_cluster.errors import MissingError
-from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.ledger import Artifact, Ledger, Ref, artifact_key
 from btm_cluster.storage.scratch import scratch_folder
 
 if TYPE_CHECKING:
@@ -76,13 +76,15 @@ def open_config(ledger: Ledger, model: Artifact) -> dict[str, Any]:
     return dict(json.loads(ledger.open_file(model, "config.json").read_text(encoding="utf-8")))
 
 
-def open_weights(ledger: Ledger, model: Artifact) -> "StoredWeights":
-    """A stored model's weights, or those of a training checkpoint; no tensor is read yet.
+def open_stored(ledger: Ledger, model: Artifact) -> "StoredWeights":
+    """The tensors that a stored model, or a training checkpoint, itself holds: all, or what changed of its base.
+
+    None is read yet.
 
     Raises:
         MissingError: it has no weights, or an index that names a file which it has not.
     """
-    from btm_cluster.language_model.stored_weights import open_files
+    from btm_cluster.language_model.stored_weights import TensorFiles, open_files
     from btm_cluster.language_model.tensor_files import INDEX
 
     def locate(name: str) -> Path:
@@ -94,7 +96,58 @@ def open_weights(ledger: Ledger, model: Artifact) -> "StoredWeights":
             )
         return ledger.open_file(model, name)
 
+    if model.is_delta:
+        return TensorFiles([locate(_file_of_delta(model))])
     return open_files(locate, model.has(INDEX))
+
+
+def open_weights(ledger: Ledger, model: Artifact) -> "StoredWeights":
+    """A stored model's weights: of one that holds what changed of its base, those of the whole model that it is.
+
+    No tensor is read yet.
+
+    Raises:
+        MissingError: its base is gone.
+        IncompatibleError: its base is another model.
+    """
+    stored = open_stored(ledger, model)
+    if not model.is_delta:
+        return stored
+    from btm_cluster.language_model.delta_weights import ChangedWeights, LoraWeights
+
+    base = open_weights(ledger, base_of(ledger, model))
+    if model.facts["trains"] != "lora":
+        return ChangedWeights(base, stored)
+    config = open_adapter_config(ledger, model)
+    return LoraWeights(base, stored, config["lora_alpha"] / config["r"], config["fan_in_fan_out"])
+
+
+def base_of(ledger: Ledger, delta: Artifact) -> Artifact:
+    """The model of which `delta` holds what changed.
+
+    Raises:
+        MissingError: it was purged, or the store has lost it.
+    """
+    (base,) = delta.inputs["start"]
+    found = ledger.find(base)
+    if found is None:
+        is_purged = bool(ledger.tombstones.purged_among([base]))
+        raise MissingError(
+            f"{delta.kind} {delta.identity[:12]} holds only what changed of its base, {base}",
+            found=f"the base {'was purged' if is_purged else 'is not in the store'}",
+            expected=artifact_key(base),
+            remedy="take its domain out of the forest (`btm forest remove`), and train it anew by another name"
+            if is_purged
+            else "restore the base from a backup",
+        )
+    return found
+
+
+def open_adapter_config(ledger: Ledger, model: Artifact) -> dict[str, Any]:
+    """PEFT's configuration of a stored adapter."""
+    from btm_cluster.language_model.lora import ADAPTER_CONFIG
+
+    return dict(json.loads(ledger.open_file(model, ADAPTER_CONFIG).read_text(encoding="utf-8")))
 
 
 def open_model(
@@ -114,8 +167,17 @@ def open_model(
 
 
 def weights_sha256(model: Artifact) -> str:
-    """SHA-256 of a stored model's weights: of their file, or of the list of SHA-256 of index and shards."""
+    """SHA-256 of a stored model's weights, or of what it holds of them: of their file, or of the list of SHA-256 of
+    index and shards."""
     from btm_cluster.language_model.stored_weights import holds_weights
 
+    if model.is_delta:
+        return model.blob(_file_of_delta(model)).sha256
     hashes = [blob.sha256 for blob in sorted(model.blobs, key=attrgetter("name")) if holds_weights(blob.name)]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def _file_of_delta(model: Artifact) -> str:
+    from btm_cluster.language_model.deltas import FILES
+
+    return FILES[model.facts["trains"]]

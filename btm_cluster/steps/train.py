@@ -16,6 +16,7 @@ from btm_cluster.data.tokenizer import TOKENIZER_FILES
 from btm_cluster.errors import MissingError, TrainingError
 from btm_cluster.language_model.compute import device_of
 from btm_cluster.language_model.demix import DensePart, count_demix_parameters
+from btm_cluster.language_model.lora import ADAPTER_CONFIG, adapter_config, write_adapter_config
 from btm_cluster.language_model.model import fresh_on_meta, layout_of, write_config
 from btm_cluster.language_model.model_import import import_model
 from btm_cluster.language_model.process_group import ProcessGroup
@@ -76,6 +77,9 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
                 help_to_write(trained.state, keeps_optimizer, dtype)
                 return None
             files = write_state(trained.state, folder, keeps_optimizer, dtype) | _write_curve(trained, folder)
+            if made.trains.lora is not None:
+                config = adapter_config(made.trains.lora, made.model)
+                files[ADAPTER_CONFIG] = write_adapter_config(config, folder)
             return commit(made, files, trained.facts, trained.note)
 
         if request.pretrained is not None:

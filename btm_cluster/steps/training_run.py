@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from btm_cluster.curve import Curve
 from btm_cluster.data.blocks import Blocks
 from btm_cluster.language_model.compute import Compute, device_name, device_of
+from btm_cluster.language_model.deltas import FILES
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.training import UpdateReport, train
 from btm_cluster.language_model.training_spec import TextBlocks, TrainingSpec
@@ -67,7 +68,8 @@ def run_training(
     set_up(spec.compute)
     spec = replace(spec, development_DNT=open_development(request, ledger, group))
     state, source, passed_over = restore(request, spec, ledger, group)
-    checkpoints = TrainingCheckpoints(ledger, request, request.label, passed_over)
+    weights_file = FILES[request.trains.part]
+    checkpoints = TrainingCheckpoints(ledger, request, request.label, passed_over, weights_file)
     run = TrainingRun(request, spec, control, group, source, checkpoints, at_milestone)
     try:
         train(spec, state, run)
@@ -101,6 +103,7 @@ def spec_of(request: TrainRequest, texts: Sequence[Blocks], first_token: int) ->
         restart_data=request.restart_data,
         is_demix=request.is_demix,
         compute=compute_of(request.how),
+        trains=request.trains,
         divergence_remedy=_calmer_recipe(request.role),
     )
 
@@ -161,7 +164,7 @@ class TrainingRun:
     def save(self, state: TrainingState, wait: bool) -> None:
         weights, moments = state.weights(), state.moments()
         if self._group.is_first:
-            facts = {"how": self._request.how.facts} | self._profiles(state)
+            facts = {"how": self._request.how.facts, **self._request.trains.facts} | self._profiles(state)
             self._checkpoints.save(state.update, weights, moments, state.recording.curve(), facts, wait)
         else:
             deque(chain(weights, moments), maxlen=0)  # the first rank gathers what this one holds
@@ -208,7 +211,8 @@ class TrainingRun:
         return Trained(state, self._facts(role, state), self._note(state), curve)
 
     def _facts(self, role: Role, state: TrainingState) -> dict[str, Any]:
-        return {"role": role, "tokens": self._tokens(state), **self._profiles(state)}
+        trained = {"tokens": self._tokens(state), **self._request.trains.facts}
+        return {"role": role, **trained, **self._profiles(state)}
 
     def _tokens(self, state: TrainingState) -> int:
         return (state.update - self._request.first_update) * self._spec.tokens_per_update

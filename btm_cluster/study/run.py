@@ -100,7 +100,7 @@ def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[Tra
     branches from it, then what follows it."""
     prepared, prepared_by_share, seeds = repeat.prepared, repeat.prepared_by_share, repeat.seeds
     assert prepared.plan.study is not None
-    systems, scale = prepared.plan.study.systems, prepared.plan.branching.learning_rate_scale
+    systems, branching = prepared.plan.study.systems, prepared.plan.branching
     whole = repeat.transformer_lm()
     scratch = (
         [scratch_request(prepared, d, i) for i, d in enumerate(prepared.domains)]
@@ -118,8 +118,11 @@ def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[Tra
     demix_from_seed = (
         [seeded_demix_request(prepared, seeds[first].ref)] if "demix-from-seed" in systems else []
     )
+    is_rate_of_all = (
+        branching.learning_rate_scale == 1 or branching.train == "lora"
+    )  # whose rate is no model's
     at_experts_rate = (
-        [] if scale == 1 else [transformer_lm_at_experts_rate_request(prepared, seeds[first].ref)]
+        [] if is_rate_of_all else [transformer_lm_at_experts_rate_request(prepared, seeds[first].ref)]
     )
     branched = [*(expert for share in seeds for expert in experts[share]), *dealt, *demix_from_seed]
     trained += train(repeat, branched, driver, at_experts_rate)

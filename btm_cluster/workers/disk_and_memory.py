@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from btm_cluster.driver.capacity import Demand
-from btm_cluster.equations.budget import stored_bytes, trained_bytes
+from btm_cluster.equations.budget import frozen_bytes, stored_bytes, trained_bytes
 from btm_cluster.errors import ResourcesError
 from btm_cluster.workers.nvidia import gpu_facts
 
@@ -46,14 +46,15 @@ def problems_here(demands: Sequence[Demand]) -> Iterator[ResourcesError]:
     memory = _memory()
     gpu_memory = _gpu_memory() if any(demand.how.gpus_per_worker for demand in trained) else None
     for demand in trained:
-        needed = trained_bytes(demand.parameters) // demand.how.workers
+        needed = (trained_bytes(demand.parameters) + frozen_bytes(demand.frozen)) // demand.how.workers
         there, of = (gpu_memory, "a GPU") if demand.how.gpus_per_worker else (memory, "this machine")
         if there is not None and needed > there:
             yield ResourcesError(
                 f"the memory of {of} is too small to train {demand.label}",
                 found=f"{there / GIGABYTE:,.1f} GB",
                 expected=f"at least {needed / GIGABYTE:,.1f} GB, for weights, gradients and Adam's moments of "
-                f"{demand.parameters:,} parameters in float32",
+                f"{demand.parameters:,} parameters in float32"
+                + (f", and {demand.frozen:,} frozen ones" if demand.frozen else ""),
                 remedy="take a smaller `model`, or a machine with more",
             )
         try:

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 
 from btm_cluster.algorithm import merge
-from btm_cluster.errors import StoreError, UserError
+from btm_cluster.errors import MissingError, StoreError, UserError
 from btm_cluster.ledger import Ledger, artifact_key
 from btm_cluster.ledger.purge import plan_purge, purge
 from btm_cluster.operations.gc import collect, find_garbage
-from btm_cluster.operations.remove import influence_of
+from btm_cluster.operations.remove import influence_of, planned_purge
+from btm_cluster.operations.remove import purge as purge_domain
+from btm_cluster.operations.rollback import rollback
 from btm_cluster.operations.verify import verify
+from btm_cluster.steps.stored import base_of
 from tests.house import House
 from tests.memory_store import Crash, InMemory, without_threads
 
@@ -490,3 +493,53 @@ def test_a_damaged_record_of_a_purge_is_told(full: HouseInMemory) -> None:
     data, modified = full.memory.objects[key]
     full.memory.objects[key] = data.replace(b"law", b"lax"), modified
     assert any(key in problem for problem in verify(full.ledger).problems)
+
+
+# What holds only what changed of its base
+
+
+def add_delta(house: HouseInMemory, is_merged: bool) -> None:
+    """An expert of sport that holds what changed of an average which the expert of law is part of."""
+    house.read("sport")
+    start = {"start": ("average for code",)}
+    house.commit("sport expert", "model", house.training(["sport"]) | start, role="expert", trains="lora")
+    if is_merged:
+        house.merge(house.expert("sport", "law expert", "code expert"))
+
+
+def test_a_delta_goes_with_its_base_and_keeps_it_alive(house: HouseInMemory) -> None:
+    add_delta(house, is_merged=True)
+    house.remove("law")
+    assert not {artifact_key(house.refs["average for code"])} & {
+        *find_garbage(house.ledger, 1, -1.0).manifests
+    }
+    house.remove("sport")
+    purge(house.ledger, planned_purge(house.ledger, "law"))
+    assert not house.is_there("sport expert")
+    assert house.is_there("news expert")  # whole without the average that it started from
+    assert house.is_there("sport text")
+    with pytest.raises(UserError, match="was purged"):
+        rollback(house.ledger, 3)
+    assert verify(house.ledger).problems == ()
+
+
+def test_a_purge_that_would_leave_the_forest_a_useless_expert_is_refused(house: HouseInMemory) -> None:
+    add_delta(house, is_merged=True)
+    before = dict(house.memory.objects)
+    with pytest.raises(UserError, match="'law' cannot be purged") as refused:
+        purge_domain(house.ledger, "law")
+    assert "`btm forest remove sport`" in str(refused.value.remedy)
+    assert house.memory.objects == before
+
+
+def test_a_delta_is_of_no_use_without_its_base_and_says_so(house: HouseInMemory) -> None:
+    add_delta(house, is_merged=False)
+    key = artifact_key(house.refs["sport expert"])
+    manifest = house.memory.objects[key]
+    house.remove("law")
+    purge(house.ledger, plan_purge(house.ledger, "law"))
+    house.memory.objects[key] = manifest  # from a backup
+    with pytest.raises(MissingError) as refused:
+        base_of(house.ledger, house.ledger.get(house.refs["sport expert"]))
+    assert refused.value.found == "the base was purged"
+    assert any("was purged" in problem for problem in verify(house.ledger).problems)

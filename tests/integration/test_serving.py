@@ -486,5 +486,7 @@ def test_a_newer_version_takes_over_while_requests_are_under_way(
         assert answers == ["forest-version-1"] * 12
         before.ensemble.join(30)  # its engine has ended with the last of them
         assert "expert:orchard" not in [model.id for model in server.client.models.list()]
-        unchanged = [ref for ref in first.models.values() if ref in server.live.current.models]
-        assert all(server.live.current.models[ref] is before.models[ref] for ref in unchanged)
+        now = server.live.current.shared
+        unchanged = [ref for ref in first.models.values() if now.find(ref)]
+        assert unchanged
+        assert all(now.find(ref) is before.shared.find(ref) for ref in unchanged)

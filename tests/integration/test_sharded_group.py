@@ -22,7 +22,7 @@ from btm_cluster.language_model.layers import size_of
 from btm_cluster.language_model.model import fresh_on_meta
 from btm_cluster.ledger import Ledger
 from btm_cluster.ledger.curves import read_curve
-from btm_cluster.plan import Plan
+from btm_cluster.plan import Lora, Plan, Trains
 from btm_cluster.requests import Resources, TrainRequest
 from btm_cluster.steps.settling import settled_for
 from btm_cluster.steps.train import train
@@ -95,6 +95,7 @@ def test_what_a_plan_leaves_open_is_settled_by_the_memory_that_is_there(
     assert Resources(**scarce.facts) == scarce
     with pytest.raises(ResourcesError, match="seed does not fit its GPUs"):
         settled_for(seed, 0.4 * state)
+    settled_for(replace(seed, trains=Trains("lora", Lora(2, 4.0, ("c_attn",)))), 0.4 * state)
 
 
 def test_sharded_groups_train_the_model_of_one_process_and_go_on_from_each_others_checkpoints(

@@ -11,13 +11,20 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from btm_cluster.driver.preparation import prepare
-from btm_cluster.driver.recipes import demix_request, seed_request, transformer_lm_request
+from btm_cluster.driver.recipes import (
+    demix_request,
+    expert_request,
+    seed_request,
+    seed_start,
+    transformer_lm_request,
+)
 from btm_cluster.errors import Stopped
 from btm_cluster.plan import Plan
 from btm_cluster.requests import TrainRequest
@@ -34,7 +41,7 @@ class Job:
     fields: dict[str, Any]
     """The plan; its store has texts, and the seed where the model starts from it."""
     model: str
-    """demix, demix-from-seed or transformer-lm."""
+    """demix, demix-from-seed, transformer-lm, or expert: the first domain's."""
     ranks: int
     stop_after: int | None = None
     """The update after which the last rank asks to stop."""
@@ -49,6 +56,7 @@ class Job:
             "demix": lambda: demix_request(prepared),
             "demix-from-seed": lambda: seeded_demix_request(prepared, seed),
             "transformer-lm": lambda: transformer_lm_request(prepared, seed),
+            "expert": lambda: expert_request(prepared, prepared.domains[0], seed_start(prepared, seed)),
         }[self.model]()
         how = replace(request.how, workers=self.ranks, **self.how)
         return replace(request, how=how, checkpoint_seconds=AT_EVERY_UPDATE)
@@ -83,7 +91,10 @@ def _train_on(rank: int, rendezvous: str, plan: Plan, request: TrainRequest, sto
 
 def main() -> None:
     """One job after the other."""
-    for job in (Job(**fields) for fields in json.load(sys.stdin)):
+    jobs = [Job(**fields) for fields in json.load(sys.stdin)]
+    if any("branching" in job.fields for job in jobs):
+        import_module("peft")  # before the processes are forked, which all need it
+    for job in jobs:
         plan = Plan.model_validate(job.fields)
         request = job.request(plan)
         with tempfile.TemporaryDirectory() as folder:

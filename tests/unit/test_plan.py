@@ -155,7 +155,7 @@ def test_a_relative_path_begins_at_the_folder_of_the_plan(
 
 def test_a_key_that_resembles_nothing_is_refused_with_all_known_names(write: Callable[[str], Path]) -> None:
     words = entries(refusal(write(MINIMAL + "branching: {xyzzy: 1}\n")))
-    assert "known here: start, optimizer" in words["branching.xyzzy"]
+    assert "known here: train, lora, start, optimizer" in words["branching.xyzzy"]
 
 
 def test_all_problems_of_a_plan_are_shown_at_once(write: Callable[[str], Path]) -> None:
@@ -248,6 +248,10 @@ PROBLEMS = {
         "greater than or equal to 1",
     ),
     "training: {updates: 1, seed_share: 0.9}": ("training", "at least one update for the experts"),
+    "branching: {lora: {rank: 8}}": ("branching.lora", "nothing, since experts train all"),
+    "branching: {train: lora, lora: {rank: 0}}": ("branching.lora.rank", "greater than or equal to 1"),
+    "branching: {train: lora, lora: {modules: []}}": ("branching.lora.modules", "at least"),
+    "branching: {train: qlora}": ("branching.train", "'all', 'feed-forward' or 'lora'"),
     "training: {updates: 1.5}": ("training.updates", "a valid integer"),
     "training: {block_tokens: 1e400}": ("training.block_tokens", "finite"),
     "training: {learning_rate: 0}": ("training.learning_rate", "greater than 0"),
@@ -446,6 +450,18 @@ def test_whatever_stands_in_a_field_the_plan_is_read_or_refused(
     except PlanError as exc:
         words = str(exc)
     assert words.startswith("name=") or entries(words)
+
+
+def test_what_is_not_written_of_branching_follows_from_what_experts_train(fields: dict[str, Any]) -> None:
+    def seen(**branching: Any) -> tuple[str, float]:
+        plan = Plan.model_validate(fields | {"branching": branching})
+        assert Plan.model_validate(plan.model_dump(mode="json")) == plan
+        return plan.branching.start, plan.branching.learning_rate_scale
+
+    assert seen() == ("posterior", 1)
+    assert seen(train="feed-forward") == ("seed", 1)
+    assert seen(train="lora") == ("seed", 10)
+    assert seen(train="lora", start="posterior", learning_rate_scale=1) == ("posterior", 1)
 
 
 def test_a_pretrained_model_has_no_seed_share_unless_the_plan_writes_one(fields: dict[str, Any]) -> None:

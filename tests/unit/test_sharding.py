@@ -8,14 +8,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from btm_cluster.errors import IncompatibleError
 from btm_cluster.language_model.compute import Compute
 from btm_cluster.language_model.layers import layers_of, recompute_activations
-from btm_cluster.language_model.model import build_model, fresh_on_meta, save_weights, weights_of
+from btm_cluster.language_model.model import (
+    build_model,
+    fresh_on_meta,
+    fresh_without_values,
+    save_weights,
+    weights_of,
+)
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.sharding import (
-    build_sharded,
     clip_gradients,
     gather,
     hand_out,
@@ -57,12 +63,18 @@ def compute(precision: str = "float32") -> Compute:
     return Compute(CPU, 1, 4, precision, compile=False, is_sharded=True)
 
 
+def sharded(name: str, group: ProcessGroup) -> PreTrainedModel:
+    model = fresh_without_values(CONFIGS[name])
+    shard(model, compute(), group)
+    return model
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_sharded_model_has_the_values_and_the_gradients_of_a_whole_one(
     group: ProcessGroup, name: str, tmp_path: Path
 ) -> None:
     whole = build_model(CONFIGS[name], random_seed=3)
-    model = build_sharded(CONFIGS[name], compute(), group)
+    model = sharded(name, group)
     hand_out(model, whole, group)
     assert is_sharded(model)
     assert not is_sharded(whole)
@@ -81,7 +93,7 @@ def test_a_sharded_model_has_the_values_and_the_gradients_of_a_whole_one(
     assert all(isinstance(p, DTensor) for p in model.parameters()), "only shares are left after a pass"
 
     save_weights(stored, tmp_path / "model.safetensors")
-    again = build_sharded(CONFIGS[name], compute(), group)
+    again = sharded(name, group)
     load_own(again, TensorFiles([tmp_path / "model.safetensors"]))
     assert all(torch.equal(tensor, stored[one]) for one, tensor in gather(weights_of(again)))
 
@@ -101,7 +113,7 @@ def _norm_after_a_pass(model: Any, ids: torch.Tensor) -> tuple[float, float]:
 
 
 def test_weights_of_another_model_are_refused_by_name(group: ProcessGroup, tmp_path: Path) -> None:
-    model = build_sharded(CONFIGS["llama"], compute(), group)
+    model = sharded("llama", group)
     other = weights_of(build_model(CONFIGS["llama"] | {"intermediate_size": 32}, 0))
     del other["lm_head.weight"]
     save_weights({**other, "more": torch.zeros(1)}, tmp_path / "model.safetensors")

@@ -1,0 +1,65 @@
+"""The mixture of experts of a forest: which steps make it."""
+
+from btm_cluster.driver.prepared_plan import PreparedPlan
+from btm_cluster.driver.recipes import expert_resources
+from btm_cluster.errors import TextError
+from btm_cluster.evaluation.fitting import uniform_request
+from btm_cluster.evaluation.systems import System
+from btm_cluster.forest import Forest
+from btm_cluster.ledger import Ref
+from btm_cluster.plan import MixtureOfExpertsPlan
+from btm_cluster.requests import AverageRequest, MixtureOfExpertsRequest
+
+MIXTURE_OF_EXPERTS = System("mixture of experts")
+
+
+def mixture_of_experts_request(
+    prepared: PreparedPlan, forest: Forest, wanted: MixtureOfExpertsPlan
+) -> MixtureOfExpertsRequest:
+    """The mixture of a forest's experts, whose routers are fitted on as many development blocks of each domain
+    as everything else.
+
+    Raises:
+        TextError: a domain has no development text.
+    """
+    tokens = {text.name: text.tokens["development"] for text in prepared.domains}
+    without = [domain for domain in forest.domains if not tokens[domain]]
+    if without:
+        raise TextError(
+            "a mixture of experts learns its routers on development text of every domain",
+            found=f"none of {', '.join(without)}",
+            remedy="name `development` files for them in the plan, or leave the mixture of experts out",
+        )
+    average = average_of_rest(forest, wanted)
+    merging = prepared.plan.merging
+    return MixtureOfExpertsRequest(
+        label=f"mixture of experts with the {wanted.rest}",
+        models=_models(forest),
+        rest=Ref("model", forest.foundation.seed) if average is None else average.ref,
+        tokens=tuple(tokens[domain] for domain in forest.domains),
+        experts_per_token=min(wanted.experts_per_token, len(forest.experts)),
+        blocks=merging.development_blocks,
+        how=expert_resources(prepared.plan),
+    )
+
+
+def average_of_rest(forest: Forest, wanted: MixtureOfExpertsPlan) -> AverageRequest | None:
+    """The average that a mixture of experts has its attention, embeddings and norms of; None: the seed."""
+    return uniform_request(_models(forest)) if wanted.rest == "average" else None
+
+
+def mixture_of_experts_requests(
+    prepared: PreparedPlan, forest: Forest, wanted: MixtureOfExpertsPlan
+) -> list[AverageRequest | MixtureOfExpertsRequest]:
+    """The steps that make it, itself last.
+
+    Raises:
+        TextError: a domain has no development text.
+    """
+    average = average_of_rest(forest, wanted)
+    mixture = mixture_of_experts_request(prepared, forest, wanted)
+    return [mixture] if average is None else [average, mixture]
+
+
+def _models(forest: Forest) -> tuple[Ref, ...]:
+    return tuple(Ref("model", expert.identity) for expert in forest.experts)
