@@ -1,13 +1,14 @@
 """Loss on development blocks while a model trains. It is looked at, and changes nothing that is trained."""
 
 import torch
+from torch.nn import functional
 
 from btm_cluster.curve import development_size, development_updates
 from btm_cluster.language_model.batches import split_into_micro_batches
-from btm_cluster.language_model.compute import autocast
 from btm_cluster.language_model.loss import (
+    FILLER,
     head_for,
-    loss_of,
+    loss_by_head,
     predicted_tokens,
     read_after,
     read_tokens,
@@ -27,7 +28,7 @@ class DevelopmentLoss:
     """The loss of one training on its development blocks, which all ranks take together, each on some.
 
     Forward passes are not compiled: compiled ones would be recorded anew for another mode and shape. A model in
-    evaluation draws no random numbers.
+    evaluation draws no random numbers. A sharded model's passes are collectives: every rank makes as many.
     """
 
     def __init__(self, spec: TrainingSpec, state: TrainingState, group: ProcessGroup) -> None:
@@ -55,11 +56,11 @@ class DevelopmentLoss:
         total = torch.zeros((), device=spec.compute.device)
         model.eval()
         for blocks_BT in self._passes():
-            with autocast(spec.compute.device, spec.compute.precision):
+            with spec.compute.arithmetic(), torch.compiler.set_stance("force_eager"):
                 read_BT = read_after(read_tokens(blocks_BT), spec.first_token)
                 targets_BT = predicted_tokens(blocks_BT)
                 if self._head is not None:
-                    total += loss_of(model, read_BT, targets_BT, self._head)
+                    total += loss_by_head(model, self._head, read_BT, targets_BT)
                     continue
                 logits_BTV = model(input_ids=read_BT, use_cache=False).logits
                 parts = max(1, LOSSES_AT_ONCE // logits_BTV[0].numel())
@@ -72,7 +73,12 @@ class DevelopmentLoss:
         """This rank's blocks; of a DEMix, those of its own domains, domain after domain."""
         share = self._state.share
         if share is None:
-            return blocks_DNT.flatten(0, 1)[self._group.rank :: self._group.world]
+            blocks_BT = blocks_DNT.flatten(0, 1)
+            if self._spec.compute.is_sharded:
+                blocks_BT = functional.pad(
+                    blocks_BT, (0, 0, 0, -len(blocks_BT) % self._group.world), value=FILLER
+                )
+            return blocks_BT[self._group.rank :: self._group.world]
         own = blocks_DNT[share.domains.start : share.domains.stop, share.number :: share.ranks_per_domain]
         return own.flatten(0, 1)
 

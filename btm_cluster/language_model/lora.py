@@ -46,6 +46,8 @@ def resolve_lora(plan: LoraPlan, model: Mapping[str, Any]) -> Lora:
 def _resolved(model: str, rank: int, alpha: float, modules: tuple[str, ...] | None) -> Lora:
     layers = _linear_layers(fresh_on_meta(json.loads(model)))
     modules = modules or tuple(sorted({name.rpartition(".")[2] for name in layers}))
+    if not modules:
+        raise _unknown_module(ALL_LINEAR, layers)
     matched = {module: [name for name in layers if _is_called(name, module)] for module in modules}
     for module, names in matched.items():
         if not names:

@@ -3,6 +3,8 @@
 Blocks are int64 [B, T]. A token that is read and not predicted stands in them as `~token`, which is negative.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -11,6 +13,8 @@ from btm_cluster.language_model.head import plain_head, run_with, summed_loss_in
 
 NO_TOKEN = -100
 """In place of a token that is not there: nothing is lost on it."""
+FILLER = ~0
+"""A token in blocks that is read and not predicted: it fills up what ranks take together."""
 LARGEST_BLOCK_LOGITS = {"cuda": 2**30, "cpu": 2**28}
 """Logits of a block, up to which they are held whole. A training holds them several times over: more than 12 GB
 for this many on a GPU, where nothing is compiled. With fewer, a training takes fewer blocks at once
@@ -26,20 +30,19 @@ class NextTokenLoss(torch.nn.Module):
         super().__init__()
         self.model = model
         self._head = () if head is None else (head,)  # in a tuple, so that it is no part of this module twice
+        self.loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = summed_loss
+        """`summed_loss`, or that compiled."""
 
     def forward(self, read_BT: torch.Tensor, blocks_BT: torch.Tensor) -> torch.Tensor:
-        return loss_of(self.model, read_BT, blocks_BT, *self._head)
+        if self._head:
+            return loss_by_head(self.model, *self._head, read_BT, blocks_BT)
+        return self.loss_of(self.model(input_ids=read_BT, use_cache=False).logits, blocks_BT)
 
 
-def loss_of(
-    model: PreTrainedModel,
-    read_BT: torch.Tensor,
-    blocks_BT: torch.Tensor,
-    head: torch.nn.Linear | None = None,
+def loss_by_head(
+    model: PreTrainedModel, head: torch.nn.Linear, read_BT: torch.Tensor, blocks_BT: torch.Tensor
 ) -> torch.Tensor:
-    """Summed negative log-likelihood of blocks under a model that reads `read_BT`."""
-    if head is None:
-        return summed_loss(model(input_ids=read_BT, use_cache=False).logits, blocks_BT)
+    """The loss of a model that reads `read_BT`, with its head applied a few tokens at a time."""
     return run_with(
         model, head, read_BT, lambda hidden: summed_loss_in_pieces(hidden, head, blocks_BT, NO_TOKEN)
     )

@@ -5,11 +5,13 @@ import gc
 import torch
 
 from btm_cluster.data.blocks import Blocks
+from btm_cluster.language_model.compute import device_of
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.training_spec import TextBlocks
 from btm_cluster.language_model.training_state import build_state
 from btm_cluster.language_model.update import Updates
 from btm_cluster.requests import TrainRequest
+from btm_cluster.steps.settling import settled
 from btm_cluster.steps.training_run import set_up, spec_of
 
 
@@ -22,9 +24,10 @@ def warm_up(request: TrainRequest) -> None:
     """
     if not request.how.gpus_per_worker or request.pretrained is not None:
         return
-    spec = spec_of(request, [TextBlocks(text.name, Blocks([])) for text in request.texts], first_token=0)
+    group = ProcessGroup.joined(device_of(request.how.gpus_per_worker))
+    texts = [TextBlocks(text.name, Blocks([])) for text in request.texts]
+    spec = spec_of(settled(request, group), texts, first_token=0)
     set_up(spec.compute)
-    group = ProcessGroup.joined(spec.compute.device)
     Updates(spec, build_state(spec, group), group).try_out()
     gc.collect()
     torch.cuda.empty_cache()

@@ -118,11 +118,10 @@ def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[Tra
     demix_from_seed = (
         [seeded_demix_request(prepared, seeds[first].ref)] if "demix-from-seed" in systems else []
     )
-    is_rate_of_all = (
-        branching.learning_rate_scale == 1 or branching.train == "lora"
-    )  # whose rate is no model's
+    # LoRA's rate is none to train a whole model by.
+    has_own_rate = branching.learning_rate_scale != 1 and branching.train != "lora"
     at_experts_rate = (
-        [] if is_rate_of_all else [transformer_lm_at_experts_rate_request(prepared, seeds[first].ref)]
+        [transformer_lm_at_experts_rate_request(prepared, seeds[first].ref)] if has_own_rate else []
     )
     branched = [*(expert for share in seeds for expert in experts[share]), *dealt, *demix_from_seed]
     trained += train(repeat, branched, driver, at_experts_rate)
