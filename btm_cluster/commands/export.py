@@ -63,7 +63,7 @@ def export(
     rest: Annotated[
         Literal["average", "seed"] | None,
         typer.Option(
-            help="With --moe: whose attention, embeddings and norms; by default the plan's, or average.",
+            help="With --moe: whose attention, embeddings and norms; by default what suits the experts.",
             show_default=False,
         ),
     ] = None,

@@ -13,11 +13,11 @@ from btm_cluster.requests import AverageRequest, MixtureOfExpertsRequest
 MIXTURE_OF_EXPERTS = System("mixture of experts")
 
 
-def mixture_of_experts_request(
+def mixture_of_experts_requests(
     prepared: PreparedPlan, forest: Forest, wanted: MixtureOfExpertsPlan
-) -> MixtureOfExpertsRequest:
-    """The mixture of a forest's experts, whose routers are fitted on as many development blocks of each domain
-    as everything else.
+) -> list[AverageRequest | MixtureOfExpertsRequest]:
+    """The steps that make the mixture of a forest's experts, itself last. Its routers are fitted on as many
+    development blocks of each domain as everything else.
 
     Raises:
         TextError: a domain has no development text.
@@ -30,36 +30,17 @@ def mixture_of_experts_request(
             found=f"none of {', '.join(without)}",
             remedy="name `development` files for them in the plan, or leave the mixture of experts out",
         )
-    average = average_of_rest(forest, wanted)
-    merging = prepared.plan.merging
-    return MixtureOfExpertsRequest(
-        label=f"mixture of experts with the {wanted.rest}",
-        models=_models(forest),
-        rest=Ref("model", forest.foundation.seed) if average is None else average.ref,
+    models = tuple(Ref("model", expert.identity) for expert in forest.experts)
+    suited = "seed" if prepared.plan.branching.train == "feed-forward" else "average"
+    rest = wanted.rest or suited
+    average = uniform_request(models)
+    mixture = MixtureOfExpertsRequest(
+        label=f"mixture of experts with the {rest}",
+        models=models,
+        rest=average.ref if rest == "average" else Ref("model", forest.foundation.seed),
         tokens=tuple(tokens[domain] for domain in forest.domains),
-        experts_per_token=min(wanted.experts_per_token, len(forest.experts)),
-        blocks=merging.development_blocks,
+        experts_per_token=min(wanted.experts_per_token, len(models)),
+        blocks=prepared.plan.merging.development_blocks,
         how=expert_resources(prepared.plan),
     )
-
-
-def average_of_rest(forest: Forest, wanted: MixtureOfExpertsPlan) -> AverageRequest | None:
-    """The average that a mixture of experts has its attention, embeddings and norms of; None: the seed."""
-    return uniform_request(_models(forest)) if wanted.rest == "average" else None
-
-
-def mixture_of_experts_requests(
-    prepared: PreparedPlan, forest: Forest, wanted: MixtureOfExpertsPlan
-) -> list[AverageRequest | MixtureOfExpertsRequest]:
-    """The steps that make it, itself last.
-
-    Raises:
-        TextError: a domain has no development text.
-    """
-    average = average_of_rest(forest, wanted)
-    mixture = mixture_of_experts_request(prepared, forest, wanted)
-    return [mixture] if average is None else [average, mixture]
-
-
-def _models(forest: Forest) -> tuple[Ref, ...]:
-    return tuple(Ref("model", expert.identity) for expert in forest.experts)
+    return [average, mixture] if rest == "average" else [mixture]

@@ -10,7 +10,7 @@ device: only drawn tokens, their log-probabilities and the experts' weights come
 E experts, R rows, V tokens of the vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -58,12 +58,12 @@ class EnsembleEngine:
 
     def __init__(
         self,
-        models: Sequence[PreTrainedModel],
+        models: Iterable[PreTrainedModel],
         gate: Gate,
         settings: EngineSettings,
         decode: Decode | None = None,
     ) -> None:
-        """Takes models over: they are moved to the device and, for bfloat16, cast in place.
+        """Takes models over, one after the other: they are moved to the device and, for bfloat16, cast in place.
 
         `decode` is for stop strings.
 
@@ -71,8 +71,8 @@ class EnsembleEngine:
             UserError: the device has too little memory.
         """
         self.settings = settings
-        self._models, self._gate, self._decode = models, gate, decode
-        self._decoder, self.way = open_decoder(models, settings)
+        self._gate, self._decode = gate, decode
+        self._models, self._decoder, self.way = open_decoder(models, settings)
         buffers = self._decoder.buffers
         self._form = gate.running()
         self._known = buffers.logits_ERV.shape[2]

@@ -2,7 +2,7 @@
 fastest way that predicts as scoring does."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,33 +46,43 @@ class EngineSettings:
     """Whether steps are captured as CUDA graphs."""
 
 
-@torch.inference_mode()
-def open_decoder(models: Sequence[PreTrainedModel], settings: EngineSettings) -> tuple[Decoder, Way]:
+def open_decoder(
+    models: Iterable[PreTrainedModel], settings: EngineSettings
+) -> tuple[list[PreTrainedModel], Decoder, Way]:
     """Moves models to the device and says how they read on.
+
+    Each is placed before the next is asked for, which may have to be loaded: how they read on is tried on the
+    first, which should be in float32.
 
     Raises:
         UserError: the device has too little memory; the message says how much a row and the weights take.
     """
-    device = torch.device(settings.device)
+    device, way = torch.device(settings.device), settings.way
+    placed: list[PreTrainedModel] = []
     try:
-        first = models[0].to(device).eval()
-        way = settings.way or fastest_way(first, settings.block_tokens)
-        placed = [
-            in_precision(model.eval(), getattr(torch, settings.precision)).to(device) for model in models
-        ]
-        nothing = placed[0](
-            input_ids=torch.tensor([[settings.first_token]], device=device), use_cache=False
-        ).logits
-        buffers = RowBuffers.on(device, len(placed), settings.rows, nothing.shape[-1], nothing.dtype)
-        if way == "rows":
-            decoder = RowCacheDecoder(placed, buffers, settings.block_tokens, settings.captures)
-            decoder.read([[settings.first_token]], [[0]])  # takes the memory
-            return decoder, way
-        return ReaderDecoder(placed, buffers, settings.block_tokens if way == "anew" else None), way
+        for model in models:
+            way = way or fastest_way(model.to(device).eval(), settings.block_tokens)
+            placed.append(in_precision(model.eval(), getattr(torch, settings.precision)).to(device))
+        assert way is not None, "an engine has a model"
+        return placed, _decoder_of(placed, way, settings), way
     except torch.OutOfMemoryError as exc:
-        raise _too_little_memory(models, settings) from exc
+        raise _too_little_memory(placed, settings) from exc
 
 
+@torch.inference_mode()
+def _decoder_of(models: Sequence[PreTrainedModel], way: Way, settings: EngineSettings) -> Decoder:
+    device = torch.device(settings.device)
+    first_11 = torch.tensor([[settings.first_token]], device=device)
+    nothing = models[0](input_ids=first_11, use_cache=False).logits
+    buffers = RowBuffers.on(device, len(models), settings.rows, nothing.shape[-1], nothing.dtype)
+    if way == "rows":
+        decoder = RowCacheDecoder(models, buffers, settings.block_tokens, settings.captures)
+        decoder.read([[settings.first_token]], [[0]])  # takes the memory
+        return decoder
+    return ReaderDecoder(models, buffers, settings.block_tokens if way == "anew" else None)
+
+
+@torch.inference_mode()
 def fastest_way(model: PreTrainedModel, block_tokens: int) -> Way:
     """How a model reads on, so that it predicts as when it reads a block at
     once; tried on a made-up block."""
@@ -92,7 +102,7 @@ def _too_little_memory(models: Sequence[PreTrainedModel], settings: EngineSettin
     weights = bytes_of(models)
     return UserError(
         "the models do not fit on the device",
-        found=f"{len(models)} models of {weights / 1e9:.1f} GB in all, and {settings.rows} rows of "
+        found=f"{len(models)} models of {weights / 1e9:.1f} GB in all so far, and {settings.rows} rows of "
         f"{settings.block_tokens} tokens",
         expected="room for the weights, and for each row's keys and values in every model",
         remedy="fewer rows, bfloat16, or fewer experts (merging.top_k)",

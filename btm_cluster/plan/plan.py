@@ -41,9 +41,10 @@ class MixtureOfExpertsPlan(Section):
     experts_per_token: Positive = 2
     """Feed-forwards that a token passes in every layer, of those with the largest scores. All experts, where
     a forest has fewer."""
-    rest: Literal["average", "seed"] = "average"
-    """Whose attention, embeddings and norms it has: those of the experts' uniform average, which is better
-    where experts have changed them too, or the seed's, which is exact where they have not."""
+    rest: Literal["average", "seed"] | None = None
+    """Whose attention, embeddings and norms it has: those of the experts' uniform average, or the seed's. Unless
+    this is written, it is the seed for `branching.train: feed-forward`, which is exact, and the average for
+    experts that have changed the rest too."""
 
 
 class MergingPlan(Section):
@@ -110,6 +111,13 @@ class ClusterPlan(Section):
     """Arithmetic of the forward pass; `auto` is bfloat16 on a GPU, float32 on CPU. Weights stay float32."""
     compile: Switch = "auto"
     """torch.compile; `auto` is on for a GPU, off on CPU."""
+    sharding: Literal["auto", "none", "full"] = "auto"
+    """What each GPU of a group holds. `none`: a whole model with its gradients and moments (data parallel).
+    `full`: its share of them (FSDP2), gathered layer by layer. `auto` shards where the whole would not fit,
+    by an estimate. A DEMix is split by domains, whatever this says."""
+    activation_checkpointing: Switch = "auto"
+    """Keep each layer's input alone, and compute its activations once more for the backward pass: a third
+    more arithmetic. `auto` is on where they would not fit into the GPU's memory, and off on CPU."""
     checkpoint_minutes: PositiveReal = 15
     """Most training time that a lost machine can cost."""
     hang_minutes: PositiveReal = 30

@@ -5,7 +5,7 @@ and the change to the next version while requests are under way.
 import asyncio
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -20,7 +20,7 @@ from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.mixing.fitting import FULL, Mixing
 from btm_cluster.serving.engine_thread import EngineThread
 from btm_cluster.serving.settings import ServingSettings
-from btm_cluster.steps.mixture import Mixture, engine_of
+from btm_cluster.steps.mixture import Mixture, engine_of, usual_device
 from btm_cluster.steps.shared_models import SharedModels
 from btm_cluster.steps.stored import open_model, open_tokenizer
 
@@ -67,10 +67,10 @@ class LoadedForest:
         """
         self.mixture, self._ledger, self._settings = mixture, ledger, settings
         self.tokenizer = open_tokenizer(ledger, mixture.tokenizer)
-        self.shared = SharedModels(ledger)
+        device = settings.device or usual_device()
+        self.shared = SharedModels(ledger, device, getattr(torch, settings.precision))
         known = before.shared if before is not None else None
-        models = [self.shared.open(ref, known) for ref in mixture.models.values()]
-        self.ensemble = self._thread(models, mixture)
+        self.ensemble = self._thread(self.shared.open_each(mixture.models.values(), known), mixture)
         self._by_name = dict(self._of_the_ensemble())
         self._elsewhere = dict(self._beside_the_ensemble())
         self._others: OrderedDict[str, Served] = OrderedDict()
@@ -78,7 +78,7 @@ class LoadedForest:
         self._users = 0
         self._is_replaced = False
 
-    def _thread(self, models: Sequence[PreTrainedModel], mixture: Mixture) -> EngineThread:
+    def _thread(self, models: Iterable[PreTrainedModel], mixture: Mixture) -> EngineThread:
         settings = self._settings
         engine = engine_of(
             models, mixture, self.tokenizer, settings.rows, settings.precision, settings.device
@@ -141,7 +141,8 @@ class LoadedForest:
         gate = Mixing(uniform_prior(torch.zeros(1, dtype=torch.float64)), FULL)
         ref = self._elsewhere[name]
         alone = replace(self.mixture, models={name: ref}, gate=gate, gates={})
-        model = self.shared.find(ref) or open_model(self._ledger, ref)
+        device = self._settings.device or usual_device()
+        model = self.shared.find(ref) or open_model(self._ledger, ref, device)
         return Served(self._thread([model], alone), [name], gate)
 
     @property

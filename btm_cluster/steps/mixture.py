@@ -4,7 +4,7 @@ and what they read; opened as an engine.
 Plans, with their fitted mixtures, are read in operations/ensemble.py.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -21,7 +21,7 @@ from btm_cluster.language_model.engine_opening import EngineSettings
 from btm_cluster.ledger import Ledger, Ref
 from btm_cluster.ledger.versions import version_of
 from btm_cluster.mixing.fitting import FULL, Mixing
-from btm_cluster.steps.shared_models import open_models
+from btm_cluster.steps.shared_models import SharedModels
 
 
 @dataclass(frozen=True)
@@ -112,19 +112,25 @@ def open_engine(
     Raises:
         UserError: the device has too little memory.
     """
-    models = open_models(ledger, list(mixture.models.values()))
+    shared = SharedModels(ledger, device or usual_device(), getattr(torch, precision))
+    models = shared.open_each(mixture.models.values())
     return engine_of(models, mixture, tokenizer, rows, precision, device)
 
 
+def usual_device() -> str:
+    """The device that models write on where none is named: a GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def engine_of(
-    models: Sequence[PreTrainedModel],
+    models: Iterable[PreTrainedModel],
     mixture: Mixture,
     tokenizer: TextTokenizer,
     rows: int,
     precision: Literal["float32", "bfloat16"],
     device: str | None = None,
 ) -> EnsembleEngine:
-    """The mixture's models as an engine, once they are loaded; they are moved to the
+    """The mixture's models as an engine, taken one after the other and moved to the
     device.
 
     Raises:
@@ -137,6 +143,6 @@ def engine_of(
         end_of_text=tokenizer.end_of_text,
         rows=rows,
         precision=precision,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device or usual_device(),
     )
     return EnsembleEngine(models, mixture.gate, settings, tokenizer.decode_continuation)

@@ -5,7 +5,7 @@ the very same objects: moved or cast for one model, they are for all.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,16 +19,29 @@ from btm_cluster.steps.stored import base_of, open_adapter_config, open_model, o
 class SharedModels:
     """The models that were opened, and the bases of which others hold what changed."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+    def __init__(self, ledger: Ledger, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        """Models are loaded to `device`, their parameters in `dtype`, but for what they share."""
+        self._ledger, self._device, self._dtype = ledger, device, dtype
         self._opened: dict[Ref, PreTrainedModel] = {}
 
     def find(self, ref: Ref) -> PreTrainedModel | None:
         """A model that was opened."""
         return self._opened.get(ref)
 
-    def open(self, ref: Ref, before: "SharedModels | None" = None) -> PreTrainedModel:
-        """A model, for evaluation: on the CPU in float32, or where and as its base is by now.
+    def open_each(
+        self, refs: Iterable[Ref], before: "SharedModels | None" = None
+    ) -> Iterator[PreTrainedModel]:
+        """Models, each loaded once it is asked for; the first in float32, by which an engine tries how their
+        architecture reads on.
+        """
+        for number, ref in enumerate(refs):
+            yield self.open(ref, before, self._dtype if number else torch.float32)
+
+    def open(
+        self, ref: Ref, before: "SharedModels | None" = None, dtype: torch.dtype | None = None
+    ) -> PreTrainedModel:
+        """A model, for evaluation: on the device and, unless `dtype` is named, in the type of all, or where and as
+        its base is by now.
 
         What `before` has opened is taken from there.
 
@@ -39,10 +52,11 @@ class SharedModels:
         if ref not in self._opened:
             found = self._ledger.get(ref)
             # Even where the model itself is there: the next one may need it.
-            base = self.open(base_of(self._ledger, found).ref, before) if found.is_delta else None
+            base = self.open(base_of(self._ledger, found).ref, before, dtype) if found.is_delta else None
             model = before.find(ref) if before is not None else None
             if model is None:
-                model = open_model(self._ledger, found) if base is None else self._over(base, found)
+                how = self._device, dtype or self._dtype
+                model = open_model(self._ledger, found, *how) if base is None else self._over(base, found)
             self._opened[ref] = model.eval().requires_grad_(False)
         return self._opened[ref]
 
@@ -60,9 +74,3 @@ class SharedModels:
                 changed = stored.read(name).to(tensor.device, tensor.dtype, copy=True)
                 shared[id(tensor)] = torch.nn.Parameter(changed, requires_grad=False)
         return copy.deepcopy(base, shared)
-
-
-def open_models(ledger: Ledger, models: Sequence[Ref]) -> list[PreTrainedModel]:
-    """Stored models, for evaluation, on the CPU in float32; those of one base share its tensors."""
-    shared = SharedModels(ledger)
-    return [shared.open(model) for model in models]

@@ -227,7 +227,7 @@ def test_a_prompt_that_fills_a_block_is_named_before_a_model_is_loaded(
     generate: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "prompts.txt").write_text("a\n" + "word " * 40)
-    monkeypatch.setattr("btm_cluster.steps.mixture.open_models", None)
+    monkeypatch.setattr("btm_cluster.steps.mixture.SharedModels", None)
     code, _, err = generate("--prompts", tmp_path / "prompts.txt")
     assert code == 2
     assert "prompt 2 of 2 is too long" in err

@@ -2,12 +2,12 @@
 through the pipeline, from a plan's verdict to a folder."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from btm_cluster.cli import app, run_command
@@ -23,13 +23,14 @@ from btm_cluster.language_model.mixture_of_experts import (
 from btm_cluster.language_model.model import build_model, load_model, save_weights, weights_of
 from btm_cluster.language_model.routers import fit_routers
 from btm_cluster.language_model.soup import Reading
-from btm_cluster.language_model.stored_weights import TensorFiles, write_shards
+from btm_cluster.language_model.stored_weights import StoredWeights, TensorFiles, write_shards
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.operations.run import run_plan
 from btm_cluster.plan import Plan
 from btm_cluster.requests import Resources
 from btm_cluster.steps.average import check_compatible
-from tests.conftest import in_process, plan_fields
+from btm_cluster.steps.stored import open_model
+from tests.conftest import in_process
 
 SHAPE = {
     "vocab_size": 96,
@@ -94,6 +95,19 @@ class Made:
         return load_model(self.mixture_config, weights).eval()
 
 
+class OneElse:
+    """Stored weights of which one number differs, in the last norm."""
+
+    def __init__(self, weights: StoredWeights) -> None:
+        self._weights, self.header = weights, weights.header
+
+    def read(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        tensor = self._weights.read(name, device).clone()
+        if name == "model.norm.weight":
+            tensor[-1] += 1e-3
+        return tensor
+
+
 @pytest.fixture(params=ARCHITECTURES)
 def made(request: pytest.FixtureRequest, tmp_path: Path) -> Made:
     return Made(request.param, tmp_path)
@@ -120,6 +134,7 @@ def route_to(mixture: PreTrainedModel, expert: int) -> None:
 
 def test_with_a_one_hot_router_a_mixture_is_each_expert(made: Made) -> None:
     assert differ_in_feed_forwards_alone(made.files[0], made.files[1:])
+    assert not differ_in_feed_forwards_alone(made.files[0], [made.files[1], OneElse(made.files[2])])
     weights = made.mix(made.files[1:])
     for number, expert in enumerate(made.experts):
         mixture = made.open(weights)
@@ -199,28 +214,23 @@ def test_routers_tell_domains_of_other_words_apart() -> None:
     assert all(torch.equal(a.weights_EH, b.weights_EH) for a, b in zip(routers, again, strict=True))
 
 
-@pytest.fixture(scope="module")
-def mixed_plan(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A plan, in a file, of a forest of llamas whose verdict has a mixture of experts."""
-    folder = tmp_path_factory.mktemp("mixed")
-    fields = plan_fields(texts, folder / "store")
-    fields["domains"] = fields["domains"][:2]
-    fields["model"] = {"config": {"model_type": "llama"} | {k: SHAPE[k] for k in list(SHAPE)[1:6]}}
-    fields["training"] |= {"learning_rate": 1e-2}
-    fields["merging"] = {"mixture_of_experts": {}}
-    path = folder / "plan.yaml"
-    path.write_text(yaml.safe_dump(fields))
-    return path
-
-
 def mixtures(ledger: Ledger) -> list[Artifact]:
     return [one for one in ledger.list_artifacts("model") if one.facts.get("role") == "mixture-of-experts"]
 
 
 def test_a_mixture_stands_in_the_verdict_and_is_what_is_exported(
-    mixed_plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fields: dict[str, Any],
+    write_plan: Callable[[dict[str, Any]], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    plan = Plan.model_validate(yaml.safe_load(mixed_plan.read_text()))
+    """Of experts that differ in feed-forwards alone: it is exact."""
+    fields["domains"] = fields["domains"][:2]
+    fields["model"] = {"config": {"model_type": "llama"} | {k: SHAPE[k] for k in list(SHAPE)[1:6]}}
+    fields["training"] |= {"learning_rate": 1e-2}
+    fields["branching"] = {"train": "feed-forward"}
+    fields["merging"] = {"mixture_of_experts": {}}
+    plan = Plan.model_validate(fields)
     run = run_plan(plan, in_process(plan))
     ledger = Ledger.open(plan.store)
     (mixture,) = mixtures(ledger)
@@ -229,23 +239,36 @@ def test_a_mixture_stands_in_the_verdict_and_is_what_is_exported(
     assert row.cells.keys() == {"kitchen", "harbour", "market"}
     assert [one.system for one in run.verdict.judgements if one.kind == "mixture of experts"] == [row.system]
     assert " as a mixture of experts: " in run.verdict.sentence
-    assert not mixture.facts["is_exact"]
+    assert mixture.facts["is_exact"]
+    for number, expert in enumerate(mixture.inputs["models"]):
+        opened = open_model(ledger, mixture).eval()
+        route_to(opened, number)
+        own = logits(open_model(ledger, expert).eval())
+        torch.testing.assert_close(logits(opened), own, rtol=0, atol=1e-6)
     with pytest.raises(IncompatibleError, match=r"another config\.json"):
         check_compatible(ledger, [mixture, ledger.get(Ref("model", run.forest.experts[0].identity))])
 
-    to = tmp_path / "mixture"
-    code = run_command(
-        lambda: app(
-            ["export", str(mixed_plan), "--in-process", "--moe", "--to", str(to)], standalone_mode=False
-        )
-    )
-    assert code == 0, capsys.readouterr().err
+    to, path = tmp_path / "mixture", write_plan(fields)
+
+    def export(*options: str) -> tuple[int, str]:
+        call = ["export", str(path), "--in-process", "--moe", "--to", str(to), *options]
+        code = run_command(lambda: app(call, standalone_mode=False))
+        return code, capsys.readouterr().err
+
+    code, told = export("--experts-per-token", "3")
+    assert (code, to.exists()) == (2, False)
+    assert "at most 2" in told
+    code, told = export()
+    assert code == 0, told
     assert mixtures(ledger) == [mixture]
-    opened = AutoModelForCausalLM.from_pretrained(to, trust_remote_code=False)
-    assert type(opened).__name__ == "MixtralForCausalLM"
+    published = AutoModelForCausalLM.from_pretrained(to, trust_remote_code=False)
+    assert type(published).__name__ == "MixtralForCausalLM"
+    torch.testing.assert_close(
+        logits(published.eval()), logits(open_model(ledger, mixture).eval()), rtol=0, atol=0
+    )
     card = (to / "README.md").read_text()
     assert "A mixture of the feed-forwards of 2 experts" in card
-    assert "It approximates the experts" in card
+    assert "The experts differ in feed-forwards alone" in card
     numbered = {one.identity: one.domain for one in run.forest.experts}
     for number, expert in enumerate(mixture.inputs["models"]):
         assert f"| expert {number}: {numbered[expert.identity]} | `{expert.identity}` |" in card

@@ -1,9 +1,10 @@
 """The engine against mixtures written out by hand, scores, and texts of which every one is counted."""
 
+import copy
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -526,6 +527,21 @@ def test_in_bfloat16_weights_take_half_the_room_and_positions_stay_sharp() -> No
     found = [rough.step({row: token})[row].logp for token in text[4:]]
     torch.testing.assert_close(torch.tensor(found).double(), expected_T[4:], rtol=0, atol=0.05)
     torch.testing.assert_close(rough.score([text])[0].logp_T, expected_T, rtol=0, atol=0.05)
+
+
+def test_a_model_is_asked_for_once_the_one_before_is_in_its_place(experts: list[PreTrainedModel]) -> None:
+    copies = [copy.deepcopy(expert) for expert in experts]
+
+    def one_by_one() -> Iterator[PreTrainedModel]:
+        for number, expert in enumerate(copies):
+            assert all(p.dtype == torch.bfloat16 for before in copies[:number] for p in before.parameters())
+            assert not torch.is_inference_mode_enabled(), "who shares it may train on"
+            yield expert
+
+    engine = EnsembleEngine(
+        one_by_one(), FULL, EngineSettings(FIRST, VOCABULARY, BLOCK, precision="bfloat16")
+    )
+    assert engine.memory()["weights"] == sum(p.nbytes for expert in experts for p in expert.parameters()) / 2
 
 
 def test_tensors_that_an_architecture_wants_sharp_stay_in_float32() -> None:
