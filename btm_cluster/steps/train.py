@@ -72,15 +72,13 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
             if made.is_demix:
                 return _commit_demix(made, trained, ledger, commit, folder) if group.is_first else None
             keeps_optimizer = made.last_update < made.training.updates and not made.weights_only
-            dtype = getattr(torch, made.training.weights)
+            # An adapter is small, and its factors' product would be rounded twice.
+            dtype = torch.float32 if made.trains.lora is not None else getattr(torch, made.training.weights)
             if not group.is_first:
                 help_to_write(trained.state, keeps_optimizer, dtype)
                 return None
             files = write_state(trained.state, folder, keeps_optimizer, dtype) | _write_curve(trained, folder)
-            if made.trains.lora is not None:
-                config = adapter_config(made.trains.lora, made.model)
-                files[ADAPTER_CONFIG] = write_adapter_config(config, folder)
-            return commit(made, files, trained.facts, trained.note)
+            return commit(made, files | _write_adapter_config(made, folder), trained.facts, trained.note)
 
         if request.pretrained is not None:
             committed = commit(request, *import_model(request, tokens, folder))
@@ -153,6 +151,13 @@ def _write_curve(trained: Trained, folder: Path) -> dict[str, Path]:
     file = folder / CURVE_FILE
     file.write_text(trained.curve.model_dump_json(), encoding="utf-8")
     return {CURVE_FILE: file}
+
+
+def _write_adapter_config(made: TrainRequest, folder: Path) -> dict[str, Path]:
+    """Writes the configuration of an adapter, where one was trained; returns the file by name."""
+    if made.trains.lora is None:
+        return {}
+    return {ADAPTER_CONFIG: write_adapter_config(adapter_config(made.trains.lora, made.model), folder)}
 
 
 def _origin(made: TrainRequest | DemixPart, ledger: Ledger) -> str:
