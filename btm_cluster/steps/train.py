@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from btm_cluster.curve import CURVE_FILE
-from btm_cluster.data.blocks import Blocks
 from btm_cluster.data.tokenizer import TOKENIZER_FILES
 from btm_cluster.errors import MissingError, TrainingError
 from btm_cluster.language_model.compute import device_of
@@ -21,6 +20,7 @@ from btm_cluster.language_model.model import fresh_on_meta, layout_of, write_con
 from btm_cluster.language_model.model_import import import_model
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.stored_weights import StoredWeights, tensors_of, write_weights
+from btm_cluster.language_model.training_spec import TextBlocks
 from btm_cluster.language_model.training_state import help_to_write, write_state
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import DemixPart, TrainRequest
@@ -181,7 +181,7 @@ def _train_within_memory(
     request: TrainRequest,
     ledger: Ledger,
     control: Control,
-    texts: Sequence[Blocks],
+    texts: Sequence[TextBlocks],
     first_token: int,
     at_milestone: AtMilestone,
 ) -> Trained:
