@@ -85,15 +85,13 @@ def compute_of(shape: Shape, device: torch.device) -> Compute:
     return Compute(device, 1, shape.micro_batch, "bfloat16" if on_gpu else "float32", compile=on_gpu)
 
 
-def train_bare(shape: Shape, updates: int, workers: int, folder: Path, device: torch.device) -> Pace:
-    """Trains a model of this shape from scratch; in a group of `workers`, which this process has joined, or
-    alone."""
+def spec_of(shape: Shape, updates: int, workers: int, folder: Path, compute: Compute) -> TrainingSpec:
+    """A training from scratch on random tokens, which are written below `folder`."""
     file = folder / "tokens.npy"
     if not file.exists():
         tokens = np.random.default_rng(0).integers(1, shape.vocabulary, (RANDOM_BLOCKS, shape.block_tokens))
-        np.save(file, tokens.astype(np.uint16))
-    compute = compute_of(shape, device)
-    spec = TrainingSpec(
+        np.save(file, tokens.astype(np.uint16 if shape.vocabulary <= 2**16 else np.uint32))
+    return TrainingSpec(
         label="benchmark",
         model=full_config(ModelPlan(config=dict(shape.config)), shape.vocabulary, shape.block_tokens),
         texts=(TextBlocks("random", Blocks([file])),),
@@ -113,6 +111,13 @@ def train_bare(shape: Shape, updates: int, workers: int, folder: Path, device: t
         compute=compute,
         divergence_remedy="",
     )
+
+
+def train_bare(shape: Shape, updates: int, workers: int, folder: Path, device: torch.device) -> Pace:
+    """Trains a model of this shape from scratch; in a group of `workers`, which this process has joined, or
+    alone."""
+    compute = compute_of(shape, device)
+    spec = spec_of(shape, updates, workers, folder, compute)
     compute.set_up()
     how = Resources(workers, 1.0, 1, shape.micro_batch, compute.precision, compute.compile)
     pace = Pace(updates, how=how, block_tokens=shape.block_tokens)

@@ -55,7 +55,16 @@ def demix_request(prepared: PreparedPlan) -> TrainRequest:
     feed-forward per founding domain."""
     span = (0, prepared.plan.training.updates)
     request = train_request(prepared, "demix", "demix", prepared.founding_texts, span, None)
-    return replace(request, is_demix=True)
+    return as_demix(request)
+
+
+def as_demix(request: TrainRequest) -> TrainRequest:
+    """The request with a feed-forward for each text: split over a group by these, and not sharded. Its memory is
+    not estimated."""
+    how = replace(request.how, sharding="none")
+    if how.activation_checkpointing == "auto":
+        how = replace(how, activation_checkpointing="off")
+    return replace(request, is_demix=True, how=how)
 
 
 def check_demix(plan: Plan, model: Mapping[str, Any], forest: Forest | None) -> None:
@@ -150,7 +159,14 @@ def _resources(plan: Plan, gpus: float, cpus: int) -> Resources:
     precision = cluster.precision if cluster.precision != "auto" else "bfloat16" if on_gpu else "float32"
     compiles = on_gpu if cluster.compile == "auto" else cluster.compile == "on"
     return Resources(
-        workers, gpus / workers, max(1, cpus // workers), cluster.micro_batch_blocks, precision, compiles
+        workers,
+        gpus / workers,
+        max(1, cpus // workers),
+        cluster.micro_batch_blocks,
+        precision,
+        compiles,
+        cluster.sharding if workers > 1 else "none",
+        cluster.activation_checkpointing if on_gpu or cluster.activation_checkpointing == "on" else "off",
     )
 
 

@@ -22,6 +22,20 @@ class Compute:
     precision: str
     """float32 or bfloat16, in the forward pass. Weights, gradients and moments are float32."""
     compile: bool
+    is_sharded: bool = False
+    """Each rank of the group holds a part of every weight, which is gathered in the forward pass's precision."""
+    recomputes: bool = False
+    """Activations are computed once more for the backward pass."""
+
+    @property
+    def compiles_layers(self) -> bool:
+        """Whether a model is compiled layer by layer, not as a whole: where weights are gathered between layers,
+        and where they are large enough to be computed twice."""
+        return self.compile and (self.is_sharded or self.recomputes)
+
+    def arithmetic(self) -> AbstractContextManager[Any]:
+        """Context of a forward pass: the precision, unless the weights are gathered in it."""
+        return nullcontext() if self.is_sharded else autocast(self.device, self.precision)
 
     def set_up(self) -> None:
         """Sets torch's settings of this process; to be called before a model is built."""

@@ -21,6 +21,7 @@ from btm_cluster.language_model.lora import (
     stored_name,
 )
 from btm_cluster.language_model.model import fresh_on_meta, name_tensors
+from btm_cluster.language_model.sharding import take_own
 from btm_cluster.language_model.stored_weights import StoredWeights
 from btm_cluster.language_model.tensor_files import WEIGHTS, names_in_order
 from btm_cluster.plan import ALL, BranchingPlan, LoraPlan, Part, Trains
@@ -101,7 +102,6 @@ def trained_names(model: "PreTrainedModel", trains: Trains) -> dict[str, str]:
     return {name: stored_name(name) if trains.lora is not None else name for name in names}
 
 
-@torch.no_grad()
 def load_trained(model: "PreTrainedModel", trains: Trains, weights: StoredWeights) -> None:
     """Loads what was stored of a training into what is trained of `model`.
 
@@ -126,4 +126,4 @@ def load_trained(model: "PreTrainedModel", trains: Trains, weights: StoredWeight
             remedy="use the versions of transformers and peft by which it was stored",
         )
     for name, stored in names.items():
-        parameters[name].copy_(weights.read(stored))
+        take_own(parameters[name], weights.read(stored))

@@ -1,10 +1,10 @@
 """Loss on development blocks while a model trains. It is looked at, and changes nothing that is trained."""
 
 import torch
+from torch.nn import functional
 
 from btm_cluster.curve import development_size, development_updates
 from btm_cluster.language_model.batches import split_into_micro_batches
-from btm_cluster.language_model.compute import autocast
 from btm_cluster.language_model.loss import NO_TOKEN, read_after, summed_loss
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.training_spec import TrainingSpec
@@ -20,7 +20,7 @@ class DevelopmentLoss:
     """The loss of one training on its development blocks, which all ranks take together, each on some.
 
     Forward passes are not compiled: compiled ones would be recorded anew for another mode and shape. A model in
-    evaluation draws no random numbers.
+    evaluation draws no random numbers. A sharded model's passes are collectives: every rank makes as many.
     """
 
     def __init__(self, spec: TrainingSpec, state: TrainingState, group: ProcessGroup) -> None:
@@ -47,7 +47,7 @@ class DevelopmentLoss:
         total = torch.zeros((), device=spec.compute.device)
         model.eval()
         for blocks_BT in self._passes():
-            with autocast(spec.compute.device, spec.compute.precision):
+            with spec.compute.arithmetic(), torch.compiler.set_stance("force_eager"):
                 read_BT = read_after(blocks_BT.clamp(min=0), spec.first_token)
                 logits_BTV = model(input_ids=read_BT, use_cache=False).logits
                 parts = max(1, LOSSES_AT_ONCE // logits_BTV[0].numel())
@@ -60,7 +60,12 @@ class DevelopmentLoss:
         """This rank's blocks; of a DEMix, those of its own domains, domain after domain."""
         share = self._state.share
         if share is None:
-            return blocks_DNT.flatten(0, 1)[self._group.rank :: self._group.world]
+            blocks_BT = blocks_DNT.flatten(0, 1)
+            if self._spec.compute.is_sharded:
+                blocks_BT = functional.pad(
+                    blocks_BT, (0, 0, 0, -len(blocks_BT) % self._group.world), value=NO_TOKEN
+                )
+            return blocks_BT[self._group.rank :: self._group.world]
         own = blocks_DNT[share.domains.start : share.domains.stop, share.number :: share.ranks_per_domain]
         return own.flatten(0, 1)
 

@@ -1,5 +1,7 @@
 """The loss of next-token prediction on blocks."""
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -15,9 +17,11 @@ class NextTokenLoss(torch.nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self.loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = summed_loss
+        """`summed_loss`, or that compiled."""
 
     def forward(self, read_BT: torch.Tensor, blocks_BT: torch.Tensor) -> torch.Tensor:
-        return summed_loss(self.model(input_ids=read_BT, use_cache=False).logits, blocks_BT)
+        return self.loss_of(self.model(input_ids=read_BT, use_cache=False).logits, blocks_BT)
 
 
 def summed_loss(logits_BTV: torch.Tensor, blocks_BT: torch.Tensor) -> torch.Tensor:

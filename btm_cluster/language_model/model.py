@@ -32,7 +32,7 @@ def load_weights(model: "PreTrainedModel", weights: StoredWeights) -> None:
     Raises:
         IncompatibleError: naming tensors that are missing, unexpected or of another shape or dtype.
     """
-    _check_dtypes(model, weights)
+    check_dtypes(model, weights)
     _load(model, {name: weights.read(name) for name in names_in_order(weights.header)}, weights)
 
 
@@ -50,7 +50,7 @@ def load_model(
         IncompatibleError: as for `load_weights`.
     """
     model = in_precision(fresh_without_values(config), dtype)
-    _check_dtypes(model, weights)
+    check_dtypes(model, weights)
     own = model.state_dict(keep_vars=True)
     tied: dict[int, list[str]] = defaultdict(list)
     for name, tensor in own.items():
@@ -94,7 +94,7 @@ def unfit(weights: StoredWeights, found: str) -> IncompatibleError:
     )
 
 
-def _check_dtypes(model: "PreTrainedModel", weights: StoredWeights) -> None:
+def check_dtypes(model: "PreTrainedModel", weights: StoredWeights) -> None:
     """Refuses parameters of several dtypes: shards of several models.
 
     Raises:

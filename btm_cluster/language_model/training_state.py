@@ -5,21 +5,22 @@ It is built, filled from files, and read out to be saved.
 Knows no store: files are local, and the caller has found and checked them.
 """
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from btm_cluster.errors import IntegrityError
+from btm_cluster.errors import BtmError, IntegrityError
 from btm_cluster.language_model.block_check import check_reads
 from btm_cluster.language_model.deltas import FILES, freeze, hold_frozen_in, load_trained, trained_names
 from btm_cluster.language_model.demix import own_moments, split_feed_forwards
 from btm_cluster.language_model.demix_group import Share, gather_domains, share_of
 from btm_cluster.language_model.model import (
     build_model,
+    fresh_without_values,
     layout_of,
     load_model,
     load_weights,
@@ -28,6 +29,15 @@ from btm_cluster.language_model.model import (
 from btm_cluster.language_model.optimizer import build_optimizer
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.recording import Recording
+from btm_cluster.language_model.sharding import (
+    gather,
+    hand_out,
+    is_sharded,
+    like,
+    load_own,
+    own_part,
+    shard,
+)
 from btm_cluster.language_model.stored_weights import StoredWeights, write_weights
 from btm_cluster.language_model.tensor_files import Header, layout, names_in_order, write_tensors
 from btm_cluster.language_model.training_spec import TrainingSpec
@@ -79,7 +89,8 @@ class TrainingState:
 
     def has_finite_weights(self) -> bool:
         """Whether every weight that this rank holds, and that may have changed, is a finite number."""
-        return bool(torch.stack([tensor.isfinite().all() for tensor in self.held_weights().values()]).all())
+        held = [own_part(tensor) for tensor in self.held_weights().values()]
+        return bool(torch.stack([tensor.isfinite().all() for tensor in held]).all())
 
     def held_weights(self) -> dict[str, torch.Tensor]:
         """The weights that are stored, as this rank holds them."""
@@ -90,31 +101,71 @@ class TrainingState:
         return {stored: parameters[name].detach() for name, stored in names}
 
     def _gathered(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        return iter(tensors.items()) if self.share is None else gather_domains(tensors, self.share)
+        return gather(tensors) if self.share is None else gather_domains(tensors, self.share)
 
 
-def build_state(spec: TrainingSpec, group: ProcessGroup, base: StoredWeights | None = None) -> TrainingState:
+def build_state(
+    spec: TrainingSpec, group: ProcessGroup, base: StoredWeights | None = None, draws_weights: bool = True
+) -> TrainingState:
     """A model with the weights that the random seed draws, or those of `base`, and an optimiser that has made no
     step.
 
-    `base` are the weights to train a part of.
+    `base` are the weights to train a part of. Without `draws_weights`, those of a sharded model are undefined:
+    they are loaded next.
 
     Raises:
         UserError: an architecture that does not read from left to right, or of which no DEMix can be made.
     """
+    share: Share | None = None
+    if spec.compute.is_sharded:
+        model = _sharded(spec, group, base, draws_weights)
+    else:
+        model = _whole(spec, base)
+        if spec.is_demix:
+            share = share_of(group.rank, group.world, len(spec.texts))
+            split_feed_forwards(model, share.domains)
+        model = model.to(spec.compute.device)
+    optimizer = build_optimizer(model, spec.training, spec.is_demix)
+    return TrainingState(model, optimizer, spec.first_update, share, spec.trains)
+
+
+def _whole(spec: TrainingSpec, base: StoredWeights | None) -> PreTrainedModel:
     random_seed = spec.training.random_seed
     model = build_model(spec.model, random_seed) if base is None else load_model(spec.model, base)
     if spec.from_scratch:
         check_reads(model, CAUSAL_TOKENS, f"a {spec.model['model_type']}")
-    share = share_of(group.rank, group.world, len(spec.texts)) if spec.is_demix else None
-    if share is not None:
-        split_feed_forwards(model, share.domains)
-    freeze(model, spec.trains, random_seed)
+    _freeze(model, spec)
+    return model
+
+
+def _freeze(model: PreTrainedModel, spec: TrainingSpec) -> None:
+    freeze(model, spec.trains, spec.training.random_seed)
     if spec.trains.is_delta:
         hold_frozen_in(model, spec.compute.precision)
-    model = model.to(spec.compute.device)
-    optimizer = build_optimizer(model, spec.training, spec.is_demix)
-    return TrainingState(model, optimizer, spec.first_update, share, spec.trains)
+
+
+def _sharded(
+    spec: TrainingSpec, group: ProcessGroup, base: StoredWeights | None, draws_weights: bool
+) -> PreTrainedModel:
+    """A sharded model with the weights of `_whole`, which the first rank makes in its host's memory, and hands
+    out."""
+    model = fresh_without_values(spec.model)
+    _freeze(model, spec)
+    shard(model, spec.compute, group)
+    if base is None and not draws_weights:
+        return model
+    whole: PreTrainedModel | None = None
+    wrong: BtmError | OSError | None = None
+    if group.is_first:
+        try:
+            whole = _whole(spec, base)
+        except (BtmError, OSError) as exc:
+            wrong = exc
+    wrong = group.from_first(wrong)  # the others would wait for weights
+    if wrong is not None:
+        raise wrong
+    hand_out(model, whole, group)
+    return model
 
 
 def load_state(
@@ -138,7 +189,8 @@ def load_state(
     if state.trains.is_delta:
         load_trained(state.model, state.trains, stored)
     else:
-        load_weights(state.model, stored)
+        load = load_own if is_sharded(state.model) else load_weights
+        load(state.model, stored)
     if optimizer is not None:
         load_moments(state, optimizer, name)
     state.update = update
@@ -160,17 +212,14 @@ def load_moments(state: TrainingState, optimizer: StoredWeights, name_of_state: 
             else own_moments(state.model, name, moment, tensors)
             for moment in _MOMENTS
         }
-        moments = {
-            moment: tensor.to(parameter.device, copy=True)
-            for moment, tensor in stored.items()
-            if tensor is not None
-        }
+        moments = {moment: tensor for moment, tensor in stored.items() if tensor is not None}
         if not moments:
             continue
         if "step" not in tensors or any(tensor.shape != parameter.shape for tensor in moments.values()):
             raise does_not_fit(name_of_state, f"the optimiser's state of {name}")
         fused_device = parameter.device if state.optimizer.defaults.get("fused") else torch.device("cpu")
-        state.optimizer.state[parameter] = {"step": tensors["step"].clone().to(fused_device), **moments}
+        own = {moment: like(parameter, tensor) for moment, tensor in moments.items()}
+        state.optimizer.state[parameter] = {"step": tensors["step"].clone().to(fused_device), **own}
 
 
 def does_not_fit(name: str, found: str) -> IntegrityError:
@@ -187,7 +236,7 @@ def write_state(
     state: TrainingState, folder: Path, with_optimizer: bool, dtype: torch.dtype = torch.float32
 ) -> dict[str, Path]:
     """Writes weights in a dtype, and the optimiser's state where asked, as files below `folder`; returns them by
-    name. An adapter is small, and stays float32.
+    name. An adapter is small, and stays float32. In a group the first rank does, and the others `help_to_write`.
 
     Where the weights are rounded, that state holds them in float32 too: training goes on from those. Memory: one
     tensor.
@@ -197,20 +246,32 @@ def write_state(
     if state.trains.is_delta:
         name = FILES[state.trains.part]
         files = {name: folder / name}
-        rounded = {
-            n: torch.empty_like(t, dtype=dtype, device="meta") for n, t in state.held_weights().items()
-        }
+        held = state.held_weights()
+        rounded = {n: torch.empty(t.shape, dtype=dtype, device="meta") for n, t in held.items()}
         write_tensors(layout(rounded), state.weights(), files[name])
     else:
         files = write_weights(layout_of(state.model, dtype), state.weights(), folder)
     if with_optimizer:
-        held, tensors = state.held_moments(), state.moments()
+        held = state.held_moments()
         if dtype != torch.float32:
             held |= {f"{_MASTER}{name}": tensor for name, tensor in state.held_weights().items()}
-            tensors = chain(tensors, ((f"{_MASTER}{name}", tensor) for name, tensor in state.weights()))
         files[OPTIMIZER_FILE] = folder / OPTIMIZER_FILE
-        write_tensors(layout(held), tensors, files[OPTIMIZER_FILE])
+        write_tensors(layout(held), _optimizer_tensors(state, dtype), files[OPTIMIZER_FILE])
     return files
+
+
+def help_to_write(state: TrainingState, with_optimizer: bool, dtype: torch.dtype) -> None:
+    """What every other rank does while the first one writes: it takes part in gathering."""
+    deque(state.weights(), maxlen=0)
+    if with_optimizer:
+        deque(_optimizer_tensors(state, dtype), maxlen=0)
+
+
+def _optimizer_tensors(state: TrainingState, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from state.moments()
+    if dtype != torch.float32:
+        for name, tensor in state.weights():
+            yield f"{_MASTER}{name}", tensor
 
 
 class _Masters:

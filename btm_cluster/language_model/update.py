@@ -1,6 +1,7 @@
 """One update of a training, on one rank: its blocks, forward and backward
 passes, clipping and the optimiser's step."""
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +11,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from btm_cluster.language_model.attention import leave_causal_masks_out
 from btm_cluster.language_model.batches import blocks_of_update, split_into_micro_batches
-from btm_cluster.language_model.compute import autocast
 from btm_cluster.language_model.demix_group import DemixGroup
-from btm_cluster.language_model.loss import NextTokenLoss, read_after
+from btm_cluster.language_model.layers import compile_layers, recompute_activations
+from btm_cluster.language_model.loss import NO_TOKEN, NextTokenLoss, read_after
 from btm_cluster.language_model.model import has_dropout
 from btm_cluster.language_model.optimizer import learning_rate_at
 from btm_cluster.language_model.process_group import ProcessGroup
+from btm_cluster.language_model.sharding import clip_gradients
 from btm_cluster.language_model.training_spec import TrainingSpec
 from btm_cluster.language_model.training_state import TrainingState
 
@@ -81,16 +83,27 @@ class Updates:
     def _backward(self, blocks: torch.Tensor) -> torch.Tensor:
         """Adds the gradients of the mean loss per token; returns the summed loss of this rank's blocks."""
         spec = self.spec
-        micro_batches = split_into_micro_batches(blocks, spec.compute.micro_batch_blocks, self.state.share)
+        micro_batches = self._micro_batches(blocks)
         total = torch.zeros((), device=self.device)
         for i, micro_batch in enumerate(micro_batches):
             with self._gradients_shared(after=i == len(micro_batches) - 1):
-                with autocast(self.device, spec.compute.precision):
-                    loss = self.forward(read_after(micro_batch, spec.first_token), micro_batch)
-                # DDP averages over ranks; the loss is a sum over all of them
+                with spec.compute.arithmetic():
+                    loss = self.forward(read_after(micro_batch.clamp(min=0), spec.first_token), micro_batch)
+                # Gradients are averaged over ranks; the loss is a sum over all of them.
                 (loss * (self.group.world / spec.tokens_per_update)).backward()
             total += loss.detach()
         return total
+
+    def _micro_batches(self, blocks: torch.Tensor) -> list[torch.Tensor]:
+        """A rank's blocks in forward passes. A sharded model's are collectives: a rank with fewer blocks than
+        another fills its passes up by blocks without a token."""
+        at_once = self.spec.compute.micro_batch_blocks
+        micro_batches = list(split_into_micro_batches(blocks, at_once, self.state.share))
+        if self.spec.compute.is_sharded:
+            most = math.ceil(self.spec.blocks_per_update / self.group.world)
+            lacking = math.ceil(most / at_once) - len(micro_batches)
+            micro_batches += [torch.full_like(blocks[:1], NO_TOKEN)] * lacking
+        return micro_batches
 
     def _seed_dropout(self) -> None:
         """Seeds dropout for each update anew, so that a resumed training draws the same."""
@@ -106,29 +119,39 @@ class Updates:
         return blocks
 
     def _gradients_shared(self, after: bool) -> AbstractContextManager[Any]:
-        """Context of a backward pass: ranks share gradients only after the last one of an update."""
-        if after or self.group.world == 1:
+        """Context of a backward pass: ranks share gradients only after the last one of an update.
+
+        Sharded, they do after each: whole gradients would be kept meanwhile.
+        """
+        if after or not isinstance(self.forward, DistributedDataParallel):
             return nullcontext()
-        no_sync: AbstractContextManager[Any] = self.forward.no_sync()  # type: ignore[operator]
+        no_sync: AbstractContextManager[Any] = self.forward.no_sync()
         return no_sync
 
     def _clip_gradients(self) -> torch.Tensor:
         largest = self.spec.training.gradient_clip
         if self.demix is not None:
             return self.demix.clip_gradients(largest)
-        return torch.nn.utils.clip_grad_norm_(self.state.model.parameters(), largest)
+        return clip_gradients(self.state.model.parameters(), largest)
 
     def _wrap(self, loss: NextTokenLoss) -> torch.nn.Module:
-        """Makes the loss data parallel, and compiled, where it is to be."""
+        """Makes the loss data parallel, recomputed and compiled, where it is to be."""
         wrapped: torch.nn.Module = loss
+        compute, model = self.spec.compute, self.state.model
+        if compute.recomputes:
+            recompute_activations(model)
+        if compute.compiles_layers:
+            leave_causal_masks_out(model)
+            compile_layers(model)
+            loss.loss_of = torch.compile(loss.loss_of, dynamic=False)
         if self.demix is not None:
             self.demix.hide_from(loss)
-        if self.group.world > 1:
+        if self.group.world > 1 and not compute.is_sharded:
             wrapped = DistributedDataParallel(
                 loss, device_ids=[self.device] if self.device.type == "cuda" else None
             )
-        if self.spec.compute.compile:
-            leave_causal_masks_out(self.state.model)
+        if compute.compile and not compute.compiles_layers:
+            leave_causal_masks_out(model)
             wrapped.compile(dynamic=False, mode="reduce-overhead" if self._fits_a_graph() else None)
         return wrapped
 

@@ -111,6 +111,13 @@ class ClusterPlan(Section):
     """Arithmetic of the forward pass; `auto` is bfloat16 on a GPU, float32 on CPU. Weights stay float32."""
     compile: Switch = "auto"
     """torch.compile; `auto` is on for a GPU, off on CPU."""
+    sharding: Literal["auto", "none", "full"] = "auto"
+    """What each GPU of a group holds. `none`: a whole model with its gradients and moments (data parallel).
+    `full`: its share of them (FSDP2), gathered layer by layer. `auto` shards where the whole would not fit,
+    by an estimate. A DEMix is split by domains, whatever this says."""
+    activation_checkpointing: Switch = "auto"
+    """Keep each layer's input alone, and compute its activations once more for the backward pass: a third
+    more arithmetic. `auto` is on where they would not fit into the GPU's memory, and off on CPU."""
     checkpoint_minutes: PositiveReal = 15
     """Most training time that a lost machine can cost."""
     hang_minutes: PositiveReal = 30

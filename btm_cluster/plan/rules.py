@@ -157,7 +157,12 @@ def merging_rules(given: Given) -> Iterator[Broken]:
 
 
 def cluster_rules(given: Given) -> Iterator[Broken]:
-    """Groups of several GPUs have whole ones."""
+    """Groups of several GPUs have whole ones; and only such a group is sharded."""
+    asked = numbers_of(given, seed_gpus=0, gpus_per_expert=0)
+    if given.get("sharding") == "full" and asked and max(asked) <= 1:
+        expected = "a group of several GPUs, over which a model can be spread"
+        remedy = "raise `seed_gpus` or `gpus_per_expert`, or leave it out"
+        yield Broken("sharding", "'full'", expected, remedy)
     for name in ("seed_gpus", "gpus_per_expert"):
         gpus = numbers_of(given, **{name: 0})
         if gpus and gpus[0] > 1 and gpus[0] % 1:

@@ -6,8 +6,8 @@ is shown and made, and are no part of the identity.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
 
 from btm_cluster.identity import Inputs, Ref, identity_by
 
@@ -25,6 +25,18 @@ class Resources:
     micro_batch_blocks: int
     precision: str
     compile: bool
+    sharding: Literal["auto", "none", "full"] = "none"
+    """Whether each worker of a group holds a whole model or a part of it. `auto` is settled where a training
+    starts, by the memory that is there."""
+    activation_checkpointing: Literal["auto", "on", "off"] = "off"
+    """Whether activations are computed once more for the backward pass; `auto` is settled likewise."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """As plain values, from which these resources can be made again. What was added later is left out at its
+        default: what was stored before says the same."""
+        added = {"sharding": "none", "activation_checkpointing": "off"}
+        return {name: value for name, value in asdict(self).items() if added.get(name, ...) != value}
 
 
 class StepRequest(ABC):

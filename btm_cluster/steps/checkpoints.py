@@ -14,6 +14,7 @@ import torch
 
 from btm_cluster.curve import CURVE_FILE, Curve
 from btm_cluster.errors import MissingError, StoreError, UserError, one_line
+from btm_cluster.language_model.host_copy import HostCopy
 from btm_cluster.language_model.model import save_weights
 from btm_cluster.language_model.recording import Recording
 from btm_cluster.language_model.stored_weights import TensorFiles
@@ -92,6 +93,7 @@ class TrainingCheckpoints:
         """How long the last save that was stored took for that, meanwhile."""
         self._ledger, self._model, self._label = ledger, model, label
         self._passed_over, self._weights_file = passed_over, weights_file
+        self._weights, self._moments = HostCopy(), HostCopy()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
 
@@ -112,8 +114,7 @@ class TrainingCheckpoints:
         """
         started = time.monotonic()
         self._finish_previous()  # a slow store holds training up here, and it shows as a stall
-        weights_now = {name: t.to("cpu", copy=True) for name, t in weights}
-        moments_now = {name: t.to("cpu", copy=True) for name, t in moments}
+        weights_now, moments_now = self._weights.take(weights), self._moments.take(moments)
         self.stall_seconds = time.monotonic() - started
         self.stalled_seconds += self.stall_seconds
         self._saving = self._pool.submit(self._store, update, weights_now, moments_now, curve, dict(facts))
@@ -125,6 +126,8 @@ class TrainingCheckpoints:
         """Waits for the save under way."""
         self._finish_previous()
         self._pool.shutdown()
+        self._weights.close()
+        self._moments.close()
 
     def _finish_previous(self) -> None:
         saving, self._saving = self._saving, None

@@ -4,7 +4,6 @@ profiles that it has run under so far.
 A profile is kept as spans of updates, since results depend on it: one span is written as the profile alone.
 """
 
-import dataclasses
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,7 +67,8 @@ def restore(
     while True:
         source = _agree_on_source(request, ledger, group, passed_over)
         # Anew after a failure, which may have loaded a part of it.
-        state = build_state(spec, group, _base_of(request, ledger))
+        is_drawn = source.stored is None
+        state = build_state(spec, group, _base_of(request, ledger), draws_weights=is_drawn)
         damaged = not _loads(state, source, ledger, request.label)
         if not any(group.any(damaged)):
             if source.stored is not None and source.is_on_the_way(request):
@@ -145,7 +145,7 @@ def find_source(request: TrainRequest, ledger: Ledger, passed_over: Collection[s
 def profile_of(how: Resources) -> dict[str, Any]:
     """The numerics profile: all that results depend on beside the recipe."""
     device = "cuda" if how.gpus_per_worker > 0 else "cpu"
-    return dataclasses.asdict(how) | {"torch": torch.__version__, "device": device}
+    return how.facts | {"torch": torch.__version__, "device": device}
 
 
 def profiles(earlier: Sequence[Mapping[str, Any]], update: int, how: Resources, last: int) -> dict[str, Any]:

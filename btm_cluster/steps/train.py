@@ -14,12 +14,14 @@ from btm_cluster.curve import CURVE_FILE
 from btm_cluster.data.blocks import Blocks
 from btm_cluster.data.tokenizer import TOKENIZER_FILES
 from btm_cluster.errors import MissingError, TrainingError
+from btm_cluster.language_model.compute import device_of
 from btm_cluster.language_model.demix import DensePart, count_demix_parameters
 from btm_cluster.language_model.lora import ADAPTER_CONFIG, adapter_config, write_adapter_config
 from btm_cluster.language_model.model import fresh_on_meta, layout_of, write_config
 from btm_cluster.language_model.model_import import import_model
+from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.stored_weights import StoredWeights, tensors_of, write_weights
-from btm_cluster.language_model.training_state import write_state
+from btm_cluster.language_model.training_state import help_to_write, write_state
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import DemixPart, TrainRequest
 from btm_cluster.requests.progress import Control, Progress
@@ -38,10 +40,11 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
         Stopped: asked to stop; the state is saved and the same request continues from it.
         UserError: the model was purged once.
     """
+    group = ProcessGroup.joined(device_of(request.how.gpus_per_worker))
     done = ledger.find(request.ref)
     if done is not None:
         _fill_in_snapshots(request, ledger, control)
-        if _is_first_rank():
+        if group.is_first:
             ledger.clear_training(request.ref.identity)  # a crash may have come between commit and clearing
         return done
     ledger.check_not_purged(request.ref)
@@ -59,14 +62,20 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
             files |= {name: ledger.open_file(tokenizer, name) for name in TOKENIZER_FILES}
             return ledger.commit(made, files, {**facts, "origin": _origin(made, ledger)}, note)
 
-        def commit_trained(made: TrainRequest, trained: Trained) -> Artifact:
-            if made.ref != request.ref and (found := ledger.find(made.ref)) is not None:
-                return found  # an attempt before this one has passed it
-            control.report(Progress(request.label, "storing"))
+        def commit_trained(made: TrainRequest, trained: Trained) -> Artifact | None:
+            """On the group's first rank, the committed artifact; the others help to gather it."""
+            is_there = group.is_first and made.ref != request.ref and ledger.find(made.ref) is not None
+            if any(group.any(is_there)):
+                return None  # an attempt before this one has passed it
+            if group.is_first:
+                control.report(Progress(request.label, "storing"))
             if made.is_demix:
-                return _commit_demix(made, trained, ledger, commit, folder)
+                return _commit_demix(made, trained, ledger, commit, folder) if group.is_first else None
             keeps_optimizer = made.last_update < made.training.updates and not made.weights_only
             dtype = getattr(torch, made.training.weights)
+            if not group.is_first:
+                help_to_write(trained.state, keeps_optimizer, dtype)
+                return None
             files = write_state(trained.state, folder, keeps_optimizer, dtype) | _write_curve(trained, folder)
             if made.trains.lora is not None:
                 config = adapter_config(made.trains.lora, made.model)
@@ -83,9 +92,10 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
                 )
             except AlreadyTrained:
                 return ledger.get(request.ref)
-            if not _is_first_rank():
+            stored = commit_trained(request, trained)
+            if stored is None:
                 return _await_commit(ledger, request)
-            committed = commit_trained(request, trained)
+            committed = stored
     ledger.clear_training(request.ref.identity)
     if dist.is_initialized():
         dist.barrier()
@@ -203,13 +213,9 @@ def _out_of_memory(request: TrainRequest, exc: BaseException) -> TrainingError:
     return TrainingError(
         f"{request.label}: out of memory",
         found=(str(exc) or type(exc).__name__).splitlines()[0],
-        remedy="lower cluster.micro_batch_blocks, or give it more of a GPU; the last training checkpoint is "
-        "kept",
+        remedy="lower cluster.micro_batch_blocks, set cluster.activation_checkpointing: on, or give it more of a "
+        "GPU, and go on by --new-resources; the last training checkpoint is kept",
     )
-
-
-def _is_first_rank() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _await_commit(ledger: Ledger, request: TrainRequest) -> Artifact:

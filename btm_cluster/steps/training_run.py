@@ -7,7 +7,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, TypeAlias
 
@@ -26,6 +26,7 @@ from btm_cluster.requests.progress import Control, Progress
 from btm_cluster.steps.checkpoints import TrainingCheckpoints
 from btm_cluster.steps.development import open_development
 from btm_cluster.steps.resuming import Source, earlier_spans, profiles, restore
+from btm_cluster.steps.settling import settled
 from btm_cluster.storage.node_cache import node_cache
 
 NOTICE_SECONDS = 5.0
@@ -43,7 +44,7 @@ class Trained:
 
 
 AtMilestone: TypeAlias = Callable[[TrainRequest, Trained], Any]
-"""Called on the first rank at a milestone or a snapshot, with the request that ends there."""
+"""Called on all ranks at a milestone or a snapshot, with the request that ends there."""
 
 
 def run_training(
@@ -61,9 +62,10 @@ def run_training(
         Stopped: `control` asked to stop; the state was saved.
         DivergedError: the loss is not finite; the last training checkpoint is kept.
     """
+    group = ProcessGroup.joined(device_of(request.how.gpus_per_worker))
+    request = settled(request, group)
     spec = spec_of(request, texts, first_token)
     set_up(spec.compute)
-    group = ProcessGroup.joined(spec.compute.device)
     spec = replace(spec, development_DNT=open_development(request, ledger, group))
     state, source, passed_over = restore(request, spec, ledger, group)
     weights_file = FILES[request.trains.part]
@@ -108,8 +110,15 @@ def spec_of(request: TrainRequest, texts: Sequence[Blocks], first_token: int) ->
 
 def compute_of(how: Resources) -> Compute:
     """Settings of each process of a training."""
-    device = device_of(how.gpus_per_worker)
-    return Compute(device, how.cpus_per_worker, how.micro_batch_blocks, how.precision, how.compile)
+    return Compute(
+        device=device_of(how.gpus_per_worker),
+        threads=how.cpus_per_worker,
+        micro_batch_blocks=how.micro_batch_blocks,
+        precision=how.precision,
+        compile=how.compile,
+        is_sharded=how.sharding == "full" and how.workers > 1,
+        recomputes=how.activation_checkpointing == "on",
+    )
 
 
 def _calmer_recipe(role: Role) -> str:
@@ -155,16 +164,15 @@ class TrainingRun:
     def save(self, state: TrainingState, wait: bool) -> None:
         weights, moments = state.weights(), state.moments()
         if self._group.is_first:
-            facts = {"how": asdict(self._request.how), **self._request.trains.facts} | self._profiles(state)
+            facts = {"how": self._request.how.facts, **self._request.trains.facts} | self._profiles(state)
             self._checkpoints.save(state.update, weights, moments, state.recording.curve(), facts, wait)
         else:
             deque(chain(weights, moments), maxlen=0)  # the first rank gathers what this one holds
         self._last_saved = time.monotonic()
 
     def passed_milestone(self, state: TrainingState) -> None:
-        if self._group.is_first:
-            for passed in self._request.passing(state.update):
-                self._at_milestone(passed, self.trained(passed.role, state))
+        for passed in self._request.passing(state.update):
+            self._at_milestone(passed, self.trained(passed.role, state))
 
     def report(self, state: TrainingState, report: UpdateReport) -> None:
         request, rate = self._request, report.tokens_per_second

@@ -5,10 +5,12 @@ import gc
 import torch
 
 from btm_cluster.data.blocks import Blocks
+from btm_cluster.language_model.compute import device_of
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.training_state import build_state
 from btm_cluster.language_model.update import Updates
 from btm_cluster.requests import TrainRequest
+from btm_cluster.steps.settling import settled
 from btm_cluster.steps.training_run import set_up, spec_of
 
 
@@ -21,9 +23,9 @@ def warm_up(request: TrainRequest) -> None:
     """
     if not request.how.gpus_per_worker or request.pretrained is not None:
         return
-    spec = spec_of(request, [Blocks([])] * len(request.texts), first_token=0)
+    group = ProcessGroup.joined(device_of(request.how.gpus_per_worker))
+    spec = spec_of(settled(request, group), [Blocks([])] * len(request.texts), first_token=0)
     set_up(spec.compute)
-    group = ProcessGroup.joined(spec.compute.device)
     Updates(spec, build_state(spec, group), group).try_out()
     gc.collect()
     torch.cuda.empty_cache()

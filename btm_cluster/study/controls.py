@@ -15,7 +15,7 @@ from btm_cluster.driver.prepared_plan import (
     tokenize_requests,
     training_text,
 )
-from btm_cluster.driver.recipes import at_experts_rate, seed_start, train_request
+from btm_cluster.driver.recipes import as_demix, at_experts_rate, seed_start, train_request
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.requests import ShuffleTexts, TrainRequest
 
@@ -38,7 +38,7 @@ def seeded_demix_request(prepared: PreparedPlan, seed: Ref) -> TrainRequest:
     training = prepared.plan.training
     span, start = (training.seed_updates, training.updates), seed_start(prepared, seed)
     request = train_request(prepared, "demix-from-seed", "demix", prepared.founding_texts, span, start)
-    return replace(request, is_demix=True)
+    return as_demix(request)
 
 
 def transformer_lm_at_experts_rate_request(prepared: PreparedPlan, seed: Ref) -> TrainRequest:

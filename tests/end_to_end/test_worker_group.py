@@ -142,10 +142,10 @@ def test_a_group_goes_on_from_a_checkpoint_and_saves_for_a_machine_that_will_be_
     request, ledger = request_for_two
     # Too long to end before it is stopped, so that stopping and going on can be told from ending.
     training = request.training.model_copy(update={"updates": 2_000_000})
-    # A machine each for the two workers, of which Ray's own notice takes one.
-    how = dataclasses.replace(request.how, cpus_per_worker=2)
+    # A machine each for the two workers, of which Ray's own notice takes one. Each has a half of the model.
+    how = dataclasses.replace(request.how, cpus_per_worker=2, sharding="full")
     endless = dataclasses.replace(request, training=training, last_update=1_000_000, how=how)
-    alone = dataclasses.replace(endless, how=dataclasses.replace(how, workers=1, cpus_per_worker=1))
+    alone = dataclasses.replace(endless, how=dataclasses.replace(request.how, workers=1))
     stopped = StopAfter(updates=300)
     with pytest.raises(Stopped):
         run_all(InProcess(ledger, LocalControl(stopped, stopped.stop)), [alone])

@@ -1,10 +1,6 @@
 """Forests whose experts hold only what changed of a base: grown, resumed, averaged, run in one memory,
 expanded, exported, and refused without their base."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +33,7 @@ from btm_cluster.steps.train import train
 from tests.conftest import DOMAINS, in_process, plan_fields
 from tests.integration.conftest import copy_store
 from tests.integration.test_training import Interrupting, Undisturbed
+from tests.integration.train_in_groups import Job, train_in_groups
 
 
 def open_models(ledger: Ledger, models: Sequence[Ref]) -> list[PreTrainedModel]:
@@ -296,16 +293,9 @@ def test_a_group_trains_the_adapter_of_one_process(texts: dict[str, Path], tmp_p
     grouped = copy_store(plan, tmp_path / "group").store
     request = expert_request(prepared, prepared.domains[0], seed_start(prepared, seed_request(prepared).ref))
     alone = train(request, driver.ledger, Undisturbed())
-    jobs = [(fields | {"store": grouped}, 2, stop, False) for stop in (2, None)]
-    made = subprocess.run(
-        [sys.executable, "-m", "tests.integration.train_in_groups"],
-        input=json.dumps(jobs),
-        text=True,
-        capture_output=True,
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert made.returncode == 0, made.stderr
+    in_group = Job(fields | {"store": grouped}, "expert", ranks=2)
+    # Each rank with a whole model until it is stopped, and then with a half of one.
+    train_in_groups([replace(in_group, stop_after=2), replace(in_group, how={"sharding": "full"})])
     ledger = Ledger.open(grouped)
     found, expected = (
         open_stored(one, two) for one, two in ((ledger, ledger.get(request.ref)), (driver.ledger, alone))

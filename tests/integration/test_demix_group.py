@@ -1,10 +1,6 @@
 """A DEMix over groups of ranks against the one that a single process trains."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +20,7 @@ from btm_cluster.steps.train import train
 from btm_cluster.study.controls import seeded_demix_request
 from tests.conftest import DOMAINS, TARGETS, in_process, plan_fields
 from tests.integration.test_training import Undisturbed
+from tests.integration.train_in_groups import Job, train_in_groups
 
 
 def demix_fields(texts: dict[str, Path], store: Path, domains: int) -> dict[str, Any]:
@@ -49,54 +46,46 @@ def curve_of(request: TrainRequest, ledger: Ledger) -> list[list[float]]:
 
 def test_groups_of_ranks_train_the_demix_of_one_process(texts: dict[str, Path], tmp_path: Path) -> None:
     alone, jobs = {}, []
-    for domains, is_seeded in ((2, False), (4, False), (4, True)):
-        store = tmp_path / f"alone-{domains}-{is_seeded}"
+    for domains, name in ((2, "demix"), (4, "demix"), (4, "demix-from-seed")):
+        store = tmp_path / f"alone-{domains}-{name}"
         plan = Plan.model_validate(demix_fields(texts, store, domains))
         driver = in_process(plan)
         prepared = prepare(plan, driver)
         request = demix_request(prepared)
-        if is_seeded:
+        if name == "demix-from-seed":
             seed = train(seed_request(prepared), driver.ledger, Undisturbed())
             request = seeded_demix_request(prepared, seed.ref)
         for ranks in {2: (2, 4), 4: (2,)}[domains]:
-            copy = tmp_path / f"{domains}-{ranks}-{is_seeded}"
+            copy = tmp_path / f"{domains}-{ranks}-{name}"
             shutil.copytree(store, copy)
             fields = demix_fields(texts, copy, domains)
             # Stopped where all agree on it; then it goes on.
-            jobs += [(fields, ranks, 2, is_seeded), (fields, ranks, None, is_seeded)]
+            jobs += [Job(fields, name, ranks, stop_after=2), Job(fields, name, ranks)]
         if domains == 2:  # and once it goes on with half of the ranks, as new resources make it
             copy = tmp_path / "resized"
             shutil.copytree(store, copy)
             fields = demix_fields(texts, copy, domains)
-            resized = [(fields, 4, 2, is_seeded), (fields, 2, None, is_seeded)]
+            resized = [Job(fields, name, 4, stop_after=2), Job(fields, name, 2)]
         train(request, driver.ledger, Undisturbed())
-        alone[domains, is_seeded] = (
+        alone[domains, name] = (
             request,
             parts_of(request, driver.ledger),
             curve_of(request, driver.ledger),
         )
-    made = subprocess.run(
-        [sys.executable, "-m", "tests.integration.train_in_groups"],
-        input=json.dumps([*jobs, *resized]),
-        text=True,
-        capture_output=True,
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert made.returncode == 0, made.stderr
-    for fields, ranks, _, is_seeded in (*jobs[1::2], resized[1]):
-        request, expected, curve = alone[len(fields["domains"]), is_seeded]
-        ledger = Ledger.open(fields["store"])
+    train_in_groups([*jobs, *resized])
+    for job in (*jobs[1::2], resized[1]):
+        request, expected, curve = alone[len(job.fields["domains"]), job.model]
+        ledger = Ledger.open(job.fields["store"])
         profile = ledger.get(request.ref).facts["profile"]
-        if fields is resized[1][0]:
+        if job is resized[1]:
             assert [span["workers"] for span in profile] == [4, 2]
         else:
-            assert profile["workers"] == ranks
-        assert curve_of(request, ledger) == [pytest.approx(values, rel=1e-3) for values in curve], ranks
+            assert profile["workers"] == job.ranks
+        assert curve_of(request, ledger) == [pytest.approx(values, rel=1e-3) for values in curve], job.ranks
         found = parts_of(request, ledger)
         for part, other in zip(found, expected, strict=True):
             for name, tensor in part.items():
-                assert (tensor - other[name]).abs().max() < 1e-4, (ranks, name)
+                assert (tensor - other[name]).abs().max() < 1e-4, (job.ranks, name)
         assert any((found[0][name] - found[1][name]).abs().max() > 1e-3 for name in found[0])
 
 

@@ -383,7 +383,9 @@ def test_a_model_of_one_span_says_its_profile_as_ever_whatever_was_asked(
 ) -> None:
     ledger, request = prepared_store.driver.ledger, prepared_store.seed
     plain = run(prepared_store, replace(request, last_update=1)).facts["profile"]
-    assert plain == dataclasses.asdict(request.how) | {"torch": torch.__version__, "device": "cpu"}
+    group = {"workers": 1, "gpus_per_worker": 0.0, "cpus_per_worker": 1}
+    passes = {"micro_batch_blocks": 4, "precision": "float32", "compile": False}
+    assert plain == group | passes | {"torch": torch.__version__, "device": "cpu"}
     stop_after(prepared_store, request, 3)
     assert (
         train(resumed(request, ledger, new_resources=True), ledger, Undisturbed()).facts["profile"] == plain

@@ -280,6 +280,7 @@ PROBLEMS = {
         "a share that comes to an update, or 0",
     ),
     "cluster: {seed_gpus: 129}": ("cluster.seed_gpus", "at most 128"),
+    "cluster: {sharding: full}": ("cluster.sharding", "a group of several GPUs"),
     "cluster: {gpus_per_expert: .inf}": ("cluster.gpus_per_expert", "finite"),
     "cluster: {checkpoint_minutes: .inf}": ("cluster.checkpoint_minutes", "finite"),
     "cluster: {retries: -1}": ("cluster.retries", "greater than or equal to 0"),

@@ -1,0 +1,114 @@
+"""The estimate of a training's memory, and what follows from it."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from btm_cluster.language_model.layers import size_of
+from btm_cluster.language_model.memory import ModelSize, Way, choose_way, memory_of
+from btm_cluster.language_model.model import fresh_on_meta
+
+QWEN_7B: dict[str, Any] = {
+    "model_type": "qwen2", "vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944,
+    "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False,
+}  # fmt: skip
+GB = 1e9
+
+
+@pytest.fixture(scope="module")
+def size() -> ModelSize:
+    return size_of(fresh_on_meta(QWEN_7B))
+
+
+@pytest.fixture
+def way() -> Way:
+    """Two H200 that read 8,192 tokens at once each."""
+    return Way(ranks=2, blocks=2, block_tokens=4096, in_bfloat16=True, compiles=True)
+
+
+def test_sizes_are_read_off_a_model(size: ModelSize) -> None:
+    assert size == ModelSize(
+        parameters=7_615_616_512,
+        largest_unit=152_064 * 3584,
+        layers=28,
+        width=3584,
+        queries=3584,
+        keys=512,
+        inner=18_944,
+        is_gated=True,
+        vocabulary=152_064,
+    )
+
+
+def test_a_state_is_sixteen_bytes_for_each_trained_parameter_and_two_for_each_frozen_one(
+    size: ModelSize, way: Way
+) -> None:
+    parameters = size.parameters
+    assert memory_of(size, way).state == 16 * parameters
+    assert memory_of(size, replace(way, is_sharded=True)).state == 8 * parameters
+    frozen = replace(size, frozen=parameters - 1000)
+    assert memory_of(frozen, way).state == 2 * (parameters - 1000) + 16 * 1000
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "ranks", "sharding", "recomputing", "expected"),
+    [
+        (300, 2, "auto", "auto", (False, False)),
+        (127, 2, "auto", "auto", (True, False)),
+        (80, 2, "auto", "auto", (True, True)),
+        (80, 8, "auto", "auto", (True, False)),
+        (80, 1, "auto", "auto", (False, True)),  # the least that one alone can take, which is too much
+        (127, 2, "off", "auto", (False, True)),
+        (300, 2, "on", "on", (True, True)),
+        (80, 2, "on", "off", (True, False)),
+    ],
+)
+def test_the_fastest_way_that_fits_is_taken(
+    size: ModelSize, way: Way, gigabytes: float, ranks: int, sharding: Any, recomputing: Any, expected: Any
+) -> None:
+    chosen = choose_way(size, replace(way, ranks=ranks), gigabytes * GB, sharding, recomputing)
+    assert (chosen.is_sharded, chosen.recomputes) == expected
+
+
+@pytest.mark.parametrize("in_bfloat16", [True, False])
+@pytest.mark.parametrize(("model_type", "most_above"), [("gpt2", 1.02), ("llama", 1.26)])
+def test_a_layer_keeps_as_much_as_autograd_says(
+    model_type: str, most_above: float, in_bfloat16: bool
+) -> None:
+    """Llama's norms, in pieces where they are not compiled, keep some more than the formula has."""
+    way = Way(1, 2, 256, in_bfloat16, compiles=False, is_sharded=True)
+    of_three, of_two = (_model(model_type, layers, in_bfloat16) for layers in (3, 2))
+    kept = _kept_bytes(of_three) - _kept_bytes(of_two)
+    estimate = memory_of(size_of(of_three), way).activations / 3
+    assert estimate < kept < most_above * estimate
+
+
+def _model(model_type: str, layers: int, in_bfloat16: bool) -> PreTrainedModel:
+    shape = {"hidden_size": 64, "num_hidden_layers": layers, "num_attention_heads": 4, "vocab_size": 512}
+    other = {
+        "gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "activation_function": "gelu"},
+        "llama": {"num_key_value_heads": 2, "intermediate_size": 160},
+    }[model_type]
+    config = AutoConfig.for_model(model_type, bos_token_id=None, eos_token_id=None, **shape, **other)
+    dtype = torch.bfloat16 if in_bfloat16 else torch.float32
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model
+
+
+def _kept_bytes(model: PreTrainedModel) -> int:
+    """Bytes that a forward pass over 2 blocks of 256 tokens keeps for the backward pass, without the weights."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(input_ids=torch.zeros(2, 256, dtype=torch.int64), use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
