@@ -7,17 +7,17 @@ from btm_cluster.evaluation.fitting import uniform_request
 from btm_cluster.evaluation.systems import System
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import Ref
-from btm_cluster.plan import MixtureOfExpertsPlan, Plan
+from btm_cluster.plan import MixtureOfExpertsPlan
 from btm_cluster.requests import AverageRequest, MixtureOfExpertsRequest
 
 MIXTURE_OF_EXPERTS = System("mixture of experts")
 
 
-def mixture_of_experts_request(
+def mixture_of_experts_requests(
     prepared: PreparedPlan, forest: Forest, wanted: MixtureOfExpertsPlan
-) -> MixtureOfExpertsRequest:
-    """The mixture of a forest's experts, whose routers are fitted on as many development blocks of each domain
-    as everything else.
+) -> list[AverageRequest | MixtureOfExpertsRequest]:
+    """The steps that make the mixture of a forest's experts, itself last. Its routers are fitted on as many
+    development blocks of each domain as everything else.
 
     Raises:
         TextError: a domain has no development text.
@@ -30,36 +30,17 @@ def mixture_of_experts_request(
             found=f"none of {', '.join(without)}",
             remedy="name `development` files for them in the plan, or leave the mixture of experts out",
         )
-    average = average_of_rest(prepared.plan, forest, wanted)
-    return MixtureOfExpertsRequest(
-        label=f"mixture of experts with the {'seed' if average is None else 'average'}",
-        models=_models(forest),
-        rest=Ref("model", forest.foundation.seed) if average is None else average.ref,
+    models = tuple(Ref("model", expert.identity) for expert in forest.experts)
+    suited = "seed" if prepared.plan.branching.train == "feed-forward" else "average"
+    rest = wanted.rest or suited
+    average = uniform_request(models)
+    mixture = MixtureOfExpertsRequest(
+        label=f"mixture of experts with the {rest}",
+        models=models,
+        rest=average.ref if rest == "average" else Ref("model", forest.foundation.seed),
         tokens=tuple(tokens[domain] for domain in forest.domains),
-        experts_per_token=min(wanted.experts_per_token, len(forest.experts)),
+        experts_per_token=min(wanted.experts_per_token, len(models)),
         blocks=prepared.plan.merging.development_blocks,
         how=expert_resources(prepared.plan),
     )
-
-
-def average_of_rest(plan: Plan, forest: Forest, wanted: MixtureOfExpertsPlan) -> AverageRequest | None:
-    """The average that a mixture of experts has its attention, embeddings and norms of; None: the seed."""
-    suited = "seed" if plan.branching.train == "feed-forward" else "average"
-    return None if (wanted.rest or suited) == "seed" else uniform_request(_models(forest))
-
-
-def mixture_of_experts_requests(
-    prepared: PreparedPlan, forest: Forest, wanted: MixtureOfExpertsPlan
-) -> list[AverageRequest | MixtureOfExpertsRequest]:
-    """The steps that make it, itself last.
-
-    Raises:
-        TextError: a domain has no development text.
-    """
-    average = average_of_rest(prepared.plan, forest, wanted)
-    mixture = mixture_of_experts_request(prepared, forest, wanted)
-    return [mixture] if average is None else [average, mixture]
-
-
-def _models(forest: Forest) -> tuple[Ref, ...]:
-    return tuple(Ref("model", expert.identity) for expert in forest.experts)
+    return [average, mixture] if rest == "average" else [mixture]

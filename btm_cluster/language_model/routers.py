@@ -122,7 +122,7 @@ def _watched(modules: Sequence[torch.nn.Module], look: Callable[[int, torch.Tens
 def _moments(trunk: _Trunk, readings: Sequence[Reading]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Gram matrix [H, H] and sums by expert [E, H] of each layer's hidden states; each domain weighs one."""
     width, device = trunk.model.config.hidden_size, trunk.model.device
-    zeros = [
+    moments = [
         (
             torch.zeros(width, width, dtype=torch.float64, device=device),
             torch.zeros(len(readings), width, dtype=torch.float64, device=device),
@@ -133,13 +133,13 @@ def _moments(trunk: _Trunk, readings: Sequence[Reading]) -> list[tuple[torch.Ten
         tokens = int(reading.mask_BT.sum())
 
         def add(layer: int, hidden_NH: torch.Tensor, expert: int = expert, tokens: int = tokens) -> None:
-            gram_HH, sums_EH = zeros[layer]
+            gram_HH, sums_EH = moments[layer]
             hidden_NH = hidden_NH.float()
             gram_HH += (hidden_NH.T @ hidden_NH).double() / tokens
             sums_EH[expert] += hidden_NH.double().sum(0) / tokens
 
         trunk.read(reading, add)
-    return zeros
+    return moments
 
 
 def _scores(

@@ -20,25 +20,27 @@ _SHARDING: Mapping[str, Setting] = {"auto": "auto", "none": "off", "full": "on"}
 
 
 def settled(request: TrainRequest, group: ProcessGroup) -> TrainRequest:
-    """The request with resources that leave nothing open, by the memory of the first rank's GPU, or the part of
-    it that a worker is given. A collective.
+    """The request with resources that leave nothing open, by the memory of the first rank's GPU. A collective.
 
     Raises:
         ResourcesError: its weights, gradients and moments alone are more than that.
     """
     if group.device.type == "cpu" or request.is_demix:
         return request
-    there = torch.cuda.get_device_properties(group.device).total_memory
-    return settled_for(request, group.from_first(there * min(1.0, request.how.gpus_per_worker)))
+    return settled_for(request, group.from_first(torch.cuda.get_device_properties(group.device).total_memory))
 
 
 def settled_for(request: TrainRequest, there: float) -> TrainRequest:
-    """The request with resources that leave nothing open, where a worker has so many bytes."""
+    """The request with resources that leave nothing open, where a GPU has so many bytes.
+
+    A worker that is given a part of it counts on that part, and may have more: it is not refused for it.
+    """
     how = request.how
     trained, frozen = count_trained(request.model, request.trains)
     size = replace(size_of(fresh_on_meta(request.model)), parameters=trained + frozen, frozen=frozen)
     sharding = _SHARDING[how.sharding]
-    way = choose_way(size, _way_of(request), USABLE_SHARE * there, sharding, how.activation_checkpointing)
+    usable = USABLE_SHARE * there * min(1.0, how.gpus_per_worker)
+    way = choose_way(size, _way_of(request), usable, sharding, how.activation_checkpointing)
     memory = memory_of(size, way)
     _check_holds(request, memory, there)
     settled_how = replace(

@@ -95,6 +95,8 @@ def test_what_a_plan_leaves_open_is_settled_by_the_memory_that_is_there(
     assert Resources(**scarce.facts) == scarce
     with pytest.raises(ResourcesError, match="seed does not fit its GPUs"):
         settled_for(seed, 0.4 * state)
+    a_tenth = replace(seed, how=replace(seed.how, workers=1, gpus_per_worker=0.1))
+    assert settled_for(a_tenth, 2 * state).how.activation_checkpointing == "on", "counting on a tenth of it"
     settled_for(replace(seed, trains=Trains("lora", Lora(2, 4.0, ("c_attn",)))), 0.4 * state)
 
 
