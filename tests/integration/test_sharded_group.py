@@ -18,8 +18,8 @@ from btm_cluster.driver.recipes import (
     transformer_lm_request,
 )
 from btm_cluster.errors import ResourcesError
-from btm_cluster.language_model.layers import size_of
 from btm_cluster.language_model.model import fresh_on_meta
+from btm_cluster.language_model.training_size import size_of
 from btm_cluster.ledger import Ledger
 from btm_cluster.ledger.curves import read_curve
 from btm_cluster.plan import Lora, Plan, Trains

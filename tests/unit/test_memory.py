@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from btm_cluster.language_model.layers import size_of
 from btm_cluster.language_model.memory import ModelSize, Way, choose_way, memory_of
 from btm_cluster.language_model.model import fresh_on_meta
+from btm_cluster.language_model.training_size import size_of
 
 QWEN_7B: dict[str, Any] = {
     "model_type": "qwen2", "vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944,
@@ -40,6 +40,8 @@ def test_sizes_are_read_off_a_model(size: ModelSize) -> None:
         inner=18_944,
         is_gated=True,
         vocabulary=152_064,
+        cast=28 * (2 * 3584 * (3584 + 512) + 3584 + 2 * 512 + 3 * 3584 * 18_944),
+        cast_head=152_064 * 3584,
     )
 
 
@@ -49,7 +51,7 @@ def test_a_state_is_sixteen_bytes_for_each_trained_parameter_and_two_for_each_fr
     parameters = size.parameters
     assert memory_of(size, way).state == 16 * parameters
     assert memory_of(size, replace(way, is_sharded=True)).state == 8 * parameters
-    frozen = replace(size, frozen=parameters - 1000)
+    frozen = replace(size, frozen=parameters - 1000, frozen_linear=parameters - 1000)
     assert memory_of(frozen, way).state == 2 * (parameters - 1000) + 16 * 1000
 
 
@@ -82,7 +84,7 @@ def test_a_layer_keeps_as_much_as_autograd_says(
     way = Way(1, 2, 256, in_bfloat16, compiles=False, is_sharded=True)
     of_three, of_two = (_model(model_type, layers, in_bfloat16) for layers in (3, 2))
     kept = _kept_bytes(of_three) - _kept_bytes(of_two)
-    estimate = memory_of(size_of(of_three), way).activations / 3
+    estimate = memory_of(size_of(of_three), way).activations - memory_of(size_of(of_two), way).activations
     assert estimate < kept < most_above * estimate
 
 
