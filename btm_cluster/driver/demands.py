@@ -53,6 +53,6 @@ def _with_lora(request: TrainRequest) -> ModelSize | None:
         return None
     model: Mapping[str, Any] = request.model
     try:
-        return size_for(model, trains_of(BranchingPlan(train="lora"), model))
+        return size_for(model, trains_of(BranchingPlan.model_validate({"train": "lora"}), model))
     except PlanError:
         return None

@@ -193,7 +193,9 @@ def _activations(size: ModelSize, way: Way) -> int:
 def _kept_per_token(size: ModelSize, way: Way) -> int:
     """Bytes that a layer keeps of each token: inputs of both norms and what they make of them, queries, keys,
     values and what attention makes of them, the feed-forward's inside, and adapters' inside."""
-    values = 2 * size.width + 2 * size.queries + 2 * size.keys + size.adapters
+    values = 2 * size.width + 2 * size.queries + 2 * size.keys
+    if size.adapters:  # by which attention's output is cast once more
+        values += size.adapters + size.queries
     # Gated: both projections and their product, and not compiled, the gate's SiLU.
     inside = size.inner * ((3 if way.compiles else 4) if size.is_gated else 2)
     return 2 * size.width * _residual(way) + _value(way) * (values + inside)
