@@ -1,13 +1,17 @@
-"""What tests of reading share: everything that a source of one pattern holds."""
+"""What tests of reading share: everything that a source of one pattern holds, and documents in blocks."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
+from btm_cluster.data.blocks import pack_blocks, tokenised
 from btm_cluster.data.documents import BadDocument
 from btm_cluster.data.sources import Document, read_documents
+from btm_cluster.data.tokenizer import TextTokenizer
 from btm_cluster.errors import TextError
 from btm_cluster.plan import ReadingPlan, TextPlan
 
@@ -35,3 +39,11 @@ def refusal(path: Path | str, **fields: Any) -> str:
     assert caught.value.found
     assert caught.value.remedy
     return str(caught.value)
+
+
+def packed(
+    documents: Sequence[str], tokenizer: TextTokenizer, block_tokens: int, keep_rest: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks of plain documents: tokens, and each token's document."""
+    blocks = pack_blocks(tokenised(documents, tokenizer), tokenizer, block_tokens, keep_rest)
+    return blocks.tokens, blocks.documents

@@ -11,22 +11,23 @@ import json
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import pyarrow
 
-from btm_cluster.data.documents import NO_TEXT, BadDocument
-from btm_cluster.data.sources import Document, read_documents
+from btm_cluster.data.conversations import Conversation
+from btm_cluster.data.documents import NO_TEXT, BadDocument, Document
+from btm_cluster.data.sources import read_documents
 from btm_cluster.data.streams import Count
 from btm_cluster.errors import TextError
-from btm_cluster.plan import ReadingPlan, TextPlan
+from btm_cluster.plan import ChatTemplate, ReadingPlan, TextPlan
 
 SPLITS = ("train", "development", "test")
 SHARD_CHARACTERS = 32_000_000
 _HELD_OUT_FIRST = {"test": 0, "development": 1, "train": 2}
-_RECORD = struct.Struct("<32sBI")
+_RECORD = struct.Struct("<32sBBI")
 _SPOOL_BUFFER_BYTES = 1 << 17
 OverParts: TypeAlias = Callable[[list[Path]], Iterable[Path]]
 
@@ -50,12 +51,13 @@ def write_text(
     most_bytes: int | None = None,
     count: Count | None = None,
     sorting: OverParts = iter,
+    template: ChatTemplate | None = None,
 ) -> Text:
     """Reads `source` and writes its shards below `folder`.
 
     A target's text is all held out: half development, half test. Elsewhere `reading` says the shares.
-    `most_bytes` bounds a source that is not trusted, and `count` is told what was read, as in
-    `read_documents`. `sorting` goes over the parts of the text while they are sorted.
+    `most_bytes` bounds a source that is not trusted, `count` is told what was read, and messages are tried on
+    `template`, as in `read_documents`. `sorting` goes over the parts of the text while they are sorted.
 
     Raises:
         TextError: a bad document where the plan refuses them, or a split that needs text and has none.
@@ -72,7 +74,7 @@ def write_text(
     if is_target and given["test"] and not given["development"]:
         shares = (1.0, 0.0)  # a target's remaining text can only be development text
     documents = usable_documents(
-        source.name, read_documents(source, reading, most_bytes, count), reading, bad
+        source.name, read_documents(source, reading, most_bytes, count, template), reading, bad
     )
     spools, lowest = _spool(documents, shares, folder)
     text = _write_shards(sorting(spools), folder, fill_splits(lowest, shares))
@@ -82,27 +84,29 @@ def write_text(
 
 
 def write_random_part(
-    documents: Iterable[str], part: int, parts: int, random_seed: int, folder: Path
+    documents: Iterable[Document], part: int, parts: int, random_seed: int, folder: Path
 ) -> Text:
     """Writes the documents that fall to one of `parts` equal parts, drawn by
     content and seed, as a text to train on."""
 
-    def dealt(document: str) -> bool:
-        draw = hashlib.sha256(f"{random_seed}/".encode() + content_hash(document)).digest()
+    def dealt(document: Document) -> bool:
+        draw = hashlib.sha256(f"{random_seed}/".encode() + content_hash(document.text)).digest()
         return int.from_bytes(draw[:8], "big") % parts == part
 
-    chosen = (Document(document, "train") for document in documents if dealt(document))
+    chosen = (replace(document, split="train") for document in documents if dealt(document))
     return _write_shards(_spool(chosen, (0.0, 0.0), folder)[0], folder, {})
 
 
-def read_shard(path: Path) -> Iterator[str]:
+def read_shard(path: Path) -> Iterator[Document]:
     """The documents of a shard file."""
     with pyarrow.input_stream(str(path), compression="zstd") as stream:
         rest = b""
         while chunk := stream.read(1 << 20):
             *lines, rest = (rest + chunk).split(b"\n")
             for line in lines:
-                yield json.loads(line)["text"]
+                row = json.loads(line)
+                messages = row.get("messages")
+                yield Document(row["text"], conversation=None if messages is None else Conversation(messages))
 
 
 def content_hash(text: str) -> bytes:
@@ -125,7 +129,9 @@ def usable_documents(
             else:
                 bad["an empty document"] += 1
         elif reading.bad_documents == "refuse":
-            other = "name the `field` that holds the text, " if item.reason.startswith(NO_TEXT) else ""
+            other = ""
+            if item.reason.startswith(NO_TEXT):
+                other = "name the `field` that holds the text, or `messages` of chat data, "
             raise TextError(
                 f"the text of {name!r} has a bad document",
                 found=f"{item.where}: {item.reason}",
@@ -174,8 +180,10 @@ def _spool(
         split = document.split or _split_by_hash(key, *shares)
         if document.split is None:
             _keep_lowest(lowest[split], key)
-        data = document.text.encode()
-        waiting[key[0]] += _RECORD.pack(key, _HELD_OUT_FIRST[split], len(data)) + data
+        conversation = document.conversation
+        data = (document.text if conversation is None else conversation.to_json()).encode()
+        form = conversation is not None
+        waiting[key[0]] += _RECORD.pack(key, _HELD_OUT_FIRST[split], form, len(data)) + data
         if len(waiting[key[0]]) >= _SPOOL_BUFFER_BYTES:
             _append(paths[key[0]], waiting[key[0]])
     for path, rest in zip(paths, waiting, strict=True):
@@ -205,15 +213,15 @@ def _split_by_hash(key: bytes, development_share: float, test_share: float) -> s
     return "development" if position < test_share + development_share else "train"
 
 
-def _unspool(path: Path) -> tuple[list[tuple[bytes, int, bytes]], int]:
-    """The spool's documents (content hash, split, UTF-8), one per hash, held-out
+def _unspool(path: Path) -> tuple[list[tuple[bytes, int, int, bytes]], int]:
+    """The spool's documents (content hash, split, whether a conversation, UTF-8), one per hash, held-out
     splits first; and how many it held."""
-    best: dict[bytes, tuple[int, bytes]] = {}
+    best: dict[bytes, tuple[int, int, bytes]] = {}
     count = 0
     with path.open("rb") as file:
         while header := file.read(_RECORD.size):
-            key, split, size = _RECORD.unpack(header)
-            found = (split, file.read(size))
+            key, split, form, size = _RECORD.unpack(header)
+            found = (split, form, file.read(size))
             best[key] = min(best.get(key, found), found)
             count += 1
     path.unlink()
@@ -232,12 +240,13 @@ def _write_shards(spools: Iterable[Path], folder: Path, moved: Mapping[bytes, tu
     for spool in spools:
         survivors, count = _unspool(spool)
         read, kept = read + count, kept + len(survivors)
-        for key, rank, data in survivors:
+        for key, rank, is_conversation, data in survivors:
             split = ("test", "development", "train")[rank]
             if key in moved and split == moved[key][0]:
                 split = moved[key][1]
-            identity.update(split.encode() + hashlib.sha256(data).digest())
-            writers[split].write(data.decode())
+            kind = b"messages" if is_conversation else b""
+            identity.update(split.encode() + kind + hashlib.sha256(data).digest())
+            writers[split].write(data.decode(), bool(is_conversation))
     files = {name: path for writer in writers.values() for name, path in writer.close().items()}
     facts = {
         "duplicates": read - kept,
@@ -251,6 +260,8 @@ def _write_shards(spools: Iterable[Path], folder: Path, moved: Mapping[bytes, tu
             for split, writer in writers.items()
         },
     }
+    if any(writer.conversations for writer in writers.values()):
+        facts["conversations"] = sum(writer.conversations for writer in writers.values())
     return Text(identity.hexdigest(), facts, files)
 
 
@@ -258,16 +269,23 @@ class _ShardWriter:
     """Writes one split's documents into .jsonl.zst files of about SHARD_CHARACTERS each."""
 
     def __init__(self, split: str, folder: Path) -> None:
-        self.documents = self.characters = self.words = 0
+        self.documents = self.characters = self.words = self.conversations = 0
         self.names: list[str] = []
         self._split, self._folder = split, folder
         self._stream: Any = None
         self._room = 0
 
-    def write(self, text: str) -> None:
+    def write(self, document: str, is_conversation: bool) -> None:
+        """Takes a document's text, or a conversation as JSON."""
         if self._stream is None or self._room <= 0:
             self._next_shard()
-        self._stream.write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
+        row: dict[str, Any] = {"text": document}
+        if is_conversation:
+            conversation = Conversation.of(document)
+            row = {"text": conversation.text, "messages": conversation.messages}
+            self.conversations += 1
+        text = row["text"]
+        self._stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         self._room -= len(text)
         self.documents += 1
         self.characters += len(text)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow
 
-from btm_cluster.data.documents import BadDocument, cell_value, checked
+from btm_cluster.data.documents import Read, RowForm, cell_value
 from btm_cluster.data.files import find_below, readable
 from btm_cluster.errors import BtmError, TextError, one_line
 from btm_cluster.plan import DatasetPlan, TextPlan
@@ -24,7 +24,7 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 _PYTHON = re.compile(
     r"load_dataset|load_from_disk|save_to_disk|trust_remote_code|pip install|\w\(|\be\.g\.$|Example of usage"
 )
-Item = tuple[str | None, str | BadDocument]
+Item = tuple[str | None, Read]
 
 
 def stamp_of(name: str, dataset: DatasetPlan) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def pinned(source: TextPlan, stamp: Mapping[str, Any]) -> TextPlan:
     )
 
 
-def read_data_set(name: str, dataset: DatasetPlan, field: str, longest: int) -> Iterator[Item]:
+def read_data_set(name: str, dataset: DatasetPlan, form: RowForm) -> Iterator[Item]:
     """The documents of the splits that the plan names, each with the split it
     was given for (None: the text itself).
 
@@ -69,7 +69,7 @@ def read_data_set(name: str, dataset: DatasetPlan, field: str, longest: int) -> 
             continue
         where = f"{dataset.name}, split {given}"
         try:
-            for item in read(name, dataset, given, field, longest):
+            for item in read(name, dataset, given, form):
                 yield split, item
         except BtmError:
             raise
@@ -81,9 +81,7 @@ def _is_saved(folder: Path) -> bool:
     return (folder / _STATE).is_file() or (folder / _SPLITS).is_file()
 
 
-def _read_saved(
-    name: str, dataset: DatasetPlan, split: str, field: str, longest: int
-) -> Iterator[str | BadDocument]:
+def _read_saved(name: str, dataset: DatasetPlan, split: str, form: RowForm) -> Iterator[Read]:
     """A split as `save_to_disk` wrote it.
 
     Through `datasets`, the files that it caches beside them would be read as well.
@@ -108,16 +106,17 @@ def _read_saved(
             pyarrow.ipc.open_stream(data) as batches,
         ):
             for batch in batches:
-                column = batch.column(field) if field in batch.schema.names else [None] * batch.num_rows
-                for cell in column:
+                columns = [
+                    batch.column(field) if field in batch.schema.names else [None] * batch.num_rows
+                    for field in form.fields
+                ]
+                for cells in zip(*columns, strict=True):
                     number += 1
-                    value = None if cell is None else cell_value(cell, longest)
-                    yield checked(f"{dataset.name}, {split}, row {number}", value, field, longest)
+                    values = [None if cell is None else cell_value(cell, form.longest) for cell in cells]
+                    yield form.document(f"{dataset.name}, {split}, row {number}", values)
 
 
-def _read_streaming(
-    name: str, dataset: DatasetPlan, split: str, field: str, longest: int
-) -> Iterator[str | BadDocument]:
+def _read_streaming(name: str, dataset: DatasetPlan, split: str, form: RowForm) -> Iterator[Read]:
     import datasets
 
     builder = datasets.load_dataset_builder(dataset.name, dataset.configuration, revision=dataset.revision)
@@ -130,7 +129,8 @@ def _read_streaming(
             remedy=f"set `revision: {cached}`, or run it where the hub can be reached",
         )
     for number, row in enumerate(builder.as_streaming_dataset(split=split), start=1):
-        yield checked(f"{dataset.name}, {split}, row {number}", row.get(field), field, longest)
+        values = [row.get(field) for field in form.fields]
+        yield form.document(f"{dataset.name}, {split}, row {number}", values)
 
 
 def _hub_revision(name: str, dataset: DatasetPlan) -> str:

@@ -1,12 +1,28 @@
 """Documents as they are read: checked, or what is wrong with them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow
 import pyarrow.parquet
 
+from btm_cluster.data.chat_rendering import CannotRender, render
+from btm_cluster.data.conversations import BadMessages, Conversation, conversation_of
+from btm_cluster.plan import ChatTemplate, TextPlan
+
 NO_TEXT = "a row without text in the field"
+NOT_UTF_8 = "a document that is not UTF-8"
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document, and the split its file was given for (None: by content hash)."""
+
+    text: str
+    """Of a conversation, what is said in it."""
+    split: str | None = None
+    conversation: Conversation | None = None
 
 
 @dataclass(frozen=True)
@@ -17,12 +33,51 @@ class BadDocument:
     reason: str
 
 
+Read: TypeAlias = str | Conversation | BadDocument
+"""A document as its file has it."""
+
+
 @dataclass
 class Delimiter:
     """The delimiter that cuts text files into documents, and whether it was found in any."""
 
     characters: str
     occurs: bool = False
+
+
+@dataclass(frozen=True)
+class RowForm:
+    """How a row becomes a document: by a field that holds text, or by one or two that hold messages."""
+
+    fields: tuple[str, ...]
+    longest: int
+    """Characters of the longest document."""
+    holds_messages: bool = False
+    template: ChatTemplate | None = None
+    """Each conversation is tried on it, where it is known."""
+
+    @staticmethod
+    def of(source: TextPlan, longest: int, template: ChatTemplate | None = None) -> "RowForm":
+        """As a text's plan says it."""
+        if source.messages is None:
+            return RowForm((source.field,), longest)
+        return RowForm(source.messages, longest, True, template)
+
+    def document(self, where: str, values: Sequence[Any]) -> Read:
+        """The document of a row whose fields hold `values`."""
+        if not self.holds_messages:
+            return checked(where, values[0], self.fields[0], self.longest)
+        try:
+            conversation = conversation_of(values, self.fields)
+            conversation.to_json().encode()
+            if self.template is not None:
+                render(self.template, conversation)
+        except UnicodeEncodeError:
+            return BadDocument(where, NOT_UTF_8)
+        except (BadMessages, CannotRender) as exc:
+            return BadDocument(where, str(exc))
+        text = checked(where, conversation.text, self.fields[0], self.longest)
+        return text if isinstance(text, BadDocument) else conversation
 
 
 def checked(where: str, text: Any, field: str, longest: int) -> str | BadDocument:
@@ -34,7 +89,7 @@ def checked(where: str, text: Any, field: str, longest: int) -> str | BadDocumen
     try:
         text.encode()
     except UnicodeEncodeError:
-        return BadDocument(where, "a document that is not UTF-8")
+        return BadDocument(where, NOT_UTF_8)
     return text
 
 

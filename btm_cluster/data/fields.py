@@ -1,4 +1,4 @@
-"""The field of a file's rows that holds their text, guessed from the first of them."""
+"""The fields of a file's rows that hold their text or messages, guessed from the first of them."""
 
 import csv
 import json
@@ -9,19 +9,21 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from btm_cluster.data.conversations import BadMessages, conversation_of
 from btm_cluster.data.streams import open_random, open_stream
 from btm_cluster.plan.kinds import SEPARATORS, ending, kind_of
 from btm_cluster.plan.rules import DEFAULT_FIELD
 
 _LONGEST_ROW_BYTES = 1 << 24
+_PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("question", "answer"))
+"""Names that data sets give to a prompt and its completion."""
 
 
 def field_with_text(path: str) -> str | None:
     """The field `text` where the first row has one, else the longest text in it; None where there are no rows,
     or none that can be read: reading the file says why."""
-    try:
-        row = _first_row(path)
-    except (OSError, EOFError, ValueError, zlib.error, csv.Error, pyarrow.ArrowException):
+    row = _first_row_or_none(path)
+    if row is None:
         return None
     texts = {name: value for name, value in row.items() if isinstance(value, str)}
     return (
@@ -29,6 +31,28 @@ def field_with_text(path: str) -> str | None:
         if DEFAULT_FIELD in texts
         else max(texts, key=lambda name: len(texts[name]), default=None)
     )
+
+
+def fields_with_messages(path: str) -> tuple[str, ...]:
+    """The field with messages, or else the two with a prompt and its completion, of the first row; none where
+    there are none, or it has a field `text`."""
+    row = _first_row_or_none(path) or {}
+    if isinstance(row.get(DEFAULT_FIELD), str):
+        return ()
+    for name, value in row.items():
+        try:
+            conversation_of([value], [name])
+        except BadMessages:
+            continue
+        return (name,)
+    return next((pair for pair in _PAIRS if all(isinstance(row.get(name), str) for name in pair)), ())
+
+
+def _first_row_or_none(path: str) -> Mapping[str, Any] | None:
+    try:
+        return _first_row(path)
+    except (OSError, EOFError, ValueError, zlib.error, csv.Error, pyarrow.ArrowException):
+        return None
 
 
 def _first_row(path: str) -> Mapping[str, Any]:

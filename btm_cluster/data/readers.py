@@ -15,11 +15,11 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from btm_cluster.data.documents import BadDocument, Delimiter, cell_value, checked
+from btm_cluster.data.documents import BadDocument, Delimiter, Read, RowForm, cell_value, checked
 from btm_cluster.data.files import S3, is_lost, readable
 from btm_cluster.data.streams import Budget, Count, open_random, open_stream
 from btm_cluster.errors import TextError, one_line
-from btm_cluster.plan import TextPlan
+from btm_cluster.plan import ChatTemplate, TextPlan
 from btm_cluster.plan.kinds import CONVERT, SEPARATORS, ending, kind_of
 
 _CHUNK_CHARACTERS = 1 << 20
@@ -36,15 +36,17 @@ def read_file(
     delimiter: Delimiter | None = None,
     budget: Budget | None = None,
     count: Count | None = None,
-) -> Iterator[str | BadDocument]:
+    template: ChatTemplate | None = None,
+) -> Iterator[Read]:
     """The documents of a file.
 
-    A budget is for one that is not trusted: its bytes are counted, no link is followed.
+    A budget is for one that is not trusted: its bytes are counted, no link is followed. Messages are tried on
+    the template.
 
     Raises:
         TextError: it cannot be read to its end.
     """
-    where, kind = readable(path), kind_of(path)
+    where, kind, form = readable(path), kind_of(path), RowForm.of(source, longest, template)
     if kind == "unread":
         yield BadDocument(where, f"a {ending(path)} file, which is not read: {CONVERT}")
         return
@@ -53,13 +55,13 @@ def read_file(
         return
     try:
         if kind == "Parquet":
-            yield from _read_parquet(where, path, source.field, longest, count)
+            yield from _read_parquet(where, path, form, count)
             return
         with open_stream(path, budget, count) as stream:
             if kind == "JSON lines":
-                yield from _read_json_lines(where, stream, source.field, longest)
+                yield from _read_json_lines(where, stream, form)
             elif kind == "table":
-                yield from _read_table(where, stream, source.field, SEPARATORS[ending(path)], longest)
+                yield from _read_table(where, stream, form, SEPARATORS[ending(path)])
             else:
                 yield from _read_plain(where, stream, delimiter, longest)
     except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as exc:
@@ -82,11 +84,9 @@ def _unreadable(name: str, where: str, exc: Exception) -> TextError:
     )
 
 
-def _read_json_lines(
-    path: str, stream: io.BufferedReader, field: str, longest: int
-) -> Iterator[str | BadDocument]:
+def _read_json_lines(path: str, stream: io.BufferedReader, form: RowForm) -> Iterator[Read]:
     # A character takes at most 12 bytes in JSON (\ud83d\ude00); the rest is room for other fields.
-    longest_bytes = 12 * longest + (1 << 16)
+    longest_bytes = 12 * form.longest + (1 << 16)
     number, is_first = 0, True
     while line := stream.readline(longest_bytes + 1):
         number += 1
@@ -95,11 +95,11 @@ def _read_json_lines(
         if not stripped:
             continue
         if len(line) > longest_bytes:
-            item: str | BadDocument = BadDocument(where, f"{_LONG_LINE} {longest_bytes} bytes")
+            item: Read = BadDocument(where, f"{_LONG_LINE} {longest_bytes} bytes")
             while line and not line.endswith(b"\n"):
                 line = stream.readline(1 << 20)
         else:
-            item = _document_of(where, stripped, field, longest)
+            item = _document_of(where, stripped, form)
         if is_first and isinstance(item, BadDocument) and (reason := _whole_file(stripped, item)):
             yield BadDocument(path, reason)
             return
@@ -107,13 +107,13 @@ def _read_json_lines(
         yield item
 
 
-def _document_of(where: str, line: bytes, field: str, longest: int) -> str | BadDocument:
+def _document_of(where: str, line: bytes, form: RowForm) -> Read:
     row = _parsed(line)
     if row is _NO_JSON:
         return BadDocument(where, _NOT_JSON)
     if not isinstance(row, dict):
         return BadDocument(where, "a line that is not a JSON object")
-    return checked(where, row.get(field), field, longest)
+    return form.document(where, [row.get(field) for field in form.fields])
 
 
 def _parsed(line: bytes) -> Any:
@@ -166,18 +166,16 @@ class _Lines:
         return line
 
 
-def _read_table(
-    path: str, stream: io.BufferedReader, field: str, separator: str, longest: int
-) -> Iterator[str | BadDocument]:
-    """A column of a table with a head, as spreadsheets write it."""
+def _read_table(path: str, stream: io.BufferedReader, form: RowForm, separator: str) -> Iterator[Read]:
+    """Columns of a table with a head, as spreadsheets write it."""
     head: list[str] = []
     with _as_text(stream) as text:
-        for where, row in _rows(path, text, separator, longest):
+        for where, row in _rows(path, text, separator, form.longest):
             if isinstance(row, BadDocument):
                 yield row
             elif head:
-                yield _cell_of(where, row, head, field, longest)
-            elif reason := _head_problem(row, field):
+                yield _row_of(where, row, head, form)
+            elif reason := _head_problem(row, form):
                 yield BadDocument(path, reason)
                 return
             else:
@@ -209,23 +207,25 @@ def _rows(
                 yield where, row
 
 
-def _head_problem(head: list[str], field: str) -> str:
-    found = head.count(field)
-    if found == 1:
+def _head_problem(head: list[str], form: RowForm) -> str:
+    field = next((field for field in form.fields if head.count(field) != 1), None)
+    if field is None:
         return ""
+    found = head.count(field)
     shown = ", ".join(map(repr, head))[:200].encode(errors="backslashreplace").decode()
-    return f"a table with {found or 'no'} column{'s' * (found > 1)} {field!r} (`field`) in its head: {shown}"
+    named = "messages" if form.holds_messages else "field"
+    return (
+        f"a table with {found or 'no'} column{'s' * (found > 1)} {field!r} (`{named}`) in its head: {shown}"
+    )
 
 
-def _cell_of(where: str, row: list[str], head: list[str], field: str, longest: int) -> str | BadDocument:
+def _row_of(where: str, row: list[str], head: list[str], form: RowForm) -> Read:
     if len(row) != len(head):
         return BadDocument(where, "a row of more or fewer fields than the table's head")
-    cell = row[head.index(field)]
-    return (
-        BadDocument(where, "a document with NUL characters")
-        if "\0" in cell
-        else checked(where, cell, field, longest)
-    )
+    cells = [row[head.index(field)] for field in form.fields]
+    if any("\0" in cell for cell in cells):
+        return BadDocument(where, "a document with NUL characters")
+    return form.document(where, cells)
 
 
 def _read_plain(
@@ -264,22 +264,22 @@ def _as_text(stream: io.BufferedReader) -> io.TextIOWrapper:
     return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
 
 
-def _read_parquet(
-    where: str, path: str, field: str, longest: int, count: Count | None
-) -> Iterator[str | BadDocument]:
+def _read_parquet(where: str, path: str, form: RowForm, count: Count | None) -> Iterator[Read]:
     stream, ahead = open_random(path)
     # Buffered in pieces: by default pyarrow holds the whole column of a row group, which may be the whole
     # file.
     with stream, pyarrow.parquet.ParquetFile(stream, buffer_size=ahead, pre_buffer=False) as file:
-        found = file.schema_arrow.names.count(field)
-        if found != 1:
-            columns = f"several columns {field!r}" if found else f"a Parquet file without the field {field!r}"
-            yield BadDocument(where, f"a Parquet file with {columns}" if found else columns)
+        names = file.schema_arrow.names
+        if wrong := [field for field in form.fields if names.count(field) != 1]:
+            found = "with several columns" if wrong[0] in names else "without the field"
+            yield BadDocument(where, f"a Parquet file {found} {wrong[0]!r}")
             return
         number = 0
-        for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[field]):
-            for cell in batch.column(field):  # by name: asked for `a`, pyarrow also reads a column `a.b`
+        for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=list(form.fields)):
+            # By name: asked for `a`, pyarrow also reads a column `a.b`.
+            for cells in zip(*(batch.column(field) for field in form.fields), strict=True):
                 number += 1
-                yield checked(f"{where}, row {number}", cell_value(cell, longest), field, longest)
+                values = [cell_value(cell, form.longest) for cell in cells]
+                yield form.document(f"{where}, row {number}", values)
             if count is not None:  # as if all rows were as long
                 count(stream.size() * len(batch) // file.metadata.num_rows)

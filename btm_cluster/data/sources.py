@@ -6,30 +6,21 @@ duplicates or tokens.
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow
 
 from btm_cluster.data.data_sets import read_data_set, stamp_of
-from btm_cluster.data.documents import BadDocument, Delimiter
+from btm_cluster.data.documents import BadDocument, Delimiter, Document, Read, RowForm
 from btm_cluster.data.files import S3, SourceFile, find_files, readable
 from btm_cluster.data.readers import read_file
 from btm_cluster.data.streams import Budget, Count
 from btm_cluster.errors import TextError, one_line
-from btm_cluster.plan import ReadingPlan, TextPlan
+from btm_cluster.plan import ChatTemplate, ReadingPlan, TextPlan
 from btm_cluster.plan.kinds import CONVERT, Kind, ending, kind_of
-from btm_cluster.plan.rules import idle_reading
+from btm_cluster.plan.rules import idle_reading, messages_rules
 
 Files = Mapping[str, list[SourceFile]]
-
-
-@dataclass(frozen=True)
-class Document:
-    """A document, and the split its file was given for (None: by content hash)."""
-
-    text: str
-    split: str | None
 
 
 def fingerprint(source: TextPlan) -> dict[str, Any]:
@@ -59,7 +50,9 @@ def source_files(source: TextPlan) -> Files:
         split: sorted({file for pattern in given for file in _expand(source.name, pattern)})
         for split, given in patterns.items()
     }
-    for problem in idle_reading(source.field, source.delimiter, _kinds(files)):
+    kinds = _kinds(files)
+    problems = [*idle_reading(source.field, source.delimiter, kinds)]
+    for problem in (*problems, *messages_rules(source.messages, source.field, kinds)):
         raise TextError(f"`{problem.at}` cannot apply to the text of {source.name!r}", **problem.words)
     return files
 
@@ -82,20 +75,25 @@ def refuse_unread(source: TextPlan, stamp: Mapping[str, Any]) -> None:
 
 
 def read_documents(
-    source: TextPlan, reading: ReadingPlan, most_bytes: int | None = None, count: Count | None = None
+    source: TextPlan,
+    reading: ReadingPlan,
+    most_bytes: int | None = None,
+    count: Count | None = None,
+    template: ChatTemplate | None = None,
 ) -> Iterator[Document | BadDocument]:
     """The documents of a source, in the order of its files; never more than one of them in memory.
 
     `most_bytes` is for a source that is not trusted: so much is read of it, decompressed, and no link is
-    followed.
+    followed. Messages are tried on the `template`.
 
     Raises:
         TextError: a file or data set that cannot be read to its end, or a delimiter that stands in no file.
     """
     longest = reading.longest_document_characters
     if source.dataset is not None:
-        for split, item in read_data_set(source.name, source.dataset, source.field, longest):
-            yield item if isinstance(item, BadDocument) else Document(item, split)
+        form = RowForm.of(source, longest, template)
+        for split, item in read_data_set(source.name, source.dataset, form):
+            yield _document(item, split)
             if count is not None:
                 count(1)
         return
@@ -104,16 +102,18 @@ def read_documents(
     files = source_files(source)
     for split, given in files.items():
         for file in given:
-            for item in read_file(file.path, source, longest, delimiter, budget, count):
-                yield (
-                    item
-                    if isinstance(item, BadDocument)
-                    else Document(item, None if split == "text" else split)
-                )
+            for item in read_file(file.path, source, longest, delimiter, budget, count, template):
+                yield _document(item, None if split == "text" else split)
     if delimiter and not delimiter.occurs:
         _refuse_delimiter(
             source, [f for given in files.values() for f in given if kind_of(f.path) == "plain text"]
         )
+
+
+def _document(item: Read, split: str | None) -> Document | BadDocument:
+    if isinstance(item, BadDocument):
+        return item
+    return Document(item, split) if isinstance(item, str) else Document(item.text, split, item)
 
 
 def _refuse_delimiter(source: TextPlan, plain: list[SourceFile]) -> None:

@@ -1,18 +1,19 @@
-"""Tokenizers: trained on text or brought from elsewhere, kept as a Hugging Face folder."""
+"""Tokenizers, kept as a Hugging Face folder: opened, brought from elsewhere, and what they make of text."""
 
 import json
 import logging
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Encoding, Tokenizer
 
-from btm_cluster.errors import TextError, UserError, one_line
+from btm_cluster.errors import UserError, one_line
+from btm_cluster.plan import ChatTemplate
 
 log = logging.getLogger(__name__)
 END_OF_TEXT = "<|endoftext|>"
@@ -39,52 +40,6 @@ _PROBE = (
 )
 """Text on which tokenizers differ: digits, runs of spaces, line ends,
 contractions, other scripts, ligatures, emoji."""
-_LONGEST_RUN = 1000
-_LONG_RUN = re.compile(rf"(?<!\S)\S{{{_LONGEST_RUN + 1},}}|(?<!\s)\s{{{_LONGEST_RUN + 1},}}")
-
-
-def train_tokenizer(documents: Iterable[str], vocabulary: int, folder: Path) -> int:
-    """Trains a byte-level BPE and saves it; returns its number of tokens.
-
-    Independent of document order and threads.
-
-    Raises:
-        TextError: the text is too small for the vocabulary.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_cut_long_runs(documents), trainer)
-    found = tokenizer.get_vocab_size()
-    if found < vocabulary:
-        raise TextError(
-            "the training text is too small for the vocabulary",
-            found=f"{found} tokens",
-            expected=f"tokenizer.train.vocabulary = {vocabulary}",
-            remedy=f"give more text, or set the vocabulary to {found} or less",
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    _write_config({"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}, folder)
-    return found
-
-
-def _cut_long_runs(documents: Iterable[str]) -> Iterator[str]:
-    """The documents, cut within long runs without (or of) white space: a run
-    of n takes the trainer n² steps."""
-    for text in documents:
-        rest = 0
-        for run in _LONG_RUN.finditer(text):
-            yield text[rest : run.start()]
-            yield from (text[i : i + _LONGEST_RUN] for i in range(run.start(), run.end(), _LONGEST_RUN))
-            rest = run.end()
-        yield text[rest:]
 
 
 @dataclass(frozen=True)
@@ -98,6 +53,15 @@ class TextTokenizer:
     first_token: int
     """Id of the token that a model reads before every block: the tokenizer's own
     first token, or that of end of text."""
+    special_tokens_by_name: tuple[tuple[str, str], ...] = ()
+    """Such as `bos_token`, as chat templates call them; of a pretrained tokenizer."""
+    chat_template: ChatTemplate | None = None
+    """A pretrained tokenizer's own."""
+
+    @property
+    def begins_documents(self) -> bool:
+        """Whether documents begin with a token that is not the one that ends them, such as `<bos>`."""
+        return self.first_token != self.end_of_text
 
     @property
     def vocabulary(self) -> int:
@@ -118,6 +82,20 @@ class TextTokenizer:
         while batch := list(islice(remaining, BATCH_DOCUMENTS)):
             for encoding in self.backend.encode_batch_fast(batch, add_special_tokens=False):
                 yield encoding.ids
+
+    def encode_rendered(self, texts: Sequence[str]) -> list[Encoding]:
+        """Tokens of texts that a chat template wrote, in which special tokens are what they spell."""
+        encodings: list[Encoding] = self._for_rendered.encode_batch(list(texts), add_special_tokens=False)
+        return encodings
+
+    @cached_property
+    def _for_rendered(self) -> Tokenizer:
+        # As text it does not say that special tokens are to be spelled.
+        return Tokenizer.from_str(self.backend.to_str())
+
+    def special_tokens(self) -> frozenset[int]:
+        """Ids of tokens that are no text."""
+        return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these tokens, special ones spelled out."""
@@ -165,9 +143,21 @@ def open_pretrained_tokenizer(source: Path, first_token: str | None = None) -> T
             expected="an eos_token among its tokens",
             remedy="set `eos_token` in its tokenizer_config.json",
         )
-    tokenizer = TextTokenizer(backend, end, _first_token(source, auto, backend, end, first_token))
+    first = _first_token(source, auto, backend, end, first_token)
+    named = tuple((name, token) for name, token in auto.special_tokens_map.items() if isinstance(token, str))
+    tokenizer = TextTokenizer(backend, end, first, named, _chat_template(source, auto, named))
     _compare(source, auto, tokenizer)
     return tokenizer
+
+
+def _chat_template(
+    source: Path, auto: Any, special_tokens: tuple[tuple[str, str], ...]
+) -> ChatTemplate | None:
+    try:
+        template = auto.get_chat_template()
+    except ValueError:  # it has none, or several of which none is the default
+        return None
+    return ChatTemplate(template, special_tokens, f"the chat template of the tokenizer {source}")
 
 
 def compare_with_transformers(folder: Path, tokenizer: TextTokenizer) -> None:
@@ -210,13 +200,14 @@ def import_tokenizer(source: Path, tokenizer: TextTokenizer, folder: Path) -> di
         given["chat_template"] = [
             {"name": n, "template": f.read_text(encoding="utf-8")} for n, f in named.items()
         ]
-    _write_config({"eos_token": tokenizer.name(tokenizer.end_of_text)} | given, folder)
+    write_config({"eos_token": tokenizer.name(tokenizer.end_of_text)} | given, folder)
     for name in kept:
         shutil.copyfile(source / name, folder / name)
     return {name: folder / name for name in (*TOKENIZER_FILES, *kept)}
 
 
-def _write_config(fields: Mapping[str, Any], folder: Path) -> None:
+def write_config(fields: Mapping[str, Any], folder: Path) -> None:
+    """Writes tokenizer_config.json below `folder`."""
     # A named class such as Qwen2Tokenizer is rebuilt by transformers 5 with the class's own rules; this one
     # opens the file.
     whole = {**fields, "tokenizer_class": "PreTrainedTokenizerFast"}
@@ -304,12 +295,3 @@ def _first_token(source: Path, auto: Any, backend: Tokenizer, end: int, given: s
 
 def _content(token: str | Mapping[str, Any]) -> str:
     return token if isinstance(token, str) else str(token["content"])
-
-
-def take_characters(documents: Iterable[str], characters: int) -> Iterator[str]:
-    """The first documents, until they hold `characters` characters."""
-    for text in documents:
-        if characters <= 0:
-            return
-        yield text
-        characters -= len(text)

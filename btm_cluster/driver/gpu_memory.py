@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 from btm_cluster.errors import ResourcesError
+from btm_cluster.language_model.head import LOGITS_AT_ONCE
+from btm_cluster.language_model.loss import LARGEST_BLOCK_LOGITS
 from btm_cluster.language_model.memory import (
     USABLE_SHARE,
     Memory,
@@ -48,7 +50,16 @@ class TrainingMemory:
         blocks = min(self.how.micro_batch_blocks, of_rank)
         bfloat16 = self.how.precision == "bfloat16"
         passes = -(-of_rank // blocks)
-        return Way(self.how.workers, blocks, self.block_tokens, bfloat16, self.how.compile, passes=passes)
+        in_pieces = self.block_tokens * self.size.vocabulary > LARGEST_BLOCK_LOGITS["cuda"]
+        return Way(
+            self.how.workers,
+            blocks,
+            self.block_tokens,
+            bfloat16,
+            self.how.compile,
+            passes=passes,
+            logits_at_once=LOGITS_AT_ONCE["cuda"] if in_pieces else None,
+        )
 
     def settled(self, gpu_bytes: float | None) -> Way:
         """How it computes on GPUs with so much memory. Of a part of a GPU it counts on that part."""

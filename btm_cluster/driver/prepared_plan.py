@@ -12,6 +12,7 @@ from typing import Any
 
 from btm_cluster.data.sources import fingerprint, refuse_unread
 from btm_cluster.data.tokenizer import END_OF_TEXT
+from btm_cluster.driver.chat_template import chat_template_of
 from btm_cluster.errors import TextError, UserError
 from btm_cluster.forest import Forest, Foundation
 from btm_cluster.identity import identity_of
@@ -23,7 +24,7 @@ from btm_cluster.language_model.pretrained import (
     pretrained_tokenizer,
 )
 from btm_cluster.ledger import Artifact, Ledger, Ref
-from btm_cluster.plan import Plan
+from btm_cluster.plan import Plan, TextPlan
 from btm_cluster.requests import (
     FindOverlap,
     ImportTokenizer,
@@ -124,13 +125,29 @@ def read_requests(plan: Plan) -> list[ReadText]:
         except TextError as exc:
             missing.append(exc)
         else:
-            requests.append(ReadText(source.name, source, plan.reading, source.name in targets, stamp))
+            requests.append(read_request(plan, source, stamp, source.name in targets))
     if len(missing) == 1:
         raise missing[0]
     if missing:
         listed = "\n".join(map(str, missing))
         raise TextError(f"{len(missing)} texts cannot be read\n{listed}", remedy="correct each of them")
     return requests
+
+
+def read_request(
+    plan: Plan,
+    source: TextPlan,
+    stamp: Mapping[str, Any],
+    is_target: bool = False,
+    most_bytes: int | None = None,
+) -> ReadText:
+    """The request that reads one text, by its fingerprint.
+
+    Raises:
+        PlanError: it has messages, and no chat template can render them.
+    """
+    template = None if source.messages is None else chat_template_of(plan)
+    return ReadText(source.name, source, plan.reading, is_target, stamp, most_bytes, template)
 
 
 def vocabulary_of(plan: Plan) -> int:
@@ -188,12 +205,15 @@ def tokenizer_request(plan: Plan, founders: Sequence[tuple[str, str]]) -> TrainT
 
 
 def tokenize_requests(
-    name: str, text: str, facts: Mapping[str, Any], tokenizer: Ref, block_tokens: int
+    name: str, text: str, facts: Mapping[str, Any], tokenizer: Ref, plan: Plan
 ) -> dict[str, tuple[Tokenize, ...]]:
     """One for each shard of a text, by split."""
+    template = chat_template_of(plan) if facts.get("conversations") else None
+    block_tokens = plan.training.block_tokens
     return {
         split: tuple(
-            Tokenize(name, text, split, shard, tokenizer, block_tokens) for shard in counts["shards"]
+            Tokenize(name, text, split, shard, tokenizer, block_tokens, template)
+            for shard in counts["shards"]
         )
         for split, counts in facts["splits"].items()
     }
@@ -219,7 +239,7 @@ def prepared_from(
     facts |= {text: artifact.facts for text, artifact in found.items() if artifact}
 
     def tokens_of(name: str, text: str) -> dict[str, tuple[Ref, ...]]:
-        shards = tokenize_requests(name, text, facts[text], tokenizer, plan.training.block_tokens)
+        shards = tokenize_requests(name, text, facts[text], tokenizer, plan)
         return {split: tuple(request.ref for request in requests) for split, requests in shards.items()}
 
     targets = {target.name for target in plan.targets}
@@ -252,7 +272,7 @@ def without_texts(
 def stored_text(name: str, text: str, prepared: PreparedPlan, ledger: Ledger) -> PreparedText:
     """A domain's text that the store has, whether the plan names it or not."""
     facts = ledger.get(Ref("text", text)).facts
-    shards = tokenize_requests(name, text, facts, prepared.tokenizer, prepared.plan.training.block_tokens)
+    shards = tokenize_requests(name, text, facts, prepared.tokenizer, prepared.plan)
     tokens = {split: tuple(request.ref for request in requests) for split, requests in shards.items()}
     return PreparedText(name, False, text, facts, {}, tokens)
 
@@ -272,7 +292,7 @@ def block_requests(prepared: PreparedPlan) -> list[Tokenize]:
         request
         for text in prepared.texts
         for split, requests in tokenize_requests(
-            text.name, text.identity, text.facts, prepared.tokenizer, prepared.plan.training.block_tokens
+            text.name, text.identity, text.facts, prepared.tokenizer, prepared.plan
         ).items()
         for request in requests
         if not text.is_target or split != "train"

@@ -26,8 +26,3 @@ def ends_of_documents(documents_BT: torch.Tensor) -> torch.Tensor:
     documents_N = documents_BT.flatten()
     next_N = torch.cat([documents_N[1:], documents_N.new_tensor([-1])])
     return ((documents_N != next_N) & (documents_N >= 0)).view_as(documents_BT)
-
-
-def document_tokens(documents_BT: torch.Tensor) -> torch.Tensor:
-    """Number of tokens of each document: [D]."""
-    return document_sums(torch.ones_like(documents_BT, dtype=torch.float64), documents_BT)

@@ -106,7 +106,7 @@ def _texts_of(prepared: PreparedPlan, forest: Forest, driver: Driver) -> list[Pr
         request
         for text in texts
         for request in tokenize_requests(
-            text.name, text.identity, text.facts, prepared.tokenizer, prepared.plan.training.block_tokens
+            text.name, text.identity, text.facts, prepared.tokenizer, prepared.plan
         )["development"]
     ]
     driver.require(requests)

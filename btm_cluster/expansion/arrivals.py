@@ -17,6 +17,7 @@ from btm_cluster.driver.prepared_plan import (
     block_requests,
     model_config,
     prepared_from,
+    read_request,
     read_requests,
     text_of,
     tokenizer_request,
@@ -90,9 +91,7 @@ def _check_capacity(
 
 def _arrivals_requests(plan: Plan, arrivals: Sequence[Arrival]) -> list[ReadText]:
     most_bytes = int(1e9 * plan.expansion.inbox.most_decompressed_gigabytes)
-    return [
-        ReadText(a.domain.name, a.domain, plan.reading, False, a.fingerprint, most_bytes) for a in arrivals
-    ]
+    return [read_request(plan, a.domain, a.fingerprint, most_bytes=most_bytes) for a in arrivals]
 
 
 def _read_all(plan: Plan, arrivals: Sequence[Arrival], driver: Driver) -> dict[str, Outcome | str]:

@@ -204,6 +204,7 @@ def _arrival(folder: _Folder, storage: Storage, settings: InboxPlan) -> Arrival:
         name=folder.name,
         text=tuple(map(glob.escape, addresses)),
         field=settings.field if kinds & ROWS else DEFAULT_FIELD,
+        messages=settings.messages if kinds <= ROWS else None,
         delimiter=settings.delimiter if "plain text" in kinds else None,
     )
     stamps = [[address, entry.size_bytes, entry.modified] for address, entry in addresses.items()]

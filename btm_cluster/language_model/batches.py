@@ -18,7 +18,7 @@ def blocks_of_update(
     spec: TrainingSpec, update: int, group: ProcessGroup, share: Share | None
 ) -> torch.Tensor:
     """This rank's blocks of an update, int64 [blocks, block_tokens], equally
-    many of each text over all ranks.
+    many of each text over all ranks; `~token` where a token is read alone.
 
     For a DEMix, those of the rank's own domains, domain after domain.
     """
@@ -33,7 +33,7 @@ def blocks_of_update(
         ]
     else:
         taken = [(spec.texts[d], orders[d][share.number :: share.ranks_per_domain]) for d in share.domains]
-    return torch.from_numpy(np.concatenate([text.blocks.take(indices) for text, indices in taken]))
+    return torch.from_numpy(np.concatenate([text.take(indices) for text, indices in taken]))
 
 
 def _order_of(text: TextBlocks, spec: TrainingSpec, update: int) -> np.ndarray:

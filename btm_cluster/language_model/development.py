@@ -5,7 +5,15 @@ from torch.nn import functional
 
 from btm_cluster.curve import development_size, development_updates
 from btm_cluster.language_model.batches import split_into_micro_batches
-from btm_cluster.language_model.loss import NO_TOKEN, read_after, summed_loss
+from btm_cluster.language_model.loss import (
+    FILLER,
+    head_for,
+    loss_by_head,
+    predicted_tokens,
+    read_after,
+    read_tokens,
+    summed_loss,
+)
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.training_spec import TrainingSpec
 from btm_cluster.language_model.training_state import TrainingState
@@ -27,14 +35,15 @@ class DevelopmentLoss:
         self._spec, self._state, self._group = spec, state, group
         self._updates: set[int] = set()
         blocks_DNT = spec.development_DNT
-        if blocks_DNT is None:
+        if blocks_DNT is None or not (blocks_DNT >= 0).any():
             return
         points, _ = development_size(spec.training.updates, spec.training.blocks_per_domain_update)
         self._updates = {*development_updates(spec.training.updates, points), *spec.ends}
         if not spec.from_scratch:
             self._updates.add(spec.first_update)
-        self._tokens = int((blocks_DNT != NO_TOKEN).sum())
+        self._tokens = int((blocks_DNT >= 0).sum())
         self._blocks_BT = self._own(blocks_DNT).to(spec.compute.device)
+        self._head = head_for(state.model, spec.training.block_tokens)
 
     def is_due(self, update: int) -> bool:
         """Whether it is taken where the training stands at `update`: the same on all ranks."""
@@ -42,16 +51,20 @@ class DevelopmentLoss:
 
     @torch.no_grad()
     def take(self) -> torch.Tensor:
-        """Mean negative log-likelihood per token over all ranks' blocks, in nats, still on the device."""
+        """Mean negative log-likelihood per predicted token over all ranks' blocks, in nats, still on the device."""
         spec, model = self._spec, self._state.model
         total = torch.zeros((), device=spec.compute.device)
         model.eval()
         for blocks_BT in self._passes():
             with spec.compute.arithmetic(), torch.compiler.set_stance("force_eager"):
-                read_BT = read_after(blocks_BT.clamp(min=0), spec.first_token)
+                read_BT = read_after(read_tokens(blocks_BT), spec.first_token)
+                targets_BT = predicted_tokens(blocks_BT)
+                if self._head is not None:
+                    total += loss_by_head(model, self._head, read_BT, targets_BT)
+                    continue
                 logits_BTV = model(input_ids=read_BT, use_cache=False).logits
                 parts = max(1, LOSSES_AT_ONCE // logits_BTV[0].numel())
-                for pair in zip(torch.split(logits_BTV, parts), torch.split(blocks_BT, parts), strict=True):
+                for pair in zip(torch.split(logits_BTV, parts), torch.split(targets_BT, parts), strict=True):
                     total += summed_loss(*pair)
         model.train()
         return self._group.sum(total) / self._tokens
@@ -63,7 +76,7 @@ class DevelopmentLoss:
             blocks_BT = blocks_DNT.flatten(0, 1)
             if self._spec.compute.is_sharded:
                 blocks_BT = functional.pad(
-                    blocks_BT, (0, 0, 0, -len(blocks_BT) % self._group.world), value=NO_TOKEN
+                    blocks_BT, (0, 0, 0, -len(blocks_BT) % self._group.world), value=FILLER
                 )
             return blocks_BT[self._group.rank :: self._group.world]
         own = blocks_DNT[share.domains.start : share.domains.stop, share.number :: share.ranks_per_domain]

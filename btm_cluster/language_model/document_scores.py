@@ -131,8 +131,9 @@ class _Block:
     """Token ids to be read at once, and the documents that they are of."""
 
     tokens: list[int] = field(default_factory=list)
-    parts: list[tuple[_Open, int]] = field(default_factory=list)
-    """Each with its number of tokens, in order."""
+    parts: list[tuple[_Open | None, int]] = field(default_factory=list)
+    """Each with its number of tokens, in order; None for a token that begins the next document, which is read
+    and not counted."""
 
 
 class DocumentScorer:
@@ -170,7 +171,8 @@ class DocumentScorer:
                 waiting.append(_Open(text, sums, len(ids)))
                 yield waiting[-1], ids
 
-        for blocks in _batches(_cut(opened(), self._block_tokens, packs)):
+        between = self._tokenizer.first_token if packs and self._tokenizer.begins_documents else None
+        for blocks in _batches(_cut(opened(), self._block_tokens, packs, between)):
             for block, said in zip(blocks, self._score([block.tokens for block in blocks]), strict=True):
                 _take_in(block, said)
             while waiting and not waiting[0].left:
@@ -179,10 +181,16 @@ class DocumentScorer:
                 yield done.text, done.sums
 
 
-def _cut(documents: Iterable[tuple[_Open, list[int]]], block_tokens: int, packs: bool) -> Iterator[_Block]:
-    """Documents' token ids as blocks; with `packs` all but the last are full."""
+def _cut(
+    documents: Iterable[tuple[_Open, list[int]]], block_tokens: int, packs: bool, between: int | None
+) -> Iterator[_Block]:
+    """Documents' token ids as blocks; with `packs` all but the last are full. A token `between` two documents
+    stands where none begins a block."""
     block = _Block()
     for one, ids in documents:
+        if between is not None and block.tokens:
+            block.tokens.append(between)
+            block.parts.append((None, 1))
         start = 0
         while start < len(ids):
             taken = ids[start : start + block_tokens - len(block.tokens)]
@@ -214,7 +222,10 @@ def _take_in(block: _Block, said: TextScores) -> None:
     start = 0
     for one, count in block.parts:
         part_MT = logp_MT[:, start : start + count]
-        start, one.left = start + count, one.left - count
+        start += count
+        if one is None:
+            continue
+        one.left -= count
         one.sums.logp += part_MT.sum(1)
         if not one.left:
             one.sums.ends += part_MT[:, -1]

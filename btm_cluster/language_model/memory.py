@@ -77,6 +77,8 @@ class Way:
     """Whether a layer's input alone is kept, and its activations are computed once more."""
     passes: int = 1
     """Forward passes of an update: from the second one on, gradients are there already."""
+    logits_at_once: int | None = None
+    """Logits of a piece, where the head is applied to a few tokens at a time; None: to all."""
 
     @property
     def tokens(self) -> int:
@@ -86,7 +88,7 @@ class Way:
     @property
     def is_one_graph(self) -> bool:
         """Whether the model is compiled as a whole, whose backward pass gives all gradients at its end."""
-        return self.compiles and not (self.is_sharded or self.recomputes)
+        return self.compiles and not (self.is_sharded or self.recomputes or self.logits_at_once)
 
 
 @dataclass(frozen=True)
@@ -212,14 +214,17 @@ def _logits(size: ModelSize, way: Way) -> int:
     """The head's part of a backward pass: logits, their gradient, and that of the head's own weights.
 
     In one compiled graph the logits' gradient takes the place of the logits. Where the loss alone is compiled it
-    does not. Else there are, in float32, their log-softmax, its gradient and theirs.
+    does not. Else there are, in float32, their log-softmax, its gradient and theirs. In pieces there are a piece's
+    logits, these in float32 and their log-softmax, and the gradient of the head's weights from the forward pass on.
     """
     values, value = way.tokens * size.vocabulary, _value(way)
+    head = size.cast_head if size.frozen == 0 else 0
+    if way.logits_at_once:
+        return min(values, way.logits_at_once) * (value + 2 * FLOAT32) + FLOAT32 * head
     if not way.compiles:
         return values * 3 * FLOAT32
     if not way.is_one_graph:
         return values * 2 * value
-    head = size.cast_head if size.frozen == 0 else 0
     return max(values * value, FLOAT32 * head) + value * head
 
 

@@ -9,14 +9,11 @@ device, next to one more.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from btm_cluster.data.blocks import Blocks
 from btm_cluster.equations.averaging import greedy_weights, posterior_weights, uniform_weights
 from btm_cluster.language_model.compute import autocast, device_of
 from btm_cluster.language_model.loss import read_after
@@ -42,7 +39,7 @@ HELD_OUT_EVERY = 5
 
 @dataclass(frozen=True)
 class Reading:
-    """Blocks as a model is judged on them: tokens [B, T], and where they are real, not padding."""
+    """Blocks as a model is judged on them: tokens [B, T], and where they are predicted."""
 
     tokens_BT: torch.Tensor
     mask_BT: torch.Tensor
@@ -63,16 +60,6 @@ class SearchedWeights:
     loss: float
     """Nats per token of the average, on the blocks that decided: all for
     greedy, the held-out ones for learned."""
-
-
-def read_blocks(tokens: Sequence[Path], documents: Sequence[Path], most: int) -> Reading:
-    """The first blocks, in hash order, of files that hold tokens and each
-    token's document (-1 for padding)."""
-    blocks, owners = Blocks(tokens), Blocks(documents)
-    rows = np.arange(min(most, len(blocks)))
-    if not len(rows):
-        return Reading(torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0, dtype=torch.bool))
-    return Reading(torch.from_numpy(blocks.take(rows)), torch.from_numpy(owners.take(rows)) >= 0)
 
 
 class Soup:
@@ -140,7 +127,7 @@ class Soup:
         ]
 
     def _summed(self, reading: Reading) -> torch.Tensor:
-        """Summed negative log-probability of the real tokens.
+        """Summed negative log-probability of the predicted tokens.
 
         Softmax in float32 whatever the arithmetic before it.
         """

@@ -144,7 +144,7 @@ class _TrainLoop:
         """Notes a point of the curve, where it has one: the loss is the mean over all ranks."""
         spec, update = self.spec, self.state.update
         if is_recorded(update, spec.training.updates, spec.ends):
-            loss = self.group.sum(made.total_loss) / spec.tokens_per_update
+            loss = self.group.sum(made.total_loss) / made.predicted
             tokens = (update - spec.first_update) * spec.tokens_per_update
             self.state.recording.note(update, tokens, made.learning_rate, loss, made.gradient_norm)
 

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from btm_cluster.data.blocks import Blocks
+from btm_cluster.data.blocks import READ, Blocks
 from btm_cluster.language_model.compute import Compute
 from btm_cluster.plan import ALL, TrainingPlan, Trains
 
@@ -17,6 +18,13 @@ class TextBlocks:
 
     identity: str
     blocks: Blocks
+    marks: Blocks | None = None
+    """Each token's mark, where some are read alone."""
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """Blocks at `indices` [n], as int64 [n, block_tokens]: `~token` for a token that is read alone."""
+        tokens = self.blocks.take(indices)
+        return tokens if self.marks is None else np.where(self.marks.take(indices) == READ, ~tokens, tokens)
 
 
 @dataclass(frozen=True)
@@ -49,8 +57,8 @@ class TrainingSpec:
     trains: Trains = ALL
     """The weights that change; all others are frozen."""
     development_DNT: torch.Tensor | None = None
-    """Development blocks [texts, blocks, block_tokens] to take a loss on now and then, int64, NO_TOKEN where a
-    block is not full. Of a DEMix, those of every text in order; of another model, of any."""
+    """Development blocks [texts, blocks, block_tokens] to take a loss on now and then, int64, `~token` where a
+    token is read alone or padding. Of a DEMix, those of every text in order; of another model, of any."""
 
     @property
     def blocks_per_update(self) -> int:
@@ -63,5 +71,11 @@ class TrainingSpec:
         return (*self.milestones, self.last_update)
 
     @property
+    def predicts_all(self) -> bool:
+        """Whether every token of every block is predicted, rather than some read alone."""
+        return all(text.marks is None for text in self.texts)
+
+    @property
     def tokens_per_update(self) -> int:
+        """Tokens that are read."""
         return self.blocks_per_update * self.training.block_tokens

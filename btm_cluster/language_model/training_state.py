@@ -236,13 +236,11 @@ def write_state(
     state: TrainingState, folder: Path, with_optimizer: bool, dtype: torch.dtype = torch.float32
 ) -> dict[str, Path]:
     """Writes weights in a dtype, and the optimiser's state where asked, as files below `folder`; returns them by
-    name. An adapter is small, and stays float32. In a group the first rank does, and the others `help_to_write`.
+    name. In a group the first rank does, and the others `help_to_write`.
 
     Where the weights are rounded, that state holds them in float32 too: training goes on from those. Memory: one
     tensor.
     """
-    if state.trains.lora is not None:
-        dtype = torch.float32
     if state.trains.is_delta:
         name = FILES[state.trains.part]
         files = {name: folder / name}

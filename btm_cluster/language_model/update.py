@@ -13,7 +13,14 @@ from btm_cluster.language_model.attention import leave_causal_masks_out
 from btm_cluster.language_model.batches import blocks_of_update, split_into_micro_batches
 from btm_cluster.language_model.demix_group import DemixGroup
 from btm_cluster.language_model.layers import compile_layers, recompute_activations
-from btm_cluster.language_model.loss import NO_TOKEN, NextTokenLoss, read_after
+from btm_cluster.language_model.loss import (
+    FILLER,
+    NextTokenLoss,
+    head_for,
+    predicted_tokens,
+    read_after,
+    read_tokens,
+)
 from btm_cluster.language_model.model import has_dropout
 from btm_cluster.language_model.optimizer import learning_rate_at
 from btm_cluster.language_model.process_group import ProcessGroup
@@ -30,12 +37,15 @@ class Update:
     """Loss, gradient norm and learning rate of an update; tensors may still be computed on the device."""
 
     loss: torch.Tensor
-    """Mean negative log-likelihood per token of this rank's blocks; not finite where the gradient is not."""
+    """Mean negative log-likelihood per predicted token of this rank's blocks; not finite where the gradient is
+    not."""
     total_loss: torch.Tensor
     """Its sum over these."""
     gradient_norm: torch.Tensor
     """Over the whole model, before clipping."""
     learning_rate: float
+    predicted: torch.Tensor | int
+    """Tokens that all ranks together predicted."""
 
 
 class Updates:
@@ -48,7 +58,8 @@ class Updates:
         if state.share is not None and group.world > 1:
             self.demix = DemixGroup(state.model, state.share)
         self.has_dropout = has_dropout(state.model)
-        self.forward = self._wrap(NextTokenLoss(state.model))
+        self.head = head_for(state.model, spec.training.block_tokens)
+        self.forward = self._wrap(NextTokenLoss(state.model, self.head))
         state.model.train()
 
     def make(self) -> Update:
@@ -59,13 +70,14 @@ class Updates:
         for parameters in optimizer.param_groups:
             parameters["lr"] = learning_rate
         blocks = self._blocks()
-        total = self._backward(blocks)
+        own, predicted = self._count_predicted(blocks)
+        total = self._backward(blocks, predicted)
         norm = self._clip_gradients()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # A gradient that is not finite spoils the weights under a finite loss: it spoils the loss that is
         # reported too.
-        return Update(total / blocks.numel() + 0.0 * norm, total, norm, learning_rate)
+        return Update(total / own + 0.0 * norm, total, norm, learning_rate, predicted)
 
     def try_out(self) -> None:
         """The forward and backward passes of an update of made-up blocks: what these
@@ -76,33 +88,44 @@ class Updates:
         shape = (self.spec.blocks_per_update // self.group.world, self.spec.training.block_tokens)
         blocks = torch.zeros(shape, dtype=torch.int64, device=self.device)
         for _ in range(PASSES_UNTIL_RECORDED):
-            self._backward(blocks)
+            self._backward(blocks, self.spec.tokens_per_update)
             self._clip_gradients()
             self.state.optimizer.zero_grad(set_to_none=True)
 
-    def _backward(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Adds the gradients of the mean loss per token; returns the summed loss of this rank's blocks."""
+    def _count_predicted(self, blocks: torch.Tensor) -> tuple[torch.Tensor | int, torch.Tensor | int]:
+        """Tokens that this rank predicts, and all ranks together; at least one, where nothing is."""
+        if self.spec.predicts_all:
+            return blocks.numel(), self.spec.tokens_per_update
+        own = (blocks >= 0).sum()
+        return own.clamp(min=1), self.group.sum(own).clamp(min=1)
+
+    def _backward(self, blocks: torch.Tensor, predicted: torch.Tensor | int) -> torch.Tensor:
+        """Adds the gradients of the mean loss per predicted token; returns the summed loss of this rank's
+        blocks."""
         spec = self.spec
         micro_batches = self._micro_batches(blocks)
         total = torch.zeros((), device=self.device)
         for i, micro_batch in enumerate(micro_batches):
             with self._gradients_shared(after=i == len(micro_batches) - 1):
+                read = targets = micro_batch
+                if not spec.predicts_all or spec.compute.is_sharded:
+                    read, targets = read_tokens(micro_batch), predicted_tokens(micro_batch)
                 with spec.compute.arithmetic():
-                    loss = self.forward(read_after(micro_batch.clamp(min=0), spec.first_token), micro_batch)
+                    loss = self.forward(read_after(read, spec.first_token), targets)
                 # Gradients are averaged over ranks; the loss is a sum over all of them.
-                (loss * (self.group.world / spec.tokens_per_update)).backward()
+                (loss * (self.group.world / predicted)).backward()
             total += loss.detach()
         return total
 
     def _micro_batches(self, blocks: torch.Tensor) -> list[torch.Tensor]:
         """A rank's blocks in forward passes. A sharded model's are collectives: a rank with fewer blocks than
-        another fills its passes up by blocks without a token."""
+        another fills its passes up by blocks of which nothing is predicted."""
         at_once = self.spec.compute.micro_batch_blocks
         micro_batches = list(split_into_micro_batches(blocks, at_once, self.state.share))
         if self.spec.compute.is_sharded:
             most = math.ceil(self.spec.blocks_per_update / self.group.world)
             lacking = math.ceil(most / at_once) - len(micro_batches)
-            micro_batches += [torch.full_like(blocks[:1], NO_TOKEN)] * lacking
+            micro_batches += [torch.full_like(blocks[:1], FILLER)] * lacking
         return micro_batches
 
     def _seed_dropout(self) -> None:
@@ -152,7 +175,10 @@ class Updates:
             )
         if compute.compile and not compute.compiles_layers:
             leave_causal_masks_out(model)
-            wrapped.compile(dynamic=False, mode="reduce-overhead" if self._fits_a_graph() else None)
+            if self.head is not None:  # whose pieces are many small operations, and not worth it
+                compile_layers(model)
+            else:
+                wrapped.compile(dynamic=False, mode="reduce-overhead" if self._fits_a_graph() else None)
         return wrapped
 
     def _fits_a_graph(self) -> bool:

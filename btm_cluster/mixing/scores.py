@@ -9,9 +9,10 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from btm_cluster.data.blocks import END, MARKS_FILE, READ, TEXT
 from btm_cluster.equations.gates import Gate, log_gated_mixture
 from btm_cluster.equations.learned_gate import TextScores
-from btm_cluster.equations.mixture import document_sums, document_tokens, ends_of_documents, log_mixture
+from btm_cluster.equations.mixture import document_sums, ends_of_documents, log_mixture
 from btm_cluster.equations.posterior import Posterior
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.requests import ScoredSplit
@@ -26,6 +27,7 @@ class ScoreStack:
         self._ledger, self._artifacts, self._tokens = ledger, scores, tokens
         self._scores = self._open("logp.npy")
         self.documents_BT = _documents(ledger, tokens)
+        self._marks_BT = _marks(ledger, tokens, self.documents_BT)
 
     @staticmethod
     def of(ledger: Ledger, split: ScoredSplit) -> "ScoreStack":
@@ -48,9 +50,9 @@ class ScoreStack:
         return len(self.documents_BT)
 
     def take(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Blocks start … stop-1: log-probabilities [E, B, T], 0 at padding, and
-        the mask [B, T] of real tokens."""
-        mask_BT = self.documents_BT[start:stop] >= 0
+        """Blocks start … stop-1: log-probabilities [E, B, T], 0 at padding, and the mask [B, T] of predicted
+        tokens. What is read alone is evidence for a posterior, as it is where the ensemble writes."""
+        mask_BT = self._marks_BT[start:stop] != READ
         return self._stacked(self._scores, start, stop), mask_BT
 
     def sample(self, stop: int) -> TextScores:
@@ -59,10 +61,11 @@ class ScoreStack:
         return TextScores(logp_EBT, self._stacked(self._entropies, 0, stop), mask_BT)
 
     def sizes(self) -> torch.Tensor:
-        """Tokens of each document, and bytes of its text: float64 [U, D]."""
+        """Predicted tokens of each document, and bytes of their text: float64 [U, D]."""
         files = [self._ledger.open_file(self._ledger.get(ref), "bytes.npy") for ref in self._tokens]
         bytes_D = torch.from_numpy(np.concatenate([np.load(file) for file in files]))
-        return torch.stack([document_tokens(self.documents_BT), bytes_D.double()])
+        tokens_D = document_sums((self._marks_BT != READ).double(), self.documents_BT)
+        return torch.stack([tokens_D, bytes_D.double()])
 
     def sums(self) -> torch.Tensor:
         """Each model's summed log-probability by document: [E, U, D]."""
@@ -86,14 +89,12 @@ class ScoreStack:
 
         It gets [E, B, T] and the number of the first block, and returns log-probabilities [S, B, T].
         """
-        ends_BT = ends_of_documents(self.documents_BT)
         parts = []
         for start in range(0, len(self), BLOCKS_AT_ONCE):
             blocks = slice(start, start + BLOCKS_AT_ONCE)
             values_SBT = values_of(self.take(blocks.start, blocks.stop)[0], start)
-            sums_S = [
-                _sums(values_BT, self.documents_BT[blocks], ends_BT[blocks]) for values_BT in values_SBT
-            ]
+            documents_BT, marks_BT = self.documents_BT[blocks], self._marks_BT[blocks]
+            sums_S = [_sums(values_BT, documents_BT, marks_BT) for values_BT in values_SBT]
             parts.append(torch.stack(sums_S))
         # A document's number is its place in the text, so each part is as long as the last document it
         # reaches.
@@ -110,11 +111,22 @@ class ScoreStack:
         return torch.from_numpy(stacked).masked_fill(self.documents_BT[start:stop] < 0, 0.0)
 
 
-def _sums(values_BT: torch.Tensor, documents_BT: torch.Tensor, ends_BT: torch.Tensor) -> torch.Tensor:
-    """Sums by document: [U, D]."""
-    total_D = document_sums(values_BT, documents_BT)
-    text_D = total_D.index_add(0, documents_BT[ends_BT], -values_BT[ends_BT].double())
+def _sums(values_BT: torch.Tensor, documents_BT: torch.Tensor, marks_BT: torch.Tensor) -> torch.Tensor:
+    """Sums by document over what is predicted, and over what is text of it: [U, D]."""
+    total_D = document_sums(values_BT.masked_fill(marks_BT == READ, 0.0), documents_BT)
+    is_end_BT = marks_BT == END
+    text_D = total_D.index_add(0, documents_BT[is_end_BT], -values_BT[is_end_BT].double())
     return torch.stack([total_D, text_D])
+
+
+def _marks(ledger: Ledger, tokens: Sequence[Ref], documents_BT: torch.Tensor) -> torch.Tensor:
+    """The mark of each token over all shards of a split: uint8 [B, T], READ for padding."""
+    artifacts = [ledger.get(ref) for ref in tokens]
+    if artifacts and artifacts[0].has(MARKS_FILE):
+        files = [np.load(ledger.open_file(artifact, MARKS_FILE)) for artifact in artifacts]
+        return torch.from_numpy(np.concatenate(files))
+    marks_BT = torch.where(documents_BT >= 0, TEXT, READ).to(torch.uint8)
+    return marks_BT.masked_fill(ends_of_documents(documents_BT), END)
 
 
 def _documents(ledger: Ledger, tokens: Sequence[Ref]) -> torch.Tensor:

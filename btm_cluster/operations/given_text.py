@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from btm_cluster.data.blocks import Blocks, pack_blocks
+from btm_cluster.data.blocks import READ, Blocks, pack_blocks, tokenised
 from btm_cluster.data.corpus import content_hash
 from btm_cluster.equations.posterior import PriorKind
 from btm_cluster.errors import UserError
@@ -71,11 +71,12 @@ def weights_for(
         raise UserError(
             "there is no text to merge for", found=f"{sum(text.bad.values())} empty or bad documents"
         )
-    tokens_BT, owners_BT = pack_blocks(sampled, tokenizer, block_tokens, keep_rest=True)
-    tokens_BT, mask_BT = tokens_BT[:blocks], torch.from_numpy(owners_BT[:blocks] >= 0)
+    packed = pack_blocks(tokenised(sampled, tokenizer), tokenizer, block_tokens, keep_rest=True)
+    tokens_BT, is_real_BT = packed.tokens[:blocks], torch.from_numpy(packed.documents[:blocks] >= 0)
+    mask_BT = is_real_BT if packed.marks is None else torch.from_numpy(packed.marks[:blocks] != READ)
     models = [Ref("model", expert.identity) for expert in forest.experts]
     logp_EBT = _scores(ledger, models, tokens_BT, tokenizer.first_token)
-    return weigh(logp_EBT.masked_fill(~mask_BT, 0.0), mask_BT, prior)
+    return weigh(logp_EBT.masked_fill(~is_real_BT, 0.0), mask_BT, prior)
 
 
 def sample(documents: Iterable[str], encode: Callable[[str], Sequence[int]], tokens: int) -> list[str]:

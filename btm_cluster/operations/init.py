@@ -30,7 +30,7 @@ reading:
   development_share: {share:g}             # held out for what is fitted
   test_share: {share:g}                    # held out for what is reported
   bad_documents: refuse               # or skip: leave out, count and report lines that are broken or too long
-
+{chat_template}
 tokenizer: {{train: {{vocabulary: {vocabulary}}}}}        # or {{pretrained: name-or-folder}}
 model: {model}
                                       # or {{preset: gpt3-125m}}, or {{pretrained: name-or-folder}}, which then is the seed
@@ -68,10 +68,28 @@ _EXAMPLE_DOMAINS = """\
 _EXAMPLE_TARGETS = """                              # evaluated, never trained on: half development, half test text
   - {name: blog, text: ./text/blog.jsonl}"""
 _SMALL = "{config: {model_type: gpt2, n_layer: 4, n_embd: 256, n_head: 4}}"
+_TEMPLATE_FILE = "chat_template.jinja"
+_TEMPLATE_LINE = f"""\
+  chat_template: {_TEMPLATE_FILE}  # renders messages; leave it out for a pretrained tokenizer that has its own
+"""
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}
+{%- else -%}
+{{- message['content'] + '<|im_end|>' -}}
+{%- endif -%}
+{{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+"""For messages and a tokenizer that is trained here. Between `generation` stands what is learned."""
 STARTER_PLAN = _PLAN.format(
     assumed="",
     domains=_EXAMPLE_DOMAINS,
     targets=_EXAMPLE_TARGETS,
+    chat_template="",
     share=0.02,
     vocabulary=8192,
     model=_SMALL,
@@ -99,6 +117,8 @@ class NamedTexts:
 def write_starter_plan(path: Path, texts: NamedTexts | None = None) -> str:
     """Writes a plan to a new file, for these texts where any are named; returns what was assumed for it.
 
+    Where texts have messages, a chat template is written beside it, unless one is there.
+
     Raises:
         UserError: the file is there already, or cannot be written.
         TextError: a text that is not there, or of a kind that is not read.
@@ -108,6 +128,8 @@ def write_starter_plan(path: Path, texts: NamedTexts | None = None) -> str:
     plan, assumed = (STARTER_PLAN, "") if texts is None else _sized_plan(path, texts)
     try:
         path.write_text(plan, encoding="utf-8")
+        if _TEMPLATE_LINE in plan and not (template := path.parent / _TEMPLATE_FILE).exists():
+            template.write_text(CHAT_TEMPLATE, encoding="utf-8")
     except OSError as exc:
         raise UserError(f"cannot write {path}", found=str(exc), remedy="choose another place") from exc
     return assumed
@@ -121,6 +143,7 @@ def _sized_plan(path: Path, texts: NamedTexts) -> tuple[str, str]:
     machine = _this_machine()
     sizing = size_for(domains, sum(tokens[text.name] for text in texts.targets), machine)
     assumed = _assumed(domains, sizing, machine)
+    has_messages = any(_messages(text) for text in (*texts.domains, *texts.targets))
     gpus = machine.devices if machine.on_gpus else 0
     shared = min(1.0, int(100 * gpus / len(domains)) / 100) if sizing.size.preset is None else 1.0
     cpus = len(os.sched_getaffinity(0)) if machine.on_gpus else machine.devices
@@ -129,6 +152,7 @@ def _sized_plan(path: Path, texts: NamedTexts) -> tuple[str, str]:
         assumed="".join(f"\n# {line}" for line in assumed) + "\n",
         domains="\n".join(_entry(text, path) for text in texts.domains),
         targets=_targets(texts.targets, path),
+        chat_template=_TEMPLATE_LINE if has_messages else "",
         share=sizing.held_out_share,
         vocabulary=sizing.vocabulary,
         model=_model(sizing.size),
@@ -161,6 +185,14 @@ def _field(text: TextPlan) -> str | None:
 
     found = field_with_text(source_files(text)["text"][0].path)
     return None if found == text.field else found
+
+
+def _messages(text: TextPlan) -> tuple[str, ...]:
+    """The field or fields of its rows that seem to hold messages."""
+    from btm_cluster.data.fields import fields_with_messages
+    from btm_cluster.data.sources import source_files
+
+    return fields_with_messages(source_files(text)["text"][0].path)
 
 
 def _this_machine() -> "Machine":
@@ -197,10 +229,17 @@ def _assumed(domains: dict[str, int], sizing: "Sizing", machine: "Machine") -> l
 def _entry(text: TextPlan, path: Path) -> str:
     files = [_from_plan(pattern, path) for pattern in text.text]
     shown = json.dumps(files[0] if len(files) == 1 else files, ensure_ascii=False)
-    field = _field(text)
     is_plain = yaml.safe_load(text.name) == text.name  # YAML takes `no` for false and `2023` for a number
     name = text.name if is_plain else json.dumps(text.name)
-    return f"  - {{name: {name}, text: {shown}{'' if field is None else f', field: {json.dumps(field)}'}}}"
+    return f"  - {{name: {name}, text: {shown}{_form(text)}}}"
+
+
+def _form(text: TextPlan) -> str:
+    """What an entry says of the rows of its files."""
+    if messages := _messages(text):
+        return f", messages: {json.dumps(messages[0] if len(messages) == 1 else messages)}"
+    field = _field(text)
+    return "" if field is None else f", field: {json.dumps(field)}"
 
 
 def _targets(texts: Sequence[TextPlan], path: Path) -> str:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from btm_cluster.algorithm import Grown
+from btm_cluster.data.fields import fields_with_messages
 from btm_cluster.driver.budget import Spent, budget_notes
 from btm_cluster.driver.capacity import Demand, memory_problem
 from btm_cluster.driver.demands import demands_of
@@ -29,6 +30,7 @@ from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.operations.plan_costs import Costs, Step, checkpoint_bytes, training_step
 from btm_cluster.operations.run import grow_and_evaluate
 from btm_cluster.plan import Plan
+from btm_cluster.plan.rules import DEFAULT_FIELD
 from btm_cluster.requests import (
     AverageRequest,
     ImportTokenizer,
@@ -157,7 +159,7 @@ def preview(plan: Plan, ledger: Ledger, new_resources: bool = False, room: Room 
         room.name,
         plan.cluster.price_per_gpu_hour,
         first_token_of(plan),
-        (*notes_on(plan, uses), *budget_notes(plan, ledger, _cost(steps))),
+        (*notes_on(plan, uses), *_unread_messages(walk), *budget_notes(plan, ledger, _cost(steps))),
         demands,
         room.gpu_bytes,
         tuple(walk.dry_run.asked.values()),
@@ -192,6 +194,21 @@ def _readings(walk: DryWalk, ledger: Ledger) -> Iterator[Step]:
         else:
             text = ledger.get(Ref("text", text_of(read)))
             yield Step(f"read {request.label}", DONE, stored_bytes=_size([text]))
+
+
+def _unread_messages(walk: DryWalk) -> Iterator[str]:
+    """A sentence on each new text whose rows have messages that its plan does not name."""
+    for request in walk.all_of(ReadText):
+        assert isinstance(request, ReadText)
+        source, files = request.source, request.fingerprint.get("text") or ()
+        if request.ref in walk.found or source.messages or source.field != DEFAULT_FIELD:
+            continue
+        if fields := next((fields_with_messages(file[0]) for file in files), ()):
+            named = fields[0] if len(fields) == 1 else list(fields)
+            yield (
+                f"the rows of {request.label!r} have messages, and no field `{DEFAULT_FIELD}`: `messages: {named}` in "
+                "place of `field` learns what the assistant says"
+            )
 
 
 def _preparation(walk: DryWalk) -> Iterator[Step]:

@@ -4,6 +4,7 @@
 """
 
 from btm_cluster.plan.budget import BudgetPlan
+from btm_cluster.plan.chat_template import ChatTemplate
 from btm_cluster.plan.expansion import ExpansionPlan, InboxPlan
 from btm_cluster.plan.plan import ClusterPlan, MergingPlan, MixtureOfExpertsPlan, Plan, plan_schema, read_plan
 from btm_cluster.plan.study import SizePlan, StudyPlan
@@ -23,6 +24,7 @@ __all__ = [
     "ALL",
     "BranchingPlan",
     "BudgetPlan",
+    "ChatTemplate",
     "ClusterPlan",
     "DatasetPlan",
     "DomainPlan",

@@ -1,20 +1,25 @@
 """The part of a plan that says how a living forest takes what has arrived: what
 an inbox may hold, what may be merged."""
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from btm_cluster.plan import rules as plan_rules
 from btm_cluster.plan.section import Section
-from btm_cluster.plan.values import Positive, PositiveReal, Real, Text
+from btm_cluster.plan.values import Messages, Positive, PositiveReal, Real, Text
 
 
 class InboxPlan(Section):
     """How the inbox of the store is read, and the bounds of what is taken from it:
     whoever can write there is not trusted."""
 
+    rules: ClassVar = plan_rules.inbox_rules
     field: Text = "text"
     """Field of a JSON row that holds the document."""
+    messages: Messages | None = None
+    """Instead of `field`, for chat data: field or fields that hold messages, as those of a text. All deliveries of
+    rows have them then."""
     delimiter: Text | None = None
     """Cuts text files into documents; without it, a file is a document."""
     most_domains: Positive = 64

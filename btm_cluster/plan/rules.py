@@ -44,7 +44,9 @@ def text_rules(given: Given) -> Iterator[Broken]:
         expected = "nothing beside a `dataset`, whose rows are documents"
         yield Broken("delimiter", repr(delimiter), expected, "leave `delimiter` out")
     patterns = [p for name in files for p in (entries_of(given[name]) or [given[name]]) if isinstance(p, str)]
-    yield from idle_reading(field, delimiter, {kind_of_pattern(pattern) for pattern in patterns})
+    kinds = {kind_of_pattern(pattern) for pattern in patterns}
+    yield from idle_reading(field, delimiter, kinds)
+    yield from messages_rules(given.get("messages"), field, kinds)
 
 
 def idle_reading(field: Any, delimiter: Any, kinds: Set[Kind | None]) -> Iterator[Broken]:
@@ -66,6 +68,23 @@ def idle_reading(field: Any, delimiter: Any, kinds: Set[Kind | None]) -> Iterato
             expected,
             "leave `delimiter` out, or name files of plain text",
         )
+
+
+def messages_rules(messages: Any, field: Any, kinds: Set[Kind | None]) -> Iterator[Broken]:
+    """Messages stand in rows, and in place of a field."""
+    if messages is None:
+        return
+    if field not in (None, DEFAULT_FIELD):
+        expected = "either a `field` that holds a document, or `messages`"
+        yield Broken("field", repr(field), expected, "leave one of them out")
+    if "plain text" in kinds:
+        expected = "messages only in files with rows: JSON lines, CSV, TSV or Parquet"
+        yield Broken("messages", "files of plain text", expected, "leave `messages` out, or name other files")
+
+
+def inbox_rules(given: Given) -> Iterator[Broken]:
+    """A delivery has documents or messages."""
+    yield from messages_rules(given.get("messages"), given.get("field"), set())
 
 
 def domain_rules(given: Given) -> Iterator[Broken]:
@@ -311,6 +330,7 @@ def _same_texts(texts: list[Any]) -> Iterator[Broken]:
                 dataset,
                 field_of(text, "field"),
                 field_of(text, "delimiter"),
+                field_of(text, "messages"),
             ]
             name = str(field_of(text, "name"))
             first = first_with.setdefault(repr(source), name)

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from btm_cluster.plan import rules as plan_rules
 from btm_cluster.plan.section import Section
-from btm_cluster.plan.values import Files, FolderOrName, Name, Positive, Share, Text
+from btm_cluster.plan.values import File, Files, FolderOrName, Messages, Name, Positive, Share, Text
 
 
 class DatasetPlan(Section):
@@ -49,6 +49,12 @@ class TextPlan(Section):
     """A Hugging Face data set instead of files."""
     field: Text = plan_rules.DEFAULT_FIELD
     """Field or column of a row that holds the document, where files have rows."""
+    messages: Messages | None = None
+    """Instead of `field`, for chat data: field of a row that holds its messages, each with `role` and `content`,
+    or `from` and `value`; or two fields, of a prompt and its completion.
+
+    The tokenizer's chat template renders them. The loss is that of the assistant's turns.
+    """
     delimiter: Text | None = None
     """Cuts text files into documents; without it, a file is a document.
 
@@ -75,3 +81,5 @@ class ReadingPlan(Section):
     bad_documents: Literal["refuse", "skip"] = "refuse"
     """A line that is not JSON, lacks the field, is not UTF-8, or is too long:
     refuse the text, or skip, count and report."""
+    chat_template: File | None = None
+    """File of a chat template (Jinja) that renders `messages`, instead of the tokenizer's own."""

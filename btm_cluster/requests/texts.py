@@ -5,13 +5,18 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
 from btm_cluster.identity import Inputs, Ref
-from btm_cluster.plan import ReadingPlan, TextPlan, TrainedTokenizerPlan
+from btm_cluster.plan import ChatTemplate, ReadingPlan, TextPlan, TrainedTokenizerPlan
 from btm_cluster.requests.request import StepRequest, texts_of
 
 _SOURCE = {"text", "development", "test", "dataset", "field", "delimiter"}
 _READING = {"development_share", "test_share", "longest_document_characters", "bad_documents"}
 _TOKENIZER = {"vocabulary", "characters_per_domain"}
 WINDOW_WORDS = 20
+RENDERING = 1
+"""The version of how a rendered conversation becomes tokens that are predicted or read alone.
+
+Raise it where a change must reach blocks that are stored.
+"""
 
 
 @dataclass(frozen=True)
@@ -30,10 +35,16 @@ class ReadText(StepRequest):
     """Fingerprint of the source's files or data set, so that unchanged text is not read twice."""
     most_bytes: int | None = None
     """How much is read of a source that is not trusted, decompressed."""
+    template: ChatTemplate | None = None
+    """Messages are tried on it. They are stored as they are, so that a text is the same by any."""
 
     @property
     def recipe(self) -> Mapping[str, Any]:
-        return {
+        messages: dict[str, Any] = {}
+        if self.source.messages is not None:
+            tried_on = None if self.template is None else self.template.sha256
+            messages = {"messages": list(self.source.messages), "tried_on": tried_on}
+        return messages | {
             "source": self.source.model_dump(mode="json", include=_SOURCE),
             "reading": self.reading.model_dump(mode="json", include=_READING),
             "is_target": self.is_target,
@@ -108,7 +119,13 @@ class ImportTokenizer(StepRequest):
 
     @property
     def recipe(self) -> Mapping[str, Any]:
-        return {"pretrained": self.sha256, "first_token": self.first_token, "end_of_text": self.end_of_text}
+        own = {} if self.first_token == self.end_of_text else {"begins_documents": True}
+        return {
+            "pretrained": self.sha256,
+            "first_token": self.first_token,
+            "end_of_text": self.end_of_text,
+            **own,
+        }
 
     @property
     def inputs(self) -> Inputs:
@@ -126,6 +143,8 @@ class Tokenize(StepRequest):
     shard: str
     tokenizer: Ref
     block_tokens: int
+    template: ChatTemplate | None = None
+    """Renders the text's conversations, where it has any."""
 
     @property
     def shown(self) -> str:
@@ -134,7 +153,14 @@ class Tokenize(StepRequest):
     @property
     def recipe(self) -> Mapping[str, Any]:
         held_out = {} if self.split == "train" else {"bytes_of_documents": True}
-        return {"split": self.split, "shard": self.shard, "block_tokens": self.block_tokens, **held_out}
+        chat = {} if self.template is None else {"template": self.template.sha256, "rendering": RENDERING}
+        return {
+            "split": self.split,
+            "shard": self.shard,
+            "block_tokens": self.block_tokens,
+            **held_out,
+            **chat,
+        }
 
     @property
     def inputs(self) -> Inputs:

@@ -7,12 +7,11 @@ import numpy as np
 import torch
 
 from btm_cluster.curve import development_size
-from btm_cluster.data.blocks import PADDING_DOCUMENT, Blocks
 from btm_cluster.errors import StoreError
-from btm_cluster.language_model.loss import NO_TOKEN
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.ledger import Ledger, Ref
 from btm_cluster.requests import TrainRequest
+from btm_cluster.steps.stored import open_held_out
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +39,6 @@ def open_development(request: TrainRequest, ledger: Ledger, group: ProcessGroup)
 
 
 def _first_blocks(ledger: Ledger, tokens: Sequence[Ref], most: int) -> torch.Tensor:
-    """The first blocks of a text [blocks, block_tokens], NO_TOKEN where a block is not full."""
-    artifacts = [ledger.get(ref) for ref in tokens]
-    opened = [
-        Blocks([ledger.open_file(one, name) for one in artifacts], most)
-        for name in ("tokens.npy", "documents.npy")
-    ]
-    if not len(opened[0]):
-        return torch.zeros((0, 0), dtype=torch.int64)
-    blocks_NT, documents_NT = (torch.from_numpy(one.take(np.arange(len(one)))) for one in opened)
-    return blocks_NT.masked_fill(documents_NT == PADDING_DOCUMENT, NO_TOKEN)
+    """The first blocks of a text [blocks, block_tokens], `~token` where a token is read alone or padding."""
+    blocks_NT, is_predicted_NT = open_held_out(ledger, tokens, most)
+    return torch.from_numpy(np.where(is_predicted_NT, blocks_NT, ~blocks_NT))

@@ -3,6 +3,8 @@
 One process, one dense model in memory while routers are fitted, and then one tensor of each model.
 """
 
+import torch
+
 from btm_cluster.data.tokenizer import TOKENIZER_FILES
 from btm_cluster.errors import TextError
 from btm_cluster.language_model.mixture_of_experts import (
@@ -14,14 +16,21 @@ from btm_cluster.language_model.mixture_of_experts import (
 from btm_cluster.language_model.model import write_config
 from btm_cluster.language_model.routers import Router, blocks_to_read, fit_routers
 from btm_cluster.language_model.scoring import set_up_scoring
-from btm_cluster.language_model.soup import Reading, read_blocks
+from btm_cluster.language_model.soup import Reading
 from btm_cluster.language_model.stored_weights import write_shards
 from btm_cluster.language_model.tensor_files import names_in_order
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.requests import MixtureOfExpertsRequest
 from btm_cluster.requests.progress import Control, Counter
 from btm_cluster.steps.average import check_compatible
-from btm_cluster.steps.stored import first_token_of, open_config, open_model, open_tokenizer, open_weights
+from btm_cluster.steps.stored import (
+    first_token_of,
+    open_config,
+    open_held_out,
+    open_model,
+    open_tokenizer,
+    open_weights,
+)
 from btm_cluster.storage.scratch import scratch_folder
 
 
@@ -73,11 +82,9 @@ def _routers(request: MixtureOfExpertsRequest, ledger: Ledger, control: Control)
 
 
 def _reading(request: MixtureOfExpertsRequest, tokens: tuple[Ref, ...], ledger: Ledger) -> Reading:
-    shards = [ledger.get(ref) for ref in tokens]
-    reading = read_blocks(
-        [ledger.open_file(shard, "tokens.npy") for shard in shards],
-        [ledger.open_file(shard, "documents.npy") for shard in shards],
-        request.blocks,
+    # What is read alone is routed too.
+    reading = Reading(
+        *map(torch.from_numpy, open_held_out(ledger, tokens, request.blocks, with_read_alone=True))
     )
     if not len(reading):
         raise TextError(

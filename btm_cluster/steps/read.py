@@ -12,7 +12,7 @@ from btm_cluster.errors import IntegrityError
 from btm_cluster.ledger import Artifact, Ledger, Origin, Ref, artifact_key
 from btm_cluster.requests import ReadText, ShuffleTexts
 from btm_cluster.requests.progress import Control, Counter
-from btm_cluster.steps.stored import count_documents, documents_of
+from btm_cluster.steps.stored import count_documents, whole_documents_of
 from btm_cluster.storage.scratch import scratch_folder
 
 
@@ -27,7 +27,14 @@ def read_text(request: ReadText, ledger: Ledger, control: Control) -> Artifact:
     source = pinned(request.source, request.fingerprint)
     with scratch_folder() as folder:
         text = write_text(
-            source, request.reading, request.is_target, folder, request.most_bytes, read.add, sorting
+            source,
+            request.reading,
+            request.is_target,
+            folder,
+            request.most_bytes,
+            read.add,
+            sorting,
+            request.template,
         )
         return _commit_text(request, text, ledger)
 
@@ -37,7 +44,7 @@ def shuffle_texts(request: ShuffleTexts, ledger: Ledger, control: Control) -> Ar
     texts = sorted(request.texts)
     total = sum(count_documents(ledger, text, "train") for text in texts)
     shuffled = Counter(control, request.label, "shuffling", total, "documents")
-    documents = shuffled.over(d for text in texts for d in documents_of(ledger, text, "train"))
+    documents = shuffled.over(d for text in texts for d in whole_documents_of(ledger, text, "train"))
     with scratch_folder() as folder:
         part = write_random_part(documents, request.part, len(request.texts), request.random_seed, folder)
         return _commit_text(request, part, ledger)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from btm_cluster.language_model.lora import lora_of, put_adapter
 from btm_cluster.ledger import Artifact, Ledger, Ref
-from btm_cluster.steps.stored import base_of, open_adapter_config, open_model, open_stored
+from btm_cluster.steps.stored import base_of, open_adapter_config, open_model, open_stored, open_weights
 
 
 class SharedModels:
@@ -47,6 +47,7 @@ class SharedModels:
 
         Raises:
             StoreError: it, or its base, is not in the store.
+            IncompatibleError: its base is another model.
         """
         if ref not in self._opened:
             found = self._ledger.get(ref)
@@ -61,6 +62,7 @@ class SharedModels:
 
     def _over(self, base: PreTrainedModel, delta: Artifact) -> PreTrainedModel:
         """The model that `delta` is over its base."""
+        open_weights(self._ledger, delta)  # refuses what is of another base
         stored = open_stored(self._ledger, delta)
         shared: dict[int, Any] = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
         if delta.facts["trains"] == "lora":

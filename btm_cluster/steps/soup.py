@@ -3,14 +3,16 @@
 One process, one search.
 """
 
+import torch
+
 from btm_cluster.errors import TextError
 from btm_cluster.language_model.compute import device_of
-from btm_cluster.language_model.soup import Soup, greedy_soup, learned_soup, read_blocks
+from btm_cluster.language_model.soup import Reading, Soup, greedy_soup, learned_soup
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import SoupRequest
 from btm_cluster.requests.progress import Control, Counter
 from btm_cluster.steps.average import check_compatible
-from btm_cluster.steps.stored import first_token_of, open_model, open_weights
+from btm_cluster.steps.stored import first_token_of, open_held_out, open_model, open_weights
 
 
 def search(request: SoupRequest, ledger: Ledger, control: Control) -> Artifact:
@@ -26,12 +28,7 @@ def search(request: SoupRequest, ledger: Ledger, control: Control) -> Artifact:
     models = [ledger.get(model) for model in request.inputs["models"]]
     identities = [model.identity for model in models]
     check_compatible(ledger, models)
-    shards = [ledger.get(ref) for ref in request.tokens]
-    reading = read_blocks(
-        [ledger.open_file(shard, "tokens.npy") for shard in shards],
-        [ledger.open_file(shard, "documents.npy") for shard in shards],
-        request.blocks,
-    )
+    reading = Reading(*map(torch.from_numpy, open_held_out(ledger, request.tokens, request.blocks)))
     if not len(reading):
         raise TextError(
             f"{request.label}: there is no development text", remedy="give the text a development split"

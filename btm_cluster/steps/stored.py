@@ -9,7 +9,11 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from btm_cluster.data.blocks import MARKS_FILE, PADDING_DOCUMENT, READ, Blocks
 from btm_cluster.data.corpus import read_shard
+from btm_cluster.data.documents import Document
 from btm_cluster.data.tokenizer import TOKENIZER_FILES, TextTokenizer, load_tokenizer
 from btm_cluster.errors import MissingError
 from btm_cluster.ledger import Artifact, Ledger, Ref, artifact_key
@@ -19,13 +23,18 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from btm_cluster.data.blocks import Blocks
     from btm_cluster.language_model.stored_weights import StoredWeights
+    from btm_cluster.language_model.training_spec import TextBlocks
     from btm_cluster.requests import TrainingText
 
 
 def documents_of(ledger: Ledger, text: str, split: str) -> Iterator[str]:
     """The documents of one split of a stored text, streaming, in hash order."""
+    return (document.text for document in whole_documents_of(ledger, text, split))
+
+
+def whole_documents_of(ledger: Ledger, text: str, split: str) -> Iterator[Document]:
+    """The same, conversations with their messages."""
     artifact = ledger.get(Ref("text", text))
     for shard in artifact.facts["splits"][split]["shards"]:
         yield from read_shard(ledger.open_file(artifact, shard))
@@ -64,11 +73,38 @@ def first_token_of(ledger: Ledger, tokens: Sequence[Ref]) -> int:
     return open_tokenizer(ledger, tokenizer).first_token if known is None else int(known)
 
 
-def open_blocks(ledger: Ledger, text: "TrainingText") -> "Blocks":
+def open_blocks(ledger: Ledger, text: "TrainingText") -> "TextBlocks":
     """A training text's blocks, memory-mapped."""
-    from btm_cluster.data.blocks import Blocks
+    from btm_cluster.language_model.training_spec import TextBlocks
 
-    return Blocks([ledger.open_file(ledger.get(ref), "tokens.npy") for ref in text.tokens], text.first_blocks)
+    blocks, marks = _marked(ledger, text.tokens, text.first_blocks)
+    return TextBlocks(text.name, blocks, marks)
+
+
+def open_held_out(
+    ledger: Ledger, tokens: Sequence[Ref], first_blocks: int, with_read_alone: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first blocks of a held-out split: tokens, int64 [n, block_tokens], and which of them are predicted,
+    bool; `with_read_alone`, which are no padding."""
+    blocks, marks = _marked(ledger, tokens, first_blocks)
+    rows = np.arange(len(blocks))
+    if not len(rows):
+        return np.zeros((0, 0), dtype=np.int64), np.zeros((0, 0), dtype=np.bool_)
+    if marks is not None and not with_read_alone:
+        return blocks.take(rows), marks.take(rows) != READ
+    documents = Blocks(_files(ledger, tokens, "documents.npy"), first_blocks)
+    return blocks.take(rows), documents.take(rows) != PADDING_DOCUMENT
+
+
+def _marked(ledger: Ledger, tokens: Sequence[Ref], first_blocks: int | None) -> tuple[Blocks, Blocks | None]:
+    blocks = Blocks(_files(ledger, tokens, "tokens.npy"), first_blocks)
+    if not tokens or not ledger.get(tokens[0]).has(MARKS_FILE):
+        return blocks, None
+    return blocks, Blocks(_files(ledger, tokens, MARKS_FILE), first_blocks)
+
+
+def _files(ledger: Ledger, artifacts: Sequence[Ref], name: str) -> list[Path]:
+    return [ledger.open_file(ledger.get(ref), name) for ref in artifacts]
 
 
 def open_config(ledger: Ledger, model: Artifact) -> dict[str, Any]:

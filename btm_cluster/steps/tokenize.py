@@ -1,10 +1,9 @@
 """Turns a shard of a text into token blocks."""
 
-from collections.abc import Iterable, Iterator
-
 import numpy as np
 
-from btm_cluster.data.blocks import pack_blocks
+from btm_cluster.data.blocks import MARKS_FILE, READ, pack_blocks
+from btm_cluster.data.chat_tokens import tokenised_documents
 from btm_cluster.data.corpus import read_shard
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.requests import Tokenize
@@ -16,7 +15,8 @@ from btm_cluster.storage.scratch import scratch_folder
 def tokenize(request: Tokenize, ledger: Ledger, control: Control) -> Artifact:
     """Packs the shard's documents into blocks.
 
-    Held-out text keeps its last, partly filled block, each token's document, and each document's bytes.
+    Held-out text keeps its last, partly filled block, each token's document, and each document's bytes. Marks
+    are kept where a token is read alone.
     """
     text = ledger.get(Ref("text", request.text))
     tokenizer = open_tokenizer(ledger, request.tokenizer)
@@ -24,23 +24,18 @@ def tokenize(request: Tokenize, ledger: Ledger, control: Control) -> Artifact:
     total = split["documents"] if len(split["shards"]) == 1 else 0  # facts are those of a whole split
     counter = Counter(control, request.shown, "tokenising", total, "documents")
     held_out = request.split != "train"
-    bytes_of_documents: list[int] = []
     shard = counter.over(read_shard(ledger.open_file(text, request.shard)))
-    documents = _counted(shard, bytes_of_documents)
-    tokens, owners = pack_blocks(documents, tokenizer, request.block_tokens, keep_rest=held_out)
+    documents = tokenised_documents(shard, tokenizer, request.template)
+    keep_marks = request.template is not None  # of all shards of a text, or of none
+    packed = pack_blocks(documents, tokenizer, request.block_tokens, held_out, keep_marks)
+    arrays = {"tokens.npy": packed.tokens}
+    facts = {"blocks": len(packed.tokens), "tokens": int((packed.documents >= 0).sum())}
+    if held_out:
+        arrays |= {"documents.npy": packed.documents, "bytes.npy": packed.bytes_of_documents}
+    if packed.marks is not None:
+        arrays[MARKS_FILE] = packed.marks
+        facts["predicted_tokens"] = int((packed.marks != READ).sum())
     with scratch_folder() as folder:
-        files = {"tokens.npy": folder / "tokens.npy"}
-        np.save(files["tokens.npy"], tokens)
-        if held_out:
-            files |= {name: folder / name for name in ("documents.npy", "bytes.npy")}
-            np.save(files["documents.npy"], owners)
-            np.save(files["bytes.npy"], np.array(bytes_of_documents, dtype=np.int64))
-        facts = {"blocks": len(tokens), "tokens": int((owners >= 0).sum())}
-        return ledger.commit(request, files, facts)
-
-
-def _counted(documents: Iterable[str], counts: list[int]) -> Iterator[str]:
-    """The documents; appends the bytes of each in UTF-8 to `counts`, without an end-of-text token."""
-    for document in documents:
-        counts.append(len(document.encode()))
-        yield document
+        for name, array in arrays.items():
+            np.save(folder / name, array)
+        return ledger.commit(request, {name: folder / name for name in arrays}, facts)

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from btm_cluster.data.tokenizer import TOKENIZER_FILES, TextTokenizer, load_tokenizer, take_characters
-from btm_cluster.data.tokenizer import train_tokenizer as train_on
+from btm_cluster.data.tokenizer import TOKENIZER_FILES, TextTokenizer, load_tokenizer
+from btm_cluster.data.tokenizer_training import take_characters
+from btm_cluster.data.tokenizer_training import train_tokenizer as train_on
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.requests import ImportTokenizer, TrainTokenizer
 from btm_cluster.requests.progress import Control, Counter, Progress

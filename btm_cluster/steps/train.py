@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from btm_cluster.curve import CURVE_FILE
-from btm_cluster.data.blocks import Blocks
 from btm_cluster.data.tokenizer import TOKENIZER_FILES
 from btm_cluster.errors import MissingError, TrainingError
 from btm_cluster.language_model.compute import device_of
@@ -21,6 +20,7 @@ from btm_cluster.language_model.model import fresh_on_meta, layout_of, write_con
 from btm_cluster.language_model.model_import import import_model
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.stored_weights import StoredWeights, tensors_of, write_weights
+from btm_cluster.language_model.training_spec import TextBlocks
 from btm_cluster.language_model.training_state import help_to_write, write_state
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.requests import DemixPart, TrainRequest
@@ -72,15 +72,13 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
             if made.is_demix:
                 return _commit_demix(made, trained, ledger, commit, folder) if group.is_first else None
             keeps_optimizer = made.last_update < made.training.updates and not made.weights_only
-            dtype = getattr(torch, made.training.weights)
+            # An adapter is small, and its factors' product would be rounded twice.
+            dtype = torch.float32 if made.trains.lora is not None else getattr(torch, made.training.weights)
             if not group.is_first:
                 help_to_write(trained.state, keeps_optimizer, dtype)
                 return None
             files = write_state(trained.state, folder, keeps_optimizer, dtype) | _write_curve(trained, folder)
-            if made.trains.lora is not None:
-                config = adapter_config(made.trains.lora, made.model)
-                files[ADAPTER_CONFIG] = write_adapter_config(config, folder)
-            return commit(made, files, trained.facts, trained.note)
+            return commit(made, files | _write_adapter_config(made, folder), trained.facts, trained.note)
 
         if request.pretrained is not None:
             committed = commit(request, *import_model(request, tokens, folder))
@@ -155,6 +153,13 @@ def _write_curve(trained: Trained, folder: Path) -> dict[str, Path]:
     return {CURVE_FILE: file}
 
 
+def _write_adapter_config(made: TrainRequest, folder: Path) -> dict[str, Path]:
+    """Writes the configuration of an adapter, where one was trained; returns the file by name."""
+    if made.trains.lora is None:
+        return {}
+    return {ADAPTER_CONFIG: write_adapter_config(adapter_config(made.trains.lora, made.model), folder)}
+
+
 def _origin(made: TrainRequest | DemixPart, ledger: Ledger) -> str:
     """The initialisation that a model goes back to, over all starts: only
     models of one origin can be averaged."""
@@ -176,7 +181,7 @@ def _train_within_memory(
     request: TrainRequest,
     ledger: Ledger,
     control: Control,
-    texts: Sequence[Blocks],
+    texts: Sequence[TextBlocks],
     first_token: int,
     at_milestone: AtMilestone,
 ) -> Trained:

@@ -12,7 +12,6 @@ from itertools import chain
 from typing import Any, TypeAlias
 
 from btm_cluster.curve import Curve
-from btm_cluster.data.blocks import Blocks
 from btm_cluster.language_model.compute import Compute, device_name, device_of
 from btm_cluster.language_model.deltas import FILES
 from btm_cluster.language_model.process_group import ProcessGroup
@@ -51,7 +50,7 @@ def run_training(
     request: TrainRequest,
     ledger: Ledger,
     control: Control,
-    texts: Sequence[Blocks],
+    texts: Sequence[TextBlocks],
     first_token: int,
     at_milestone: AtMilestone,
 ) -> Trained:
@@ -87,12 +86,12 @@ def set_up(compute: Compute) -> None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(node_cache().folder_for_code()))
 
 
-def spec_of(request: TrainRequest, texts: Sequence[Blocks], first_token: int) -> TrainingSpec:
+def spec_of(request: TrainRequest, texts: Sequence[TextBlocks], first_token: int) -> TrainingSpec:
     """Specification of a request's training for the train loop; `texts` are its texts, opened."""
     return TrainingSpec(
         label=request.label,
         model=request.model,
-        texts=tuple(TextBlocks(text.name, blocks) for text, blocks in zip(request.texts, texts, strict=True)),
+        texts=tuple(texts),
         first_token=first_token,
         training=request.training,
         first_update=request.first_update,

@@ -7,6 +7,7 @@ import torch
 from btm_cluster.data.blocks import Blocks
 from btm_cluster.language_model.compute import device_of
 from btm_cluster.language_model.process_group import ProcessGroup
+from btm_cluster.language_model.training_spec import TextBlocks
 from btm_cluster.language_model.training_state import build_state
 from btm_cluster.language_model.update import Updates
 from btm_cluster.requests import TrainRequest
@@ -24,7 +25,8 @@ def warm_up(request: TrainRequest) -> None:
     if not request.how.gpus_per_worker or request.pretrained is not None:
         return
     group = ProcessGroup.joined(device_of(request.how.gpus_per_worker))
-    spec = spec_of(settled(request, group), [Blocks([])] * len(request.texts), first_token=0)
+    texts = [TextBlocks(text.name, Blocks([])) for text in request.texts]
+    spec = spec_of(settled(request, group), texts, first_token=0)
     set_up(spec.compute)
     Updates(spec, build_state(spec, group), group).try_out()
     gc.collect()

@@ -63,8 +63,6 @@ def random_part(
     """One of them as a text to train on."""
     identity = text_of(read_result)
     facts = ledger.get(Ref("text", identity)).facts
-    shards = tokenize_requests(
-        request.label, identity, facts, prepared.tokenizer, prepared.plan.training.block_tokens
-    )
+    shards = tokenize_requests(request.label, identity, facts, prepared.tokenizer, prepared.plan)
     tokens = {split: tuple(shard.ref for shard in requests) for split, requests in shards.items()}
     return PreparedText(request.label, False, identity, facts, {}, tokens)

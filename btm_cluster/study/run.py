@@ -166,12 +166,11 @@ def _random_parts(prepared: PreparedPlan, driver: Driver) -> list[PreparedText]:
         random_part(prepared, r, read_result, driver.ledger)
         for r, read_result in zip(requests, read_results, strict=True)
     ]
-    block_tokens = prepared.plan.training.block_tokens
     shards = [
         shard
         for part in parts
         for shard in tokenize_requests(
-            part.name, part.identity, part.facts, prepared.tokenizer, block_tokens
+            part.name, part.identity, part.facts, prepared.tokenizer, prepared.plan
         )["train"]
     ]
     driver.require(shards)

@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from btm_cluster.data.blocks import Blocks, block_order, pack_blocks
+from btm_cluster.data.blocks import Blocks, block_order
 from btm_cluster.data.tokenizer import BATCH_DOCUMENTS
 from btm_cluster.steps.stored import documents_of, open_tokenizer
 from tests.conftest import made_up_documents
 from tests.integration.conftest import GrownForest
+from tests.reading import packed
 
 
 def expected_stream(grown: GrownForest, documents: list[str]) -> tuple[list[int], list[int]]:
@@ -31,7 +32,7 @@ def test_held_out_text_is_packed_completely_and_only_its_last_block_is_padded(
 ) -> None:
     documents = made_up_documents("harbour", count, words_per_document=7)
     tokenizer = open_tokenizer(grown.driver.ledger, grown.prepared.tokenizer)
-    tokens, owners = pack_blocks(documents, tokenizer, block_tokens, keep_rest=True)
+    tokens, owners = packed(documents, tokenizer, block_tokens, keep_rest=True)
     stream, stream_owners = expected_stream(grown, documents)
     padding = -len(stream) % block_tokens
     assert tokens.ravel().tolist() == stream + [tokenizer.end_of_text] * padding
@@ -42,7 +43,7 @@ def test_held_out_text_is_packed_completely_and_only_its_last_block_is_padded(
 def test_training_text_drops_what_does_not_fill_a_block(grown: GrownForest) -> None:
     documents = made_up_documents("harbour", 5, words_per_document=9)
     tokenizer = open_tokenizer(grown.driver.ledger, grown.prepared.tokenizer)
-    tokens, owners = pack_blocks(documents, tokenizer, 32, keep_rest=False)
+    tokens, owners = packed(documents, tokenizer, 32, keep_rest=False)
     stream, _ = expected_stream(grown, documents)
     assert len(stream) % 32, "the documents must not fit by chance"
     assert tokens.ravel().tolist() == stream[: len(stream) // 32 * 32]
@@ -52,7 +53,7 @@ def test_training_text_drops_what_does_not_fill_a_block(grown: GrownForest) -> N
 def test_no_documents_and_too_little_text_make_no_block(grown: GrownForest) -> None:
     tokenizer = open_tokenizer(grown.driver.ledger, grown.prepared.tokenizer)
     for documents, keep_rest in ([], True), ([], False), (["a"], False):
-        tokens, owners = pack_blocks(documents, tokenizer, 32, keep_rest)
+        tokens, owners = packed(documents, tokenizer, 32, keep_rest)
         assert tokens.shape == owners.shape == (0, 32)
 
 
@@ -60,7 +61,7 @@ def test_a_document_that_spells_the_end_of_text_token_does_not_end_there(grown: 
     # Source code and web pages do. The tokenizer would turn the spelling into the token itself, and a
     # document could end, for the model, wherever its author liked.
     tokenizer = open_tokenizer(grown.driver.ledger, grown.prepared.tokenizer)
-    tokens, owners = pack_blocks(["before <|endoftext|> after"], tokenizer, 8, keep_rest=True)
+    tokens, owners = packed(["before <|endoftext|> after"], tokenizer, 8, keep_rest=True)
     real = tokens[owners >= 0]
     assert (real == tokenizer.end_of_text).nonzero()[0].tolist() == [len(real) - 1]
     assert tokenizer.decode(real[:-1]) == "before <|endoftext|> after"

@@ -20,6 +20,7 @@ from btm_cluster.algorithm import grow
 from btm_cluster.cli import app, forest_app, run_command
 from btm_cluster.errors import PlanError, StepError, Stopped, StoreError
 from btm_cluster.plan import Plan, read_plan
+from tests.chatting import write_conversations
 from tests.conftest import in_process
 
 HEAVY = (
@@ -262,6 +263,34 @@ def test_init_sizes_a_plan_to_the_texts_that_are_named_and_no_preview_of_it_warn
     seen = json.loads(btm("plan", path, "--json")[1])
     assert all(0 < use["passes"] <= 4 for use in seen["texts"])
     assert seen["notes"] == []
+
+
+def test_init_and_plan_tell_of_rows_with_messages(
+    texts: dict[str, Path],
+    btm: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_conversations(tmp_path / "chat.jsonl", "kitchen", 200)
+    shutil.copy(texts["harbour"], "plain.jsonl")
+    assert btm("init", "plan.yaml", "--text=chat=chat.jsonl", "--text=plain=plain.jsonl")[0] == 0
+    plan = read_plan(tmp_path / "plan.yaml")
+    assert [domain.messages for domain in plan.domains] == [("messages",), None]
+    code, out, err = btm("plan", "plan.yaml", "--json")
+    assert code == 0, err
+    assert not [note for note in json.loads(out)["notes"] if "messages" in note]
+    written = (tmp_path / "plan.yaml").read_text()
+    (tmp_path / "plan.yaml").write_text(written.replace(', messages: "messages"', ""))
+    (note,) = [
+        note for note in json.loads(btm("plan", "plan.yaml", "--json")[1])["notes"] if "messages" in note
+    ]
+    assert "the rows of 'chat' have messages" in note
+    assert "`messages: messages`" in note
+    (tmp_path / "plan.yaml").write_text(written.replace("  chat_template: chat_template.jinja", "  #"))
+    code, _, err = btm("plan", "plan.yaml")
+    assert code == 2
+    assert "messages need a chat template" in err
 
 
 @pytest.mark.parametrize(

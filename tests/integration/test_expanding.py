@@ -38,6 +38,7 @@ from btm_cluster.session import dry_ledger
 from btm_cluster.storage import Entry
 from btm_cluster.storage.local_folder import LocalFolder
 from btm_cluster.workers.in_process import InProcess, LocalControl
+from tests.chatting import TURN_BY_TURN, write_conversations
 from tests.conftest import in_process, made_up_documents, write_jsonl
 from tests.living import deliver, put
 
@@ -414,6 +415,18 @@ def test_a_setting_of_the_inbox_is_for_the_deliveries_that_it_can_apply_to(
         put(ledger, tmp_path, f"{name}/READY", b"")
     both = changed(plan, expansion={"inbox": {"field": "body", "delimiter": "\n--\n"}})
     assert expanded(both).added == ("columns", "plain")
+
+
+def test_chats_arrive_beside_plain_text(plan: Plan, ledger: Ledger, tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text(TURN_BY_TURN)
+    chats = write_conversations(tmp_path / "a.jsonl", "meadow", 60).read_bytes()
+    plain = "\n--\n".join(made_up_documents("plain", 120)).encode()
+    for name, file, data in (("chats", "a.jsonl", chats), ("plain", "a.txt", plain)):
+        put(ledger, tmp_path, f"{name}/{file}", data)
+        put(ledger, tmp_path, f"{name}/READY", b"")
+    inbox = {"messages": "messages", "delimiter": "\n--\n"}
+    reading = plan.reading.model_dump() | {"chat_template": str(tmp_path / "own.jinja")}
+    assert expanded(changed(plan, expansion={"inbox": inbox}, reading=reading)).added == ("chats", "plain")
 
 
 def test_files_and_sizes_beyond_the_plans_bounds_are_refused_before_a_byte_is_read(

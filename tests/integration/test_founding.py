@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from btm_cluster.algorithm import grow, train_seed
-from btm_cluster.data.tokenizer import train_tokenizer
+from btm_cluster.data.tokenizer_training import train_tokenizer
 from btm_cluster.driver.preparation import prepare
 from btm_cluster.errors import FoundationError, UserError
 from btm_cluster.ledger import Ledger, Ref, artifact_key

@@ -11,25 +11,33 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import bits_per_byte as harness_bits_per_byte
 from lm_eval.api.registry import Registry
 from lm_eval.models.huggingface import HFLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import btm_cluster as btm
+from btm_cluster.data.blocks import Blocks, pack_blocks, tokenised
+from btm_cluster.data.tokenizer import open_pretrained_tokenizer
 from btm_cluster.driver.preparation import prepare
 from btm_cluster.equations.perplexity import BYTES, bits_per_byte
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation.scoring import score_models, stack_of
+from btm_cluster.language_model.scoring import score_blocks
 from btm_cluster.ledger import Ref
 from btm_cluster.lm_eval import ENTRY_POINT, MODEL
 from btm_cluster.lm_eval.__main__ import main
 from btm_cluster.lm_eval.model import ForestLM
 from btm_cluster.plan import Plan
+from btm_cluster.requests import Resources
 from btm_cluster.steps.stored import documents_of
-from tests.conftest import write_jsonl
+from tests.chatting import write_tokenizer
+from tests.conftest import made_up_documents, write_jsonl
 from tests.integration.conftest import BLOCK, WrittenForest
 from tests.integration.test_serving import serving
 
@@ -166,6 +174,33 @@ def test_the_verdicts_bits_per_byte_are_the_harnesss_on_the_same_text(
     found = bits_per_byte(stack.sums()[0, BYTES, 0], stack.sizes()[BYTES, 0])
     expected = harness_bits_per_byte([(logp, len(document.encode()))])
     assert float(found) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("begins", ["<s>", None])
+def test_a_document_measures_as_in_the_harness_whether_or_not_its_tokenizer_begins_texts(
+    begins: str | None, tmp_path: Path
+) -> None:
+    """As Llama's tokenizer does, and Qwen's does not. By itself the harness has the first token predicted after
+    itself."""
+    folder = write_tokenizer(tmp_path / "model", None, begins)
+    tokenizer = open_pretrained_tokenizer(folder)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"bos_token_id": tokenizer.first_token, "eos_token_id": tokenizer.end_of_text}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", vocab_size=448, initializer_range=0.2, **shape, **ends)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    document = made_up_documents("kitchen", 1)[0]
+    packed = pack_blocks(tokenised([document], tokenizer), tokenizer, 400, keep_rest=True)
+    np.save(tmp_path / "tokens.npy", packed.tokens)
+    how = Resources(1, 0, 1, 1, "float32", False)
+    files = score_blocks(model, Blocks([tmp_path / "tokens.npy"]), tokenizer.first_token, how, tmp_path)
+    length = int((packed.documents >= 0).sum()) - 1
+    ours = float(np.load(files["logp.npy"])[0, :length].astype(float).sum())
+    measured = HFLM(pretrained=str(folder), device="cpu", batch_size=1, add_bos_token=False)
+    (logp,) = measured.loglikelihood_rolling([request("loglikelihood_rolling", document)], disable_tqdm=True)
+    assert length < 400
+    assert ours == pytest.approx(logp, rel=1e-6)
 
 
 def test_a_plans_mixture_measures_as_it_scores(fitted: ForestLM, forest: WrittenForest) -> None:

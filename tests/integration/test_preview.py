@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from btm_cluster.commands.plan import preview_table
-from btm_cluster.data.tokenizer import train_tokenizer
+from btm_cluster.data.tokenizer_training import train_tokenizer
 from btm_cluster.driver.preparation import prepare
 from btm_cluster.driver.prepared_plan import text_of
 from btm_cluster.driver.room import Room

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from btm_cluster.data.blocks import Blocks, pack_blocks
+from btm_cluster.data.blocks import Blocks
 from btm_cluster.data.tokenizer import TextTokenizer, open_pretrained_tokenizer
 from btm_cluster.driver.prepared_plan import model_config
 from btm_cluster.equations.posterior import Posterior
@@ -37,6 +37,7 @@ from btm_cluster.plan import ModelPlan, Plan, TrainingPlan
 from btm_cluster.requests import Resources, TrainRequest
 from tests.conftest import DOMAINS, in_process, made_up_documents
 from tests.integration.test_averaging import write_average
+from tests.reading import packed
 
 BLOCK_TOKENS = 40
 HOW = Resources(1, 0, 1, 4, "float32", False)
@@ -180,7 +181,7 @@ def by_transformers(model: Any, blocks: np.ndarray, first: int) -> np.ndarray:
 
 
 def some_blocks(tokenizer: TextTokenizer) -> np.ndarray:
-    return pack_blocks(DOCUMENTS[:6], tokenizer, BLOCK_TOKENS, keep_rest=True)[0]
+    return packed(DOCUMENTS[:6], tokenizer, BLOCK_TOKENS, keep_rest=True)[0]
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

@@ -23,12 +23,11 @@ from btm_cluster.language_model.soup import (
     Soup,
     greedy_soup,
     learned_soup,
-    read_blocks,
     softmax_slope,
 )
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.operations.gc import find_garbage
-from btm_cluster.steps.stored import open_config, open_model, open_weights
+from btm_cluster.steps.stored import open_config, open_held_out, open_model, open_weights
 from tests.conftest import in_process, run_all
 from tests.integration.conftest import GrownForest, copy_store
 from tests.made import origin
@@ -54,12 +53,8 @@ def soup(grown: GrownForest) -> Soup:
 @pytest.fixture(scope="module")
 def reading(grown: GrownForest) -> Reading:
     """Development blocks of a target, the last one padded."""
-    ledger = grown.driver.ledger
-    shards = [ledger.get(ref) for ref in grown.text("market").tokens["development"]]
-    return read_blocks(
-        *([ledger.open_file(shard, name) for shard in shards] for name in ("tokens.npy", "documents.npy")),
-        most=100,
-    )
+    held_out = open_held_out(grown.driver.ledger, grown.text("market").tokens["development"], 100)
+    return Reading(*map(torch.from_numpy, held_out))
 
 
 def one_hots(count: int) -> list[list[float]]:

@@ -143,6 +143,7 @@ def test_documents_stream_by_in_order_whatever_is_scored_at_once(
 
     class Spelled:
         end_of_text = 1000
+        begins_documents = False
 
         def encode(self, text: str) -> list[int]:
             return [ord(character) for character in text]

@@ -39,7 +39,7 @@ def make(
 
 def documents(text: Text, split: str) -> list[str]:
     """The documents of a split, in the order that they are stored in."""
-    return [d for name in text.facts["splits"][split]["shards"] for d in read_shard(text.files[name])]
+    return [d.text for name in text.facts["splits"][split]["shards"] for d in read_shard(text.files[name])]
 
 
 def counts(text: Text) -> list[int]:

@@ -328,6 +328,6 @@ def test_an_adapters_configuration_is_the_same_bytes_in_any_process(tmp_path: Pa
 def test_a_micro_batch_of_an_adapter_has_gradients_in_float32(tmp_path: Path) -> None:
     started = Started("llama", LORA, tmp_path)
     state = started.fresh()
-    Updates(started.spec, state, ALONE)._backward(torch.zeros(2, 8, dtype=torch.int64))
+    Updates(started.spec, state, ALONE)._backward(torch.zeros(2, 8, dtype=torch.int64), predicted=16)
     gradients = {name for name, p in state.model.named_parameters() if p.grad is not None}
     assert gradients == {name for name, p in state.model.named_parameters() if ".lora_" in name}

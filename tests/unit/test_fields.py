@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from btm_cluster.data.fields import field_with_text
+from btm_cluster.data.fields import field_with_text, fields_with_messages
 
 ROWS = {
     "a.jsonl": (b'{"id": "0123456789", "text": "a"}\n{"body": "b"}\n', "text"),
@@ -37,3 +37,23 @@ def test_parquet_has_a_field_too(tmp_path: Path) -> None:
     assert field_with_text(str(path)) == "body"
     path.write_bytes(b"none")
     assert field_with_text(str(path)) is None
+
+
+MESSAGES = {
+    b'{"id": "1", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}': (
+        "messages",
+    ),
+    b'{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}': (
+        "conversations",
+    ),
+    b'{"instruction": "a", "output": "b", "source": "c"}': ("instruction", "output"),
+    b'{"text": "a", "prompt": "a", "completion": "b"}': (),
+    b'{"body": "a", "tags": ["b"]}': (),
+    b"no JSON": (),
+}
+
+
+@pytest.mark.parametrize("row", MESSAGES)
+def test_messages_are_told_from_the_first_row(row: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(row + b"\n")
+    assert fields_with_messages(str(tmp_path / "a.jsonl")) == MESSAGES[row]

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from btm_cluster.data.blocks import pack_blocks
 from btm_cluster.data.tokenizer import (
     END_OF_TEXT,
     TOKENIZER_FILES,
@@ -21,12 +20,12 @@ from btm_cluster.data.tokenizer import (
     import_tokenizer,
     load_tokenizer,
     open_pretrained_tokenizer,
-    take_characters,
-    train_tokenizer,
 )
+from btm_cluster.data.tokenizer_training import take_characters, train_tokenizer
 from btm_cluster.errors import TextError, UserError
 from btm_cluster.language_model.pretrained import pretrained_tokenizer_hash
 from tests.conftest import made_up_documents
+from tests.reading import packed
 
 DOCUMENTS = [text for name in ("kitchen", "harbour") for text in made_up_documents(name, 150)]
 
@@ -64,7 +63,7 @@ def test_training_does_not_depend_on_the_order_of_documents(trained: Path, tmp_p
 @example(text=f"{END_OF_TEXT} is spelled here")
 def test_any_text_comes_back_from_its_tokens(text: str, trained: Path) -> None:
     tokenizer = load(trained)
-    tokens, _ = pack_blocks([text], tokenizer, 512, keep_rest=True)
+    tokens, _ = packed([text], tokenizer, 512, keep_rest=True)
     ids = tokens[0][: tokens[0].tolist().index(tokenizer.end_of_text)].tolist()
     assert tokenizer.decode(ids) == text
 
@@ -74,7 +73,7 @@ def test_a_document_that_spells_the_end_of_text_does_not_end_there(trained: Path
     tokenizer = load(trained)
     document = f"one {END_OF_TEXT} two"
     assert tokenizer.end_of_text not in tokenizer.encode(document)
-    tokens, owners = pack_blocks([document], tokenizer, 64, keep_rest=True)
+    tokens, owners = packed([document], tokenizer, 64, keep_rest=True)
     assert (tokens[owners >= 0] == tokenizer.end_of_text).sum() == 1
 
 
@@ -297,7 +296,7 @@ def test_ids_with_gaps_between_them_fit_the_blocks_that_hold_them(trained: Path,
     (tmp_path / "gaps" / "tokenizer.json").write_text(json.dumps(stored))
     tokenizer = bring(tmp_path / "gaps", tmp_path / "imported")
     assert tokenizer.vocabulary == 70_001
-    tokens, owners = pack_blocks(DOCUMENTS[:50], tokenizer, 32, keep_rest=True)
+    tokens, owners = packed(DOCUMENTS[:50], tokenizer, 32, keep_rest=True)
     assert tokens.max() == 70_000
     assert tokenizer.decode(tokens[owners == 0][:-1].tolist()) == DOCUMENTS[0]
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from btm_cluster.data.blocks import Blocks
+from btm_cluster.data.blocks import END, READ, TEXT, Blocks
 from btm_cluster.errors import DivergedError, Stopped
 from btm_cluster.language_model import training
 from btm_cluster.language_model.attention import leave_causal_masks_out
+from btm_cluster.language_model.batches import blocks_of_update
 from btm_cluster.language_model.compute import Compute
-from btm_cluster.language_model.loss import NO_TOKEN, read_after
+from btm_cluster.language_model.loss import read_after, read_tokens
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.stored_weights import TensorFiles
 from btm_cluster.language_model.tensor_files import WEIGHTS
@@ -163,6 +164,37 @@ def test_trying_an_update_out_leaves_the_state_as_it_was(spec: TrainingSpec) -> 
     torch.testing.assert_close(dict(tried.moments()), dict(untouched.moments()), rtol=0, atol=0)
 
 
+def test_the_loss_is_the_mean_over_predicted_tokens_whatever_else_is_read(
+    spec: TrainingSpec, tmp_path: Path
+) -> None:
+    """Of all micro-batches together, however many each has."""
+    marks = np.random.default_rng(1).choice([READ, READ, TEXT, END], size=(2, 5, 8)).astype(np.uint8)
+    marks[:, :, :5] = READ
+    texts = []
+    for text, own in zip(spec.texts, marks, strict=True):
+        np.save(tmp_path / f"{text.identity}-marks.npy", own)
+        texts.append(replace(text, marks=Blocks([tmp_path / f"{text.identity}-marks.npy"])))
+    spec = replace(
+        spec,
+        texts=tuple(texts),
+        model=MODEL | {"resid_pdrop": 0.0},
+        compute=replace(spec.compute, micro_batch_blocks=1),
+    )
+    state, by_hand = build_state(spec, ALONE), build_state(spec, ALONE)
+    made = Updates(spec, state, ALONE).make()
+    blocks = blocks_of_update(spec, 0, ALONE, None)
+    plain = [text.blocks.take(np.arange(5)).tolist() for text in spec.texts]
+    assert all(block in plain[0] + plain[1] for block in read_tokens(blocks).tolist())
+    logits = by_hand.model(input_ids=read_after(read_tokens(blocks), 0)).logits
+    is_predicted = blocks >= 0
+    loss = torch.nn.functional.cross_entropy(logits[is_predicted], blocks[is_predicted])
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(by_hand.model.parameters(), spec.training.gradient_clip)
+    assert int(made.predicted) == int(is_predicted.sum()) < blocks.numel() / 2
+    torch.testing.assert_close(made.loss, loss.detach())
+    torch.testing.assert_close(made.gradient_norm, norm)
+
+
 def test_development_loss_changes_no_bit_of_a_training_and_has_nothing_compiled_anew(
     spec: TrainingSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,7 +210,7 @@ def test_development_loss_changes_no_bit_of_a_training_and_has_nothing_compiled_
     monkeypatch.setattr(torch.nn.Module, "compile", with_count)
     spec = replace(spec, compute=replace(spec.compute, micro_batch_blocks=4, compile=True))
     development = torch.randint(64, (2, 3, 8))
-    development[0, 2, 5:] = NO_TOKEN
+    development[0, 2, 5:] = ~development[0, 2, 5:]  # read alone
     states, counts = [], []
     for looked_at in (None, development):
         torch._dynamo.reset()
@@ -195,11 +227,10 @@ def test_development_loss_changes_no_bit_of_a_training_and_has_nothing_compiled_
     assert curves[0].loss == curves[1].loss
     assert looked.model.training
     with torch.no_grad():
-        logp = torch.log_softmax(
-            looked.model.eval()(read_after(development.flatten(0, 1).clamp(min=0), 0)).logits, -1
-        )
-    known = development.flatten(0, 1) != NO_TOKEN
-    expected = -logp.gather(-1, development.flatten(0, 1).clamp(min=0)[..., None])[..., 0][known].mean()
+        tokens = read_tokens(development.flatten(0, 1))
+        logp = torch.log_softmax(looked.model.eval()(read_after(tokens, 0)).logits, -1)
+    known = development.flatten(0, 1) >= 0
+    expected = -logp.gather(-1, tokens[..., None])[..., 0][known].mean()
     assert curves[1].development.loss[-1] == pytest.approx(float(expected), rel=1e-5)
 
 

@@ -1,0 +1,106 @@
+"""A head that is applied a few tokens at a time gives what it gives to all of them at once."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from btm_cluster.data.blocks import Blocks
+from btm_cluster.language_model import head, loss, scoring
+from btm_cluster.language_model.head import plain_head
+from btm_cluster.language_model.loss import NO_TOKEN, NextTokenLoss
+from btm_cluster.language_model.process_group import ProcessGroup
+from btm_cluster.language_model.scoring import score_blocks
+from btm_cluster.language_model.training_spec import TrainingSpec
+from btm_cluster.language_model.training_state import build_state
+from btm_cluster.language_model.update import Updates
+from btm_cluster.requests import Resources
+from tests.unit.test_train_loop import spec  # noqa: F401 (a fixture)
+
+SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+MODELS: dict[str, dict[str, Any]] = {
+    "tied": {"model_type": "llama", "tie_word_embeddings": True, **SHAPE},
+    "untied": {"model_type": "olmo2", **SHAPE},
+    "with-a-bias": {"model_type": "phi", **SHAPE},
+    "gpt2": {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 2},
+}
+
+
+def model_of(config: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config, vocab_size=60)).eval()
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "LOGITS_AT_ONCE", {"cpu": 5 * 60})
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_and_gradients_are_those_of_all_logits(name: str, precision: torch.dtype) -> None:
+    tokens = torch.randint(60, (2, 9))
+    targets = torch.randint(60, (2, 9))
+    targets[0, 3:5] = NO_TOKEN
+    found = []
+    for in_pieces in (False, True):
+        model = model_of(MODELS[name])
+        next_token = NextTokenLoss(model, plain_head(model) if in_pieces else None)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            value = next_token(tokens, targets)
+        (value / 3).backward()
+        found.append((value.detach(), {n: p.grad for n, p in next_token.named_parameters()}))
+    close = {} if precision == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(*found, **close)
+
+
+def test_a_frozen_head_has_no_gradient() -> None:
+    model = model_of(MODELS["untied"])
+    model.lm_head.weight.requires_grad_(False)
+    tokens = torch.randint(60, (1, 9))
+    NextTokenLoss(model, plain_head(model))(tokens, tokens).backward()
+    assert model.lm_head.weight.grad is None
+    assert model.model.norm.weight.grad.abs().sum() > 0
+
+
+def test_logits_that_are_more_than_the_heads_outputs_are_taken_whole() -> None:
+    capped = model_of({"model_type": "gemma2", "head_dim": 8, "num_key_value_heads": 2, **SHAPE})
+    scaled = model_of({"model_type": "granite", "logits_scaling": 2.0, **SHAPE})
+    assert plain_head(capped) is None
+    assert plain_head(scaled) is None
+    assert plain_head(model_of(MODELS["gpt2"])) is not None
+
+
+def test_training_takes_pieces_where_a_block_has_too_many_logits(
+    spec: TrainingSpec,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    alone = ProcessGroup(0, 1, torch.device("cpu"))
+    spec = replace(spec, model=spec.model | {"resid_pdrop": 0.0})
+    made = []
+    for most in (8 * 64, 8 * 64 - 1):
+        monkeypatch.setattr(loss, "LARGEST_BLOCK_LOGITS", {"cpu": most})
+        updates = Updates(spec, build_state(spec, alone), alone)
+        made.append(updates.make())
+        assert (updates.head is None) == (most == 8 * 64)
+    torch.testing.assert_close(made[0].loss, made[1].loss)
+    torch.testing.assert_close(made[0].gradient_norm, made[1].gradient_norm)
+
+
+@pytest.mark.parametrize("most", [9 * 60 * 2, 9 * 60 - 1], ids=["fewer-blocks", "pieces"])
+def test_scores_are_the_same_however_many_logits_are_held(
+    most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(60, size=(5, 9), dtype=np.uint16))
+    model, how = model_of(MODELS["untied"]), Resources(1, 0, 1, 4, "float32", False)
+    found = []
+    for name in ("whole", "limited"):
+        (tmp_path / name).mkdir()
+        files = score_blocks(model, Blocks([tmp_path / "tokens.npy"]), 0, how, tmp_path / name)
+        found.append([np.load(file) for file in files.values()])
+        monkeypatch.setattr(scoring, "MODELS_LOGITS_AT_ONCE", {"cpu": most})
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
