@@ -40,6 +40,7 @@ from btm_cluster.plan import BranchingPlan, ModelPlan, Trains
 from btm_cluster.requests import Resources
 
 UPDATES = 3
+"""CUDA graphs are recorded in the second one, when Adam's moments are there."""
 MOST_OFF = 0.15
 AT_ONCE = 6
 """Processes: each compiles on several cores."""

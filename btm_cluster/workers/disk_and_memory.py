@@ -49,10 +49,11 @@ def problems_here(demands: Sequence[Demand]) -> Iterator[ResourcesError]:
         needed = (trained_bytes(demand.parameters) + frozen_bytes(demand.frozen)) // demand.how.workers
         if problem := memory_problem(demand, of_gpu):
             yield problem
-        elif not demand.how.gpus_per_worker and needed > memory:
+        there, of = (of_gpu, "a GPU") if demand.how.gpus_per_worker else (memory, "this machine")
+        if demand.memory is None and there is not None and needed > there:
             yield ResourcesError(
-                f"the memory of this machine is too small to train {demand.label}",
-                found=f"{memory / GIGABYTE:,.1f} GB",
+                f"the memory of {of} is too small to train {demand.label}",
+                found=f"{there / GIGABYTE:,.1f} GB",
                 expected=f"at least {needed / GIGABYTE:,.1f} GB, for weights, gradients and Adam's moments of "
                 f"{demand.parameters:,} parameters in float32"
                 + (f", and {demand.frozen:,} frozen ones" if demand.frozen else ""),
