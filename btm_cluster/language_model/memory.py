@@ -1,7 +1,8 @@
 """An estimate of the memory that a training takes on each GPU, and the settings that follow from it.
 
-Plain arithmetic on sizes: knows neither torch nor models. Within 15 % of what torch's allocator peaks at
-(`benchmarks/memory_estimates.py`). CUDA's context, NCCL's buffers and what the allocator cannot join come on top.
+Plain arithmetic on sizes: knows neither torch nor models. Meant to be within 15 % of the most that torch's allocator
+holds; `benchmarks/memory_estimates.py` compares them. CUDA's context, NCCL's buffers and what the allocator cannot
+join come on top.
 
 State: weights, gradients and Adam's two moments are float32, 16 bytes per parameter (Rajbhandari et al., 2020,
 "ZeRO", section 3.1, whose mixed precision keeps the same amount); fused AdamW and clipping write in place. What is
@@ -18,7 +19,8 @@ recomputation in large transformer models", section 4.1, here without dropout an
 no matrix of scores. Under autocast the hidden states between layers and the norms are float32. torch.compile keeps
 what eager autograd keeps but for products that are not multiplied by a matrix, such as a gated feed-forward's SiLU.
 
-Every term was compared with what torch's partitioner keeps, and with the memory records of its profiler on a CPU.
+The terms of one process were compared with what torch's partitioner keeps, and with the memory records of its
+profiler on a CPU (docs/decisions/training.md); those of groups are arithmetic alone.
 """
 
 from collections.abc import Sequence
