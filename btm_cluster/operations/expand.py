@@ -6,7 +6,7 @@ grown by then, it is the same expert. Nothing that exists is trained or scored a
 nothing is started.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -105,9 +105,10 @@ def find_new(plan: Plan, ledger: Ledger) -> New:
         )
     settled = {*forest.domains, *forest.withdrawn}
     named = tuple(domain for domain in plan.domains if domain.name not in settled)
+    taken_out = [domain.name for domain in plan.domains if domain.name in forest.withdrawn]
     plan = plan.model_copy(update={"domains": named})
     inbox = look(ledger, plan, settled)
-    return New(plan, forest, inbox, _passed_over(ledger, forest, inbox))
+    return New(plan, forest, inbox, _passed_over(ledger, forest, inbox, taken_out))
 
 
 def expand(plan: Plan, driver: Driver) -> Expanded:
@@ -154,10 +155,12 @@ def _grow(
     )
 
 
-def _passed_over(ledger: Ledger, forest: Forest, inbox: Inbox) -> dict[str, str]:
-    """Settled domains that the inbox has, with why they are passed over: taken out, or
-    other files than their expert was trained on."""
-    reasons = {name: "it was taken out of the forest" for name in inbox.known if name in forest.withdrawn}
+def _passed_over(ledger: Ledger, forest: Forest, inbox: Inbox, taken_out: Sequence[str]) -> dict[str, str]:
+    """Settled domains that the inbox has, and those of the plan that were taken out, with why they are passed
+    over: taken out, or other files than their expert was trained on."""
+    names = [*taken_out, *(name for name in inbox.known if name in forest.withdrawn)]
+    why = "it was taken out of the forest; unless it was purged, `btm forest remove {} --undo` brings it back"
+    reasons = {name: why.format(name) for name in names}
     texts = {expert.domain: expert.text for expert in forest.experts if expert.domain in inbox.known}
     identities = [branch_point_identity(name, text, forest.foundation.seed) for name, text in texts.items()]
     with ThreadPoolExecutor(THREADS) as pool:

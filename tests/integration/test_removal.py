@@ -108,6 +108,11 @@ def named_in(store: str, trace: str) -> set[str]:
     }
 
 
+TAKEN_OUT = (
+    "it was taken out of the forest; unless it was purged, `btm forest remove meadow --undo` brings it back"
+)
+
+
 def test_a_removed_domain_is_out_of_the_forest_at_once_and_no_schedule_brings_it_back(
     plan: Plan, ledger: Ledger
 ) -> None:
@@ -117,10 +122,15 @@ def test_a_removed_domain_is_out_of_the_forest_at_once_and_no_schedule_brings_it
     assert after.domains == ("harbour", "island", "kitchen")
     assert set(after.manifests) == set(before.manifests) - {before.expert("meadow").identity}
     found = expand(plan, in_process(plan))
-    assert (found.forest, found.passed_over) == (after, {"meadow": "it was taken out of the forest"})
+    assert (found.forest, found.passed_over) == (after, {"meadow": TAKEN_OUT})
     back = bring_back(ledger, "meadow")
     assert (back.experts, back.withdrawn) == (before.experts, ())
     assert expand(plan, in_process(plan)).passed_over == {}
+    remove(ledger, "kitchen")
+    assert expand(plan, in_process(plan)).passed_over.keys() == {"kitchen"}, (
+        "a domain of the plan is named too"
+    )
+    bring_back(ledger, "kitchen")
 
 
 def test_a_founding_domain_that_was_removed_is_passed_over_by_a_run_of_its_plan(
@@ -326,7 +336,7 @@ def test_what_was_purged_does_not_come_back_by_undo_rollback_inbox_or_plan(
     rollback(ledger, after.version)
     deliver(ledger, tmp_path, "meadow")
     found = expand(plan, in_process(plan))
-    assert found.passed_over == {"meadow": "it was taken out of the forest"}
+    assert found.passed_over == {"meadow": TAKEN_OUT}
     deliver(ledger, tmp_path, "another-name", made_up_documents("meadow", 120))
     found = expand(plan, in_process(plan))
     assert found.added == ()
