@@ -17,6 +17,8 @@ from btm_cluster.plan import ChatTemplate
 
 log = logging.getLogger(__name__)
 END_OF_TEXT = "<|endoftext|>"
+TRAINED_SPECIAL_TOKENS = (("bos_token", END_OF_TEXT), ("eos_token", END_OF_TEXT))
+"""Special tokens of a tokenizer that is trained here, by name."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 MORE_FILES = (
     "chat_template.jinja",

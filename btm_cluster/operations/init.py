@@ -74,17 +74,17 @@ _TEMPLATE_LINE = f"""\
 """
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{{- '<|' + message['role'] + '|>\\n' -}}
 {%- if message['role'] == 'assistant' -%}
-{%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}
+{%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}
 {%- else -%}
-{{- message['content'] + '<|im_end|>' -}}
+{{- message['content'] + '\\n' -}}
 {%- endif -%}
-{{- '\\n' -}}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- endif -%}
 """
-"""For messages and a tokenizer that is trained here. Between `generation` stands what is learned."""
+"""For messages and a tokenizer that is trained here, whose one special token ends what the assistant says.
+Between `generation` stands what is learned."""
 STARTER_PLAN = _PLAN.format(
     assumed="",
     domains=_EXAMPLE_DOMAINS,

@@ -18,9 +18,17 @@ from btm_cluster.data.conversations import Conversation
 from btm_cluster.data.corpus import read_shard, write_random_part, write_text
 from btm_cluster.data.documents import BadDocument, Document
 from btm_cluster.data.sources import read_documents
-from btm_cluster.data.tokenizer import TextTokenizer, open_pretrained_tokenizer
+from btm_cluster.data.tokenizer import (
+    TOKENIZER_FILES,
+    TextTokenizer,
+    load_tokenizer,
+    open_pretrained_tokenizer,
+)
+from btm_cluster.data.tokenizer_training import train_tokenizer
+from btm_cluster.driver.chat_template import chat_template_of
 from btm_cluster.driver.prepared_plan import read_requests
 from btm_cluster.errors import PlanError, TextError, UserError
+from btm_cluster.operations.init import CHAT_TEMPLATE
 from btm_cluster.plan import ChatTemplate, Plan, ReadingPlan, TextPlan
 from tests.chatting import MARKED, TURN_BY_TURN, conversations, write_conversations, write_tokenizer
 from tests.conftest import made_up_documents
@@ -203,13 +211,15 @@ def test_bytes_are_those_of_what_the_assistant_says_and_the_token_that_ends_it_i
 
 
 @pytest.mark.parametrize(
-    ("after", "last_mark"), [("", END), ("{{ eos_token }}", END), ("<|im_end|>\n", READ)]
+    ("after", "last_mark"),
+    [("", END), ("{{ eos_token }}", END), ("<|im_end|>\n", READ), ("{% endgeneration %}\n", END)],
 )
 def test_a_conversation_ends_once_and_the_model_learns_to_end_it(
     after: str, last_mark: int, tokenizers: dict[str, Path]
 ) -> None:
     """Where a turn ends by a token of its own, the end of text after it is read alone."""
-    body = "{%- for m in messages -%}{{ m.role + ': ' + m.content }}" + after + "{%- endfor -%}"
+    opened = "{% generation %}" if "endgeneration" in after else ""
+    body = "{%- for m in messages -%}" + opened + "{{ m.role + ': ' + m.content }}" + after + "{%- endfor -%}"
     tokenizer = open_pretrained_tokenizer(tokenizers["none"])
     template = ChatTemplate(body, tokenizer.special_tokens_by_name)
     (tokens,) = tokenised_documents([Document("", conversation=Conversation(ASKED))], tokenizer, template)
@@ -217,6 +227,27 @@ def test_a_conversation_ends_once_and_the_model_learns_to_end_it(
     assert tokens.ids[-1] == tokenizer.end_of_text
     assert tokens.ids[-2] != tokenizer.end_of_text
     assert tokens.marks[-1] == last_mark
+
+
+def test_the_template_of_init_teaches_a_trained_tokenizers_model_to_end_each_turn(
+    chat_fields: dict[str, Any], tmp_path: Path
+) -> None:
+    """Such a tokenizer has no <|im_end|>: spelled, it would be text that is learned and measured."""
+    train_tokenizer(made_up_documents("kitchen", 100), 400, tmp_path / "trained")
+    tokenizer = load_tokenizer({name: tmp_path / "trained" / name for name in TOKENIZER_FILES})
+    (tmp_path / "init.jinja").write_text(CHAT_TEMPLATE)
+    chat_fields["reading"] = {"chat_template": str(tmp_path / "init.jinja")}
+    template = chat_template_of(
+        Plan.model_validate(chat_fields | {"tokenizer": {"train": {"vocabulary": 400}}})
+    )
+    given = [Document("", conversation=Conversation([*ASKED, *ASKED]))]
+    (tokens,) = tokenised_documents(given, tokenizer, template)
+    assert tokens.text_bytes == 2 * len("A ship.")
+    marks, ids = np.array(tokens.marks), np.array(tokens.ids)
+    assert tokenizer.decode(ids[marks == TEXT].tolist()) == "A ship." * 2
+    assert ids[marks == END].tolist() == [tokenizer.end_of_text] * 2
+    assert ids[-1] == tokenizer.end_of_text
+    assert (ids == tokenizer.end_of_text).sum() == 2, "the template's own end is the document's"
 
 
 def test_plain_text_beside_conversations_stays_what_it_was(tokenizers: dict[str, Path]) -> None:
