@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,10 @@ def read_rows(path: Path, template: str | None = None, **fields: Any) -> list[Do
     source = TextPlan(name="chat", text=(str(path),), **({"messages": ("messages",)} | fields))
     chat = None if template is None else ChatTemplate(template)
     return list(read_documents(source, ReadingPlan(), template=chat))
+
+
+def documents_in(path: Path) -> list[Document]:
+    return [item for item in read_rows(path) if isinstance(item, Document)]
 
 
 def as_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -100,6 +105,35 @@ def test_each_form_of_chat_data_is_the_same_conversation(
         assert item.text == "What is it?\n\nA ship."
 
 
+def test_json_lines_and_parquet_of_the_same_messages_are_the_same_conversations(tmp_path: Path) -> None:
+    """Parquet gives every tool call the arguments of all others, as null; a time is no JSON."""
+
+    def call(**arguments: Any) -> list[dict[str, Any]]:
+        calls = [{"function": {"name": "find", "arguments": arguments}}]
+        return [ASKED[0], {"role": "assistant", "tool_calls": calls}]
+
+    rows = [{"messages": messages} for messages in (ASKED, call(city="Rome"), call(days=[1, 2]))]
+    as_json_lines(tmp_path / "a.jsonl", rows)
+    timed = [
+        {"messages": [m | {"at": datetime(2024, 7, 26), "raw": b"x"} for m in r["messages"]]} for r in rows
+    ]
+    as_parquet(tmp_path / "a.parquet", timed)
+    by_file = [
+        [one.conversation.to_json() for one in documents_in(path) if one.conversation]
+        for path in (tmp_path / "a.jsonl", tmp_path / "a.parquet")
+    ]
+    assert by_file[0] == by_file[1]
+    assert by_file[0] == [Conversation(row["messages"]).to_json() for row in rows]
+
+
+def nested(depth: int) -> dict[str, Any]:
+    """A message of the user with lists in lists."""
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return ASKED[0] | {"more": value}
+
+
 BAD_ROWS = {
     "a row without messages in the field 'messages'": [
         {"text": "plain"},
@@ -116,6 +150,7 @@ BAD_ROWS = {
     ],
     "an empty turn of the assistant": [{"messages": [ASKED[0], {"role": "assistant", "content": " \n"}]}],
     "messages without a turn of the assistant": [{"messages": ASKED[:1]}],
+    "a message that is nested more than 100 deep": [{"messages": [nested(100), *ASKED]}],
     "a document that is not UTF-8": [{"messages": [{"role": "user", "content": "\ud800"}, ASKED[1]]}],
     "the chat template refuses the messages: no tools here": [
         {"messages": [*ASKED, {"role": "tool", "content": "4"}]}
