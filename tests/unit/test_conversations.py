@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from btm_cluster.data.blocks import END, READ, TEXT, PackedBlocks, TokenisedDocument, pack_blocks, tokenised
@@ -190,6 +191,34 @@ def test_a_template_that_changes_turns_as_others_follow_is_refused_unless_it_mar
     assert reasons(read_rows(tmp_path / "a.jsonl", marked)) == []
 
 
+@pytest.mark.parametrize(
+    ("before", "messages", "reason"),
+    [
+        ("", ASKED, "begins a turn of the assistant otherwise than its prompt for one"),
+        ("{%- if messages -%}", [ASKED[1], *ASKED], "begins with the assistant"),
+        ("{%- if messages[0].role != 'tool' -%}", [ASKED[1], *ASKED], "begins with the assistant"),
+    ],
+    ids=["prompt-opens-a-thought", "no-prompt", "refuses-no-messages"],
+)
+def test_a_turn_whose_header_would_be_learned_is_refused(
+    before: str, messages: list[dict[str, Any]], reason: str, tmp_path: Path
+) -> None:
+    thought = "{%- if add_generation_prompt -%}{{- '<think>' -}}{%- endif -%}"
+    template = TURN_BY_TURN + thought if not before else before + TURN_BY_TURN + "{%- endif -%}"
+    as_json_lines(tmp_path / "a.jsonl", [{"messages": messages}])
+    (found,) = reasons(read_rows(tmp_path / "a.jsonl", template))
+    assert reason in found
+    assert "{% generation %}" in found
+
+
+def test_a_conversation_that_begins_with_the_assistant_is_read_where_there_is_a_prompt_for_it(
+    tmp_path: Path,
+) -> None:
+    as_json_lines(tmp_path / "a.jsonl", [{"messages": [ASKED[1], *ASKED]}])
+    (found,) = read_rows(tmp_path / "a.jsonl", TURN_BY_TURN)
+    assert isinstance(found, Document)
+
+
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("tokenizers")
@@ -243,6 +272,28 @@ def test_bytes_are_those_of_what_the_assistant_says_and_the_token_that_ends_it_i
         ids = np.array(tokens.ids)
         assert tokenizer.decode(ids[marks == TEXT].tolist()) == "".join(said)
         assert [tokenizer.name(i) for i in ids[marks == END]] == ["<|im_end|>"] * len(said)
+
+
+def test_a_special_token_that_swallows_white_space_takes_none_of_an_answers_bytes(
+    tokenizers: dict[str, Path],
+) -> None:
+    """Its span reaches into the turn before it, or out of the turn that it ends."""
+    tokenizer = open_pretrained_tokenizer(tokenizers["none"])
+    wide = [AddedToken(name, special=True, lstrip=True, rstrip=True) for name in ("<|asks|>", "<|ends|>")]
+    tokenizer.backend.add_special_tokens(wide)
+    body = "{%- for m in messages -%}{{ '<|asks|>' }}{% generation %}{{ ' ' + m.content }}{% endgeneration %}"
+    ends = "{{ ' <|ends|> ' }}"
+    for inside, outside in ((ends, ""), ("", ends)):
+        template = (
+            body.replace("{% endgeneration %}", inside + "{% endgeneration %}" + outside) + "{%- endfor -%}"
+        )
+        given = [Document("", conversation=Conversation([ASKED[1], ASKED[1]]))]
+        (tokens,) = tokenised_documents(given, tokenizer, ChatTemplate(template))
+        marks, ids = np.array(tokens.marks), np.array(tokens.ids)
+        assert tokens.text_bytes == 2 * len("A ship.")
+        assert tokenizer.decode(ids[marks == TEXT].tolist()) == "A ship." * 2
+        ending = ["<|ends|>"] * 2 if inside else ["<|endoftext|>"]
+        assert [tokenizer.name(i) for i in ids[marks == END]] == ending
 
 
 @pytest.mark.parametrize(
@@ -383,6 +434,10 @@ def chat_fields(fields: dict[str, Any], tokenizers: dict[str, Path], tmp_path: P
     [
         ("{% for message in messages %}", "is not Jinja"),
         ("{{ strftime_now('%d %b %Y') }}", "writes today's date"),
+        (
+            "{{ date_string }}{% for m in messages %}{{ strftime_now('%Y') }}{% endfor %}",
+            "writes today's date",
+        ),
         (None, "cannot read the chat template"),
     ],
 )
@@ -395,6 +450,18 @@ def test_a_template_that_cannot_be_used_is_refused_before_a_text_is_read(
     with pytest.raises(PlanError, match=found) as caught:
         read_requests(Plan.model_validate(chat_fields))
     assert caught.value.remedy
+
+
+def test_a_template_that_takes_a_given_date_may_know_the_time(
+    chat_fields: dict[str, Any], tmp_path: Path
+) -> None:
+    """As Llama 3.2's does."""
+    given = (
+        "{%- if date_string is not defined -%}{%- set date_string = strftime_now('%d %b %Y') -%}{%- endif -%}"
+    )
+    (tmp_path / "own.jinja").write_text(given + "{{ date_string }}" + TURN_BY_TURN)
+    chat_fields["reading"] = {"chat_template": str(tmp_path / "own.jinja")}
+    assert chat_template_of(Plan.model_validate(chat_fields)).source.startswith(given)
 
 
 def test_messages_without_any_template_are_refused(
