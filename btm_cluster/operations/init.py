@@ -235,7 +235,7 @@ def _entry(text: TextPlan, path: Path) -> str:
 
 
 def _form(text: TextPlan) -> str:
-    """What an entry says of the rows of its files."""
+    """The options of an entry that say what the rows of its files hold."""
     if messages := _messages(text):
         return f", messages: {json.dumps(messages[0] if len(messages) == 1 else messages)}"
     field = _field(text)
