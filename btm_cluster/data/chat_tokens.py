@@ -112,4 +112,4 @@ def _has_ended(chat: RenderedChat, tokens: _Tokens, end_of_text: int) -> bool:
 def _must_end(conversation: Conversation, marks: np.ndarray) -> bool:
     """Whether nothing but the end of text tells the model that the assistant has said all."""
     predicted = marks[marks != READ]
-    return conversation.messages[-1]["role"] == ASSISTANT and bool(predicted[-1:] == TEXT)
+    return conversation.messages[-1]["role"] == ASSISTANT and predicted[-1:].tolist() == [TEXT]
