@@ -1,4 +1,4 @@
-"""What tests of chat data share: a tiny tokenizer with a chat template, and conversations."""
+"""Helpers for tests of chat data: a tiny tokenizer with a chat template, and conversations."""
 
 import json
 import random

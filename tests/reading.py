@@ -1,4 +1,4 @@
-"""What tests of reading share: everything that a source of one pattern holds, and documents in blocks."""
+"""Helpers for tests of reading: everything that a source of one pattern holds, and documents in blocks."""
 
 from collections.abc import Sequence
 from pathlib import Path

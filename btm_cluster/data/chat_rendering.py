@@ -5,7 +5,7 @@ Templates are rendered by transformers, in its sandbox, as `apply_chat_template`
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from btm_cluster.data.conversations import ASSISTANT, Conversation
@@ -13,8 +13,16 @@ from btm_cluster.errors import PlanError, one_line
 from btm_cluster.plan import ChatTemplate
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_MARK_IT = "mark what the assistant says by {% generation %} in a copy of it"
 _DATE = "26 Jul 2024"
 """For templates that write the date, which are given this one, Llama's own default: a text must stay the same."""
+_CLOCK = "{{% macro strftime_now(format) %}}{date}{{% endmacro %}}"
+"""Takes the place of transformers' own, which gives the time of now."""
+_SAMPLES = [
+    [{"role": role, "content": "text"} for role in roles]
+    for roles in (("user",), ("user", ASSISTANT), ("system", "user"), ("system", "user", ASSISTANT))
+]
+"""Conversations on which a template's clock is tried: some templates refuse those with a system message."""
 
 
 class CannotRender(ValueError):
@@ -40,7 +48,7 @@ def check_template(template: ChatTemplate) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     remedy = "mend it, or name another file as `reading.chat_template`"
-    if "strftime_now" in template.source and "date_string" not in template.source:
+    if _changes_with_the_day(template):
         raise PlanError(
             f"{template.origin} writes today's date (`strftime_now`), so that a text would change with the day",
             expected="a template that renders the same each day",
@@ -54,6 +62,24 @@ def check_template(template: ChatTemplate) -> None:
         ) from exc
     except Exception:  # of a template that wants messages, as it may
         return
+
+
+def _changes_with_the_day(template: ChatTemplate) -> bool:
+    """Whether it writes a conversation otherwise by one clock than by another."""
+    if "strftime_now" not in template.source:
+        return False
+    clocks = [
+        replace(template, source=_CLOCK.format(date=date) + template.source) for date in ("1 Jan 1970", _DATE)
+    ]
+    for messages in _SAMPLES:
+        for asks in (False, True):
+            try:
+                one, other = (_rendered(clock, messages, add_generation_prompt=asks)[0] for clock in clocks)
+            except CannotRender:  # it wants other messages, or is no Jinja
+                continue
+            if one != other:
+                return True
+    return False
 
 
 def render(template: ChatTemplate, conversation: Conversation) -> RenderedChat:
@@ -83,14 +109,32 @@ def _turns_by_prefixes(
         if message["role"] != ASSISTANT:
             continue
         is_last = i + 1 == len(messages)
-        before = _rendered(template, messages[:i], add_generation_prompt=True)[0]
+        before = _prompt(template, messages[:i])
         after = whole if is_last else _rendered(template, messages[: i + 1])[0]
-        if not after.startswith(before) or not whole.startswith(after):
+        if not after.startswith(before):
             raise CannotRender(
-                "the chat template writes a turn otherwise once others follow; mark what the assistant says by "
-                "{% generation %} in a copy of it"
+                "the chat template begins a turn of the assistant otherwise than its prompt for one, as where the "
+                f"prompt opens a thought; {_MARK_IT}"
             )
+        if not whole.startswith(after):
+            raise CannotRender(f"the chat template writes a turn otherwise once others follow; {_MARK_IT}")
         yield len(before), len(after)
+
+
+def _prompt(template: ChatTemplate, messages: Sequence[Mapping[str, Any]]) -> str:
+    """The prompt for the assistant's turn after these messages."""
+    if messages:
+        return _rendered(template, messages, add_generation_prompt=True)[0]
+    try:
+        prompt = _rendered(template, [], add_generation_prompt=True)[0]
+    except CannotRender:  # there is no first message to look at
+        prompt = ""
+    if not prompt.strip():
+        raise CannotRender(
+            "the conversation begins with the assistant, for which the chat template writes no prompt: what it "
+            f"writes before such a turn would be learned; {_MARK_IT}"
+        )
+    return prompt
 
 
 def _rendered(

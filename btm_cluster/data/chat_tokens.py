@@ -81,20 +81,23 @@ class _Tokens:
 def _marks(chat: RenderedChat, tokens: _Tokens, special: frozenset[int]) -> tuple[np.ndarray, int]:
     """Marks of the tokens, uint8, and the bytes of the text that is predicted.
 
-    A token that reaches into a turn is part of it. White space after the token that ends a turn is not.
+    A token that reaches into a turn is part of it, unless it is no text: some swallow the space after them.
+    White space after the token that ends a turn is not.
     """
     marks = np.full(len(tokens.ids), READ, dtype=np.uint8)
     size = 0
     for start, end in chat.turns:
         first = int(np.searchsorted(tokens.ends, start, "right"))
         last = int(np.searchsorted(tokens.starts, end))
+        if first < last and tokens.ids[first] in special and tokens.starts[first] < start:
+            start, first = int(tokens.ends[first]), first + 1
         no_text = [i for i in range(first, last) if tokens.ids[i] in special]
         if no_text and not chat.text[tokens.ends[no_text[-1]] : end].strip():
-            last, end = no_text[-1] + 1, int(tokens.ends[no_text[-1]])
+            last, end = no_text[-1] + 1, min(end, int(tokens.ends[no_text[-1]]))
         marks[first:last] = TEXT
         marks[no_text] = END
         size += len(chat.text[start:end].encode())
-        size -= sum(len(chat.text[tokens.starts[i] : tokens.ends[i]].encode()) for i in no_text)
+        size -= sum(len(chat.text[tokens.starts[i] : min(end, tokens.ends[i])].encode()) for i in no_text)
     return marks, size
 
 
@@ -108,4 +111,5 @@ def _has_ended(chat: RenderedChat, tokens: _Tokens, end_of_text: int) -> bool:
 
 def _must_end(conversation: Conversation, marks: np.ndarray) -> bool:
     """Whether nothing but the end of text tells the model that the assistant has said all."""
-    return conversation.messages[-1]["role"] == ASSISTANT and bool(marks[-1] == TEXT)
+    last_predicted = marks[marks != READ][-1:]
+    return conversation.messages[-1]["role"] == ASSISTANT and bool((last_predicted == TEXT).any())

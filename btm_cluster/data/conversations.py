@@ -4,6 +4,7 @@ Knows nothing of how a template renders them (`chat_rendering.py`).
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ ASSISTANT = "assistant"
 ROLES = ("system", "developer", "user", ASSISTANT, "tool")
 _OTHER_NAMES = {"human": "user", "gpt": ASSISTANT, "observation": "tool", "function_response": "tool"}
 """As ShareGPT's `from` has them."""
+MOST_NESTED = 100
+"""Lists and mappings of a message within each other."""
 
 
 class BadMessages(ValueError):
@@ -23,7 +26,8 @@ class Conversation:
     """The messages of a row, as chat templates take them."""
 
     messages: Sequence[Mapping[str, Any]]
-    """Each with `role`, and with `content` or `tool_calls`; what else a row says of it is kept."""
+    """Each with `role`, and with `content` or `tool_calls`; what else a row says of it is kept, as far as JSON has
+    it."""
 
     @property
     def text(self) -> str:
@@ -79,9 +83,7 @@ def _parsed(value: Any) -> Any:
 def _message(row: Any) -> dict[str, Any]:
     if not isinstance(row, Mapping):
         raise BadMessages("a message without a role and content")
-    others = {
-        name: value for name, value in row.items() if value is not None
-    }  # as Parquet fills what is not there
+    others = _as_json(row, MOST_NESTED)
     names = ("from", "value") if "role" not in others and "from" in others else ("role", "content")
     given, content = others.pop(names[0], None), _content(others.pop(names[1], None))
     role = _OTHER_NAMES.get(given, given) if isinstance(given, str) else given
@@ -93,6 +95,26 @@ def _message(row: Any) -> dict[str, Any]:
     if role == ASSISTANT and not (content or "").strip() and not calls:
         raise BadMessages("an empty turn of the assistant")
     return {"role": role, **({} if content is None else {"content": content}), **others}
+
+
+def _as_json(value: Any, levels: int) -> Any:
+    """The value as JSON has it: what JSON has not, such as a time or bytes, is null.
+
+    A mapping is without its nulls, with which Parquet fills what is not there.
+
+    Raises:
+        BadMessages: it is nested more than `levels` deep.
+    """
+    if not levels:
+        raise BadMessages(f"a message that is nested more than {MOST_NESTED} deep")
+    if isinstance(value, Mapping):
+        items = {str(name): _as_json(item, levels - 1) for name, item in value.items()}
+        return {name: item for name, item in items.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_as_json(item, levels - 1) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int) else None
 
 
 def _content(content: Any) -> str | None:

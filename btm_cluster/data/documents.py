@@ -20,7 +20,7 @@ class Document:
     """A document, and the split its file was given for (None: by content hash)."""
 
     text: str
-    """Of a conversation, what is said in it."""
+    """The document; of a conversation, what is said in it."""
     split: str | None = None
     conversation: Conversation | None = None
 

@@ -17,9 +17,13 @@ from btm_cluster.plan import ChatTemplate
 
 log = logging.getLogger(__name__)
 END_OF_TEXT = "<|endoftext|>"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+TRAINED_SPECIAL_TOKENS = (("bos_token", END_OF_TEXT), ("eos_token", END_OF_TEXT))
+"""Special tokens of a tokenizer that is trained here, by name."""
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_FILES = ("tokenizer.json", TOKENIZER_CONFIG)
+CHAT_TEMPLATE = "chat_template.jinja"
 MORE_FILES = (
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "chat_template.json",
     "special_tokens_map.json",
     "tokenizer.model",
@@ -44,8 +48,7 @@ contractions, other scripts, ligatures, emoji."""
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """A tokenizer.json, used bare: settings stored beside its vocabulary
-    (truncation, padding, dropout) have no effect."""
+    """A tokenizer.json, used bare: its settings (truncation, padding, dropout) have no effect."""
 
     backend: Tokenizer
     end_of_text: int
@@ -113,7 +116,7 @@ def load_tokenizer(files: Mapping[str, Path], first_token: int | None = None) ->
 
     Without a first token: end of text.
     """
-    config = json.loads(files["tokenizer_config.json"].read_text(encoding="utf-8"))
+    config = json.loads(files[TOKENIZER_CONFIG].read_text(encoding="utf-8"))
     backend = _bare(Tokenizer.from_file(str(files["tokenizer.json"])))
     end = backend.token_to_id(_content(config["eos_token"]))
     assert end is not None, "a stored tokenizer has its end-of-text token"
@@ -190,12 +193,12 @@ def import_tokenizer(source: Path, tokenizer: TextTokenizer, folder: Path) -> di
         shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
     else:
         tokenizer.backend.save(str(folder / "tokenizer.json"))
-    config = source / "tokenizer_config.json"
+    config = source / TOKENIZER_CONFIG
     given = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     given.pop("auto_map", None)
     kept = [name for name in MORE_FILES if (source / name).is_file()]
     if more := sorted(source.glob(MORE_CHAT_TEMPLATES)):
-        named = {"default": source / kept.pop(0)} if "chat_template.jinja" in kept else {}
+        named = {"default": source / kept.pop(0)} if CHAT_TEMPLATE in kept else {}
         named |= {file.stem: file for file in more}
         given["chat_template"] = [
             {"name": n, "template": f.read_text(encoding="utf-8")} for n, f in named.items()
@@ -212,7 +215,7 @@ def write_config(fields: Mapping[str, Any], folder: Path) -> None:
     # opens the file.
     whole = {**fields, "tokenizer_class": "PreTrainedTokenizerFast"}
     text = json.dumps(whole, indent=2, ensure_ascii=False, sort_keys=True)
-    (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+    (folder / TOKENIZER_CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
 def _open_by_transformers(source: Path) -> Any:

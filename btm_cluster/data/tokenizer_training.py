@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from btm_cluster.data.tokenizer import END_OF_TEXT, write_config
+from btm_cluster.data.tokenizer import END_OF_TEXT, TRAINED_SPECIAL_TOKENS, write_config
 from btm_cluster.errors import TextError
 
 _LONGEST_RUN = 1000
@@ -41,7 +41,7 @@ def train_tokenizer(documents: Iterable[str], vocabulary: int, folder: Path) -> 
         )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    write_config({"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}, folder)
+    write_config(dict(TRAINED_SPECIAL_TOKENS), folder)
     return found
 
 

@@ -6,6 +6,7 @@ import pyarrow
 
 from btm_cluster.data.chat_rendering import check_template
 from btm_cluster.data.streams import open_stream
+from btm_cluster.data.tokenizer import TRAINED_SPECIAL_TOKENS
 from btm_cluster.errors import PlanError, one_line
 from btm_cluster.language_model.pretrained import pretrained_tokenizer
 from btm_cluster.plan import ChatTemplate, Plan
@@ -19,7 +20,7 @@ def chat_template_of(plan: Plan) -> ChatTemplate:
     """
     tokenizer = plan.tokenizer.pretrained
     own = None if tokenizer is None else pretrained_tokenizer(tokenizer, plan.tokenizer.first_token)[1]
-    named = () if own is None else own.special_tokens_by_name
+    named = TRAINED_SPECIAL_TOKENS if own is None else own.special_tokens_by_name
     if plan.reading.chat_template is not None:
         return _template_in(plan.reading.chat_template, named)
     if own is None or own.chat_template is None:

@@ -7,6 +7,7 @@ anew for every token.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,8 +68,9 @@ def with_cluster_ensemble(
     clusters = load_clusters(Path(merging.clusters))
     experts = [clusters.names.index(domain) for domain in forest.domains]
     models = [Ref("model", expert.identity) for expert in forest.experts]
-    tokenizer_files = ledger.get(prepared.tokenizer)
-    tokenizer = load_tokenizer({name: ledger.open_file(tokenizer_files, name) for name in TOKENIZER_FILES})
+    stored = ledger.get(prepared.tokenizer)
+    files = {name: ledger.open_file(stored, name) for name in TOKENIZER_FILES}
+    tokenizer = load_tokenizer(files, stored.facts.get("first_token"))
     texts = {text.name: text for text in prepared.texts}
 
     def with_row(result: SplitResult) -> SplitResult:
@@ -116,10 +118,17 @@ def context_log_weights(
     blocks, block_tokens = tokens_BT.shape
     log_weight_EBT = torch.zeros(len(experts), blocks, block_tokens, dtype=torch.float64)
     log_weight_EBT -= float(np.log(len(experts)))
-    seen, end = FIRST_CONTEXT_TOKENS, tokenizer.name(tokenizer.end_of_text)
+    seen = FIRST_CONTEXT_TOKENS
     while seen < block_tokens:
-        contexts = map(tokenizer.decode, tokens_BT[:, :seen].tolist())
-        squared_EB = clusters.squared_distances([text.replace(end, "\n") for text in contexts])[experts]
+        contexts = [_text_of(ids, tokenizer) for ids in tokens_BT[:, :seen].tolist()]
+        squared_EB = clusters.squared_distances(contexts)[experts]
         log_weight_EBT[:, :, seen : 2 * seen] = cluster_log_weights(squared_EB, temperature)[:, :, None]
         seen *= 2
     return log_weight_EBT
+
+
+def _text_of(ids: Sequence[int], tokenizer: TextTokenizer) -> str:
+    """The documents of these tokens, a line each, without the tokens that begin and end them."""
+    around = (tokenizer.first_token, tokenizer.end_of_text)
+    documents = [list(run) for is_around, run in groupby(ids, around.__contains__) if not is_around]
+    return "\n".join(map(tokenizer.decode, documents))

@@ -34,7 +34,7 @@ FILES: Mapping[Part, str] = {"all": WEIGHTS, "feed-forward": "delta.safetensors"
 
 
 def trains_of(branching: BranchingPlan, model: Mapping[str, Any]) -> Trains:
-    """What a plan's experts train of a model, by its configuration.
+    """The weights of a model that a plan's experts train, by its configuration.
 
     Raises:
         PlanError: the model has no such part, or it cannot be adapted so.

@@ -34,7 +34,7 @@ def plain_head(model: PreTrainedModel) -> torch.nn.Linear | None:
 def run_with(
     model: PreTrainedModel, head: torch.nn.Linear, read_BT: torch.Tensor, act: OfHidden
 ) -> torch.Tensor:
-    """What `act` makes of the hidden states [B, T, D], in place of the head's logits and within the model's own
+    """The result of `act` on the hidden states [B, T, D], in place of the head's logits and within the model's own
     forward pass, in which a sharded model's weights are there."""
     head.forward = act  # type: ignore[method-assign, assignment]
     try:

@@ -30,7 +30,7 @@ from typing import Literal, TypeAlias
 Setting: TypeAlias = Literal["auto", "on", "off"]
 FLOAT32, BFLOAT16 = 4, 2
 USABLE_SHARE = 0.9
-"""Of a GPU's memory: the rest is CUDA's context, NCCL's buffers, and what the allocator cannot join."""
+"""Usable share of a GPU's memory: the rest is CUDA's context, NCCL's buffers, and what the allocator cannot join."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ModelSize:
     """Parameters of the largest part that is gathered at once: a layer, or the embeddings."""
     layers: int
     width: int
-    """Of the hidden states between layers."""
+    """Width of the hidden states between layers."""
     queries: int
     """Width of all heads' queries together."""
     keys: int

@@ -25,7 +25,7 @@ class Router:
     """The router of a layer."""
 
     weights_EH: torch.Tensor
-    """Of the stock architecture: sharpened, float32."""
+    """Weights as the stock architecture has them: sharpened, float32."""
     sharpness: float
     """The inverse temperature by which the regression was multiplied."""
     accuracy: float

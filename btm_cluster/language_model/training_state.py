@@ -259,7 +259,7 @@ def write_state(
 
 
 def help_to_write(state: TrainingState, with_optimizer: bool, dtype: torch.dtype) -> None:
-    """What every other rank does while the first one writes: it takes part in gathering."""
+    """The part of every other rank while the first one writes: it takes part in gathering."""
     deque(state.weights(), maxlen=0)
     if with_optimizer:
         deque(_optimizer_tensors(state, dtype), maxlen=0)

@@ -19,6 +19,7 @@ from btm_cluster.operations.averages import Average, check_average, make_average
 from btm_cluster.operations.evaluate import check_text_is_known, find_grown
 from btm_cluster.operations.model_folder import (
     ForestModel,
+    chat_template_of_forest,
     results_of,
     stored_type,
     write_adapter_folder,
@@ -188,7 +189,7 @@ def _models(
     asked: Export, names: Sequence[str], forest: Forest, plan: Plan | None, driver: Driver
 ) -> dict[str, ForestModel]:
     """The models by name; an average is made where it is not there yet."""
-    ledger = driver.ledger
+    ledger, template = driver.ledger, chat_template_of_forest(forest, plan, driver.ledger)
     if asked.average is not None and asked.average.target is not None and plan is not None:
         check_text_is_known(plan, asked.average.target, ledger)
     grown = replace(find_grown(plan, driver), forest=forest) if plan is not None else None
@@ -207,7 +208,7 @@ def _models(
 
     def model(called: str, ref: Ref) -> ForestModel:
         results = results_of(grown, ref, ledger) if grown is not None else ()
-        return ForestModel(called, ledger.get(ref), results, asked.licence)
+        return ForestModel(called, ledger.get(ref), results, asked.licence, template)
 
     return {name: model(*known[name]) for name in names}
 

@@ -74,17 +74,17 @@ _TEMPLATE_LINE = f"""\
 """
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{{- '<|' + message['role'] + '|>\\n' -}}
 {%- if message['role'] == 'assistant' -%}
-{%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}
+{%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}
 {%- else -%}
-{{- message['content'] + '<|im_end|>' -}}
+{{- message['content'] + '\\n' -}}
 {%- endif -%}
-{{- '\\n' -}}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- endif -%}
 """
-"""For messages and a tokenizer that is trained here. Between `generation` stands what is learned."""
+"""For messages and a tokenizer that is trained here, whose one special token ends what the assistant says.
+Between `generation` stands what is learned."""
 STARTER_PLAN = _PLAN.format(
     assumed="",
     domains=_EXAMPLE_DOMAINS,
@@ -235,7 +235,7 @@ def _entry(text: TextPlan, path: Path) -> str:
 
 
 def _form(text: TextPlan) -> str:
-    """What an entry says of the rows of its files."""
+    """The options of an entry that say what the rows of its files hold."""
     if messages := _messages(text):
         return f", messages: {json.dumps(messages[0] if len(messages) == 1 else messages)}"
     field = _field(text)

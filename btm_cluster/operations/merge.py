@@ -13,7 +13,13 @@ from btm_cluster.mixing.text_weights import ModelWeight, TextWeights
 from btm_cluster.operations.averages import Average, check_average, make_average
 from btm_cluster.operations.evaluate import check_text_is_known, find_grown
 from btm_cluster.operations.given_text import GivenText, weights_for
-from btm_cluster.operations.model_folder import ForestModel, parts_of, results_of, write_folder
+from btm_cluster.operations.model_folder import (
+    ForestModel,
+    chat_template_of_forest,
+    parts_of,
+    results_of,
+    write_folder,
+)
 from btm_cluster.plan import Plan
 from btm_cluster.requests import AverageRequest
 from btm_cluster.storage.new_folder import check_new_folder
@@ -80,10 +86,11 @@ def write_merged_model(
         check_text_is_known(plan, asked.target, driver.ledger)
     grown = find_grown(plan, driver)
     forest, ledger = grown.forest, driver.ledger
+    template = chat_template_of_forest(forest, plan, ledger)
     found = None if text is None else _weights_for(grown, asked, text, driver)
     average = make_average(grown, asked, driver) if found is None else _averaged(grown, found, driver)
     label = f"{asked.weights} for a given text" if text is not None else asked.label
-    one = ForestModel(label, average, results_of(grown, average.ref, ledger))
+    one = ForestModel(label, average, results_of(grown, average.ref, ledger), chat_template=template)
     write_folder(ledger, forest, plan.name, one, to)
     weights = {part.name: part.weight for part in parts_of(forest, average)}
     return Merged(weights, found, forest.domains if found is not None else ())

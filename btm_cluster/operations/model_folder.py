@@ -1,13 +1,21 @@
 """A forest's model as a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` opens: weights,
 tokenizer, what came with a pretrained seed, and the model card."""
 
+import json
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from btm_cluster.algorithm import Grown
-from btm_cluster.data.tokenizer import compare_with_transformers
+from btm_cluster.data.tokenizer import (
+    CHAT_TEMPLATE,
+    TOKENIZER_CONFIG,
+    compare_with_transformers,
+    write_config,
+)
+from btm_cluster.driver.chat_template import chat_template_of
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation.stored_results import stored_results
 from btm_cluster.forest import Forest, Parent
@@ -16,9 +24,11 @@ from btm_cluster.language_model.lora import ADAPTER_FILE, write_adapter_config
 from btm_cluster.language_model.model_card import Card, Part, Result, card_text
 from btm_cluster.language_model.stored_weights import SHARD_BYTES, holds_weights
 from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.plan import ChatTemplate, Plan
 from btm_cluster.steps.stored import open_adapter_config, open_tokenizer, open_weights
 from btm_cluster.storage.new_folder import new_folder
 
+log = logging.getLogger(__name__)
 CARD, CONFIG = "README.md", "config.json"
 LICENCES = ("LICENSE", "NOTICE")
 SEED = "the seed"
@@ -36,6 +46,26 @@ class ForestModel:
     results: Sequence[Result] = ()
     licence: str | None = None
     """For the card, as the hub spells it."""
+    chat_template: ChatTemplate | None = None
+    """Which it was trained with; without one, what came with the tokenizer."""
+
+
+def chat_template_of_forest(forest: Forest, plan: Plan | None, ledger: Ledger) -> ChatTemplate | None:
+    """The template that rendered the conversations of the forest's domains, where there are any.
+
+    Only the plan names it. Without one a warning says so.
+    """
+    learned = {text for _, text in forest.foundation.domains} | {expert.text for expert in forest.experts}
+    texts = ledger.find_all([Ref("text", text) for text in sorted(learned)])
+    if not any(text is not None and text.facts.get("conversations") for text in texts):
+        return None
+    if plan is not None:
+        return chat_template_of(plan)
+    log.warning(
+        "the forest learned from conversations, by a chat template that only its plan names: the export has the "
+        "tokenizer's own, if any; name the plan instead of --store"
+    )
+    return None
 
 
 def write_folder(
@@ -50,6 +80,7 @@ def write_folder(
     is_pretrained = seed.recipe["pretrained"] is not None
     with new_folder(to) as folder:
         files = _write_what_came(ledger, forest, seed, folder)
+        write_chat_template(one.chat_template, folder)
         config, weights = ledger.open_file(one.model, CONFIG), open_weights(ledger, one.model)
         write_model(config, weights, folder, None if is_pretrained else block_tokens, shard_bytes)
         if not is_pretrained:
@@ -79,6 +110,7 @@ def write_adapter_folder(ledger: Ledger, forest: Forest, called: str, one: Fores
     config["base_model_name_or_path"] = seed.note.get("from") if is_over_pretrained else None
     with new_folder(to) as folder:
         files = _write_what_came(ledger, forest, seed, folder)
+        write_chat_template(one.chat_template, folder)
         shutil.copyfile(ledger.open_file(one.model, ADAPTER_FILE), folder / ADAPTER_FILE)
         write_adapter_config(config, folder)
         _finish(ledger, forest, called, one, seed, "adapter", files, folder)
@@ -94,6 +126,17 @@ def _write_what_came(ledger: Ledger, forest: Forest, seed: Artifact, folder: Pat
         if name not in (CARD, CONFIG) and not holds_weights(name):
             shutil.copyfile(ledger.open_file(source, name), folder / name)
     return list(files)
+
+
+def write_chat_template(template: ChatTemplate | None, folder: Path) -> None:
+    """Puts a template in the place of all that came with the tokenizer."""
+    if template is None:
+        return
+    config = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+    if config.pop("chat_template", None) is not None:
+        write_config(config, folder)
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    (folder / CHAT_TEMPLATE).write_text(template.source, encoding="utf-8")
 
 
 def _finish(

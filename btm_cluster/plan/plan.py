@@ -112,9 +112,9 @@ class ClusterPlan(Section):
     compile: Switch = "auto"
     """torch.compile; `auto` is on for a GPU, off on CPU."""
     sharding: Literal["auto", "none", "full"] = "auto"
-    """What each GPU of a group holds. `none`: a whole model with its gradients and moments (data parallel).
-    `full`: its share of them (FSDP2), gathered layer by layer. `auto` shards where the whole would not fit,
-    by an estimate. A DEMix is split by domains, whatever this says."""
+    """The part of a training that each GPU of a group holds. `none`: a whole model with its gradients and
+    moments (data parallel). `full`: its share of them (FSDP2), gathered layer by layer. `auto` shards where the
+    whole would not fit, by an estimate. A DEMix is split by domains, whatever this says."""
     activation_checkpointing: Switch = "auto"
     """Keep each layer's input alone, and compute its activations once more for the backward pass: a third
     more arithmetic. `auto` is on where they would not fit into the GPU's memory, and off on CPU."""

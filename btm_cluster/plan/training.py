@@ -138,9 +138,9 @@ class BranchingPlan(Section):
 
     rules: ClassVar = plan_rules.branching_rules
     train: Literal["all", "feed-forward", "lora"] = "all"
-    """What experts change of the model that they start from: all of it, the feed-forwards of its layers, or
-    adapters of low rank (LoRA). The rest is frozen and shared: an expert stores what it changed and nothing
-    more. Seed, Transformer-LM and DEMix train all."""
+    """The weights that experts change of the model that they start from: all of it, the feed-forwards of its
+    layers, or adapters of low rank (LoRA). The rest is frozen and shared: an expert stores what it changed and
+    nothing more. Seed, Transformer-LM and DEMix train all."""
     lora: LoraPlan | None = None
     """The adapter of `train: lora`; without it, one of rank 16 beside every linear layer."""
     start: Literal["seed", "posterior", "uniform"] = "posterior"
@@ -158,7 +158,7 @@ class BranchingPlan(Section):
 
     @model_validator(mode="after")
     def _settle_for_deltas(self) -> Self:
-        """What is not written follows from what experts train."""
+        """Defaults follow from what experts train."""
         settled: dict[str, Any] = {}
         if self.train != "all" and "start" not in self.model_fields_set:
             settled["start"] = "seed"

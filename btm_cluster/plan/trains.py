@@ -1,4 +1,4 @@
-"""What a training changes of the model that it starts from."""
+"""The weights of a model that a training changes."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -29,7 +29,7 @@ class Trains:
 
     part: Part = "all"
     lora: Lora | None = None
-    """Of the part `lora`."""
+    """The adapter, where the part is `lora`."""
 
     @property
     def is_delta(self) -> bool:

@@ -126,7 +126,7 @@ def find_excerpt(
     return tuple(
         Piece(text, int(expert_T[start + place]), float(best_T[start + place]))
         for place, (token, text) in enumerate(zip(ids, texts, strict=True))
-        if token != tokenizer.end_of_text
+        if token not in (tokenizer.first_token, tokenizer.end_of_text)
     )
 
 

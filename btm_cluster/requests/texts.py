@@ -12,7 +12,7 @@ _SOURCE = {"text", "development", "test", "dataset", "field", "delimiter"}
 _READING = {"development_share", "test_share", "longest_document_characters", "bad_documents"}
 _TOKENIZER = {"vocabulary", "characters_per_domain"}
 WINDOW_WORDS = 20
-RENDERING = 1
+RENDERING = 2
 """The version of how a rendered conversation becomes tokens that are predicted or read alone.
 
 Raise it where a change must reach blocks that are stored.

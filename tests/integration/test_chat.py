@@ -1,6 +1,8 @@
 """A forest of chat data: experts learn what the assistant says, and are measured by it."""
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,14 @@ from btm_cluster.evaluation.scoring import stack_of
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import Ref
 from btm_cluster.ledger.curves import read_curve
+from btm_cluster.operations.export import Export, export
+from btm_cluster.operations.model_folder import write_chat_template
 from btm_cluster.operations.plan import preview
 from btm_cluster.operations.run import run_plan
-from btm_cluster.plan import Plan
+from btm_cluster.plan import ChatTemplate, Plan
 from btm_cluster.steps.stored import open_held_out, open_model, whole_documents_of
 from btm_cluster.workers.dry_walk import DONE
-from tests.chatting import MARKED, write_conversations, write_tokenizer
+from tests.chatting import MARKED, conversations, write_conversations, write_tokenizer
 from tests.conftest import in_process, made_up_documents, write_jsonl
 
 BLOCK = 128
@@ -30,8 +34,13 @@ BLOCK = 128
 
 @pytest.fixture(scope="module")
 def chat_plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    """Two domains of messages and one of plain text, for models of the Llama shape."""
+    """Two domains of messages and one of plain text, for models of the Llama shape.
+
+    The plan names another template than its tokenizer has.
+    """
     folder = tmp_path_factory.mktemp("chat")
+    template = folder / "own.jinja"
+    template.write_text(MARKED)
     domains: list[dict[str, Any]] = [
         {
             "name": name,
@@ -49,8 +58,8 @@ def chat_plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
             "name": "chat",
             "store": str(folder / "store"),
             "domains": domains,
-            "reading": {"development_share": 0.1, "test_share": 0.1},
-            "tokenizer": {"pretrained": str(write_tokenizer(folder / "tokenizer", MARKED))},
+            "reading": {"development_share": 0.1, "test_share": 0.1, "chat_template": str(template)},
+            "tokenizer": {"pretrained": str(write_tokenizer(folder / "tokenizer", "{{ 'another' }}"))},
             "model": {"config": model | {"num_attention_heads": 2}},
             "training": {
                 "updates": 12,
@@ -96,7 +105,9 @@ def test_perplexity_and_bits_per_byte_are_of_what_the_assistant_says(chat_plan: 
     for document in whole_documents_of(ledger, text.identity, "test"):
         assert document.conversation is not None
         messages = document.conversation.messages
-        chat = auto.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        chat = auto.apply_chat_template(
+            messages, chat_template=MARKED, return_dict=True, return_assistant_tokens_mask=True
+        )
         ids += [*chat["input_ids"], auto.eos_token_id]
         said += [*map(bool, chat["assistant_masks"]), False]
         bytes_ += sum(len(m["content"].encode()) for m in messages if m["role"] == "assistant")
@@ -158,6 +169,29 @@ def test_plain_text_of_the_same_forest_has_no_marks(chat_plan: Plan, driver: Dri
         for name in ("kitchen", "garden")
     }
     assert marked == {"kitchen": {True}, "garden": {False}}
+
+
+def test_an_export_has_the_template_that_its_experts_learned_by(
+    chat_plan: Plan, driver: Driver, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    export(Export(tmp_path / "expert", expert="kitchen"), chat_plan, driver)
+    auto = AutoTokenizer.from_pretrained(tmp_path / "expert")
+    ((_, asked, *_), *_) = conversations("kitchen", 1)
+    prompt = auto.apply_chat_template([asked], tokenize=False, add_generation_prompt=True)
+    assert prompt == f"<|im_start|>user\n{asked['content']}<|im_end|>\n<|im_start|>assistant\n"
+    assert not caplog.messages
+    export(Export(tmp_path / "by-store", expert="kitchen"), None, driver)
+    assert "name the plan instead of --store" in caplog.text
+
+
+def test_a_template_in_the_tokenizers_settings_gives_way_to_the_one_that_is_exported(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path / "exported", None)
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": "another"}))
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "another"}))
+    write_chat_template(ChatTemplate(MARKED), folder)
+    assert AutoTokenizer.from_pretrained(folder).get_chat_template() == MARKED
+    assert "another" not in "".join(file.read_text() for file in folder.glob("*_*.json*"))
 
 
 def forest_of(driver: Driver) -> Forest:

@@ -13,6 +13,7 @@ import torch
 
 from btm_cluster.data.blocks import Blocks
 from btm_cluster.data.clusters import Clusters, find_clusters, load_clusters, save_clusters
+from btm_cluster.data.tokenizer import TextTokenizer
 from btm_cluster.driver.prepared_plan import PreparedPlan
 from btm_cluster.driver.recipes import score_request
 from btm_cluster.equations.mixture import ends_of_documents
@@ -162,6 +163,26 @@ def test_a_weight_sees_only_what_stands_before_its_token(grown: GrownForest, mod
         assert changed >= 16 or not torch.equal(one, two)
     assert torch.equal(one[:, :, :8], torch.full_like(one[:, :, :8], -math.log(3)))
     torch.testing.assert_close(one.exp().sum(0), torch.ones_like(one[0]))
+
+
+def test_a_token_that_begins_documents_is_no_word_of_a_context(grown: GrownForest, model: Path) -> None:
+    """As <s> is, which stands before each document but a block's first."""
+    ledger, text = grown.driver.ledger, grown.text("market")
+    clusters, tokenizer = load_clusters(model), open_tokenizer(ledger, grown.prepared.tokenizer)
+    word = clusters.words[0][0]
+    tokenizer.backend.add_special_tokens([word])
+    begins = tokenizer.backend.token_to_id(word)
+    ids = np.load(ledger.open_file(ledger.get(text.tokens["test"][0]), "tokens.npy"))[0].tolist()[:8]
+    experts = list(range(len(clusters.names)))
+
+    def weights(context: list[int], tokenizer: TextTokenizer) -> torch.Tensor:
+        row = np.array([[*context, *[tokenizer.end_of_text] * (17 - len(context))]])
+        return context_log_weights(row, clusters, experts, tokenizer, 0.1)[:, 0, -1]
+
+    with_first = [begins, tokenizer.end_of_text, *ids]
+    as_first = dataclasses.replace(tokenizer, first_token=begins)
+    assert torch.equal(weights(with_first, as_first), weights(ids, tokenizer))
+    assert not torch.equal(weights(with_first, tokenizer), weights(ids, tokenizer)), "as text it would count"
 
 
 def test_a_domain_without_a_cluster_is_refused_before_anything_starts(

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,9 @@ def test_the_expert_that_carries_a_token_is_the_one_with_the_largest_product_of_
         ]
         assert piece.expert == max(range(3), key=joint.__getitem__)
         assert piece.share == pytest.approx(max(joint) / sum(joint), rel=1e-6)
+    begins = replace(tokenizer, first_token=ids[kept[0]])
+    without = find_excerpt(stack, mixing, tokens_BT, begins, 200)
+    assert len(without) == len(kept) - ids.count(ids[kept[0]]), "nor is a token that begins documents shown"
     document = "".join(piece.text for piece in found)
     assert any(document in one for one in documents_of(ledger, text.identity, "test"))
 

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from btm_cluster.data.blocks import END, READ, TEXT, PackedBlocks, TokenisedDocument, pack_blocks, tokenised
@@ -18,9 +20,17 @@ from btm_cluster.data.conversations import Conversation
 from btm_cluster.data.corpus import read_shard, write_random_part, write_text
 from btm_cluster.data.documents import BadDocument, Document
 from btm_cluster.data.sources import read_documents
-from btm_cluster.data.tokenizer import TextTokenizer, open_pretrained_tokenizer
+from btm_cluster.data.tokenizer import (
+    TOKENIZER_FILES,
+    TextTokenizer,
+    load_tokenizer,
+    open_pretrained_tokenizer,
+)
+from btm_cluster.data.tokenizer_training import train_tokenizer
+from btm_cluster.driver.chat_template import chat_template_of
 from btm_cluster.driver.prepared_plan import read_requests
 from btm_cluster.errors import PlanError, TextError, UserError
+from btm_cluster.operations.init import CHAT_TEMPLATE
 from btm_cluster.plan import ChatTemplate, Plan, ReadingPlan, TextPlan
 from tests.chatting import MARKED, TURN_BY_TURN, conversations, write_conversations, write_tokenizer
 from tests.conftest import made_up_documents
@@ -33,6 +43,10 @@ def read_rows(path: Path, template: str | None = None, **fields: Any) -> list[Do
     source = TextPlan(name="chat", text=(str(path),), **({"messages": ("messages",)} | fields))
     chat = None if template is None else ChatTemplate(template)
     return list(read_documents(source, ReadingPlan(), template=chat))
+
+
+def documents_in(path: Path) -> list[Document]:
+    return [item for item in read_rows(path) if isinstance(item, Document)]
 
 
 def as_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -92,6 +106,35 @@ def test_each_form_of_chat_data_is_the_same_conversation(
         assert item.text == "What is it?\n\nA ship."
 
 
+def test_json_lines_and_parquet_of_the_same_messages_are_the_same_conversations(tmp_path: Path) -> None:
+    """Parquet gives every tool call the arguments of all others, as null; a time is no JSON."""
+
+    def call(**arguments: Any) -> list[dict[str, Any]]:
+        calls = [{"function": {"name": "find", "arguments": arguments}}]
+        return [ASKED[0], {"role": "assistant", "tool_calls": calls}]
+
+    rows = [{"messages": messages} for messages in (ASKED, call(city="Rome"), call(days=[1, 2]))]
+    as_json_lines(tmp_path / "a.jsonl", rows)
+    timed = [
+        {"messages": [m | {"at": datetime(2024, 7, 26), "raw": b"x"} for m in r["messages"]]} for r in rows
+    ]
+    as_parquet(tmp_path / "a.parquet", timed)
+    by_file = [
+        [one.conversation.to_json() for one in documents_in(path) if one.conversation]
+        for path in (tmp_path / "a.jsonl", tmp_path / "a.parquet")
+    ]
+    assert by_file[0] == by_file[1]
+    assert by_file[0] == [Conversation(row["messages"]).to_json() for row in rows]
+
+
+def nested(depth: int) -> dict[str, Any]:
+    """A message of the user with lists in lists."""
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return ASKED[0] | {"more": value}
+
+
 BAD_ROWS = {
     "a row without messages in the field 'messages'": [
         {"text": "plain"},
@@ -108,6 +151,7 @@ BAD_ROWS = {
     ],
     "an empty turn of the assistant": [{"messages": [ASKED[0], {"role": "assistant", "content": " \n"}]}],
     "messages without a turn of the assistant": [{"messages": ASKED[:1]}],
+    "a message that is nested more than 100 deep": [{"messages": [nested(100), *ASKED]}],
     "a document that is not UTF-8": [{"messages": [{"role": "user", "content": "\ud800"}, ASKED[1]]}],
     "the chat template refuses the messages: no tools here": [
         {"messages": [*ASKED, {"role": "tool", "content": "4"}]}
@@ -145,6 +189,34 @@ def test_a_template_that_changes_turns_as_others_follow_is_refused_unless_it_mar
         "'|' }}", "'|' }}{% endgeneration %}"
     )
     assert reasons(read_rows(tmp_path / "a.jsonl", marked)) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "messages", "reason"),
+    [
+        ("", ASKED, "begins a turn of the assistant otherwise than its prompt for one"),
+        ("{%- if messages -%}", [ASKED[1], *ASKED], "begins with the assistant"),
+        ("{%- if messages[0].role != 'tool' -%}", [ASKED[1], *ASKED], "begins with the assistant"),
+    ],
+    ids=["prompt-opens-a-thought", "no-prompt", "refuses-no-messages"],
+)
+def test_a_turn_whose_header_would_be_learned_is_refused(
+    before: str, messages: list[dict[str, Any]], reason: str, tmp_path: Path
+) -> None:
+    thought = "{%- if add_generation_prompt -%}{{- '<think>' -}}{%- endif -%}"
+    template = TURN_BY_TURN + thought if not before else before + TURN_BY_TURN + "{%- endif -%}"
+    as_json_lines(tmp_path / "a.jsonl", [{"messages": messages}])
+    (found,) = reasons(read_rows(tmp_path / "a.jsonl", template))
+    assert reason in found
+    assert "{% generation %}" in found
+
+
+def test_a_conversation_that_begins_with_the_assistant_is_read_where_there_is_a_prompt_for_it(
+    tmp_path: Path,
+) -> None:
+    as_json_lines(tmp_path / "a.jsonl", [{"messages": [ASKED[1], *ASKED]}])
+    (found,) = read_rows(tmp_path / "a.jsonl", TURN_BY_TURN)
+    assert isinstance(found, Document)
 
 
 @pytest.fixture(scope="module")
@@ -202,14 +274,38 @@ def test_bytes_are_those_of_what_the_assistant_says_and_the_token_that_ends_it_i
         assert [tokenizer.name(i) for i in ids[marks == END]] == ["<|im_end|>"] * len(said)
 
 
+def test_a_special_token_that_swallows_white_space_takes_none_of_an_answers_bytes(
+    tokenizers: dict[str, Path],
+) -> None:
+    """Its span reaches into the turn before it, or out of the turn that it ends."""
+    tokenizer = open_pretrained_tokenizer(tokenizers["none"])
+    wide = [AddedToken(name, special=True, lstrip=True, rstrip=True) for name in ("<|asks|>", "<|ends|>")]
+    tokenizer.backend.add_special_tokens(wide)
+    body = "{%- for m in messages -%}{{ '<|asks|>' }}{% generation %}{{ ' ' + m.content }}{% endgeneration %}"
+    ends = "{{ ' <|ends|> ' }}"
+    for inside, outside in ((ends, ""), ("", ends)):
+        template = (
+            body.replace("{% endgeneration %}", inside + "{% endgeneration %}" + outside) + "{%- endfor -%}"
+        )
+        given = [Document("", conversation=Conversation([ASKED[1], ASKED[1]]))]
+        (tokens,) = tokenised_documents(given, tokenizer, ChatTemplate(template))
+        marks, ids = np.array(tokens.marks), np.array(tokens.ids)
+        assert tokens.text_bytes == 2 * len("A ship.")
+        assert tokenizer.decode(ids[marks == TEXT].tolist()) == "A ship." * 2
+        ending = ["<|ends|>"] * 2 if inside else ["<|endoftext|>"]
+        assert [tokenizer.name(i) for i in ids[marks == END]] == ending
+
+
 @pytest.mark.parametrize(
-    ("after", "last_mark"), [("", END), ("{{ eos_token }}", END), ("<|im_end|>\n", READ)]
+    ("after", "last_mark"),
+    [("", END), ("{{ eos_token }}", END), ("<|im_end|>\n", READ), ("{% endgeneration %}\n", END)],
 )
 def test_a_conversation_ends_once_and_the_model_learns_to_end_it(
     after: str, last_mark: int, tokenizers: dict[str, Path]
 ) -> None:
     """Where a turn ends by a token of its own, the end of text after it is read alone."""
-    body = "{%- for m in messages -%}{{ m.role + ': ' + m.content }}" + after + "{%- endfor -%}"
+    opened = "{% generation %}" if "endgeneration" in after else ""
+    body = "{%- for m in messages -%}" + opened + "{{ m.role + ': ' + m.content }}" + after + "{%- endfor -%}"
     tokenizer = open_pretrained_tokenizer(tokenizers["none"])
     template = ChatTemplate(body, tokenizer.special_tokens_by_name)
     (tokens,) = tokenised_documents([Document("", conversation=Conversation(ASKED))], tokenizer, template)
@@ -217,6 +313,27 @@ def test_a_conversation_ends_once_and_the_model_learns_to_end_it(
     assert tokens.ids[-1] == tokenizer.end_of_text
     assert tokens.ids[-2] != tokenizer.end_of_text
     assert tokens.marks[-1] == last_mark
+
+
+def test_the_template_of_init_teaches_a_trained_tokenizers_model_to_end_each_turn(
+    chat_fields: dict[str, Any], tmp_path: Path
+) -> None:
+    """Such a tokenizer has no <|im_end|>: spelled, it would be text that is learned and measured."""
+    train_tokenizer(made_up_documents("kitchen", 100), 400, tmp_path / "trained")
+    tokenizer = load_tokenizer({name: tmp_path / "trained" / name for name in TOKENIZER_FILES})
+    (tmp_path / "init.jinja").write_text(CHAT_TEMPLATE)
+    chat_fields["reading"] = {"chat_template": str(tmp_path / "init.jinja")}
+    template = chat_template_of(
+        Plan.model_validate(chat_fields | {"tokenizer": {"train": {"vocabulary": 400}}})
+    )
+    given = [Document("", conversation=Conversation([*ASKED, *ASKED]))]
+    (tokens,) = tokenised_documents(given, tokenizer, template)
+    assert tokens.text_bytes == 2 * len("A ship.")
+    marks, ids = np.array(tokens.marks), np.array(tokens.ids)
+    assert tokenizer.decode(ids[marks == TEXT].tolist()) == "A ship." * 2
+    assert ids[marks == END].tolist() == [tokenizer.end_of_text] * 2
+    assert ids[-1] == tokenizer.end_of_text
+    assert (ids == tokenizer.end_of_text).sum() == 2, "the template's own end is the document's"
 
 
 def test_plain_text_beside_conversations_stays_what_it_was(tokenizers: dict[str, Path]) -> None:
@@ -317,6 +434,10 @@ def chat_fields(fields: dict[str, Any], tokenizers: dict[str, Path], tmp_path: P
     [
         ("{% for message in messages %}", "is not Jinja"),
         ("{{ strftime_now('%d %b %Y') }}", "writes today's date"),
+        (
+            "{{ date_string }}{% for m in messages %}{{ strftime_now('%Y') }}{% endfor %}",
+            "writes today's date",
+        ),
         (None, "cannot read the chat template"),
     ],
 )
@@ -329,6 +450,18 @@ def test_a_template_that_cannot_be_used_is_refused_before_a_text_is_read(
     with pytest.raises(PlanError, match=found) as caught:
         read_requests(Plan.model_validate(chat_fields))
     assert caught.value.remedy
+
+
+def test_a_template_that_takes_a_given_date_may_know_the_time(
+    chat_fields: dict[str, Any], tmp_path: Path
+) -> None:
+    """As Llama 3.2's does."""
+    given = (
+        "{%- if date_string is not defined -%}{%- set date_string = strftime_now('%d %b %Y') -%}{%- endif -%}"
+    )
+    (tmp_path / "own.jinja").write_text(given + "{{ date_string }}" + TURN_BY_TURN)
+    chat_fields["reading"] = {"chat_template": str(tmp_path / "own.jinja")}
+    assert chat_template_of(Plan.model_validate(chat_fields)).source.startswith(given)
 
 
 def test_messages_without_any_template_are_refused(
