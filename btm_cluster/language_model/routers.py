@@ -1,5 +1,5 @@
-"""Fits the routers of a mixture of experts: what the feed-forwards of every layer read in one dense model, on
-development text of the experts' domains.
+"""Fits the routers of a mixture of experts on the inputs of every layer's feed-forwards in one dense model, as
+it reads development text of the experts' domains.
 
 That model is the one whose attention, embeddings and norms the mixture has. Layers above see what its own
 feed-forwards make of a text, not what the mixture's do.
@@ -25,7 +25,7 @@ class Router:
     """The router of a layer."""
 
     weights_EH: torch.Tensor
-    """Of the stock architecture: sharpened, float32."""
+    """As the mixture has them: sharpened, float32."""
     sharpness: float
     """The inverse temperature by which the regression was multiplied."""
     accuracy: float
@@ -106,10 +106,15 @@ class _Trunk:
 
 @contextmanager
 def _watched(modules: Sequence[torch.nn.Module], look: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
-    """Shows the input of some modules, by their number, as a model is run."""
+    """Shows the input of some modules, by their number, as a model is run. `look` computes in the precision of
+    its tensors, whatever the model's is."""
 
     def hook(number: int) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
-        return lambda _, inputs: look(number, inputs[0])
+        def show(_: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+            with torch.autocast(inputs[0].device.type, enabled=False):
+                look(number, inputs[0])
+
+        return show
 
     handles = [module.register_forward_pre_hook(hook(number)) for number, module in enumerate(modules)]
     try:
@@ -120,7 +125,8 @@ def _watched(modules: Sequence[torch.nn.Module], look: Callable[[int, torch.Tens
 
 
 def _moments(trunk: _Trunk, readings: Sequence[Reading]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Gram matrix [H, H] and sums by expert [E, H] of each layer's hidden states; each domain weighs one."""
+    """Gram matrix [H, H] and sums by expert [E, H] of each layer's hidden states, in float64; each domain weighs
+    one. Products of a micro-batch are float32."""
     width, device = trunk.model.config.hidden_size, trunk.model.device
     moments = [
         (

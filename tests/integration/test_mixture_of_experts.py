@@ -11,9 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from btm_cluster.cli import app, run_command
+from btm_cluster.equations.router import ridge_router
 from btm_cluster.errors import IncompatibleError, UserError
+from btm_cluster.language_model.compute import autocast
 from btm_cluster.language_model.configuration import config_from, plain_config
 from btm_cluster.language_model.folder import write_model
+from btm_cluster.language_model.loss import read_after
 from btm_cluster.language_model.mixture_of_experts import (
     MixtureWeights,
     differ_in_feed_forwards_alone,
@@ -192,16 +195,15 @@ def test_what_no_stock_architecture_can_hold_is_refused() -> None:
             mixture_config(config, EXPERTS, experts_per_token)
 
 
+def of_words(first: int, blocks: int) -> Reading:
+    """Blocks of eight words."""
+    tokens = torch.randint(first, first + 8, (blocks, 16), generator=torch.Generator().manual_seed(first))
+    return Reading(tokens, torch.ones(blocks, 16, dtype=torch.bool))
+
+
 def test_routers_tell_domains_of_other_words_apart() -> None:
     model = build_model({"model_type": "llama", **SHAPE}, 0)
-    generator = torch.Generator().manual_seed(0)
-    readings = [
-        Reading(
-            torch.randint(first, first + 8, (blocks, 16), generator=generator),
-            torch.ones(blocks, 16, dtype=torch.bool),
-        )
-        for first, blocks in ((8, 10), (40, 20), (72, 1))
-    ]
+    readings = [of_words(8, 10), of_words(40, 20), of_words(72, 1)]
     how = Resources(1, 0, 1, 4, "float32", compile=False)
     counted: list[int] = []
     routers = fit_routers(model, readings, 0, how, counted.append)
@@ -212,6 +214,31 @@ def test_routers_tell_domains_of_other_words_apart() -> None:
         assert router.sharpness > 3
     again = fit_routers(model, readings, 0, how)
     assert all(torch.equal(a.weights_EH, b.weights_EH) for a, b in zip(routers, again, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_router_is_the_regression_in_float64_whatever_the_model_is_computed_in(precision: str) -> None:
+    """Gram matrices were products in bfloat16 where the model was: with an outlier channel, as large models have,
+    none that the regression could use."""
+    model = build_model({"model_type": "llama", **SHAPE}, 0).eval()
+    for layer in model.model.layers:
+        layer.post_attention_layernorm.weight.data[3] = 300
+    readings = [of_words(8, 1), of_words(40, 1)]  # one block each, which is learned from and held out
+    gram_HH, sums_EH = torch.zeros(32, 32, dtype=torch.float64), torch.zeros(2, 32, dtype=torch.float64)
+
+    for expert, reading in enumerate(readings):
+        seen: list[torch.Tensor] = []
+        handle = model.model.layers[1].mlp.register_forward_pre_hook(
+            lambda _, inputs, seen=seen: seen.append(inputs[0][0].double())
+        )
+        with torch.no_grad(), autocast(torch.device("cpu"), precision):
+            model(read_after(reading.tokens_BT, 0))
+        handle.remove()
+        gram_HH += seen[0].T @ seen[0] / 16
+        sums_EH[expert] = seen[0].mean(0)
+    fitted = fit_routers(model, readings, 0, Resources(1, 0, 1, 4, precision, compile=False))[1]
+    expected_EH = fitted.sharpness * ridge_router(gram_HH, sums_EH)
+    torch.testing.assert_close(fitted.weights_EH.double(), expected_EH, rtol=1e-3, atol=1e-5)
 
 
 def mixtures(ledger: Ledger) -> list[Artifact]:
