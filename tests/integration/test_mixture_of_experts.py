@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from btm_cluster.cli import app, run_command
-from btm_cluster.equations.router import ridge_router
+from btm_cluster.equations.router import best_sharpness, ridge_router
 from btm_cluster.errors import IncompatibleError, UserError
+from btm_cluster.language_model import routers
 from btm_cluster.language_model.compute import autocast
 from btm_cluster.language_model.configuration import config_from, plain_config
 from btm_cluster.language_model.folder import write_model
@@ -206,14 +207,14 @@ def test_routers_tell_domains_of_other_words_apart() -> None:
     readings = [of_words(8, 10), of_words(40, 20), of_words(72, 1)]
     how = Resources(1, 0, 1, 4, "float32", compile=False)
     counted: list[int] = []
-    routers = fit_routers(model, readings, 0, how, counted.append)
+    fitted = fit_routers(model, readings, 0, how, counted.append)
     assert sum(counted) == 10 + 20 + 2  # the only block of the last one is read twice
-    for router in routers:
+    for router in fitted:
         assert router.weights_EH.shape == (3, 32)
         assert router.accuracy > 0.9  # a block's first token is read after the same one everywhere
         assert router.sharpness > 3
     again = fit_routers(model, readings, 0, how)
-    assert all(torch.equal(a.weights_EH, b.weights_EH) for a, b in zip(routers, again, strict=True))
+    assert all(torch.equal(a.weights_EH, b.weights_EH) for a, b in zip(fitted, again, strict=True))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -239,6 +240,34 @@ def test_a_router_is_the_regression_in_float64_whatever_the_model_is_computed_in
     fitted = fit_routers(model, readings, 0, Resources(1, 0, 1, 4, precision, compile=False))[1]
     expected_EH = fitted.sharpness * ridge_router(gram_HH, sums_EH)
     torch.testing.assert_close(fitted.weights_EH.double(), expected_EH, rtol=1e-3, atol=1e-5)
+
+
+def test_a_sharpness_is_fitted_on_as_many_tokens_as_memory_has_room_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Scores of all held-out tokens were held at once, for every layer: 43 GB at 64 experts."""
+    model = build_model({"model_type": "llama", **SHAPE}, 0)
+    readings = [
+        of_words(8, 10),
+        of_words(12, 20),
+    ]  # that share words, so that the sharpness depends on tokens
+    how = Resources(1, 0, 1, 4, "float32", compile=False)
+    scored: list[torch.Tensor] = []
+
+    def fit(scores_NE: torch.Tensor, experts_N: torch.Tensor, weights_N: torch.Tensor) -> float:
+        scored.append(experts_N)
+        return best_sharpness(scores_NE, experts_N, weights_N)
+
+    monkeypatch.setattr(routers, "best_sharpness", fit)
+    whole = fit_routers(model, readings, 0, how)
+    assert [experts_N.bincount().tolist() for experts_N in scored] == [[2 * 16, 4 * 16]] * 2
+    monkeypatch.setattr(routers, "SCORED_TOKENS", 80)
+    sampled, again = (fit_routers(model, readings, 0, how) for _ in range(2))
+    assert [experts_N.bincount().tolist() for experts_N in scored[2:]] == [[32, 40]] * 4
+    for one, other, same in zip(whole, sampled, again, strict=True):
+        assert (other.sharpness, other.accuracy) == (same.sharpness, same.accuracy)
+        assert other.sharpness == pytest.approx(one.sharpness, rel=0.5)
+        assert other.sharpness != one.sharpness
 
 
 def mixtures(ledger: Ledger) -> list[Artifact]:
