@@ -52,7 +52,10 @@ def export(
     scale: Scale = None,
     moe: Annotated[
         bool,
-        typer.Option("--moe", help="All experts as one mixture of experts, which vLLM serves; needs a plan."),
+        typer.Option(
+            "--moe",
+            help="All experts as one mixture of experts, in an architecture that vLLM has; needs a plan.",
+        ),
     ] = False,
     experts_per_token: Annotated[
         int | None,
