@@ -26,6 +26,7 @@ from btm_cluster.equations.budget import stored_bytes, wall_hours
 from btm_cluster.language_model.deltas import count_trained
 from btm_cluster.language_model.model import count_parameters
 from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.operations.plan_mixture import MixtureCost, mixture_costs
 from btm_cluster.operations.run import grow_and_evaluate
 from btm_cluster.plan import Plan
 from btm_cluster.plan.rules import DEFAULT_FIELD
@@ -42,6 +43,8 @@ from btm_cluster.requests import (
 )
 from btm_cluster.workers.disk_and_memory import check_disk_of_store
 from btm_cluster.workers.dry_walk import DONE, NEW, UNREAD, DryWalk
+
+TOKEN_BLOCKS = "token blocks"
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,9 @@ class Preview:
     @property
     def bytes_to_store(self) -> int:
         """At least: the models that are new."""
-        return sum(step.stored_bytes for step in self.steps if step.updates and step.state != DONE)
+        # Bytes of token blocks are of those that are there.
+        new = (step for step in self.steps if step.state != DONE and step.name != TOKEN_BLOCKS)
+        return sum(step.stored_bytes for step in new)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for machines."""
@@ -135,8 +140,10 @@ def preview(plan: Plan, ledger: Ledger, new_resources: bool = False, room: Room 
     parameters, non_embedding = count_parameters(prepared.model)
     cost = _Cost(plan, walk, room, rates_of(plan, prepared.model, ledger, room.gpu))
     trainings = list(_trainings(grown, cost))
-    scores = _scores(prepared, sizes, cost)
-    steps = (*_readings(walk, ledger), *_preparation(walk), *trainings, scores)
+    tokens_of = _held_out_tokens(prepared, sizes)
+    mixtures = list(mixture_costs(walk, prepared, tokens_of))
+    merging = [*_mixtures(mixtures, cost), _scores(prepared, tokens_of, mixtures, cost)]
+    steps = (*_readings(walk, ledger), *_preparation(walk), *trainings, *merging)
     return Preview(
         steps,
         uses,
@@ -144,7 +151,7 @@ def preview(plan: Plan, ledger: Ledger, new_resources: bool = False, room: Room 
         non_embedding,
         plan.cluster.gpus_per_expert > 0,
         cost.rates[plan.cluster.gpus_per_expert > 0],
-        _wall_hours(trainings, scores),
+        _wall_hours(trainings, merging),
         room.name,
         plan.cluster.price_per_gpu_hour,
         first_token_of(plan),
@@ -204,19 +211,37 @@ def _preparation(walk: DryWalk) -> Iterator[Step]:
     yield Step("tokenizer", walk.state(tokenizer))
     blocks = walk.all_of(Tokenize)
     found = [walk.found[request.ref] for request in blocks if request.ref in walk.found]
-    yield Step("token blocks", _share_done(walk, blocks), stored_bytes=_size(found))
+    yield Step(TOKEN_BLOCKS, _share_done(walk, blocks), stored_bytes=_size(found))
 
 
-def _scores(prepared: PreparedPlan, sizes: Sequence[TextSize], cost: "_Cost") -> Step:
+def _held_out_tokens(prepared: PreparedPlan, sizes: Sequence[TextSize]) -> dict[tuple[Ref, ...], float]:
+    """Tokens of each development and test text, by its blocks: of the two, each is about half."""
+    held_out = {size.name: size.held_out or 0 for size in sizes}
+    return {refs: held_out.get(text.name, 0) / 2 for text in prepared.texts for refs in text.tokens.values()}
+
+
+def _mixtures(mixtures: Iterable[MixtureCost], cost: "_Cost") -> Iterator[Step]:
+    for one in mixtures:
+        state = cost.walk.state(one.request)
+        tokens = 0 if state == DONE else FORWARD_SHARE * one.tokens
+        fields = cost.of(one.request.how, tokens)
+        yield Step(one.request.label, state, stored_bytes=one.stored_bytes, **fields)
+
+
+def _scores(
+    prepared: PreparedPlan,
+    tokens_of: Mapping[tuple[Ref, ...], float],
+    mixtures: Iterable[MixtureCost],
+    cost: "_Cost",
+) -> Step:
     """The scores of every model on all held-out text; averages are not counted as done or new, since they are
     named by fits."""
     walk = cost.walk
     asked = [request for request in walk.all_of(ScoreRequest) if isinstance(request, ScoreRequest)]
     averages = {request.ref for request in walk.all_of(AverageRequest)}
-    held_out = {size.name: size.held_out or 0 for size in sizes}
-    named = {refs: text.name for text in prepared.texts for refs in text.tokens.values()}
-    # Of development and test text, each is about half.
-    tokens = sum(held_out.get(named.get(one.tokens, ""), 0) / 2 for one in asked if walk.state(one) != DONE)
+    passes = {mixture.request.ref: mixture.inference_cost for mixture in mixtures}
+    new = (one for one in asked if walk.state(one) != DONE)
+    tokens = sum(passes.get(one.model, 1) * tokens_of.get(one.tokens, 0) for one in new)
     state = _share_done(walk, [one for one in asked if one.model not in averages])
     fields = cost.of(expert_resources(prepared.plan), FORWARD_SHARE * tokens)
     # Of many models, so that all machines have some of it to do.
@@ -293,10 +318,11 @@ def _training(request: TrainRequest, state: str, cost: _Cost) -> Step:
     )
 
 
-def _wall_hours(trainings: Sequence[Step], scores: Step) -> float:
-    """The seed alone, then the others beside each other, then the scores."""
+def _wall_hours(trainings: Sequence[Step], merging: Sequence[Step]) -> float:
+    """The seed alone, then the others beside each other, then the steps after them one by one."""
     seed, *others = trainings
-    return seed.hours + wall_hours([(step.hours, step.share) for step in others]) + scores.hours
+    beside = wall_hours([(step.hours, step.share) for step in others])
+    return seed.hours + beside + sum(step.hours for step in merging)
 
 
 def _demands(walk: DryWalk) -> tuple[Demand, ...]:

@@ -29,6 +29,7 @@ from btm_cluster.language_model.routers import fit_routers
 from btm_cluster.language_model.soup import Reading
 from btm_cluster.language_model.stored_weights import StoredWeights, TensorFiles, write_shards
 from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.operations.plan import DONE, preview
 from btm_cluster.operations.run import run_plan
 from btm_cluster.plan import Plan
 from btm_cluster.requests import Resources
@@ -291,6 +292,12 @@ def test_a_mixture_stands_in_the_verdict_and_is_what_is_exported(
     run = run_plan(plan, in_process(plan))
     ledger = Ledger.open(plan.store)
     (mixture,) = mixtures(ledger)
+    (step,) = [
+        step for step in preview(plan, ledger).steps if step.name == "mixture of experts with the seed"
+    ]
+    stored = sum(blob.size_bytes for blob in mixture.blobs if blob.name.endswith(".safetensors"))
+    assert (step.state, step.device_hours) == (DONE, 0)
+    assert step.stored_bytes < stored < step.stored_bytes + 10_000, "and a header"
     row = next(row for row in run.verdict.rows["test"] if row.system == "mixture of experts, top-2")
     assert row.inference_cost == mixture.facts["inference_cost"] > 1
     assert row.cells.keys() == {"kitchen", "harbour", "market"}
