@@ -35,13 +35,12 @@ from bare_training import Pace, Shape, compute_of, spec_of
 from btm_cluster.identity import Ref, identity_by
 from btm_cluster.language_model.compute import Compute, device_name
 from btm_cluster.language_model.configuration import full_config
-from btm_cluster.language_model.deltas import FILES, count_trained, trains_of
-from btm_cluster.language_model.layers import size_of
+from btm_cluster.language_model.deltas import FILES, trains_of
 from btm_cluster.language_model.memory import USABLE_SHARE, Setting, Way, choose_way, memory_of
-from btm_cluster.language_model.model import fresh_on_meta
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.tensor_files import WEIGHTS
 from btm_cluster.language_model.training import train
+from btm_cluster.language_model.training_size import size_for
 from btm_cluster.language_model.training_state import TrainingState, build_state
 from btm_cluster.ledger import Ledger
 from btm_cluster.plan import BranchingPlan, ModelPlan, Trains
@@ -232,15 +231,15 @@ def _rank(rank: int, asked: Asked, scratch: Path, results: "mp.SimpleQueue[dict[
 def _settled(asked: Asked, device: torch.device) -> tuple[Compute, int]:
     """How the group computes, and the bytes that are expected on each GPU."""
     compute, shape = compute_of(asked.shape, device), asked.shape
-    trained, frozen = count_trained(asked.model, asked.trains)
-    size = replace(size_of(fresh_on_meta(asked.model)), parameters=trained + frozen, frozen=frozen)
-    bf16 = compute.precision == "bfloat16"
-    way = Way(asked.gpus, min(shape.blocks, shape.micro_batch), shape.block_tokens, bf16, compute.compile)
+    size = size_for(asked.model, asked.trains)
+    bf16, blocks = compute.precision == "bfloat16", min(shape.blocks, shape.micro_batch)
+    passes = -(-shape.blocks // blocks)
+    way = Way(asked.gpus, blocks, shape.block_tokens, bf16, compute.compile, passes=passes)
     there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 1e12
     sharding: Setting = "auto" if asked.sharding == "auto" else "on" if asked.sharding == "full" else "off"
     way = choose_way(size, way, USABLE_SHARE * there, sharding, asked.activation_checkpointing)
     settled = replace(compute, is_sharded=way.is_sharded, recomputes=way.recomputes)
-    return settled, memory_of(size, way).total
+    return settled, memory_of(size, way).peak
 
 
 def _summary(asked: Asked, compute: Compute, pace: Saving, peak: float, estimate: int) -> dict[str, Any]:

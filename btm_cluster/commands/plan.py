@@ -65,6 +65,14 @@ def preview_table(preview: "Preview", notes: Sequence[str], console: "Console") 
     show_table(_texts_table(preview.texts), console)
     parameters = f"{preview.parameters:,} parameters, {preview.non_embedding_parameters:,} without embeddings"
     console.print(f"{parameters}; {_cost_line(preview)}.", soft_wrap=True)
+    models, checkpoints = preview.bytes_to_store / 1e9, preview.checkpoint_bytes / 1e9
+    console.print(
+        f"To be stored: {models:,.2f} GB of models; and while they train, up to {checkpoints:,.2f} GB of training "
+        "checkpoints.",
+        soft_wrap=True,
+    )
+    for line in preview.memory_lines:
+        console.print(line, soft_wrap=True)
     console.print(f"Every block is read after the token {preview.first_token}.", soft_wrap=True)
     goes_on = [
         f"{demand.label} goes on at update {demand.saved_at} with the resources of its start, "

@@ -7,4 +7,4 @@ def quickstart() -> None:
 
     for line in write_quickstart():
         print(line)
-    print(f"next: `btm run {PLAN_FILE}`, which takes about five minutes on two cores")
+    print(f"next: `btm run {PLAN_FILE}`, which takes about four minutes on two cores")

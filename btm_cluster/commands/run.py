@@ -81,7 +81,8 @@ def show_and_finish(
         plan_name = shlex.quote(str(plan_path))
         console.print(
             f"next: `btm report {plan_name} --to FOLDER` writes that page anywhere, `btm serve {plan_name}` "
-            f"serves the ensemble, `btm merge {plan_name} --to FOLDER` writes a single model",
+            f"serves the ensemble, `btm merge {plan_name} --for {plan.domains[0].name} --to FOLDER` writes a single "
+            "model for a text",
             soft_wrap=True,
         )
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from btm_cluster.driver.gpu_memory import TrainingMemory, problem_of
 from btm_cluster.errors import ResourcesError
 from btm_cluster.requests import Resources, TrainRequest
 
@@ -27,6 +28,8 @@ class Demand:
     """Parameters that are trained; 0 for other steps."""
     frozen: int = 0
     """Parameters of the model beside these, which are not."""
+    memory: TrainingMemory | None = None
+    """What the memory of its GPUs follows from, where it is a training on GPUs."""
 
     @property
     def description(self) -> str:
@@ -80,6 +83,13 @@ def no_capacity(
         expected=", ".join(filter(None, [demand.description, demand.origin])) + "; a worker on one node",
         remedy=demand.remedy or f"{less}, or {elsewhere}",
     )
+
+
+def memory_problem(demand: Demand, gpu_bytes: float | None) -> ResourcesError | None:
+    """The refusal of a training that cannot fit GPUs of so much memory; None where that is not known."""
+    if demand.memory is None or gpu_bytes is None:
+        return None
+    return problem_of(demand.label, demand.memory, gpu_bytes, goes_on=demand.saved_at is not None)
 
 
 def describe_nodes(nodes: Sequence[Mapping[str, float]]) -> str:

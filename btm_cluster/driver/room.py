@@ -15,6 +15,8 @@ class Room:
     cpus: float | None = None
     gpu: str | None = None
     """The name of its GPUs."""
+    gpu_bytes: float | None = None
+    """Memory of the largest of them."""
 
     def share(self, how: Resources, at_once: int) -> float:
         """The part of it that a group takes; where it is not known, there is room for so many at once."""

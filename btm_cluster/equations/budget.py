@@ -19,9 +19,11 @@ def wall_hours(trainings: Sequence[tuple[float, float]]) -> float:
     return max((end for end, _ in running), default=0.0)
 
 
-def stored_bytes(parameters: int, with_optimizer: bool) -> int:
-    """Bytes of a model in float32, with Adam's two moments where a branch needs them."""
-    return parameters * 4 * (3 if with_optimizer else 1)
+def stored_bytes(parameters: int, with_optimizer: bool, is_rounded: bool = False) -> int:
+    """Bytes of a stored model of float32 weights, or of bfloat16 ones where it `is_rounded`; with Adam's two
+    moments where a branch needs them, beside which rounded weights stand in float32 too."""
+    weights = 2 if is_rounded else 4
+    return parameters * (weights + (8 + (4 if is_rounded else 0) if with_optimizer else 0))
 
 
 def trained_bytes(parameters: int) -> int:

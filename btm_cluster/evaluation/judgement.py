@@ -12,6 +12,7 @@ from btm_cluster.evaluation.rows import (
     cost_text,
     is_ensemble,
     is_mixture_of_experts,
+    system_of_texts,
 )
 
 Kind: TypeAlias = Literal["ensemble", "single model", "mixture of experts"]
@@ -56,7 +57,7 @@ class Judgement:
         return (
             f"{self.outcome.capitalize()} as {article} {self.kind}: {self.difference:+.1%} perplexity "
             f"(95 % interval {low:+.1%} to {high:+.1%}) against the {self.baseline} on "
-            f"{self.texts} test text{'s' * (self.texts > 1)}{priced} ({self.system}).{where}"
+            f"{self.texts} test text{'s' * (self.texts > 1)}{priced} ({system_of_texts(self.system)}).{where}"
         )
 
 

@@ -26,6 +26,7 @@ CALIBRATED_DEMIX = "DEMix, calibrated"
 _MIXTURE_OF_EXPERTS = "mixture of experts"
 SINGLE_MODELS = (BEST_EXPERT, UNIFORM_AVERAGE, ARGMAX_AVERAGE, POSTERIOR_AVERAGE)
 """Systems of a forest that cost no more than one model."""
+_OTHER_BY_TEXT = (BEST_EXPERT, ARGMAX_AVERAGE, POSTERIOR_AVERAGE)
 
 
 def top_k_ensemble(k: int) -> str:
@@ -41,6 +42,11 @@ def is_ensemble(system: str) -> bool:
 def mixture_of_experts(experts_per_token: int) -> str:
     """The name of the mixture of experts in which a token passes so many feed-forwards of a layer."""
     return f"{_MIXTURE_OF_EXPERTS}, top-{experts_per_token}"
+
+
+def system_of_texts(system: str) -> str:
+    """A system's name, which says where it is another model for each text."""
+    return f"{system}, another for each text" if system in _OTHER_BY_TEXT else system
 
 
 def is_mixture_of_experts(system: str) -> bool:

@@ -7,8 +7,9 @@ others go on.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from btm_cluster.driver.capacity import Demand
+from btm_cluster.driver.demands import demand_of_expert
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.founding import check_foundation, check_texts
 from btm_cluster.driver.port import Failure, Outcome
@@ -24,7 +25,6 @@ from btm_cluster.driver.prepared_plan import (
     vocabulary_of,
     without_texts,
 )
-from btm_cluster.driver.recipes import expert_resources
 from btm_cluster.errors import TextError, UserError
 from btm_cluster.expansion.inbox import Arrival, refuse, still_lies_there
 from btm_cluster.forest import Forest
@@ -51,7 +51,7 @@ def prepare_new(plan: Plan, arrivals: Sequence[Arrival], forest: Forest, driver:
     requests = read_requests(plan)
     model = model_config(plan, vocabulary_of(plan))
     check_foundation(without_texts(plan, model, driver.ledger), forest, driver.ledger)
-    _check_capacity(plan, requests, arrivals, driver)
+    _check_capacity(plan, model[0], requests, arrivals, driver)
     read = driver.require(requests)
     read_results = {text.name: read_result for text, read_result in zip(plan.texts, read, strict=True)}
     arrived = _read_all(plan, arrivals, driver)
@@ -81,12 +81,16 @@ def prepare_new(plan: Plan, arrivals: Sequence[Arrival], forest: Forest, driver:
 
 
 def _check_capacity(
-    plan: Plan, requests: Sequence[ReadText], arrivals: Sequence[Arrival], driver: Driver
+    plan: Plan,
+    model: Mapping[str, Any],
+    requests: Sequence[ReadText],
+    arrivals: Sequence[Arrival],
+    driver: Driver,
 ) -> None:
     """Refuses an expert that can never be trained before the text of one is read."""
     new = [*(request for request in requests if not request.is_target), *_arrivals_requests(plan, arrivals)]
     if any(found is None for found in driver.ledger.find_all([request.ref for request in new])):
-        driver.check_capacity([Demand("an expert", expert_resources(plan))])
+        driver.check_capacity([demand_of_expert(plan, model, len(new))])
 
 
 def _arrivals_requests(plan: Plan, arrivals: Sequence[Arrival]) -> list[ReadText]:

@@ -11,7 +11,6 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from btm_cluster.language_model.memory import ModelSize
 from btm_cluster.language_model.model import has_dropout
 
 
@@ -60,32 +59,3 @@ def units_of(model: PreTrainedModel) -> list[torch.nn.Module]:
     first, last = model.get_input_embeddings(), model.get_output_embeddings()
     are_tied = last is None or first.weight is last.weight
     return [*layers_of(model), *([] if are_tied else [first, last])]
-
-
-def size_of(model: PreTrainedModel) -> ModelSize:
-    """The sizes that memory follows from; values are not needed."""
-    width, heads = _field(model, "hidden_size", 1), _field(model, "num_attention_heads", 1)
-    per_head = _field(model, "head_dim", width // heads)
-    inner = _field(model, "intermediate_size", _field(model, "n_inner", 4 * width))
-    layers = layers_of(model)
-    units = [sum(p.numel() for p in unit.parameters()) for unit in units_of(model)]
-    parameters = sum(p.numel() for p in model.parameters())
-    return ModelSize(
-        parameters=parameters,
-        largest_unit=max([parameters - sum(units), *units]),
-        layers=len(layers),
-        width=width,
-        queries=per_head * heads,
-        keys=per_head * _field(model, "num_key_value_heads", heads),
-        inner=inner,
-        is_gated=sum(p.ndim == 2 and inner in p.shape for p in layers[0].parameters()) > 2
-        if layers
-        else False,
-        vocabulary=_field(model, "vocab_size", 1),
-    )
-
-
-def _field(model: PreTrainedModel, name: str, default: int) -> int:
-    """A number of a configuration, which not every architecture has, or has as one number."""
-    value = getattr(model.config.get_text_config(), name, None)
-    return value if isinstance(value, int) and value > 0 else default

@@ -78,6 +78,11 @@ def count_adapter(lora: Lora, model: "PreTrainedModel") -> int:
     return sum(lora.rank * sum(layer.weight.shape) for layer in _adapted(lora, model))
 
 
+def count_adapted(lora: Lora, model: "PreTrainedModel") -> int:
+    """How many linear layers of `model` an adapter stands beside."""
+    return len(_adapted(lora, model))
+
+
 def _adapted(lora: Lora, model: "PreTrainedModel") -> list[torch.nn.Linear | Conv1D]:
     layers = _linear_layers(model).items()
     return [layer for name, layer in layers if any(_is_called(name, module) for module in lora.modules)]

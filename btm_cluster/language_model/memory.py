@@ -1,21 +1,34 @@
 """An estimate of the memory that a training takes on each GPU, and the settings that follow from it.
 
-Plain arithmetic on sizes: knows neither torch nor models.
+Plain arithmetic on sizes: knows neither torch nor models. Meant to be within 15 % of the most that torch's allocator
+holds; `benchmarks/memory_estimates.py` compares them. CUDA's context, NCCL's buffers and what the allocator cannot
+join come on top.
 
-Weights, gradients and Adam's two moments are float32: 16 bytes per parameter (Rajbhandari et al., 2020,
-"ZeRO", section 3.1, whose mixed precision keeps the same amount). Sharded, each rank has its share of them, and
-in full only what is gathered: the weights of a layer and of the next one, and a layer's gradient (ZeRO stage 3,
-section 5). Activations follow Korthikanti et al., 2022, "Reducing activation recomputation in large transformer
-models", section 4.1: what each layer keeps for its backward pass, here without dropout and with FlashAttention,
-which keeps no matrix of scores.
+State: weights, gradients and Adam's two moments are float32, 16 bytes per parameter (Rajbhandari et al., 2020,
+"ZeRO", section 3.1, whose mixed precision keeps the same amount); fused AdamW and clipping write in place. What is
+frozen has weights alone. Sharded, each rank has its share of all of these, and in full only what is gathered: the
+weights of a layer and of the next one, and a layer's gradient (ZeRO stage 3, section 5).
+
+Copies: autocast multiplies by bfloat16 copies of float32 weights. A backward pass uses them again, so that all of
+them are kept until then, whether compiled (the partitioner does not compute again what a matrix product reads) or
+not (autocast's cache); of layers that are computed twice, one's at a time. DistributedDataParallel sends gradients
+from buckets beside them.
+
+Activations: what each layer keeps for its backward pass follows Korthikanti et al., 2022, "Reducing activation
+recomputation in large transformer models", section 4.1, here without dropout and with FlashAttention, which keeps
+no matrix of scores. Under autocast the hidden states between layers and the norms are float32. torch.compile keeps
+what eager autograd keeps but for products that are not multiplied by a matrix, such as a gated feed-forward's SiLU.
+
+The terms of one process were compared with what torch's partitioner keeps, and with the memory records of its
+profiler on a CPU (docs/decisions/training.md); those of groups are arithmetic alone.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 Setting: TypeAlias = Literal["auto", "on", "off"]
-FLOAT32 = 4
+FLOAT32, BFLOAT16 = 4, 2
 USABLE_SHARE = 0.9
 """Of a GPU's memory: the rest is CUDA's context, NCCL's buffers, and what the allocator cannot join."""
 
@@ -39,8 +52,16 @@ class ModelSize:
     is_gated: bool
     """Whether a feed-forward multiplies two projections, as SwiGLU does."""
     vocabulary: int
+    cast: int = 0
+    """Parameters of the layers that are held in float32 and multiplied by: autocast copies them."""
+    cast_head: int = 0
+    """Those of the output matrix, if it is held so."""
     frozen: int = 0
-    """Parameters that are not trained: held in bfloat16, without gradient and moments."""
+    """Parameters that are not trained: without gradient and moments."""
+    frozen_linear: int = 0
+    """Those of them that are held in the precision of the forward pass."""
+    adapters: int = 0
+    """Width of all adapters of a layer together, where LoRA is trained: rank times adapted linear maps."""
 
 
 @dataclass(frozen=True)
@@ -56,24 +77,36 @@ class Way:
     is_sharded: bool = False
     recomputes: bool = False
     """Whether a layer's input alone is kept, and its activations are computed once more."""
+    passes: int = 1
+    """Forward passes of an update: from the second one on, gradients are there already."""
+    logits_at_once: int | None = None
+    """Logits of a piece, where the head is applied to a few tokens at a time; None: to all."""
+
+    @property
+    def tokens(self) -> int:
+        """Of one forward pass."""
+        return self.blocks * self.block_tokens
+
+    @property
+    def is_one_graph(self) -> bool:
+        """Whether the model is compiled as a whole, whose backward pass gives all gradients at its end."""
+        return self.compiles and not (self.is_sharded or self.recomputes or self.logits_at_once)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank."""
+    """Bytes on one rank: each part at its largest, and the peak of their sum, since they are not all there at
+    once."""
 
     weights: int
     gradients: int
     optimizer: int
-    gathered: int
-    """Sharded: what is whole for a moment. Else: weights in the forward pass's precision, and what
+    copies: int
+    """Weights in the forward pass's precision, or sharded, what is whole for a moment; and what
     DistributedDataParallel sends gradients in."""
     activations: int
     logits: int
-
-    @property
-    def total(self) -> int:
-        return sum(getattr(self, field.name) for field in fields(self))
+    peak: int
 
     @property
     def state(self) -> int:
@@ -82,18 +115,35 @@ class Memory:
 
 
 def memory_of(size: ModelSize, way: Way) -> Memory:
-    """The estimate of a training's peak on each rank, at the start of a backward pass."""
+    """The estimate of a training's memory on each rank.
+
+    The peak is at the start of a backward pass, when all activations are there and the gradients of earlier
+    passes; or at its end, when only gradients are.
+    """
     share = way.ranks if way.is_sharded else 1
-    trained = -(-(size.parameters - size.frozen) // share)
-    frozen = -(-size.frozen // share)
+    trained = FLOAT32 * _share(size.parameters - size.frozen, share)
+    whole = size.frozen - size.frozen_linear
+    weights = trained + FLOAT32 * _share(whole, share) + _value(way) * _share(size.frozen_linear, share)
+    buckets = 0 if way.is_sharded or way.ranks == 1 else trained
+    copies, activations, logits = _copies(size, way), _activations(size, way), _logits(size, way)
+    state = weights + 2 * trained + buckets
+    before = trained if way.passes > 1 else 0
+    # Whole graphs hand out all gradients together, which are then added to those that are there.
+    after = trained + (before if way.is_one_graph else 0)
+    at_start = before + copies + activations + max(logits, _within_a_layer(size, way))
     return Memory(
-        weights=FLOAT32 * trained + 2 * frozen,
-        gradients=FLOAT32 * trained,
-        optimizer=2 * FLOAT32 * trained,
-        gathered=_gathered(size, way),
-        activations=_activations(size, way),
-        logits=_logits(size, way),
+        weights=weights,
+        gradients=trained,
+        optimizer=2 * trained,
+        copies=copies + buckets,
+        activations=activations,
+        logits=logits,
+        peak=state + max(at_start, after),
     )
+
+
+def _share(values: int, ranks: int) -> int:
+    return -(-values // ranks)
 
 
 def choose_way(
@@ -105,65 +155,86 @@ def choose_way(
     A group shards before it computes anything twice: that costs a third more arithmetic (a forward pass beside
     a forward and a backward one), and gathering overlaps with arithmetic.
     """
-    ways = [
+    ways = ways_of(way, sharding, recomputing)
+    fitting = [one for one in ways if memory_of(size, one).peak <= usable_bytes]
+    return fitting[0] if fitting else min(ways, key=lambda one: memory_of(size, one).peak)
+
+
+def ways_of(way: Way, sharding: Setting, recomputing: Setting) -> list[Way]:
+    """The ways that the settings leave, the fastest first."""
+    return [
         replace(way, is_sharded=is_sharded, recomputes=recomputes)
         for recomputes in _left_by(recomputing)
         for is_sharded in _left_by(sharding if way.ranks > 1 else "off")
     ]
-    fitting = [one for one in ways if memory_of(size, one).total <= usable_bytes]
-    return fitting[0] if fitting else min(ways, key=lambda one: memory_of(size, one).total)
 
 
 def _left_by(setting: Setting) -> Sequence[bool]:
     return {"auto": (False, True), "on": (True,), "off": (False,)}[setting]
 
 
-def _gathered(size: ModelSize, way: Way) -> int:
-    value = _bytes_per_value(way)
+def _copies(size: ModelSize, way: Way) -> int:
+    value = _value(way)
     if way.is_sharded:
         # Two parts' weights, one's gradient as it was computed, and in float32 on its way to the others.
         return size.largest_unit * (2 * value + value + FLOAT32)
-    copies = value * size.parameters if way.in_bfloat16 else 0
-    sent = FLOAT32 * (size.parameters - size.frozen) if way.ranks > 1 else 0
-    return copies + sent
+    if not way.in_bfloat16:
+        return 0
+    at_once = _share(size.cast, size.layers) if way.recomputes and way.compiles and size.layers else size.cast
+    return BFLOAT16 * (at_once + size.cast_head)
 
 
 def _activations(size: ModelSize, way: Way) -> int:
-    tokens = way.blocks * way.block_tokens
-    kept_of_layer = tokens * _kept_per_token(size, way)
+    kept_of_layer = way.tokens * _kept_per_token(size, way)
+    hidden = (
+        way.tokens * size.width * (_residual(way) + _value(way))
+    )  # of the last norm: what it reads, and makes
     if not way.recomputes:
-        return size.layers * kept_of_layer
-    return size.layers * tokens * size.width * _residual_bytes(way) + kept_of_layer
+        return size.layers * kept_of_layer + hidden
+    return size.layers * way.tokens * size.width * _residual(way) + kept_of_layer + hidden
 
 
 def _kept_per_token(size: ModelSize, way: Way) -> int:
     """Bytes that a layer keeps of each token: inputs of both norms and what they make of them, queries, keys,
-    values and what attention makes of them, and the feed-forward's inside.
+    values and what attention makes of them, the feed-forward's inside, and adapters' inside."""
+    values = 2 * size.width + 2 * size.queries + 2 * size.keys
+    if size.adapters:  # by which attention's output is cast once more
+        values += size.adapters + size.queries
+    # Gated: both projections and their product, and not compiled, the gate's SiLU.
+    inside = size.inner * ((3 if way.compiles else 4) if size.is_gated else 2)
+    return 2 * size.width * _residual(way) + _value(way) * (values + inside)
 
-    Compiled, what is cheap to compute again is: the outputs of norms, and the products within a feed-forward.
-    """
-    value = _bytes_per_value(way)
-    attention = 2 * size.queries + 2 * size.keys
-    if way.compiles:
-        inside = size.inner * (2 if size.is_gated else 1)
-        return 2 * size.width * _residual_bytes(way) + value * (attention + inside)
-    inside = size.inner * (4 if size.is_gated else 2)
-    return 2 * size.width * _residual_bytes(way) + value * (2 * size.width + attention + inside)
+
+def _within_a_layer(size: ModelSize, way: Way) -> int:
+    """What a layer's backward pass makes for a moment: gradients of the feed-forward's inside, and of what goes
+    on to the layer before."""
+    inside = size.inner * (3 if size.is_gated else 2)
+    return way.tokens * (_value(way) * inside + _residual(way) * 2 * size.width)
 
 
 def _logits(size: ModelSize, way: Way) -> int:
-    """Compiled: logits and their gradient. Else also, in float32, the logits, their log-softmax and its
-    gradient."""
-    values = way.blocks * way.block_tokens * size.vocabulary
-    if way.compiles:
-        return values * 2 * _bytes_per_value(way)
-    return values * (3 * FLOAT32 + (_bytes_per_value(way) if way.in_bfloat16 else 0))
+    """The head's part of a backward pass: logits, their gradient, and that of the head's own weights.
+
+    In one compiled graph the logits' gradient takes the place of the logits. Where the loss alone is compiled it
+    does not. Else there are, in float32, their log-softmax, its gradient and theirs. In pieces there are a piece's
+    logits, these in float32 and their log-softmax, and the gradient of the head's weights from the forward pass on.
+    """
+    values, value = way.tokens * size.vocabulary, _value(way)
+    head = size.cast_head if size.frozen == 0 else 0
+    if way.logits_at_once:
+        return min(values, way.logits_at_once) * (value + 2 * FLOAT32) + FLOAT32 * head
+    if not way.compiles:
+        return values * 3 * FLOAT32
+    if not way.is_one_graph:
+        return values * 2 * value
+    return max(values * value, FLOAT32 * head) + value * head
 
 
-def _bytes_per_value(way: Way) -> int:
-    return 2 if way.in_bfloat16 else FLOAT32
+def _value(way: Way) -> int:
+    """Bytes of a value in the forward pass."""
+    return BFLOAT16 if way.in_bfloat16 else FLOAT32
 
 
-def _residual_bytes(way: Way) -> int:
+def _residual(way: Way) -> int:
     """Bytes of a value of the hidden states between layers: under autocast these stay in float32."""
-    return 2 if way.in_bfloat16 and way.is_sharded else FLOAT32
+    return BFLOAT16 if way.in_bfloat16 and way.is_sharded else FLOAT32

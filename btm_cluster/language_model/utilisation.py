@@ -59,11 +59,14 @@ def utilisation(
     return tokens_per_second * flops / (gpus * peak)
 
 
-def flops_per_token(model: Mapping[str, Any], parameters: int, block_tokens: int) -> int:
-    """Operations of an update for each token, by a model's configuration and size."""
+def flops_per_token(
+    model: Mapping[str, Any], parameters: int, block_tokens: int, trained: int | None = None
+) -> int:
+    """Operations of an update for each token, by a model's configuration and size; `trained` as for
+    `training_flops_per_token`."""
     layers = next((model[name] for name in ("num_hidden_layers", "n_layer") if name in model), 0)
     width = next((model[name] for name in ("hidden_size", "n_embd") if name in model), 0)
-    return training_flops_per_token(parameters, layers, width, block_tokens)
+    return training_flops_per_token(parameters, layers, width, block_tokens, trained)
 
 
 def cpu_flops() -> float:

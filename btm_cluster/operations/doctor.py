@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from btm_cluster.driver.capacity import Demand
+from btm_cluster.driver.capacity import Demand, memory_problem
+from btm_cluster.driver.gpu_memory import told
 from btm_cluster.driver.recipes import expert_resources, seed_resources
 from btm_cluster.equations.budget import stored_bytes
 from btm_cluster.errors import BtmError, StoreError
@@ -52,7 +53,28 @@ def examine(plan: Plan | None, address: str | None, folder: Path) -> list[Check]
     if address is None and carried.state == "wrong":  # only a job that is submitted carries it
         carried = replace(carried, state="note")
     checks.append(carried)
+    known = max((machine.gpu_bytes for machine in machines if machine.gpu_bytes), default=None)
+    may_grow = address is not None and plan is not None and plan.cluster.autoscaling
+    checks += judge_memory(demands, known, may_grow)
     return checks + judge_machines(machines, needs_of(plan, seen))
+
+
+def judge_memory(demands: Sequence[Demand], gpu_bytes: int | None, may_grow: bool) -> list[Check]:
+    """A line for each training on GPUs: its memory, by an estimate, and whether the largest GPU that was looked
+    at holds it."""
+    checks = []
+    for demand in demands:
+        if demand.memory is None:
+            continue
+        name = f"memory of {'' if demand.label.startswith('an ') else 'the '}{demand.label}"
+        problem = memory_problem(demand, gpu_bytes)
+        if problem is None:
+            there = "; no GPU was looked at" if gpu_bytes is None else ""
+            checks.append(Check(name, "ok", told(demand.memory, gpu_bytes) + there))
+        else:
+            found = f"{problem.found}: estimated; {problem.expected}"
+            checks.append(Check(name, "note" if may_grow else "wrong", found, problem.remedy))
+    return checks
 
 
 def examine_plan(plan: Plan) -> tuple[list[Check], Preview | None]:

@@ -13,20 +13,29 @@ from typing import Any
 from btm_cluster.algorithm import Grown
 from btm_cluster.data.fields import fields_with_messages
 from btm_cluster.driver.budget import Spent, budget_notes
-from btm_cluster.driver.capacity import Demand
+from btm_cluster.driver.capacity import Demand, memory_problem
+from btm_cluster.driver.demands import demands_of
 from btm_cluster.driver.driver import Driver
+from btm_cluster.driver.gpu_memory import told
 from btm_cluster.driver.outstanding import baseline_requests
 from btm_cluster.driver.plan_notes import notes_on
 from btm_cluster.driver.prepared_plan import PreparedPlan, first_token_of, text_of
 from btm_cluster.driver.rates import FORWARD_SHARE, Rate, rates_of
 from btm_cluster.driver.recipes import expert_request, expert_resources, seed_request, seed_start
-from btm_cluster.driver.room import SOME_CLUSTER, Room, devices
+from btm_cluster.driver.room import SOME_CLUSTER, Room
 from btm_cluster.driver.text_sizes import TextSize, TextUse, text_sizes, text_uses
-from btm_cluster.equations.budget import stored_bytes, wall_hours
-from btm_cluster.language_model.deltas import count_trained
+from btm_cluster.equations.budget import wall_hours
 from btm_cluster.language_model.model import count_parameters
 from btm_cluster.ledger import Artifact, Ledger, Ref
-from btm_cluster.operations.plan_mixture import MixtureCost, mixture_costs
+from btm_cluster.operations.plan_costs import (
+    Costs,
+    Mixture,
+    Step,
+    checkpoint_bytes,
+    mixture_step,
+    mixtures_of,
+    training_step,
+)
 from btm_cluster.operations.run import grow_and_evaluate
 from btm_cluster.plan import Plan
 from btm_cluster.plan.rules import DEFAULT_FIELD
@@ -34,7 +43,6 @@ from btm_cluster.requests import (
     AverageRequest,
     ImportTokenizer,
     ReadText,
-    Resources,
     ScoreRequest,
     StepRequest,
     Tokenize,
@@ -45,24 +53,6 @@ from btm_cluster.workers.disk_and_memory import check_disk_of_store
 from btm_cluster.workers.dry_walk import DONE, NEW, UNREAD, DryWalk
 
 TOKEN_BLOCKS = "token blocks"
-
-
-@dataclass(frozen=True)
-class Step:
-    """One line of the preview."""
-
-    name: str
-    state: str
-    updates: int = 0
-    tokens: int = 0
-    stored_bytes: int = 0
-    device_hours: float = 0.0
-    """GPU-hours, or CPU-hours where it runs without a GPU, of what is still to be made."""
-    on_gpus: bool = False
-    hours: float = 0.0
-    """Hours that it takes."""
-    share: float = 1.0
-    """Share of the machines that it holds."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +80,8 @@ class Preview:
     demands: tuple[Demand, ...] = ()
     """The groups that the trainings to come ask for, with the resources of
     their checkpoints where they have any."""
+    gpu_bytes: float | None = None
+    """Memory of the GPUs, where there are some to look at."""
     requests: tuple[StepRequest, ...] = ()
     """Every step that is still to be made, as far as it is known before texts are read."""
 
@@ -116,13 +108,35 @@ class Preview:
         new = (step for step in self.steps if step.state != DONE and step.name != TOKEN_BLOCKS)
         return sum(step.stored_bytes for step in new)
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Most that the training checkpoints of trainings under way take: two of each, while one is replaced."""
+        return checkpoint_bytes(self.requests)
+
+    @property
+    def memory_lines(self) -> list[str]:
+        """A line for each group on GPUs: how much memory each of these takes."""
+        return [
+            f"memory of {demand.label}: {told(demand.memory, self.gpu_bytes)}"
+            for demand in self.demands
+            if demand.memory is not None
+        ]
+
     def to_json(self) -> dict[str, Any]:
         """Plain values for machines."""
-        fields = asdict(replace(self, requests=()))
-        del fields["requests"]
-        fields["asks"] = fields.pop("demands")
+        fields = asdict(replace(self, requests=(), demands=()))
+        del fields["requests"], fields["demands"]
+        fields["asks"] = [
+            asdict(replace(demand, memory=None))
+            | {"memory": demand.memory and asdict(demand.memory.memory(self.gpu_bytes))}
+            for demand in self.demands
+        ]
         fields["texts"] = [asdict(use) | {"passes": use.passes} for use in self.texts]
-        return fields | {"gpu_hours": self.gpu_hours, "cpu_hours": self.cpu_hours, "money": self.money}
+        return (
+            fields
+            | {"gpu_hours": self.gpu_hours, "cpu_hours": self.cpu_hours, "money": self.money}
+            | {"checkpoint_bytes": self.checkpoint_bytes}
+        )
 
 
 def preview(plan: Plan, ledger: Ledger, new_resources: bool = False, room: Room = SOME_CLUSTER) -> Preview:
@@ -138,25 +152,30 @@ def preview(plan: Plan, ledger: Ledger, new_resources: bool = False, room: Room 
     sizes = text_sizes(prepared, reads, ledger)
     uses = text_uses(prepared, sizes)
     parameters, non_embedding = count_parameters(prepared.model)
-    cost = _Cost(plan, walk, room, rates_of(plan, prepared.model, ledger, room.gpu))
+    cost = Costs(plan, walk, room, rates_of(plan, prepared.model, ledger, room.gpu))
     trainings = list(_trainings(grown, cost))
     tokens_of = _held_out_tokens(prepared, sizes)
-    mixtures = list(mixture_costs(walk, prepared, tokens_of))
-    merging = [*_mixtures(mixtures, cost), _scores(prepared, tokens_of, mixtures, cost)]
+    mixtures = mixtures_of(walk, prepared, tokens_of)
+    merging = [*(mixture_step(one, cost) for one in mixtures), _scores(prepared, tokens_of, mixtures, cost)]
     steps = (*_readings(walk, ledger), *_preparation(walk), *trainings, *merging)
+    demands = demands_of(walk.dry_run.asked.values(), plan)
+    for demand in demands:
+        if problem := memory_problem(demand, room.gpu_bytes):
+            raise problem
     return Preview(
         steps,
         uses,
         parameters,
         non_embedding,
         plan.cluster.gpus_per_expert > 0,
-        cost.rates[plan.cluster.gpus_per_expert > 0],
+        cost.rates.experts[plan.cluster.gpus_per_expert > 0],
         _wall_hours(trainings, merging),
         room.name,
         plan.cluster.price_per_gpu_hour,
         first_token_of(plan),
         (*notes_on(plan, uses), *_unread_messages(walk), *budget_notes(plan, ledger, _cost(steps))),
-        _demands(walk),
+        demands,
+        room.gpu_bytes,
         tuple(walk.dry_run.asked.values()),
     )
 
@@ -220,26 +239,18 @@ def _held_out_tokens(prepared: PreparedPlan, sizes: Sequence[TextSize]) -> dict[
     return {refs: held_out.get(text.name, 0) / 2 for text in prepared.texts for refs in text.tokens.values()}
 
 
-def _mixtures(mixtures: Iterable[MixtureCost], cost: "_Cost") -> Iterator[Step]:
-    for one in mixtures:
-        state = cost.walk.state(one.request)
-        tokens = 0 if state == DONE else FORWARD_SHARE * one.tokens
-        fields = cost.of(one.request.how, tokens)
-        yield Step(one.request.label, state, stored_bytes=one.stored_bytes, **fields)
-
-
 def _scores(
     prepared: PreparedPlan,
     tokens_of: Mapping[tuple[Ref, ...], float],
-    mixtures: Iterable[MixtureCost],
-    cost: "_Cost",
+    mixtures: Iterable[Mixture],
+    cost: Costs,
 ) -> Step:
     """The scores of every model on all held-out text; averages are not counted as done or new, since they are
     named by fits."""
     walk = cost.walk
     asked = [request for request in walk.all_of(ScoreRequest) if isinstance(request, ScoreRequest)]
     averages = {request.ref for request in walk.all_of(AverageRequest)}
-    passes = {mixture.request.ref: mixture.inference_cost for mixture in mixtures}
+    passes = {mixture.request.ref: mixture.size.inference_cost for mixture in mixtures}
     new = (one for one in asked if walk.state(one) != DONE)
     tokens = sum(passes.get(one.model, 1) * tokens_of.get(one.tokens, 0) for one in new)
     state = _share_done(walk, [one for one in asked if one.model not in averages])
@@ -262,26 +273,7 @@ def _share_done(walk: DryWalk, requests: Sequence[StepRequest]) -> str:
     return DONE if done == len(states) else NEW if not done else f"{len(states) - done} of {len(states)} new"
 
 
-@dataclass(frozen=True)
-class _Cost:
-    """Inputs of the cost of a training."""
-
-    plan: Plan
-    walk: DryWalk
-    room: Room
-    rates: Mapping[bool, Rate]
-    """Rates, by whether they are on GPUs."""
-
-    def of(self, how: Resources, tokens: float, is_expert: bool = False) -> dict[str, Any]:
-        """Fields of a step whose group trains on so many tokens."""
-        on_gpus = how.gpus_per_worker > 0
-        spent = self.rates[on_gpus].hours(tokens)
-        at_once = self.plan.cluster.concurrent_experts if is_expert else None
-        share = max(self.room.share(how, len(self.plan.domains)), 1 / at_once if at_once else 0.0)
-        return {"device_hours": spent, "on_gpus": on_gpus, "hours": spent / devices(how), "share": share}
-
-
-def _trainings(grown: Grown, cost: _Cost) -> Iterator[Step]:
+def _trainings(grown: Grown, cost: Costs) -> Iterator[Step]:
     """Seed, an expert for each of the plan's domains, and the baselines."""
     prepared, walk = grown.prepared, cost.walk
     seed = seed_request(prepared)
@@ -289,33 +281,13 @@ def _trainings(grown: Grown, cost: _Cost) -> Iterator[Step]:
         request.label: request for request in walk.all_of(TrainRequest) if isinstance(request, TrainRequest)
     }
     start = seed_start(prepared, seed.ref)
-    yield _training(seed, walk.state(seed) if seed.label in asked else DONE, cost)
+    yield training_step(seed, walk.state(seed) if seed.label in asked else DONE, cost)
     for domain in prepared.domains:
         request = asked.get(domain.name)
         state = DONE if request is None else walk.state(request)
-        yield _training(request or expert_request(prepared, domain, start), state, cost)
+        yield training_step(request or expert_request(prepared, domain, start), state, cost)
     for baseline in baseline_requests(prepared):
-        yield _training(baseline, walk.state(baseline) if baseline.ref in walk.requests else NEW, cost)
-
-
-def _training(request: TrainRequest, state: str, cost: _Cost) -> Step:
-    first = max([request.first_update, *request.milestones])  # up to a milestone it is another step's
-    tokens_per_update = request.blocks_per_update * request.training.block_tokens
-    resumed = cost.walk.dry_run.asked.get(request.ref)
-    saved_at = resumed.saved_at if isinstance(resumed, TrainRequest) else None
-    to_come = 0 if state == DONE else request.last_update - max(first, saved_at or 0)
-    return Step(
-        f"{request.role} {request.label}" if request.role == "expert" else request.label,
-        state,
-        request.last_update - first,
-        (request.last_update - first) * tokens_per_update,
-        stored_bytes(
-            count_trained(request.model, request.trains)[0],
-            request.role == "seed" and request.pretrained is None,
-        )
-        * (max(1, len(request.parts)) + len(request.snapshots)),
-        **cost.of(request.how, to_come * tokens_per_update, request.role == "expert"),
-    )
+        yield training_step(baseline, walk.state(baseline) if baseline.ref in walk.requests else NEW, cost)
 
 
 def _wall_hours(trainings: Sequence[Step], merging: Sequence[Step]) -> float:
@@ -323,23 +295,3 @@ def _wall_hours(trainings: Sequence[Step], merging: Sequence[Step]) -> float:
     seed, *others = trainings
     beside = wall_hours([(step.hours, step.share) for step in others])
     return seed.hours + beside + sum(step.hours for step in merging)
-
-
-def _demands(walk: DryWalk) -> tuple[Demand, ...]:
-    """The groups that the trainings to come ask for: one for each size, and
-    one for each training that goes on."""
-    seen: dict[tuple[Resources, str], Demand] = {}
-    for request in walk.dry_run.asked.values():
-        if isinstance(request, TrainRequest):
-            is_new_expert = request.role == "expert" and request.saved_at is None
-            label = f"expert {request.label}" if request.role == "expert" else request.label
-            trained, frozen = count_trained(request.model, request.trains)
-            demand = Demand(
-                "an expert" if is_new_expert else label,
-                request.how,
-                request.saved_at,
-                parameters=trained,
-                frozen=frozen,
-            )
-            seen.setdefault((demand.how, demand.label if demand.saved_at is not None else ""), demand)
-    return tuple(seen.values())

@@ -43,6 +43,8 @@ def heat_section(texts: Sequence[TextParts], experts: Sequence[str], why_not: st
     """Perplexity of each expert on each text, and how much the ensemble relies on it."""
     if not texts:
         return not_measured(*HEAT, why_not)
+    # Domains in the experts' order, so that a domain and its expert meet on the diagonal.
+    texts = sorted(texts, key=lambda text: [*experts, text.name].index(text.name))
     names = [_name(text) for text in texts]
     blocks: list[Block] = [
         Paragraph(f"Texts are rows, experts are columns.{_looked_at(texts)}", is_note=True),

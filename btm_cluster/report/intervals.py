@@ -23,7 +23,7 @@ def draw_intervals(title: str, rows: Sequence[Measured], zero: str) -> str:
     """A dot and a bar for each row, under its name. `zero` names what is at zero.
 
     What lies left of zero is better. The scale ends where the rows that are much worse than all others would
-    press these together; their dots then stand at its end.
+    press these together; an arrow at its end then stands for their dots.
     """
     low = min([0.0, *(row.low for row in rows)])
     high = max([0.0, *(row.high for row in rows)])
@@ -44,7 +44,11 @@ def draw_intervals(title: str, rows: Sequence[Measured], zero: str) -> str:
         drawing.text(WIDTH - EDGE, y + 13, f"{100 * row.value:+.1f} %".replace("-", "−"), "value", "end")
         ends = [min(max(end, low), high) for end in (row.low, row.high)]
         drawing.line((scale(ends[0]), y + 24), (scale(ends[1]), y + 24), f"interval {css}")
-        drawing.dot(scale(min(row.value, high)), y + 24, 5, css)
+        if row.value > high:
+            tip = WIDTH - EDGE + 5
+            drawing.add("path", d=f"M{tip - 9} {y + 18}L{tip} {y + 24}L{tip - 9} {y + 30}z", css=css)
+        else:
+            drawing.dot(scale(row.value), y + 24, 5, css)
     return drawing.svg()
 
 

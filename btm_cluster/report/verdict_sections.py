@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from btm_cluster.evaluation.judgement import Judgement
-from btm_cluster.evaluation.rows import SEED, Cell, Row, cost_text
+from btm_cluster.evaluation.rows import SEED, Cell, Row, cost_text, system_of_texts
 from btm_cluster.evaluation.verdict import Verdict
 from btm_cluster.report.content import Block, Figure, Section, Table, Tile, not_measured
 from btm_cluster.report.drawing import share_text
@@ -62,7 +62,7 @@ def _tile(one: Judgement) -> Tile:
     parts = [
         f"perplexity {one.perplexity:.2f}, interval {_signed(low)} to {_signed(high)}",
         _cost(one.inference_cost),
-        one.system,
+        system_of_texts(one.system),
     ]
     if one.no_better_on:
         parts.append(f"no better on {', '.join(one.no_better_on)}")

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import psutil
 
-from btm_cluster.driver.capacity import Demand
+from btm_cluster.driver.capacity import Demand, memory_problem
 from btm_cluster.equations.budget import frozen_bytes, stored_bytes, trained_bytes
 from btm_cluster.errors import ResourcesError
-from btm_cluster.workers.nvidia import gpu_facts
+from btm_cluster.workers.nvidia import gpu_bytes
 
 GIGABYTE = 10**9
 
@@ -44,11 +44,13 @@ def problems_here(demands: Sequence[Demand]) -> Iterator[ResourcesError]:
     """Shortages of memory and scratch space on this machine for trainings that it runs itself."""
     trained = [demand for demand in demands if demand.parameters]
     memory = _memory()
-    gpu_memory = _gpu_memory() if any(demand.how.gpus_per_worker for demand in trained) else None
+    of_gpu = gpu_bytes() if any(demand.how.gpus_per_worker for demand in trained) else None
     for demand in trained:
         needed = (trained_bytes(demand.parameters) + frozen_bytes(demand.frozen)) // demand.how.workers
-        there, of = (gpu_memory, "a GPU") if demand.how.gpus_per_worker else (memory, "this machine")
-        if there is not None and needed > there:
+        if problem := memory_problem(demand, of_gpu):
+            yield problem
+        there, of = (of_gpu, "a GPU") if demand.how.gpus_per_worker else (memory, "this machine")
+        if demand.memory is None and there is not None and needed > there:
             yield ResourcesError(
                 f"the memory of {of} is too small to train {demand.label}",
                 found=f"{there / GIGABYTE:,.1f} GB",
@@ -88,9 +90,3 @@ def _memory() -> int:
     except OSError:
         return total
     return total if limit == "max" else min(total, int(limit))
-
-
-def _gpu_memory() -> int | None:
-    """Memory of the largest GPU here, in bytes; None where NVIDIA's driver does not say."""
-    megabytes = [int(total) for (total,) in gpu_facts("memory.total") if total.isdigit()]
-    return max(megabytes) << 20 if megabytes else None

@@ -23,7 +23,7 @@ from btm_cluster.errors import BtmError, ResourcesError, UserError
 from btm_cluster.storage import open_storage
 from btm_cluster.storage.node_cache import node_cache
 from btm_cluster.workers.disk_and_memory import problems_here
-from btm_cluster.workers.nvidia import gpu_facts
+from btm_cluster.workers.nvidia import gpu_bytes, gpu_facts
 
 PROGRAM_SECONDS = 120.0
 _THREAD_VARIABLES = ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TORCH_NUM_THREADS", "OMP_THREAD_LIMIT")
@@ -56,6 +56,8 @@ class Machine:
     """For C: what torch.compile makes for a GPU is started by a small program that is built there."""
     no_cpu_compiler: str = ""
     """Tool that torch.compile needs to build code for a CPU and that is missing; empty: none."""
+    gpu_bytes: int | None = None
+    """Memory of its largest GPU."""
 
 
 def inspect_machine(store: str | None, claimed_cpus: float = 0, claimed_gpus: float = 0) -> Machine:
@@ -83,6 +85,7 @@ def inspect_machine(store: str | None, claimed_cpus: float = 0, claimed_gpus: fl
         cache,
         not missing_compiler(on_gpu=True),
         missing_compiler(on_gpu=False),
+        gpu_bytes() if gpus else None,
     )
 
 
@@ -140,7 +143,8 @@ def room_here(on_gpus: bool) -> Room:
     gpus = _gpus() if on_gpus else ()
     if on_gpus and not gpus:
         return SOME_CLUSTER
-    return Room("on this machine", float(len(gpus)), float(usable_cpus()), next(iter(gpus), None))
+    memory = gpu_bytes() if gpus else None
+    return Room("on this machine", float(len(gpus)), float(usable_cpus()), next(iter(gpus), None), memory)
 
 
 def usable_cpus() -> int:

@@ -6,6 +6,12 @@ PROGRAM_SECONDS = 120.0
 """Longest wait for it."""
 
 
+def gpu_bytes() -> int | None:
+    """Memory of the largest GPU here; None where NVIDIA's driver does not say."""
+    megabytes = [int(total) for (total,) in gpu_facts("memory.total") if total.isdigit()]
+    return max(megabytes) << 20 if megabytes else None
+
+
 def gpu_facts(*fields: str) -> list[list[str]]:
     """The named fields of `nvidia-smi --query-gpu` for each GPU, without units; empty without GPU or program."""
     query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]

@@ -16,8 +16,11 @@ import ray
 
 from btm_cluster.cli import app, run_command
 from btm_cluster.driver.capacity import Demand
+from btm_cluster.driver.gpu_memory import TrainingMemory
 from btm_cluster.errors import ResourcesError
+from btm_cluster.language_model.training_size import size_for
 from btm_cluster.operations import doctor
+from btm_cluster.operations.doctor import judge_memory
 from btm_cluster.plan import Plan
 from btm_cluster.requests import Resources
 from btm_cluster.storage.local_folder import LocalFolder
@@ -351,3 +354,21 @@ def test_a_cluster_that_takes_no_job_is_found_out(
     assert wrong.name == named
     assert found in wrong.found
     assert wrong.remedy
+
+
+def test_the_memory_of_gpus_is_told_and_what_cannot_fit_is_wrong_unless_the_cluster_grows() -> None:
+    how = Resources(1, 1.0, 1, 8, "bfloat16", True)
+    training = TrainingMemory(size_for({"model_type": "gpt2"}), how, 16, 1024, is_expert=True)
+    demands = [
+        Demand("seed", Resources(1, 0, 1, 8, "float32", False)),
+        Demand("an expert", how, memory=training),
+    ]
+    peak = training.memory(None).peak
+    (unseen,) = judge_memory(demands, None, may_grow=False)
+    assert (unseen.name, unseen.state) == ("memory of an expert", "ok")
+    assert unseen.found.endswith("; no GPU was looked at")
+    assert [judge_memory(demands, 2 * peak, may_grow)[0].state for may_grow in (False, True)] == ["ok", "ok"]
+    (wrong,) = judge_memory(demands, peak // 2, may_grow=False)
+    assert wrong.state == "wrong"
+    assert "cluster.micro_batch_blocks" in wrong.remedy
+    assert judge_memory(demands, peak // 2, may_grow=True)[0].state == "note"

@@ -14,7 +14,7 @@ from btm_cluster.data.tokenizer_training import train_tokenizer
 from btm_cluster.driver.preparation import prepare
 from btm_cluster.driver.prepared_plan import text_of
 from btm_cluster.driver.room import Room
-from btm_cluster.errors import FoundationError, StepError, UserError
+from btm_cluster.errors import FoundationError, ResourcesError, StepError, UserError
 from btm_cluster.ledger import Ledger, Ref, artifact_key, blob_key
 from btm_cluster.operations.plan import DONE, NEW, UNREAD, Preview, Step, preview
 from btm_cluster.operations.run import run_plan
@@ -423,3 +423,43 @@ def test_a_pretrained_tokenizer_and_seed_are_new_or_done_whatever_text_is_read(
     seen = states(look(pretrained | {"domains": [{"name": "other", "text": str(text)}]}))
     assert (seen["tokenizer"], seen["seed"], seen["expert other"]) == (DONE, DONE, UNREAD)
     assert seen["token blocks"] == "2 of 2 done, and more once all texts are read", "those of the target"
+
+
+def test_memory_of_gpus_is_told_with_bytes_to_store_and_refused_where_it_cannot_be(
+    fields: dict[str, Any],
+) -> None:
+    cluster = fields["cluster"] | {"gpus_per_expert": 0.5, "seed_gpus": 1}
+    plan = Plan.model_validate(fields | {"cluster": cluster, "baselines": []})
+    ledger = Ledger.open(plan.store)
+    unknown = preview(plan, ledger)
+    seed, expert = unknown.demands
+    assert (seed.label, expert.label) == ("seed", "an expert")
+    assert seed.memory is not None
+    assert expert.memory is not None
+    assert expert.memory.at_once == 2, "a GPU has two of them, and there are three"
+    peak = seed.memory.memory(None).peak
+    assert peak > 16 * unknown.parameters
+    first, second = unknown.memory_lines
+    assert first.startswith("memory of seed: about 0.0 GB at its peak on each GPU (weights 0.0, ")
+    assert second.endswith(", and 2 at once")
+    assert json.loads(json.dumps(unknown.to_json()))["asks"][0]["memory"]["peak"] == peak
+    assert unknown.checkpoint_bytes == 3 * 2 * 12 * unknown.parameters, "of three experts at once, two each"
+    with pytest.raises(ResourcesError, match="seed does not fit the memory of its GPUs"):
+        preview(plan, ledger, room=Room("here", 1, 1, "GPU", peak / 2))
+
+
+def test_what_is_stored_follows_from_the_type_of_the_weights_and_from_what_experts_change(
+    fields: dict[str, Any],
+) -> None:
+    rounded = look(fields | {"training": fields["training"] | {"weights": "bfloat16"}})
+    assert step(rounded, "seed").stored_bytes == 14 * rounded.parameters, "with moments, and the masters"
+    assert step(rounded, "expert kitchen").stored_bytes == 2 * rounded.parameters
+    lora = look(fields | {"branching": {"train": "lora", "lora": {"rank": 2}}})
+    adapter = step(lora, "expert kitchen").stored_bytes // 4
+    assert adapter == 2 * (32 + 96 + 32 + 32 + 32 + 128 + 128 + 32)
+    whole, frozen = 6 * lora.parameters, 4 * (lora.parameters + adapter) + 2 * adapter
+    faster = (whole + 12 * 32 * 32) / (frozen + 12 * 32 * 32)
+    both = step(lora, "seed"), step(lora, "expert kitchen")
+    assert both[0].device_hours / both[1].device_hours == pytest.approx(3 * faster, rel=0.3), (
+        "no gradients of frozen weights; rates of a CPU are measured"
+    )

@@ -211,3 +211,34 @@ def test_who_is_told_that_its_machine_will_go_saves_at_the_next_update_once_and_
         run(prepared_store, request, control)
     assert (last_saved(prepared_store, request), control.heard) == (1, 1)
     assert weights_of(run(prepared_store, request)) == undisturbed
+
+
+def test_a_run_on_gpus_without_the_memory_is_refused_before_a_text_is_read_with_what_fits(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan.model_validate(fields | {"cluster": fields["cluster"] | {"seed_gpus": 1}})
+    monkeypatch.setattr(disk_and_memory, "gpu_bytes", lambda: 10**6)
+    with opened_view() as view, driving(view, plan, None, True) as driver:
+        with pytest.raises(ResourcesError, match="seed does not fit the memory of its GPUs") as raised:
+            check_run(plan, driver)
+        assert not list(driver.ledger.list_artifacts("source"))
+    assert "cluster.micro_batch_blocks" in str(raised.value.remedy)
+
+
+@pytest.mark.parametrize(("seed_gpus", "gpus_per_expert"), [(4, 1), (1, 4), (0.5, 0)])
+def test_gpus_that_no_machine_has_are_refused_before_a_text_is_read(
+    seed_gpus: float, gpus_per_expert: float, fields: dict[str, Any]
+) -> None:
+    cluster = fields["cluster"] | {
+        "seed_gpus": seed_gpus,
+        "gpus_per_expert": gpus_per_expert,
+        "compile": "off",
+    }
+    plan = Plan.model_validate(fields | {"cluster": cluster})
+    with (
+        opened_view() as view,
+        driving(view, plan, None, True) as driver,
+        pytest.raises(ResourcesError, match="has no room for"),
+    ):
+        check_run(plan, driver)
+    assert not list(driver.ledger.list_artifacts("source"))

@@ -10,8 +10,8 @@ from btm_cluster.cli import app, forest_app
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "btm_cluster"
 MOST_MODULES = MOST_LEVELS = 10
-SHARED = {"averages", "ensemble", "given_text", "model_folder"}
-"""Operations without a command, on which several of them rest."""
+SHARED = {"averages", "ensemble", "given_text", "model_folder", "plan_costs"}
+"""Operations without a command, on which others rest."""
 
 
 def names(folder: str) -> set[str]:

@@ -7,14 +7,18 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from btm_cluster.language_model.layers import size_of
+from btm_cluster.language_model.attention import leave_causal_masks_out
+from btm_cluster.language_model.deltas import freeze, hold_frozen_in
 from btm_cluster.language_model.memory import ModelSize, Way, choose_way, memory_of
 from btm_cluster.language_model.model import fresh_on_meta
+from btm_cluster.language_model.training_size import size_of
+from btm_cluster.plan import ALL, Lora, Trains
 
 QWEN_7B: dict[str, Any] = {
     "model_type": "qwen2", "vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944,
     "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False,
 }  # fmt: skip
+LINEAR = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
 GB = 1e9
 
 
@@ -40,6 +44,8 @@ def test_sizes_are_read_off_a_model(size: ModelSize) -> None:
         inner=18_944,
         is_gated=True,
         vocabulary=152_064,
+        cast=28 * (2 * 3584 * (3584 + 512) + 3584 + 2 * 512 + 3 * 3584 * 18_944),
+        cast_head=152_064 * 3584,
     )
 
 
@@ -49,7 +55,7 @@ def test_a_state_is_sixteen_bytes_for_each_trained_parameter_and_two_for_each_fr
     parameters = size.parameters
     assert memory_of(size, way).state == 16 * parameters
     assert memory_of(size, replace(way, is_sharded=True)).state == 8 * parameters
-    frozen = replace(size, frozen=parameters - 1000)
+    frozen = replace(size, frozen=parameters - 1000, frozen_linear=parameters - 1000)
     assert memory_of(frozen, way).state == 2 * (parameters - 1000) + 16 * 1000
 
 
@@ -82,8 +88,29 @@ def test_a_layer_keeps_as_much_as_autograd_says(
     way = Way(1, 2, 256, in_bfloat16, compiles=False, is_sharded=True)
     of_three, of_two = (_model(model_type, layers, in_bfloat16) for layers in (3, 2))
     kept = _kept_bytes(of_three) - _kept_bytes(of_two)
-    estimate = memory_of(size_of(of_three), way).activations / 3
+    estimate = memory_of(size_of(of_three), way).activations - memory_of(size_of(of_two), way).activations
     assert estimate < kept < most_above * estimate
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(("model_type", "train"), [("gpt2", "all"), ("llama", "all"), ("llama", "lora")])
+def test_a_compiled_layer_keeps_as_much_as_the_partitioner_leaves(model_type: str, train: str) -> None:
+    """With the copies of its weights that autocast makes."""
+    way = Way(1, 2, 256, in_bfloat16=True, compiles=True)
+    three, two = (_model(model_type, layers, in_bfloat16=False) for layers in (3, 2))
+    trains = Trains("lora", Lora(4, 8.0, LINEAR)) if train == "lora" else ALL
+    memory = [memory_of(size_of(model, trains), way) for model in (three, two)]
+    estimate = memory[0].activations + memory[0].copies - memory[1].activations - memory[1].copies
+    kept = []
+    for model in (three, two):
+        freeze(model, trains, 0)
+        if trains.is_delta:
+            hold_frozen_in(model, "bfloat16")
+        leave_causal_masks_out(model)
+        model.compile(backend="aot_eager_decomp_partition", dynamic=False)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            kept.append(_kept_bytes(model))
+    assert kept[0] - kept[1] == pytest.approx(estimate, rel=0.03)
 
 
 def _model(model_type: str, layers: int, in_bfloat16: bool) -> PreTrainedModel:

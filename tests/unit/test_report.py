@@ -83,8 +83,9 @@ def test_a_system_that_is_better_on_every_document_is_worth_it_and_a_worse_one_i
     (judged,) = found.judgements
     difference = row_of(found, system).means["all"].difference
     assert found.sentence.startswith(f"{outcome} as {kind}: {difference:+.1%} perplexity (95 % interval ")
+    shown = system if kind == "an ensemble" else f"{system}, another for each text"
     assert (
-        f" against the Transformer-LM on 3 test texts, at 3 times its inference cost ({system})."
+        f" against the Transformer-LM on 3 test texts, at 3 times its inference cost ({shown})."
         in found.sentence
     )
     assert judged.no_better_on == (() if factor < 1 else ("law", "code", "mail"))

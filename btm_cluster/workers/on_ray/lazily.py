@@ -57,7 +57,7 @@ class LazyRayWorkers:
         if address is None:  # which never grows
             cluster = cluster.model_copy(update={"autoscaling": False})
         self._arguments = (store, watcher, stop, cluster, expert, events or RunEvents())
-        self._address, self._dashboard = address, dashboard
+        self._address, self._dashboard, self._may_grow = address, dashboard, cluster.autoscaling
         self._stack = ExitStack()
         self._workers: RayWorkers | None = None
 
@@ -75,6 +75,10 @@ class LazyRayWorkers:
                 check_this_machine(demands)
                 check_compiler(demands)
             self._connected().check_capacity(demands)
+            if self._address is not None and not self._may_grow:
+                from btm_cluster.workers.on_ray.gpu_memory import check_gpu_memory
+
+                check_gpu_memory(demands)
 
     def get_ready(self, trainings: Sequence[TrainRequest]) -> None:
         if trainings:

@@ -1,0 +1,99 @@
+"""What fits the memory of GPUs, and the settings by which what does not would."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from btm_cluster.driver.capacity import Demand, memory_problem
+from btm_cluster.driver.gpu_memory import TrainingMemory, problem_of, told
+from btm_cluster.language_model.deltas import trains_of
+from btm_cluster.language_model.training_size import size_for
+from btm_cluster.plan import BranchingPlan
+from btm_cluster.requests import Resources
+from tests.unit.test_memory import GB, QWEN_7B
+
+LLAMA_1B: dict[str, Any] = {
+    "model_type": "llama", "vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192,
+    "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+LORA = BranchingPlan.model_validate({"train": "lora"})
+
+
+def expert(model: dict[str, Any] = LLAMA_1B, **how: Any) -> TrainingMemory:
+    """An expert that reads 16 blocks of 2,048 tokens in each update, 8 at once."""
+    alone = Resources(1, 1.0, 1, 8, "bfloat16", True, "none", "off")
+    resources = replace(alone, **how)
+    return TrainingMemory(size_for(model), resources, 16, 2048, is_expert=True)
+
+
+def remedy(training: TrainingMemory, gigabytes: float) -> str:
+    problem = problem_of("an expert", training, gigabytes * GB)
+    assert problem is not None
+    return str(problem.remedy)
+
+
+def test_the_estimate_of_a_billion_parameters_is_told_with_its_parts() -> None:
+    said = told(expert(), 141 * GB)
+    peak = expert().memory(None).peak / GB
+    assert said.startswith(
+        f"about {peak:.1f} GB of 141.0 GB at its peak on each GPU (weights 4.9, gradients 4.9"
+    )
+    assert 45 < peak < 55
+    assert "activation checkpointing" in told(expert(activation_checkpointing="auto"), 40 * GB)
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "how", "setting"),
+    [
+        (40, {}, "`cluster.micro_batch_blocks: 4`"),
+        (30, {}, "`cluster.micro_batch_blocks: 2`"),
+        (24, {}, "`cluster.activation_checkpointing: on` and `cluster.micro_batch_blocks: 2`"),
+        (20, {}, "`cluster.gpus_per_expert: 2` and `cluster.micro_batch_blocks: 4`"),
+        (24, {"workers": 2}, "`cluster.sharding: auto`"),
+        (16, {"workers": 2}, "`cluster.gpus_per_expert: 4`"),
+        (16, {"workers": 2, "sharding": "auto", "activation_checkpointing": "auto"}, "`cluster.micro_batch"),
+    ],
+)
+def test_the_nearest_setting_that_fits_is_named_and_fits(
+    gigabytes: float, how: dict[str, Any], setting: str
+) -> None:
+    assert remedy(expert(**how), gigabytes).startswith(f"take {setting}"), remedy(expert(**how), gigabytes)
+
+
+def test_an_adapter_is_named_beside_it_where_that_fits() -> None:
+    adapted = size_for(LLAMA_1B, trains_of(LORA, LLAMA_1B))
+    assert ", or `branching.train: lora`" in remedy(replace(expert(), with_lora=adapted), 44)
+    assert "lora" not in remedy(expert(), 44)
+
+
+def test_what_no_setting_makes_fit_says_so() -> None:
+    assert "take a smaller `model`" in remedy(expert(QWEN_7B), 8)
+
+
+def test_experts_that_share_a_gpu_must_fit_it_together() -> None:
+    peak = expert().memory(None).peak / GB
+    three = replace(expert(gpus_per_worker=0.33), at_once=3)
+    assert problem_of("an expert", three, 3.1 * peak * GB) is None
+    assert remedy(replace(three, how=replace(three.how, micro_batch_blocks=1)), 60).startswith(
+        "take `cluster.gpus_per_expert: 0.5`"
+    )
+
+
+def test_where_no_gpu_was_looked_at_nothing_is_refused_and_what_went_on_before_is_not() -> None:
+    training = expert(QWEN_7B)
+    demand = Demand("an expert", training.how, memory=training)
+    assert memory_problem(demand, None) is None
+    assert memory_problem(demand, 130 * GB) is not None
+    assert memory_problem(replace(demand, saved_at=7), 130 * GB) is None
+    assert memory_problem(replace(demand, saved_at=7), 100 * GB) is not None, "its state alone is more"
+
+
+def test_logits_of_a_block_that_are_too_many_are_counted_by_the_piece() -> None:
+    long = replace(expert(QWEN_7B, micro_batch_blocks=1), block_tokens=8192)
+    short = replace(expert(QWEN_7B, micro_batch_blocks=2), block_tokens=4096)
+    assert long.way.tokens == short.way.tokens
+    head = 152_064 * 3584
+    assert long.memory(None).logits == 2**28 * 10 + 4 * head
+    assert short.memory(None).logits == 8192 * 152_064 * 2 + 2 * head
