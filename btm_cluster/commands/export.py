@@ -26,7 +26,7 @@ from btm_cluster.workers.shadowing import check_shadowing
 
 if TYPE_CHECKING:
     from btm_cluster.operations.averages import Average
-    from btm_cluster.plan import MixtureOfExpertsPlan, Plan
+    from btm_cluster.operations.export import MixtureOptions
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -52,7 +52,10 @@ def export(
     scale: Scale = None,
     moe: Annotated[
         bool,
-        typer.Option("--moe", help="All experts as one mixture of experts, which vLLM serves; needs a plan."),
+        typer.Option(
+            "--moe",
+            help="All experts as one mixture of experts, in an architecture that vLLM has; needs a plan.",
+        ),
     ] = False,
     experts_per_token: Annotated[
         int | None,
@@ -103,7 +106,7 @@ def export(
             seed,
             _average(average, target, density, scale),
             all_models,
-            _mixture_of_experts(moe, experts_per_token, rest, plan),
+            _mixture_of_experts(moe, experts_per_token, rest),
             mergekit,
             repository,
             public,
@@ -144,19 +147,16 @@ def _average(
 
 
 def _mixture_of_experts(
-    is_wanted: bool, experts_per_token: int | None, rest: str | None, plan: "Plan | None"
-) -> "MixtureOfExpertsPlan | None":
-    """The mixture that options and plan ask for."""
-    from btm_cluster.plan import MixtureOfExpertsPlan
+    is_wanted: bool, experts_per_token: int | None, rest: Literal["average", "seed"] | None
+) -> "MixtureOptions | None":
+    from btm_cluster.operations.export import MixtureOptions
 
-    given = {"experts_per_token": experts_per_token, "rest": rest}
-    options = {name: value for name, value in given.items() if value is not None}
     if is_wanted:
-        planned = (plan.merging.mixture_of_experts if plan is not None else None) or MixtureOfExpertsPlan()
-        return planned.model_copy(update=options)
-    if options:
-        option = f"--{next(iter(options)).replace('_', '-')}"
-        raise UserError(f"{option} is of a mixture of experts", remedy="add --moe, or leave it out")
+        return MixtureOptions(experts_per_token, rest)
+    given = {"--experts-per-token": experts_per_token, "--rest": rest}
+    alone = [option for option, value in given.items() if value is not None]
+    if alone:
+        raise UserError(f"{alone[0]} is of a mixture of experts", remedy="add --moe, or leave it out")
     return None
 
 

@@ -9,14 +9,14 @@ from btm_cluster.evaluation.rows import (
     SINGLE_MODELS,
     Milestones,
     Row,
-    cost_words,
+    cost_text,
     is_ensemble,
     is_mixture_of_experts,
     system_of_texts,
 )
 
 Kind: TypeAlias = Literal["ensemble", "single model", "mixture of experts"]
-"""Of a forest's systems; of each the best is judged."""
+"""The kinds of a forest's systems; the best of each is judged."""
 ADDED_LATER = "added later"
 """Why a domain is left out of the comparison that the forest got after its founding."""
 
@@ -51,12 +51,8 @@ class Judgement:
         """All of it in words, the outcome first."""
         article = "an" if self.kind == "ensemble" else "a"
         low, high = self.interval
-        cost = self.inference_cost
-        priced = (
-            ""
-            if cost is None
-            else f", at {f'{cost_words(cost)} times ' if cost > 1 else ''}its inference cost"
-        )
+        cost = None if self.inference_cost is None else cost_text(self.inference_cost)
+        priced = "" if cost is None else f", at {'' if cost == '1' else f'{cost} times '}its inference cost"
         where = f" No better on: {', '.join(self.no_better_on)}." if self.no_better_on else ""
         return (
             f"{self.outcome.capitalize()} as {article} {self.kind}: {self.difference:+.1%} perplexity "

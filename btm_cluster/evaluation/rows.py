@@ -54,7 +54,7 @@ def is_mixture_of_experts(system: str) -> bool:
     return system.startswith(_MIXTURE_OF_EXPERTS)
 
 
-def cost_words(cost: float) -> str:
+def cost_text(cost: float) -> str:
     """An inference cost as tables and sentences have it, before the sign for times."""
     return f"{round(cost, 2):g}"
 

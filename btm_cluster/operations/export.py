@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from btm_cluster.driver.driver import Driver
 from btm_cluster.errors import UserError
@@ -33,6 +34,20 @@ SEED, AVERAGE, EXPERTS, MIXTURE_OF_EXPERTS = "seed", "average", "experts", "mixt
 
 
 @dataclass(frozen=True)
+class MixtureOptions:
+    """Options of `--moe`; those that were not given are as in the plan, or by default."""
+
+    experts_per_token: int | None = None
+    rest: Literal["average", "seed"] | None = None
+
+    def over(self, plan: Plan) -> MixtureOfExpertsPlan:
+        """The mixture that they and a plan describe."""
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        planned = plan.merging.mixture_of_experts or MixtureOfExpertsPlan()
+        return planned.model_copy(update=given)
+
+
+@dataclass(frozen=True)
 class Export:
     """The models to export, and their destination: a folder, and a repository on the hub."""
 
@@ -42,7 +57,7 @@ class Export:
     average: Average | None = None
     all: bool = False
     """The seed and every expert, and the average where one is asked for, each in a folder of its own."""
-    mixture_of_experts: MixtureOfExpertsPlan | None = None
+    mixture_of_experts: MixtureOptions | None = None
     mergekit: Path | None = None
     """A file for the YAML of the same average."""
     repository: str | None = None
@@ -87,7 +102,9 @@ def check_export_call(asked: Export, plan: Plan | None) -> None:
         )
     if asked.mixture_of_experts is not None and plan is None:
         raise UserError(
-            "--moe fits routers on development text", remedy="name the forest's plan instead of --store"
+            "--moe needs the forest's plan: routers are fitted on its development text",
+            found="--store alone",
+            remedy="name the plan instead of the store: btm export PLAN --moe",
         )
     if asked.average is not None:
         check_average(asked.average, "--average", [text.name for text in plan.texts] if plan else ())
@@ -170,10 +187,10 @@ def _names(asked: Export, forest: Forest) -> list[str]:
     if asked.expert is not None:
         forest.expert(asked.expert)
         return [f"{EXPERTS}/{asked.expert}"]
-    if asked.mixture_of_experts is not None:
-        return [MIXTURE_OF_EXPERTS]
     if not forest.experts and not asked.seed:
         raise UserError(f"forest version {forest.version} has no expert", found=forest.reason)
+    if asked.mixture_of_experts is not None:
+        return [MIXTURE_OF_EXPERTS]
     experts = [f"{EXPERTS}/{domain}" for domain in forest.domains] if asked.all else []
     is_seed_wanted = asked.seed or asked.all
     return [*([SEED] if is_seed_wanted else []), *experts, *([AVERAGE] if asked.average else [])]
@@ -203,7 +220,8 @@ def _models(
         known[AVERAGE] = (asked.average.label, made.ref)
     if asked.mixture_of_experts is not None:
         assert grown is not None, "a call without a plan was refused"
-        steps = mixture_of_experts_requests(grown.prepared, forest, asked.mixture_of_experts)
+        wanted = asked.mixture_of_experts.over(grown.prepared.plan)
+        steps = mixture_of_experts_requests(grown.prepared, forest, wanted)
         known[MIXTURE_OF_EXPERTS] = ("mixture of experts", driver.require(steps)[-1].ref)
 
     def model(called: str, ref: Ref) -> ForestModel:
@@ -213,17 +231,17 @@ def _models(
     return {name: model(*known[name]) for name in names}
 
 
-def _check_mixture_of_experts(wanted: MixtureOfExpertsPlan, forest: Forest, ledger: Ledger) -> None:
+def _check_mixture_of_experts(given: MixtureOptions, forest: Forest, ledger: Ledger) -> None:
     """Refuses a mixture of experts that cannot be made.
 
     Raises:
-        UserError: an architecture that no mixture of experts has, or more experts for a token than there are.
+        UserError: an architecture that no mixture of experts has, or an option for more experts than there are.
     """
     check_target(open_config(ledger, ledger.get(Ref("model", forest.foundation.seed))))
-    if wanted.experts_per_token > len(forest.experts):
+    if (given.experts_per_token or 0) > len(forest.experts):
         raise UserError(
             "--experts-per-token is more than the forest has",
-            found=str(wanted.experts_per_token),
+            found=str(given.experts_per_token),
             expected=f"at most {len(forest.experts)}",
         )
 

@@ -6,7 +6,7 @@ It is the run itself, on workers that make nothing (`workers/dry_run.py`). A tex
 depends on it: every training while no forest is founded, its own expert afterwards.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -27,7 +27,15 @@ from btm_cluster.driver.text_sizes import TextSize, TextUse, text_sizes, text_us
 from btm_cluster.equations.budget import wall_hours
 from btm_cluster.language_model.model import count_parameters
 from btm_cluster.ledger import Artifact, Ledger, Ref
-from btm_cluster.operations.plan_costs import Costs, Step, checkpoint_bytes, training_step
+from btm_cluster.operations.plan_costs import (
+    Costs,
+    Mixture,
+    Step,
+    checkpoint_bytes,
+    mixture_step,
+    mixtures_of,
+    training_step,
+)
 from btm_cluster.operations.run import grow_and_evaluate
 from btm_cluster.plan import Plan
 from btm_cluster.plan.rules import DEFAULT_FIELD
@@ -43,6 +51,8 @@ from btm_cluster.requests import (
 )
 from btm_cluster.workers.disk_and_memory import check_disk_of_store
 from btm_cluster.workers.dry_walk import DONE, NEW, UNREAD, DryWalk
+
+TOKEN_BLOCKS = "token blocks"
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,9 @@ class Preview:
     @property
     def bytes_to_store(self) -> int:
         """At least: the models that are new."""
-        return sum(step.stored_bytes for step in self.steps if step.updates and step.state != DONE)
+        # Bytes of token blocks are of those that are there.
+        new = (step for step in self.steps if step.state != DONE and step.name != TOKEN_BLOCKS)
+        return sum(step.stored_bytes for step in new)
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -142,8 +154,10 @@ def preview(plan: Plan, ledger: Ledger, new_resources: bool = False, room: Room 
     parameters, non_embedding = count_parameters(prepared.model)
     cost = Costs(plan, walk, room, rates_of(plan, prepared.model, ledger, room.gpu))
     trainings = list(_trainings(grown, cost))
-    scores = _scores(prepared, sizes, cost)
-    steps = (*_readings(walk, ledger), *_preparation(walk), *trainings, scores)
+    tokens_of = _held_out_tokens(prepared, sizes)
+    mixtures = mixtures_of(walk, prepared, tokens_of)
+    merging = [*(mixture_step(one, cost) for one in mixtures), _scores(prepared, tokens_of, mixtures, cost)]
+    steps = (*_readings(walk, ledger), *_preparation(walk), *trainings, *merging)
     demands = demands_of(walk.dry_run.asked.values(), plan)
     for demand in demands:
         if problem := memory_problem(demand, room.gpu_bytes):
@@ -155,7 +169,7 @@ def preview(plan: Plan, ledger: Ledger, new_resources: bool = False, room: Room 
         non_embedding,
         plan.cluster.gpus_per_expert > 0,
         cost.rates.experts[plan.cluster.gpus_per_expert > 0],
-        _wall_hours(trainings, scores),
+        _wall_hours(trainings, merging),
         room.name,
         plan.cluster.price_per_gpu_hour,
         first_token_of(plan),
@@ -216,19 +230,29 @@ def _preparation(walk: DryWalk) -> Iterator[Step]:
     yield Step("tokenizer", walk.state(tokenizer))
     blocks = walk.all_of(Tokenize)
     found = [walk.found[request.ref] for request in blocks if request.ref in walk.found]
-    yield Step("token blocks", _share_done(walk, blocks), stored_bytes=_size(found))
+    yield Step(TOKEN_BLOCKS, _share_done(walk, blocks), stored_bytes=_size(found))
 
 
-def _scores(prepared: PreparedPlan, sizes: Sequence[TextSize], cost: Costs) -> Step:
+def _held_out_tokens(prepared: PreparedPlan, sizes: Sequence[TextSize]) -> dict[tuple[Ref, ...], float]:
+    """Tokens of each development and test text, by its blocks: of the two, each is about half."""
+    held_out = {size.name: size.held_out or 0 for size in sizes}
+    return {refs: held_out.get(text.name, 0) / 2 for text in prepared.texts for refs in text.tokens.values()}
+
+
+def _scores(
+    prepared: PreparedPlan,
+    tokens_of: Mapping[tuple[Ref, ...], float],
+    mixtures: Iterable[Mixture],
+    cost: Costs,
+) -> Step:
     """The scores of every model on all held-out text; averages are not counted as done or new, since they are
     named by fits."""
     walk = cost.walk
     asked = [request for request in walk.all_of(ScoreRequest) if isinstance(request, ScoreRequest)]
     averages = {request.ref for request in walk.all_of(AverageRequest)}
-    held_out = {size.name: size.held_out or 0 for size in sizes}
-    named = {refs: text.name for text in prepared.texts for refs in text.tokens.values()}
-    # Of development and test text, each is about half.
-    tokens = sum(held_out.get(named.get(one.tokens, ""), 0) / 2 for one in asked if walk.state(one) != DONE)
+    passes = {mixture.request.ref: mixture.size.inference_cost for mixture in mixtures}
+    new = (one for one in asked if walk.state(one) != DONE)
+    tokens = sum(passes.get(one.model, 1) * tokens_of.get(one.tokens, 0) for one in new)
     state = _share_done(walk, [one for one in asked if one.model not in averages])
     fields = cost.of(expert_resources(prepared.plan), FORWARD_SHARE * tokens)
     # Of many models, so that all machines have some of it to do.
@@ -266,7 +290,8 @@ def _trainings(grown: Grown, cost: Costs) -> Iterator[Step]:
         yield training_step(baseline, walk.state(baseline) if baseline.ref in walk.requests else NEW, cost)
 
 
-def _wall_hours(trainings: Sequence[Step], scores: Step) -> float:
-    """The seed alone, then the others beside each other, then the scores."""
+def _wall_hours(trainings: Sequence[Step], merging: Sequence[Step]) -> float:
+    """The seed alone, then the others beside each other, then the steps after them one by one."""
     seed, *others = trainings
-    return seed.hours + wall_hours([(step.hours, step.share) for step in others]) + scores.hours
+    beside = wall_hours([(step.hours, step.share) for step in others])
+    return seed.hours + beside + sum(step.hours for step in merging)

@@ -1,16 +1,19 @@
-"""Steps of a preview, and what trainings cost: hours, and bytes that are stored."""
+"""Steps of a preview, and the costs of trainings and of a mixture of experts: hours, and bytes that are stored."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from btm_cluster.driver.gpu_memory import training_memory
-from btm_cluster.driver.rates import RECOMPUTED_SHARE, Rates
+from btm_cluster.driver.prepared_plan import PreparedPlan
+from btm_cluster.driver.rates import FORWARD_SHARE, RECOMPUTED_SHARE, Rates
 from btm_cluster.driver.room import Room, devices
 from btm_cluster.equations.budget import stored_bytes
 from btm_cluster.language_model.deltas import count_trained
+from btm_cluster.language_model.mixture_of_experts import Size, size_of_mixture
+from btm_cluster.ledger import Ref
 from btm_cluster.plan import Plan
-from btm_cluster.requests import Resources, StepRequest, TrainRequest
+from btm_cluster.requests import MixtureOfExpertsRequest, Resources, StepRequest, TrainRequest
 from btm_cluster.workers.dry_walk import DONE, DryWalk
 
 
@@ -34,7 +37,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Costs:
-    """What the cost of a step follows from."""
+    """Inputs of the cost of a step."""
 
     plan: Plan
     walk: DryWalk
@@ -85,7 +88,8 @@ def training_step(request: TrainRequest, state: str, costs: Costs) -> Step:
 
 
 def _stored_bytes(request: TrainRequest) -> int:
-    """Of all that a training stores: what changes of a model, in the type of its weights; adapters are float32."""
+    """Bytes of all that a training stores: what changes of a model, in the type of its weights; adapters are
+    float32."""
     is_rounded = request.training.weights != "float32" and request.trains.lora is None
     keeps_moments = request.role == "seed" and request.pretrained is None
     one = stored_bytes(count_trained(request.model, request.trains)[0], keeps_moments, is_rounded)
@@ -101,3 +105,40 @@ def checkpoint_bytes(requests: Iterable[StepRequest]) -> int:
         trained = count_trained(request.model, request.trains)[0]
         sizes[request.role == "seed"] += 2 * stored_bytes(trained, with_optimizer=True)
     return max(sizes.values())
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of experts that a run asks for."""
+
+    request: MixtureOfExpertsRequest
+    size: Size
+    tokens: float
+    """Development tokens that a dense model reads to fit the routers."""
+
+
+def mixtures_of(
+    walk: DryWalk, prepared: PreparedPlan, tokens_of: Mapping[tuple[Ref, ...], float]
+) -> list[Mixture]:
+    """The mixtures of a run; `tokens_of` are the tokens of a text's split, by its blocks."""
+    found = []
+    for request in walk.all_of(MixtureOfExpertsRequest):
+        assert isinstance(request, MixtureOfExpertsRequest)
+        most = request.blocks * prepared.plan.training.block_tokens
+        tokens = sum(min(most, tokens_of.get(blocks, 0)) for blocks in request.tokens)
+        size = size_of_mixture(prepared.model, len(request.models), request.experts_per_token)
+        found.append(Mixture(request, size, tokens))
+    return found
+
+
+def mixture_step(mixture: Mixture, costs: Costs) -> Step:
+    """The line of a mixture: its hours are those of fitting the routers."""
+    request = mixture.request
+    state = costs.walk.state(request)
+    is_rounded = costs.plan.training.weights != "float32"
+    return Step(
+        request.label,
+        state,
+        stored_bytes=stored_bytes(mixture.size.parameters, with_optimizer=False, is_rounded=is_rounded),
+        **costs.of(request.how, 0 if state == DONE else FORWARD_SHARE * mixture.tokens),
+    )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from btm_cluster.evaluation.judgement import Judgement
-from btm_cluster.evaluation.rows import SEED, Cell, Row, cost_words, system_of_texts
+from btm_cluster.evaluation.rows import SEED, Cell, Row, cost_text, system_of_texts
 from btm_cluster.evaluation.verdict import Verdict
 from btm_cluster.report.content import Block, Figure, Section, Table, Tile, not_measured
 from btm_cluster.report.drawing import share_text
@@ -71,7 +71,7 @@ def _tile(one: Judgement) -> Tile:
 
 
 def _cost(cost: float | None) -> str:
-    return "inference cost not known" if cost is None else f"{cost_words(cost)}× inference cost"
+    return "inference cost not known" if cost is None else f"{cost_text(cost)}× inference cost"
 
 
 def _signed(share: float) -> str:
@@ -112,7 +112,7 @@ def _systems_table(rows: Sequence[Row], verdict: Verdict) -> Table:
     table = [
         [
             row.system,
-            DASH if row.inference_cost is None else f"{cost_words(row.inference_cost)}×",
+            DASH if row.inference_cost is None else f"{cost_text(row.inference_cost)}×",
             *(_perplexity(row.means.get(group)) for group in shown),
             *_whole(row.means.get("all")),
         ]

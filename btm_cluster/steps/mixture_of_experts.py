@@ -82,7 +82,7 @@ def _routers(request: MixtureOfExpertsRequest, ledger: Ledger, control: Control)
 
 
 def _reading(request: MixtureOfExpertsRequest, tokens: tuple[Ref, ...], ledger: Ledger) -> Reading:
-    # What is read alone is routed too.
+    # Tokens that are read and not predicted are routed too.
     reading = Reading(
         *map(torch.from_numpy, open_held_out(ledger, tokens, request.blocks, with_read_alone=True))
     )

@@ -82,7 +82,7 @@ def _means_table(split: str, columns: Mapping[str, Sequence[str]]) -> "Table":
 
 def _columns(rows: Sequence["Row"], verdict: "Verdict") -> dict[str, list[str]]:
     """Cells by heading."""
-    from btm_cluster.evaluation.rows import cost_words
+    from btm_cluster.evaluation.rows import cost_text
 
     groups = {"domains": "domains", "targets": "targets"}
     if verdict.left_out:
@@ -90,7 +90,7 @@ def _columns(rows: Sequence["Row"], verdict: "Verdict") -> dict[str, list[str]]:
     intervals = [_intervals(row) for row in rows]
     return {
         _SYSTEM: [row.system for row in rows],
-        _COST: ["–" if row.inference_cost is None else f"{cost_words(row.inference_cost)}x" for row in rows],
+        _COST: ["–" if row.inference_cost is None else f"{cost_text(row.inference_cost)}x" for row in rows],
         **{heading: [_perplexity(row.means.get(group)) for row in rows] for group, heading in groups.items()},
         _ALL: [_perplexity(row.means.get("all")) for row in rows],
         _INTERVAL: [interval for interval, _ in intervals],

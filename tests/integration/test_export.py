@@ -236,7 +236,7 @@ def test_calls_that_cannot_be_met_are_refused_before_anything_is_written(
         (*export, "--average", "ties", "--density", "0"): "at most 1",
         (*export, "--average", "ties", "--scale", "nan"): "a finite one",
         (*export, "--seed", "--shard-size", "5 miles"): "such as 5GB",
-        (*export, "--moe"): "name the forest's plan instead of --store",
+        (*export, "--moe"): "--moe needs the forest's plan",
         (*export, "--seed", "--rest", "seed"): "--rest is of a mixture of experts",
         (*export, "--seed", "--public"): "--push-to-hub",
         (*export, "--seed", "--to", store): "already exists",

@@ -11,9 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from btm_cluster.cli import app, run_command
+from btm_cluster.equations.router import best_sharpness, ridge_router
 from btm_cluster.errors import IncompatibleError, UserError
+from btm_cluster.language_model import routers
+from btm_cluster.language_model.compute import autocast
 from btm_cluster.language_model.configuration import config_from, plain_config
 from btm_cluster.language_model.folder import write_model
+from btm_cluster.language_model.loss import read_after
 from btm_cluster.language_model.mixture_of_experts import (
     MixtureWeights,
     differ_in_feed_forwards_alone,
@@ -25,6 +29,7 @@ from btm_cluster.language_model.routers import fit_routers
 from btm_cluster.language_model.soup import Reading
 from btm_cluster.language_model.stored_weights import StoredWeights, TensorFiles, write_shards
 from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.operations.plan import DONE, preview
 from btm_cluster.operations.run import run_plan
 from btm_cluster.plan import Plan
 from btm_cluster.requests import Resources
@@ -192,26 +197,78 @@ def test_what_no_stock_architecture_can_hold_is_refused() -> None:
             mixture_config(config, EXPERTS, experts_per_token)
 
 
+def of_words(first: int, blocks: int) -> Reading:
+    """Blocks of eight words."""
+    tokens = torch.randint(first, first + 8, (blocks, 16), generator=torch.Generator().manual_seed(first))
+    return Reading(tokens, torch.ones(blocks, 16, dtype=torch.bool))
+
+
 def test_routers_tell_domains_of_other_words_apart() -> None:
     model = build_model({"model_type": "llama", **SHAPE}, 0)
-    generator = torch.Generator().manual_seed(0)
-    readings = [
-        Reading(
-            torch.randint(first, first + 8, (blocks, 16), generator=generator),
-            torch.ones(blocks, 16, dtype=torch.bool),
-        )
-        for first, blocks in ((8, 10), (40, 20), (72, 1))
-    ]
+    readings = [of_words(8, 10), of_words(40, 20), of_words(72, 1)]
     how = Resources(1, 0, 1, 4, "float32", compile=False)
     counted: list[int] = []
-    routers = fit_routers(model, readings, 0, how, counted.append)
+    fitted = fit_routers(model, readings, 0, how, counted.append)
     assert sum(counted) == 10 + 20 + 2  # the only block of the last one is read twice
-    for router in routers:
+    for router in fitted:
         assert router.weights_EH.shape == (3, 32)
         assert router.accuracy > 0.9  # a block's first token is read after the same one everywhere
         assert router.sharpness > 3
     again = fit_routers(model, readings, 0, how)
-    assert all(torch.equal(a.weights_EH, b.weights_EH) for a, b in zip(routers, again, strict=True))
+    assert all(torch.equal(a.weights_EH, b.weights_EH) for a, b in zip(fitted, again, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_router_is_the_regression_in_float64_whatever_the_model_is_computed_in(precision: str) -> None:
+    """Gram matrices were products in bfloat16 where the model was: with an outlier channel, as large models have,
+    none that the regression could use."""
+    model = build_model({"model_type": "llama", **SHAPE}, 0).eval()
+    for layer in model.model.layers:
+        layer.post_attention_layernorm.weight.data[3] = 300
+    readings = [of_words(8, 1), of_words(40, 1)]  # one block each, which is learned from and held out
+    gram_HH, sums_EH = torch.zeros(32, 32, dtype=torch.float64), torch.zeros(2, 32, dtype=torch.float64)
+
+    for expert, reading in enumerate(readings):
+        seen: list[torch.Tensor] = []
+        handle = model.model.layers[1].mlp.register_forward_pre_hook(
+            lambda _, inputs, seen=seen: seen.append(inputs[0][0].double())
+        )
+        with torch.no_grad(), autocast(torch.device("cpu"), precision):
+            model(read_after(reading.tokens_BT, 0))
+        handle.remove()
+        gram_HH += seen[0].T @ seen[0] / 16
+        sums_EH[expert] = seen[0].mean(0)
+    fitted = fit_routers(model, readings, 0, Resources(1, 0, 1, 4, precision, compile=False))[1]
+    expected_EH = fitted.sharpness * ridge_router(gram_HH, sums_EH)
+    torch.testing.assert_close(fitted.weights_EH.double(), expected_EH, rtol=1e-3, atol=1e-5)
+
+
+def test_a_sharpness_is_fitted_on_as_many_tokens_as_memory_has_room_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Scores of all held-out tokens were held at once, for every layer: 43 GB at 64 experts."""
+    model = build_model({"model_type": "llama", **SHAPE}, 0)
+    readings = [
+        of_words(8, 10),
+        of_words(12, 20),
+    ]  # that share words, so that the sharpness depends on tokens
+    how = Resources(1, 0, 1, 4, "float32", compile=False)
+    scored: list[torch.Tensor] = []
+
+    def fit(scores_NE: torch.Tensor, experts_N: torch.Tensor, weights_N: torch.Tensor) -> float:
+        scored.append(experts_N)
+        return best_sharpness(scores_NE, experts_N, weights_N)
+
+    monkeypatch.setattr(routers, "best_sharpness", fit)
+    whole = fit_routers(model, readings, 0, how)
+    assert [experts_N.bincount().tolist() for experts_N in scored] == [[2 * 16, 4 * 16]] * 2
+    monkeypatch.setattr(routers, "SCORED_TOKENS", 80)
+    sampled, again = (fit_routers(model, readings, 0, how) for _ in range(2))
+    assert [experts_N.bincount().tolist() for experts_N in scored[2:]] == [[32, 40]] * 4
+    for one, other, same in zip(whole, sampled, again, strict=True):
+        assert (other.sharpness, other.accuracy) == (same.sharpness, same.accuracy)
+        assert other.sharpness == pytest.approx(one.sharpness, rel=0.5)
+        assert other.sharpness != one.sharpness
 
 
 def mixtures(ledger: Ledger) -> list[Artifact]:
@@ -224,16 +281,23 @@ def test_a_mixture_stands_in_the_verdict_and_is_what_is_exported(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Of experts that differ in feed-forwards alone: it is exact."""
+    """Experts differ in feed-forwards alone: it is exact. There are fewer of them than the plan's experts for a
+    token, which verdict and export take alike; only the option was given for this forest."""
     fields["domains"] = fields["domains"][:2]
     fields["model"] = {"config": {"model_type": "llama"} | {k: SHAPE[k] for k in list(SHAPE)[1:6]}}
     fields["training"] |= {"learning_rate": 1e-2}
     fields["branching"] = {"train": "feed-forward"}
-    fields["merging"] = {"mixture_of_experts": {}}
+    fields["merging"] = {"mixture_of_experts": {"experts_per_token": 3}}
     plan = Plan.model_validate(fields)
     run = run_plan(plan, in_process(plan))
     ledger = Ledger.open(plan.store)
     (mixture,) = mixtures(ledger)
+    (step,) = [
+        step for step in preview(plan, ledger).steps if step.name == "mixture of experts with the seed"
+    ]
+    stored = sum(blob.size_bytes for blob in mixture.blobs if blob.name.endswith(".safetensors"))
+    assert (step.state, step.device_hours) == (DONE, 0)
+    assert step.stored_bytes < stored < step.stored_bytes + 10_000, "and a header"
     row = next(row for row in run.verdict.rows["test"] if row.system == "mixture of experts, top-2")
     assert row.inference_cost == mixture.facts["inference_cost"] > 1
     assert row.cells.keys() == {"kitchen", "harbour", "market"}

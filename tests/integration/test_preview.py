@@ -126,6 +126,33 @@ def test_hours_and_money_follow_from_the_plans_rate_and_price(fields: dict[str, 
     assert (told["money"], told["gpu_hours"]) == (seen.money, seen.gpu_hours)
 
 
+def test_a_mixture_of_experts_is_counted_by_what_it_stores_and_by_what_a_token_passes(
+    fields: dict[str, Any],
+) -> None:
+    """It has the feed-forwards of all experts, and was in no sum."""
+    llama = {"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2}
+    fields |= {"model": {"config": llama | {"intermediate_size": 256}}, "targets": []}
+    fields["cluster"] |= {"gpus_per_expert": 1, "seed_gpus": 1, "tokens_per_gpu_second": 10}
+    without, one, two = (
+        look(fields | {"merging": {"development_blocks": 2} | merging})
+        for merging in (
+            {},
+            {"mixture_of_experts": {"experts_per_token": 1}},
+            {"mixture_of_experts": {"experts_per_token": 2}},
+        )
+    )
+    mixture, size = step(two, "mixture of experts with the average"), 320 * 32 * 2 + 4 * 32**2 + 3 * 32
+    assert mixture.state == UNREAD
+    assert mixture.stored_bytes == 4 * (size + 3 * 3 * 32 * 256 + 3 * 32), "experts, and a router"
+    assert two.bytes_to_store == without.bytes_to_store + mixture.stored_bytes
+    assert mixture.device_hours == pytest.approx(3 * 2 * 32 / 3 / 10 / 3600), "forward, on two blocks of each"
+    held_out = sum(use.size.held_out or 0 for use in two.texts)
+    expert = 3 * 32 * 256 / (without.parameters - 2 * 320 * 32)
+    more = step(two, "scores").device_hours - step(one, "scores").device_hours
+    assert more == pytest.approx(expert * held_out / 3 / 10 / 3600)
+    assert two.wall_hours > one.wall_hours > without.wall_hours
+
+
 def test_before_the_first_run_hours_are_estimated_from_the_models_flops_and_the_device(
     fields: dict[str, Any],
 ) -> None:

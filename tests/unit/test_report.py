@@ -20,6 +20,7 @@ from btm_cluster.evaluation.rows import (
     UNIFORM_AVERAGE,
     Milestones,
     Row,
+    mixture_of_experts,
     top_k_ensemble,
 )
 from btm_cluster.evaluation.verdict import SplitResult, Verdict, verdict
@@ -88,6 +89,13 @@ def test_a_system_that_is_better_on_every_document_is_worth_it_and_a_worse_one_i
         in found.sentence
     )
     assert judged.no_better_on == (() if factor < 1 else ("law", "code", "mail"))
+
+
+@pytest.mark.parametrize(("cost", "told"), [(1.0012, "at its"), (1.69, "at 1.69 times its"), (1, "at its")])
+def test_a_cost_that_is_rounded_to_one_is_told_as_one(cost: float, told: str) -> None:
+    system = mixture_of_experts(1)
+    found = verdict(texts_with({TRANSFORMER_LM: 1.0, system: 0.9}), costs={system: cost})
+    assert f"3 test texts, {told} inference cost ({system})" in found.sentence
 
 
 def test_the_judgement_names_the_texts_where_the_ensemble_was_no_better() -> None:
