@@ -1,6 +1,7 @@
 """Sections of a plan on what is trained: tokenizer, model, training and branching."""
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -156,12 +157,16 @@ class BranchingPlan(Section):
     how they are mixed. Unless this is written, it is 10 with LoRA: `training.learning_rate` stays the one by
     which the whole model would be trained."""
 
-    @model_validator(mode="after")
-    def _settle_for_deltas(self) -> Self:
+    @model_validator(mode="before")
+    @classmethod
+    def _settle_for_deltas(cls, given: Any) -> Any:
         """What is not written follows from what experts train."""
+        # Before the fields: `__init__` keeps nothing of another object that is returned after them.
+        if not isinstance(given, Mapping):
+            return given
         settled: dict[str, Any] = {}
-        if self.train != "all" and "start" not in self.model_fields_set:
+        if given.get("train") in ("feed-forward", "lora"):
             settled["start"] = "seed"
-        if self.train == "lora" and "learning_rate_scale" not in self.model_fields_set:
+        if given.get("train") == "lora":
             settled["learning_rate_scale"] = LORA_RATE_SCALE
-        return self.model_copy(update=settled) if settled else self
+        return settled | dict(given)
