@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from btm_cluster.plan import rules as plan_rules
 from btm_cluster.plan.section import Section
+from btm_cluster.plan.trains import ALL_LINEAR
 from btm_cluster.plan.values import (
     Config,
     FolderOrName,
@@ -104,13 +105,10 @@ class TrainingPlan(Section):
         return round(self.seed_share * self.updates)
 
 
-ALL_LINEAR = "all-linear"
-"""All linear layers but the output layer, in PEFT's words."""
-
-
 class LoraPlan(Section):
     """The adapter of a LoRA expert: ΔW = alpha/rank · B·A beside each adapted weight W."""
 
+    rules: ClassVar = plan_rules.lora_rules
     rank: Positive = 16
     """Rows of A, columns of B. Enough for a domain of some million tokens; more text wants more: 64 to 256."""
     alpha: PositiveReal = 32.0
@@ -120,8 +118,8 @@ class LoraPlan(Section):
     Source: Schulman et al., 2025, LoRA Without Regret.
     """
     modules: Modules = (ALL_LINEAR,)
-    """Linear layers that are adapted: names such as [q_proj, v_proj], or PEFT's `all-linear`, all of the decoder
-    layers. Adapters beside attention alone, LoRA's first habit, learn less at equal size (same source)."""
+    """Linear layers that are adapted: names such as [q_proj, v_proj], or PEFT's `all-linear` alone, all of the
+    decoder layers. Adapters beside attention alone, LoRA's first habit, learn less at equal size (same source)."""
 
 
 LORA_RATE_SCALE = 10.0

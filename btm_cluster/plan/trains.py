@@ -1,4 +1,4 @@
-"""What a training changes of the model that it starts from."""
+"""The part of a model that a training changes."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -6,6 +6,9 @@ from typing import Any, Literal, TypeAlias
 
 Part: TypeAlias = Literal["all", "feed-forward", "lora"]
 """All weights, those of the feed-forwards, or adapters of low rank beside linear layers."""
+
+ALL_LINEAR = "all-linear"
+"""All linear layers but the output layer, in PEFT's words."""
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,8 @@ def test_the_starter_parses_and_comments_every_choice_that_it_makes(write: Calla
     assert plan.domains[0].text[0].endswith("/text/news/*.jsonl.zst")
     assert plan.baselines == ("transformer-lm",)
     assert STARTER_PLAN.count("#") > 20
+    adapters = STARTER_PLAN.replace("# branching:", "branching:").replace("#   train: lora", "  train: lora")
+    assert read_plan(write(adapters)).branching == BranchingPlan(train="lora"), "at LoRA's own rate"
 
 
 def test_a_plan_is_frozen_and_survives_pickling(write: Callable[[str], Path]) -> None:
@@ -252,6 +254,7 @@ PROBLEMS = {
     "branching: {lora: {rank: 8}}": ("branching.lora", "nothing, since experts train all"),
     "branching: {train: lora, lora: {rank: 0}}": ("branching.lora.rank", "greater than or equal to 1"),
     "branching: {train: lora, lora: {modules: []}}": ("branching.lora.modules", "at least"),
+    "branching: {train: lora, lora: {modules: [all-linear, lm_haed]}}": ("branching.lora.modules", "alone"),
     "branching: {train: qlora}": ("branching.train", "'all', 'feed-forward' or 'lora'"),
     "training: {updates: 1.5}": ("training.updates", "a valid integer"),
     "training: {block_tokens: 1e400}": ("training.block_tokens", "finite"),
