@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from btm_cluster.errors import PlanError
+from btm_cluster.errors import PlanError, one_line
 from btm_cluster.language_model.model import fresh_on_meta
 from btm_cluster.language_model.stored_weights import StoredWeights
 from btm_cluster.plan import Lora, LoraPlan
-from btm_cluster.plan.training import ALL_LINEAR
+from btm_cluster.plan.trains import ALL_LINEAR
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -36,7 +36,8 @@ def resolve_lora(plan: LoraPlan, model: Mapping[str, Any]) -> Lora:
     """The adapter that a plan asks for, of a model by its configuration.
 
     Raises:
-        PlanError: a name that none of its linear layers has, or a rank above a layer's width.
+        PlanError: a name that none of its linear layers has, a layer that PEFT adapts in no such model, or a
+            rank above a layer's width.
     """
     modules = None if ALL_LINEAR in plan.modules else tuple(sorted({*plan.modules}))
     return _resolved(json.dumps(model, sort_keys=True), plan.rank, plan.alpha, modules)
@@ -44,7 +45,8 @@ def resolve_lora(plan: LoraPlan, model: Mapping[str, Any]) -> Lora:
 
 @cache
 def _resolved(model: str, rank: int, alpha: float, modules: tuple[str, ...] | None) -> Lora:
-    layers = _linear_layers(fresh_on_meta(json.loads(model)))
+    fresh = fresh_on_meta(json.loads(model))
+    layers = _linear_layers(fresh)
     modules = modules or tuple(sorted({name.rpartition(".")[2] for name in layers}))
     if not modules:
         raise _unknown_module(ALL_LINEAR, layers)
@@ -61,7 +63,24 @@ def _resolved(model: str, rank: int, alpha: float, modules: tuple[str, ...] | No
                 expected=f"at most {narrowest}, where the adapter already holds any change of that layer",
                 remedy="lower the rank, or leave such layers out of branching.lora.modules",
             )
-    return Lora(rank, alpha, modules)
+    lora = Lora(rank, alpha, modules)
+    _check_takes(fresh, lora)
+    return lora
+
+
+def _check_takes(fresh: "PreTrainedModel", lora: Lora) -> None:
+    """Puts the adapter into a model without values, as training will into the real one."""
+    from peft import inject_adapter_in_model
+
+    try:
+        inject_adapter_in_model(_config_for(lora, fresh), fresh, _ADAPTER, low_cpu_mem_usage=True)
+    except ValueError as exc:
+        raise PlanError(
+            f"branching.lora: PEFT adapts no {fresh.config.model_type} so",
+            found=one_line(exc),
+            expected="linear layers that PEFT adapts in such a model",
+            remedy=f"name others in branching.lora.modules, of {', '.join(lora.modules)}, or take `train: all`",
+        ) from exc
 
 
 def _linear_layers(model: "PreTrainedModel") -> dict[str, torch.nn.Linear | Conv1D]:

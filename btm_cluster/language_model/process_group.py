@@ -3,18 +3,23 @@
 A process alone is a group of one. Whoever starts the processes sets torch's process group up.
 """
 
+import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from btm_cluster.errors import TrainingError, one_line
+
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """One rank's view of the group. `any`, `sum` and `from_first` are collectives: all ranks call them, or none."""
+    """One rank's view of the group. `any`, `sum`, `from_first` and `made_by_first` are collectives: all ranks
+    call them, or none."""
 
     rank: int
     world: int
@@ -53,3 +58,33 @@ class ProcessGroup:
         if self.world > 1:
             dist.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
+
+    def made_by_first(self, make: Callable[[], T]) -> T | None:
+        """The result of `make`, which the first rank alone calls; None on the others. What it raises is raised on
+        every rank: the others would wait for what is sent next.
+
+        One that cannot be pickled is told to the others in words, as a TrainingError.
+        """
+        made: T | None = None
+        raised: Exception | None = None
+        if self.is_first:
+            try:
+                made = make()
+            except Exception as exc:
+                raised = exc
+        told = self.from_first(raised and _picklable(raised))
+        if raised is not None:
+            raise raised
+        if told is not None:
+            raise told
+        return made
+
+
+def _picklable(exc: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(exc))
+    except Exception:
+        return TrainingError(
+            "the first worker of the group failed", found=f"{type(exc).__name__}: {one_line(exc)}"
+        )
+    return exc

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from btm_cluster.errors import BtmError, IntegrityError
+from btm_cluster.errors import IntegrityError
 from btm_cluster.language_model.block_check import check_reads
 from btm_cluster.language_model.deltas import FILES, freeze, hold_frozen_in, load_trained, trained_names
 from btm_cluster.language_model.demix import own_moments, split_feed_forwards
@@ -154,16 +154,7 @@ def _sharded(
     shard(model, spec.compute, group)
     if base is None and not draws_weights:
         return model
-    whole: PreTrainedModel | None = None
-    wrong: BtmError | OSError | None = None
-    if group.is_first:
-        try:
-            whole = _whole(spec, base)
-        except (BtmError, OSError) as exc:
-            wrong = exc
-    wrong = group.from_first(wrong)  # the others would wait for weights
-    if wrong is not None:
-        raise wrong
+    whole = group.made_by_first(lambda: _whole(spec, base))
     hand_out(model, whole, group)
     return model
 

@@ -41,7 +41,9 @@ training:
   seed_share: 0.75                    # the paper's 0.5 suits larger models; leave it out where the model is pretrained
   blocks_per_domain_update: {blocks}         # an expert's batch; the seed takes this times the number of domains
   learning_rate: {learning_rate:g}
-branching: {{learning_rate_scale: 1}}   # the experts' over the seed's; 1 is the paper's, 2 made ensembles of small models better
+# branching:
+#   learning_rate_scale: 2            # the experts' rate over the seed's. Default: the paper's 1, or 10 with LoRA
+#   train: lora                       # adapters alone, of a frozen seed; or feed-forward
 baselines: [transformer-lm]           # the rival of the same compute, so that you know whether it was worth it
 
 merging: {{posterior: calibrated, prior: fitted, development_blocks: 100}}    # posterior: gate learns more; with_seed: true

@@ -7,13 +7,13 @@ refuses.
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from btm_cluster.errors import PlanError
 from btm_cluster.plan import rules as plan_rules
-from btm_cluster.plan.broken_rules import Broken, Given
+from btm_cluster.plan.broken_rules import Broken, Given, field_of
 from btm_cluster.plan.budget import BudgetPlan, budget_rules
 from btm_cluster.plan.expansion import ExpansionPlan
 from btm_cluster.plan.file import read_plan_file
@@ -173,13 +173,19 @@ class Plan(Section):
     tracking: TrackingPlan = TrackingPlan()
     """Where curves go besides the store."""
 
-    @model_validator(mode="after")
-    def _settle_seed_share(self) -> Self:
+    @model_validator(mode="before")
+    @classmethod
+    def _settle_seed_share(cls, given: Any) -> Any:
         """A pretrained model is a seed already, so that nothing is kept back for
         one unless the plan says so."""
-        if self.model.pretrained is None or "seed_share" in self.training.model_fields_set:
-            return self
-        return self.model_copy(update={"training": self.training.model_copy(update={"seed_share": 0.0})})
+        if not isinstance(given, Mapping) or field_of(given.get("model"), "pretrained") is None:
+            return given
+        training = given.get("training", {})
+        if isinstance(training, Mapping):
+            return {**given, "training": {"seed_share": 0.0, **training}}
+        if isinstance(training, TrainingPlan) and "seed_share" not in training.model_fields_set:
+            return {**given, "training": training.model_copy(update={"seed_share": 0.0})}
+        return given
 
     @property
     def texts(self) -> tuple[TextPlan, ...]:

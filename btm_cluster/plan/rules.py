@@ -22,6 +22,7 @@ from btm_cluster.plan.broken_rules import (
     section_of,
 )
 from btm_cluster.plan.kinds import ROWS, Kind, kind_of_pattern
+from btm_cluster.plan.trains import ALL_LINEAR
 
 DEFAULT_FIELD = "text"
 
@@ -153,6 +154,14 @@ def training_rules(given: Given) -> Iterator[Broken]:
         yield Broken(
             "seed_share", found, "a share that comes to an update, or 0", "raise `updates` or `seed_share`"
         )
+
+
+def lora_rules(given: Given) -> Iterator[Broken]:
+    """All linear layers are all: no name stands beside them."""
+    modules = entries_of(given.get("modules"))
+    if others := [name for name in modules if ALL_LINEAR in modules and name != ALL_LINEAR]:
+        found = f"{ALL_LINEAR!r} and {', '.join(map(repr, others))}"
+        yield Broken("modules", found, f"names of layers, or {ALL_LINEAR!r} alone", "keep one or the other")
 
 
 def branching_rules(given: Given) -> Iterator[Broken]:

@@ -1,11 +1,13 @@
 """Sections of a plan on what is trained: tokenizer, model, training and branching."""
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from btm_cluster.plan import rules as plan_rules
 from btm_cluster.plan.section import Section
+from btm_cluster.plan.trains import ALL_LINEAR
 from btm_cluster.plan.values import (
     Config,
     FolderOrName,
@@ -103,13 +105,10 @@ class TrainingPlan(Section):
         return round(self.seed_share * self.updates)
 
 
-ALL_LINEAR = "all-linear"
-"""All linear layers but the output layer, in PEFT's words."""
-
-
 class LoraPlan(Section):
     """The adapter of a LoRA expert: ΔW = alpha/rank · B·A beside each adapted weight W."""
 
+    rules: ClassVar = plan_rules.lora_rules
     rank: Positive = 16
     """Rows of A, columns of B. Enough for a domain of some million tokens; more text wants more: 64 to 256."""
     alpha: PositiveReal = 32.0
@@ -119,8 +118,8 @@ class LoraPlan(Section):
     Source: Schulman et al., 2025, LoRA Without Regret.
     """
     modules: Modules = (ALL_LINEAR,)
-    """Linear layers that are adapted: names such as [q_proj, v_proj], or PEFT's `all-linear`, all of the decoder
-    layers. Adapters beside attention alone, LoRA's first habit, learn less at equal size (same source)."""
+    """Linear layers that are adapted: names such as [q_proj, v_proj], or PEFT's `all-linear` alone, all of the
+    decoder layers. Adapters beside attention alone, LoRA's first habit, learn less at equal size (same source)."""
 
 
 LORA_RATE_SCALE = 10.0
@@ -156,12 +155,16 @@ class BranchingPlan(Section):
     how they are mixed. Unless this is written, it is 10 with LoRA: `training.learning_rate` stays the one by
     which the whole model would be trained."""
 
-    @model_validator(mode="after")
-    def _settle_for_deltas(self) -> Self:
+    @model_validator(mode="before")
+    @classmethod
+    def _settle_for_deltas(cls, given: Any) -> Any:
         """Defaults follow from what experts train."""
+        # Before the fields: `__init__` keeps nothing of another object that is returned after them.
+        if not isinstance(given, Mapping):
+            return given
         settled: dict[str, Any] = {}
-        if self.train != "all" and "start" not in self.model_fields_set:
+        if given.get("train") in ("feed-forward", "lora"):
             settled["start"] = "seed"
-        if self.train == "lora" and "learning_rate_scale" not in self.model_fields_set:
+        if given.get("train") == "lora":
             settled["learning_rate_scale"] = LORA_RATE_SCALE
-        return self.model_copy(update=settled) if settled else self
+        return settled | dict(given)

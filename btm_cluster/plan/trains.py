@@ -7,6 +7,9 @@ from typing import Any, Literal, TypeAlias
 Part: TypeAlias = Literal["all", "feed-forward", "lora"]
 """All weights, those of the feed-forwards, or adapters of low rank beside linear layers."""
 
+ALL_LINEAR = "all-linear"
+"""All linear layers but the output layer, in PEFT's words."""
+
 
 @dataclass(frozen=True)
 class Lora:

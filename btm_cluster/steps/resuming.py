@@ -91,15 +91,7 @@ def _agree_on_source(
     request: TrainRequest, ledger: Ledger, group: ProcessGroup, passed_over: Collection[str]
 ) -> Source:
     """The source that the first rank finds."""
-    found: Source | AlreadyTrained | None = None
-    if group.is_first:
-        try:
-            found = find_source(request, ledger, passed_over)
-        except AlreadyTrained as exc:
-            found = exc
-    found = group.from_first(found)
-    if isinstance(found, AlreadyTrained):
-        raise found
+    found = group.from_first(group.made_by_first(lambda: find_source(request, ledger, passed_over)))
     assert found is not None
     return found
 

@@ -302,6 +302,7 @@ def test_what_a_plan_trains_is_named_by_layers_whichever_way_it_is_written() -> 
             "rank 9, and model.layers.0.self_attn.k_proj of 8 × 16",
         ),
         ({"train": "lora", "lora": {"rank": 17}}, "gpt2", "at most 16"),
+        ({"train": "lora", "lora": {"rank": 1}}, "mamba", "'out_proj' is incompatible with Mamba"),
         ({"train": "feed-forward"}, "opt", "the feed-forwards of a opt cannot be told"),
     ],
 )
@@ -309,7 +310,9 @@ def test_what_a_model_cannot_be_trained_by_is_refused(
     branching: dict[str, Any], kind: str, found: str
 ) -> None:
     opt = {"model_type": "opt", "num_hidden_layers": 1, "hidden_size": 16, "ffn_dim": 16, "vocab_size": 64}
-    model = MODELS.get(kind, opt | {"num_attention_heads": 2, "word_embed_proj_dim": 16})
+    opt |= {"num_attention_heads": 2, "word_embed_proj_dim": 16}
+    mamba = {"model_type": "mamba", "num_hidden_layers": 1, "hidden_size": 16, "state_size": 4}
+    model = (MODELS | {"opt": opt, "mamba": mamba | _TOKENS})[kind]
     with pytest.raises(PlanError) as refused:
         trains_of(BranchingPlan.model_validate(branching), model)
     assert found in str(refused.value)

@@ -17,9 +17,10 @@ from btm_cluster.errors import PlanError
 from btm_cluster.operations.init import STARTER_PLAN
 from btm_cluster.operations.quickstart import PLAN_FILE, QUICKSTART_PLAN, TEXT_FOLDER, TEXTS
 from btm_cluster.operations.schema import plan_reference
-from btm_cluster.plan import Plan, plan_schema, read_plan
+from btm_cluster.plan import BranchingPlan, Plan, plan_schema, read_plan
 from btm_cluster.plan.problems import _sections, describe_problems
 from btm_cluster.plan.synonyms import SYNONYMS
+from btm_cluster.plan.training import TrainingPlan
 
 MINIMAL = """\
 name: n
@@ -69,6 +70,8 @@ def test_the_starter_parses_and_comments_every_choice_that_it_makes(write: Calla
     assert plan.domains[0].text[0].endswith("/text/news/*.jsonl.zst")
     assert plan.baselines == ("transformer-lm",)
     assert STARTER_PLAN.count("#") > 20
+    adapters = STARTER_PLAN.replace("# branching:", "branching:").replace("#   train: lora", "  train: lora")
+    assert read_plan(write(adapters)).branching == BranchingPlan(train="lora"), "at LoRA's own rate"
 
 
 def test_a_plan_is_frozen_and_survives_pickling(write: Callable[[str], Path]) -> None:
@@ -251,6 +254,7 @@ PROBLEMS = {
     "branching: {lora: {rank: 8}}": ("branching.lora", "nothing, since experts train all"),
     "branching: {train: lora, lora: {rank: 0}}": ("branching.lora.rank", "greater than or equal to 1"),
     "branching: {train: lora, lora: {modules: []}}": ("branching.lora.modules", "at least"),
+    "branching: {train: lora, lora: {modules: [all-linear, lm_haed]}}": ("branching.lora.modules", "alone"),
     "branching: {train: qlora}": ("branching.train", "'all', 'feed-forward' or 'lora'"),
     "training: {updates: 1.5}": ("training.updates", "a valid integer"),
     "training: {block_tokens: 1e400}": ("training.block_tokens", "finite"),
@@ -456,6 +460,7 @@ def test_what_is_not_written_of_branching_follows_from_what_experts_train(fields
     def seen(**branching: Any) -> tuple[str, float]:
         plan = Plan.model_validate(fields | {"branching": branching})
         assert Plan.model_validate(plan.model_dump(mode="json")) == plan
+        assert BranchingPlan(**branching) == plan.branching
         return plan.branching.start, plan.branching.learning_rate_scale
 
     assert seen() == ("posterior", 1)
@@ -475,6 +480,10 @@ def test_a_pretrained_model_has_no_seed_share_unless_the_plan_writes_one(fields:
         "as a study keeps it"
     )
     assert Plan.model_validate(pretrained).training.seed_share == fields["training"]["seed_share"]
+    for part in ({}, {"training": {"updates": 9}}, {"training": TrainingPlan(updates=9)}):
+        assert Plan(**without | part).training.seed_share == 0
+    written = {"training": TrainingPlan(seed_share=0.5)}
+    assert Plan(**without | written).training.seed_share == 0.5
     assert Plan.model_validate(fields | {"training": training}).training.seed_share == 0.5
 
 

@@ -1,16 +1,19 @@
 """A sharded model on one rank: its values, what is tied, what is frozen, and layers of several architectures."""
 
+import pickle
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from btm_cluster.errors import IncompatibleError
+from btm_cluster.errors import IncompatibleError, TrainingError
 from btm_cluster.language_model.compute import Compute
 from btm_cluster.language_model.layers import layers_of, recompute_activations
 from btm_cluster.language_model.model import (
@@ -31,6 +34,7 @@ from btm_cluster.language_model.sharding import (
 )
 from btm_cluster.language_model.stored_weights import TensorFiles
 
+T = TypeVar("T")
 CPU = torch.device("cpu")
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 3, "vocab_size": 64}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -143,3 +147,43 @@ def test_layers_are_found_by_what_they_are() -> None:
         layers = layers_of(fresh_on_meta(config))
         assert len(layers) == 3
         assert len({type(layer) for layer in layers}) == 1
+
+
+@dataclass(frozen=True)
+class OfTwo(ProcessGroup):
+    """A rank of two, of which the first leaves what it sends in a mailbox, pickled, as torch would send it."""
+
+    mailbox: list[bytes] = field(default_factory=list)
+
+    def from_first(self, value: T) -> T:
+        if self.is_first:
+            self.mailbox.append(pickle.dumps(value))
+        return cast(T, pickle.loads(self.mailbox[-1]))
+
+
+class Unpicklable(Exception):
+    """As several libraries have them: made from other arguments than the message alone."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(f"{code}: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (MemoryError("no memory"), MemoryError),
+        (SafetensorError("incomplete metadata"), SafetensorError),
+        (IncompatibleError("another model", found="a"), IncompatibleError),
+        (Unpicklable(3, "no memory"), TrainingError),
+    ],
+    ids=lambda value: getattr(value, "__name__", type(value).__name__),
+)
+def test_what_the_first_rank_fails_by_is_raised_on_all(raised: Exception, told: type[Exception]) -> None:
+    def fail() -> None:
+        raise raised
+
+    with pytest.raises(type(raised)) as first:
+        (one := OfTwo(0, 2, CPU)).made_by_first(fail)
+    assert first.value is raised
+    with pytest.raises(told, match=str(raised).splitlines()[0]):
+        OfTwo(1, 2, CPU, one.mailbox).made_by_first(fail)
