@@ -43,7 +43,8 @@ class DevelopmentLoss:
             self._updates.add(spec.first_update)
         self._tokens = int((blocks_DNT >= 0).sum())
         self._blocks_BT = self._own(blocks_DNT).to(spec.compute.device)
-        self._head = head_for(state.model, spec.training.block_tokens)
+        with spec.compute.arithmetic():
+            self._head = head_for(state.model, spec.training.block_tokens)
 
     def is_due(self, update: int) -> bool:
         """Whether it is taken where the training stands at `update`: the same on all ranks."""

@@ -55,8 +55,8 @@ def summed_loss(logits_BTV: torch.Tensor, blocks_BT: torch.Tensor) -> torch.Tens
 
 
 def head_for(model: PreTrainedModel, block_tokens: int) -> torch.nn.Linear | None:
-    """The model's head, where it is to be applied a few tokens at a time, and can be. Of a sharded model, a
-    collective."""
+    """The model's head, where it is to be applied a few tokens at a time, and can be. To be called in the
+    arithmetic of a forward pass, for it is one. Of a sharded model, a collective."""
     logits = block_tokens * model.config.get_text_config().vocab_size
     device = next(model.parameters()).device.type
     return plain_head(model) if logits > LARGEST_BLOCK_LOGITS[device] else None

@@ -234,6 +234,19 @@ def fresh_without_values(config: Mapping[str, Any]) -> "PreTrainedModel":
     return model
 
 
+def allocate(module: torch.nn.Module, device: torch.device) -> None:
+    """Gives memory on a device to the parameters that have none; their values are undefined. What is tied stays
+    so."""
+    made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                if parameter not in made:
+                    values = torch.empty_like(parameter, device=device)
+                    made[parameter] = torch.nn.Parameter(values, parameter.requires_grad)
+                setattr(owner, name, made[parameter])
+
+
 def fresh_on_meta(config: Mapping[str, Any]) -> "PreTrainedModel":
     """A model without values, for its names and shapes."""
     with torch.device("meta"):

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from btm_cluster.language_model.compute import Compute
 from btm_cluster.language_model.layers import units_of
 from btm_cluster.language_model.model import (
+    allocate,
     check_dtypes,
     name_tensors,
     unfit,
@@ -40,21 +41,9 @@ def shard(model: PreTrainedModel, compute: Compute, group: ProcessGroup) -> None
     if compute.precision == "bfloat16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for unit in (*units_of(model), model):
-        _allocate(unit, compute.device)
+        allocate(unit, compute.device)
         # Resharded also after a forward pass without a backward one: between updates, all weights are shares.
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-
-
-def _allocate(unit: torch.nn.Module, device: torch.device) -> None:
-    """Gives memory to the parameters that have none; what is tied stays so."""
-    made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
-    for module in unit.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.is_meta:
-                if parameter not in made:
-                    values = torch.empty_like(parameter, device=device)
-                    made[parameter] = torch.nn.Parameter(values, parameter.requires_grad)
-                setattr(module, name, made[parameter])
 
 
 def hand_out(model: PreTrainedModel, whole: PreTrainedModel | None, group: ProcessGroup) -> None:

@@ -19,6 +19,7 @@ from btm_cluster.language_model.deltas import FILES, freeze, hold_frozen_in, loa
 from btm_cluster.language_model.demix import own_moments, split_feed_forwards
 from btm_cluster.language_model.demix_group import Share, gather_domains, share_of
 from btm_cluster.language_model.model import (
+    allocate,
     build_model,
     fresh_without_values,
     layout_of,
@@ -110,8 +111,8 @@ def build_state(
     """A model with the weights that the random seed draws, or those of `base`, and an optimiser that has made no
     step.
 
-    `base` are the weights to train a part of. Without `draws_weights`, those of a sharded model are undefined:
-    they are loaded next.
+    `base` are the weights to train a part of. Without `draws_weights`, those of a model that is trained as a whole
+    are undefined: they are loaded next.
 
     Raises:
         UserError: an architecture that does not read from left to right, or of which no DEMix can be made.
@@ -120,7 +121,7 @@ def build_state(
     if spec.compute.is_sharded:
         model = _sharded(spec, group, base, draws_weights)
     else:
-        model = _whole(spec, base)
+        model = _whole(spec, base, draws_weights)
         if spec.is_demix:
             share = share_of(group.rank, group.world, len(spec.texts))
             split_feed_forwards(model, share.domains)
@@ -129,11 +130,16 @@ def build_state(
     return TrainingState(model, optimizer, spec.first_update, share, spec.trains)
 
 
-def _whole(spec: TrainingSpec, base: StoredWeights | None) -> PreTrainedModel:
-    random_seed = spec.training.random_seed
-    model = build_model(spec.model, random_seed) if base is None else load_model(spec.model, base)
-    if spec.from_scratch:
-        check_reads(model, CAUSAL_TOKENS, f"a {spec.model['model_type']}")
+def _whole(spec: TrainingSpec, base: StoredWeights | None, draws_weights: bool = True) -> PreTrainedModel:
+    if base is not None:
+        model = load_model(spec.model, base)
+    elif draws_weights:
+        model = build_model(spec.model, spec.training.random_seed)
+        if spec.from_scratch:
+            check_reads(model, CAUSAL_TOKENS, f"a {spec.model['model_type']}")
+    else:
+        model = fresh_without_values(spec.model)
+        allocate(model, spec.compute.device)
     _freeze(model, spec)
     return model
 

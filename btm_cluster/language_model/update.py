@@ -58,7 +58,8 @@ class Updates:
         if state.share is not None and group.world > 1:
             self.demix = DemixGroup(state.model, state.share)
         self.has_dropout = has_dropout(state.model)
-        self.head = head_for(state.model, spec.training.block_tokens)
+        with spec.compute.arithmetic():
+            self.head = head_for(state.model, spec.training.block_tokens)
         self.forward = self._wrap(NextTokenLoss(state.model, self.head))
         state.model.train()
 

@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from btm_cluster.data.blocks import Blocks
 from btm_cluster.equations.budget import training_flops_per_token
 from btm_cluster.errors import IncompatibleError, PlanError, Stopped
+from btm_cluster.language_model import loss
 from btm_cluster.language_model.compute import Compute, autocast
 from btm_cluster.language_model.delta_weights import ChangedWeights, LoraWeights
 from btm_cluster.language_model.deltas import FILES, count_trained, hold_frozen_in, trains_of
+from btm_cluster.language_model.development import DevelopmentLoss
 from btm_cluster.language_model.lora import adapter_config, write_adapter_config
 from btm_cluster.language_model.model import build_model, load_model, save_weights, weights_of
 from btm_cluster.language_model.process_group import ProcessGroup
@@ -334,3 +336,22 @@ def test_a_micro_batch_of_an_adapter_has_gradients_in_float32(tmp_path: Path) ->
     Updates(started.spec, state, ALONE)._backward(torch.zeros(2, 8, dtype=torch.int64), predicted=16)
     gradients = {name for name, p in state.model.named_parameters() if p.grad is not None}
     assert gradients == {name for name, p in state.model.named_parameters() if ".lora_" in name}
+
+
+def test_a_large_vocabularys_head_is_applied_in_pieces_over_frozen_weights_in_16_bits(
+    started: Started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks_DNT = np.random.default_rng(1).integers(64, size=(1, 4, 8))
+    compute = replace(started.spec.compute, precision="bfloat16")
+    started.spec = replace(started.spec, compute=compute, development_DNT=torch.from_numpy(blocks_DNT))
+    whole = _first_losses(started)
+    monkeypatch.setattr(loss, "LARGEST_BLOCK_LOGITS", {"cpu": 1})
+    assert Updates(started.spec, started.fresh(), ALONE).head is not None
+    assert _first_losses(started) == pytest.approx(whole, rel=1e-2)
+
+
+def _first_losses(started: Started) -> list[float]:
+    """On development blocks, and of the first update."""
+    state = started.fresh()
+    development = DevelopmentLoss(started.spec, state, ALONE)
+    return [development.take().item(), Updates(started.spec, state, ALONE).make().loss.item()]

@@ -140,6 +140,26 @@ def test_a_stop_saves_what_there_is_and_a_state_loaded_from_it_ends_in_the_same_
         assert torch.equal(tensor, weights(resumed)[name]), name
 
 
+@pytest.mark.parametrize("is_demix", [False, True])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_state_that_is_loaded_draws_nothing_before(
+    spec: TrainingSpec, tmp_path: Path, kind: str, is_demix: bool
+) -> None:
+    model = MODEL if kind == "gpt2" else {"model_type": kind, **SMALL}
+    spec = replace(spec, model=model, is_demix=is_demix)
+    drawn = build_state(spec, ALONE)
+    files = write_state(drawn, tmp_path, with_optimizer=False)
+    before = torch.manual_seed(1).get_state()
+    state = build_state(spec, ALONE, draws_weights=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    load_state(state, 2, TensorFiles(list(files.values())), None, "a test's state")
+    found, expected = state.model.state_dict(), drawn.model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    buffers = dict(state.model.named_buffers())
+    assert all(torch.equal(buffers[name], buffer) for name, buffer in drawn.model.named_buffers())
+
+
 def test_a_spoiled_state_is_neither_saved_nor_a_milestone_and_the_error_has_the_callers_remedy(
     spec: TrainingSpec,
 ) -> None:
