@@ -22,11 +22,18 @@ _SHARDING: Mapping[str, Setting] = {"auto": "auto", "none": "off", "full": "on"}
 def settled(request: TrainRequest, group: ProcessGroup) -> TrainRequest:
     """The request with resources that leave nothing open, by the memory of the first rank's GPU. A collective.
 
+    On CPU what is open is left undone, without an estimate.
+
     Raises:
         ResourcesError: its weights, gradients and moments alone are more than that.
     """
-    if group.device.type == "cpu" or request.is_demix:
+    if request.is_demix:
         return request
+    if group.device.type == "cpu":
+        how = request.how
+        sharding = "none" if how.sharding == "auto" else how.sharding
+        recomputing = "off" if how.activation_checkpointing == "auto" else how.activation_checkpointing
+        return replace(request, how=replace(how, sharding=sharding, activation_checkpointing=recomputing))
     return settled_for(request, group.from_first(torch.cuda.get_device_properties(group.device).total_memory))
 
 
