@@ -34,7 +34,7 @@ FILES: Mapping[Part, str] = {"all": WEIGHTS, "feed-forward": "delta.safetensors"
 
 
 def trains_of(branching: BranchingPlan, model: Mapping[str, Any]) -> Trains:
-    """What a plan's experts train of a model, by its configuration.
+    """The part of a model that a plan's experts train, by the model's configuration.
 
     Raises:
         PlanError: the model has no such part, or it cannot be adapted so.

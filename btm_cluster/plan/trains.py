@@ -32,7 +32,7 @@ class Trains:
 
     part: Part = "all"
     lora: Lora | None = None
-    """Of the part `lora`."""
+    """The adapter of the part `lora`; None otherwise."""
 
     @property
     def is_delta(self) -> bool:
