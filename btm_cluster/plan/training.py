@@ -97,7 +97,9 @@ class TrainingPlan(Section):
     """Initial weights and block order."""
     weights: Literal["float32", "bfloat16"] = "float32"
     """Type in which models are stored. bfloat16 halves them, and rounds each weight to 8 bits of precision;
-    training itself, its checkpoints and whatever it goes on from stay float32, and averages are summed so."""
+    training itself and its checkpoints stay float32, and averages are summed so. An expert that keeps its seed's
+    optimizer goes on from float32 in all that it trains; its frozen weights, and any start without that
+    optimizer (`optimizer: reset`, an average), are the rounded ones."""
 
     @property
     def seed_updates(self) -> int:
@@ -137,7 +139,7 @@ class BranchingPlan(Section):
 
     rules: ClassVar = plan_rules.branching_rules
     train: Literal["all", "feed-forward", "lora"] = "all"
-    """What experts change of the model that they start from: all of it, the feed-forwards of its layers, or
+    """The part that experts change of the model that they start from: all of it, the feed-forwards of its layers, or
     adapters of low rank (LoRA). The rest is frozen and shared: an expert stores what it changed and nothing
     more. Seed, Transformer-LM and DEMix train all."""
     lora: LoraPlan | None = None
@@ -158,7 +160,7 @@ class BranchingPlan(Section):
     @model_validator(mode="before")
     @classmethod
     def _settle_for_deltas(cls, given: Any) -> Any:
-        """What is not written follows from what experts train."""
+        """Fills in what is not written, by what experts train."""
         # Before the fields: `__init__` keeps nothing of another object that is returned after them.
         if not isinstance(given, Mapping):
             return given
