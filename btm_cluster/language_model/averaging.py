@@ -19,7 +19,7 @@ Raises ValueError where that cannot be.
 
 
 class MergedWeights:
-    """What a method makes of several models, tensor by tensor as it is read.
+    """Several models averaged or merged by a method, tensor by tensor as it is read.
 
     It is to be stored in their dtype, and in the widest where they differ.
 

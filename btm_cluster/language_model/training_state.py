@@ -6,7 +6,7 @@ Knows no store: files are local, and the caller has found and checked them.
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -193,6 +193,19 @@ def load_state(
     state.update = update
 
 
+def load_base(state: TrainingState, optimizer: StoredWeights, name: str) -> None:
+    """Fills a state that is built over a stored model, and trains a part of it, by that model's optimiser: the
+    part's moments, and its weights in float32 where they were rounded to be stored.
+
+    Raises:
+        IntegrityError: moments of another model, which `name` names.
+    """
+    exact = _Masters(optimizer, trained_names(state.model, state.trains).values())
+    if names_in_order(exact.header):
+        load_trained(state.model, state.trains, exact)
+    load_moments(state, optimizer, name)
+
+
 def load_moments(state: TrainingState, optimizer: StoredWeights, name_of_state: str) -> None:
     """Fills the optimiser with stored moments of all that is trained; what has none starts without.
 
@@ -256,7 +269,7 @@ def write_state(
 
 
 def help_to_write(state: TrainingState, with_optimizer: bool, dtype: torch.dtype) -> None:
-    """The part of every other rank while the first one writes: it takes part in gathering."""
+    """Takes part in gathering, on every other rank, while the first one writes."""
     deque(state.weights(), maxlen=0)
     if with_optimizer:
         deque(_optimizer_tensors(state, dtype), maxlen=0)
@@ -270,15 +283,17 @@ def _optimizer_tensors(state: TrainingState, dtype: torch.dtype) -> Iterator[tup
 
 
 class _Masters:
-    """The weights that a stored optimiser holds in float32; none where the model itself is stored so."""
+    """The weights that a stored optimiser holds in float32, or some of them; none where the model itself is
+    stored so."""
 
-    def __init__(self, optimizer: StoredWeights) -> None:
-        self._optimizer = optimizer
+    def __init__(self, optimizer: StoredWeights, names: Collection[str] | None = None) -> None:
+        self._optimizer, self._names = optimizer, names
 
     @property
     def header(self) -> Header:
-        whole = self._optimizer.header
-        return {n.removeprefix(_MASTER): entry for n, entry in whole.items() if n.startswith(_MASTER)}
+        whole = self._optimizer.header.items()
+        held = {name.removeprefix(_MASTER): entry for name, entry in whole if name.startswith(_MASTER)}
+        return {n: entry for n, entry in held.items() if self._names is None or n in self._names}
 
     def read(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         return self._optimizer.read(f"{_MASTER}{name}", device)

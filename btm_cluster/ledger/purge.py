@@ -138,16 +138,43 @@ def purge(ledger: Ledger, purge_plan: PurgePlan) -> None:
 
     Whoever commits something looks for tombstones afterwards. So what is not found once they are written is
     not there.
+
+    Raises:
+        UserError: the expert of another domain would go with it. Nothing is deleted, though where that one was
+            merged meanwhile, the purge has begun: it goes on when it is run again.
     """
+    check_spares_others(ledger, purge_plan)
     record = purge_plan.to_record()
     ledger.tombstones.begin(record)
-    while (again := plan_purge(ledger, purge_plan.domain).to_record()) != record:
-        record = again
+    while True:
+        again = plan_purge(ledger, purge_plan.domain)
+        check_spares_others(ledger, again)
+        if again.to_record() == record:
+            break
+        record = again.to_record()
         ledger.tombstones.begin(record)
     _delete(ledger, record)
     for begun in ledger.tombstones.unfinished():
         if begun.domain == record.domain:
             ledger.tombstones.end(begun)
+
+
+def check_spares_others(ledger: Ledger, purge_plan: PurgePlan) -> None:
+    """Refuses a purge with which the expert of another domain of the forest would go.
+
+    Raises:
+        UserError: naming such domains.
+    """
+    forest, domain = ledger.log.newest(), purge_plan.domain
+    others = [e.domain for e in (forest.experts if forest else ()) if e.identity in purge_plan.experts]
+    if over := [name for name in others if name != domain]:
+        raise UserError(
+            f"{domain!r} cannot be purged while experts of other domains hold only what changed of a model that "
+            "goes with it",
+            found=f"{', '.join(over)}: trained in part, from an average that the expert of {domain!r} is part of",
+            expected="no expert in the forest that is of no use afterwards",
+            remedy=f"take these out first: `btm forest remove {over[0]}`; other text may come under another name",
+        )
 
 
 def still_there(ledger: Ledger, record: PurgeRecord, manifests: Mapping[str, Artifact]) -> set[str]:

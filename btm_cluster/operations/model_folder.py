@@ -166,7 +166,8 @@ def _card(
     first_token: str,
     licence_files: Sequence[str],
 ) -> Card:
-    model, rounded = one.model, stored_type(seed)
+    model = one.model
+    rounded = "float32" if relation == "adapter" else stored_type(seed)  # adapters are never rounded
     return Card(
         title=f"{called}: {one.name}",
         what=_what(forest, one) + ("" if rounded == "float32" else f" Its weights are rounded to {rounded}."),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from btm_cluster.errors import UserError
 from btm_cluster.forest import Expert, Forest, descendants, put_back, take_out
 from btm_cluster.ledger import Artifact, Ledger, Ref
-from btm_cluster.ledger.purge import PurgePlan, plan_purge
+from btm_cluster.ledger.purge import PurgePlan, check_spares_others, plan_purge
 from btm_cluster.ledger.purge import purge as delete
 from btm_cluster.ledger.versions import append_next, last_expert, newest_version
 
@@ -57,16 +57,8 @@ def planned_purge(ledger: Ledger, domain: str) -> PurgePlan:
     Raises:
         UserError: the store has nothing of it, or the expert of another domain would go with it.
     """
-    found, forest = plan_purge(ledger, domain), ledger.log.newest()
-    others = [e.domain for e in (forest.experts if forest else ()) if e.identity in found.experts]
-    if over := [name for name in others if name != domain]:
-        raise UserError(
-            f"{domain!r} cannot be purged while experts of other domains hold only what changed of a model that "
-            "goes with it",
-            found=f"{', '.join(over)}: trained in part, from an average that the expert of {domain!r} is part of",
-            expected="no expert in the forest that is of no use afterwards",
-            remedy=f"take these out first: `btm forest remove {over[0]}`; other text may come under another name",
-        )
+    found = plan_purge(ledger, domain)
+    check_spares_others(ledger, found)
     return found
 
 

@@ -97,7 +97,9 @@ class TrainingPlan(Section):
     """Initial weights and block order."""
     weights: Literal["float32", "bfloat16"] = "float32"
     """Type in which models are stored. bfloat16 halves them, and rounds each weight to 8 bits of precision;
-    training itself, its checkpoints and whatever it goes on from stay float32, and averages are summed so."""
+    training itself and its checkpoints stay float32, and averages are summed so. An expert that keeps its seed's
+    optimizer goes on from float32 in all that it trains; its frozen weights, and any start without that
+    optimizer (`optimizer: reset`, an average), are the rounded ones."""
 
     @property
     def seed_updates(self) -> int:
@@ -158,7 +160,7 @@ class BranchingPlan(Section):
     @model_validator(mode="before")
     @classmethod
     def _settle_for_deltas(cls, given: Any) -> Any:
-        """Defaults follow from what experts train."""
+        """Fills in what is not written, by what experts train."""
         # Before the fields: `__init__` keeps nothing of another object that is returned after them.
         if not isinstance(given, Mapping):
             return given

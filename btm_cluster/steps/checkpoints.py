@@ -23,7 +23,7 @@ from btm_cluster.language_model.training_state import (
     OPTIMIZER_FILE,
     TrainingState,
     does_not_fit,
-    load_moments,
+    load_base,
     load_state,
 )
 from btm_cluster.ledger import Artifact, Ledger, Named
@@ -40,7 +40,8 @@ def load_stored(
     """Fills `state`, which then stands at `update`, with a stored model's
     weights, or with what is trained of them, and its optimiser where asked.
 
-    A state that is built over `source`, of which it trains a part, has its weights already.
+    A state that is built over `source`, of which it trains a part, has its weights already: as they are stored,
+    or what is trained in float32 where the optimiser holds it.
 
     Raises:
         MissingError: a file is gone, perhaps while it was read.
@@ -55,7 +56,7 @@ def load_stored(
         if not state.trains.is_delta or source.is_delta:
             load_state(state, update, weights, optimizer, name)
         elif optimizer is not None:
-            load_moments(state, optimizer, name)
+            load_base(state, optimizer, name)
     except FileNotFoundError as exc:
         what = f"{name}: a file was deleted while it was read"
         raise MissingError(what, found=str(exc), remedy="run the plan again") from exc

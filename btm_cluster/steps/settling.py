@@ -16,11 +16,16 @@ log = logging.getLogger(__name__)
 def settled(request: TrainRequest, group: ProcessGroup) -> TrainRequest:
     """The request with resources that leave nothing open, by the memory of the first rank's GPU. A collective.
 
+    On CPU what is open is left undone, without an estimate.
+
     Raises:
         ResourcesError: it does not fit, by an estimate.
     """
     if group.device.type == "cpu":
-        return request
+        how = request.how
+        sharding = "none" if how.sharding == "auto" else how.sharding
+        recomputing = "off" if how.activation_checkpointing == "auto" else how.activation_checkpointing
+        return replace(request, how=replace(how, sharding=sharding, activation_checkpointing=recomputing))
     return settled_for(request, group.from_first(torch.cuda.get_device_properties(group.device).total_memory))
 
 

@@ -204,7 +204,8 @@ def test_a_forest_that_is_stored_in_16_bits_has_such_deltas(
     training = plan.training.model_copy(update={"weights": "bfloat16"})
     plan = plan.model_copy(update={"baselines": (), "domains": plan.domains[:2], "training": training})
     driver = in_process(plan := branching_of(plan, part))
-    refs = [Ref("model", expert.identity) for expert in grow(plan, driver).forest.experts]
+    experts = grow(plan, driver).forest.experts
+    refs = [Ref("model", expert.identity) for expert in experts]
     models = [driver.ledger.get(ref) for ref in refs]
     assert dtypes(open_stored(driver.ledger, models[0])) == ({"F32"} if part == "lora" else {"BF16"})
     (shared, _) = open_models(driver.ledger, refs)
@@ -215,6 +216,9 @@ def test_a_forest_that_is_stored_in_16_bits_has_such_deltas(
     name = "transformer.h.0.mlp.c_fc.weight"
     mean = torch.stack([open_weights(driver.ledger, one).read(name).float() for one in models]).mean(0)
     assert torch.allclose(made.read(name).float(), mean, rtol=2**-8)
+    is_adapter = part == "lora"
+    export(Export(tmp_path / "made", expert=experts[0].domain, adapter=is_adapter), None, driver)
+    assert ("rounded to bfloat16" in (tmp_path / "made" / "README.md").read_text()) is not is_adapter
 
 
 @pytest.mark.filterwarnings(

@@ -11,8 +11,9 @@ import pytest
 
 from btm_cluster.algorithm import merge
 from btm_cluster.errors import MissingError, StoreError, UserError
-from btm_cluster.ledger import Ledger, artifact_key
+from btm_cluster.ledger import Ledger, PurgeRecord, artifact_key
 from btm_cluster.ledger.purge import plan_purge, purge
+from btm_cluster.ledger.tombstones import Tombstones
 from btm_cluster.operations.gc import collect, find_garbage
 from btm_cluster.operations.remove import influence_of, planned_purge
 from btm_cluster.operations.remove import purge as purge_domain
@@ -530,6 +531,29 @@ def test_a_purge_that_would_leave_the_forest_a_useless_expert_is_refused(house: 
         purge_domain(house.ledger, "law")
     assert "`btm forest remove sport`" in str(refused.value.remedy)
     assert house.memory.objects == before
+
+
+def test_an_expert_that_is_merged_while_its_base_is_purged_is_not_deleted(
+    house: HouseInMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house.remove("law")
+    begin = Tombstones.begin
+
+    def merge_first(tombstones: Tombstones, record: PurgeRecord) -> None:
+        monkeypatch.undo()
+        without_threads(monkeypatch)
+        add_delta(house, is_merged=True)
+        begin(tombstones, record)
+
+    monkeypatch.setattr(Tombstones, "begin", merge_first)
+    with pytest.raises(UserError, match="'law' cannot be purged") as refused:
+        purge_domain(house.ledger, "law")
+    assert "`btm forest remove sport`" in str(refused.value.remedy)
+    assert all(map(house.is_there, ("sport expert", "average for code", "law expert")))
+    house.remove("sport")
+    purge_domain(house.ledger, "law")
+    assert not house.is_there("sport expert")
+    assert verify(house.ledger).problems == ()
 
 
 def test_a_delta_is_of_no_use_without_its_base_and_says_so(house: HouseInMemory) -> None:

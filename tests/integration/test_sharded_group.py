@@ -19,11 +19,12 @@ from btm_cluster.driver.recipes import (
     transformer_lm_request,
 )
 from btm_cluster.errors import ResourcesError
+from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.ledger import Ledger
 from btm_cluster.ledger.curves import read_curve
 from btm_cluster.plan import Lora, Plan, Trains
 from btm_cluster.requests import Resources, TrainRequest
-from btm_cluster.steps.settling import settled_for
+from btm_cluster.steps.settling import settled, settled_for
 from btm_cluster.steps.train import train
 from tests.conftest import in_process, plan_fields
 from tests.integration.conftest import PreparedStore
@@ -92,6 +93,9 @@ def test_what_a_plan_leaves_open_is_settled_by_the_memory_that_is_there(
     assert (scarce.sharding, scarce.activation_checkpointing) == ("full", "on")
     assert {"sharding", "activation_checkpointing"}.isdisjoint(plenty.facts), "as before there was a choice"
     assert Resources(**scarce.facts) == scarce
+    on_cpu = ProcessGroup(0, 2, torch.device("cpu"))
+    assert settled(seed, on_cpu).how == plenty
+    assert settled(replace(seed, how=scarce), on_cpu).how == scarce, "what is written is done"
     with pytest.raises(ResourcesError, match="seed does not fit the memory of its GPUs"):
         settled_for(seed, 0.95 * least)
     a_tenth = replace(seed, how=replace(seed.how, workers=1, gpus_per_worker=0.1))

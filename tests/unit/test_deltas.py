@@ -31,6 +31,7 @@ from btm_cluster.language_model.training_state import (
     OPTIMIZER_FILE,
     TrainingState,
     build_state,
+    load_base,
     load_moments,
     load_state,
     write_state,
@@ -169,6 +170,22 @@ def test_feed_forwards_keep_the_moments_that_their_base_has_of_them(tmp_path: Pa
     found = dict(state.moments())
     assert found.keys() == {"step", *(name for name in kept if ".mlp." in name)}
     assert all(torch.equal(found[name], kept[name]) for name in found)
+
+
+def test_feed_forwards_go_on_from_the_float32_weights_of_a_base_that_is_stored_in_16_bits(
+    tmp_path: Path,
+) -> None:
+    started = Started("llama", FEED_FORWARD, tmp_path)
+    of_all = replace(started.spec, trains=ALL, from_scratch=True)
+    whole = build_state(of_all, ALONE)
+    train(of_all, whole, Recorded(whole))
+    files = write_state(whole, tmp_path, with_optimizer=True, dtype=torch.bfloat16)
+    exact, rounded = weights_of(whole.model), TensorFiles([files[WEIGHTS]])
+    state = build_state(started.spec, ALONE, rounded)
+    load_base(state, TensorFiles([files[OPTIMIZER_FILE]]), "the base")
+    for name, tensor in weights_of(state.model).items():
+        expected = exact[name] if ".mlp." in name else rounded.read(name).float()
+        assert torch.equal(tensor, expected), name
 
 
 @pytest.mark.filterwarnings(
