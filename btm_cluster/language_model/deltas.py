@@ -20,7 +20,7 @@ from btm_cluster.language_model.lora import (
     resolve_lora,
     stored_name,
 )
-from btm_cluster.language_model.model import fresh_on_meta, name_tensors
+from btm_cluster.language_model.model import fill, fresh_on_meta, fresh_without_values, name_tensors
 from btm_cluster.language_model.sharding import take_own
 from btm_cluster.language_model.stored_weights import StoredWeights
 from btm_cluster.language_model.tensor_files import WEIGHTS, names_in_order
@@ -94,6 +94,34 @@ def hold_frozen_in(model: "PreTrainedModel", precision: str) -> None:
             for parameter in module.parameters(recurse=False):
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def load_base(
+    config: Mapping[str, Any],
+    base: StoredWeights,
+    trains: Trains,
+    random_seed: int,
+    precision: str,
+    device: torch.device | str,
+) -> "PreTrainedModel":
+    """A stored model of which a part is trained: frozen, and held in the precision of a forward pass, before it is
+    loaded.
+
+    Memory: the model, of which the frozen linear layers may be in 16 bits, and one tensor as it is stored.
+
+    Raises:
+        IncompatibleError: weights of another model.
+    """
+    model = fresh_without_values(config)
+    if trains.lora is None:
+        freeze(model, trains, random_seed)
+    else:
+        model.requires_grad_(False)
+    hold_frozen_in(model, precision)
+    fill(model, base, device)
+    if trains.lora is not None:
+        freeze(model, trains, random_seed)
+    return model
 
 
 def trained_names(model: "PreTrainedModel", trains: Trains) -> dict[str, str]:

@@ -4,6 +4,7 @@ The first copy gets the memory and locks its pages, so that the device writes to
 copies are several times faster.
 """
 
+import contextlib
 import logging
 from collections.abc import Iterable
 
@@ -39,7 +40,10 @@ class HostCopy:
     def close(self) -> None:
         """Unlocks the memory, which is freed once nobody holds a copy."""
         for arena in self._locked:
-            torch.cuda.cudart().cudaHostUnregister(arena.data_ptr())  # type: ignore[no-untyped-call]
+            refused = int(torch.cuda.cudart().cudaHostUnregister(arena.data_ptr()))  # type: ignore[no-untyped-call]
+            if refused:
+                log.warning("the host's memory cannot be unlocked (CUDA error %d)", refused)
+                _clear_error()
         self._locked, self._places = [], {}
         self._arena, self._used = torch.empty(0, dtype=torch.uint8), 0
 
@@ -63,5 +67,13 @@ class HostCopy:
                 "the host's memory cannot be locked (CUDA error %d): checkpoints take longer", refused
             )
             self._locks_pages = False
+            _clear_error()
         else:
             self._locked.append(self._arena)
+
+
+def _clear_error() -> None:
+    """Takes the error that a refused call left in the CUDA runtime, which the next kernel would raise: by such a
+    kernel, for torch has no call for it."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda")

@@ -6,7 +6,8 @@
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,12 +127,32 @@ def _unknown_module(module: str, layers: Mapping[str, torch.nn.Module]) -> PlanE
 def add_adapter(model: "PreTrainedModel", lora: Lora, random_seed: int) -> None:
     """Puts a fresh adapter into `model`, in place, and freezes the rest. B is zero: nothing has changed yet.
 
-    A is drawn from the random seed, in the type and on the device that the layers have.
+    A is drawn from the random seed on the CPU, and is float32, whatever the layers are: the same on every device.
+    Of a model without values, it has none.
     """
     from peft import inject_adapter_in_model
 
+    device = model.device
     torch.manual_seed(random_seed)
-    inject_adapter_in_model(_config_for(lora, model), model, _ADAPTER)
+    with nullcontext() if device.type == "meta" else _seen_as_float32_on_cpu(model):
+        inject_adapter_in_model(_config_for(lora, model), model, _ADAPTER)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(device)
+
+
+@contextmanager
+def _seen_as_float32_on_cpu(model: "PreTrainedModel") -> Iterator[None]:
+    """Has stand-ins that take no memory in place of a model's weights: PEFT takes the type and the device of a
+    layer for its adapter."""
+    held = [(parameter, parameter.data) for parameter in model.parameters()]
+    try:
+        for parameter, _ in held:
+            parameter.data = torch.zeros(()).expand(parameter.shape)
+        yield
+    finally:
+        for parameter, data in held:
+            parameter.data = data
 
 
 def put_adapter(model: "PreTrainedModel", lora: Lora, adapter: StoredWeights) -> None:

@@ -50,6 +50,18 @@ def load_model(
         IncompatibleError: as for `load_weights`.
     """
     model = in_precision(fresh_without_values(config), dtype)
+    fill(model, weights, device)
+    return model
+
+
+def fill(model: "PreTrainedModel", weights: StoredWeights, device: torch.device | str) -> None:
+    """Gives a model without values those of stored weights, on a device, in the types that its parameters have.
+
+    Memory: the model, and one tensor as it is stored.
+
+    Raises:
+        IncompatibleError: as for `load_weights`.
+    """
     check_dtypes(model, weights)
     own = model.state_dict(keep_vars=True)
     tied: dict[int, list[str]] = defaultdict(list)
@@ -63,7 +75,7 @@ def load_model(
             tensor = tensor.to(own[name].dtype, copy=tensor.device.type == "cpu")
         tensors |= dict.fromkeys((name, *tied[id(own.get(name))]), tensor)
     _load(model, tensors, weights, assign=True)
-    return model.to(device)
+    model.to(device)
 
 
 def _load(
@@ -234,7 +246,14 @@ def fresh_without_values(config: Mapping[str, Any]) -> "PreTrainedModel":
     return model
 
 
-def allocate(module: torch.nn.Module, device: torch.device) -> None:
+def model_of_undefined_values(config: Mapping[str, Any], device: torch.device | str) -> "PreTrainedModel":
+    """A model with memory on a device for its parameters, whose values are undefined."""
+    model = fresh_without_values(config)
+    allocate(model, device)
+    return model
+
+
+def allocate(module: torch.nn.Module, device: torch.device | str) -> None:
     """Gives memory on a device to the parameters that have none; their values are undefined. What is tied stays
     so."""
     made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}

@@ -15,16 +15,22 @@ from transformers import PreTrainedModel
 
 from btm_cluster.errors import IntegrityError
 from btm_cluster.language_model.block_check import check_reads
-from btm_cluster.language_model.deltas import FILES, freeze, hold_frozen_in, load_trained, trained_names
+from btm_cluster.language_model.deltas import (
+    FILES,
+    freeze,
+    hold_frozen_in,
+    load_base,
+    load_trained,
+    trained_names,
+)
 from btm_cluster.language_model.demix import own_moments, split_feed_forwards
 from btm_cluster.language_model.demix_group import Share, gather_domains, share_of
 from btm_cluster.language_model.model import (
-    allocate,
     build_model,
     fresh_without_values,
     layout_of,
-    load_model,
     load_weights,
+    model_of_undefined_values,
     weights_of,
 )
 from btm_cluster.language_model.optimizer import build_optimizer
@@ -121,7 +127,7 @@ def build_state(
     if spec.compute.is_sharded:
         model = _sharded(spec, group, base, draws_weights)
     else:
-        model = _whole(spec, base, draws_weights)
+        model = _whole(spec, base, draws_weights, spec.compute.device)
         if spec.is_demix:
             share = share_of(group.rank, group.world, len(spec.texts))
             split_feed_forwards(model, share.domains)
@@ -130,24 +136,22 @@ def build_state(
     return TrainingState(model, optimizer, spec.first_update, share, spec.trains)
 
 
-def _whole(spec: TrainingSpec, base: StoredWeights | None, draws_weights: bool = True) -> PreTrainedModel:
+def _whole(
+    spec: TrainingSpec,
+    base: StoredWeights | None,
+    draws_weights: bool = True,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """The model on a device; drawn weights are on the CPU, which draws the same everywhere."""
+    random_seed = spec.training.random_seed
     if base is not None:
-        model = load_model(spec.model, base)
-    elif draws_weights:
-        model = build_model(spec.model, spec.training.random_seed)
-        if spec.from_scratch:
-            check_reads(model, CAUSAL_TOKENS, f"a {spec.model['model_type']}")
-    else:
-        model = fresh_without_values(spec.model)
-        allocate(model, spec.compute.device)
-    _freeze(model, spec)
+        return load_base(spec.model, base, spec.trains, random_seed, spec.compute.precision, device)
+    if not draws_weights:
+        return model_of_undefined_values(spec.model, device)
+    model = build_model(spec.model, random_seed)
+    if spec.from_scratch:
+        check_reads(model, CAUSAL_TOKENS, f"a {spec.model['model_type']}")
     return model
-
-
-def _freeze(model: PreTrainedModel, spec: TrainingSpec) -> None:
-    freeze(model, spec.trains, spec.training.random_seed)
-    if spec.trains.is_delta:
-        hold_frozen_in(model, spec.compute.precision)
 
 
 def _sharded(
@@ -156,7 +160,9 @@ def _sharded(
     """A sharded model with the weights of `_whole`, which the first rank makes in its host's memory, and hands
     out."""
     model = fresh_without_values(spec.model)
-    _freeze(model, spec)
+    freeze(model, spec.trains, spec.training.random_seed)
+    if spec.trains.is_delta:
+        hold_frozen_in(model, spec.compute.precision)
     shard(model, spec.compute, group)
     if base is None and not draws_weights:
         return model
@@ -193,7 +199,7 @@ def load_state(
     state.update = update
 
 
-def load_base(state: TrainingState, optimizer: StoredWeights, name: str) -> None:
+def load_base_optimizer(state: TrainingState, optimizer: StoredWeights, name: str) -> None:
     """Fills a state that is built over a stored model, and trains a part of it, by that model's optimiser: the
     part's moments, and its weights in float32 where they were rounded to be stored.
 

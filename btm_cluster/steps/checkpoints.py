@@ -23,7 +23,7 @@ from btm_cluster.language_model.training_state import (
     OPTIMIZER_FILE,
     TrainingState,
     does_not_fit,
-    load_base,
+    load_base_optimizer,
     load_state,
 )
 from btm_cluster.ledger import Artifact, Ledger, Named
@@ -56,7 +56,7 @@ def load_stored(
         if not state.trains.is_delta or source.is_delta:
             load_state(state, update, weights, optimizer, name)
         elif optimizer is not None:
-            load_base(state, optimizer, name)
+            load_base_optimizer(state, optimizer, name)
     except FileNotFoundError as exc:
         what = f"{name}: a file was deleted while it was read"
         raise MissingError(what, found=str(exc), remedy="run the plan again") from exc

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from btm_cluster.language_model.lora import lora_of, put_adapter
+from btm_cluster.language_model.model import in_precision
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.steps.stored import base_of, open_adapter_config, open_model, open_stored, open_weights
 
@@ -32,10 +33,13 @@ class SharedModels:
         self, refs: Iterable[Ref], before: "SharedModels | None" = None
     ) -> Iterator[PreTrainedModel]:
         """Models, each loaded once it is asked for; the first in float32, by which an engine tries how their
-        architecture reads on.
+        architecture reads on, and casts it then. Its base follows: what the first does not share of it, others may.
         """
         for number, ref in enumerate(refs):
             yield self.open(ref, before, self._dtype if number else torch.float32)
+            if not number:
+                for opened in self._opened.values():
+                    in_precision(opened, self._dtype)
 
     def open(
         self, ref: Ref, before: "SharedModels | None" = None, dtype: torch.dtype | None = None

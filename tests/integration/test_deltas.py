@@ -1,7 +1,7 @@
 """Forests whose experts hold only what changed of a base: grown, resumed, averaged, run in one memory,
 expanded, exported, and refused without their base."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from btm_cluster.driver.preparation import prepare
 from btm_cluster.driver.recipes import expert_request, seed_request, seed_start
 from btm_cluster.errors import MissingError, PlanError, Stopped, UserError
 from btm_cluster.evaluation.fitting import uniform_request
-from btm_cluster.language_model.engine_opening import bytes_of
+from btm_cluster.language_model.engine_opening import EngineSettings, bytes_of, open_decoder
 from btm_cluster.language_model.prompts import Prompt
 from btm_cluster.language_model.stored_weights import StoredWeights
 from btm_cluster.ledger import Artifact, Ledger, Ref, artifact_key
@@ -174,6 +174,28 @@ def test_an_ensemble_of_deltas_writes_and_scores_as_one_of_whole_models(deltas: 
     assert one == other
     one_score, other_score = (engine.score([[5, 6, 7, 8, 9, 10]])[0] for engine in engines)
     assert torch.allclose(one_score.logp_ET, other_score.logp_ET, atol=1e-5)
+
+
+def test_an_ensemble_in_16_bits_holds_nothing_of_its_base_in_32(deltas: Deltas) -> None:
+    """Not even what its first expert has replaced, and each delta arrives in 16 bits."""
+    shared = SharedModels(deltas.ledger, dtype=torch.bfloat16)
+    settings = EngineSettings(first_token=0, vocabulary=64, block_tokens=16, precision="bfloat16")
+    found = []
+
+    def opened() -> Iterator[PreTrainedModel]:
+        for model in shared.open_each(deltas.experts):
+            found.append({parameter.dtype for parameter in model.parameters()})
+            yield model
+
+    models, _, _ = open_decoder(opened(), settings)
+    assert found == [{torch.float32}, {torch.bfloat16}]
+    base = shared.find(deltas.seed)
+    assert base is not None
+    in_32_bits = bytes_of([SharedModels(deltas.ledger).open(deltas.seed)])
+    of_base = {id(parameter) for parameter in base.parameters()}
+    change = sum(p.nbytes for p in models[1].parameters() if id(p) not in of_base)
+    assert bytes_of([base]) == in_32_bits // 2
+    assert bytes_of([base, *models]) == in_32_bits // 2 + 2 * change
 
 
 def test_a_new_version_shares_the_base_of_the_one_before(deltas: Deltas) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -18,9 +18,9 @@ from btm_cluster.errors import IncompatibleError, PlanError, Stopped
 from btm_cluster.language_model import loss
 from btm_cluster.language_model.compute import Compute, autocast
 from btm_cluster.language_model.delta_weights import ChangedWeights, LoraWeights
-from btm_cluster.language_model.deltas import FILES, count_trained, hold_frozen_in, trains_of
+from btm_cluster.language_model.deltas import FILES, count_trained, freeze, hold_frozen_in, trains_of
 from btm_cluster.language_model.development import DevelopmentLoss
-from btm_cluster.language_model.lora import adapter_config, write_adapter_config
+from btm_cluster.language_model.lora import _config_for, adapter_config, write_adapter_config
 from btm_cluster.language_model.model import build_model, load_model, save_weights, weights_of
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.stored_weights import TensorFiles
@@ -31,7 +31,7 @@ from btm_cluster.language_model.training_state import (
     OPTIMIZER_FILE,
     TrainingState,
     build_state,
-    load_base,
+    load_base_optimizer,
     load_moments,
     load_state,
     write_state,
@@ -182,7 +182,7 @@ def test_feed_forwards_go_on_from_the_float32_weights_of_a_base_that_is_stored_i
     files = write_state(whole, tmp_path, with_optimizer=True, dtype=torch.bfloat16)
     exact, rounded = weights_of(whole.model), TensorFiles([files[WEIGHTS]])
     state = build_state(started.spec, ALONE, rounded)
-    load_base(state, TensorFiles([files[OPTIMIZER_FILE]]), "the base")
+    load_base_optimizer(state, TensorFiles([files[OPTIMIZER_FILE]]), "the base")
     for name, tensor in weights_of(state.model).items():
         expected = exact[name] if ".mlp." in name else rounded.read(name).float()
         assert torch.equal(tensor, expected), name
@@ -226,6 +226,25 @@ def test_frozen_weights_in_16_bits_predict_bit_by_bit_as_in_32(
     assert torch.equal(predicted(), before)
     assert sum(p.nbytes for p in state.model.parameters()) < size
     assert all(p.dtype == torch.float32 for p in state.model.parameters() if p.requires_grad)
+
+
+def test_a_base_is_loaded_in_16_bits_as_if_it_had_been_held_in_them_afterwards(started: Started) -> None:
+    """And A is drawn in float32, as PEFT itself does beside layers in float32."""
+    compute = replace(started.spec.compute, precision="bfloat16")
+    found = build_state(replace(started.spec, compute=compute), ALONE, started.stored_base).model
+    expected = load_model(started.model, started.stored_base)
+    if started.trains.lora is None:
+        freeze(expected, started.trains, 0)
+    else:
+        torch.manual_seed(started.spec.training.random_seed)
+        inject_adapter_in_model(_config_for(started.trains.lora, expected), expected)
+    hold_frozen_in(expected, "bfloat16")
+    parameters = dict(found.named_parameters())
+    assert list(parameters) == [name for name, _ in expected.named_parameters()]
+    for name, parameter in expected.named_parameters():
+        assert parameters[name].dtype == parameter.dtype, name
+        assert parameters[name].requires_grad == parameter.requires_grad, name
+        assert torch.equal(parameters[name], parameter), name
 
 
 def test_a_training_of_an_adapter_is_compiled_in_one_piece(
