@@ -1,6 +1,7 @@
 """Whether a training fits the memory of its GPUs, and the nearest setting of the plan by which it would.
 
-Pure: how much memory a GPU has comes in, and None where nobody could look.
+Pure: how much memory a GPU has comes in, and None where nobody could look. Imports torch only where something
+is computed, since commands that compute nothing import this too.
 """
 
 import math
@@ -8,8 +9,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 from btm_cluster.errors import ResourcesError
-from btm_cluster.language_model.head import LOGITS_AT_ONCE
-from btm_cluster.language_model.loss import LARGEST_BLOCK_LOGITS
 from btm_cluster.language_model.memory import (
     USABLE_SHARE,
     Memory,
@@ -19,7 +18,6 @@ from btm_cluster.language_model.memory import (
     choose_way,
     memory_of,
 )
-from btm_cluster.language_model.training_size import size_for
 from btm_cluster.requests import Resources, TrainRequest
 
 GIGABYTE = 1e9
@@ -46,6 +44,9 @@ class TrainingMemory:
     @property
     def way(self) -> Way:
         """How a rank computes, with whole models and nothing computed twice."""
+        from btm_cluster.language_model.head import LOGITS_AT_ONCE
+        from btm_cluster.language_model.loss import LARGEST_BLOCK_LOGITS
+
         of_rank = -(-self.blocks_per_update // self.how.workers)
         blocks = min(self.how.micro_batch_blocks, of_rank)
         bfloat16 = self.how.precision == "bfloat16"
@@ -82,6 +83,8 @@ def training_memory(
     request: TrainRequest, at_once: int = 1, with_lora: ModelSize | None = None
 ) -> TrainingMemory | None:
     """That of a training on GPUs; None on a CPU, and of a DEMix, whose memory is not estimated."""
+    from btm_cluster.language_model.training_size import size_for
+
     if request.is_demix or not request.how.gpus_per_worker:
         return None
     return TrainingMemory(
