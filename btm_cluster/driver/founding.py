@@ -153,17 +153,19 @@ def _causes(prepared: PreparedPlan, forest: Forest, ledger: Ledger) -> Iterator[
 
 
 def _tokenizer_causes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    earlier = "tokenizer.pretrained: brought in by an earlier release, which read blocks otherwise"
     if "train" in old and "train" in new:
         yield from _changes("tokenizer.train", old["train"], new["train"])
     elif "train" in old or "train" in new:
         kinds = ("train" if "train" in old else "pretrained", "train" if "train" in new else "pretrained")
         yield "tokenizer: `{}` → `{}`".format(*kinds)
     elif "first_token" not in old:
-        yield "tokenizer.pretrained: brought in by an earlier release, which read blocks otherwise"
+        yield earlier
     elif old["pretrained"] != new["pretrained"]:
         yield "tokenizer.pretrained: other files than those of version 0"
     else:
-        yield from _changes("tokenizer", old, new)
+        # Whether the first token stands between documents follows from which token it is.
+        yield from list(_changes("tokenizer", old, new, {"begins_documents"})) or [earlier]
 
 
 def _pretrained_cause(seed: Artifact, prepared: PreparedPlan) -> str:
