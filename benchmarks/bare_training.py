@@ -44,7 +44,7 @@ class Pace:
     rates: list[float] = field(default_factory=list)
     """Tokens per second of the whole group, each over about a second of the second half."""
     mfu: list[float] = field(default_factory=list)
-    """Of one worker."""
+    """Model FLOPs utilisation of one worker."""
     first_update: float | None = None
     """When the first report came, by time.monotonic."""
     how: Resources | None = None

@@ -179,7 +179,7 @@ def _rank(
 
 
 def _free(device: torch.device) -> None:
-    """What the last training held on the GPU."""
+    """Frees the GPU memory of the last training."""
     import gc
 
     gc.collect()

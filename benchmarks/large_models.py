@@ -75,7 +75,7 @@ SIZES = {  # vocabulary, blocks per GPU and update, blocks per forward pass, tok
 
 @dataclass(frozen=True)
 class Asked:
-    """What is measured."""
+    """Settings of one measurement."""
 
     size: str
     gpus: int
@@ -107,7 +107,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Name:
-    """What checkpoints go by."""
+    """A request's name, by which checkpoints are stored."""
 
     ref: Ref
     recipe: dict[str, Any] = field(default_factory=dict)

@@ -45,7 +45,7 @@ MOST_OFF = 0.15
 AT_ONCE = 6
 """Processes: each compiles on several cores."""
 SHARE = 0.85
-"""Of the GPU's memory that is given to cases at once: CUDA's contexts take some too."""
+"""Share of the GPU's memory that cases get at once: CUDA's contexts take some too."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ and give --aws /tmp/awscli-venv/bin/aws"""
 
 @dataclass(frozen=True)
 class Transfer:
-    """What one process took."""
+    """Seconds and peak memory of one process."""
 
     seconds: float
     peak_mebibytes: float

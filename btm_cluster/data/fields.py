@@ -12,7 +12,7 @@ import pyarrow.parquet
 from btm_cluster.data.conversations import BadMessages, conversation_of
 from btm_cluster.data.streams import open_random, open_stream
 from btm_cluster.plan.kinds import SEPARATORS, ending, kind_of
-from btm_cluster.plan.rules import DEFAULT_FIELD
+from btm_cluster.plan.text_rules import DEFAULT_FIELD
 
 _LONGEST_ROW_BYTES = 1 << 24
 _PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("question", "answer"))

@@ -18,7 +18,7 @@ from btm_cluster.data.streams import Budget, Count
 from btm_cluster.errors import TextError, one_line
 from btm_cluster.plan import ChatTemplate, ReadingPlan, TextPlan
 from btm_cluster.plan.kinds import CONVERT, Kind, ending, kind_of
-from btm_cluster.plan.rules import idle_reading, messages_rules
+from btm_cluster.plan.text_rules import idle_reading, messages_rules
 
 Files = Mapping[str, list[SourceFile]]
 

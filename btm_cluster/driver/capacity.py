@@ -29,7 +29,7 @@ class Demand:
     frozen: int = 0
     """Parameters of the model beside these, which are not."""
     memory: TrainingMemory | None = None
-    """What the memory of its GPUs follows from, where it is a training on GPUs."""
+    """Memory of its GPUs, by its settings; None where it is no training on GPUs."""
 
     @property
     def description(self) -> str:

@@ -8,8 +8,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from btm_cluster.driver.prepared_plan import PreparedPlan, tokenizer_request
+from btm_cluster.driver.prepared_plan import PreparedPlan
 from btm_cluster.driver.recipes import seed_request
+from btm_cluster.driver.text_requests import tokenizer_request
 from btm_cluster.errors import FoundationError, UserError
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import Artifact, Ledger, Ref

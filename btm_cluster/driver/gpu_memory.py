@@ -22,14 +22,14 @@ from btm_cluster.requests import Resources, TrainRequest
 
 GIGABYTE = 1e9
 MOST_GPUS = 64
-"""Of a group that is proposed, where the cluster's are not known."""
+"""Largest group that is proposed where the cluster's GPUs are not known."""
 _SHARDING: dict[str, Setting] = {"auto": "auto", "none": "off", "full": "on"}
 _NAMES = {"optimizer": "Adam's moments", "copies": "copies and buffers"}
 
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """What the memory of a group's GPUs follows from, and the settings that it leaves open."""
+    """Size and settings of a training on GPUs, by which its memory is estimated; some settings may be open."""
 
     size: ModelSize
     how: Resources
@@ -82,7 +82,7 @@ class TrainingMemory:
 def training_memory(
     request: TrainRequest, at_once: int = 1, with_lora: ModelSize | None = None
 ) -> TrainingMemory | None:
-    """That of a training on GPUs; None on a CPU, and of a DEMix, whose memory is not estimated."""
+    """Size and settings of a requested training; None on a CPU, and for a DEMix, whose memory is not estimated."""
     from btm_cluster.language_model.training_size import size_for
 
     if request.is_demix or not request.how.gpus_per_worker:

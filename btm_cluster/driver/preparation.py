@@ -8,13 +8,11 @@ from btm_cluster.driver.prepared_plan import (
     block_requests,
     model_config,
     prepared_from,
-    read_requests,
-    tokenizer_request,
-    vocabulary_of,
     without_texts,
     without_withdrawn,
 )
 from btm_cluster.driver.recipes import check_demix, check_mixture_of_experts, seed_request
+from btm_cluster.driver.text_requests import read_requests, tokenizer_request, vocabulary_of
 from btm_cluster.errors import TextError
 from btm_cluster.plan import Plan
 

@@ -21,11 +21,11 @@ Source: Hoffmann et al., 2022, Training compute-optimal large language models.
 SEED_SHARE = 0.75
 """Small models want more than the paper's half: docs/results.md."""
 CPU_HOURS, GPU_HOURS = 1.0, 4.0
-"""That a first run may take: until after lunch on a CPU, an evening on GPUs."""
+"""Hours that a first run may take: until after lunch on a CPU, an evening on GPUs."""
 LEAST_UPDATES = 200
 """Smaller batches before fewer updates."""
 LEAST_BLOCKS, WANTED_BLOCKS = 20, 100
-"""Of a text's development text, and of its test text."""
+"""Blocks of development text, and of test text, that a text should have: the least, and better."""
 LEAST_HELD_OUT, MOST_HELD_OUT = 0.005, 0.1
 """Bounds of those shares of a text."""
 _AVERAGES = 8
@@ -82,7 +82,7 @@ class Machine:
 
     @property
     def hours(self) -> float:
-        """That a first run may take."""
+        """Hours that a first run may take."""
         return GPU_HOURS if self.on_gpus else CPU_HOURS
 
 

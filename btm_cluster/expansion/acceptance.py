@@ -11,7 +11,8 @@ from functools import cache
 from typing import TypeAlias
 
 from btm_cluster.driver.driver import Driver
-from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText, stored_text, tokenize_requests
+from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText, stored_text
+from btm_cluster.driver.text_requests import tokenize_requests
 from btm_cluster.evaluation.scoring import score_models, stack_of
 from btm_cluster.evaluation.texts import targets_seen_in
 from btm_cluster.forest import Expert, Forest

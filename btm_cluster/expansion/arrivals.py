@@ -18,13 +18,10 @@ from btm_cluster.driver.prepared_plan import (
     block_requests,
     model_config,
     prepared_from,
-    read_request,
-    read_requests,
     text_of,
-    tokenizer_request,
-    vocabulary_of,
     without_texts,
 )
+from btm_cluster.driver.text_requests import read_request, read_requests, tokenizer_request, vocabulary_of
 from btm_cluster.errors import TextError, UserError
 from btm_cluster.expansion.inbox import Arrival, refuse, still_lies_there
 from btm_cluster.forest import Forest

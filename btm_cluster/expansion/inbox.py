@@ -21,7 +21,7 @@ from btm_cluster.ledger.records import find_refusals, quarantine
 from btm_cluster.plan import DomainPlan, Plan
 from btm_cluster.plan.expansion import InboxPlan
 from btm_cluster.plan.kinds import ROWS, UNREAD, ending, kind_of
-from btm_cluster.plan.rules import DEFAULT_FIELD
+from btm_cluster.plan.text_rules import DEFAULT_FIELD
 from btm_cluster.plan.values import NAME_PATTERN
 from btm_cluster.storage import Entry, Storage
 from btm_cluster.storage.local_folder import walk

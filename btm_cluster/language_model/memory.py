@@ -84,7 +84,7 @@ class Way:
 
     @property
     def tokens(self) -> int:
-        """Of one forward pass."""
+        """Tokens of one forward pass."""
         return self.blocks * self.block_tokens
 
     @property
@@ -206,7 +206,7 @@ def _kept_per_token(size: ModelSize, way: Way) -> int:
 
 
 def _within_a_layer(size: ModelSize, way: Way) -> int:
-    """What a layer's backward pass makes for a moment: gradients of the feed-forward's inside, and of what goes
+    """Bytes that a layer's backward pass takes for a moment: gradients of the feed-forward's inside, and of what goes
     on to the layer before."""
     inside = size.inner * (3 if size.is_gated else 2)
     return way.tokens * (_value(way) * inside + _residual(way) * 2 * size.width)

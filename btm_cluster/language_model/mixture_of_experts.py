@@ -141,7 +141,7 @@ class Size:
 
     parameters: int
     active_parameters: int
-    """That a token passes: all but the feed-forwards that are not chosen."""
+    """Parameters that a token passes: all but the feed-forwards that are not chosen."""
     inference_cost: float
     """Against one of the dense models, by parameters that a token passes, embeddings left out."""
 

@@ -55,7 +55,7 @@ def _adapter(model: PreTrainedModel, trains: Trains) -> int:
 
 
 def _trained(model: PreTrainedModel, trains: Trains) -> dict[str, int]:
-    """What follows from what is trained: the fields `cast` to `adapters`.
+    """Fields of a size that follow from the trained part: `cast` to `adapters`.
 
     As `deltas.hold_frozen_in` has it: frozen linear maps are in the forward pass's precision, but for one that is
     tied to the embeddings.

@@ -36,12 +36,12 @@ class Merged:
     """The weight of each domain's expert, and of the seed where it has a part, largest first; None where a
     method gives its models no weights."""
     text: TextWeights | None = None
-    """What a given text says, in order of `experts`."""
+    """A given text's evidence for each expert, in order of `experts`."""
     experts: tuple[str, ...] = ()
 
     @property
     def spread(self) -> dict[str, ModelWeight]:
-        """What a given text says of each expert, the largest weight first."""
+        """A given text's evidence for each expert, the largest weight first."""
         models = zip(self.experts, self.text.models if self.text else (), strict=True)
         return dict(sorted(models, key=lambda one: -one[1].weight))
 

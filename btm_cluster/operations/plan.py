@@ -19,10 +19,11 @@ from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.gpu_memory import told
 from btm_cluster.driver.outstanding import baseline_requests
 from btm_cluster.driver.plan_notes import notes_on
-from btm_cluster.driver.prepared_plan import PreparedPlan, first_token_of, text_of
+from btm_cluster.driver.prepared_plan import PreparedPlan, text_of
 from btm_cluster.driver.rates import FORWARD_SHARE, Rate, rates_of
 from btm_cluster.driver.recipes import expert_request, expert_resources, seed_request, seed_start
 from btm_cluster.driver.room import SOME_CLUSTER, Room
+from btm_cluster.driver.text_requests import first_token_of
 from btm_cluster.driver.text_sizes import TextSize, TextUse, text_sizes, text_uses
 from btm_cluster.equations.budget import wall_hours
 from btm_cluster.language_model.model import count_parameters
@@ -38,7 +39,7 @@ from btm_cluster.operations.plan_costs import (
 )
 from btm_cluster.operations.run import grow_and_evaluate
 from btm_cluster.plan import Plan
-from btm_cluster.plan.rules import DEFAULT_FIELD
+from btm_cluster.plan.text_rules import DEFAULT_FIELD
 from btm_cluster.requests import (
     AverageRequest,
     ImportTokenizer,

@@ -99,7 +99,7 @@ def docstrings(*folders: Path) -> Iterator[str]:
 
 
 def services(folder: Path) -> Iterator[str]:
-    """What each AWS service's latest model says of its operations and shapes, without the HTML."""
+    """Descriptions of operations and shapes in each AWS service's latest model, without the HTML."""
     latest = {path.relative_to(folder).parts[0]: path for path in walk(folder, "service-2.json.gz")}
     for path in latest.values():
         model = json.loads(gzip.decompress(path.read_bytes()))

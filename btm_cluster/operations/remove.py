@@ -52,7 +52,7 @@ def remove(ledger: Ledger, domain: str) -> Forest:
 
 
 def planned_purge(ledger: Ledger, domain: str) -> PurgePlan:
-    """What a purge of `domain` would delete.
+    """A purge of `domain`, planned: all that it would delete.
 
     Raises:
         UserError: the store has nothing of it, or the expert of another domain would go with it.

@@ -117,7 +117,7 @@ def newer_of_plan(plan: Plan, served: int) -> Mixture | None:
 
 
 def follower(plan: Plan | None, store: str) -> Callable[[int], Mixture | None]:
-    """What tells of a newer version: as the plan mixes it, or as a store alone does."""
+    """A function that finds a newer version: as the plan mixes it, or as a store alone does."""
     return partial(newer_in_store, Ledger.open(store)) if plan is None else partial(newer_of_plan, plan)
 
 
@@ -231,7 +231,7 @@ _LESS = (
 
 
 class _Ending:
-    """What signals do: while a server answers, the first one lets it end; any other ends the command."""
+    """Handles signals: while a server answers, the first one lets it end; any other ends the command."""
 
     def __init__(self) -> None:
         self.stop = threading.Event()

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from btm_cluster.plan import rules as plan_rules
+from btm_cluster.plan import text_rules
 from btm_cluster.plan.section import Section
 from btm_cluster.plan.values import Messages, Positive, PositiveReal, Real, Text
 
@@ -14,7 +14,7 @@ class InboxPlan(Section):
     """How the inbox of the store is read, and the bounds of what is taken from it:
     whoever can write there is not trusted."""
 
-    rules: ClassVar = plan_rules.inbox_rules
+    rules: ClassVar = text_rules.inbox_rules
     field: Text = "text"
     """Field of a JSON row that holds the document."""
     messages: Messages | None = None

@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from btm_cluster.plan import rules as plan_rules
+from btm_cluster.plan import text_rules
 from btm_cluster.plan.section import Section
 from btm_cluster.plan.values import File, Files, FolderOrName, Messages, Name, Positive, Share, Text
 
@@ -12,7 +12,7 @@ from btm_cluster.plan.values import File, Files, FolderOrName, Messages, Name, P
 class DatasetPlan(Section):
     """A Hugging Face data set, by hub name or local folder, streamed through `datasets`."""
 
-    rules: ClassVar = plan_rules.dataset_rules
+    rules: ClassVar = text_rules.dataset_rules
     name: FolderOrName
     """Hub name, or the path of a local folder."""
     configuration: Text | None = None
@@ -33,7 +33,7 @@ class TextPlan(Section):
     A document is a row of JSON lines, a table or Parquet, or a text file (or its parts, by a delimiter).
     """
 
-    rules: ClassVar = plan_rules.text_rules
+    rules: ClassVar = text_rules.text_rules
     name: Name
     """Stands once in a forest: lower-case letters, digits, - and _."""
     text: Files = ()
@@ -47,7 +47,7 @@ class TextPlan(Section):
     """Test text from given files; without it, a share of `text` by content hash."""
     dataset: DatasetPlan | None = None
     """A Hugging Face data set instead of files."""
-    field: Text = plan_rules.DEFAULT_FIELD
+    field: Text = text_rules.DEFAULT_FIELD
     """Field or column of a row that holds the document, where files have rows."""
     messages: Messages | None = None
     """Instead of `field`, for chat data: field of a row that holds its messages, each with `role` and `content`,
@@ -65,13 +65,13 @@ class TextPlan(Section):
 class DomainPlan(TextPlan):
     """A text that gets an expert of its own."""
 
-    rules: ClassVar = plan_rules.domain_rules
+    rules: ClassVar = text_rules.domain_rules
 
 
 class ReadingPlan(Section):
     """How texts become documents. Part of a text's identity through the documents that result."""
 
-    rules: ClassVar = plan_rules.reading_rules
+    rules: ClassVar = text_rules.reading_rules
     development_share: Share = 0.02
     """Share of documents held out for everything that is fitted."""
     test_share: Share = 0.02

@@ -9,7 +9,7 @@ from btm_cluster.report.drawing import Drawing, shorten, width_of
 STEP, ROW, TOP = 92, 24, 34
 MOST_CHARACTERS = 22
 LEAST_WEIGHT = 0.05
-"""Of a parent that has a line of its own."""
+"""Weight of a parent that has a line of its own, at least."""
 MOST_VERSIONS = 12
 """The newest; earlier ones are in the table."""
 

@@ -43,7 +43,7 @@ class RunReport:
     evaluated: Evaluated | None
     """The newest version of which everything is measured."""
     lacks: str
-    """What the store lacks of a newer version, in words."""
+    """A sentence on what the store lacks of a newer version."""
     trainings: Sequence[Training]
     runs: Sequence[tuple[str, Timeline]]
     """The newest first."""

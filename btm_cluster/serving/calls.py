@@ -141,7 +141,7 @@ class CompletionCall:
         return served.engine.write(prompts, streams)
 
     async def _scores(self, served: Served, read: Sequence[ReadText]) -> list[TextScores | None]:
-        """Of prompts that are echoed with log-probabilities, or whose weights alone are wanted."""
+        """Scores of prompts that are echoed with log-probabilities, or whose weights alone are wanted."""
         body = self._body
         if not body.echo or (body.logprobs is None and body.max_tokens):
             return [None] * len(read)

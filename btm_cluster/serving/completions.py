@@ -47,7 +47,7 @@ MOST_STOPS = 64
 
 
 class StreamOptions(BaseModel):
-    """What a stream tells beside the text."""
+    """Options of a stream beside its text."""
 
     include_usage: bool = False
 

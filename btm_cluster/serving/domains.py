@@ -13,7 +13,7 @@ from btm_cluster.serving.forest import ENSEMBLE, LoadedForest, Served
 from btm_cluster.serving.settings import ServingSettings
 
 MOST_CHARACTERS = 1_000_000
-"""Of all texts of a call: while the tokenizer reads a text, nobody is answered."""
+"""Most characters of all texts of a call: while the tokenizer reads a text, nobody is answered."""
 
 
 async def domains_of(

@@ -102,7 +102,7 @@ class EngineThread:
 
     @property
     def failure(self) -> BaseException | None:
-        """What ended the thread, where something did."""
+        """The exception that ended the thread, if any."""
         return self._failure
 
     def write(self, prompts: Sequence[Prompt], streams: bool = False) -> list[Continuation]:

@@ -35,7 +35,7 @@ class Served:
 
     engine: EngineThread
     names: Sequence[str]
-    """Of the engine's models, in order."""
+    """Names of the engine's models, in order."""
     gate: Gate
     """By which texts are scored."""
     experts: tuple[int, ...] | None = None
@@ -147,7 +147,7 @@ class LoadedForest:
 
     @property
     def failure(self) -> BaseException | None:
-        """What ended the ensemble's engine, where something did."""
+        """The exception that ended the ensemble's engine, if any."""
         return self.ensemble.failure
 
     @contextmanager

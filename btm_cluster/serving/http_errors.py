@@ -41,7 +41,7 @@ def error_body(message: str, kind: str, code: str | None = None) -> dict[str, An
 
 
 def digest_of(key: str) -> str:
-    """What is kept of an API key."""
+    """The hash of an API key, which is all that is kept of it."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 

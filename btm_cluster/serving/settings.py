@@ -1,4 +1,4 @@
-"""What a server is told: sizes and limits of a replica, and how many there are."""
+"""Settings of a server: sizes and limits of a replica, and how many there are."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -33,11 +33,11 @@ class ServingSettings:
     device: str | None = None
     """Such as `cpu`; by default the GPU where the process sees one."""
     key_digest: str | None = None
-    """Of the API key that callers need; without one, everybody may call."""
+    """Hash of the API key that callers need; without one, everybody may call."""
 
 
 class ForestArguments(BaseModel):
-    """What is served, and by how many replicas: the `args` of a Serve configuration."""
+    """The forest that is served, and by how many replicas: the `args` of a Serve configuration."""
 
     model_config = ConfigDict(extra="forbid")
     store: Annotated[str, Field(min_length=1)]

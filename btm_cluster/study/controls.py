@@ -8,14 +8,9 @@ have, and the Transformer-LM given the development text that the forest's priors
 
 from dataclasses import replace
 
-from btm_cluster.driver.prepared_plan import (
-    PreparedPlan,
-    PreparedText,
-    text_of,
-    tokenize_requests,
-    training_text,
-)
+from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText, text_of, training_text
 from btm_cluster.driver.recipes import as_demix, at_experts_rate, seed_start, train_request
+from btm_cluster.driver.text_requests import tokenize_requests
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.requests import ShuffleTexts, TrainRequest
 

@@ -9,8 +9,9 @@ from typing import Any
 from btm_cluster.driver.driver import Driver, step_error
 from btm_cluster.driver.port import Failure
 from btm_cluster.driver.preparation import prepare
-from btm_cluster.driver.prepared_plan import PreparedPlan, model_config, vocabulary_of
+from btm_cluster.driver.prepared_plan import PreparedPlan, model_config
 from btm_cluster.driver.recipes import check_demix_fits
+from btm_cluster.driver.text_requests import vocabulary_of
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation.scoring import mean_perplexities, score_models, stack_of
 from btm_cluster.forest import Forest

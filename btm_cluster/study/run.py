@@ -11,8 +11,9 @@ from functools import partial
 from typing import Any
 
 from btm_cluster.driver.driver import Driver
-from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText, tokenize_requests
+from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText
 from btm_cluster.driver.recipes import demix_request, transformer_lm_milestones
+from btm_cluster.driver.text_requests import tokenize_requests
 from btm_cluster.evaluation.comparison import Comparison
 from btm_cluster.evaluation.systems import (
     DEMIX,

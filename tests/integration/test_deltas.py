@@ -85,7 +85,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def bytes_in_memory(models: Iterable[PreTrainedModel]) -> int:
-    """Of all that their parameters and buffers lie in, each storage once."""
+    """Bytes of all storages that their parameters and buffers lie in, each once."""
     storages = (t.untyped_storage() for m in models for t in (*m.parameters(), *m.buffers()))
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from btm_cluster.data.tokenizer_training import train_tokenizer
-from btm_cluster.driver.prepared_plan import tokenizer_request
+from btm_cluster.driver.text_requests import tokenizer_request
 from btm_cluster.errors import PlanError, UserError
 from btm_cluster.language_model.configuration import full_config
 from btm_cluster.language_model.model import has_dropout

@@ -57,7 +57,7 @@ class Made:
     ledger: Ledger
 
     def files(self) -> list[bytes]:
-        """Of the seed, which has an optimiser, and of the finished model."""
+        """Weights of the seed, which has an optimiser, and of the finished model."""
         seed, whole = self.ledger.get(self.request.until(6).ref), self.ledger.get(self.request.ref)
         places = [(seed, WEIGHTS), (seed, MOMENTS), (whole, WEIGHTS)]
         return [self.ledger.open_file(model, name).read_bytes() for model, name in places]

@@ -57,7 +57,7 @@ def with_demix(plan: Plan) -> Plan:
 
 
 def trained(forest: Forest) -> dict[str, Artifact]:
-    """What was trained, by name."""
+    """Trained weights by name."""
     driver, grown = forest
     assert grown.baseline is not None
     refs = {expert.domain: Ref("model", expert.identity) for expert in grown.forest.experts}

@@ -76,7 +76,7 @@ def train_in_groups(jobs: Sequence[Job]) -> None:
 
 
 def _train_on(rank: int, rendezvous: str, plan: Plan, request: TrainRequest, stop_after: int | None) -> None:
-    """What one rank does."""
+    """Trains on one rank."""
     ranks = request.how.workers
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
     demands = stop_after is not None and rank == ranks - 1

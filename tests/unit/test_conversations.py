@@ -28,7 +28,7 @@ from btm_cluster.data.tokenizer import (
 )
 from btm_cluster.data.tokenizer_training import train_tokenizer
 from btm_cluster.driver.chat_template import chat_template_of
-from btm_cluster.driver.prepared_plan import read_requests
+from btm_cluster.driver.text_requests import read_requests
 from btm_cluster.errors import PlanError, TextError, UserError
 from btm_cluster.operations.init import CHAT_TEMPLATE
 from btm_cluster.plan import ChatTemplate, Plan, ReadingPlan, TextPlan

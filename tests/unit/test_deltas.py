@@ -95,7 +95,7 @@ class Started:
         return build_state(self.spec, ALONE, self.stored_base)
 
     def dense(self, state: TrainingState) -> LoraWeights | ChangedWeights:
-        """What is stored of a training, over its base."""
+        """The stored part of a training, over its base."""
         (file,) = write_state(state, self.folder, with_optimizer=False).values()
         if self.trains.lora is None:
             return ChangedWeights(self.stored_base, TensorFiles([file]))

@@ -1,4 +1,4 @@
-"""What fits the memory of GPUs, and the settings by which what does not would."""
+"""Trainings that fit the memory of GPUs, and the settings by which others would."""
 
 from dataclasses import replace
 from typing import Any

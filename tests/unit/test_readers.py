@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from btm_cluster.data.documents import BadDocument
 from btm_cluster.data.readers import read_file
-from btm_cluster.driver.prepared_plan import read_requests
+from btm_cluster.driver.text_requests import read_requests
 from btm_cluster.errors import TextError
 from btm_cluster.plan import Plan, ReadingPlan, TextPlan
 from btm_cluster.plan.kinds import CODECS, UNREAD, kind_of_pattern
