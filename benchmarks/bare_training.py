@@ -24,6 +24,27 @@ from btm_cluster.requests import Resources
 RANDOM_BLOCKS = 512
 
 
+GPT2 = {"125m": (12, 768, 12), "350m": (24, 1024, 16), "1.3b": (24, 2048, 32)}
+"""Layers, width and heads of GPT-3's sizes."""
+LLAMA_1B = {
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 131_072,
+}
+"""Llama-3.2-1B."""
+
+
+def gpt2(layers: int, width: int, heads: int) -> dict[str, Any]:
+    """A configuration."""
+    return {"model_type": "gpt2", "n_layer": layers, "n_embd": width, "n_head": heads}
+
+
 @dataclass(frozen=True)
 class Shape:
     """A model's size and what one worker takes per update."""

@@ -22,28 +22,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from bare_training import Pace, Shape, train_bare
+from bare_training import GPT2, LLAMA_1B, Pace, Shape, gpt2, train_bare
 
-
-def _gpt2(layers: int, width: int, heads: int) -> dict[str, object]:
-    return {"model_type": "gpt2", "n_layer": layers, "n_embd": width, "n_head": heads}
-
-
-_LLAMA_1B = {
-    "model_type": "llama",
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "tie_word_embeddings": True,
-}
 SIZES = {  # blocks per GPU and update, then blocks per forward pass
-    "toy": Shape(_gpt2(1, 64, 2), 512, 4, 4),
-    "125m": Shape(_gpt2(12, 768, 12), 50_304, 32, 32),
-    "350m": Shape(_gpt2(24, 1024, 16), 50_304, 32, 16),
-    "1.3b": Shape(_gpt2(24, 2048, 32), 50_304, 16, 8),
-    "llama-1b": Shape(_LLAMA_1B, 50_304, 16, 8),
+    "toy": Shape(gpt2(1, 64, 2), 512, 4, 4),
+    "125m": Shape(gpt2(*GPT2["125m"]), 50_304, 32, 32),
+    "350m": Shape(gpt2(*GPT2["350m"]), 50_304, 32, 16),
+    "1.3b": Shape(gpt2(*GPT2["1.3b"]), 50_304, 16, 8),
+    "llama-1b": Shape(LLAMA_1B, 50_304, 16, 8),
 }
 
 

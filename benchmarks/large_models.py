@@ -30,13 +30,13 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from bare_training import Pace, Shape, compute_of, spec_of
+from bare_training import LLAMA_1B, Pace, Shape, compute_of, spec_of
 
 from btm_cluster.identity import Ref, identity_by
 from btm_cluster.language_model.compute import Compute, device_name
 from btm_cluster.language_model.configuration import full_config
 from btm_cluster.language_model.deltas import FILES, trains_of
-from btm_cluster.language_model.memory import USABLE_SHARE, Setting, Way, choose_way, memory_of
+from btm_cluster.language_model.memory import USABLE_SHARE, PassSettings, Setting, choose_settings, memory_of
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.tensor_files import WEIGHTS
 from btm_cluster.language_model.training import train
@@ -54,20 +54,9 @@ def _qwen(width: int, inner: int, layers: int, heads: int, key_heads: int, is_ti
     return {"model_type": "qwen2", **sizes, **attention, "tie_word_embeddings": is_tied}
 
 
-_LLAMA_1B = {
-    "model_type": "llama",
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 131_072,
-}
 SIZES = {  # vocabulary, blocks per GPU and update, blocks per forward pass, tokens per block
     "toy": Shape(_qwen(64, 160, 2, 4, 2, False), 512, 8, 4, 64),
-    "llama-1b": Shape(_LLAMA_1B, 128_256, 16, 8, 2048),
+    "llama-1b": Shape(LLAMA_1B, 128_256, 16, 8, 2048),
     "qwen-3b": Shape(_qwen(2048, 11_008, 36, 16, 2, True), 151_936, 16, 4, 2048),
     "qwen-7b": Shape(_qwen(3584, 18_944, 28, 28, 4, False), 152_064, 16, 4, 2048),
 }
@@ -234,12 +223,12 @@ def _settled(asked: Asked, device: torch.device) -> tuple[Compute, int]:
     size = size_for(asked.model, asked.trains)
     bf16, blocks = compute.precision == "bfloat16", min(shape.blocks, shape.micro_batch)
     passes = -(-shape.blocks // blocks)
-    way = Way(asked.gpus, blocks, shape.block_tokens, bf16, compute.compile, passes=passes)
+    settings = PassSettings(asked.gpus, blocks, shape.block_tokens, bf16, compute.compile, passes=passes)
     there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 1e12
     sharding: Setting = "auto" if asked.sharding == "auto" else "on" if asked.sharding == "full" else "off"
-    way = choose_way(size, way, USABLE_SHARE * there, sharding, asked.activation_checkpointing)
-    settled = replace(compute, is_sharded=way.is_sharded, recomputes=way.recomputes)
-    return settled, memory_of(size, way).peak
+    settings = choose_settings(size, settings, USABLE_SHARE * there, sharding, asked.activation_checkpointing)
+    settled = replace(compute, is_sharded=settings.is_sharded, recomputes=settings.recomputes)
+    return settled, memory_of(size, settings).peak
 
 
 def _summary(asked: Asked, compute: Compute, pace: Saving, peak: float, estimate: int) -> dict[str, Any]:

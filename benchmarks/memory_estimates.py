@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bare_training import Pace, Shape, compute_of, spec_of
+from bare_training import GPT2, Pace, Shape, compute_of, gpt2, spec_of
 from large_models import SIZES as LARGE
 
 from btm_cluster.driver.gpu_memory import TrainingMemory
@@ -76,17 +76,11 @@ class Case:
         return training.memory(None).peak
 
 
-def _gpt2(layers: int, width: int, heads: int, blocks: int, micro_batch: int) -> Case:
-    config = {"model_type": "gpt2", "n_layer": layers, "n_embd": width, "n_head": heads}
-    return Case(Shape(config, 50_257, blocks, micro_batch))
-
-
-GPT2 = {"125m": (12, 768, 12), "350m": (24, 1024, 16), "1.3b": (24, 2048, 32)}
 BATCHES = {8: 8, 16: 32, 32: 32}
 """Blocks per update, by those of a forward pass."""
 LLAMA = replace(LARGE["llama-1b"], micro_batch=8)
 CASES: Mapping[str, Case] = {
-    f"gpt2-{name}, {micro_batch} of {blocks} blocks": _gpt2(*shape, blocks, micro_batch)
+    f"gpt2-{name}, {micro_batch} of {blocks} blocks": Case(Shape(gpt2(*shape), 50_257, blocks, micro_batch))
     for name, shape in GPT2.items()
     for micro_batch, blocks in BATCHES.items()
 } | {

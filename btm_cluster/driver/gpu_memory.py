@@ -13,9 +13,9 @@ from btm_cluster.language_model.memory import (
     USABLE_SHARE,
     Memory,
     ModelSize,
+    PassSettings,
     Setting,
-    Way,
-    choose_way,
+    choose_settings,
     memory_of,
 )
 from btm_cluster.requests import Resources, TrainRequest
@@ -42,7 +42,7 @@ class TrainingMemory:
     """The sizes of an expert that trains all, if it were to train an adapter."""
 
     @property
-    def way(self) -> Way:
+    def settings(self) -> PassSettings:
         """How a rank computes, with whole models and nothing computed twice."""
         from btm_cluster.language_model.head import LOGITS_AT_ONCE
         from btm_cluster.language_model.loss import LARGEST_BLOCK_LOGITS
@@ -52,7 +52,7 @@ class TrainingMemory:
         bfloat16 = self.how.precision == "bfloat16"
         passes = -(-of_rank // blocks)
         in_pieces = self.block_tokens * self.size.vocabulary > LARGEST_BLOCK_LOGITS["cuda"]
-        return Way(
+        return PassSettings(
             self.how.workers,
             blocks,
             self.block_tokens,
@@ -62,13 +62,15 @@ class TrainingMemory:
             logits_at_once=LOGITS_AT_ONCE["cuda"] if in_pieces else None,
         )
 
-    def settled(self, gpu_bytes: float | None) -> Way:
+    def settled(self, gpu_bytes: float | None) -> PassSettings:
         """How it computes on GPUs with so much memory. Of a part of a GPU it counts on that part."""
         usable = (
             math.inf if gpu_bytes is None else USABLE_SHARE * gpu_bytes * min(1.0, self.how.gpus_per_worker)
         )
         how = self.how
-        return choose_way(self.size, self.way, usable, _SHARDING[how.sharding], how.activation_checkpointing)
+        return choose_settings(
+            self.size, self.settings, usable, _SHARDING[how.sharding], how.activation_checkpointing
+        )
 
     def memory(self, gpu_bytes: float | None) -> Memory:
         """The estimate on GPUs with so much memory."""
@@ -120,10 +122,10 @@ def problem_of(
 
 def told(training: TrainingMemory, gpu_bytes: float | None) -> str:
     """The memory of a training on each of its GPUs, in words."""
-    way = training.settled(gpu_bytes)
-    memory = memory_of(training.size, way)
+    settings = training.settled(gpu_bytes)
+    memory = memory_of(training.size, settings)
     of = f" of {_gigabytes(gpu_bytes)}" if gpu_bytes is not None else ""
-    how = [name for name, chosen in _CHOICES.items() if getattr(way, chosen)]
+    how = [name for name, chosen in _CHOICES.items() if getattr(settings, chosen)]
     by = f", by {' and '.join(how)}" if how else ""
     each = f", and {training.at_once} at once" if training.at_once > 1 else ""
     return f"{_parts(memory, of)}{by}{each}"
@@ -186,7 +188,7 @@ def _changes(training: TrainingMemory) -> Iterator[tuple[str, TrainingMemory]]:
 
 
 def _smaller_batches(training: TrainingMemory, before: str) -> Iterator[tuple[str, TrainingMemory]]:
-    blocks = training.way.blocks // 2
+    blocks = training.settings.blocks // 2
     while blocks:
         how = replace(training.how, micro_batch_blocks=blocks)
         yield f"{before}`cluster.micro_batch_blocks: {blocks}`", replace(training, how=how)

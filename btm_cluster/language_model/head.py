@@ -1,7 +1,7 @@
 """A model's head, applied to a few tokens at a time: logits of a long block by a large vocabulary are never there
 as a whole.
 
-8,192 tokens by 150,000 words are 5 GB in float32, and a loss holds them several times over.
+8,192 tokens by a vocabulary of 150,000 are 5 GB in float32, and a loss holds them several times over.
 """
 
 from collections.abc import Callable

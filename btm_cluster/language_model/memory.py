@@ -65,8 +65,8 @@ class ModelSize:
 
 
 @dataclass(frozen=True)
-class Way:
-    """How one rank of a group computes its passes."""
+class PassSettings:
+    """Settings by which one rank of a group computes its passes."""
 
     ranks: int
     blocks: int
@@ -114,23 +114,27 @@ class Memory:
         return self.weights + self.gradients + self.optimizer
 
 
-def memory_of(size: ModelSize, way: Way) -> Memory:
+def memory_of(size: ModelSize, settings: PassSettings) -> Memory:
     """The estimate of a training's memory on each rank.
 
     The peak is at the start of a backward pass, when all activations are there and the gradients of earlier
     passes; or at its end, when only gradients are.
     """
-    share = way.ranks if way.is_sharded else 1
+    share = settings.ranks if settings.is_sharded else 1
     trained = FLOAT32 * _share(size.parameters - size.frozen, share)
     whole = size.frozen - size.frozen_linear
-    weights = trained + FLOAT32 * _share(whole, share) + _value(way) * _share(size.frozen_linear, share)
-    buckets = 0 if way.is_sharded or way.ranks == 1 else trained
-    copies, activations, logits = _copies(size, way), _activations(size, way), _logits(size, way)
+    weights = trained + FLOAT32 * _share(whole, share) + _value(settings) * _share(size.frozen_linear, share)
+    buckets = 0 if settings.is_sharded or settings.ranks == 1 else trained
+    copies, activations, logits = (
+        _copies(size, settings),
+        _activations(size, settings),
+        _logits(size, settings),
+    )
     state = weights + 2 * trained + buckets
-    before = trained if way.passes > 1 else 0
+    before = trained if settings.passes > 1 else 0
     # Whole graphs hand out all gradients together, which are then added to those that are there.
-    after = trained + (before if way.is_one_graph else 0)
-    at_start = before + copies + activations + max(logits, _within_a_layer(size, way))
+    after = trained + (before if settings.is_one_graph else 0)
+    at_start = before + copies + activations + max(logits, _within_a_layer(size, settings))
     return Memory(
         weights=weights,
         gradients=trained,
@@ -146,26 +150,26 @@ def _share(values: int, ranks: int) -> int:
     return -(-values // ranks)
 
 
-def choose_way(
-    size: ModelSize, way: Way, usable_bytes: float, sharding: Setting, recomputing: Setting
-) -> Way:
-    """The fastest way that fits into so many bytes, among those that the settings leave; where none does, the one
+def choose_settings(
+    size: ModelSize, settings: PassSettings, usable_bytes: float, sharding: Setting, recomputing: Setting
+) -> PassSettings:
+    """The fastest settings that fit into so many bytes, among those that are left open; where none does, the one
     that takes least.
 
     A group shards before it computes anything twice: that costs a third more arithmetic (a forward pass beside
     a forward and a backward one), and gathering overlaps with arithmetic.
     """
-    ways = ways_of(way, sharding, recomputing)
-    fitting = [one for one in ways if memory_of(size, one).peak <= usable_bytes]
-    return fitting[0] if fitting else min(ways, key=lambda one: memory_of(size, one).peak)
+    candidates = candidate_settings(settings, sharding, recomputing)
+    fitting = [one for one in candidates if memory_of(size, one).peak <= usable_bytes]
+    return fitting[0] if fitting else min(candidates, key=lambda one: memory_of(size, one).peak)
 
 
-def ways_of(way: Way, sharding: Setting, recomputing: Setting) -> list[Way]:
-    """The ways that the settings leave, the fastest first."""
+def candidate_settings(settings: PassSettings, sharding: Setting, recomputing: Setting) -> list[PassSettings]:
+    """The settings that are left open, the fastest first."""
     return [
-        replace(way, is_sharded=is_sharded, recomputes=recomputes)
+        replace(settings, is_sharded=is_sharded, recomputes=recomputes)
         for recomputes in _left_by(recomputing)
-        for is_sharded in _left_by(sharding if way.ranks > 1 else "off")
+        for is_sharded in _left_by(sharding if settings.ranks > 1 else "off")
     ]
 
 
@@ -173,68 +177,72 @@ def _left_by(setting: Setting) -> Sequence[bool]:
     return {"auto": (False, True), "on": (True,), "off": (False,)}[setting]
 
 
-def _copies(size: ModelSize, way: Way) -> int:
-    value = _value(way)
-    if way.is_sharded:
+def _copies(size: ModelSize, settings: PassSettings) -> int:
+    value = _value(settings)
+    if settings.is_sharded:
         # Two parts' weights, one's gradient as it was computed, and in float32 on its way to the others.
         return size.largest_unit * (2 * value + value + FLOAT32)
-    if not way.in_bfloat16:
+    if not settings.in_bfloat16:
         return 0
-    at_once = _share(size.cast, size.layers) if way.recomputes and way.compiles and size.layers else size.cast
+    at_once = (
+        _share(size.cast, size.layers)
+        if settings.recomputes and settings.compiles and size.layers
+        else size.cast
+    )
     return BFLOAT16 * (at_once + size.cast_head)
 
 
-def _activations(size: ModelSize, way: Way) -> int:
-    kept_of_layer = way.tokens * _kept_per_token(size, way)
+def _activations(size: ModelSize, settings: PassSettings) -> int:
+    kept_of_layer = settings.tokens * _kept_per_token(size, settings)
     hidden = (
-        way.tokens * size.width * (_residual(way) + _value(way))
+        settings.tokens * size.width * (_residual(settings) + _value(settings))
     )  # of the last norm: what it reads, and makes
-    if not way.recomputes:
+    if not settings.recomputes:
         return size.layers * kept_of_layer + hidden
-    return size.layers * way.tokens * size.width * _residual(way) + kept_of_layer + hidden
+    return size.layers * settings.tokens * size.width * _residual(settings) + kept_of_layer + hidden
 
 
-def _kept_per_token(size: ModelSize, way: Way) -> int:
+def _kept_per_token(size: ModelSize, settings: PassSettings) -> int:
     """Bytes that a layer keeps of each token: inputs of both norms and what they make of them, queries, keys,
     values and what attention makes of them, the feed-forward's inside, and adapters' inside."""
     values = 2 * size.width + 2 * size.queries + 2 * size.keys
     if size.adapters:  # by which attention's output is cast once more
         values += size.adapters + size.queries
     # Gated: both projections and their product, and not compiled, the gate's SiLU.
-    inside = size.inner * ((3 if way.compiles else 4) if size.is_gated else 2)
-    return 2 * size.width * _residual(way) + _value(way) * (values + inside)
+    inside = size.inner * ((3 if settings.compiles else 4) if size.is_gated else 2)
+    return 2 * size.width * _residual(settings) + _value(settings) * (values + inside)
 
 
-def _within_a_layer(size: ModelSize, way: Way) -> int:
+def _within_a_layer(size: ModelSize, settings: PassSettings) -> int:
     """Bytes that a layer's backward pass takes for a moment: gradients of the feed-forward's inside, and of what goes
     on to the layer before."""
     inside = size.inner * (3 if size.is_gated else 2)
-    return way.tokens * (_value(way) * inside + _residual(way) * 2 * size.width)
+    return settings.tokens * (_value(settings) * inside + _residual(settings) * 2 * size.width)
 
 
-def _logits(size: ModelSize, way: Way) -> int:
+def _logits(size: ModelSize, settings: PassSettings) -> int:
     """The head's part of a backward pass: logits, their gradient, and that of the head's own weights.
 
     In one compiled graph the logits' gradient takes the place of the logits. Where the loss alone is compiled it
     does not. Else there are, in float32, their log-softmax, its gradient and theirs. In pieces there are a piece's
     logits, these in float32 and their log-softmax, and the gradient of the head's weights from the forward pass on.
     """
-    values, value = way.tokens * size.vocabulary, _value(way)
+    values, value = settings.tokens * size.vocabulary, _value(settings)
     head = size.cast_head if size.frozen == 0 else 0
-    if way.logits_at_once:
-        return min(values, way.logits_at_once) * (value + 2 * FLOAT32) + FLOAT32 * head
-    if not way.compiles:
+    if settings.logits_at_once:
+        return min(values, settings.logits_at_once) * (value + 2 * FLOAT32) + FLOAT32 * head
+    if not settings.compiles:
         return values * 3 * FLOAT32
-    if not way.is_one_graph:
+    if not settings.is_one_graph:
         return values * 2 * value
     return max(values * value, FLOAT32 * head) + value * head
 
 
-def _value(way: Way) -> int:
+def _value(settings: PassSettings) -> int:
     """Bytes of a value in the forward pass."""
-    return BFLOAT16 if way.in_bfloat16 else FLOAT32
+    return BFLOAT16 if settings.in_bfloat16 else FLOAT32
 
 
-def _residual(way: Way) -> int:
+def _residual(settings: PassSettings) -> int:
     """Bytes of a value of the hidden states between layers: under autocast these stay in float32."""
-    return BFLOAT16 if way.in_bfloat16 and way.is_sharded else FLOAT32
+    return BFLOAT16 if settings.in_bfloat16 and settings.is_sharded else FLOAT32

@@ -53,7 +53,7 @@ def write_studies(plan: Plan, place: Storage, driver: Driver) -> Iterator[str]:
 def results_of(plan: Plan, study: Study) -> Results:
     """A study's outcome as plain values."""
     run = {
-        "plan": plan.model_dump(mode="json", exclude_defaults=True),
+        "plan": plan.model_dump(mode="json", exclude_unset=True),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -64,8 +64,8 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
 
         def commit_trained(made: TrainRequest, trained: Trained) -> Artifact | None:
             """On the group's first rank, the committed artifact; the others help to gather it."""
-            is_there = group.is_first and made.ref != request.ref and ledger.find(made.ref) is not None
-            if any(group.any(is_there)):
+            found = group.made_by_first(lambda: made.ref != request.ref and ledger.find(made.ref) is not None)
+            if any(group.any(bool(found))):
                 return None  # an attempt before this one has passed it
             if group.is_first:
                 control.report(Progress(request.label, "storing"))

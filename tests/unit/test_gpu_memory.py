@@ -93,7 +93,7 @@ def test_where_no_gpu_was_looked_at_nothing_is_refused_and_what_went_on_before_i
 def test_logits_of_a_block_that_are_too_many_are_counted_by_the_piece() -> None:
     long = replace(expert(QWEN_7B, micro_batch_blocks=1), block_tokens=8192)
     short = replace(expert(QWEN_7B, micro_batch_blocks=2), block_tokens=4096)
-    assert long.way.tokens == short.way.tokens
+    assert long.settings.tokens == short.settings.tokens
     head = 152_064 * 3584
     assert long.memory(None).logits == 2**28 * 10 + 4 * head
     assert short.memory(None).logits == 8192 * 152_064 * 2 + 2 * head

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from btm_cluster.language_model.attention import leave_causal_masks_out
 from btm_cluster.language_model.deltas import freeze, hold_frozen_in
-from btm_cluster.language_model.memory import ModelSize, Way, choose_way, memory_of
+from btm_cluster.language_model.memory import ModelSize, PassSettings, choose_settings, memory_of
 from btm_cluster.language_model.model import fresh_on_meta
 from btm_cluster.language_model.training_size import size_of
 from btm_cluster.plan import ALL, Lora, Trains
@@ -28,9 +28,9 @@ def size() -> ModelSize:
 
 
 @pytest.fixture
-def way() -> Way:
+def settings() -> PassSettings:
     """Two H200 that read 8,192 tokens at once each."""
-    return Way(ranks=2, blocks=2, block_tokens=4096, in_bfloat16=True, compiles=True)
+    return PassSettings(ranks=2, blocks=2, block_tokens=4096, in_bfloat16=True, compiles=True)
 
 
 def test_sizes_are_read_off_a_model(size: ModelSize) -> None:
@@ -50,13 +50,13 @@ def test_sizes_are_read_off_a_model(size: ModelSize) -> None:
 
 
 def test_a_state_is_sixteen_bytes_for_each_trained_parameter_and_two_for_each_frozen_one(
-    size: ModelSize, way: Way
+    size: ModelSize, settings: PassSettings
 ) -> None:
     parameters = size.parameters
-    assert memory_of(size, way).state == 16 * parameters
-    assert memory_of(size, replace(way, is_sharded=True)).state == 8 * parameters
+    assert memory_of(size, settings).state == 16 * parameters
+    assert memory_of(size, replace(settings, is_sharded=True)).state == 8 * parameters
     frozen = replace(size, frozen=parameters - 1000, frozen_linear=parameters - 1000)
-    assert memory_of(frozen, way).state == 2 * (parameters - 1000) + 16 * 1000
+    assert memory_of(frozen, settings).state == 2 * (parameters - 1000) + 16 * 1000
 
 
 @pytest.mark.parametrize(
@@ -73,9 +73,15 @@ def test_a_state_is_sixteen_bytes_for_each_trained_parameter_and_two_for_each_fr
     ],
 )
 def test_the_fastest_way_that_fits_is_taken(
-    size: ModelSize, way: Way, gigabytes: float, ranks: int, sharding: Any, recomputing: Any, expected: Any
+    size: ModelSize,
+    settings: PassSettings,
+    gigabytes: float,
+    ranks: int,
+    sharding: Any,
+    recomputing: Any,
+    expected: Any,
 ) -> None:
-    chosen = choose_way(size, replace(way, ranks=ranks), gigabytes * GB, sharding, recomputing)
+    chosen = choose_settings(size, replace(settings, ranks=ranks), gigabytes * GB, sharding, recomputing)
     assert (chosen.is_sharded, chosen.recomputes) == expected
 
 
@@ -85,10 +91,12 @@ def test_a_layer_keeps_as_much_as_autograd_says(
     model_type: str, most_above: float, in_bfloat16: bool
 ) -> None:
     """Llama's norms, in pieces where they are not compiled, keep some more than the formula has."""
-    way = Way(1, 2, 256, in_bfloat16, compiles=False, is_sharded=True)
+    settings = PassSettings(1, 2, 256, in_bfloat16, compiles=False, is_sharded=True)
     of_three, of_two = (_model(model_type, layers, in_bfloat16) for layers in (3, 2))
     kept = _kept_bytes(of_three) - _kept_bytes(of_two)
-    estimate = memory_of(size_of(of_three), way).activations - memory_of(size_of(of_two), way).activations
+    estimate = (
+        memory_of(size_of(of_three), settings).activations - memory_of(size_of(of_two), settings).activations
+    )
     assert estimate < kept < most_above * estimate
 
 
@@ -96,10 +104,10 @@ def test_a_layer_keeps_as_much_as_autograd_says(
 @pytest.mark.parametrize(("model_type", "train"), [("gpt2", "all"), ("llama", "all"), ("llama", "lora")])
 def test_a_compiled_layer_keeps_as_much_as_the_partitioner_leaves(model_type: str, train: str) -> None:
     """With the copies of its weights that autocast makes."""
-    way = Way(1, 2, 256, in_bfloat16=True, compiles=True)
+    settings = PassSettings(1, 2, 256, in_bfloat16=True, compiles=True)
     three, two = (_model(model_type, layers, in_bfloat16=False) for layers in (3, 2))
     trains = Trains("lora", Lora(4, 8.0, LINEAR)) if train == "lora" else ALL
-    memory = [memory_of(size_of(model, trains), way) for model in (three, two)]
+    memory = [memory_of(size_of(model, trains), settings) for model in (three, two)]
     estimate = memory[0].activations + memory[0].copies - memory[1].activations - memory[1].copies
     kept = []
     for model in (three, two):
