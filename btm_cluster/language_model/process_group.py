@@ -83,7 +83,7 @@ class ProcessGroup:
 def _picklable(exc: Exception) -> Exception:
     try:
         pickle.loads(pickle.dumps(exc))
-    except Exception:
+    except Exception:  # pickling raises whatever an exception's own __reduce__ or __init__ does
         return TrainingError(
             "the first worker of the group failed", found=f"{type(exc).__name__}: {one_line(exc)}"
         )
