@@ -5,7 +5,6 @@ import dataclasses
 import gzip
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
