@@ -183,18 +183,18 @@ def _tokens(text: TextPlan) -> int:
 def _field(text: TextPlan) -> str | None:
     """The field of its rows that seems to hold the text, where that is another than the default."""
     from btm_cluster.data.fields import field_with_text
-    from btm_cluster.data.sources import source_files
+    from btm_cluster.data.sources import opened_files
 
-    found = field_with_text(source_files(text)["text"][0].path)
+    found = field_with_text(next(opened_files(text)))
     return None if found == text.field else found
 
 
 def _messages(text: TextPlan) -> tuple[str, ...]:
     """The field or fields of its rows that seem to hold messages."""
     from btm_cluster.data.fields import fields_with_messages
-    from btm_cluster.data.sources import source_files
+    from btm_cluster.data.sources import opened_files
 
-    return fields_with_messages(source_files(text)["text"][0].path)
+    return fields_with_messages(next(opened_files(text)))
 
 
 def _this_machine() -> "Machine":

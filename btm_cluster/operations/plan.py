@@ -12,6 +12,7 @@ from typing import Any
 
 from btm_cluster.algorithm import Grown
 from btm_cluster.data.fields import fields_with_messages
+from btm_cluster.data.sources import opened_files
 from btm_cluster.driver.budget import Spent, budget_notes
 from btm_cluster.driver.capacity import Demand, memory_problem
 from btm_cluster.driver.demands import demands_of
@@ -215,10 +216,11 @@ def _unread_messages(walk: DryWalk) -> Iterator[str]:
     """A sentence on each new text whose rows have messages that its plan does not name."""
     for request in walk.all_of(ReadText):
         assert isinstance(request, ReadText)
-        source, files = request.source, request.fingerprint.get("text") or ()
-        if request.ref in walk.found or source.messages or source.field != DEFAULT_FIELD:
+        source = request.source
+        is_named = source.messages or source.field != DEFAULT_FIELD
+        if request.ref in walk.found or source.dataset is not None or is_named:
             continue
-        if fields := next((fields_with_messages(file[0]) for file in files), ()):
+        if fields := next(map(fields_with_messages, opened_files(source)), ()):
             named = fields[0] if len(fields) == 1 else list(fields)
             yield (
                 f"the rows of {request.label!r} have messages, and no field `{DEFAULT_FIELD}`: `messages: {named}` in "

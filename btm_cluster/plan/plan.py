@@ -202,12 +202,11 @@ def read_plan(source: str | Path | Mapping[str, Any]) -> Plan:
         PlanError: naming every field that is wrong, what was found, what is expected and the remedy.
     """
     if isinstance(source, Mapping):
-        name, values, context = "the plan", dict(source), None
+        name, values, folder = "the plan", dict(source), Path()
     else:
-        name, values = f"the plan {source}", read_plan_file(Path(source))
-        context = {PLAN_FOLDER: Path(source).parent}
+        name, values, folder = f"the plan {source}", read_plan_file(Path(source)), Path(source).parent
     try:
-        return Plan.model_validate(values, context=context)
+        return Plan.model_validate(values, context={PLAN_FOLDER: folder})
     except ValidationError as exc:
         problems = describe_problems(exc, Plan)
     raise PlanError(f"{name} has {len(problems)} problem(s)\n" + "\n".join(problems))

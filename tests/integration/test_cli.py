@@ -258,7 +258,7 @@ def test_init_sizes_a_plan_to_the_texts_that_are_named_and_no_preview_of_it_warn
     path = tmp_path / "plans" / "mine.yaml"
     plan = read_plan(path)
     assert [text.name for text in plan.texts] == ["kitchen", "no", "market"]
-    assert plan.domains[0].text == (f"{tmp_path}/text/kitchen/*.jsonl",)
+    assert plan.domains[0].text == ("../text/kitchen/*.jsonl",)
     assert [domain.field for domain in plan.domains] == ["text", "body"]
     seen = json.loads(btm("plan", path, "--json")[1])
     assert all(0 < use["passes"] <= 4 for use in seen["texts"])
