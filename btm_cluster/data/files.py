@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import pyarrow.fs
 
-from btm_cluster.plan.folder import is_in_jobs_copy
+from btm_cluster.plan.folder import below, is_in_jobs_copy
 
 S3 = "s3://"
 
@@ -54,7 +54,7 @@ def find_below(path: Path, folder: str = "") -> list[SourceFile]:
 
 def opened(file: SourceFile, folder: str) -> str:
     """The path by which a file that was found from `folder` is opened."""
-    return file.path if file.path.startswith(S3) else os.path.join(folder, file.path)
+    return file.path if file.path.startswith((S3, "/")) else below(folder, file.path)
 
 
 def stamp_of_file(file: SourceFile, folder: str) -> list[Any]:

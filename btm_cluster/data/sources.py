@@ -5,7 +5,7 @@ duplicates or tokens.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow
@@ -85,6 +85,15 @@ def refuse_unread(source: TextPlan, stamp: Mapping[str, Any]) -> None:
         )
 
 
+def refuse_together(errors: Sequence[TextError]) -> None:
+    """Raises the errors of several texts as one; nothing where there is none."""
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        listed = "\n".join(map(str, errors))
+        raise TextError(f"{len(errors)} texts cannot be read\n{listed}", remedy="correct each of them")
+
+
 def read_documents(
     source: TextPlan,
     reading: ReadingPlan,
@@ -104,7 +113,7 @@ def read_documents(
     if source.dataset is not None:
         form = RowForm.of(source, longest, template)
         for split, item in read_data_set(source.name, source.dataset, form):
-            yield _document(item, split)
+            yield as_document(item, split)
             if count is not None:
                 count(1)
         return
@@ -115,14 +124,15 @@ def read_documents(
         for file in given:
             path = opened(file, source.folder)
             for item in read_file(path, source, longest, delimiter, budget, count, template):
-                yield _document(item, None if split == "text" else split)
+                yield as_document(item, None if split == "text" else split)
     if delimiter and not delimiter.occurs:
         _refuse_delimiter(
             source, [f for given in files.values() for f in given if kind_of(f.path) == "plain text"]
         )
 
 
-def _document(item: Read, split: str | None) -> Document | BadDocument:
+def as_document(item: Read, split: str | None) -> Document | BadDocument:
+    """A document as its file has it, with the split that the file was given for."""
     if isinstance(item, BadDocument):
         return item
     return Document(item, split) if isinstance(item, str) else Document(item.text, split, item)

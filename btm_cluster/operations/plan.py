@@ -11,15 +11,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from btm_cluster.algorithm import Grown
-from btm_cluster.data.fields import fields_with_messages
-from btm_cluster.data.sources import opened_files
+from btm_cluster.data.first_look import Unread, look_into
 from btm_cluster.driver.budget import Spent, budget_notes
 from btm_cluster.driver.capacity import Demand, memory_problem
 from btm_cluster.driver.demands import demands_of
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.gpu_memory import told
 from btm_cluster.driver.outstanding import baseline_requests
-from btm_cluster.driver.plan_notes import notes_on
+from btm_cluster.driver.plan_notes import messages_notes, notes_on
 from btm_cluster.driver.prepared_plan import PreparedPlan, text_of
 from btm_cluster.driver.rates import FORWARD_SHARE, Rate, rates_of
 from btm_cluster.driver.recipes import expert_request, expert_resources, seed_request, seed_start
@@ -40,7 +39,6 @@ from btm_cluster.operations.plan_costs import (
 )
 from btm_cluster.operations.run import grow_and_evaluate
 from btm_cluster.plan import Plan
-from btm_cluster.plan.text_rules import DEFAULT_FIELD
 from btm_cluster.requests import (
     AverageRequest,
     ImportTokenizer,
@@ -86,6 +84,11 @@ class Preview:
     """Memory of the GPUs, where there are some to look at."""
     requests: tuple[StepRequest, ...] = ()
     """Every step that is still to be made, as far as it is known before texts are read."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether a run has nothing to make."""
+        return all(step.state == DONE for step in self.steps)
 
     @property
     def gpu_hours(self) -> float:
@@ -149,6 +152,9 @@ def preview(plan: Plan, ledger: Ledger, new_resources: bool = False, room: Room 
     """
     walk = DryWalk(ledger, new_resources)
     grown = grow_and_evaluate(plan, walk)
+    unread = _unread_texts(walk)
+    texts = (Unread(one.source, one.reading, one.is_target, one.template) for one in unread)
+    look_into(texts, plan.training.block_tokens)
     prepared = grown.prepared
     reads = {request.label: request for request in walk.all_of(ReadText) if isinstance(request, ReadText)}
     sizes = text_sizes(prepared, reads, ledger)
@@ -175,7 +181,11 @@ def preview(plan: Plan, ledger: Ledger, new_resources: bool = False, room: Room 
         room.name,
         plan.cluster.price_per_gpu_hour,
         first_token_of(plan),
-        (*notes_on(plan, uses), *_unread_messages(walk), *budget_notes(plan, ledger, _cost(steps))),
+        (
+            *notes_on(plan, uses),
+            *messages_notes(unread),
+            *budget_notes(plan, ledger, _cost(steps)),
+        ),
         demands,
         room.gpu_bytes,
         tuple(walk.dry_run.asked.values()),
@@ -212,20 +222,9 @@ def _readings(walk: DryWalk, ledger: Ledger) -> Iterator[Step]:
             yield Step(f"read {request.label}", DONE, stored_bytes=_size([text]))
 
 
-def _unread_messages(walk: DryWalk) -> Iterator[str]:
-    """A sentence on each new text whose rows have messages that its plan does not name."""
-    for request in walk.all_of(ReadText):
-        assert isinstance(request, ReadText)
-        source = request.source
-        is_named = source.messages or source.field != DEFAULT_FIELD
-        if request.ref in walk.found or source.dataset is not None or is_named:
-            continue
-        if fields := next(map(fields_with_messages, opened_files(source)), ()):
-            named = fields[0] if len(fields) == 1 else list(fields)
-            yield (
-                f"the rows of {request.label!r} have messages, and no field `{DEFAULT_FIELD}`: `messages: {named}` in "
-                "place of `field` learns what the assistant says"
-            )
+def _unread_texts(walk: DryWalk) -> list[ReadText]:
+    reads = (request for request in walk.all_of(ReadText) if isinstance(request, ReadText))
+    return [request for request in reads if request.ref not in walk.found]
 
 
 def _preparation(walk: DryWalk) -> Iterator[Step]:

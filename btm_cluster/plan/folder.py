@@ -34,8 +34,11 @@ def is_relative(path: str) -> bool:
 
 def located(folder: str, path: str) -> str:
     """A plan's path from the folder of the plan, as `opened_folder` has it."""
-    if not is_relative(path):
-        return path
+    return below(folder, path) if is_relative(path) else path
+
+
+def below(folder: str, path: str) -> str:
+    """A relative path from a folder; of a whole one, `..` leads to the folder above."""
     parts = path.split("/")
     while parts and parts[0] in (".", "..") and folder.startswith("/"):  # further on, `..` may follow a link
         folder = os.path.dirname(folder) if parts.pop(0) == ".." else folder

@@ -300,6 +300,7 @@ def test_init_and_plan_tell_of_rows_with_messages(
         (("--text", "Kitchen=a.jsonl"), "lower-case letters"),
         (("--text", "kitchen=none/*.jsonl"), "the text of 'kitchen' matches no file"),
         (("--text", "kitchen=a.pdf"), "files that are not read"),
+        (("--text", "kitchen=a.txt"), "a document that is not UTF-8"),
         (("--target", "kitchen=a.pdf"), "only --target"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -313,6 +314,7 @@ def test_texts_that_init_cannot_read_are_refused_and_nothing_is_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.pdf").touch()
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     code, _, err = btm("init", "new.yaml", *arguments)
     assert code == 2
     assert part in err
