@@ -12,12 +12,14 @@ from pathlib import Path
 
 from btm_cluster.data.corpus import read_shard, usable_documents, write_text
 from btm_cluster.data.documents import BadDocument, Delimiter, Read, longer_than
+from btm_cluster.data.fields import fields_with_messages
 from btm_cluster.data.files import S3, SourceFile, opened, readable
 from btm_cluster.data.readers import read_file
-from btm_cluster.data.sources import as_document, refuse_together, source_files
+from btm_cluster.data.sources import as_document, opened_files, refuse_together, source_files
 from btm_cluster.errors import TextError
 from btm_cluster.plan import ChatTemplate, ReadingPlan, TextPlan
 from btm_cluster.plan.kinds import codec, kind_of
+from btm_cluster.plan.text_rules import DEFAULT_FIELD
 from btm_cluster.storage.scratch import scratch_folder
 
 SMALL_BYTES = 1 << 20
@@ -47,6 +49,7 @@ def look_into(texts: Iterable[Unread], block_tokens: int = 0) -> None:
     refused: list[TextError] = []
     for text in texts:
         try:
+            _refuse_messages(text)
             most = None if text.source.dataset else _look_into(text)
             if not text.is_target and most is not None and most < block_tokens:
                 raise fills_no_block(text.source.name, "train", block_tokens)
@@ -62,6 +65,21 @@ def fills_no_block(name: str, split: str, block_tokens: int, is_founded: bool = 
         expected=f"at least {block_tokens} tokens",
         remedy="give it more text" + ("" if is_founded else ", or lower `training.block_tokens`"),
     )
+
+
+def _refuse_messages(text: Unread) -> None:
+    """Refuses rows that have messages and no text, where the plan names no messages."""
+    source, reading = text.source, text.reading
+    if source.dataset or source.messages or source.field != DEFAULT_FIELD or reading.bad_documents == "skip":
+        return
+    first = next(opened_files(source), "")
+    if first and (fields := fields_with_messages(first)):
+        raise TextError(
+            f"the rows of {source.name!r} have messages, and no field `{DEFAULT_FIELD}`",
+            found=f"{' and '.join(fields)}, in the first row of {readable(first)}",
+            remedy=f"`messages: {fields[0] if len(fields) == 1 else list(fields)}` in place of `field` learns what "
+            "the assistant says",
+        )
 
 
 def _look_into(text: Unread) -> int | None:

@@ -1,13 +1,9 @@
 """Notes on a plan before it is run, of things that are no mistake."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-from btm_cluster.data.fields import fields_with_messages
-from btm_cluster.data.sources import opened_files
 from btm_cluster.driver.text_sizes import TextUse, too_many_passes
 from btm_cluster.plan import Plan
-from btm_cluster.plan.text_rules import DEFAULT_FIELD
-from btm_cluster.requests import ReadText
 
 
 def notes_on(plan: Plan, uses: Sequence[TextUse]) -> Iterator[str]:
@@ -36,17 +32,3 @@ def notes_on(plan: Plan, uses: Sequence[TextUse]) -> Iterator[str]:
         "of the "
         "learning-rate line; without `seed_share` they train all"
     )
-
-
-def messages_notes(requests: Iterable[ReadText]) -> Iterator[str]:
-    """A sentence on each text to be read whose rows have messages that its plan does not name."""
-    for request in requests:
-        source = request.source
-        if source.dataset is not None or source.messages or source.field != DEFAULT_FIELD:
-            continue
-        if fields := next(map(fields_with_messages, opened_files(source)), ()):
-            named = fields[0] if len(fields) == 1 else list(fields)
-            yield (
-                f"the rows of {request.label!r} have messages, and no field `{DEFAULT_FIELD}`: `messages: {named}` in "
-                "place of `field` learns what the assistant says"
-            )

@@ -18,7 +18,7 @@ from btm_cluster.driver.demands import demands_of
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.gpu_memory import told
 from btm_cluster.driver.outstanding import baseline_requests
-from btm_cluster.driver.plan_notes import messages_notes, notes_on
+from btm_cluster.driver.plan_notes import notes_on
 from btm_cluster.driver.prepared_plan import PreparedPlan, text_of
 from btm_cluster.driver.rates import FORWARD_SHARE, Rate, rates_of
 from btm_cluster.driver.recipes import expert_request, expert_resources, seed_request, seed_start
@@ -152,9 +152,7 @@ def preview(plan: Plan, ledger: Ledger, new_resources: bool = False, room: Room 
     """
     walk = DryWalk(ledger, new_resources)
     grown = grow_and_evaluate(plan, walk)
-    unread = _unread_texts(walk)
-    texts = (Unread(one.source, one.reading, one.is_target, one.template) for one in unread)
-    look_into(texts, plan.training.block_tokens)
+    look_into(_unread_texts(walk), plan.training.block_tokens)
     prepared = grown.prepared
     reads = {request.label: request for request in walk.all_of(ReadText) if isinstance(request, ReadText)}
     sizes = text_sizes(prepared, reads, ledger)
@@ -183,7 +181,6 @@ def preview(plan: Plan, ledger: Ledger, new_resources: bool = False, room: Room 
         first_token_of(plan),
         (
             *notes_on(plan, uses),
-            *messages_notes(unread),
             *budget_notes(plan, ledger, _cost(steps)),
         ),
         demands,
@@ -222,9 +219,10 @@ def _readings(walk: DryWalk, ledger: Ledger) -> Iterator[Step]:
             yield Step(f"read {request.label}", DONE, stored_bytes=_size([text]))
 
 
-def _unread_texts(walk: DryWalk) -> list[ReadText]:
+def _unread_texts(walk: DryWalk) -> list[Unread]:
     reads = (request for request in walk.all_of(ReadText) if isinstance(request, ReadText))
-    return [request for request in reads if request.ref not in walk.found]
+    unread = (request for request in reads if request.ref not in walk.found)
+    return [Unread(one.source, one.reading, one.is_target, one.template) for one in unread]
 
 
 def _preparation(walk: DryWalk) -> Iterator[Step]:

@@ -11,6 +11,8 @@ from btm_cluster.plan.folder import is_relative, located, opened_folder
 
 PLAN_FOLDER = "folder of the plan"
 """In pydantic's context: relative paths begin there. Without it, they begin in the current folder."""
+PLAN_TEXT = "text of the plan"
+"""In pydantic's context: what the plan's file says."""
 NAME_PATTERN = "[a-z0-9][a-z0-9_-]{0,63}"
 
 

@@ -282,11 +282,11 @@ def test_init_and_plan_tell_of_rows_with_messages(
     assert not [note for note in json.loads(out)["notes"] if "messages" in note]
     written = (tmp_path / "plan.yaml").read_text()
     (tmp_path / "plan.yaml").write_text(written.replace(', messages: "messages"', ""))
-    (note,) = [
-        note for note in json.loads(btm("plan", "plan.yaml", "--json")[1])["notes"] if "messages" in note
-    ]
-    assert "the rows of 'chat' have messages" in note
-    assert "`messages: messages`" in note
+    for command in (("plan",), ("run", "--in-process")):
+        code, _, err = btm(*command, "plan.yaml")
+        assert code == 2
+        assert "the rows of 'chat' have messages" in err
+        assert "`messages: messages`" in err
     (tmp_path / "plan.yaml").write_text(written.replace("  chat_template: chat_template.jinja", "  #"))
     code, _, err = btm("plan", "plan.yaml")
     assert code == 2

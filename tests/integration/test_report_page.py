@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from markupsafe import escape
 
 from btm_cluster.cli import app, run_command
 from btm_cluster.data.blocks import Blocks
@@ -125,7 +126,10 @@ def test_a_page_is_made_from_the_store_alone_and_nothing_is_added_to_it(
     ledger.storage.create(run_key("20260102-030406-host-8", TIMELINE_FILE), b"{}")
     before = {entry.key for entry in ledger.storage.list("")}
     plan_path = tmp_path / "plan.yaml"
-    plan_path.write_text(yaml.safe_dump(run_plan_copy.model_dump(mode="json", exclude_unset=True)))
+    written = yaml.safe_dump(
+        run_plan_copy.model_dump(mode="json", exclude_unset=True), default_flow_style=True
+    )
+    plan_path.write_text(f"# a remark <of mine>\r\n{written}", newline="")
     page = tmp_path / "page" / "report.html"
     assert run_command(lambda: app(["report", str(plan_path), "--to", str(page.parent)])) == 0
     assert capsys.readouterr().out == f"wrote {page}\n"
@@ -138,6 +142,8 @@ def test_a_page_is_made_from_the_store_alone_and_nothing_is_added_to_it(
         "20260102-030405-host-7",
         "test documents in training",
         "founded by tiny",
+        " % on domains",
+        f"<pre># a remark &lt;of mine&gt;\n{escape(written)}",
     ):
         assert said in html
     assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
