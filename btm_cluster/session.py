@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from btm_cluster.errors import UserError
 from btm_cluster.plan import Plan
+from btm_cluster.plan.folder import is_in_jobs_copy
 from btm_cluster.stopping import end_at_signals, handling, stopped
 from btm_cluster.terminal.output import end_input
 
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
     from btm_cluster.ledger import Ledger
     from btm_cluster.requests.progress import Progress, Watcher
     from btm_cluster.terminal.progress import ProgressView
-
-_JOBS_COPY = "/working_dir_files/_ray_pkg_"
-"""In paths of what `ray job submit --working-dir` carried."""
 
 
 @contextmanager
@@ -124,7 +122,7 @@ def open_ledger(store: str) -> "Ledger":
     from btm_cluster.ledger import Ledger
 
     ledger = Ledger.open(store)
-    if _JOBS_COPY in ledger.storage.location:
+    if is_in_jobs_copy(ledger.storage.location):
         raise UserError(
             "the store would be deleted with this job",
             found=f"{ledger.storage.location}, in the job's own copy of its working directory",

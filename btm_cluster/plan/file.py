@@ -12,14 +12,15 @@ _LARGEST_PLAN_BYTES = 1 << 20
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
-def read_plan_file(path: Path) -> dict[Any, Any]:
-    """The keys and values of the YAML file at `path`.
+def read_plan_file(path: Path) -> tuple[dict[Any, Any], str]:
+    """The keys and values of the YAML file at `path`, and its text.
 
     Raises:
         PlanError: it cannot be read, is not YAML, writes a key twice, or holds no keys and values.
     """
+    text = _read_text(path)
     try:
-        raw = yaml.load(_read_text(path), Loader=_UniqueKeyLoader)
+        raw = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.MarkedYAMLError as exc:
         raise PlanError(f"the plan {path} is not YAML", found=_place(exc), remedy=_yaml_remedy(exc)) from exc
     # Such as the date 2024-13-13, or 5,000 brackets.
@@ -36,7 +37,7 @@ def read_plan_file(path: Path) -> dict[Any, Any]:
         )
         expected, remedy = "keys such as name, store, domains", "`btm init` writes a starter"
         raise PlanError(f"the plan {path} is not a plan", found=found, expected=expected, remedy=remedy)
-    return raw
+    return raw, text
 
 
 def _read_text(path: Path) -> str:
@@ -49,7 +50,8 @@ def _read_text(path: Path) -> str:
             raise PlanError(
                 f"cannot read the plan {path}", found=found, expected=expected, remedy="name the plan itself"
             )
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8", newline="") as file:  # as it is, with its line ends
+            return file.read()
     except (OSError, ValueError) as exc:
         raise PlanError(
             f"cannot read the plan {path}",
