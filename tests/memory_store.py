@@ -24,6 +24,7 @@ class InMemory:
     the operation that a test names."""
 
     location = "memory"
+    copies_bytes = 0
 
     def __init__(self, folder: Path) -> None:
         self.objects: dict[str, tuple[bytes, float]] = {}

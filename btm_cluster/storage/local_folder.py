@@ -36,6 +36,8 @@ Result = TypeVar("Result")
 class LocalFolder:
     """Adapter of the storage port for a folder."""
 
+    copies_bytes = 0
+
     def __init__(self, location: str) -> None:
         try:
             self.location = str(Path(location).expanduser().absolute())

@@ -61,6 +61,10 @@ class ObjectStorage:
         self._written = self._always | {names[name]: options[name] for name in names if name in options}
         self._cache = node_cache()
 
+    @property
+    def copies_bytes(self) -> int:
+        return self._cache.limit_bytes
+
     def check(self) -> None:
         """One listing. Waits out an outage; what only the user can mend is refused at once."""
 

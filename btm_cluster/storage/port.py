@@ -28,6 +28,10 @@ class Storage(Protocol):
     location: str
     """The argument with which `open_storage` opens this store again, in another process."""
 
+    @property
+    def copies_bytes(self) -> int:
+        """Bytes of objects that this node keeps copies of, at most; 0 where `download` copies nothing."""
+
     def check(self) -> None:
         """Refuses, at once, a store that cannot be used: no such bucket, wrong credentials, no folder.
 

@@ -28,6 +28,10 @@ class Overlay:
         self.location, self._below = below.location, below
         self._objects: dict[str, bytes] = {}
 
+    @property
+    def copies_bytes(self) -> int:
+        return self._below.copies_bytes
+
     def check(self) -> None:
         self._below.check()
 
