@@ -5,9 +5,10 @@ holds; `benchmarks/memory_estimates.py` compares them. CUDA's context, NCCL's bu
 join come on top.
 
 State: weights, gradients and Adam's two moments are float32, 16 bytes per parameter (Rajbhandari et al., 2020,
-"ZeRO", section 3.1, whose mixed precision keeps the same amount); fused AdamW and clipping write in place. What is
-frozen has weights alone. Sharded, each rank has its share of all of these, and in full only what is gathered: the
-weights of a layer and of the next one, and a layer's gradient (ZeRO stage 3, section 5).
+"ZeRO", section 3.1, whose mixed precision keeps the same amount); fused AdamW and clipping write in place. Muon
+keeps one moment of a matrix. What is frozen has weights alone. Sharded, each rank has its share of all of these, and
+in full only what is gathered: the weights of a layer and of the next one, and a layer's gradient (ZeRO stage 3,
+section 5).
 
 Copies: autocast multiplies by bfloat16 copies of float32 weights. A backward pass uses them again, so that all of
 them are kept until then, whether compiled (the partitioner does not compute again what a matrix product reads) or
@@ -60,6 +61,8 @@ class ModelSize:
     """Parameters that are not trained: without gradient and moments."""
     frozen_linear: int = 0
     """Those of them that are held in the precision of the forward pass."""
+    by_muon: int = 0
+    """Trained parameters of which the optimiser keeps one moment, not two."""
     adapters: int = 0
     """Width of all adapters of a layer together, where LoRA is trained: rank times adapted linear maps."""
 
@@ -122,6 +125,7 @@ def memory_of(size: ModelSize, settings: PassSettings) -> Memory:
     """
     share = settings.ranks if settings.is_sharded else 1
     trained = FLOAT32 * _share(size.parameters - size.frozen, share)
+    moments = 2 * trained - FLOAT32 * _share(size.by_muon, share)
     whole = size.frozen - size.frozen_linear
     weights = trained + FLOAT32 * _share(whole, share) + _value(settings) * _share(size.frozen_linear, share)
     buckets = 0 if settings.is_sharded or settings.ranks == 1 else trained
@@ -130,7 +134,7 @@ def memory_of(size: ModelSize, settings: PassSettings) -> Memory:
         _activations(size, settings),
         _logits(size, settings),
     )
-    state = weights + 2 * trained + buckets
+    state = weights + moments + buckets
     before = trained if settings.passes > 1 else 0
     # Whole graphs hand out all gradients together, which are then added to those that are there.
     after = trained + (before if settings.is_one_graph else 0)
@@ -138,7 +142,7 @@ def memory_of(size: ModelSize, settings: PassSettings) -> Memory:
     return Memory(
         weights=weights,
         gradients=trained,
-        optimizer=2 * trained,
+        optimizer=moments,
         copies=copies + buckets,
         activations=activations,
         logits=logits,

@@ -65,17 +65,13 @@ class Updates:
 
     def make(self) -> Update:
         """One optimiser step."""
-        optimizer = self.state.optimizer
         self._seed_dropout()
         learning_rate = learning_rate_at(self.state.update, self.spec)
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = learning_rate
         blocks = self._blocks()
         own, predicted = self._count_predicted(blocks)
         total = self._backward(blocks, predicted)
         norm = self._clip_gradients()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        self.state.optimizer.step(learning_rate)
         # A gradient that is not finite spoils the weights under a finite loss: it spoils the loss that is
         # reported too.
         return Update(total / own + 0.0 * norm, total, norm, learning_rate, predicted)
@@ -91,7 +87,7 @@ class Updates:
         for _ in range(PASSES_UNTIL_RECORDED):
             self._backward(blocks, self.spec.tokens_per_update)
             self._clip_gradients()
-            self.state.optimizer.zero_grad(set_to_none=True)
+            self.state.optimizer.drop_gradients()
 
     def _count_predicted(self, blocks: torch.Tensor) -> tuple[torch.Tensor | int, torch.Tensor | int]:
         """Tokens that this rank predicts, and all ranks together; at least one, where nothing is."""
