@@ -33,6 +33,16 @@ FLOAT32, BFLOAT16 = 4, 2
 USABLE_SHARE = 0.9
 """Usable share of a GPU's memory: the rest is CUDA's context, NCCL's buffers, and what the allocator cannot join."""
 
+WHOLE_GRAPH_LAYERS = 24
+"""Layers of the deepest model that is compiled as a whole; with adapters, of which each traces half as much again as
+the layer, half as many."""
+
+
+def is_compiled_whole(layers: int, has_adapters: bool) -> bool:
+    """Whether a model is compiled as one graph, which fuses what lies between layers. The time that takes grows with
+    the layers; compiled by itself, one layer serves all."""
+    return layers * (2 if has_adapters else 1) <= WHOLE_GRAPH_LAYERS
+
 
 @dataclass(frozen=True)
 class ModelSize:
@@ -90,10 +100,10 @@ class PassSettings:
         """Tokens of one forward pass."""
         return self.blocks * self.block_tokens
 
-    @property
-    def is_one_graph(self) -> bool:
-        """Whether the model is compiled as a whole, whose backward pass gives all gradients at its end."""
-        return self.compiles and not (self.is_sharded or self.recomputes or self.logits_at_once)
+    def makes_one_graph_of(self, size: ModelSize) -> bool:
+        """Whether a model is compiled as a whole, whose backward pass gives all gradients at its end."""
+        has_parts = self.is_sharded or self.recomputes or self.logits_at_once
+        return self.compiles and not has_parts and is_compiled_whole(size.layers, size.adapters > 0)
 
 
 @dataclass(frozen=True)
@@ -137,7 +147,7 @@ def memory_of(size: ModelSize, settings: PassSettings) -> Memory:
     state = weights + moments + buckets
     before = trained if settings.passes > 1 else 0
     # Whole graphs hand out all gradients together, which are then added to those that are there.
-    after = trained + (before if settings.is_one_graph else 0)
+    after = trained + (before if settings.makes_one_graph_of(size) else 0)
     at_start = before + copies + activations + max(logits, _within_a_layer(size, settings))
     return Memory(
         weights=weights,
@@ -237,7 +247,7 @@ def _logits(size: ModelSize, settings: PassSettings) -> int:
         return min(values, settings.logits_at_once) * (value + 2 * FLOAT32) + FLOAT32 * head
     if not settings.compiles:
         return values * 3 * FLOAT32
-    if not settings.is_one_graph:
+    if not settings.makes_one_graph_of(size):
         return values * 2 * value
     return max(values * value, FLOAT32 * head) + value * head
 

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from btm_cluster.language_model.attention import leave_causal_masks_out
 from btm_cluster.language_model.batches import blocks_of_update, split_into_micro_batches
 from btm_cluster.language_model.demix_group import DemixGroup
-from btm_cluster.language_model.layers import compile_layers, recompute_activations
+from btm_cluster.language_model.layers import compile_layers, layers_of, recompute_activations
 from btm_cluster.language_model.loss import (
     FILLER,
     NextTokenLoss,
@@ -21,6 +21,7 @@ from btm_cluster.language_model.loss import (
     read_after,
     read_tokens,
 )
+from btm_cluster.language_model.memory import is_compiled_whole
 from btm_cluster.language_model.model import has_dropout
 from btm_cluster.language_model.optimizer import learning_rate_at
 from btm_cluster.language_model.process_group import ProcessGroup
@@ -32,15 +33,34 @@ PASSES_UNTIL_RECORDED = 3
 """After so many passes torch.compile has recorded its CUDA graphs."""
 
 
+class OnHost:
+    """Numbers of the device on their way to the host. Reading waits for these alone, not for what the device was
+    given to do since."""
+
+    def __init__(self, *numbers: torch.Tensor) -> None:
+        stacked = torch.stack([number.detach() for number in numbers])
+        self._numbers = stacked.to("cpu", non_blocking=True)  # into locked memory, which torch reuses
+        self._copied = torch.cuda.Event() if stacked.is_cuda else None  # type: ignore[no-untyped-call]
+        if self._copied is not None:
+            self._copied.record()
+
+    def read(self) -> list[float]:
+        """The numbers, once they are there."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        read: list[float] = self._numbers.tolist()
+        return read
+
+
 @dataclass(frozen=True)
 class Update:
     """Loss, gradient norm and learning rate of an update; tensors may still be computed on the device."""
 
-    loss: torch.Tensor
-    """Mean negative log-likelihood per predicted token of this rank's blocks; not finite where the gradient is
-    not."""
+    shown: OnHost
+    """Mean negative log-likelihood per predicted token of this rank's blocks, which is not finite where the gradient
+    is not; and the gradient norm."""
     total_loss: torch.Tensor
-    """Its sum over these."""
+    """Summed negative log-likelihood of this rank's blocks."""
     gradient_norm: torch.Tensor
     """Over the whole model, before clipping."""
     learning_rate: float
@@ -74,7 +94,7 @@ class Updates:
         self.state.optimizer.step(learning_rate)
         # A gradient that is not finite spoils the weights under a finite loss: it spoils the loss that is
         # reported too.
-        return Update(total / own + 0.0 * norm, total, norm, learning_rate, predicted)
+        return Update(OnHost(total / own + 0.0 * norm, norm), total, norm, learning_rate, predicted)
 
     def try_out(self) -> None:
         """The forward and backward passes of an update of made-up blocks: what these
@@ -160,23 +180,27 @@ class Updates:
         compute, model = self.spec.compute, self.state.model
         if compute.recomputes:
             recompute_activations(model)
-        if compute.compiles_layers:
+        if compute.compile:
             leave_causal_masks_out(model)
-            compile_layers(model)
-            loss.loss_of = torch.compile(loss.loss_of, dynamic=False)
+            if not self._is_one_graph():
+                compile_layers(model)
+                loss.loss_of = torch.compile(loss.loss_of, dynamic=False)
         if self.demix is not None:
             self.demix.hide_from(loss)
         if self.group.world > 1 and not compute.is_sharded:
             wrapped = DistributedDataParallel(
                 loss, device_ids=[self.device] if self.device.type == "cuda" else None
             )
-        if compute.compile and not compute.compiles_layers:
-            leave_causal_masks_out(model)
-            if self.head is not None:  # whose pieces are many small operations, and not worth it
-                compile_layers(model)
-            else:
-                wrapped.compile(dynamic=False, mode="reduce-overhead" if self._fits_a_graph() else None)
+        if compute.compile and self._is_one_graph():
+            wrapped.compile(dynamic=False, mode="reduce-overhead" if self._fits_a_graph() else None)
         return wrapped
+
+    def _is_one_graph(self) -> bool:
+        """Whether the model is compiled with its loss, as a whole. A head in pieces is many small operations, and not
+        worth it."""
+        if self.spec.compute.compiles_layers or self.head is not None:
+            return False
+        return is_compiled_whole(len(layers_of(self.state.model)), self.spec.trains.lora is not None)
 
     def _fits_a_graph(self) -> bool:
         """Whether an update can replay CUDA graphs: alone, and in one forward pass, since a second one would

@@ -120,4 +120,6 @@ def test_logits_of_a_block_that_are_too_many_are_counted_by_the_piece() -> None:
     assert long.settings.tokens == short.settings.tokens
     head = 152_064 * 3584
     assert long.memory(None).logits == 2**28 * 10 + 4 * head
-    assert short.memory(None).logits == 8192 * 152_064 * 2 + 2 * head
+    shallow = replace(short, size=replace(short.size, layers=24))
+    assert shallow.memory(None).logits == 8192 * 152_064 * 2 + 2 * head
+    assert short.memory(None).logits == 2 * 8192 * 152_064 * 2, "the loss of 28 layers is compiled by itself"

@@ -87,8 +87,7 @@ def test_training_takes_pieces_where_a_block_has_too_many_logits(
         updates = Updates(spec, build_state(spec, alone), alone)
         made.append(updates.make())
         assert (updates.head is None) == (most == 8 * 64)
-    torch.testing.assert_close(made[0].loss, made[1].loss)
-    torch.testing.assert_close(made[0].gradient_norm, made[1].gradient_norm)
+    assert made[0].shown.read() == pytest.approx(made[1].shown.read(), rel=1e-5)
 
 
 @pytest.mark.parametrize("most", [9 * 60 * 2, 9 * 60 - 1], ids=["fewer-blocks", "pieces"])
