@@ -156,7 +156,7 @@ class _TrainLoop:
 
     def _report(self) -> None:
         shown = self._shown()
-        loss, norm = shown.shown.read()
+        loss, norm = shown.shown.read().tolist()
         rate = self.pace.lap()
         if self.group.world == 1 and not math.isfinite(loss):
             self._check_finite()
@@ -193,4 +193,4 @@ class _TrainLoop:
 
     def _loss(self) -> float:
         """This rank's loss at the last update of this run; waits for the device."""
-        return 0.0 if self.made is None else self.made.shown.read()[0]
+        return 0.0 if self.made is None else float(self.made.shown.read()[0])

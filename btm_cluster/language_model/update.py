@@ -23,6 +23,7 @@ from btm_cluster.language_model.loss import (
 )
 from btm_cluster.language_model.memory import is_compiled_whole
 from btm_cluster.language_model.model import has_dropout
+from btm_cluster.language_model.on_host import OnHost
 from btm_cluster.language_model.optimizer import learning_rate_at
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.sharding import clip_gradients
@@ -33,32 +34,13 @@ PASSES_UNTIL_RECORDED = 3
 """After so many passes torch.compile has recorded its CUDA graphs."""
 
 
-class OnHost:
-    """Numbers of the device on their way to the host. Reading waits for these alone, not for what the device was
-    given to do since."""
-
-    def __init__(self, *numbers: torch.Tensor) -> None:
-        stacked = torch.stack([number.detach() for number in numbers])
-        self._numbers = stacked.to("cpu", non_blocking=True)  # into locked memory, which torch reuses
-        self._copied = torch.cuda.Event() if stacked.is_cuda else None  # type: ignore[no-untyped-call]
-        if self._copied is not None:
-            self._copied.record()
-
-    def read(self) -> list[float]:
-        """The numbers, once they are there."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        read: list[float] = self._numbers.tolist()
-        return read
-
-
 @dataclass(frozen=True)
 class Update:
     """Loss, gradient norm and learning rate of an update; tensors may still be computed on the device."""
 
     shown: OnHost
-    """Mean negative log-likelihood per predicted token of this rank's blocks, which is not finite where the gradient
-    is not; and the gradient norm."""
+    """[2]: mean negative log-likelihood per predicted token of this rank's blocks, which is not finite where the
+    gradient is not; and the gradient norm."""
     total_loss: torch.Tensor
     """Summed negative log-likelihood of this rank's blocks."""
     gradient_norm: torch.Tensor
@@ -94,7 +76,8 @@ class Updates:
         self.state.optimizer.step(learning_rate)
         # A gradient that is not finite spoils the weights under a finite loss: it spoils the loss that is
         # reported too.
-        return Update(OnHost(total / own + 0.0 * norm, norm), total, norm, learning_rate, predicted)
+        shown = OnHost(torch.stack([total / own + 0.0 * norm, norm]))
+        return Update(shown, total, norm, learning_rate, predicted)
 
     def try_out(self) -> None:
         """The forward and backward passes of an update of made-up blocks: what these

@@ -416,4 +416,4 @@ def _first_losses(started: Started) -> list[float]:
     """On development blocks, and of the first update."""
     state = started.fresh()
     development = DevelopmentLoss(started.spec, state, ALONE)
-    return [development.take().item(), Updates(started.spec, state, ALONE).make().shown.read()[0]]
+    return [development.take().item(), Updates(started.spec, state, ALONE).make().shown.read()[0].item()]

@@ -212,7 +212,7 @@ def test_the_loss_is_the_mean_over_predicted_tokens_whatever_else_is_read(
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(by_hand.model.parameters(), spec.training.gradient_clip)
     assert int(made.predicted) == int(is_predicted.sum()) < blocks.numel() / 2
-    torch.testing.assert_close(torch.tensor(made.shown.read()[0]), loss.detach())
+    torch.testing.assert_close(made.shown.read()[0], loss.detach())
     torch.testing.assert_close(made.gradient_norm, norm)
 
 
