@@ -7,6 +7,7 @@ is computed, since commands that compute nothing import this too.
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 from btm_cluster.errors import ResourcesError
 from btm_cluster.language_model.memory import (
@@ -24,7 +25,7 @@ GIGABYTE = 1e9
 MOST_GPUS = 64
 """Largest group that is proposed where the cluster's GPUs are not known."""
 _SHARDING: dict[str, Setting] = {"auto": "auto", "none": "off", "full": "on"}
-_NAMES = {"optimizer": "Adam's moments", "copies": "copies and buffers"}
+_NAMES = {"optimizer": "moments", "copies": "copies and buffers"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def training_memory(
     if request.is_demix or not request.how.gpus_per_worker:
         return None
     return TrainingMemory(
-        size_for(request.model, request.trains),
+        size_for(request.model, request.trains, request.by_muon),
         request.how,
         max(1, request.blocks_per_update),
         request.training.block_tokens,
@@ -174,8 +175,10 @@ def _changes(training: TrainingMemory) -> Iterator[tuple[str, TrainingMemory]]:
         recomputed = replace(training, how=replace(how, activation_checkpointing="on"))
         yield "`cluster.activation_checkpointing: on`", recomputed
         yield from _smaller_batches(recomputed, "`cluster.activation_checkpointing: on` and ")
-    free = replace(how, activation_checkpointing="auto", sharding="auto")
-    if how.workers > 1 and how.sharding == "none":
+    can_shard = not training.size.by_muon  # which takes its steps over whole matrices
+    sharding: Literal["auto", "none"] = "auto" if can_shard else "none"
+    free = replace(how, activation_checkpointing="auto", sharding=sharding)
+    if can_shard and how.workers > 1 and how.sharding == "none":
         yield "`cluster.sharding: auto`", replace(training, how=free)
     workers = 2
     while workers <= min(MOST_GPUS, training.blocks_per_update):

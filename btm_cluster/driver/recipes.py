@@ -165,7 +165,7 @@ def _resources(plan: Plan, gpus: float, cpus: int) -> Resources:
         cluster.micro_batch_blocks,
         precision,
         compiles,
-        cluster.sharding if workers > 1 else "none",
+        cluster.sharding if workers > 1 and plan.training.optimizer == "adamw" else "none",
         cluster.activation_checkpointing if on_gpu or cluster.activation_checkpointing == "on" else "off",
     )
 

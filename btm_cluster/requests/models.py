@@ -20,8 +20,8 @@ _TRAINING = {
     "gradient_clip",
     "random_seed",
 }
-"""Fields of a plan's `training` that a model's identity hangs on, and `weights` where it
-is not float32; `seed_share` is in its first and last update."""
+"""Fields of a plan's `training` that a model's identity hangs on, beside those of `_added`; `seed_share` is in its
+first and last update."""
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,9 @@ class TrainRequest(StepRequest):
     @property
     def _trajectory(self) -> dict[str, Any]:
         """The recipe of a training that does not say how far it goes."""
-        rounded = set() if self.training.weights == "float32" else {"weights"}
         return {
             "model": self.model,
-            "training": self.training.model_dump(mode="json", include=_TRAINING | rounded),
+            "training": self.training.model_dump(mode="json", include=_TRAINING | self._added),
             "first_update": self.first_update,
             "keep_optimizer": self.start is not None and self.start.keep_optimizer,
             "pretrained": self.pretrained.sha256 if self.pretrained else None,
@@ -130,6 +129,18 @@ class TrainRequest(StepRequest):
             ],
             **self.trains.recipe,
         }
+
+    @property
+    def _added(self) -> set[str]:
+        """Fields of `training` that stand in a recipe only where they change something: no other model has another
+        name for them."""
+        rounded = {"weights"} if self.training.weights != "float32" else set()
+        return rounded | ({"optimizer"} if self.by_muon else set())
+
+    @property
+    def by_muon(self) -> bool:
+        """Whether Muon trains the matrices of its layers; an adapter's are AdamW's."""
+        return self.training.optimizer == "muon" and self.trains.lora is None
 
     @property
     def trajectory(self) -> str:

@@ -3,7 +3,6 @@
 Here the loop's callbacks meet store and driver. Committing what comes out is the caller's.
 """
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -23,10 +22,10 @@ from btm_cluster.ledger import Ledger
 from btm_cluster.requests import Resources, Role, TrainRequest
 from btm_cluster.requests.progress import Control, Progress
 from btm_cluster.steps.checkpoints import TrainingCheckpoints
+from btm_cluster.steps.compiled_code import keep_compiled_code
 from btm_cluster.steps.development import open_development
 from btm_cluster.steps.resuming import Source, earlier_spans, profiles, restore
 from btm_cluster.steps.settling import settled
-from btm_cluster.storage.node_cache import node_cache
 
 NOTICE_SECONDS = 5.0
 """Between two questions on whether this machine will be taken away."""
@@ -83,7 +82,7 @@ def set_up(compute: Compute) -> None:
     """Sets torch's settings of this process; to be called before a model is built."""
     compute.set_up()
     if compute.compile:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(node_cache().folder_for_code()))
+        keep_compiled_code()
 
 
 def spec_of(request: TrainRequest, texts: Sequence[TextBlocks], first_token: int) -> TrainingSpec:

@@ -302,6 +302,11 @@ PROBLEMS = {
     ),
     "cluster: {seed_gpus: 129}": ("cluster.seed_gpus", "at most 128"),
     "cluster: {sharding: full}": ("cluster.sharding", "a group of several GPUs"),
+    "training: {optimizer: muon}\nbaselines: [demix]": ("training.optimizer", "a DEMix stacks"),
+    "training: {optimizer: muon}\ncluster: {sharding: full, seed_gpus: 2}": (
+        "training.optimizer",
+        "no whole matrix",
+    ),
     "cluster: {gpus_per_expert: .inf}": ("cluster.gpus_per_expert", "finite"),
     "cluster: {checkpoint_minutes: .inf}": ("cluster.checkpoint_minutes", "finite"),
     "cluster: {retries: -1}": ("cluster.retries", "greater than or equal to 0"),
