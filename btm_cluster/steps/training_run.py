@@ -143,6 +143,8 @@ class TrainingRun:
         self._request, self._spec, self._control, self._group = request, spec, control, group
         self._source, self._checkpoints, self._at_milestone = source, checkpoints, at_milestone
         self._started = self._last_saved = self._next_question = time.monotonic()
+        self._first_report: tuple[int, float] | None = None
+        """The update of the first report, and when it was made."""
         self._is_warned = False
         """Whether this machine is known to be taken away: that is heard, and answered by a save, once."""
 
@@ -173,9 +175,18 @@ class TrainingRun:
         for passed in self._request.passing(state.update):
             self._at_milestone(passed, self.trained(passed.role, state))
 
+    def _seconds_left(self, update: int, rate: float) -> float:
+        """By the pace since the first report: that since the last one, `rate` in tokens per second, goes up and
+        down with all else that the machine does."""
+        now, left = time.monotonic(), self._request.last_update - update
+        if self._first_report is None:
+            self._first_report = (update, now)
+            return left * self._spec.tokens_per_update / max(rate, 1e-9)
+        first, began = self._first_report
+        return left * (now - began) / max(1, update - first)
+
     def report(self, state: TrainingState, report: UpdateReport) -> None:
         request, rate = self._request, report.tokens_per_second
-        seconds_left = (request.last_update - state.update) * self._spec.tokens_per_update / max(rate, 1e-9)
         device = device_name(self._spec.compute.device)
         mfu = utilisation(state.model, request.how, request.training.block_tokens, rate, device)
         development = report.development or (None, None)
@@ -189,7 +200,7 @@ class TrainingRun:
                 first=self._source.update,
                 loss=report.loss,
                 tokens_per_second=rate,
-                seconds_left=seconds_left,
+                seconds_left=self._seconds_left(state.update, rate),
                 stall_seconds=self._checkpoints.stall_seconds,
                 upload_seconds=self._checkpoints.upload_seconds,
                 mfu=mfu,
