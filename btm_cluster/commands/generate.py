@@ -132,7 +132,12 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
     try:
         data = file.read_bytes()
     except OSError as exc:
-        raise UserError(f"the prompts in {file} cannot be read", found=exc.strerror or str(exc)) from exc
+        raise UserError(
+            f"the prompts in {file} cannot be read",
+            found=exc.strerror or str(exc),
+            expected="a file with a prompt on each line, or .jsonl with a field `prompt`",
+            remedy="name such a file",
+        ) from exc
     lines = _in_utf8(data, f"{file}").removeprefix("\ufeff").split("\n")
     numbered = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
