@@ -175,15 +175,13 @@ class TrainingRun:
         for passed in self._request.passing(state.update):
             self._at_milestone(passed, self.trained(passed.role, state))
 
-    def _seconds_left(self, update: int, rate: float) -> float:
-        """By the pace since the first report: that since the last one, `rate` in tokens per second, goes up and
-        down with all else that the machine does."""
+    def _seconds_left(self, update: int) -> float | None:
+        """By the pace since the first report, which is of an update that warmed up: None until there is another.
+        The pace since the last one goes up and down with all else that the machine does."""
         now, left = time.monotonic(), self._request.last_update - update
-        if self._first_report is None:
-            self._first_report = (update, now)
-            return left * self._spec.tokens_per_update / max(rate, 1e-9)
+        self._first_report = self._first_report or (update, now)
         first, began = self._first_report
-        return left * (now - began) / max(1, update - first)
+        return left * (now - began) / (update - first) if update > first else None
 
     def report(self, state: TrainingState, report: UpdateReport) -> None:
         request, rate = self._request, report.tokens_per_second
@@ -200,7 +198,7 @@ class TrainingRun:
                 first=self._source.update,
                 loss=report.loss,
                 tokens_per_second=rate,
-                seconds_left=self._seconds_left(state.update, rate),
+                seconds_left=self._seconds_left(state.update),
                 stall_seconds=self._checkpoints.stall_seconds,
                 upload_seconds=self._checkpoints.upload_seconds,
                 mfu=mfu,
