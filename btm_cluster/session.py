@@ -1,6 +1,7 @@
 """A driver for one command or call, and what goes with it: workers, progress,
 tracking, and signals that save first."""
 
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from btm_cluster.ledger import Ledger
     from btm_cluster.requests.progress import Progress, Watcher
     from btm_cluster.terminal.progress import ProgressView
+
+log = logging.getLogger(__name__)
+STOPPING = "stopping: trainings save first; a second Ctrl-C ends without that"
 
 
 @contextmanager
@@ -171,6 +175,8 @@ class _Asked:
         # The driver itself computes, and has nothing to save.
         if self.driver is None or not self.driver.is_asking:
             raise stopped()
+        # By a thread: the main one may be in the middle of a line.
+        threading.Thread(target=log.warning, args=(STOPPING,)).start()
 
     def tell_stop(self) -> None:
         """Tells the run's events of a stop that was asked for, once it is over."""

@@ -33,8 +33,7 @@ def expand(
     new_resources: NewResources = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Add the domains that the plan or the store's inbox has and the forest has
-    not. Nothing to add: starts nothing."""
+    """Add the domains that the plan or the store's inbox has and the forest has not. Nothing to add: starts nothing."""
     plan = read_plan(plan_path)
     check_shadowing()
     with opened_view() as view:

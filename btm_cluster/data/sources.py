@@ -5,6 +5,7 @@ duplicates or tokens.
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -165,18 +166,26 @@ def _expand(source: TextPlan, pattern: str) -> list[SourceFile]:
             else "give the account that runs this the right to read the folder",
         ) from exc
     if not found:
-        place = located(source.folder, pattern)
-        is_folder = os.path.isdir(os.path.expanduser(place))
-        remedy = (
-            f"name its files, such as {pattern.rstrip('/')}/*.jsonl"
-            if is_folder
-            else "check the path or glob"
-        )
-        found_there = f"{place}{', a folder' if is_folder else ''}"
-        raise TextError(
-            f"the text of {source.name!r} matches no file",
-            found=found_there,
-            expected="at least one file",
-            remedy=remedy,
-        )
+        raise _matches_nothing(source, pattern)
     return found
+
+
+def _matches_nothing(source: TextPlan, pattern: str) -> TextError:
+    place = located(source.folder, pattern)
+    folder = os.path.expanduser(place)
+    if not os.path.isdir(folder):
+        return TextError(
+            f"the text of {source.name!r} matches no file",
+            found=place,
+            expected="at least one file",
+            remedy="check the path or glob",
+        )
+    names = os.listdir(folder) if os.access(folder, os.R_OK) else []
+    endings = Counter(os.path.splitext(name)[1] for name in names if not name.startswith("."))
+    likely = max(endings, key=lambda end: endings[end], default="") or ".jsonl"
+    return TextError(
+        f"the text of {source.name!r} is a folder",
+        found=place,
+        expected="files, or a glob that matches some",
+        remedy=f"name its files, such as '{pattern.rstrip('/')}/*{likely}'",
+    )

@@ -44,7 +44,10 @@ def _read_text(path: Path) -> str:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise PlanError(f"cannot read the plan {path}", found="no file", remedy="name a YAML file")
+            found = "a folder" if stat.S_ISDIR(status.st_mode) else "no file"
+            inside = next(iter(sorted(path.glob("*.y*ml"))), None) if path.is_dir() else None
+            remedy = "name a YAML file" + (f", such as {inside}" if inside else "")
+            raise PlanError(f"cannot read the plan {path}", found=found, remedy=remedy)
         if status.st_size > _LARGEST_PLAN_BYTES:
             found, expected = f"{status.st_size} bytes", f"a YAML file of at most {_LARGEST_PLAN_BYTES}"
             raise PlanError(

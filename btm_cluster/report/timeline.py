@@ -27,8 +27,6 @@ STEPS: Mapping[str, tuple[str, int]] = {
 """Activity in the legend by step name, and the number of its colour."""
 OTHER_STEPS = ("fitting, mixing, averaging", 3)
 WAITING = "waiting for room"
-WAIT_SECONDS = 3.0
-"""Between the beginning of a step and the end of its wait, at most: they are told by different processes."""
 OTHER_EVENTS: Mapping[str, tuple[str, int]] = {
     "start": ("starting", 4),
     "wait": (WAITING, 7),
@@ -96,17 +94,14 @@ def lanes_of(timeline: Timeline) -> tuple[list[Lane], int]:
             waiting.append(event)
         else:
             node = timeline.nodes[key].name if key in timeline.nodes else key
-            grouped.setdefault((node, event.process), []).append(event)
+            name = _process_name(event.process, trainers.get(event.process))
+            grouped.setdefault((node, name), []).append(event)
     several = len({node for node, _ in grouped}) > 1
     first = {key: min(event.began for event in events) for key, events in grouped.items()}
     lanes = [
         lane
-        for node, process in sorted(grouped, key=lambda key: (key[0], first[key], key[1]))
-        for lane in _lanes(
-            _process_name(process, trainers.get(process)) + (f" on {node}" if several else ""),
-            grouped[node, process],
-            timeline.began,
-        )
+        for node, name in sorted(grouped, key=lambda key: (key[0], first[key], key[1]))
+        for lane in _lanes(f"{name} on {node}" if several else name, grouped[node, name], timeline.began)
     ]
     lanes += _waiting(waiting, timeline.began)
     by_work = sorted(range(len(lanes)), key=lambda n: -sum(bar.end - bar.start for bar in lanes[n].bars))
@@ -130,6 +125,10 @@ def _lanes(name: str, events: Iterable[Event], began: float) -> Iterator[Lane]:
         if event.what in ("checkpoint", "failure", "stop"):
             marks.append(bar)
             continue
+        if bar.what == WAITING and lanes:  # while its process starts, that is what it waits for
+            bar = replace(bar, start=max(bar.start, lanes[0][-1].end))
+            if bar.start >= bar.end:
+                continue
         free = next((lane for lane in lanes if _ends_before(lane[-1], bar)), None)
         if free is None:
             lanes.append(free := [])
@@ -142,9 +141,8 @@ def _lanes(name: str, events: Iterable[Event], began: float) -> Iterator[Lane]:
 
 
 def _ends_before(earlier: Bar, later: Bar) -> bool:
-    """Whether a bar is over when another begins. A wait is, once what was waited for begins, whoever told of it when."""
-    is_wait = earlier.what == WAITING and later.what != WAITING
-    return earlier.end <= later.start + (WAIT_SECONDS if is_wait else 1e-3)
+    """Whether a bar is over when another begins. A wait is, whatever begins: only trainings wait in a lane."""
+    return (earlier.what == WAITING and later.what != WAITING) or earlier.end <= later.start + 1e-3
 
 
 def _waiting(events: Iterable[Event], began: float) -> Iterator[Lane]:

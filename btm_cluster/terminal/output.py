@@ -43,6 +43,7 @@ _LIKENESSES = {
 
 Other characters, such as those of a name, are written as escapes.
 """
+_SPACE = "\0"
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -116,18 +117,19 @@ def width_of(stream: TextIO) -> int | None:
 def wrapped(text: str, width: int | None) -> str:
     """Text with its lines broken between words, for so many columns; None: not broken.
 
-    What goes on stands below the words after `found:` and its like.
+    What goes on stands below the words after `found:` and its like. Between backticks nothing breaks: it may be
+    a command to copy.
     """
     if width is None:
         return text
     lines = []
-    for line in text.splitlines():
+    for line in re.sub("`[^`\n]*`", lambda code: code[0].replace(" ", _SPACE), text).splitlines():
         label = re.match(r"\s*(?:\w+:\s{2,})?", line)
         hanging = " " * (label.end() if label and label.end() < width // 2 else 0)
         lines += textwrap.wrap(
             line, width, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False
         ) or [""]
-    return "\n".join(lines)
+    return "\n".join(lines).replace(_SPACE, " ")
 
 
 class Output:

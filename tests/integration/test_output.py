@@ -117,6 +117,9 @@ def test_at_a_terminal_lines_break_between_words_and_elsewhere_not_at_all() -> N
     assert narrow.splitlines()[-1] == " " * 12 + "they come"
     assert max(map(len, narrow.splitlines())) <= 30
     assert wrapped("see /a/path/that/is/longer", 10) == "see\n/a/path/that/is/longer"
+    assert wrapped("next: `btm run PLAN` goes on", 12) == "next:\n`btm run PLAN`\ngoes on", (
+        "a command stays one"
+    )
     assert wrapped(said, None) == said
     sentence = "a sentence of several words " * 20
     for is_terminal in (True, False):

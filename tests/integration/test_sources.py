@@ -192,8 +192,11 @@ def test_a_pattern_that_matches_no_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for pattern in ("none.txt", "*.jsonl", "**/*.jsonl", "loop", "x" * 5000, "[", "../" * 50 + "none"):
         assert "matches no file" in refusal(tmp_path / pattern)
-    assert "folder, a folder" in refusal(tmp_path / "folder")
     assert "folder/*.jsonl" in refusal(tmp_path / "folder")
+    (tmp_path / "folder" / "a.md").touch()
+    said = refusal(tmp_path / "folder")
+    assert "is a folder" in said
+    assert f"'{tmp_path}/folder/*.md'" in said
 
 
 def test_links_that_lead_in_circles_are_walked_once(tmp_path: Path) -> None:

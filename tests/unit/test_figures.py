@@ -209,18 +209,21 @@ def test_lanes_have_no_hashes_and_nothing_but_a_training_waits_in_a_lane_of_its_
     events = [
         Event.model_validate(fields | of | {"what": what, "began": began, "ended": began + 2})
         for of, what, began in (
-            (trainer, "step", 3),
+            (trainer, "start", 1.5),
+            (trainer, "step", 3.5),
             (merger, "step", 5.0),
             (merger, "step", 5.5),
         )
     ]
-    waits = [one.model_copy(update={"what": "wait", "node": None, "began": 0, "ended": 3}) for one in events]
+    waits = [
+        one.model_copy(update={"what": "wait", "node": None, "began": 2, "ended": 3.6}) for one in events
+    ]
     made = made_timeline(["law"], ["law"])
     timeline = made.model_copy(update={"began": 0, "ended": 10, "events": [*waits, *events]})
     lanes, _ = lanes_of(timeline)
     shown = {lane.name: [bar.what for bar in lane.bars] for lane in lanes}
     assert shown == {
-        "expert law": ["waiting for room", "training"],
+        "expert law": ["starting", "waiting for room", "training"],
         "1. averages": ["fitting, mixing, averaging"],
         "2. averages": ["fitting, mixing, averaging"],
         "waiting steps": ["waiting for room"],
