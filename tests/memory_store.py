@@ -81,6 +81,9 @@ class InMemory:
     def discard(self, key: str) -> None:
         self.delete(key)
 
+    def erase_object(self, key: str) -> None:
+        self.delete(key)
+
     def erase(self, prefix: str) -> None:
         for entry in self.list(prefix):
             self.delete(entry.key)

@@ -1,6 +1,8 @@
 """Files of artifacts: read back, with every byte checked against the manifest."""
 
 import hashlib
+import mmap
+import os
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
@@ -81,12 +83,14 @@ def read_chunk(storage: Storage, artifact: Artifact, name: str, number: int) -> 
 class BlobStream:
     """The blob called `name`, read in order of its bytes, each chunk checked; nothing is kept on disk.
 
-    Two chunks are held: while one is used, the next is read and checked by `pool`.
+    Two chunks are held: while one is used, the next is read and checked by `pool`. In a folder they are parts of
+    the mapped file.
     """
 
     def __init__(self, storage: Storage, artifact: Artifact, name: str, pool: Executor) -> None:
-        self._read, self._pool = partial(_writable_chunk, storage, artifact, name), pool
-        self._chunks = len(artifact.blob(name).chunks)
+        self._blob, self._pool = artifact.blob(name), pool
+        self._again = partial(read_chunk, storage, artifact, name)
+        self._mapped = None if storage.copies_bytes else _mapped(storage, artifact, self._blob)
         self._held: dict[int, Future[memoryview]] = {}
 
     def pieces(self, start: int, size: int) -> Iterator[memoryview]:
@@ -99,18 +103,32 @@ class BlobStream:
         while start < stop:
             number, first = divmod(start, CHUNK_BYTES)
             for wanted in (number, number + 1):
-                if wanted not in self._held and wanted < self._chunks:
-                    self._held[wanted] = self._pool.submit(self._read, wanted)
+                if wanted not in self._held and wanted < len(self._blob.chunks):
+                    self._held[wanted] = self._pool.submit(self._chunk, wanted)
             for passed in self._held.keys() - {number, number + 1}:
                 del self._held[passed]
             piece = self._held[number].result()[first : first + stop - start]
             yield piece
             start += len(piece)
 
+    def _chunk(self, number: int) -> memoryview:
+        if self._mapped is not None:
+            chunk = self._mapped[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES]
+            if hashlib.sha256(chunk).hexdigest() == self._blob.chunks[number]:
+                return chunk
+        return memoryview(bytearray(self._again(number)))  # writable memory, since torch warns of other
 
-def _writable_chunk(storage: Storage, artifact: Artifact, name: str, number: int) -> memoryview:
-    """Like `read_chunk`, in memory that may be written to: torch warns of other."""
-    return memoryview(bytearray(read_chunk(storage, artifact, name, number)))
+
+def _mapped(storage: Storage, artifact: Artifact, blob: Blob) -> memoryview | None:
+    """A file's bytes where it lies, copied if they are written to; None where it is not whole."""
+    with _named_if_lost(artifact.ref, blob):
+        path = storage.download(blob_key(artifact.ref, blob.sha256))
+    with path.open("rb") as file:
+        if not blob.size_bytes or os.fstat(file.fileno()).st_size != blob.size_bytes:
+            return None
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    mapped.madvise(mmap.MADV_SEQUENTIAL)
+    return memoryview(mapped)
 
 
 def check_blob_stands(storage: Storage, ref: Ref, blob: Blob) -> None:

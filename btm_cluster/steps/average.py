@@ -14,6 +14,7 @@ from btm_cluster.language_model.averaging import MergedWeights, average_models
 from btm_cluster.language_model.stored_weights import StoredWeights, write_shards
 from btm_cluster.language_model.tensor_files import names_in_order
 from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.mixing.fitting import one_thread_each
 from btm_cluster.requests import AverageRequest, FittedWeights, MergeRequest, TaskVectorRequest
 from btm_cluster.requests.progress import Control, Counter, Phase
 from btm_cluster.steps.stored import open_config, open_streamed, open_weights
@@ -38,7 +39,8 @@ def average(request: AverageRequest, ledger: Ledger, control: Control) -> Artifa
     weights = dict(sorted(weights_of(request, ledger).items()))
     models = [ledger.get(model) for model in request.inputs["models"] if model.identity in weights]
     check_compatible(ledger, models, request.unrelated)
-    with ThreadPoolExecutor(READ_AT_ONCE, thread_name_prefix="read") as pool:
+    # Summed by one thread: others read and hash meanwhile.
+    with one_thread_each(), ThreadPoolExecutor(READ_AT_ONCE, thread_name_prefix="read") as pool:
         opened = partial(open_streamed, pool=pool) if _is_streamed(ledger, models) else open_weights
         average = average_models([opened(ledger, model) for model in models], list(weights.values()))
         return _commit(request, models[0], average, {"weights": weights}, ledger, control)

@@ -169,6 +169,9 @@ class LocalFolder:
 
         self._attempt("delete", key, remove)
 
+    def erase_object(self, key: str) -> None:
+        self.delete(key)
+
     def erase(self, prefix: str) -> None:
         check_prefix("erase", prefix)
         if prefix.endswith("/"):  # with what is no object: empty folders, links, files half written

@@ -71,6 +71,9 @@ class Storage(Protocol):
     def delete(self, key: str) -> None:
         """Removes the object, if it is there. A link is removed, and never followed."""
 
+    def erase_object(self, key: str) -> None:
+        """Removes the object, if it is there, all versions that the store keeps of it, and this node's copy."""
+
     def erase(self, prefix: str) -> None:
         """Removes every object whose key starts with `prefix`, all versions that the
         store keeps of it, and this node's copies.

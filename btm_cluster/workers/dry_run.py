@@ -74,6 +74,9 @@ class Overlay:
     def delete(self, key: str) -> None:
         self._objects.pop(key, None)
 
+    def erase_object(self, key: str) -> None:
+        self.delete(key)
+
     def erase(self, prefix: str) -> None:
         for key in [key for key in self._objects if key.startswith(prefix)]:
             self.delete(key)
