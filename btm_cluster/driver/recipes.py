@@ -193,4 +193,5 @@ def train_request(
         restart_data=role == "expert",
         how=expert_resources(plan) if role == "expert" else seed_resources(plan),
         checkpoint_seconds=60 * plan.cluster.checkpoint_minutes,
+        profile=plan.cluster.profile,
     )

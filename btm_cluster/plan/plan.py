@@ -118,6 +118,9 @@ class ClusterPlan(Section):
     activation_checkpointing: Switch = "auto"
     """Keep each layer's input alone, and compute its activations once more for the backward pass: a third
     more arithmetic. `auto` is on where they would not fit into the GPU's memory, and off on CPU."""
+    profile: bool = False
+    """Keep a torch.profiler trace of three updates of every training, as an artifact of kind `profile`, to be looked
+    at in Perfetto. It takes some seconds of each, and changes no result."""
     checkpoint_minutes: PositiveReal = 15
     """Most training time that a lost machine can cost."""
     hang_minutes: PositiveReal = 30
