@@ -145,7 +145,7 @@ def _blocks_by_memory(model: PreTrainedModel, how: Resources, block_tokens: int)
     """Blocks of a pass: on a CPU those of a training, on a GPU as many as keep it busy and fit its free memory, of
     which half is taken: others may be there."""
     if not how.gpus_per_worker:
-        return how.micro_batch_blocks
+        return how.blocks_at_once
     free, whole = torch.cuda.mem_get_info()
     free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     usable = 0.5 * min(free, how.gpus_per_worker * whole)

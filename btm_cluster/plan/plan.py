@@ -25,6 +25,7 @@ from btm_cluster.plan.tracking import TrackingPlan
 from btm_cluster.plan.training import BranchingPlan, ModelPlan, TokenizerPlan, TrainingPlan
 from btm_cluster.plan.values import (
     PLAN_FOLDER,
+    Blocks,
     Name,
     Place,
     Positive,
@@ -105,8 +106,9 @@ class ClusterPlan(Section):
     """Experts trained at once; without it, as many as there is room for."""
     retries: Whole = 3
     """Times a step is tried again after its process or node died."""
-    micro_batch_blocks: Positive = 16
-    """Blocks per forward pass; an update accumulates as many as it needs."""
+    micro_batch_blocks: Blocks = 16
+    """Blocks per forward pass; an update accumulates as many as it needs. `auto` takes as many as fit into the GPU's
+    memory, by an estimate, and 16 on CPU."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward pass; `auto` is bfloat16 on a GPU, float32 on CPU. Weights stay float32."""
     compile: Switch = "auto"

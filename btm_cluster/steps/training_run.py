@@ -113,6 +113,7 @@ def spec_of(request: TrainRequest, texts: Sequence[TextBlocks], first_token: int
 
 def compute_of(how: Resources) -> Compute:
     """Settings of each process of a training."""
+    assert how.micro_batch_blocks != "auto", "settled before"
     return Compute(
         device=device_of(how.gpus_per_worker),
         threads=how.cpus_per_worker,
