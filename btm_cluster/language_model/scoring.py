@@ -3,7 +3,7 @@ every token, and the entropy of its prediction."""
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from btm_cluster.data.blocks import Blocks
 from btm_cluster.errors import DivergedError
+from btm_cluster.language_model.attention_kernels import Kernels, kernels_for
 from btm_cluster.language_model.compute import autocast, device_of
 from btm_cluster.language_model.head import pieces_of, plain_head, run_with
 from btm_cluster.language_model.layers import compile_layers
@@ -74,8 +75,10 @@ class ScorePasses:
         self._head = None if fitting else plain_head(model)
         self.at_once = max(1, min(fitting, _blocks_by_memory(model, how, block_tokens)))
         self.is_compiled = self._head is None and _is_worth_compiling(model, how, blocks * block_tokens)
+        self._kernels: Kernels = nullcontext
         if self.is_compiled:
             compile_layers(model)
+            self._kernels = kernels_for(model, block_tokens, how.precision, self._device)
 
     def write(
         self,
@@ -133,7 +136,8 @@ class ScorePasses:
         if self._device.type == "cuda":
             blocks_BT = blocks_BT.pin_memory().to(self._device, non_blocking=True)
         said = fused_said() if self.is_compiled else said_of
-        return torch.stack(score_tokens(self._model, blocks_BT, first_token, self._how, self._head, said))
+        with self._kernels():
+            return torch.stack(score_tokens(self._model, blocks_BT, first_token, self._how, self._head, said))
 
 
 def _vocabulary(model: PreTrainedModel) -> int:
@@ -145,7 +149,7 @@ def _blocks_by_memory(model: PreTrainedModel, how: Resources, block_tokens: int)
     """Blocks of a pass: on a CPU those of a training, on a GPU as many as keep it busy and fit its free memory, of
     which half is taken: others may be there."""
     if not how.gpus_per_worker:
-        return how.micro_batch_blocks
+        return how.blocks_at_once
     free, whole = torch.cuda.mem_get_info()
     free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     usable = 0.5 * min(free, how.gpus_per_worker * whole)

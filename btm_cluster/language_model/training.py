@@ -15,6 +15,7 @@ from btm_cluster.curve import is_recorded
 from btm_cluster.errors import DivergedError, Stopped
 from btm_cluster.language_model.development import DevelopmentLoss
 from btm_cluster.language_model.process_group import ProcessGroup
+from btm_cluster.language_model.tracing import Trace
 from btm_cluster.language_model.training_spec import TrainingSpec
 from btm_cluster.language_model.training_state import TrainingState
 from btm_cluster.language_model.update import Update, Updates
@@ -106,11 +107,22 @@ class _TrainLoop:
         self.pace = _Pace()
 
     def run(self) -> None:
+        trace = Trace(
+            self.spec.trace_file, self.spec.compute.device, self.spec.last_update - self.state.update
+        )
+        try:
+            self._run(trace)
+            trace.write()
+        finally:
+            trace.give_up()
+
+    def _run(self, trace: Trace) -> None:
         spec, state = self.spec, self.state
         if any(self.group.any(not state.recording.curve().development.updates)):
             self._look_at_development()
         while state.update < spec.last_update:
             must_save = self._stop_or_save()
+            trace.update_begins()
             self.before, self.made = self.made, self.updates.make()
             state.update += 1
             self.pace.tokens += spec.tokens_per_update

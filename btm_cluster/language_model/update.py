@@ -10,6 +10,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from btm_cluster.language_model.attention import leave_causal_masks_out
+from btm_cluster.language_model.attention_kernels import kernels_for
 from btm_cluster.language_model.batches import blocks_of_update, split_into_micro_batches
 from btm_cluster.language_model.demix_group import DemixGroup
 from btm_cluster.language_model.layers import compile_layers, layers_of, recompute_activations
@@ -62,6 +63,8 @@ class Updates:
         self.has_dropout = has_dropout(state.model)
         with spec.compute.arithmetic():
             self.head = head_for(state.model, spec.training.block_tokens)
+        compute = spec.compute
+        self.kernels = kernels_for(state.model, spec.training.block_tokens, compute.precision, compute.device)
         self.forward = self._wrap(NextTokenLoss(state.model, self.head))
         state.model.train()
 
@@ -110,7 +113,7 @@ class Updates:
                 read = targets = micro_batch
                 if not spec.predicts_all or spec.compute.is_sharded:
                     read, targets = read_tokens(micro_batch), predicted_tokens(micro_batch)
-                with spec.compute.arithmetic():
+                with spec.compute.arithmetic(), self.kernels():
                     loss = self.forward(read_after(read, spec.first_token), targets)
                 # Gradients are averaged over ranks; the loss is a sum over all of them.
                 (loss * (self.group.world / predicted)).backward()

@@ -26,6 +26,7 @@ from btm_cluster.plan.training import BranchingPlan, ModelPlan, TokenizerPlan, T
 from btm_cluster.plan.values import (
     PLAN_FOLDER,
     PLAN_TEXT,
+    Blocks,
     Name,
     Place,
     Positive,
@@ -106,8 +107,9 @@ class ClusterPlan(Section):
     """Experts trained at once; without it, as many as there is room for."""
     retries: Whole = 3
     """Times a step is tried again after its process or node died."""
-    micro_batch_blocks: Positive = 16
-    """Blocks per forward pass; an update accumulates as many as it needs."""
+    micro_batch_blocks: Blocks = 16
+    """Blocks per forward pass; an update accumulates as many as it needs. `auto` takes as many as fit into the GPU's
+    memory, by an estimate, and 16 on CPU."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward pass; `auto` is bfloat16 on a GPU, float32 on CPU. Weights stay float32."""
     compile: Switch = "auto"
@@ -119,6 +121,9 @@ class ClusterPlan(Section):
     activation_checkpointing: Switch = "auto"
     """Keep each layer's input alone, and compute its activations once more for the backward pass: a third
     more arithmetic. `auto` is on where they would not fit into the GPU's memory, and off on CPU."""
+    profile: bool = False
+    """Keep a torch.profiler trace of three updates of every training, as an artifact of kind `profile`, to be looked
+    at in Perfetto. It takes some seconds of each, and changes no result."""
     checkpoint_minutes: PositiveReal = 15
     """Most training time that a lost machine can cost."""
     hang_minutes: PositiveReal = 30

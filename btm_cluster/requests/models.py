@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeAlias
 
-from btm_cluster.identity import Inputs, Ref, identity_of, plain_inputs
+from btm_cluster.identity import Inputs, Ref, identity_by, identity_of, plain_inputs
 from btm_cluster.plan import ALL, TrainingPlan, Trains
 from btm_cluster.requests.request import Resources, StepRequest, texts_of
 
+PROFILE = "profile"
+"""The kind of a profiler's trace."""
 _TRAINING = {
     "block_tokens",
     "updates",
@@ -107,6 +109,9 @@ class TrainRequest(StepRequest):
     """
     trains: Trains = ALL
     """The weights that change. Of less than all, `start` is needed to use what comes out."""
+
+    profile: bool = False
+    """Whether a profiler's trace of a few updates is kept beside the model."""
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -238,3 +243,23 @@ class DemixPart(StepRequest):
     @property
     def inputs(self) -> Inputs:
         return {"demix": (self.demix,), "texts": (Ref("text", self.text),)}
+
+
+@dataclass(frozen=True)
+class TraceOf:
+    """The name of a profiler's trace of a model's training. It is kept as long as the model is."""
+
+    model: Ref
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        return {}
+
+    @property
+    def inputs(self) -> Inputs:
+        return {"model": (self.model,)}
+
+    @property
+    def ref(self) -> Ref:
+        """The artifact."""
+        return Ref(PROFILE, identity_by(PROFILE, self.recipe, self.inputs))

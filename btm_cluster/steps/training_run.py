@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from btm_cluster.curve import Curve
@@ -52,8 +53,10 @@ def run_training(
     texts: Sequence[TextBlocks],
     first_token: int,
     at_milestone: AtMilestone,
+    trace_file: Path | None = None,
 ) -> Trained:
-    """Trains as `request` says, from its start, its last milestone or its last training checkpoint.
+    """Trains as `request` says, from its start, its last milestone or its last training checkpoint. A profiler's
+    trace of a few updates of the first rank goes to `trace_file`.
 
     Raises:
         AlreadyTrained: another driver has committed the model meanwhile.
@@ -64,7 +67,9 @@ def run_training(
     request = settled(request, group)
     spec = spec_of(request, texts, first_token)
     set_up(spec.compute)
-    spec = replace(spec, development_DNT=open_development(request, ledger, group))
+    own_trace = trace_file if group.is_first else None
+    development = open_development(request, ledger, group)
+    spec = replace(spec, development_DNT=development, trace_file=own_trace)
     state, source, passed_over = restore(request, spec, ledger, group)
     weights_file = FILES[request.trains.part]
     checkpoints = TrainingCheckpoints(ledger, request, request.label, passed_over, weights_file)
@@ -108,6 +113,7 @@ def spec_of(request: TrainRequest, texts: Sequence[TextBlocks], first_token: int
 
 def compute_of(how: Resources) -> Compute:
     """Settings of each process of a training."""
+    assert how.micro_batch_blocks != "auto", "settled before"
     return Compute(
         device=device_of(how.gpus_per_worker),
         threads=how.cpus_per_worker,

@@ -1,6 +1,7 @@
 """Training of real two-layer models: killed and resumed, cut in two,
 accumulated, diverging, and against a plain loop."""
 
+import gzip
 import hashlib
 import json
 import math
@@ -34,8 +35,9 @@ from btm_cluster.language_model.training_state import (
 )
 from btm_cluster.ledger import Artifact, Ledger, artifact_key
 from btm_cluster.ledger.curves import read_curve
+from btm_cluster.ledger.lineage import reached
 from btm_cluster.plan import Plan
-from btm_cluster.requests import AverageRequest, Start, TrainRequest
+from btm_cluster.requests import AverageRequest, Start, TraceOf, TrainRequest
 from btm_cluster.requests.progress import Progress
 from btm_cluster.steps.checkpoints import load_stored
 from btm_cluster.steps.stored import open_blocks
@@ -640,6 +642,20 @@ def test_a_damaged_training_checkpoint_is_passed_over_and_training_starts_again(
     assert again is not None
     assert again.recipe["update"] == saved.recipe["update"]
     assert weights_of(run(prepared_store, request)) == undisturbed["seed"]
+
+
+def test_a_trace_of_the_updates_is_kept_as_long_as_the_model_is(prepared_store: PreparedStore) -> None:
+    request = replace(prepared_store.seed, last_update=2, profile=True)
+    model = run(prepared_store, request)
+    assert isinstance(model, Artifact)
+    ledger = prepared_store.driver.ledger
+    trace = ledger.get(TraceOf(model.ref).ref)
+    with gzip.open(ledger.open_file(trace, "trace.json.gz")) as file:
+        assert json.load(file)["traceEvents"]
+    artifacts = {artifact.ref: artifact for artifact in ledger.read_manifests().values()}
+    assert trace.ref in reached({model.ref}, artifacts)
+    assert trace.ref not in reached({*model.needs}, artifacts)
+    assert replace(request, profile=False).ref == request.ref
 
 
 def test_weights_that_the_very_last_update_spoiled_are_not_committed(prepared_store: PreparedStore) -> None:

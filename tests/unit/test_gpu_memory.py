@@ -64,6 +64,36 @@ def test_the_nearest_setting_that_fits_is_named_and_fits(
     assert remedy(expert(**how), gigabytes).startswith(f"take {setting}"), remedy(expert(**how), gigabytes)
 
 
+@pytest.mark.parametrize(
+    ("gigabytes", "how", "blocks", "settled"),
+    [
+        (None, {}, 8, (False, False)),  # whose logits kernels count with 32 bits
+        (141, {}, 8, (False, False)),
+        (50, {}, 4, (False, False)),
+        (20, {"activation_checkpointing": "auto"}, 1, (False, True)),
+        (36, {"workers": 2, "sharding": "auto"}, 4, (True, False)),
+        (1, {}, 1, (False, False)),
+    ],
+)
+def test_a_pass_takes_as_many_blocks_as_fit_where_that_is_left_open(
+    gigabytes: float | None, how: dict[str, Any], blocks: int, settled: tuple[bool, bool]
+) -> None:
+    there = None if gigabytes is None else gigabytes * GB
+    open_left = expert(micro_batch_blocks="auto", **how)
+    found = open_left.settled(there)
+    assert (found.blocks, (found.is_sharded, found.recomputes)) == (blocks, settled)
+    assert found.passes * found.blocks * open_left.how.workers == 16
+    assert f"with {blocks} blocks in a forward pass" in told(open_left, there)
+    given = replace(open_left, how=replace(open_left.how, micro_batch_blocks=blocks))
+    assert given.settled(there) == found
+
+
+@pytest.mark.parametrize(("of_update", "gigabytes", "blocks"), [(61, 141, 8), (48, 141, 8), (42, 141, 7)])
+def test_passes_are_alike_where_they_can_be(of_update: int, gigabytes: float, blocks: int) -> None:
+    training = replace(expert(micro_batch_blocks="auto"), blocks_per_update=of_update)
+    assert training.settled(gigabytes * GB).blocks == blocks
+
+
 def test_an_adapter_is_named_beside_it_where_that_fits() -> None:
     adapted = size_for(LLAMA_1B, trains_of(LORA, LLAMA_1B))
     assert ", or `branching.train: lora`" in remedy(replace(expert(), with_lora=adapted), 44)

@@ -309,6 +309,11 @@ PROBLEMS = {
     ),
     "cluster: {gpus_per_expert: .inf}": ("cluster.gpus_per_expert", "finite"),
     "cluster: {checkpoint_minutes: .inf}": ("cluster.checkpoint_minutes", "finite"),
+    "cluster: {micro_batch_blocks: 0}": (
+        "cluster.micro_batch_blocks",
+        "a whole number of at least 1, or 'auto'",
+    ),
+    "cluster: {micro_batch_blocks: auot}": ("cluster.micro_batch_blocks", "or 'auto'"),
     "cluster: {retries: -1}": ("cluster.retries", "greater than or equal to 0"),
     "1: 2": ("[1]", "a name"),
 }

@@ -1,5 +1,7 @@
 """The train loop by itself, on a state and callbacks in memory: no store, no request."""
 
+import gzip
+import json
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -159,6 +161,22 @@ def test_a_state_that_is_loaded_draws_nothing_before(
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     buffers = dict(state.model.named_buffers())
     assert all(torch.equal(buffers[name], buffer) for name, buffer in drawn.model.named_buffers())
+
+
+def test_a_trace_of_some_updates_changes_no_bit_and_is_not_left_half_written(
+    spec: TrainingSpec, tmp_path: Path
+) -> None:
+    traced_spec = replace(spec, trace_file=tmp_path / "trace.json.gz")
+    plain, traced, cut = (build_state(spec, ALONE) for _ in range(3))
+    with pytest.raises(Stopped):
+        train(traced_spec, cut, Recorded(cut, stops_at=3))
+    assert not list(tmp_path.glob("trace*"))
+    train(spec, plain, Recorded(plain))
+    train(traced_spec, traced, Recorded(traced))
+    torch.testing.assert_close(weights(traced), weights(plain), rtol=0, atol=0)
+    with gzip.open(tmp_path / "trace.json.gz") as file:
+        names = Counter(event.get("name") for event in json.load(file)["traceEvents"])
+    assert names["Optimizer.step#AdamW.step"] == 2, "of the second half of four updates"
 
 
 def test_a_spoiled_state_is_neither_saved_nor_a_milestone_and_the_error_has_the_callers_remedy(
