@@ -23,6 +23,7 @@ from btm_cluster.plan import Plan, SizePlan, StudyPlan, TrainingPlan
 from btm_cluster.requests import TrainRequest
 from btm_cluster.study.branchings import check_branchings, experts_name
 from btm_cluster.study.controls import DEMIXES
+from btm_cluster.study.pretrained import check_beside_pretrained
 from btm_cluster.study.repeat import Repeat, branches, fill_in, import_seed, marked, train
 
 
@@ -59,16 +60,6 @@ def repeats_of(plan: Plan, driver: Driver) -> list[Repeat]:
     return repeats
 
 
-def study_of(plan: Plan) -> StudyPlan:
-    """The plan's study, or one of all rivals and controls; a pretrained model has no DEMix unless it is written,
-    which is refused."""
-    study = plan.study or StudyPlan()
-    if plan.model.pretrained is None or study.sizes or "systems" in study.model_fields_set:
-        return study
-    systems = tuple(system for system in study.systems if system not in DEMIXES)
-    return study.model_copy(update={"systems": systems})
-
-
 def _model(plan: Plan, study: StudyPlan, size: SizePlan) -> Mapping[str, Any]:
     """The configuration of a size, of which all that the study asks for can be made: before a text is read.
 
@@ -89,7 +80,7 @@ def _check(plan: Plan, study: StudyPlan, sizes: Sequence[SizePlan]) -> None:
     """That nothing in a study is at odds with itself: before a text is read."""
     check_branchings(study.branching)
     if plan.model.pretrained is not None and not study.sizes:
-        _check_pretrained(study)
+        check_beside_pretrained(study)
     for size in sizes:
         if size.training.block_tokens != plan.training.block_tokens:
             raise UserError(
@@ -141,25 +132,6 @@ def _variant(plan: Plan, size: SizePlan, random_seed: int) -> Plan:
 def _seed_shares(study: StudyPlan, size: SizePlan, is_first: bool) -> tuple[float, ...]:
     own = size.training.seed_share
     return (own, *(share for share in sorted(study.seed_shares) if share != own)) if is_first else (own,)
-
-
-def _check_pretrained(study: StudyPlan) -> None:
-    """Refuses what a study cannot have beside a pretrained model.
-
-    Raises:
-        UserError: naming it.
-    """
-    demixes = [system for system in study.systems if system in DEMIXES]
-    found = [
-        *(f"{one} in study.systems" for one in demixes),
-        *(["study.seed_shares"] * bool(study.seed_shares)),
-    ]
-    if found:
-        raise UserError(
-            "a study of experts from a pretrained model has that model as its only seed, and no DEMix",
-            found=" and ".join(found),
-            remedy="leave that out, or give shapes in `study.sizes`: [{name: …, model: {config: …}}]",
-        )
 
 
 def _check_share(size: SizePlan, training: TrainingPlan, share: float) -> None:

@@ -45,8 +45,9 @@ from btm_cluster.study.controls import (
     transformer_lm_at_experts_rate_request,
 )
 from btm_cluster.study.mixtures import routed_mixtures
+from btm_cluster.study.pretrained import study_of
 from btm_cluster.study.repeat import Repeat, branches, fill_in, train
-from btm_cluster.study.repeats import repeats_of, study_of
+from btm_cluster.study.repeats import repeats_of
 
 PRIORS = ("uniform", "argmax", "ema", "fitted")
 """The averages of parameters that are measured: the paper's three, and the posterior by the fitted prior."""
@@ -191,7 +192,8 @@ def entries_of(repeat: Repeat, comparison: Comparison, ledger: Ledger) -> list[M
     """The comparison as plain values, one entry for each system. Costs are told from what is in the store."""
     plan, model = repeat.prepared.plan, repeat.prepared.model
     costs = costs_of(comparison, model, plan.training.block_tokens, ledger)
-    tokens = plan.training.updates * len(repeat.prepared.founders)
+    first_update = plan.training.seed_updates if repeat.is_from_pretrained else 0
+    tokens = (plan.training.updates - first_update) * len(repeat.prepared.founders)
     tokens *= plan.training.blocks_per_domain_update * plan.training.block_tokens
     parameters = count_parameters(model)[1]
     demix_parameters = count_demix_parameters(model, len(repeat.prepared.founders))[1]
