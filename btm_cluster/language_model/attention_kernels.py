@@ -67,14 +67,16 @@ def cudnn_first() -> AbstractContextManager[Any]:
 def plain_shape(model: PreTrainedModel, block_tokens: int) -> AttentionShape | None:
     """The shape of attention over whole blocks; None where windows within a block want a mask, or the configuration
     does not say."""
-    config = model.config.get_text_config()
+    config: Any = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
-    has_windows = isinstance(window, int) and window <= block_tokens
-    if has_windows or not (isinstance(heads, int) and isinstance(width, int)):
-        return None
     key_heads = getattr(config, "num_key_value_heads", None) or heads
-    return AttentionShape(heads, key_heads, getattr(config, "head_dim", None) or width // heads, block_tokens)
+    head_width = getattr(config, "head_dim", None) or (width // heads if heads and width else None)
+    if isinstance(window, int) and window <= block_tokens:
+        return None
+    if isinstance(heads, int) and isinstance(key_heads, int) and isinstance(head_width, int):
+        return AttentionShape(heads, key_heads, head_width, block_tokens)
+    return None  # some have lists, by layer
 
 
 @cache
