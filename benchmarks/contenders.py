@@ -67,7 +67,7 @@ def measure(command: Sequence[str]) -> Usage:
         SystemExit: it failed.
     """
     started = time.monotonic()
-    process = subprocess.Popen(command, stdout=sys.stderr)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     with _MemoryMeter(process.pid) as meter:
         _, status, usage = os.wait4(process.pid, 0)  # this child's usage, where getrusage has all children's
     seconds = time.monotonic() - started

@@ -7,9 +7,12 @@ A script calls `add_options` on its parser and `finish` with what it measured; `
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
+import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -32,8 +35,10 @@ NAMES = {
     "gate": "fitting one text's gate",
     "text-to-blocks": "text files to token blocks",
     "compressed-text": "reading compressed JSONL",
-    "store-up": "files into an S3 bucket",
-    "store-down": "files from an S3 bucket",
+    "store-up": "large files into an S3 bucket",
+    "store-down": "large files from an S3 bucket",
+    "store-up-many": "many files into an S3 bucket",
+    "store-down-many": "many files from an S3 bucket",
     "store-small-reads": "many small reads from an S3 bucket",
     "upkeep": "gc, verify and purge of a large store",
     "fan-out": "starting many experts on a cluster",
@@ -196,11 +201,13 @@ def _cpu_name() -> str:
 
 
 def _gpu_names() -> list[str]:
-    import torch
-
-    if not torch.cuda.is_available():
+    # Not by torch, which would make this process, and what it starts, look large.
+    if shutil.which("nvidia-smi") is None:
         return []
-    return [f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}, torch {torch.__version__}"]
+    asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    names = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.splitlines()
+    version = importlib.metadata.version("torch")
+    return [f"{len(names)} × {names[0]}, torch {version}"] if names else []
 
 
 def _head() -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from btm_cluster.errors import PlanError
 from btm_cluster.plan import rules as plan_rules
@@ -25,6 +25,7 @@ from btm_cluster.plan.tracking import TrackingPlan
 from btm_cluster.plan.training import BranchingPlan, ModelPlan, TokenizerPlan, TrainingPlan
 from btm_cluster.plan.values import (
     PLAN_FOLDER,
+    PLAN_TEXT,
     Blocks,
     Name,
     Place,
@@ -192,6 +193,16 @@ class Plan(Section):
             return {**given, "training": training.model_copy(update={"seed_share": 0.0})}
         return given
 
+    _written: str | None = PrivateAttr(None)
+
+    def model_post_init(self, context: Any) -> None:
+        self._written = (context or {}).get(PLAN_TEXT)
+
+    @property
+    def written(self) -> str | None:
+        """The text of the file that it was read from; None of plain values."""
+        return self._written
+
     @property
     def texts(self) -> tuple[TextPlan, ...]:
         """Domains, then targets."""
@@ -206,11 +217,12 @@ def read_plan(source: str | Path | Mapping[str, Any]) -> Plan:
     Raises:
         PlanError: naming every field that is wrong, what was found, what is expected and the remedy.
     """
+    context: dict[str, Any] = {PLAN_FOLDER: Path()}
     if isinstance(source, Mapping):
-        name, values, context = "the plan", dict(source), None
+        name, values = "the plan", dict(source)
     else:
-        name, values = f"the plan {source}", read_plan_file(Path(source))
-        context = {PLAN_FOLDER: Path(source).parent}
+        name, (values, written) = f"the plan {source}", read_plan_file(Path(source))
+        context = {PLAN_FOLDER: Path(source).parent, PLAN_TEXT: written}
     try:
         return Plan.model_validate(values, context=context)
     except ValidationError as exc:

@@ -7,8 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, ValidationInfo
 
+from btm_cluster.plan.folder import is_relative, located, opened_folder
+
 PLAN_FOLDER = "folder of the plan"
 """In pydantic's context: relative paths begin there. Without it, they begin in the current folder."""
+PLAN_TEXT = "text of the plan"
+"""In pydantic's context: what the plan's file says."""
 NAME_PATTERN = "[a-z0-9][a-z0-9_-]{0,63}"
 
 
@@ -59,20 +63,11 @@ def _check_file(value: str) -> str:
 
 
 def _beside_plan(value: str, info: ValidationInfo) -> str:
-    """A path of a plan's file, from the current folder; of a plan without one it stays as it is.
-
-    It stays relative where it can, so that a job's copy of a folder is the same plan.
-    """
+    """A path of a plan's file as it is opened; of a plan without one it stays as it is."""
     folder = (info.context or {}).get(PLAN_FOLDER)
-    if folder is None or "://" in value or value.startswith(("/", "~")):
+    if folder is None or not is_relative(value):
         return value
-    here, above, parts = os.getcwd(), os.path.realpath(folder), value.split("/")
-    if above == here:
-        return value
-    while parts and parts[0] in (".", ".."):  # those alone: further on, one may follow a link
-        above = os.path.dirname(above) if parts.pop(0) == ".." else above
-    path = "/".join([above.rstrip("/"), *parts])
-    return os.path.relpath(path, here) if path.startswith(f"{here}/") else path
+    return located(opened_folder(folder), value)
 
 
 def _folder_beside_plan(value: str, info: ValidationInfo) -> str:
@@ -103,9 +98,11 @@ Name = Annotated[str, AfterValidator(_check_name), Field(json_schema_extra={"pat
 Location = Annotated[str, AfterValidator(_check_location)]
 Place = Annotated[Location, AfterValidator(_beside_plan)]
 FolderOrName = Annotated[Location, AfterValidator(_folder_beside_plan)]
-File = Annotated[Location, AfterValidator(_check_file), AfterValidator(_beside_plan)]
+WrittenFile = Annotated[Location, AfterValidator(_check_file)]
+File = Annotated[WrittenFile, AfterValidator(_beside_plan)]
 Messages = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple), Field(min_length=1, max_length=2)]
-Files = Annotated[tuple[File, ...], BeforeValidator(_as_tuple)]
+Files = Annotated[tuple[WrittenFile, ...], BeforeValidator(_as_tuple)]
+"""As they are written: opened from the folder of the plan, which their text knows."""
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_switch)]
 Modules = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 Config = Annotated[dict[str, Any], AfterValidator(_check_plain)]

@@ -148,6 +148,8 @@ class TrainingRun:
         self._request, self._spec, self._control, self._group = request, spec, control, group
         self._source, self._checkpoints, self._at_milestone = source, checkpoints, at_milestone
         self._started = self._last_saved = self._next_question = time.monotonic()
+        self._first_report: tuple[int, float] | None = None
+        """The update of the first report, and when it was made."""
         self._is_warned = False
         """Whether this machine is known to be taken away: that is heard, and answered by a save, once."""
 
@@ -178,9 +180,16 @@ class TrainingRun:
         for passed in self._request.passing(state.update):
             self._at_milestone(passed, self.trained(passed.role, state))
 
+    def _seconds_left(self, update: int) -> float | None:
+        """By the pace since the first report, which is of an update that warmed up: None until there is another.
+        The pace since the last one goes up and down with all else that the machine does."""
+        now, left = time.monotonic(), self._request.last_update - update
+        self._first_report = self._first_report or (update, now)
+        first, began = self._first_report
+        return left * (now - began) / (update - first) if update > first else None
+
     def report(self, state: TrainingState, report: UpdateReport) -> None:
         request, rate = self._request, report.tokens_per_second
-        seconds_left = (request.last_update - state.update) * self._spec.tokens_per_update / max(rate, 1e-9)
         device = device_name(self._spec.compute.device)
         mfu = utilisation(state.model, request.how, request.training.block_tokens, rate, device)
         development = report.development or (None, None)
@@ -194,7 +203,7 @@ class TrainingRun:
                 first=self._source.update,
                 loss=report.loss,
                 tokens_per_second=rate,
-                seconds_left=seconds_left,
+                seconds_left=self._seconds_left(state.update),
                 stall_seconds=self._checkpoints.stall_seconds,
                 upload_seconds=self._checkpoints.upload_seconds,
                 mfu=mfu,
