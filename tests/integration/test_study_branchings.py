@@ -1,7 +1,8 @@
 """A study of experts that train a part, of mixtures of experts, and of a pretrained model: rows and costs."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,27 @@ def test_the_page_says_what_is_better_at_which_cost_and_so_does_the_summary(
         assert line.endswith(f"| {cells[0]} | {cells[1]} |")
         assert all(cell in html for cell in cells)
     assert json.dumps(list(studied.study.entries))
+
+
+def test_an_ensemble_is_held_against_a_larger_transformer_lm_of_its_inference_cost(
+    studied: Studied, tmp_path: Path
+) -> None:
+    def larger(entry: Mapping[str, Any], size: str, times: float, bits: float) -> dict[str, Any]:
+        cost = entry["cost"] | {"inference_flops": round(times * entry["cost"]["inference_flops"])}
+        own = entry["bits_per_byte"]["all"]
+        told = entry["bits_per_byte"] | {"all": own and own + bits}
+        return {**entry, "size": size, "cost": cost, "bits_per_byte": told}
+
+    entries = studied.study.entries
+    for bits, answer in ((1.0, "yes"), (-1.0, "no")):
+        others = [larger(e, *size, bits) for size in (("two", 2.0), ("nine", 9.0)) for e in entries]
+        write_page(results_of(studied.plan, replace(studied.study, entries=(*entries, *others))), tmp_path)
+        page = (tmp_path / "README.md").read_text()
+        (line,) = (one for one in page.splitlines() if one.startswith("| model forest, calibrated |"))
+        assert "| two | " in line
+        assert line.endswith(f"| {answer}, at 1.00x |")
+    write_page(results_of(studied.plan, studied.study), tmp_path)
+    assert "across sizes" not in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
