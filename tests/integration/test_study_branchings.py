@@ -234,7 +234,7 @@ def from_pretrained(folder: Path, fields: dict[str, Any], **study: Any) -> Plan:
 def test_a_study_of_a_pretrained_model_sets_its_continued_pretraining_beside_its_experts(
     pretrained: Path, texts: dict[str, Path], tmp_path: Path
 ) -> None:
-    fields = fields_of(texts, tmp_path / "store")
+    fields = fields_of(texts, tmp_path / "store") | {"targets": []}
     ways = {"branching": [{"train": "lora", "lora": {"rank": 4}}]}
     recipes = {"trials": [{"learning_rate": 1e-2}, {"learning_rate": 5e-3}], "learning_rate_scales": [0.5, 1]}
     plan = from_pretrained(pretrained, fields, systems=[], **ways, **recipes)
