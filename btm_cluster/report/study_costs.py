@@ -122,7 +122,8 @@ def _with_costs(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _cost_cells(entries: Sequence[Entry]) -> list[str]:
-    gpu_seconds = _mean(entries, "gpu_seconds")
+    known = [seconds for one in entries if (seconds := one["cost"]["gpu_seconds"]) is not None]
+    gpu_seconds = spread(known).mean if len(known) == len(entries) else None
     bits = [entry["bits_per_byte"]["all"] for entry in entries if entry["bits_per_byte"]["all"] is not None]
     return [
         f"{_mean(entries, 'training_tokens'):,.0f}",

@@ -10,7 +10,7 @@ import pytest
 
 from btm_cluster.data.tokenizer_training import train_tokenizer
 from btm_cluster.errors import UserError
-from btm_cluster.evaluation.costs import is_better
+from btm_cluster.evaluation.costs import gpu_seconds, is_better
 from btm_cluster.language_model.mixture_of_experts import size_of_mixture
 from btm_cluster.ledger import Artifact
 from btm_cluster.operations.run import run_plan
@@ -197,6 +197,17 @@ def test_an_ensemble_is_held_against_a_larger_transformer_lm_of_its_inference_co
         assert line.endswith(f"| {answer}, at 1.00x |")
     write_page(results_of(studied.plan, studied.study), tmp_path)
     assert "across sizes" not in (tmp_path / "README.md").read_text()
+
+
+def test_gpu_seconds_are_of_trainings_that_one_process_has_mostly_done() -> None:
+    def seconds(rate: float, seconds: float) -> float | None:
+        note = {"tokens_per_second": rate, "seconds": seconds, "gpus": 0.25}
+        return gpu_seconds(Artifact("model", "0", {}, {}, (), {"tokens": 1000}, note, (), ""))
+
+    assert seconds(10, 100) == 25
+    assert seconds(10, 60) == 25
+    assert seconds(10, 40) is None
+    assert seconds(0, 5) is None
 
 
 @pytest.mark.parametrize(
