@@ -17,6 +17,7 @@ from btm_cluster.equations.mixture import document_sums, ends_of_documents, log_
 from btm_cluster.equations.posterior import Posterior
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.requests import ScoredSplit
+from btm_cluster.storage.open_files import allow_open_files
 
 BLOCKS_AT_ONCE = 64
 SCORES_AT_ONCE = 512
@@ -30,6 +31,7 @@ class ScoreStack:
         self, ledger: Ledger, scores: Sequence[Artifact], tokens: Sequence[Ref], threads: int = 1
     ) -> None:
         """`threads` take a few blocks each at a time, where torch has one."""
+        allow_open_files()  # a mapped file stays open
         self._threads = threads
         self._ledger, self._artifacts, self._tokens = ledger, scores, tokens
         self._scores = self._open("logp.npy")
