@@ -226,8 +226,12 @@ def write_config(
 
 
 def _fresh(config: Mapping[str, Any]) -> "PreTrainedModel":
+    loaded = config_from(config)
+    # transformers before 5.24 takes a fused kernel here too, which leaves the cap out without a word.
+    is_capped = getattr(loaded.get_text_config(), "attn_logit_softcapping", None) is not None
+    attention = {"attn_implementation": "eager"} if is_capped else {}
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config_from(config), dtype=torch.float32, trust_remote_code=False
+        loaded, dtype=torch.float32, trust_remote_code=False, **attention
     )
     return model
 
