@@ -198,7 +198,9 @@ def size_rules(given: Given) -> Iterator[Broken]:
 
 
 def study_rules(given: Given) -> Iterator[Broken]:
-    """Nothing is trained twice under two names."""
+    """Nothing is trained twice under two names, and one way chooses the recipe."""
+    if is_given(given.get("search")) and is_given(given.get("trials")):
+        yield Broken("search", "`search` and `trials`", "one of them", "leave out the other")
     for what, values in (
         ("sizes", [field_of(size, "name") for size in entries_of(given.get("sizes"))]),
         ("random_seeds", entries_of(given.get("random_seeds"))),

@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from btm_cluster.plan import rules as plan_rules
+from btm_cluster.plan.search import SearchPlan
 from btm_cluster.plan.section import Section
 from btm_cluster.plan.training import ModelPlan, TrainingPlan
 from btm_cluster.plan.values import (
@@ -49,6 +50,8 @@ class StudyPlan(Section):
     """Recipes tried on the Transformer-LM alone, with each size and the first random seed: all systems are
     then trained by the one with the lowest perplexity on the domains' development text, so that no rival is
     handicapped. One that diverges is out of the running."""
+    search: SearchPlan | None = None
+    """Instead of `trials`: a space that Ray Tune draws recipes from. It stops those that lose early."""
     learning_rate_scales: tuple[PositiveReal, ...] = ()
     """Values of `branching.learning_rate_scale` tried on the forest alone, with each size and the first
     random seed, after the recipes: all experts that branch from a seed take the one whose ensemble, mixed as

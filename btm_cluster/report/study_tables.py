@@ -222,7 +222,7 @@ def _tried_section(
         [
             str(trial["size"]),
             *(_number(trial[name]) for name in columns),
-            "diverged" if trial["development"] is None else f"{trial['development']:.2f}",
+            _outcome(trial),
         ]
         for trial in trials
     ]
@@ -230,6 +230,13 @@ def _tried_section(
     table = Table(heading, ["size", *columns.values(), measured], rows, strong)
     edges = [Paragraph(edge) for edge in _edges(trials, tried, columns[tried])]
     yield Section(identifier, heading, [Paragraph(opening), table, *edges])
+
+
+def _outcome(trial: Entry) -> str:
+    if trial["development"] is None:
+        return "diverged"
+    stopped = f", stopped at {trial['share']:.3g} of its updates" if "share" in trial else ""
+    return f"{trial['development']:.2f}{stopped}"
 
 
 def _number(value: float) -> str:

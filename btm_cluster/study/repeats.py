@@ -21,6 +21,7 @@ from btm_cluster.plan import Plan, SizePlan, StudyPlan, TrainingPlan
 from btm_cluster.requests import TrainRequest
 from btm_cluster.study.controls import DEMIXES
 from btm_cluster.study.repeat import Repeat, branches, fill_in, marked, train
+from btm_cluster.study.search import by_search, check_search
 
 
 def repeats_of(plan: Plan, driver: Driver) -> list[Repeat]:
@@ -30,6 +31,8 @@ def repeats_of(plan: Plan, driver: Driver) -> list[Repeat]:
     assert study is not None
     sizes = study.sizes or (SizePlan.model_construct(name="model", model=plan.model, training=plan.training),)
     _check(plan, study, sizes)
+    if study.search is not None:
+        driver.check_search()
     _check_founders(plan, driver.ledger.log.newest())
     base = prepare(_variant(plan, sizes[0], study.random_seeds[0]), driver)
     for text in base.texts:
@@ -50,6 +53,8 @@ def repeats_of(plan: Plan, driver: Driver) -> list[Repeat]:
         prepared = replace(prepared_by_size[size.name], plan=_variant(plan, size, study.random_seeds[0]))
         first = Repeat(size.name, prepared, _seed_shares(study, size, is_first=number == 0))
         first = _by_the_best(first, _recipes(size, study), driver)
+        if study.search is not None:
+            first = by_search(first, study.search, driver)
         first = _by_the_best_scale(first, study.learning_rate_scales, driver)
         repeats.append(first)
         for random_seed in study.random_seeds[1:]:
@@ -76,6 +81,8 @@ def _check(plan: Plan, study: StudyPlan, sizes: Sequence[SizePlan]) -> None:
                 "sizes",
                 remedy=f"write `block_tokens: {plan.training.block_tokens}` in its `training`",
             )
+        if study.search is not None:
+            check_search(size, study.search)
         for recipe in (size.training, *_recipes(size, study)):
             for share in (recipe.seed_share, *study.seed_shares):
                 _check_share(size.name, recipe, share)

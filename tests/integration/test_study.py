@@ -421,9 +421,12 @@ def test_results_are_read_back_and_those_of_several_seeds_make_one_page(
     }
     lower = {**trial, "learning_rate": 0.001, "development": 12.3, "chosen": False}
     diverged = {**lower, "size": "large", "development": None}
+    stopped = {**lower, "learning_rate": 0.0001, "development": 45.6, "share": 0.125}
     scale = {"size": "model", "learning_rate_scale": 2.0, "development": 8.76, "chosen": True}
     slower = {**scale, "learning_rate_scale": 1.0, "development": 8.9, "chosen": False}
-    study = replace(studied.study, trials=({**trial, "chosen": True}, lower, diverged, slower, scale))
+    study = replace(
+        studied.study, trials=({**trial, "chosen": True}, lower, diverged, stopped, slower, scale)
+    )
     results = results_of(studied.plan, study)
     write_results(results, tmp_path / "one")
     other = [
@@ -458,6 +461,7 @@ def test_results_are_read_back_and_those_of_several_seeds_make_one_page(
         "Speed",
         "| model | 0.01 | 12 | 4 | **9.87** |",
         "| large | 0.001 | 12 | 4 | diverged |",
+        "| model | 0.0001 | 12 | 4 | 45.60, stopped at 0.125 of its updates |",
         "| model | 2 | **8.76** |",
         "The highest learning rate tried for model is the best",
         "The highest scale tried for model is the best",
