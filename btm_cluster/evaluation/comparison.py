@@ -50,17 +50,33 @@ class Comparison:
     """Forward passes of a model that a system takes for a token, by parameters."""
     milestones: Milestones | None = None
     """The Transformer-LM's, of which the best has a row of its own where it is not the finished one."""
+    models: Mapping[System, "SystemModels"] = field(default_factory=dict)
+    """By which a system's cost is told. None are known of systems that have models of their own for each text."""
 
     def with_rows(self, other: "Comparison") -> "Comparison":
         """The rows of another comparison on the same texts beside these."""
-        return replace(self, rows={**self.rows, **other.rows}, costs={**self.costs, **other.costs})
+        return replace(
+            self,
+            rows={**self.rows, **other.rows},
+            costs={**self.costs, **other.costs},
+            models={**self.models, **other.models},
+        )
+
+
+@dataclass(frozen=True)
+class SystemModels:
+    """The models that were trained for a system, and those that it is made of once it is used: an average is one
+    model of several that were trained. Where it is another for each text, that of the first."""
+
+    trained: tuple[Ref, ...]
+    used: tuple[Ref, ...]
 
 
 @dataclass(frozen=True)
 class Comparer:
     """Single models by system, and ensembles, to be compared.
 
-    The first ensemble is the forest, whose experts get rows too.
+    The first ensemble is the forest; the best of its experts gets a row too.
     """
 
     prepared: PreparedPlan
@@ -150,7 +166,7 @@ class _Reader:
             (text.name, split): self._stack([self._models[0]], text, split).sizes() for text, split in parts
         }
         mixtures = {
-            ensemble.mixed_by(method): method.top_k or len(ensemble.models)
+            ensemble.mixed_by(method): min(method.top_k or len(ensemble.models), len(ensemble.models))
             for ensemble in self.asked.ensembles
             for method in ensemble.methods
         }
@@ -158,7 +174,31 @@ class _Reader:
             system: self.made[steps[-1].ref].facts["inference_cost"]
             for system, steps in self.asked.mixtures.items()
         }
-        return Comparison(rows, sizes, dict.fromkeys(rows, 1) | mixtures | experts)
+        costs = dict.fromkeys(rows, 1) | mixtures | experts
+        models = self._models_of(parts[0][0]) if parts else {}
+        return Comparison(rows, sizes, costs, models=models)
+
+    def _models_of(self, text: PreparedText) -> dict[System, SystemModels]:
+        """Each system's models, for a text."""
+        asked = self.asked
+        models = {system: SystemModels((model,), (model,)) for system, model in asked.single.items()}
+        for ensemble in asked.ensembles:
+            whole = SystemModels(ensemble.refs, ensemble.refs)
+            models |= {ensemble.mixed_by(method): whole for method in ensemble.methods}
+            models |= {
+                ensemble.averaged_by(weights): replace(whole, used=(self._average(ensemble, weights, text),))
+                for weights in ensemble.averages
+            }
+        return models | {
+            **{_best_expert(one): SystemModels(one.refs, one.refs) for one in asked.ensembles[:1]},
+            **{one.own_expert: SystemModels(one.refs, one.refs) for one in self._shown},
+        }
+
+    @property
+    def _shown(self) -> list[Ensemble]:
+        """The ensembles whose experts have rows on their own domains."""
+        first, others = self.asked.ensembles[:1], self.asked.ensembles[1:]
+        return [*first, *(one for one in others if one.shows_experts)]
 
     @property
     def _models(self) -> list[Ref]:
@@ -175,11 +215,18 @@ class _Reader:
             for ensemble in ensembles
             for weights in ensemble.averages
         }
-        models = list(dict.fromkeys([*self._models, *averages.values()]))
+        own = {
+            ensemble.own_expert: model
+            for ensemble in self._shown
+            for domain, model in ensemble.models
+            if domain == text.name
+        }
+        models = list(dict.fromkeys([*self._models, *averages.values(), *own.values()]))
         sums = dict(zip(models, self._stack(models, text, split).sums(), strict=True))
         rows = {system: sums[model] for system, model in self.asked.single.items()}
         if ensembles:
-            rows |= {system: sums[model] for system, model in self._experts(ensembles[0], text).items()}
+            best = {_best_expert(ensembles[0]): self._best_expert(ensembles[0], text)}
+            rows |= {system: sums[model] for system, model in (best | own).items()}
         for ensemble in ensembles:
             rows |= self._mixed(ensemble, text, split)
             rows |= {
@@ -206,17 +253,17 @@ class _Reader:
             )
         return average_request(prepared, ensemble, weights, None if weights == "uniform" else text).ref
 
-    def _experts(self, forest: Ensemble, text: PreparedText) -> dict[System, Ref]:
-        """The expert that is best on a text's development blocks (without any,
-        the first), and the domain's own."""
+    def _best_expert(self, forest: Ensemble, text: PreparedText) -> Ref:
+        """The expert that is best on a text's development blocks (without any, the first)."""
         best = 0
         if text.tokens["development"]:
             development_EUD = self._stack(forest.refs, text, "development").sums()
             best = int(development_EUD[:, TOKENS].sum(1).argmax())
-        own = [model for domain, model in forest.models if domain == text.name]
-        return {System("best single expert", forest.seed_share): forest.refs[best]} | {
-            System("own expert", forest.seed_share): model for model in own
-        }
+        return forest.refs[best]
+
+
+def _best_expert(forest: Ensemble) -> System:
+    return System("best single expert", forest.seed_share)
 
 
 def fits_of(prepared: PreparedPlan, ensemble: Ensemble) -> dict[str, Ref]:

@@ -11,10 +11,7 @@ from btm_cluster.evaluation import rows
 from btm_cluster.evaluation.cluster_ensemble import with_cluster_ensemble
 from btm_cluster.evaluation.comparison import Comparer, Comparison, fits_of
 from btm_cluster.evaluation.fitting import average_request
-from btm_cluster.evaluation.mixture_of_experts import (
-    MIXTURE_OF_EXPERTS,
-    mixture_of_experts_requests,
-)
+from btm_cluster.evaluation.mixture_of_experts import mixture_of_experts_requests
 from btm_cluster.evaluation.systems import (
     BEST_TRANSFORMER_LM,
     CALIBRATED,
@@ -34,6 +31,7 @@ from btm_cluster.evaluation.verdict import SplitResult
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import Ref
 from btm_cluster.mixing.fit_file import Fitted, open_fits
+from btm_cluster.plan import MixtureOfExpertsPlan
 from btm_cluster.requests import MixingMethod
 
 SEED = System("seed")
@@ -94,9 +92,15 @@ def comparer_of(
         ensembles.append(Ensemble(DEMIX, parts, (PAPERS, CALIBRATED)))
     wanted = prepared.plan.merging.mixture_of_experts
     mixtures = (
-        {} if wanted is None else {MIXTURE_OF_EXPERTS: mixture_of_experts_requests(prepared, forest, wanted)}
+        {}
+        if wanted is None
+        else {_routed(ensembles[0], wanted): mixture_of_experts_requests(prepared, ensembles[0], wanted)}
     )
     return Comparer(prepared, single, ensembles, milestones=milestones, mixtures=mixtures)
+
+
+def _routed(experts: Ensemble, wanted: MixtureOfExpertsPlan) -> System:
+    return experts.routed_to(min(wanted.experts_per_token, len(experts.models)))
 
 
 def forest_ensemble(prepared: PreparedPlan, forest: Forest) -> Ensemble:
@@ -130,6 +134,7 @@ def _names(prepared: PreparedPlan, ensembles: Sequence[Ensemble]) -> dict[System
     half = max(1, len(experts.models) // 2)
     prior = prepared.plan.merging.average_prior
     wanted = prepared.plan.merging.mixture_of_experts
+    routed = _routed(experts, wanted) if wanted else None
     names = {
         SEED: rows.SEED,
         TRANSFORMER_LM: rows.TRANSFORMER_LM,
@@ -139,11 +144,7 @@ def _names(prepared: PreparedPlan, ensembles: Sequence[Ensemble]) -> dict[System
         experts.averaged_by("uniform"): rows.UNIFORM_AVERAGE,
         experts.averaged_by("argmax"): rows.ARGMAX_AVERAGE,
         experts.averaged_by(prior): rows.POSTERIOR_AVERAGE,
-        **(
-            {MIXTURE_OF_EXPERTS: rows.mixture_of_experts(min(wanted.experts_per_token, len(experts.models)))}
-            if wanted
-            else {}
-        ),
+        **({routed: rows.mixture_of_experts(routed.top_k or 0)} if routed else {}),
         experts.mixed_by(PAPERS): rows.PAPER_ENSEMBLE,
         experts.mixed_by(CALIBRATED): rows.CALIBRATED_ENSEMBLE,
         experts.mixed_by(replace(CALIBRATED, top_k=half)): rows.top_k_ensemble(half),

@@ -4,17 +4,13 @@ from btm_cluster.driver.prepared_plan import PreparedPlan
 from btm_cluster.driver.recipes import expert_resources
 from btm_cluster.errors import TextError
 from btm_cluster.evaluation.fitting import uniform_request
-from btm_cluster.evaluation.systems import System
-from btm_cluster.forest import Forest
-from btm_cluster.ledger import Ref
+from btm_cluster.evaluation.systems import Ensemble
 from btm_cluster.plan import MixtureOfExpertsPlan
 from btm_cluster.requests import AverageRequest, MixtureOfExpertsRequest
 
-MIXTURE_OF_EXPERTS = System("mixture of experts")
-
 
 def mixture_of_experts_requests(
-    prepared: PreparedPlan, forest: Forest, wanted: MixtureOfExpertsPlan
+    prepared: PreparedPlan, experts: Ensemble, wanted: MixtureOfExpertsPlan
 ) -> list[AverageRequest | MixtureOfExpertsRequest]:
     """The steps that make the mixture of a forest's experts, itself last. Its routers are fitted on as many
     development blocks of each domain as everything else.
@@ -22,23 +18,24 @@ def mixture_of_experts_requests(
     Raises:
         TextError: a domain has no development text.
     """
+    assert experts.seed is not None
     tokens = {text.name: text.tokens["development"] for text in prepared.domains}
-    without = [domain for domain in forest.domains if not tokens[domain]]
+    without = [domain for domain, _ in experts.models if not tokens[domain]]
     if without:
         raise TextError(
             "a mixture of experts learns its routers on development text of every domain",
             found=f"none of {', '.join(without)}",
             remedy="name `development` files for them in the plan, or leave the mixture of experts out",
         )
-    models = tuple(Ref("model", expert.identity) for expert in forest.experts)
+    models = experts.refs
     suited = "seed" if prepared.plan.branching.train == "feed-forward" else "average"
     rest = wanted.rest or suited
-    average = uniform_request(models)
+    average = uniform_request(models, label=f"uniform{experts.of_which}")
     mixture = MixtureOfExpertsRequest(
-        label=f"mixture of experts with the {rest}",
+        label=f"mixture of experts{experts.of_which} with the {rest}",
         models=models,
-        rest=average.ref if rest == "average" else Ref("model", forest.foundation.seed),
-        tokens=tuple(tokens[domain] for domain in forest.domains),
+        rest=average.ref if rest == "average" else experts.seed,
+        tokens=tuple(tokens[domain] for domain, _ in experts.models),
         experts_per_token=min(wanted.experts_per_token, len(models)),
         blocks=prepared.plan.merging.development_blocks,
         how=expert_resources(prepared.plan),

@@ -50,10 +50,15 @@ class System:
     @property
     def name(self) -> str:
         """The name that progress shows."""
-        return self.system if self.seed_share is None else f"{self.system} at seed share {self.seed_share:g}"
+        routed = "" if self.top_k is None else f", top-{self.top_k}"
+        share = "" if self.seed_share is None else f" at seed share {self.seed_share:g}"
+        return f"{self.system}{share}{routed}"
 
 
 FOREST, SEEDED_FOREST, DEMIX = "forest", "forest with its seed", "demix"
+FOREST_OF = "forest of "
+"""Begins the names of a study's forests of other experts: `forest of LoRA experts of rank 8`."""
+MIXTURE_OF_EXPERTS = "mixture of experts"
 TRANSFORMER_LM = System("transformer-lm")
 BEST_TRANSFORMER_LM = System("transformer-lm at its best milestone")
 
@@ -73,6 +78,8 @@ class Ensemble:
     seed: Ref | None = None
     """The model that all of them started from; without one, averages of them are noise."""
     seed_share: float | None = None
+    shows_experts: bool = False
+    """Whether each expert has a row on its own domain, as those of a comparison's first ensemble always have."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "models", tuple(sorted(self.models, key=lambda model: model[0])))
@@ -107,8 +114,19 @@ class Ensemble:
 
     def averaged_by(self, weights: str) -> System:
         """The row of an average."""
-        system = "average" if self.system in (FOREST, SEEDED_FOREST) else f"average of {self.system}"
-        return System(system, self.seed_share, prior=weights)
+        return System(self._row("average"), self.seed_share, prior=weights)
+
+    def routed_to(self, experts_per_token: int) -> System:
+        """The row of the mixture of experts in which a token passes so many feed-forwards of a layer."""
+        return System(self._row(MIXTURE_OF_EXPERTS), self.seed_share, top_k=experts_per_token)
+
+    @property
+    def own_expert(self) -> System:
+        """The row of each expert on its own domain."""
+        return System(self._row("own expert"), self.seed_share)
+
+    def _row(self, name: str) -> str:
+        return name if self.system in (FOREST, SEEDED_FOREST) else f"{name} of {self.system}"
 
 
 def with_seed(forest: Ensemble, methods: tuple[MixingMethod, ...] = ()) -> Ensemble:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from btm_cluster.equations.budget import training_flops_per_token
+from btm_cluster.equations.budget import inference_flops_per_token, training_flops_per_token
 from btm_cluster.language_model.demix import has_row_per_domain
 from btm_cluster.requests import Resources
 
@@ -64,9 +64,19 @@ def flops_per_token(
 ) -> int:
     """Operations of an update for each token, by a model's configuration and size; `trained` as for
     `training_flops_per_token`."""
+    return training_flops_per_token(parameters, *_layers_and_width(model), block_tokens, trained)
+
+
+def inference_flops(model: Mapping[str, Any], parameters: int, block_tokens: int) -> int:
+    """Operations of a forward pass for each token, by a model's configuration and the parameters that a token
+    passes."""
+    return inference_flops_per_token(parameters, *_layers_and_width(model), block_tokens)
+
+
+def _layers_and_width(model: Mapping[str, Any]) -> tuple[int, int]:
     layers = next((model[name] for name in ("num_hidden_layers", "n_layer") if name in model), 0)
     width = next((model[name] for name in ("hidden_size", "n_embd") if name in model), 0)
-    return training_flops_per_token(parameters, layers, width, block_tokens, trained)
+    return layers, width
 
 
 def cpu_flops() -> float:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from btm_cluster.driver.driver import Driver
 from btm_cluster.errors import UserError
+from btm_cluster.evaluation.evaluate import forest_ensemble
 from btm_cluster.evaluation.mixture_of_experts import mixture_of_experts_requests
 from btm_cluster.forest import Forest
 from btm_cluster.language_model import mergekit
@@ -221,7 +222,7 @@ def _models(
     if asked.mixture_of_experts is not None:
         assert grown is not None, "a call without a plan was refused"
         wanted = asked.mixture_of_experts.over(grown.prepared.plan)
-        steps = mixture_of_experts_requests(grown.prepared, forest, wanted)
+        steps = mixture_of_experts_requests(grown.prepared, forest_ensemble(grown.prepared, forest), wanted)
         known[MIXTURE_OF_EXPERTS] = ("mixture of experts", driver.require(steps)[-1].ref)
 
     def model(called: str, ref: Ref) -> ForestModel:

@@ -3,8 +3,9 @@ after each size and random seed anew."""
 
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -32,8 +33,20 @@ def open_place(to: str) -> Storage:
     return place
 
 
-def write_studies(plan: Plan, place: Storage, driver: Driver) -> Iterator[str]:
-    """Yields the address of the page whenever it is written.
+@dataclass(frozen=True)
+class WrittenStudy:
+    """Results that were written, and the address of their page."""
+
+    page: str
+    results: Results
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for machines: what `summary.json` and `study.json` hold."""
+        return {"page": self.page, **vars(self.results)}
+
+
+def write_studies(plan: Plan, place: Storage, driver: Driver) -> Iterator[WrittenStudy]:
+    """Yields what is known whenever it is written.
 
     Results that are there already are replaced by finished ones alone.
     """
@@ -47,7 +60,7 @@ def write_studies(plan: Plan, place: Storage, driver: Driver) -> Iterator[str]:
             write_page(results, scratch)
             for file in sorted(scratch.iterdir()):
                 place.upload(file.name, file)
-        yield place.address("README.md")
+        yield WrittenStudy(place.address("README.md"), results)
 
 
 def results_of(plan: Plan, study: Study) -> Results:

@@ -7,7 +7,7 @@ from pydantic import Field
 from btm_cluster.plan import rules as plan_rules
 from btm_cluster.plan.search import SearchPlan
 from btm_cluster.plan.section import Section
-from btm_cluster.plan.training import ModelPlan, TrainingPlan
+from btm_cluster.plan.training import BranchingPlan, ModelPlan, TrainingPlan
 from btm_cluster.plan.values import (
     Name,
     Positive,
@@ -58,7 +58,13 @@ class StudyPlan(Section):
     `merging` says (by the calibrated posterior for a gate), has the lowest perplexity on the domains'
     development text. Where that is not 1, the Transformer-LM is trained from the seed on at the experts' rate
     too, as a control."""
-    systems: tuple[Literal["demix", "demix-from-seed", "random-split", "adapted"], ...] = (
+    branching: tuple[BranchingPlan, ...] = ()
+    """Other ways to train experts, each a section like the plan's `branching`: a forest more of the same seed
+    and the same tokens, with rows of its own. For instance [{train: all}, {train: feed-forward}, {train: lora,
+    lora: {rank: 8}}]. Of each, `learning_rate_scales` times its own are tried."""
+    systems: tuple[
+        Literal["demix", "demix-from-seed", "random-split", "adapted", "mixture-of-experts"], ...
+    ] = (
         "demix",
         "demix-from-seed",
         "random-split",
@@ -66,7 +72,8 @@ class StudyPlan(Section):
     )
     """Rivals and controls beside forest and Transformer-LM: DEMix; a DEMix that branches from the seed, as
     experts do; a forest of random splits; Transformer-LM and forest both trained on each text's development
-    blocks."""
+    blocks. And the forest, and each one of `branching`, as a mixture of experts, routed to one and to two: it
+    needs a llama, mistral, qwen2, qwen3 or olmo2."""
     random_seeds: Annotated[tuple[Whole, ...], Field(min_length=1)] = (0,)
     """Repeats: initial weights and block order."""
     seed_shares: tuple[Share, ...] = ()

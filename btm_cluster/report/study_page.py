@@ -18,6 +18,7 @@ from btm_cluster.report.figures import study_figures
 from btm_cluster.report.markdown import markdown
 from btm_cluster.report.page import render, standalone
 from btm_cluster.report.results import Entry, Results, repeats_left
+from btm_cluster.report.study_costs import cost_blocks, experts_blocks
 from btm_cluster.report.study_tables import (
     TABLE_1,
     TABLE_2,
@@ -127,5 +128,7 @@ def _size_sections(results: Results) -> Iterator[Section]:
             ),
             by_text_table(entries, results.texts),
             means_table("What a posterior is worth", entries, posteriors(entries)),
+            *experts_blocks(entries),
+            *cost_blocks(entries, TABLE_1 | TABLE_2),
         ]
         yield Section(f"size-{size}", heading, blocks)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
+from btm_cluster.evaluation.rows import cost_text
 from btm_cluster.report.content import Paragraph, Section, Table
 from btm_cluster.report.entries import (
     BASELINES,
@@ -36,6 +37,8 @@ TABLE_1: dict[str, Wanted] = {
     "forest with its seed, paper's posterior": {"system": "forest with its seed", **PAPERS, **PLAIN},
     "forest with its seed, calibrated": {"system": "forest with its seed", **CALIBRATED, **PLAIN},
     "forest with its seed, learned gate": {"system": "forest with its seed", **GATE, **PLAIN},
+    "mixture of experts, top-1": {"system": "mixture of experts", "top_k": 1},
+    "mixture of experts, top-2": {"system": "mixture of experts", "top_k": 2},
     "random splits, paper's posterior": {"system": "random-split", **PAPERS},
     "random splits, calibrated": {"system": "random-split", **CALIBRATED},
     "Transformer-LM, trained on the development text": {"system": "transformer-lm on development text"},
@@ -97,7 +100,7 @@ def _bits_and_cost(entries: Sequence[Entry]) -> tuple[str, str]:
     bits = [value for value in known if value is not None]
     costs = {entry["inference_cost"] for entry in entries if "inference_cost" in entry}
     return spread(bits).formatted("{:.4f}") if bits else "–", ", ".join(
-        f"{cost}x" for cost in sorted(costs)
+        f"{cost_text(cost)}x" for cost in sorted(costs)
     ) or "–"
 
 
@@ -194,8 +197,8 @@ def trials_sections(results: Results) -> Iterator[Section]:
         results.trials,
     )
     told = (
-        "Over the seed's at the same update. Tried on the forest alone; all experts that branch from a seed were "
-        "trained by the one in bold."
+        "Over the seed's at the same update. Tried on each forest alone, whose experts are then trained by the one "
+        "in bold; those of random splits by that of the first."
     )
     yield from _tried_section(
         ("rates", "Experts' learning rates", told),
@@ -220,7 +223,7 @@ def _tried_section(
         return
     rows = [
         [
-            str(trial["size"]),
+            _group(trial),
             *(_number(trial[name]) for name in columns),
             _outcome(trial),
         ]
@@ -244,14 +247,20 @@ def _number(value: float) -> str:
 
 
 def _edges(trials: Sequence[Entry], name: str, setting: str) -> Iterator[str]:
-    """A warning for each size whose chosen value has none tried beyond it: of a
+    """A warning for each group whose chosen value has none tried beyond it: of a
     recipe, the rival may do better there."""
-    for size in dict.fromkeys(trial["size"] for trial in trials):
-        values = {trial[name] for trial in select(trials, size=size)}
-        chosen = {trial[name] for trial in select(trials, size=size, chosen=True)}
+    for group in dict.fromkeys(map(_group, trials)):
+        own = [trial for trial in trials if _group(trial) == group]
+        values = {trial[name] for trial in own}
+        chosen = {trial[name] for trial in select(own, chosen=True)}
         for edge, side in ((max(values), "highest"), (min(values), "lowest")):
             if len(values) > 1 and edge in chosen:
-                yield f"The {side} {setting} tried for {size} is the best: one beyond it may be better still."
+                yield f"The {side} {setting} tried for {group} is the best: one beyond it may be better still."
+
+
+def _group(trial: Entry) -> str:
+    """What was tried against each other: of one size, and of experts that train the same."""
+    return ", ".join([str(trial["size"]), *([trial["experts"]] if "experts" in trial else [])])
 
 
 def speeds_section(results: Results) -> Section:

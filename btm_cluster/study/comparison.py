@@ -7,11 +7,13 @@ from typing import Any
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.prepared_plan import PreparedPlan
 from btm_cluster.evaluation.comparison import Comparer, Comparison
+from btm_cluster.evaluation.costs import Cost, is_better
 from btm_cluster.evaluation.rows import BEST_MILESTONE, Cell, Milestones
 from btm_cluster.evaluation.rows import TRANSFORMER_LM as BASELINE
 from btm_cluster.evaluation.systems import BEST_TRANSFORMER_LM, TRANSFORMER_LM, Ensemble, System
 from btm_cluster.evaluation.verdict import SplitResult, verdict
 from btm_cluster.ledger import Ref
+from btm_cluster.requests import StepRequest
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Models:
     """The Transformer-LM by update: the seed of the first forest, two between, and the finished one."""
     ensembles: tuple[Ensemble, ...]
     """The first is the forest that everything is compared with."""
+    mixtures: Mapping[System, Sequence[StepRequest]]
+    """The steps that make each mixture of experts, itself last."""
 
 
 def compare(prepared: PreparedPlan, models: Models, driver: Driver) -> Comparison:
@@ -33,11 +37,15 @@ def compare(prepared: PreparedPlan, models: Models, driver: Driver) -> Compariso
     if models.transformer_lm_at_experts_rate:
         single[System("transformer-lm at the experts' rate")] = models.transformer_lm_at_experts_rate
     single |= {System("seed", one.seed_share): one.seed for one in models.ensembles if one.seed}
-    return Comparer(prepared, single, models.ensembles, ("test",), models.milestones).compare(driver)
+    comparer = Comparer(prepared, single, models.ensembles, ("test",), models.milestones, models.mixtures)
+    return comparer.compare(driver)
 
 
-def entries_from(prepared: PreparedPlan, comparison: Comparison) -> Iterator[dict[str, Any]]:
-    """A row of plain values for each system: perplexities, bits per byte, and the difference with its interval.
+def entries_from(
+    prepared: PreparedPlan, comparison: Comparison, costs: Mapping[System, Cost]
+) -> Iterator[dict[str, Any]]:
+    """A row of plain values for each system: perplexities, bits per byte, the difference with its interval, and
+    costs.
 
     The difference is to the Transformer-LM at its best milestone, which the Transformer-LM's own row names.
     """
@@ -65,10 +73,30 @@ def entries_from(prepared: PreparedPlan, comparison: Comparison) -> Iterator[dic
                 "per_domain": {text: _bits(cell) for text, cell in row.cells.items()},
             },
             "inference_cost": comparison.costs[names[row.system]],
+            **_cost_entries(costs.get(names[row.system]), costs.get(TRANSFORMER_LM), whole),
             "difference": _share(whole.difference) if whole else None,
             "difference_interval": _shares(whole.difference_interval) if whole else None,
             **({"milestones": _plain(best)} if best and names[row.system] == TRANSFORMER_LM else {}),
         }
+
+
+def _cost_entries(cost: Cost | None, baseline: Cost | None, whole: Cell | None) -> dict[str, Any]:
+    """Costs, beside those of the whole Transformer-LM, of which its best milestone was chosen."""
+    if cost is None or baseline is None:
+        return {"cost": None, "at_equal_cost": None}
+    relative = {
+        "training": cost.training_flops / max(1, baseline.training_flops),
+        "inference": cost.inference_flops / max(1, baseline.inference_flops),
+    }
+    interval = whole.difference_interval if whole else None
+    at_equal_cost = {
+        name: {
+            "relative_cost": round(ratio, 4),
+            "is_better": None if interval is None else is_better(interval, ratio),
+        }
+        for name, ratio in relative.items()
+    }
+    return {"cost": asdict(cost), "at_equal_cost": at_equal_cost}
 
 
 _GROUPS = {"train": "domains", "eval": "targets", "all": "all"}

@@ -1,6 +1,7 @@
 """One repeat of a study, a size and a random seed: its prepared plan, its
 requests, and how they are trained."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,7 +11,7 @@ from btm_cluster.driver.port import Failure
 from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText
 from btm_cluster.driver.recipes import expert_request, seed_request, seed_start, transformer_lm_request
 from btm_cluster.ledger import Artifact
-from btm_cluster.plan import TrainingPlan
+from btm_cluster.plan import BranchingPlan, TrainingPlan
 from btm_cluster.requests import TrainRequest
 
 
@@ -32,24 +33,46 @@ class Repeat:
         """The prepared plan with each seed share."""
         return {share: self._at(share) for share in self.seed_shares}
 
+    experts: str = ""
+    """What its experts are called; empty for those of the first forest, by the plan's `branching`."""
+    others: tuple["Repeat", ...] = field(default=(), compare=False)
+    """The same with experts that are trained otherwise."""
+
+    @property
+    def is_from_pretrained(self) -> bool:
+        """Whether the seed is a pretrained model, which all systems start from."""
+        return self.prepared.pretrained is not None
+
     @property
     def seeds(self) -> dict[float, TrainRequest]:
-        """The seed of each share but 0."""
-        return {share: seed_request(prepared) for share, prepared in self.prepared_by_share.items() if share}
+        """The seed of each share but 0, at which only a pretrained model is one."""
+        return {
+            share: seed_request(prepared)
+            for share, prepared in self.prepared_by_share.items()
+            if share or self.is_from_pretrained
+        }
 
     def transformer_lm(self) -> TrainRequest:
-        """The Transformer-LM, which leaves all seeds on its way beside its own milestones."""
+        """The Transformer-LM, which leaves all seeds on its way beside its own milestones; of a pretrained model,
+        its continued pretraining."""
         whole = transformer_lm_request(self.prepared, self.seeds[self.seed_shares[0]].ref)
+        if self.is_from_pretrained:
+            return whole
         return replace(whole, milestones=tuple(sorted(seed.last_update for seed in self.seeds.values())))
 
     def by(self, training: TrainingPlan) -> "Repeat":
         """The same with another recipe."""
-        return self._with({"training": training})
+        others = tuple(other.by(training) for other in self.others)
+        return replace(self._with({"training": training}), others=others)
 
     def scaled(self, scale: float) -> "Repeat":
         """The same with another learning rate of the experts."""
         branching = self.prepared.plan.branching
-        return self._with({"branching": branching.model_copy(update={"learning_rate_scale": scale})})
+        return self.branching_by(branching.model_copy(update={"learning_rate_scale": scale}))
+
+    def branching_by(self, branching: BranchingPlan) -> "Repeat":
+        """The same with another `branching`."""
+        return self._with({"branching": branching})
 
     def _with(self, update: Mapping[str, Any]) -> "Repeat":
         return replace(
@@ -66,13 +89,15 @@ def branches(repeat: Repeat, texts: Sequence[PreparedText], share: float) -> lis
     """An expert on each text, from the seed of that share."""
     prepared, start = repeat.prepared_by_share[share], seed_start(repeat.prepared, repeat.seeds[share].ref)
     # A label of its own, since all of them train at once.
-    return [replace(expert_request(prepared, text, start), label=f"{text.name}-{share}") for text in texts]
+    mark = re.sub(r"[^\w.]+", "-", f"{share} {repeat.experts}".strip())
+    return [replace(expert_request(prepared, text, start), label=f"{text.name}-{mark}") for text in texts]
 
 
 def train(
     repeat: Repeat, requests: Sequence[TrainRequest], driver: Driver, may_diverge: Sequence[TrainRequest] = ()
 ) -> list[tuple[TrainRequest, Artifact]]:
     """All of them, or a StepError; of those that may diverge, all that did not."""
+    import_seed(repeat, driver)
     everything = marked(repeat, [*requests, *may_diverge])
     outcomes = driver.obtain(everything)
     failures = [
@@ -84,6 +109,12 @@ def train(
         raise step_error(failures)
     pairs = zip(everything, outcomes, strict=True)
     return [(request, outcome) for request, outcome in pairs if isinstance(outcome, Artifact)]
+
+
+def import_seed(repeat: Repeat, driver: Driver) -> None:
+    """Imports a pretrained model as the repeat's seed: one for each recipe and random seed, of the same files."""
+    if repeat.is_from_pretrained:
+        driver.require(list(repeat.seeds.values()))
 
 
 def marked(repeat: Repeat, requests: Sequence[TrainRequest]) -> list[TrainRequest]:

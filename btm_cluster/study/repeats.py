@@ -15,13 +15,16 @@ from btm_cluster.driver.text_requests import vocabulary_of
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation.scoring import mean_perplexities, score_models, stack_of
 from btm_cluster.forest import Forest
+from btm_cluster.language_model.deltas import trains_of
+from btm_cluster.language_model.mixture_of_experts import check_target
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.mixing.fitting import cross_fitted_perplexity, each_in_one_thread
 from btm_cluster.plan import Plan, SizePlan, StudyPlan, TrainingPlan
 from btm_cluster.requests import TrainRequest
+from btm_cluster.study.branchings import check_branchings, experts_name
 from btm_cluster.study.controls import DEMIXES
-from btm_cluster.study.repeat import Repeat, branches, fill_in, marked, train
-from btm_cluster.study.search import by_search, check_search
+from btm_cluster.study.repeat import Repeat, branches, fill_in, import_seed, marked, train
+from btm_cluster.study.search import by_search, check_search, grid_of
 
 
 def repeats_of(plan: Plan, driver: Driver) -> list[Repeat]:
@@ -34,6 +37,7 @@ def repeats_of(plan: Plan, driver: Driver) -> list[Repeat]:
     if study.search is not None:
         driver.check_search()
     _check_founders(plan, driver.ledger.log.newest())
+    models = {size.name: _model(plan, study, size) for size in sizes}
     base = prepare(_variant(plan, sizes[0], study.random_seeds[0]), driver)
     for text in base.texts:
         if not text.tokens["development"]:
@@ -42,20 +46,16 @@ def repeats_of(plan: Plan, driver: Driver) -> list[Repeat]:
                 expected="some, since a study fits and chooses on it",
                 remedy="name `development` files for it, or raise `reading.development_share`",
             )
-    prepared_by_size = {}
-    for size in sizes:
-        model, _ = model_config(_variant(plan, size, 0), vocabulary_of(plan))
-        if any(system in DEMIXES for system in study.systems):
-            check_demix_fits(plan, model, len(plan.domains))
-        prepared_by_size[size.name] = replace(base, model=model)
     repeats = []
     for number, size in enumerate(sizes):
-        prepared = replace(prepared_by_size[size.name], plan=_variant(plan, size, study.random_seeds[0]))
+        variant = _variant(plan, size, study.random_seeds[0])
+        prepared = replace(base, model=models[size.name], plan=variant)
         first = Repeat(size.name, prepared, _seed_shares(study, size, is_first=number == 0))
         first = _by_the_best(first, _recipes(size, study), driver)
         if study.search is not None:
             first = by_search(first, study.search, driver)
         first = _by_the_best_scale(first, study.learning_rate_scales, driver)
+        first = _with_others(first, study, driver)
         repeats.append(first)
         for random_seed in study.random_seeds[1:]:
             training = first.prepared.plan.training.model_copy(update={"random_seed": random_seed})
@@ -64,14 +64,37 @@ def repeats_of(plan: Plan, driver: Driver) -> list[Repeat]:
     return repeats
 
 
+def study_of(plan: Plan) -> StudyPlan:
+    """The plan's study, or one of all rivals and controls; a pretrained model has no DEMix unless it is written,
+    which is refused."""
+    study = plan.study or StudyPlan()
+    if plan.model.pretrained is None or study.sizes or "systems" in study.model_fields_set:
+        return study
+    systems = tuple(system for system in study.systems if system not in DEMIXES)
+    return study.model_copy(update={"systems": systems})
+
+
+def _model(plan: Plan, study: StudyPlan, size: SizePlan) -> Mapping[str, Any]:
+    """The configuration of a size, of which all that the study asks for can be made: before a text is read.
+
+    Raises:
+        UserError: naming what cannot be made of it.
+    """
+    model, _ = model_config(_variant(plan, size, 0), vocabulary_of(plan))
+    for branching in study.branching:
+        trains_of(branching, model)
+    if "mixture-of-experts" in study.systems:
+        check_target(model)
+    if any(system in DEMIXES for system in study.systems):
+        check_demix_fits(plan, model, len(plan.domains))
+    return model
+
+
 def _check(plan: Plan, study: StudyPlan, sizes: Sequence[SizePlan]) -> None:
     """That nothing in a study is at odds with itself: before a text is read."""
+    check_branchings(study.branching)
     if plan.model.pretrained is not None and not study.sizes:
-        raise UserError(
-            "a study grows its own seeds",
-            found="model.pretrained",
-            remedy="give shapes in `study.sizes`: [{name: …, model: {config: …}}]",
-        )
+        _check_pretrained(study)
     for size in sizes:
         if size.training.block_tokens != plan.training.block_tokens:
             raise UserError(
@@ -81,11 +104,13 @@ def _check(plan: Plan, study: StudyPlan, sizes: Sequence[SizePlan]) -> None:
                 "sizes",
                 remedy=f"write `block_tokens: {plan.training.block_tokens}` in its `training`",
             )
+        searched = []
         if study.search is not None:
             check_search(size, study.search)
-        for recipe in (size.training, *_recipes(size, study)):
+            searched = grid_of(study.search, size.training)
+        for recipe in (size.training, *_recipes(size, study), *searched):
             for share in (recipe.seed_share, *study.seed_shares):
-                _check_share(size.name, recipe, share)
+                _check_share(size, recipe, share)
             if _blocks(recipe) != _blocks(size.training):
                 raise UserError(
                     f"study.trials: a recipe for {size.name} costs other compute than the size's own",
@@ -127,12 +152,31 @@ def _seed_shares(study: StudyPlan, size: SizePlan, is_first: bool) -> tuple[floa
     return (own, *(share for share in sorted(study.seed_shares) if share != own)) if is_first else (own,)
 
 
-def _check_share(size: str, training: TrainingPlan, share: float) -> None:
+def _check_pretrained(study: StudyPlan) -> None:
+    """Refuses what a study cannot have beside a pretrained model.
+
+    Raises:
+        UserError: naming it.
+    """
+    demixes = [system for system in study.systems if system in DEMIXES]
+    found = [
+        *(f"{one} in study.systems" for one in demixes),
+        *(["study.seed_shares"] * bool(study.seed_shares)),
+    ]
+    if found:
+        raise UserError(
+            "a study of experts from a pretrained model has that model as its only seed, and no DEMix",
+            found=" and ".join(found),
+            remedy="leave that out, or give shapes in `study.sizes`: [{name: …, model: {config: …}}]",
+        )
+
+
+def _check_share(size: SizePlan, training: TrainingPlan, share: float) -> None:
     updates = training.updates
-    is_without_seed = share == 0 and share != training.seed_share
+    is_without_seed = share == 0 and (share != training.seed_share or size.model.pretrained is not None)
     if not is_without_seed and not 0 < round(share * updates) < updates:
         raise UserError(
-            f"a seed share of {share} leaves the seed or the experts of {size} no update",
+            f"a seed share of {share} leaves the seed or the experts of {size.name} no update",
             found=f"{round(share * updates)} of {updates} updates for the seed",
             remedy="change `training.seed_share` or `study.seed_shares`, which alone may hold 0, or give "
             "more `updates`",
@@ -157,6 +201,8 @@ def _by_the_best(repeat: Repeat, recipes: Sequence[TrainingPlan], driver: Driver
         return repeat
     random_seed = repeat.prepared.plan.training.random_seed
     tried = [repeat.by(recipe.model_copy(update={"random_seed": random_seed})) for recipe in recipes]
+    for one in tried:
+        import_seed(one, driver)
     wholes = [one.transformer_lm() for one in tried]
     # Labels of their own, since all of them train at once.
     called = [
@@ -174,6 +220,16 @@ def _by_the_best(repeat: Repeat, recipes: Sequence[TrainingPlan], driver: Driver
         for row, recipe in zip(recipe_rows, recipes, strict=True)
     ]
     return replace(tried[best], trials=tuple(rows))
+
+
+def _with_others(repeat: Repeat, study: StudyPlan, driver: Driver) -> Repeat:
+    """The repeat with others that branch as `study.branching` says, each with the scale that suits it best."""
+    for branching in study.branching:
+        other = replace(repeat.branching_by(branching), experts=experts_name(branching), others=(), trials=())
+        scales = [scale * branching.learning_rate_scale for scale in study.learning_rate_scales]
+        other = _by_the_best_scale(other, scales, driver)
+        repeat = replace(repeat, others=(*repeat.others, other), trials=(*repeat.trials, *other.trials))
+    return repeat
 
 
 def _by_the_best_scale(repeat: Repeat, scales: Sequence[float], driver: Driver) -> Repeat:
@@ -216,6 +272,7 @@ def _rows(
     return [
         {
             "size": repeat.size,
+            **({"experts": repeat.experts} if repeat.experts else {}),
             what: value,
             "development": round(perplexity, 4) if perplexity < math.inf else None,
             "chosen": number == best,

@@ -15,6 +15,7 @@ from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText
 from btm_cluster.driver.recipes import demix_request, transformer_lm_milestones
 from btm_cluster.driver.text_requests import tokenize_requests
 from btm_cluster.evaluation.comparison import Comparison
+from btm_cluster.evaluation.costs import costs_of
 from btm_cluster.evaluation.systems import (
     DEMIX,
     FEW_METHODS,
@@ -29,10 +30,11 @@ from btm_cluster.evaluation.systems import (
 from btm_cluster.evaluation.texts import TextReport, report_texts
 from btm_cluster.language_model.demix import count_demix_parameters
 from btm_cluster.language_model.model import count_parameters
-from btm_cluster.ledger import Artifact, Ref
-from btm_cluster.plan import Plan, StudyPlan
+from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.plan import Plan
 from btm_cluster.requests import TrainRequest
 from btm_cluster.study.adaptation import adapt
+from btm_cluster.study.branchings import experts_of, forest_of
 from btm_cluster.study.comparison import Models, compare, entries_from
 from btm_cluster.study.controls import (
     DEMIXES,
@@ -42,8 +44,9 @@ from btm_cluster.study.controls import (
     seeded_demix_request,
     transformer_lm_at_experts_rate_request,
 )
+from btm_cluster.study.mixtures import routed_mixtures
 from btm_cluster.study.repeat import Repeat, branches, fill_in, train
-from btm_cluster.study.repeats import repeats_of
+from btm_cluster.study.repeats import repeats_of, study_of
 
 PRIORS = ("uniform", "argmax", "ema", "fitted")
 """The averages of parameters that are measured: the paper's three, and the posterior by the fitted prior."""
@@ -76,7 +79,7 @@ def run_study(plan: Plan, driver: Driver) -> Iterator[Study]:
         update, say.
         StepError: something could not be trained; the rest is kept, and the same command goes on.
     """
-    study = plan.study or StudyPlan()
+    study = study_of(plan)
     driver.listener.part("texts and trials first")
     repeats = repeats_of(plan.model_copy(update={"study": study}), driver)
     texts = tuple(report_texts(repeats[0].prepared, driver))
@@ -91,7 +94,7 @@ def run_study(plan: Plan, driver: Driver) -> Iterator[Study]:
         if "adapted" in study.systems:
             adapted = adapt(repeat, models.transformer_lm, models.ensembles[0], driver)
             comparison = comparison.with_rows(adapted)
-        entries += entries_of(repeat, comparison)
+        entries += entries_of(repeat, comparison, driver.ledger)
         speeds += [_speed(repeat, request, model) for request, model in trained]
         yield Study(tuple(entries), texts, tuple(speeds), trials, len(repeats) - number)
 
@@ -105,7 +108,7 @@ def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[Tra
     whole = repeat.transformer_lm()
     scratch = (
         [scratch_request(prepared, d, i) for i, d in enumerate(prepared.domains)]
-        if 0 in prepared_by_share
+        if 0 in prepared_by_share and 0 not in seeds
         else []
     )
     demix = [demix_request(prepared)] if "demix" in systems else []
@@ -125,6 +128,8 @@ def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[Tra
         [transformer_lm_at_experts_rate_request(prepared, seeds[first].ref)] if has_own_rate else []
     )
     branched = [*(expert for share in seeds for expert in experts[share]), *dealt, *demix_from_seed]
+    known = {request.ref for request in branched}
+    branched += [e for other in repeat.others for e in experts_of(other) if e.ref not in known]
     trained += train(repeat, branched, driver, at_experts_rate)
     made = {request.ref for request, _ in trained}
     experts |= {0.0: scratch} if scratch else {}
@@ -142,7 +147,11 @@ def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[Tra
     ]
     control = next((request.ref for request in at_experts_rate if request.ref in made), None)
     milestones = transformer_lm_milestones(prepared, seeds[first].ref)
-    return Models(whole.ref, control, milestones, (forests[0], seeded, *forests[1:], *others)), trained
+    otherwise = [(other.prepared, forest_of(other)) for other in repeat.others]
+    is_routed = "mixture-of-experts" in systems
+    mixtures = routed_mixtures([(prepared, forests[0]), *otherwise]) if is_routed else {}
+    ensembles = (forests[0], seeded, *forests[1:], *others, *(forest for _, forest in otherwise))
+    return Models(whole.ref, control, milestones, ensembles, mixtures), trained
 
 
 def _members(
@@ -150,7 +159,7 @@ def _members(
 ) -> Ensemble:
     """An ensemble of a model for each text, with the seed that they branched from, if any."""
     models = tuple((text.name, request.ref) for text, request in zip(texts, requests, strict=True))
-    seed = repeat.seeds[share].ref if share else None
+    seed = repeat.seeds[share].ref if share in repeat.seeds else None
     return Ensemble(system, models, (*FEW_METHODS, PRIOR_ALONE), PRIORS, seed, share)
 
 
@@ -178,13 +187,14 @@ def _random_parts(prepared: PreparedPlan, driver: Driver) -> list[PreparedText]:
     return parts
 
 
-def entries_of(repeat: Repeat, comparison: Comparison) -> list[Mapping[str, Any]]:
-    """The comparison as plain values, one entry for each system."""
-    plan = repeat.prepared.plan
+def entries_of(repeat: Repeat, comparison: Comparison, ledger: Ledger) -> list[Mapping[str, Any]]:
+    """The comparison as plain values, one entry for each system. Costs are told from what is in the store."""
+    plan, model = repeat.prepared.plan, repeat.prepared.model
+    costs = costs_of(comparison, model, plan.training.block_tokens, ledger)
     tokens = plan.training.updates * len(repeat.prepared.founders)
     tokens *= plan.training.blocks_per_domain_update * plan.training.block_tokens
-    parameters = count_parameters(repeat.prepared.model)[1]
-    demix_parameters = count_demix_parameters(repeat.prepared.model, len(repeat.prepared.founders))[1]
+    parameters = count_parameters(model)[1]
+    demix_parameters = count_demix_parameters(model, len(repeat.prepared.founders))[1]
     common = {
         "size": repeat.size,
         "tokens": tokens,
@@ -195,7 +205,7 @@ def entries_of(repeat: Repeat, comparison: Comparison) -> list[Mapping[str, Any]
         common
         | {"non_embedding_parameters": demix_parameters if entry["system"] in DEMIXES else parameters}
         | entry
-        for entry in entries_from(repeat.prepared, comparison)
+        for entry in entries_from(repeat.prepared, comparison, costs)
     ]
 
 
@@ -204,10 +214,16 @@ def _speed(repeat: Repeat, request: TrainRequest, model: Artifact) -> Mapping[st
     rate = note["tokens_per_second"] / (request.blocks_per_update * request.training.block_tokens)
     return {
         "size": repeat.size,
-        "role": request.role,
+        "role": _role(request),
         "blocks_per_update": request.blocks_per_update,
         "updates_per_second": round(rate, 2),
         "tokens_per_second": note["tokens_per_second"],
         "gpus": note["gpus"],
         "device": note["device"],
     }
+
+
+def _role(request: TrainRequest) -> str:
+    if request.trains.lora is not None:
+        return f"{request.role}, LoRA of rank {request.trains.lora.rank}"
+    return f"{request.role}, {request.trains.part}" if request.trains.is_delta else request.role

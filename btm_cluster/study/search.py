@@ -17,7 +17,7 @@ from btm_cluster.evaluation.scoring import by_ref, mean_perplexities, score_requ
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.plan import SearchPlan, SizePlan, TrainingPlan
 from btm_cluster.requests import TrainRequest
-from btm_cluster.study.repeat import Repeat
+from btm_cluster.study.repeat import Repeat, import_seed
 
 
 @dataclass
@@ -78,6 +78,7 @@ def by_search(repeat: Repeat, space: SearchPlan, driver: Driver) -> Repeat:
             for number, settings in sorted(under_way.items()):
                 if number not in trials:
                     trials[number] = _drawn(repeat, number, settings)
+                    import_seed(trials[number].repeat, driver)
             legs = {number: trials[number].leg(rungs) for number in under_way}
             measured = _measure(repeat.prepared, list(legs.values()), driver, failures)
             # In an order of no meaning that is always the same: so are all decisions.
@@ -131,6 +132,12 @@ def _best(trials: Sequence[_Trial], rungs: Sequence[float], failures: Sequence[F
     return replace(trials[best].repeat, trials=tuple(rows))
 
 
+def grid_of(space: SearchPlan, training: TrainingPlan) -> list[TrainingPlan]:
+    """The recipe with each number of blocks that the search has."""
+    blocks = space.blocks_per_domain_update
+    return [recipe_of(training, {"blocks_per_domain_update": n}) for n in (blocks.grid if blocks else ())]
+
+
 def check_search(size: SizePlan, space: SearchPlan) -> None:
     """Refuses a search that would change the compute, or whose rungs are not updates on the way.
 
@@ -138,8 +145,9 @@ def check_search(size: SizePlan, space: SearchPlan) -> None:
         UserError: naming the setting.
     """
     training = size.training
-    blocks, compute = space.blocks_per_domain_update, training.updates * training.blocks_per_domain_update
-    for count in blocks.grid if blocks else (training.blocks_per_domain_update,):
+    compute = training.updates * training.blocks_per_domain_update
+    for recipe in (training, *grid_of(space, training)):
+        count = recipe.blocks_per_domain_update
         if compute % count:
             raise UserError(
                 f"study.search: {count} blocks per update cost other compute than {size.name}'s own recipe",
@@ -147,7 +155,7 @@ def check_search(size: SizePlan, space: SearchPlan) -> None:
                 expected="a divisor of that",
                 remedy="change `blocks_per_domain_update.grid`",
             )
-        updates = [round(share * (compute // count)) for share in space.rungs]
+        updates = [round(share * recipe.updates) for share in space.rungs]
         if updates[0] == 0 or updates[-2] == updates[-1]:
             raise UserError(
                 f"study.search: the rungs of {size.name} are not updates between its first and its last",

@@ -1,0 +1,146 @@
+"""The cost of each system of a comparison: what its training took, what a token takes, and what is stored.
+
+Told from manifests alone: every model that was trained on the way to a system counts once, the seed included.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from btm_cluster.evaluation.comparison import Comparison, SystemModels
+from btm_cluster.evaluation.systems import System
+from btm_cluster.language_model.deltas import count_trained
+from btm_cluster.language_model.training_state import OPTIMIZER_FILE
+from btm_cluster.language_model.utilisation import flops_per_token, inference_flops
+from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.plan import ALL, Lora, Trains
+
+EQUAL = 0.05
+"""Costs that differ by no more count as equal: a router, or an adapter beside what it adapts."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a system."""
+
+    training_tokens: int
+    """Of all models that were trained for it, with what they started from. Of a pretrained model none are known."""
+    training_flops: int
+    """By parameters and attention, as for model FLOPs utilisation; frozen parameters have no gradient."""
+    gpu_seconds: float
+    """GPUs times seconds of these trainings, shares of a GPU as such. 0 on CPUs."""
+    inference_flops: int
+    """For each token, by the same count: the forward passes of all models that it runs."""
+    stored_bytes: int
+    """Weights that are stored to use it, with the bases of deltas."""
+    bytes_of_each: int
+    """Weights that are stored for one of the models trained for it, without its base: the mean."""
+    tokens_per_second: float | None
+    """Of the last training of each of these models: the mean. None where there is none, as for a pretrained one."""
+
+
+def costs_of(
+    comparison: Comparison, model: Mapping[str, Any], block_tokens: int, ledger: Ledger
+) -> dict[System, Cost]:
+    """The cost of every system whose models are known. `model` is the configuration that all of them share but
+    mixtures of experts."""
+    known = _Known(ledger)
+    parameters, _ = count_trained(model, ALL)
+    dense = inference_flops(model, parameters, block_tokens)
+
+    def cost(system: System, models: SystemModels) -> Cost:
+        used = [known.artifact(ref) for ref in models.used]
+        active = used[0].facts.get("active_parameters")
+        a_token = comparison.costs[system] * dense
+        if active is not None:
+            a_token = inference_flops(model, active, block_tokens)
+        return known.cost(models, round(a_token))
+
+    return {
+        system: cost(system, models)
+        for system, models in comparison.models.items()
+        if system in comparison.rows
+    }
+
+
+def is_better(interval: Sequence[float], relative_cost: float) -> bool | None:
+    """Whether a system is better than a baseline at equal cost, by the interval of its relative difference in
+    perplexity and its cost over the baseline's.
+
+    A better one that costs more leaves that open, and so does one that is not better and costs less: None.
+    """
+    if interval[1] < 0:
+        return True if relative_cost <= 1 + EQUAL else None
+    return False if relative_cost >= 1 - EQUAL else None
+
+
+class _Known:
+    """Artifacts of models that were read already."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger, self._artifacts = ledger, dict[Ref, Artifact]()
+
+    def artifact(self, ref: Ref) -> Artifact:
+        if ref not in self._artifacts:
+            self._artifacts[ref] = self._ledger.get(ref)
+        return self._artifacts[ref]
+
+    def cost(self, models: SystemModels, inference_flops: int) -> Cost:
+        roots = [self.artifact(ref) for ref in models.trained]
+        trainings = [one for one in self._with_parents(roots) if one.facts.get("tokens")]
+        speeds = [one.note["tokens_per_second"] for one in roots if one.facts.get("tokens")]
+        return Cost(
+            training_tokens=sum(one.facts["tokens"] for one in trainings),
+            training_flops=sum(one.facts["tokens"] * _flops_per_token(one) for one in trainings),
+            gpu_seconds=round(sum(map(_gpu_seconds, trainings)), 1),
+            inference_flops=inference_flops,
+            stored_bytes=sum(_stored_bytes(one) for one in self._with_bases(models.used)),
+            bytes_of_each=round(sum(map(_stored_bytes, roots)) / len(roots)),
+            tokens_per_second=round(sum(speeds) / len(speeds), 1) if speeds else None,
+        )
+
+    def _with_parents(self, roots: Iterable[Artifact]) -> list[Artifact]:
+        """Models, and all that they were made from, each once."""
+        found, left = dict[Ref, Artifact](), list(roots)
+        while left:
+            one = left.pop()
+            if one.ref not in found:
+                found[one.ref] = one
+                left += [self.artifact(Ref("model", parent)) for parent in one.parents]
+        return list(found.values())
+
+    def _with_bases(self, refs: Iterable[Ref]) -> list[Artifact]:
+        """Models, and the bases of those that hold only what changed, each once."""
+        found, left = dict[Ref, Artifact](), list(refs)
+        while left:
+            one = self.artifact(left.pop())
+            found[one.ref] = one
+            left += one.inputs["start"] if one.is_delta else ()
+        return list(found.values())
+
+
+def _stored_bytes(model: Artifact) -> int:
+    files = (blob for blob in model.blobs if blob.name.endswith(".safetensors"))
+    return sum(blob.size_bytes for blob in files if blob.name != OPTIMIZER_FILE)
+
+
+def _flops_per_token(model: Artifact) -> int:
+    recipe = model.recipe
+    trained, frozen = count_trained(recipe["model"], _trains(recipe))
+    block_tokens = recipe["training"]["block_tokens"]
+    return flops_per_token(recipe["model"], trained + frozen, block_tokens, trained)
+
+
+def _trains(recipe: Mapping[str, Any]) -> Trains:
+    if "trains" not in recipe:
+        return ALL
+    part, adapter = recipe["trains"]["part"], recipe["trains"]
+    return Trains(
+        part, Lora(adapter["rank"], adapter["alpha"], tuple(adapter["modules"])) if part == "lora" else None
+    )
+
+
+def _gpu_seconds(model: Artifact) -> float:
+    """Told by the rate, which holds for a training that went on from a checkpoint too."""
+    note = model.note
+    return float(model.facts["tokens"] / note["tokens_per_second"] * note["gpus"])
