@@ -63,15 +63,20 @@ class StudyPlan(Section):
     and the same tokens, with rows of its own. For instance [{train: all}, {train: feed-forward}, {train: lora,
     lora: {rank: 8}}]. Of each, `learning_rate_scales` times its own are tried."""
     systems: tuple[
-        Literal["demix", "demix-from-seed", "random-split", "adapted", "mixture-of-experts"], ...
+        Literal[
+            "demix", "demix-from-seed", "random-split", "early-stopping", "adapted", "mixture-of-experts"
+        ],
+        ...,
     ] = (
         "demix",
         "demix-from-seed",
         "random-split",
+        "early-stopping",
         "adapted",
     )
     """Rivals and controls beside forest and Transformer-LM: DEMix; a DEMix that branches from the seed, as
-    experts do; a forest of random splits; Transformer-LM and forest both trained on each text's development
+    experts do; a forest of random splits; experts each stopped at the milestone that is best on their domain's
+    development text, as the Transformer-LM is; Transformer-LM and forest both trained on each text's development
     blocks. And the forest, and each one of `branching`, as a mixture of experts, routed to one and to two: it
     needs a llama, mistral, qwen2, qwen3 or olmo2."""
     random_seeds: Annotated[tuple[Whole, ...], Field(min_length=1)] = (0,)

@@ -27,6 +27,7 @@ from btm_cluster.report.study_tables import (
     means_table,
     posteriors,
     speeds_section,
+    stopped_at,
     texts_section,
     trials_sections,
 )
@@ -123,6 +124,7 @@ def _size_sections(results: Results) -> Iterator[Section]:
         blocks: list[Block] = [
             Paragraph(compared_with(entries)),
             means_table("Table 1: systems", entries, TABLE_1),
+            *stopped_at(entries),
             means_table(
                 "Table 2: averages of parameters, at the inference cost of one model", entries, TABLE_2
             ),

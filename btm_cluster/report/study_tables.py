@@ -24,19 +24,33 @@ TABLE_1: dict[str, Wanted] = {
     "Transformer-LM, from the seed on at the experts' rate": {
         "system": "transformer-lm at the experts' rate"
     },
+    "Transformer-LM, from the seed on at the experts' rate, at its best milestone": {
+        "system": "transformer-lm at the experts' rate, at its best milestone"
+    },
     "seed": {"system": "seed"},
     "best single expert": {"system": "best single expert"},
     "the domain's own expert": {"system": "own expert"},
+    "the domain's own expert, stopped early": {"system": "own expert of forest stopped early"},
     "DEMix, paper's posterior": {"system": "demix", **PAPERS},
     "DEMix, calibrated": {"system": "demix", **CALIBRATED},
     "DEMix from the seed, paper's posterior": {"system": "demix-from-seed", **PAPERS},
     "DEMix from the seed, calibrated": {"system": "demix-from-seed", **CALIBRATED},
+    "DEMix from the seed at the experts' rate, paper's posterior": {
+        "system": "demix-from-seed at the experts' rate",
+        **PAPERS,
+    },
+    "DEMix from the seed at the experts' rate, calibrated": {
+        "system": "demix-from-seed at the experts' rate",
+        **CALIBRATED,
+    },
     "forest, paper's posterior": {"system": "forest", **PAPERS, **PLAIN},
     "forest, calibrated": {"system": "forest", **CALIBRATED, **PLAIN},
     "forest, learned gate": {"system": "forest", **GATE, **PLAIN},
     "forest with its seed, paper's posterior": {"system": "forest with its seed", **PAPERS, **PLAIN},
     "forest with its seed, calibrated": {"system": "forest with its seed", **CALIBRATED, **PLAIN},
     "forest with its seed, learned gate": {"system": "forest with its seed", **GATE, **PLAIN},
+    "forest, experts stopped early, calibrated": {"system": "forest stopped early", **CALIBRATED},
+    "forest, experts stopped early, learned gate": {"system": "forest stopped early", **GATE},
     "mixture of experts, top-1": {"system": "mixture of experts", "top_k": 1},
     "mixture of experts, top-2": {"system": "mixture of experts", "top_k": 2},
     "random splits, paper's posterior": {"system": "random-split", **PAPERS},
@@ -77,6 +91,22 @@ def _chosen(milestones: Mapping[str, Any] | None) -> str:
     if best == last:
         return "the finished Transformer-LM, which is its best milestone by the domains' development text"
     return f"the Transformer-LM at update {best:,} of {last:,}, its best milestone by the domains' development text"
+
+
+def stopped_at(entries: Sequence[Entry]) -> list[Paragraph]:
+    """At which updates experts were stopped early, by random seed; nothing where none were."""
+    of_seeds = {one["random_seed"]: one["stopped_at"] for one in entries if "stopped_at" in one}
+    if not of_seeds:
+        return []
+    listed = "; ".join(
+        f"with random seed {seed}, {', '.join(f'{domain} at {update:,}' for domain, update in own.items())}"
+        for seed, own in of_seeds.items()
+    )
+    return [
+        Paragraph(
+            f"Experts stopped early, at the best milestone on their domain's development text: {listed}."
+        )
+    ]
 
 
 def means_table(caption: str, entries: Sequence[Entry], wanted_rows: Mapping[str, Wanted]) -> Table:

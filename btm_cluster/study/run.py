@@ -25,6 +25,7 @@ from btm_cluster.evaluation.systems import (
     MANY_METHODS,
     PRIOR_ALONE,
     Ensemble,
+    System,
     with_seed,
 )
 from btm_cluster.evaluation.texts import TextReport, report_texts
@@ -38,16 +39,22 @@ from btm_cluster.study.branchings import experts_of, forest_of
 from btm_cluster.study.comparison import Models, compare, entries_from
 from btm_cluster.study.controls import (
     DEMIXES,
+    SEEDED_DEMIX,
+    SEEDED_DEMIX_AT_EXPERTS_RATE,
     random_part,
     random_part_requests,
     scratch_request,
+    seeded_demix_at_experts_rate_request,
     seeded_demix_request,
     transformer_lm_at_experts_rate_request,
 )
+from btm_cluster.study.early_stopping import STOPPED_FOREST, best_milestones, stopped_forest
 from btm_cluster.study.mixtures import routed_mixtures
-from btm_cluster.study.repeat import Repeat, branches, fill_in, train
+from btm_cluster.study.repeat import Repeat, branches, fill_in, train, with_milestones
 from btm_cluster.study.repeats import repeats_of, study_of
 
+AT_EXPERTS_RATE = System("transformer-lm at the experts' rate")
+BEST_AT_EXPERTS_RATE = System("transformer-lm at the experts' rate, at its best milestone")
 PRIORS = ("uniform", "argmax", "ema", "fitted")
 """The averages of parameters that are measured: the paper's three, and the posterior by the fitted prior."""
 
@@ -94,7 +101,7 @@ def run_study(plan: Plan, driver: Driver) -> Iterator[Study]:
         if "adapted" in study.systems:
             adapted = adapt(repeat, models.transformer_lm, models.ensembles[0], driver)
             comparison = comparison.with_rows(adapted)
-        entries += entries_of(repeat, comparison, driver.ledger)
+        entries += entries_of(repeat, comparison, models.stopped_at, driver.ledger)
         speeds += [_speed(repeat, request, model) for request, model in trained]
         yield Study(tuple(entries), texts, tuple(speeds), trials, len(repeats) - number)
 
@@ -104,7 +111,7 @@ def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[Tra
     branches from it, then what follows it."""
     prepared, prepared_by_share, seeds = repeat.prepared, repeat.prepared_by_share, repeat.seeds
     assert prepared.plan.study is not None
-    systems, branching = prepared.plan.study.systems, prepared.plan.branching
+    systems = prepared.plan.study.systems
     whole = repeat.transformer_lm()
     scratch = (
         [scratch_request(prepared, d, i) for i, d in enumerate(prepared.domains)]
@@ -118,15 +125,11 @@ def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[Tra
     first = repeat.seed_shares[0]
     experts = {share: branches(repeat, prepared.domains, share) for share in seeds}
     parts = _random_parts(prepared, driver) if "random-split" in systems else []
-    dealt = branches(repeat, parts, first)
+    dealt = [replace(expert, snapshots=()) for expert in branches(repeat, parts, first)]
     demix_from_seed = (
         [seeded_demix_request(prepared, seeds[first].ref)] if "demix-from-seed" in systems else []
     )
-    # LoRA's rate is none to train a whole model by.
-    has_own_rate = branching.learning_rate_scale != 1 and branching.train != "lora"
-    at_experts_rate = (
-        [transformer_lm_at_experts_rate_request(prepared, seeds[first].ref)] if has_own_rate else []
-    )
+    at_experts_rate = _at_experts_rate(repeat)
     branched = [*(expert for share in seeds for expert in experts[share]), *dealt, *demix_from_seed]
     known = {request.ref for request in branched}
     branched += [e for other in repeat.others for e in experts_of(other) if e.ref not in known]
@@ -141,17 +144,62 @@ def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[Tra
     forests[0] = replace(forests[0], methods=MANY_METHODS, averages=(*PRIORS, "greedy"))
     others = [members("random-split", first, parts, dealt)] if dealt else []
     others += [Ensemble(DEMIX, _named(prepared, request), FEW_METHODS) for request in demix]
+    at_rate = [request for request in at_experts_rate if request.ref in made]
     others += [
-        Ensemble("demix-from-seed", _named(prepared, request), FEW_METHODS, (), seeds[first].ref, first)
-        for request in demix_from_seed
+        Ensemble(name, _named(prepared, request), FEW_METHODS, (), seeds[first].ref, first)
+        for name, requests in ((SEEDED_DEMIX, demix_from_seed), (SEEDED_DEMIX_AT_EXPERTS_RATE, at_rate))
+        for request in requests
+        if request.is_demix
     ]
-    control = next((request.ref for request in at_experts_rate if request.ref in made), None)
+    stopped_at: dict[str, int] = {}
+    if repeat.stops_early:
+        stopped, stopped_at = _stopped_experts(prepared, forests[0], experts[first], driver)
+        others.append(stopped)
+    controls = _controls(repeat, at_rate, driver)
     milestones = transformer_lm_milestones(prepared, seeds[first].ref)
     otherwise = [(other.prepared, forest_of(other)) for other in repeat.others]
     is_routed = "mixture-of-experts" in systems
     mixtures = routed_mixtures([(prepared, forests[0]), *otherwise]) if is_routed else {}
     ensembles = (forests[0], seeded, *forests[1:], *others, *(forest for _, forest in otherwise))
-    return Models(whole.ref, control, milestones, ensembles, mixtures), trained
+    return Models(whole.ref, controls, milestones, ensembles, mixtures, stopped_at), trained
+
+
+def _at_experts_rate(repeat: Repeat) -> list[TrainRequest]:
+    """Transformer-LM and DEMix from the seed on at the experts' learning rate, where that is another."""
+    prepared, seed = repeat.prepared, repeat.seeds[repeat.seed_shares[0]].ref
+    branching, study = prepared.plan.branching, prepared.plan.study
+    # LoRA's rate is none to train a whole model by.
+    if branching.learning_rate_scale == 1 or branching.train == "lora":
+        return []
+    transformer_lm = [transformer_lm_at_experts_rate_request(prepared, seed)]
+    if repeat.stops_early:
+        transformer_lm = with_milestones(transformer_lm)
+    has_demix = study is not None and SEEDED_DEMIX in study.systems
+    return [*transformer_lm, *([seeded_demix_at_experts_rate_request(prepared, seed)] if has_demix else [])]
+
+
+def _stopped_experts(
+    prepared: PreparedPlan, forest: Ensemble, experts: Sequence[TrainRequest], driver: Driver
+) -> tuple[Ensemble, dict[str, int]]:
+    """The forest of experts at their best milestones, and their updates by domain."""
+    own = [(expert, [domain]) for expert, domain in zip(experts, prepared.domains, strict=True)]
+    names = [domain.name for domain in prepared.domains]
+    best = dict(zip(names, best_milestones(prepared, own, driver), strict=True))
+    return stopped_forest(forest, best), {name: one.update for name, one in best.items()}
+
+
+def _controls(repeat: Repeat, at_rate: Sequence[TrainRequest], driver: Driver) -> dict[System, Ref]:
+    """The Transformer-LM at the experts' rate, where it was trained; and at its best milestone, where experts are
+    stopped early and that is not its end."""
+    whole = next((request for request in at_rate if not request.is_demix), None)
+    if whole is None:
+        return {}
+    controls = {AT_EXPERTS_RATE: whole.ref}
+    if repeat.stops_early:
+        (best,) = best_milestones(repeat.prepared, [(whole, repeat.prepared.domains)], driver)
+        if best.model != whole.ref:
+            controls[BEST_AT_EXPERTS_RATE] = best.model
+    return controls
 
 
 def _members(
@@ -187,8 +235,11 @@ def _random_parts(prepared: PreparedPlan, driver: Driver) -> list[PreparedText]:
     return parts
 
 
-def entries_of(repeat: Repeat, comparison: Comparison, ledger: Ledger) -> list[Mapping[str, Any]]:
-    """The comparison as plain values, one entry for each system. Costs are told from what is in the store."""
+def entries_of(
+    repeat: Repeat, comparison: Comparison, stopped_at: Mapping[str, int], ledger: Ledger
+) -> list[Mapping[str, Any]]:
+    """The comparison as plain values, one entry for each system. Costs are told from what is in the store, and of
+    experts stopped early each one's update."""
     plan, model = repeat.prepared.plan, repeat.prepared.model
     costs = costs_of(comparison, model, plan.training.block_tokens, ledger)
     tokens = plan.training.updates * len(repeat.prepared.founders)
@@ -205,6 +256,7 @@ def entries_of(repeat: Repeat, comparison: Comparison, ledger: Ledger) -> list[M
         common
         | {"non_embedding_parameters": demix_parameters if entry["system"] in DEMIXES else parameters}
         | entry
+        | ({"stopped_at": dict(stopped_at)} if entry["system"] == STOPPED_FOREST else {})
         for entry in entries_from(repeat.prepared, comparison, costs)
     ]
 
