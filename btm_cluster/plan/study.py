@@ -40,6 +40,23 @@ class TrialPlan(Section):
     """Blocks of each domain in an update."""
 
 
+class GrowthPlan(Section):
+    """A forest that grows in a study: founded on some domains, with the others added one by one, as `btm expand`
+    adds them. For the first size and random seed."""
+
+    rules: ClassVar = plan_rules.growth_rules
+    founders: Annotated[Positive, Field(ge=2)]
+    """Domains that the forest is founded on: the first so many of the plan. The others come in the plan's order."""
+    starts: Annotated[tuple[Literal["posterior", "seed", "uniform"], ...], Field(min_length=1)] = (
+        "posterior",
+        "seed",
+        "uniform",
+    )
+    """Where an added domain's expert starts, as `branching.start`: a forest for each of these."""
+    remove: tuple[Name, ...] = ()
+    """Domains that are taken out again in the end."""
+
+
 class StudyPlan(Section):
     """The comparison of `btm study`. Each size is trained once for each random seed."""
 
@@ -79,6 +96,9 @@ class StudyPlan(Section):
     development text, as the Transformer-LM is; Transformer-LM and forest both trained on each text's development
     blocks. And the forest, and each one of `branching`, as a mixture of experts, routed to one and to two: it
     needs a llama, mistral, qwen2, qwen3 or olmo2."""
+    growth: GrowthPlan | None = None
+    """A forest that is grown step by step is measured, too: after each step on all texts, against a Transformer-LM
+    that is retrained on the domains so far, and in the end against the forest that is grown at once."""
     random_seeds: Annotated[tuple[Whole, ...], Field(min_length=1)] = (0,)
     """Repeats: initial weights and block order."""
     seed_shares: tuple[Share, ...] = ()

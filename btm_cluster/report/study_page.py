@@ -19,6 +19,7 @@ from btm_cluster.report.markdown import markdown
 from btm_cluster.report.page import render, standalone
 from btm_cluster.report.results import Entry, Results, repeats_left
 from btm_cluster.report.study_costs import cost_blocks, experts_blocks
+from btm_cluster.report.study_growth import growth_sections
 from btm_cluster.report.study_tables import (
     TABLE_1,
     TABLE_2,
@@ -107,6 +108,7 @@ def figure_sections(results: Results) -> Iterator[Section]:
 
 
 def _other_sections(results: Results) -> Iterator[Section]:
+    yield from growth_sections(results)
     yield texts_section(results)
     yield from trials_sections(results)
     yield speeds_section(results)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from btm_cluster.errors import UserError
 from btm_cluster.forest import Forest
-from btm_cluster.plan import Plan, SizePlan, StudyPlan, TrainingPlan
+from btm_cluster.plan import GrowthPlan, Plan, SizePlan, StudyPlan, TrainingPlan
 from btm_cluster.study.branchings import check_branchings
 from btm_cluster.study.controls import DEMIXES
 from btm_cluster.study.search import check_search, grid_of
@@ -13,6 +13,7 @@ from btm_cluster.study.search import check_search, grid_of
 def check_study(plan: Plan, study: StudyPlan, sizes: Sequence[SizePlan]) -> None:
     """That nothing in a study is at odds with itself: before a text is read."""
     check_branchings(study.branching)
+    _check_growth(plan, study.growth)
     if plan.model.pretrained is not None and not study.sizes:
         _check_pretrained(study)
     for size in sizes:
@@ -96,3 +97,28 @@ def recipes_of(size: SizePlan, study: StudyPlan) -> list[TrainingPlan]:
 
 def _blocks(training: TrainingPlan) -> int:
     return training.updates * training.blocks_per_domain_update
+
+
+def _check_growth(plan: Plan, growth: GrowthPlan | None) -> None:
+    """Refuses a growth of no step, or one that takes out what is not there.
+
+    Raises:
+        UserError: naming it.
+    """
+    if growth is None:
+        return
+    names = [domain.name for domain in plan.domains]
+    if growth.founders >= len(names):
+        raise UserError(
+            "study.growth.founders leaves no domain to add",
+            found=f"{growth.founders} of {len(names)} domains",
+            remedy="lower it, or name more `domains`",
+        )
+    strangers = sorted({*growth.remove} - {*names})
+    if strangers or len(growth.remove) > len(names) - 2:
+        raise UserError(
+            "study.growth.remove takes out what a forest cannot spare",
+            found=", ".join(strangers or growth.remove),
+            expected=f"some of {', '.join(names)}, so that two are left",
+            remedy="correct it",
+        )

@@ -49,6 +49,7 @@ from btm_cluster.study.controls import (
     transformer_lm_at_experts_rate_request,
 )
 from btm_cluster.study.early_stopping import STOPPED_FOREST, best_milestones, stopped_forest
+from btm_cluster.study.growth import measure_growth
 from btm_cluster.study.mixtures import routed_mixtures
 from btm_cluster.study.repeat import Repeat, branches, fill_in, train, with_milestones
 from btm_cluster.study.repeats import repeats_of, study_of
@@ -70,6 +71,8 @@ class Study:
     """Updates and tokens per second of each kind of training."""
     trials: tuple[Mapping[str, Any], ...]
     """The Transformer-LM's perplexity on the domains' development text, for each recipe that was tried."""
+    growth: tuple[Mapping[str, Any], ...]
+    """A row for each step and system of a forest that is grown step by step."""
     repeats_left: int
     """Sizes and random seeds that are still to come."""
 
@@ -93,6 +96,7 @@ def run_study(plan: Plan, driver: Driver) -> Iterator[Study]:
     trials = tuple(trial for repeat in repeats for trial in repeat.trials)
     entries: list[Mapping[str, Any]] = []
     speeds: list[Mapping[str, Any]] = []
+    grown: list[Mapping[str, Any]] = []
     for number, repeat in enumerate(repeats, 1):
         name = f"{repeat.size}, random seed {repeat.prepared.plan.training.random_seed}"
         driver.listener.part(f"part {number} of {len(repeats)}: {name}")
@@ -103,7 +107,11 @@ def run_study(plan: Plan, driver: Driver) -> Iterator[Study]:
             comparison = comparison.with_rows(adapted)
         entries += entries_of(repeat, comparison, models.stopped_at, driver.ledger)
         speeds += [_speed(repeat, request, model) for request, model in trained]
-        yield Study(tuple(entries), texts, tuple(speeds), trials, len(repeats) - number)
+        if study.growth is not None and number == 1:
+            driver.listener.part(f"part {number} of {len(repeats)}: {name}, growth")
+            grown += measure_growth(repeat, study.growth, models.ensembles[0], driver)
+        rows = (tuple(entries), texts, tuple(speeds), trials, tuple(grown))
+        yield Study(*rows, repeats_left=len(repeats) - number)
 
 
 def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[TrainRequest, Artifact]]]:

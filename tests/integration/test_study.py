@@ -448,9 +448,12 @@ def test_results_are_read_back_and_those_of_several_seeds_make_one_page(
     stopped = {**lower, "learning_rate": 0.0001, "development": 45.6, "share": 0.125}
     scale = {"size": "model", "learning_rate_scale": 2.0, "development": 8.76, "chosen": True}
     slower = {**scale, "learning_rate_scale": 1.0, "development": 8.9, "chosen": False}
-    study = replace(
-        studied.study, trials=({**trial, "chosen": True}, lower, diverged, stopped, slower, scale)
-    )
+    calibrated = {"posterior": "calibrated", "prior": "fitted", "development_blocks": None, "top_k": None}
+    step = {"step": 1, "change": "added harbour", "domains": ["kitchen", "harbour"], "known": 4.2}
+    step |= {"unknown": None, "tokens": 1024, "tokens_so_far": 9216, "gpu_seconds": 1.5}
+    grown = studied.entry(system="forest", seed_share=0.5, **calibrated) | step | {"bits_per_byte": 2.5}
+    trials = ({**trial, "chosen": True}, lower, diverged, stopped, slower, scale)
+    study = replace(studied.study, trials=trials, growth=(grown,))
     results = results_of(studied.plan, study)
     write_results(results, tmp_path / "one")
     other = [
@@ -483,6 +486,8 @@ def test_results_are_read_back_and_those_of_several_seeds_make_one_page(
         "Figure 1",
         "Top-k",
         "Speed",
+        "| 2 domains, added harbour | forest, calibrated | 4.2 | – |",
+        "| 1,024 | 9,216 | 1.5 |",
         "| model | 0.01 | 12 | 4 | **9.87** |",
         "| large | 0.001 | 12 | 4 | diverged |",
         "| model | 0.0001 | 12 | 4 | 45.60, stopped at 0.125 of its updates |",
