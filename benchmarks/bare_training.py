@@ -2,19 +2,21 @@
 
 import statistics
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from btm_cluster.data.blocks import Blocks
+from btm_cluster.driver.gpu_memory import TrainingMemory
 from btm_cluster.language_model.compute import Compute
 from btm_cluster.language_model.configuration import full_config
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.training import UpdateReport, train
+from btm_cluster.language_model.training_size import size_for
 from btm_cluster.language_model.training_spec import TextBlocks, TrainingSpec
 from btm_cluster.language_model.training_state import TrainingState, build_state
 from btm_cluster.language_model.utilisation import utilisation
@@ -70,6 +72,8 @@ class Pace:
     """When the first report came, by time.monotonic."""
     how: Resources | None = None
     block_tokens: int = 1024
+    at_half: Callable[[], None] | None = None
+    """Called once, when the second half has begun."""
 
     def should_stop(self) -> bool:
         return False
@@ -87,6 +91,9 @@ class Pace:
         self.first_update = self.first_update or time.monotonic()
         if state.update <= self.updates // 2:
             return
+        if self.at_half is not None:
+            self.at_half()
+            self.at_half = None
         self.rates.append(report.tokens_per_second)
         if self.how is not None and torch.cuda.is_available():
             name = torch.cuda.get_device_name()
@@ -134,13 +141,36 @@ def spec_of(shape: Shape, updates: int, workers: int, folder: Path, compute: Com
     )
 
 
-def train_bare(shape: Shape, updates: int, workers: int, folder: Path, device: torch.device) -> Pace:
+def train_bare(
+    shape: Shape,
+    updates: int,
+    workers: int,
+    folder: Path,
+    device: torch.device,
+    optimizer: Literal["adamw", "muon"] = "adamw",
+    at_half: Callable[[], None] | None = None,
+) -> Pace:
     """Trains a model of this shape from scratch; in a group of `workers`, which this process has joined, or
-    alone."""
+    alone. A micro-batch of 0 is the largest that fits, by the estimate."""
+    if not shape.micro_batch:
+        shape = replace(shape, micro_batch=most_blocks(shape, workers, device))
     compute = compute_of(shape, device)
     spec = spec_of(shape, updates, workers, folder, compute)
+    spec = replace(spec, training=spec.training.model_copy(update={"optimizer": optimizer}))
     compute.set_up()
     how = Resources(workers, 1.0, 1, shape.micro_batch, compute.precision, compute.compile)
-    pace = Pace(updates, how=how, block_tokens=shape.block_tokens)
+    pace = Pace(updates, how=how, block_tokens=shape.block_tokens, at_half=at_half)
     train(spec, build_state(spec, ProcessGroup.joined(device)), pace)
     return pace
+
+
+def most_blocks(shape: Shape, workers: int, device: torch.device) -> int:
+    """The blocks of a forward pass that `micro_batch_blocks: auto` takes."""
+    how = Resources(workers, float(device.type == "cuda"), 1, "auto", "bfloat16", compile=True)
+    if device.type != "cuda":
+        return how.blocks_at_once
+    model = full_config(ModelPlan(config=dict(shape.config)), shape.vocabulary, shape.block_tokens)
+    training = TrainingMemory(
+        size_for(model), how, workers * shape.blocks, shape.block_tokens, is_expert=False
+    )
+    return training.settled(torch.cuda.get_device_properties(device).total_memory).blocks

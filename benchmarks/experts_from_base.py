@@ -12,7 +12,7 @@ CORPUS has a folder for each text in CORPUS/train_domains, and TARGETS one for e
 valid.* and test.*. Where CORPUS is not there, this says so and measures nothing. Both plans are kept beside the
 results; the store and the base lie in --work. Killed and run again, it goes on where it was.
 
-On one H200 the 30m size takes about 1.2e17 FLOPs for the base, and as many for trials and experts at the defaults:
+The 30m size takes about 1.2e17 FLOPs for the base, and 1.8e17 for trials and experts at the defaults: on one H200
 half an hour is expected, and was not measured. Where a command may not take that long, run it again.
 """
 
@@ -47,9 +47,12 @@ class Size:
     blocks: int
     """Of each domain in an update."""
     learning_rate: float
-    """The base's. Not chosen by a trial: wide of what suited GPT-2s of 10M parameters, 0.008."""
+    """The base's. Not chosen by a trial; GPT-2s of 10M parameters did best with 0.008."""
     learning_rates: tuple[float, ...]
     """Of which the continued pretraining chooses the one for all."""
+    scales: tuple[float, ...]
+    """Of the experts' learning rate, tried on each kind of experts: LoRA's are ten times these, which is too much
+    for a small model that likes a large rate."""
     ranks: tuple[int, ...]
 
 
@@ -60,8 +63,8 @@ def _llama(width: int, inner: int, layers: int, heads: int) -> dict[str, Any]:
 
 
 SIZES = {
-    "toy": Size(_llama(64, 96, 1, 2), 512, 64, 4, 0.01, (0.01, 0.005), (2, 8)),
-    "30m": Size(_llama(512, 1408, 10, 8), 16_384, 1024, 32, 0.004, (0.001, 0.002, 0.004), (8, 64)),
+    "toy": Size(_llama(64, 96, 1, 2), 512, 64, 4, 0.01, (0.01, 0.005), (0.1, 1), (2, 8)),
+    "30m": Size(_llama(512, 1408, 10, 8), 16_384, 1024, 32, 0.004, (0.001, 0.003), (0.1, 0.3, 1), (8, 64)),
 }
 """30m has 29.5M parameters without embeddings, and 37.9M in all."""
 
@@ -77,7 +80,8 @@ def main() -> None:
     common |= _toy_texts(asked.work) if asked.toy else _corpus_texts(asked.corpus, asked.targets)
     os.chdir(asked.work)
     blocks = _train_base(size, common, asked)
-    plan = study_plan(common, size, updates_for(asked.expert_passes, blocks, size), asked.scales)
+    updates = updates_for(asked.expert_passes, blocks, size)
+    plan = study_plan(common, size, updates, asked.scales or size.scales)
     _write(plan, Path("study.yaml"))
     command = [sys.executable, "-m", "btm_cluster", "study", "study.yaml", "--to", str(asked.to)]
     done = subprocess.run([*command, *(["--in-process"] if asked.in_process else [])])
@@ -97,9 +101,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--to", type=lambda to: Path(to).resolve(), required=True, help="for the results")
     parser.add_argument("--work", type=Path, default=Path("experts-from-base"), help="for the store")
     parser.add_argument("--passes", type=float, default=4.0, help="of the base")
-    parser.add_argument("--expert-passes", type=float, default=1.0)
+    parser.add_argument("--expert-passes", type=float, default=0.5)
     parser.add_argument(
-        "--scales", type=float, nargs="+", default=[], help="of the experts' learning rates, to be tried"
+        "--scales", type=float, nargs="+", help="of the experts' learning rates, to be tried on each kind"
     )
     parser.add_argument("--gpus", type=int, default=0, help="1 for one GPU")
     parser.add_argument("--in-process", action="store_true", help="without Ray")
@@ -149,7 +153,7 @@ def base_plan(common: Mapping[str, Any], size: Size, updates: int) -> dict[str, 
 
 
 def study_plan(
-    common: Mapping[str, Any], size: Size, updates: int, scales: Sequence[float] = ()
+    common: Mapping[str, Any], size: Size, updates: int, scales: Sequence[float]
 ) -> dict[str, Any]:
     """The study of experts from the folder `base`."""
     loras = [{"train": "lora", "lora": {"rank": rank}} for rank in size.ranks]

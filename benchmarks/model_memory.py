@@ -74,8 +74,7 @@ def trained(config: dict[str, Any], device: str) -> TrainingState:
     state = TrainingState(model, build_optimizer(model, TrainingPlan()), 0)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
+    state.optimizer.step(learning_rate=0.0)
     return state
 
 

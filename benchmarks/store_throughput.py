@@ -1,29 +1,39 @@
 """Throughput of the object-storage adapter beside `aws s3 cp --recursive`: the
-same server, the same files, up and down.
+same server, the same files, up and down; and the small reads of a large expansion.
 
+    python benchmarks/store_throughput.py own full              on a radosgw that is started for it
     python benchmarks/store_throughput.py s3://bucket/prefix full --aws /tmp/awscli-venv/bin/aws
-    python benchmarks/store_throughput.py s3://bucket/prefix toy        a few MB, to show that it works
+    python benchmarks/store_throughput.py own toy               a few MB, to show that it works
 
 Endpoint and credentials come from the environment; the bucket must exist, and below the prefix everything is
 deleted. Each transfer is a process of its own, timed from start to exit: imports count on both sides. Its
-memory is its peak RSS. Best time and highest memory of the repetitions; a ratio above 1 means that ours took
-longer.
+memory is its peak RSS. Best time and highest memory of the repetitions.
 """
 
 import argparse
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import boto3
+from contenders import Usage, fastest, measure
+from results import Result, add_options, finish, this_machine, today
+
+from btm_cluster.ledger.documents import THREADS, Documents, in_parallel
 from btm_cluster.storage import open_storage
 
+OWN = "own"
+PORT = 21_480
+SMALL_READS = {"toy": 100, "full": 2700}
 SIZES = {  # objects, MiB each
     "toy": {"few": (4, 24), "many": (40, 1)},
     "full": {"few": (8, 256), "many": (2000, 1)},
@@ -33,21 +43,30 @@ HOW_TO_GET_AWS = """get it into a venv of its own, for it pins what boto3 needs:
 and give --aws /tmp/awscli-venv/bin/aws"""
 
 
-@dataclass(frozen=True)
-class Transfer:
-    """Seconds and peak memory of one process."""
-
-    seconds: float
-    peak_mebibytes: float
-
-
 def main() -> None:
     """Runs each contender in a process of its own, in turn, and prints a
     line for each direction and shape."""
+    asked = _parser().parse_args()
+    if asked.ours:
+        {"up": upload, "down": download}[asked.ours](asked.store, asked.folder, asked.files_at_once)
+        return
+    if not shutil.which(asked.aws):
+        raise SystemExit(f"there is no {asked.aws} here; {HOW_TO_GET_AWS}")
+    with ExitStack() as stack:
+        if asked.store == OWN:
+            asked.store, asked.after_deleting = stack.enter_context(own_server())
+        results = []
+        for shape in [asked.only] if asked.only else SIZES[asked.size]:
+            results += compare(shape, *SIZES[asked.size][shape], asked)
+        results.append(small_reads(asked.store, SMALL_READS[asked.size]))
+        finish(results, asked)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("store", help="s3://bucket/prefix")
+    parser.add_argument("store", help=f"s3://bucket/prefix, or {OWN}")
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("--only", choices=("few", "many"))
     parser.add_argument("--aws", default="aws", help="the executable to compare with")
@@ -58,16 +77,57 @@ def main() -> None:
     )
     parser.add_argument("--ours", choices=("up", "down"), help=argparse.SUPPRESS)  # the process of our own
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.ours:
-        {"up": upload, "down": download}[arguments.ours](
-            arguments.store, arguments.folder, arguments.files_at_once
-        )
-        return
-    if not shutil.which(arguments.aws):
-        parser.error(f"there is no {arguments.aws} here; {HOW_TO_GET_AWS}")
-    for shape in [arguments.only] if arguments.only else SIZES[arguments.size]:
-        compare(shape, *SIZES[arguments.size][shape], arguments)
+    add_options(parser)
+    return parser
+
+
+@contextmanager
+def own_server() -> Iterator[tuple[str, str]]:
+    """A radosgw on loopback, as tests start it: a bucket in it, and the command by which it frees space."""
+    start = Path(__file__).parents[1] / "tests" / "start-radosgw"
+    with tempfile.TemporaryDirectory(prefix="radosgw-") as folder:
+        subprocess.run([start, folder, str(PORT)], check=True, stdout=subprocess.DEVNULL)
+        os.environ |= {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{PORT}",
+            "AWS_ACCESS_KEY_ID": "btmkey",
+            "AWS_SECRET_ACCESS_KEY": "btmsecret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        try:
+            boto3.client("s3").create_bucket(Bucket="throughput")
+            collect = f"radosgw-admin -c {folder}/ceph.conf gc process --include-all"
+            yield "s3://throughput/store", collect
+        finally:
+            for file in Path(folder, "run").glob("*.pid"):
+                os.kill(int(file.read_text()), signal.SIGKILL)
+
+
+def small_reads(store: str, count: int) -> Result:
+    """An expansion's small reads: documents of 2 kB, as many at once as the ledger reads."""
+    documents = Documents(open_storage(f"{store.rstrip('/')}/small"))
+    keys = [f"artifacts/model/{number:064x}.json" for number in range(count)]
+    in_parallel(lambda key: documents.create(key, {"facts": "x" * 1500}), keys)
+    reader = Documents(open_storage(f"{store.rstrip('/')}/small"))
+    started, cpu = time.monotonic(), time.process_time()
+    found = in_parallel(reader.read, keys)
+    seconds, cpu = time.monotonic() - started, time.process_time() - cpu
+    assert all(found), "a document is not there"
+    return Result(
+        name="store-small-reads",
+        what=f"{count:,} documents of 2 kB read and checked, on loopback, {THREADS} at once",
+        machine=this_machine(),
+        measured=today(),
+        unit="s",
+        better="lower",
+        ours=seconds,
+        theirs=None,
+        peer=None,
+        goal=3.0 * count / SMALL_READS["full"],
+        limit=None,
+        limit_is=None,
+        beside={"CPU seconds of ours": f"{cpu:.1f}"},
+        command=f"python benchmarks/store_throughput.py {OWN} full",
+    )
 
 
 def upload(store: str, folder: Path, files_at_once: int) -> None:
@@ -85,9 +145,10 @@ def download(store: str, folder: Path, files_at_once: int) -> None:
         list(pool.map(storage.download, [entry.key for entry in storage.list("")]))
 
 
-def compare(shape: str, count: int, mebibytes: int, arguments: argparse.Namespace) -> None:
-    """Both contenders on one set of files, in turn, so that a change of the machine's load meets both."""
-    taken: dict[tuple[str, str], list[Transfer]] = {}
+def compare(shape: str, count: int, mebibytes: int, arguments: argparse.Namespace) -> list[Result]:
+    """Both contenders on one set of files, in turn, so that a change of the machine's load meets both. A row
+    for each direction."""
+    taken: dict[tuple[str, str], list[Usage]] = {}
     with tempfile.TemporaryDirectory(prefix="store-throughput-") as scratch:
         files = Path(scratch, "files")
         make_files(files, count, mebibytes)
@@ -99,21 +160,41 @@ def compare(shape: str, count: int, mebibytes: int, arguments: argparse.Namespac
                 check_same_files(files, target / "files" if who == "ours" else target)
                 shutil.rmtree(target)
                 empty(arguments)
-    print(f"{shape}: {count} x {mebibytes} MiB")
-    for direction in ("up", "down"):
-        best = {
-            who: min(taken[direction, who], key=lambda transfer: transfer.seconds) for who in ("aws", "ours")
-        }
-        for who, transfer in best.items():
-            rate = count * mebibytes * 2**20 / 1e6 / transfer.seconds
-            peak = max(transfer.peak_mebibytes for transfer in taken[direction, who])
-            print(
-                f"  {direction:<5}{who:<5}{transfer.seconds:8.2f} s {rate:8.0f} MB/s {peak:6.0f} MiB", end=""
-            )
-            print(
-                "" if who == "aws" else f"   ours/aws {transfer.seconds / best['aws'].seconds:.2f}",
-                flush=True,
-            )
+    aws = aws_version(arguments.aws)
+    return [result_of(shape, direction, count, mebibytes, taken, aws) for direction in ("up", "down")]
+
+
+def result_of(
+    shape: str,
+    direction: str,
+    count: int,
+    mebibytes: int,
+    taken: dict[tuple[str, str], list[Usage]],
+    aws: str,
+) -> Result:
+    """The row of one shape and direction."""
+    best = {who: fastest(taken[direction, who]) for who in ("ours", "aws")}
+    rates = {who: count * mebibytes * 2**20 / 1e6 / usage.seconds for who, usage in best.items()}
+    return Result(
+        name=f"store-{direction}" + ("" if shape == "few" else "-many"),
+        what=f"{count:,} files of {mebibytes} MiB, loopback, best of {len(taken[direction, 'ours'])}",
+        machine=this_machine(),
+        measured=today(),
+        unit="MB/s",
+        better="higher",
+        ours=rates["ours"],
+        theirs=rates["aws"],
+        peer=f"`aws s3 cp --recursive` {aws}",
+        goal=1.0,
+        limit=None,
+        limit_is=None,
+        beside={
+            "CPU seconds": f"{best['ours'].cpu_seconds:.1f}, theirs {best['aws'].cpu_seconds:.1f}",
+            "peak resident memory": f"{best['ours'].peak_bytes / 2**20:,.0f} MiB, theirs "
+            f"{best['aws'].peak_bytes / 2**20:,.0f} MiB",
+        },
+        command=f"python benchmarks/store_throughput.py {OWN} full",
+    )
 
 
 def commands(who: str, files: Path, target: Path, arguments: argparse.Namespace) -> dict[str, list[str]]:
@@ -129,15 +210,10 @@ def commands(who: str, files: Path, target: Path, arguments: argparse.Namespace)
     }
 
 
-def measure(command: list[str]) -> Transfer:
-    """Runs it to its end."""
-    started = time.monotonic()
-    process = os.posix_spawnp(command[0], command, os.environ)
-    _, status, usage = os.wait4(process, 0)  # this one child's usage, where getrusage has the largest of all
-    seconds = time.monotonic() - started
-    if status:
-        raise SystemExit(f"failed with {os.waitstatus_to_exitcode(status)}: {' '.join(command)}")
-    return Transfer(seconds, usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
+def aws_version(aws: str) -> str:
+    """As the program `aws` says it."""
+    said = subprocess.run([aws, "--version"], check=True, capture_output=True, text=True).stdout
+    return said.split()[0].partition("/")[2]
 
 
 def make_files(folder: Path, count: int, mebibytes: int) -> None:

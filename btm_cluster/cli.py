@@ -38,7 +38,7 @@ from btm_cluster.commands.verify import verify
 from btm_cluster.errors import BtmError, OutputError, Stopped, UserError
 from btm_cluster.stopping import end_at_signals
 from btm_cluster.terminal.options import logged
-from btm_cluster.terminal.output import CLOSED_PIPE, printable, safe_output
+from btm_cluster.terminal.output import CLOSED_PIPE, printable, safe_output, width_of, wrapped
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -126,7 +126,7 @@ def _run_and_print_errors(command: Callable[[], Any]) -> int:
     except OutputError:
         raise
     except BtmError as exc:
-        print(f"error: {printable(str(exc))}", file=sys.stderr)
+        print(wrapped(f"error: {printable(str(exc))}", width_of(sys.stderr)), file=sys.stderr)
         return exc.exit_code
     except SystemExit as exc:
         if isinstance(exc.code, str):

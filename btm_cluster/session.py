@@ -1,6 +1,7 @@
 """A driver for one command or call, and what goes with it: workers, progress,
 tracking, and signals that save first."""
 
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from btm_cluster.errors import UserError
 from btm_cluster.plan import Plan
+from btm_cluster.plan.folder import is_in_jobs_copy
 from btm_cluster.stopping import end_at_signals, handling, stopped
 from btm_cluster.terminal.output import end_input
 
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
     from btm_cluster.requests.progress import Progress, Watcher
     from btm_cluster.terminal.progress import ProgressView
 
-_JOBS_COPY = "/working_dir_files/_ray_pkg_"
-"""In paths of what `ray job submit --working-dir` carried."""
+log = logging.getLogger(__name__)
+STOPPING = "stopping: trainings save first; a second Ctrl-C ends without that"
 
 
 @contextmanager
@@ -128,7 +130,7 @@ def open_ledger(store: str) -> "Ledger":
     from btm_cluster.ledger import Ledger
 
     ledger = Ledger.open(store)
-    if _JOBS_COPY in ledger.storage.location:
+    if is_in_jobs_copy(ledger.storage.location):
         raise UserError(
             "the store would be deleted with this job",
             found=f"{ledger.storage.location}, in the job's own copy of its working directory",
@@ -177,6 +179,8 @@ class _Asked:
         # The driver itself computes, and has nothing to save.
         if self.driver is None or not self.driver.is_asking:
             raise stopped()
+        # By a thread: the main one may be in the middle of a line.
+        threading.Thread(target=log.warning, args=(STOPPING,)).start()
 
     def tell_stop(self) -> None:
         """Tells the run's events of a stop that was asked for, once it is over."""

@@ -24,6 +24,7 @@ class InMemory:
     the operation that a test names."""
 
     location = "memory"
+    copies_bytes = 0
 
     def __init__(self, folder: Path) -> None:
         self.objects: dict[str, tuple[bytes, float]] = {}
@@ -78,6 +79,9 @@ class InMemory:
         return iter(())
 
     def discard(self, key: str) -> None:
+        self.delete(key)
+
+    def erase_object(self, key: str) -> None:
         self.delete(key)
 
     def erase(self, prefix: str) -> None:

@@ -16,7 +16,7 @@ from btm_cluster.terminal.options import (
     NewResources,
     PlanPath,
 )
-from btm_cluster.terminal.tables import consoles
+from btm_cluster.terminal.tables import consoles, say
 from btm_cluster.workers.shadowing import check_shadowing
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ def expand(
     new_resources: NewResources = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Add the domains that the plan or the store's inbox has and the forest has
-    not. Nothing to add: starts nothing."""
+    """Add the domains that the plan or the store's inbox has and the forest has not. Nothing to add: starts nothing."""
     plan = read_plan(plan_path)
     check_shadowing()
     with opened_view() as view:
@@ -55,7 +54,7 @@ def expand(
         show_new(new, json_output)
         return
     if page:
-        consoles(json_output)[1].print(f"report: {page}", soft_wrap=True)
+        say(f"report: {page}", consoles(json_output)[1])
     show_expanded(result, json_output)
     if result.failures:
         raise step_error(result.failures)
@@ -71,12 +70,12 @@ def show_expanded(expanded: "Expanded", json_output: bool) -> None:
         return
     _tell_left(expanded.waiting, expanded.passed_over, expanded.quarantined, expanded.held)
     for failure in expanded.failures:
-        console.print(f"failed: {failure.label}", soft_wrap=True)
+        say(f"failed: {failure.label}", console)
     if expanded.added:
         note = "note: `btm evaluate` compares the forest with seed and baselines on founding domains and targets alone"
-        console.print(note, soft_wrap=True)
-    console.print(steps_line(expanded.made, expanded.reused), soft_wrap=True)
-    console.print(outcome_line(expanded), soft_wrap=True)
+        say(note, console)
+    say(steps_line(expanded.made, expanded.reused), console)
+    say(outcome_line(expanded), console)
 
 
 def show_new(new: "New", json_output: bool) -> None:
@@ -87,13 +86,11 @@ def show_new(new: "New", json_output: bool) -> None:
     console, _ = consoles(json_output)
     _tell_left(new.inbox.waiting, new.passed_over, new.inbox.quarantined, {})
     for name in new.named:
-        console.print(f"would add: {name}, of the plan", soft_wrap=True)
+        say(f"would add: {name}, of the plan", console)
     for arrival in new.inbox.arrivals:
-        console.print(_visible(f"would add: {arrival.domain.name}, from the inbox"), soft_wrap=True)
-    console.print(
-        f"{len(new.domains) or 'nothing'} would be read and added to forest version {new.forest.version}",
-        soft_wrap=True,
-    )
+        say(_visible(f"would add: {arrival.domain.name}, from the inbox"), console)
+    count = len(new.domains) or "nothing"
+    say(f"{count} would be read and added to forest version {new.forest.version}", console)
 
 
 def outcome_line(expanded: "Expanded") -> str:
@@ -110,7 +107,7 @@ def _tell_left(*reasons: "Mapping[str, str]") -> None:
     console, _ = consoles(False)
     for what, of in zip(("not ready", "passed over", "quarantined", "held back"), reasons, strict=True):
         for name, reason in sorted(of.items()):
-            console.print(_visible(f"{what}: {name}: {reason}"), soft_wrap=True)
+            say(_visible(f"{what}: {name}: {reason}"), console)
 
 
 def _visible(line: str) -> str:

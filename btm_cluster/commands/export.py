@@ -12,11 +12,11 @@ import typer
 from btm_cluster.errors import UserError
 from btm_cluster.session import driving, local_driver, opened_view
 from btm_cluster.terminal.options import (
-    Address,
+    Cluster,
     Density,
     ForestPlan,
-    InProcess,
     JsonAndProgress,
+    NoCluster,
     Scale,
     Store,
     Target,
@@ -89,8 +89,8 @@ def export(
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="Push to a public repository.")] = False,
     json_output: JsonAndProgress = False,
-    address: Address = None,
-    in_process: InProcess = False,
+    address: Cluster = None,
+    in_process: NoCluster = False,
 ) -> None:
     """Write experts, seed, average or a mixture of experts as Hugging Face folders, and push them to the hub."""
     place = forest_place("export", plan_path, store)
@@ -116,7 +116,7 @@ def export(
         )
         check_export_call(asked, plan)
         with (
-            driving(view, plan, address, in_process, command="export")
+            driving(view, plan, address, in_process or address is None, command="export")
             if plan is not None
             else nullcontext(local_driver(view, place.store))
         ) as driver:

@@ -16,10 +16,10 @@ import typer
 from btm_cluster.errors import UserError
 from btm_cluster.session import driving, open_ledger, opened_view
 from btm_cluster.terminal.options import (
-    Address,
+    Cluster,
     ForestPlan,
-    InProcess,
     JsonAndProgress,
+    NoCluster,
     Store,
     forest_place,
 )
@@ -79,8 +79,8 @@ def generate(
         bool, typer.Option(help="Mark each token by the expert that carried it.")
     ] = False,
     json_output: JsonAndProgress = False,
-    address: Address = None,
-    in_process: InProcess = False,
+    address: Cluster = None,
+    in_process: NoCluster = False,
 ) -> None:
     """Let the whole forest continue a prompt, and say which experts it trusted.
 
@@ -106,7 +106,9 @@ def generate(
             view.say("generating")
             found = generate_from_store(open_ledger(place.store), texts, asked)
         else:
-            with driving(view, place.plan, address, in_process, command="generate") as driver:
+            with driving(
+                view, place.plan, address, in_process or address is None, command="generate"
+            ) as driver:
                 view.say("generating")
                 found = generate_texts(place.plan, target, texts, asked, driver)
     if json_output:
@@ -130,7 +132,12 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
     try:
         data = file.read_bytes()
     except OSError as exc:
-        raise UserError(f"the prompts in {file} cannot be read", found=exc.strerror or str(exc)) from exc
+        raise UserError(
+            f"the prompts in {file} cannot be read",
+            found=exc.strerror or str(exc),
+            expected="a file with a prompt on each line, or .jsonl with a field `prompt`",
+            remedy="name such a file",
+        ) from exc
     lines = _in_utf8(data, f"{file}").removeprefix("\ufeff").split("\n")
     numbered = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:

@@ -1,11 +1,13 @@
 """`btm init`: texts as they are named on the command line."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from btm_cluster.errors import UserError
+from btm_cluster.terminal.output import width_of, wrapped
 
 if TYPE_CHECKING:
     from btm_cluster.plan import TextPlan
@@ -36,7 +38,7 @@ def init(
     texts = NamedTexts(_texts("--text", text), _texts("--target", target)) if text else None
     assumed = write_starter_plan(path, texts)
     if assumed:
-        print(assumed)
+        print(wrapped(assumed, width_of(sys.stdout)))
     edit = "" if texts else "edit its texts, then "
     print(f"wrote {path}; next: {edit}`btm plan {path}`")
 

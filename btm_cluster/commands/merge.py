@@ -10,7 +10,7 @@ import typer
 
 from btm_cluster.plan import read_plan
 from btm_cluster.session import driving, opened_view
-from btm_cluster.terminal.options import Address, Density, InProcess, JsonAndProgress, PlanPath, Scale, Target
+from btm_cluster.terminal.options import Cluster, Density, JsonAndProgress, NoCluster, PlanPath, Scale, Target
 from btm_cluster.terminal.text_options import Delimiter, Field, source_of
 from btm_cluster.workers.shadowing import check_shadowing
 
@@ -40,8 +40,8 @@ def merge(
     density: Density = None,
     scale: Scale = None,
     json_output: JsonAndProgress = False,
-    address: Address = None,
-    in_process: InProcess = False,
+    address: Cluster = None,
+    in_process: NoCluster = False,
 ) -> None:
     """Merge the experts into one model and write it as a Hugging Face folder."""
     plan = read_plan(plan_path)
@@ -56,7 +56,7 @@ def merge(
         sources = tuple(source_of("your-text", [file], field, delimiter) for file in text or ())
         given = GivenText(sources, reading_of(bad_documents)) if sources else None
         check_merge_call(plan, asked, given, to)
-        with driving(view, plan, address, in_process, command="merge") as driver:
+        with driving(view, plan, address, in_process or address is None, command="merge") as driver:
             merged = write_merged_model(plan, asked, to, driver, given)
     if json_output:
         print(json.dumps({"folder": str(to), "weights": merged.weights, **_as_json(merged)}, indent=1))

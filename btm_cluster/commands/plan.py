@@ -11,7 +11,7 @@ from btm_cluster.session import open_ledger
 from btm_cluster.terminal.amounts import duration
 from btm_cluster.terminal.options import Address, JsonAndProgress, PlanPath
 from btm_cluster.terminal.output import end_input
-from btm_cluster.terminal.tables import consoles, plain_table, show_table
+from btm_cluster.terminal.tables import consoles, fitting, plain_table, say, show_table
 from btm_cluster.workers.shadowing import check_shadowing
 
 if TYPE_CHECKING:
@@ -47,33 +47,20 @@ def show_preview(plan_path: Path, json_output: bool, address: str | None, new_re
 
 def preview_table(preview: "Preview", notes: Sequence[str], console: "Console") -> None:
     """Prints what a run would do, what that would cost, and what should be known of the machine."""
-    about = "≈" if preview.rate.is_estimate else ""
-    rows = [
-        [
-            step.name,
-            step.state,
-            f"{step.updates:,}" if step.updates else "–",
-            f"{step.tokens:,}" if step.tokens else "–",
-            f"{step.stored_bytes / 1e6:,.1f} MB" if step.stored_bytes else "–",
-            f"{about}{step.device_hours:,.3f}" if step.device_hours else "–",
-        ]
-        for step in preview.steps
-    ]
-    unit = "GPU-hours" if preview.on_gpus else "CPU-hours"
-    headings = ["step", "state", "updates", "tokens", "stored", unit]
-    show_table(plain_table("What a run would do", headings, rows), console)
+    show_table(fitting(_steps_tables(preview), console), console)
     show_table(_texts_table(preview.texts), console)
     parameters = f"{preview.parameters:,} parameters, {preview.non_embedding_parameters:,} without embeddings"
-    console.print(f"{parameters}; {_cost_line(preview)}.", soft_wrap=True)
+    say(f"{parameters}; {_cost_line(preview)}.", console)
     models, checkpoints = preview.bytes_to_store / 1e9, preview.checkpoint_bytes / 1e9
-    console.print(
-        f"To be stored: {models:,.2f} GB of models; and while they train, up to {checkpoints:,.2f} GB of training "
-        "checkpoints.",
-        soft_wrap=True,
-    )
+    if models:
+        say(
+            f"To be stored: {models:,.2f} GB of models; and while they train, up to {checkpoints:,.2f} GB of "
+            "training checkpoints.",
+            console,
+        )
     for line in preview.memory_lines:
-        console.print(line, soft_wrap=True)
-    console.print(f"Every block is read after the token {preview.first_token}.", soft_wrap=True)
+        say(line, console)
+    say(f"Every block is read after the token {preview.first_token}.", console)
     goes_on = [
         f"{demand.label} goes on at update {demand.saved_at} with the resources of its start, "
         f"{demand.description}; "
@@ -82,7 +69,32 @@ def preview_table(preview: "Preview", notes: Sequence[str], console: "Console") 
         if demand.saved_at is not None
     ]
     for note in (*preview.notes, *goes_on, *notes):
-        console.print(f"note: {note}", soft_wrap=True)
+        say(f"note: {note}", console)
+
+
+def _steps_tables(preview: "Preview") -> "list[Table]":
+    """The same table narrower and narrower: without tokens, bytes and updates; then with names broken."""
+    about = "≈" if preview.rate.is_estimate else ""
+    hours = "GPU-hours" if preview.on_gpus else "CPU-hours"
+    columns = {
+        "step": [step.name for step in preview.steps],
+        "state": [step.state for step in preview.steps],
+        "updates": [f"{step.updates:,}" if step.updates else "–" for step in preview.steps],
+        "tokens": [f"{step.tokens:,}" if step.tokens else "–" for step in preview.steps],
+        "stored": [
+            f"{step.stored_bytes / 1e6:,.1f} MB" if step.stored_bytes else "–" for step in preview.steps
+        ],
+        hours: [f"{about}{step.device_hours:,.3f}" if step.device_hours else "–" for step in preview.steps],
+    }
+    tables = []
+    without = [(), ("tokens",), ("tokens", "stored"), ("tokens", "stored", "updates")]
+    for left_out in (*without, without[-1]):
+        kept = {heading: cells for heading, cells in columns.items() if heading not in left_out}
+        rows = list(zip(*kept.values(), strict=True))
+        tables.append(plain_table("What a run would do", list(kept), rows))
+        tables[-1].columns[0].no_wrap = True
+    tables[-1].columns[0].no_wrap = False
+    return tables
 
 
 def _texts_table(texts: "Sequence[TextUse]") -> "Table":
@@ -101,7 +113,9 @@ def _texts_table(texts: "Sequence[TextUse]") -> "Table":
         for use in texts
     ]
     headings = ["text", "training tokens", "by the seed", "by its expert", "together"]
-    return plain_table("Passes over each training text", headings, rows)
+    table = plain_table("Passes over each training text", headings, rows)
+    table.columns[0].no_wrap = True
+    return table
 
 
 def _tokens(size: "TextSize") -> str:
@@ -113,6 +127,8 @@ def _tokens(size: "TextSize") -> str:
 
 def _cost_line(preview: "Preview") -> str:
     """The cost of what is still to be done, and how it is known."""
+    if preview.is_done:
+        return "everything is done: a run shows the verdict from the store"
     spent = [f"{preview.gpu_hours:,.3f} GPU-hours"] if preview.on_gpus else []
     if preview.cpu_hours or not preview.on_gpus:
         spent.append(f"{preview.cpu_hours:,.3f} CPU-hours")

@@ -31,8 +31,7 @@ def remove(
     dry_run: DryRun = False,
     json_output: Json = False,
 ) -> None:
-    """Take a domain out of the forest: a new version, at once in effect. Says
-    what still carries its influence."""
+    """Take a domain out of the forest: a new version, at once in effect. Says what still carries its influence."""
     from btm_cluster.ledger.versions import last_expert
     from btm_cluster.operations.remove import bring_back, influence_of, remove
 

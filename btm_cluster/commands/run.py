@@ -20,7 +20,7 @@ from btm_cluster.terminal.options import (
     NewResources,
     PlanPath,
 )
-from btm_cluster.terminal.tables import ManyColumns, consoles, show_stacked
+from btm_cluster.terminal.tables import ManyColumns, consoles, say, show_stacked
 from btm_cluster.terminal.verdict import show_verdict, show_verdict_details
 from btm_cluster.workers.shadowing import check_shadowing
 
@@ -76,14 +76,14 @@ def show_and_finish(
         page = finish_run(plan, driver, run)
     console = consoles(json_output)[int(json_output)]
     if page:
-        console.print(f"report: {page}", soft_wrap=True)
+        say(f"report: {page}", console)
     if not json_output:
         plan_name = shlex.quote(str(plan_path))
-        console.print(
+        say(
             f"next: `btm report {plan_name} --to FOLDER` writes that page anywhere, `btm serve {plan_name}` "
             f"serves the ensemble, `btm merge {plan_name} --for {plan.domains[0].name} --to FOLDER` writes a single "
             "model for a text",
-            soft_wrap=True,
+            console,
         )
 
 
@@ -95,12 +95,12 @@ def show_run(run: "Run", json_output: bool, details: bool) -> None:
         return
     show_verdict(run.verdict, console)
     for notice in _notices(run):
-        console.print(f"note: {notice}", soft_wrap=True)
+        say(f"note: {notice}", console)
     if details:
         show_stacked(*texts_table(run.texts), console)
         show_stacked(*fits_table(run.priors, run.evidence_weights), console)
         show_verdict_details(run.verdict, console)
-    notes.print(run.steps_line, soft_wrap=True)
+    say(run.steps_line, notes)
 
 
 def _notices(run: "Run") -> Iterator[str]:

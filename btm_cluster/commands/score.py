@@ -13,10 +13,10 @@ import typer
 from btm_cluster.errors import UserError
 from btm_cluster.session import driving, open_ledger, opened_view
 from btm_cluster.terminal.options import (
-    Address,
+    Cluster,
     ForestPlace,
-    InProcess,
     JsonAndProgress,
+    NoCluster,
     Store,
     forest_place,
 )
@@ -53,8 +53,8 @@ def score(
         typer.Option("--packed", help="Documents follow each other in blocks, as the verdict reads them."),
     ] = False,
     json_output: JsonAndProgress = False,
-    address: Address = None,
-    in_process: InProcess = False,
+    address: Cluster = None,
+    in_process: NoCluster = False,
 ) -> None:
     """Say how surprising texts are to each expert and to the ensemble, and which domain each is of.
 
@@ -104,7 +104,7 @@ def _scorer(
     if place.plan is None:
         view.say("opening the forest's models")
         return scorer_of_store(open_ledger(place.store))
-    with driving(view, place.plan, address, in_process, command="score") as driver:
+    with driving(view, place.plan, address, in_process or address is None, command="score") as driver:
         return scorer_of_plan(place.plan, target, driver)
 
 

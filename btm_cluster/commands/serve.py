@@ -152,7 +152,7 @@ def _mixture(
 
     if plan is None:
         return mixture_of_store(open_ledger(store), version)
-    with driving(view, plan, address, in_process, command="serve") as driver:
+    with driving(view, plan, address, in_process or address is None, command="serve") as driver:
         return mixture_to_serve(plan, driver, version)
 
 

@@ -146,11 +146,16 @@ class Blocks:
         held = int(self._ends[-1]) if len(self._ends) else 0
         return held if self._first is None else min(held, self._first)
 
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of each block; there must be one."""
+        return int(self._shards[0].shape[1])
+
     def take(self, indices: np.ndarray) -> np.ndarray:
         """Blocks at `indices` [n], as int64 [n, block_tokens]."""
         shards = np.searchsorted(self._ends, indices, side="right")
         starts = np.concatenate([[0], self._ends[:-1]])
-        taken = np.empty((len(indices), self._shards[0].shape[1]), dtype=np.int64)
+        taken = np.empty((len(indices), self.block_tokens), dtype=np.int64)
         for row, (s, i) in enumerate(zip(shards, indices, strict=True)):
             taken[row] = self._shards[s][i - starts[s]]
         return taken

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import pyarrow
 
 from btm_cluster.data.conversations import Conversation
-from btm_cluster.data.documents import NO_TEXT, BadDocument, Document
+from btm_cluster.data.documents import NO_TEXT, TOO_LONG, BadDocument, Document
 from btm_cluster.data.sources import read_documents
 from btm_cluster.data.streams import Count
 from btm_cluster.errors import TextError
@@ -29,6 +29,11 @@ SHARD_CHARACTERS = 32_000_000
 _HELD_OUT_FIRST = {"test": 0, "development": 1, "train": 2}
 _RECORD = struct.Struct("<32sBBI")
 _SPOOL_BUFFER_BYTES = 1 << 17
+_REMEDIES = {
+    NO_TEXT: "name the `field` that holds the text, or `messages` of chat data, ",
+    TOO_LONG: "cut it by a `delimiter`, raise `reading.longest_document_characters`, ",
+}
+"""What else mends a bad document, by the beginning of its reason."""
 OverParts: TypeAlias = Callable[[list[Path]], Iterable[Path]]
 
 
@@ -129,9 +134,7 @@ def usable_documents(
             else:
                 bad["an empty document"] += 1
         elif reading.bad_documents == "refuse":
-            other = ""
-            if item.reason.startswith(NO_TEXT):
-                other = "name the `field` that holds the text, or `messages` of chat data, "
+            other = next((remedy for start, remedy in _REMEDIES.items() if item.reason.startswith(start)), "")
             raise TextError(
                 f"the text of {name!r} has a bad document",
                 found=f"{item.where}: {item.reason}",
@@ -310,10 +313,13 @@ def _check_splits(name: str, text: Text, is_target: bool) -> None:
     if empty:
         counts = ", ".join(f"{split} {text.facts['splits'][split]['documents']}" for split in SPLITS)
         skipped = ", ".join(f"{count} × {reason}" for reason, count in sorted(text.bad.items())) or "none"
-        shares = "" if is_target else "raise `reading.development_share` and `reading.test_share`, "
+        documents = sum(split["documents"] for split in text.facts["splits"].values())
+        more = "give more text, raise `reading.development_share` and `reading.test_share`, "
+        if is_target or documents < len(SPLITS):
+            more = "give more documents (a file of plain text is one, unless a `delimiter` cuts it), "
         raise TextError(
             f"the text of {name!r} has no document for: {', '.join(empty)}",
             found=f"distinct documents: {counts}; duplicates: {text.facts['duplicates']}; skipped: {skipped}",
             expected="at least one document in each",
-            remedy=f"give more text, {shares}or name files for the splits",
+            remedy=f"{more}or name files for the splits",
         )

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow
 
 from btm_cluster.data.documents import Read, RowForm, cell_value
-from btm_cluster.data.files import find_below, readable
+from btm_cluster.data.files import find_below, stamp_of_file
 from btm_cluster.errors import BtmError, TextError, one_line
 from btm_cluster.plan import DatasetPlan, TextPlan
 
@@ -33,8 +33,7 @@ def stamp_of(name: str, dataset: DatasetPlan) -> dict[str, Any]:
     Raises:
         TextError: it is not there, or the plan asks of a local folder what only the hub has.
     """
-    folder = Path(dataset.name)
-    if not folder.is_dir():
+    if not Path(dataset.opened_name).is_dir():
         return {"files": [], "revision": dataset.revision or _hub_revision(name, dataset)}
     if dataset.revision is not None:
         raise TextError(
@@ -43,7 +42,8 @@ def stamp_of(name: str, dataset: DatasetPlan) -> dict[str, Any]:
             expected="a data set of the hub, which has commits",
             remedy="leave `revision` out",
         )
-    return {"files": [[readable(file.path), *file[1:]] for file in find_below(folder)]}
+    found = find_below(Path(dataset.name), dataset.folder)
+    return {"files": [stamp_of_file(file, dataset.folder) for file in found]}
 
 
 def pinned(source: TextPlan, stamp: Mapping[str, Any]) -> TextPlan:
@@ -63,7 +63,7 @@ def read_data_set(name: str, dataset: DatasetPlan, form: RowForm) -> Iterator[It
         TextError: it cannot be read to its end.
     """
     splits = {None: dataset.split, "development": dataset.development_split, "test": dataset.test_split}
-    read = _read_saved if _is_saved(Path(dataset.name)) else _read_streaming
+    read = _read_saved if _is_saved(Path(dataset.opened_name)) else _read_streaming
     for split, given in splits.items():
         if given is None:
             continue
@@ -86,7 +86,7 @@ def _read_saved(name: str, dataset: DatasetPlan, split: str, form: RowForm) -> I
 
     Through `datasets`, the files that it caches beside them would be read as well.
     """
-    folder = Path(dataset.name)
+    folder = Path(dataset.opened_name)
     if (folder / _SPLITS).is_file():
         splits = json.loads((folder / _SPLITS).read_text(encoding="utf-8"))["splits"]
         folder /= split
@@ -119,7 +119,9 @@ def _read_saved(name: str, dataset: DatasetPlan, split: str, form: RowForm) -> I
 def _read_streaming(name: str, dataset: DatasetPlan, split: str, form: RowForm) -> Iterator[Read]:
     import datasets
 
-    builder = datasets.load_dataset_builder(dataset.name, dataset.configuration, revision=dataset.revision)
+    builder = datasets.load_dataset_builder(
+        dataset.opened_name, dataset.configuration, revision=dataset.revision
+    )
     cached = _cached_commit(builder)
     if cached and dataset.revision and cached != dataset.revision:
         raise TextError(  # without a network, `datasets` takes whatever its cache has
@@ -152,7 +154,7 @@ def _commit_in_cache(dataset: DatasetPlan) -> str:
     import datasets
 
     try:
-        return _cached_commit(datasets.load_dataset_builder(dataset.name, dataset.configuration))
+        return _cached_commit(datasets.load_dataset_builder(dataset.opened_name, dataset.configuration))
     except Exception:  # as many kinds as there are reasons for not being there
         return ""
 

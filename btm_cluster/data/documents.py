@@ -12,6 +12,7 @@ from btm_cluster.data.conversations import BadMessages, Conversation, conversati
 from btm_cluster.plan import ChatTemplate, TextPlan
 
 NO_TEXT = "a row without text in the field"
+TOO_LONG = "a document longer than"
 NOT_UTF_8 = "a document that is not UTF-8"
 
 
@@ -80,12 +81,17 @@ class RowForm:
         return text if isinstance(text, BadDocument) else conversation
 
 
+def longer_than(longest: int) -> str:
+    """Why a document of more characters is none."""
+    return f"{TOO_LONG} {longest} characters"
+
+
 def checked(where: str, text: Any, field: str, longest: int) -> str | BadDocument:
     """A document, if it is text that is neither too long nor broken."""
     if not isinstance(text, str):
         return BadDocument(where, f"{NO_TEXT} {field!r}")
     if len(text) > longest:
-        return BadDocument(where, f"a document longer than {longest} characters")
+        return BadDocument(where, longer_than(longest))
     try:
         text.encode()
     except UnicodeEncodeError:

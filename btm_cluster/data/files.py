@@ -6,13 +6,16 @@ what is in a file (`streams.py` opens it).
 
 import fnmatch
 import glob
+import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import pyarrow.fs
+
+from btm_cluster.plan.folder import below, is_in_jobs_copy
 
 S3 = "s3://"
 
@@ -25,8 +28,10 @@ class SourceFile(NamedTuple):
     modified_ns: int
 
 
-def find_files(pattern: str) -> list[SourceFile]:
+def find_files(pattern: str, folder: str = "") -> list[SourceFile]:
     """The files that a path or glob names, each once, by path; empty if there are none.
+
+    A relative pattern begins at `folder`, and so do the paths of what it finds.
 
     As in a shell: `*` stays within a folder, `**` goes down any number of them, neither finds hidden names.
     Both follow links. Brackets are those of a name where a file or folder has it, else they stand for one of
@@ -35,16 +40,31 @@ def find_files(pattern: str) -> list[SourceFile]:
     Raises:
         OSError, pyarrow.ArrowException: a folder or bucket that cannot be listed.
     """
-    find = _find_remote if pattern.startswith(S3) else _find_local
+    find = _find_remote if pattern.startswith(S3) else partial(_find_local, folder=folder)
     found = find(pattern)
     if not found and "[" in pattern:
         found = find(pattern.replace("[", "[[]"))  # such as `notes [v2]*.txt`
     return sorted(found)
 
 
-def find_below(folder: Path) -> list[SourceFile]:
-    """Every file below a local folder, but for hidden ones."""
-    return find_files(f"{glob.escape(str(folder))}/**")
+def find_below(path: Path, folder: str = "") -> list[SourceFile]:
+    """Every file below a local folder, but for hidden ones; a relative path begins at `folder`."""
+    return find_files(f"{glob.escape(str(path))}/**", folder)
+
+
+def opened(file: SourceFile, folder: str) -> str:
+    """The path by which a file that was found from `folder` is opened."""
+    return file.path if file.path.startswith((S3, "/")) else below(folder, file.path)
+
+
+def stamp_of_file(file: SourceFile, folder: str) -> list[Any]:
+    """A file's path, its size, and its modification time; in a job's copy, where each node has its own, the
+    SHA-256 of its bytes instead."""
+    path = opened(file, folder)
+    if path.startswith(S3) or not is_in_jobs_copy(os.path.abspath(path)) or is_lost(path):
+        return [readable(file.path), *file[1:]]
+    with open(path, "rb") as stream:
+        return [readable(file.path), file.size_bytes, hashlib.file_digest(stream, "sha256").hexdigest()]
 
 
 def is_lost(path: str) -> bool:
@@ -141,22 +161,23 @@ class _Listing:
         return path
 
 
-def _find_local(pattern: str) -> list[SourceFile]:
+def _find_local(pattern: str, folder: str) -> list[SourceFile]:
     pattern = os.path.expanduser(pattern)
-    root = "/" if pattern.startswith("/") else ""
+    is_whole = pattern.startswith("/")
+    root, above = ("/", "") if is_whole else (folder, _join(folder, ""))
     real_folder = cache(os.path.realpath)
     found: dict[str, SourceFile] = {}
     paths = dict.fromkeys(_matches(_Disk(), root, [part for part in pattern.split("/") if part]))
     for path in sorted(paths, key=os.path.islink):  # of a file and a link to it, the file
         if os.path.isfile(path) or (glob.has_magic(pattern) and is_lost(path)):
             status = os.stat(path) if os.path.exists(path) else os.lstat(path)
-            folder, name = os.path.split(path)
+            inside, name = os.path.split(path)
             real = (
                 os.path.realpath(path)
                 if os.path.islink(path)
-                else os.path.join(real_folder(folder or "."), name)
+                else os.path.join(real_folder(inside or "."), name)
             )
-            found.setdefault(real, SourceFile(path, status.st_size, status.st_mtime_ns))
+            found.setdefault(real, SourceFile(path.removeprefix(above), status.st_size, status.st_mtime_ns))
     return list(found.values())
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from btm_cluster.data.documents import BadDocument, Delimiter, Read, RowForm, cell_value, checked
+from btm_cluster.data.documents import BadDocument, Delimiter, Read, RowForm, cell_value, checked, longer_than
 from btm_cluster.data.files import S3, is_lost, readable
 from btm_cluster.data.streams import Budget, Count, open_random, open_stream
 from btm_cluster.errors import TextError, one_line
@@ -37,8 +37,10 @@ def read_file(
     budget: Budget | None = None,
     count: Count | None = None,
     template: ChatTemplate | None = None,
+    head_bytes: int | None = None,
 ) -> Iterator[Read]:
-    """The documents of a file.
+    """The documents of a file; of plain text those in its first `head_bytes` where they are given, the last of
+    them cut short.
 
     A budget is for one that is not trusted: its bytes are counted, no link is followed. Messages are tried on
     the template.
@@ -63,7 +65,8 @@ def read_file(
             elif kind == "table":
                 yield from _read_table(where, stream, form, SEPARATORS[ending(path)])
             else:
-                yield from _read_plain(where, stream, delimiter, longest)
+                plain = stream if head_bytes is None else _head(stream, head_bytes)
+                yield from _read_plain(where, plain, delimiter, longest)
     except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as exc:
         raise _unreadable(source.name, where, exc) from exc
 
@@ -240,7 +243,7 @@ def _read_plain(
         part, was_too_long, too_long = part + 1, too_long, False
         where = f"{path}, document {part}" if cut else path
         if was_too_long:
-            return BadDocument(where, f"a document longer than {longest} characters")
+            return BadDocument(where, longer_than(longest))
         return BadDocument(where, "a binary file") if "\0" in piece else checked(where, piece, "", longest)
 
     with _as_text(stream) as text:
@@ -254,6 +257,12 @@ def _read_plain(
                 # Kept short, but long enough that a delimiter across two chunks is still seen.
                 held, too_long = held[-len(cut or " ") :], True
     yield finish(held)
+
+
+def _head(stream: io.BufferedReader, size: int) -> io.BufferedReader:
+    head = stream.read(size)
+    whole_lines = head[: head.rfind(b"\n") + 1] or head[:-3]  # not within a character
+    return io.BufferedReader(io.BytesIO(whole_lines))
 
 
 def _as_text(stream: io.BufferedReader) -> io.TextIOWrapper:

@@ -5,18 +5,20 @@ duplicates or tokens.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow
 
 from btm_cluster.data.data_sets import read_data_set, stamp_of
 from btm_cluster.data.documents import BadDocument, Delimiter, Document, Read, RowForm
-from btm_cluster.data.files import S3, SourceFile, find_files, readable
+from btm_cluster.data.files import S3, SourceFile, find_files, opened, readable, stamp_of_file
 from btm_cluster.data.readers import read_file
 from btm_cluster.data.streams import Budget, Count
 from btm_cluster.errors import TextError, one_line
 from btm_cluster.plan import ChatTemplate, ReadingPlan, TextPlan
+from btm_cluster.plan.folder import located
 from btm_cluster.plan.kinds import CONVERT, Kind, ending, kind_of
 from btm_cluster.plan.text_rules import idle_reading, messages_rules
 
@@ -25,7 +27,7 @@ Files = Mapping[str, list[SourceFile]]
 
 def fingerprint(source: TextPlan) -> dict[str, Any]:
     """The fingerprint by which a change of a source is seen: path, size and
-    modification time of its files; revision of a data set.
+    modification time of its files; revision of a data set. Paths are those of the plan, wherever it lies.
 
     Raises:
         TextError: a pattern that matches no file, files that cannot be listed, a data set that is not there.
@@ -33,13 +35,14 @@ def fingerprint(source: TextPlan) -> dict[str, Any]:
     if source.dataset is not None:
         return {"dataset": source.dataset.model_dump()} | stamp_of(source.name, source.dataset)
     files = source_files(source)
-    stamp = {split: [[readable(f.path), *f[1:]] for f in given] for split, given in files.items()}
+    stamp = {split: [stamp_of_file(f, source.folder) for f in given] for split, given in files.items()}
     # Tables were once read as plain text: what was read then does not stand for what they hold.
     return stamp | ({"tables": "rows"} if "table" in _kinds(files) else {})
 
 
 def source_files(source: TextPlan) -> Files:
-    """The files of a source by the split they are given for; `text` is split by content hash.
+    """The files of a source by the split they are given for; `text` is split by content hash. Relative paths
+    begin at its folder.
 
     Raises:
         TextError: files that cannot be listed, a pattern that matches none, a field of the plan that applies
@@ -47,7 +50,7 @@ def source_files(source: TextPlan) -> Files:
     """
     patterns = {"text": source.text, "development": source.development, "test": source.test}
     files = {
-        split: sorted({file for pattern in given for file in _expand(source.name, pattern)})
+        split: sorted({file for pattern in given for file in _expand(source, pattern)})
         for split, given in patterns.items()
     }
     kinds = _kinds(files)
@@ -55,6 +58,15 @@ def source_files(source: TextPlan) -> Files:
     for problem in (*problems, *messages_rules(source.messages, source.field, kinds)):
         raise TextError(f"`{problem.at}` cannot apply to the text of {source.name!r}", **problem.words)
     return files
+
+
+def opened_files(source: TextPlan) -> Iterator[str]:
+    """The paths by which the files of its `text` are opened.
+
+    Raises:
+        TextError: as `source_files` does.
+    """
+    return (opened(file, source.folder) for file in source_files(source)["text"])
 
 
 def refuse_unread(source: TextPlan, stamp: Mapping[str, Any]) -> None:
@@ -72,6 +84,15 @@ def refuse_unread(source: TextPlan, stamp: Mapping[str, Any]) -> None:
             expected="JSON lines, CSV, TSV, Parquet or plain text; .gz, .zst or .bz2",
             remedy=f"{CONVERT}; or set `reading: {{bad_documents: skip}}` to skip and count such files",
         )
+
+
+def refuse_together(errors: Sequence[TextError]) -> None:
+    """Raises the errors of several texts as one; nothing where there is none."""
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        listed = "\n".join(map(str, errors))
+        raise TextError(f"{len(errors)} texts cannot be read\n{listed}", remedy="correct each of them")
 
 
 def read_documents(
@@ -93,7 +114,7 @@ def read_documents(
     if source.dataset is not None:
         form = RowForm.of(source, longest, template)
         for split, item in read_data_set(source.name, source.dataset, form):
-            yield _document(item, split)
+            yield as_document(item, split)
             if count is not None:
                 count(1)
         return
@@ -102,15 +123,17 @@ def read_documents(
     files = source_files(source)
     for split, given in files.items():
         for file in given:
-            for item in read_file(file.path, source, longest, delimiter, budget, count, template):
-                yield _document(item, None if split == "text" else split)
+            path = opened(file, source.folder)
+            for item in read_file(path, source, longest, delimiter, budget, count, template):
+                yield as_document(item, None if split == "text" else split)
     if delimiter and not delimiter.occurs:
         _refuse_delimiter(
             source, [f for given in files.values() for f in given if kind_of(f.path) == "plain text"]
         )
 
 
-def _document(item: Read, split: str | None) -> Document | BadDocument:
+def as_document(item: Read, split: str | None) -> Document | BadDocument:
+    """A document as its file has it, with the split that the file was given for."""
     if isinstance(item, BadDocument):
         return item
     return Document(item, split) if isinstance(item, str) else Document(item.text, split, item)
@@ -130,30 +153,39 @@ def _kinds(files: Files) -> set[Kind | None]:
     return {kind_of(file.path) for given in files.values() for file in given}
 
 
-def _expand(name: str, pattern: str) -> list[SourceFile]:
+def _expand(source: TextPlan, pattern: str) -> list[SourceFile]:
     try:
-        found = find_files(pattern)
+        found = find_files(pattern, source.folder)
     except (OSError, pyarrow.ArrowException) as exc:
         of_s3 = "check the address, and AWS_ENDPOINT_URL, AWS_REGION and the credentials in the environment"
         raise TextError(
-            f"cannot list the text of {name!r}",
+            f"cannot list the text of {source.name!r}",
             found=f"{pattern}: {one_line(exc)}",
             remedy=of_s3
             if pattern.startswith(S3)
             else "give the account that runs this the right to read the folder",
         ) from exc
     if not found:
-        is_folder = os.path.isdir(os.path.expanduser(pattern))
-        remedy = (
-            f"name its files, such as {pattern.rstrip('/')}/*.jsonl"
-            if is_folder
-            else "check the path or glob"
-        )
-        found_there = f"{pattern}{', a folder' if is_folder else ''}"
-        raise TextError(
-            f"the text of {name!r} matches no file",
-            found=found_there,
-            expected="at least one file",
-            remedy=remedy,
-        )
+        raise _matches_nothing(source, pattern)
     return found
+
+
+def _matches_nothing(source: TextPlan, pattern: str) -> TextError:
+    place = located(source.folder, pattern)
+    folder = os.path.expanduser(place)
+    if not os.path.isdir(folder):
+        return TextError(
+            f"the text of {source.name!r} matches no file",
+            found=place,
+            expected="at least one file",
+            remedy="check the path or glob",
+        )
+    names = os.listdir(folder) if os.access(folder, os.R_OK) else []
+    endings = Counter(os.path.splitext(name)[1] for name in names if not name.startswith("."))
+    likely = max(endings, key=lambda end: endings[end], default="") or ".jsonl"
+    return TextError(
+        f"the text of {source.name!r} is a folder",
+        found=place,
+        expected="files, or a glob that matches some",
+        remedy=f"name its files, such as '{pattern.rstrip('/')}/*{likely}'",
+    )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from btm_cluster.driver.capacity import Demand
 from btm_cluster.driver.port import Outcome, Workers
 from btm_cluster.driver.run_events import RunEvents
+from btm_cluster.driver.saved import saved_points
 from btm_cluster.errors import BudgetError, Stopped, UserError
 from btm_cluster.ledger import Ledger
 from btm_cluster.ledger.timelines import list_runs, read_timeline
@@ -130,9 +131,7 @@ class Budget:
         return self._error(self._stopped_by, unfinished)
 
     def _error(self, limit: str, requests: Sequence[StepRequest]) -> BudgetError:
-        trainings = [request for request in requests if isinstance(request, TrainRequest)]
-        saved = [(one.label, self._ledger.latest_training(one.ref.identity)) for one in trainings]
-        points = ", ".join(f"{label} at update {one.recipe['update']:,}" for label, one in saved if one)
+        points = saved_points(requests, self._ledger)
         return BudgetError(
             "the plan's budget is spent: everything is saved, and nothing more is started",
             found=_told(limit, self.spent, self._plan),

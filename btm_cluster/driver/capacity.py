@@ -26,6 +26,8 @@ class Demand:
     """Where they are neither's."""
     parameters: int = 0
     """Parameters that are trained; 0 for other steps."""
+    by_muon: int = 0
+    """Parameters among them of which the optimiser keeps one moment, not two."""
     frozen: int = 0
     """Parameters of the model beside these, which are not."""
     memory: TrainingMemory | None = None

@@ -9,7 +9,7 @@ from btm_cluster.driver.recipes import expert_resources
 from btm_cluster.errors import PlanError
 from btm_cluster.language_model.deltas import count_trained, trains_of
 from btm_cluster.language_model.memory import ModelSize
-from btm_cluster.language_model.training_size import size_for
+from btm_cluster.language_model.training_size import count_by_muon, size_for
 from btm_cluster.plan import BranchingPlan, Plan, Trains
 from btm_cluster.requests import Resources, StepRequest, TrainRequest
 
@@ -32,12 +32,14 @@ def demand_of_expert(plan: Plan, model: Mapping[str, Any], experts: int) -> Dema
     """The demand of one of so many new experts of a model, by its configuration."""
     trains, how, training = trains_of(plan.branching, model), expert_resources(plan), plan.training
     trained, frozen = count_trained(model, trains)
+    with_muon = training.optimizer == "muon" and trains.lora is None
+    by_muon = count_by_muon(model, trains, with_muon)
     memory = None
     if how.gpus_per_worker:
         blocks = training.blocks_per_domain_update, training.block_tokens
         at_once, lora = _at_once(how, experts, plan), _with_lora(model, trains)
-        memory = TrainingMemory(size_for(model, trains), how, *blocks, True, at_once, lora)
-    return Demand(_NEW_EXPERT, how, parameters=trained, frozen=frozen, memory=memory)
+        memory = TrainingMemory(size_for(model, trains, with_muon), how, *blocks, True, at_once, lora)
+    return Demand(_NEW_EXPERT, how, parameters=trained, by_muon=by_muon, frozen=frozen, memory=memory)
 
 
 def _demand(request: TrainRequest, experts: int, plan: Plan) -> Demand:
@@ -52,6 +54,7 @@ def _demand(request: TrainRequest, experts: int, plan: Plan) -> Demand:
         request.how,
         request.saved_at,
         parameters=trained,
+        by_muon=count_by_muon(request.model, request.trains, request.by_muon),
         frozen=frozen,
         memory=training_memory(request, at_once, lora),
     )

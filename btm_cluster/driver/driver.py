@@ -13,7 +13,8 @@ from btm_cluster.driver.capacity import Demand
 from btm_cluster.driver.outlook import Outlook
 from btm_cluster.driver.port import Failure, Listener, OpenSearch, Outcome, Search, Workers
 from btm_cluster.driver.run_log import RunLog
-from btm_cluster.errors import StepError, UserError
+from btm_cluster.driver.saved import stopped_run
+from btm_cluster.errors import BudgetError, StepError, Stopped, UserError
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.plan import SearchPlan
 from btm_cluster.requests import Resources, StepRequest, TrainRequest
@@ -89,12 +90,19 @@ class Driver:
             return
         asked_for = [self._resumed(request) for request in missing]
         self.listener.ask(asked_for)
-        with self._asking(), closing(self.workers.run(asked_for)) as steps:
-            for request, outcome in steps:
-                if isinstance(outcome, Artifact):
-                    self._count(self.made, request)
-                self.listener.end(request, outcome)
-                yield request, outcome
+        left = {request.ref: request for request in asked_for}
+        try:
+            with self._asking(), closing(self.workers.run(asked_for)) as steps:
+                for request, outcome in steps:
+                    if isinstance(outcome, Artifact):
+                        self._count(self.made, request)
+                    left.pop(request.ref, None)
+                    self.listener.end(request, outcome)
+                    yield request, outcome
+        except BudgetError:
+            raise
+        except Stopped as exc:
+            raise stopped_run(self.made.total(), left.values(), self.ledger) from exc
 
     def _count(self, tally: Counter[str], request: StepRequest) -> None:
         """Counts an artifact once, whatever asks for it again."""

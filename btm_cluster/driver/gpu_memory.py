@@ -7,6 +7,7 @@ is computed, since commands that compute nothing import this too.
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 from btm_cluster.errors import ResourcesError
 from btm_cluster.language_model.memory import (
@@ -18,13 +19,14 @@ from btm_cluster.language_model.memory import (
     choose_settings,
     memory_of,
 )
+from btm_cluster.language_model.pass_blocks import choose_with_blocks
 from btm_cluster.requests import Resources, TrainRequest
 
 GIGABYTE = 1e9
 MOST_GPUS = 64
 """Largest group that is proposed where the cluster's GPUs are not known."""
 _SHARDING: dict[str, Setting] = {"auto": "auto", "none": "off", "full": "on"}
-_NAMES = {"optimizer": "Adam's moments", "copies": "copies and buffers"}
+_NAMES = {"optimizer": "moments", "copies": "copies and buffers"}
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,14 @@ class TrainingMemory:
 
     @property
     def settings(self) -> PassSettings:
-        """How a rank computes, with whole models and nothing computed twice."""
+        """How a rank computes, with whole models and nothing computed twice; where the blocks of a pass are left open,
+        in one pass."""
         from btm_cluster.language_model.head import LOGITS_AT_ONCE
         from btm_cluster.language_model.loss import LARGEST_BLOCK_LOGITS
 
         of_rank = -(-self.blocks_per_update // self.how.workers)
-        blocks = min(self.how.micro_batch_blocks, of_rank)
+        asked = self.how.micro_batch_blocks
+        blocks = of_rank if asked == "auto" else min(asked, of_rank)
         bfloat16 = self.how.precision == "bfloat16"
         passes = -(-of_rank // blocks)
         in_pieces = self.block_tokens * self.size.vocabulary > LARGEST_BLOCK_LOGITS["cuda"]
@@ -68,9 +72,8 @@ class TrainingMemory:
             math.inf if gpu_bytes is None else USABLE_SHARE * gpu_bytes * min(1.0, self.how.gpus_per_worker)
         )
         how = self.how
-        return choose_settings(
-            self.size, self.settings, usable, _SHARDING[how.sharding], how.activation_checkpointing
-        )
+        choose = choose_with_blocks if how.micro_batch_blocks == "auto" else choose_settings
+        return choose(self.size, self.settings, usable, _SHARDING[how.sharding], how.activation_checkpointing)
 
     def memory(self, gpu_bytes: float | None) -> Memory:
         """The estimate on GPUs with so much memory."""
@@ -90,7 +93,7 @@ def training_memory(
     if request.is_demix or not request.how.gpus_per_worker:
         return None
     return TrainingMemory(
-        size_for(request.model, request.trains),
+        size_for(request.model, request.trains, request.by_muon),
         request.how,
         max(1, request.blocks_per_update),
         request.training.block_tokens,
@@ -127,6 +130,8 @@ def told(training: TrainingMemory, gpu_bytes: float | None) -> str:
     of = f" of {_gigabytes(gpu_bytes)}" if gpu_bytes is not None else ""
     how = [name for name, chosen in _CHOICES.items() if getattr(settings, chosen)]
     by = f", by {' and '.join(how)}" if how else ""
+    if training.how.micro_batch_blocks == "auto":
+        by += f", with {settings.blocks} blocks in a forward pass"
     each = f", and {training.at_once} at once" if training.at_once > 1 else ""
     return f"{_parts(memory, of)}{by}{each}"
 
@@ -174,8 +179,10 @@ def _changes(training: TrainingMemory) -> Iterator[tuple[str, TrainingMemory]]:
         recomputed = replace(training, how=replace(how, activation_checkpointing="on"))
         yield "`cluster.activation_checkpointing: on`", recomputed
         yield from _smaller_batches(recomputed, "`cluster.activation_checkpointing: on` and ")
-    free = replace(how, activation_checkpointing="auto", sharding="auto")
-    if how.workers > 1 and how.sharding == "none":
+    can_shard = not training.size.by_muon  # which takes its steps over whole matrices
+    sharding: Literal["auto", "none"] = "auto" if can_shard else "none"
+    free = replace(how, activation_checkpointing="auto", sharding=sharding)
+    if can_shard and how.workers > 1 and how.sharding == "none":
         yield "`cluster.sharding: auto`", replace(training, how=free)
     workers = 2
     while workers <= min(MOST_GPUS, training.blocks_per_update):
@@ -188,7 +195,8 @@ def _changes(training: TrainingMemory) -> Iterator[tuple[str, TrainingMemory]]:
 
 
 def _smaller_batches(training: TrainingMemory, before: str) -> Iterator[tuple[str, TrainingMemory]]:
-    blocks = training.settings.blocks // 2
+    # Where they are left open, there are as few as can be by now.
+    blocks = 0 if training.how.micro_batch_blocks == "auto" else training.settings.blocks // 2
     while blocks:
         how = replace(training.how, micro_batch_blocks=blocks)
         yield f"{before}`cluster.micro_batch_blocks: {blocks}`", replace(training, how=how)

@@ -1,6 +1,7 @@
 """From a plan to token blocks: its texts are read and tokenized by the
 workers, after what cannot fit is refused."""
 
+from btm_cluster.data.first_look import fills_no_block
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.founding import check_foundation, check_texts
 from btm_cluster.driver.prepared_plan import (
@@ -13,7 +14,6 @@ from btm_cluster.driver.prepared_plan import (
 )
 from btm_cluster.driver.recipes import check_demix, check_mixture_of_experts, seed_request
 from btm_cluster.driver.text_requests import read_requests, tokenizer_request, vocabulary_of
-from btm_cluster.errors import TextError
 from btm_cluster.plan import Plan
 
 
@@ -61,8 +61,4 @@ def tokenize(prepared: PreparedPlan, driver: Driver) -> None:
         blocks[key] = blocks.get(key, 0) + artifact.facts["blocks"]
     for (name, split), count in blocks.items():
         if count == 0:
-            raise TextError(
-                f"the {split} text of {name!r} fills no block",
-                expected=f"at least {requests[0].block_tokens} tokens",
-                remedy="give it more text" + ("" if is_founded else ", or lower `training.block_tokens`"),
-            )
+            raise fills_no_block(name, split, requests[0].block_tokens, is_founded)

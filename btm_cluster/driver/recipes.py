@@ -65,6 +65,7 @@ def as_demix(request: TrainRequest) -> TrainRequest:
     how = replace(request.how, sharding="none")
     if how.activation_checkpointing == "auto":
         how = replace(how, activation_checkpointing="off")
+    how = replace(how, micro_batch_blocks=how.blocks_at_once)
     return replace(request, is_demix=True, how=how)
 
 
@@ -159,16 +160,17 @@ def _resources(plan: Plan, gpus: float, cpus: int) -> Resources:
     on_gpu = gpus > 0
     precision = cluster.precision if cluster.precision != "auto" else "bfloat16" if on_gpu else "float32"
     compiles = on_gpu if cluster.compile == "auto" else cluster.compile == "on"
-    return Resources(
+    how = Resources(
         workers,
         gpus / workers,
         max(1, cpus // workers),
         cluster.micro_batch_blocks,
         precision,
         compiles,
-        cluster.sharding if workers > 1 else "none",
+        cluster.sharding if workers > 1 and plan.training.optimizer == "adamw" else "none",
         cluster.activation_checkpointing if on_gpu or cluster.activation_checkpointing == "on" else "off",
     )
+    return how if on_gpu else replace(how, micro_batch_blocks=how.blocks_at_once)
 
 
 def train_request(
@@ -194,4 +196,5 @@ def train_request(
         restart_data=role == "expert",
         how=expert_resources(plan) if role == "expert" else seed_resources(plan),
         checkpoint_seconds=60 * plan.cluster.checkpoint_minutes,
+        profile=plan.cluster.profile,
     )

@@ -7,7 +7,7 @@ Looks at files that the plan points to: their stamps, a pretrained tokenizer.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from btm_cluster.data.sources import fingerprint, refuse_unread
+from btm_cluster.data.sources import fingerprint, refuse_together, refuse_unread
 from btm_cluster.data.tokenizer import END_OF_TEXT
 from btm_cluster.driver.chat_template import chat_template_of
 from btm_cluster.errors import TextError
@@ -35,11 +35,7 @@ def read_requests(plan: Plan) -> list[ReadText]:
             missing.append(exc)
         else:
             requests.append(read_request(plan, source, stamp, source.name in targets))
-    if len(missing) == 1:
-        raise missing[0]
-    if missing:
-        listed = "\n".join(map(str, missing))
-        raise TextError(f"{len(missing)} texts cannot be read\n{listed}", remedy="correct each of them")
+    refuse_together(missing)
     return requests
 
 

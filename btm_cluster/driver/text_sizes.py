@@ -96,7 +96,8 @@ def too_many_passes(uses: Sequence[TextUse], updates: int) -> str:
 
 def shown_passes(passes: float, size: TextSize) -> str:
     """A number of passes over a text, in words: ≈ before an estimate."""
-    return f"{'≈' if size.is_estimate else ''}{passes:,.1f}"
+    number = f"{passes:,.1f}" if passes >= 1 or not passes else f"{passes:.2g}"
+    return f"{'≈' if size.is_estimate else ''}{number}"
 
 
 def _stored(text: PreparedText, ledger: Ledger) -> TextSize | None:

@@ -1,4 +1,4 @@
-"""Parameter averaging: the weights by which experts are averaged, and the average of one tensor.
+"""Parameter averaging: the weights by which experts are averaged.
 
 Source: paper, section 3.2.
 """
@@ -41,22 +41,6 @@ def greedy_weights(loss: Callable[[Sequence[float]], float], experts: int) -> tu
         if tried < best:
             kept, best = [*kept, j], tried
     return [float(i in kept) / len(kept) for i in range(experts)], best
-
-
-def average_tensor(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """Σ w_i θ_i of equally shaped tensors, summed in float32, in the dtype of the first.
-
-    Whole numbers and switches have no weighted sum: they must be the same in all.
-
-    Raises:
-        ValueError: they are not.
-    """
-    if not tensors[0].is_floating_point():
-        return same_in_all(tensors)
-    total = torch.zeros(tensors[0].shape, dtype=torch.float32)
-    for tensor, weight in zip(tensors, weights, strict=True):
-        total.add_(tensor.to(torch.float32), alpha=weight)
-    return total.to(tensors[0].dtype)
 
 
 def same_in_all(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

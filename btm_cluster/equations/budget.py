@@ -19,17 +19,19 @@ def wall_hours(trainings: Sequence[tuple[float, float]]) -> float:
     return max((end for end, _ in running), default=0.0)
 
 
-def stored_bytes(parameters: int, with_optimizer: bool, is_rounded: bool = False) -> int:
-    """Bytes of a stored model of float32 weights, or of bfloat16 ones where it `is_rounded`; with Adam's two
-    moments where a branch needs them, beside which rounded weights stand in float32 too."""
-    weights = 2 if is_rounded else 4
-    return parameters * (weights + (8 + (4 if is_rounded else 0) if with_optimizer else 0))
+def stored_bytes(parameters: int, with_optimizer: bool, is_rounded: bool = False, by_muon: int = 0) -> int:
+    """Bytes of a stored model of float32 weights, or of bfloat16 ones where it `is_rounded`; with the optimiser
+    where a branch needs it, in which rounded weights stand in float32 too: Adam's two moments, but one of the
+    parameters that are trained `by_muon`."""
+    weights = parameters * (2 if is_rounded else 4)
+    optimizer = parameters * (8 + (4 if is_rounded else 0)) - 4 * by_muon
+    return weights + (optimizer if with_optimizer else 0)
 
 
-def trained_bytes(parameters: int) -> int:
+def trained_bytes(parameters: int, by_muon: int = 0) -> int:
     """Bytes of memory that a model takes while it is trained, at least: weights, gradients and Adam's two
-    moments in float32. Activations come on top."""
-    return parameters * 4 * 4
+    moments in float32, but one of the parameters that are trained `by_muon`. Activations come on top."""
+    return parameters * 4 * 4 - 4 * by_muon
 
 
 def frozen_bytes(parameters: int) -> int:

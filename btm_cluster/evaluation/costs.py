@@ -44,7 +44,8 @@ def costs_of(
 ) -> dict[System, Cost]:
     """The cost of every system whose models are known. `model` is the configuration that all of them share but
     mixtures of experts."""
-    known = _Known(ledger)
+    every = {ref for models in comparison.models.values() for ref in (*models.trained, *models.used)}
+    known = _Known(ledger, every)
     parameters, _ = count_trained(model, ALL)
     dense = inference_flops(model, parameters, block_tokens)
 
@@ -75,10 +76,11 @@ def is_better(interval: Sequence[float], relative_cost: float) -> bool | None:
 
 
 class _Known:
-    """Artifacts of models that were read already."""
+    """Artifacts of models, each read once."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger, self._artifacts = ledger, dict[Ref, Artifact]()
+    def __init__(self, ledger: Ledger, models: Iterable[Ref]) -> None:
+        self._ledger = ledger
+        self._artifacts = {one.ref: one for one in ledger.find_all(list(models)) if one is not None}
 
     def artifact(self, ref: Ref) -> Artifact:
         if ref not in self._artifacts:

@@ -162,7 +162,7 @@ def soup_request(
         text.tokens["development"],
         prepared.plan.merging.development_blocks,
         starts,
-        replace(how, micro_batch_blocks=min(SOUP_BLOCKS_AT_ONCE, how.micro_batch_blocks)),
+        replace(how, micro_batch_blocks=min(SOUP_BLOCKS_AT_ONCE, how.blocks_at_once)),
     )
 
 

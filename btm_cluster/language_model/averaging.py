@@ -1,14 +1,15 @@
-"""Models merged into one, a tensor at a time: of each model one is held."""
+"""Models made one: averaged piece by piece, or merged by a method, a tensor of each at a time."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
 import torch
 
-from btm_cluster.equations.averaging import average_tensor
+from btm_cluster.equations.averaging import same_in_all
 from btm_cluster.errors import IncompatibleError
 from btm_cluster.language_model.stored_weights import StoredWeights
+from btm_cluster.language_model.streamed_weights import in_pieces
 from btm_cluster.language_model.tensor_files import DTYPES, Header, header_of, names_in_order
 
 Method: TypeAlias = Callable[[Sequence[torch.Tensor]], torch.Tensor]
@@ -16,6 +17,8 @@ Method: TypeAlias = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 
 Raises ValueError where that cannot be.
 """
+SUMMED_AT_ONCE = 2**18
+"""Elements: their sum, 1 MiB, stays in a core's cache while all models are added to it."""
 
 
 class MergedWeights:
@@ -52,9 +55,62 @@ class MergedWeights:
         return f"{self._models[0]} and {len(self._models) - 1} others"
 
 
-def average_models(models: Sequence[StoredWeights], weights: Sequence[float]) -> MergedWeights:
+class AveragedWeights:
+    """Σ w_i θ_i of several models, summed in float32 in their order, piece by piece as it is read.
+
+    It is to be stored in their dtype, and in the widest where they differ. Whole numbers and switches have no
+    weighted sum: they must be the same in all.
+
+    Raises:
+        IncompatibleError: as of merged weights.
+    """
+
+    def __init__(self, models: Sequence[StoredWeights], weights: Sequence[float]) -> None:
+        self._header = _common_header(models)
+        self._whole = MergedWeights(models, same_in_all)
+        self._models = [(in_pieces(model), weight) for model, weight in zip(models, weights, strict=True)]
+
+    @property
+    def header(self) -> Header:
+        return self._header
+
+    def read(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        shape = self._header[name]["shape"]
+        if not self._is_summed(name):
+            return self._whole.read(name, device)
+        found = torch.empty(math.prod(shape), dtype=torch.float32)
+        for first in range(0, len(found), SUMMED_AT_ONCE):
+            part = found[first : first + SUMMED_AT_ONCE]
+            part.copy_(self._sum(name, first, len(part)))
+        return found.reshape(shape).to(device)
+
+    def pieces(self, name: str, first: int, count: int) -> Iterator[torch.Tensor]:
+        if not self._is_summed(name):
+            yield self._whole.read(name).reshape(-1)[first : first + count]
+            return
+        stop = first + count
+        for start in range(first, stop, SUMMED_AT_ONCE):
+            yield self._sum(name, start, min(SUMMED_AT_ONCE, stop - start))
+
+    def _sum(self, name: str, first: int, count: int) -> torch.Tensor:
+        total = torch.zeros(count, dtype=torch.float32)
+        for model, weight in self._models:
+            at = 0
+            for piece in model.pieces(name, first, count):
+                total[at : at + len(piece)].add_(piece, alpha=weight)
+                at += len(piece)
+        return total
+
+    def _is_summed(self, name: str) -> bool:
+        return DTYPES[self._header[name]["dtype"]].is_floating_point
+
+    def __str__(self) -> str:
+        return str(self._whole)
+
+
+def average_models(models: Sequence[StoredWeights], weights: Sequence[float]) -> AveragedWeights:
     """Σ w_i θ_i of `models`, summed in float32."""
-    return MergedWeights(models, partial(average_tensor, weights=weights))
+    return AveragedWeights(models, weights)
 
 
 def _widened(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,9 +5,10 @@ holds; `benchmarks/memory_estimates.py` compares them. CUDA's context, NCCL's bu
 join come on top.
 
 State: weights, gradients and Adam's two moments are float32, 16 bytes per parameter (Rajbhandari et al., 2020,
-"ZeRO", section 3.1, whose mixed precision keeps the same amount); fused AdamW and clipping write in place. What is
-frozen has weights alone. Sharded, each rank has its share of all of these, and in full only what is gathered: the
-weights of a layer and of the next one, and a layer's gradient (ZeRO stage 3, section 5).
+"ZeRO", section 3.1, whose mixed precision keeps the same amount); fused AdamW and clipping write in place. Muon
+keeps one moment of a matrix. What is frozen has weights alone. Sharded, each rank has its share of all of these, and
+in full only what is gathered: the weights of a layer and of the next one, and a layer's gradient (ZeRO stage 3,
+section 5).
 
 Copies: autocast multiplies by bfloat16 copies of float32 weights. A backward pass uses them again, so that all of
 them are kept until then, whether compiled (the partitioner does not compute again what a matrix product reads) or
@@ -31,6 +32,16 @@ Setting: TypeAlias = Literal["auto", "on", "off"]
 FLOAT32, BFLOAT16 = 4, 2
 USABLE_SHARE = 0.9
 """Usable share of a GPU's memory: the rest is CUDA's context, NCCL's buffers, and what the allocator cannot join."""
+
+WHOLE_GRAPH_LAYERS = 24
+"""Layers of the deepest model that is compiled as a whole; with adapters, of which each traces half as much again as
+the layer, half as many."""
+
+
+def is_compiled_whole(layers: int, has_adapters: bool) -> bool:
+    """Whether a model is compiled as one graph, which fuses what lies between layers. The time that takes grows with
+    the layers; compiled by itself, one layer serves all."""
+    return layers * (2 if has_adapters else 1) <= WHOLE_GRAPH_LAYERS
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,8 @@ class ModelSize:
     """Parameters that are not trained: without gradient and moments."""
     frozen_linear: int = 0
     """Those of them that are held in the precision of the forward pass."""
+    by_muon: int = 0
+    """Trained parameters of which the optimiser keeps one moment, not two."""
     adapters: int = 0
     """Width of all adapters of a layer together, where LoRA is trained: rank times adapted linear maps."""
 
@@ -87,10 +100,10 @@ class PassSettings:
         """Tokens of one forward pass."""
         return self.blocks * self.block_tokens
 
-    @property
-    def is_one_graph(self) -> bool:
-        """Whether the model is compiled as a whole, whose backward pass gives all gradients at its end."""
-        return self.compiles and not (self.is_sharded or self.recomputes or self.logits_at_once)
+    def makes_one_graph_of(self, size: ModelSize) -> bool:
+        """Whether a model is compiled as a whole, whose backward pass gives all gradients at its end."""
+        has_parts = self.is_sharded or self.recomputes or self.logits_at_once
+        return self.compiles and not has_parts and is_compiled_whole(size.layers, size.adapters > 0)
 
 
 @dataclass(frozen=True)
@@ -122,6 +135,7 @@ def memory_of(size: ModelSize, settings: PassSettings) -> Memory:
     """
     share = settings.ranks if settings.is_sharded else 1
     trained = FLOAT32 * _share(size.parameters - size.frozen, share)
+    moments = 2 * trained - FLOAT32 * _share(size.by_muon, share)
     whole = size.frozen - size.frozen_linear
     weights = trained + FLOAT32 * _share(whole, share) + _value(settings) * _share(size.frozen_linear, share)
     buckets = 0 if settings.is_sharded or settings.ranks == 1 else trained
@@ -130,15 +144,15 @@ def memory_of(size: ModelSize, settings: PassSettings) -> Memory:
         _activations(size, settings),
         _logits(size, settings),
     )
-    state = weights + 2 * trained + buckets
+    state = weights + moments + buckets
     before = trained if settings.passes > 1 else 0
     # Whole graphs hand out all gradients together, which are then added to those that are there.
-    after = trained + (before if settings.is_one_graph else 0)
+    after = trained + (before if settings.makes_one_graph_of(size) else 0)
     at_start = before + copies + activations + max(logits, _within_a_layer(size, settings))
     return Memory(
         weights=weights,
         gradients=trained,
-        optimizer=2 * trained,
+        optimizer=moments,
         copies=copies + buckets,
         activations=activations,
         logits=logits,
@@ -233,7 +247,7 @@ def _logits(size: ModelSize, settings: PassSettings) -> int:
         return min(values, settings.logits_at_once) * (value + 2 * FLOAT32) + FLOAT32 * head
     if not settings.compiles:
         return values * 3 * FLOAT32
-    if not settings.is_one_graph:
+    if not settings.makes_one_graph_of(size):
         return values * 2 * value
     return max(values * value, FLOAT32 * head) + value * head
 

@@ -1,32 +1,113 @@
 """The optimiser of a training, and its learning rate at each update."""
 
+from collections.abc import Mapping
+
 import torch
 from transformers import PreTrainedModel
 
 from btm_cluster.equations.schedule import learning_rate, rewarmed_learning_rate
 from btm_cluster.language_model.demix import has_row_per_domain
+from btm_cluster.language_model.layers import layers_of
 from btm_cluster.language_model.training_spec import TrainingSpec
-from btm_cluster.plan import TrainingPlan
+from btm_cluster.plan import ALL, TrainingPlan, Trains
+
+MOMENTUM = 0.95
+"""Muon's, with Nesterov's step.
+
+Source: Jordan et al., 2024, Muon: An optimizer for hidden layers in neural networks.
+"""
+_ADAMS, _MUONS = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
+
+
+class TrainingOptimizer:
+    """AdamW over all that is trained; or Muon over the matrices of the layers, and AdamW over the rest."""
+
+    def __init__(self, adamw: torch.optim.AdamW, muon: torch.optim.Muon | None = None) -> None:
+        self._adamw, self._muon = adamw, muon
+        self._by_muon = set() if muon is None else {p for group in muon.param_groups for p in group["params"]}
+
+    def step(self, learning_rate: float) -> None:
+        """Takes a step by the gradients, and drops them."""
+        for optimizer in (self._adamw, *((self._muon,) if self._muon is not None else ())):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            optimizer.step()
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        """Forgets the gradients."""
+        self._adamw.zero_grad(set_to_none=True)
+        if self._muon is not None:
+            self._muon.zero_grad(set_to_none=True)
+
+    def moments_of(self, parameter: torch.nn.Parameter) -> tuple[str, ...]:
+        """The names of the moments that are kept of a parameter."""
+        return _MUONS if parameter in self._by_muon else _ADAMS
+
+    def counts_steps(self, parameter: torch.nn.Parameter) -> bool:
+        """Whether a parameter's moments come with a number of steps: AdamW's do."""
+        return parameter not in self._by_muon
+
+    def state_of(self, parameter: torch.nn.Parameter) -> Mapping[str, torch.Tensor]:
+        """Moments and `step` of a parameter; empty before the first step."""
+        of = self._muon if self._muon is not None and parameter in self._by_muon else self._adamw
+        state: Mapping[str, torch.Tensor] = of.state.get(parameter, {})
+        return state
+
+    def set_state(
+        self, parameter: torch.nn.Parameter, moments: Mapping[str, torch.Tensor], step: torch.Tensor | None
+    ) -> None:
+        """Gives a parameter its moments, held as it is, and the number of steps that AdamW has made."""
+        if self._muon is not None and parameter in self._by_muon:
+            self._muon.state[parameter] = dict(moments)
+            return
+        assert step is not None, "AdamW's moments come with their number of steps"
+        # The fused kernel counts where the parameter is.
+        self._adamw.state[parameter] = {"step": step.clone().to(parameter.device), **moments}
 
 
 def build_optimizer(
-    model: PreTrainedModel, training: TrainingPlan, is_demix: bool = False
-) -> torch.optim.AdamW:
-    """AdamW over all parameters that are trained; weight decay on matrices only."""
+    model: PreTrainedModel, training: TrainingPlan, is_demix: bool = False, trains: Trains = ALL
+) -> TrainingOptimizer:
+    """The optimiser of all parameters that are trained; weight decay on matrices only.
+
+    The factors of an adapter are AdamW's, whatever the plan says: Muon's step is made for whole matrices.
+    """
 
     def is_matrix(name: str, parameter: torch.nn.Parameter) -> bool:
         stacked = is_demix and has_row_per_domain(name)
         return parameter.ndim - stacked >= 2
 
     parameters = sorted((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    hidden = set(hidden_matrices(model)) if training.optimizer == "muon" and trains.lora is None else set()
+    by_adam = [(name, p) for name, p in parameters if p not in hidden]
     groups = [
-        {
-            "params": [p for name, p in parameters if is_matrix(name, p)],
-            "weight_decay": training.weight_decay,
-        },
-        {"params": [p for name, p in parameters if not is_matrix(name, p)], "weight_decay": 0.0},
+        {"params": [p for name, p in by_adam if is_matrix(name, p)], "weight_decay": training.weight_decay},
+        {"params": [p for name, p in by_adam if not is_matrix(name, p)], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=training.betas, eps=training.epsilon, fused=True)
+    adamw = torch.optim.AdamW(groups, lr=0.0, betas=training.betas, eps=training.epsilon, fused=True)
+    by_muon = [p for _, p in parameters if p in hidden]
+    return TrainingOptimizer(adamw, _muon(by_muon, training) if by_muon else None)
+
+
+def _muon(parameters: list[torch.nn.Parameter], training: TrainingPlan) -> torch.optim.Muon:
+    """Muon with steps as large as AdamW's, so that learning rate and weight decay mean the same for both.
+
+    Source: Liu et al., 2025, Muon is scalable for LLM training, section 2.2.
+    """
+    return torch.optim.Muon(
+        parameters,
+        lr=0.0,
+        weight_decay=training.weight_decay,
+        momentum=MOMENTUM,
+        nesterov=True,
+        adjust_lr_fn="match_rms_adamw",
+    )
+
+
+def hidden_matrices(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+    """The matrices of a model's layers that are trained: neither embeddings nor the output matrix."""
+    return [p for layer in layers_of(model) for p in layer.parameters() if p.requires_grad and p.ndim == 2]
 
 
 def learning_rate_at(update: int, spec: TrainingSpec) -> float:

@@ -30,28 +30,42 @@ class Recording:
 
     def curve(self) -> Curve:
         """All points until now."""
-        if self._fresh or self._fresh_development:
+        if self._fresh:
             self._curve = self._with_fresh()
-            self._fresh, self._fresh_development = [], []
+            self._fresh = []
+        self._add_development()
         return self._curve
 
-    def _with_fresh(self) -> Curve:
-        before, development = self._curve, self._curve.development
-        values = torch.stack([pair for *_, pair in self._fresh]).tolist() if self._fresh else []
-        losses = (
-            torch.stack([one for _, one in self._fresh_development]).tolist()
-            if self._fresh_development
-            else []
-        )
-        points = [
-            (update, tokens, rounded(rate), rounded(loss), rounded(norm))
-            for (update, tokens, rate, _), (loss, norm) in zip(self._fresh, values, strict=True)
-            if are_finite((loss, norm))
-        ]
+    def newest_development(self) -> tuple[int, float] | None:
+        """The update at which the newest development loss was taken, and that loss; waits for no other point."""
+        self._add_development()
+        looks = self._curve.development
+        return (looks.updates[-1], looks.loss[-1]) if looks.updates else None
+
+    def _add_development(self) -> None:
+        if not self._fresh_development:
+            return
+        before = self._curve.development
+        losses = torch.stack([one for _, one in self._fresh_development]).tolist()
         looks = [
             (update, rounded(loss))
             for (update, _), loss in zip(self._fresh_development, losses, strict=True)
             if are_finite((loss,))
+        ]
+        development = DevelopmentCurve(
+            updates=[*before.updates, *(one[0] for one in looks)],
+            loss=[*before.loss, *(one[1] for one in looks)],
+        )
+        self._curve = self._curve.model_copy(update={"development": development})
+        self._fresh_development = []
+
+    def _with_fresh(self) -> Curve:
+        before = self._curve
+        values = torch.stack([pair for *_, pair in self._fresh]).tolist()
+        points = [
+            (update, tokens, rounded(rate), rounded(loss), rounded(norm))
+            for (update, tokens, rate, _), (loss, norm) in zip(self._fresh, values, strict=True)
+            if are_finite((loss, norm))
         ]
         return Curve(
             updates=[*before.updates, *(one[0] for one in points)],
@@ -59,8 +73,5 @@ class Recording:
             learning_rate=[*before.learning_rate, *(one[2] for one in points)],
             loss=[*before.loss, *(one[3] for one in points)],
             gradient_norm=[*before.gradient_norm, *(one[4] for one in points)],
-            development=DevelopmentCurve(
-                updates=[*development.updates, *(one[0] for one in looks)],
-                loss=[*development.loss, *(one[1] for one in looks)],
-            ),
+            development=before.development,
         )

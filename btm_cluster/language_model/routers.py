@@ -109,7 +109,7 @@ class _Trunk:
         """Shows what the feed-forward of each layer reads at the real tokens of some blocks: [N, H], a
         micro-batch at a time."""
         device = self.model.device
-        for rows in torch.split(torch.arange(len(reading)), self.how.micro_batch_blocks):
+        for rows in torch.split(torch.arange(len(reading)), self.how.blocks_at_once):
             part = reading.take(rows)
             real_BT = part.mask_BT.to(device)
 

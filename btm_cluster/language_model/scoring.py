@@ -2,8 +2,9 @@
 every token, and the entropy of its prediction."""
 
 import math
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +14,26 @@ from transformers import PreTrainedModel
 
 from btm_cluster.data.blocks import Blocks
 from btm_cluster.errors import DivergedError
+from btm_cluster.language_model.attention_kernels import Kernels, kernels_for
 from btm_cluster.language_model.compute import autocast, device_of
 from btm_cluster.language_model.head import pieces_of, plain_head, run_with
+from btm_cluster.language_model.layers import compile_layers
 from btm_cluster.language_model.loss import read_after
+from btm_cluster.language_model.on_host import OnHost
+from btm_cluster.language_model.training_size import size_of
 from btm_cluster.requests import Resources
 
 LOGITS_AT_ONCE = {"cuda": 2**26, "cpu": 2**20}
 """Logits in float32 held at once beside the model's own, twice: 0.5 GB on a GPU. On a CPU, pieces that malloc
 keeps for the next: 73 ms instead of 106 for 16 blocks of 128 tokens and a vocabulary of 2,048 (once, on 29
 November 2026, one core)."""
+
+TOKENS_AT_ONCE = 2**15
+"""Most tokens of one forward pass on a GPU, which are enough to keep it busy."""
+
+WORTH_COMPILING = 10**14
+"""Tokens times parameters from which passes are compiled on a GPU: about a million tokens of a model of 124M
+parameters, which take about two seconds uncompiled, as long as a layer that was compiled before takes to be found."""
 
 MODELS_LOGITS_AT_ONCE = {"cuda": 2**31, "cpu": 2**28}
 """Logits of one forward pass, 8.6 GB in float32 on a GPU: fewer blocks are taken together then. Of one block that
@@ -44,45 +56,113 @@ def score_blocks(
     folder: Path,
     count: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Path]:
-    """Writes log p(x_t | x_<t) of every token, and the entropy in nats of p(· |
-    x_<t), as float32 [blocks, tokens] files.
+    """As `ScorePasses.write`, of one text."""
+    return ScorePasses(model, how, blocks.block_tokens, len(blocks)).write(blocks, first_token, folder, count)
 
-    The log-softmax is taken in float32 whatever the arithmetic of the forward pass. `count` is told how many
-    blocks were scored. Returns the files below `folder` by name.
 
-    Raises:
-        DivergedError: the model gives log-probabilities that are not finite.
+class ScorePasses:
+    """The forward passes by which one model scores texts, on its device.
+
+    On a GPU the next pass is computed while the scores of one are copied and written. Where there is enough to score,
+    they are compiled, all of them of one shape.
     """
-    device = device_of(how.gpus_per_worker)
-    model = model.to(device).eval()
-    block_tokens = blocks.take(np.zeros(1, dtype=np.int64)).shape[1]
-    files = {name: folder / name for name in ("logp.npy", "entropy.npy")}
-    header = {"descr": "<f4", "fortran_order": False, "shape": (len(blocks), block_tokens)}
-    total = 0.0
-    with ExitStack() as stack:  # not memory maps: on a full disk, writing to one kills the process
-        opened = [stack.enter_context(file.open("wb")) for file in files.values()]
-        for out in opened:
-            np.lib.format.write_array_header_1_0(out, header)
-        logits = block_tokens * model.config.get_text_config().vocab_size
-        fitting = MODELS_LOGITS_AT_ONCE[device.type] // logits
-        head = None if fitting else plain_head(model)
-        at_once = max(1, min(how.micro_batch_blocks, fitting))
-        for start in range(0, len(blocks), at_once):
-            rows = np.arange(start, min(start + at_once, len(blocks)))
-            scored = score_tokens(
-                model, torch.from_numpy(blocks.take(rows)).to(device), first_token, how, head
+
+    def __init__(self, model: PreTrainedModel, how: Resources, block_tokens: int, blocks: int) -> None:
+        """For so many blocks in all texts together."""
+        self._device = device_of(how.gpus_per_worker)
+        self._model, self._how = model.to(self._device).eval(), how
+        fitting = MODELS_LOGITS_AT_ONCE[self._device.type] // (block_tokens * _vocabulary(model))
+        self._head = None if fitting else plain_head(model)
+        self.at_once = max(1, min(fitting, _blocks_by_memory(model, how, block_tokens)))
+        self.is_compiled = self._head is None and _is_worth_compiling(model, how, blocks * block_tokens)
+        self._kernels: Kernels = nullcontext
+        if self.is_compiled:
+            compile_layers(model)
+            self._kernels = kernels_for(model, block_tokens, how.precision, self._device)
+
+    def write(
+        self,
+        blocks: Blocks,
+        first_token: int,
+        folder: Path,
+        count: Callable[[int], None] = lambda _: None,
+    ) -> dict[str, Path]:
+        """Writes log p(x_t | x_<t) of every token, and the entropy in nats of p(· | x_<t), as float32
+        [blocks, tokens] files.
+
+        The log-softmax is taken in float32 whatever the arithmetic of the forward pass. `count` is told how many
+        blocks were scored. Returns the files below `folder` by name.
+
+        Raises:
+            DivergedError: the model gives log-probabilities that are not finite.
+        """
+        files = {name: folder / name for name in ("logp.npy", "entropy.npy")}
+        header = {"descr": "<f4", "fortran_order": False, "shape": (len(blocks), blocks.block_tokens)}
+        total = 0.0
+        with ExitStack() as stack:  # not memory maps: on a full disk, writing to one kills the process
+            opened = [stack.enter_context(file.open("wb")) for file in files.values()]
+            for out in opened:
+                np.lib.format.write_array_header_1_0(out, header)
+            for scored_2BT in self._scored(blocks, first_token):
+                for out, values_BT in zip(opened, scored_2BT, strict=True):
+                    out.write(values_BT.astype("<f4", copy=False).tobytes())
+                total += float(scored_2BT[0].sum(dtype=np.float64))
+                count(scored_2BT.shape[1])
+        if not math.isfinite(total):
+            raise DivergedError(
+                "the model gives log-probabilities that are not finite",
+                found=f"a sum of {total} over {len(blocks)} blocks",
+                remedy="its training diverged: lower training.learning_rate or gradient_clip",
             )
-            for out, values_BT in zip(opened, scored, strict=True):
-                out.write(values_BT.cpu().numpy().astype("<f4", copy=False).tobytes())
-            total += float(scored[0].double().sum())
-            count(len(rows))
-    if not math.isfinite(total):
-        raise DivergedError(
-            "the model gives log-probabilities that are not finite",
-            found=f"a sum of {total} over {len(blocks)} blocks",
-            remedy="its training diverged: lower training.learning_rate or gradient_clip",
-        )
-    return files
+        return files
+
+    def _scored(self, blocks: Blocks, first_token: int) -> Iterator[np.ndarray]:
+        """Scores of a pass after the other, float32 [2, B, T]; each is handed out once the next one is under way."""
+        under_way: OnHost | None = None
+        for start in range(0, len(blocks), self.at_once):
+            rows = np.arange(start, min(start + self.at_once, len(blocks)))
+            begun = OnHost(self._pass(torch.from_numpy(blocks.take(rows)), first_token)[:, : len(rows)])
+            if under_way is not None:
+                yield under_way.read().numpy()
+            under_way = begun
+        if under_way is not None:
+            yield under_way.read().numpy()
+
+    def _pass(self, blocks_BT: torch.Tensor, first_token: int) -> torch.Tensor:
+        """Scores of blocks [2, B, T]; compiled, of as many as fill a pass."""
+        if self.is_compiled:
+            lacking = self.at_once - len(blocks_BT)
+            blocks_BT = torch.cat([blocks_BT, blocks_BT[:1].expand(lacking, -1)])
+        if self._device.type == "cuda":
+            blocks_BT = blocks_BT.pin_memory().to(self._device, non_blocking=True)
+        said = fused_said() if self.is_compiled else said_of
+        with self._kernels():
+            return torch.stack(score_tokens(self._model, blocks_BT, first_token, self._how, self._head, said))
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    size: int = model.config.get_text_config().vocab_size
+    return size
+
+
+def _blocks_by_memory(model: PreTrainedModel, how: Resources, block_tokens: int) -> int:
+    """Blocks of a pass: on a CPU those of a training, on a GPU as many as keep it busy and fit its free memory, of
+    which half is taken: others may be there."""
+    if not how.gpus_per_worker:
+        return how.blocks_at_once
+    free, whole = torch.cuda.mem_get_info()
+    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    usable = 0.5 * min(free, how.gpus_per_worker * whole)
+    value = 2 if how.precision == "bfloat16" else 4
+    size = size_of(model)
+    layer = 4 * (4 * size.width + size.queries + 2 * size.keys) + 3 * value * size.inner
+    by_memory = int(usable / (value * size.vocabulary + layer))
+    return min(by_memory, TOKENS_AT_ONCE) // block_tokens
+
+
+def _is_worth_compiling(model: PreTrainedModel, how: Resources, tokens: int) -> bool:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return bool(how.gpus_per_worker) and how.compile and tokens * parameters >= WORTH_COMPILING
 
 
 @torch.inference_mode()
@@ -92,11 +172,12 @@ def score_tokens(
     first_token: int,
     how: Resources,
     head: torch.nn.Linear | None = None,
+    said: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log p(x_t | x_<t) of each token of blocks [B, T], and the entropy of the
     prediction it was: both float32 [B, T].
 
-    With the model's plain `head`, that is applied a few tokens at a time.
+    With the model's plain `head`, that is applied a few tokens at a time. `said` is `said_of`, or the same fused.
     """
     read_BT, tokens_N = read_after(blocks_BT, first_token), blocks_BT.flatten()
     with autocast(device_of(how.gpus_per_worker), how.precision):
@@ -104,7 +185,7 @@ def score_tokens(
             logits = model(input_ids=read_BT, use_cache=False).logits
         else:
             said_N2 = run_with(model, head, read_BT, lambda hidden: _said_in_pieces(hidden, head, tokens_N))
-    logp_N, entropy_N = said_of(logits.flatten(0, 1), tokens_N) if head is None else said_N2.T
+    logp_N, entropy_N = (said or said_of)(logits.flatten(0, 1), tokens_N) if head is None else said_N2.T
     return logp_N.view_as(blocks_BT), entropy_N.view_as(blocks_BT)
 
 
@@ -119,6 +200,23 @@ def said_of(logits_NV: torch.Tensor, tokens_N: torch.Tensor) -> tuple[torch.Tens
         logp_N[part] = logp_NV.gather(1, tokens_N[part, None])[:, 0]
         entropy_N[part] = _entropy(logp_NV)
     return logp_N, entropy_N
+
+
+@cache
+def fused_said() -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """`said_of` in one compiled kernel, which holds no logits in float32 beside the model's own."""
+    compiled: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    compiled = torch.compile(_said_of_all, dynamic=False)
+    return compiled
+
+
+def _said_of_all(logits_NV: torch.Tensor, tokens_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    logp_NV = torch.log_softmax(logits_NV.float(), dim=-1)
+    least = torch.finfo(logp_NV.dtype).min
+    entropy_N = -(logp_NV.exp() * logp_NV.clamp(min=least)).sum(
+        dim=-1
+    )  # a product of rows would not be fused
+    return logp_NV.gather(1, tokens_N[:, None])[:, 0], entropy_N
 
 
 def _said_in_pieces(hidden_BTD: torch.Tensor, head: torch.nn.Linear, tokens_N: torch.Tensor) -> torch.Tensor:

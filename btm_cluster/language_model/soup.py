@@ -122,8 +122,7 @@ class Soup:
 
     def _parts_of(self, reading: Reading) -> list[Reading]:
         return [
-            reading.take(rows)
-            for rows in torch.split(torch.arange(len(reading)), self._how.micro_batch_blocks)
+            reading.take(rows) for rows in torch.split(torch.arange(len(reading)), self._how.blocks_at_once)
         ]
 
     def _summed(self, reading: Reading) -> torch.Tensor:

@@ -4,12 +4,13 @@ Knows files and tensors, and nothing of architectures or stores.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -21,6 +22,7 @@ from btm_cluster.language_model.tensor_files import (
     WEIGHTS,
     Header,
     TensorWriter,
+    check_shape,
     header_of,
     names_in_order,
     read_header,
@@ -42,6 +44,17 @@ class StoredWeights(Protocol):
 
     def read(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """A tensor as it is stored; on the CPU it may be a view of a mapped file, not to be written to."""
+
+
+@runtime_checkable
+class ReadInPieces(Protocol):
+    """Weights of which some elements are read without the rest of their tensor."""
+
+    @property
+    def header(self) -> Header: ...
+
+    def pieces(self, name: str, first: int, count: int) -> Iterator[torch.Tensor]:
+        """A tensor's elements from `first` on, `count` of them, flattened, in order; not to be written to."""
 
 
 class TensorFiles:
@@ -103,6 +116,24 @@ def tensors_of(
         count(1)
 
 
+def parts_of(
+    weights: StoredWeights, count: Callable[[int], None] = lambda _: None
+) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """All elements in order: a tensor's name, the place of the part's first element in it, and the part.
+
+    Parts are tensors, or the pieces in which they are read; `count` is told of each tensor that is done with.
+    """
+    if not isinstance(weights, ReadInPieces):
+        yield from ((name, 0, tensor) for name, tensor in tensors_of(weights, count))
+        return
+    for name in names_in_order(weights.header):
+        first = 0
+        for piece in weights.pieces(name, 0, math.prod(weights.header[name]["shape"])):
+            yield name, first, piece
+            first += len(piece)
+        count(1)
+
+
 def write_weights(
     header: Header,
     tensors: Iterable[tuple[str, torch.Tensor]],
@@ -113,6 +144,26 @@ def write_weights(
     most `shard_bytes`, or else SHARD_BYTES, with an index. Returns all files by name.
 
     A tensor that is larger has a file of its own. Memory: one tensor.
+    """
+    return write_parts(header, _whole(header, tensors), folder, shard_bytes)
+
+
+def _whole(
+    header: Header, tensors: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, int, torch.Tensor]]:
+    for name, tensor in tensors:
+        check_shape(header, name, tensor)
+        yield name, 0, tensor
+
+
+def write_parts(
+    header: Header,
+    parts: Iterable[tuple[str, int, torch.Tensor]],
+    folder: Path,
+    shard_bytes: int | None = None,
+) -> dict[str, Path]:
+    """Writes tensors as `write_weights` does, each whole or in parts: its name, the place of the part's first
+    element among the tensor's, and the part. Memory: one part.
     """
     split = split_state_dict_into_shards_factory(
         {name: header[name] for name in names_in_order(header)},
@@ -126,8 +177,8 @@ def write_weights(
             shard: stack.enter_context(TensorWriter(header_of(header, own), folder / shard))
             for shard, own in split.filename_to_tensors.items()
         }
-        for name, tensor in tensors:
-            writers[split.tensor_to_filename[name]].write(name, tensor)
+        for name, first, part in parts:
+            writers[split.tensor_to_filename[name]].write_part(name, first, part)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         files[INDEX] = folder / INDEX
@@ -142,7 +193,7 @@ def write_shards(
     count: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Path]:
     """Writes a stored model into `folder`, as `write_weights` does; `count` is told of each tensor."""
-    return write_weights(weights.header, tensors_of(weights, count), folder, shard_bytes)
+    return write_parts(weights.header, parts_of(weights, count), folder, shard_bytes)
 
 
 def holds_weights(name: str) -> bool:
@@ -156,11 +207,11 @@ def open_files(locate: Callable[[str], Path], is_sharded: bool) -> TensorFiles:
     Raises:
         IncompatibleError: an index that is none.
     """
-    names = _shards_of(locate(INDEX)) if is_sharded else [WEIGHTS]
+    names = shards_of(locate(INDEX)) if is_sharded else [WEIGHTS]
     return TensorFiles([locate(name) for name in names])
 
 
-def _shards_of(index: Path) -> list[str]:
+def shards_of(index: Path) -> list[str]:
     """The names of the files that an index names, in order.
 
     Raises:

@@ -76,32 +76,44 @@ def size_of(entry: Mapping[str, Any]) -> int:
     return math.prod(shape) * DTYPES[entry["dtype"]].itemsize
 
 
+def check_shape(header: Header, name: str, tensor: torch.Tensor) -> None:
+    """Stops where a tensor has another shape than its header says, which is an error of ours."""
+    expected = header[name]["shape"]
+    assert list(tensor.shape) == expected, f"{name}: {list(tensor.shape)}, not {expected}"
+
+
 class TensorWriter:
-    """A file in the making: its tensors come in any order, and none is held."""
+    """A file in the making: its tensors come in any order, whole or in parts, and none is held."""
 
     def __init__(self, header: Header, target: Path) -> None:
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)  # the format aligns data to 8 bytes
-        self._header, self._missing = header, set(names_in_order(header))
+        self._header = header
+        self._missing = {name: size_of(header[name]) for name in names_in_order(header)}
         self._first_byte = 8 + len(encoded)
         self._out = target.open("wb")
         self._out.write(struct.pack("<Q", len(encoded)) + encoded)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Writes a tensor from whatever device, in the dtype that the header says."""
+        check_shape(self._header, name, tensor)
+        self.write_part(name, 0, tensor)
+
+    def write_part(self, name: str, first: int, part: torch.Tensor) -> None:
+        """Writes the tensor's elements from `first` on, in order; each element is to be written once."""
         entry = self._header[name]
-        assert list(tensor.shape) == entry["shape"], f"{name}: {list(tensor.shape)}, not {entry['shape']}"
-        stored = tensor.detach().to("cpu", DTYPES[entry["dtype"]]).reshape(-1)
-        self._out.seek(self._first_byte + entry["data_offsets"][0])
-        self._out.write(stored.view(torch.uint8).numpy().data)
-        self._missing.remove(name)
+        stored = part.detach().to("cpu", DTYPES[entry["dtype"]]).reshape(-1).view(torch.uint8)
+        self._out.seek(self._first_byte + entry["data_offsets"][0] + first * DTYPES[entry["dtype"]].itemsize)
+        self._out.write(stored.numpy().data)
+        self._missing[name] -= len(stored)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
         self._out.close()
-        assert failed or not self._missing, f"not written: {sorted(self._missing)[:3]}"
+        missing = [name for name, left in self._missing.items() if left]
+        assert failed or not missing, f"not written: {missing[:3]}"
 
 
 def write_tensors(header: Header, tensors: Iterable[tuple[str, torch.Tensor]], target: Path) -> None:

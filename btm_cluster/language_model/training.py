@@ -15,6 +15,7 @@ from btm_cluster.curve import is_recorded
 from btm_cluster.errors import DivergedError, Stopped
 from btm_cluster.language_model.development import DevelopmentLoss
 from btm_cluster.language_model.process_group import ProcessGroup
+from btm_cluster.language_model.tracing import Trace
 from btm_cluster.language_model.training_spec import TrainingSpec
 from btm_cluster.language_model.training_state import TrainingState
 from btm_cluster.language_model.update import Update, Updates
@@ -26,7 +27,8 @@ AGREE_EVERY = 8
 
 @dataclass(frozen=True)
 class UpdateReport:
-    """How a training goes at the update that its state stands at."""
+    """How a training goes: at the update that its state stands at, or on a GPU, while more is to come, at the one
+    before it, so that the device always has something to do."""
 
     loss: float
     """Mean negative log-likelihood per token of this rank's blocks, in nats."""
@@ -101,15 +103,27 @@ class _TrainLoop:
         self.updates = Updates(spec, state, self.group)
         self.development = DevelopmentLoss(spec, state, self.group)
         self.made: Update | None = None
+        self.before: Update | None = None
         self.pace = _Pace()
 
     def run(self) -> None:
+        trace = Trace(
+            self.spec.trace_file, self.spec.compute.device, self.spec.last_update - self.state.update
+        )
+        try:
+            self._run(trace)
+            trace.write()
+        finally:
+            trace.give_up()
+
+    def _run(self, trace: Trace) -> None:
         spec, state = self.spec, self.state
         if any(self.group.any(not state.recording.curve().development.updates)):
             self._look_at_development()
         while state.update < spec.last_update:
             must_save = self._stop_or_save()
-            self.made = self.updates.make()
+            trace.update_begins()
+            self.before, self.made = self.made, self.updates.make()
             state.update += 1
             self.pace.tokens += spec.tokens_per_update
             self._record(self.made)
@@ -153,14 +167,22 @@ class _TrainLoop:
             self.state.recording.note_development(self.state.update, self.development.take())
 
     def _report(self) -> None:
-        rate, made = self.pace.lap(), self.made
-        if self.group.world == 1:
+        shown = self._shown()
+        loss, norm = shown.shown.read().tolist()
+        rate = self.pace.lap()
+        if self.group.world == 1 and not math.isfinite(loss):
             self._check_finite()
-        if made is not None and self.group.is_first:
-            looks = self.state.recording.curve().development
-            look = (looks.updates[-1], looks.loss[-1]) if looks.updates else None
-            numbers = (made.loss.item(), made.learning_rate, made.gradient_norm.item())
-            self.callbacks.report(self.state, UpdateReport(*numbers, rate, look))
+        if self.group.is_first:
+            look = self.state.recording.newest_development()
+            self.callbacks.report(self.state, UpdateReport(loss, shown.learning_rate, norm, rate, look))
+
+    def _shown(self) -> Update:
+        """The update that a report is of."""
+        assert self.made is not None, "reports follow updates"
+        is_last = self.state.update == self.spec.last_update
+        if self.before is None or is_last or self.spec.compute.device.type == "cpu":
+            return self.made
+        return self.before
 
     def _save(self, wait: bool) -> None:
         """Has the state saved, unless it is spoiled: the last good one stays."""
@@ -183,4 +205,4 @@ class _TrainLoop:
 
     def _loss(self) -> float:
         """This rank's loss at the last update of this run; waits for the device."""
-        return 0.0 if self.made is None else self.made.loss.item()
+        return 0.0 if self.made is None else float(self.made.shown.read()[0])

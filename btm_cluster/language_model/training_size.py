@@ -3,6 +3,7 @@ trained of it."""
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -10,22 +11,36 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from btm_cluster.language_model.deltas import freeze
 from btm_cluster.language_model.demix import feed_forwards_of
 from btm_cluster.language_model.layers import layers_of, units_of
 from btm_cluster.language_model.lora import count_adapted, count_adapter
 from btm_cluster.language_model.memory import ModelSize
 from btm_cluster.language_model.model import fresh_on_meta
+from btm_cluster.language_model.optimizer import hidden_matrices
 from btm_cluster.plan import ALL, Trains
 
 
-def size_for(model: Mapping[str, Any], trains: Trains = ALL) -> ModelSize:
-    """The sizes of a model by its configuration, of which `trains` is trained."""
-    return _size_for(json.dumps(model, sort_keys=True), trains)
+def size_for(model: Mapping[str, Any], trains: Trains = ALL, with_muon: bool = False) -> ModelSize:
+    """The sizes of a model by its configuration, of which `trains` is trained; `with_muon`, by Muon."""
+    size, hidden = _size_for(json.dumps(model, sort_keys=True), trains)
+    return replace(size, by_muon=hidden) if with_muon else size
+
+
+def count_by_muon(model: Mapping[str, Any], trains: Trains, with_muon: bool) -> int:
+    """How many of the trained parameters of a model Muon trains, by its configuration."""
+    return size_for(model, trains, with_muon).by_muon if with_muon else 0
 
 
 @cache
-def _size_for(model: str, trains: Trains) -> ModelSize:
-    return size_of(fresh_on_meta(json.loads(model)), trains)
+def _size_for(model: str, trains: Trains) -> tuple[ModelSize, int]:
+    """The sizes, and how many of the trained parameters are in matrices of the layers."""
+    fresh = fresh_on_meta(json.loads(model))
+    size = size_of(fresh, trains)
+    if trains.lora is not None:
+        return size, 0
+    freeze(fresh, trains, random_seed=0)
+    return size, sum(parameter.numel() for parameter in hidden_matrices(fresh))
 
 
 def size_of(model: PreTrainedModel, trains: Trains = ALL) -> ModelSize:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,8 @@ class TrainingSpec:
     development_DNT: torch.Tensor | None = None
     """Development blocks [texts, blocks, block_tokens] to take a loss on now and then, int64, `~token` where a
     token is read alone or padding. Of a DEMix, those of every text in order; of another model, of any."""
+    trace_file: Path | None = None
+    """Where a profiler's trace of a few updates is written, `.json.gz`; None: nowhere."""
 
     @property
     def blocks_per_update(self) -> int:

@@ -33,7 +33,7 @@ from btm_cluster.language_model.model import (
     model_of_undefined_values,
     weights_of,
 )
-from btm_cluster.language_model.optimizer import build_optimizer
+from btm_cluster.language_model.optimizer import TrainingOptimizer, build_optimizer
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.recording import Recording
 from btm_cluster.language_model.sharding import (
@@ -53,7 +53,6 @@ from btm_cluster.plan import ALL, Trains
 OPTIMIZER_FILE = "optimizer.safetensors"
 CAUSAL_TOKENS = 8
 """Enough to see whether a model reads from left to right."""
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _MASTER = "master."
 
 
@@ -62,7 +61,7 @@ class TrainingState:
     """A model in the making, as this rank holds it. The train loop changes it in place."""
 
     model: PreTrainedModel
-    optimizer: torch.optim.AdamW
+    optimizer: TrainingOptimizer
     update: int
     """Updates made so far."""
     share: Share | None = None
@@ -77,7 +76,8 @@ class TrainingState:
         return self._gathered(self.held_weights())
 
     def moments(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Adam's moments of all that is trained, by the name that a parameter is stored by, and its step count.
+        """The optimiser's moments of all that is trained, by the name that a parameter is stored by, and AdamW's step
+        count.
 
         Every rank of a group exhausts it.
         """
@@ -88,9 +88,9 @@ class TrainingState:
         tensors: dict[str, torch.Tensor] = {}
         parameters = dict(self.model.named_parameters())
         for name, stored in trained_names(self.model, self.trains).items():
-            kept = self.optimizer.state.get(parameters[name])
-            if kept:
-                tensors |= {f"{moment}.{stored}": kept[moment] for moment in _MOMENTS}
+            kept = self.optimizer.state_of(parameters[name])
+            tensors |= {f"{moment}.{stored}": kept[moment] for moment in kept if moment != "step"}
+            if "step" in kept:
                 tensors["step"] = torch.as_tensor(kept["step"], dtype=torch.float32)
         return tensors
 
@@ -132,7 +132,7 @@ def build_state(
             share = share_of(group.rank, group.world, len(spec.texts))
             split_feed_forwards(model, share.domains)
         model = model.to(spec.compute.device)
-    optimizer = build_optimizer(model, spec.training, spec.is_demix)
+    optimizer = build_optimizer(model, spec.training, spec.is_demix, spec.trains)
     return TrainingState(model, optimizer, spec.first_update, share, spec.trains)
 
 
@@ -226,16 +226,17 @@ def load_moments(state: TrainingState, optimizer: StoredWeights, name_of_state: 
             moment: tensors.get(f"{moment}.{stored_as}")
             if state.trains.is_delta
             else own_moments(state.model, name, moment, tensors)
-            for moment in _MOMENTS
+            for moment in state.optimizer.moments_of(parameter)
         }
         moments = {moment: tensor for moment, tensor in stored.items() if tensor is not None}
         if not moments:
             continue
-        if "step" not in tensors or any(tensor.shape != parameter.shape for tensor in moments.values()):
+        step = tensors.get("step")
+        is_uncounted = step is None and state.optimizer.counts_steps(parameter)
+        if is_uncounted or any(tensor.shape != parameter.shape for tensor in moments.values()):
             raise does_not_fit(name_of_state, f"the optimiser's state of {name}")
-        fused_device = parameter.device if state.optimizer.defaults.get("fused") else torch.device("cpu")
         own = {moment: like(parameter, tensor) for moment, tensor in moments.items()}
-        state.optimizer.state[parameter] = {"step": tensors["step"].clone().to(fused_device), **own}
+        state.optimizer.set_state(parameter, own, step)
 
 
 def does_not_fit(name: str, found: str) -> IntegrityError:

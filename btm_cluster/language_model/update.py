@@ -10,9 +10,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from btm_cluster.language_model.attention import leave_causal_masks_out
+from btm_cluster.language_model.attention_kernels import kernels_for
 from btm_cluster.language_model.batches import blocks_of_update, split_into_micro_batches
 from btm_cluster.language_model.demix_group import DemixGroup
-from btm_cluster.language_model.layers import compile_layers, recompute_activations
+from btm_cluster.language_model.layers import compile_layers, layers_of, recompute_activations
 from btm_cluster.language_model.loss import (
     FILLER,
     NextTokenLoss,
@@ -21,7 +22,9 @@ from btm_cluster.language_model.loss import (
     read_after,
     read_tokens,
 )
+from btm_cluster.language_model.memory import is_compiled_whole
 from btm_cluster.language_model.model import has_dropout
+from btm_cluster.language_model.on_host import OnHost
 from btm_cluster.language_model.optimizer import learning_rate_at
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.sharding import clip_gradients
@@ -36,11 +39,11 @@ PASSES_UNTIL_RECORDED = 3
 class Update:
     """Loss, gradient norm and learning rate of an update; tensors may still be computed on the device."""
 
-    loss: torch.Tensor
-    """Mean negative log-likelihood per predicted token of this rank's blocks; not finite where the gradient is
-    not."""
+    shown: OnHost
+    """[2]: mean negative log-likelihood per predicted token of this rank's blocks, which is not finite where the
+    gradient is not; and the gradient norm."""
     total_loss: torch.Tensor
-    """Its sum over these."""
+    """Summed negative log-likelihood of this rank's blocks."""
     gradient_norm: torch.Tensor
     """Over the whole model, before clipping."""
     learning_rate: float
@@ -60,25 +63,24 @@ class Updates:
         self.has_dropout = has_dropout(state.model)
         with spec.compute.arithmetic():
             self.head = head_for(state.model, spec.training.block_tokens)
+        compute = spec.compute
+        self.kernels = kernels_for(state.model, spec.training.block_tokens, compute.precision, compute.device)
         self.forward = self._wrap(NextTokenLoss(state.model, self.head))
         state.model.train()
 
     def make(self) -> Update:
         """One optimiser step."""
-        optimizer = self.state.optimizer
         self._seed_dropout()
         learning_rate = learning_rate_at(self.state.update, self.spec)
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = learning_rate
         blocks = self._blocks()
         own, predicted = self._count_predicted(blocks)
         total = self._backward(blocks, predicted)
         norm = self._clip_gradients()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        self.state.optimizer.step(learning_rate)
         # A gradient that is not finite spoils the weights under a finite loss: it spoils the loss that is
         # reported too.
-        return Update(total / own + 0.0 * norm, total, norm, learning_rate, predicted)
+        shown = OnHost(torch.stack([total / own + 0.0 * norm, norm]))
+        return Update(shown, total, norm, learning_rate, predicted)
 
     def try_out(self) -> None:
         """The forward and backward passes of an update of made-up blocks: what these
@@ -91,7 +93,7 @@ class Updates:
         for _ in range(PASSES_UNTIL_RECORDED):
             self._backward(blocks, self.spec.tokens_per_update)
             self._clip_gradients()
-            self.state.optimizer.zero_grad(set_to_none=True)
+            self.state.optimizer.drop_gradients()
 
     def _count_predicted(self, blocks: torch.Tensor) -> tuple[torch.Tensor | int, torch.Tensor | int]:
         """Tokens that this rank predicts, and all ranks together; at least one, where nothing is."""
@@ -111,7 +113,7 @@ class Updates:
                 read = targets = micro_batch
                 if not spec.predicts_all or spec.compute.is_sharded:
                     read, targets = read_tokens(micro_batch), predicted_tokens(micro_batch)
-                with spec.compute.arithmetic():
+                with spec.compute.arithmetic(), self.kernels():
                     loss = self.forward(read_after(read, spec.first_token), targets)
                 # Gradients are averaged over ranks; the loss is a sum over all of them.
                 (loss * (self.group.world / predicted)).backward()
@@ -164,23 +166,27 @@ class Updates:
         compute, model = self.spec.compute, self.state.model
         if compute.recomputes:
             recompute_activations(model)
-        if compute.compiles_layers:
+        if compute.compile:
             leave_causal_masks_out(model)
-            compile_layers(model)
-            loss.loss_of = torch.compile(loss.loss_of, dynamic=False)
+            if not self._is_one_graph():
+                compile_layers(model)
+                loss.loss_of = torch.compile(loss.loss_of, dynamic=False)
         if self.demix is not None:
             self.demix.hide_from(loss)
         if self.group.world > 1 and not compute.is_sharded:
             wrapped = DistributedDataParallel(
                 loss, device_ids=[self.device] if self.device.type == "cuda" else None
             )
-        if compute.compile and not compute.compiles_layers:
-            leave_causal_masks_out(model)
-            if self.head is not None:  # whose pieces are many small operations, and not worth it
-                compile_layers(model)
-            else:
-                wrapped.compile(dynamic=False, mode="reduce-overhead" if self._fits_a_graph() else None)
+        if compute.compile and self._is_one_graph():
+            wrapped.compile(dynamic=False, mode="reduce-overhead" if self._fits_a_graph() else None)
         return wrapped
+
+    def _is_one_graph(self) -> bool:
+        """Whether the model is compiled with its loss, as a whole. A head in pieces is many small operations, and not
+        worth it."""
+        if self.spec.compute.compiles_layers or self.head is not None:
+            return False
+        return is_compiled_whole(len(layers_of(self.state.model)), self.spec.trains.lora is not None)
 
     def _fits_a_graph(self) -> bool:
         """Whether an update can replay CUDA graphs: alone, and in one forward pass, since a second one would

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +12,8 @@ from btm_cluster.errors import IntegrityError, MissingError
 from btm_cluster.identity import Inputs, Ref, identity_by
 
 CHUNK_BYTES = 8 * 2**20
+HASHED_AT_ONCE = 4
+"""Chunks of a file, as many threads: hashing leaves Python's lock."""
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -170,14 +173,42 @@ def _refused(what: str, found: str, expected: str) -> IntegrityError:
 
 
 def describe_file(name: str, path: Path) -> Blob:
-    """The blob that the file at `path` would be: its size, SHA-256 and chunk hashes, in one pass."""
-    whole, chunks, size = hashlib.sha256(), [], 0
-    with path.open("rb") as file:
+    """The blob that the file at `path` would be: its size, SHA-256 and chunk hashes, in one pass.
+
+    Chunks are hashed beside the whole, in a second thread.
+    """
+    whole, chunks, size = hashlib.sha256(), list[Future[str]](), 0
+    with path.open("rb") as file, ThreadPoolExecutor(1, thread_name_prefix="hash") as pool:
         while chunk := file.read(CHUNK_BYTES):
+            chunks.append(pool.submit(_sha256, chunk))
             whole.update(chunk)
-            chunks.append(hashlib.sha256(chunk).hexdigest())
+            chunks[-1].result()  # so that two chunks at most are in memory
             size += len(chunk)
-    return Blob(name, size, whole.hexdigest(), tuple(chunks))
+        return Blob(name, size, whole.hexdigest(), tuple(chunk.result() for chunk in chunks))
+
+
+def is_file_of(blob: Blob, path: Path) -> bool:
+    """Whether a file has a blob's bytes: its size, and SHA-256 of every chunk, several at a time.
+
+    Raises:
+        FileNotFoundError: it is gone.
+    """
+    if path.stat().st_size != blob.size_bytes or not blob.chunks:
+        return describe_file(blob.name, path) == blob
+
+    def is_right(number: int) -> bool:
+        with path.open("rb") as file:
+            file.seek(number * CHUNK_BYTES)
+            return _sha256(file.read(CHUNK_BYTES)) == blob.chunks[number]
+
+    if len(blob.chunks) == 1:
+        return is_right(0)
+    with ThreadPoolExecutor(HASHED_AT_ONCE, thread_name_prefix="hash") as pool:
+        return all(pool.map(is_right, range(len(blob.chunks))))
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def artifact_key(ref: Ref) -> str:

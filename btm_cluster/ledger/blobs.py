@@ -1,8 +1,12 @@
 """Files of artifacts: read back, with every byte checked against the manifest."""
 
 import hashlib
+import mmap
+import os
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from btm_cluster.errors import IntegrityError, MissingError
@@ -14,6 +18,7 @@ from btm_cluster.ledger.artifact import (
     artifact_key,
     blob_key,
     describe_file,
+    is_file_of,
     training_folder,
 )
 from btm_cluster.storage import Storage
@@ -31,11 +36,11 @@ def open_blob(storage: Storage, artifact: Artifact, name: str) -> Path:
         with _named_if_lost(artifact.ref, blob):
             path = storage.download(key, anew=again)
         try:
+            if is_file_of(blob, path):
+                return path
             found = describe_file(name, path)
         except FileNotFoundError:  # deleted since
             found = None
-        if found == blob:
-            return path
     if found is None:
         raise _lost(artifact.ref, blob, "no such object")
     raise _damaged(
@@ -53,19 +58,77 @@ def read_blob(storage: Storage, artifact: Artifact, name: str) -> Iterator[bytes
     Raises:
         IntegrityError: naming the first chunk that is not what was written, even when read a second time.
     """
+    for number in range(len(artifact.blob(name).chunks)):
+        yield read_chunk(storage, artifact, name, number)
+
+
+def read_chunk(storage: Storage, artifact: Artifact, name: str, number: int) -> bytes:
+    """The bytes of one chunk of the blob called `name`, checked.
+
+    Raises:
+        IntegrityError: it is not what was written, even when read a second time.
+    """
     blob = artifact.blob(name)
-    key = blob_key(artifact.ref, blob.sha256)
-    for i, expected in enumerate(blob.chunks):
-        for _ in range(2):
-            with _named_if_lost(artifact.ref, blob):
-                chunk = storage.read(key, i * CHUNK_BYTES, CHUNK_BYTES)
-            found = hashlib.sha256(chunk).hexdigest()
-            if found == expected:
-                break
-        else:
-            at = f"bytes {i * CHUNK_BYTES:,} to {i * CHUNK_BYTES + len(chunk):,}"
-            raise _damaged(artifact, blob, f"SHA-256 {found} of {at}", f"SHA-256 {expected}")
-        yield chunk
+    start, expected = number * CHUNK_BYTES, blob.chunks[number]
+    for _ in range(2):
+        with _named_if_lost(artifact.ref, blob):
+            chunk = storage.read(blob_key(artifact.ref, blob.sha256), start, CHUNK_BYTES)
+        found = hashlib.sha256(chunk).hexdigest()
+        if found == expected:
+            return chunk
+    at = f"bytes {start:,} to {start + len(chunk):,}"
+    raise _damaged(artifact, blob, f"SHA-256 {found} of {at}", f"SHA-256 {expected}")
+
+
+class BlobStream:
+    """The blob called `name`, read in order of its bytes, each chunk checked; nothing is kept on disk.
+
+    Two chunks are held: while one is used, the next is read and checked by `pool`. In a folder they are parts of
+    the mapped file.
+    """
+
+    def __init__(self, storage: Storage, artifact: Artifact, name: str, pool: Executor) -> None:
+        self._blob, self._pool = artifact.blob(name), pool
+        self._again = partial(read_chunk, storage, artifact, name)
+        self._mapped = None if storage.copies_bytes else _mapped(storage, artifact, self._blob)
+        self._held: dict[int, Future[memoryview]] = {}
+
+    def pieces(self, start: int, size: int) -> Iterator[memoryview]:
+        """The bytes from `start` on, `size` of them, in order; pieces begin with a chunk, but for the first.
+
+        Raises:
+            IntegrityError: a chunk is not what was written, even when read a second time.
+        """
+        stop = start + size
+        while start < stop:
+            number, first = divmod(start, CHUNK_BYTES)
+            for wanted in (number, number + 1):
+                if wanted not in self._held and wanted < len(self._blob.chunks):
+                    self._held[wanted] = self._pool.submit(self._chunk, wanted)
+            for passed in self._held.keys() - {number, number + 1}:
+                del self._held[passed]
+            piece = self._held[number].result()[first : first + stop - start]
+            yield piece
+            start += len(piece)
+
+    def _chunk(self, number: int) -> memoryview:
+        if self._mapped is not None:
+            chunk = self._mapped[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES]
+            if hashlib.sha256(chunk).hexdigest() == self._blob.chunks[number]:
+                return chunk
+        return memoryview(bytearray(self._again(number)))  # writable memory, since torch warns of other
+
+
+def _mapped(storage: Storage, artifact: Artifact, blob: Blob) -> memoryview | None:
+    """A file's bytes where it lies, copied if they are written to; None where it is not whole."""
+    with _named_if_lost(artifact.ref, blob):
+        path = storage.download(blob_key(artifact.ref, blob.sha256))
+    with path.open("rb") as file:
+        if not blob.size_bytes or os.fstat(file.fileno()).st_size != blob.size_bytes:
+            return None
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    mapped.madvise(mmap.MADV_SEQUENTIAL)
+    return memoryview(mapped)
 
 
 def check_blob_stands(storage: Storage, ref: Ref, blob: Blob) -> None:

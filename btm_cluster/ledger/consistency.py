@@ -38,11 +38,12 @@ def check_history(
         yield _lost(
             f"forest version {version}", "a pin of it", f"restore it, or `btm forest pin {version} --remove`"
         )
+    kept = pinned | {*versions[-1:]}
     for version, forest in forests.items():
         yield from _check_parent(ledger, forest, has_parent=version - 1 in forests)
         for identity, manifest_hash in forest.manifests.items():
             key = artifact_key(Ref("model", identity))
-            found, must_be = artifacts.get(key), version in {versions[-1], *pinned} and key not in purged
+            found, must_be = artifacts.get(key), version in kept and key not in purged
             if (found is None and must_be) or (found is not None and found.manifest_hash != manifest_hash):
                 what = "another manifest" if found else "no manifest"
                 yield f"forest version {version} names model {identity[:12]}\n  found:    {what}\n  expected: {manifest_hash}"
@@ -61,7 +62,8 @@ def check_needs(
     `named` are the keys of manifests that are there, whole or damaged, and of those that were purged.
     """
     present = {artifact.ref: artifact for artifact in artifacts.values() if artifact.kind != "training"}
-    used = [forest for version, forest in forests.items() if version in {max(forests), *_pinned(records)}]
+    kept = _pinned(records) | {max(forests, default=0)}
+    used = [forest for version, forest in forests.items() if version in kept]
     newest = forests[max(forests)] if forests else None
     points = [record for record in records if isinstance(record, BranchPoint) and is_open(record, newest)]
     roots = named_roots(used, points, [record for record in records if isinstance(record, Baseline)])

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from btm_cluster.ledger.artifact import (
     training_folder,
     training_key,
 )
-from btm_cluster.ledger.blobs import check_blob_stands, open_blob, read_blob
+from btm_cluster.ledger.blobs import BlobStream, check_blob_stands, open_blob, read_blob
 from btm_cluster.ledger.documents import THREADS, Document, Documents, known_form
 from btm_cluster.ledger.forest_log import ForestLog
 from btm_cluster.ledger.keys import list_ours
@@ -188,6 +188,10 @@ class Ledger:
             IntegrityError: naming the first chunk that is not what was written, even when read a second time.
         """
         return read_blob(self.storage, artifact, name)
+
+    def stream(self, artifact: Artifact, name: str, pool: Executor) -> BlobStream:
+        """The blob called `name`, to be read in order of its bytes while `pool` reads ahead."""
+        return BlobStream(self.storage, artifact, name, pool)
 
     def save_training(
         self,

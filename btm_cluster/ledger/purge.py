@@ -190,12 +190,12 @@ def _delete(ledger: Ledger, record: PurgeRecord) -> None:
     storage.delete(f"{INBOX}{record.domain}/{MARKER}")
     in_parallel(storage.erase, record.prefixes)
     for layer in layers(ledger.read_manifests(record.manifests)):
-        in_parallel(storage.erase, layer)
-    in_parallel(storage.erase, record.manifests)  # whose older versions a bucket may keep
+        in_parallel(storage.erase_object, layer)
+    in_parallel(storage.erase_object, record.manifests)  # whose older versions a bucket may keep
     for folder in ("artifacts/", "blobs/"):  # nobody knows of whom it is: who still writes it begins anew
         in_parallel(storage.discard, [entry.key for entry in storage.unfinished(folder)])
     named = _named_by(ledger.read_manifests().values())  # whoever committed meanwhile may share a blob by now
-    in_parallel(storage.erase, [key for key in record.blobs if key not in named])
+    in_parallel(storage.erase_object, [key for key in record.blobs if key not in named])
 
 
 def _blobs_of_these_alone(

@@ -204,9 +204,9 @@ def withdraw(storage: Storage, documents: Documents, artifact: Artifact) -> None
     kept = {blob_key(a.ref, b.sha256) for key, a in manifests.items() if key not in keys for b in a.blobs}
     # Bytes first: whatever manifests are left after a crash are found by a purge.
     for key in {blob_key(one.ref, blob.sha256) for one in going for blob in one.blobs} - kept:
-        storage.erase(key)
+        storage.erase_object(key)
     for key in reversed(keys):
-        storage.erase(key)
+        storage.erase_object(key)
 
 
 def _record_from(body: Mapping[str, Any]) -> PurgeRecord:

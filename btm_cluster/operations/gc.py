@@ -14,10 +14,11 @@ from btm_cluster.ledger import FOLDERS, Artifact, Ledger, Ref, artifact_key, blo
 from btm_cluster.ledger.consistency import named_roots
 from btm_cluster.ledger.lineage import is_expert_of, layers, lost, reached
 from btm_cluster.ledger.records import LOGS, BranchPoint, list_baselines, open_branch_points
+from btm_cluster.requests import PROFILE
 from btm_cluster.steps.registry import STEPS
 from btm_cluster.storage import Entry, Storage
 
-KINDS = frozenset({"text", "training", *(request.kind for request in STEPS)})
+KINDS = frozenset({"text", "training", PROFILE, *(request.kind for request in STEPS)})
 """Every kind of artifact."""
 
 

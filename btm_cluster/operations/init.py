@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from btm_cluster.errors import UserError
-from btm_cluster.plan import TextPlan
+from btm_cluster.plan import ReadingPlan, TextPlan
 from btm_cluster.terminal.amounts import duration
 
 if TYPE_CHECKING:
@@ -140,6 +140,7 @@ def write_starter_plan(path: Path, texts: NamedTexts | None = None) -> str:
 def _sized_plan(path: Path, texts: NamedTexts) -> tuple[str, str]:
     from btm_cluster.driver.sizing import SEED_SHARE, size_for
 
+    _look_into(texts)
     tokens = {text.name: _tokens(text) for text in (*texts.domains, *texts.targets)}
     domains = {text.name: tokens[text.name] for text in texts.domains}
     machine = _this_machine()
@@ -170,31 +171,44 @@ def _sized_plan(path: Path, texts: NamedTexts) -> tuple[str, str]:
     ), "\n".join(assumed)
 
 
+def _look_into(texts: NamedTexts) -> None:
+    """Refuses what reading would refuse, as far as a first look tells."""
+    from btm_cluster.data.first_look import Unread, look_into
+    from btm_cluster.data.sources import fingerprint, refuse_unread
+
+    unread = []
+    for text in (*texts.domains, *texts.targets):
+        refuse_unread(text, fingerprint(text))
+        form = (
+            {"messages": messages} if (messages := _messages(text)) else {"field": _field(text) or text.field}
+        )
+        unread.append(Unread(text.model_copy(update=form), ReadingPlan(), text in texts.targets))
+    look_into(unread)
+
+
 def _tokens(text: TextPlan) -> int:
     """About as many as its files hold."""
     from btm_cluster.data.sizes import estimated_tokens
-    from btm_cluster.data.sources import fingerprint, refuse_unread
+    from btm_cluster.data.sources import fingerprint
 
-    stamp = fingerprint(text)
-    refuse_unread(text, stamp)
-    return estimated_tokens(stamp["text"])
+    return estimated_tokens(fingerprint(text)["text"])
 
 
 def _field(text: TextPlan) -> str | None:
     """The field of its rows that seems to hold the text, where that is another than the default."""
     from btm_cluster.data.fields import field_with_text
-    from btm_cluster.data.sources import source_files
+    from btm_cluster.data.sources import opened_files
 
-    found = field_with_text(source_files(text)["text"][0].path)
+    found = field_with_text(next(opened_files(text)))
     return None if found == text.field else found
 
 
 def _messages(text: TextPlan) -> tuple[str, ...]:
     """The field or fields of its rows that seem to hold messages."""
     from btm_cluster.data.fields import fields_with_messages
-    from btm_cluster.data.sources import source_files
+    from btm_cluster.data.sources import opened_files
 
-    return fields_with_messages(source_files(text)["text"][0].path)
+    return fields_with_messages(next(opened_files(text)))
 
 
 def _this_machine() -> "Machine":

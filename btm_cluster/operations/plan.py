@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from btm_cluster.algorithm import Grown
-from btm_cluster.data.fields import fields_with_messages
+from btm_cluster.data.first_look import Unread, look_into
 from btm_cluster.driver.budget import Spent, budget_notes
 from btm_cluster.driver.capacity import Demand, memory_problem
 from btm_cluster.driver.demands import demands_of
@@ -39,7 +39,6 @@ from btm_cluster.operations.plan_costs import (
 )
 from btm_cluster.operations.run import grow_and_evaluate
 from btm_cluster.plan import Plan
-from btm_cluster.plan.text_rules import DEFAULT_FIELD
 from btm_cluster.requests import (
     AverageRequest,
     ImportTokenizer,
@@ -85,6 +84,11 @@ class Preview:
     """Memory of the GPUs, where there are some to look at."""
     requests: tuple[StepRequest, ...] = ()
     """Every step that is still to be made, as far as it is known before texts are read."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether a run has nothing to make."""
+        return all(step.state == DONE for step in self.steps)
 
     @property
     def gpu_hours(self) -> float:
@@ -148,6 +152,7 @@ def preview(plan: Plan, ledger: Ledger, new_resources: bool = False, room: Room 
     """
     walk = DryWalk(ledger, new_resources)
     grown = grow_and_evaluate(plan, walk)
+    look_into(_unread_texts(walk), plan.training.block_tokens)
     prepared = grown.prepared
     reads = {request.label: request for request in walk.all_of(ReadText) if isinstance(request, ReadText)}
     sizes = text_sizes(prepared, reads, ledger)
@@ -174,7 +179,10 @@ def preview(plan: Plan, ledger: Ledger, new_resources: bool = False, room: Room 
         room.name,
         plan.cluster.price_per_gpu_hour,
         first_token_of(plan),
-        (*notes_on(plan, uses), *_unread_messages(walk), *budget_notes(plan, ledger, _cost(steps))),
+        (
+            *notes_on(plan, uses),
+            *budget_notes(plan, ledger, _cost(steps)),
+        ),
         demands,
         room.gpu_bytes,
         tuple(walk.dry_run.asked.values()),
@@ -211,19 +219,10 @@ def _readings(walk: DryWalk, ledger: Ledger) -> Iterator[Step]:
             yield Step(f"read {request.label}", DONE, stored_bytes=_size([text]))
 
 
-def _unread_messages(walk: DryWalk) -> Iterator[str]:
-    """A sentence on each new text whose rows have messages that its plan does not name."""
-    for request in walk.all_of(ReadText):
-        assert isinstance(request, ReadText)
-        source, files = request.source, request.fingerprint.get("text") or ()
-        if request.ref in walk.found or source.messages or source.field != DEFAULT_FIELD:
-            continue
-        if fields := next((fields_with_messages(file[0]) for file in files), ()):
-            named = fields[0] if len(fields) == 1 else list(fields)
-            yield (
-                f"the rows of {request.label!r} have messages, and no field `{DEFAULT_FIELD}`: `messages: {named}` in "
-                "place of `field` learns what the assistant says"
-            )
+def _unread_texts(walk: DryWalk) -> list[Unread]:
+    reads = (request for request in walk.all_of(ReadText) if isinstance(request, ReadText))
+    unread = (request for request in reads if request.ref not in walk.found)
+    return [Unread(one.source, one.reading, one.is_target, one.template) for one in unread]
 
 
 def _preparation(walk: DryWalk) -> Iterator[Step]:

@@ -11,6 +11,7 @@ from btm_cluster.driver.room import Room, devices
 from btm_cluster.equations.budget import stored_bytes
 from btm_cluster.language_model.deltas import count_trained
 from btm_cluster.language_model.mixture_of_experts import Size, size_of_mixture
+from btm_cluster.language_model.training_size import count_by_muon
 from btm_cluster.ledger import Ref
 from btm_cluster.plan import Plan
 from btm_cluster.requests import MixtureOfExpertsRequest, Resources, StepRequest, TrainRequest
@@ -92,8 +93,13 @@ def _stored_bytes(request: TrainRequest) -> int:
     float32."""
     is_rounded = request.training.weights != "float32" and request.trains.lora is None
     keeps_moments = request.role == "seed" and request.pretrained is None
-    one = stored_bytes(count_trained(request.model, request.trains)[0], keeps_moments, is_rounded)
+    trained, by_muon = count_trained(request.model, request.trains)[0], _by_muon(request)
+    one = stored_bytes(trained, keeps_moments, is_rounded, by_muon)
     return one * (max(1, len(request.parts)) + len(request.snapshots))
+
+
+def _by_muon(request: TrainRequest) -> int:
+    return count_by_muon(request.model, request.trains, request.by_muon)
 
 
 def checkpoint_bytes(requests: Iterable[StepRequest]) -> int:
@@ -103,7 +109,9 @@ def checkpoint_bytes(requests: Iterable[StepRequest]) -> int:
     sizes = {True: 0, False: 0}
     for request in trainings:
         trained = count_trained(request.model, request.trains)[0]
-        sizes[request.role == "seed"] += 2 * stored_bytes(trained, with_optimizer=True)
+        sizes[request.role == "seed"] += 2 * stored_bytes(
+            trained, with_optimizer=True, by_muon=_by_muon(request)
+        )
     return max(sizes.values())
 
 

@@ -12,14 +12,15 @@ _LARGEST_PLAN_BYTES = 1 << 20
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
-def read_plan_file(path: Path) -> dict[Any, Any]:
-    """The keys and values of the YAML file at `path`.
+def read_plan_file(path: Path) -> tuple[dict[Any, Any], str]:
+    """The keys and values of the YAML file at `path`, and its text.
 
     Raises:
         PlanError: it cannot be read, is not YAML, writes a key twice, or holds no keys and values.
     """
+    text = _read_text(path)
     try:
-        raw = yaml.load(_read_text(path), Loader=_UniqueKeyLoader)
+        raw = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.MarkedYAMLError as exc:
         raise PlanError(f"the plan {path} is not YAML", found=_place(exc), remedy=_yaml_remedy(exc)) from exc
     # Such as the date 2024-13-13, or 5,000 brackets.
@@ -36,20 +37,24 @@ def read_plan_file(path: Path) -> dict[Any, Any]:
         )
         expected, remedy = "keys such as name, store, domains", "`btm init` writes a starter"
         raise PlanError(f"the plan {path} is not a plan", found=found, expected=expected, remedy=remedy)
-    return raw
+    return raw, text
 
 
 def _read_text(path: Path) -> str:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise PlanError(f"cannot read the plan {path}", found="no file", remedy="name a YAML file")
+            found = "a folder" if stat.S_ISDIR(status.st_mode) else "no file"
+            inside = next(iter(sorted(path.glob("*.y*ml"))), None) if path.is_dir() else None
+            remedy = "name a YAML file" + (f", such as {inside}" if inside else "")
+            raise PlanError(f"cannot read the plan {path}", found=found, remedy=remedy)
         if status.st_size > _LARGEST_PLAN_BYTES:
             found, expected = f"{status.st_size} bytes", f"a YAML file of at most {_LARGEST_PLAN_BYTES}"
             raise PlanError(
                 f"cannot read the plan {path}", found=found, expected=expected, remedy="name the plan itself"
             )
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8", newline="") as file:  # as it is, with its line ends
+            return file.read()
     except (OSError, ValueError) as exc:
         raise PlanError(
             f"cannot read the plan {path}",

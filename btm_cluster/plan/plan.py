@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from btm_cluster.errors import PlanError
 from btm_cluster.plan import rules as plan_rules
@@ -25,6 +25,8 @@ from btm_cluster.plan.tracking import TrackingPlan
 from btm_cluster.plan.training import BranchingPlan, ModelPlan, TokenizerPlan, TrainingPlan
 from btm_cluster.plan.values import (
     PLAN_FOLDER,
+    PLAN_TEXT,
+    Blocks,
     Name,
     Place,
     Positive,
@@ -105,8 +107,9 @@ class ClusterPlan(Section):
     """Experts trained at once; without it, as many as there is room for."""
     retries: Whole = 3
     """Times a step is tried again after its process or node died."""
-    micro_batch_blocks: Positive = 16
-    """Blocks per forward pass; an update accumulates as many as it needs."""
+    micro_batch_blocks: Blocks = 16
+    """Blocks per forward pass; an update accumulates as many as it needs. `auto` takes as many as fit into the GPU's
+    memory, by an estimate, and 16 on CPU."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward pass; `auto` is bfloat16 on a GPU, float32 on CPU. Weights stay float32."""
     compile: Switch = "auto"
@@ -118,6 +121,9 @@ class ClusterPlan(Section):
     activation_checkpointing: Switch = "auto"
     """Keep each layer's input alone, and compute its activations once more for the backward pass: a third
     more arithmetic. `auto` is on where they would not fit into the GPU's memory, and off on CPU."""
+    profile: bool = False
+    """Keep a torch.profiler trace of three updates of every training, as an artifact of kind `profile`, to be looked
+    at in Perfetto. It takes some seconds of each, and changes no result."""
     checkpoint_minutes: PositiveReal = 15
     """Most training time that a lost machine can cost."""
     hang_minutes: PositiveReal = 30
@@ -187,6 +193,16 @@ class Plan(Section):
             return {**given, "training": training.model_copy(update={"seed_share": 0.0})}
         return given
 
+    _written: str | None = PrivateAttr(None)
+
+    def model_post_init(self, context: Any) -> None:
+        self._written = (context or {}).get(PLAN_TEXT)
+
+    @property
+    def written(self) -> str | None:
+        """The text of the file that it was read from; None of plain values."""
+        return self._written
+
     @property
     def texts(self) -> tuple[TextPlan, ...]:
         """Domains, then targets."""
@@ -201,11 +217,12 @@ def read_plan(source: str | Path | Mapping[str, Any]) -> Plan:
     Raises:
         PlanError: naming every field that is wrong, what was found, what is expected and the remedy.
     """
+    context: dict[str, Any] = {PLAN_FOLDER: Path()}
     if isinstance(source, Mapping):
-        name, values, context = "the plan", dict(source), None
+        name, values = "the plan", dict(source)
     else:
-        name, values = f"the plan {source}", read_plan_file(Path(source))
-        context = {PLAN_FOLDER: Path(source).parent}
+        name, (values, written) = f"the plan {source}", read_plan_file(Path(source))
+        context = {PLAN_FOLDER: Path(source).parent, PLAN_TEXT: written}
     try:
         return Plan.model_validate(values, context=context)
     except ValidationError as exc:

@@ -61,6 +61,22 @@ def training_rules(given: Given) -> Iterator[Broken]:
         )
 
 
+def muon_rules(given: Given) -> Iterator[Broken]:
+    """Muon's step is taken over whole matrices."""
+    if field_of(given.get("training"), "optimizer") != "muon":
+        return
+    study = entries_of(section_of(given, "study").get("systems"))
+    if "demix" in entries_of(given.get("baselines")) or "demix" in study:
+        expected = "`adamw`, since a DEMix stacks its feed-forwards"
+        yield Broken(
+            "training.optimizer", "'muon'", expected, "leave `demix` out, or take `optimizer: adamw`"
+        )
+    if field_of(given.get("cluster"), "sharding") == "full":
+        expected = "`adamw`, since a sharded model has no whole matrix on any GPU"
+        remedy = "take `sharding: none` or `auto`, or `optimizer: adamw`"
+        yield Broken("training.optimizer", "'muon'", expected, remedy)
+
+
 def lora_rules(given: Given) -> Iterator[Broken]:
     """All linear layers are all: no name stands beside them."""
     modules = entries_of(given.get("modules"))
@@ -123,6 +139,7 @@ def plan_rules(given: Given) -> Iterator[Broken]:
             yield Broken("baselines", f"{name!r} {count} times", "every baseline once", "write it once")
     yield from _idle_gpus(given)
     yield from _without_effect(given)
+    yield from muon_rules(given)
     model, tokenizer = given.get("model"), given.get("tokenizer")
     if "demix" in baselines and is_given(field_of(model, "pretrained")):
         found, expected = (

@@ -1,19 +1,46 @@
 """The part of a plan that says what is read: texts, domains, and how files become documents."""
 
-from typing import Annotated, ClassVar, Literal
+import os
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from btm_cluster.plan import text_rules
+from btm_cluster.plan.folder import located, opened_folder
 from btm_cluster.plan.section import Section
-from btm_cluster.plan.values import File, Files, FolderOrName, Messages, Name, Positive, Share, Text
+from btm_cluster.plan.values import (
+    PLAN_FOLDER,
+    File,
+    Files,
+    Location,
+    Messages,
+    Name,
+    Positive,
+    Share,
+    Text,
+)
 
 
-class DatasetPlan(Section):
+class _Source(Section):
+    """Files or folders that are named from the folder of the plan."""
+
+    _folder: str = PrivateAttr("")
+
+    def model_post_init(self, context: Any) -> None:
+        if (folder := (context or {}).get(PLAN_FOLDER)) is not None:
+            self._folder = opened_folder(folder)
+
+    @property
+    def folder(self) -> str:
+        """The folder at which relative paths begin; empty: the current one. No part of any identity."""
+        return self._folder
+
+
+class DatasetPlan(_Source):
     """A Hugging Face data set, by hub name or local folder, streamed through `datasets`."""
 
     rules: ClassVar = text_rules.dataset_rules
-    name: FolderOrName
+    name: Location
     """Hub name, or the path of a local folder."""
     configuration: Text | None = None
     """The data set's configuration, where it has several."""
@@ -26,8 +53,14 @@ class DatasetPlan(Section):
     test_split: Text | None = None
     """Split that is test text; without it, a share of the text is."""
 
+    @property
+    def opened_name(self) -> str:
+        """The path of a local folder as it is opened, or else the name that it is for the hub."""
+        path = located(self.folder, self.name)
+        return path if os.path.isdir(path) else self.name
 
-class TextPlan(Section):
+
+class TextPlan(_Source):
     """A named text.
 
     A document is a row of JSON lines, a table or Parquet, or a text file (or its parts, by a delimiter).

@@ -93,6 +93,13 @@ class TrainingPlan(Section):
     """Decoupled, on matrices only."""
     gradient_clip: PositiveReal = 1.0
     """Largest gradient norm. The paper's released recipe clips at 0.1; 1.0 is the field's habit."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon`: Muon for the matrices of the layers, with steps as large as AdamW's, so that learning rate and weight
+    decay are the same; AdamW for embeddings, output matrix, vectors and adapters. It keeps one moment of a matrix
+    instead of two, and wants whole matrices: no sharding, no DEMix.
+
+    Source: Liu et al., 2025, Muon is scalable for LLM training.
+    """
     random_seed: Annotated[Whole, Field(lt=2**63)] = 0
     """Initial weights and block order."""
     weights: Literal["float32", "bfloat16"] = "float32"

@@ -5,10 +5,14 @@ import os
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, ValidationInfo
+
+from btm_cluster.plan.folder import is_relative, located, opened_folder
 
 PLAN_FOLDER = "folder of the plan"
 """In pydantic's context: relative paths begin there. Without it, they begin in the current folder."""
+PLAN_TEXT = "text of the plan"
+"""In pydantic's context: what the plan's file says."""
 NAME_PATTERN = "[a-z0-9][a-z0-9_-]{0,63}"
 
 
@@ -20,6 +24,15 @@ def _as_number(value: Any) -> Any:
         return float(value) if isinstance(value, str) and "e" in value.lower() else value
     except ValueError:
         return value
+
+
+def _check_blocks(value: Any) -> Any:
+    """In one validator: a union would name each of its members in an error."""
+    number = _as_number(value) if value != "auto" else value
+    is_whole = isinstance(number, int) or (isinstance(number, float) and number.is_integer())
+    if number != "auto" and not (is_whole and 1 <= number <= 10**12):
+        raise ValueError("a whole number of at least 1, or 'auto'")
+    return number if number == "auto" else int(number)
 
 
 def _as_switch(value: Any) -> Any:
@@ -50,20 +63,11 @@ def _check_file(value: str) -> str:
 
 
 def _beside_plan(value: str, info: ValidationInfo) -> str:
-    """A path of a plan's file, from the current folder; of a plan without one it stays as it is.
-
-    It stays relative where it can, so that a job's copy of a folder is the same plan.
-    """
+    """A path of a plan's file as it is opened; of a plan without one it stays as it is."""
     folder = (info.context or {}).get(PLAN_FOLDER)
-    if folder is None or "://" in value or value.startswith(("/", "~")):
+    if folder is None or not is_relative(value):
         return value
-    here, above, parts = os.getcwd(), os.path.realpath(folder), value.split("/")
-    if above == here:
-        return value
-    while parts and parts[0] in (".", ".."):  # those alone: further on, one may follow a link
-        above = os.path.dirname(above) if parts.pop(0) == ".." else above
-    path = "/".join([above.rstrip("/"), *parts])
-    return os.path.relpath(path, here) if path.startswith(f"{here}/") else path
+    return located(opened_folder(folder), value)
 
 
 def _folder_beside_plan(value: str, info: ValidationInfo) -> str:
@@ -82,6 +86,10 @@ def _check_plain(value: dict[str, Any]) -> dict[str, Any]:
 
 Whole = Annotated[int, BeforeValidator(_as_number), Field(ge=0, le=10**12)]
 Positive = Annotated[int, BeforeValidator(_as_number), Field(ge=1, le=10**12)]
+Blocks = Annotated[
+    int | Literal["auto"],
+    PlainValidator(_check_blocks, json_schema_input_type=Annotated[int, Field(ge=1)] | Literal["auto"]),
+]
 Real = Annotated[float, BeforeValidator(_as_number), Field(ge=0)]
 PositiveReal = Annotated[float, BeforeValidator(_as_number), Field(gt=0)]
 Share = Annotated[Real, Field(lt=1)]
@@ -90,9 +98,11 @@ Name = Annotated[str, AfterValidator(_check_name), Field(json_schema_extra={"pat
 Location = Annotated[str, AfterValidator(_check_location)]
 Place = Annotated[Location, AfterValidator(_beside_plan)]
 FolderOrName = Annotated[Location, AfterValidator(_folder_beside_plan)]
-File = Annotated[Location, AfterValidator(_check_file), AfterValidator(_beside_plan)]
+WrittenFile = Annotated[Location, AfterValidator(_check_file)]
+File = Annotated[WrittenFile, AfterValidator(_beside_plan)]
 Messages = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple), Field(min_length=1, max_length=2)]
-Files = Annotated[tuple[File, ...], BeforeValidator(_as_tuple)]
+Files = Annotated[tuple[WrittenFile, ...], BeforeValidator(_as_tuple)]
+"""As they are written: opened from the folder of the plan, which their text knows."""
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_switch)]
 Modules = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 Config = Annotated[dict[str, Any], AfterValidator(_check_plain)]

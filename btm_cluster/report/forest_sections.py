@@ -112,13 +112,15 @@ def _overlap_map(
 
 
 def plan_section(plan: Plan) -> Section:
-    """The plan as written, and with all defaults. Credentials in addresses are left out."""
-    written = plan.model_dump(mode="json", exclude_unset=True)
-    whole = plan.model_dump(mode="json")
-    return Section(
-        *PLAN,
-        [Listing("The plan, as it was written", _yaml(written)), Listing("With all defaults", _yaml(whole))],
-    )
+    """The plan as it was written, and with all defaults. Credentials in addresses are left out."""
+    if plan.written is None:
+        name = "The plan, as plain values in the order of their reference"
+        written = _yaml(plan.model_dump(mode="json", exclude_unset=True))
+    else:
+        name, written = "The plan, as it was written", without_credentials(plan.written)
+        name += "" if written == plan.written else ", without the credentials in its addresses"
+    whole = Listing("With all defaults", _yaml(plan.model_dump(mode="json")))
+    return Section(*PLAN, [Listing(name, written), whole])
 
 
 def _yaml(fields: Mapping[str, object]) -> str:

@@ -6,7 +6,7 @@ from btm_cluster.report.drawing import Drawing, Scale, duration, share_text, sho
 from btm_cluster.report.timeline import Bar, Busy, Lane
 
 WIDTH, LANE, FOOT, BUSY = 900, 20, 30, 70
-MOST_CHARACTERS = 30
+MOST_CHARACTERS = 26
 CLOSE = 0.7
 """Pixels below which two bars of one kind are drawn as one."""
 

@@ -122,6 +122,11 @@ def _gantt(name: str, timeline: Timeline) -> Figure:
         f"`btm {timeline.command}`, run {name}: {duration(seconds)}. {busy.device} were without a step {idle} "
         "of the time."
     )
+    if any(event.what == "wait" for event in timeline.events):
+        caption += (
+            f" Grey: steps that could have begun and waited until some of the {busy.total:g} {busy.device} were free; "
+            "trainings wait for all that they ask for, and baselines for the experts."
+        )
     if left_out:
         caption += f" The {len(lanes)} processes with the most work of {len(lanes) + left_out} are shown."
     if timeline.left_out:

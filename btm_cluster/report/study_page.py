@@ -121,7 +121,7 @@ def _size_sections(results: Results) -> Iterator[Section]:
         heading = (
             f"{size}: {first['non_embedding_parameters']:,} parameters without embeddings, "
             f"{first['tokens']:,} tokens, "
-            f"seed share {main_share(entries)}"
+            + (f"seed share {share}" if (share := main_share(entries)) else "from a pretrained model")
         )
         blocks: list[Block] = [
             Paragraph(compared_with(entries)),

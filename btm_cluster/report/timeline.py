@@ -13,6 +13,7 @@ MOST_LANES = 40
 TASK = "task"
 """Name of processes that run steps of any kind."""
 READING = ("reading, tokenising", 2)
+OTHER_PROCESSES: Mapping[str, str] = {TASK: "other steps", "merge": "averages"}
 STEPS: Mapping[str, tuple[str, int]] = {
     "train": ("training", 0),
     "score": ("scoring", 1),
@@ -26,8 +27,6 @@ STEPS: Mapping[str, tuple[str, int]] = {
 """Activity in the legend by step name, and the number of its colour."""
 OTHER_STEPS = ("fitting, mixing, averaging", 3)
 WAITING = "waiting for room"
-WAIT_SECONDS = 3.0
-"""Between the beginning of a step and the end of its wait, at most: they are told by different processes."""
 OTHER_EVENTS: Mapping[str, tuple[str, int]] = {
     "start": ("starting", 4),
     "wait": (WAITING, 7),
@@ -83,25 +82,38 @@ def seconds_of(timeline: Timeline) -> float:
 
 def lanes_of(timeline: Timeline) -> tuple[list[Lane], int]:
     """The lanes with the most to show, in order of nodes and processes, and how many were left out."""
-    nodes = {event.process: event.node for event in timeline.events if event.node and event.process != TASK}
+    trainers = {event.process: event for event in timeline.events if event.kind == "train"}
+    nodes = {
+        event.process: event.node for event in timeline.events if event.node and event.process in trainers
+    }
     grouped: dict[tuple[str, str], list[Event]] = {}
     waiting: list[Event] = []
     for event in timeline.events:
         key = event.node or nodes.get(event.process)  # a training waits in the lane that it has later
-        if key is None:
+        if key is None or (event.what == "wait" and event.process not in trainers):
             waiting.append(event)
         else:
             node = timeline.nodes[key].name if key in timeline.nodes else key
-            grouped.setdefault((node, event.process), []).append(event)
+            name = _process_name(event.process, trainers.get(event.process))
+            grouped.setdefault((node, name), []).append(event)
+    several = len({node for node, _ in grouped}) > 1
+    first = {key: min(event.began for event in events) for key, events in grouped.items()}
     lanes = [
         lane
-        for (node, process), events in sorted(grouped.items())
-        for lane in _lanes(f"{process} on {node}", events, timeline.began)
+        for node, name in sorted(grouped, key=lambda key: (key[0], first[key], key[1]))
+        for lane in _lanes(f"{name} on {node}" if several else name, grouped[node, name], timeline.began)
     ]
     lanes += _waiting(waiting, timeline.began)
     by_work = sorted(range(len(lanes)), key=lambda n: -sum(bar.end - bar.start for bar in lanes[n].bars))
     busiest = sorted(by_work[:MOST_LANES])
     return [lanes[number] for number in busiest], len(lanes) - len(busiest)
+
+
+def _process_name(process: str, training: Event | None) -> str:
+    """The name of a process: of a trainer that of its model, since Ray's names have hashes."""
+    if training is not None:
+        return f"expert {training.label}" if training.role == "expert" else training.label
+    return OTHER_PROCESSES.get(process.partition("-")[0], process)
 
 
 def _lanes(name: str, events: Iterable[Event], began: float) -> Iterator[Lane]:
@@ -113,6 +125,10 @@ def _lanes(name: str, events: Iterable[Event], began: float) -> Iterator[Lane]:
         if event.what in ("checkpoint", "failure", "stop"):
             marks.append(bar)
             continue
+        if bar.what == WAITING and lanes:  # while its process starts, that is what it waits for
+            bar = replace(bar, start=max(bar.start, lanes[0][-1].end))
+            if bar.start >= bar.end:
+                continue
         free = next((lane for lane in lanes if _ends_before(lane[-1], bar)), None)
         if free is None:
             lanes.append(free := [])
@@ -125,9 +141,8 @@ def _lanes(name: str, events: Iterable[Event], began: float) -> Iterator[Lane]:
 
 
 def _ends_before(earlier: Bar, later: Bar) -> bool:
-    """Whether a bar is over when another begins. A wait is, once what was waited for begins, whoever told of it when."""
-    is_wait = earlier.what == WAITING and later.what != WAITING
-    return earlier.end <= later.start + (WAIT_SECONDS if is_wait else 1e-3)
+    """Whether a bar is over when another begins. A wait is, whatever begins: only trainings wait in a lane."""
+    return (earlier.what == WAITING and later.what != WAITING) or earlier.end <= later.start + 1e-3
 
 
 def _waiting(events: Iterable[Event], began: float) -> Iterator[Lane]:
@@ -136,12 +151,12 @@ def _waiting(events: Iterable[Event], began: float) -> Iterator[Lane]:
     for event in sorted(events, key=lambda event: event.began):
         bar = _bar(event, began)
         if bars and bars[-1].what == bar.what and bar.start <= bars[-1].end:
-            tip = f"{bars[-1].what}: several steps"
+            tip = f"{bars[-1].what}: several steps at once"
             bar = Bar(bar.what, bar.colour, bars[-1].start, max(bars[-1].end, bar.end), tip)
             bars.pop()
         bars.append(bar)
     if bars:
-        yield Lane("steps without a place yet", tuple(bars), ())
+        yield Lane("waiting steps", tuple(bars), ())
 
 
 def what_of(event: Event) -> tuple[str, int]:
@@ -162,6 +177,7 @@ def _bar(event: Event, began: float) -> Bar:
 def busy_of(timeline: Timeline) -> Busy:
     """How many GPUs were at a step; CPUs of a run without GPUs."""
     on_gpus = any(node.gpus for node in timeline.nodes.values())
+    total = sum(node.gpus if on_gpus else node.cpus for node in timeline.nodes.values())
     changes: dict[float, float] = {0.0: 0.0}
     used = 0.0
     for event in timeline.events:
@@ -174,8 +190,7 @@ def busy_of(timeline: Timeline) -> Busy:
     steps, now = [], 0.0
     for second, change in sorted(changes.items()):
         now += change
-        steps.append((second, max(0.0, now)))
-    total = sum(node.gpus if on_gpus else node.cpus for node in timeline.nodes.values())
+        steps.append((second, min(max(0.0, now), total)))  # averages share a process, and its CPU
     return Busy("GPUs" if on_gpus else "CPUs", total, tuple(steps), used, total * seconds_of(timeline))
 
 

@@ -114,7 +114,7 @@ def _systems_table(rows: Sequence[Row], verdict: Verdict) -> Table:
             row.system,
             DASH if row.inference_cost is None else f"{cost_text(row.inference_cost)}×",
             *(_perplexity(row.means.get(group)) for group in shown),
-            *_whole(row.means.get("all")),
+            *_whole(row),
         ]
         for row in rows
     ]
@@ -133,19 +133,19 @@ def _perplexity(cell: Cell | None) -> str:
     return DASH if cell is None else f"{cell.perplexity:.2f}"
 
 
-def _whole(cell: Cell | None) -> list[str]:
-    if cell is None:
+def _whole(row: Row) -> list[str]:
+    """Interval, bits per byte and difference of all texts; of the domains, and so marked, where the system has
+    no others."""
+    group = next((group for group in ("all", "domains") if group in row.means), None)
+    if group is None:
         return [DASH] * 4
-    interval = f"{cell.interval[0]:.2f} to {cell.interval[1]:.2f}"
+    cell, where = row.means[group], "" if group == "all" else f" on {group}"
+    bits = DASH if where else f"{cell.bits_per_byte:.3f}"
+    shown = [f"{cell.interval[0]:.2f} to {cell.interval[1]:.2f}", bits]
     if cell.difference is None or cell.difference_interval is None:
-        return [interval, f"{cell.bits_per_byte:.3f}", DASH, DASH]
+        return [*shown, DASH, DASH]
     low, high = cell.difference_interval
-    return [
-        interval,
-        f"{cell.bits_per_byte:.3f}",
-        _signed(cell.difference),
-        f"{_signed(low)} to {_signed(high)}",
-    ]
+    return [*shown, f"{_signed(cell.difference)}{where}", f"{_signed(low)} to {_signed(high)}"]
 
 
 def _texts_table(rows: Sequence[Row], verdict: Verdict) -> Table:

@@ -13,10 +13,12 @@ from btm_cluster.requests.averages import (
     TaskVectorRequest,
 )
 from btm_cluster.requests.models import (
+    PROFILE,
     DemixPart,
     Pretrained,
     Role,
     Start,
+    TraceOf,
     TrainingText,
     TrainRequest,
 )
@@ -40,6 +42,7 @@ from btm_cluster.requests.texts import (
 )
 
 __all__ = [
+    "PROFILE",
     "AverageRequest",
     "DemixPart",
     "FindOverlap",
@@ -65,6 +68,7 @@ __all__ = [
     "TaskVectorMethod",
     "TaskVectorRequest",
     "Tokenize",
+    "TraceOf",
     "TrainRequest",
     "TrainTokenizer",
     "TrainingText",

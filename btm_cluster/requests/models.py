@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeAlias
 
-from btm_cluster.identity import Inputs, Ref, identity_of, plain_inputs
+from btm_cluster.identity import Inputs, Ref, identity_by, identity_of, plain_inputs
 from btm_cluster.plan import ALL, TrainingPlan, Trains
 from btm_cluster.requests.request import Resources, StepRequest, texts_of
 
+PROFILE = "profile"
+"""The kind of a profiler's trace."""
 _TRAINING = {
     "block_tokens",
     "updates",
@@ -20,8 +22,8 @@ _TRAINING = {
     "gradient_clip",
     "random_seed",
 }
-"""Fields of a plan's `training` that a model's identity hangs on, and `weights` where it
-is not float32; `seed_share` is in its first and last update."""
+"""Fields of a plan's `training` that a model's identity hangs on, beside those of `_added`; `seed_share` is in its
+first and last update."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,9 @@ class TrainRequest(StepRequest):
     trains: Trains = ALL
     """The weights that change. Of less than all, `start` is needed to use what comes out."""
 
+    profile: bool = False
+    """Whether a profiler's trace of a few updates is kept beside the model."""
+
     @property
     def recipe(self) -> Mapping[str, Any]:
         kept = {"weights_only": True} if self.weights_only else {}
@@ -116,10 +121,9 @@ class TrainRequest(StepRequest):
     @property
     def _trajectory(self) -> dict[str, Any]:
         """The recipe of a training that does not say how far it goes."""
-        rounded = set() if self.training.weights == "float32" else {"weights"}
         return {
             "model": self.model,
-            "training": self.training.model_dump(mode="json", include=_TRAINING | rounded),
+            "training": self.training.model_dump(mode="json", include=_TRAINING | self._added),
             "first_update": self.first_update,
             "keep_optimizer": self.start is not None and self.start.keep_optimizer,
             "pretrained": self.pretrained.sha256 if self.pretrained else None,
@@ -130,6 +134,18 @@ class TrainRequest(StepRequest):
             ],
             **self.trains.recipe,
         }
+
+    @property
+    def _added(self) -> set[str]:
+        """Fields of `training` that stand in a recipe only where they change something: no other model has another
+        name for them."""
+        rounded = {"weights"} if self.training.weights != "float32" else set()
+        return rounded | ({"optimizer"} if self.by_muon else set())
+
+    @property
+    def by_muon(self) -> bool:
+        """Whether Muon trains the matrices of its layers; an adapter's are AdamW's."""
+        return self.training.optimizer == "muon" and self.trains.lora is None
 
     @property
     def trajectory(self) -> str:
@@ -227,3 +243,23 @@ class DemixPart(StepRequest):
     @property
     def inputs(self) -> Inputs:
         return {"demix": (self.demix,), "texts": (Ref("text", self.text),)}
+
+
+@dataclass(frozen=True)
+class TraceOf:
+    """The name of a profiler's trace of a model's training. It is kept as long as the model is."""
+
+    model: Ref
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        return {}
+
+    @property
+    def inputs(self) -> Inputs:
+        return {"model": (self.model,)}
+
+    @property
+    def ref(self) -> Ref:
+        """The artifact."""
+        return Ref(PROFILE, identity_by(PROFILE, self.recipe, self.inputs))

@@ -11,6 +11,9 @@ from typing import Any, ClassVar, Literal
 
 from btm_cluster.identity import Inputs, Ref, identity_by
 
+BLOCKS_WITHOUT_ESTIMATE = 16
+"""Of a forward pass, where a plan leaves them to an estimate of memory and there is none."""
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -22,7 +25,8 @@ class Resources:
     workers: int
     gpus_per_worker: float
     cpus_per_worker: int
-    micro_batch_blocks: int
+    micro_batch_blocks: int | Literal["auto"]
+    """Blocks of a forward pass; `auto`, on a GPU, is settled where a training starts, by the memory that is there."""
     precision: str
     compile: bool
     sharding: Literal["auto", "none", "full"] = "none"
@@ -30,6 +34,11 @@ class Resources:
     starts, by the memory that is there."""
     activation_checkpointing: Literal["auto", "on", "off"] = "off"
     """Whether activations are computed once more for the backward pass; `auto` is settled likewise."""
+
+    @property
+    def blocks_at_once(self) -> int:
+        """Blocks of a forward pass whose memory is not estimated, as that of a training on a GPU is."""
+        return BLOCKS_WITHOUT_ESTIMATE if self.micro_batch_blocks == "auto" else self.micro_batch_blocks
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -1,23 +1,30 @@
 """Makes one model of several, an ordinary one: averages them, or merges their task vectors."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import torch
 
 from btm_cluster.data.tokenizer import TOKENIZER_FILES
-from btm_cluster.equations.averaging import average_tensor
 from btm_cluster.equations.task_vectors import task_arithmetic, ties
 from btm_cluster.errors import IncompatibleError
-from btm_cluster.language_model.averaging import MergedWeights, Method
-from btm_cluster.language_model.stored_weights import write_shards
+from btm_cluster.language_model.averaging import MergedWeights, average_models
+from btm_cluster.language_model.stored_weights import StoredWeights, write_shards
 from btm_cluster.language_model.tensor_files import names_in_order
 from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.mixing.fitting import one_thread_each
 from btm_cluster.requests import AverageRequest, FittedWeights, MergeRequest, TaskVectorRequest
 from btm_cluster.requests.progress import Control, Counter, Phase
-from btm_cluster.steps.stored import open_config, open_weights
+from btm_cluster.steps.stored import open_config, open_streamed, open_weights
 from btm_cluster.storage.scratch import scratch_folder
+
+STREAMED_FROM_SHARE = 0.5
+"""Share of what a node keeps of a bucket's files: models that take more are streamed, so as not to drive each
+other out."""
+READ_AT_ONCE = 8
+"""Chunks of all models that are read and checked while others are summed."""
 
 
 def average(request: AverageRequest, ledger: Ledger, control: Control) -> Artifact:
@@ -32,8 +39,18 @@ def average(request: AverageRequest, ledger: Ledger, control: Control) -> Artifa
     weights = dict(sorted(weights_of(request, ledger).items()))
     models = [ledger.get(model) for model in request.inputs["models"] if model.identity in weights]
     check_compatible(ledger, models, request.unrelated)
-    method = partial(average_tensor, weights=list(weights.values()))
-    return _commit(request, models, method, {"weights": weights}, ledger, control)
+    # Summed by one thread: others read and hash meanwhile.
+    with one_thread_each(), ThreadPoolExecutor(READ_AT_ONCE, thread_name_prefix="read") as pool:
+        opened = partial(open_streamed, pool=pool) if _is_streamed(ledger, models) else open_weights
+        average = average_models([opened(ledger, model) for model in models], list(weights.values()))
+        return _commit(request, models[0], average, {"weights": weights}, ledger, control)
+
+
+def _is_streamed(ledger: Ledger, models: Sequence[Artifact]) -> bool:
+    """Whether models are read from the store piece by piece: where that is a folder, or where they are too
+    large for the node's copies of files, which other averages would use too."""
+    total = sum(blob.size_bytes for model in models for blob in model.blobs)
+    return total > STREAMED_FROM_SHARE * ledger.storage.copies_bytes
 
 
 def merge_task_vectors(request: TaskVectorRequest, ledger: Ledger, control: Control) -> Artifact:
@@ -56,7 +73,8 @@ def merge_task_vectors(request: TaskVectorRequest, ledger: Ledger, control: Cont
             return ties(start, others, request.density, request.scale)
         return task_arithmetic(start, others, request.scale)
 
-    return _commit(request, [base, *models], method, facts, ledger, control)
+    merged = MergedWeights([open_weights(ledger, model) for model in (base, *models)], method)
+    return _commit(request, base, merged, facts, ledger, control)
 
 
 def task_weights(request: TaskVectorRequest) -> dict[str, float]:
@@ -67,21 +85,20 @@ def task_weights(request: TaskVectorRequest) -> dict[str, float]:
 
 def _commit(
     request: MergeRequest,
-    models: Sequence[Artifact],
-    method: Method,
+    first: Artifact,
+    merged: StoredWeights,
     facts: Mapping[str, Any],
     ledger: Ledger,
     control: Control,
 ) -> Artifact:
     with scratch_folder() as folder:
-        merged = MergedWeights([open_weights(ledger, model) for model in models], method)
         phase: Phase = "averaging" if isinstance(request, AverageRequest) else "merging"
         tensors = len(names_in_order(merged.header))
         counter = Counter(control, request.label, phase, tensors, "tensors")
         files = write_shards(merged, folder, count=counter.add)
         for name in ("config.json", *TOKENIZER_FILES):
-            files[name] = ledger.open_file(models[0], name)
-        facts = {"role": "average", **facts, "origin": models[0].facts["origin"]}
+            files[name] = ledger.open_file(first, name)
+        facts = {"role": "average", **facts, "origin": first.facts["origin"]}
         return ledger.commit(request, files, facts, {"name": request.label})
 
 

@@ -1,5 +1,5 @@
-"""Settles, where a training starts, what its resources leave to the memory of the GPU: sharding and activation
-checkpointing."""
+"""Settles, where a training starts, what its resources leave to the memory of the GPU: sharding, activation
+checkpointing and the blocks of a forward pass."""
 
 import logging
 from dataclasses import replace
@@ -44,6 +44,9 @@ def settled_for(request: TrainRequest, there: float) -> TrainRequest:
         request.how,
         sharding="full" if way.is_sharded else "none",
         activation_checkpointing="on" if way.recomputes else "off",
+        micro_batch_blocks=way.blocks
+        if request.how.micro_batch_blocks == "auto"
+        else request.how.micro_batch_blocks,
     )
     log.info("%s: %s", request.label, told(training, there))
     return replace(request, how=how)

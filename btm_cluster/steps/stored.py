@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,6 +136,21 @@ def open_stored(ledger: Ledger, model: Artifact) -> "StoredWeights":
     if model.is_delta:
         return TensorFiles([locate(_file_of_delta(model))])
     return open_files(locate, model.has(INDEX))
+
+
+def open_streamed(ledger: Ledger, model: Artifact, pool: Executor) -> "StoredWeights":
+    """A stored model's weights, to be read once, in order, without a copy of their files on this node.
+
+    Of a model that holds what changed of its base, they are opened as `open_weights` does.
+    """
+    from btm_cluster.language_model.stored_weights import shards_of
+    from btm_cluster.language_model.streamed_weights import StreamedWeights
+    from btm_cluster.language_model.tensor_files import INDEX, WEIGHTS
+
+    if model.is_delta:
+        return open_weights(ledger, model)
+    names = shards_of(ledger.open_file(model, INDEX)) if model.has(INDEX) else [WEIGHTS]
+    return StreamedWeights([ledger.stream(model, name, pool) for name in names], str(model.ref))
 
 
 def open_weights(ledger: Ledger, model: Artifact) -> "StoredWeights":

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from btm_cluster.curve import CURVE_FILE
 from btm_cluster.data.tokenizer import TOKENIZER_FILES
 from btm_cluster.errors import MissingError, TrainingError
-from btm_cluster.language_model.compute import device_of
+from btm_cluster.language_model.compute import device_name, device_of
 from btm_cluster.language_model.demix import DensePart, count_demix_parameters
 from btm_cluster.language_model.lora import ADAPTER_CONFIG, adapter_config, write_adapter_config
 from btm_cluster.language_model.model import fresh_on_meta, layout_of, write_config
@@ -22,8 +22,8 @@ from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.stored_weights import StoredWeights, tensors_of, write_weights
 from btm_cluster.language_model.training_spec import TextBlocks
 from btm_cluster.language_model.training_state import help_to_write, write_state
-from btm_cluster.ledger import Artifact, Ledger
-from btm_cluster.requests import DemixPart, TrainRequest
+from btm_cluster.ledger import Artifact, Ledger, blob_key
+from btm_cluster.requests import DemixPart, TraceOf, TrainRequest
 from btm_cluster.requests.progress import Control, Progress
 from btm_cluster.steps.resuming import AlreadyTrained
 from btm_cluster.steps.stored import open_blocks, open_tokenizer, open_weights
@@ -31,6 +31,8 @@ from btm_cluster.steps.training_run import AtMilestone, Trained, run_training
 from btm_cluster.storage.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
+TRACE_FILE = "trace.json.gz"
+"""Of a profiler's trace."""
 
 
 def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
@@ -85,8 +87,9 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
         else:
             texts = [open_blocks(ledger, text) for text in request.texts]
             try:
+                trace = folder / TRACE_FILE if request.profile else None
                 trained = _train_within_memory(
-                    request, ledger, control, texts, tokens.first_token, commit_trained
+                    request, ledger, control, texts, tokens.first_token, commit_trained, trace
                 )
             except AlreadyTrained:
                 return ledger.get(request.ref)
@@ -94,10 +97,22 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
             if stored is None:
                 return _await_commit(ledger, request)
             committed = stored
+            if trace is not None and trace.exists():
+                _commit_trace(request, ledger, trace)
     ledger.clear_training(request.ref.identity)
     if dist.is_initialized():
         dist.barrier()
     return committed
+
+
+def _commit_trace(request: TrainRequest, ledger: Ledger, trace: Path) -> None:
+    """Commits the profiler's trace of a training whose model is committed."""
+    device = device_name(device_of(request.how.gpus_per_worker))
+    made = ledger.commit(
+        TraceOf(request.ref), {TRACE_FILE: trace}, {"device": device, "torch": torch.__version__}
+    )
+    key = blob_key(made.ref, made.blob(TRACE_FILE).sha256)
+    log.info("%s: a trace of its updates is %s", request.label, key)
 
 
 def _fill_in_snapshots(request: TrainRequest, ledger: Ledger, control: Control) -> None:
@@ -184,6 +199,7 @@ def _train_within_memory(
     texts: Sequence[TextBlocks],
     first_token: int,
     at_milestone: AtMilestone,
+    trace: Path | None,
 ) -> Trained:
     """Trains; where memory runs out, once more from the last checkpoint, since a
     neighbour on the GPU may have taken it.
@@ -192,7 +208,7 @@ def _train_within_memory(
         TrainingError: out of memory again, or in a group, whose other ranks wait for this one.
     """
     try:
-        return run_training(request, ledger, control, texts, first_token, at_milestone)
+        return run_training(request, ledger, control, texts, first_token, at_milestone, trace)
     except (RuntimeError, MemoryError) as exc:
         if not _is_out_of_memory(exc):
             raise
@@ -202,7 +218,7 @@ def _train_within_memory(
     gc.collect()  # what the failed training held
     torch.cuda.empty_cache()
     try:
-        return run_training(request, ledger, control, texts, first_token, at_milestone)
+        return run_training(request, ledger, control, texts, first_token, at_milestone, trace)
     except (RuntimeError, MemoryError) as exc:
         if not _is_out_of_memory(exc):
             raise

@@ -3,12 +3,12 @@
 Here the loop's callbacks meet store and driver. Committing what comes out is the caller's.
 """
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from btm_cluster.curve import Curve
@@ -23,10 +23,10 @@ from btm_cluster.ledger import Ledger
 from btm_cluster.requests import Resources, Role, TrainRequest
 from btm_cluster.requests.progress import Control, Progress
 from btm_cluster.steps.checkpoints import TrainingCheckpoints
+from btm_cluster.steps.compiled_code import keep_compiled_code
 from btm_cluster.steps.development import open_development
 from btm_cluster.steps.resuming import Source, earlier_spans, profiles, restore
 from btm_cluster.steps.settling import settled
-from btm_cluster.storage.node_cache import node_cache
 
 NOTICE_SECONDS = 5.0
 """Between two questions on whether this machine will be taken away."""
@@ -53,8 +53,10 @@ def run_training(
     texts: Sequence[TextBlocks],
     first_token: int,
     at_milestone: AtMilestone,
+    trace_file: Path | None = None,
 ) -> Trained:
-    """Trains as `request` says, from its start, its last milestone or its last training checkpoint.
+    """Trains as `request` says, from its start, its last milestone or its last training checkpoint. A profiler's
+    trace of a few updates of the first rank goes to `trace_file`.
 
     Raises:
         AlreadyTrained: another driver has committed the model meanwhile.
@@ -65,7 +67,9 @@ def run_training(
     request = settled(request, group)
     spec = spec_of(request, texts, first_token)
     set_up(spec.compute)
-    spec = replace(spec, development_DNT=open_development(request, ledger, group))
+    own_trace = trace_file if group.is_first else None
+    development = open_development(request, ledger, group)
+    spec = replace(spec, development_DNT=development, trace_file=own_trace)
     state, source, passed_over = restore(request, spec, ledger, group)
     weights_file = FILES[request.trains.part]
     checkpoints = TrainingCheckpoints(ledger, request, request.label, passed_over, weights_file)
@@ -83,7 +87,7 @@ def set_up(compute: Compute) -> None:
     """Sets torch's settings of this process; to be called before a model is built."""
     compute.set_up()
     if compute.compile:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(node_cache().folder_for_code()))
+        keep_compiled_code()
 
 
 def spec_of(request: TrainRequest, texts: Sequence[TextBlocks], first_token: int) -> TrainingSpec:
@@ -109,6 +113,7 @@ def spec_of(request: TrainRequest, texts: Sequence[TextBlocks], first_token: int
 
 def compute_of(how: Resources) -> Compute:
     """Settings of each process of a training."""
+    assert how.micro_batch_blocks != "auto", "settled before"
     return Compute(
         device=device_of(how.gpus_per_worker),
         threads=how.cpus_per_worker,
@@ -143,6 +148,8 @@ class TrainingRun:
         self._request, self._spec, self._control, self._group = request, spec, control, group
         self._source, self._checkpoints, self._at_milestone = source, checkpoints, at_milestone
         self._started = self._last_saved = self._next_question = time.monotonic()
+        self._first_report: tuple[int, float] | None = None
+        """The update of the first report, and when it was made."""
         self._is_warned = False
         """Whether this machine is known to be taken away: that is heard, and answered by a save, once."""
 
@@ -173,9 +180,16 @@ class TrainingRun:
         for passed in self._request.passing(state.update):
             self._at_milestone(passed, self.trained(passed.role, state))
 
+    def _seconds_left(self, update: int) -> float | None:
+        """By the pace since the first report, which is of an update that warmed up: None until there is another.
+        The pace since the last one goes up and down with all else that the machine does."""
+        now, left = time.monotonic(), self._request.last_update - update
+        self._first_report = self._first_report or (update, now)
+        first, began = self._first_report
+        return left * (now - began) / (update - first) if update > first else None
+
     def report(self, state: TrainingState, report: UpdateReport) -> None:
         request, rate = self._request, report.tokens_per_second
-        seconds_left = (request.last_update - state.update) * self._spec.tokens_per_update / max(rate, 1e-9)
         device = device_name(self._spec.compute.device)
         mfu = utilisation(state.model, request.how, request.training.block_tokens, rate, device)
         development = report.development or (None, None)
@@ -189,7 +203,7 @@ class TrainingRun:
                 first=self._source.update,
                 loss=report.loss,
                 tokens_per_second=rate,
-                seconds_left=seconds_left,
+                seconds_left=self._seconds_left(state.update),
                 stall_seconds=self._checkpoints.stall_seconds,
                 upload_seconds=self._checkpoints.upload_seconds,
                 mfu=mfu,

@@ -36,6 +36,8 @@ Result = TypeVar("Result")
 class LocalFolder:
     """Adapter of the storage port for a folder."""
 
+    copies_bytes = 0
+
     def __init__(self, location: str) -> None:
         try:
             self.location = str(Path(location).expanduser().absolute())
@@ -166,6 +168,9 @@ class LocalFolder:
                     raise
 
         self._attempt("delete", key, remove)
+
+    def erase_object(self, key: str) -> None:
+        self.delete(key)
 
     def erase(self, prefix: str) -> None:
         check_prefix("erase", prefix)

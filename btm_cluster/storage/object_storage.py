@@ -61,6 +61,10 @@ class ObjectStorage:
         self._written = self._always | {names[name]: options[name] for name in names if name in options}
         self._cache = node_cache()
 
+    @property
+    def copies_bytes(self) -> int:
+        return self._cache.limit_bytes
+
     def check(self) -> None:
         """One listing. Waits out an outage; what only the user can mend is refused at once."""
 
@@ -213,24 +217,34 @@ class ObjectStorage:
         check_key("delete", key)
         self._attempt("delete", key, lambda: self._client.delete_object(**self._at(key), **self._always))
 
+    def erase_object(self, key: str) -> None:
+        check_key("erase", key)
+        self._erase_versions(key, lambda found: found == key)
+
     def erase(self, prefix: str) -> None:
         check_prefix("erase", prefix)
+        self._erase_versions(prefix, lambda _: True)
+        for upload in self.unfinished(prefix) if prefix.endswith("/") else ():
+            self.discard(upload.key)
+
+    def _erase_versions(self, prefix: str, is_wanted: Callable[[str], bool]) -> None:
+        """Every version of the wanted ones among the keys that start with a prefix."""
         markers: dict[str, str] = {}
         while True:
             request = {**self._here, **markers, "Prefix": self._prefix + prefix}
             page = self._attempt("erase", prefix, partial(self._client.list_object_versions, **request))
             for version in (*page.get("Versions", ()), *page.get("DeleteMarkers", ())):
                 key = version["Key"].removeprefix(self._prefix)
+                if not is_wanted(key):
+                    continue
                 which = {**self._at(key), **self._always, "VersionId": version["VersionId"]}
                 self._attempt("erase", key, partial(self._client.delete_object, **which))
                 self._cache.drop(self._cached_name(key))
             if not page.get("IsTruncated"):
-                break
+                return
             markers = {"KeyMarker": page["NextKeyMarker"]}
             if "NextVersionIdMarker" in page:
                 markers["VersionIdMarker"] = page["NextVersionIdMarker"]
-        for upload in self.unfinished(prefix) if prefix.endswith("/") else ():
-            self.discard(upload.key)
 
     def address(self, key: str) -> str:
         return f"s3://{self._bucket}/{self._prefix}{key}"

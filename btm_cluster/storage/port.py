@@ -28,6 +28,10 @@ class Storage(Protocol):
     location: str
     """The argument with which `open_storage` opens this store again, in another process."""
 
+    @property
+    def copies_bytes(self) -> int:
+        """Bytes of objects that this node keeps copies of, at most; 0 where `download` copies nothing."""
+
     def check(self) -> None:
         """Refuses, at once, a store that cannot be used: no such bucket, wrong credentials, no folder.
 
@@ -66,6 +70,9 @@ class Storage(Protocol):
 
     def delete(self, key: str) -> None:
         """Removes the object, if it is there. A link is removed, and never followed."""
+
+    def erase_object(self, key: str) -> None:
+        """Removes the object, if it is there, all versions that the store keeps of it, and this node's copy."""
 
     def erase(self, prefix: str) -> None:
         """Removes every object whose key starts with `prefix`, all versions that the

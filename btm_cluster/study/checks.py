@@ -6,7 +6,7 @@ from btm_cluster.errors import UserError
 from btm_cluster.forest import Forest
 from btm_cluster.plan import GrowthPlan, Plan, SizePlan, StudyPlan, TrainingPlan
 from btm_cluster.study.branchings import check_branchings
-from btm_cluster.study.controls import DEMIXES
+from btm_cluster.study.pretrained import check_beside_pretrained
 from btm_cluster.study.search import check_search, grid_of
 
 
@@ -15,7 +15,7 @@ def check_study(plan: Plan, study: StudyPlan, sizes: Sequence[SizePlan]) -> None
     check_branchings(study.branching)
     _check_growth(plan, study.growth)
     if plan.model.pretrained is not None and not study.sizes:
-        _check_pretrained(study)
+        check_beside_pretrained(study)
     for size in sizes:
         if size.training.block_tokens != plan.training.block_tokens:
             raise UserError(
@@ -56,25 +56,6 @@ def check_founders(plan: Plan, forest: Forest | None) -> None:
             found=f"{', '.join(sorted(studied - {*forest.withdrawn}))}; the store's forest was founded on "
             + ", ".join(sorted(founders)),
             remedy="give the study a `store` of its own, or just the founding domains",
-        )
-
-
-def _check_pretrained(study: StudyPlan) -> None:
-    """Refuses what a study cannot have beside a pretrained model.
-
-    Raises:
-        UserError: naming it.
-    """
-    demixes = [system for system in study.systems if system in DEMIXES]
-    found = [
-        *(f"{one} in study.systems" for one in demixes),
-        *(["study.seed_shares"] * bool(study.seed_shares)),
-    ]
-    if found:
-        raise UserError(
-            "a study of experts from a pretrained model has that model as its only seed, and no DEMix",
-            found=" and ".join(found),
-            remedy="leave that out, or give shapes in `study.sizes`: [{name: …, model: {config: …}}]",
         )
 
 

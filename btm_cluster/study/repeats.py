@@ -64,16 +64,6 @@ def repeats_of(plan: Plan, driver: Driver) -> list[Repeat]:
     return repeats
 
 
-def study_of(plan: Plan) -> StudyPlan:
-    """The plan's study, or one of all rivals and controls; a pretrained model has no DEMix unless it is written,
-    which is refused."""
-    study = plan.study or StudyPlan()
-    if plan.model.pretrained is None or study.sizes or "systems" in study.model_fields_set:
-        return study
-    systems = tuple(system for system in study.systems if system not in DEMIXES)
-    return study.model_copy(update={"systems": systems})
-
-
 def _model(plan: Plan, study: StudyPlan, size: SizePlan) -> Mapping[str, Any]:
     """The configuration of a size, of which all that the study asks for can be made: before a text is read.
 

@@ -51,8 +51,9 @@ from btm_cluster.study.controls import (
 from btm_cluster.study.early_stopping import STOPPED_FOREST, best_milestones, stopped_forest
 from btm_cluster.study.growth import measure_growth
 from btm_cluster.study.mixtures import routed_mixtures
+from btm_cluster.study.pretrained import study_of
 from btm_cluster.study.repeat import Repeat, branches, fill_in, train, with_milestones
-from btm_cluster.study.repeats import repeats_of, study_of
+from btm_cluster.study.repeats import repeats_of
 
 AT_EXPERTS_RATE = System("transformer-lm at the experts' rate")
 BEST_AT_EXPERTS_RATE = System("transformer-lm at the experts' rate, at its best milestone")
@@ -250,7 +251,8 @@ def entries_of(
     experts stopped early each one's update."""
     plan, model = repeat.prepared.plan, repeat.prepared.model
     costs = costs_of(comparison, model, plan.training.block_tokens, ledger)
-    tokens = plan.training.updates * len(repeat.prepared.founders)
+    first_update = plan.training.seed_updates if repeat.is_from_pretrained else 0
+    tokens = (plan.training.updates - first_update) * len(repeat.prepared.founders)
     tokens *= plan.training.blocks_per_domain_update * plan.training.block_tokens
     parameters = count_parameters(model)[1]
     demix_parameters = count_demix_parameters(model, len(repeat.prepared.founders))[1]

@@ -31,6 +31,17 @@ Address = Annotated[
     ),
 ]
 InProcess = Annotated[bool, typer.Option("--in-process", help="Without Ray, one step after the other.")]
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        envvar="RAY_ADDRESS",
+        help="A Ray cluster to join, or auto, for what the store lacks; without it this process makes that.",
+    ),
+]
+NoCluster = Annotated[
+    bool, typer.Option("--in-process", help="Join no cluster, though RAY_ADDRESS names one.")
+]
 Dashboard = Annotated[bool, typer.Option("--dashboard", help="Serve the Ray dashboard of a local cluster.")]
 Details = Annotated[
     bool, typer.Option("--details", help="Every text's figures, what was fitted, and sizes of texts, too.")

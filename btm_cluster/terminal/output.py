@@ -10,8 +10,10 @@ import io
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -41,6 +43,7 @@ _LIKENESSES = {
 
 Other characters, such as those of a name, are written as escapes.
 """
+_SPACE = "\0"
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -104,6 +107,29 @@ def printable(text: str) -> str:
     """Text of several lines without control characters: names of files and what
     other programs say may have any."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
+
+
+def width_of(stream: TextIO) -> int | None:
+    """Columns of the terminal that a stream leads to; None where it leads to none."""
+    return shutil.get_terminal_size().columns if stream.isatty() else None
+
+
+def wrapped(text: str, width: int | None) -> str:
+    """Text with its lines broken between words, for so many columns; None: not broken.
+
+    What goes on stands below the words after `found:` and its like. Between backticks nothing breaks: it may be
+    a command to copy.
+    """
+    if width is None:
+        return text
+    lines = []
+    for line in re.sub("`[^`\n]*`", lambda code: code[0].replace(" ", _SPACE), text).splitlines():
+        label = re.match(r"\s*(?:\w+:\s{2,})?", line)
+        hanging = " " * (label.end() if label and label.end() < width // 2 else 0)
+        lines += textwrap.wrap(
+            line, width, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False
+        ) or [""]
+    return "\n".join(lines).replace(_SPACE, " ")
 
 
 class Output:

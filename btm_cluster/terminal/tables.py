@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from btm_cluster.terminal.logs import is_quiet
-from btm_cluster.terminal.output import Output
+from btm_cluster.terminal.output import Output, wrapped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,6 +57,11 @@ def progress_console() -> "Console":
 
     is_own = sys.stderr is sys.__stderr__ or isinstance(sys.stderr, Output)
     return Console(stderr=True, force_terminal=None if is_own else False, **_AS_IT_IS)
+
+
+def say(sentence: str, console: "Console") -> None:
+    """Prints a sentence: at a terminal its lines break between words, elsewhere they do not break."""
+    console.print(wrapped(sentence, console.width if console.is_terminal else None), soft_wrap=True)
 
 
 def show_table(table: "Table", console: "Console") -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from btm_cluster.terminal.tables import fitting, plain_table, show_stacked, show_table
+from btm_cluster.terminal.tables import fitting, plain_table, say, show_stacked, show_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,11 +18,11 @@ JUDGED_SPLIT = "test"
 def show_verdict(verdict: "Verdict", console: "Console") -> None:
     """Prints the judgements, the table of test text, and the notes."""
     for judgement in verdict.judgements:
-        console.print(judgement.sentence, soft_wrap=True)
+        say(judgement.sentence, console)
     if rows := verdict.rows.get(JUDGED_SPLIT):
         show_table(fitting(_means_tables(JUDGED_SPLIT, rows, verdict), console), console)
     for note in verdict.notes:
-        console.print(note, soft_wrap=True)
+        say(note, console)
 
 
 def show_verdict_details(verdict: "Verdict", console: "Console") -> None:

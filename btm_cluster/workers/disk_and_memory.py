@@ -46,7 +46,9 @@ def problems_here(demands: Sequence[Demand]) -> Iterator[ResourcesError]:
     memory = _memory()
     of_gpu = gpu_bytes() if any(demand.how.gpus_per_worker for demand in trained) else None
     for demand in trained:
-        needed = (trained_bytes(demand.parameters) + frozen_bytes(demand.frozen)) // demand.how.workers
+        needed = (
+            trained_bytes(demand.parameters, demand.by_muon) + frozen_bytes(demand.frozen)
+        ) // demand.how.workers
         if problem := memory_problem(demand, of_gpu):
             yield problem
         there, of = (of_gpu, "a GPU") if demand.how.gpus_per_worker else (memory, "this machine")
@@ -54,18 +56,19 @@ def problems_here(demands: Sequence[Demand]) -> Iterator[ResourcesError]:
             yield ResourcesError(
                 f"the memory of {of} is too small to train {demand.label}",
                 found=f"{there / GIGABYTE:,.1f} GB",
-                expected=f"at least {needed / GIGABYTE:,.1f} GB, for weights, gradients and Adam's moments of "
+                expected=f"at least {needed / GIGABYTE:,.1f} GB, for weights, gradients and moments of "
                 f"{demand.parameters:,} parameters in float32"
                 + (f", and {demand.frozen:,} frozen ones" if demand.frozen else ""),
                 remedy="take a smaller `model`, or a machine with more",
             )
         try:
             remedy = "make room there, or set TMPDIR to a folder on a larger disk"
+            needed = stored_bytes(demand.parameters, with_optimizer=True, by_muon=demand.by_muon)
             what, folder = (
                 f"the disk on which {demand.label} is written before it is stored",
                 tempfile.gettempdir(),
             )
-            _check_disk(what, Path(folder), stored_bytes(demand.parameters, with_optimizer=True), remedy)
+            _check_disk(what, Path(folder), needed, remedy)
         except ResourcesError as exc:
             yield exc
 

@@ -28,6 +28,10 @@ class Overlay:
         self.location, self._below = below.location, below
         self._objects: dict[str, bytes] = {}
 
+    @property
+    def copies_bytes(self) -> int:
+        return self._below.copies_bytes
+
     def check(self) -> None:
         self._below.check()
 
@@ -69,6 +73,9 @@ class Overlay:
 
     def delete(self, key: str) -> None:
         self._objects.pop(key, None)
+
+    def erase_object(self, key: str) -> None:
+        self.delete(key)
 
     def erase(self, prefix: str) -> None:
         for key in [key for key in self._objects if key.startswith(prefix)]:

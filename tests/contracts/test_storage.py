@@ -251,6 +251,16 @@ def test_erasing_removes_what_lies_below_a_prefix_and_nothing_beside_it(
     assert keys(storage, "") == ["inbox/law-2/a.txt", "inbox/lawyers"]
 
 
+def test_erasing_an_object_leaves_those_whose_keys_begin_with_its_own(
+    storage: Storage, file: Callable[[bytes], Path]
+) -> None:
+    for key in ("blobs/0123", "blobs/01234", "blobs/0123-4"):
+        storage.upload(key, file(b"text"))
+    storage.erase_object("blobs/0123")
+    storage.erase_object("blobs/0123")
+    assert keys(storage, "") == ["blobs/0123-4", "blobs/01234"]
+
+
 @pytest.mark.parametrize("prefix", ["", "/", "../outside/"])
 def test_a_whole_store_and_what_is_outside_of_it_cannot_be_erased(storage: Storage, prefix: str) -> None:
     storage.create("blobs/0123", b"x")
@@ -274,7 +284,7 @@ def test_erasing_removes_every_version_that_a_bucket_keeps_and_this_nodes_copy(
     storage.delete("training/law/1.json")
     storage.create("training/lawyers/1.json", b"another")
     assert storage.download(f"blobs/{name}").read_bytes() == b"second"
-    storage.erase(f"blobs/{name}")
+    storage.erase_object(f"blobs/{name}")
     storage.erase("training/law/")
     left = client.list_object_versions(Bucket=bucket)
     assert [v["Key"].rpartition("ours/")[2] for v in left.get("Versions", ())] == ["training/lawyers/1.json"]

@@ -38,6 +38,9 @@ SESSION = "BTM_TEST_SESSION"
 """The Unix session of everything that a cluster's head runs: other test
 runs on this machine have clusters too."""
 
+NO_LOG_MONITOR = "--include-log-monitor=false"
+"""It copies logs to drivers, which ask for none."""
+
 
 def trainers(*sessions: str | int) -> list[int]:
     """Process ids of the actors that train, on the nodes that run in these sessions."""
@@ -80,8 +83,7 @@ def ray_head(folder: Path, *arguments: str, cpus: int = 2, **variables: str) -> 
         # Without a port of its own, the agent of a second cluster on this machine dies, and no job can be
         # submitted.
         f"--dashboard-agent-listen-port={free_port()}",
-        "--include-log-monitor=false",  # it copies logs to drivers, which ask for none
-        *(f"--temp-dir={session}", *arguments),
+        *(NO_LOG_MONITOR, f"--temp-dir={session}", *arguments),
     ]
     # A session of its own: its process group is killed at the end, not with `ray stop`, which stops every Ray
     # on this machine.
@@ -117,7 +119,7 @@ def ray_node(
             f"--address={environment['RAY_ADDRESS']}",
             f"--num-cpus={cpus}",
         ),
-        *("--block", *arguments),
+        *(NO_LOG_MONITOR, "--block", *arguments),
     ]
     with tempfile.TemporaryFile() as log:
         node = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)

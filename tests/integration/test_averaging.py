@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from btm_cluster.data.tokenizer import TOKENIZER_FILES
 from btm_cluster.driver.driver import Driver
-from btm_cluster.equations.averaging import argmax_weights, average_tensor, posterior_weights, uniform_weights
+from btm_cluster.equations.averaging import argmax_weights, posterior_weights, uniform_weights
 from btm_cluster.equations.posterior import log_prior
 from btm_cluster.errors import IncompatibleError
 from btm_cluster.evaluation.evaluate import forest_ensemble
@@ -94,12 +94,12 @@ def test_an_average_of_files_is_the_float64_average_to_its_dtypes_rounding(
     assert read_header(tmp_path / "average.safetensors")["__metadata__"] == {"format": "pt"}
 
 
-def test_half_precision_weights_are_summed_in_float32() -> None:
+def test_half_precision_weights_are_summed_in_float32(tmp_path: Path) -> None:
     # Summed in float16, a thousandth of 1 added to 1 a thousand times over would be lost each time.
-    tensors = [torch.full((2,), 1.0, dtype=torch.float16)] + [
-        torch.full((2,), 0.25, dtype=torch.float16)
-    ] * 1000
-    found = average_tensor(tensors, [1.0] + [0.001] * 1000)
+    save_file({"t": torch.full((2,), 1.0, dtype=torch.float16)}, tmp_path / "one")
+    save_file({"t": torch.full((2,), 0.25, dtype=torch.float16)}, tmp_path / "quarter")
+    models = [TensorFiles([tmp_path / "one"])] + [TensorFiles([tmp_path / "quarter"])] * 1000
+    found = average_models(models, [1.0] + [0.001] * 1000).read("t").half()
     assert found.tolist() == [1.25, 1.25]
 
 

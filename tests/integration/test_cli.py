@@ -258,7 +258,7 @@ def test_init_sizes_a_plan_to_the_texts_that_are_named_and_no_preview_of_it_warn
     path = tmp_path / "plans" / "mine.yaml"
     plan = read_plan(path)
     assert [text.name for text in plan.texts] == ["kitchen", "no", "market"]
-    assert plan.domains[0].text == (f"{tmp_path}/text/kitchen/*.jsonl",)
+    assert plan.domains[0].text == ("../text/kitchen/*.jsonl",)
     assert [domain.field for domain in plan.domains] == ["text", "body"]
     seen = json.loads(btm("plan", path, "--json")[1])
     assert all(0 < use["passes"] <= 4 for use in seen["texts"])
@@ -282,11 +282,11 @@ def test_init_and_plan_tell_of_rows_with_messages(
     assert not [note for note in json.loads(out)["notes"] if "messages" in note]
     written = (tmp_path / "plan.yaml").read_text()
     (tmp_path / "plan.yaml").write_text(written.replace(', messages: "messages"', ""))
-    (note,) = [
-        note for note in json.loads(btm("plan", "plan.yaml", "--json")[1])["notes"] if "messages" in note
-    ]
-    assert "the rows of 'chat' have messages" in note
-    assert "`messages: messages`" in note
+    for command in (("plan",), ("run", "--in-process")):
+        code, _, err = btm(*command, "plan.yaml")
+        assert code == 2
+        assert "the rows of 'chat' have messages" in err
+        assert "`messages: messages`" in err
     (tmp_path / "plan.yaml").write_text(written.replace("  chat_template: chat_template.jinja", "  #"))
     code, _, err = btm("plan", "plan.yaml")
     assert code == 2
@@ -300,6 +300,7 @@ def test_init_and_plan_tell_of_rows_with_messages(
         (("--text", "Kitchen=a.jsonl"), "lower-case letters"),
         (("--text", "kitchen=none/*.jsonl"), "the text of 'kitchen' matches no file"),
         (("--text", "kitchen=a.pdf"), "files that are not read"),
+        (("--text", "kitchen=a.txt"), "a document that is not UTF-8"),
         (("--target", "kitchen=a.pdf"), "only --target"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -313,6 +314,7 @@ def test_texts_that_init_cannot_read_are_refused_and_nothing_is_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.pdf").touch()
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     code, _, err = btm("init", "new.yaml", *arguments)
     assert code == 2
     assert part in err

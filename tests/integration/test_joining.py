@@ -1,6 +1,7 @@
 """Joining or starting a Ray cluster: what cannot be is one error with its remedy, before anything waits."""
 
 import os
+import signal
 import socket
 import threading
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from btm_cluster.errors import ResourcesError
+from btm_cluster.workers.on_ray import cluster
 from btm_cluster.workers.on_ray.cluster import connected, ray_folder
 from btm_cluster.workers.on_ray.examination import examine_local
 from tests.integration.test_doctor import SOUND
@@ -109,6 +111,20 @@ def test_whatever_keeps_ray_from_starting_is_one_error(monkeypatch: pytest.Monke
     refused = refusal(None)
     assert refused.what.startswith("Ray ")
     assert "RAY_TMPDIR" in refused.remedy
+
+
+def test_ray_that_does_not_come_up_is_given_up_with_the_load_of_the_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a machine with sixteen times as much to do as it has CPUs, `btm score` waited for ten minutes."""
+    monkeypatch.setattr(cluster, "START_SECONDS", 0.2)
+    monkeypatch.setattr(cluster.ray, "init", lambda *_, **__: threading.Event().wait())
+    for address in (None, "auto"):
+        refused = refusal(address)
+        assert "within" in refused.what
+        assert "CPUs" in refused.found
+        assert "--in-process" in refused.remedy
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("given", ["", "."])

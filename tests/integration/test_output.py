@@ -17,9 +17,9 @@ from rich.console import Console
 from btm_cluster.cli import app, run_command
 from btm_cluster.requests.progress import Progress
 from btm_cluster.terminal.logs import logging_to
-from btm_cluster.terminal.output import CLOSED_PIPE, safe_output
+from btm_cluster.terminal.output import CLOSED_PIPE, safe_output, wrapped
 from btm_cluster.terminal.progress import ProgressView
-from btm_cluster.terminal.tables import consoles, plain_table, progress_console, show_table
+from btm_cluster.terminal.tables import consoles, plain_table, progress_console, say, show_table
 
 
 @pytest.fixture
@@ -107,6 +107,27 @@ def test_a_narrow_terminal_cuts_no_word_where_another_column_could_give_way(colu
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert all(word in shown for cell in rows[0] for word in cell.split())
     assert "…" not in shown
+
+
+def test_at_a_terminal_lines_break_between_words_and_elsewhere_not_at_all() -> None:
+    """Terminals break them anywhere, and what is piped may be cut by whatever reads it."""
+    said = "the text of 'a' has a bad document\n  remedy:   mend it, or skip such documents as they come"
+    narrow = wrapped(said, 30)
+    assert narrow.split() == said.split()
+    assert narrow.splitlines()[-1] == " " * 12 + "they come"
+    assert max(map(len, narrow.splitlines())) <= 30
+    assert wrapped("see /a/path/that/is/longer", 10) == "see\n/a/path/that/is/longer"
+    assert wrapped("next: `btm run PLAN` goes on", 12) == "next:\n`btm run PLAN`\ngoes on", (
+        "a command stays one"
+    )
+    assert wrapped(said, None) == said
+    sentence = "a sentence of several words " * 20
+    for is_terminal in (True, False):
+        console = Console(file=io.StringIO(), width=60, force_terminal=is_terminal)
+        say(sentence, console)
+        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        assert (len(lines) > 1) == is_terminal
+        assert all(set(line.split()) <= set(sentence.split()) for line in lines)
 
 
 class Full(io.RawIOBase):

@@ -1,5 +1,6 @@
 """`btm plan`: what a run would do and cost, before and after texts are read and models trained."""
 
+import io
 import json
 import os
 import re
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from btm_cluster.commands.plan import preview_table
 from btm_cluster.data.tokenizer_training import train_tokenizer
@@ -91,6 +93,17 @@ def test_what_is_foretold_before_reading_is_what_is_foretold_afterwards_and_done
         assert (one.updates, one.tokens) == (other.updates, other.tokens)
         assert one.stored_bytes in (0, other.stored_bytes)
     assert (done.gpu_hours, done.cpu_hours, done.wall_hours) == (0, 0, 0)
+
+
+def test_at_60_columns_the_tables_fit_and_say_what_matters(after: dict[str, Any]) -> None:
+    console = Console(file=io.StringIO(), width=60)
+    preview_table(look(after), (), console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    table = shown.partition("parameters")[0]
+    assert max(map(len, table.rstrip().splitlines())) <= 62, "but for spaces at the margin"
+    assert "everything is done" in " ".join(shown.split())
+    for part in ("expert kitchen", "state", "CPU-hours", "together"):
+        assert part in shown
 
 
 def test_parameters_and_bytes_are_those_of_the_stored_models(after: dict[str, Any]) -> None:

@@ -1,6 +1,8 @@
 """The page of a plan from its store alone: what is measured, against other routes, and that nothing is made."""
 
+import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from markupsafe import escape
 
 from btm_cluster.cli import app, run_command
 from btm_cluster.data.blocks import Blocks
@@ -24,6 +27,7 @@ from btm_cluster.evaluation.verdict_table import table_of
 from btm_cluster.ledger import Ledger, Ref
 from btm_cluster.ledger.timelines import TIMELINE_FILE, run_key, write_timeline
 from btm_cluster.mixing.fitting import FULL, Mixing
+from btm_cluster.operations.plan import DONE
 from btm_cluster.operations.report import finish_run, page_of
 from btm_cluster.operations.run import run_plan
 from btm_cluster.plan import Plan
@@ -122,7 +126,10 @@ def test_a_page_is_made_from_the_store_alone_and_nothing_is_added_to_it(
     ledger.storage.create(run_key("20260102-030406-host-8", TIMELINE_FILE), b"{}")
     before = {entry.key for entry in ledger.storage.list("")}
     plan_path = tmp_path / "plan.yaml"
-    plan_path.write_text(yaml.safe_dump(run_plan_copy.model_dump(mode="json", exclude_unset=True)))
+    written = yaml.safe_dump(
+        run_plan_copy.model_dump(mode="json", exclude_unset=True), default_flow_style=True
+    )
+    plan_path.write_text(f"# a remark <of mine>\r\n{written}", newline="")
     page = tmp_path / "page" / "report.html"
     assert run_command(lambda: app(["report", str(plan_path), "--to", str(page.parent)])) == 0
     assert capsys.readouterr().out == f"wrote {page}\n"
@@ -135,9 +142,43 @@ def test_a_page_is_made_from_the_store_alone_and_nothing_is_added_to_it(
         "20260102-030405-host-7",
         "test documents in training",
         "founded by tiny",
+        " % on domains",
+        f"<pre># a remark &lt;of mine&gt;\n{escape(written)}",
     ):
         assert said in html
     assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
+
+
+def test_a_plan_that_was_run_in_its_folder_is_done_from_every_other(
+    run_plan_copy: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its texts had other identities there: they were read again, and the forest was not evaluated."""
+    folder = tmp_path / "plans"
+    (folder / "text").mkdir(parents=True)
+    fields = run_plan_copy.model_dump(mode="json", exclude_unset=True) | {"store": "../store"}
+    for text in (*fields["domains"], *fields["targets"]):
+        shutil.copy(text["text"][0], folder / "text" / f"{text['name']}.jsonl")
+        text["text"] = f"text/{text['name']}.js*"
+    (folder / "plan.yaml").write_text(yaml.safe_dump(fields))
+    (tmp_path / "link").symlink_to("plans")
+    (tmp_path / "elsewhere").mkdir()
+
+    def made(cwd: Path, plan: str | Path, *commands: tuple[str, ...]) -> set[str]:
+        monkeypatch.chdir(cwd)
+        for command in commands:
+            named = [str(plan) if part == "PLAN" else part for part in command]
+            assert run_command(lambda named=named: app(named)) == 0, capsys.readouterr().err
+        return {entry.key for entry in Ledger.open(run_plan_copy.store).storage.list("artifacts/")}
+
+    run, merge = ("run", "PLAN", "--in-process"), ("merge", "PLAN", "--for", "kitchen", "--to")
+    in_place = made(folder, "plan.yaml", run, (*merge, "merged"))
+    others = [("evaluate", "PLAN", "--in-process"), ("forest", "show", "PLAN"), run]
+    assert made(tmp_path, "link/plan.yaml", *others, (*merge, "merged")) == in_place
+    assert made(tmp_path / "elsewhere", "../plans/plan.yaml", ("report", "PLAN", "--to", "page")) == in_place
+    assert "not evaluated" not in (tmp_path / "elsewhere/page/report.html").read_text()
+    capsys.readouterr()
+    assert made(Path("/"), folder / "plan.yaml", ("plan", "PLAN", "--json")) == in_place
+    assert {step["state"] for step in json.loads(capsys.readouterr().out)["steps"]} == {DONE}
 
 
 def logged(plan: Plan, told: list[Any]) -> Driver:

@@ -27,6 +27,7 @@ from btm_cluster.steps.resuming import find_source, profiles
 from btm_cluster.steps.train import train
 from btm_cluster.storage import Entry
 from btm_cluster.storage.local_folder import LocalFolder
+from btm_cluster.workers.in_process import InProcess
 from tests.conftest import in_process
 from tests.integration.conftest import PreparedStore, copy_store
 from tests.integration.test_training import Interrupting, Undisturbed, last_saved, run, weights_of
@@ -292,6 +293,17 @@ def test_a_save_that_is_overtaken_by_another_drivers_newer_one_is_no_error(
     with pytest.raises(Stopped, match="was stopped"):
         train(request, overtaken, Interrupting(1))
     assert last_saved(prepared_store, request) == 5
+
+
+def test_a_stopped_run_says_what_it_saved_and_from_where_it_goes_on(prepared_store: PreparedStore) -> None:
+    ledger = prepared_store.driver.ledger
+    driver = Driver(ledger, InProcess(ledger, Interrupting(2)))
+    driver.made["tokens"] = 3  # as of calls before
+    with pytest.raises(Stopped) as stopped:
+        driver.require([prepared_store.seed])
+    assert stopped.value.found == "saved: 3 finished steps; trainings under way: seed at update 1"
+    assert stopped.value.remedy == "the same command goes on from there"
+    assert last_saved(prepared_store, prepared_store.seed) == 1
 
 
 def test_a_demix_whose_last_state_another_driver_cleared_is_that_drivers(

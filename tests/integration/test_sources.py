@@ -18,6 +18,7 @@ from btm_cluster.data.documents import BadDocument
 from btm_cluster.data.sources import Document, fingerprint, read_documents
 from btm_cluster.errors import TextError
 from btm_cluster.plan import DatasetPlan, ReadingPlan, TextPlan
+from btm_cluster.plan.values import PLAN_FOLDER
 from tests.reading import read, reasons, refusal, texts, zstandard
 
 DOCUMENTS = ["first", "second\nwith a line", "thïrd 😀"]
@@ -191,8 +192,11 @@ def test_a_pattern_that_matches_no_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for pattern in ("none.txt", "*.jsonl", "**/*.jsonl", "loop", "x" * 5000, "[", "../" * 50 + "none"):
         assert "matches no file" in refusal(tmp_path / pattern)
-    assert "folder, a folder" in refusal(tmp_path / "folder")
     assert "folder/*.jsonl" in refusal(tmp_path / "folder")
+    (tmp_path / "folder" / "a.md").touch()
+    said = refusal(tmp_path / "folder")
+    assert "is a folder" in said
+    assert f"'{tmp_path}/folder/*.md'" in said
 
 
 def test_links_that_lead_in_circles_are_walked_once(tmp_path: Path) -> None:
@@ -287,6 +291,20 @@ def test_a_fingerprint_changes_with_the_files_and_only_with_them(tmp_path: Path)
     touched = fingerprint(source)
     (tmp_path / "c.txt").write_text("new")
     assert len({json.dumps(f) for f in (before, touched, fingerprint(source))}) == 3
+
+
+def test_in_a_jobs_copy_a_fingerprint_changes_with_the_bytes_alone(tmp_path: Path) -> None:
+    """Ray unpacks a copy for each node, and for each job anew, with the present as every file's time."""
+    stamps = []
+    for number, text in enumerate(("same", "same", "new!")):
+        copy = tmp_path / str(number) / "working_dir_files" / "_ray_pkg_0123456789abcdef"
+        copy.mkdir(parents=True)
+        (copy / "a.txt").write_text(text)
+        os.utime(copy / "a.txt", ns=(0, number))
+        source = TextPlan.model_validate({"name": "a", "text": "./*.txt"}, context={PLAN_FOLDER: copy})
+        stamps.append(fingerprint(source))
+    assert stamps[0] == stamps[1] != stamps[2]
+    assert stamps[0]["text"][0][0] == "./a.txt"
 
 
 MEASURE = """

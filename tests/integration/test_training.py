@@ -1,6 +1,7 @@
 """Training of real two-layer models: killed and resumed, cut in two,
 accumulated, diverging, and against a plain loop."""
 
+import gzip
 import hashlib
 import json
 import math
@@ -34,8 +35,9 @@ from btm_cluster.language_model.training_state import (
 )
 from btm_cluster.ledger import Artifact, Ledger, artifact_key
 from btm_cluster.ledger.curves import read_curve
+from btm_cluster.ledger.lineage import reached
 from btm_cluster.plan import Plan
-from btm_cluster.requests import AverageRequest, Start, TrainRequest
+from btm_cluster.requests import AverageRequest, Start, TraceOf, TrainRequest
 from btm_cluster.requests.progress import Progress
 from btm_cluster.steps.checkpoints import load_stored
 from btm_cluster.steps.stored import open_blocks
@@ -642,6 +644,20 @@ def test_a_damaged_training_checkpoint_is_passed_over_and_training_starts_again(
     assert weights_of(run(prepared_store, request)) == undisturbed["seed"]
 
 
+def test_a_trace_of_the_updates_is_kept_as_long_as_the_model_is(prepared_store: PreparedStore) -> None:
+    request = replace(prepared_store.seed, last_update=2, profile=True)
+    model = run(prepared_store, request)
+    assert isinstance(model, Artifact)
+    ledger = prepared_store.driver.ledger
+    trace = ledger.get(TraceOf(model.ref).ref)
+    with gzip.open(ledger.open_file(trace, "trace.json.gz")) as file:
+        assert json.load(file)["traceEvents"]
+    artifacts = {artifact.ref: artifact for artifact in ledger.read_manifests().values()}
+    assert trace.ref in reached({model.ref}, artifacts)
+    assert trace.ref not in reached({*model.needs}, artifacts)
+    assert replace(request, profile=False).ref == request.ref
+
+
 def test_weights_that_the_very_last_update_spoiled_are_not_committed(prepared_store: PreparedStore) -> None:
     request = replace(prepared_store.seed, last_update=1)
     assert isinstance(run(prepared_store, request), Artifact)
@@ -663,11 +679,11 @@ def test_a_parameter_that_never_had_a_gradient_has_no_moments_and_is_no_trouble(
     trained, again = fresh(0), fresh(1)
     unused = trained.model.get_parameter("transformer.wpe.weight").requires_grad_(False)
     NextTokenLoss(trained.model)(read_after(tokens := torch.arange(32)[None], 0), tokens).backward()
-    trained.optimizer.step()
+    trained.optimizer.step(learning_rate=0.0)
     stored = ledger.commit(origin("model", {}), write_state(trained, tmp_path, with_optimizer=True), {})
     load_stored(again, 1, ledger, stored, keep_optimizer=True)
     parameters = again.model.named_parameters()
-    without = {name for name, parameter in parameters if not again.optimizer.state[parameter]}
+    without = {name for name, parameter in parameters if not again.optimizer.state_of(parameter)}
     assert without == {"transformer.wpe.weight"}
     assert torch.equal(again.model.get_parameter("transformer.wpe.weight"), unused)
     assert again.update == 1

@@ -228,7 +228,7 @@ def test_a_split_without_documents_refuses_the_text_with_its_counts(
     with pytest.raises(TextError, match="the text of 'a' has no document for") as caught:
         make(tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", written))
     assert part in str(caught.value)
-    assert "give more text" in caught.value.remedy
+    assert "give more documents" in caught.value.remedy
 
 
 @pytest.mark.parametrize(

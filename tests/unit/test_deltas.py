@@ -263,6 +263,32 @@ def test_a_training_of_an_adapter_is_compiled_in_one_piece(
         assert torch.allclose(compiled[name], tensor, atol=1e-4), name
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # by which Dynamo looks at an input
+def test_a_deep_models_adapter_is_compiled_layer_by_layer_however_many_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a whole, 16 layers took 29 s to trace; an adapter is what makes each layer's graph long."""
+    graphs: list[int] = []
+    compiles = torch.compile
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    def by_eager(function: Any, dynamic: bool) -> Any:
+        return compiles(function, backend=count, dynamic=dynamic, fullgraph=True)
+
+    monkeypatch.setitem(MODELS, "llama", {**MODELS["llama"], "num_hidden_layers": 13})
+    started = Started("llama", LORA, tmp_path)
+    started.spec = replace(started.spec, last_update=3)
+    plain = dict(started.trained().weights())
+    monkeypatch.setattr(torch, "compile", by_eager)
+    started.spec = replace(started.spec, compute=replace(started.spec.compute, compile=True))
+    compiled = dict(started.trained().weights())
+    assert len(graphs) == 3, "the first layer, whose input has no gradient; all others; and the loss"
+    torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-4)
+
+
 def test_flops_of_frozen_weights_have_no_part_for_gradients_of_their_own(tmp_path: Path) -> None:
     started = Started("llama", LORA, tmp_path)
     model = started.fresh().model
@@ -390,4 +416,4 @@ def _first_losses(started: Started) -> list[float]:
     """On development blocks, and of the first update."""
     state = started.fresh()
     development = DevelopmentLoss(started.spec, state, ALONE)
-    return [development.take().item(), Updates(started.spec, state, ALONE).make().loss.item()]
+    return [development.take().item(), Updates(started.spec, state, ALONE).make().shown.read()[0].item()]

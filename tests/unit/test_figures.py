@@ -8,6 +8,7 @@ from xml.etree.ElementTree import Element
 
 import pytest
 
+from btm_cluster.ledger.timelines import Event
 from btm_cluster.report.bars import draw_bars
 from btm_cluster.report.drawing import Drawing, Scale, tick_labels, ticks, time_ticks
 from btm_cluster.report.gantt import draw_gantt, merged
@@ -177,7 +178,7 @@ def test_a_timeline_has_a_lane_for_each_process_and_says_how_long_gpus_were_idle
     lanes, left_out = lanes_of(timeline)
     assert left_out == 0
     assert [lane.name for lane in lanes] == [
-        "law on host-a", "seed on host-a", "task on host-a", "code on host-b", "task on host-b", "steps without a place yet",
+        "other steps on host-a", "seed on host-a", "law on host-a", "code on host-b", "other steps on host-b", "waiting steps",
     ]  # fmt: skip
     (seed,) = (lane for lane in lanes if lane.name == "seed on host-a")
     assert [(bar.what, bar.start, bar.end) for bar in seed.bars] == [
@@ -198,6 +199,36 @@ def test_a_timeline_has_a_lane_for_each_process_and_says_how_long_gpus_were_idle
     assert max(count for _, count in busy.steps) == 2
     assert [event.cause for event in mishaps(timeline)] == ["out of memory"]
     assert totals(timeline)[0] == ("training", 3, pytest.approx(60 + 2 * 29))
+
+
+def test_lanes_have_no_hashes_and_nothing_but_a_training_waits_in_a_lane_of_its_own() -> None:
+    """Ray's names of processes have hashes, and averages that waited took a lane each."""
+    fields = {"node": "a", "cpus": 1.0}
+    trainer = {"kind": "train", "role": "expert", "label": "law", "process": "expert-law-89a94e5d-ffd790"}
+    merger = {"kind": "average", "label": "law", "process": "merge-1795969806620987"}
+    events = [
+        Event.model_validate(fields | of | {"what": what, "began": began, "ended": began + 2})
+        for of, what, began in (
+            (trainer, "start", 1.5),
+            (trainer, "step", 3.5),
+            (merger, "step", 5.0),
+            (merger, "step", 5.5),
+        )
+    ]
+    waits = [
+        one.model_copy(update={"what": "wait", "node": None, "began": 2, "ended": 3.6}) for one in events
+    ]
+    made = made_timeline(["law"], ["law"])
+    timeline = made.model_copy(update={"began": 0, "ended": 10, "events": [*waits, *events]})
+    lanes, _ = lanes_of(timeline)
+    shown = {lane.name: [bar.what for bar in lane.bars] for lane in lanes}
+    assert shown == {
+        "expert law": ["starting", "waiting for room", "training"],
+        "1. averages": ["fitting, mixing, averaging"],
+        "2. averages": ["fitting, mixing, averaging"],
+        "waiting steps": ["waiting for room"],
+    }
+    assert max(count for _, count in busy_of(timeline).steps) <= busy_of(timeline).total
 
 
 def test_bars_of_a_timeline_lie_at_their_seconds() -> None:

@@ -87,8 +87,7 @@ def test_training_takes_pieces_where_a_block_has_too_many_logits(
         updates = Updates(spec, build_state(spec, alone), alone)
         made.append(updates.make())
         assert (updates.head is None) == (most == 8 * 64)
-    torch.testing.assert_close(made[0].loss, made[1].loss)
-    torch.testing.assert_close(made[0].gradient_norm, made[1].gradient_norm)
+    torch.testing.assert_close(made[0].shown.read(), made[1].shown.read())
 
 
 @pytest.mark.parametrize("most", [9 * 60 * 2, 9 * 60 - 1], ids=["fewer-blocks", "pieces"])
@@ -104,3 +103,38 @@ def test_scores_are_the_same_however_many_logits_are_held(
         found.append([np.load(file) for file in files.values()])
         monkeypatch.setattr(scoring, "MODELS_LOGITS_AT_ONCE", {"cpu": most})
     np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
+
+
+def test_compiled_passes_are_of_one_shape_and_give_the_same_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of texts with fewer blocks, or a last pass that is not full."""
+    graphs: list[int] = []
+    compiles = torch.compile
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(1)
+        return graph.forward
+
+    monkeypatch.setattr(
+        torch, "compile", lambda made, dynamic: compiles(made, backend=count, dynamic=dynamic)
+    )
+    scoring.fused_said.cache_clear()
+    how, found = Resources(1, 0, 1, 4, "float32", True), []
+    model = model_of(MODELS["untied"])
+    for is_compiled in (False, True):
+        monkeypatch.setattr(scoring, "_is_worth_compiling", lambda *_, answer=is_compiled: answer)
+        passes = scoring.ScorePasses(model, how, block_tokens=9, blocks=8)
+        for number in (6, 1):
+            folder = tmp_path / f"{is_compiled}-{number}"
+            folder.mkdir()
+            tokens = np.random.default_rng(number).integers(60, size=(number, 9), dtype=np.uint16)
+            np.save(folder / "tokens.npy", tokens)
+            counted: list[int] = []
+            files = passes.write(Blocks([folder / "tokens.npy"]), 0, folder, counted.append)
+            assert sum(counted) == number
+            found.append([np.load(file) for file in files.values()])
+    for plain, compiled in zip(found[:2], found[2:], strict=True):
+        np.testing.assert_allclose(compiled, plain, rtol=1e-5)
+    assert len(graphs) == 2, "a layer, and the log-probabilities"
+    scoring.fused_said.cache_clear()

@@ -141,19 +141,36 @@ def test_a_relative_path_begins_at_the_folder_of_the_plan(
     fields["domains"] = [{"name": "a", "text": ["./a/*.txt", "/b/../c.txt", "~/d.txt", "s3://bucket/e.txt"]}]
     path.write_text(yaml.safe_dump(fields))
 
-    def seen(plan: Plan) -> tuple[str, str | None, str | None, tuple[str, ...]]:
-        return plan.store, plan.model.pretrained, plan.tokenizer.pretrained, plan.domains[0].text
+    def seen(plan: Plan) -> tuple[str, str | None, str | None, str]:
+        return plan.store, plan.model.pretrained, plan.tokenizer.pretrained, plan.domains[0].folder
 
-    elsewhere = ("/b/../c.txt", "~/d.txt", "s3://bucket/e.txt")
-    monkeypatch.chdir(path.parent)
-    in_it = ("../store", "models/mine", "hub/name", ("./a/*.txt", *elsewhere))
-    assert seen(read_plan("plan.yaml")) == seen(read_plan(path)) == in_it
-    monkeypatch.chdir(tmp_path)
-    above = ("store", "plans/models/mine", "hub/name", ("plans/a/*.txt", *elsewhere))
-    assert seen(read_plan("plans/plan.yaml")) == above
+    here = (f"{tmp_path}/store", f"{path.parent}/models/mine", "hub/name", str(path.parent))
+    (tmp_path / "link").symlink_to("plans")
+    for folder, named in ((path.parent, "plan.yaml"), (tmp_path, "link/plan.yaml"), (Path("/"), path)):
+        monkeypatch.chdir(folder)
+        plan = read_plan(named)
+        assert seen(plan) == here
+        assert list(plan.domains[0].text) == fields["domains"][0]["text"], "identities hang on it"
+    monkeypatch.chdir(tmp_path / "plans" / "models")
+    assert read_plan(fields).store == f"{tmp_path}/plans/store", "without a file, from the current folder"
+
+
+def test_in_a_jobs_copy_paths_are_those_of_each_nodes_own_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers begin in the copy of their node, which may lie elsewhere."""
+    copy = tmp_path / "working_dir_files" / "_ray_pkg_0123456789abcdef"
+    (copy / "plans" / "mine").mkdir(parents=True)
+    fields = yaml.safe_load(MINIMAL) | {"store": "/shared/store", "model": {"pretrained": "mine"}}
+    fields["tokenizer"] = {"pretrained": "mine"}
+    for folder in (copy, copy / "plans"):
+        (folder / "plan.yaml").write_text(yaml.safe_dump(fields))
+    monkeypatch.chdir(copy)
+    plan = read_plan("plans/plan.yaml")
+    assert (plan.model.pretrained, plan.domains[0].folder) == ("plans/mine", "plans")
+    assert read_plan("plan.yaml").domains[0].folder == ""
     monkeypatch.chdir("/")
-    assert seen(read_plan(path))[1] == str(path.parent / "models/mine")
-    assert seen(read_plan(fields))[0] == "../store", "without a file, from the current folder"
+    assert read_plan(copy / "plan.yaml").domains[0].folder == str(copy)
 
 
 def test_a_key_that_resembles_nothing_is_refused_with_all_known_names(write: Callable[[str], Path]) -> None:
@@ -285,8 +302,18 @@ PROBLEMS = {
     ),
     "cluster: {seed_gpus: 129}": ("cluster.seed_gpus", "at most 128"),
     "cluster: {sharding: full}": ("cluster.sharding", "a group of several GPUs"),
+    "training: {optimizer: muon}\nbaselines: [demix]": ("training.optimizer", "a DEMix stacks"),
+    "training: {optimizer: muon}\ncluster: {sharding: full, seed_gpus: 2}": (
+        "training.optimizer",
+        "no whole matrix",
+    ),
     "cluster: {gpus_per_expert: .inf}": ("cluster.gpus_per_expert", "finite"),
     "cluster: {checkpoint_minutes: .inf}": ("cluster.checkpoint_minutes", "finite"),
+    "cluster: {micro_batch_blocks: 0}": (
+        "cluster.micro_batch_blocks",
+        "a whole number of at least 1, or 'auto'",
+    ),
+    "cluster: {micro_batch_blocks: auot}": ("cluster.micro_batch_blocks", "or 'auto'"),
     "cluster: {retries: -1}": ("cluster.retries", "greater than or equal to 0"),
     "1: 2": ("[1]", "a name"),
 }

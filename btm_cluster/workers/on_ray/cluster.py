@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,8 @@ from btm_cluster.errors import BtmError, ResourcesError, one_line
 from btm_cluster.stopping import stopped
 
 NAMESPACE = "btm"
+START_SECONDS = 300.0
+"""In which Ray starts or is joined also on a machine with ten times as much to do as it has CPUs."""
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 30.0
 _NO_SETTINGS = b"\0\0\0\4\0\0\0\0\0"
@@ -47,11 +50,15 @@ def connected(address: str | None, dashboard: bool) -> Iterator[str]:
     """
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        if address is None or address == "local":
-            joined = _start(dashboard)
-        else:
-            _check_answers(address)
-            joined = _join(address)
+        with _within(START_SECONDS):
+            if address is None or address == "local":
+                joined = _start(dashboard)
+            else:
+                _check_answers(address)
+                joined = _join(address)
+    except TimeoutError as exc:
+        ray.shutdown()
+        raise _too_slow(address) from exc
     except SystemExit as exc:  # of Ray's own handler of SIGTERM, which is in place from here on
         ray.shutdown()
         raise stopped() from exc
@@ -61,6 +68,44 @@ def connected(address: str | None, dashboard: bool) -> Iterator[str]:
         yield joined.dashboard_url or ""
     finally:
         ray.shutdown()
+
+
+class _TooSlow(BaseException):
+    """Passes by whoever takes an error of a single attempt for a reason to try again."""
+
+
+@contextmanager
+def _within(seconds: float) -> Iterator[None]:
+    """Raises a TimeoutError in here after so many seconds; in the main thread, which alone hears signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(*_: object) -> None:
+        raise _TooSlow
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except _TooSlow as exc:
+        raise TimeoutError from exc
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _too_slow(address: str | None) -> ResourcesError:
+    is_here = address is None or address == "local"
+    what = (
+        "Ray does not start on this machine" if is_here else f"the Ray cluster at {address} cannot be joined"
+    )
+    return ResourcesError(
+        f"{what} within {START_SECONDS / 60:.0f} minutes",
+        found=f"a load of {os.getloadavg()[0]:.0f} on {os.cpu_count()} CPUs here",
+        expected="some seconds",
+        remedy="the same command again, once the machine has less to do; --in-process needs no Ray",
+    )
 
 
 def ray_folder() -> str:
