@@ -30,8 +30,8 @@ from btm_cluster.report.study_tables import (
     speeds_section,
     stopped_at,
     texts_section,
-    trials_sections,
 )
+from btm_cluster.report.study_trials import trials_sections
 
 MARKDOWN_FILE = "README.md"
 TITLE = "Results of a study"

@@ -20,8 +20,9 @@ from btm_cluster.report.study_growth import growth_sections
 from btm_cluster.study import run
 from btm_cluster.study.comparison import Models
 from btm_cluster.study.growth import Step, grow_steps
+from btm_cluster.study.models import train_repeat
 from btm_cluster.study.repeats import repeats_of
-from btm_cluster.study.run import Study, run_study, train_repeat
+from btm_cluster.study.run import Study, run_study
 from tests.conftest import DOMAINS, in_process
 from tests.integration.conftest import copy_store
 

@@ -54,9 +54,10 @@ from btm_cluster.steps.fit import fit_methods, fit_together, for_all_of
 from btm_cluster.steps.stored import documents_of
 from btm_cluster.steps.train import train
 from btm_cluster.study.controls import random_part_requests, transformer_lm_at_experts_rate_request
+from btm_cluster.study.models import train_repeat
 from btm_cluster.study.repeat import train as train_requests
 from btm_cluster.study.repeats import repeats_of
-from btm_cluster.study.run import Study, run_study, train_repeat
+from btm_cluster.study.run import Study, run_study
 from tests.conftest import DOMAINS, in_process, plan_fields
 from tests.integration.test_milestones import overtrained_fields
 from tests.made import origin
