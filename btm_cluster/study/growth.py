@@ -89,7 +89,7 @@ def _founded_on(repeat: Repeat, names: Sequence[str]) -> Repeat:
     founders = tuple(founder for founder in prepared.founders if founder[0] in names)
     identities = {identity for _, identity in founders}
     texts = tuple(text for text in prepared.founding_texts if text.text in identities)
-    size = repeat.size if len(names) == len(prepared.founders) else f"{repeat.size}-of-{'-'.join(names)}"
+    size = f"{repeat.size}-of-{len(names)}"  # in labels
     return Repeat(size, replace(prepared, founders=founders, founding_texts=texts), repeat.seed_shares[:1])
 
 
@@ -99,8 +99,8 @@ def _retrain(
     """A Transformer-LM on each set of domains, all at once."""
     repeats = {names: _founded_on(repeat, names) for names in founded}
     wholes = {
-        names: replace(one.transformer_lm(), label=f"transformer-lm-of-{'-'.join(names)}")
-        for names, one in repeats.items()
+        names: replace(one.transformer_lm(), label=f"transformer-lm-{number}-of-{len(names)}-domains")
+        for number, (names, one) in enumerate(repeats.items(), 1)
     }
     train(repeat, list(wholes.values()), driver)
     for one in repeats.values():
@@ -122,7 +122,7 @@ def _best_milestone(repeat: Repeat, driver: Driver) -> Ref | None:
 def _found(founding: Repeat, domains: Sequence[PreparedText], driver: Driver) -> Ensemble:
     """The forest of the founding domains."""
     share = founding.seed_shares[0]
-    experts = branches(founding, domains, share)
+    experts = [replace(expert, snapshots=()) for expert in branches(founding, domains, share)]
     train(founding, experts, driver)
     models = tuple((domain.name, expert.ref) for domain, expert in zip(domains, experts, strict=True))
     return Ensemble(FOUNDED, models, METHODS, (), founding.seeds[share].ref, share)
