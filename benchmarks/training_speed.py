@@ -10,8 +10,10 @@ own, with an empty cache of compiled code. Tokens per second are the median over
 that compiling is left out; seconds to the first update begin with the process. The limit is the GPU's peak over the
 operations of a token. On a CPU it runs a toy size to show that it works.
 
-`--attention`, `--compile` and `--optimizer` change ours alone, to see what each is worth. `--count-synchronisations`
-says how often an update of the second half waits for the GPU, as torch counts it.
+`--attention`, `--compile`, `--optimizer`, `--residual` and `--inductor` change ours alone, to see what each would be
+worth: `--residual bfloat16` has hidden states between layers in bfloat16, as autocast has not, and `--inductor
+coordinate_descent_tuning=1` sets a field of torch._inductor.config. `--count-synchronisations` says how often an update
+of the second half waits for the GPU, as torch counts it.
 """
 
 import argparse
@@ -40,6 +42,8 @@ SIZES = {  # layers, width, heads, blocks per update, vocabulary, updates
 }
 GOALS = {"125m": 1.25, "350m": 1.25, "1.3b": 1.15}
 CONTENDERS = ("trainer", "ours")
+TRAINERS_BLOCKS = 32
+"""Of a forward pass, where ours takes what fits."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ def main() -> None:
     parser.add_argument("--attention", choices=("chosen", "flash", "cudnn"), default="chosen")
     parser.add_argument("--compile", choices=("chosen", "whole", "layers"), default="chosen")
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
+    parser.add_argument("--residual", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--inductor", nargs="*", default=[], metavar="NAME=VALUE")
     parser.add_argument("--count-synchronisations", action="store_true")
     parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
     add_options(parser)
@@ -149,6 +155,7 @@ def _watch_waits() -> None:
 def _change(asked: argparse.Namespace) -> None:
     """Has ours do otherwise than it would."""
     import torch
+    import torch._inductor.config
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from btm_cluster.language_model import update
@@ -158,8 +165,24 @@ def _change(asked: argparse.Namespace) -> None:
         update.kernels_for = lambda *_: lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION)  # type: ignore[assignment]
     if asked.attention == "cudnn":
         update.kernels_for = lambda *_: cudnn_first
+    if asked.residual == "bfloat16":
+        update.leave_causal_masks_out = _with_bfloat16_residual
+    for setting in asked.inductor:
+        name, _, value = setting.partition("=")
+        setattr(torch._inductor.config, name, type(getattr(torch._inductor.config, name))(int(value)))
     if asked.compile != "chosen":
         update.is_compiled_whole = lambda *_: asked.compile == "whole"
+
+
+def _with_bfloat16_residual(model: Any) -> None:
+    import torch
+
+    from btm_cluster.language_model.attention import leave_causal_masks_out
+
+    leave_causal_masks_out(model)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.register_forward_hook(lambda _, __, made: made.to(torch.bfloat16))
 
 
 def trainer(size: str, asked: argparse.Namespace) -> Measured:
@@ -194,7 +217,7 @@ def trainer(size: str, asked: argparse.Namespace) -> Measured:
             self.ends.append(time.monotonic())
 
     with tempfile.TemporaryDirectory() as scratch:
-        micro = min(int(asked.micro_batch), batch)
+        micro = min(TRAINERS_BLOCKS if asked.micro_batch == "auto" else int(asked.micro_batch), batch)
         arguments = TrainingArguments(
             output_dir=scratch,
             per_device_train_batch_size=micro,

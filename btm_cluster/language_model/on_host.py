@@ -8,7 +8,8 @@ class OnHost:
     since."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._copy = tensor.detach().to("cpu", non_blocking=True)  # into locked memory, which torch reuses
+        # From a GPU into locked memory, which torch reuses.
+        self._copy = tensor.detach().to("cpu", non_blocking=True, copy=not tensor.is_cuda)
         self._copied: torch.cuda.Event | None = None
         if tensor.is_cuda:
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -213,9 +213,8 @@ def fused_said() -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, t
 def _said_of_all(logits_NV: torch.Tensor, tokens_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     logp_NV = torch.log_softmax(logits_NV.float(), dim=-1)
     least = torch.finfo(logp_NV.dtype).min
-    entropy_N = -(logp_NV.exp() * logp_NV.clamp(min=least)).sum(
-        dim=-1
-    )  # a product of rows would not be fused
+    # A product of rows, as in `_entropy`, would not be fused.
+    entropy_N = -(logp_NV.exp() * logp_NV.clamp(min=least)).sum(dim=-1)
     return logp_NV.gather(1, tokens_N[:, None])[:, 0], entropy_N
 
 

@@ -63,15 +63,8 @@ def training_rules(given: Given) -> Iterator[Broken]:
 
 def muon_rules(given: Given) -> Iterator[Broken]:
     """Muon's step is taken over whole matrices."""
-    if field_of(given.get("training"), "optimizer") != "muon":
-        return
-    study = entries_of(section_of(given, "study").get("systems"))
-    if "demix" in entries_of(given.get("baselines")) or "demix" in study:
-        expected = "`adamw`, since a DEMix stacks its feed-forwards"
-        yield Broken(
-            "training.optimizer", "'muon'", expected, "leave `demix` out, or take `optimizer: adamw`"
-        )
-    if field_of(given.get("cluster"), "sharding") == "full":
+    is_muon = field_of(given.get("training"), "optimizer") == "muon"
+    if is_muon and field_of(given.get("cluster"), "sharding") == "full":
         expected = "`adamw`, since a sharded model has no whole matrix on any GPU"
         remedy = "take `sharding: none` or `auto`, or `optimizer: adamw`"
         yield Broken("training.optimizer", "'muon'", expected, remedy)

@@ -47,7 +47,7 @@ def _row(entry: Entry) -> list[str]:
         _difference(entry),
         f"{entry['tokens']:,}",
         f"{entry['tokens_so_far']:,}",
-        f"{entry['gpu_seconds']:,.1f}",
+        "–" if entry["gpu_seconds"] is None else f"{entry['gpu_seconds']:,.1f}",
     ]
 
 

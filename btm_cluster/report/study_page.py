@@ -18,7 +18,7 @@ from btm_cluster.report.figures import study_figures
 from btm_cluster.report.markdown import markdown
 from btm_cluster.report.page import render, standalone
 from btm_cluster.report.results import Entry, Results, repeats_left
-from btm_cluster.report.study_costs import cost_blocks, experts_blocks
+from btm_cluster.report.study_costs import across_sizes, cost_blocks, experts_blocks
 from btm_cluster.report.study_growth import growth_sections
 from btm_cluster.report.study_tables import (
     TABLE_1,
@@ -42,7 +42,8 @@ def write_page(results: Results, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for one in study_figures(results):
         (folder / one.figure.file).write_text(standalone(one.figure.svg), encoding="utf-8")
-    sections = [*_size_sections(results), *figure_sections(results), *_other_sections(results)]
+    sections = [*_size_sections(results), *across_sizes(results.entries), *figure_sections(results)]
+    sections += _other_sections(results)
     opening = f"# {TITLE}\n\nMade by `btm study` and `btm report` from `summary.json`; do not edit. {_opening(results)}\n"
     left = repeats_left(results)
     if left:

@@ -7,7 +7,7 @@ throughout, so that perplexities per token can be compared.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from btm_cluster.driver.driver import Driver
@@ -161,9 +161,28 @@ def _without(forest: Ensemble, removed: Sequence[str]) -> Ensemble:
     return replace(forest, models=tuple(model for model in forest.models if model[0] not in removed))
 
 
+@dataclass(frozen=True)
+class _Spent:
+    """Tokens and GPU-seconds of trainings; the seconds are None where some are not known."""
+
+    tokens: int = 0
+    gpu_seconds: float | None = 0.0
+
+    def __add__(self, other: "_Spent") -> "_Spent":
+        return _Spent(self.tokens + other.tokens, _sum(self.gpu_seconds, other.gpu_seconds))
+
+    def __sub__(self, other: "_Spent") -> "_Spent":
+        minus = None if other.gpu_seconds is None else -other.gpu_seconds
+        return _Spent(self.tokens - other.tokens, _sum(self.gpu_seconds, minus))
+
+
+def _sum(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else round(one + other, 1)
+
+
 def _entries(repeat: Repeat, steps: Sequence[Step], driver: Driver) -> Iterator[dict[str, Any]]:
     prepared = repeat.prepared
-    spent: dict[str, tuple[int, float]] = {}
+    spent: dict[str, _Spent] = {}
     for number, step in enumerate(steps):
         comparison = _compare(prepared, step, driver)
         costs = costs_of(comparison, prepared.model, prepared.plan.training.block_tokens, driver.ledger)
@@ -182,10 +201,8 @@ def _entries(repeat: Repeat, steps: Sequence[Step], driver: Driver) -> Iterator[
                 **{name: entry[name] for name in COPIED},
                 **_means(entry, step.domains, prepared),
                 "bits_per_byte": entry["bits_per_byte"]["all"],
-                "tokens": total[0] - earlier[0],
-                "tokens_so_far": total[0],
-                "gpu_seconds": round(total[1] - earlier[1], 1),
-                "gpu_seconds_so_far": round(total[1], 1),
+                **asdict(total - earlier),
+                **{f"{name}_so_far": value for name, value in asdict(total).items()},
             }
 
 
@@ -197,19 +214,19 @@ def _compare(prepared: PreparedPlan, step: Step, driver: Driver) -> Comparison:
     return replace(comparison, models={**comparison.models, TRANSFORMER_LM: whole})
 
 
-def _earlier(system: str, before: Mapping[str, tuple[int, float]]) -> tuple[int, float]:
+def _earlier(system: str, before: Mapping[str, _Spent]) -> _Spent:
     """The cost of a system before a step. A branch grows out of the founding forest."""
     founded = FOUNDED if system.endswith(BRANCH) else system
-    return before.get(system, before.get(founded, (0, 0.0)))
+    return before.get(system, before.get(founded, _Spent()))
 
 
-def _total(entry: dict[str, Any], earlier: tuple[int, float]) -> tuple[int, float]:
-    """Tokens and GPU-seconds of all trainings so far: a Transformer-LM starts anew each time, and a forest keeps
-    what it has."""
-    tokens, seconds = entry["cost"]["training_tokens"], entry["cost"]["gpu_seconds"]
+def _total(entry: Mapping[str, Any], earlier: _Spent) -> _Spent:
+    """The cost of all trainings so far: a Transformer-LM starts anew each time, and a forest keeps what it has, also
+    where it has become smaller."""
+    cost = _Spent(entry["cost"]["training_tokens"], entry["cost"]["gpu_seconds"])
     if entry["system"] == TRANSFORMER_LM.system:
-        return earlier[0] + tokens, earlier[1] + seconds
-    return max(earlier[0], tokens), max(earlier[1], seconds)
+        return earlier + cost
+    return max(earlier, cost, key=lambda spent: spent.tokens)
 
 
 def _means(entry: dict[str, Any], known: Sequence[str], prepared: PreparedPlan) -> dict[str, float | None]:

@@ -34,15 +34,15 @@ class Repeat:
     """How what was tried for this size did, where this is its first random seed: recipes, and then scales of
     the experts' learning rate."""
 
-    @property
-    def prepared_by_share(self) -> dict[float, PreparedPlan]:
-        """The prepared plan with each seed share."""
-        return {share: self._at(share) for share in self.seed_shares}
-
     experts: str = ""
     """What its experts are called; empty for those of the first forest, by the plan's `branching`."""
     others: tuple["Repeat", ...] = field(default=(), compare=False)
     """The same with experts that are trained otherwise."""
+
+    @property
+    def prepared_by_share(self) -> dict[float, PreparedPlan]:
+        """The prepared plan with each seed share."""
+        return {share: self._at(share) for share in self.seed_shares}
 
     @property
     def stops_early(self) -> bool:

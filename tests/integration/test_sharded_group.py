@@ -102,6 +102,10 @@ def test_what_a_plan_leaves_open_is_settled_by_the_memory_that_is_there(
     assert settled_for(a_tenth, 2 * least_of(a_tenth)).how.activation_checkpointing == "on", (
         "counting on a tenth of it"
     )
+    left_open = replace(seed, how=replace(seed.how, micro_batch_blocks="auto"))
+    assert settled_for(left_open, 1e12).how.micro_batch_blocks == -(
+        -seed.blocks_per_update // seed.how.workers
+    )
     settled_for(replace(seed, trains=Trains("lora", Lora(2, 4.0, ("c_attn",)))), 0.95 * least)
 
 

@@ -383,7 +383,12 @@ def test_the_command_writes_after_each_random_seed_but_replaces_results_by_finis
     for times in (2, 1):
         written = list(write_studies(plan, open_place(str(tmp_path)), in_process(plan)))
         assert [one.page for one in written] == [str(tmp_path / "README.md")] * times
-    (run,) = json.loads((tmp_path / "study.json").read_text())["runs"]
+    told = json.loads(json.dumps(written[-1].to_json()))
+    assert told["entries"] == json.loads((tmp_path / "summary.json").read_text())
+    assert {name: told[name] for name in ("texts", "speeds", "trials", "runs")} == json.loads(
+        (tmp_path / "study.json").read_text()
+    )
+    (run,) = told["runs"]
     assert run["repeats_left"] == 0
     assert {entry["random_seed"] for entry in json.loads((tmp_path / "summary.json").read_text())} == {0, 1}
     assert "Not finished" not in (tmp_path / "README.md").read_text()

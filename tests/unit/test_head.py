@@ -105,6 +105,31 @@ def test_scores_are_the_same_however_many_logits_are_held(
     np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("free", "share", "blocks"),
+    [(40e9, 1.0, 32), (4e9, 1.0, 13), (40e9, 0.1, 27), (1e6, 1.0, 0)],
+    ids=["as-many-as-keep-it-busy", "little-memory", "a-tenth-of-it", "none"],
+)
+def test_a_pass_of_scoring_takes_what_half_of_the_gpus_free_memory_holds(
+    free: float, share: float, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "mem_get_info": (free, 80e9),
+        "memory_reserved": 3e6,
+        "memory_allocated": 2e6,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda answer=value: answer)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2"))
+    how = Resources(1, share, 1, 4, "bfloat16", True)
+    found = scoring._blocks_by_memory(model, how, 1024)
+    assert found == blocks
+    per_token = 2 * model.config.vocab_size + 4 * (4 + 1 + 2) * 768 + 3 * 2 * 4 * 768
+    usable = 0.5 * min(free + 1e6, share * 80e9)
+    assert found * 1024 * per_token <= usable
+    assert (found + 1) * 1024 * per_token > usable or found == 32
+
+
 def test_compiled_passes_are_of_one_shape_and_give_the_same_scores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

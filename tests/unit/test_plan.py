@@ -302,7 +302,6 @@ PROBLEMS = {
     ),
     "cluster: {seed_gpus: 129}": ("cluster.seed_gpus", "at most 128"),
     "cluster: {sharding: full}": ("cluster.sharding", "a group of several GPUs"),
-    "training: {optimizer: muon}\nbaselines: [demix]": ("training.optimizer", "a DEMix stacks"),
     "training: {optimizer: muon}\ncluster: {sharding: full, seed_gpus: 2}": (
         "training.optimizer",
         "no whole matrix",
