@@ -385,7 +385,7 @@ def test_the_command_writes_after_each_random_seed_but_replaces_results_by_finis
         assert [one.page for one in written] == [str(tmp_path / "README.md")] * times
     told = json.loads(json.dumps(written[-1].to_json()))
     assert told["entries"] == json.loads((tmp_path / "summary.json").read_text())
-    assert {name: told[name] for name in ("texts", "speeds", "trials", "runs")} == json.loads(
+    assert {name: told[name] for name in ("texts", "speeds", "trials", "runs", "growth")} == json.loads(
         (tmp_path / "study.json").read_text()
     )
     (run,) = told["runs"]
