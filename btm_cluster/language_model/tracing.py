@@ -47,8 +47,11 @@ class Trace:
         if self._device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
             torch.cuda.synchronize(self._device)  # kernels of updates before are not in it
-        self._profiler = profile(activities=activities)
-        self._profiler.start()
+        profiler = profile(
+            activities=activities, acc_events=True
+        )  # else some versions warn that they keep one cycle
+        profiler.start()
+        self._profiler = profiler
 
     def _end(self) -> None:
         if self._profiler is None:
