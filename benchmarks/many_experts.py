@@ -131,7 +131,7 @@ def result_of(taken: dict[int, dict[str, tuple[float, int]]]) -> Result:
         f"{worst}; experts came {ARRIVE} at a time",
         machine=this_machine(),
         measured=today(),
-        unit="th power",
+        unit="exponent",
         better="lower",
         ours=powers[worst],
         theirs=None,

@@ -125,7 +125,7 @@ def result_of(taken: dict[int, dict[str, float]]) -> Result:
         f"as a power of their number: 1 is linear; of the command that grows most, {worst}",
         machine=this_machine(),
         measured=today(),
-        unit="th power",
+        unit="exponent",
         better="lower",
         ours=powers[worst],
         theirs=None,

@@ -13,6 +13,7 @@ from btm_cluster.language_model.averaging import average_models
 from btm_cluster.language_model.stored_weights import TensorFiles, parts_of
 from btm_cluster.language_model.streamed_weights import StreamedWeights
 from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.storage.local_folder import LocalFolder
 from tests.made import origin
 
 SHAPES = {"embedding": (3000, 700), "none": (0, 3), "norm": (7,), "scalar": (), "head": (700, 3001)}
@@ -52,10 +53,21 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ledger, list[Artif
     return ledger, artifacts, files
 
 
+class Bucket(LocalFolder):
+    """A folder of whose objects a node would keep copies: it is read in ranges instead."""
+
+    copies_bytes = 1
+
+    def download(self, key: str, anew: bool = False) -> Path:  # noqa: ARG002
+        raise AssertionError(f"{key} was copied")
+
+
+@pytest.mark.parametrize("kind", [LocalFolder, Bucket])
 def test_streamed_weights_are_those_of_the_file(
-    stored: tuple[Ledger, list[Artifact], list[Path]],
+    stored: tuple[Ledger, list[Artifact], list[Path]], kind: type[LocalFolder]
 ) -> None:
-    ledger, artifacts, files = stored
+    _, artifacts, files = stored
+    ledger = Ledger(kind(stored[0].storage.location))
     with ThreadPoolExecutor(2) as pool:
         streamed = StreamedWeights([ledger.stream(artifacts[0], "model.safetensors", pool)], "a model")
         whole = TensorFiles([files[0]])
