@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
-from contenders import Usage, fastest, in_turn
+from contenders import Usage, fastest, in_turn, measure
 from results import Result, add_options, finish, quantity, this_machine, today
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def compare(folder: Path, input_bytes: int, asked: argparse.Namespace) -> Result
             "--no-copy-tokenizer",
         ]
     for command in commands.values():  # fills the system's cache, and compiles what Python imports
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        measure(command)
     if asked.mergekit:
         check_same(folder)
     clear = lambda who: _clear(folder, who)  # noqa: E731

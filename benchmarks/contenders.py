@@ -4,6 +4,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -66,14 +67,18 @@ def measure(command: Sequence[str]) -> Usage:
     Raises:
         SystemExit: it failed.
     """
-    started = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    with _MemoryMeter(process.pid) as meter:
-        _, status, usage = os.wait4(process.pid, 0)  # this child's usage, where getrusage has all children's
-    seconds = time.monotonic() - started
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"failed with {process.returncode}: {' '.join(command)}")
+    with tempfile.TemporaryFile() as said:
+        started = time.monotonic()
+        process = subprocess.Popen(command, stdout=said, stderr=said)
+        with _MemoryMeter(process.pid) as meter:
+            # This child's usage, where getrusage has all children's.
+            _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.monotonic() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            said.seek(0)
+            sys.stderr.buffer.write(said.read())
+            raise SystemExit(f"failed with {process.returncode}: {' '.join(command)}")
     unit = 1 if sys.platform == "darwin" else 2**10
     return Usage(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit, meter.peak_bytes)
 

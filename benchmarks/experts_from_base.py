@@ -19,7 +19,6 @@ half an hour is expected, and was not measured. Where a command may not take tha
 import argparse
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import chdir
@@ -83,12 +82,12 @@ def main() -> None:
     updates = updates_for(asked.expert_passes, blocks, size)
     plan = study_plan(common, size, updates, asked.scales or size.scales)
     _write(plan, Path("study.yaml"))
-    command = [sys.executable, "-m", "btm_cluster", "study", "study.yaml", "--to", str(asked.to)]
-    done = subprocess.run([*command, *(["--in-process"] if asked.in_process else [])])
-    if done.returncode:
-        sys.exit(done.returncode)
+    asked.to.mkdir(parents=True, exist_ok=True)
     for name in ("base.yaml", "study.yaml"):
         shutil.copyfile(name, asked.to / name)
+    command = [sys.executable, "-m", "btm_cluster", "study", "study.yaml", "--to", str(asked.to)]
+    # In the place of this process, so that whoever stops it stops the study, which saves.
+    os.execv(sys.executable, [*command, *(["--in-process"] if asked.in_process else [])])
 
 
 def _arguments() -> argparse.Namespace:
@@ -119,7 +118,7 @@ def _cluster(gpus: int) -> dict[str, Any]:
     if not gpus:
         return {"seed_cpus": 2, "cpus_per_expert": 1, "micro_batch_blocks": 64}
     sizes = {"seed_cpus": 4, "cpus_per_expert": 2, "micro_batch_blocks": 32}
-    return {"seed_gpus": 1, "gpus_per_expert": 0.25, **sizes}
+    return {"seed_gpus": gpus, "gpus_per_expert": 0.25, "checkpoint_minutes": 2, **sizes}
 
 
 def _corpus_texts(corpus: Path, targets: Path | None) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def row_of(
             "peak anonymous memory of all processes": f"{ours.peak_anonymous_bytes / 2**20:,.0f} MiB, "
             f"theirs {theirs.peak_anonymous_bytes / 2**20:,.0f} MiB",
         },
-        command=f"python benchmarks/text_to_blocks.py --only {asked.only or name_of(name)}",
+        command=f"python benchmarks/text_to_blocks.py --megabytes {asked.megabytes} --only {asked.only or name_of(name)}",
     )
 
 

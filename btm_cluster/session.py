@@ -5,6 +5,7 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from btm_cluster.errors import UserError
@@ -90,12 +91,15 @@ def opened_driver(
         stack.callback(asked.tell_stop)
         budget = Budget(plan, ledger, events, watcher, asked.stop)
         workers: InProcess | LazyRayWorkers = InProcess(ledger, LocalControl(budget, asked.stop), events)
+        open_search = None
         if not in_process:
             store, expert = ledger.storage.location, expert_resources(plan)
             lazy = LazyRayWorkers(
                 store, budget, view.say, asked.stop, plan.cluster, expert, address, dashboard, events
             )
             workers = stack.enter_context(lazy)
+            if "://" not in (address or ""):  # a Ray Client's trials could not be heard from here
+                open_search = partial(lazy.open_search, show=view.table)
         view.runs_on(workers.at_once)
 
         def check_demands(demands: "Sequence[Demand]") -> None:
@@ -103,7 +107,7 @@ def opened_driver(
             workers.check_capacity(demands)
 
         within = WorkersWithinBudget(workers, budget)
-        asked.driver = Driver(ledger, within, check_demands, new_resources, view, run_log)
+        asked.driver = Driver(ledger, within, check_demands, new_resources, view, run_log, open_search)
         yield asked.driver
 
 

@@ -96,6 +96,7 @@ TOGETHER = {
     "tests/end_to_end/test_survival.py::test_when_a_machine_is_lost": "clusters of their own",
     "tests/end_to_end/test_doctor.py": "the cluster",
     "tests/end_to_end/test_on_ray.py": "the cluster",
+    "tests/end_to_end/test_searching.py": "the cluster",
     "tests/end_to_end/test_submission.py": "the cluster",
     "tests/end_to_end/test_watching.py": "the cluster",
     "tests/end_to_end/test_schedule.py": "another cluster",

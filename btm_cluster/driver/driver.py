@@ -5,17 +5,18 @@ Running a plan again is the resume path: whatever the ledger has is not asked fo
 
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from typing import TypeAlias
 
 from btm_cluster.driver.capacity import Demand
 from btm_cluster.driver.outlook import Outlook
-from btm_cluster.driver.port import Failure, Listener, Outcome, Workers
+from btm_cluster.driver.port import Failure, Listener, OpenSearch, Outcome, Search, Workers
 from btm_cluster.driver.run_log import RunLog
 from btm_cluster.driver.saved import stopped_run
-from btm_cluster.errors import BudgetError, StepError, Stopped
+from btm_cluster.errors import BudgetError, StepError, Stopped, UserError
 from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.plan import SearchPlan
 from btm_cluster.requests import Resources, StepRequest, TrainRequest
 
 CheckCapacity: TypeAlias = Callable[[Sequence[Demand]], None]
@@ -33,11 +34,12 @@ class Driver:
         new_resources: bool = False,
         listener: Listener | None = None,
         run_log: RunLog | None = None,
+        open_search: OpenSearch | None = None,
     ) -> None:
         self.ledger = ledger
         self.listener = listener or Outlook()
         self.workers = workers
-        self._check_capacity = check_capacity
+        self._check_capacity, self._open_search = check_capacity, open_search
         self.run_log = run_log
         """Where the timeline of the command that this drives is stored, if it is."""
         self.new_resources = new_resources
@@ -120,6 +122,25 @@ class Driver:
         made = find_made(trainings, self.ledger)
         lacking = [request for request, one in zip(trainings, made, strict=True) if one is None]
         self.workers.get_ready([resumed(request, self.ledger, self.new_resources) for request in lacking])
+
+    def check_search(self) -> None:
+        """Refuses a search for a recipe where nobody could run one, before anything is spent.
+
+        Raises:
+            UserError: naming what is to be done instead.
+        """
+        if self._open_search is None:
+            raise UserError(
+                "a search for a recipe needs Ray, whose Tune draws the trials and stops them",
+                found="`--in-process`, or a Ray Client (`--address ray://…`)",
+                expected="a driver on a cluster, or one that starts Ray on this machine",
+                remedy="run it so, or write the recipes as a list in `study.trials`",
+            )
+
+    def search(self, space: SearchPlan) -> AbstractContextManager[Search]:
+        """A search for a recipe, which `check_search` allows."""
+        assert self._open_search is not None
+        return self._open_search(space)
 
     def obtain(self, requests: Sequence[StepRequest]) -> list[Outcome]:
         """An outcome for each request, in order. A request made twice runs once."""

@@ -3,11 +3,13 @@
 `requests/` has what is asked. `workers/` implements the port.
 """
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from btm_cluster.ledger import Artifact
+from btm_cluster.plan import SearchPlan
 from btm_cluster.requests import StepRequest, TrainRequest
 
 
@@ -47,6 +49,9 @@ class Listener(Protocol):
     def part(self, what: str) -> None:
         """A part of the whole begins. How long the others take is not known."""
 
+    def table(self, lines: str) -> None:
+        """The state of trials that compete, as a table; an empty one ends it."""
+
 
 class Workers(Protocol):
     """Runs steps, wherever that is."""
@@ -64,3 +69,19 @@ class Workers(Protocol):
         Raises:
             UserError, Stopped: a user's mistake and a stop are raised, not returned.
         """
+
+
+class Search(Protocol):
+    """Trials of recipes, of which those that lose are stopped early."""
+
+    def under_way(self) -> Mapping[int, Mapping[str, float]]:
+        """The settings of each trial that goes on, by number from 1; nothing once all have ended.
+
+        Waits until as many are under way as should be.
+        """
+
+    def tell(self, trial: int, share: float, perplexity: float | None) -> None:
+        """How a trial does after a share of its training; without a perplexity it has diverged, and ends."""
+
+
+OpenSearch: TypeAlias = Callable[[SearchPlan], AbstractContextManager[Search]]

@@ -33,10 +33,11 @@ def transformer_lm_request(prepared: PreparedPlan, seed: Ref) -> TrainRequest:
     span = (0 if start is None else training.seed_updates, training.updates)
     whole = train_request(prepared, "transformer-lm", "transformer-lm", prepared.founding_texts, span, start)
     milestones = (training.seed_updates,) if start is None else ()
-    return replace(whole, milestones=milestones, snapshots=_between(training.seed_updates, training.updates))
+    between = evenly_between(training.seed_updates, training.updates)
+    return replace(whole, milestones=milestones, snapshots=between)
 
 
-def _between(first: int, last: int) -> tuple[int, ...]:
+def evenly_between(first: int, last: int) -> tuple[int, ...]:
     """Two updates that lie evenly between two others; fewer where there are not so many."""
     thirds = (first + round((last - first) * third / 3) for third in (1, 2))
     return tuple(dict.fromkeys(update for update in thirds if first < update < last))

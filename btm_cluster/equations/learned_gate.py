@@ -89,19 +89,27 @@ class LearnedGate:
 
     def scores(self, features_F: torch.Tensor) -> torch.Tensor:
         """A number for each expert, from features [E, …, F]: [E, …]."""
-        scaled_F = (features_F - self.center_F) / self.scale_F
-        hidden_H = functional.gelu(scaled_F @ self.inner_FH + self.inner_H)
-        scores_E = scaled_F @ self.linear_F + hidden_H @ self.outer_H
+        scores_E = self.without_bias(self.scaled(features_F))
         if self.bias_E is not None:
             scores_E = scores_E + self.bias_E.view(-1, *[1] * (scores_E.dim() - 1))
         return scores_E
+
+    def scaled(self, features_F: torch.Tensor) -> torch.Tensor:
+        """Features as the network takes them: […, F]."""
+        return (features_F - self.center_F) / self.scale_F
+
+    def without_bias(self, scaled_F: torch.Tensor) -> torch.Tensor:
+        """The network's number for each expert and token, from scaled features […, F]: […]."""
+        hidden_H = functional.gelu(scaled_F @ self.inner_FH + self.inner_H)
+        return scaled_F @ self.linear_F + hidden_H @ self.outer_H
 
 
 @dataclass(frozen=True)
 class _Examples:
     """Tokens to learn from.
 
-    `logp_NE` is relative to the best expert; absent experts have features 0 and are masked.
+    `logp_NE` is relative to the best expert; absent experts have features 0 and are masked. Features are scaled
+    for gates that are trained, once for all their steps.
     """
 
     features_NEF: torch.Tensor
@@ -112,7 +120,9 @@ class _Examples:
     def loss(self, gate: LearnedGate, rows: torch.Tensor) -> torch.Tensor:
         """Mean negative log-likelihood of the mixture on some tokens, above
         that of the best expert at each."""
-        scores_NE = gate.scores(self.features_NEF[rows].transpose(0, 1)).T
+        scores_NE = gate.without_bias(self.features_NEF[rows])
+        if gate.bias_E is not None:
+            scores_NE = scores_NE + gate.bias_E
         log_weights_NE = torch.log_softmax(scores_NE.masked_fill(self.absent_NE[rows], -math.inf), dim=1)
         return -torch.logsumexp(log_weights_NE + self.logp_NE[rows], dim=1).mean()
 
@@ -162,6 +172,7 @@ def tune_gate(text: TextScores, start: LearnedGate, random_seed: int = 0) -> Lea
 
 def _train(gate: LearnedGate, examples: _Examples, random_seed: int) -> LearnedGate:
     """Trains every weight until the held-out blocks' loss is lowest, and as long again on all blocks."""
+    examples = replace(examples, features_NEF=gate.scaled(examples.features_NEF))
     everything = torch.arange(len(examples.logp_NE))
     held_out, rest = everything[examples.held_out_N], everything[~examples.held_out_N]
     looks = 1  # without anything to hold out, a gate moves a little only

@@ -39,15 +39,15 @@ class Posterior:
 def evidence(logp_EBT: torch.Tensor, posterior: Posterior) -> torch.Tensor:
     """Evidence for each expert before token t: Σ_{u<t} of its
     log-probabilities, as `posterior` says. [E, B, T]."""
+    if posterior.kind == "calibrated":
+        return posterior.weight * discounted_sums(logp_EBT, [posterior.discount])[0]
     shifted_EBT = torch.cat([torch.zeros_like(logp_EBT[..., :1]), logp_EBT[..., :-1]], dim=-1)
     if posterior.kind == "last-token":
         summed_EBT = shifted_EBT
     elif posterior.kind == "full":
         summed_EBT = shifted_EBT.cumsum(-1)
-    elif posterior.kind == "window":
-        summed_EBT = _windowed_sum(shifted_EBT, posterior.window_tokens)
     else:
-        summed_EBT = discounted_sums(logp_EBT, [posterior.discount])[0]
+        summed_EBT = _windowed_sum(shifted_EBT, posterior.window_tokens)
     return posterior.weight * summed_EBT
 
 

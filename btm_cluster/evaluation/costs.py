@@ -15,6 +15,8 @@ from btm_cluster.language_model.utilisation import flops_per_token, inference_fl
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.plan import ALL, Lora, Trains
 
+MEASURED_SHARE = 0.5
+"""Of a training's tokens, by the process that ended it."""
 EQUAL = 0.05
 """Costs that differ by no more count as equal: a router, or an adapter beside what it adapts."""
 
@@ -27,8 +29,9 @@ class Cost:
     """Of all models that were trained for it, with what they started from. Of a pretrained model none are known."""
     training_flops: int
     """By parameters and attention, as for model FLOPs utilisation; frozen parameters have no gradient."""
-    gpu_seconds: float
-    """GPUs times seconds of these trainings, shares of a GPU as such. 0 on CPUs."""
+    gpu_seconds: float | None
+    """GPUs times seconds of these trainings, shares of a GPU as such. 0 on CPUs. None where one of them was ended by a
+    process that did less than half of it: its rate is mostly that of starting."""
     inference_flops: int
     """For each token, by the same count: the forward passes of all models that it runs."""
     stored_bytes: int
@@ -75,6 +78,14 @@ def is_better(interval: Sequence[float], relative_cost: float) -> bool | None:
     return False if relative_cost >= 1 - EQUAL else None
 
 
+def gpu_seconds(model: Artifact) -> float | None:
+    """GPU-seconds of a training, by the rate of the process that ended it."""
+    note, tokens = model.note, model.facts["tokens"]
+    if note["tokens_per_second"] * note["seconds"] < tokens * MEASURED_SHARE:
+        return None
+    return float(tokens / note["tokens_per_second"] * note["gpus"])
+
+
 class _Known:
     """Artifacts of models, each read once."""
 
@@ -91,10 +102,12 @@ class _Known:
         roots = [self.artifact(ref) for ref in models.trained]
         trainings = [one for one in self._with_parents(roots) if one.facts.get("tokens")]
         speeds = [one.note["tokens_per_second"] for one in roots if one.facts.get("tokens")]
+        every = [gpu_seconds(one) for one in trainings]
+        measured = [seconds for seconds in every if seconds is not None]
         return Cost(
             training_tokens=sum(one.facts["tokens"] for one in trainings),
             training_flops=sum(one.facts["tokens"] * _flops_per_token(one) for one in trainings),
-            gpu_seconds=round(sum(map(_gpu_seconds, trainings)), 1),
+            gpu_seconds=round(sum(measured), 1) if len(measured) == len(every) else None,
             inference_flops=inference_flops,
             stored_bytes=sum(_stored_bytes(one) for one in self._with_bases(models.used)),
             bytes_of_each=round(sum(map(_stored_bytes, roots)) / len(roots)),
@@ -140,9 +153,3 @@ def _trains(recipe: Mapping[str, Any]) -> Trains:
     return Trains(
         part, Lora(adapter["rank"], adapter["alpha"], tuple(adapter["modules"])) if part == "lora" else None
     )
-
-
-def _gpu_seconds(model: Artifact) -> float:
-    """Told by the rate, which holds for a training that went on from a checkpoint too."""
-    note = model.note
-    return float(model.facts["tokens"] / note["tokens_per_second"] * note["gpus"])

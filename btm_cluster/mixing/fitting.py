@@ -103,11 +103,11 @@ def each_in_one_thread(act: Callable[[Item], Result], items: Sequence[Item]) -> 
 
 
 @contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Torch without threads of its own."""
+def one_thread_each() -> Iterator[int]:
+    """Torch without threads of its own. Yields how many it had."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        yield before
     finally:
         torch.set_num_threads(before)

@@ -4,6 +4,7 @@ U is tokens and bytes, as `equations/perplexity.py` has them.
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
 import numpy as np
@@ -16,25 +17,33 @@ from btm_cluster.equations.mixture import document_sums, ends_of_documents, log_
 from btm_cluster.equations.posterior import Posterior
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.requests import ScoredSplit
+from btm_cluster.storage.open_files import allow_open_files
 
 BLOCKS_AT_ONCE = 64
+SCORES_AT_ONCE = 512
+"""Blocks times experts, at most: 4 MB of float64 at 1,024 tokens, of which arithmetic holds a dozen."""
 
 
 class ScoreStack:
     """E models' scores on B blocks of T tokens, memory-mapped; taken as float64, a few blocks at a time."""
 
-    def __init__(self, ledger: Ledger, scores: Sequence[Artifact], tokens: Sequence[Ref]) -> None:
+    def __init__(
+        self, ledger: Ledger, scores: Sequence[Artifact], tokens: Sequence[Ref], threads: int = 1
+    ) -> None:
+        """`threads` take a few blocks each at a time, where torch has one."""
+        allow_open_files()  # a mapped file stays open
+        self._threads = threads
         self._ledger, self._artifacts, self._tokens = ledger, scores, tokens
         self._scores = self._open("logp.npy")
         self.documents_BT = _documents(ledger, tokens)
         self._marks_BT = _marks(ledger, tokens, self.documents_BT)
 
     @staticmethod
-    def of(ledger: Ledger, split: ScoredSplit) -> "ScoreStack":
+    def of(ledger: Ledger, split: ScoredSplit, threads: int = 1) -> "ScoreStack":
         """The stored scores of a split."""
         found = ledger.find_all(split.scores)
         scores = [one or ledger.get(ref) for one, ref in zip(found, split.scores, strict=True)]
-        return ScoreStack(ledger, scores, split.tokens)
+        return ScoreStack(ledger, scores, split.tokens, threads)
 
     def _open(self, name: str) -> list[np.ndarray]:
         return [
@@ -75,7 +84,7 @@ class ScoreStack:
         """The summed log-probability by document of the ensemble under a gate: [U, D]."""
 
         def mixture(logp_EBT: torch.Tensor, start: int) -> torch.Tensor:
-            entropy_EBT = self._stacked(self._entropies, start, start + BLOCKS_AT_ONCE)
+            entropy_EBT = self._stacked(self._entropies, start, start + logp_EBT.shape[1])
             return log_gated_mixture(gate, logp_EBT, entropy_EBT)[None]
 
         return self.by_document(mixture)[0]
@@ -89,13 +98,20 @@ class ScoreStack:
 
         It gets [E, B, T] and the number of the first block, and returns log-probabilities [S, B, T].
         """
-        parts = []
-        for start in range(0, len(self), BLOCKS_AT_ONCE):
-            blocks = slice(start, start + BLOCKS_AT_ONCE)
+        size = max(1, min(BLOCKS_AT_ONCE, SCORES_AT_ONCE // max(1, len(self._scores))))
+
+        def sums_from(start: int) -> torch.Tensor:
+            blocks = slice(start, start + size)
             values_SBT = values_of(self.take(blocks.start, blocks.stop)[0], start)
             documents_BT, marks_BT = self.documents_BT[blocks], self._marks_BT[blocks]
-            sums_S = [_sums(values_BT, documents_BT, marks_BT) for values_BT in values_SBT]
-            parts.append(torch.stack(sums_S))
+            return torch.stack([_sums(values_BT, documents_BT, marks_BT) for values_BT in values_SBT])
+
+        starts = range(0, len(self), size)
+        if self._threads == 1:
+            parts = list(map(sums_from, starts))
+        else:
+            with ThreadPoolExecutor(self._threads) as pool:
+                parts = list(pool.map(sums_from, starts))
         # A document's number is its place in the text, so each part is as long as the last document it
         # reaches.
         total_SUD = torch.zeros(

@@ -7,7 +7,8 @@ from btm_cluster.plan.budget import BudgetPlan
 from btm_cluster.plan.chat_template import ChatTemplate
 from btm_cluster.plan.expansion import ExpansionPlan, InboxPlan
 from btm_cluster.plan.plan import ClusterPlan, MergingPlan, MixtureOfExpertsPlan, Plan, plan_schema, read_plan
-from btm_cluster.plan.study import SizePlan, StudyPlan
+from btm_cluster.plan.search import SearchPlan
+from btm_cluster.plan.study import GrowthPlan, SizePlan, StudyPlan
 from btm_cluster.plan.texts import DatasetPlan, DomainPlan, ReadingPlan, TextPlan
 from btm_cluster.plan.tracking import TrackingPlan
 from btm_cluster.plan.training import (
@@ -29,6 +30,7 @@ __all__ = [
     "DatasetPlan",
     "DomainPlan",
     "ExpansionPlan",
+    "GrowthPlan",
     "InboxPlan",
     "Lora",
     "LoraPlan",
@@ -39,6 +41,7 @@ __all__ = [
     "Plan",
     "Preset",
     "ReadingPlan",
+    "SearchPlan",
     "SizePlan",
     "StudyPlan",
     "TextPlan",

@@ -7,6 +7,7 @@ single fields. They know what fields mean and nothing of how their problems are 
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -207,23 +208,30 @@ def size_rules(given: Given) -> Iterator[Broken]:
         )
 
 
-def study_rules(given: Given) -> Iterator[Broken]:
-    """Nothing is trained twice under two names."""
-    for what, values in (
-        ("sizes", [field_of(size, "name") for size in entries_of(given.get("sizes"))]),
-        ("random_seeds", entries_of(given.get("random_seeds"))),
-        ("seed_shares", entries_of(given.get("seed_shares"))),
-        ("learning_rate_scales", entries_of(given.get("learning_rate_scales"))),
-        ("systems", entries_of(given.get("systems"))),
-        (
-            "trials",
-            [
-                dict(trial)
-                for trial in entries_of(given.get("trials"))
-                if isinstance(trial, Mapping | BaseModel)
-            ],
-        ),
-    ):
+def growth_rules(given: Given) -> Iterator[Broken]:
+    """No way to start is measured twice."""
+    yield from _each_once({name: entries_of(given.get(name)) for name in ("starts", "remove")})
+
+
+def _each_once(lists: Mapping[str, list[Any]]) -> Iterator[Broken]:
+    for what, values in lists.items():
         for value, count in Counter(map(str, values)).items():
             if count > 1:
                 yield Broken(what, f"{value} {count} times", "each once", "write it once")
+
+
+def study_rules(given: Given) -> Iterator[Broken]:
+    """Nothing is trained twice under two names, and one way chooses the recipe."""
+    if is_given(given.get("search")) and is_given(given.get("trials")):
+        yield Broken("search", "`search` and `trials`", "one of them", "leave out the other")
+    trials = [
+        dict(trial) for trial in entries_of(given.get("trials")) if isinstance(trial, Mapping | BaseModel)
+    ]
+    names = ("random_seeds", "seed_shares", "learning_rate_scales", "systems")
+    yield from _each_once(
+        {
+            "sizes": [field_of(size, "name") for size in entries_of(given.get("sizes"))],
+            **{name: entries_of(given.get(name)) for name in names},
+            "trials": trials,
+        }
+    )

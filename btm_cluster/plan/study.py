@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from btm_cluster.plan import rules as plan_rules
+from btm_cluster.plan.search import SearchPlan
 from btm_cluster.plan.section import Section
 from btm_cluster.plan.training import BranchingPlan, ModelPlan, TrainingPlan
 from btm_cluster.plan.values import (
@@ -39,6 +40,23 @@ class TrialPlan(Section):
     """Blocks of each domain in an update."""
 
 
+class GrowthPlan(Section):
+    """A forest that grows in a study: founded on some domains, with the others added one by one, as `btm expand`
+    adds them. For the first size and random seed."""
+
+    rules: ClassVar = plan_rules.growth_rules
+    founders: Annotated[Positive, Field(ge=2)]
+    """Domains that the forest is founded on: the first so many of the plan. The others come in the plan's order."""
+    starts: Annotated[tuple[Literal["posterior", "seed", "uniform"], ...], Field(min_length=1)] = (
+        "posterior",
+        "seed",
+        "uniform",
+    )
+    """Where an added domain's expert starts, as `branching.start`: a forest for each of these."""
+    remove: tuple[Name, ...] = ()
+    """Domains that are taken out again in the end."""
+
+
 class StudyPlan(Section):
     """The comparison of `btm study`. Each size is trained once for each random seed."""
 
@@ -49,6 +67,8 @@ class StudyPlan(Section):
     """Recipes tried on the Transformer-LM alone, with each size and the first random seed: all systems are
     then trained by the one with the lowest perplexity on the domains' development text, so that no rival is
     handicapped. One that diverges is out of the running."""
+    search: SearchPlan | None = None
+    """Instead of `trials`: a space that Ray Tune draws recipes from. It stops those that lose early."""
     learning_rate_scales: tuple[PositiveReal, ...] = ()
     """Values of `branching.learning_rate_scale` tried on the forest alone, with each size and the first
     random seed, after the recipes: all experts that branch from a seed take the one whose ensemble, mixed as
@@ -60,17 +80,25 @@ class StudyPlan(Section):
     and the same tokens, with rows of its own. For instance [{train: all}, {train: feed-forward}, {train: lora,
     lora: {rank: 8}}]. Of each, `learning_rate_scales` times its own are tried."""
     systems: tuple[
-        Literal["demix", "demix-from-seed", "random-split", "adapted", "mixture-of-experts"], ...
+        Literal[
+            "demix", "demix-from-seed", "random-split", "early-stopping", "adapted", "mixture-of-experts"
+        ],
+        ...,
     ] = (
         "demix",
         "demix-from-seed",
         "random-split",
+        "early-stopping",
         "adapted",
     )
     """Rivals and controls beside forest and Transformer-LM: DEMix; a DEMix that branches from the seed, as
-    experts do; a forest of random splits; Transformer-LM and forest both trained on each text's development
+    experts do; a forest of random splits; experts each stopped at the milestone that is best on their domain's
+    development text, as the Transformer-LM is; Transformer-LM and forest both trained on each text's development
     blocks. And the forest, and each one of `branching`, as a mixture of experts, routed to one and to two: it
     needs a llama, mistral, qwen2, qwen3 or olmo2."""
+    growth: GrowthPlan | None = None
+    """A forest that is grown step by step is measured, too: after each step on all texts, against a Transformer-LM
+    that is retrained on the domains so far, and in the end against the forest that is grown at once."""
     random_seeds: Annotated[tuple[Whole, ...], Field(min_length=1)] = (0,)
     """Repeats: initial weights and block order."""
     seed_shares: tuple[Share, ...] = ()

@@ -13,6 +13,8 @@ from btm_cluster.errors import UserError
 SUMMARY_FILE = "summary.json"
 STUDY_FILE = "study.json"
 Entry = Mapping[str, Any]
+OTHERS = ("speeds", "trials", "runs", "growth")
+"""Lists beside the entries and the texts, those of several studies one after the other."""
 KEY = ("size", "seed_share", "system", "posterior", "prior", "development_blocks", "top_k")
 """Fields that entries have in common which differ in their random seed alone."""
 SHOWN = ("experts", "tokens", "train", "eval", "all", "per_domain", "difference", "difference_interval")
@@ -29,13 +31,15 @@ class Results:
     trials: tuple[Entry, ...]
     runs: tuple[Entry, ...]
     """For each study, its plan and the versions that it ran with."""
+    growth: tuple[Entry, ...] = ()
+    """A row for each step and system of a forest that is grown step by step; earlier versions had none."""
 
 
 def write_results(results: Results, folder: Path) -> None:
     """Writes both files."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SUMMARY_FILE).write_text(_lines(results.entries), encoding="utf-8")
-    rest = {"texts": results.texts, "speeds": results.speeds, "trials": results.trials, "runs": results.runs}
+    rest = {name: getattr(results, name) for name in ("texts", *OTHERS)}
     (folder / STUDY_FILE).write_text(json.dumps(rest, indent=1) + "\n", encoding="utf-8")
 
 
@@ -53,7 +57,7 @@ def read_results(folders: Sequence[Path]) -> Results:
     """
     entries: dict[tuple[Any, ...], Entry] = {}
     texts: dict[str, Entry] = {}
-    rest: dict[str, list[Entry]] = {"texts": [], "speeds": [], "trials": [], "runs": []}
+    rest: dict[str, list[Entry]] = {name: [] for name in ("texts", *OTHERS)}
     for folder in {folder.resolve(): folder for folder in folders}.values():
         try:
             found = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
@@ -62,7 +66,7 @@ def read_results(folders: Sequence[Path]) -> Results:
             entries |= keyed
             study = json.loads((folder / STUDY_FILE).read_text(encoding="utf-8"))
             for name, values in rest.items():
-                values += study[name]
+                values += study.get(name, ()) if name == "growth" else study[name]
             texts = {text["name"]: text for text in rest["texts"]}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
             raise UserError(
@@ -73,7 +77,7 @@ def read_results(folders: Sequence[Path]) -> Results:
             ) from exc
     if not entries:
         raise UserError("there are no results to show", found=f"{SUMMARY_FILE} without an entry")
-    others = (tuple(rest[name]) for name in ("speeds", "trials", "runs"))
+    others = (tuple(rest[name]) for name in OTHERS)
     return Results(tuple(entries.values()), tuple(texts.values()), *others)
 
 

@@ -1,12 +1,30 @@
 """The tables of a study's page on costs, and on experts by what they train, from its entries."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
+from btm_cluster.evaluation.costs import is_better
 from btm_cluster.evaluation.systems import FOREST_OF
-from btm_cluster.report.content import Block, Paragraph, Table
-from btm_cluster.report.entries import BASELINES, CALIBRATED, GATE, PLAIN, Wanted, select, spread
+from btm_cluster.report.content import Block, Paragraph, Section, Table
+from btm_cluster.report.entries import (
+    BASELINES,
+    CALIBRATED,
+    GATE,
+    PLAIN,
+    Wanted,
+    main_entries,
+    select,
+    spread,
+)
 from btm_cluster.report.results import Entry
-from btm_cluster.report.study_tables import means_table
+from btm_cluster.report.study_tables import TABLE_1, means_table
+
+ANSWERS = {True: "yes", False: "no", None: "open"}
+SEVERAL_MODELS = {
+    name: wanted
+    for name, wanted in TABLE_1.items()
+    if wanted["system"] in ("forest", "forest with its seed", "mixture of experts")
+}
 
 CONTINUED = {
     f"{name}: continued pretraining of the seed on all domains": wanted for name, wanted in BASELINES.items()
@@ -104,7 +122,8 @@ def _with_costs(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _cost_cells(entries: Sequence[Entry]) -> list[str]:
-    gpu_seconds = _mean(entries, "gpu_seconds")
+    known = [seconds for one in entries if (seconds := one["cost"]["gpu_seconds"]) is not None]
+    gpu_seconds = spread(known).mean if len(known) == len(entries) else None
     bits = [entry["bits_per_byte"]["all"] for entry in entries if entry["bits_per_byte"]["all"] is not None]
     return [
         f"{_mean(entries, 'training_tokens'):,.0f}",
@@ -124,7 +143,7 @@ def _at_equal_cost(entries: Sequence[Entry], kind: str) -> str:
         return ""
     compared = [entry["at_equal_cost"][kind] for entry in entries]
     answers = {one["is_better"] for one in compared}
-    answer = {True: "yes", False: "no"}.get(next(iter(answers)), "open") if len(answers) == 1 else "open"
+    answer = ANSWERS[answers.pop() if len(answers) == 1 else None]
     return f"{answer}, at {spread([one['relative_cost'] for one in compared]).mean:.2f}x"
 
 
@@ -135,3 +154,53 @@ def _mean(entries: Sequence[Entry], field: str) -> float:
 def _bytes(size: float) -> str:
     unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if size >= u), (1e3, "kB"))
     return f"{size / unit:.3g} {name}"
+
+
+def across_sizes(entries: Sequence[Entry]) -> Iterator[Section]:
+    """Systems that run several models beside the Transformer-LM of another size that costs most nearly as much;
+    nothing without another size on the same texts."""
+    groups = {
+        size: main_entries(select(entries, size=size)) for size in dict.fromkeys(e["size"] for e in entries)
+    }
+    rivals = {size: _transformer_lm(own) for size, own in groups.items()}
+    rows = []
+    for size, own in groups.items():
+        for name, wanted in SEVERAL_MODELS.items():
+            found = _with_costs(select(own, **wanted))
+            others = [one for other, one in rivals.items() if other != size and _on_same_texts(found, one)]
+            if found and others:
+                nearest = min(others, key=lambda one: abs(math.log(_relative_inference(found, one))))
+                rows.append([f"{size} {name}", *_beside(found, nearest)])
+    if not rows:
+        return
+    told = (
+        "Each system beside the Transformer-LM of another size whose forward pass costs most nearly as much, at its "
+        "best milestone. That one has taken other training. By means over random seeds, without an interval."
+    )
+    headings = ["system", "inference FLOPs per token", "bits per byte, all", "Transformer-LM of size"]
+    headings += ["its bits per byte, all", "better at equal inference cost"]
+    name = "At equal inference cost, across sizes"
+    yield Section("across-sizes", name, [Paragraph(told), Table(name, headings, rows)])
+
+
+def _transformer_lm(entries: Sequence[Entry]) -> list[Entry]:
+    """A size's Transformer-LM with each random seed, at its best milestone."""
+    named = {name: {e["random_seed"]: e for e in select(entries, **row)} for name, row in BASELINES.items()}
+    finished, best = named.values()
+    return _with_costs(list((finished | best).values()))
+
+
+def _on_same_texts(some: Sequence[Entry], others: Sequence[Entry]) -> bool:
+    return bool(some and others) and some[0]["per_domain"].keys() == others[0]["per_domain"].keys()
+
+
+def _relative_inference(entries: Sequence[Entry], rival: Sequence[Entry]) -> float:
+    return _mean(entries, "inference_flops") / _mean(rival, "inference_flops")
+
+
+def _beside(entries: Sequence[Entry], rival: Sequence[Entry]) -> list[str]:
+    own, other = (spread([e["bits_per_byte"]["all"] for e in some]).mean for some in (entries, rival))
+    ratio = _relative_inference(entries, rival)
+    answer = ANSWERS[is_better((own - other, own - other), ratio)]
+    flops = f"{_mean(entries, 'inference_flops'):.3g}"
+    return [flops, f"{own:.4f}", rival[0]["size"], f"{other:.4f}", f"{answer}, at {ratio:.2f}x"]

@@ -18,7 +18,8 @@ from btm_cluster.report.figures import study_figures
 from btm_cluster.report.markdown import markdown
 from btm_cluster.report.page import render, standalone
 from btm_cluster.report.results import Entry, Results, repeats_left
-from btm_cluster.report.study_costs import cost_blocks, experts_blocks
+from btm_cluster.report.study_costs import across_sizes, cost_blocks, experts_blocks
+from btm_cluster.report.study_growth import growth_sections
 from btm_cluster.report.study_tables import (
     TABLE_1,
     TABLE_2,
@@ -27,9 +28,10 @@ from btm_cluster.report.study_tables import (
     means_table,
     posteriors,
     speeds_section,
+    stopped_at,
     texts_section,
-    trials_sections,
 )
+from btm_cluster.report.study_trials import trials_sections
 
 MARKDOWN_FILE = "README.md"
 TITLE = "Results of a study"
@@ -40,7 +42,8 @@ def write_page(results: Results, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for one in study_figures(results):
         (folder / one.figure.file).write_text(standalone(one.figure.svg), encoding="utf-8")
-    sections = [*_size_sections(results), *figure_sections(results), *_other_sections(results)]
+    sections = [*_size_sections(results), *across_sizes(results.entries), *figure_sections(results)]
+    sections += _other_sections(results)
     opening = f"# {TITLE}\n\nMade by `btm study` and `btm report` from `summary.json`; do not edit. {_opening(results)}\n"
     left = repeats_left(results)
     if left:
@@ -106,6 +109,7 @@ def figure_sections(results: Results) -> Iterator[Section]:
 
 
 def _other_sections(results: Results) -> Iterator[Section]:
+    yield from growth_sections(results)
     yield texts_section(results)
     yield from trials_sections(results)
     yield speeds_section(results)
@@ -123,6 +127,7 @@ def _size_sections(results: Results) -> Iterator[Section]:
         blocks: list[Block] = [
             Paragraph(compared_with(entries)),
             means_table("Table 1: systems", entries, TABLE_1),
+            *stopped_at(entries),
             means_table(
                 "Table 2: averages of parameters, at the inference cost of one model", entries, TABLE_2
             ),

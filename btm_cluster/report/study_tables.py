@@ -1,6 +1,6 @@
 """The tables of a study's page, from its entries."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -24,19 +24,33 @@ TABLE_1: dict[str, Wanted] = {
     "Transformer-LM, from the seed on at the experts' rate": {
         "system": "transformer-lm at the experts' rate"
     },
+    "Transformer-LM, from the seed on at the experts' rate, at its best milestone": {
+        "system": "transformer-lm at the experts' rate, at its best milestone"
+    },
     "seed": {"system": "seed"},
     "best single expert": {"system": "best single expert"},
     "the domain's own expert": {"system": "own expert"},
+    "the domain's own expert, stopped early": {"system": "own expert of forest stopped early"},
     "DEMix, paper's posterior": {"system": "demix", **PAPERS},
     "DEMix, calibrated": {"system": "demix", **CALIBRATED},
     "DEMix from the seed, paper's posterior": {"system": "demix-from-seed", **PAPERS},
     "DEMix from the seed, calibrated": {"system": "demix-from-seed", **CALIBRATED},
+    "DEMix from the seed at the experts' rate, paper's posterior": {
+        "system": "demix-from-seed at the experts' rate",
+        **PAPERS,
+    },
+    "DEMix from the seed at the experts' rate, calibrated": {
+        "system": "demix-from-seed at the experts' rate",
+        **CALIBRATED,
+    },
     "forest, paper's posterior": {"system": "forest", **PAPERS, **PLAIN},
     "forest, calibrated": {"system": "forest", **CALIBRATED, **PLAIN},
     "forest, learned gate": {"system": "forest", **GATE, **PLAIN},
     "forest with its seed, paper's posterior": {"system": "forest with its seed", **PAPERS, **PLAIN},
     "forest with its seed, calibrated": {"system": "forest with its seed", **CALIBRATED, **PLAIN},
     "forest with its seed, learned gate": {"system": "forest with its seed", **GATE, **PLAIN},
+    "forest, experts stopped early, calibrated": {"system": "forest stopped early", **CALIBRATED},
+    "forest, experts stopped early, learned gate": {"system": "forest stopped early", **GATE},
     "mixture of experts, top-1": {"system": "mixture of experts", "top_k": 1},
     "mixture of experts, top-2": {"system": "mixture of experts", "top_k": 2},
     "random splits, paper's posterior": {"system": "random-split", **PAPERS},
@@ -77,6 +91,22 @@ def _chosen(milestones: Mapping[str, Any] | None) -> str:
     if best == last:
         return "the finished Transformer-LM, which is its best milestone by the domains' development text"
     return f"the Transformer-LM at update {best:,} of {last:,}, its best milestone by the domains' development text"
+
+
+def stopped_at(entries: Sequence[Entry]) -> list[Paragraph]:
+    """At which updates experts were stopped early, by random seed; nothing where none were."""
+    of_seeds = {one["random_seed"]: one["stopped_at"] for one in entries if "stopped_at" in one}
+    if not of_seeds:
+        return []
+    listed = "; ".join(
+        f"with random seed {seed}, {', '.join(f'{domain} at {update:,}' for domain, update in own.items())}"
+        for seed, own in of_seeds.items()
+    )
+    return [
+        Paragraph(
+            f"Experts stopped early, at the best milestone on their domain's development text: {listed}."
+        )
+    ]
 
 
 def means_table(caption: str, entries: Sequence[Entry], wanted_rows: Mapping[str, Wanted]) -> Table:
@@ -176,84 +206,6 @@ def texts_section(results: Results) -> Section:
     return Section(
         "texts", heading, [Table(heading, [*headings, "test windows of 20 words also in training"], rows)]
     )
-
-
-def trials_sections(results: Results) -> Iterator[Section]:
-    """The trials of a study, if there were any."""
-    columns = {
-        "learning_rate": "learning rate",
-        "updates": "updates",
-        "blocks_per_domain_update": "blocks of a domain per update",
-    }
-    yield from _tried_section(
-        (
-            "recipes",
-            "Recipes",
-            "Tried on the Transformer-LM alone; all systems were trained by the one in bold.",
-        ),
-        "learning_rate",
-        columns,
-        "perplexity on the domains' development text",
-        results.trials,
-    )
-    told = (
-        "Over the seed's at the same update. Tried on each forest alone, whose experts are then trained by the one "
-        "in bold; those of random splits by that of the first."
-    )
-    yield from _tried_section(
-        ("rates", "Experts' learning rates", told),
-        "learning_rate_scale",
-        {"learning_rate_scale": "scale"},
-        "perplexity of the ensemble on the domains' development text",
-        results.trials,
-    )
-
-
-def _tried_section(
-    named: tuple[str, str, str],
-    tried: str,
-    columns: Mapping[str, str],
-    measured: str,
-    trials: Sequence[Entry],
-) -> Iterator[Section]:
-    """The trials of one thing, if there are any: what each column is called and what they were measured by."""
-    identifier, heading, opening = named
-    trials = [trial for trial in trials if tried in trial]
-    if not trials:
-        return
-    rows = [
-        [
-            _group(trial),
-            *(_number(trial[name]) for name in columns),
-            "diverged" if trial["development"] is None else f"{trial['development']:.2f}",
-        ]
-        for trial in trials
-    ]
-    strong = frozenset(number for number, trial in enumerate(trials) if trial["chosen"])
-    table = Table(heading, ["size", *columns.values(), measured], rows, strong)
-    edges = [Paragraph(edge) for edge in _edges(trials, tried, columns[tried])]
-    yield Section(identifier, heading, [Paragraph(opening), table, *edges])
-
-
-def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
-
-
-def _edges(trials: Sequence[Entry], name: str, setting: str) -> Iterator[str]:
-    """A warning for each group whose chosen value has none tried beyond it: of a
-    recipe, the rival may do better there."""
-    for group in dict.fromkeys(map(_group, trials)):
-        own = [trial for trial in trials if _group(trial) == group]
-        values = {trial[name] for trial in own}
-        chosen = {trial[name] for trial in select(own, chosen=True)}
-        for edge, side in ((max(values), "highest"), (min(values), "lowest")):
-            if len(values) > 1 and edge in chosen:
-                yield f"The {side} {setting} tried for {group} is the best: one beyond it may be better still."
-
-
-def _group(trial: Entry) -> str:
-    """What was tried against each other: of one size, and of experts that train the same."""
-    return ", ".join([str(trial["size"]), *([trial["experts"]] if "experts" in trial else [])])
 
 
 def speeds_section(results: Results) -> Section:

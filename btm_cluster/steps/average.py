@@ -18,6 +18,7 @@ from btm_cluster.mixing.fitting import one_thread_each
 from btm_cluster.requests import AverageRequest, FittedWeights, MergeRequest, TaskVectorRequest
 from btm_cluster.requests.progress import Control, Counter, Phase
 from btm_cluster.steps.stored import open_config, open_streamed, open_weights
+from btm_cluster.storage.open_files import allow_open_files
 from btm_cluster.storage.scratch import scratch_folder
 
 STREAMED_FROM_SHARE = 0.5
@@ -39,6 +40,7 @@ def average(request: AverageRequest, ledger: Ledger, control: Control) -> Artifa
     weights = dict(sorted(weights_of(request, ledger).items()))
     models = [ledger.get(model) for model in request.inputs["models"] if model.identity in weights]
     check_compatible(ledger, models, request.unrelated)
+    allow_open_files()  # a mapped file stays open
     # Summed by one thread: others read and hash meanwhile.
     with one_thread_each(), ThreadPoolExecutor(READ_AT_ONCE, thread_name_prefix="read") as pool:
         opened = partial(open_streamed, pool=pool) if _is_streamed(ledger, models) else open_weights

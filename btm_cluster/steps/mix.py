@@ -15,8 +15,9 @@ from btm_cluster.storage.scratch import scratch_folder
 def mix(request: MixText, ledger: Ledger, control: Control) -> Artifact:
     """Writes `sums.npy`, float64 [methods, U, D]: summed log-probability by document, for
     each method of the fit in order."""
-    with one_thread_each(), scratch_folder() as scratch:
-        fits, stack = open_fits(ledger, ledger.get(request.fit)), ScoreStack.of(ledger, request.scored)
+    with one_thread_each() as threads, scratch_folder() as scratch:
+        fits = open_fits(ledger, ledger.get(request.fit))
+        stack = ScoreStack.of(ledger, request.scored, threads)
         counter = Counter(control, request.label, "mixing", len(fits), "methods")
         sums = [
             stack.mixture_sums(fit.log_prior_E, fit.posterior)

@@ -21,21 +21,22 @@ class Models:
     """All models of one size and random seed."""
 
     transformer_lm: Ref
-    transformer_lm_at_experts_rate: Ref | None
-    """From the seed on; where that rate is another, and it did not diverge."""
+    controls: Mapping[System, Ref]
+    """Other single models: the Transformer-LM from the seed on at the experts' rate, where that is another and it
+    did not diverge, finished and at its best milestone."""
     milestones: Mapping[int, Ref]
     """The Transformer-LM by update: the seed of the first forest, two between, and the finished one."""
     ensembles: tuple[Ensemble, ...]
     """The first is the forest that everything is compared with."""
     mixtures: Mapping[System, Sequence[StepRequest]]
     """The steps that make each mixture of experts, itself last."""
+    stopped_at: Mapping[str, int]
+    """The update of each expert's best milestone, by domain, where a forest of these is compared too."""
 
 
 def compare(prepared: PreparedPlan, models: Models, driver: Driver) -> Comparison:
     """Every model and ensemble on test text."""
-    single = {TRANSFORMER_LM: models.transformer_lm}
-    if models.transformer_lm_at_experts_rate:
-        single[System("transformer-lm at the experts' rate")] = models.transformer_lm_at_experts_rate
+    single = {TRANSFORMER_LM: models.transformer_lm, **models.controls}
     single |= {System("seed", one.seed_share): one.seed for one in models.ensembles if one.seed}
     comparer = Comparer(prepared, single, models.ensembles, ("test",), models.milestones, models.mixtures)
     return comparer.compare(driver)

@@ -1,7 +1,7 @@
 """Requests of the controls that a study sets beside forest and Transformer-LM.
 
 A forest is only worth something if it beats what is not the idea of the paper: experts on random splits,
-experts without a seed, a DEMix that has a seed, the Transformer-LM at the learning rate that the experts
+experts without a seed, a DEMix that has a seed, Transformer-LM and DEMix at the learning rate that the experts
 have, and the Transformer-LM given the development text that the forest's priors are fitted on
 (`adaptation.py`).
 """
@@ -14,7 +14,9 @@ from btm_cluster.driver.text_requests import tokenize_requests
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.requests import ShuffleTexts, TrainRequest
 
-DEMIXES = ("demix", "demix-from-seed")
+SEEDED_DEMIX = "demix-from-seed"
+SEEDED_DEMIX_AT_EXPERTS_RATE = f"{SEEDED_DEMIX} at the experts' rate"
+DEMIXES = ("demix", SEEDED_DEMIX, SEEDED_DEMIX_AT_EXPERTS_RATE)
 
 
 def scratch_request(prepared: PreparedPlan, domain: PreparedText, number: int) -> TrainRequest:
@@ -44,6 +46,12 @@ def transformer_lm_at_experts_rate_request(prepared: PreparedPlan, seed: Ref) ->
     return at_experts_rate(
         prepared, train_request(prepared, label, "transformer-lm", prepared.founding_texts, span, start)
     )
+
+
+def seeded_demix_at_experts_rate_request(prepared: PreparedPlan, seed: Ref) -> TrainRequest:
+    """A DEMix that branches from the seed, at the experts' scale of the learning rate."""
+    request = seeded_demix_request(prepared, seed)
+    return at_experts_rate(prepared, replace(request, label=f"{request.label}-at-experts-rate"))
 
 
 def random_part_requests(prepared: PreparedPlan) -> list[ShuffleTexts]:

@@ -9,7 +9,13 @@ from typing import Any
 from btm_cluster.driver.driver import Driver, step_error
 from btm_cluster.driver.port import Failure
 from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText
-from btm_cluster.driver.recipes import expert_request, seed_request, seed_start, transformer_lm_request
+from btm_cluster.driver.recipes import (
+    evenly_between,
+    expert_request,
+    seed_request,
+    seed_start,
+    transformer_lm_request,
+)
 from btm_cluster.ledger import Artifact
 from btm_cluster.plan import BranchingPlan, TrainingPlan
 from btm_cluster.requests import TrainRequest
@@ -28,15 +34,21 @@ class Repeat:
     """How what was tried for this size did, where this is its first random seed: recipes, and then scales of
     the experts' learning rate."""
 
+    experts: str = ""
+    """What its experts are called; empty for those of the first forest, by the plan's `branching`."""
+    others: tuple["Repeat", ...] = field(default=(), compare=False)
+    """The same with experts that are trained otherwise."""
+
     @property
     def prepared_by_share(self) -> dict[float, PreparedPlan]:
         """The prepared plan with each seed share."""
         return {share: self._at(share) for share in self.seed_shares}
 
-    experts: str = ""
-    """What its experts are called; empty for those of the first forest, by the plan's `branching`."""
-    others: tuple["Repeat", ...] = field(default=(), compare=False)
-    """The same with experts that are trained otherwise."""
+    @property
+    def stops_early(self) -> bool:
+        """Whether experts are stopped early too, for a forest more; of the first forest alone."""
+        study = self.prepared.plan.study
+        return study is not None and "early-stopping" in study.systems and not self.experts
 
     @property
     def is_from_pretrained(self) -> bool:
@@ -86,11 +98,22 @@ class Repeat:
 
 
 def branches(repeat: Repeat, texts: Sequence[PreparedText], share: float) -> list[TrainRequest]:
-    """An expert on each text, from the seed of that share."""
+    """An expert on each text, from the seed of that share. Those of the first forest leave the milestones on their
+    way that early stopping chooses among."""
     prepared, start = repeat.prepared_by_share[share], seed_start(repeat.prepared, repeat.seeds[share].ref)
     # A label of its own, since all of them train at once.
     mark = re.sub(r"[^\w.]+", "-", f"{share} {repeat.experts}".strip())
-    return [replace(expert_request(prepared, text, start), label=f"{text.name}-{mark}") for text in texts]
+    requests = [replace(expert_request(prepared, text, start), label=f"{text.name}-{mark}") for text in texts]
+    stops_early = repeat.stops_early and share == repeat.seed_shares[0]
+    return with_milestones(requests) if stops_early else requests
+
+
+def with_milestones(requests: Sequence[TrainRequest]) -> list[TrainRequest]:
+    """The trainings, which leave two models on their way, evenly between start and end."""
+    return [
+        replace(request, snapshots=evenly_between(request.first_update, request.last_update))
+        for request in requests
+    ]
 
 
 def train(

@@ -14,17 +14,17 @@ from btm_cluster.driver.recipes import check_demix_fits
 from btm_cluster.driver.text_requests import vocabulary_of
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation.scoring import mean_perplexities, score_models, stack_of
-from btm_cluster.forest import Forest
 from btm_cluster.language_model.deltas import trains_of
 from btm_cluster.language_model.mixture_of_experts import check_target
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.mixing.fitting import cross_fitted_perplexity, each_in_one_thread
 from btm_cluster.plan import Plan, SizePlan, StudyPlan, TrainingPlan
 from btm_cluster.requests import TrainRequest
-from btm_cluster.study.branchings import check_branchings, experts_name
+from btm_cluster.study.branchings import experts_name
+from btm_cluster.study.checks import check_founders, check_study, recipes_of
 from btm_cluster.study.controls import DEMIXES
-from btm_cluster.study.pretrained import check_beside_pretrained
 from btm_cluster.study.repeat import Repeat, branches, fill_in, import_seed, marked, train
+from btm_cluster.study.search import by_search
 
 
 def repeats_of(plan: Plan, driver: Driver) -> list[Repeat]:
@@ -33,8 +33,10 @@ def repeats_of(plan: Plan, driver: Driver) -> list[Repeat]:
     study = plan.study
     assert study is not None
     sizes = study.sizes or (SizePlan.model_construct(name="model", model=plan.model, training=plan.training),)
-    _check(plan, study, sizes)
-    _check_founders(plan, driver.ledger.log.newest())
+    check_study(plan, study, sizes)
+    if study.search is not None:
+        driver.check_search()
+    check_founders(plan, driver.ledger.log.newest())
     models = {size.name: _model(plan, study, size) for size in sizes}
     base = prepare(_variant(plan, sizes[0], study.random_seeds[0]), driver)
     for text in base.texts:
@@ -49,7 +51,9 @@ def repeats_of(plan: Plan, driver: Driver) -> list[Repeat]:
         variant = _variant(plan, size, study.random_seeds[0])
         prepared = replace(base, model=models[size.name], plan=variant)
         first = Repeat(size.name, prepared, _seed_shares(study, size, is_first=number == 0))
-        first = _by_the_best(first, _recipes(size, study), driver)
+        first = _by_the_best(first, recipes_of(size, study), driver)
+        if study.search is not None:
+            first = by_search(first, study.search, driver)
         first = _by_the_best_scale(first, study.learning_rate_scales, driver)
         first = _with_others(first, study, driver)
         repeats.append(first)
@@ -76,54 +80,6 @@ def _model(plan: Plan, study: StudyPlan, size: SizePlan) -> Mapping[str, Any]:
     return model
 
 
-def _check(plan: Plan, study: StudyPlan, sizes: Sequence[SizePlan]) -> None:
-    """That nothing in a study is at odds with itself: before a text is read."""
-    check_branchings(study.branching)
-    if plan.model.pretrained is not None and not study.sizes:
-        check_beside_pretrained(study)
-    for size in sizes:
-        if size.training.block_tokens != plan.training.block_tokens:
-            raise UserError(
-                f"study.sizes: {size.name} has blocks of another length",
-                found=f"{size.training.block_tokens} tokens",
-                expected=f"{plan.training.block_tokens}, the plan's: texts are cut into blocks once for all "
-                "sizes",
-                remedy=f"write `block_tokens: {plan.training.block_tokens}` in its `training`",
-            )
-        for recipe in (size.training, *_recipes(size, study)):
-            for share in (recipe.seed_share, *study.seed_shares):
-                _check_share(size, recipe, share)
-            if _blocks(recipe) != _blocks(size.training):
-                raise UserError(
-                    f"study.trials: a recipe for {size.name} costs other compute than the size's own",
-                    found=f"{recipe.updates} updates of {recipe.blocks_per_domain_update} blocks per domain",
-                    expected=f"updates × blocks_per_domain_update = {_blocks(size.training)}",
-                    remedy="give the trial `updates` and `blocks_per_domain_update` of the same product",
-                )
-
-
-def _check_founders(plan: Plan, forest: Forest | None) -> None:
-    """That all systems learn from the same domains: Transformer-LM and DEMix from
-    those that the store's forest was founded on."""
-    if forest is None:
-        return
-    founders, studied = (
-        {name for name, _ in forest.foundation.domains},
-        {domain.name for domain in plan.domains},
-    )
-    if studied - {*forest.withdrawn} != founders:
-        raise UserError(
-            "a study compares what learned from the same domains",
-            found=f"{', '.join(sorted(studied - {*forest.withdrawn}))}; the store's forest was founded on "
-            + ", ".join(sorted(founders)),
-            remedy="give the study a `store` of its own, or just the founding domains",
-        )
-
-
-def _blocks(training: TrainingPlan) -> int:
-    return training.updates * training.blocks_per_domain_update
-
-
 def _variant(plan: Plan, size: SizePlan, random_seed: int) -> Plan:
     training = size.training.model_copy(update={"random_seed": random_seed})
     return plan.model_copy(update={"model": size.model, "training": training})
@@ -132,23 +88,6 @@ def _variant(plan: Plan, size: SizePlan, random_seed: int) -> Plan:
 def _seed_shares(study: StudyPlan, size: SizePlan, is_first: bool) -> tuple[float, ...]:
     own = size.training.seed_share
     return (own, *(share for share in sorted(study.seed_shares) if share != own)) if is_first else (own,)
-
-
-def _check_share(size: SizePlan, training: TrainingPlan, share: float) -> None:
-    updates = training.updates
-    is_without_seed = share == 0 and (share != training.seed_share or size.model.pretrained is not None)
-    if not is_without_seed and not 0 < round(share * updates) < updates:
-        raise UserError(
-            f"a seed share of {share} leaves the seed or the experts of {size.name} no update",
-            found=f"{round(share * updates)} of {updates} updates for the seed",
-            remedy="change `training.seed_share` or `study.seed_shares`, which alone may hold 0, or give "
-            "more `updates`",
-        )
-
-
-def _recipes(size: SizePlan, study: StudyPlan) -> list[TrainingPlan]:
-    """The size's own recipe as each trial changes it."""
-    return [size.training.model_copy(update=trial.model_dump(exclude_none=True)) for trial in study.trials]
 
 
 def _by_the_best(repeat: Repeat, recipes: Sequence[TrainingPlan], driver: Driver) -> Repeat:

@@ -1,56 +1,31 @@
 """A study: the paper's comparison on the plan's texts, for every size and random seed it names.
 
-Trains all systems of one size and random seed, a repeat, from one seed run, and hands what came of it to
-`comparison.py`. Everything is an artifact: what is there already is not made again, and a study that was
-killed goes on.
+The models of one size and random seed, a repeat, are made by `models.py` and compared by `comparison.py`.
+Everything is an artifact: what is there already is not made again, and a study that was killed goes on.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from btm_cluster.driver.driver import Driver
-from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText
-from btm_cluster.driver.recipes import demix_request, transformer_lm_milestones
-from btm_cluster.driver.text_requests import tokenize_requests
 from btm_cluster.evaluation.comparison import Comparison
 from btm_cluster.evaluation.costs import costs_of
-from btm_cluster.evaluation.systems import (
-    DEMIX,
-    FEW_METHODS,
-    FOREST,
-    GATE,
-    GATE_FOR_ALL,
-    MANY_METHODS,
-    PRIOR_ALONE,
-    Ensemble,
-    with_seed,
-)
 from btm_cluster.evaluation.texts import TextReport, report_texts
 from btm_cluster.language_model.demix import count_demix_parameters
 from btm_cluster.language_model.model import count_parameters
-from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.plan import Plan
 from btm_cluster.requests import TrainRequest
 from btm_cluster.study.adaptation import adapt
-from btm_cluster.study.branchings import experts_of, forest_of
-from btm_cluster.study.comparison import Models, compare, entries_from
-from btm_cluster.study.controls import (
-    DEMIXES,
-    random_part,
-    random_part_requests,
-    scratch_request,
-    seeded_demix_request,
-    transformer_lm_at_experts_rate_request,
-)
-from btm_cluster.study.mixtures import routed_mixtures
+from btm_cluster.study.comparison import compare, entries_from
+from btm_cluster.study.controls import DEMIXES
+from btm_cluster.study.early_stopping import STOPPED_FOREST
+from btm_cluster.study.growth import measure_growth
+from btm_cluster.study.models import train_repeat
 from btm_cluster.study.pretrained import study_of
-from btm_cluster.study.repeat import Repeat, branches, fill_in, train
+from btm_cluster.study.repeat import Repeat
 from btm_cluster.study.repeats import repeats_of
-
-PRIORS = ("uniform", "argmax", "ema", "fitted")
-"""The averages of parameters that are measured: the paper's three, and the posterior by the fitted prior."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +39,8 @@ class Study:
     """Updates and tokens per second of each kind of training."""
     trials: tuple[Mapping[str, Any], ...]
     """The Transformer-LM's perplexity on the domains' development text, for each recipe that was tried."""
+    growth: tuple[Mapping[str, Any], ...]
+    """A row for each step and system of a forest that is grown step by step."""
     repeats_left: int
     """Sizes and random seeds that are still to come."""
 
@@ -87,6 +64,7 @@ def run_study(plan: Plan, driver: Driver) -> Iterator[Study]:
     trials = tuple(trial for repeat in repeats for trial in repeat.trials)
     entries: list[Mapping[str, Any]] = []
     speeds: list[Mapping[str, Any]] = []
+    grown: list[Mapping[str, Any]] = []
     for number, repeat in enumerate(repeats, 1):
         name = f"{repeat.size}, random seed {repeat.prepared.plan.training.random_seed}"
         driver.listener.part(f"part {number} of {len(repeats)}: {name}")
@@ -95,101 +73,20 @@ def run_study(plan: Plan, driver: Driver) -> Iterator[Study]:
         if "adapted" in study.systems:
             adapted = adapt(repeat, models.transformer_lm, models.ensembles[0], driver)
             comparison = comparison.with_rows(adapted)
-        entries += entries_of(repeat, comparison, driver.ledger)
+        entries += entries_of(repeat, comparison, models.stopped_at, driver.ledger)
         speeds += [_speed(repeat, request, model) for request, model in trained]
-        yield Study(tuple(entries), texts, tuple(speeds), trials, len(repeats) - number)
+        if study.growth is not None and number == 1:
+            driver.listener.part(f"part {number} of {len(repeats)}: {name}, growth")
+            grown += measure_growth(repeat, study.growth, models.ensembles[0], driver)
+        rows = (tuple(entries), texts, tuple(speeds), trials, tuple(grown))
+        yield Study(*rows, repeats_left=len(repeats) - number)
 
 
-def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[TrainRequest, Artifact]]]:
-    """All models of a repeat: first the one run that all seeds lie on, then what
-    branches from it, then what follows it."""
-    prepared, prepared_by_share, seeds = repeat.prepared, repeat.prepared_by_share, repeat.seeds
-    assert prepared.plan.study is not None
-    systems, branching = prepared.plan.study.systems, prepared.plan.branching
-    whole = repeat.transformer_lm()
-    scratch = (
-        [scratch_request(prepared, d, i) for i, d in enumerate(prepared.domains)]
-        if 0 in prepared_by_share and 0 not in seeds
-        else []
-    )
-    demix = [demix_request(prepared)] if "demix" in systems else []
-    trained = train(repeat, [whole, *demix, *scratch], driver)
-    fill_in(repeat, list(seeds.values()), driver)
-
-    first = repeat.seed_shares[0]
-    experts = {share: branches(repeat, prepared.domains, share) for share in seeds}
-    parts = _random_parts(prepared, driver) if "random-split" in systems else []
-    dealt = branches(repeat, parts, first)
-    demix_from_seed = (
-        [seeded_demix_request(prepared, seeds[first].ref)] if "demix-from-seed" in systems else []
-    )
-    # LoRA's rate is none to train a whole model by.
-    has_own_rate = branching.learning_rate_scale != 1 and branching.train != "lora"
-    at_experts_rate = (
-        [transformer_lm_at_experts_rate_request(prepared, seeds[first].ref)] if has_own_rate else []
-    )
-    branched = [*(expert for share in seeds for expert in experts[share]), *dealt, *demix_from_seed]
-    known = {request.ref for request in branched}
-    branched += [e for other in repeat.others for e in experts_of(other) if e.ref not in known]
-    trained += train(repeat, branched, driver, at_experts_rate)
-    made = {request.ref for request, _ in trained}
-    experts |= {0.0: scratch} if scratch else {}
-
-    members = partial(_members, repeat)
-    forests = [members(FOREST, share, prepared.domains, experts[share]) for share in repeat.seed_shares]
-    seeded = with_seed(forests[0], (*FEW_METHODS, PRIOR_ALONE, GATE_FOR_ALL, GATE))
-    seeded = replace(seeded, averages=("learned",))
-    forests[0] = replace(forests[0], methods=MANY_METHODS, averages=(*PRIORS, "greedy"))
-    others = [members("random-split", first, parts, dealt)] if dealt else []
-    others += [Ensemble(DEMIX, _named(prepared, request), FEW_METHODS) for request in demix]
-    others += [
-        Ensemble("demix-from-seed", _named(prepared, request), FEW_METHODS, (), seeds[first].ref, first)
-        for request in demix_from_seed
-    ]
-    control = next((request.ref for request in at_experts_rate if request.ref in made), None)
-    milestones = transformer_lm_milestones(prepared, seeds[first].ref)
-    otherwise = [(other.prepared, forest_of(other)) for other in repeat.others]
-    is_routed = "mixture-of-experts" in systems
-    mixtures = routed_mixtures([(prepared, forests[0]), *otherwise]) if is_routed else {}
-    ensembles = (forests[0], seeded, *forests[1:], *others, *(forest for _, forest in otherwise))
-    return Models(whole.ref, control, milestones, ensembles, mixtures), trained
-
-
-def _members(
-    repeat: Repeat, system: str, share: float, texts: Sequence[PreparedText], requests: Sequence[TrainRequest]
-) -> Ensemble:
-    """An ensemble of a model for each text, with the seed that they branched from, if any."""
-    models = tuple((text.name, request.ref) for text, request in zip(texts, requests, strict=True))
-    seed = repeat.seeds[share].ref if share in repeat.seeds else None
-    return Ensemble(system, models, (*FEW_METHODS, PRIOR_ALONE), PRIORS, seed, share)
-
-
-def _named(prepared: PreparedPlan, demix: TrainRequest) -> tuple[tuple[str, Ref], ...]:
-    """A DEMix's parts by domain."""
-    names = {text: domain for domain, text in prepared.founders}
-    return tuple((names[part.text], part.ref) for part in demix.parts)
-
-
-def _random_parts(prepared: PreparedPlan, driver: Driver) -> list[PreparedText]:
-    requests = random_part_requests(prepared)
-    read_results = driver.require(requests)
-    parts = [
-        random_part(prepared, r, read_result, driver.ledger)
-        for r, read_result in zip(requests, read_results, strict=True)
-    ]
-    shards = [
-        shard
-        for part in parts
-        for shard in tokenize_requests(
-            part.name, part.identity, part.facts, prepared.tokenizer, prepared.plan
-        )["train"]
-    ]
-    driver.require(shards)
-    return parts
-
-
-def entries_of(repeat: Repeat, comparison: Comparison, ledger: Ledger) -> list[Mapping[str, Any]]:
-    """The comparison as plain values, one entry for each system. Costs are told from what is in the store."""
+def entries_of(
+    repeat: Repeat, comparison: Comparison, stopped_at: Mapping[str, int], ledger: Ledger
+) -> list[Mapping[str, Any]]:
+    """The comparison as plain values, one entry for each system. Costs are told from what is in the store, and of
+    experts stopped early each one's update."""
     plan, model = repeat.prepared.plan, repeat.prepared.model
     costs = costs_of(comparison, model, plan.training.block_tokens, ledger)
     first_update = plan.training.seed_updates if repeat.is_from_pretrained else 0
@@ -207,6 +104,7 @@ def entries_of(repeat: Repeat, comparison: Comparison, ledger: Ledger) -> list[M
         common
         | {"non_embedding_parameters": demix_parameters if entry["system"] in DEMIXES else parameters}
         | entry
+        | ({"stopped_at": dict(stopped_at)} if entry["system"] == STOPPED_FOREST else {})
         for entry in entries_from(repeat.prepared, comparison, costs)
     ]
 

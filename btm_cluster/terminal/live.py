@@ -34,9 +34,13 @@ class Screen:
     seconds_left: float | None
     share: float
     """Finished share of the run, from 0 to 1, where the time left is known."""
+    table: str = ""
+    """The state of trials that compete."""
 
     def __rich_console__(self, console: Console, _: object) -> list[RenderableType]:
         above = [_headline(self, console.width), *_counts(self.counts, console.width)]
+        if self.table:
+            above.append(Text(self.table, no_wrap=True, overflow="ellipsis"))
         if not self.running:
             is_open = any(count.is_asked and count.done + count.failed < count.total for count in self.counts)
             doing = "waiting for the next steps to start" if is_open else self.doing

@@ -31,7 +31,7 @@ class ProgressView:
         self._outlook, self._estimate = Outlook(clock=clock), SteadyEstimate()
         self._lines = LogLines(self._outlook, clock)
         self._estimated, self._share = self._began - ESTIMATE_SECONDS, 0.0
-        self._doing = self._part = ""
+        self._doing = self._part = self._table = ""
         self._screen = Screen("", "", (), (), 0.0, None, 0.0)
         self._live: Live | None = None
         if console.is_terminal and not console.is_dumb_terminal and not is_quiet():
@@ -78,6 +78,12 @@ class ProgressView:
             self._part = what
             log.info("%s", what)
 
+    def table(self, lines: str) -> None:
+        with self._lock:
+            self._table = lines
+            if lines:
+                log.info("%s", lines)
+
     def runs_on(self, at_once: AtOnce) -> None:
         """How many groups the workers hold at once: how long a run takes depends on it."""
         self._outlook.at_once = at_once
@@ -119,6 +125,7 @@ class ProgressView:
                 elapsed,
                 left,
                 self._share,
+                self._table,
             )
             return self._screen
         finally:

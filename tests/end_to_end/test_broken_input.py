@@ -198,7 +198,7 @@ SMALL = {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2}
 PLANS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "a missing file": ("domains.0.text", "none.jsonl", ("'kitchen'", "none.jsonl")),
     "a glob of nothing": ("domains.0.text", "none/**/*.txt", ("'kitchen'", "none/**/*.txt")),
-    "a folder as text": ("domains.0.text", "/tmp", ("'kitchen'", "/tmp, a folder", "/tmp/*.jsonl")),
+    "a folder as text": ("domains.0.text", "/tmp", ("'kitchen' is a folder", "/tmp", "such as '/tmp/*")),
     "a link to itself": ("domains.0.text", "loop", ("'kitchen'", "loop")),
     "a path out of the world": ("domains.0.text", "../" * 99 + "none", ("'kitchen'", "matches no file")),
     "a name as long as a file system": ("domains.0.text", "x" * 5000, ("'kitchen'", "matches no file")),

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from btm_cluster.commands.plan import preview_table
 from btm_cluster.data.tokenizer_training import train_tokenizer
+from btm_cluster.driver import rates
 from btm_cluster.driver.preparation import prepare
 from btm_cluster.driver.prepared_plan import text_of
 from btm_cluster.driver.room import Room
@@ -463,7 +464,9 @@ def test_memory_of_gpus_is_told_with_bytes_to_store_and_refused_where_it_cannot_
 
 def test_what_is_stored_follows_from_the_type_of_the_weights_and_from_what_experts_change(
     fields: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(rates, "cpu_flops", lambda: 1e11)  # measured, it differs while other tests run
     rounded = look(fields | {"training": fields["training"] | {"weights": "bfloat16"}})
     assert step(rounded, "seed").stored_bytes == 14 * rounded.parameters, "with moments, and the masters"
     assert step(rounded, "expert kitchen").stored_bytes == 2 * rounded.parameters
@@ -473,6 +476,6 @@ def test_what_is_stored_follows_from_the_type_of_the_weights_and_from_what_exper
     whole, frozen = 6 * lora.parameters, 4 * (lora.parameters + adapter) + 2 * adapter
     faster = (whole + 12 * 32 * 32) / (frozen + 12 * 32 * 32)
     both = step(lora, "seed"), step(lora, "expert kitchen")
-    assert both[0].device_hours / both[1].device_hours == pytest.approx(3 * faster, rel=0.3), (
-        "no gradients of frozen weights; rates of a CPU are measured"
+    assert both[0].device_hours / both[1].device_hours == pytest.approx(3 * faster), (
+        "no gradients of frozen weights"
     )

@@ -54,9 +54,10 @@ from btm_cluster.steps.fit import fit_methods, fit_together, for_all_of
 from btm_cluster.steps.stored import documents_of
 from btm_cluster.steps.train import train
 from btm_cluster.study.controls import random_part_requests, transformer_lm_at_experts_rate_request
+from btm_cluster.study.models import train_repeat
 from btm_cluster.study.repeat import train as train_requests
 from btm_cluster.study.repeats import repeats_of
-from btm_cluster.study.run import Study, run_study, train_repeat
+from btm_cluster.study.run import Study, run_study
 from tests.conftest import DOMAINS, in_process, plan_fields
 from tests.integration.test_milestones import overtrained_fields
 from tests.made import origin
@@ -117,6 +118,8 @@ def test_every_system_is_measured_on_all_texts(studied: Studied) -> None:
         "seed",
         "forest",
         "forest with its seed",
+        "forest stopped early",
+        "own expert of forest stopped early",
         "demix",
         "demix-from-seed",
         "random-split",
@@ -130,7 +133,7 @@ def test_every_system_is_measured_on_all_texts(studied: Studied) -> None:
     }
     for entry in studied.study.entries:
         assert entry["train"] > 1, entry
-        assert entry["system"] == "own expert" or entry["eval"] > 1, entry
+        assert entry["system"].startswith("own expert") or entry["eval"] > 1, entry
     shares = {entry["seed_share"] for entry in studied.study.entries if entry["system"] == "forest"}
     assert shares == {0.5, 0.25, 0.0}
     assert studied.entry(system="transformer-lm")["difference"] is None
@@ -138,6 +141,14 @@ def test_every_system_is_measured_on_all_texts(studied: Studied) -> None:
         gate = {"posterior": "gate", "prior": "fitted", "development_blocks": None}
         assert studied.entry(system=system, seed_share=0.5, **gate)["all"] > 1
     assert studied.entry(system="demix", posterior="full")["non_embedding_parameters"] > 12_768
+
+
+def test_experts_that_are_best_at_their_end_are_not_stopped(studied: Studied) -> None:
+    calibrated = {"posterior": "calibrated", "prior": "fitted", "seed_share": 0.5}
+    stopped = studied.entry(system="forest stopped early", **calibrated)
+    whole = studied.entry(system="forest", development_blocks=None, top_k=None, **calibrated)
+    assert stopped["stopped_at"] == {"kitchen": 12, "harbour": 12}
+    assert stopped["per_domain"] == whole["per_domain"]
 
 
 def test_the_mean_over_all_texts_is_that_of_the_single_ones(studied: Studied) -> None:
@@ -205,7 +216,8 @@ def test_a_study_compares_with_the_transformer_lm_at_its_best_milestone_as_a_run
     texts: dict[str, Path], tmp_path: Path
 ) -> None:
     plan = Plan.model_validate(
-        overtrained_fields(texts, tmp_path, 0.17) | {"study": {"systems": [], "seed_shares": [0.5]}}
+        overtrained_fields(texts, tmp_path, 0.17)
+        | {"study": {"systems": ["early-stopping"], "seed_shares": [0.5]}}
     )
     study = studied_by(plan, driver := in_process(plan))
     entries = {entry["system"]: entry for entry in study.entries if entry["seed_share"] in (None, 0.17)}
@@ -213,6 +225,11 @@ def test_a_study_compares_with_the_transformer_lm_at_its_best_milestone_as_a_run
     assert (finished["milestones"]["best"], finished["milestones"]["last"]) == (11, 24)
     assert best["difference"] is None
     assert finished["difference"] == pytest.approx(finished["all"] / best["all"] - 1, rel=1e-3)
+    # Its experts get worse just so, and are stopped just so.
+    assert entries["forest stopped early"]["stopped_at"] == {"kitchen": 11, "harbour": 11}
+    for domain, perplexity in entries["own expert"]["per_domain"].items():
+        stopped = entries["own expert of forest stopped early"]["per_domain"][domain]
+        assert (stopped is None and perplexity is None) or stopped < perplexity
 
     def trained() -> set[str]:
         models = driver.ledger.list_artifacts("model")
@@ -366,7 +383,12 @@ def test_the_command_writes_after_each_random_seed_but_replaces_results_by_finis
     for times in (2, 1):
         written = list(write_studies(plan, open_place(str(tmp_path)), in_process(plan)))
         assert [one.page for one in written] == [str(tmp_path / "README.md")] * times
-    (run,) = json.loads((tmp_path / "study.json").read_text())["runs"]
+    told = json.loads(json.dumps(written[-1].to_json()))
+    assert told["entries"] == json.loads((tmp_path / "summary.json").read_text())
+    assert {name: told[name] for name in ("texts", "speeds", "trials", "runs", "growth")} == json.loads(
+        (tmp_path / "study.json").read_text()
+    )
+    (run,) = told["runs"]
     assert run["repeats_left"] == 0
     assert {entry["random_seed"] for entry in json.loads((tmp_path / "summary.json").read_text())} == {0, 1}
     assert "Not finished" not in (tmp_path / "README.md").read_text()
@@ -429,9 +451,15 @@ def test_results_are_read_back_and_those_of_several_seeds_make_one_page(
     }
     lower = {**trial, "learning_rate": 0.001, "development": 12.3, "chosen": False}
     diverged = {**lower, "size": "large", "development": None}
+    stopped = {**lower, "learning_rate": 0.0001, "development": 45.6, "share": 0.125}
     scale = {"size": "model", "learning_rate_scale": 2.0, "development": 8.76, "chosen": True}
     slower = {**scale, "learning_rate_scale": 1.0, "development": 8.9, "chosen": False}
-    study = replace(studied.study, trials=({**trial, "chosen": True}, lower, diverged, slower, scale))
+    calibrated = {"posterior": "calibrated", "prior": "fitted", "development_blocks": None, "top_k": None}
+    step = {"step": 1, "change": "added harbour", "domains": ["kitchen", "harbour"], "known": 4.2}
+    step |= {"unknown": None, "tokens": 1024, "tokens_so_far": 9216, "gpu_seconds": 1.5}
+    grown = studied.entry(system="forest", seed_share=0.5, **calibrated) | step | {"bits_per_byte": 2.5}
+    trials = ({**trial, "chosen": True}, lower, diverged, stopped, slower, scale)
+    study = replace(studied.study, trials=trials, growth=(grown,))
     results = results_of(studied.plan, study)
     write_results(results, tmp_path / "one")
     other = [
@@ -464,11 +492,16 @@ def test_results_are_read_back_and_those_of_several_seeds_make_one_page(
         "Figure 1",
         "Top-k",
         "Speed",
+        "| 2 domains, added harbour | forest, calibrated | 4.2 | – |",
+        "| 1,024 | 9,216 | 1.5 |",
         "| model | 0.01 | 12 | 4 | **9.87** |",
         "| large | 0.001 | 12 | 4 | diverged |",
+        "| model | 0.0001 | 12 | 4 | 45.60, stopped at 0.125 of its updates |",
         "| model | 2 | **8.76** |",
         "The highest learning rate tried for model is the best",
         "The highest scale tried for model is the best",
+        "| forest, experts stopped early, calibrated |",
+        "with random seed 0, kitchen at 12, harbour at 12",
     ):
         assert heading in page
     for figure in ("seed-share-model", "top-k-model"):
@@ -610,18 +643,20 @@ def test_a_study_of_experts_at_another_rate_has_that_control_unless_it_diverges(
     fields["domains"] = fields["domains"][:2]
 
     def at(scale: float) -> tuple[Plan, Driver]:
-        study = {"systems": [], "random_seeds": [3]}
+        study = {"systems": ["demix-from-seed", "early-stopping"], "random_seeds": [3]}
         plan = Plan.model_validate(fields | {"branching": {"learning_rate_scale": scale}, "study": study})
         return plan, in_process(plan)
 
     study = studied_by(*at(2.0))
     found = {entry["system"]: entry["all"] for entry in study.entries}
     assert found["transformer-lm at the experts' rate"] not in (found["transformer-lm"], found["seed"])
+    assert found["demix-from-seed at the experts' rate"] not in (found["demix-from-seed"], found["seed"])
     others = [entry | {"random_seed": 4} for entry in study.entries if "experts' rate" not in entry["system"]]
     results = results_of(at(2.0)[0], replace(study, entries=(*study.entries, *others)))
     write_page(results, tmp_path / "page")
     page = (tmp_path / "page" / "README.md").read_text()
     assert "| Transformer-LM, from the seed on at the experts' rate (random seed 3) |" in page
+    assert "| DEMix from the seed at the experts' rate, calibrated (random seed 3) |" in page
     assert "| Transformer-LM |" in page
 
     plan, driver = at(1e30)

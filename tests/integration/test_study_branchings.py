@@ -1,7 +1,8 @@
 """A study of experts that train a part, of mixtures of experts, and of a pretrained model: rows and costs."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from btm_cluster.data.tokenizer_training import train_tokenizer
 from btm_cluster.errors import UserError
-from btm_cluster.evaluation.costs import is_better
+from btm_cluster.evaluation.costs import gpu_seconds, is_better
 from btm_cluster.language_model.mixture_of_experts import size_of_mixture
 from btm_cluster.ledger import Artifact
 from btm_cluster.operations.run import run_plan
@@ -177,6 +178,38 @@ def test_the_page_says_what_is_better_at_which_cost_and_so_does_the_summary(
     assert json.dumps(list(studied.study.entries))
 
 
+def test_an_ensemble_is_held_against_a_larger_transformer_lm_of_its_inference_cost(
+    studied: Studied, tmp_path: Path
+) -> None:
+    def larger(entry: Mapping[str, Any], size: str, times: float, bits: float) -> dict[str, Any]:
+        cost = entry["cost"] | {"inference_flops": round(times * entry["cost"]["inference_flops"])}
+        own = entry["bits_per_byte"]["all"]
+        told = entry["bits_per_byte"] | {"all": own and own + bits}
+        return {**entry, "size": size, "cost": cost, "bits_per_byte": told}
+
+    entries = studied.study.entries
+    for bits, answer in ((1.0, "yes"), (-1.0, "no")):
+        others = [larger(e, *size, bits) for size in (("two", 2.0), ("nine", 9.0)) for e in entries]
+        write_page(results_of(studied.plan, replace(studied.study, entries=(*entries, *others))), tmp_path)
+        page = (tmp_path / "README.md").read_text()
+        (line,) = (one for one in page.splitlines() if one.startswith("| model forest, calibrated |"))
+        assert "| two | " in line
+        assert line.endswith(f"| {answer}, at 1.00x |")
+    write_page(results_of(studied.plan, studied.study), tmp_path)
+    assert "across sizes" not in (tmp_path / "README.md").read_text()
+
+
+def test_gpu_seconds_are_of_trainings_that_one_process_has_mostly_done() -> None:
+    def seconds(rate: float, seconds: float) -> float | None:
+        note = {"tokens_per_second": rate, "seconds": seconds, "gpus": 0.25}
+        return gpu_seconds(Artifact("model", "0", {}, {}, (), {"tokens": 1000}, note, (), ""))
+
+    assert seconds(10, 100) == 25
+    assert seconds(10, 60) == 25
+    assert seconds(10, 40) is None
+    assert seconds(0, 5) is None
+
+
 @pytest.mark.parametrize(
     ("interval", "relative_cost", "answer"),
     [
@@ -212,7 +245,7 @@ def from_pretrained(folder: Path, fields: dict[str, Any], **study: Any) -> Plan:
 def test_a_study_of_a_pretrained_model_sets_its_continued_pretraining_beside_its_experts(
     pretrained: Path, texts: dict[str, Path], tmp_path: Path
 ) -> None:
-    fields = fields_of(texts, tmp_path / "store")
+    fields = fields_of(texts, tmp_path / "store") | {"targets": []}
     ways = {"branching": [{"train": "lora", "lora": {"rank": 4}}]}
     recipes = {"trials": [{"learning_rate": 1e-2}, {"learning_rate": 5e-3}], "learning_rate_scales": [0.5, 1]}
     plan = from_pretrained(pretrained, fields, systems=[], **ways, **recipes)

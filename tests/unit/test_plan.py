@@ -17,7 +17,7 @@ from btm_cluster.errors import PlanError
 from btm_cluster.operations.init import STARTER_PLAN
 from btm_cluster.operations.quickstart import PLAN_FILE, QUICKSTART_PLAN, TEXT_FOLDER, TEXTS
 from btm_cluster.operations.schema import plan_reference
-from btm_cluster.plan import BranchingPlan, Plan, plan_schema, read_plan
+from btm_cluster.plan import BranchingPlan, Plan, SearchPlan, plan_schema, read_plan
 from btm_cluster.plan.problems import _sections, describe_problems
 from btm_cluster.plan.synonyms import SYNONYMS
 from btm_cluster.plan.training import TrainingPlan
@@ -573,6 +573,15 @@ def test_the_quickstarts_plan_reads_the_text_that_is_written_with_it(tmp_path: P
         ({"sizes": [{"name": "a", "model": {"pretrained": "gpt2"}}]}, "a study grows its own seeds"),
         ({"random_seeds": []}, "at least one entry"),
         ({"trials": [{"learning_rate": 0.1}, {"learning_rate": 0.1}]}, "each once"),
+        ({"search": {}}, "no setting"),
+        ({"search": {"learning_rate": {"loguniform": [0.1, 0.01]}}}, "a lower bound and a higher one"),
+        ({"search": {"learning_rate": {"grid": [0.1, 0.1]}}}, "each once"),
+        ({"search": {"learning_rate": {"grid": [0.1], "uniform": [0.1, 1]}}}, "exactly one of"),
+        ({"search": {"learning_rate": {"grid": [0.1, 0.2]}, "samples": 2}}, "the same recipes again"),
+        (
+            {"search": {"learning_rate": {"grid": [0.1]}}, "trials": [{"learning_rate": 0.1}]},
+            "leave out the other",
+        ),
         (
             {"sizes": [{"name": "a", "model": {"preset": "gpt3-125m"}, "training": {"random_seed": 3}}]},
             "give it in `study.random_seeds`",
@@ -586,3 +595,30 @@ def test_a_study_that_would_train_twice_or_not_at_all_is_refused(
     file.write_text(MINIMAL + yaml.safe_dump({"study": study}))
     with pytest.raises(PlanError, match=words):
         read_plan(file)
+
+
+@pytest.mark.parametrize(
+    ("search", "rungs", "trials"),
+    [
+        ({"learning_rate": {"loguniform": [1e-4, 1e-2]}, "samples": 6}, (0.125, 0.375, 1), 6),
+        (
+            {"blocks_per_domain_update": {"grid": [8, 16]}, "first_rung": 0.25, "reduction_factor": 2},
+            (0.25, 0.5, 1),
+            2,
+        ),
+        (
+            {
+                "learning_rate": {"grid": [1e-3, 1e-2, 1e-1]},
+                "blocks_per_domain_update": {"grid": [8, 16]},
+                "first_rung": 0.5,
+            },
+            (0.5, 1),
+            6,
+        ),
+    ],
+)
+def test_a_searchs_rungs_and_trials_follow_from_its_space(
+    search: dict[str, Any], rungs: tuple[float, ...], trials: int
+) -> None:
+    space = SearchPlan.model_validate(search)
+    assert (space.rungs, space.trials) == (rungs, trials)

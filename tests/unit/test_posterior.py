@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from btm_cluster.equations import calibration
+from btm_cluster.equations import calibration, mixture_likelihood
 from btm_cluster.equations.calibration import DEFAULT_EVIDENCE_WEIGHT, calibrate
 from btm_cluster.equations.mixture import log_mixture
 from btm_cluster.equations.posterior import (
@@ -409,22 +409,41 @@ def test_calibrating_finds_the_prior_and_the_evidence_weight_that_made_the_token
     np.testing.assert_allclose(prior_E.exp().numpy(), np.exp(truth), atol=0.05)
 
 
-def test_the_loss_that_is_climbed_and_its_gradient_are_those_of_the_mixture(
+def test_the_loss_that_is_climbed_and_its_derivatives_are_those_of_the_mixture(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(calibration, "TOKENS_AT_ONCE", 7)  # several stretches, the last of them short
+    monkeypatch.setattr(mixture_likelihood, "TOKENS_AT_ONCE", 7)  # several stretches, the last of them short
     logp_EBT = made_up_scores(experts=4, blocks=3, tokens=10, random_seed=26)
     evidence_EN, logp_EN = (values.flatten(1) for values in (evidence(logp_EBT, CALIBRATED), logp_EBT))
-    bias_E = torch.tensor([0.3, -1.0, 0.0, 2.0], dtype=torch.float64, requires_grad=True)
-    weight = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
-    found = calibration._Tokens.of(evidence_EN, logp_EN).loss(bias_E, weight)
-    log_weights_EN = torch.log_softmax(bias_E[:, None] + weight * evidence_EN, dim=0)
-    expected = -torch.logsumexp(log_weights_EN + logp_EN, dim=0).mean()
-    torch.testing.assert_close(found, expected)
-    for one, other in zip(
-        *(torch.autograd.grad(loss, [bias_E, weight]) for loss in (found, expected)), strict=True
-    ):
-        torch.testing.assert_close(one, other)
+    point_P = torch.tensor([0.3, -1.0, 0.0, 2.0, math.log(0.2)], dtype=torch.float64, requires_grad=True)
+
+    def loss(point_P: torch.Tensor) -> torch.Tensor:
+        log_weights_EN = torch.log_softmax(point_P[:-1, None] + point_P[-1].exp() * evidence_EN, dim=0)
+        return -torch.logsumexp(log_weights_EN + logp_EN, dim=0).mean()
+
+    tokens = mixture_likelihood.MixtureLikelihood.of(evidence_EN, logp_EN)
+    found = tokens.slopes(point_P[:-1].detach(), math.log(0.2))
+    assert found.loss == pytest.approx(float(loss(point_P).detach()), rel=1e-12)
+    assert tokens.loss((point_P[:-1].detach(), 0.2)) == pytest.approx(found.loss, rel=1e-12)
+    (gradient_P,) = torch.autograd.grad(loss(point_P), point_P)
+    torch.testing.assert_close(found.gradient_P, gradient_P)
+    hessian_PP = torch.autograd.functional.hessian(loss, point_P)  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(found.curvature_PP, hessian_PP)
+
+
+def test_a_fit_on_many_tokens_starts_on_few_of_them_and_ends_at_the_same_maximum(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logp_EBT = drawn_from_a_calibrated_mixture(
+        np.log([0.5, 0.3, 0.2]), weight=0.4, discount=0.9, blocks=60, tokens=64, random_seed=27
+    )
+    mask_BT = everything(logp_EBT)
+    at_once = calibrate(logp_EBT, mask_BT, CALIBRATED)
+    monkeypatch.setattr(calibration, "STARTING_TOKENS", 200)
+    by_few = calibrate(logp_EBT, mask_BT, CALIBRATED)
+    found, expected = (loss_of(logp_EBT, mask_BT, *fit) for fit in (by_few, at_once))
+    assert found == pytest.approx(expected, abs=1e-7)
+    assert by_few[1].weight == pytest.approx(at_once[1].weight, rel=1e-3)
 
 
 def test_calibrating_under_a_given_prior_fits_the_evidence_weight_alone() -> None:

@@ -128,6 +128,21 @@ def test_of_several_parts_the_one_under_way_is_named_and_nothing_is_said_of_the_
     assert shown(view, terminal)[0] == "2 min so far, part 2 of 6: small, random seed 1"
 
 
+@pytest.mark.parametrize("width", [40, 120])
+def test_a_table_of_trials_stands_above_the_steps_until_it_ends(width: int) -> None:
+    terminal = console(width)
+    view = view_of_a_run(terminal)
+    table = "\n".join(f"| trial-{number} | RUNNING | {'0' * 40} |" for number in (1, 2))
+    view.table(table)
+    lines = shown(view, terminal)
+    first = next(number for number, line in enumerate(lines) if "trial-1" in line)
+    assert "trial-2" in lines[first + 1], "a line that is too long is cut, not wrapped"
+    assert "training kitchen" in "".join(lines[first + 2 :])
+    assert all(len(line) <= width for line in lines)
+    view.table("")
+    assert "trial" not in "".join(shown(view, terminal))
+
+
 def test_a_live_display_is_drawn_when_it_is_opened_and_gone_when_it_is_closed() -> None:
     terminal = console(80)
     written = terminal.file

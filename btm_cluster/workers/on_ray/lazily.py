@@ -3,14 +3,14 @@
 import os
 import threading
 from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from btm_cluster.driver.capacity import Demand
-from btm_cluster.driver.port import Outcome
+from btm_cluster.driver.port import Outcome, Search
 from btm_cluster.driver.run_events import RunEvents
-from btm_cluster.plan import ClusterPlan
+from btm_cluster.plan import ClusterPlan, SearchPlan
 from btm_cluster.requests import Resources, StepRequest, TrainRequest
 from btm_cluster.requests.progress import Watcher
 from btm_cluster.workers.disk_and_memory import check_this_machine
@@ -26,6 +26,9 @@ _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # shows Train's runs in the dashboard
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # groups queue for GPUs
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune's table goes through a reporter of ours, and not to standard output
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # files of results, which nobody reads
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that diverges before its first rung has no result
 }
 # What Ray does by itself for a local cluster, without its warning.
 _LOCAL_ENVIRONMENT = {"RAY_AUTH_MODE": "token"}
@@ -86,6 +89,13 @@ class LazyRayWorkers:
 
     def run(self, requests: Sequence[StepRequest]) -> Generator[tuple[StepRequest, Outcome], None, None]:
         return self._connected().run(requests)
+
+    def open_search(self, space: SearchPlan, show: Callable[[str], None]) -> AbstractContextManager[Search]:
+        """A search by Ray Tune on the cluster; `show` is given Tune's table whenever it changes."""
+        self._connected()
+        from btm_cluster.workers.on_ray.tuning import searching
+
+        return searching(space, show)
 
     def at_once(self, group: Resources | None) -> int:
         """How many groups the cluster can hold at once, as it stands; one, while none is joined."""

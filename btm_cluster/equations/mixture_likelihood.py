@@ -1,0 +1,143 @@
+"""The likelihood of tokens under a mixture whose weights are softmax(b_j + β e_jn), with its first and second
+derivatives; and its maximum, by Newton's method.
+
+N tokens of all blocks, cut into stretches S of n; P parameters: the E log-priors b, then log β. Beside the letters
+of the package.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+TOKENS_AT_ONCE = 4096
+"""Tokens in a stretch: the scores of eight experts take a quarter of a
+megabyte, which fits a processor's cache."""
+NEWTON_STEPS = 200
+LONGEST_STEP = 4.0
+"""In any parameter: where the likelihood is nearly flat, its curvature promises too much."""
+LEAST_DAMPING, FIRST_DAMPING, MOST_DAMPING = 1e-9, 1e-3, 1e3
+Fit = tuple[torch.Tensor, float]
+"""A log-prior [E] and β."""
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """Mean negative log-likelihood of the tokens in nats, its gradient and its curvature at some parameters."""
+
+    loss: float
+    gradient_P: torch.Tensor
+    curvature_PP: torch.Tensor
+
+
+@dataclass(frozen=True)
+class MixtureLikelihood:
+    """Scores that a mixture is fitted on, cut into stretches of tokens [E, n] that fit a processor's cache:
+    evidence, and likelihood relative to the token's best expert."""
+
+    evidence_SEN: Sequence[torch.Tensor]
+    likelihood_SEN: Sequence[torch.Tensor]
+    best_logp: float
+    """The mean log-probability of each token's best expert, in nats."""
+    count: int
+
+    @classmethod
+    def of(cls, evidence_EN: torch.Tensor, logp_EN: torch.Tensor) -> "MixtureLikelihood":
+        """Of evidence and log-probabilities of each token under each expert."""
+        best_N = logp_EN.max(dim=0).values
+        evidence_EN, likelihood_EN = evidence_EN - evidence_EN.max(dim=0).values, (logp_EN - best_N).exp()
+        return cls(_stretches(evidence_EN), _stretches(likelihood_EN), float(best_N.mean()), len(best_N))
+
+    def loss(self, fit: Fit) -> float:
+        """Mean negative log-likelihood, in nats; infinite where a step too far has left β there."""
+        total = 0.0
+        for evidence_EN, likelihood_EN in zip(self.evidence_SEN, self.likelihood_SEN, strict=True):
+            w_EN = _weights(fit[0], fit[1], evidence_EN)
+            total -= float((w_EN * likelihood_EN).sum(0).log_().sum())
+        loss = total / self.count - self.best_logp
+        return loss if math.isfinite(loss) else math.inf
+
+    def slopes(self, bias_E: torch.Tensor, log_weight: float) -> Slopes:
+        """Loss, gradient and curvature by b and log β.
+
+        With r_jn = w_jn p_jn / Σ_i w_in p_in:   d/db_j = Σ_n (w_jn - r_jn),   d/dβ = Σ_jn (w_jn - r_jn) e_jn,
+        and the curvature is the covariance of (1_j, e_j) under w, less that under r, summed over tokens.
+        """
+        weight, loss = math.exp(log_weight), 0.0
+        gradient_P = bias_E.new_zeros(len(bias_E) + 1)
+        curvature_PP = bias_E.new_zeros(len(gradient_P), len(gradient_P))
+        for evidence_EN, likelihood_EN in zip(self.evidence_SEN, self.likelihood_SEN, strict=True):
+            w_EN = _weights(bias_E, weight, evidence_EN)
+            r_EN = w_EN * likelihood_EN
+            mixture_N = r_EN.sum(0)
+            loss -= float(mixture_N.log().sum())
+            r_EN.div_(mixture_N)
+            for sign, share_EN in ((1.0, w_EN), (-1.0, r_EN)):
+                mean_P, covariance_PP = _moments(share_EN, evidence_EN)
+                gradient_P.add_(mean_P, alpha=sign)
+                curvature_PP.add_(covariance_PP, alpha=sign)
+        gradient_P /= self.count
+        curvature_PP /= self.count
+        # By log β, where they were by β.
+        gradient_P[-1] *= weight
+        curvature_PP[-1] *= weight
+        curvature_PP[:, -1] *= weight
+        curvature_PP[-1, -1] += gradient_P[-1]
+        return Slopes(loss / self.count - self.best_logp, gradient_P, curvature_PP)
+
+    def climb(self, start: Fit, fits_prior: bool, tolerance: float, steps: int = NEWTON_STEPS) -> Fit:
+        """A maximum of the likelihood near a start, from which a step promises less than `tolerance` nats per
+        token, or where `steps` end; β = exp(·) stays positive. Without `fits_prior`, β alone moves.
+
+        Newton's method, damped, with every curvature taken for positive: it leaves saddles.
+        """
+        bias_E, log_weight = start[0].clone(), math.log(start[1])
+        moves = slice(0 if fits_prior else len(bias_E), len(bias_E) + 1)
+        here, damping = self.slopes(bias_E, log_weight), FIRST_DAMPING
+        for _ in range(steps):
+            gradient_P = here.gradient_P[moves]
+            step_P = _newton_step(gradient_P, here.curvature_PP[moves, moves], damping)
+            if -float(gradient_P @ step_P) < tolerance:
+                break
+            tried_E = bias_E + step_P[:-1] if fits_prior else bias_E
+            tried_weight = log_weight + float(step_P[-1])
+            there = self.slopes(tried_E, tried_weight)
+            if there.loss < here.loss:
+                bias_E, log_weight, here = tried_E, tried_weight, there
+                damping = max(damping / 10, LEAST_DAMPING)
+            elif damping > MOST_DAMPING:
+                break
+            else:
+                damping *= 100
+        return torch.log_softmax(bias_E, dim=0), math.exp(log_weight)
+
+
+def _newton_step(gradient_P: torch.Tensor, curvature_PP: torch.Tensor, damping: float) -> torch.Tensor:
+    values_P, vectors_PP = torch.linalg.eigh(curvature_PP)
+    step_P: torch.Tensor = -vectors_PP @ ((vectors_PP.T @ gradient_P) / (values_P.abs() + damping))
+    return step_P * min(1.0, LONGEST_STEP / max(float(step_P.abs().max()), 1e-12))
+
+
+def _weights(bias_E: torch.Tensor, weight: float, evidence_EN: torch.Tensor) -> torch.Tensor:
+    w_EN = torch.add(bias_E[:, None], evidence_EN, alpha=weight)
+    w_EN.sub_(w_EN.amax(0)).exp_()
+    return w_EN.div_(w_EN.sum(0))
+
+
+def _moments(share_EN: torch.Tensor, evidence_EN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean [P] and covariance [P, P] of (1_j, e_j), of an expert j drawn by its share of each token, summed over
+    tokens."""
+    seen_EN = share_EN * evidence_EN
+    mean_N = seen_EN.sum(0)
+    share_E, seen_E = share_EN.sum(1), seen_EN.sum(1)
+    experts = len(share_E)
+    covariance_PP = share_EN.new_empty(experts + 1, experts + 1)
+    covariance_PP[:-1, :-1] = torch.diag(share_E) - share_EN @ share_EN.T
+    covariance_PP[-1, :-1] = covariance_PP[:-1, -1] = seen_E - share_EN @ mean_N
+    covariance_PP[-1, -1] = (seen_EN * evidence_EN).sum() - mean_N @ mean_N
+    return torch.cat([share_E, seen_E.sum()[None]]), covariance_PP
+
+
+def _stretches(values_EN: torch.Tensor) -> list[torch.Tensor]:
+    return [part.contiguous() for part in torch.split(values_EN, TOKENS_AT_ONCE, dim=1)]
