@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 from contenders import Usage, fastest, in_turn, measure
-from results import Result, add_options, finish, quantity, this_machine, today
+from results import Result, finish, parse, quantity, this_machine, today
 
 if TYPE_CHECKING:
     from btm_cluster.ledger import Ledger
@@ -45,8 +45,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="for 8 GB of files; default: a temporary one")
     parser.add_argument("--ours", type=Path, help=argparse.SUPPRESS)  # the process of our own
-    add_options(parser)
-    asked = parser.parse_args()
+    asked = parse(parser)
     if asked.ours:
         average_in(asked.ours)
         return
@@ -105,7 +104,6 @@ def result_of(taken: dict[str, Usage], input_bytes: int, limit: float, asked: ar
             name: figure(ours) + (f", theirs {figure(theirs)}" if theirs else "")
             for name, figure in figures.items()
         },
-        command="python benchmarks/averaging.py --mergekit MERGEKIT_YAML",
     )
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from contenders import fastest, measure
-from results import Result, add_options, finish, this_machine, today
+from results import Result, finish, parse, this_machine, today
 
 BLOCK_TOKENS = 1024
 DEVELOPMENT_BLOCKS = 100
@@ -36,8 +36,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ours", choices=("mix", "import", "calibrate", "gate"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    add_options(parser)
-    asked = parser.parse_args()
+    asked = parse(parser)
     if asked.ours:
         acts = {"mix": mix_stored, "import": import_alone, "calibrate": calibrate_once, "gate": fit_a_gate}
         acts[asked.ours](asked.folder, asked.experts, asked.blocks)
@@ -126,7 +125,6 @@ def row(name: str, what: str, seconds: float, goal: float, beside: dict[str, str
         limit=None,
         limit_is=None,
         beside=beside,
-        command="python benchmarks/ensemble.py",
     )
 
 

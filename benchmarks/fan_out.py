@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 import ray
 from ray.cluster_utils import Cluster
-from results import Result, add_options, finish, this_machine, today
+from results import Result, finish, parse, this_machine, today
 
 from btm_cluster.driver.run_events import RunEvents
 from btm_cluster.identity import Ref
@@ -96,8 +96,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=8, help="of each node")
     parser.add_argument("--experts", default="64,256")
     parser.add_argument("--sleep", type=float, default=20.0, help="seconds of an expert, give or take a half")
-    add_options(parser)
-    asked = parser.parse_args()
+    asked = parse(parser)
     trainers.TrainerActor = ray.remote(concurrency_groups={"control": 2})(Sleeper)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 0})
     try:
@@ -221,7 +220,6 @@ def result_of(ran: list[Ran], asked: argparse.Namespace) -> Result:
             f"({one.store_calls / one.experts:.1f} an expert)"
             for one in ran
         },
-        command="python benchmarks/fan_out.py",
     )
 
 

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from results import Result, add_options, finish, this_machine, today
+from results import Result, finish, parse, this_machine, today
 from upkeep import LATER, add_domain, commit, timed
 
 from btm_cluster.forest import Expert, Forest, Foundation, merge_into
@@ -36,8 +36,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--experts", default="8,64,256,1000")
-    add_options(parser)
-    asked = parser.parse_args()
+    asked = parse(parser)
     sizes = [int(size) for size in asked.experts.split(",")]
     finish([result_of({size: measure(size) for size in sizes})], asked)
 
@@ -145,7 +144,6 @@ def result_of(taken: dict[int, dict[str, tuple[float, int]]]) -> Result:
             )
             for size in sorted(taken)
         },
-        command=f"python benchmarks/many_experts.py --experts {','.join(map(str, sorted(taken)))}",
     )
 
 

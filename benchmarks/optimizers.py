@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from corpus_plan import MODEL_SIZES, texts
-from results import Result, add_options, finish, this_machine, today
+from results import Result, finish, parse, this_machine, today
 
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.preparation import prepare
@@ -55,8 +55,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=16, help="of each text in an update")
     parser.add_argument("--rates", type=float, nargs="*", default=[0.001, 0.002, 0.004, 0.008])
     parser.add_argument("--store", help="default: a temporary folder")
-    add_options(parser)
-    asked = parser.parse_args()
+    asked = parse(parser)
     with tempfile.TemporaryDirectory() as scratch:
         store = asked.store or str(Path(scratch, "store"))
         found = [train(asked, store, optimizer, rate) for optimizer in OPTIMIZERS for rate in asked.rates]
@@ -138,8 +137,6 @@ def _row(asked: argparse.Namespace, best: dict[str, Trained]) -> Result:
         limit=None,
         limit_is=None,
         beside={"best learning rates and speed, " + name: words for name, words in shown.items()},
-        command=f"python benchmarks/optimizers.py CORPUS --domains {asked.domains} --model-size {asked.model_size} "
-        f"--updates {asked.updates} --blocks {asked.blocks}",
     )
 
 

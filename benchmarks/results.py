@@ -1,6 +1,6 @@
 """Results of benchmarks: `results.json`, a row for each measured name, and the README made from it.
 
-A script calls `add_options` on its parser and `finish` with what it measured; `--record` keeps the row.
+A script reads its arguments by `parse` and calls `finish` with what it measured; `--record` keeps the row.
 
     python benchmarks/results.py        writes the README anew from results.json
 """
@@ -11,8 +11,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -22,6 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 FOLDER = Path(__file__).parent
 ROWS = FOLDER / "results.json"
 README = FOLDER / "README.md"
+TOY = "toy"
+"""The name of a size in scripts that only shows that they work."""
 NAMES = {
     "train-125m": "training, GPT-2 shape of 125M parameters",
     "train-350m": "training, GPT-2 shape of 350M parameters",
@@ -73,7 +77,8 @@ class Result(BaseModel):
     """The limit in words: which resource, and how it was measured or computed."""
     beside: dict[str, str] = Field(default_factory=dict)
     """Other figures, by what they are: CPU seconds, peak memory, seconds to the first update."""
-    command: str
+    command: str = Field(default_factory=lambda: command_of(sys.argv))
+    """What repeats it."""
 
     @field_validator("name")
     @classmethod
@@ -106,10 +111,33 @@ class Result(BaseModel):
         return self.ours >= self.goal if self.better == "higher" else self.ours <= self.goal
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """`--json` and `--record`."""
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """What a script is asked, with `--json` and `--record`; exits where a toy size is to be recorded."""
     parser.add_argument("--json", action="store_true", help="print the results as JSON, a line each")
     parser.add_argument("--record", action="store_true", help="keep them in results.json and the README")
+    asked = parser.parse_args(arguments)
+    values = [
+        one for value in vars(asked).values() for one in (value if isinstance(value, list) else [value])
+    ]
+    if asked.record and TOY in values:
+        parser.error(
+            "--record: a toy size only shows that the script works; leave --record out, or ask for another size"
+        )
+    return asked
+
+
+def command_of(arguments: Sequence[str]) -> str:
+    """The command line of a script, to be repeated elsewhere: a path of this machine is its last part in capitals,
+    for a reader to put their own in."""
+    script, *rest = arguments
+    shown = [_shown(one) for one in rest if one not in ("--json", "--record")]
+    return shlex.join(["python", f"benchmarks/{Path(script).name}", *shown])
+
+
+def _shown(argument: str) -> str:
+    option, equals, value = argument.rpartition("=")
+    is_path = os.sep in value and "://" not in value
+    return option + equals + (Path(value).name.upper().replace("-", "_") if is_path else value)
 
 
 def finish(results: Sequence[Result], asked: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import transformers
 from bare_training import GPT2, gpt2
-from results import Result, add_options, finish, this_machine, today
+from results import Result, finish, parse, this_machine, today
 from transformers import PreTrainedModel
 
 from btm_cluster.data.blocks import Blocks
@@ -50,8 +50,7 @@ def main() -> None:
     parser.add_argument("--uncompiled", action="store_true", help="ours without torch.compile")
     parser.add_argument("--compiled-peer", action="store_true")
     parser.add_argument("--rounds", type=int, default=4)
-    add_options(parser)
-    asked = parser.parse_args()
+    asked = parse(parser)
     shape, count, vocabulary = SIZES[asked.size]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
@@ -137,7 +136,6 @@ def _row(
                 f"{seconds[who][0]:.1f}" for who in ("ours", "theirs")
             )
         },
-        command=f"python benchmarks/scoring.py {asked.size} --record",
     )
 
 

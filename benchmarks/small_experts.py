@@ -15,7 +15,6 @@ The row is that of eight experts as the train loop is, beside one that has the G
 import argparse
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -28,7 +27,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 from bare_training import Shape, compute_of, gpt2, spec_of
-from results import Result, add_options, finish, this_machine, today
+from results import Result, finish, parse, this_machine, today
 
 from btm_cluster.errors import Stopped
 from btm_cluster.language_model import update
@@ -90,8 +89,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, nargs="*", default=[1, 2, 4, 8, 16])
     parser.add_argument("--ways", choices=WAYS, nargs="*", default=list(WAYS[:3]))
     parser.add_argument("--seconds", type=float, default=8)
-    add_options(parser)
-    asked = parser.parse_args()
+    asked = parse(parser)
     found: dict[str, dict[int, float]] = {}
     for way in asked.ways:
         with _service(way.startswith("mps+")):
@@ -190,7 +188,6 @@ def _row(asked: argparse.Namespace, found: Mapping[str, Mapping[int, float]]) ->
         limit=None,
         limit_is=None,
         beside=others,
-        command=f"python benchmarks/small_experts.py {' '.join(sys.argv[1:])}",
     )
 
 

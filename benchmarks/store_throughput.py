@@ -26,7 +26,7 @@ from pathlib import Path
 
 import boto3
 from contenders import Usage, fastest, measure
-from results import Result, add_options, finish, this_machine, today
+from results import Result, finish, parse, this_machine, today
 
 from btm_cluster.ledger.documents import THREADS, Documents, in_parallel
 from btm_cluster.storage import open_storage
@@ -46,7 +46,7 @@ and give --aws /tmp/awscli-venv/bin/aws"""
 def main() -> None:
     """Runs each contender in a process of its own, in turn, and prints a
     line for each direction and shape."""
-    asked = _parser().parse_args()
+    asked = parse(_parser())
     if asked.ours:
         {"up": upload, "down": download}[asked.ours](asked.store, asked.folder, asked.files_at_once)
         return
@@ -77,7 +77,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--ours", choices=("up", "down"), help=argparse.SUPPRESS)  # the process of our own
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    add_options(parser)
     return parser
 
 
@@ -126,7 +125,6 @@ def small_reads(store: str, count: int) -> Result:
         limit=None,
         limit_is=None,
         beside={"CPU seconds of ours": f"{cpu:.1f}"},
-        command=f"python benchmarks/store_throughput.py {OWN} full",
     )
 
 
@@ -193,7 +191,6 @@ def result_of(
             "peak resident memory": f"{best['ours'].peak_bytes / 2**20:,.0f} MiB, theirs "
             f"{best['aws'].peak_bytes / 2**20:,.0f} MiB",
         },
-        command=f"python benchmarks/store_throughput.py {OWN} full",
     )
 
 

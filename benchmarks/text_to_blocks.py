@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from contenders import Usage, fastest, in_turn
-from results import Result, add_options, finish, this_machine, today
+from results import Result, finish, parse, this_machine, today
 from synthetic_text import write_jsonl
 
 TEXTS = 4
@@ -45,8 +45,7 @@ def main() -> None:
     parser.add_argument("--ours", choices=("blocks", "compressed"), help=argparse.SUPPRESS)
     parser.add_argument("--theirs", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    add_options(parser)
-    asked = parser.parse_args()
+    asked = parse(parser)
     if asked.ours:
         {"blocks": blocks_of_ours, "compressed": read_compressed}[asked.ours](asked.folder)
         return
@@ -82,7 +81,7 @@ def compare_blocks(folder: Path, text_bytes: int, asked: argparse.Namespace) -> 
         f"best of {asked.rounds}"
     )
     peer = f"datasets {datasets.__version__}, `load_dataset`, then `map` twice with {CORES} processes"
-    return row_of("text-to-blocks", what, peer, text_bytes, taken, asked)
+    return row_of("text-to-blocks", what, peer, text_bytes, taken)
 
 
 def compare_compressed(folder: Path, text_bytes: int, asked: argparse.Namespace) -> Result:
@@ -99,7 +98,7 @@ def compare_compressed(folder: Path, text_bytes: int, asked: argparse.Namespace)
         f"at a time; whole processes, best of {asked.rounds}"
     )
     peer = f"`zstd -dc | jq -c .` of {said_by('zstd')} and {said_by('jq')}"
-    return row_of("compressed-text", what, peer, text_bytes // TEXTS, taken, asked)
+    return row_of("compressed-text", what, peer, text_bytes // TEXTS, taken)
 
 
 def taken_by(
@@ -109,9 +108,7 @@ def taken_by(
     return {who: fastest(runs) for who, runs in in_turn(commands, rounds, between).items()}
 
 
-def row_of(
-    name: str, what: str, peer: str, text_bytes: int, taken: Mapping[str, Usage], asked: argparse.Namespace
-) -> Result:
+def row_of(name: str, what: str, peer: str, text_bytes: int, taken: Mapping[str, Usage]) -> Result:
     """A row in MB of text per second."""
     ours, theirs = taken["ours"], taken["theirs"]
     return Result(
@@ -132,13 +129,7 @@ def row_of(
             "peak anonymous memory of all processes": f"{ours.peak_anonymous_bytes / 2**20:,.0f} MiB, "
             f"theirs {theirs.peak_anonymous_bytes / 2**20:,.0f} MiB",
         },
-        command=f"python benchmarks/text_to_blocks.py --megabytes {asked.megabytes} --only {asked.only or name_of(name)}",
     )
-
-
-def name_of(row: str) -> str:
-    """What `--only` calls a row."""
-    return "blocks" if row == "text-to-blocks" else "compressed"
 
 
 def said_by(program: str) -> str:

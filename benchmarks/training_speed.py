@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from results import Result, add_options, finish, this_machine, today
+from results import Result, finish, parse, this_machine, today
 
 SIZES = {  # layers, width, heads, blocks per update, vocabulary, updates
     "toy": (1, 64, 2, 4, 512, 20),
@@ -71,8 +71,7 @@ def main() -> None:
     parser.add_argument("--inductor", nargs="*", default=[], metavar="NAME=VALUE")
     parser.add_argument("--count-synchronisations", action="store_true")
     parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
-    add_options(parser)
-    asked = parser.parse_args()
+    asked = parse(parser)
     if asked.began is not None:
         print(json.dumps(asdict({"ours": ours, "trainer": trainer}[asked.only](asked.sizes[0], asked))))
         return
@@ -120,7 +119,6 @@ def _row(size: str, ours: Measured, trainer: Measured) -> Result:
             f"{trainer.seconds_to_first_update:.0f}",
             "peak memory, ours and the Trainer's": f"{ours.peak_gb:.1f} and {trainer.peak_gb:.1f} GB",
         },
-        command=f"python benchmarks/training_speed.py {size} --record",
     )
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from results import Result, add_options, finish, this_machine, today
+from results import Result, finish, parse, this_machine, today
 
 from btm_cluster.identity import Inputs, Ref, identity_by
 from btm_cluster.ledger import Ledger, Origin
@@ -36,8 +36,7 @@ def main() -> None:
     )
     parser.add_argument("--artifacts", default="1000,10000,100000")
     parser.add_argument("--folder", type=Path, help="for the store; default: a temporary one")
-    add_options(parser)
-    asked = parser.parse_args()
+    asked = parse(parser)
     sizes = [int(size) for size in asked.artifacts.split(",")]
     taken = {size: measure(size, asked.folder) for size in sizes}
     finish([result_of(taken)], asked)
@@ -139,7 +138,6 @@ def result_of(taken: dict[int, dict[str, float]]) -> Result:
             )
             for size in sizes
         },
-        command=f"python benchmarks/upkeep.py --artifacts {','.join(map(str, sizes))}",
     )
 
 

@@ -17,8 +17,14 @@ from btm_cluster.language_model.tensor_files import DTYPES, Header, header_of, n
 class ByteSource(Protocol):
     """A file that is read from its beginning to its end, with few steps back."""
 
-    def pieces(self, start: int, size: int) -> Iterator[memoryview]:
-        """The bytes from `start` on, `size` of them, in order; pieces begin at multiples of 8, but for the first."""
+    def pieces(self, start: int, size: int, alone: bool = False) -> Iterator[memoryview]:
+        """The bytes from `start` on, `size` of them, in order; pieces begin at multiples of 8, but for the first.
+
+        `alone`, nothing is read ahead of them.
+        """
+
+    def drop(self) -> None:
+        """Holds nothing of the file until it is read again."""
 
 
 class StreamedWeights:
@@ -83,8 +89,11 @@ def in_pieces(weights: StoredWeights) -> ReadInPieces:
 
 def _read_header(source: ByteSource) -> tuple[int, Header]:
     """Where data begin, and what the header says."""
-    (length,) = struct.unpack("<Q", b"".join(source.pieces(0, 8)))
-    return 8 + length, json.loads(b"".join(source.pieces(8, length)))
+    # A model may have many files, of which one is read at a time: the others hold nothing.
+    (length,) = struct.unpack("<Q", b"".join(source.pieces(0, 8, alone=True)))
+    header = json.loads(b"".join(source.pieces(8, length, alone=True)))
+    source.drop()
+    return 8 + length, header
 
 
 def _elements(data: memoryview | bytearray, dtype: str) -> torch.Tensor:

@@ -83,18 +83,24 @@ def read_chunk(storage: Storage, artifact: Artifact, name: str, number: int) -> 
 class BlobStream:
     """The blob called `name`, read in order of its bytes, each chunk checked; nothing is kept on disk.
 
-    Two chunks are held: while one is used, the next is read and checked by `pool`. In a folder they are parts of
-    the mapped file.
+    The chunk in use is held, of 8 MiB, and with `ahead` the next one, which `pool` reads and checks meanwhile:
+    from the first read on until `drop`, or until the blob's end is read. In a folder chunks are parts of the mapped
+    file, which take no memory of their own, and the next one is always read ahead.
     """
 
-    def __init__(self, storage: Storage, artifact: Artifact, name: str, pool: Executor) -> None:
+    def __init__(
+        self, storage: Storage, artifact: Artifact, name: str, pool: Executor, ahead: bool = True
+    ) -> None:
         self._blob, self._pool = artifact.blob(name), pool
         self._again = partial(read_chunk, storage, artifact, name)
         self._mapped = None if storage.copies_bytes else _mapped(storage, artifact, self._blob)
+        self._ahead = ahead or self._mapped is not None
         self._held: dict[int, Future[memoryview]] = {}
 
-    def pieces(self, start: int, size: int) -> Iterator[memoryview]:
+    def pieces(self, start: int, size: int, alone: bool = False) -> Iterator[memoryview]:
         """The bytes from `start` on, `size` of them, in order; pieces begin with a chunk, but for the first.
+
+        `alone`, no chunk is read ahead of those that they are in.
 
         Raises:
             IntegrityError: a chunk is not what was written, even when read a second time.
@@ -102,14 +108,22 @@ class BlobStream:
         stop = start + size
         while start < stop:
             number, first = divmod(start, CHUNK_BYTES)
-            for wanted in (number, number + 1):
-                if wanted not in self._held and wanted < len(self._blob.chunks):
-                    self._held[wanted] = self._pool.submit(self._chunk, wanted)
-            for passed in self._held.keys() - {number, number + 1}:
+            last = number + 1 if self._ahead and not alone else number
+            wanted = range(number, min(last + 1, len(self._blob.chunks)))
+            for passed in self._held.keys() - set(wanted):
                 del self._held[passed]
+            for each in wanted:
+                if each not in self._held:
+                    self._held[each] = self._pool.submit(self._chunk, each)
             piece = self._held[number].result()[first : first + stop - start]
-            yield piece
             start += len(piece)
+            if start == self._blob.size_bytes:
+                self.drop()
+            yield piece
+
+    def drop(self) -> None:
+        """Holds no chunk any more: it is read again where it is asked for."""
+        self._held.clear()
 
     def _chunk(self, number: int) -> memoryview:
         if self._mapped is not None:

@@ -189,9 +189,9 @@ class Ledger:
         """
         return read_blob(self.storage, artifact, name)
 
-    def stream(self, artifact: Artifact, name: str, pool: Executor) -> BlobStream:
+    def stream(self, artifact: Artifact, name: str, pool: Executor, ahead: bool = True) -> BlobStream:
         """The blob called `name`, to be read in order of its bytes while `pool` reads ahead."""
-        return BlobStream(self.storage, artifact, name, pool)
+        return BlobStream(self.storage, artifact, name, pool, ahead)
 
     def save_training(
         self,

@@ -5,6 +5,7 @@ or the store.
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -102,12 +103,51 @@ def each_in_one_thread(act: Callable[[Item], Result], items: Sequence[Item]) -> 
         return list(pool.map(act, items))
 
 
+class _OneThread:
+    """Torch's number of threads, which is one while any thread of this process asks for it.
+
+    Torch has a number for each thread that has computed already, and one for those that have not. Both are set.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users: list[int] = []
+        self._before = 1
+
+    def begin(self) -> int:
+        """Sets it to one, and returns what it was before the first user."""
+        with self._lock:
+            if not self._users:
+                self._before = torch.get_num_threads()
+            self._users.append(threading.get_ident())
+            torch.set_num_threads(1)
+            return self._before
+
+    def end(self) -> None:
+        """Sets this thread's back, unless it has begun more than once; and that of new threads after the last."""
+        user = threading.get_ident()
+        with self._lock:
+            self._users.remove(user)
+            if user in self._users:
+                return
+            torch.set_num_threads(self._before)
+            if self._users:  # from a thread that ends at once, for it would be that one's number too
+                again = threading.Thread(target=torch.set_num_threads, args=(1,))
+                again.start()
+                again.join()
+
+
+_ONE_THREAD = _OneThread()
+
+
 @contextmanager
 def one_thread_each() -> Iterator[int]:
-    """Torch without threads of its own. Yields how many it had."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Torch without threads of its own, here and in threads that are started meanwhile. Yields how many it had.
+
+    Uses may overlap and nest.
+    """
+    before = _ONE_THREAD.begin()
     try:
         yield before
     finally:
-        torch.set_num_threads(before)
+        _ONE_THREAD.end()

@@ -3,9 +3,11 @@
 U is tokens and bytes, as `equations/perplexity.py` has them.
 """
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.requests import ScoredSplit
 from btm_cluster.storage.open_files import allow_open_files
 
+Made = TypeVar("Made")
 BLOCKS_AT_ONCE = 64
 SCORES_AT_ONCE = 512
 """Blocks times experts, at most: 4 MB of float64 at 1,024 tokens, of which arithmetic holds a dozen."""
@@ -100,31 +103,49 @@ class ScoreStack:
         """
         size = max(1, min(BLOCKS_AT_ONCE, SCORES_AT_ONCE // max(1, len(self._scores))))
 
-        def sums_from(start: int) -> torch.Tensor:
+        def sums_from(start: int) -> tuple[torch.Tensor, torch.Tensor]:
             blocks = slice(start, start + size)
             values_SBT = values_of(self.take(blocks.start, blocks.stop)[0], start)
-            documents_BT, marks_BT = self.documents_BT[blocks], self._marks_BT[blocks]
-            return torch.stack([_sums(values_BT, documents_BT, marks_BT) for values_BT in values_SBT])
+            held_D, documents_BT = _renumbered(self.documents_BT[blocks])
+            marks_BT = self._marks_BT[blocks]
+            sums = [_sums(values_BT, documents_BT, marks_BT) for values_BT in values_SBT]
+            return held_D, torch.stack(sums)
 
-        starts = range(0, len(self), size)
-        if self._threads == 1:
-            parts = list(map(sums_from, starts))
-        else:
-            with ThreadPoolExecutor(self._threads) as pool:
-                parts = list(pool.map(sums_from, starts))
-        # A document's number is its place in the text, so each part is as long as the last document it
-        # reaches.
-        total_SUD = torch.zeros(
-            *parts[0].shape[:2], max(part.shape[2] for part in parts), dtype=torch.float64
-        )
-        for part in parts:
-            total_SUD[:, :, : part.shape[2]] += part
+        documents = int(self.documents_BT.max()) + 1
+        total_SUD: torch.Tensor | None = None
+        for held_D, part_SUD in _in_order(sums_from, range(0, len(self), size), self._threads):
+            if total_SUD is None:
+                total_SUD = torch.zeros(*part_SUD.shape[:2], documents, dtype=torch.float64)
+            total_SUD[:, :, held_D] += part_SUD
+        assert total_SUD is not None, "a split has blocks"
         return total_SUD
 
     def _stacked(self, arrays: Sequence[np.ndarray], start: int, stop: int) -> torch.Tensor:
         """[E, B, T], 0 at padding."""
         stacked = np.stack([array[start:stop] for array in arrays]).astype(np.float64)
         return torch.from_numpy(stacked).masked_fill(self.documents_BT[start:stop] < 0, 0.0)
+
+
+def _in_order(act: Callable[[int], Made], starts: Iterable[int], threads: int) -> Iterator[Made]:
+    """What `act` makes of each start, in order; by several threads, two for each are under way or wait at most."""
+    if threads == 1:
+        yield from map(act, starts)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        pending: deque[Future[Made]] = deque()
+        for start in starts:
+            if len(pending) == 2 * threads:
+                yield pending.popleft().result()
+            pending.append(pool.submit(act, start))
+        while pending:
+            yield pending.popleft().result()
+
+
+def _renumbered(documents_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The documents that a few blocks hold, [D], and each token's place among them, -1 for padding."""
+    held_D, places_BT = torch.unique(documents_BT, return_inverse=True)
+    padding = int((held_D < 0).sum())
+    return held_D[padding:], places_BT - padding
 
 
 def _sums(values_BT: torch.Tensor, documents_BT: torch.Tensor, marks_BT: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,9 @@ STREAMED_FROM_SHARE = 0.5
 other out."""
 READ_AT_ONCE = 8
 """Chunks of all models that are read and checked while others are summed."""
+READ_AHEAD_MODELS = 64
+"""Models at most of which a bucket's next chunk is read before it is needed: two of 8 MiB each are 1 GiB in all.
+Of more models one chunk is in memory, and each waits for its next one, which is slower."""
 
 
 def average(request: AverageRequest, ledger: Ledger, control: Control) -> Artifact:
@@ -43,7 +46,8 @@ def average(request: AverageRequest, ledger: Ledger, control: Control) -> Artifa
     allow_open_files()  # a mapped file stays open
     # Summed by one thread: others read and hash meanwhile.
     with one_thread_each(), ThreadPoolExecutor(READ_AT_ONCE, thread_name_prefix="read") as pool:
-        opened = partial(open_streamed, pool=pool) if _is_streamed(ledger, models) else open_weights
+        streamed = partial(open_streamed, pool=pool, ahead=len(models) <= READ_AHEAD_MODELS)
+        opened = streamed if _is_streamed(ledger, models) else open_weights
         average = average_models([opened(ledger, model) for model in models], list(weights.values()))
         return _commit(request, models[0], average, {"weights": weights}, ledger, control)
 

@@ -138,9 +138,10 @@ def open_stored(ledger: Ledger, model: Artifact) -> "StoredWeights":
     return open_files(locate, model.has(INDEX))
 
 
-def open_streamed(ledger: Ledger, model: Artifact, pool: Executor) -> "StoredWeights":
+def open_streamed(ledger: Ledger, model: Artifact, pool: Executor, ahead: bool) -> "StoredWeights":
     """A stored model's weights, to be read once, in order, without a copy of their files on this node.
 
+    From a bucket one chunk of 8 MiB is in memory, and with `ahead` the next one.
     Of a model that holds what changed of its base, they are opened as `open_weights` does.
     """
     from btm_cluster.language_model.stored_weights import shards_of
@@ -150,7 +151,7 @@ def open_streamed(ledger: Ledger, model: Artifact, pool: Executor) -> "StoredWei
     if model.is_delta:
         return open_weights(ledger, model)
     names = shards_of(ledger.open_file(model, INDEX)) if model.has(INDEX) else [WEIGHTS]
-    return StreamedWeights([ledger.stream(model, name, pool) for name in names], str(model.ref))
+    return StreamedWeights([ledger.stream(model, name, pool, ahead) for name in names], str(model.ref))
 
 
 def open_weights(ledger: Ledger, model: Artifact) -> "StoredWeights":

@@ -244,6 +244,30 @@ def test_a_document_that_spans_blocks_is_one_document_and_shards_are_numbered_th
     np.testing.assert_allclose(stack.sums()[:, BYTES].numpy(), expected - last, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_sums_hold_no_more_than_the_result_and_a_few_blocks_documents(
+    two_shards: tuple[ScoreStack, list[np.ndarray], np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+    threads: int,
+) -> None:
+    """Each part had the length of the text up to it, and all were kept: 16 GB for a thousand experts."""
+    stack, _, _ = two_shards
+    expected = stack.sums()
+    lengths: list[int] = []
+
+    def document_sums_noted(logp_BT: torch.Tensor, documents_BT: torch.Tensor) -> torch.Tensor:
+        found = document_sums(logp_BT, documents_BT)
+        lengths.append(len(found))
+        return found
+
+    monkeypatch.setattr("btm_cluster.mixing.scores.document_sums", document_sums_noted)
+    monkeypatch.setattr("btm_cluster.mixing.scores.BLOCKS_AT_ONCE", 1)
+    monkeypatch.setattr(stack, "_threads", threads)
+    torch.testing.assert_close(stack.sums(), expected, rtol=1e-13, atol=0)
+    assert len(lengths) == 3 * len(stack)
+    assert max(lengths) <= stack.documents_BT.shape[1]
+
+
 @pytest.mark.parametrize("posterior", POSTERIORS, ids=lambda p: p.kind)
 def test_streaming_by_blocks_changes_no_ensemble(
     two_shards: tuple[ScoreStack, list[np.ndarray], np.ndarray], posterior: Posterior

@@ -1,5 +1,6 @@
 """The benchmarks' results: the README says what results.json has, and a row says how good it is."""
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts import what lies beside them
 from contenders import anonymous_bytes
-from results import README, Result, page, record, stored
+from results import README, Result, command_of, page, parse, record, stored
 
 SECONDS = Result.model_validate(
     {
@@ -57,6 +58,33 @@ def test_a_result_replaces_the_last_one_of_its_name(tmp_path: Path) -> None:
     assert stored(rows) == [later, store]
     assert readme.read_text(encoding="utf-8") == page([later, store])
     assert "| averaging | 1 s | 5 s | 5.00× | 3×, met | 50% |" in readme.read_text(encoding="utf-8")
+
+
+def test_a_rows_command_is_the_one_that_was_given_without_paths_of_its_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Commands were written by hand and left sizes, rates and rounds out."""
+    given = "/home/a/benchmarks/optimizers.py /data/corpus --rates 0.1 0.2 --store s3://a/b --work=/x/y --record --json"
+    expected = "python benchmarks/optimizers.py CORPUS --rates 0.1 0.2 --store s3://a/b --work=Y"
+    assert command_of(given.split()) == expected
+    monkeypatch.setattr(sys, "argv", given.split())
+    row = Result.model_validate({name: value for name, value in dict(SECONDS).items() if name != "command"})
+    assert row.command == expected
+
+
+def test_a_toy_size_is_not_recorded(capsys: pytest.CaptureFixture[str]) -> None:
+    def asked(*arguments: str) -> argparse.Namespace:
+        parser = argparse.ArgumentParser()
+        parser.add_argument("sizes", nargs="*")
+        parser.add_argument("--size")
+        return parse(parser, arguments)
+
+    assert asked("125m", "--record").record
+    assert not asked("toy").record
+    for arguments in (["125m", "toy", "--record"], ["--record", "--size", "toy"]):
+        with pytest.raises(SystemExit):
+            asked(*arguments)
+        assert "--record: a toy size" in capsys.readouterr().err
 
 
 def test_an_unknown_name_is_refused() -> None:
