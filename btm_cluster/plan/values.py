@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, ValidationInfo
 
-from btm_cluster.plan.folder import is_relative, located, opened_folder
+from btm_cluster.plan.folder import is_relative, located
 
 PLAN_FOLDER = "folder of the plan"
-"""In pydantic's context: relative paths begin there. Without it, they begin in the current folder."""
+"""In pydantic's context, as `opened_folder` has it: relative paths begin there. Without it, they begin in the
+current folder."""
 PLAN_TEXT = "text of the plan"
 """In pydantic's context: what the plan's file says."""
 NAME_PATTERN = "[a-z0-9][a-z0-9_-]{0,63}"
@@ -67,7 +68,7 @@ def _beside_plan(value: str, info: ValidationInfo) -> str:
     folder = (info.context or {}).get(PLAN_FOLDER)
     if folder is None or not is_relative(value):
         return value
-    return located(opened_folder(folder), value)
+    return located(folder, value)
 
 
 def _folder_beside_plan(value: str, info: ValidationInfo) -> str:

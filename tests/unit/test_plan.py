@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from btm_cluster.errors import PlanError
+from btm_cluster.errors import PlanError, UserError
 from btm_cluster.operations.init import STARTER_PLAN
 from btm_cluster.operations.quickstart import PLAN_FILE, QUICKSTART_PLAN, TEXT_FOLDER, TEXTS
 from btm_cluster.operations.schema import plan_reference
@@ -159,7 +159,7 @@ def test_in_a_jobs_copy_paths_are_those_of_each_nodes_own_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Workers begin in the copy of their node, which may lie elsewhere."""
-    copy = tmp_path / "working_dir_files" / "_ray_pkg_0123456789abcdef"
+    copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123456789abcdef"
     (copy / "plans" / "mine").mkdir(parents=True)
     fields = yaml.safe_load(MINIMAL) | {"store": "/shared/store", "model": {"pretrained": "mine"}}
     fields["tokenizer"] = {"pretrained": "mine"}
@@ -169,8 +169,21 @@ def test_in_a_jobs_copy_paths_are_those_of_each_nodes_own_copy(
     plan = read_plan("plans/plan.yaml")
     assert (plan.model.pretrained, plan.domains[0].folder) == ("plans/mine", "plans")
     assert read_plan("plan.yaml").domains[0].folder == ""
-    monkeypatch.chdir("/")
-    assert read_plan(copy / "plan.yaml").domains[0].folder == str(copy)
+    assert read_plan(fields).domains[0].folder == ""
+
+
+@pytest.mark.parametrize("named", ["plan.yaml", "../plan.yaml", None])
+def test_in_a_jobs_copy_a_plan_is_read_from_its_root_alone(
+    named: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After `cd sub`, the driver stamped a text below sub, and workers opened another of that name at the root."""
+    copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123456789abcdef"
+    (copy / "sub").mkdir(parents=True)
+    for folder in (copy, copy / "sub"):
+        (folder / "plan.yaml").write_text(MINIMAL)
+    monkeypatch.chdir(copy / "sub")
+    with pytest.raises(UserError, match=f"expected: {copy}, this Ray job's copy"):
+        read_plan(named or yaml.safe_load(MINIMAL))
 
 
 def test_a_key_that_resembles_nothing_is_refused_with_all_known_names(write: Callable[[str], Path]) -> None:
