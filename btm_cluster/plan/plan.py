@@ -234,4 +234,16 @@ def read_plan(source: str | Path | Mapping[str, Any]) -> Plan:
 
 def plan_schema() -> dict[str, Any]:
     """The JSON schema of a plan, for editors."""
-    return Plan.model_json_schema()
+    return {key: _with_bounds(value) for key, value in Plan.model_json_schema().items()}
+
+
+_BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+
+
+def _with_bounds(schema: Any) -> Any:
+    """With JSON schema's names of bounds; pydantic leaves its own where a value is read before it is checked."""
+    if isinstance(schema, list):
+        return [_with_bounds(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {_BOUNDS.get(key, key): _with_bounds(value) for key, value in schema.items()}

@@ -341,6 +341,14 @@ def test_each_problem_names_its_field_and_what_was_expected(line: str, write: Ca
     assert part in words[field]
 
 
+@pytest.mark.parametrize(("written", "blocks"), [('"16"', 16), ("1e1", 10), ("8.0", 8), ("auto", "auto")])
+def test_blocks_at_once_are_read_as_every_other_number_is(
+    written: str, blocks: int | str, write: Callable[[str], Path]
+) -> None:
+    plan = read_plan(write(MINIMAL + f"cluster: {{micro_batch_blocks: {written}}}\n"))
+    assert plan.cluster.micro_batch_blocks == blocks
+
+
 def test_a_problem_with_a_default_says_what_leaving_it_out_means(write: Callable[[str], Path]) -> None:
     words = entries(refusal(write(MINIMAL + "training: {updates: many}\n")))
     assert (
@@ -445,6 +453,9 @@ def test_the_schema_describes_every_field_and_closes_every_section() -> None:
     assert not undescribed
     assert all(d["additionalProperties"] is False for d in (schema, *schema["$defs"].values()))
     assert "rules" not in schema["properties"]
+    assert not {"ge", "gt", "le", "lt"} & {key for _, field in _properties(schema) for key in field}
+    training = schema["$defs"]["TrainingPlan"]["properties"]
+    assert (training["block_tokens"]["minimum"], training["seed_share"]["exclusiveMaximum"]) == (8, 1)
 
 
 def test_the_reference_has_every_field() -> None:
