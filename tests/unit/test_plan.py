@@ -119,6 +119,41 @@ def test_a_name_that_other_tools_have_is_refused_with_the_plans_own(
     assert remedy in entries(words)[f"{section}.{key}" if section else key]
 
 
+@pytest.mark.parametrize(
+    ("line", "key", "field"),
+    [
+        (
+            "study: {branching: [{train: lora, rank: 8}]}",
+            "study.branching[0].rank",
+            "study.branching[0].lora.rank",
+        ),
+        (
+            "study: {branching: [{train: lora, alpha: 8}]}",
+            "study.branching[0].alpha",
+            "study.branching[0].lora.alpha",
+        ),
+        ("study: {branching: [{train: lora, r: 8}]}", "study.branching[0].r", "study.branching[0].lora.rank"),
+        (
+            "branching: {train: lora, lora: {lora_alpha: 8}}",
+            "branching.lora.lora_alpha",
+            "branching.lora.alpha",
+        ),
+        (
+            "branching: {train: lora, target_modules: [q]}",
+            "branching.target_modules",
+            "branching.lora.modules",
+        ),
+        ("updates: 8", "updates", "training.updates"),
+        ("pretrained: x", "pretrained", "tokenizer.pretrained` or `model.pretrained"),
+    ],
+)
+def test_a_key_in_the_wrong_section_is_refused_with_the_place_where_it_belongs(
+    line: str, key: str, field: str, write: Callable[[str], Path]
+) -> None:
+    """`rank` beside `train: lora` was asked whether it meant `train`."""
+    assert f"here it is `{field}`" in entries(refusal(write(MINIMAL + line + "\n")))[key]
+
+
 @pytest.mark.parametrize("name", SYNONYMS)
 def test_another_tools_name_stands_for_a_field_that_is_there_and_has_another_name(name: str) -> None:
     section: Any = Plan
