@@ -8,9 +8,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from btm_cluster.errors import UserError
 from btm_cluster.plan import Plan
-from btm_cluster.plan.folder import is_in_jobs_copy
 from btm_cluster.stopping import end_at_signals, handling, stopped
 from btm_cluster.terminal.output import end_input
 
@@ -130,13 +128,6 @@ def open_ledger(store: str) -> "Ledger":
     from btm_cluster.ledger import Ledger
 
     ledger = Ledger.open(store)
-    if is_in_jobs_copy(ledger.storage.location):
-        raise UserError(
-            "the store would be deleted with this job",
-            found=f"{ledger.storage.location}, in the job's own copy of its working directory",
-            expected="a bucket, or an absolute path that all nodes share",
-            remedy="write such a `store` into the plan",
-        )
     ledger.storage.check()
     return ledger
 

@@ -37,7 +37,7 @@ def fields_with_messages(path: str) -> tuple[str, ...]:
     """The field with messages, or else the two with a prompt and its completion, of the first row; none where
     there are none, or it has a field `text`."""
     row = _first_row_or_none(path) or {}
-    if isinstance(row.get(DEFAULT_FIELD), str):
+    if isinstance(row.get(DEFAULT_FIELD), str | bytes):  # bytes, as Parquet may store text
         return ()
     for name, value in row.items():
         try:

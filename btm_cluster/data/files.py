@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, Protocol
 
 import pyarrow.fs
 
-from btm_cluster.plan.folder import below, is_in_jobs_copy
+from btm_cluster.jobs_copy import jobs_copy_of
+from btm_cluster.plan.folder import below
 
 S3 = "s3://"
 
@@ -61,7 +62,7 @@ def stamp_of_file(file: SourceFile, folder: str) -> list[Any]:
     """A file's path, its size, and its modification time; in a job's copy, where each node has its own, the
     SHA-256 of its bytes instead."""
     path = opened(file, folder)
-    if path.startswith(S3) or not is_in_jobs_copy(os.path.abspath(path)) or is_lost(path):
+    if path.startswith(S3) or jobs_copy_of(os.path.abspath(path)) is None or is_lost(path):
         return [readable(file.path), *file[1:]]
     with open(path, "rb") as stream:
         return [readable(file.path), file.size_bytes, hashlib.file_digest(stream, "sha256").hexdigest()]

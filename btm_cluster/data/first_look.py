@@ -25,7 +25,8 @@ from btm_cluster.storage.scratch import scratch_folder
 SMALL_BYTES = 1 << 20
 """A text of files of so many bytes together is read whole, in a fraction of a second."""
 HEAD_BYTES = 1 << 16
-MOST_BYTES_OF_A_CHARACTER = 4
+MOST_BYTES_OF_A_CHARACTER = 8
+"""Those of a line end, CR and LF, in UTF-32."""
 MOST_FILES, MOST_REMOTE_FILES = 1000, 8
 """Files of a text that are opened; each in a bucket takes several calls."""
 
@@ -114,7 +115,7 @@ def _first_documents(file: SourceFile, text: Unread) -> Iterator[Read]:
     path = opened(file, source.folder)
     delimiter = Delimiter(source.delimiter) if source.delimiter else None
     is_one = kind_of(path) == "plain text" and delimiter is None and codec(path) is None
-    if is_one and file.size_bytes > MOST_BYTES_OF_A_CHARACTER * longest:
+    if is_one and file.size_bytes > MOST_BYTES_OF_A_CHARACTER * (longest + 1):  # a byte-order mark
         yield BadDocument(readable(path), longer_than(longest))
         return
     head_bytes = None if is_one and file.size_bytes > longest else HEAD_BYTES

@@ -5,6 +5,7 @@ JSON lines are read here, one by one: other readers take a chunk at a time, whic
 one monstrous line fills. Knows nothing of splits, duplicates or tokens.
 """
 
+import codecs
 import csv
 import io
 import json
@@ -261,8 +262,11 @@ def _read_plain(
 
 def _head(stream: io.BufferedReader, size: int) -> io.BufferedReader:
     head = stream.read(size)
-    whole_lines = head[: head.rfind(b"\n") + 1] or head[:-3]  # not within a character
-    return io.BufferedReader(io.BytesIO(whole_lines))
+    if len(head) == size:  # which may end within a character
+        decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        decoder.decode(head)
+        head = head.removesuffix(decoder.getstate()[0])
+    return io.BufferedReader(io.BytesIO(head))
 
 
 def _as_text(stream: io.BufferedReader) -> io.TextIOWrapper:

@@ -4,7 +4,7 @@ models themselves: `docs/reference/plan.md` is this."""
 import json
 import types
 from collections.abc import Iterator
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -43,11 +43,18 @@ def _tables(section: type[BaseModel], path: str, shown: dict[type[BaseModel], st
 
 def _row(name: str, field: FieldInfo) -> str:
     meaning = " ".join((field.description or "").split())
-    choices = _choices(field.annotation)
-    if choices:
-        how_many = "Any" if get_origin(field.annotation) is tuple else "One"
-        meaning += f" {how_many} of {', '.join(f'`{choice}`' for choice in choices)}."
-    return f"| `{name}` | {_default(field)} | {meaning} |"
+    return f"| `{name}` | {_default(field)} | {meaning}{_choices(field)} |"
+
+
+def _choices(field: FieldInfo) -> str:
+    """A sentence on the words that a field takes, alone or beside numbers; empty where it takes any."""
+    members = list(_members(field.annotation))
+    words = ", ".join(f"`{member}`" for member in members if isinstance(member, str))
+    if not words:
+        return ""
+    if int in members:
+        return f" A whole number, or {words}."
+    return f" {'Any' if get_origin(field.annotation) is tuple else 'One'} of {words}."
 
 
 def _default(field: FieldInfo) -> str:
@@ -71,10 +78,14 @@ def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
     return None, False
 
 
-def _choices(annotation: Any) -> tuple[Any, ...]:
-    """The words that a field takes, where it takes no others."""
+def _members(annotation: Any) -> Iterator[Any]:
+    """The words that a field takes, and the types of its other values."""
     if get_origin(annotation) is Literal:
-        return get_args(annotation)
-    if get_origin(annotation) in (Union, types.UnionType, tuple):
-        return next((found for inner in get_args(annotation) if (found := _choices(inner))), ())
-    return ()
+        yield from get_args(annotation)
+    elif get_origin(annotation) in (Union, types.UnionType, tuple):
+        for inner in get_args(annotation):
+            yield from _members(inner)
+    elif get_origin(annotation) is Annotated:
+        yield from _members(get_args(annotation)[0])
+    elif annotation not in (types.NoneType, ...):
+        yield annotation

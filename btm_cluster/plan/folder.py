@@ -6,25 +6,32 @@ A plan keeps its texts' paths as they are written, since identities hang on them
 import os
 from pathlib import Path
 
-JOBS_COPY = "/working_dir_files/_ray_pkg_"
-"""In paths of what `ray job submit --working-dir` carried."""
-
-
-def is_in_jobs_copy(path: str) -> bool:
-    """Whether it lies in the copy of a working directory that each node unpacks for a job."""
-    return JOBS_COPY in path
+from btm_cluster.errors import UserError
+from btm_cluster.jobs_copy import jobs_copy_of
 
 
 def opened_folder(folder: Path | str) -> str:
     """A folder by a name that every process of a run can open.
 
-    Absolute, since workers run in folders of their own; but from the current folder where both are in a job's
-    copy, in which the workers of every node begin. Empty: the current folder itself.
+    Absolute, since workers run in folders of their own; but in a job's copy from its root, in which the workers
+    of every node begin. Empty: the current folder itself.
+
+    Raises:
+        UserError: it lies in a job's copy, and the current folder is not the root of that.
     """
     real, here = os.path.realpath(folder), os.getcwd()
-    if is_in_jobs_copy(here) and f"{real}/".startswith(f"{here}/"):
-        return real[len(here) + 1 :]
-    return real
+    root = jobs_copy_of(real)
+    if root is None:
+        return real
+    if here != root:
+        raise UserError(
+            f"the nodes of the cluster would not find the paths of the plan in {real}",
+            found=f"the current folder {here}",
+            expected=f"{root}, this Ray job's copy of its working directory, as workers begin in the root of theirs",
+            remedy="start the job's command there, without `cd`, and name the plan from there, as in `btm run "
+            "plans/plan.yaml`",
+        )
+    return os.path.relpath(real, root) if real != root else ""
 
 
 def is_relative(path: str) -> bool:

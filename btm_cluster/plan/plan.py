@@ -17,6 +17,7 @@ from btm_cluster.plan.broken_rules import Broken, Given, field_of
 from btm_cluster.plan.budget import BudgetPlan, budget_rules
 from btm_cluster.plan.expansion import ExpansionPlan
 from btm_cluster.plan.file import read_plan_file
+from btm_cluster.plan.folder import opened_folder
 from btm_cluster.plan.problems import describe_problems
 from btm_cluster.plan.section import Section
 from btm_cluster.plan.study import StudyPlan
@@ -216,13 +217,14 @@ def read_plan(source: str | Path | Mapping[str, Any]) -> Plan:
 
     Raises:
         PlanError: naming every field that is wrong, what was found, what is expected and the remedy.
+        UserError: it lies in a Ray job's copy of its working directory, and is not read from the root of that.
     """
-    context: dict[str, Any] = {PLAN_FOLDER: Path()}
+    context: dict[str, Any] = {PLAN_FOLDER: opened_folder("")}
     if isinstance(source, Mapping):
         name, values = "the plan", dict(source)
     else:
         name, (values, written) = f"the plan {source}", read_plan_file(Path(source))
-        context = {PLAN_FOLDER: Path(source).parent, PLAN_TEXT: written}
+        context = {PLAN_FOLDER: opened_folder(Path(source).parent), PLAN_TEXT: written}
     try:
         return Plan.model_validate(values, context=context)
     except ValidationError as exc:
@@ -232,4 +234,16 @@ def read_plan(source: str | Path | Mapping[str, Any]) -> Plan:
 
 def plan_schema() -> dict[str, Any]:
     """The JSON schema of a plan, for editors."""
-    return Plan.model_json_schema()
+    return {key: _with_bounds(value) for key, value in Plan.model_json_schema().items()}
+
+
+_BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+
+
+def _with_bounds(schema: Any) -> Any:
+    """With JSON schema's names of bounds; pydantic leaves its own where a value is read before it is checked."""
+    if isinstance(schema, list):
+        return [_with_bounds(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {_BOUNDS.get(key, key): _with_bounds(value) for key, value in schema.items()}

@@ -39,7 +39,8 @@ def _describe(record: Mapping[str, Any], root: type[BaseModel]) -> str:
         return _entry(where, parts["found"], parts["expected"], parts["remedy"])
     if kind == "extra_forbidden":
         remedy = (
-            _other_name(str(location[-1]))
+            _elsewhere(location, root)
+            or _other_name(location, root)
             or _nearest(str(location[-1]), section.model_fields)
             or f"known here: {', '.join(section.model_fields)}"
         )
@@ -114,11 +115,29 @@ def _leaves(annotation: Any) -> Iterator[Any]:
         yield from _leaves(argument)
 
 
-def _other_name(name: str) -> str | None:
-    known = synonym_of(name)
+def _elsewhere(location: Location, root: type[BaseModel]) -> str | None:
+    """Where an unknown key is known: in sections of the section that it was written in."""
+    *above, name = location
+    found = [
+        f"`{_path((*above, part, name))}`"
+        for part, field in _section_at(root, above).model_fields.items()
+        if get_origin(field.annotation) is not tuple
+        and any(name in inner.model_fields for inner in _sections(field.annotation))
+    ]
+    return f"here it is {' or '.join(found)}" if found else None
+
+
+def _other_name(location: Location, root: type[BaseModel]) -> str | None:
+    """The field that another tool's name stands for, from the section where it was written if that has it."""
+    *above, name = location
+    known = synonym_of(str(name))
     if known is None:
         return None
-    return f"here it is `{known.field}`" + (f": {known.conversion}" if known.conversion else "")
+    here, parts, field = _section_at(root, above), known.field.split("."), known.field
+    for i in range(1, len(parts)):
+        if _section_at(root, [part.removesuffix("[]") for part in parts[:i]]) is here:
+            field = _path((*above, *parts[i:]))
+    return f"here it is `{field}`" + (f": {known.conversion}" if known.conversion else "")
 
 
 def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str | None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, PrivateAttr
 
 from btm_cluster.plan import text_rules
-from btm_cluster.plan.folder import located, opened_folder
+from btm_cluster.plan.folder import located
 from btm_cluster.plan.section import Section
 from btm_cluster.plan.values import (
     PLAN_FOLDER,
@@ -28,7 +28,7 @@ class _Source(Section):
 
     def model_post_init(self, context: Any) -> None:
         if (folder := (context or {}).get(PLAN_FOLDER)) is not None:
-            self._folder = opened_folder(folder)
+            self._folder = folder
 
     @property
     def folder(self) -> str:

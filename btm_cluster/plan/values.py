@@ -5,12 +5,21 @@ import os
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
-from btm_cluster.plan.folder import is_relative, located, opened_folder
+from btm_cluster.plan.folder import is_relative, located
 
 PLAN_FOLDER = "folder of the plan"
-"""In pydantic's context: relative paths begin there. Without it, they begin in the current folder."""
+"""In pydantic's context, as `opened_folder` has it: relative paths begin there. Without it, they begin in the
+current folder."""
 PLAN_TEXT = "text of the plan"
 """In pydantic's context: what the plan's file says."""
 NAME_PATTERN = "[a-z0-9][a-z0-9_-]{0,63}"
@@ -26,13 +35,12 @@ def _as_number(value: Any) -> Any:
         return value
 
 
-def _check_blocks(value: Any) -> Any:
-    """In one validator: a union would name each of its members in an error."""
-    number = _as_number(value) if value != "auto" else value
-    is_whole = isinstance(number, int) or (isinstance(number, float) and number.is_integer())
-    if number != "auto" and not (is_whole and 1 <= number <= 10**12):
-        raise ValueError("a whole number of at least 1, or 'auto'")
-    return number if number == "auto" else int(number)
+def _number_or_auto(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """One error for both: a union would name each of its members in one."""
+    try:
+        return validate(value)
+    except ValidationError as exc:
+        raise ValueError("a whole number of at least 1, or 'auto'") from exc
 
 
 def _as_switch(value: Any) -> Any:
@@ -67,7 +75,7 @@ def _beside_plan(value: str, info: ValidationInfo) -> str:
     folder = (info.context or {}).get(PLAN_FOLDER)
     if folder is None or not is_relative(value):
         return value
-    return located(opened_folder(folder), value)
+    return located(folder, value)
 
 
 def _folder_beside_plan(value: str, info: ValidationInfo) -> str:
@@ -86,10 +94,7 @@ def _check_plain(value: dict[str, Any]) -> dict[str, Any]:
 
 Whole = Annotated[int, BeforeValidator(_as_number), Field(ge=0, le=10**12)]
 Positive = Annotated[int, BeforeValidator(_as_number), Field(ge=1, le=10**12)]
-Blocks = Annotated[
-    int | Literal["auto"],
-    PlainValidator(_check_blocks, json_schema_input_type=Annotated[int, Field(ge=1)] | Literal["auto"]),
-]
+Blocks = Annotated[Positive | Literal["auto"], WrapValidator(_number_or_auto)]
 Real = Annotated[float, BeforeValidator(_as_number), Field(ge=0)]
 PositiveReal = Annotated[float, BeforeValidator(_as_number), Field(gt=0)]
 Share = Annotated[Real, Field(lt=1)]

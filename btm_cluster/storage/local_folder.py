@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from btm_cluster.errors import MissingError, StoreError, UserError
+from btm_cluster.jobs_copy import jobs_copy_of
 from btm_cluster.storage.port import Entry, check_key, check_prefix
 from btm_cluster.storage.store_calls import DONE, FAILED, count_store_call
 
-JOBS_COPY = "/runtime_resources/working_dir_files/"
-"""Part of every path in what Ray unpacks of a job's working directory."""
 _TEMPORARY = ".writing-"
 _UNFINISHED = re.compile(rf"{re.escape(_TEMPORARY)}[0-9a-f]{{32}}")
 _IN_THE_WAY = (
@@ -59,13 +58,12 @@ class LocalFolder:
             pass  # not there yet, or named above
         except OSError as exc:
             found = found or str(exc)[:200]
-        if JOBS_COPY in self.location:
+        if jobs_copy_of(self.location) is not None:
             raise UserError(
-                f"what is written to {self.location} would be lost",
-                found="a folder in this Ray job's own copy of its working directory, which goes when the job "
-                "ends",
+                "what is written would be deleted with this job",
+                found=f"{self.location}, in the Ray job's own copy of its working directory",
                 expected="a bucket, or the absolute path of a folder that all nodes share",
-                remedy="choose another place",
+                remedy="name such a place",
             )
         if found:
             raise UserError(

@@ -82,7 +82,7 @@ def test_a_folder_that_cannot_be_read_is_an_error_and_does_not_count_as_empty(tm
 
 def test_a_folder_in_a_jobs_own_copy_of_its_working_directory_is_refused() -> None:
     place = "/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_0/forests"
-    with pytest.raises(UserError, match="would be lost"):
+    with pytest.raises(UserError, match="would be deleted with this job"):
         open_storage(place).check()
 
 

@@ -373,16 +373,20 @@ def test_a_preview_says_what_this_machine_could_never_do_unless_a_cluster_is_nam
 
 
 def test_a_store_in_the_jobs_own_copy_of_its_folder_is_refused(
-    fields: dict[str, Any], btm: Callable[..., tuple[int, str, str]], tmp_path: Path
+    fields: dict[str, Any],
+    btm: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It was grown, and deleted with the job."""
     folder = tmp_path / "session/runtime_resources/working_dir_files/_ray_pkg_0123456789abcdef"
     folder.mkdir(parents=True)
     (folder / "plan.yaml").write_text(yaml.safe_dump(fields | {"store": "forests/lost"}))
+    monkeypatch.chdir(folder)
     for command in ("run", "plan"):
-        code, _, err = btm(command, folder / "plan.yaml")
+        code, _, err = btm(command, "plan.yaml")
         assert code == 2
-        assert "the store would be deleted with this job" in err
+        assert "what is written would be deleted with this job" in err
 
 
 def test_a_dry_run_is_a_preview(

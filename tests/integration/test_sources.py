@@ -297,11 +297,13 @@ def test_in_a_jobs_copy_a_fingerprint_changes_with_the_bytes_alone(tmp_path: Pat
     """Ray unpacks a copy for each node, and for each job anew, with the present as every file's time."""
     stamps = []
     for number, text in enumerate(("same", "same", "new!")):
-        copy = tmp_path / str(number) / "working_dir_files" / "_ray_pkg_0123456789abcdef"
+        copy = (
+            tmp_path / str(number) / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123456789abcdef"
+        )
         copy.mkdir(parents=True)
         (copy / "a.txt").write_text(text)
         os.utime(copy / "a.txt", ns=(0, number))
-        source = TextPlan.model_validate({"name": "a", "text": "./*.txt"}, context={PLAN_FOLDER: copy})
+        source = TextPlan.model_validate({"name": "a", "text": "./*.txt"}, context={PLAN_FOLDER: str(copy)})
         stamps.append(fingerprint(source))
     assert stamps[0] == stamps[1] != stamps[2]
     assert stamps[0]["text"][0][0] == "./a.txt"

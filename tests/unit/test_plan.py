@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from btm_cluster.errors import PlanError
+from btm_cluster.errors import PlanError, UserError
 from btm_cluster.operations.init import STARTER_PLAN
 from btm_cluster.operations.quickstart import PLAN_FILE, QUICKSTART_PLAN, TEXT_FOLDER, TEXTS
 from btm_cluster.operations.schema import plan_reference
@@ -119,6 +119,41 @@ def test_a_name_that_other_tools_have_is_refused_with_the_plans_own(
     assert remedy in entries(words)[f"{section}.{key}" if section else key]
 
 
+@pytest.mark.parametrize(
+    ("line", "key", "field"),
+    [
+        (
+            "study: {branching: [{train: lora, rank: 8}]}",
+            "study.branching[0].rank",
+            "study.branching[0].lora.rank",
+        ),
+        (
+            "study: {branching: [{train: lora, alpha: 8}]}",
+            "study.branching[0].alpha",
+            "study.branching[0].lora.alpha",
+        ),
+        ("study: {branching: [{train: lora, r: 8}]}", "study.branching[0].r", "study.branching[0].lora.rank"),
+        (
+            "branching: {train: lora, lora: {lora_alpha: 8}}",
+            "branching.lora.lora_alpha",
+            "branching.lora.alpha",
+        ),
+        (
+            "branching: {train: lora, target_modules: [q]}",
+            "branching.target_modules",
+            "branching.lora.modules",
+        ),
+        ("updates: 8", "updates", "training.updates"),
+        ("pretrained: x", "pretrained", "tokenizer.pretrained` or `model.pretrained"),
+    ],
+)
+def test_a_key_in_the_wrong_section_is_refused_with_the_place_where_it_belongs(
+    line: str, key: str, field: str, write: Callable[[str], Path]
+) -> None:
+    """`rank` beside `train: lora` was asked whether it meant `train`."""
+    assert f"here it is `{field}`" in entries(refusal(write(MINIMAL + line + "\n")))[key]
+
+
 @pytest.mark.parametrize("name", SYNONYMS)
 def test_another_tools_name_stands_for_a_field_that_is_there_and_has_another_name(name: str) -> None:
     section: Any = Plan
@@ -159,7 +194,7 @@ def test_in_a_jobs_copy_paths_are_those_of_each_nodes_own_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Workers begin in the copy of their node, which may lie elsewhere."""
-    copy = tmp_path / "working_dir_files" / "_ray_pkg_0123456789abcdef"
+    copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123456789abcdef"
     (copy / "plans" / "mine").mkdir(parents=True)
     fields = yaml.safe_load(MINIMAL) | {"store": "/shared/store", "model": {"pretrained": "mine"}}
     fields["tokenizer"] = {"pretrained": "mine"}
@@ -169,8 +204,21 @@ def test_in_a_jobs_copy_paths_are_those_of_each_nodes_own_copy(
     plan = read_plan("plans/plan.yaml")
     assert (plan.model.pretrained, plan.domains[0].folder) == ("plans/mine", "plans")
     assert read_plan("plan.yaml").domains[0].folder == ""
-    monkeypatch.chdir("/")
-    assert read_plan(copy / "plan.yaml").domains[0].folder == str(copy)
+    assert read_plan(fields).domains[0].folder == ""
+
+
+@pytest.mark.parametrize("named", ["plan.yaml", "../plan.yaml", None])
+def test_in_a_jobs_copy_a_plan_is_read_from_its_root_alone(
+    named: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After `cd sub`, the driver stamped a text below sub, and workers opened another of that name at the root."""
+    copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123456789abcdef"
+    (copy / "sub").mkdir(parents=True)
+    for folder in (copy, copy / "sub"):
+        (folder / "plan.yaml").write_text(MINIMAL)
+    monkeypatch.chdir(copy / "sub")
+    with pytest.raises(UserError, match=f"expected: {copy}, this Ray job's copy"):
+        read_plan(named or yaml.safe_load(MINIMAL))
 
 
 def test_a_key_that_resembles_nothing_is_refused_with_all_known_names(write: Callable[[str], Path]) -> None:
@@ -328,6 +376,14 @@ def test_each_problem_names_its_field_and_what_was_expected(line: str, write: Ca
     assert part in words[field]
 
 
+@pytest.mark.parametrize(("written", "blocks"), [('"16"', 16), ("1e1", 10), ("8.0", 8), ("auto", "auto")])
+def test_blocks_at_once_are_read_as_every_other_number_is(
+    written: str, blocks: int | str, write: Callable[[str], Path]
+) -> None:
+    plan = read_plan(write(MINIMAL + f"cluster: {{micro_batch_blocks: {written}}}\n"))
+    assert plan.cluster.micro_batch_blocks == blocks
+
+
 def test_a_problem_with_a_default_says_what_leaving_it_out_means(write: Callable[[str], Path]) -> None:
     words = entries(refusal(write(MINIMAL + "training: {updates: many}\n")))
     assert (
@@ -432,6 +488,9 @@ def test_the_schema_describes_every_field_and_closes_every_section() -> None:
     assert not undescribed
     assert all(d["additionalProperties"] is False for d in (schema, *schema["$defs"].values()))
     assert "rules" not in schema["properties"]
+    assert not {"ge", "gt", "le", "lt"} & {key for _, field in _properties(schema) for key in field}
+    training = schema["$defs"]["TrainingPlan"]["properties"]
+    assert (training["block_tokens"]["minimum"], training["seed_share"]["exclusiveMaximum"]) == (8, 1)
 
 
 def test_the_reference_has_every_field() -> None:
