@@ -5,14 +5,15 @@ shapes it fails: so both are tried on the model's own shape, on the GPU that wil
 """
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from typing import Any
 
 import torch
+from torch.compiler import config as compiler
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
@@ -30,11 +31,12 @@ _CUDNN_FIRST = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+_CUDNN_TAG = "cudnn-first"
 _TOKENS, _WARM_UPS, _REPEATS = 2**14, 2, 5
 """Of a trial: enough to fill a GPU, of blocks that may be shorter than a model's."""
 
 Kernels = Callable[[], AbstractContextManager[Any]]
-"""Opens a context within which forward passes are computed, and compiled, by chosen kernels."""
+"""Opens a context within which forward and backward passes are computed, and compiled, by chosen kernels."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,16 @@ def kernels_for(model: PreTrainedModel, block_tokens: int, precision: str, devic
     return cudnn_first
 
 
-def cudnn_first() -> AbstractContextManager[Any]:
-    """cuDNN's kernel where it can, and torch's own order after it."""
-    context: AbstractContextManager[Any] = sdpa_kernel(_CUDNN_FIRST, set_priority=True)
-    return context
+@contextmanager
+def cudnn_first() -> Iterator[None]:
+    """cuDNN's kernel where it can, and torch's own order after it.
+
+    Code that is compiled within is kept under a tag of its own: torch finds kept code by the model's operations, before
+    it chooses kernels for them, and would take what another process compiled with FlashAttention.
+    """
+    tagged = compiler.patch(cache_key_tag=compiler.cache_key_tag + _CUDNN_TAG)  # type: ignore[attr-defined]
+    with sdpa_kernel(_CUDNN_FIRST, set_priority=True), tagged:
+        yield
 
 
 def plain_shape(model: PreTrainedModel, block_tokens: int) -> AttentionShape | None:

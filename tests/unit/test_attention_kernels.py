@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.compiler import config as compiler
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from btm_cluster.language_model.attention_kernels import cudnn_first, kernels_for, plain_shape
@@ -40,8 +41,10 @@ def test_a_preferred_kernel_changes_no_value_and_is_preferred_no_longer_afterwar
     expected = model(input_ids=tokens).logits
     with cudnn_first():
         assert torch._C._get_sdp_priority_order() != before
+        assert compiler.cache_key_tag == "cudnn-first", "code compiled by other kernels is not taken"
         assert torch.equal(model(input_ids=tokens).logits, expected)
     assert torch._C._get_sdp_priority_order() == before
+    assert not compiler.cache_key_tag
     chosen = kernels_for(model, 16, "bfloat16", torch.device("cpu"))
     with chosen():
         assert torch._C._get_sdp_priority_order() == before
