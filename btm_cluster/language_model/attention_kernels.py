@@ -18,6 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
+from btm_cluster.language_model.attention import attends_by_kernels
+
 log = logging.getLogger(__name__)
 HOPPER = 9
 """Major compute capability of the GPUs on which cuDNN's kernel is tried.
@@ -73,14 +75,14 @@ def cudnn_first() -> Iterator[None]:
 
 
 def plain_shape(model: PreTrainedModel, block_tokens: int) -> AttentionShape | None:
-    """The shape of attention over whole blocks; None where windows within a block want a mask, or the configuration
-    does not say."""
+    """The shape of attention over whole blocks; None where windows within a block want a mask, where no kernel computes
+    it, or the configuration does not say."""
     config: Any = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     head_width = getattr(config, "head_dim", None) or (width // heads if heads and width else None)
-    if isinstance(window, int) and window <= block_tokens:
+    if not attends_by_kernels(model) or (isinstance(window, int) and window <= block_tokens):
         return None
     if isinstance(heads, int) and isinstance(key_heads, int) and isinstance(head_width, int):
         return AttentionShape(heads, key_heads, head_width, block_tokens)
