@@ -32,6 +32,12 @@ AttentionInterface.register(NAME, sdpa_attention_forward)
 AttentionMaskInterface.register(NAME, unpacked_mask)
 
 
+def attends_by_kernels(model: PreTrainedModel) -> bool:
+    """Whether attention is computed by kernels that keep no matrix of scores, not by operations one by one."""
+    name: str = model.config.get_text_config()._attn_implementation
+    return name != "eager"
+
+
 def leave_causal_masks_out(model: PreTrainedModel) -> None:
     """Has a model read whole blocks without a mask, where its architecture
     takes attention functions from outside."""

@@ -5,17 +5,20 @@ shapes it fails: so both are tried on the model's own shape, on the GPU that wil
 """
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from typing import Any
 
 import torch
+from torch.compiler import config as compiler
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
+
+from btm_cluster.language_model.attention import attends_by_kernels
 
 log = logging.getLogger(__name__)
 HOPPER = 9
@@ -30,11 +33,12 @@ _CUDNN_FIRST = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+_CUDNN_TAG = "cudnn-first"
 _TOKENS, _WARM_UPS, _REPEATS = 2**14, 2, 5
 """Of a trial: enough to fill a GPU, of blocks that may be shorter than a model's."""
 
 Kernels = Callable[[], AbstractContextManager[Any]]
-"""Opens a context within which forward passes are computed, and compiled, by chosen kernels."""
+"""Opens a context within which forward and backward passes are computed, and compiled, by chosen kernels."""
 
 
 @dataclass(frozen=True)
@@ -58,21 +62,27 @@ def kernels_for(model: PreTrainedModel, block_tokens: int, precision: str, devic
     return cudnn_first
 
 
-def cudnn_first() -> AbstractContextManager[Any]:
-    """cuDNN's kernel where it can, and torch's own order after it."""
-    context: AbstractContextManager[Any] = sdpa_kernel(_CUDNN_FIRST, set_priority=True)
-    return context
+@contextmanager
+def cudnn_first() -> Iterator[None]:
+    """cuDNN's kernel where it can, and torch's own order after it.
+
+    Code that is compiled within is kept under a tag of its own: torch finds kept code by the model's operations, before
+    it chooses kernels for them, and would take what another process compiled with FlashAttention.
+    """
+    tagged = compiler.patch(cache_key_tag=compiler.cache_key_tag + _CUDNN_TAG)  # type: ignore[attr-defined]
+    with sdpa_kernel(_CUDNN_FIRST, set_priority=True), tagged:
+        yield
 
 
 def plain_shape(model: PreTrainedModel, block_tokens: int) -> AttentionShape | None:
-    """The shape of attention over whole blocks; None where windows within a block want a mask, or the configuration
-    does not say."""
+    """The shape of attention over whole blocks; None where windows within a block want a mask, where no kernel computes
+    it, or the configuration does not say."""
     config: Any = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     head_width = getattr(config, "head_dim", None) or (width // heads if heads and width else None)
-    if isinstance(window, int) and window <= block_tokens:
+    if not attends_by_kernels(model) or (isinstance(window, int) and window <= block_tokens):
         return None
     if isinstance(heads, int) and isinstance(key_heads, int) and isinstance(head_width, int):
         return AttentionShape(heads, key_heads, head_width, block_tokens)

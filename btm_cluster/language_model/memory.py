@@ -17,7 +17,8 @@ from buckets beside them.
 
 Activations: what each layer keeps for its backward pass follows Korthikanti et al., 2022, "Reducing activation
 recomputation in large transformer models", section 4.1, here without dropout and with FlashAttention, which keeps
-no matrix of scores. Under autocast the hidden states between layers and the norms are float32. torch.compile keeps
+no matrix of scores; where attention is transformers' eager one (scores with a cap), a layer keeps its matrices, too.
+Under autocast the hidden states between layers and the norms are float32. torch.compile keeps
 what eager autograd keeps but for products that are not multiplied by a matrix, such as a gated feed-forward's SiLU.
 
 The terms of one process were compared with what torch's partitioner keeps, and with the memory records of its
@@ -75,6 +76,8 @@ class ModelSize:
     """Trained parameters of which the optimiser keeps one moment, not two."""
     adapters: int = 0
     """Width of all adapters of a layer together, where LoRA is trained: rank times adapted linear maps."""
+    eager_heads: int = 0
+    """Heads of a layer that keep a score of each token for each of its block; none of FlashAttention and its like."""
 
 
 @dataclass(frozen=True)
@@ -218,20 +221,26 @@ def _activations(size: ModelSize, settings: PassSettings) -> int:
 
 def _kept_per_token(size: ModelSize, settings: PassSettings) -> int:
     """Bytes that a layer keeps of each token: inputs of both norms and what they make of them, queries, keys,
-    values and what attention makes of them, the feed-forward's inside, and adapters' inside."""
+    values and what attention makes of them, the feed-forward's inside, adapters' inside, and eager attention's
+    scores."""
     values = 2 * size.width + 2 * size.queries + 2 * size.keys
     if size.adapters:  # by which attention's output is cast once more
         values += size.adapters + size.queries
     # Gated: both projections and their product, and not compiled, the gate's SiLU.
     inside = size.inner * ((3 if settings.compiles else 4) if size.is_gated else 2)
-    return 2 * size.width * _residual(settings) + _value(settings) * (values + inside)
+    # In bfloat16 twice, capped and as probabilities, and the latter in float32 too; in float32 the two alone.
+    scores = size.eager_heads * settings.block_tokens * 2 * FLOAT32
+    return 2 * size.width * _residual(settings) + _value(settings) * (values + inside) + scores
 
 
 def _within_a_layer(size: ModelSize, settings: PassSettings) -> int:
-    """Bytes that a layer's backward pass takes for a moment: gradients of the feed-forward's inside, and of what goes
-    on to the layer before."""
-    inside = size.inner * (3 if size.is_gated else 2)
-    return settings.tokens * (_value(settings) * inside + _residual(settings) * 2 * size.width)
+    """Bytes that a layer's backward pass takes for a moment: gradients of the feed-forward's inside, or of eager
+    attention's scores, and of what goes on to the layer before."""
+    inside = _value(settings) * size.inner * (3 if size.is_gated else 2)
+    # Before and after the softmax, which is in float32 unless it is fused with its casts.
+    score = 2 * (_value(settings) if settings.compiles else FLOAT32)
+    scores = size.eager_heads * settings.block_tokens * score
+    return settings.tokens * (max(inside, scores) + _residual(settings) * 2 * size.width)
 
 
 def _logits(size: ModelSize, settings: PassSettings) -> int:

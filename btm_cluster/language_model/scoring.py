@@ -156,6 +156,7 @@ def _blocks_by_memory(model: PreTrainedModel, how: Resources, block_tokens: int)
     value = 2 if how.precision == "bfloat16" else 4
     size = size_of(model)
     layer = 4 * (4 * size.width + size.queries + 2 * size.keys) + 3 * value * size.inner
+    layer += 2 * 4 * size.eager_heads * block_tokens  # scores before and after the softmax
     by_memory = int(usable / (value * size.vocabulary + layer))
     return min(by_memory, TOKENS_AT_ONCE) // block_tokens
 

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from btm_cluster.language_model.attention import attends_by_kernels
 from btm_cluster.language_model.deltas import freeze
 from btm_cluster.language_model.demix import feed_forwards_of
 from btm_cluster.language_model.layers import layers_of, units_of
@@ -61,6 +62,7 @@ def size_of(model: PreTrainedModel, trains: Trains = ALL) -> ModelSize:
         inner=inner,
         is_gated=bool(layers) and sum(p.ndim == 2 and inner in p.shape for p in layers[0].parameters()) > 2,
         vocabulary=_field(model, "vocab_size", 1),
+        eager_heads=0 if attends_by_kernels(model) else heads,
         **_trained(model, trains),
     )
 

@@ -109,11 +109,12 @@ class Updates:
         micro_batches = self._micro_batches(blocks)
         total = torch.zeros((), device=self.device)
         for i, micro_batch in enumerate(micro_batches):
-            with self._gradients_shared(after=i == len(micro_batches) - 1):
+            # What is computed again in the backward pass needs the kernels that computed it first.
+            with self._gradients_shared(after=i == len(micro_batches) - 1), self.kernels():
                 read = targets = micro_batch
                 if not spec.predicts_all or spec.compute.is_sharded:
                     read, targets = read_tokens(micro_batch), predicted_tokens(micro_batch)
-                with spec.compute.arithmetic(), self.kernels():
+                with spec.compute.arithmetic():
                     loss = self.forward(read_after(read, spec.first_token), targets)
                 # Gradients are averaged over ranks; the loss is a sum over all of them.
                 (loss * (self.group.world / predicted)).backward()

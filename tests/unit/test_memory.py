@@ -100,6 +100,32 @@ def test_a_layer_keeps_as_much_as_autograd_says(
     assert estimate < kept < most_above * estimate
 
 
+@pytest.mark.parametrize("in_bfloat16", [True, False])
+def test_eager_attention_keeps_as_much_of_its_scores_as_autograd_says(in_bfloat16: bool) -> None:
+    """Of one layer, read off blocks of two lengths: what grows with their square."""
+    kept, estimates = [], []
+    model = _model("gemma2", 1, in_bfloat16)
+    assert size_of(model).eager_heads == 4
+    for tokens in (128, 256):
+        settings = PassSettings(1, 2, tokens, in_bfloat16, compiles=False, is_sharded=True)
+        estimates.append(memory_of(size_of(model), settings).activations)
+        kept.append(_kept_bytes(model, tokens))
+    square = estimates[1] - 2 * estimates[0]
+    assert square == 2 * 4 * 8 * (256**2 - 2 * 128**2)
+    assert kept[1] - 2 * kept[0] == pytest.approx(square, rel=0.01)
+
+
+def test_scores_are_kept_of_each_layer_or_of_one_where_the_others_are_computed_twice(size: ModelSize) -> None:
+    settings = PassSettings(1, 1, 4096, in_bfloat16=True, compiles=True)
+    capped = replace(size, eager_heads=28)
+    scores = 28 * 4096**2
+    assert size.eager_heads == 0
+    kept = memory_of(capped, settings).activations - memory_of(size, settings).activations
+    assert kept == size.layers * scores * 8
+    once = replace(settings, recomputes=True)
+    assert memory_of(capped, once).activations - memory_of(size, once).activations == scores * 8
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize(("model_type", "train"), [("gpt2", "all"), ("llama", "all"), ("llama", "lora")])
 def test_a_compiled_layer_keeps_as_much_as_the_partitioner_leaves(model_type: str, train: str) -> None:
@@ -126,15 +152,17 @@ def _model(model_type: str, layers: int, in_bfloat16: bool) -> PreTrainedModel:
     other = {
         "gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "activation_function": "gelu"},
         "llama": {"num_key_value_heads": 2, "intermediate_size": 160},
+        "gemma2": {"num_key_value_heads": 2, "intermediate_size": 160, "head_dim": 16},
     }[model_type]
     config = AutoConfig.for_model(model_type, bos_token_id=None, eos_token_id=None, **shape, **other)
     dtype = torch.bfloat16 if in_bfloat16 else torch.float32
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    eager = {"attn_implementation": "eager"} if model_type == "gemma2" else {}
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **eager)
     return model
 
 
-def _kept_bytes(model: PreTrainedModel) -> int:
-    """Bytes that a forward pass over 2 blocks of 256 tokens keeps for the backward pass, without the weights."""
+def _kept_bytes(model: PreTrainedModel, tokens: int = 256) -> int:
+    """Bytes that a forward pass over 2 blocks keeps for the backward pass, without the weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -145,5 +173,5 @@ def _kept_bytes(model: PreTrainedModel) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(input_ids=torch.zeros(2, 256, dtype=torch.int64), use_cache=False)
+        model(input_ids=torch.zeros(2, tokens, dtype=torch.int64), use_cache=False)
     return sum(storage.nbytes() for storage in kept.values())

@@ -3,13 +3,16 @@
 import gzip
 import json
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from btm_cluster.data.blocks import END, READ, TEXT, Blocks
@@ -325,6 +328,17 @@ def test_a_compiled_model_attends_without_a_mask_where_that_is_the_same(
 def with_muon(spec: TrainingSpec) -> TrainingSpec:
     """Muon trains the eight matrices of two layers, AdamW embeddings and vectors."""
     return replace(spec, training=spec.training.model_copy(update={"optimizer": "muon"}))
+
+
+def test_activations_are_computed_again_by_the_kernels_that_computed_them_first(spec: TrainingSpec) -> None:
+    """Left to itself, a CPU attends by FlashAttention, as a GPU that prefers cuDNN for forward passes would."""
+    recomputing = replace(spec, compute=replace(spec.compute, recomputes=True))
+    losses = []
+    for chosen in (nullcontext, partial(sdpa_kernel, SDPBackend.MATH)):
+        updates = Updates(recomputing, build_state(recomputing, ALONE), ALONE)
+        updates.kernels = chosen
+        losses.append(updates.make().shown.read())
+    torch.testing.assert_close(losses[1], losses[0])
 
 
 def test_muon_takes_orthogonal_steps_of_adamws_size_for_the_matrices_of_layers_alone(
