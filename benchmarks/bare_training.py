@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ from btm_cluster.language_model.utilisation import utilisation
 from btm_cluster.plan import ModelPlan, TrainingPlan
 from btm_cluster.requests import Resources
 
+Optimizer: TypeAlias = Literal["adamw", "muon"]
 RANDOM_BLOCKS = 512
-
 
 GPT2 = {"125m": (12, 768, 12), "350m": (24, 1024, 16), "1.3b": (24, 2048, 32)}
 """Layers, width and heads of GPT-3's sizes."""
@@ -147,13 +147,13 @@ def train_bare(
     workers: int,
     folder: Path,
     device: torch.device,
-    optimizer: Literal["adamw", "muon"] = "adamw",
+    optimizer: Optimizer = "adamw",
     at_half: Callable[[], None] | None = None,
 ) -> Pace:
     """Trains a model of this shape from scratch; in a group of `workers`, which this process has joined, or
     alone. A micro-batch of 0 is the largest that fits, by the estimate."""
     if not shape.micro_batch:
-        shape = replace(shape, micro_batch=most_blocks(shape, workers, device))
+        shape = replace(shape, micro_batch=most_blocks(shape, workers, device, optimizer))
     compute = compute_of(shape, device)
     spec = spec_of(shape, updates, workers, folder, compute)
     spec = replace(spec, training=spec.training.model_copy(update={"optimizer": optimizer}))
@@ -164,13 +164,12 @@ def train_bare(
     return pace
 
 
-def most_blocks(shape: Shape, workers: int, device: torch.device) -> int:
+def most_blocks(shape: Shape, workers: int, device: torch.device, optimizer: Optimizer = "adamw") -> int:
     """The blocks of a forward pass that `micro_batch_blocks: auto` takes."""
     how = Resources(workers, float(device.type == "cuda"), 1, "auto", "bfloat16", compile=True)
     if device.type != "cuda":
         return how.blocks_at_once
     model = full_config(ModelPlan(config=dict(shape.config)), shape.vocabulary, shape.block_tokens)
-    training = TrainingMemory(
-        size_for(model), how, workers * shape.blocks, shape.block_tokens, is_expert=False
-    )
+    size = size_for(model, with_muon=optimizer == "muon")
+    training = TrainingMemory(size, how, workers * shape.blocks, shape.block_tokens, is_expert=False)
     return training.settled(torch.cuda.get_device_properties(device).total_memory).blocks

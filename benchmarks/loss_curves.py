@@ -112,7 +112,7 @@ def compare_scores(state: TrainingState, spec: TrainingSpec, device: torch.devic
     for precision in ("float32", "bfloat16"):
         how = Resources(1, float(on_gpu), 1, 8, precision, compile=precision == "bfloat16")
         scoring.set_up_scoring(how)
-        passes = ScorePasses(state.model, how, spec.training.block_tokens, SCORED)
+        passes = ScorePasses(state.model, how, spec.training.block_tokens, [SCORED])
         found[precision] = {name: np.load(file) for name, file in passes.write(blocks, 0, folder).items()}
     for name, exact in found["float32"].items():
         gaps = np.abs(found["bfloat16"][name] - exact)

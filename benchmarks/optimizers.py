@@ -11,6 +11,7 @@ compiled. The store (`--store`) keeps the models, so that a run that was stopped
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import threading
@@ -23,7 +24,8 @@ import torch
 from corpus_plan import MODEL_SIZES, texts
 from results import Result, finish, parse, this_machine, today
 
-from btm_cluster.driver.driver import Driver
+from btm_cluster.driver.driver import Driver, step_error
+from btm_cluster.driver.port import Failure
 from btm_cluster.driver.preparation import prepare
 from btm_cluster.driver.recipes import seed_request, transformer_lm_request
 from btm_cluster.ledger import Ledger
@@ -61,6 +63,8 @@ def main() -> None:
         found = [train(asked, store, optimizer, rate) for optimizer in OPTIMIZERS for rate in asked.rates]
     best = {name: min((one for one in found if one.optimizer == name), key=_loss) for name in OPTIMIZERS}
     for name, one in best.items():
+        if one.loss == math.inf:
+            raise SystemExit(f"{name} diverged at each of its rates: try lower ones")
         if len(asked.rates) > 1 and one.rate in (min(asked.rates), max(asked.rates)):
             print(f"{name} is best at the end of its rates, {one.rate:g}: try more", file=sys.stderr)
     finish([_row(asked, best)], asked)
@@ -71,14 +75,23 @@ def _loss(one: Trained) -> float:
 
 
 def train(asked: argparse.Namespace, store: str, optimizer: str, rate: float) -> Trained:
-    """Trains one model, or finds it in the store."""
+    """Trains one model, or finds it in the store; of one that diverges the loss is infinite.
+
+    Raises:
+        StepError: the training failed otherwise.
+    """
     plan = Plan.model_validate(_plan(asked, store, optimizer, rate))
     ledger = Ledger.open(store)
     driver = Driver(ledger, InProcess(ledger, LocalControl(lambda _: None, threading.Event())))
     prepared = prepare(plan, driver)
     request = transformer_lm_request(prepared, seed_request(prepared).ref)
     began = time.monotonic()
-    (model,) = driver.require([request])
+    (model,) = driver.obtain([request])
+    if isinstance(model, Failure):
+        if not model.has_diverged:
+            raise step_error([model])
+        print(f"{optimizer}, learning rate {rate:g}: diverged", flush=True)
+        return Trained(optimizer, rate, math.inf, 0.0)
     curve = read_curve(ledger, model)
     assert curve is not None
     loss = curve.development.loss[-1]

@@ -67,7 +67,7 @@ def main() -> None:
         tokens = np.random.default_rng(0).integers(1, vocabulary, (count, BLOCK_TOKENS))
         np.save(Path(scratch, "tokens.npy"), tokens.astype(np.uint16))
         blocks = Blocks([Path(scratch, "tokens.npy")])
-        passes = ScorePasses(model["ours"], how, BLOCK_TOKENS, count)
+        passes = ScorePasses(model["ours"], how, BLOCK_TOKENS, [count])
         run = {
             "ours": lambda: passes.write(blocks, 0, Path(scratch)),
             "theirs": lambda: forward_with_labels(model["theirs"], blocks, device, precision),

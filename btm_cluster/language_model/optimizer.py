@@ -79,6 +79,9 @@ def build_optimizer(
         return parameter.ndim - stacked >= 2
 
     parameters = sorted((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    assert not (is_demix and training.optimizer == "muon"), (
+        "a DEMix stacks vectors into what looks like matrices"
+    )
     hidden = set(hidden_matrices(model)) if training.optimizer == "muon" and trains.lora is None else set()
     by_adam = [(name, p) for name, p in parameters if p not in hidden]
     groups = [

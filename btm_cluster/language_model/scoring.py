@@ -2,7 +2,7 @@
 every token, and the entropy of its prediction."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import cache
 from pathlib import Path
@@ -35,14 +35,21 @@ WORTH_COMPILING = 10**14
 """Tokens times parameters from which passes are compiled on a GPU: about a million tokens of a model of 124M
 parameters, which take about two seconds uncompiled, as long as a layer that was compiled before takes to be found."""
 
+MOST_COMPUTED = 1.25
+"""Most blocks that compiled passes compute for each that is scored: where texts are of very different lengths, those
+that fill short ones up cost more than compiling gains. An assumption, not measured."""
+
 MODELS_LOGITS_AT_ONCE = {"cuda": 2**31, "cpu": 2**28}
 """Logits of one forward pass, 8.6 GB in float32 on a GPU: fewer blocks are taken together then. Of one block that
 has more, the head is applied a few tokens at a time."""
 
 
 def set_up_scoring(how: Resources) -> None:
-    """Sets this process's threads and arithmetic, whatever it has done before:
-    the same scores in any process."""
+    """Sets this process's threads and arithmetic, whatever it has done before: on a CPU the same scores in any process.
+
+    On a GPU they differ by rounding: a pass has as many blocks as fit the memory that is free, and whether passes are
+    compiled depends on the texts that are scored together.
+    """
     torch.set_float32_matmul_precision("highest")
     if not how.gpus_per_worker:
         torch.set_num_threads(how.cpus_per_worker)
@@ -57,7 +64,9 @@ def score_blocks(
     count: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Path]:
     """As `ScorePasses.write`, of one text."""
-    return ScorePasses(model, how, blocks.block_tokens, len(blocks)).write(blocks, first_token, folder, count)
+    return ScorePasses(model, how, blocks.block_tokens, [len(blocks)]).write(
+        blocks, first_token, folder, count
+    )
 
 
 class ScorePasses:
@@ -67,14 +76,18 @@ class ScorePasses:
     they are compiled, all of them of one shape.
     """
 
-    def __init__(self, model: PreTrainedModel, how: Resources, block_tokens: int, blocks: int) -> None:
-        """For so many blocks in all texts together."""
+    def __init__(
+        self, model: PreTrainedModel, how: Resources, block_tokens: int, texts: Sequence[int]
+    ) -> None:
+        """For texts of so many blocks each."""
         self._device = device_of(how.gpus_per_worker)
         self._model, self._how = model.to(self._device).eval(), how
         fitting = MODELS_LOGITS_AT_ONCE[self._device.type] // (block_tokens * _vocabulary(model))
         self._head = None if fitting else plain_head(model)
-        self.at_once = max(1, min(fitting, _blocks_by_memory(model, how, block_tokens)))
-        self.is_compiled = self._head is None and _is_worth_compiling(model, how, blocks * block_tokens)
+        most = max(1, min(fitting, _blocks_by_memory(model, how, block_tokens)))
+        even = _blocks_of_even_passes(texts, most)
+        self.is_compiled = self._head is None and _is_worth_compiling(model, how, block_tokens, texts, even)
+        self.at_once = even if self.is_compiled else most
         self._kernels: Kernels = nullcontext
         if self.is_compiled:
             compile_layers(model)
@@ -161,9 +174,20 @@ def _blocks_by_memory(model: PreTrainedModel, how: Resources, block_tokens: int)
     return min(by_memory, TOKENS_AT_ONCE) // block_tokens
 
 
-def _is_worth_compiling(model: PreTrainedModel, how: Resources, tokens: int) -> bool:
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return bool(how.gpus_per_worker) and how.compile and tokens * parameters >= WORTH_COMPILING
+def _blocks_of_even_passes(texts: Sequence[int], most: int) -> int:
+    """Blocks of a pass, at most so many, by which the longest text is cut into the fewest passes of one shape."""
+    longest = max([1, *texts])
+    return math.ceil(longest / math.ceil(longest / most))
+
+
+def _is_worth_compiling(
+    model: PreTrainedModel, how: Resources, block_tokens: int, texts: Sequence[int], at_once: int
+) -> bool:
+    """Whether there is enough to score, and little to fill up in passes of `at_once` blocks."""
+    parameters, blocks = sum(parameter.numel() for parameter in model.parameters()), sum(texts)
+    computed = sum(math.ceil(text / at_once) for text in texts) * at_once
+    is_enough = blocks * block_tokens * parameters >= WORTH_COMPILING
+    return bool(how.gpus_per_worker) and how.compile and is_enough and computed <= MOST_COMPUTED * blocks
 
 
 @torch.inference_mode()

@@ -1,17 +1,23 @@
 """A torch.profiler trace of a few updates of a training, to be looked at in Perfetto or chrome://tracing."""
 
+import logging
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from btm_cluster.errors import one_line
+
+log = logging.getLogger(__name__)
 SKIPPED_UPDATES = 8
 """Updates of a run before the first traced one: the GPU's code is compiled and CUDA graphs are recorded in these."""
 TRACED_UPDATES = 3
 
 
 class Trace:
-    """The trace of one run of the train loop; without a file, none is made. No result depends on it."""
+    """The trace of one run of the train loop; without a file, none is made. No result depends on it, and no training
+    fails by it."""
 
     def __init__(self, file: Path | None, device: torch.device, updates: int) -> None:
         """For so many updates to come: of a short run, the second half is traced."""
@@ -31,16 +37,28 @@ class Trace:
         self._passed += 1
 
     def write(self) -> None:
-        """Ends the trace, where it goes on, and writes it."""
-        self._end()
-        if self._profiler is not None:
-            self._profiler.export_chrome_trace(str(self._file))
-            self._profiler = None
+        """Ends the trace, where it goes on, and writes it; warns where that cannot be done, and leaves no file."""
+        if self._profiler is None:
+            return
+        assert self._file is not None, "what is traced has a file"
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        profiler, self._profiler = self._profiler, None
+        try:
+            profiler.stop()
+            profiler.export_chrome_trace(str(self._file))
+        except (OSError, RuntimeError) as exc:
+            log.warning("no trace of the updates: %s", one_line(exc))
+            with suppress(OSError):
+                self._file.unlink(missing_ok=True)
 
     def give_up(self) -> None:
-        """Ends the trace, where it goes on, and forgets it."""
-        self._end()
-        self._profiler = None
+        """Ends the trace, where it goes on, and forgets it: after an error of the training, which stays the one that
+        is raised."""
+        profiler, self._profiler = self._profiler, None
+        if profiler is not None:
+            with suppress(RuntimeError):
+                profiler.stop()
 
     def _begin(self) -> None:
         activities = [ProfilerActivity.CPU]
@@ -50,12 +68,9 @@ class Trace:
         profiler = profile(
             activities=activities, acc_events=True
         )  # else some versions warn that they keep one cycle
-        profiler.start()
-        self._profiler = profiler
-
-    def _end(self) -> None:
-        if self._profiler is None:
+        try:
+            profiler.start()
+        except RuntimeError as exc:
+            log.warning("no trace of the updates: %s", one_line(exc))
             return
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self._profiler.stop()
+        self._profiler = profiler

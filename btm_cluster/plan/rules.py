@@ -62,12 +62,16 @@ def training_rules(given: Given) -> Iterator[Broken]:
 
 
 def muon_rules(given: Given) -> Iterator[Broken]:
-    """Muon's step is taken over whole matrices."""
-    is_muon = field_of(given.get("training"), "optimizer") == "muon"
-    if is_muon and field_of(given.get("cluster"), "sharding") == "full":
-        expected = "`adamw`, since a sharded model has no whole matrix on any GPU"
-        remedy = "take `sharding: none` or `auto`, or `optimizer: adamw`"
-        yield Broken("training.optimizer", "'muon'", expected, remedy)
+    """Muon's step is taken over whole matrices: of the plan's model, and of a study's sizes."""
+    if field_of(given.get("cluster"), "sharding") != "full":
+        return
+    sizes = entries_of(field_of(given.get("study"), "sizes"))
+    trained = {"": given} | {f"study.sizes[{number}].": size for number, size in enumerate(sizes)}
+    for at, one in trained.items():
+        if field_of(field_of(one, "training"), "optimizer") == "muon":
+            expected = "`adamw`, since a sharded model has no whole matrix on any GPU"
+            remedy = "take `sharding: none` or `auto`, or `optimizer: adamw`"
+            yield Broken(f"{at}training.optimizer", "'muon'", expected, remedy)
 
 
 def lora_rules(given: Given) -> Iterator[Broken]:

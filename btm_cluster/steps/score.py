@@ -27,9 +27,9 @@ def score(requests: Sequence[ScoreRequest], ledger: Ledger, control: Control) ->
         Blocks([ledger.open_file(ledger.get(ref), "tokens.npy") for ref in request.tokens])
         for request in requests
     ]
-    blocks_in_all = sum(map(len, texts))
-    counter = Counter(control, requests[0].shown, "scoring", blocks_in_all, "blocks")
-    passes = ScorePasses(model, requests[0].how, texts[0].block_tokens, blocks_in_all)
+    lengths = [len(text) for text in texts]
+    counter = Counter(control, requests[0].shown, "scoring", sum(lengths), "blocks")
+    passes = ScorePasses(model, requests[0].how, texts[0].block_tokens, lengths)
     for request, blocks in zip(requests, texts, strict=True):
         assert request.model == source.ref, "one model at a time"
         first_token = first_token_of(ledger, request.tokens)

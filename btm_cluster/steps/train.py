@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from btm_cluster.curve import CURVE_FILE
 from btm_cluster.data.tokenizer import TOKENIZER_FILES
-from btm_cluster.errors import MissingError, TrainingError
+from btm_cluster.errors import MissingError, StoreError, TrainingError
 from btm_cluster.language_model.compute import device_name, device_of
 from btm_cluster.language_model.demix import DensePart, count_demix_parameters
 from btm_cluster.language_model.lora import ADAPTER_CONFIG, adapter_config, write_adapter_config
@@ -97,20 +97,22 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
             if stored is None:
                 return _await_commit(ledger, request)
             committed = stored
-            if trace is not None and trace.exists():
-                _commit_trace(request, ledger, trace)
-    ledger.clear_training(request.ref.identity)
+        ledger.clear_training(request.ref.identity)
+        if (folder / TRACE_FILE).exists():
+            _commit_trace(request, ledger, folder / TRACE_FILE)
     if dist.is_initialized():
         dist.barrier()
     return committed
 
 
 def _commit_trace(request: TrainRequest, ledger: Ledger, trace: Path) -> None:
-    """Commits the profiler's trace of a training whose model is committed."""
-    device = device_name(device_of(request.how.gpus_per_worker))
-    made = ledger.commit(
-        TraceOf(request.ref), {TRACE_FILE: trace}, {"device": device, "torch": torch.__version__}
-    )
+    """Commits the profiler's trace of a training whose model is committed, which is worth having without it."""
+    facts = {"device": device_name(device_of(request.how.gpus_per_worker)), "torch": torch.__version__}
+    try:
+        made = ledger.commit(TraceOf(request.ref), {TRACE_FILE: trace}, facts)
+    except StoreError as exc:
+        log.warning("%s: the trace of its updates could not be stored: %s", request.label, exc)
+        return
     key = blob_key(made.ref, made.blob(TRACE_FILE).sha256)
     log.info("%s: a trace of its updates is %s", request.label, key)
 

@@ -76,7 +76,7 @@ def _model(plan: Plan, study: StudyPlan, size: SizePlan) -> Mapping[str, Any]:
     if "mixture-of-experts" in study.systems:
         check_target(model)
     if any(system in DEMIXES for system in study.systems):
-        check_demix_fits(plan, model, len(plan.domains))
+        check_demix_fits(_variant(plan, size, 0), model, len(plan.domains))
     return model
 
 

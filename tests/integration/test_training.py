@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from btm_cluster.curve import CURVE_FILE
 from btm_cluster.driver.driver import resumed
 from btm_cluster.driver.preparation import prepare
 from btm_cluster.driver.recipes import demix_request, score_request
-from btm_cluster.errors import Stopped, TrainingError
+from btm_cluster.errors import Stopped, StoreError, TrainingError
 from btm_cluster.language_model import training
 from btm_cluster.language_model.loss import NextTokenLoss, read_after
 from btm_cluster.language_model.model import build_model
@@ -656,6 +657,24 @@ def test_a_trace_of_the_updates_is_kept_as_long_as_the_model_is(prepared_store: 
     assert trace.ref in reached({model.ref}, artifacts)
     assert trace.ref not in reached({*model.needs}, artifacts)
     assert replace(request, profile=False).ref == request.ref
+
+
+def test_a_model_is_made_whose_trace_cannot_be_stored(
+    prepared_store: PreparedStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    training = prepared_store.seed.training.model_copy(update={"random_seed": 77})
+    request = replace(prepared_store.seed, training=training, last_update=1, profile=True)
+    commits = Ledger.commit
+
+    def commit(ledger: Ledger, request: Any, *rest: Any) -> Artifact:
+        if isinstance(request, TraceOf):
+            raise StoreError("the store is full")
+        return commits(ledger, request, *rest)
+
+    monkeypatch.setattr(Ledger, "commit", commit)
+    assert isinstance(run(prepared_store, request), Artifact)
+    assert "could not be stored: the store is full" in caplog.text
+    assert prepared_store.driver.ledger.latest_training(request.ref.identity) is None
 
 
 def test_weights_that_the_very_last_update_spoiled_are_not_committed(prepared_store: PreparedStore) -> None:

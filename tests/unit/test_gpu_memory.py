@@ -15,6 +15,7 @@ from btm_cluster.language_model.deltas import trains_of
 from btm_cluster.language_model.training_size import size_for
 from btm_cluster.plan import BranchingPlan, Lora, Trains, read_plan
 from btm_cluster.requests import Resources
+from btm_cluster.study.repeats import _model
 from tests.progress_steps import training
 from tests.unit.test_memory import GB, QWEN_7B
 from tests.unit.test_plan import MINIMAL
@@ -127,9 +128,14 @@ def test_the_optimiser_is_in_a_models_name_where_it_is_not_adamw() -> None:
 
 
 def test_a_demix_has_no_single_matrices_for_muon() -> None:
-    plan = read_plan({**yaml.safe_load(MINIMAL), "training": {"optimizer": "muon"}})
+    muon = {"optimizer": "muon"}
+    plan = read_plan({**yaml.safe_load(MINIMAL), "training": muon})
     with pytest.raises(PlanError, match="optimizer does not fit a DEMix"):
         check_demix_fits(plan, LLAMA_1B, domains=2)
+    sizes = [{"name": "a", "model": {"preset": "gpt3-125m"}, "training": muon}]
+    studied = read_plan({**yaml.safe_load(MINIMAL), "study": {"sizes": sizes}})
+    with pytest.raises(PlanError, match="optimizer does not fit a DEMix"):
+        _model(studied, studied.study, studied.study.sizes[0])
 
 
 def test_what_no_setting_makes_fit_says_so() -> None:

@@ -130,6 +130,29 @@ def test_a_pass_of_scoring_takes_what_half_of_the_gpus_free_memory_holds(
     assert (found + 1) * 1024 * per_token > usable or found == 32
 
 
+@pytest.mark.parametrize(
+    ("texts", "at_once", "is_worth"),
+    [
+        ([512, 512], 256, True),
+        ([32] * 8, 32, True),
+        ([300], 150, True),
+        ([300, *[10] * 40], 150, False),
+        ([2], 2, False),
+    ],
+    ids=["long", "short", "cut-evenly", "mostly-filled-up", "little"],
+)
+def test_passes_are_compiled_where_there_is_enough_to_score_and_little_to_fill_up(
+    texts: list[int], at_once: int, is_worth: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(MODELS["gpt2"])
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    monkeypatch.setattr(scoring, "WORTH_COMPILING", 3 * 9 * parameters)
+    how = Resources(1, 1, 1, 4, "bfloat16", True)
+    assert scoring._blocks_of_even_passes(texts, most=256) == at_once
+    assert scoring._is_worth_compiling(model, how, 9, texts, at_once) == is_worth
+    assert not scoring._is_worth_compiling(model, replace(how, gpus_per_worker=0), 9, texts, at_once)
+
+
 def test_compiled_passes_are_of_one_shape_and_give_the_same_scores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,8 +172,9 @@ def test_compiled_passes_are_of_one_shape_and_give_the_same_scores(
     model = model_of(MODELS["untied"])
     for is_compiled in (False, True):
         monkeypatch.setattr(scoring, "_is_worth_compiling", lambda *_, answer=is_compiled: answer)
-        passes = scoring.ScorePasses(model, how, block_tokens=9, blocks=8)
-        for number in (6, 1):
+        passes = scoring.ScorePasses(model, how, block_tokens=9, texts=(7, 1))
+        assert passes.at_once == 4
+        for number in (7, 1):
             folder = tmp_path / f"{is_compiled}-{number}"
             folder.mkdir()
             tokens = np.random.default_rng(number).integers(60, size=(number, 9), dtype=np.uint16)

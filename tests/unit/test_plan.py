@@ -354,6 +354,8 @@ PROBLEMS = {
         "training.optimizer",
         "no whole matrix",
     ),
+    "study: {sizes: [{name: a, model: {preset: gpt3-125m}, training: {optimizer: muon}}]}\n"
+    "cluster: {sharding: full, seed_gpus: 2}": ("study.sizes[0].training.optimizer", "no whole matrix"),
     "cluster: {gpus_per_expert: .inf}": ("cluster.gpus_per_expert", "finite"),
     "cluster: {checkpoint_minutes: .inf}": ("cluster.checkpoint_minutes", "finite"),
     "cluster: {micro_batch_blocks: 0}": (

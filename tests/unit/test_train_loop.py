@@ -26,6 +26,7 @@ from btm_cluster.language_model.model import build_model
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.stored_weights import TensorFiles
 from btm_cluster.language_model.tensor_files import WEIGHTS
+from btm_cluster.language_model.tracing import Trace
 from btm_cluster.language_model.training import UpdateReport, train
 from btm_cluster.language_model.training_spec import TextBlocks, TrainingSpec
 from btm_cluster.language_model.training_state import (
@@ -339,6 +340,27 @@ def test_activations_are_computed_again_by_the_kernels_that_computed_them_first(
         updates.kernels = chosen
         losses.append(updates.make().shown.read())
     torch.testing.assert_close(losses[1], losses[0])
+
+
+def test_a_trace_that_cannot_be_written_or_ended_fails_no_training(
+    spec: TrainingSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a full disk; and after an error of the GPU, which any call would raise again and so hide."""
+    state = build_state(spec, ALONE)
+    train(replace(spec, trace_file=tmp_path / "missing" / "trace.json.gz"), state, Recorded(state))
+    assert state.update == 4
+    assert "no trace of the updates" in caplog.text
+
+    def lost(_: object) -> None:
+        raise RuntimeError("device lost")
+
+    trace = Trace(tmp_path / "trace.json.gz", CPU, updates=1)
+    trace.update_begins()
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    trace._device = torch.device("cuda")
+    trace.give_up()
+    trace.write()
+    assert not list(tmp_path.glob("trace*"))
 
 
 def test_muon_takes_orthogonal_steps_of_adamws_size_for_the_matrices_of_layers_alone(
