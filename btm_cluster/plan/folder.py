@@ -1,4 +1,5 @@
-"""Relative paths of a plan: where they begin, and how the processes of a run find them.
+"""Paths of a plan: where relative ones begin, how the processes of a run find them, and which of them lie in a
+Ray job's copy of its working directory.
 
 A plan keeps its texts' paths as they are written, since identities hang on them; they are opened below its folder.
 """
