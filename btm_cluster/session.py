@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from btm_cluster.plan import Plan
+from btm_cluster.plan.folder import refuse_in_jobs_copy
 from btm_cluster.stopping import end_at_signals, handling, stopped
 from btm_cluster.terminal.output import end_input
 
@@ -128,6 +129,7 @@ def open_ledger(store: str) -> "Ledger":
     from btm_cluster.ledger import Ledger
 
     ledger = Ledger.open(store)
+    refuse_in_jobs_copy(ledger.storage.location)
     ledger.storage.check()
     return ledger
 

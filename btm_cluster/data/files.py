@@ -15,8 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import pyarrow.fs
 
-from btm_cluster.jobs_copy import jobs_copy_of
-from btm_cluster.plan.folder import below
+from btm_cluster.plan.folder import below, jobs_copy_of
 
 S3 = "s3://"
 

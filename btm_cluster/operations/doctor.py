@@ -20,6 +20,7 @@ from btm_cluster.ledger import Ledger
 from btm_cluster.operations.gc import store_time
 from btm_cluster.operations.plan import Preview, preview
 from btm_cluster.plan import Plan
+from btm_cluster.plan.folder import refuse_in_jobs_copy
 from btm_cluster.storage import Storage, open_storage
 from btm_cluster.tracking.tracking import check_tracking
 from btm_cluster.workers.checks import LEAST_FREE_BYTES, Check, Needs, judge_machines
@@ -99,6 +100,7 @@ def examine_store(storage: Storage) -> list[Check]:
     """Whether it can be used, read and written, whether one of several
     racing creators wins, and its clock."""
     try:
+        refuse_in_jobs_copy(storage.location)
         storage.check()
     except BtmError as exc:
         return [_wrong("store", exc)]

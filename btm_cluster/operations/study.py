@@ -12,6 +12,7 @@ import transformers
 
 from btm_cluster.driver.driver import Driver
 from btm_cluster.plan import Plan
+from btm_cluster.plan.folder import refuse_in_jobs_copy
 from btm_cluster.report.results import SUMMARY_FILE, Results, write_results
 from btm_cluster.report.study_page import write_page
 from btm_cluster.storage import Storage, open_storage
@@ -27,6 +28,7 @@ def open_place(to: str) -> Storage:
         UserError: it cannot be written to.
     """
     place = open_storage(to)
+    refuse_in_jobs_copy(place.location)
     if "://" not in to:
         check_folder(Path(to))
     place.check()

@@ -1,13 +1,40 @@
-"""Relative paths of a plan: where they begin, and how the processes of a run find them.
+"""Paths of a plan: where relative ones begin, how the processes of a run find them, and which of them lie in a
+Ray job's copy of its working directory.
 
 A plan keeps its texts' paths as they are written, since identities hang on them; they are opened below its folder.
 """
 
 import os
+import re
 from pathlib import Path
 
 from btm_cluster.errors import UserError
-from btm_cluster.jobs_copy import jobs_copy_of
+
+_JOBS_COPY = re.compile(r"(.*?/runtime_resources/working_dir_files/[^/]+)(?:/.*)?", re.DOTALL)
+
+
+def jobs_copy_of(path: str) -> str | None:
+    """The root of a Ray job's copy of its working directory that an absolute path lies in; None in none.
+
+    Each node unpacks one of its own, in which the job's driver and workers begin, and which goes with the job.
+    """
+    found = _JOBS_COPY.fullmatch(path)
+    return found[1] if found else None
+
+
+def refuse_in_jobs_copy(location: str) -> None:
+    """Refuses a place for results, by its absolute path or address, that would go with a job.
+
+    Raises:
+        UserError: it lies in the job's copy of its working directory.
+    """
+    if jobs_copy_of(location) is not None:
+        raise UserError(
+            "what is written would be deleted with this job",
+            found=f"{location}, in the Ray job's own copy of its working directory",
+            expected="a bucket, or the absolute path of a folder that all nodes share",
+            remedy="name such a place",
+        )
 
 
 def opened_folder(folder: Path | str) -> str:

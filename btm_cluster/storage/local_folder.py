@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from btm_cluster.errors import MissingError, StoreError, UserError
-from btm_cluster.jobs_copy import jobs_copy_of
 from btm_cluster.storage.port import Entry, check_key, check_prefix
 from btm_cluster.storage.store_calls import DONE, FAILED, count_store_call
 
@@ -58,13 +57,6 @@ class LocalFolder:
             pass  # not there yet, or named above
         except OSError as exc:
             found = found or str(exc)[:200]
-        if jobs_copy_of(self.location) is not None:
-            raise UserError(
-                "what is written would be deleted with this job",
-                found=f"{self.location}, in the Ray job's own copy of its working directory",
-                expected="a bucket, or the absolute path of a folder that all nodes share",
-                remedy="name such a place",
-            )
         if found:
             raise UserError(
                 f"the store {self.location[:200]} cannot be a folder",

@@ -16,8 +16,11 @@ import pytest
 from btm_cluster.errors import MissingError, StoreError, UserError
 from btm_cluster.ledger import Ledger
 from btm_cluster.ledger.purge import plan_purge, purge
+from btm_cluster.operations.doctor import examine_store
 from btm_cluster.operations.gc import collect, find_garbage
+from btm_cluster.operations.study import open_place
 from btm_cluster.operations.verify import verify
+from btm_cluster.session import open_ledger
 from btm_cluster.storage import Entry, Storage, open_storage
 from btm_cluster.storage.local_folder import LocalFolder
 from tests.house import House
@@ -80,10 +83,13 @@ def test_a_folder_that_cannot_be_read_is_an_error_and_does_not_count_as_empty(tm
     assert keys(storage, "forest/") == ["forest/0"]
 
 
-def test_a_folder_in_a_jobs_own_copy_of_its_working_directory_is_refused() -> None:
+def test_a_place_in_a_jobs_own_copy_of_its_working_directory_is_refused() -> None:
     place = "/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_0/forests"
-    with pytest.raises(UserError, match="would be deleted with this job"):
-        open_storage(place).check()
+    for open_at in (open_ledger, open_place):
+        with pytest.raises(UserError, match="would be deleted with this job"):
+            open_at(place)
+    (check,) = examine_store(open_storage(place))
+    assert (check.state, "would be deleted" in check.found) == ("wrong", True), check
 
 
 def keys(storage: Storage, prefix: str) -> list[str]:

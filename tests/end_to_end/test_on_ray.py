@@ -64,7 +64,7 @@ def test_a_submitted_job_grows_the_same_forest_as_one_process_and_shows_itself_i
         assert job.wait(timeout=400) == 0, (tmp_path / "job.log").read_text()
     said = (tmp_path / "job.log").read_text()
     copies = Path(cluster["SESSION_FOLDER"]).glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*")
-    assert list(copies), "where a relative store would be: jobs_copy.py tells it by this path"
+    assert list(copies), "where a relative store would be: plan/folder.py tells it by this path"
     assert re.search(
         r"(Worth it|Not worth it|Undecided) as an ensemble: .* against the seed on 3 test texts", said
     )
