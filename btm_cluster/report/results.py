@@ -133,7 +133,7 @@ def check_nothing_is_lost(folder: Path, results: Results) -> None:
 
 
 def repeats_left(results: Results) -> int:
-    """Sizes and random seeds that the studies had still to come when they were written."""
+    """Parts that the studies had still to come when they were written: sizes and random seeds, and growth."""
     return sum(run.get("repeats_left", 0) for run in results.runs)
 
 

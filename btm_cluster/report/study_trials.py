@@ -88,5 +88,12 @@ def _edges(trials: Sequence[Entry], name: str, setting: str) -> Iterator[str]:
 
 
 def _group(trial: Entry) -> str:
-    """What was tried against each other: of one size, and of experts that train the same."""
-    return ", ".join([str(trial["size"]), *([trial["experts"]] if "experts" in trial else [])])
+    """The name of those that were tried against each other: of one size, and of experts that train the same. What
+    diverged later, without a choice, has its random seed."""
+    return ", ".join(
+        [
+            str(trial["size"]),
+            *([trial["experts"]] if "experts" in trial else []),
+            *([f"random seed {trial['random_seed']}"] if "random_seed" in trial else []),
+        ]
+    )

@@ -12,7 +12,7 @@ from btm_cluster.study.search import check_search, grid_of
 
 def check_study(plan: Plan, study: StudyPlan, sizes: Sequence[SizePlan]) -> None:
     """That nothing in a study is at odds with itself: before a text is read."""
-    check_branchings(study.branching)
+    check_branchings(study)
     _check_growth(plan, study.growth)
     if plan.model.pretrained is not None and not study.sizes:
         check_beside_pretrained(study)

@@ -13,7 +13,7 @@ from typing import Any
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText
 from btm_cluster.driver.recipes import expert_request, seed_start, transformer_lm_milestones
-from btm_cluster.evaluation.comparison import Comparer, Comparison, SystemModels
+from btm_cluster.evaluation.comparison import Comparer, Comparison
 from btm_cluster.evaluation.costs import costs_of
 from btm_cluster.evaluation.fitting import averaged_starts
 from btm_cluster.evaluation.milestones import choose_milestone, milestone_scores
@@ -210,8 +210,7 @@ def _compare(prepared: PreparedPlan, step: Step, driver: Driver) -> Comparison:
     """The step's systems on test text. What is chosen at its best milestone has cost its whole training."""
     single = {TRANSFORMER_LM: step.retrained.best}
     comparison = Comparer(prepared, single, step.forests, ("test",)).compare(driver)
-    whole = SystemModels((step.retrained.whole,), (step.retrained.best,))
-    return replace(comparison, models={**comparison.models, TRANSFORMER_LM: whole})
+    return comparison.charging({TRANSFORMER_LM.system: (step.retrained.whole,)})
 
 
 def _earlier(system: str, before: Mapping[str, _Spent]) -> _Spent:

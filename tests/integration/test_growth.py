@@ -69,7 +69,11 @@ def grew(plan_with_blocks: Plan, tmp_path_factory: pytest.TempPathFactory) -> Gr
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "compare", transformer_lm_alone)
         driver = in_process(plan)
-        (study,) = run_study(plan, driver)
+        before, study = run_study(plan, driver)
+    assert (before.entries, before.repeats_left) == (study.entries, 1), (
+        "the comparison does not wait for the growth"
+    )
+    assert (before.growth, study.repeats_left) == ((), 0)
     return Grew(plan, driver, study)
 
 

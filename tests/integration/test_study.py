@@ -225,7 +225,13 @@ def test_a_study_compares_with_the_transformer_lm_at_its_best_milestone_as_a_run
     assert (finished["milestones"]["best"], finished["milestones"]["last"]) == (11, 24)
     assert best["difference"] is None
     assert finished["difference"] == pytest.approx(finished["all"] / best["all"] - 1, rel=1e-3)
-    # Its experts get worse just so, and are stopped just so.
+    # Its experts get worse just so, and are stopped just so. Both were chosen among all of their training.
+    for chosen, whole in (
+        ("transformer-lm at its best milestone", "transformer-lm"),
+        ("forest stopped early", "forest"),
+        ("own expert of forest stopped early", "own expert"),
+    ):
+        assert entries[chosen]["cost"]["training_tokens"] == entries[whole]["cost"]["training_tokens"]
     assert entries["forest stopped early"]["stopped_at"] == {"kitchen": 11, "harbour": 11}
     for domain, perplexity in entries["own expert"]["per_domain"].items():
         stopped = entries["own expert of forest stopped early"]["per_domain"][domain]
