@@ -12,7 +12,7 @@ def trials_sections(results: Results) -> Iterator[Section]:
     columns = {
         "learning_rate": "learning rate",
         "updates": "updates",
-        "blocks_per_domain_update": "blocks of a domain per update",
+        "blocks_per_domain_update": "number of blocks of a domain per update",
     }
     yield from _tried_section(
         (
@@ -60,7 +60,12 @@ def _tried_section(
     ]
     strong = frozenset(number for number, trial in enumerate(trials) if trial["chosen"])
     table = Table(heading, ["size", *columns.values(), measured], rows, strong)
-    edges = [Paragraph(edge) for edge in _edges(trials, tried, columns[tried])]
+    edges = [
+        Paragraph(edge)
+        for name, setting in columns.items()
+        if name != "updates"  # which follow from the others
+        for edge in _edges(trials, name, setting)
+    ]
     yield Section(identifier, heading, [Paragraph(opening), table, *edges])
 
 
