@@ -26,8 +26,8 @@ def trials_sections(results: Results) -> Iterator[Section]:
         results.trials,
     )
     told = (
-        "Over the seed's at the same update. Tried on each forest alone, whose experts are then trained by the one "
-        "in bold; those of random splits by that of the first."
+        "A scale is the experts' learning rate over the seed's at the same update. Scales are tried on each forest "
+        "alone, and its experts have the one in bold. Experts on random splits have the first forest's."
     )
     yield from _tried_section(
         ("rates", "Experts' learning rates", told),

@@ -1,4 +1,4 @@
-"""Other ways to train a study's experts: what these are called, and the forests that they make beside the first one."""
+"""Other ways to train a study's experts: their names, and the forests that they make beside the first one."""
 
 from collections.abc import Iterator
 
@@ -9,6 +9,7 @@ from btm_cluster.requests import TrainRequest
 from btm_cluster.study.repeat import Repeat, branches
 
 METHODS = (*FEW_METHODS, GATE)
+"""Of each forest beside the first one: of other experts, and of experts stopped early."""
 AVERAGES = ("uniform", "fitted")
 
 

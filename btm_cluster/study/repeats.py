@@ -21,7 +21,7 @@ from btm_cluster.mixing.fitting import cross_fitted_perplexity, each_in_one_thre
 from btm_cluster.plan import Plan, SizePlan, StudyPlan, TrainingPlan
 from btm_cluster.requests import TrainRequest
 from btm_cluster.study.branchings import experts_names
-from btm_cluster.study.checks import check_founders, check_study, recipes_of
+from btm_cluster.study.checks import check_founders, check_study, recipes_of, sizes_of
 from btm_cluster.study.controls import DEMIXES
 from btm_cluster.study.repeat import Repeat, branches, fill_in, import_seed, marked, train
 from btm_cluster.study.search import by_search
@@ -32,7 +32,7 @@ def repeats_of(plan: Plan, driver: Driver) -> list[Repeat]:
     for all, and recipes are tried."""
     study = plan.study
     assert study is not None
-    sizes = study.sizes or (SizePlan.model_construct(name="model", model=plan.model, training=plan.training),)
+    sizes = sizes_of(plan, study)
     check_study(plan, study, sizes)
     if study.search is not None:
         driver.check_search()

@@ -1,7 +1,8 @@
 """A study's search for a recipe: trials on the Transformer-LM alone, of which those that lose early are stopped.
 
 Each trial is measured at rungs, milestones of its training. They are artifacts: no trial trains an update twice,
-and a search that was killed is gone through again without training what it had.
+and a search that was killed is gone through again without training what it had. Trials that diverged are the
+exception: they leave nothing, and are trained up to that rung again.
 """
 
 import math
@@ -35,7 +36,7 @@ class _Trial:
         """That of its finished Transformer-LM."""
         return self.repeat.transformer_lm().ref.identity
 
-    def leg(self, rungs: Sequence[float]) -> TrainRequest:
+    def to_next_rung(self, rungs: Sequence[float]) -> TrainRequest:
         """The training from the last rung to the next, which leaves on its way what a whole one leaves."""
         whole = replace(self.repeat.transformer_lm(), label=self.label)
         updates = updates_at(rungs, whole.first_update, whole.last_update)[: len(self.perplexities) + 1]
@@ -83,7 +84,7 @@ def by_search(repeat: Repeat, space: SearchPlan, driver: Driver) -> Repeat:
                 if number not in trials:
                     trials[number] = _drawn(repeat, number, settings)
                     import_seed(trials[number].repeat, driver)
-            legs = {number: trials[number].leg(rungs) for number in under_way}
+            legs = {number: trials[number].to_next_rung(rungs) for number in under_way}
             measured = _measure(repeat.prepared, list(legs.values()), driver, failures)
             # In an order of no meaning that is always the same: so are all decisions.
             for number in sorted(legs, key=lambda number: trials[number].identity):

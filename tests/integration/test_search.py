@@ -101,13 +101,13 @@ def test_a_search_trains_to_each_rung_once_and_chooses_among_those_that_reach_th
 
 def test_a_rung_keeps_what_lies_at_its_update_and_the_role_of_what_it_is(searched: Searched) -> None:
     trial = _Trial(searched.repeat, "trial")
-    two_thirds = trial.leg((2 / 3, 1.0))
+    two_thirds = trial.to_next_rung((2 / 3, 1.0))
     assert (two_thirds.last_update, two_thirds.snapshots) == (8, (8,)), (
         "or the first 8 updates are trained again"
     )
     assert two_thirds.role == "transformer-lm", "no seed of a forest"
-    assert trial.leg((0.5, 1.0)).ref == searched.repeat.seeds[0.5].ref
-    assert trial.leg((0.5, 1.0)).role == "seed"
+    assert trial.to_next_rung((0.5, 1.0)).ref == searched.repeat.seeds[0.5].ref
+    assert trial.to_next_rung((0.5, 1.0)).role == "seed"
 
 
 def test_rungs_of_a_pretrained_model_are_counted_from_where_its_training_begins() -> None:
