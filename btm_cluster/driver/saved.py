@@ -1,4 +1,4 @@
-"""What a run that was stopped leaves behind, in words."""
+"""Messages on what a stopped run has saved."""
 
 from collections.abc import Iterable
 

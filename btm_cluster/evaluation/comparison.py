@@ -62,6 +62,15 @@ class Comparison:
             models={**self.models, **other.models},
         )
 
+    def charging(self, whole: Mapping[str, tuple[Ref, ...]]) -> "Comparison":
+        """The comparison with these as the models that were trained for systems, by name. What is taken at its best
+        milestone was chosen among all of its training, and has cost all of it."""
+        models = {
+            system: replace(models, trained=whole.get(system.system, models.trained))
+            for system, models in self.models.items()
+        }
+        return replace(self, models=models)
+
 
 @dataclass(frozen=True)
 class SystemModels:

@@ -3,8 +3,9 @@
 Told from manifests alone: every model that was trained on the way to a system counts once, the seed included.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from btm_cluster.evaluation.comparison import Comparison, SystemModels
@@ -16,7 +17,7 @@ from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.plan import ALL, Lora, Trains
 
 MEASURED_SHARE = 0.5
-"""Of a training's tokens, by the process that ended it."""
+"""Of a training's tokens, by the processes whose seconds are noted."""
 EQUAL = 0.05
 """Costs that differ by no more count as equal: a router, or an adapter beside what it adapts."""
 
@@ -30,8 +31,8 @@ class Cost:
     training_flops: int
     """By parameters and attention, as for model FLOPs utilisation; frozen parameters have no gradient."""
     gpu_seconds: float | None
-    """GPUs times seconds of these trainings, shares of a GPU as such. 0 on CPUs. None where one of them was ended by a
-    process that did less than half of it: its rate is mostly that of starting."""
+    """GPUs times seconds of these trainings, shares of a GPU as such. 0 on CPUs. None where seconds are noted of less
+    than half of one of them: that rate is mostly the one of starting."""
     inference_flops: int
     """For each token, by the same count: the forward passes of all models that it runs."""
     stored_bytes: int
@@ -39,7 +40,8 @@ class Cost:
     bytes_of_each: int
     """Weights that are stored for one of the models trained for it, without its base: the mean."""
     tokens_per_second: float | None
-    """Of the last training of each of these models: the mean. None where there is none, as for a pretrained one."""
+    """Of the last training of each of these models: the mean. None where there is none, as for a pretrained one, or
+    where seconds are noted of less than half of one of them."""
 
 
 def costs_of(
@@ -79,11 +81,16 @@ def is_better(interval: Sequence[float], relative_cost: float) -> bool | None:
 
 
 def gpu_seconds(model: Artifact) -> float | None:
-    """GPU-seconds of a training, by the rate of the process that ended it."""
-    note, tokens = model.note, model.facts["tokens"]
-    if note["tokens_per_second"] * note["seconds"] < tokens * MEASURED_SHARE:
-        return None
-    return float(tokens / note["tokens_per_second"] * note["gpus"])
+    """GPU-seconds of a training, by its rate. None where that was measured on less than half of it."""
+    rate = _measured_rate(model)
+    return None if rate is None else float(model.facts["tokens"] / rate * model.note["gpus"])
+
+
+def _measured_rate(model: Artifact) -> float | None:
+    """Tokens per second of a training, where they were measured on half of it at least."""
+    note = model.note
+    measured = note["tokens_per_second"] * note["seconds"] >= model.facts["tokens"] * MEASURED_SHARE
+    return float(note["tokens_per_second"]) if measured else None
 
 
 class _Known:
@@ -101,17 +108,16 @@ class _Known:
     def cost(self, models: SystemModels, inference_flops: int) -> Cost:
         roots = [self.artifact(ref) for ref in models.trained]
         trainings = [one for one in self._with_parents(roots) if one.facts.get("tokens")]
-        speeds = [one.note["tokens_per_second"] for one in roots if one.facts.get("tokens")]
-        every = [gpu_seconds(one) for one in trainings]
-        measured = [seconds for seconds in every if seconds is not None]
+        speeds = [_measured_rate(one) for one in roots if one.facts.get("tokens")]
+        seconds = [gpu_seconds(one) for one in trainings]
         return Cost(
             training_tokens=sum(one.facts["tokens"] for one in trainings),
             training_flops=sum(one.facts["tokens"] * _flops_per_token(one) for one in trainings),
-            gpu_seconds=round(sum(measured), 1) if len(measured) == len(every) else None,
+            gpu_seconds=_rounded(sum, seconds),
             inference_flops=inference_flops,
             stored_bytes=sum(_stored_bytes(one) for one in self._with_bases(models.used)),
             bytes_of_each=round(sum(map(_stored_bytes, roots)) / len(roots)),
-            tokens_per_second=round(sum(speeds) / len(speeds), 1) if speeds else None,
+            tokens_per_second=_rounded(fmean, speeds) if speeds else None,
         )
 
     def _with_parents(self, roots: Iterable[Artifact]) -> list[Artifact]:
@@ -132,6 +138,12 @@ class _Known:
             found[one.ref] = one
             left += one.inputs["start"] if one.is_delta else ()
         return list(found.values())
+
+
+def _rounded(combine: Callable[[Sequence[float]], float], values: Sequence[float | None]) -> float | None:
+    """Of measured values, where all of them are."""
+    measured = [value for value in values if value is not None]
+    return round(combine(measured), 1) if len(measured) == len(values) else None
 
 
 def _stored_bytes(model: Artifact) -> int:

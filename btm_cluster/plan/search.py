@@ -12,6 +12,8 @@ from btm_cluster.plan.values import Positive, PositiveReal, Share, Whole
 
 _DRAWN = ("uniform", "loguniform")
 _KINDS = ("grid", *_DRAWN)
+NEAR_END = 0.95
+"""Share of a training from which on there is no rung but its end: a stop there would spare next to nothing."""
 
 
 def _space_rules(given: Given) -> Iterator[Broken]:
@@ -99,9 +101,9 @@ class SearchPlan(Section):
 
     @property
     def rungs(self) -> tuple[float, ...]:
-        """Shares of the training at which a trial is measured, the last at its end."""
+        """Shares of the training at which a trial is measured, the last at its end, with no other near it."""
         shares, share = [], self.first_rung
-        while share < 1:
+        while share < NEAR_END:
             shares.append(share)
             share = self.first_rung * self.reduction_factor ** len(shares)
         return (*shares, 1.0)

@@ -19,6 +19,8 @@ KEY = ("size", "seed_share", "system", "posterior", "prior", "development_blocks
 """Fields that entries have in common which differ in their random seed alone."""
 SHOWN = ("experts", "tokens", "train", "eval", "all", "per_domain", "difference", "difference_interval")
 """Other fields that the page reads of an entry, beside the number of parameters."""
+GROWTH_KEY = ("size", "random_seed", "step", "system", "posterior")
+"""Fields of a row of growth that no two have in common."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def _lines(entries: Sequence[Entry]) -> str:
 
 def read_results(folders: Sequence[Path]) -> Results:
     """The results in several folders together; where two have the same system, size
-    and random seed, the later one's counts.
+    and random seed, the later one's counts, and so of growth at the same step. Equal trials count once.
 
     Raises:
         UserError: a folder without them, not one entry in all of them, or two that cannot stand in one table.
@@ -68,6 +70,8 @@ def read_results(folders: Sequence[Path]) -> Results:
             for name, values in rest.items():
                 values += study.get(name, ()) if name == "growth" else study[name]
             texts = {text["name"]: text for text in rest["texts"]}
+            rest["growth"] = list({_growth_key(row): row for row in rest["growth"]}.values())
+            rest["trials"] = [row for i, row in enumerate(rest["trials"]) if row not in rest["trials"][:i]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
             raise UserError(
                 f"cannot read the results in {folder}",
@@ -121,11 +125,11 @@ def check_nothing_is_lost(folder: Path, results: Results) -> None:
     if not (folder / SUMMARY_FILE).exists():
         return
     old = read_results([folder])
-    missing = {_key(entry) for entry in old.entries} - {_key(entry) for entry in results.entries}
+    missing = _keys(old) - _keys(results)
     if missing or (repeats_left(results) and not repeats_left(old)):
         raise UserError(
             f"results in {folder} would be lost",
-            found=f"{len(missing)} entries that the new ones lack"
+            found=f"{len(missing)} entries and rows of growth that the new ones lack"
             if missing
             else "finished results, and unfinished new ones",
             remedy="name another folder with --to",
@@ -133,8 +137,17 @@ def check_nothing_is_lost(folder: Path, results: Results) -> None:
 
 
 def repeats_left(results: Results) -> int:
-    """Sizes and random seeds that the studies had still to come when they were written."""
+    """Parts that the studies had still to come when they were written: sizes and random seeds, and growth."""
     return sum(run.get("repeats_left", 0) for run in results.runs)
+
+
+def _keys(results: Results) -> set[tuple[Any, ...]]:
+    """The keys of all entries and of all rows of growth."""
+    return {*map(_key, results.entries), *map(_growth_key, results.growth)}
+
+
+def _growth_key(row: Entry) -> tuple[Any, ...]:
+    return tuple(row[name] for name in GROWTH_KEY)
 
 
 def _key(entry: Entry) -> tuple[Any, ...]:

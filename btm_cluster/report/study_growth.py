@@ -47,8 +47,14 @@ def _row(entry: Entry) -> list[str]:
         _difference(entry),
         f"{entry['tokens']:,}",
         f"{entry['tokens_so_far']:,}",
-        "–" if entry["gpu_seconds"] is None else f"{entry['gpu_seconds']:,.1f}",
+        _gpu_seconds(entry),
     ]
+
+
+def _gpu_seconds(entry: Entry) -> str:
+    """Those of the step; nothing known where none were spent so far, as on CPUs."""
+    is_known = entry["gpu_seconds"] is not None and entry["gpu_seconds_so_far"]
+    return f"{entry['gpu_seconds']:,.1f}" if is_known else "–"
 
 
 def _system(entry: Entry) -> str:

@@ -99,7 +99,7 @@ def _opening(results: Results) -> str:
 
 
 def _unfinished(left: int) -> str:
-    return f"written with {left} of the sizes and random seeds still to come"
+    return f"written with {left} of its parts (sizes and random seeds, and growth) still to come"
 
 
 def figure_sections(results: Results) -> Iterator[Section]:

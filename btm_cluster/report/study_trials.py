@@ -12,7 +12,7 @@ def trials_sections(results: Results) -> Iterator[Section]:
     columns = {
         "learning_rate": "learning rate",
         "updates": "updates",
-        "blocks_per_domain_update": "blocks of a domain per update",
+        "blocks_per_domain_update": "number of blocks of a domain per update",
     }
     yield from _tried_section(
         (
@@ -26,8 +26,8 @@ def trials_sections(results: Results) -> Iterator[Section]:
         results.trials,
     )
     told = (
-        "Over the seed's at the same update. Tried on each forest alone, whose experts are then trained by the one "
-        "in bold; those of random splits by that of the first."
+        "A scale is the experts' learning rate over the seed's at the same update. Scales are tried on each forest "
+        "alone, and its experts have the one in bold. Experts on random splits have the first forest's."
     )
     yield from _tried_section(
         ("rates", "Experts' learning rates", told),
@@ -60,7 +60,12 @@ def _tried_section(
     ]
     strong = frozenset(number for number, trial in enumerate(trials) if trial["chosen"])
     table = Table(heading, ["size", *columns.values(), measured], rows, strong)
-    edges = [Paragraph(edge) for edge in _edges(trials, tried, columns[tried])]
+    edges = [
+        Paragraph(edge)
+        for name, setting in columns.items()
+        if name != "updates"  # which follow from the others
+        for edge in _edges(trials, name, setting)
+    ]
     yield Section(identifier, heading, [Paragraph(opening), table, *edges])
 
 
@@ -88,5 +93,12 @@ def _edges(trials: Sequence[Entry], name: str, setting: str) -> Iterator[str]:
 
 
 def _group(trial: Entry) -> str:
-    """What was tried against each other: of one size, and of experts that train the same."""
-    return ", ".join([str(trial["size"]), *([trial["experts"]] if "experts" in trial else [])])
+    """The name of those that were tried against each other: of one size, and of experts that train the same. What
+    diverged later, without a choice, has its random seed."""
+    return ", ".join(
+        [
+            str(trial["size"]),
+            *([trial["experts"]] if "experts" in trial else []),
+            *([f"random seed {trial['random_seed']}"] if "random_seed" in trial else []),
+        ]
+    )

@@ -167,5 +167,16 @@ def earlier_spans(source: Source, first_update: int) -> list[dict[str, Any]]:
     return [{"first_update": first_update, "last_update": source.update, **profile}]
 
 
+def measured_before(source: Source, request: TrainRequest, gpus: float) -> tuple[float, float]:
+    """Tokens and seconds of this training that were measured until its source, on as many GPUs: of the milestone that
+    it goes on from. A training checkpoint has none."""
+    if source.stored is None or source.is_checkpoint or not source.is_on_the_way(request):
+        return 0.0, 0.0
+    note = source.stored.note
+    if note.get("gpus") != gpus or "seconds" not in note:
+        return 0.0, 0.0
+    return note["tokens_per_second"] * note["seconds"], note["seconds"]
+
+
 def _profile(span: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in span.items() if name not in SPAN}

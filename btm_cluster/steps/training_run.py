@@ -25,7 +25,7 @@ from btm_cluster.requests.progress import Control, Progress
 from btm_cluster.steps.checkpoints import TrainingCheckpoints
 from btm_cluster.steps.compiled_code import keep_compiled_code
 from btm_cluster.steps.development import open_development
-from btm_cluster.steps.resuming import Source, earlier_spans, profiles, restore
+from btm_cluster.steps.resuming import Source, earlier_spans, measured_before, profiles, restore
 from btm_cluster.steps.settling import settled
 
 NOTICE_SECONDS = 5.0
@@ -235,12 +235,14 @@ class TrainingRun:
         return profiles(earlier, self._source.update, self._request.how, state.update)
 
     def _note(self, state: TrainingState) -> dict[str, Any]:
-        seconds = time.monotonic() - self._started
-        tokens = (state.update - self._source.update) * self._spec.tokens_per_update
+        gpus = self._request.how.workers * self._request.how.gpus_per_worker
+        tokens, seconds = measured_before(self._source, self._request, gpus)
+        seconds += time.monotonic() - self._started
+        tokens += (state.update - self._source.update) * self._spec.tokens_per_update
         return {
             "seconds": round(seconds, 3),
             "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
-            "gpus": self._request.how.workers * self._request.how.gpus_per_worker,
+            "gpus": gpus,
             "device": device_name(self._spec.compute.device),
             "checkpoint_stall_seconds": round(self._checkpoints.stalled_seconds, 3),
         }

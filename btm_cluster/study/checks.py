@@ -1,4 +1,4 @@
-"""What a study refuses before a text is read: settings that are at odds with each other."""
+"""Checks of a study before a text is read: settings that are at odds with each other are refused."""
 
 from collections.abc import Sequence
 
@@ -10,9 +10,15 @@ from btm_cluster.study.pretrained import check_beside_pretrained
 from btm_cluster.study.search import check_search, grid_of
 
 
+def sizes_of(plan: Plan, study: StudyPlan) -> Sequence[SizePlan]:
+    """The sizes of a study; without any, the plan's own model and recipe."""
+    own = SizePlan.model_construct(name="model", model=plan.model, training=plan.training)
+    return study.sizes or (own,)
+
+
 def check_study(plan: Plan, study: StudyPlan, sizes: Sequence[SizePlan]) -> None:
     """That nothing in a study is at odds with itself: before a text is read."""
-    check_branchings(study.branching)
+    check_branchings(study)
     _check_growth(plan, study.growth)
     if plan.model.pretrained is not None and not study.sizes:
         check_beside_pretrained(study)

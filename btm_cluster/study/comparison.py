@@ -1,7 +1,7 @@
 """The rows of a study: every system of one size and random seed on test text, as plain values."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from btm_cluster.driver.driver import Driver
@@ -32,6 +32,10 @@ class Models:
     """The steps that make each mixture of experts, itself last."""
     stopped_at: Mapping[str, int]
     """The update of each expert's best milestone, by domain, where a forest of these is compared too."""
+    whole: Mapping[str, tuple[Ref, ...]] = field(default_factory=dict)
+    """The finished models of each system, by name, that is taken at its best milestones."""
+    diverged: tuple[str, ...] = ()
+    """Ways to train experts, as they are called, by which one diverged: their forests are left out."""
 
 
 def compare(prepared: PreparedPlan, models: Models, driver: Driver) -> Comparison:
@@ -39,7 +43,8 @@ def compare(prepared: PreparedPlan, models: Models, driver: Driver) -> Compariso
     single = {TRANSFORMER_LM: models.transformer_lm, **models.controls}
     single |= {System("seed", one.seed_share): one.seed for one in models.ensembles if one.seed}
     comparer = Comparer(prepared, single, models.ensembles, ("test",), models.milestones, models.mixtures)
-    return comparer.compare(driver)
+    whole = {BEST_TRANSFORMER_LM.system: (models.transformer_lm,), **models.whole}
+    return comparer.compare(driver).charging(whole)
 
 
 def entries_from(

@@ -1,8 +1,8 @@
 """Models of a study that are stopped early: each at the milestone that is best on its own development text.
 
 The Transformer-LM is compared at its best milestone. So is what else is trained to the end: each expert on its
-domain, and the Transformer-LM at the experts' rate on all of them. The start is no milestone of an expert: that
-would be the seed.
+domain, and the Transformer-LM at the experts' rate on all of them. The start is no milestone of an expert: it is
+the seed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,12 +12,12 @@ from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText
 from btm_cluster.evaluation.milestones import best_milestone
 from btm_cluster.evaluation.scoring import by_ref, mean_perplexities, score_requests
-from btm_cluster.evaluation.systems import FEW_METHODS, GATE, Ensemble
+from btm_cluster.evaluation.systems import Ensemble
 from btm_cluster.ledger import Ref
 from btm_cluster.requests import TrainRequest
+from btm_cluster.study.branchings import METHODS
 
 STOPPED_FOREST = "forest stopped early"
-METHODS = (*FEW_METHODS, GATE)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText
 from btm_cluster.driver.recipes import expert_request, seed_start, transformer_lm_milestones
-from btm_cluster.evaluation.comparison import Comparer, Comparison, SystemModels
+from btm_cluster.evaluation.comparison import Comparer, Comparison
 from btm_cluster.evaluation.costs import costs_of
 from btm_cluster.evaluation.fitting import averaged_starts
 from btm_cluster.evaluation.milestones import choose_milestone, milestone_scores
@@ -183,6 +183,7 @@ def _sum(one: float | None, other: float | None) -> float | None:
 def _entries(repeat: Repeat, steps: Sequence[Step], driver: Driver) -> Iterator[dict[str, Any]]:
     prepared = repeat.prepared
     spent: dict[str, _Spent] = {}
+    retrained = set[Ref]()
     for number, step in enumerate(steps):
         comparison = _compare(prepared, step, driver)
         costs = costs_of(comparison, prepared.model, prepared.plan.training.block_tokens, driver.ledger)
@@ -191,7 +192,7 @@ def _entries(repeat: Repeat, steps: Sequence[Step], driver: Driver) -> Iterator[
         before = dict(spent)
         for entry in found:
             earlier = _earlier(entry["system"], before)
-            spent[entry["system"]] = total = _total(entry, earlier)
+            spent[entry["system"]] = total = _total(entry, earlier, step.retrained.whole in retrained)
             yield {
                 "size": repeat.size,
                 "random_seed": prepared.plan.training.random_seed,
@@ -204,14 +205,14 @@ def _entries(repeat: Repeat, steps: Sequence[Step], driver: Driver) -> Iterator[
                 **asdict(total - earlier),
                 **{f"{name}_so_far": value for name, value in asdict(total).items()},
             }
+        retrained.add(step.retrained.whole)
 
 
 def _compare(prepared: PreparedPlan, step: Step, driver: Driver) -> Comparison:
     """The step's systems on test text. What is chosen at its best milestone has cost its whole training."""
     single = {TRANSFORMER_LM: step.retrained.best}
     comparison = Comparer(prepared, single, step.forests, ("test",)).compare(driver)
-    whole = SystemModels((step.retrained.whole,), (step.retrained.best,))
-    return replace(comparison, models={**comparison.models, TRANSFORMER_LM: whole})
+    return comparison.charging({TRANSFORMER_LM.system: (step.retrained.whole,)})
 
 
 def _earlier(system: str, before: Mapping[str, _Spent]) -> _Spent:
@@ -220,12 +221,12 @@ def _earlier(system: str, before: Mapping[str, _Spent]) -> _Spent:
     return before.get(system, before.get(founded, _Spent()))
 
 
-def _total(entry: Mapping[str, Any], earlier: _Spent) -> _Spent:
-    """The cost of all trainings so far: a Transformer-LM starts anew each time, and a forest keeps what it has, also
-    where it has become smaller."""
+def _total(entry: Mapping[str, Any], earlier: _Spent, is_retrained: bool) -> _Spent:
+    """The cost of all trainings so far: a Transformer-LM starts anew for domains that it was not trained on before, and
+    a forest keeps what it has, also where it has become smaller."""
     cost = _Spent(entry["cost"]["training_tokens"], entry["cost"]["gpu_seconds"])
     if entry["system"] == TRANSFORMER_LM.system:
-        return earlier + cost
+        return earlier if is_retrained else earlier + cost
     return max(earlier, cost, key=lambda spent: spent.tokens)
 
 

@@ -1,9 +1,8 @@
 """All models of a repeat of a study: their trainings, in the order in which they follow each other, and the
 ensembles that are made of them."""
 
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText
@@ -45,51 +44,105 @@ PRIORS = ("uniform", "argmax", "ema", "fitted")
 """The averages of parameters that are measured: the paper's three, and the posterior by the fitted prior."""
 
 
+@dataclass(frozen=True)
+class _Trainings:
+    """The trainings of a repeat."""
+
+    whole: TrainRequest
+    """The Transformer-LM, which all seeds lie on."""
+    demix: list[TrainRequest]
+    experts: Mapping[float, list[TrainRequest]]
+    """Those of each forest, by seed share."""
+    parts: list[PreparedText]
+    """The texts of random splits."""
+    dealt: list[TrainRequest]
+    """Experts on these."""
+    demix_from_seed: list[TrainRequest]
+    at_experts_rate: list[TrainRequest]
+    """Those that did not diverge."""
+    others: list[Repeat]
+    """Forests of other experts, of which none diverged."""
+
+
 def train_repeat(repeat: Repeat, driver: Driver) -> tuple[Models, list[tuple[TrainRequest, Artifact]]]:
-    """All models of a repeat: first the one run that all seeds lie on, then what
-    branches from it, then what follows it."""
+    """All models of a repeat, and the trainings with what came of each.
+
+    Raises:
+        StepError: a training failed. Those at the experts' rate and forests of other experts may diverge.
+    """
+    trainings, trained = _train(repeat, driver)
+    forests, seeded = _forests(repeat, trainings)
+    first = repeat.seed_shares[0]
+    others = (
+        [_members(repeat, "random-split", first, trainings.parts, trainings.dealt)] if trainings.dealt else []
+    )
+    others += _demixes(repeat, trainings.demix, trainings.demix_from_seed, trainings.at_experts_rate)
+    controls, whole = _controls(repeat, trainings.at_experts_rate, driver)
+    stopped_at: dict[str, int] = {}
+    if repeat.stops_early:
+        stopped, stopped_at = _stopped_experts(repeat.prepared, forests[0], trainings.experts[first], driver)
+        others.append(stopped)
+        whole |= dict.fromkeys((stopped.system, stopped.own_expert.system), forests[0].refs)
+    milestones = transformer_lm_milestones(repeat.prepared, repeat.seeds[first].ref)
+    otherwise = [(other.prepared, forest_of(other)) for other in trainings.others]
+    mixtures = (
+        routed_mixtures([(repeat.prepared, forests[0]), *otherwise])
+        if _has(repeat, "mixture-of-experts")
+        else {}
+    )
+    ensembles = (forests[0], seeded, *forests[1:], *others, *(forest for _, forest in otherwise))
+    there = {other.experts for other in trainings.others}
+    diverged = tuple(other.experts for other in repeat.others if other.experts not in there)
+    models = Models(
+        trainings.whole.ref, controls, milestones, ensembles, mixtures, stopped_at, whole, diverged
+    )
+    return models, trained
+
+
+def _has(repeat: Repeat, system: str) -> bool:
+    """Whether the study has such a system."""
+    study = repeat.prepared.plan.study
+    return study is not None and system in study.systems
+
+
+def _train(repeat: Repeat, driver: Driver) -> tuple[_Trainings, list[tuple[TrainRequest, Artifact]]]:
+    """Trains first the one run that all seeds lie on, then what branches from it."""
     prepared, seeds, first = repeat.prepared, repeat.seeds, repeat.seed_shares[0]
-    assert prepared.plan.study is not None
-    systems = prepared.plan.study.systems
-    whole = repeat.transformer_lm()
-    scratch = _scratch_requests(repeat)
-    demix = [demix_request(prepared)] if "demix" in systems else []
+    whole, scratch = repeat.transformer_lm(), _scratch_requests(repeat)
+    demix = [demix_request(prepared)] if _has(repeat, "demix") else []
     trained = train(repeat, [whole, *demix, *scratch], driver)
     fill_in(repeat, list(seeds.values()), driver)
 
     experts = {share: branches(repeat, prepared.domains, share) for share in seeds}
-    parts = _random_parts(prepared, driver) if "random-split" in systems else []
+    parts = _random_parts(prepared, driver) if _has(repeat, "random-split") else []
     dealt = [replace(expert, snapshots=()) for expert in branches(repeat, parts, first)]
-    demix_from_seed = (
-        [seeded_demix_request(prepared, seeds[first].ref)] if "demix-from-seed" in systems else []
-    )
-    at_experts_rate = _at_experts_rate(repeat)
+    demix_from_seed = [seeded_demix_request(prepared, seeds[first].ref)] if _has(repeat, SEEDED_DEMIX) else []
     branched = [*(expert for share in seeds for expert in experts[share]), *dealt, *demix_from_seed]
+    at_experts_rate = _at_experts_rate(repeat)
     known = {request.ref for request in branched}
-    branched += [e for other in repeat.others for e in experts_of(other) if e.ref not in known]
-    trained += train(repeat, branched, driver, at_experts_rate)
+    of_others = [e for other in repeat.others for e in experts_of(other) if e.ref not in known]
+    trained += train(repeat, branched, driver, may_diverge=[*at_experts_rate, *of_others])
     made = {request.ref for request, _ in trained}
-    experts |= {0.0: scratch} if scratch else {}
+    trainings = _Trainings(
+        whole,
+        demix,
+        experts | ({0.0: scratch} if scratch else {}),
+        parts,
+        dealt,
+        demix_from_seed,
+        [request for request in at_experts_rate if request.ref in made],
+        [other for other in repeat.others if made.issuperset(e.ref for e in experts_of(other))],
+    )
+    return trainings, trained
 
-    members = partial(_members, repeat)
-    forests = [members(FOREST, share, prepared.domains, experts[share]) for share in repeat.seed_shares]
+
+def _forests(repeat: Repeat, trainings: _Trainings) -> tuple[list[Ensemble], Ensemble]:
+    """The forest of each seed share, and the first one with its seed as one model more."""
+    domains, experts = repeat.prepared.domains, trainings.experts
+    forests = [_members(repeat, FOREST, share, domains, experts[share]) for share in repeat.seed_shares]
     seeded = with_seed(forests[0], (*FEW_METHODS, PRIOR_ALONE, GATE_FOR_ALL, GATE))
-    seeded = replace(seeded, averages=("learned",))
     forests[0] = replace(forests[0], methods=MANY_METHODS, averages=(*PRIORS, "greedy"))
-    others = [members("random-split", first, parts, dealt)] if dealt else []
-    at_rate = [request for request in at_experts_rate if request.ref in made]
-    others += _demixes(repeat, demix, demix_from_seed, at_rate)
-    stopped_at: dict[str, int] = {}
-    if repeat.stops_early:
-        stopped, stopped_at = _stopped_experts(prepared, forests[0], experts[first], driver)
-        others.append(stopped)
-    controls = _controls(repeat, at_rate, driver)
-    milestones = transformer_lm_milestones(prepared, seeds[first].ref)
-    otherwise = [(other.prepared, forest_of(other)) for other in repeat.others]
-    is_routed = "mixture-of-experts" in systems
-    mixtures = routed_mixtures([(prepared, forests[0]), *otherwise]) if is_routed else {}
-    ensembles = (forests[0], seeded, *forests[1:], *others, *(forest for _, forest in otherwise))
-    return Models(whole.ref, controls, milestones, ensembles, mixtures, stopped_at), trained
+    return forests, replace(seeded, averages=("learned",))
 
 
 def _scratch_requests(repeat: Repeat) -> list[TrainRequest]:
@@ -142,18 +195,20 @@ def _stopped_experts(
     return stopped_forest(forest, best), {name: one.update for name, one in best.items()}
 
 
-def _controls(repeat: Repeat, at_rate: Sequence[TrainRequest], driver: Driver) -> dict[System, Ref]:
+def _controls(
+    repeat: Repeat, at_rate: Sequence[TrainRequest], driver: Driver
+) -> tuple[dict[System, Ref], dict[str, tuple[Ref, ...]]]:
     """The Transformer-LM at the experts' rate, where it was trained; and at its best milestone, where experts are
-    stopped early and that is not its end."""
+    stopped early and that is not its end. Then the finished model of the latter, by the system's name."""
     whole = next((request for request in at_rate if not request.is_demix), None)
     if whole is None:
-        return {}
+        return {}, {}
     controls = {AT_EXPERTS_RATE: whole.ref}
     if repeat.stops_early:
         (best,) = best_milestones(repeat.prepared, [(whole, repeat.prepared.domains)], driver)
         if best.model != whole.ref:
             controls[BEST_AT_EXPERTS_RATE] = best.model
-    return controls
+    return controls, {BEST_AT_EXPERTS_RATE.system: (whole.ref,)}
 
 
 def _members(

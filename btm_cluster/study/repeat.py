@@ -35,7 +35,7 @@ class Repeat:
     the experts' learning rate."""
 
     experts: str = ""
-    """What its experts are called; empty for those of the first forest, by the plan's `branching`."""
+    """Name of its experts; empty for those of the first forest, by the plan's `branching`."""
     others: tuple["Repeat", ...] = field(default=(), compare=False)
     """The same with experts that are trained otherwise."""
 
@@ -98,8 +98,8 @@ class Repeat:
 
 
 def branches(repeat: Repeat, texts: Sequence[PreparedText], share: float) -> list[TrainRequest]:
-    """An expert on each text, from the seed of that share. Those of the first forest leave the milestones on their
-    way that early stopping chooses among."""
+    """An expert on each text, from the seed of that share. Where the study stops experts early, those of the first
+    forest leave two snapshots on their way, among which early stopping chooses."""
     prepared, start = repeat.prepared_by_share[share], seed_start(repeat.prepared, repeat.seeds[share].ref)
     # A label of its own, since all of them train at once.
     mark = re.sub(r"[^\w.]+", "-", f"{share} {repeat.experts}".strip())

@@ -4,7 +4,7 @@ Transformer-LM best, and that of its forest."""
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from btm_cluster.driver.driver import Driver, step_error
 from btm_cluster.driver.port import Failure
@@ -20,8 +20,8 @@ from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.mixing.fitting import cross_fitted_perplexity, each_in_one_thread
 from btm_cluster.plan import Plan, SizePlan, StudyPlan, TrainingPlan
 from btm_cluster.requests import TrainRequest
-from btm_cluster.study.branchings import experts_name
-from btm_cluster.study.checks import check_founders, check_study, recipes_of
+from btm_cluster.study.branchings import experts_names
+from btm_cluster.study.checks import check_founders, check_study, recipes_of, sizes_of
 from btm_cluster.study.controls import DEMIXES
 from btm_cluster.study.repeat import Repeat, branches, fill_in, import_seed, marked, train
 from btm_cluster.study.search import by_search
@@ -32,7 +32,7 @@ def repeats_of(plan: Plan, driver: Driver) -> list[Repeat]:
     for all, and recipes are tried."""
     study = plan.study
     assert study is not None
-    sizes = study.sizes or (SizePlan.model_construct(name="model", model=plan.model, training=plan.training),)
+    sizes = sizes_of(plan, study)
     check_study(plan, study, sizes)
     if study.search is not None:
         driver.check_search()
@@ -54,7 +54,7 @@ def repeats_of(plan: Plan, driver: Driver) -> list[Repeat]:
         first = _by_the_best(first, recipes_of(size, study), driver)
         if study.search is not None:
             first = by_search(first, study.search, driver)
-        first = _by_the_best_scale(first, study.learning_rate_scales, driver)
+        first = _with_best_scale(first, study.learning_rate_scales, driver)
         first = _with_others(first, study, driver)
         repeats.append(first)
         for random_seed in study.random_seeds[1:]:
@@ -111,7 +111,9 @@ def _by_the_best(repeat: Repeat, recipes: Sequence[TrainingPlan], driver: Driver
         replace(whole, label=f"{whole.label}-{repeat.size}-trial-{number}")
         for number, whole in enumerate(wholes, 1)
     ]
-    trained = _that_converged([[request] for request in called], driver)
+    trained, failures = _that_converged([[request] for request in called], driver)
+    if not any(trained):
+        raise step_error(failures)
     models = {model: name for one in trained for model, name in one.items()}
     found = dict(zip(models, _development_perplexities(repeat.prepared, models, driver), strict=True))
     perplexities = [found.get(whole.ref, math.inf) for whole in wholes]
@@ -125,27 +127,62 @@ def _by_the_best(repeat: Repeat, recipes: Sequence[TrainingPlan], driver: Driver
 
 
 def _with_others(repeat: Repeat, study: StudyPlan, driver: Driver) -> Repeat:
-    """The repeat with others that branch as `study.branching` says, each with the scale that suits it best."""
-    for branching in study.branching:
-        other = replace(repeat.branching_by(branching), experts=experts_name(branching), others=(), trials=())
-        scales = [scale * branching.learning_rate_scale for scale in study.learning_rate_scales]
-        other = _by_the_best_scale(other, scales, driver)
-        repeat = replace(repeat, others=(*repeat.others, other), trials=(*repeat.trials, *other.trials))
+    """The repeat with others that branch as `study.branching` says, each with the scale that suits it best.
+    Those of which an expert diverges under each scale are left out, and are among the trials."""
+    scales = study.learning_rate_scales
+    names = experts_names(study)
+    for branching, name in zip(study.branching, names, strict=True):
+        other = replace(repeat.branching_by(branching), experts=name, others=(), trials=())
+        tried, _ = _try_scales(other, [scale * branching.learning_rate_scale for scale in scales], driver)
+        best = _best_of(tried) if tried else other
+        others = (*repeat.others, best) if best is not None else repeat.others
+        repeat = replace(repeat, others=others, trials=(*repeat.trials, *_scale_rows(tried)))
     return repeat
 
 
-def _by_the_best_scale(repeat: Repeat, scales: Sequence[float], driver: Driver) -> Repeat:
-    """The repeat with the scale whose experts, mixed as planned, have the lowest
-    perplexity on the domains' development text.
-
-    Fitted on one half of a text's blocks and measured on the other, both ways. A scale under which an expert
-    diverges is out.
+def _with_best_scale(repeat: Repeat, scales: Sequence[float], driver: Driver) -> Repeat:
+    """The repeat with the scale of its experts' learning rate that suits it best.
 
     Raises:
-        StepError: an expert failed otherwise, or one diverged under each scale.
+        StepError: an expert failed otherwise than by diverging, or one diverged under each scale.
+    """
+    tried, failures = _try_scales(repeat, scales, driver)
+    if not tried:
+        return repeat
+    best = _best_of(tried)
+    if best is None:
+        raise step_error(failures)
+    return replace(best, trials=(*repeat.trials, *_scale_rows(tried)))
+
+
+Tried: TypeAlias = Sequence[tuple[Repeat, float]]
+"""A repeat with each scale, and its forest's perplexity; infinite where an expert diverged."""
+
+
+def _best_of(tried: Tried) -> Repeat | None:
+    """That of the lowest perplexity; None where experts diverged under each scale."""
+    best, perplexity = min(tried, key=lambda one: one[1])
+    return best if perplexity < math.inf else None
+
+
+def _scale_rows(tried: Tried) -> list[dict[str, Any]]:
+    if not tried:
+        return []
+    scales = [one.prepared.plan.branching.learning_rate_scale for one, _ in tried]
+    return _rows(tried[0][0], scales, [perplexity for _, perplexity in tried], "learning_rate_scale")
+
+
+def _try_scales(repeat: Repeat, scales: Sequence[float], driver: Driver) -> tuple[Tried, list[Failure]]:
+    """The repeat with each scale, and the perplexity of its experts, mixed as planned, on the domains' development
+    text; and what diverged.
+
+    Fitted on one half of a text's blocks and measured on the other, both ways.
+
+    Raises:
+        StepError: an expert failed otherwise than by diverging.
     """
     if not scales:
-        return repeat
+        return [], []
     prepared, share = repeat.prepared, repeat.seed_shares[0]
     train(repeat, [repeat.transformer_lm()], driver)
     fill_in(repeat, list(repeat.seeds.values()), driver)
@@ -157,14 +194,11 @@ def _by_the_best_scale(repeat: Repeat, scales: Sequence[float], driver: Driver) 
         )
         for one, scale in zip(tried, scales, strict=True)
     ]
+    converged, failures = _that_converged(asked, driver)
     perplexities = [
-        _ensemble_perplexity(prepared, experts, driver) if experts else math.inf
-        for experts in _that_converged(asked, driver)
+        _ensemble_perplexity(prepared, experts, driver) if experts else math.inf for experts in converged
     ]
-    best = perplexities.index(min(perplexities))
-    return replace(
-        tried[best], trials=(*repeat.trials, *_rows(repeat, scales, perplexities, "learning_rate_scale"))
-    )
+    return list(zip(tried, perplexities, strict=True)), failures
 
 
 def _rows(
@@ -177,26 +211,28 @@ def _rows(
             **({"experts": repeat.experts} if repeat.experts else {}),
             what: value,
             "development": round(perplexity, 4) if perplexity < math.inf else None,
-            "chosen": number == best,
+            "chosen": number == best and perplexity < math.inf,
         }
         for number, (value, perplexity) in enumerate(zip(values, perplexities, strict=True))
     ]
 
 
-def _that_converged(tried: Sequence[Sequence[TrainRequest]], driver: Driver) -> list[dict[Ref, str]]:
-    """The models of each that was tried, by name, all trained at once; none where one of them diverged.
+def _that_converged(
+    tried: Sequence[Sequence[TrainRequest]], driver: Driver
+) -> tuple[list[dict[Ref, str]], list[Failure]]:
+    """The models of each that was tried, by name, all trained at once; none where one of them diverged. And what
+    diverged.
 
     Raises:
-        StepError: one failed otherwise, or one diverged in each.
+        StepError: one failed otherwise.
     """
     outcomes = driver.obtain([request for one in tried for request in one])
     failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
     made = {outcome.ref for outcome in outcomes if isinstance(outcome, Artifact)}
     models = [{request.ref: request.label for request in one} for one in tried]
-    converged = [one if made.issuperset(one) else {} for one in models]
-    if not any(converged) or not all(failure.has_diverged for failure in failures):
+    if not all(failure.has_diverged for failure in failures):
         raise step_error(failures)
-    return converged
+    return [one if made.issuperset(one) else {} for one in models], failures
 
 
 def _ensemble_perplexity(prepared: PreparedPlan, experts: Mapping[Ref, str], driver: Driver) -> float:

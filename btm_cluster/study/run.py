@@ -4,13 +4,14 @@ The models of one size and random seed, a repeat, are made by `models.py` and co
 Everything is an artifact: what is there already is not made again, and a study that was killed goes on.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from btm_cluster.driver.driver import Driver
 from btm_cluster.evaluation.comparison import Comparison
 from btm_cluster.evaluation.costs import costs_of
+from btm_cluster.evaluation.systems import Ensemble
 from btm_cluster.evaluation.texts import TextReport, report_texts
 from btm_cluster.language_model.demix import count_demix_parameters
 from btm_cluster.language_model.model import count_parameters
@@ -38,11 +39,12 @@ class Study:
     speeds: tuple[Mapping[str, Any], ...]
     """Updates and tokens per second of each kind of training."""
     trials: tuple[Mapping[str, Any], ...]
-    """The Transformer-LM's perplexity on the domains' development text, for each recipe that was tried."""
+    """Perplexities on the domains' development text: the Transformer-LM's for each recipe that was tried, and a
+    forest's for each scale of its experts' learning rate. Forests that are left out since an expert diverged, too."""
     growth: tuple[Mapping[str, Any], ...]
     """A row for each step and system of a forest that is grown step by step."""
     repeats_left: int
-    """Sizes and random seeds that are still to come."""
+    """Parts that are still to come: sizes and random seeds, and the growth."""
 
 
 def run_study(plan: Plan, driver: Driver) -> Iterator[Study]:
@@ -50,7 +52,7 @@ def run_study(plan: Plan, driver: Driver) -> Iterator[Study]:
     own model with all rivals and controls.
 
     Yields what is known after each size and random seed, so that the first results need not wait for the
-    last.
+    last, and once more with the growth.
 
     Raises:
         UserError: a study that is at odds with itself: a share that leaves a seed or an expert without an
@@ -61,13 +63,13 @@ def run_study(plan: Plan, driver: Driver) -> Iterator[Study]:
     driver.listener.part("texts and trials first")
     repeats = repeats_of(plan.model_copy(update={"study": study}), driver)
     texts = tuple(report_texts(repeats[0].prepared, driver))
-    trials = tuple(trial for repeat in repeats for trial in repeat.trials)
+    trials = [trial for repeat in repeats for trial in repeat.trials]
     entries: list[Mapping[str, Any]] = []
     speeds: list[Mapping[str, Any]] = []
-    grown: list[Mapping[str, Any]] = []
+    forests: list[Ensemble] = []
+    parts = len(repeats) + (study.growth is not None)
     for number, repeat in enumerate(repeats, 1):
-        name = f"{repeat.size}, random seed {repeat.prepared.plan.training.random_seed}"
-        driver.listener.part(f"part {number} of {len(repeats)}: {name}")
+        driver.listener.part(f"part {number} of {parts}: {_name(repeat)}")
         models, trained = train_repeat(repeat, driver)
         comparison = compare(repeat.prepared, models, driver)
         if "adapted" in study.systems:
@@ -75,11 +77,34 @@ def run_study(plan: Plan, driver: Driver) -> Iterator[Study]:
             comparison = comparison.with_rows(adapted)
         entries += entries_of(repeat, comparison, models.stopped_at, driver.ledger)
         speeds += [_speed(repeat, request, model) for request, model in trained]
-        if study.growth is not None and number == 1:
-            driver.listener.part(f"part {number} of {len(repeats)}: {name}, growth")
-            grown += measure_growth(repeat, study.growth, models.ensembles[0], driver)
-        rows = (tuple(entries), texts, tuple(speeds), trials, tuple(grown))
-        yield Study(*rows, repeats_left=len(repeats) - number)
+        trials += _diverged(repeat, models.diverged)
+        forests.append(models.ensembles[0])
+        known = Study(tuple(entries), texts, tuple(speeds), tuple(trials), (), repeats_left=parts - number)
+        yield known
+    if study.growth is not None:
+        driver.listener.part(f"part {parts} of {parts}: {_name(repeats[0])}, growth")
+        grown = measure_growth(repeats[0], study.growth, forests[0], driver)
+        yield replace(known, growth=tuple(grown), repeats_left=0)
+
+
+def _name(repeat: Repeat) -> str:
+    return f"{repeat.size}, random seed {repeat.prepared.plan.training.random_seed}"
+
+
+def _diverged(repeat: Repeat, ways: Sequence[str]) -> list[Mapping[str, Any]]:
+    """A trial for each forest that is left out since one of its experts diverged."""
+    scales = {other.experts: other.prepared.plan.branching.learning_rate_scale for other in repeat.others}
+    return [
+        {
+            "size": repeat.size,
+            "random_seed": repeat.prepared.plan.training.random_seed,
+            "experts": experts,
+            "learning_rate_scale": scales[experts],
+            "development": None,
+            "chosen": False,
+        }
+        for experts in ways
+    ]
 
 
 def entries_of(

@@ -1,12 +1,14 @@
 """A study's search for a recipe: trials on the Transformer-LM alone, of which those that lose early are stopped.
 
 Each trial is measured at rungs, milestones of its training. They are artifacts: no trial trains an update twice,
-and a search that was killed is gone through again without training what it had.
+and a search that was killed is gone through again without training what it had. Trials that diverged are the
+exception: they leave nothing, and are trained up to that rung again.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from btm_cluster.driver.driver import Driver, step_error
@@ -34,17 +36,19 @@ class _Trial:
         """That of its finished Transformer-LM."""
         return self.repeat.transformer_lm().ref.identity
 
-    def leg(self, rungs: Sequence[float]) -> TrainRequest:
-        """The training from the last rung to the next, which passes what a whole one passes."""
+    def to_next_rung(self, rungs: Sequence[float]) -> TrainRequest:
+        """The training from the last rung to the next, which leaves on its way what a whole one leaves."""
         whole = replace(self.repeat.transformer_lm(), label=self.label)
-        until = [_update(whole, share) for share in rungs[: len(self.perplexities) + 1]]
-        end = until[-1]
-        last = whole if end == whole.last_update else replace(whole.until(end), label=self.label)
-        milestones = sorted({*whole.milestones, *until[:-1]})
+        updates = updates_at(rungs, whole.first_update, whole.last_update)[: len(self.perplexities) + 1]
+        end = updates[-1]
+        milestones = sorted({*whole.milestones, *updates[:-1]})
+        is_seed = end in whole.milestones
         return replace(
-            last,
+            whole.until(end),
+            label=self.label,
+            role="seed" if is_seed else whole.role,
             milestones=tuple(update for update in milestones if update < end),
-            snapshots=tuple(update for update in whole.snapshots if update < end),
+            snapshots=tuple(update for update in whole.snapshots if update <= end),
         )
 
     def row(self, rungs: Sequence[float]) -> dict[str, Any]:
@@ -61,8 +65,9 @@ class _Trial:
         }
 
 
-def _update(whole: TrainRequest, share: float) -> int:
-    return whole.first_update + round(share * (whole.last_update - whole.first_update))
+def updates_at(rungs: Sequence[float], first: int, last: int) -> list[int]:
+    """The updates of rungs, which are shares of a training from update `first` to update `last`."""
+    return [first + round(share * (last - first)) for share in rungs]
 
 
 def by_search(repeat: Repeat, space: SearchPlan, driver: Driver) -> Repeat:
@@ -79,7 +84,7 @@ def by_search(repeat: Repeat, space: SearchPlan, driver: Driver) -> Repeat:
                 if number not in trials:
                     trials[number] = _drawn(repeat, number, settings)
                     import_seed(trials[number].repeat, driver)
-            legs = {number: trials[number].leg(rungs) for number in under_way}
+            legs = {number: trials[number].to_next_rung(rungs) for number in under_way}
             measured = _measure(repeat.prepared, list(legs.values()), driver, failures)
             # In an order of no meaning that is always the same: so are all decisions.
             for number in sorted(legs, key=lambda number: trials[number].identity):
@@ -155,8 +160,9 @@ def check_search(size: SizePlan, space: SearchPlan) -> None:
                 expected="a divisor of that",
                 remedy="change `blocks_per_domain_update.grid`",
             )
-        updates = [round(share * recipe.updates) for share in space.rungs]
-        if updates[0] == 0 or updates[-2] == updates[-1]:
+        first = recipe.seed_updates if size.model.pretrained is not None else 0
+        updates = updates_at(space.rungs, first, recipe.updates)
+        if len(updates) < 2 or any(after <= before for before, after in pairwise([first, *updates])):
             raise UserError(
                 f"study.search: the rungs of {size.name} are not updates between its first and its last",
                 found=f"updates {', '.join(map(str, updates))}",

@@ -19,7 +19,7 @@ from btm_cluster.report.markdown import markdown
 from btm_cluster.report.study_growth import growth_sections
 from btm_cluster.study import run
 from btm_cluster.study.comparison import Models
-from btm_cluster.study.growth import Step, grow_steps
+from btm_cluster.study.growth import Step, _Spent, _total, grow_steps
 from btm_cluster.study.models import train_repeat
 from btm_cluster.study.repeats import repeats_of
 from btm_cluster.study.run import Study, run_study
@@ -69,7 +69,11 @@ def grew(plan_with_blocks: Plan, tmp_path_factory: pytest.TempPathFactory) -> Gr
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "compare", transformer_lm_alone)
         driver = in_process(plan)
-        (study,) = run_study(plan, driver)
+        before, study = run_study(plan, driver)
+    assert (before.entries, before.repeats_left) == (study.entries, 1), (
+        "the comparison does not wait for the growth"
+    )
+    assert (before.growth, study.repeats_left) == ((), 0)
     return Grew(plan, driver, study)
 
 
@@ -133,6 +137,16 @@ def test_a_forest_pays_for_what_is_new_and_the_transformer_lm_for_everything(gre
     assert retrained[-1]["tokens_so_far"] == 7 * whole
 
 
+def test_a_transformer_lm_that_is_there_is_not_charged_again(grew: Grew) -> None:
+    # The domain added last is taken out: what is left is what a step before had.
+    plan = growing(grew.plan, remove=[ADDED])
+    founded, _, removed = replace(grew, plan=plan).steps(in_process(plan))
+    assert removed.retrained == founded.retrained
+    entry = {"system": "transformer-lm", "cost": {"training_tokens": 5, "gpu_seconds": 1.0}}
+    assert _total(entry, _Spent(7, 2.0), is_retrained=True) == _Spent(7, 2.0)
+    assert _total(entry, _Spent(7, 2.0), is_retrained=False) == _Spent(12, 3.0)
+
+
 def test_the_forest_without_a_domain_is_that_of_the_other_experts(grew: Grew) -> None:
     *_, added, removed = grew.steps(in_process(grew.plan))
 
@@ -150,6 +164,7 @@ def test_the_page_has_a_table_of_growth(grew: Grew) -> None:
     assert "Growth: model, random seed 0" in page
     assert f"| 3 domains, added {ADDED} | posterior branch, calibrated | {known} | – | " in page
     assert f" | {everything} | {entry['bits_per_byte']:.4f} | " in page
+    assert "| 0.0 |" not in page, "GPU-seconds on CPUs"
 
 
 @pytest.mark.parametrize(

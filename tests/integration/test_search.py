@@ -10,9 +10,10 @@ import pytest
 
 from btm_cluster.driver.driver import Driver
 from btm_cluster.errors import StepError, Stopped, UserError
-from btm_cluster.plan import Plan, SearchPlan, StudyPlan
+from btm_cluster.plan import ModelPlan, Plan, SearchPlan, SizePlan, StudyPlan, TrainingPlan
 from btm_cluster.study.repeat import Repeat
 from btm_cluster.study.repeats import repeats_of
+from btm_cluster.study.search import _Trial, check_search
 from tests.conftest import in_process
 from tests.integration.conftest import copy_store
 
@@ -98,6 +99,25 @@ def test_a_search_trains_to_each_rung_once_and_chooses_among_those_that_reach_th
     assert made == 3 + 2, "three rungs of one trial, and two of the one that was stopped"
 
 
+def test_a_rung_keeps_what_lies_at_its_update_and_the_role_of_what_it_is(searched: Searched) -> None:
+    trial = _Trial(searched.repeat, "trial")
+    two_thirds = trial.to_next_rung((2 / 3, 1.0))
+    assert (two_thirds.last_update, two_thirds.snapshots) == (8, (8,)), (
+        "or the first 8 updates are trained again"
+    )
+    assert two_thirds.role == "transformer-lm", "no seed of a forest"
+    assert trial.to_next_rung((0.5, 1.0)).ref == searched.repeat.seeds[0.5].ref
+    assert trial.to_next_rung((0.5, 1.0)).role == "seed"
+
+
+def test_rungs_of_a_pretrained_model_are_counted_from_where_its_training_begins() -> None:
+    training = TrainingPlan(updates=12, seed_share=0.75)
+    model = ModelPlan(pretrained="folder")
+    size = SizePlan.model_construct(name="model", model=model, training=training)
+    with pytest.raises(UserError, match="updates 9, 10, 12"):
+        check_search(size, SearchPlan.model_validate(SPACE | {"first_rung": 0.16, "reduction_factor": 3}))
+
+
 def test_the_recipe_of_a_search_gives_the_models_of_a_plain_list_to_the_last_bit(
     searched: Searched, plan_with_blocks: Plan, tmp_path: Path
 ) -> None:
@@ -139,6 +159,7 @@ def test_a_search_of_which_nothing_converges_fails(plan_with_blocks: Plan, tmp_p
     ("space", "words"),
     [
         ({"first_rung": 0.01}, "rungs of model are not updates"),
+        ({"first_rung": 0.97}, "rungs of model are not updates"),
         ({"blocks_per_domain_update": {"grid": [5]}}, "cost other compute"),
     ],
 )

@@ -46,7 +46,7 @@ from btm_cluster.operations.run import run_plan
 from btm_cluster.operations.study import open_place, results_of, write_studies
 from btm_cluster.plan import MergingPlan, Plan, StudyPlan
 from btm_cluster.report.figures import of_every_share
-from btm_cluster.report.results import read_results, write_results
+from btm_cluster.report.results import check_nothing_is_lost, read_results, write_results
 from btm_cluster.report.study_page import write_page
 from btm_cluster.requests import MixingMethod, StepRequest, TrainRequest
 from btm_cluster.requests.progress import Control
@@ -225,7 +225,13 @@ def test_a_study_compares_with_the_transformer_lm_at_its_best_milestone_as_a_run
     assert (finished["milestones"]["best"], finished["milestones"]["last"]) == (11, 24)
     assert best["difference"] is None
     assert finished["difference"] == pytest.approx(finished["all"] / best["all"] - 1, rel=1e-3)
-    # Its experts get worse just so, and are stopped just so.
+    # Its experts get worse just so, and are stopped just so. Both were chosen among all of their training.
+    for chosen, whole in (
+        ("transformer-lm at its best milestone", "transformer-lm"),
+        ("forest stopped early", "forest"),
+        ("own expert of forest stopped early", "own expert"),
+    ):
+        assert entries[chosen]["cost"]["training_tokens"] == entries[whole]["cost"]["training_tokens"]
     assert entries["forest stopped early"]["stopped_at"] == {"kitchen": 11, "harbour": 11}
     for domain, perplexity in entries["own expert"]["per_domain"].items():
         stopped = entries["own expert of forest stopped early"]["per_domain"][domain]
@@ -451,14 +457,17 @@ def test_results_are_read_back_and_those_of_several_seeds_make_one_page(
     }
     lower = {**trial, "learning_rate": 0.001, "development": 12.3, "chosen": False}
     diverged = {**lower, "size": "large", "development": None}
+    larger = {**trial, "size": "larger", "blocks_per_domain_update": 8, "chosen": True}
+    smaller = {**larger, "blocks_per_domain_update": 4, "chosen": False}
     stopped = {**lower, "learning_rate": 0.0001, "development": 45.6, "share": 0.125}
     scale = {"size": "model", "learning_rate_scale": 2.0, "development": 8.76, "chosen": True}
     slower = {**scale, "learning_rate_scale": 1.0, "development": 8.9, "chosen": False}
     calibrated = {"posterior": "calibrated", "prior": "fitted", "development_blocks": None, "top_k": None}
     step = {"step": 1, "change": "added harbour", "domains": ["kitchen", "harbour"], "known": 4.2}
     step |= {"unknown": None, "tokens": 1024, "tokens_so_far": 9216, "gpu_seconds": 1.5}
+    step |= {"gpu_seconds_so_far": 4.5}
     grown = studied.entry(system="forest", seed_share=0.5, **calibrated) | step | {"bits_per_byte": 2.5}
-    trials = ({**trial, "chosen": True}, lower, diverged, stopped, slower, scale)
+    trials = ({**trial, "chosen": True}, lower, diverged, stopped, larger, smaller, slower, scale)
     study = replace(studied.study, trials=trials, growth=(grown,))
     results = results_of(studied.plan, study)
     write_results(results, tmp_path / "one")
@@ -478,6 +487,11 @@ def test_results_are_read_back_and_those_of_several_seeds_make_one_page(
         write_report(folders, tmp_path / "two")
     with pytest.raises(UserError, match=rf"would be lost\n.*{len(other)} entries"):
         write_report(folders[:1], tmp_path / "two")
+    assert together.growth == (json.loads(json.dumps(grown)),), "the same row in both"
+    assert list(together.trials) == list(trials)
+    write_results(replace(results, growth=()), tmp_path / "without")
+    with pytest.raises(UserError, match=r"would be lost\n.*1 entries and rows of growth"):
+        check_nothing_is_lost(tmp_path / "one", read_results([tmp_path / "without"]))
     write_report([*folders, *folders], tmp_path / "page")
     assert read_results([tmp_path / "page"]) == together, "a folder that is named twice counts once"
     page = (tmp_path / "page" / "README.md").read_text()
@@ -500,6 +514,7 @@ def test_results_are_read_back_and_those_of_several_seeds_make_one_page(
         "| model | 2 | **8.76** |",
         "The highest learning rate tried for model is the best",
         "The highest scale tried for model is the best",
+        "The highest number of blocks of a domain per update tried for larger is the best",
         "| forest, experts stopped early, calibrated |",
         "with random seed 0, kitchen at 12, harbour at 12",
     ):

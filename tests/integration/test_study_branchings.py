@@ -35,6 +35,7 @@ LLAMA = {
 }
 FEED_FORWARD, LORA = "forest of feed-forward experts", "forest of LoRA experts of rank 4"
 PLAIN = {"prior": "fitted", "development_blocks": None, "top_k": None}
+DIVERGING = {"train": "feed-forward", "learning_rate_scale": 1e30}
 EXPERT_TOKENS = 6 * 4 * 32
 """Of one expert: updates, blocks and tokens of a block. The seed has as many of each of two domains."""
 
@@ -54,7 +55,7 @@ def _short_searches() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def studied(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Studied:
-    ways = [{"train": "all"}, {"train": "feed-forward"}, {"train": "lora", "lora": {"rank": 4}}]
+    ways = [{"train": "all"}, {"train": "feed-forward"}, {"train": "lora", "lora": {"rank": 4}}, DIVERGING]
     store = tmp_path_factory.mktemp("branchings") / "store"
     plan = Plan.model_validate(fields_of(texts, store, systems=["mixture-of-experts"], branching=ways))
     driver = in_process(plan)
@@ -83,6 +84,19 @@ def test_full_experts_are_those_of_the_first_forest(studied: Studied) -> None:
         for row in rows:
             named = {name: row[name] for name in ("posterior", "prior", "development_blocks", "top_k")}
             assert row["per_domain"] == studied.entry(system=first, **named)["per_domain"]
+
+
+def test_a_forest_whose_experts_diverge_is_left_out_and_told_among_the_trials(studied: Studied) -> None:
+    (trial,) = studied.study.trials
+    assert trial == {
+        "size": "model",
+        "random_seed": 0,
+        "experts": "feed-forward experts, at 1e+30 times the rate",
+        "learning_rate_scale": 1e30,
+        "development": None,
+        "chosen": False,
+    }
+    assert not any("1e+30" in entry["system"] for entry in studied.study.entries)
 
 
 def test_experts_see_equal_tokens_whatever_they_train_and_the_transformer_lm_as_many(
@@ -246,7 +260,7 @@ def test_a_study_of_a_pretrained_model_sets_its_continued_pretraining_beside_its
     pretrained: Path, texts: dict[str, Path], tmp_path: Path
 ) -> None:
     fields = fields_of(texts, tmp_path / "store") | {"targets": []}
-    ways = {"branching": [{"train": "lora", "lora": {"rank": 4}}]}
+    ways = {"branching": [DIVERGING, {"train": "lora", "lora": {"rank": 4}, "learning_rate_scale": 8}]}
     recipes = {"trials": [{"learning_rate": 1e-2}, {"learning_rate": 5e-3}], "learning_rate_scales": [0.5, 1]}
     plan = from_pretrained(pretrained, fields, systems=[], **ways, **recipes)
     driver = in_process(plan)
@@ -258,7 +272,14 @@ def test_a_study_of_a_pretrained_model_sets_its_continued_pretraining_beside_its
     assert {e["cost"]["training_tokens"] for e in study.entries if e["system"] in forests} == {
         2 * 12 * 4 * 32
     }
-    assert {trial["learning_rate_scale"] for trial in study.trials if "experts" in trial} == {5, 10}
+    of_others = [trial for trial in study.trials if "experts" in trial]
+    assert [trial["learning_rate_scale"] for trial in of_others] == [5e29, 1e30, 4, 8]
+    assert [trial["experts"] for trial in of_others[::2]] == [
+        "feed-forward experts",
+        "LoRA experts of rank 4",
+    ]
+    assert sum(trial["chosen"] for trial in of_others) == 1, "the other diverged at each scale"
+    assert not any("feed-forward" in entry["system"] for entry in study.entries)
     # A run of the same plan imports the same model and continues it by the same artifact.
     chosen = next(trial for trial in study.trials if trial.get("learning_rate") and trial["chosen"])
     training = fields["training"] | {"learning_rate": chosen["learning_rate"]}
@@ -276,6 +297,13 @@ def test_a_study_of_a_pretrained_model_sets_its_continued_pretraining_beside_its
         ({"seed_shares": [0.5]}, "study.seed_shares"),
         ({"branching": [{"train": "lora", "lora": {"rank": 999}}]}, "999"),
         ({"branching": [{"train": "lora"}, {"train": "lora", "start": "uniform"}]}, "rank 16 2 times"),
+        (
+            {
+                "branching": [{"train": "all"}, {"train": "all", "learning_rate_scale": 2}],
+                "learning_rate_scales": [1, 2],
+            },
+            "full experts 2 times",
+        ),
     ],
 )
 def test_what_a_study_cannot_have_is_refused_before_a_text_is_read(

@@ -313,6 +313,9 @@ def test_a_transformer_lm_leaves_the_weights_of_its_milestones_on_its_way(
     )
     finished = run(prepared_store, request)
     assert weights_of(finished) == undisturbed["transformer-lm"]
+    # The seed's seconds count: the GPU-seconds of a training in several legs are those of all of them.
+    measured = finished.note["seconds"] * finished.note["tokens_per_second"]
+    assert measured == pytest.approx(finished.facts["tokens"], rel=0.1)
     for snapshot in request.at_snapshots:
         stored = ledger.get(snapshot.ref)
         ends_there = run(prepared_store, request.until(snapshot.last_update))

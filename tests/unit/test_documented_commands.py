@@ -11,6 +11,7 @@ from typer.exceptions import TyperException
 
 from btm_cluster.cli import app
 from btm_cluster.plan import Plan
+from btm_cluster.study.checks import check_study, sizes_of
 from tests.conftest import DOMAINS, TARGETS, plan_fields
 from tests.documented import ROOT, Block, blocks, inline_commands, pages
 
@@ -83,6 +84,20 @@ def test_every_piece_of_a_plan_fits_into_one(block: Block, tmp_path: Path) -> No
         return
     texts = {name: tmp_path / f"{name}.jsonl" for name in (*DOMAINS, *TARGETS)}
     assert Plan.model_validate(plan_fields(texts, tmp_path) | given)
+
+
+STUDIES = [block for block in PLANS if "study" in yaml.safe_load(block.text)]
+
+
+@pytest.mark.parametrize("block", STUDIES, ids=lambda block: block.text.split()[1])
+def test_every_study_is_one_that_is_not_refused(block: Block, tmp_path: Path) -> None:
+    given = yaml.safe_load(block.text)
+    fields = plan_fields(dict.fromkeys((*DOMAINS, *TARGETS), tmp_path), tmp_path) | {"training": {}}
+    removed = (given["study"].get("growth") or {}).get("remove", ())
+    domains = [{"name": name, "text": f"{name}.jsonl"} for name in (*DOMAINS, *removed)]
+    plan = Plan.model_validate(fields | {"domains": domains} | given)
+    assert plan.study is not None
+    check_study(plan, plan.study, sizes_of(plan, plan.study))
 
 
 @pytest.mark.parametrize(

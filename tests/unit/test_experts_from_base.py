@@ -10,7 +10,7 @@ from btm_cluster.language_model.deltas import trains_of
 from btm_cluster.language_model.mixture_of_experts import check_target
 from btm_cluster.language_model.model import count_parameters
 from btm_cluster.plan import Plan
-from btm_cluster.study.branchings import experts_name
+from btm_cluster.study.branchings import experts_names
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts import what lies beside them
 import experts_from_base
@@ -28,7 +28,7 @@ def test_all_that_the_plans_ask_for_can_be_made_of_the_shape(size: experts_from_
     assert study is not None
     for branching in study.branching:
         trains_of(branching, config)
-    assert [experts_name(one) for one in study.branching] == [
+    assert experts_names(study) == [
         "full experts",
         "feed-forward experts",
         *(f"LoRA experts of rank {rank}" for rank in size.ranks),

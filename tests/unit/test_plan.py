@@ -676,6 +676,7 @@ def test_a_study_that_would_train_twice_or_not_at_all_is_refused(
             (0.5, 1),
             6,
         ),
+        ({"learning_rate": {"grid": [1e-3]}, "first_rung": 0.333}, (0.333, 1), 1),  # and not 0.999
     ],
 )
 def test_a_searchs_rungs_and_trials_follow_from_its_space(

@@ -35,7 +35,7 @@ END_SECONDS = 60.0
 logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)  # it looks for files of results in the end
 Show: TypeAlias = Callable[[str], None]
 Event: TypeAlias = tuple[str, int, Mapping[str, Any]]
-"""What happened, to which trial by number, and its settings or result."""
+"""An event's name, the number of its trial, and the trial's settings or result."""
 
 
 @contextmanager
@@ -58,7 +58,7 @@ class TuneSearch:
         self._space, self._events = space, SimpleQueue[Event]()
         # Beside the driver, with which it ends.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.desk = ray.remote(_Desk).options(num_cpus=0, scheduling_strategy=here).remote()
+        self.results = ray.remote(_Results).options(num_cpus=0, scheduling_strategy=here).remote()
         self.is_left = threading.Event()
         self._under_way: dict[int, Mapping[str, float]] = {}
         self._ended: set[int] = set()
@@ -86,7 +86,7 @@ class TuneSearch:
 
     def tell(self, trial: int, share: float, perplexity: float | None) -> None:
         told = None if perplexity is None else {SHARE: share, PERPLEXITY: perplexity}
-        ray.get(self.desk.tell.remote(trial, told))
+        ray.get(self.results.tell.remote(trial, told))
         awaited = "completed" if told is None else "result"
         while self._take_event() != (awaited, trial):  # Tune decides before the next trial is told
             pass
@@ -114,14 +114,14 @@ class TuneSearch:
     def end(self) -> None:
         """Ends all trials, and Tune."""
         self.is_left.set()
-        self.desk.close.remote()
+        self.results.close.remote()
         assert self._thread is not None
         self._thread.join(END_SECONDS)
-        ray.kill(self.desk)
+        ray.kill(self.results)
 
 
-class _Desk:
-    """Where the processes of trials fetch what the driver has measured for them."""
+class _Results:
+    """Actor with a queue for each trial, from which its process takes what the driver has measured."""
 
     def __init__(self) -> None:
         self._measured: defaultdict[int, asyncio.Queue[dict[str, float] | None]] = defaultdict(asyncio.Queue)
@@ -140,10 +140,10 @@ class _Desk:
             await measured.put(None)
 
 
-def _trial(_: Mapping[str, float], desk: Any) -> None:
+def _trial(_: Mapping[str, float], results: Any) -> None:
     """A trial for Tune: what is measured of it, until nothing more is or Tune stops it."""
     number = _number(tune.get_context().get_trial_id())
-    while (measured := ray.get(desk.next.remote(number))) is not None:
+    while (measured := ray.get(results.next.remote(number))) is not None:
         tune.report(measured)
 
 
@@ -155,7 +155,7 @@ def _number(trial_id: str) -> int:
 def _tuner(space: SearchPlan, search: TuneSearch, folder: str, show: Show) -> tune.Tuner:
     """Tune's settings; its own notes, which nobody needs afterwards, go to `folder`."""
     node = f"node:{ray.util.get_node_ip_address()}"
-    trainable = tune.with_resources(tune.with_parameters(_trial, desk=search.desk), {node: NODE_SHARE})
+    trainable = tune.with_resources(tune.with_parameters(_trial, results=search.results), {node: NODE_SHARE})
     param_space = _param_space(space)
     asha = ASHAScheduler(
         time_attr=SHARE,
@@ -180,8 +180,8 @@ def _tuner(space: SearchPlan, search: TuneSearch, folder: str, show: Show) -> tu
             name="search",
             storage_path=folder,
             verbose=1,
-            callbacks=[_Ears(search)],
-            stop=_Leaving(search),
+            callbacks=[_SearchCallback(search)],
+            stop=_SearchStopper(search),
             progress_reporter=_Table(param_space, show),
         ),
     )
@@ -206,14 +206,14 @@ def _param_space(space: SearchPlan) -> dict[str, Any]:
     return found
 
 
-class _StaysHere:
-    """Tune writes its settings down, to go on from them; a search is begun anew instead, from the store."""
+class _NotPickled:
+    """Leaves out its state where Tune saves its settings to resume from them: a search begins anew from the store."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
-class _Ears(_StaysHere, TrialProgressCallback):
+class _SearchCallback(_NotPickled, TrialProgressCallback):
     """Tells the search of what Tune does, once that is decided.
 
     In the place of the callback of Tune that prints each result to standard output.
@@ -238,7 +238,7 @@ class _Ears(_StaysHere, TrialProgressCallback):
         self._search.hear(what, _number(trial.trial_id), told)
 
 
-class _Leaving(_StaysHere, tune.Stopper):
+class _SearchStopper(_NotPickled, tune.Stopper):
     """Has Tune start no other trial once the search is left."""
 
     def __init__(self, search: TuneSearch) -> None:
@@ -251,7 +251,7 @@ class _Leaving(_StaysHere, tune.Stopper):
         return self._search.is_left.is_set()
 
 
-class _Table(_StaysHere, tune.CLIReporter):
+class _Table(_NotPickled, tune.CLIReporter):
     """Tune's own table of trials, shown where it has changed, every few seconds at most."""
 
     def __init__(self, settings: Iterable[str], show: Show) -> None:
