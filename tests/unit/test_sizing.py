@@ -17,6 +17,7 @@ from btm_cluster.language_model.model import count_parameters
 from btm_cluster.plan import ModelPlan
 
 LAPTOP = Machine("a laptop", 4, 40e9, on_gpus=False)
+SERVER = Machine("a server", 64, 40e9, on_gpus=False)
 H200 = Machine("an H200", 1, 0.35 * 989e12, on_gpus=True)
 
 
@@ -49,7 +50,8 @@ def test_more_text_and_a_faster_machine_make_larger_models() -> None:
         return size_for({"a": int(1e6 * millions), "b": int(1e6 * millions)}, 0, machine).size.name
 
     assert chosen(0.5, LAPTOP) == chosen(0.5, H200) == "tiny"
-    assert chosen(50, LAPTOP) == "mini"
+    assert chosen(50, LAPTOP) == "tiny"
+    assert chosen(50, SERVER) == "mini"
     assert chosen(2_000, H200) == "gpt3-125m"
 
 
