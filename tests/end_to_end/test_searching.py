@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from ray.tune.utils.log import set_verbosity
 
 from btm_cluster.errors import StepError
 from btm_cluster.ledger import Ledger
@@ -25,6 +26,7 @@ SPACE = SearchPlan.model_validate(
 def test_tune_draws_trials_stops_those_that_lose_and_shows_its_table(
     connect: Callable[..., LazyRayWorkers], tmp_path: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    set_verbosity(1)  # as an earlier search leaves it in the process
     shown: list[str] = []
     with connect(Ledger.open(str(tmp_path / "store")), lambda _: None, None) as workers:
         with workers.open_search(SPACE, shown.append) as search:

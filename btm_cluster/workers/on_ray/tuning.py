@@ -256,7 +256,9 @@ class _Table(_NotPickled, tune.CLIReporter):
 
     def __init__(self, settings: Iterable[str], show: Show) -> None:
         columns = {name: name.split("_per_")[0].replace("_", " ") for name in settings}
-        super().__init__(metric_columns=[SHARE, PERPLEXITY], parameter_columns=columns)
+        super().__init__(
+            metric_columns=[SHARE, PERPLEXITY], parameter_columns=columns, print_intermediate_tables=True
+        )
         self._show, self._shown = show, ""
 
     def report(self, trials: list[Trial], done: bool, *system: str) -> None:
