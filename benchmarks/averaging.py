@@ -225,7 +225,7 @@ def _read(file: Path) -> None:
 
 
 def version_of(executable: str) -> str:
-    """Of the mergekit that an executable belongs to."""
+    """The version of the mergekit that an executable belongs to."""
     python = Path(executable).parent / "python"
     asked = "import importlib.metadata; print(importlib.metadata.version('mergekit'))"
     return subprocess.run([python, "-c", asked], check=True, capture_output=True, text=True).stdout.strip()

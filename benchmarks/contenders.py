@@ -18,7 +18,7 @@ POLL_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Usage:
-    """What one run of a command took, from start to exit; imports count."""
+    """Time and memory of one run of a command, from start to exit; imports count."""
 
     seconds: float
     cpu_seconds: float
@@ -57,7 +57,7 @@ def fastest(runs: Sequence[Usage]) -> Usage:
 
 
 def median_seconds(runs: Sequence[Usage]) -> float:
-    """Of wall time."""
+    """The median wall time of runs, in seconds."""
     return statistics.median(run.seconds for run in runs)
 
 

@@ -163,7 +163,7 @@ def store_scores(folder: Path, experts: int, blocks: int) -> None:
 
 
 def import_alone(folder: Path, experts: int, blocks: int) -> None:  # noqa: ARG001
-    """What `mix_stored` imports."""
+    """Imports what `mix_stored` does, and mixes nothing."""
     import torch
 
     import btm_cluster.steps.mix  # noqa: F401

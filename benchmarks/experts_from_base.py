@@ -44,13 +44,13 @@ class Size:
     vocabulary: int
     block_tokens: int
     blocks: int
-    """Of each domain in an update."""
+    """Blocks of each domain in an update."""
     learning_rate: float
     """The base's. Not chosen by a trial; GPT-2s of 10M parameters did best with 0.008."""
     learning_rates: tuple[float, ...]
-    """Of which the continued pretraining chooses the one for all."""
+    """Learning rates, of which the continued pretraining chooses the one for all."""
     scales: tuple[float, ...]
-    """Of the experts' learning rate, tried on each kind of experts: LoRA's are ten times these, which is too much
+    """Multiples of the experts' learning rate, tried on each kind of experts: LoRA's are ten times these, which is too much
     for a small model that likes a large rate."""
     ranks: tuple[int, ...]
 

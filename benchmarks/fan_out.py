@@ -73,7 +73,7 @@ class Sleeper:
 
 @dataclass(frozen=True)
 class Ran:
-    """What a run of so many experts took."""
+    """Times, memory and store calls of a run of so many experts."""
 
     experts: int
     gaps: list[float]

@@ -10,13 +10,12 @@ adding a domain, verifying, collecting, planning a purge. Training and scoring a
 """
 
 import argparse
-import math
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from results import Result, finish, parse, this_machine, today
+from results import Result, finish, growth_power, parse, this_machine, today
 from upkeep import LATER, add_domain, commit, timed
 
 from btm_cluster.forest import Expert, Forest, Foundation, merge_into
@@ -118,9 +117,8 @@ def experts_by_number(ledger: Ledger) -> dict[int, Artifact]:
 def result_of(taken: dict[int, dict[str, tuple[float, int]]]) -> Result:
     """The row: by which power of the number of experts the command grows that grows most."""
     small, large = sorted(taken)[-2:]
-    steps = math.log(large / small)
     powers = {
-        name: math.log(max(taken[large][name][0], 1e-3) / max(taken[small][name][0], 1e-3)) / steps
+        name: growth_power(small, large, taken[small][name][0], taken[large][name][0])
         for name in taken[large]
     }
     worst = max(powers, key=powers.__getitem__)

@@ -9,6 +9,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shlex
@@ -72,13 +73,13 @@ class Result(BaseModel):
     goal: float | None
     """Smallest ratio that is good enough, or, without a peer, the worst value of `ours` that is."""
     limit: float | None
-    """What the machine allows at best; None where nothing physical sets it."""
+    """The best that the machine allows; None where nothing physical sets it."""
     limit_is: str | None
     """The limit in words: which resource, and how it was measured or computed."""
     beside: dict[str, str] = Field(default_factory=dict)
     """Other figures, by what they are: CPU seconds, peak memory, seconds to the first update."""
     command: str = Field(default_factory=lambda: command_of(sys.argv))
-    """What repeats it."""
+    """The command that repeats it."""
 
     @field_validator("name")
     @classmethod
@@ -112,7 +113,7 @@ class Result(BaseModel):
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """What a script is asked, with `--json` and `--record`; exits where a toy size is to be recorded."""
+    """A script's arguments, with `--json` and `--record`; exits where a toy size is to be recorded."""
     parser.add_argument("--json", action="store_true", help="print the results as JSON, a line each")
     parser.add_argument("--record", action="store_true", help="keep them in results.json and the README")
     asked = parser.parse_args(arguments)
@@ -124,6 +125,12 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = Non
             "--record: a toy size only shows that the script works; leave --record out, or ask for another size"
         )
     return asked
+
+
+def growth_power(small: int, large: int, at_small: float, at_large: float) -> float:
+    """By which power of a size something grows from the small one to the large one; less than a thousandth counts as
+    that."""
+    return math.log(max(at_large, 1e-3) / max(at_small, 1e-3)) / math.log(large / small)
 
 
 def command_of(arguments: Sequence[str]) -> str:

@@ -8,7 +8,6 @@ collected, since no forest names them. Files have a few bytes each: what counts 
 """
 
 import argparse
-import math
 import os
 import tempfile
 import time
@@ -16,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from results import Result, finish, parse, this_machine, today
+from results import Result, finish, growth_power, parse, this_machine, today
 
 from btm_cluster.identity import Inputs, Ref, identity_by
 from btm_cluster.ledger import Ledger, Origin
@@ -114,8 +113,7 @@ def result_of(taken: dict[int, dict[str, float]]) -> Result:
     sizes = sorted(taken)
     small, large = sizes[-2], sizes[-1]
     powers = {
-        name: math.log(taken[large][name] / max(taken[small][name], 1e-3)) / math.log(large / small)
-        for name in taken[large]
+        name: growth_power(small, large, taken[small][name], taken[large][name]) for name in taken[large]
     }
     worst = max(powers, key=powers.__getitem__)
     return Result(

@@ -7,7 +7,6 @@ which the distinct documents of one are held at a time, so a text of 100 GB need
 
 import bisect
 import hashlib
-import json
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,17 +14,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import pyarrow
-
-from btm_cluster.data.conversations import Conversation
 from btm_cluster.data.documents import NO_TEXT, TOO_LONG, BadDocument, Document
+from btm_cluster.data.shards import ShardWriter
 from btm_cluster.data.sources import read_documents
 from btm_cluster.data.streams import Count
 from btm_cluster.errors import TextError
 from btm_cluster.plan import ChatTemplate, ReadingPlan, TextPlan
 
 SPLITS = ("train", "development", "test")
-SHARD_CHARACTERS = 32_000_000
 _HELD_OUT_FIRST = {"test": 0, "development": 1, "train": 2}
 _RECORD = struct.Struct("<32sBBI")
 _SPOOL_BUFFER_BYTES = 1 << 17
@@ -100,18 +96,6 @@ def write_random_part(
 
     chosen = (replace(document, split="train") for document in documents if dealt(document))
     return _write_shards(_spool(chosen, (0.0, 0.0), folder)[0], folder, {})
-
-
-def read_shard(path: Path) -> Iterator[Document]:
-    """The documents of a shard file."""
-    with pyarrow.input_stream(str(path), compression="zstd") as stream:
-        rest = b""
-        while chunk := stream.read(1 << 20):
-            *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                row = json.loads(line)
-                messages = row.get("messages")
-                yield Document(row["text"], conversation=None if messages is None else Conversation(messages))
 
 
 def content_hash(text: str) -> bytes:
@@ -238,7 +222,7 @@ def _write_shards(spools: Iterable[Path], folder: Path, moved: Mapping[bytes, tu
     `moved` documents go from one split to another, but for those that the other split's own files have.
     """
     identity = hashlib.sha256()
-    writers = {split: _ShardWriter(split, folder) for split in SPLITS}
+    writers = {split: ShardWriter(split, folder) for split in SPLITS}
     read = kept = 0
     for spool in spools:
         survivors, count = _unspool(spool)
@@ -266,45 +250,6 @@ def _write_shards(spools: Iterable[Path], folder: Path, moved: Mapping[bytes, tu
     if any(writer.conversations for writer in writers.values()):
         facts["conversations"] = sum(writer.conversations for writer in writers.values())
     return Text(identity.hexdigest(), facts, files)
-
-
-class _ShardWriter:
-    """Writes one split's documents into .jsonl.zst files of about SHARD_CHARACTERS each."""
-
-    def __init__(self, split: str, folder: Path) -> None:
-        self.documents = self.characters = self.words = self.conversations = 0
-        self.names: list[str] = []
-        self._split, self._folder = split, folder
-        self._stream: Any = None
-        self._room = 0
-
-    def write(self, document: str, is_conversation: bool) -> None:
-        """Takes a document's text, or a conversation as JSON."""
-        if self._stream is None or self._room <= 0:
-            self._next_shard()
-        row: dict[str, Any] = {"text": document}
-        if is_conversation:
-            conversation = Conversation.of(document)
-            row = {"text": conversation.text, "messages": conversation.messages}
-            self.conversations += 1
-        text = row["text"]
-        self._stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        self._room -= len(text)
-        self.documents += 1
-        self.characters += len(text)
-        self.words += len(text.split())
-
-    def close(self) -> dict[str, Path]:
-        if self._stream is not None:
-            self._stream.close()
-        return {name: self._folder / name for name in self.names}
-
-    def _next_shard(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
-        self.names.append(f"{self._split}-{len(self.names):05d}.jsonl.zst")
-        self._stream = pyarrow.output_stream(str(self._folder / self.names[-1]), compression="zstd")
-        self._room = SHARD_CHARACTERS
 
 
 def _check_splits(name: str, text: Text, is_target: bool) -> None:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from btm_cluster.data.corpus import read_shard, usable_documents, write_text
+from btm_cluster.data.corpus import usable_documents, write_text
 from btm_cluster.data.documents import BadDocument, Delimiter, Read, longer_than
 from btm_cluster.data.fields import fields_with_messages
 from btm_cluster.data.files import S3, SourceFile, opened, readable
 from btm_cluster.data.readers import read_file
+from btm_cluster.data.shards import read_shard
 from btm_cluster.data.sources import as_document, opened_files, refuse_together, source_files
 from btm_cluster.errors import TextError
 from btm_cluster.plan import ChatTemplate, ReadingPlan, TextPlan

@@ -44,7 +44,7 @@ class MixtureLikelihood:
 
     @classmethod
     def of(cls, evidence_EN: torch.Tensor, logp_EN: torch.Tensor) -> "MixtureLikelihood":
-        """Of evidence and log-probabilities of each token under each expert."""
+        """The scores, from evidence and log-probabilities of each token under each expert."""
         best_N = logp_EN.max(dim=0).values
         evidence_EN, likelihood_EN = evidence_EN - evidence_EN.max(dim=0).values, (logp_EN - best_N).exp()
         return cls(_stretches(evidence_EN), _stretches(likelihood_EN), float(best_N.mean()), len(best_N))

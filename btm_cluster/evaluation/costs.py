@@ -27,7 +27,8 @@ class Cost:
     """The cost of a system."""
 
     training_tokens: int
-    """Of all models that were trained for it, with what they started from. Of a pretrained model none are known."""
+    """Tokens of all models that were trained for it, with what they started from; of a pretrained model none are
+    known."""
     training_flops: int
     """By parameters and attention, as for model FLOPs utilisation; frozen parameters have no gradient."""
     gpu_seconds: float | None
@@ -40,7 +41,7 @@ class Cost:
     bytes_of_each: int
     """Weights that are stored for one of the models trained for it, without its base: the mean."""
     tokens_per_second: float | None
-    """Of the last training of each of these models: the mean. None where there is none, as for a pretrained one, or
+    """The mean over the last trainings of these models. None where there is none, as for a pretrained one, or
     where seconds are noted of less than half of one of them."""
 
 
@@ -141,7 +142,7 @@ class _Known:
 
 
 def _rounded(combine: Callable[[Sequence[float]], float], values: Sequence[float | None]) -> float | None:
-    """Of measured values, where all of them are."""
+    """The values combined to one, to a tenth; None where one was not measured."""
     measured = [value for value in values if value is not None]
     return round(combine(measured), 1) if len(measured) == len(values) else None
 

@@ -104,7 +104,7 @@ def _is_cudnn_quicker(shape: AttentionShape, device: torch.device) -> bool:
 
 
 def _milliseconds(backend: SDPBackend, shape: AttentionShape, device: torch.device) -> float:
-    """Of a forward and a backward pass over a few blocks.
+    """Milliseconds of a forward and a backward pass over a few blocks.
 
     Raises:
         RuntimeError: it cannot compute them.

@@ -97,7 +97,7 @@ class SearchPlan(Section):
     """About one of so many trials goes on from a rung, and rungs lie so many times further on than the one
     before."""
     random_seed: Annotated[Whole, Field(lt=2**32)] = 0
-    """Of what is drawn."""
+    """The random seed of what is drawn."""
 
     @property
     def rungs(self) -> tuple[float, ...]:

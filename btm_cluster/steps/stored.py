@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from btm_cluster.data.blocks import MARKS_FILE, PADDING_DOCUMENT, READ, Blocks
-from btm_cluster.data.corpus import read_shard
 from btm_cluster.data.documents import Document
+from btm_cluster.data.shards import read_shard
 from btm_cluster.data.tokenizer import TOKENIZER_FILES, TextTokenizer, load_tokenizer
 from btm_cluster.errors import MissingError
 from btm_cluster.ledger import Artifact, Ledger, Ref, artifact_key

@@ -4,7 +4,7 @@ import numpy as np
 
 from btm_cluster.data.blocks import MARKS_FILE, READ, pack_blocks
 from btm_cluster.data.chat_tokens import tokenised_documents
-from btm_cluster.data.corpus import read_shard
+from btm_cluster.data.shards import read_shard
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.requests import Tokenize
 from btm_cluster.requests.progress import Control, Counter

@@ -17,8 +17,9 @@ from transformers import AutoTokenizer
 from btm_cluster.data.blocks import END, READ, TEXT, PackedBlocks, TokenisedDocument, pack_blocks, tokenised
 from btm_cluster.data.chat_tokens import tokenised_documents
 from btm_cluster.data.conversations import Conversation
-from btm_cluster.data.corpus import read_shard, write_random_part, write_text
+from btm_cluster.data.corpus import write_random_part, write_text
 from btm_cluster.data.documents import BadDocument, Document
+from btm_cluster.data.shards import read_shard
 from btm_cluster.data.sources import read_documents
 from btm_cluster.data.tokenizer import (
     TOKENIZER_FILES,

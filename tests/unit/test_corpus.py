@@ -13,8 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from btm_cluster.data import corpus
-from btm_cluster.data.corpus import SPLITS, Text, content_hash, read_shard, write_text
+from btm_cluster.data import corpus, shards
+from btm_cluster.data.corpus import SPLITS, Text, content_hash, write_text
+from btm_cluster.data.shards import read_shard
 from btm_cluster.data.word_windows import word_windows
 from btm_cluster.errors import TextError
 from btm_cluster.plan import DatasetPlan, ReadingPlan, TextPlan
@@ -177,7 +178,7 @@ def test_a_data_set_gives_its_splits(tmp_path: Path) -> None:
 
 
 def test_shards_are_cut_by_the_text_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "SHARD_CHARACTERS", 4_000)
+    monkeypatch.setattr(shards, "SHARD_CHARACTERS", 4_000)
     monkeypatch.setattr(corpus, "_SPOOL_BUFFER_BYTES", 64)
     first = make(tmp_path / "a", scatter(DOCUMENTS, tmp_path / "in-a", 1))
     assert len(first.facts["splits"]["train"]["shards"]) > 3
