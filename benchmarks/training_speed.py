@@ -10,8 +10,8 @@ own, with an empty cache of compiled code. Tokens per second are the median over
 that compiling is left out; seconds to the first update begin with the process. The limit is the GPU's peak over the
 operations of a token. On a CPU it runs a toy size to show that it works.
 
-`--attention`, `--compile`, `--optimizer`, `--residual` and `--inductor` change ours alone, to see what each would be
-worth: `--residual bfloat16` has hidden states between layers in bfloat16, as autocast has not, and `--inductor
+`--attention`, `--compile`, `--optimizer`, `--residual` and `--inductor` change ours alone, to see what each is worth:
+`--residual float32` has hidden states between layers in float32, as autocast leaves them, and `--inductor
 coordinate_descent_tuning=1` sets a field of torch._inductor.config. `--count-synchronisations` says how often an update
 of the second half waits for the GPU, as torch counts it.
 """
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--attention", choices=("chosen", "flash", "cudnn"), default="chosen")
     parser.add_argument("--compile", choices=("chosen", "whole", "layers"), default="chosen")
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
-    parser.add_argument("--residual", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--residual", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--inductor", nargs="*", default=[], metavar="NAME=VALUE")
     parser.add_argument("--count-synchronisations", action="store_true")
     parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
@@ -163,24 +163,13 @@ def _change(asked: argparse.Namespace) -> None:
         update.kernels_for = lambda *_: lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION)  # type: ignore[assignment]
     if asked.attention == "cudnn":
         update.kernels_for = lambda *_: cudnn_first
-    if asked.residual == "bfloat16":
-        update.leave_causal_masks_out = _with_bfloat16_residual
+    if asked.residual == "float32":
+        update.hand_on_in_bfloat16 = lambda _: None
     for setting in asked.inductor:
         name, _, value = setting.partition("=")
         setattr(torch._inductor.config, name, type(getattr(torch._inductor.config, name))(int(value)))
     if asked.compile != "chosen":
         update.is_compiled_whole = lambda *_: asked.compile == "whole"
-
-
-def _with_bfloat16_residual(model: Any) -> None:
-    import torch
-
-    from btm_cluster.language_model.attention import leave_causal_masks_out
-
-    leave_causal_masks_out(model)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Embedding):
-            module.register_forward_hook(lambda _, __, made: made.to(torch.bfloat16))
 
 
 def trainer(size: str, asked: argparse.Namespace) -> Measured:
@@ -191,8 +180,8 @@ def trainer(size: str, asked: argparse.Namespace) -> Measured:
     layers, width, heads, batch, vocabulary, updates = SIZES[size]
     on_gpu = torch.cuda.is_available()
     shape = {"n_layer": layers, "n_embd": width, "n_head": heads, "n_positions": 1024}
-    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **shape, **no_dropout))
+    same = {"activation_function": "gelu", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **shape, **same))
     blocks = torch.from_numpy(np.random.default_rng(0).integers(1, vocabulary, (512, 1024)))
 
     class Data(torch.utils.data.Dataset[dict[str, Any]]):

@@ -1,4 +1,5 @@
-"""The layers of any transformers model, and what is done layer by layer: recomputing activations, compiling.
+"""The layers of any transformers model, and what is done layer by layer: recomputing activations, compiling; and the
+precision of what they hand on.
 
 Both wrap a layer's `forward` and leave the module as it is, with its names and hooks: those of sharding run
 outside of what is compiled or recomputed.
@@ -39,6 +40,23 @@ def _recomputed(forward: Any, draws: bool) -> Any:
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=draws, **kwargs)
 
     return recomputed
+
+
+def hand_on_in_bfloat16(model: PreTrainedModel) -> None:
+    """Has hidden states between layers in bfloat16, as sharded models have them. Autocast leaves them in float32,
+    since embeddings are, and each layer adds to what it reads.
+
+    The first layer's input is cast, and not the embeddings, from which rotary positions take their precision.
+    """
+    first, *_ = layers_of(model)
+    first.forward = _read_in_bfloat16(first.forward)
+
+
+def _read_in_bfloat16(forward: Any) -> Any:
+    def reads_bfloat16(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return forward(hidden_states.to(torch.bfloat16), *args, **kwargs)
+
+    return reads_bfloat16
 
 
 def compile_layers(model: PreTrainedModel) -> None:

@@ -211,26 +211,24 @@ def _copies(size: ModelSize, settings: PassSettings) -> int:
 
 def _activations(size: ModelSize, settings: PassSettings) -> int:
     kept_of_layer = settings.tokens * _kept_per_token(size, settings)
-    hidden = (
-        settings.tokens * size.width * (_residual(settings) + _value(settings))
-    )  # of the last norm: what it reads, and makes
+    hidden = settings.tokens * size.width * 2 * _value(settings)  # of the last norm: what it reads, and makes
     if not settings.recomputes:
         return size.layers * kept_of_layer + hidden
-    return size.layers * settings.tokens * size.width * _residual(settings) + kept_of_layer + hidden
+    return size.layers * settings.tokens * size.width * _value(settings) + kept_of_layer + hidden
 
 
 def _kept_per_token(size: ModelSize, settings: PassSettings) -> int:
     """Bytes that a layer keeps of each token: inputs of both norms and what they make of them, queries, keys,
     values and what attention makes of them, the feed-forward's inside, adapters' inside, and eager attention's
     scores."""
-    values = 2 * size.width + 2 * size.queries + 2 * size.keys
+    values = 4 * size.width + 2 * size.queries + 2 * size.keys
     if size.adapters:  # by which attention's output is cast once more
         values += size.adapters + size.queries
     # Gated: both projections and their product, and not compiled, the gate's SiLU.
     inside = size.inner * ((3 if settings.compiles else 4) if size.is_gated else 2)
     # In bfloat16 twice, capped and as probabilities, and the latter in float32 too; in float32 the two alone.
     scores = size.eager_heads * settings.block_tokens * 2 * FLOAT32
-    return 2 * size.width * _residual(settings) + _value(settings) * (values + inside) + scores
+    return _value(settings) * (values + inside) + scores
 
 
 def _within_a_layer(size: ModelSize, settings: PassSettings) -> int:
@@ -240,7 +238,7 @@ def _within_a_layer(size: ModelSize, settings: PassSettings) -> int:
     # Before and after the softmax, which is in float32 unless it is fused with its casts.
     score = 2 * (_value(settings) if settings.compiles else FLOAT32)
     scores = size.eager_heads * settings.block_tokens * score
-    return settings.tokens * (max(inside, scores) + _residual(settings) * 2 * size.width)
+    return settings.tokens * (max(inside, scores) + _value(settings) * 2 * size.width)
 
 
 def _logits(size: ModelSize, settings: PassSettings) -> int:
@@ -264,8 +262,3 @@ def _logits(size: ModelSize, settings: PassSettings) -> int:
 def _value(settings: PassSettings) -> int:
     """Bytes of a value in the forward pass."""
     return BFLOAT16 if settings.in_bfloat16 else FLOAT32
-
-
-def _residual(settings: PassSettings) -> int:
-    """Bytes of a value of the hidden states between layers: under autocast these stay in float32."""
-    return BFLOAT16 if settings.in_bfloat16 and settings.is_sharded else FLOAT32

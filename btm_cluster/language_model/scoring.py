@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from btm_cluster.data.blocks import Blocks
 from btm_cluster.errors import DivergedError
+from btm_cluster.language_model.activations import quicken_gelu
 from btm_cluster.language_model.attention_kernels import Kernels, kernels_for
 from btm_cluster.language_model.compute import autocast, device_of
 from btm_cluster.language_model.head import pieces_of, plain_head, run_with
@@ -90,6 +91,7 @@ class ScorePasses:
         self.at_once = even if self.is_compiled else most
         self._kernels: Kernels = nullcontext
         if self.is_compiled:
+            quicken_gelu(model)
             compile_layers(model)
             self._kernels = kernels_for(model, block_tokens, how.precision, self._device)
 
@@ -236,11 +238,16 @@ def fused_said() -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, t
 
 
 def _said_of_all(logits_NV: torch.Tensor, tokens_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    logp_NV = torch.log_softmax(logits_NV.float(), dim=-1)
-    least = torch.finfo(logp_NV.dtype).min
-    # A product of rows, as in `_entropy`, would not be fused.
-    entropy_N = -(logp_NV.exp() * logp_NV.clamp(min=least)).sum(dim=-1)
-    return logp_NV.gather(1, tokens_N[:, None])[:, 0], entropy_N
+    """With x the logits less their largest and Z = Σ exp(x): log p = x - log Z, and the entropy is log Z - Σ x exp(x) / Z.
+    The logits are read twice, and one exponential is taken of each."""
+    largest_N1 = logits_NV.amax(dim=-1, keepdim=True).float()
+    x_NV = logits_NV.float() - largest_N1
+    exp_NV = x_NV.exp()
+    sum_N = exp_NV.sum(dim=-1)
+    # The clamp makes a token that a model rules out add 0.
+    mean_N = (exp_NV * x_NV.clamp(min=torch.finfo(x_NV.dtype).min)).sum(dim=-1) / sum_N
+    said_N = logits_NV.gather(1, tokens_N[:, None]).float() - largest_N1
+    return said_N[:, 0] - sum_N.log(), sum_N.log() - mean_N
 
 
 def _said_in_pieces(hidden_BTD: torch.Tensor, head: torch.nn.Linear, tokens_N: torch.Tensor) -> torch.Tensor:

@@ -117,7 +117,7 @@ def build_state(
     """A model with the weights that the random seed draws, or those of `base`, and an optimiser that has made no
     step.
 
-    `base` are the weights to train a part of. Without `draws_weights`, those of a model that is trained as a whole
+    `base` are the weights to train a part of; without them, the same part of a drawn model is trained. Without `draws_weights`, those of a model that is trained as a whole
     are undefined: they are loaded next.
 
     Raises:
@@ -147,10 +147,14 @@ def _whole(
     if base is not None:
         return load_base(spec.model, base, spec.trains, random_seed, spec.compute.precision, device)
     if not draws_weights:
-        return model_of_undefined_values(spec.model, device)
-    model = build_model(spec.model, random_seed)
-    if spec.from_scratch:
-        check_reads(model, CAUSAL_TOKENS, f"a {spec.model['model_type']}")
+        model = model_of_undefined_values(spec.model, device)
+    else:
+        model = build_model(spec.model, random_seed)
+        if spec.from_scratch:
+            check_reads(model, CAUSAL_TOKENS, f"a {spec.model['model_type']}")
+    if spec.trains.is_delta:
+        freeze(model, spec.trains, random_seed)
+        hold_frozen_in(model, spec.compute.precision)
     return model
 
 

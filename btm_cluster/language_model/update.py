@@ -9,11 +9,17 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from btm_cluster.language_model.activations import quicken_gelu
 from btm_cluster.language_model.attention import leave_causal_masks_out
 from btm_cluster.language_model.attention_kernels import kernels_for
 from btm_cluster.language_model.batches import blocks_of_update, split_into_micro_batches
 from btm_cluster.language_model.demix_group import DemixGroup
-from btm_cluster.language_model.layers import compile_layers, layers_of, recompute_activations
+from btm_cluster.language_model.layers import (
+    compile_layers,
+    hand_on_in_bfloat16,
+    layers_of,
+    recompute_activations,
+)
 from btm_cluster.language_model.loss import (
     FILLER,
     NextTokenLoss,
@@ -30,6 +36,10 @@ from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.sharding import clip_gradients
 from btm_cluster.language_model.training_spec import TrainingSpec
 from btm_cluster.language_model.training_state import TrainingState
+
+TWO_PASS_SOFTMAX: dict[str, Any] = {"online_softmax": False}
+"""An option of torch.compile. A softmax in one pass over the logits rescales its sum at every step; reading them twice
+takes less: 1.7 ms instead of 2.2 for 32,768 tokens of a vocabulary of 50,304, on an H200."""
 
 PASSES_UNTIL_RECORDED = 3
 """After so many passes torch.compile has recorded its CUDA graphs."""
@@ -169,9 +179,12 @@ class Updates:
             recompute_activations(model)
         if compute.compile:
             leave_causal_masks_out(model)
+            quicken_gelu(model)
             if not self._is_one_graph():
                 compile_layers(model)
-                loss.loss_of = torch.compile(loss.loss_of, dynamic=False)
+                loss.loss_of = torch.compile(loss.loss_of, dynamic=False, options=TWO_PASS_SOFTMAX)
+        if compute.precision == "bfloat16" and not compute.is_sharded:
+            hand_on_in_bfloat16(model)
         if self.demix is not None:
             self.demix.hide_from(loss)
         if self.group.world > 1 and not compute.is_sharded:
@@ -179,7 +192,8 @@ class Updates:
                 loss, device_ids=[self.device] if self.device.type == "cuda" else None
             )
         if compute.compile and self._is_one_graph():
-            wrapped.compile(dynamic=False, mode="reduce-overhead" if self._fits_a_graph() else None)
+            with_graphs = {"triton.cudagraphs": self._fits_a_graph()}
+            wrapped.compile(dynamic=False, options={**TWO_PASS_SOFTMAX, **with_graphs})
         return wrapped
 
     def _is_one_graph(self) -> bool:

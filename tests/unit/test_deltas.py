@@ -115,6 +115,19 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
     return found
 
 
+def test_without_a_base_the_same_part_of_a_drawn_model_is_trained(started: Started) -> None:
+    """What is compiled before there is a base is what the training computes."""
+    bf16 = replace(started.spec, compute=replace(started.spec.compute, precision="bfloat16"))
+    for spec in (started.spec, bf16):
+        states = [build_state(spec, ALONE, base) for base in (started.stored_base, None)]
+        over_base, drawn = (
+            {name: (p.requires_grad, p.dtype, p.shape) for name, p in state.model.named_parameters()}
+            for state in states
+        )
+        assert drawn == over_base
+        assert {name for name, _ in states[1].weights()} == {name for name, _ in states[0].weights()}
+
+
 def test_only_the_part_changes_and_what_is_stored_of_it_is_the_whole_model_over_its_base(
     started: Started,
 ) -> None:
@@ -250,7 +263,7 @@ def test_a_base_is_loaded_in_16_bits_as_if_it_had_been_held_in_them_afterwards(s
 def test_a_training_of_an_adapter_is_compiled_in_one_piece(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def whole(module: Any, dynamic: bool, mode: str | None) -> None:  # noqa: ARG001
+    def whole(module: Any, dynamic: bool, options: Any) -> None:  # noqa: ARG001
         compiled = torch.compile(module._call_impl, backend="eager", dynamic=dynamic, fullgraph=True)
         module._compiled_call_impl = compiled
 
@@ -275,7 +288,7 @@ def test_a_deep_models_adapter_is_compiled_layer_by_layer_however_many_there_are
         graphs.append(len(graph.graph.nodes))
         return graph.forward
 
-    def by_eager(function: Any, dynamic: bool) -> Any:
+    def by_eager(function: Any, dynamic: bool, options: Any = None) -> Any:  # noqa: ARG001
         return compiles(function, backend=count, dynamic=dynamic, fullgraph=True)
 
     monkeypatch.setitem(MODELS, "llama", {**MODELS["llama"], "num_hidden_layers": 13})

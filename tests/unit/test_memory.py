@@ -7,8 +7,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from btm_cluster.language_model.activations import quicken_gelu
 from btm_cluster.language_model.attention import leave_causal_masks_out
 from btm_cluster.language_model.deltas import freeze, hold_frozen_in
+from btm_cluster.language_model.layers import hand_on_in_bfloat16
 from btm_cluster.language_model.memory import ModelSize, PassSettings, choose_settings, memory_of
 from btm_cluster.language_model.model import fresh_on_meta
 from btm_cluster.language_model.training_size import size_of
@@ -141,6 +143,8 @@ def test_a_compiled_layer_keeps_as_much_as_the_partitioner_leaves(model_type: st
         if trains.is_delta:
             hold_frozen_in(model, "bfloat16")
         leave_causal_masks_out(model)
+        quicken_gelu(model)
+        hand_on_in_bfloat16(model)
         model.compile(backend="aot_eager_decomp_partition", dynamic=False)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             kept.append(_kept_bytes(model))

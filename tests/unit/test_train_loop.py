@@ -21,6 +21,7 @@ from btm_cluster.language_model import training
 from btm_cluster.language_model.attention import leave_causal_masks_out
 from btm_cluster.language_model.batches import blocks_of_update
 from btm_cluster.language_model.compute import Compute
+from btm_cluster.language_model.layers import layers_of
 from btm_cluster.language_model.loss import read_after, read_tokens
 from btm_cluster.language_model.model import build_model
 from btm_cluster.language_model.process_group import ProcessGroup
@@ -323,6 +324,28 @@ def test_a_compiled_model_attends_without_a_mask_where_that_is_the_same(
     gradients = [{name: p.grad for name, p in model.named_parameters()} for model in (plain, fast)]
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
     assert masked == masks
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_layers_hand_on_bfloat16_where_passes_are_in_it_and_positions_stay_exact(
+    spec: TrainingSpec, recomputes: bool
+) -> None:
+    losses, seen = {}, []
+
+    def look(_: Any, read: tuple[Any, ...], named: dict[str, Any]) -> None:
+        seen.append((read[0].dtype, named["position_embeddings"][0].dtype))
+
+    for precision in ("float32", "bfloat16"):
+        compute = replace(spec.compute, precision=precision, recomputes=recomputes)
+        of_llama = replace(spec, model={"model_type": "llama", **SMALL}, compute=compute)
+        state = build_state(of_llama, ALONE)
+        updates = Updates(of_llama, state, ALONE)
+        layers_of(state.model)[1].register_forward_pre_hook(look, with_kwargs=True)
+        losses[precision] = updates.make().shown.read()[0]
+        assert {hidden for hidden, _ in seen} == {getattr(torch, precision)}
+        assert {positions for _, positions in seen} == {torch.float32}
+        seen.clear()
+    torch.testing.assert_close(losses["bfloat16"], losses["float32"], rtol=2e-3, atol=0)
 
 
 @pytest.fixture
