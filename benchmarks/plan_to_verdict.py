@@ -3,12 +3,15 @@
     python benchmarks/plan_to_verdict.py quickstart                              what `make run` does
     python benchmarks/plan_to_verdict.py quickstart --beside main --repeats 3    beside another commit, in turn
     python benchmarks/plan_to_verdict.py --plan PLAN.yaml --json result.json
-    python benchmarks/plan_to_verdict.py --corpus ../shared/corpus --domains 4 --targets 4 --updates 1600
+    python benchmarks/plan_to_verdict.py --corpus CORPUS --domains 4 --targets 4 --updates 1600 --kill-an-expert
 
 Runs `btm run` in a process of its own, from an empty store, on a Ray cluster that it starts itself.
 Prints a timeline in seconds since the command started, the longest stretches between two events, and the
 share of time in which GPUs run kernels or, without a GPU, the share of CPU time. Events come from progress
 lines (a first update is told up to 1.5 s late) and from the manifests in the store.
+
+`--kill-an-expert` kills the process of a training, as a lost machine would, once an expert is half way: the forest
+must become the same, which the last lines tell.
 
 A corpus has a folder for each text, in CORPUS/train_domains and CORPUS/eval_domains, with files train.*,
 valid.* and test.*; the plan then has the settings of docs/results/3m, with other updates.
@@ -67,6 +70,8 @@ class Run:
     cpu_seconds_of_others: float
     processes: list[Process]
     sentence: str
+    killed: str | None
+    """What was killed, and when; None where nothing was to be."""
     lines: list[tuple[float, str]]
 
 
@@ -82,7 +87,7 @@ def main() -> None:
         for number in range(arguments.repeats):
             for tree in trees if number % 2 == 0 else reversed(trees):
                 with tempfile.TemporaryDirectory(prefix="run-", dir=scratch) as own:
-                    runs.append(_run(tree, plan, folder, Path(own)))
+                    runs.append(_run(tree, plan, folder, Path(own), arguments.kill_an_expert))
                 _show(runs[-1])
     summary = _summary(runs, [tree.name for tree in trees])
     print(summary["words"])
@@ -104,6 +109,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="everything that was measured goes there too"
     )
+    parser.add_argument("--kill-an-expert", action="store_true", help="half way through its training")
     of_corpus = parser.add_argument_group("with --corpus")
     of_corpus.add_argument("--domains", type=int, default=8)
     of_corpus.add_argument("--targets", type=int, default=8)
@@ -149,8 +155,8 @@ def _checked_out(commit: str, scratch: Path) -> Iterator[Path]:
         subprocess.run([*git, "remove", "--force", str(folder)], check=True)
 
 
-def _run(tree: Tree, plan: Mapping[str, Any], folder: Path, own: Path) -> Run:
-    """Runs the plan once by a tree's code, in an empty store."""
+def _run(tree: Tree, plan: Mapping[str, Any], folder: Path, own: Path, kills: bool) -> Run:
+    """Runs the plan once by a tree's code, in an empty store; with `kills`, one of its trainings is killed."""
     file, store = own / "plan.yaml", own / "store"
     file.write_text(yaml.safe_dump({**plan, "store": str(store)}, sort_keys=False), encoding="utf-8")
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -159,6 +165,7 @@ def _run(tree: Tree, plan: Mapping[str, Any], folder: Path, own: Path) -> Run:
     python = [sys.executable, "-P"]  # without the current folder, where another tree may be
     _check_code(python, tree, folder, environment)
     load, meter, lines = os.getloadavg()[0], gpu_meter(), list[tuple[float, str]]()
+    killer = ExpertKiller({text["name"] for text in plan["domains"]}) if kills else None
     command = [*python, "-m", "btm_cluster", "run", str(file), "--json"]
     began = time.time()
     with ExitStack() as stack:
@@ -167,7 +174,7 @@ def _run(tree: Tree, plan: Mapping[str, Any], folder: Path, own: Path) -> Run:
         cpu = stack.enter_context(CpuMeter(child.pid))
         if meter is not None:
             stack.enter_context(meter)
-        result, verdict_at = _listen(child, began, lines)
+        result, verdict_at = _listen(child, began, lines, killer)
         ended = time.time()
     if child.returncode:
         sys.exit(
@@ -186,19 +193,47 @@ def _run(tree: Tree, plan: Mapping[str, Any], folder: Path, own: Path) -> Run:
         load_before=load,
         timeline=events,
         sentence=json.loads(result)["verdict"]["sentence"],
+        killed=killer.killed if killer is not None else None,
         lines=lines,
         **_shares(events, meter, cpu, began, ended),
     )
 
 
-def _listen(child: subprocess.Popen[str], began: float, lines: list[tuple[float, str]]) -> tuple[str, float]:
+@dataclass
+class ExpertKiller:
+    """Kills the process of a training once an expert is half way."""
+
+    domains: set[str]
+    killed: str | None = None
+
+    def look(self, line: str, seconds: float) -> None:
+        said = parse_line(seconds, line)
+        if self.killed or said is None or said.label not in self.domains or not said.update or said.is_last:
+            return
+        if said.last is None or said.update < said.last / 2:
+            return
+        for process in psutil.process_iter(["cmdline"]):
+            if " ".join(process.info["cmdline"] or []).startswith("ray::Trainer.train"):
+                process.kill()
+                self.killed = (
+                    f"process {process.pid} after {seconds:.0f} s, {said.label} at update {said.update}"
+                )
+                return
+
+
+def _listen(
+    child: subprocess.Popen[str], began: float, lines: list[tuple[float, str]], killer: ExpertKiller | None
+) -> tuple[str, float]:
     """Waits for the end of `btm run --json`: what it printed and when, while its progress goes to `lines`."""
     assert child.stdout is not None
     assert child.stderr is not None
     progress = child.stderr
 
     def note() -> None:
-        lines.extend((round(time.time() - began, 3), line.rstrip()) for line in progress)
+        for line in progress:
+            lines.append((round(time.time() - began, 3), line.rstrip()))
+            if killer is not None:
+                killer.look(line, time.time() - began)
 
     listener = threading.Thread(target=note, daemon=True)
     listener.start()
@@ -271,6 +306,8 @@ def _show(run: Run) -> None:
     print(f"{len(run.processes)} processes; CPU seconds: {_by_name(run.processes)}; ", end="")
     print(f"what is not of the run {run.cpu_seconds_of_others:.0f}")
     print(run.sentence)
+    if run.killed is not None:
+        print(f"killed: {run.killed}")
 
 
 def _by_name(processes: Sequence[Process]) -> str:

@@ -31,7 +31,11 @@ class Progress:
     label: str
     phase: str
     update: int | None
-    is_last: bool
+    last: int | None
+
+    @property
+    def is_last(self) -> bool:
+        return self.update is not None and self.update == self.last
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,8 @@ def parse_line(seconds: float, line: str) -> Progress | None:
     if found is None:
         return None
     if found["update"] is None:
-        return Progress(seconds, found["label"], found["phase"], None, is_last=False)
-    update, last = int(found["update"]), int(found["last"])
-    return Progress(seconds, found["label"], found["phase"], update, is_last=update == last)
+        return Progress(seconds, found["label"], found["phase"], None, None)
+    return Progress(seconds, found["label"], found["phase"], int(found["update"]), int(found["last"]))
 
 
 def read_store(store: Path, began: float) -> tuple[list[Made], dict[str, str]]:

@@ -117,8 +117,8 @@ def build_state(
     """A model with the weights that the random seed draws, or those of `base`, and an optimiser that has made no
     step.
 
-    `base` are the weights to train a part of; without them, the same part of a drawn model is trained. Without `draws_weights`, those of a model that is trained as a whole
-    are undefined: they are loaded next.
+    `base` are the weights to train a part of; without them, the same part of a drawn model is trained. Without
+    `draws_weights`, those of a model that is trained as a whole are undefined: they are loaded next.
 
     Raises:
         UserError: an architecture that does not read from left to right, or of which no DEMix can be made.
