@@ -1,7 +1,7 @@
 """Token ids of documents, put together from those of pieces, each of which is encoded once.
 
 Words recur, and a dictionary answers several times as fast as a tokenizer. A document is cut only where its
-tokenizer always cuts. Knows nothing of files or blocks.
+tokenizer always cuts, so its ids stay the same. Knows nothing of files or blocks.
 """
 
 import json
@@ -18,11 +18,11 @@ _KNOWN_CHARACTERS = 1 << 21
 _PIECE = re.compile(r"[^A-Za-z]*+[A-Za-z]*+(?:[^\x00-\x7f]++[^A-Za-z]*+[A-Za-z]*+)*+")
 """A piece ends where an ASCII letter is followed by an ASCII character that is no letter."""
 _PATTERNS = {
-    rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     for digits in ("{1,3}", "")
 }
-"""How Llama 3 and OLMo 2 (three digits), and Qwen (one) tell words."""
+"""How Llama 3 (three digits) and Qwen 2 (one digit) find words, as transformers writes it."""
 
 
 class DocumentEncoder:
@@ -82,9 +82,8 @@ def _added_tokens(backend: Tokenizer) -> list[AddedToken]:
 def _cuts_after_letters(backend: Tokenizer) -> bool:
     """Whether words end where pieces do, and what follows does not depend on what is before.
 
-    So it is by the patterns of GPT-2, Llama 3, OLMo 2 and Qwen: none looks back, none but one for contractions goes
-    on after a letter with what is no letter, and that one begins with an apostrophe. NFC changes neither ASCII
-    character of a seam.
+    So it is by the patterns of GPT-2, Llama 3 and Qwen 2: none looks back, and none goes on after an ASCII
+    letter with an ASCII character that is no letter. NFC changes neither of the two.
     """
     if _state(backend.normalizer) not in (None, {"type": "NFC"}):
         return False

@@ -50,7 +50,7 @@ def words(pattern: str) -> Any:
 CUT = {
     "GPT-2": lambda: trained(BYTE_LEVEL),
     "Llama 3": lambda: trained(words(WORDS % "{1,3}")),
-    "Qwen": lambda: trained(words(WORDS % ""), normalizers.NFC(), (AddedToken("<a_b>", normalized=False),)),
+    "Qwen 2": lambda: trained(words(WORDS % ""), normalizers.NFC(), (AddedToken("<a_b>", normalized=False),)),
     "an added token": lambda: trained(BYTE_LEVEL, None, (AddedToken("a b", lstrip=True, rstrip=True),)),
     "special tokens in text": lambda: with_special_tokens(trained(BYTE_LEVEL)),
 }
