@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -204,7 +203,7 @@ def read_source(folder: Path, store: str, number: int) -> str:
 
     source = TextPlan(name=f"text-{number}", text=[str(folder / f"text-{number}.jsonl")])
     request = ReadText(source.name, source, ReadingPlan(), False, fingerprint(source))
-    return str(read_text(request, Ledger.open(store), control()).parts[0].identity)
+    return str(read_text(request, Ledger.open(store), Silent()).parts[0].identity)
 
 
 def tokenize_shard(store: str, request: Any) -> None:
@@ -212,14 +211,22 @@ def tokenize_shard(store: str, request: Any) -> None:
     from btm_cluster.ledger import Ledger
     from btm_cluster.steps.tokenize import tokenize
 
-    tokenize(request, Ledger.open(store), control())
+    tokenize(request, Ledger.open(store), Silent())
 
 
-def control() -> Any:
-    """A step's line to nobody."""
-    from btm_cluster.workers.in_process import LocalControl
+class Silent:
+    """A step's line to nobody; as on Ray, a process that has no use for torch does not import it."""
 
-    return LocalControl(lambda _: None, threading.Event())
+    def report(self, progress: Any) -> None:
+        """Tells nobody."""
+
+    def stopping(self) -> bool:
+        """Never."""
+        return False
+
+    def saving(self) -> bool:
+        """Never."""
+        return False
 
 
 def read_compressed(folder: Path) -> None:

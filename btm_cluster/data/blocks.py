@@ -59,7 +59,8 @@ def tokenised(documents: Iterable[str], tokenizer: TextTokenizer) -> Iterable[To
             yield document
 
     for number, ids in enumerate(tokenizer.encode_all(measured())):
-        yield TokenisedDocument([*ids, tokenizer.end_of_text], None, sizes[number])
+        ids.append(tokenizer.end_of_text)
+        yield TokenisedDocument(ids, None, sizes[number])
 
 
 def pack_blocks(

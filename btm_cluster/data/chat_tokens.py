@@ -11,9 +11,11 @@ from btm_cluster.data.blocks import END, READ, TEXT, TokenisedDocument, tokenise
 from btm_cluster.data.chat_rendering import CannotRender, RenderedChat, render
 from btm_cluster.data.conversations import ASSISTANT, Conversation
 from btm_cluster.data.documents import Document
-from btm_cluster.data.tokenizer import BATCH_DOCUMENTS, TextTokenizer
+from btm_cluster.data.tokenizer import TextTokenizer
 from btm_cluster.errors import TextError
 from btm_cluster.plan import ChatTemplate
+
+_BATCH_DOCUMENTS = 512
 
 
 def tokenised_documents(
@@ -28,7 +30,7 @@ def tokenised_documents(
         yield from tokenised((document.text for document in documents), tokenizer)
         return
     remaining = iter(documents)
-    while batch := list(islice(remaining, BATCH_DOCUMENTS)):
+    while batch := list(islice(remaining, _BATCH_DOCUMENTS)):
         plain = tokenised((one.text for one in batch if one.conversation is None), tokenizer)
         chats = _tokenised_chats([one.conversation for one in batch if one.conversation], tokenizer, template)
         streams = {True: iter(plain), False: iter(chats)}

@@ -3,15 +3,16 @@
 import json
 import logging
 import shutil
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Encoding, Tokenizer
 
+from btm_cluster.data.pieces import DocumentEncoder
 from btm_cluster.errors import UserError, one_line
 from btm_cluster.plan import ChatTemplate
 
@@ -36,7 +37,6 @@ MORE_FILES = (
 The vocabulary and merges of older formats are not: tokenizer.json has them."""
 MORE_CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
 """Beside the one in chat_template.jinja; named, they fit into tokenizer_config.json too."""
-BATCH_DOCUMENTS = 512
 _PROBE = (
     "The 12 ships, 3.14 and 1,987,654 tons: it's  two  spaces,\ttab\n\n    def f(x):\r\n        return x_1 "
     "!= 'é'\n"
@@ -79,12 +79,13 @@ class TextTokenizer:
         """Ids of the text alone."""
         return list(self.backend.encode(text, add_special_tokens=False).ids)
 
-    def encode_all(self, documents: Iterable[str]) -> Iterator[list[int]]:
-        """Ids of each document alone, in batches that share the machine's cores."""
-        remaining = iter(documents)
-        while batch := list(islice(remaining, BATCH_DOCUMENTS)):
-            for encoding in self.backend.encode_batch_fast(batch, add_special_tokens=False):
-                yield encoding.ids
+    def encode_all(self, documents: Iterable[str]) -> "Iterator[array[int]]":
+        """Ids of each document alone, uint32."""
+        return self._encoder.encode(documents)
+
+    @cached_property
+    def _encoder(self) -> DocumentEncoder:
+        return DocumentEncoder(self.backend)
 
     def encode_rendered(self, texts: Sequence[str]) -> list[Encoding]:
         """Tokens of texts that a chat template wrote, in which special tokens are what they spell."""

@@ -5,11 +5,15 @@ import numpy as np
 from btm_cluster.data.blocks import MARKS_FILE, READ, pack_blocks
 from btm_cluster.data.chat_tokens import tokenised_documents
 from btm_cluster.data.shards import read_shard
+from btm_cluster.data.tokenizer import TOKENIZER_FILES, TextTokenizer
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.requests import Tokenize
 from btm_cluster.requests.progress import Control, Counter
 from btm_cluster.steps.stored import open_tokenizer
 from btm_cluster.storage.scratch import scratch_folder
+
+_opened: dict[tuple[object, ...], TextTokenizer] = {}
+"""The tokenizer of this process's last shard, by its content, with the pieces of text that it knows."""
 
 
 def tokenize(request: Tokenize, ledger: Ledger, control: Control) -> Artifact:
@@ -19,7 +23,7 @@ def tokenize(request: Tokenize, ledger: Ledger, control: Control) -> Artifact:
     are kept where a token is read alone.
     """
     text = ledger.get(Ref("text", request.text))
-    tokenizer = open_tokenizer(ledger, request.tokenizer)
+    tokenizer = _open_once(ledger, request.tokenizer)
     split = text.facts["splits"][request.split]
     total = split["documents"] if len(split["shards"]) == 1 else 0  # facts are those of a whole split
     counter = Counter(control, request.shown, "tokenising", total, "documents")
@@ -39,3 +43,13 @@ def tokenize(request: Tokenize, ledger: Ledger, control: Control) -> Artifact:
         for name, array in arrays.items():
             np.save(folder / name, array)
         return ledger.commit(request, {name: folder / name for name in arrays}, facts)
+
+
+def _open_once(ledger: Ledger, ref: Ref) -> TextTokenizer:
+    artifact = ledger.get(ref)
+    content = (*(artifact.blob(name).sha256 for name in TOKENIZER_FILES), artifact.facts.get("first_token"))
+    if content not in _opened:
+        opened = open_tokenizer(ledger, ref)
+        _opened.clear()
+        _opened[content] = opened
+    return _opened[content]
