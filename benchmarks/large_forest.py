@@ -5,10 +5,11 @@
     python benchmarks/large_forest.py adapters toy --work W                 a toy size, on CPU
 
 The base has random weights in bfloat16 in a shape of large_models.py, and a tokenizer of as many entries; the text is
-made up. Prints the seconds of each command, the most memory that each GPU held meanwhile, and the bytes of each kind of
-artifact. `resume` kills `btm run` with all its processes once the expert has a training checkpoint in the store, and
-runs it again with half the GPUs: the update that it went on from is printed. Wants about 60 GB below --work for a base
-of 7 billion parameters, and 120 GB for the training checkpoints of 3 billion.
+made up. Prints the seconds of each command, and the bytes of each kind of artifact. `adapters` grows the forest without
+the evaluation of `btm run`, which would write a whole model for each average. `resume` kills `btm run` with all its
+processes once the expert has a training checkpoint in the store, and runs it again with half the GPUs: the update that
+it went on from is printed. Wants about 80 GB below --work for a base of 7 billion parameters, and 120 GB for the
+training checkpoints of 3 billion.
 """
 
 import argparse
@@ -31,8 +32,10 @@ from synthetic_text import write_jsonl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from btm_cluster.algorithm import grow
 from btm_cluster.language_model.configuration import config_from, full_config
-from btm_cluster.plan import ModelPlan
+from btm_cluster.plan import ModelPlan, Plan
+from btm_cluster.session import driving, opened_view
 
 TEXT_BYTES, END_OF_TEXT = 4_000_000, "<|endoftext|>"
 LEARNED_ENTRIES = 8192
@@ -65,21 +68,26 @@ def adapters(shape: Shape, asked: argparse.Namespace) -> None:
     cluster = {"gpus_per_expert": min(1, asked.gpus)}
     plan = _plan(shape, asked.experts, asked.updates, cluster) | {"branching": {"train": "lora"}}
     _write(plan)
-    _btm("run", "plan.yaml")
+    _timed("seed and experts", _grown)
     _btm("merge", "plan.yaml", "--weights", "uniform", "--to", "average")
     Path("mine.txt").write_text(" ".join(["bada nuku lamo"] * 2000), encoding="utf-8")
     _btm("score", "mine.txt", "--plan", "plan.yaml")
     _btm("generate", "plan.yaml", "--prompt", "bada nuku", "--max-new-tokens", "64", "--temperature", "0")
     stored = Counter[str]()
     for manifest in Path("store/artifacts").rglob("*.json"):
-        blobs = json.loads(manifest.read_text(encoding="utf-8"))["blobs"]
+        blobs = json.loads(manifest.read_text(encoding="utf-8"))["body"]["blobs"]
         stored[manifest.parent.name] += sum(blob["size_bytes"] for blob in blobs)
     print({kind: f"{size / 1e9:.3f} GB" for kind, size in stored.items()})
 
 
 def resume(shape: Shape, asked: argparse.Namespace) -> None:
     """An expert that trains all weights on all GPUs, sharded; killed, and resumed on half of them."""
-    cluster: dict[str, Any] = {"gpus_per_expert": asked.gpus, "sharding": "full", "checkpoint_minutes": 0.25}
+    sharding = "full" if asked.gpus > 1 else "auto"
+    cluster: dict[str, Any] = {
+        "gpus_per_expert": asked.gpus,
+        "sharding": sharding,
+        "checkpoint_minutes": 0.25,
+    }
     plan = _plan(shape, 1, asked.updates, cluster) | {"targets": []}
     _write(plan)
     killed = _killed_at_checkpoint(time.monotonic())
@@ -93,6 +101,12 @@ def resume(shape: Shape, asked: argparse.Namespace) -> None:
         "--verbose",
         shown=("update", "going on", "trained", "Traceback"),
     )
+
+
+def _grown() -> None:
+    plan = Plan.model_validate(yaml.safe_load(Path("plan.yaml").read_text(encoding="utf-8")))
+    with opened_view() as view, driving(view, plan, None, in_process=False, command="grow") as driver:
+        print([expert.domain for expert in grow(plan, driver).forest.experts])
 
 
 def _plan(shape: Shape, experts: int, updates: int, cluster: dict[str, Any]) -> dict[str, Any]:
