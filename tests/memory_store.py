@@ -61,7 +61,7 @@ class InMemory:
 
         return self._do(act)
 
-    def upload(self, key: str, path: Path) -> None:
+    def upload(self, key: str, path: Path, keep: bool = True) -> None:  # noqa: ARG002 - it is read
         self._do(lambda: self.objects.update({key: (path.read_bytes(), self.now)}))
 
     def read(self, key: str, start: int = 0, size: int | None = None) -> bytes:

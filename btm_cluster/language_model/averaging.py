@@ -17,8 +17,10 @@ Method: TypeAlias = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 
 Raises ValueError where that cannot be.
 """
-SUMMED_AT_ONCE = 2**18
-"""Elements: their sum, 1 MiB, stays in a core's cache while all models are added to it."""
+SUMMED_AT_ONCE = 2**17
+"""Elements: their sum and a model's elements in float32, 512 KiB each, stay in a core's cache while all models are
+added up."""
+HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class MergedWeights:
@@ -78,10 +80,10 @@ class AveragedWeights:
         shape = self._header[name]["shape"]
         if not self._is_summed(name):
             return self._whole.read(name, device)
-        found = torch.empty(math.prod(shape), dtype=torch.float32)
-        for first in range(0, len(found), SUMMED_AT_ONCE):
-            part = found[first : first + SUMMED_AT_ONCE]
-            part.copy_(self._sum(name, first, len(part)))
+        found, first = torch.empty(math.prod(shape), dtype=torch.float32), 0
+        for part in self.pieces(name, 0, len(found)):
+            found[first : first + len(part)] = part
+            first += len(part)
         return found.reshape(shape).to(device)
 
     def pieces(self, name: str, first: int, count: int) -> Iterator[torch.Tensor]:
@@ -89,17 +91,17 @@ class AveragedWeights:
             yield self._whole.read(name).reshape(-1)[first : first + count]
             return
         stop = first + count
+        # Widened here and not by `add_`, which would allocate as much for every piece.
+        wide = torch.empty(min(SUMMED_AT_ONCE, count), dtype=torch.float32)
         for start in range(first, stop, SUMMED_AT_ONCE):
-            yield self._sum(name, start, min(SUMMED_AT_ONCE, stop - start))
-
-    def _sum(self, name: str, first: int, count: int) -> torch.Tensor:
-        total = torch.zeros(count, dtype=torch.float32)
-        for model, weight in self._models:
-            at = 0
-            for piece in model.pieces(name, first, count):
-                total[at : at + len(piece)].add_(piece, alpha=weight)
-                at += len(piece)
-        return total
+            total = torch.zeros(min(SUMMED_AT_ONCE, stop - start), dtype=torch.float32)
+            for model, weight in self._models:
+                at = 0
+                for piece in model.pieces(name, start, len(total)):
+                    addend = wide[: len(piece)].copy_(piece) if piece.dtype in HALF_PRECISION else piece
+                    total[at : at + len(piece)].add_(addend, alpha=weight)
+                    at += len(piece)
+            yield total
 
     def _is_summed(self, name: str) -> bool:
         return DTYPES[self._header[name]["dtype"]].is_floating_point
@@ -114,7 +116,7 @@ def average_models(models: Sequence[StoredWeights], weights: Sequence[float]) ->
 
 
 def _widened(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+    return tensor.float() if tensor.dtype in HALF_PRECISION else tensor
 
 
 def _common_header(models: Sequence[StoredWeights]) -> Header:

@@ -148,16 +148,18 @@ class Ledger:
         facts: Mapping[str, Any],
         note: Mapping[str, Any] | None = None,
         parts: Sequence[Ref] = (),
+        keep: bool = True,
     ) -> Artifact:
         """Stores `files` and creates the manifest of what was `made`.
 
-        Whoever loses a race gets the winner's artifact.
+        Whoever loses a race gets the winner's artifact. Without `keep` the caller never changes the files again,
+        which may then be linked into the store instead of being copied.
 
         Raises:
             UserError: it was purged meanwhile, or something that it is made from was. It is not stored then.
         """
         key = artifact_key(made.ref)
-        blobs, is_first = self._write(key, made, files, facts, note or {}, parts)
+        blobs, is_first = self._write(key, made, files, facts, note or {}, parts, keep)
         committed = self.read_manifest(key)
         if committed is None:
             raise IntegrityError(
@@ -280,12 +282,13 @@ class Ledger:
         facts: Mapping[str, Any],
         note: Mapping[str, Any],
         parts: Sequence[Ref] = (),
+        keep: bool = True,
     ) -> tuple[list[Blob], bool]:
         """Stores files and their manifest; what they are, and whether the manifest was not there yet."""
         assert named_identity(made) == made.ref.identity, f"{made.ref} is not of its recipe and inputs"
         blobs = [describe_file(name, path) for name, path in sorted(files.items())]
         for blob in blobs:
-            self.storage.upload(blob_key(made.ref, blob.sha256), files[blob.name])
+            self.storage.upload(blob_key(made.ref, blob.sha256), files[blob.name], keep)
         body = {
             "kind": made.ref.kind,
             "identity": made.ref.identity,

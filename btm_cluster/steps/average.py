@@ -105,7 +105,7 @@ def _commit(
         for name in ("config.json", *TOKENIZER_FILES):
             files[name] = ledger.open_file(first, name)
         facts = {"role": "average", **facts, "origin": first.facts["origin"]}
-        return ledger.commit(request, files, facts, {"name": request.label})
+        return ledger.commit(request, files, facts, {"name": request.label}, keep=False)
 
 
 def weights_of(request: AverageRequest, ledger: Ledger) -> dict[str, float]:

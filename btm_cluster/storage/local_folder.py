@@ -19,6 +19,7 @@ from typing import BinaryIO, TypeVar
 
 from btm_cluster.errors import MissingError, StoreError, UserError
 from btm_cluster.storage.port import Entry, check_key, check_prefix
+from btm_cluster.storage.scratch import link_if_alike
 from btm_cluster.storage.store_calls import DONE, FAILED, count_store_call
 
 _TEMPORARY = ".writing-"
@@ -84,11 +85,12 @@ class LocalFolder:
 
         return self._attempt("create", key, partial(_again_if_discarded, write))
 
-    def upload(self, key: str, path: Path) -> None:
+    def upload(self, key: str, path: Path, keep: bool = True) -> None:
         def write(target: Path) -> None:
             temporary = _temporary_beside(target)
             try:
-                shutil.copyfile(path, temporary)
+                if keep or not link_if_alike(path, temporary):
+                    shutil.copyfile(path, temporary)
                 with temporary.open("rb+") as file:
                     os.fsync(file.fileno())
                 temporary.replace(target)

@@ -99,7 +99,7 @@ class ObjectStorage:
 
         return self._attempt("create", key, put)
 
-    def upload(self, key: str, path: Path) -> None:
+    def upload(self, key: str, path: Path, keep: bool = True) -> None:  # noqa: ARG002 - it is sent
         check_key("upload", key)
 
         def put() -> None:

@@ -43,8 +43,11 @@ class Storage(Protocol):
     def create(self, key: str, data: bytes) -> bool:
         """Writes a small object if the key is free, atomically. False: it was taken, and stays as it is."""
 
-    def upload(self, key: str, path: Path) -> None:
-        """Writes the file at `path`, atomically, over what is there: for keys that name their content."""
+    def upload(self, key: str, path: Path, keep: bool = True) -> None:
+        """Writes the file at `path`, atomically, over what is there: for keys that name their content.
+
+        Without `keep` the caller never changes the file again: it may become the object instead of being copied.
+        """
 
     def read(self, key: str, start: int = 0, size: int | None = None) -> bytes:
         """The object's bytes from `start`, at most `size` of them."""

@@ -62,6 +62,28 @@ def remove_abandoned() -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def link_if_alike(file: Path, place: Path) -> bool:
+    """Gives a file a second name, which spares its copy, and says whether it did.
+
+    It must be on the disk of `place`, with the owner, permissions and access list of a file that is made there.
+    """
+    place.touch()
+    try:
+        if _access(file) == _access(place):
+            place.unlink()
+            os.link(file, place)
+            os.utime(place)  # a collection spares what is new, as it would a copy
+            return True
+    except (OSError, AttributeError):  # this file system has no links, or this system no access lists
+        pass
+    return False
+
+
+def _access(file: Path) -> tuple[object, ...]:
+    found = file.stat()
+    return found.st_dev, found.st_uid, found.st_gid, found.st_mode, os.listxattr(file)
+
+
 @contextmanager
 def _held(folder: str) -> Iterator[int | None]:
     """A descriptor of a folder whose lock is held meanwhile, at most until the process ends.

@@ -42,7 +42,7 @@ class Overlay:
             return self._objects.setdefault(key, data) is data
         return False
 
-    def upload(self, key: str, path: Path) -> None:
+    def upload(self, key: str, path: Path, keep: bool = True) -> None:  # noqa: ARG002 - it is read
         self._objects[key] = path.read_bytes()
 
     def read(self, key: str, start: int = 0, size: int | None = None) -> bytes:

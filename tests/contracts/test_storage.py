@@ -184,6 +184,18 @@ def test_an_uploaded_file_and_its_object_do_not_change_with_each_other(
     assert storage.download("blobs/a").read_bytes() == b"as it was"
 
 
+def test_a_file_that_is_given_away_is_read_back_and_may_be_removed(
+    storage: Storage, file: Callable[[bytes], Path]
+) -> None:
+    path = file(b"as it was")
+    for _ in range(2):  # the second time over itself
+        storage.upload("blobs/a", path, keep=False)
+    path.unlink()
+    assert storage.read("blobs/a") == storage.download("blobs/a").read_bytes() == b"as it was"
+    assert keys(storage, "") == ["blobs/a"]
+    assert not list(storage.unfinished("blobs/"))
+
+
 def test_listing_gives_the_objects_below_a_prefix_by_key_with_their_sizes(
     storage: Storage, file: Callable[[bytes], Path]
 ) -> None:
@@ -491,7 +503,23 @@ def test_keys_that_somebody_else_wrote_with_dots_in_them_are_listed_and_erased_a
 # A local folder alone
 
 
-@pytest.mark.parametrize("verb", ["create", "upload"])
+def test_a_file_that_is_given_away_is_linked_where_the_link_is_as_a_new_file(tmp_path: Path) -> None:
+    """A store's folder may give its files a group, by which a team reads them; a link would not have it."""
+    storage = LocalFolder(str(tmp_path / "store"))
+    for name, permissions in (("ordinary", 0o666), ("private", 0o600)):
+        file = tmp_path / name
+        os.close(os.open(file, os.O_CREAT, permissions))
+        os.utime(file, (0, 0))
+        storage.upload(f"blobs/{name}", file, keep=False)
+        storage.upload("blobs/kept", file)
+        assert storage.download(f"blobs/{name}").samefile(file) == (name == "ordinary")
+        assert not storage.download("blobs/kept").samefile(file)
+        stored = storage.download(f"blobs/{name}").stat()
+        assert stored.st_mode & 0o044, "the team cannot read it"
+        assert stored.st_mtime > 0, "a collection would take it for an old one"
+
+
+@pytest.mark.parametrize("verb", ["create", "upload", "give away"])
 def test_who_is_still_writing_what_somebody_discards_begins_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
@@ -508,7 +536,7 @@ def test_who_is_still_writing_what_somebody_discards_begins_anew(
     if verb == "create":
         assert storage.create("blobs/a", b"bytes")
     else:
-        storage.upload("blobs/a", tmp_path / "file")
+        storage.upload("blobs/a", tmp_path / "file", keep=verb == "upload")
     assert storage.read("blobs/a") == b"bytes"
     assert len(discarded) == 1
     assert list(storage.unfinished("blobs/")) == []

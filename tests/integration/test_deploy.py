@@ -267,9 +267,9 @@ class Watched(LocalFolder):
         self.asked.add(("s3:PutObject if none match", key))
         return super().create(key, data)
 
-    def upload(self, key: str, path: Path) -> None:
+    def upload(self, key: str, path: Path, keep: bool = True) -> None:
         self.asked.add(("s3:PutObject", key))
-        super().upload(key, path)
+        super().upload(key, path, keep)
 
     def delete(self, key: str) -> None:
         self.asked.add(("s3:DeleteObject", key))

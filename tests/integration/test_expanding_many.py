@@ -52,7 +52,7 @@ class Counting(LocalFolder):
         path.parent.mkdir(parents=True, exist_ok=True)
         return not path.exists() and bool(path.write_bytes(data) + 1)
 
-    def upload(self, key: str, path: Path) -> None:
+    def upload(self, key: str, path: Path, keep: bool = True) -> None:  # noqa: ARG002 - it is copied
         self.asked["upload"] += 1
         Path(self.location, key).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, Path(self.location, key))

@@ -135,7 +135,7 @@ def test_a_run_that_is_stopped_and_one_that_fails_say_so_in_their_timelines(fiel
 class NoRoomForLogs(LocalFolder):
     """A store that takes no curves."""
 
-    def upload(self, key: str, path: Path) -> None:
+    def upload(self, key: str, path: Path, keep: bool = True) -> None:  # noqa: ARG002 - it takes neither
         raise StoreError(f"cannot upload {key}", found=str(path))
 
 

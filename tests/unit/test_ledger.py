@@ -108,9 +108,9 @@ class WatchedFolder(LocalFolder):
         self.done.append(("create", key))
         return super().create(key, data)
 
-    def upload(self, key: str, path: Path) -> None:
+    def upload(self, key: str, path: Path, keep: bool = True) -> None:
         self.done.append(("upload", key))
-        super().upload(key, path)
+        super().upload(key, path, keep)
 
     def delete(self, key: str) -> None:
         self.done.append(("delete", key))
