@@ -1,4 +1,4 @@
-"""Mixtures of a forest's domains as trainings that go on from its seed. Knows no targets' texts; scores nothing."""
+"""Mixtures of a forest's domains for a target, as trainings that go on from the seed. Scores nothing."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,22 +7,47 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from btm_cluster.algorithm import Grown
-    from btm_cluster.ledger import Ref
+    from btm_cluster.driver.driver import Driver
+    from btm_cluster.driver.prepared_plan import PreparedText
+    from btm_cluster.ledger import Artifact, Ref
     from btm_cluster.requests import TrainRequest
 
 MOST_PARTS = 64
 """Of an update, as far as a domain's blocks can be cut so."""
 SEED, SOUP = "seed", "learned soup"
-UNIFORM, LEARNED, LARGEST, POSTERIOR = (
+UNIFORM, LEARNED, LARGEST, POSTERIOR, FITTED = (
     "uniform mixture",
     "mixture by the learned soup",
     "largest weight alone",
     "mixture by the posterior",
+    "mixture by the fitted prior",
 )
 
 
+def weights_for(
+    grown: "Grown", text: "PreparedText", soup: "Artifact", driver: "Driver"
+) -> dict[str, dict[str, float]]:
+    """The weights of a target's learned soup and of its priors, by domain, and by `SEED` where that has one."""
+    from btm_cluster.evaluation.evaluate import forest_ensemble
+    from btm_cluster.evaluation.fitting import scores_for, weight_requests
+
+    experts = forest_ensemble(grown.prepared, grown.forest)
+    fits = weight_requests(grown.prepared, experts, "ema", text)
+    prior = driver.require([*scores_for(grown.prepared, experts, text), *fits])[-1].facts["weights"]
+    names = {one.identity: one.domain for one in grown.forest.experts}
+
+    def named(by_model: Mapping[str, float]) -> dict[str, float]:
+        return {names.get(model, SEED): weight for model, weight in by_model.items() if weight}
+
+    return {
+        SOUP: named(soup.facts["weights"]),
+        POSTERIOR: named(prior["ema"]),
+        FITTED: named(prior["fitted"]),
+    }
+
+
 def mixtures(weights: Mapping[str, Mapping[str, float]], domains: Sequence[str]) -> dict[str, list[float]]:
-    """The proportions of each mixture, in order of the domains. They sum to one.
+    """The proportions of each mixture, in order of the domains, given what `weights_for` returns. They sum to one.
 
     A learned soup is the seed and a weighted sum of the experts' steps away from it. The seed's weight says how
     short the sum is, and no proportion. Where the seed has all of it, proportions are equal.
@@ -35,7 +60,7 @@ def mixtures(weights: Mapping[str, Mapping[str, float]], domains: Sequence[str])
         UNIFORM: uniform,
         LEARNED: [weight / total for weight in learned] if total else uniform,
         LARGEST: [float(i == largest) for i in range(len(domains))] if total else uniform,
-        POSTERIOR: [weights[POSTERIOR].get(domain, 0.0) for domain in domains],
+        **{prior: [weights[prior].get(domain, 0.0) for domain in domains] for prior in (POSTERIOR, FITTED)},
     }
 
 

@@ -7,7 +7,8 @@ Grows a forest. Then, for each target, goes on with the seed's training to the e
 Transformer-LM does, on mixtures of the training domains:
 
 - learned soup: by the weights of the experts in the target's learned soup, without the seed's;
-- posterior: by the target's cached prior, the average posterior that `average_prior: ema` takes;
+- posterior: by the target's cached prior, the running mean of posteriors that the paper has (`ema`);
+- fitted prior: by the prior of largest likelihood, which takes no search;
 - largest alone: the one domain with the largest weight in the learned soup;
 - uniform: the same of each domain, which is what the Transformer-LM does.
 
@@ -36,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from corpus_plan import MODEL_SIZES, texts, toy_texts
 from data_mixtures import (
+    FITTED,
     LARGEST,
     LEARNED,
     POSTERIOR,
@@ -46,6 +48,7 @@ from data_mixtures import (
     mixtures,
     seed_of,
     shares_of,
+    weights_for,
 )
 
 from btm_cluster.plan import Plan
@@ -159,7 +162,6 @@ def plan_fields(asked: argparse.Namespace, of_texts: Mapping[str, Any]) -> dict[
             "learning_rate": asked.learning_rate,
             "random_seed": asked.random_seed,
         },
-        "merging": {"average_prior": "ema"},
         "baselines": ["transformer-lm"],
         "cluster": {"seed_cpus": 1, "cpus_per_expert": 1, **resources},
     }
@@ -174,14 +176,8 @@ def measure(plan: Plan, driver: "Driver") -> tuple[list[Row], dict[str, dict[str
     if grown.failures:
         raise SystemExit("\n".join(f"{one.label}: {one.cause}" for one in grown.failures))
     targets = [text for text in grown.prepared.texts if text.is_target]
-    soups = {text.name: _average(grown, "learned", text, driver) for text in targets}
-    weights = {
-        text.name: {
-            SOUP: weights_by_name(grown, soups[text.name]),
-            POSTERIOR: weights_by_name(grown, _average(grown, "posterior", text, driver)),
-        }
-        for text in targets
-    }
+    soups = {text.name: _soup(grown, text, driver) for text in targets}
+    weights = {text.name: weights_for(grown, text, soups[text.name], driver) for text in targets}
     asked = {
         text.name: {
             name: mixture_request(grown, f"{name}, {text.name}", proportions)
@@ -201,16 +197,10 @@ def measure(plan: Plan, driver: "Driver") -> tuple[list[Row], dict[str, dict[str
     return rows, weights
 
 
-def _average(grown: "Grown", weights: str, text: "PreparedText", driver: "Driver") -> "Artifact":
+def _soup(grown: "Grown", text: "PreparedText", driver: "Driver") -> "Artifact":
     from btm_cluster.operations.averages import Average, make_average
 
-    return make_average(grown, Average(weights, text.name), driver)
-
-
-def weights_by_name(grown: "Grown", average: "Artifact") -> dict[str, float]:
-    """An average's weights by domain, and that of the seed where it has one."""
-    names = {one.identity: one.domain for one in grown.forest.experts}
-    return {names.get(model, SEED): weight for model, weight in average.facts["weights"].items()}
+    return make_average(grown, Average("learned", text.name), driver)
 
 
 def _score(
@@ -246,7 +236,7 @@ def _score(
         return point, *interval(resampled_SR[at[one]] / resampled_SR[at[other]] - 1)
 
     for name, row in at.items():
-        others = [other for other in (UNIFORM, POSTERIOR, LARGEST, TRANSFORMER_LM) if other != name]
+        others = [other for other in (UNIFORM, POSTERIOR, FITTED, LARGEST, TRANSFORMER_LM) if other != name]
         yield Row(
             text.name,
             name,
@@ -271,7 +261,7 @@ def table(rows: Sequence[Row]) -> list[str]:
             f"| {row.target} | {row.system} | {shares} | {row.perplexity:.2f} | {row.bits_per_byte:.4f} | {against} |"
         )
     learned = [row for row in rows if row.system == LEARNED]
-    for other in (UNIFORM, POSTERIOR, LARGEST):
+    for other in (UNIFORM, POSTERIOR, FITTED, LARGEST):
         found = [row.against[other] for row in learned]
         better, worse = sum(high < 0 for _, _, high in found), sum(low > 0 for _, low, _ in found)
         mean = sum(point for point, _, _ in found) / len(found)

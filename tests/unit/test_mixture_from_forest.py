@@ -24,6 +24,7 @@ from btm_cluster.steps.training_run import spec_of
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts import what lies beside them
 import mixture_from_forest
 from data_mixtures import (
+    FITTED,
     LARGEST,
     LEARNED,
     POSTERIOR,
@@ -130,21 +131,23 @@ def test_parts_of_an_update_make_its_blocks(domains: int, blocks: int) -> None:
 
 def test_the_learned_soups_proportions_leave_the_seed_out() -> None:
     weights = {SOUP: {"code": 0.3, "news": 0.1, SEED: 0.6}, POSTERIOR: {"legal": 0.2, "news": 0.8}}
+    weights[FITTED] = {"code": 1.0}
     found = mixtures(weights, DOMAINS)
     assert found[UNIFORM] == pytest.approx([1 / 3] * 3)
     assert found[LEARNED] == pytest.approx([0.75, 0.0, 0.25])
     assert found[LARGEST] == [1.0, 0.0, 0.0]
     assert found[POSTERIOR] == [0.0, 0.2, 0.8]
+    assert found[FITTED] == [1.0, 0.0, 0.0]
 
 
 def test_a_soup_that_is_the_seed_alone_wants_all_domains_alike() -> None:
-    found = mixtures({SOUP: {SEED: 1.0}, POSTERIOR: {"code": 1.0}}, DOMAINS)
+    found = mixtures({SOUP: {SEED: 1.0}, POSTERIOR: {"code": 1.0}, FITTED: {"code": 1.0}}, DOMAINS)
     assert found[LEARNED] == found[LARGEST] == found[UNIFORM]
 
 
 def test_the_table_counts_targets_whose_interval_leaves_out_zero() -> None:
     def row(target: str, point: float, low: float, high: float) -> Row:
-        against = dict.fromkeys((UNIFORM, POSTERIOR, LARGEST), (point, low, high))
+        against = dict.fromkeys((UNIFORM, POSTERIOR, FITTED, LARGEST), (point, low, high))
         return Row(target, LEARNED, {"code": 0.25, "news": 0.75}, 80.0, 2.0, against)
 
     lines = table([row("a", -0.05, -0.06, -0.04), row("b", 0.01, -0.01, 0.03), row("c", 0.01, 0.005, 0.02)])
