@@ -1,11 +1,16 @@
-"""A plan over the folders of a corpus. Knows the settings of docs/results; runs nothing."""
+"""A plan over the folders of a corpus, or over text of this Python installation. Knows the settings of docs/results;
+runs nothing."""
 
 import argparse
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 MODEL_SIZES: dict[str, dict[str, int]] = {  # parameters without embeddings, as docs/results has 3m and 10m
     "tiny": {"n_layer": 1, "n_embd": 64, "n_head": 2, "block_tokens": 128, "vocabulary": 1024},
+    "1m": {"n_layer": 2, "n_embd": 128, "n_head": 4, "block_tokens": 256, "vocabulary": 4096},
     "3m": {"n_layer": 4, "n_embd": 256, "n_head": 4, "block_tokens": 1024, "vocabulary": 16_384},
     "10m": {"n_layer": 6, "n_embd": 384, "n_head": 6, "block_tokens": 1024, "vocabulary": 16_384},
 }
@@ -54,6 +59,17 @@ def texts(folder: Path, count: int) -> list[dict[str, str]]:
     if len(folders) < count:
         raise SystemExit(f"{folder} has {len(folders)} texts, and {count} are asked for")
     return [{"name": text.name, **_files(text)} for text in folders[:count]]
+
+
+def toy_texts(work: Path) -> dict[str, Any]:
+    """A plan's fields of the quickstart's texts, which are written below `work`."""
+    from btm_cluster.operations.quickstart import PLAN_FILE, write_quickstart
+
+    if not (work / PLAN_FILE).exists():
+        with chdir(work):
+            list(write_quickstart())
+    fields = yaml.safe_load((work / PLAN_FILE).read_text(encoding="utf-8"))
+    return {name: fields[name] for name in ("domains", "targets", "reading") if name in fields}
 
 
 def _files(text: Path) -> dict[str, str]:

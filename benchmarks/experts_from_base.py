@@ -21,13 +21,12 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import chdir
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from corpus_plan import texts
+from corpus_plan import texts, toy_texts
 
 from btm_cluster.curve import CURVE_FILE
 from btm_cluster.ledger import Artifact, Ledger
@@ -76,7 +75,7 @@ def main() -> None:
     asked.work.mkdir(parents=True, exist_ok=True)
     size = SIZES["toy" if asked.toy else "30m"]
     common = {"store": "store", "cluster": _cluster(asked.gpus)}
-    common |= _toy_texts(asked.work) if asked.toy else _corpus_texts(asked.corpus, asked.targets)
+    common |= toy_texts(asked.work) if asked.toy else _corpus_texts(asked.corpus, asked.targets)
     os.chdir(asked.work)
     blocks = _train_base(size, common, asked)
     updates = updates_for(asked.expert_passes, blocks, size)
@@ -126,16 +125,6 @@ def _corpus_texts(corpus: Path, targets: Path | None) -> dict[str, Any]:
         return texts(folder, sum(path.is_dir() for path in folder.glob("*")))
 
     return {"domains": all_of(corpus / "train_domains"), "targets": all_of(targets) if targets else []}
-
-
-def _toy_texts(work: Path) -> dict[str, Any]:
-    from btm_cluster.operations.quickstart import PLAN_FILE, write_quickstart
-
-    if not (work / PLAN_FILE).exists():
-        with chdir(work):
-            list(write_quickstart())
-    fields = yaml.safe_load((work / PLAN_FILE).read_text(encoding="utf-8"))
-    return {name: fields[name] for name in ("domains", "targets", "reading") if name in fields}
 
 
 def base_plan(common: Mapping[str, Any], size: Size, updates: int) -> dict[str, Any]:
