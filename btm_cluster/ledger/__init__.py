@@ -8,7 +8,7 @@ or forests' meaning.
     artifacts/<kind>/<identity>.json   manifest of something made for good
     training/<identity>/<update>.json  manifest of a training checkpoint, gone once its model is committed
     training/<identity>/blobs/<sha256> its bytes: what is dropped some day shares no object with what is kept
-    forest/<n>.json                    version n
+    forest/<n>.json                    version n, whole or as what it changes of an earlier one
     pins/<n>.json                      version n is never collected
     tombstones/<kind>/<identity>.json  a text or model that was purged, and never comes back
     tombstones/purge/<id>.json         everything that a purge deletes, written before it does

@@ -17,9 +17,9 @@ _SHOWN = 3
 
 
 def check_history(
-    ledger: Ledger,
     versions: Sequence[int],
     forests: Mapping[int, Forest],
+    hashes: Mapping[int, str],
     records: Collection[object],
     artifacts: Mapping[str, Artifact],
     purged: Collection[str],
@@ -27,9 +27,11 @@ def check_history(
     """Versions are numbered from 0 without a gap, pinned ones among them; each names
     the one before it, and models that are there.
 
-    `gc` may have collected what only older ones name, and a purge what any does.
+    `gc` may have collected what only older ones name, and a purge what any does. `hashes` are those of the
+    versions' documents.
     """
     pinned = _pinned(records)
+    standing = {(a.identity, a.manifest_hash) for a in artifacts.values() if a.kind == "model"}
     for before, after in zip([-1, *versions], versions, strict=False):
         first, last = before + 1, after - 1
         if first <= last:
@@ -40,8 +42,8 @@ def check_history(
         )
     kept = pinned | {*versions[-1:]}
     for version, forest in forests.items():
-        yield from _check_parent(ledger, forest, has_parent=version - 1 in forests)
-        for identity, manifest_hash in forest.manifests.items():
+        yield from _check_parent(forest, hashes)
+        for identity, manifest_hash in sorted(forest.manifests.items() - standing):
             key = artifact_key(Ref("model", identity))
             found, must_be = artifacts.get(key), version in kept and key not in purged
             if (found is None and must_be) or (found is not None and found.manifest_hash != manifest_hash):
@@ -137,11 +139,10 @@ def _pinned(records: Iterable[object]) -> set[int]:
     return {record for record in records if isinstance(record, int)}
 
 
-def _check_parent(ledger: Ledger, forest: Forest, has_parent: bool) -> Iterator[str]:
-    if has_parent or forest.version == 0:
-        parent = ledger.log.version_hash(forest.version - 1) if has_parent else None
-        if forest.parent != parent:
-            yield f"forest version {forest.version} names another parent\n  found:    {forest.parent}\n  expected: {parent}"
+def _check_parent(forest: Forest, hashes: Mapping[int, str]) -> Iterator[str]:
+    parent = hashes.get(forest.version - 1)
+    if (parent or forest.version == 0) and forest.parent != parent:
+        yield f"forest version {forest.version} names another parent\n  found:    {forest.parent}\n  expected: {parent}"
 
 
 def _purge_again(domain: str) -> str:

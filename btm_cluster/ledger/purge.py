@@ -74,9 +74,7 @@ def plan_purge(ledger: Ledger, domain: str) -> PurgePlan:
     if "/" in domain or domain.startswith("."):
         raise UserError(f"{domain!r} is no domain")
     begun = [record for record in ledger.tombstones.unfinished() if record.domain == domain]
-    forests = [
-        forest for version in ledger.log.versions() if (forest := ledger.log.version(version)) is not None
-    ]
+    forests = [forest for forest, _ in ledger.log.history()]
     manifests = ledger.read_manifests()
     texts = _texts_of(ledger, domain, forests, manifests) | {
         text for record in begun for text in record.texts

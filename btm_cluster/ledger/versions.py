@@ -36,8 +36,9 @@ def version_of(ledger: Ledger, version: int) -> Forest:
 
 def last_expert(ledger: Ledger, domain: str) -> Expert | None:
     """The domain's expert in the newest version that has one."""
+    read = ledger.log.read([])
     for version in reversed(ledger.log.versions()):
-        forest = ledger.log.version(version)
+        forest = read.forest(version)
         if forest is not None and domain in forest.domains:
             return forest.expert(domain)
     return None

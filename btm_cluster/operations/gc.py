@@ -6,10 +6,11 @@ reaches. The inbox, refusals and tombstones are never looked at, nor is what is 
 
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from btm_cluster.errors import StoreError
+from btm_cluster.forest import Forest
 from btm_cluster.ledger import FOLDERS, Artifact, Ledger, Ref, artifact_key, blob_key, in_parallel, list_ours
 from btm_cluster.ledger.consistency import named_roots
 from btm_cluster.ledger.lineage import is_expert_of, layers, lost, reached
@@ -105,8 +106,8 @@ def store_time(storage: Storage) -> float:
 def _named(ledger: Ledger, points: list[BranchPoint]) -> dict[Ref, str]:
     """Artifacts that must be there or have a tombstone: the newest and pinned versions,
     baselines and open branch points name them."""
-    used = [ledger.log.version(version) for version in {*ledger.log.versions()[-1:], *ledger.log.pinned()}]
-    return named_roots(filter(None, used), points, list_baselines(ledger))
+    used = _forests(ledger, {*ledger.log.versions()[-1:], *ledger.log.pinned()})
+    return named_roots(used, points, list_baselines(ledger))
 
 
 def _models_of_last(ledger: Ledger, keep_versions: int) -> set[Ref]:
@@ -114,8 +115,13 @@ def _models_of_last(ledger: Ledger, keep_versions: int) -> set[Ref]:
 
     Those of older ones may have been collected before, when fewer were kept.
     """
-    forests = [ledger.log.version(version) for version in ledger.log.versions()[-keep_versions:]]
-    return {Ref("model", identity) for forest in forests if forest for identity in forest.manifests}
+    forests = _forests(ledger, ledger.log.versions()[-keep_versions:])
+    return {Ref("model", identity) for forest in forests for identity in forest.manifests}
+
+
+def _forests(ledger: Ledger, versions: Collection[int]) -> list[Forest]:
+    read = ledger.log.read(versions)
+    return [forest for version in versions if (forest := read.forest(version))]
 
 
 def _in_the_making(

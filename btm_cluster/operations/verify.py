@@ -74,13 +74,15 @@ def verify(ledger: Ledger) -> Verified:
         problems += [p for p in pool.map(lambda one: _check_blob(ledger, *one), blobs.values()) if p]
         records, damaged = _read_all(pool, lambda key: _read_record(ledger, key), record_keys, storage)
         problems += damaged
-        found, damaged = _read_all(pool, lambda key: ledger.log.version(by_key[key]), by_key, storage)
+        versions = ledger.log.read(by_key.values())
+        found, damaged = _read_all(pool, lambda key: versions.forest(by_key[key]), by_key, storage)
         problems += damaged
     forests = {by_key[key]: forest for key, forest in found.items()}
     purged = {
         f"artifacts/{key.removeprefix(TOMBSTONES)}" for key in record_keys if key.startswith(TOMBSTONES)
     }
-    problems += check_history(ledger, list(by_key.values()), forests, records.values(), artifacts, purged)
+    hashes = {version: versions.hash(version) for version in forests}
+    problems += check_history([*by_key.values()], forests, hashes, records.values(), artifacts, purged)
     named = purged | set(manifest_keys)  # what is damaged is among the problems already
     named |= {
         key for record in records.values() if isinstance(record, PurgeRecord) for key in record.manifests

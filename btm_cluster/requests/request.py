@@ -7,6 +7,7 @@ is shown and made, and are no part of the identity.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from btm_cluster.identity import Inputs, Ref, identity_by
@@ -64,7 +65,7 @@ class StepRequest(ABC):
     def inputs(self) -> Inputs:
         """Artifacts that the artifact is made from, by the part that they play in it."""
 
-    @property
+    @cached_property
     def ref(self) -> Ref:
         """The artifact: its identity is the hash of kind, recipe and inputs."""
         return Ref(self.kind, identity_by(self.kind, self.recipe, self.inputs))

@@ -6,6 +6,7 @@ with it all that depends on it.
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
@@ -27,6 +28,8 @@ class Overlay:
     def __init__(self, below: Storage) -> None:
         self.location, self._below = below.location, below
         self._objects: dict[str, bytes] = {}
+        self._keys: defaultdict[str, dict[str, None]] = defaultdict(dict)
+        """Those of the objects, by folder: each commit lists tombstones, and there may be many placeholders."""
 
     @property
     def copies_bytes(self) -> int:
@@ -39,11 +42,18 @@ class Overlay:
         try:
             self._below.size(key)
         except MissingError:
-            return self._objects.setdefault(key, data) is data
+            if key in self._objects:
+                return False
+            self._put(key, data)
+            return True
         return False
 
     def upload(self, key: str, path: Path, keep: bool = True) -> None:  # noqa: ARG002 - it is read
-        self._objects[key] = path.read_bytes()
+        self._put(key, path.read_bytes())
+
+    def _put(self, key: str, data: bytes) -> None:
+        self._objects[key] = data
+        self._keys[key.partition("/")[0]][key] = None
 
     def read(self, key: str, start: int = 0, size: int | None = None) -> bytes:
         if key not in self._objects:
@@ -60,10 +70,14 @@ class Overlay:
 
     def list(self, prefix: str) -> Iterator[Entry]:
         entries = {entry.key: entry for entry in self._below.list(prefix)}
-        for key, data in self._objects.items():
-            if key.startswith(prefix):
-                entries[key] = Entry(key, len(data), time.time())
+        for key in self._placeholders(prefix):
+            entries[key] = Entry(key, len(self._objects[key]), time.time())
         yield from (entries[key] for key in sorted(entries))
+
+    def _placeholders(self, prefix: str) -> Sequence[str]:
+        folder, slash, _ = prefix.partition("/")
+        keys = self._keys[folder] if slash else self._objects
+        return [key for key in keys if key.startswith(prefix)]
 
     def unfinished(self, prefix: str) -> Iterator[Entry]:
         return self._below.unfinished(prefix)
@@ -73,12 +87,13 @@ class Overlay:
 
     def delete(self, key: str) -> None:
         self._objects.pop(key, None)
+        self._keys[key.partition("/")[0]].pop(key, None)
 
     def erase_object(self, key: str) -> None:
         self.delete(key)
 
     def erase(self, prefix: str) -> None:
-        for key in [key for key in self._objects if key.startswith(prefix)]:
+        for key in self._placeholders(prefix):
             self.delete(key)
 
     def address(self, key: str) -> str:

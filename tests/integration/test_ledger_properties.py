@@ -28,7 +28,18 @@ from btm_cluster.algorithm import merge
 from btm_cluster.errors import IntegrityError, MissingError, StoreError, UserError
 from btm_cluster.forest import Expert, Forest, Foundation, Parent, describe_forest, merge_into
 from btm_cluster.identity import identity_of
-from btm_cluster.ledger import Artifact, ForestLog, Inputs, Ledger, Origin, Ref, blob_key, identity_by
+from btm_cluster.ledger import (
+    Artifact,
+    ForestLog,
+    Inputs,
+    Ledger,
+    Origin,
+    Ref,
+    blob_key,
+    identity_by,
+    version_bodies,
+)
+from btm_cluster.ledger.version_bodies import WHOLE_BELOW
 from btm_cluster.operations.gc import collect, find_garbage
 from btm_cluster.operations.verify import verify
 from tests.memory_store import Crash, InMemory, without_threads
@@ -479,7 +490,11 @@ class Store(RuleBasedStateMachine):
             assert not self.stands(self.log[int(named[1])]), problem
 
 
-def test_a_store_holds_what_the_model_says_whatever_is_done_and_wherever_it_crashes() -> None:
+@pytest.mark.parametrize("whole_below", [WHOLE_BELOW, 0], ids=["whole versions", "differences"])
+def test_a_store_holds_what_the_model_says_whatever_is_done_and_wherever_it_crashes(
+    whole_below: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(version_bodies, "WHOLE_BELOW", whole_below)
     run_state_machine_as_test(
         Store, settings=settings(max_examples=60, stateful_step_count=25, deadline=None)
     )

@@ -23,7 +23,9 @@ from btm_cluster.operations.plan import DONE, NEW, UNREAD, Preview, Step, previe
 from btm_cluster.operations.run import run_plan
 from btm_cluster.operations.verify import verify
 from btm_cluster.plan import Plan
+from btm_cluster.storage.local_folder import LocalFolder
 from btm_cluster.terminal.tables import consoles
+from btm_cluster.workers.dry_run import Overlay
 from tests.conftest import DOMAINS, in_process, made_up_documents, plan_fields, write_jsonl
 
 
@@ -54,6 +56,28 @@ def after(grown_store: Path, fields: dict[str, Any]) -> dict[str, Any]:
     """The plan's fields, on a copy of the grown store."""
     shutil.copytree(grown_store, fields["store"])
     return fields | {"baselines": ["transformer-lm"]}
+
+
+def test_a_dry_runs_placeholders_are_listed_with_what_lies_below_and_leave_it_alone(tmp_path: Path) -> None:
+    below = LocalFolder(str(tmp_path))
+    assert below.create("blobs/below", b"1")
+    overlay = Overlay(below)
+    assert overlay.create("blobs/above", b"2")
+    assert overlay.create("artifacts/text/a.json", b"3")
+    assert not overlay.create("blobs/above", b"again")
+    assert not overlay.create("blobs/below", b"again")
+    for prefix, listed in {
+        "": ["artifacts/text/a.json", "blobs/above", "blobs/below"],
+        "blobs/": ["blobs/above", "blobs/below"],
+        "blobs/a": ["blobs/above"],
+        "art": ["artifacts/text/a.json"],
+        "tombstones/": [],
+    }.items():
+        assert [entry.key for entry in overlay.list(prefix)] == listed
+    overlay.erase("blobs/a")
+    overlay.delete("artifacts/text/a.json")
+    assert [entry.key for entry in overlay.list("")] == ["blobs/below"]
+    assert [entry.key for entry in below.list("")] == ["blobs/below"]
 
 
 NAMES = [*DOMAINS, "market"]
