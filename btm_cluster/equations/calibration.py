@@ -49,8 +49,8 @@ def calibrate(
     if not mask_BT.any():
         log_prior_E = uniform_prior(logp_EBT) if log_prior_E is None else log_prior_E
         return log_prior_E, replace(posterior, kind="calibrated", weight=DEFAULT_EVIDENCE_WEIGHT)
-    evidence_EN = evidence(logp_EBT, replace(posterior, kind="calibrated", weight=1.0))[:, mask_BT]
-    logp_EN = logp_EBT[:, mask_BT]
+    evidence_EBT = evidence(logp_EBT, replace(posterior, kind="calibrated", weight=1.0))
+    evidence_EN, logp_EN = _masked(evidence_EBT, mask_BT), _masked(logp_EBT, mask_BT)
     step = -(-logp_EN.shape[1] // STARTING_TOKENS)
     few = MixtureLikelihood.of(evidence_EN[:, ::step], logp_EN[:, ::step])
     fits_prior = log_prior_E is None
@@ -67,6 +67,11 @@ def calibrate(
     if tokens.loss(best) > tokens.loss((plain_E, 0.0)) + GAIN_THAT_COUNTS:
         best = (plain_E, 0.0)
     return best[0], replace(posterior, kind="calibrated", weight=best[1])
+
+
+def _masked(values_EBT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """The values of real tokens [E, N]; not copied where all are real, as in most development blocks."""
+    return values_EBT.flatten(1) if bool(mask_BT.all()) else values_EBT[:, mask_BT]
 
 
 def _plain_prior(logp_EN: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The likelihood of tokens under a mixture whose weights are softmax(b_j + β e_jn), with its first and second
 derivatives; and its maximum, by Newton's method.
 
-N tokens of all blocks, cut into stretches S of n; P parameters: the E log-priors b, then log β. Beside the letters
+N tokens of all blocks, cut into stretches S; P parameters: the E log-priors b, then log β. Beside the letters
 of the package.
 """
 
@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-TOKENS_AT_ONCE = 4096
-"""Tokens in a stretch: the scores of eight experts take a quarter of a
-megabyte, which fits a processor's cache."""
+SCORES_AT_ONCE = 2**16
+"""Scores in a stretch, experts times tokens: half a megabyte, which fits a processor's cache."""
 NEWTON_STEPS = 200
 LONGEST_STEP = 4.0
 """In any parameter: where the likelihood is nearly flat, its curvature promises too much."""
@@ -45,9 +44,17 @@ class MixtureLikelihood:
     @classmethod
     def of(cls, evidence_EN: torch.Tensor, logp_EN: torch.Tensor) -> "MixtureLikelihood":
         """The scores, from evidence and log-probabilities of each token under each expert."""
-        best_N = logp_EN.max(dim=0).values
-        evidence_EN, likelihood_EN = evidence_EN - evidence_EN.max(dim=0).values, (logp_EN - best_N).exp()
-        return cls(_stretches(evidence_EN), _stretches(likelihood_EN), float(best_N.mean()), len(best_N))
+        experts, count = logp_EN.shape
+        tokens = max(1, SCORES_AT_ONCE // experts)
+        best_logp, evidence_SEN, likelihood_SEN = 0.0, [], []
+        for some_EN, some_logp_EN in zip(
+            torch.split(evidence_EN, tokens, 1), torch.split(logp_EN, tokens, 1), strict=True
+        ):
+            best_N = some_logp_EN.amax(0)
+            best_logp += float(best_N.sum())
+            evidence_SEN.append((some_EN - some_EN.amax(0)).contiguous())
+            likelihood_SEN.append((some_logp_EN - best_N).exp_().contiguous())
+        return cls(evidence_SEN, likelihood_SEN, best_logp / count, count)
 
     def loss(self, fit: Fit) -> float:
         """Mean negative log-likelihood, in nats; infinite where a step too far has left β there."""
@@ -62,21 +69,34 @@ class MixtureLikelihood:
         """Loss, gradient and curvature by b and log β.
 
         With r_jn = w_jn p_jn / Σ_i w_in p_in:   d/db_j = Σ_n (w_jn - r_jn),   d/dβ = Σ_jn (w_jn - r_jn) e_jn,
-        and the curvature is the covariance of (1_j, e_j) under w, less that under r, summed over tokens.
+        and the curvature is the covariance of (1_j, e_j) under w, less that under r, summed over tokens. Of both,
+        w wᵀ - r rᵀ is the symmetric part of (w - r)(w + r)ᵀ, one product of matrices.
         """
-        weight, loss = math.exp(log_weight), 0.0
-        gradient_P = bias_E.new_zeros(len(bias_E) + 1)
-        curvature_PP = bias_E.new_zeros(len(gradient_P), len(gradient_P))
+        weight, loss, experts = math.exp(log_weight), 0.0, len(bias_E)
+        gradient_P = bias_E.new_zeros(experts + 1)
+        products_PP = bias_E.new_zeros(experts + 1, experts + 1)
+        seen_P = bias_E.new_zeros(experts + 1)
         for evidence_EN, likelihood_EN in zip(self.evidence_SEN, self.likelihood_SEN, strict=True):
             w_EN = _weights(bias_E, weight, evidence_EN)
             r_EN = w_EN * likelihood_EN
             mixture_N = r_EN.sum(0)
             loss -= float(mixture_N.log().sum())
-            r_EN.div_(mixture_N)
-            for sign, share_EN in ((1.0, w_EN), (-1.0, r_EN)):
-                mean_P, covariance_PP = _moments(share_EN, evidence_EN)
-                gradient_P.add_(mean_P, alpha=sign)
-                curvature_PP.add_(covariance_PP, alpha=sign)
+            r_EN.mul_(mixture_N.reciprocal_())
+            # The last row is the mean of e under each.
+            apart_PN, both_PN = bias_E.new_empty(2, experts + 1, len(mixture_N))
+            apart_EN = torch.sub(w_EN, r_EN, out=apart_PN[:-1])
+            both_EN = torch.add(w_EN, r_EN, out=both_PN[:-1])
+            moved_EN = torch.mul(apart_EN, evidence_EN, out=r_EN)
+            torch.sum(moved_EN, 0, out=apart_PN[-1])
+            torch.sum(torch.mul(both_EN, evidence_EN, out=w_EN), 0, out=both_PN[-1])
+            products_PP.addmm_(apart_PN, both_PN.T)
+            gradient_P += apart_PN.sum(1)
+            seen_P[:-1] += moved_EN.sum(1)
+            seen_P[-1] += torch.dot(moved_EN.flatten(), evidence_EN.flatten())
+        curvature_PP = (products_PP + products_PP.T) / -2
+        curvature_PP[:-1, :-1] += torch.diag(gradient_P[:-1])
+        curvature_PP[-1] += seen_P
+        curvature_PP[:-1, -1] += seen_P[:-1]
         gradient_P /= self.count
         curvature_PP /= self.count
         # By log β, where they were by β.
@@ -122,22 +142,4 @@ def _newton_step(gradient_P: torch.Tensor, curvature_PP: torch.Tensor, damping: 
 def _weights(bias_E: torch.Tensor, weight: float, evidence_EN: torch.Tensor) -> torch.Tensor:
     w_EN = torch.add(bias_E[:, None], evidence_EN, alpha=weight)
     w_EN.sub_(w_EN.amax(0)).exp_()
-    return w_EN.div_(w_EN.sum(0))
-
-
-def _moments(share_EN: torch.Tensor, evidence_EN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean [P] and covariance [P, P] of (1_j, e_j), of an expert j drawn by its share of each token, summed over
-    tokens."""
-    seen_EN = share_EN * evidence_EN
-    mean_N = seen_EN.sum(0)
-    share_E, seen_E = share_EN.sum(1), seen_EN.sum(1)
-    experts = len(share_E)
-    covariance_PP = share_EN.new_empty(experts + 1, experts + 1)
-    covariance_PP[:-1, :-1] = torch.diag(share_E) - share_EN @ share_EN.T
-    covariance_PP[-1, :-1] = covariance_PP[:-1, -1] = seen_E - share_EN @ mean_N
-    covariance_PP[-1, -1] = (seen_EN * evidence_EN).sum() - mean_N @ mean_N
-    return torch.cat([share_E, seen_E.sum()[None]]), covariance_PP
-
-
-def _stretches(values_EN: torch.Tensor) -> list[torch.Tensor]:
-    return [part.contiguous() for part in torch.split(values_EN, TOKENS_AT_ONCE, dim=1)]
+    return w_EN.mul_(w_EN.sum(0).reciprocal_())

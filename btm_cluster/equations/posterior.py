@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch.nn import functional
 
 Kind = Literal["calibrated", "full", "last-token", "window"]
 PriorKind = Literal["fitted", "ema", "mean", "uniform"]
@@ -23,6 +24,8 @@ EMA_RATE = 0.3
 """λ of the paper's running estimate of the prior: the weight of the newest block."""
 EM_TOLERANCE = 1e-11
 EM_STEPS = 5000
+STRETCH_TOKENS = 32
+"""Tokens whose discounted sums come of one product of matrices; stretches are joined by another."""
 
 
 @dataclass(frozen=True)
@@ -126,14 +129,33 @@ def fitted_prior(
 
 
 def discounted_sums(values_EBT: torch.Tensor, discounts: Sequence[float]) -> torch.Tensor:
-    """Σ_{u<t} γ^(t-1-u) of the values, for each γ: [G, E, B, T]. Zero at position 0."""
-    rates_G = torch.tensor(discounts, dtype=values_EBT.dtype)[:, None, None]
-    # Time first: each step then writes one stretch of memory.
-    values_TEB = values_EBT.permute(2, 0, 1).contiguous()
-    sums_TGEB = torch.zeros(len(values_TEB), len(discounts), *values_EBT.shape[:2], dtype=values_EBT.dtype)
-    for t in range(1, len(values_TEB)):
-        torch.addcmul(values_TEB[t - 1], rates_G, sums_TGEB[t - 1], out=sums_TGEB[t])
-    return sums_TGEB.permute(1, 2, 3, 0)
+    """Σ_{u<t} γ^(t-1-u) of finite values, for each γ: [G, E, B, T]. Zero at position 0.
+
+    A product of matrices within each stretch of tokens, and the same for what earlier stretches sum to: a pass
+    token by token would take a thousand small operations, one after the other.
+    """
+    tokens = values_EBT.shape[-1]
+    if tokens <= STRETCH_TOKENS:
+        return torch.stack([values_EBT @ _discounts(rate, tokens).to(values_EBT) for rate in discounts])
+    stretches = -(-tokens // STRETCH_TOKENS)
+    missing = stretches * STRETCH_TOKENS - tokens
+    filled_EBT = functional.pad(values_EBT, (0, missing)) if missing else values_EBT
+    values_EBSU = filled_EBT.reshape(*values_EBT.shape[:-1], stretches, STRETCH_TOKENS)
+    sums_GEBSU = values_EBSU.new_empty(len(discounts), *values_EBSU.shape)
+    for rate, sums_EBSU in zip(discounts, sums_GEBSU, strict=True):
+        torch.matmul(values_EBSU, _discounts(rate, STRETCH_TOKENS).to(values_EBT), out=sums_EBSU)
+        whole_EBS = sums_EBSU[..., -1] * rate + values_EBSU[..., -1]
+        before_EBS = discounted_sums(whole_EBS, [rate**STRETCH_TOKENS])[0]
+        fading_U = torch.tensor(rate, dtype=torch.float64) ** torch.arange(STRETCH_TOKENS)
+        sums_EBSU.addcmul_(before_EBS[..., None], fading_U.to(values_EBT))
+    return sums_GEBSU.flatten(-2)[..., :tokens]
+
+
+def _discounts(rate: float, tokens: int) -> torch.Tensor:
+    """What token u counts in the sum before token t: γ^(t-1-u) for u < t, and 0. [U, T]."""
+    ages_UT = torch.arange(tokens) - 1 - torch.arange(tokens)[:, None]
+    counts_UT = torch.tensor(rate, dtype=torch.float64) ** ages_UT.clamp(min=0)
+    return torch.where(ages_UT < 0, 0.0, counts_UT)
 
 
 def responsibilities(logp_EBT: torch.Tensor, log_prior_E: torch.Tensor, posterior: Posterior) -> torch.Tensor:

@@ -122,8 +122,8 @@ class ScoreStack:
 
     def _stacked(self, arrays: Sequence[np.ndarray], start: int, stop: int) -> torch.Tensor:
         """[E, B, T], 0 at padding."""
-        stacked = np.stack([array[start:stop] for array in arrays]).astype(np.float64)
-        return torch.from_numpy(stacked).masked_fill(self.documents_BT[start:stop] < 0, 0.0)
+        stacked = np.stack([array[start:stop] for array in arrays], dtype=np.float64)
+        return torch.from_numpy(stacked).masked_fill_(self.documents_BT[start:stop] < 0, 0.0)
 
 
 def _in_order(act: Callable[[int], Made], starts: Iterable[int], threads: int) -> Iterator[Made]:

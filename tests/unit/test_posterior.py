@@ -13,6 +13,7 @@ from btm_cluster.equations.calibration import DEFAULT_EVIDENCE_WEIGHT, calibrate
 from btm_cluster.equations.mixture import log_mixture
 from btm_cluster.equations.posterior import (
     Posterior,
+    discounted_sums,
     ema_prior,
     evidence,
     fitted_prior,
@@ -412,7 +413,9 @@ def test_calibrating_finds_the_prior_and_the_evidence_weight_that_made_the_token
 def test_the_loss_that_is_climbed_and_its_derivatives_are_those_of_the_mixture(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(mixture_likelihood, "TOKENS_AT_ONCE", 7)  # several stretches, the last of them short
+    monkeypatch.setattr(
+        mixture_likelihood, "SCORES_AT_ONCE", 4 * 7
+    )  # several stretches, the last of them short
     logp_EBT = made_up_scores(experts=4, blocks=3, tokens=10, random_seed=26)
     evidence_EN, logp_EN = (values.flatten(1) for values in (evidence(logp_EBT, CALIBRATED), logp_EBT))
     point_P = torch.tensor([0.3, -1.0, 0.0, 2.0, math.log(0.2)], dtype=torch.float64, requires_grad=True)
@@ -561,3 +564,16 @@ def test_leaving_an_expert_out_is_the_ensemble_of_the_others() -> None:
         torch.testing.assert_close(without, of_others)
     with pytest.raises(ValueError, match="one expert"):
         leave_out(torch.zeros(1), 0)
+
+
+@pytest.mark.parametrize("tokens", [1, 32, 33, 64, 1100])
+def test_discounted_sums_are_those_of_a_pass_token_by_token(tokens: int) -> None:
+    """Of texts as long as a stretch, a token more, and as stretches of stretches."""
+    logp_EBT = made_up_scores(experts=3, blocks=2, tokens=tokens, random_seed=28)
+    for discount in (0.0, 0.5, 0.97, 1.0):
+        now_EB, expected = torch.zeros(3, 2, dtype=torch.float64), []
+        for t in range(tokens):
+            expected.append(now_EB)
+            now_EB = discount * now_EB + logp_EBT[..., t]
+        found_EBT = discounted_sums(logp_EBT, [discount])[0]
+        torch.testing.assert_close(found_EBT, torch.stack(expected, dim=-1), rtol=1e-12, atol=1e-12)
