@@ -15,10 +15,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from contenders import fastest, measure
 from results import Result, finish, parse, this_machine, today
+
+if TYPE_CHECKING:
+    import torch
 
 BLOCK_TOKENS = 1024
 DEVELOPMENT_BLOCKS = 100
@@ -214,11 +218,20 @@ def fit_a_gate(folder: Path, experts: int, blocks: int) -> None:  # noqa: ARG001
 
     logp_EBT = torch.from_numpy(made_up(experts, DEVELOPMENT_BLOCKS)).double()
     mask_BT = torch.ones(logp_EBT.shape[1:], dtype=torch.bool)
-    text = TextScores(logp_EBT, -0.8 * logp_EBT, mask_BT)
+    text = TextScores(logp_EBT, made_up_entropies(-logp_EBT), mask_BT)
     few = TextScores(logp_EBT[:, :10], text.entropy_EBT[:, :10], mask_BT[:10])
     with one_thread_each():
         start = fit_gate([few])
         print(*best_of(2, lambda: tune_gate(text, start)))
+
+
+def made_up_entropies(surprise_EBT: "torch.Tensor") -> "torch.Tensor":
+    """Entropies that know how surprising a block is to an expert, and not which token comes: [experts, blocks, tokens]."""
+    import torch
+
+    torch.manual_seed(0)
+    shared, own = torch.randn_like(surprise_EBT[:1]), torch.randn_like(surprise_EBT)
+    return surprise_EBT.mean(dim=-1, keepdim=True) * (0.5 * shared + 0.1 * own).exp()
 
 
 def best_of(times: int, act: Callable[[], object]) -> tuple[float, float]:
