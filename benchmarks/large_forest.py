@@ -15,7 +15,6 @@ training checkpoints of 3 billion.
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import yaml
 from bare_training import Shape
@@ -186,15 +186,13 @@ def _btm(*arguments: str, shown: Sequence[str] = ()) -> None:
 def _killed_at_checkpoint(began: float) -> float:
     """Runs the plan until a training checkpoint is stored, and kills all its processes; the seconds it ran."""
     with open("killed.log", "w", encoding="utf-8") as log:
-        child = subprocess.Popen(
-            _command("run", "plan.yaml"), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        child = psutil.Popen(_command("run", "plan.yaml"), stdout=log, stderr=subprocess.STDOUT)
         while not _saved_updates():
             if child.poll() is not None:
                 raise SystemExit(f"ended before a checkpoint: {Path('killed.log').read_text()[-2000:]}")
             time.sleep(0.2)
-    os.killpg(child.pid, signal.SIGKILL)
-    subprocess.run(["pkill", "-9", "-f", "raylet|gcs_server|ray::"], check=False)
+    for process in [*child.children(recursive=True), child]:
+        process.kill()
     child.wait()
     return time.monotonic() - began
 

@@ -48,13 +48,16 @@ def hand_on_in_bfloat16(model: PreTrainedModel) -> None:
 
     The first layer's input is cast, and not the embeddings, from which rotary positions take their precision.
     """
-    first, *_ = layers_of(model)
-    first.forward = _read_in_bfloat16(first.forward)
+    for first in layers_of(model)[:1]:
+        first.forward = _read_in_bfloat16(first.forward)
 
 
 def _read_in_bfloat16(forward: Any) -> Any:
-    def reads_bfloat16(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return forward(hidden_states.to(torch.bfloat16), *args, **kwargs)
+    def reads_bfloat16(*args: Any, **kwargs: Any) -> Any:
+        hidden_states, *others = args or (None,)
+        if isinstance(hidden_states, torch.Tensor) and hidden_states.is_floating_point():
+            args = (hidden_states.to(torch.bfloat16), *others)
+        return forward(*args, **kwargs)
 
     return reads_bfloat16
 

@@ -21,7 +21,7 @@ from btm_cluster.language_model import training
 from btm_cluster.language_model.attention import leave_causal_masks_out
 from btm_cluster.language_model.batches import blocks_of_update
 from btm_cluster.language_model.compute import Compute
-from btm_cluster.language_model.layers import layers_of
+from btm_cluster.language_model.layers import hand_on_in_bfloat16, layers_of
 from btm_cluster.language_model.loss import read_after, read_tokens
 from btm_cluster.language_model.model import build_model
 from btm_cluster.language_model.process_group import ProcessGroup
@@ -346,6 +346,14 @@ def test_layers_hand_on_bfloat16_where_passes_are_in_it_and_positions_stay_exact
         assert {positions for _, positions in seen} == {torch.float32}
         seen.clear()
     torch.testing.assert_close(losses["bfloat16"], losses["float32"], rtol=2e-3, atol=0)
+
+
+def test_a_model_without_layers_or_whose_first_reads_tokens_is_left_as_it_is() -> None:
+    tokens = torch.arange(4)
+    of_lists = torch.nn.ModuleDict({"parts": torch.nn.ModuleList([torch.nn.Embedding(8, 4)])})
+    for model in (of_lists, torch.nn.Linear(4, 4)):
+        hand_on_in_bfloat16(model)  # type: ignore[arg-type]
+    assert of_lists["parts"][0](tokens).dtype == torch.float32
 
 
 @pytest.fixture
