@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from btm_cluster.data import pieces
 from btm_cluster.data.blocks import Blocks, block_order
-from btm_cluster.data.tokenizer import BATCH_DOCUMENTS
 from btm_cluster.steps.stored import documents_of, open_tokenizer
 from tests.conftest import made_up_documents
 from tests.integration.conftest import GrownForest
@@ -25,11 +25,12 @@ def expected_stream(grown: GrownForest, documents: list[str]) -> tuple[list[int]
     return tokens, owners
 
 
-@pytest.mark.parametrize("count", [1, 3, BATCH_DOCUMENTS + 5])
+@pytest.mark.parametrize("count", [1, 3, 500])
 @pytest.mark.parametrize("block_tokens", [8, 32])
 def test_held_out_text_is_packed_completely_and_only_its_last_block_is_padded(
-    grown: GrownForest, count: int, block_tokens: int
+    grown: GrownForest, count: int, block_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(pieces, "_BATCH_CHARACTERS", 4096)  # the last count is of several batches
     documents = made_up_documents("harbour", count, words_per_document=7)
     tokenizer = open_tokenizer(grown.driver.ledger, grown.prepared.tokenizer)
     tokens, owners = packed(documents, tokenizer, block_tokens, keep_rest=True)
