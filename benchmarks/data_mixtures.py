@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from btm_cluster.requests import TrainRequest
 
 MOST_PARTS = 64
-"""Of an update, as far as a domain's blocks can be cut so."""
+"""Largest number of equal parts into which an update is cut, where a domain's blocks can be."""
 SEED, SOUP = "seed", "learned soup"
 UNIFORM, LEARNED, LARGEST, POSTERIOR, FITTED = (
     "uniform mixture",

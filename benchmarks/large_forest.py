@@ -39,7 +39,7 @@ from btm_cluster.session import driving, opened_view
 
 TEXT_BYTES, END_OF_TEXT = 4_000_000, "<|endoftext|>"
 LEARNED_ENTRIES = 8192
-"""Of the tokenizer; the others are never used."""
+"""Entries of the tokenizer that text is encoded by; it has more, up to the model's vocabulary."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What commands cost on forests of up to a thousand stand-in experts: CPU seconds, store calls, memory of the
+"""Costs of commands on forests of up to a thousand stand-in experts: CPU seconds, store calls, memory of the
 driver, and bytes of the forest's log.
 
     python benchmarks/many_experts.py                     8, 64, 256 and 1,000 experts
@@ -50,7 +50,7 @@ class Cost:
     """The cost of a command."""
 
     seconds: float
-    """Of CPU, of all threads."""
+    """CPU seconds of all threads."""
     calls: int
     """To the store."""
     megabytes: float
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def measure(experts: int) -> tuple[dict[str, Cost], float]:
-    """What each command costs, and the log's size in MB."""
+    """The cost of each command by its name, and the log's size in MB."""
     with tempfile.TemporaryDirectory(prefix="many-experts-") as folder:
         plan = plan_for(Path(folder), [f"domain-{number}" for number in range(ARRIVE)])
         ledger = Ledger.open(plan.store)
@@ -109,7 +109,7 @@ class Apart(StandIns):
         self._own_seconds, self._driver_calls = 0.0, 0
 
     def cost_of(self, act: Callable[[], object]) -> Cost:
-        """What the driver's process spends on a command, but for what stand-ins make meanwhile."""
+        """The cost of one command in this process, without the time in which stand-ins are made."""
         process = psutil.Process()
         before = process.memory_info().rss
         # The kernel then counts the peak anew (proc(5)).

@@ -10,8 +10,8 @@ Prints a timeline in seconds since the command started, the longest stretches be
 share of time in which GPUs run kernels or, without a GPU, the share of CPU time. Events come from progress
 lines (a first update is told up to 1.5 s late) and from the manifests in the store.
 
-`--kill-an-expert` kills the process of a training, as a lost machine would, once an expert is half way: the forest
-must become the same, which the last lines tell.
+`--kill-an-expert` kills the process of a training, as a lost machine would, once an expert is half way. On a CPU the hash
+of the experts' weights, which is printed, is that of a run without it; on a GPU compare the verdicts.
 
 A corpus has a folder for each text, in CORPUS/train_domains and CORPUS/eval_domains, with files train.*,
 valid.* and test.*; the plan then has the settings of docs/results/3m, with other updates.
@@ -37,6 +37,7 @@ import psutil
 import yaml
 from busy_share import CpuMeter, GpuMeter, Process, gpu_meter, mean_between
 from corpus_plan import MODEL_SIZES, corpus_plan
+from expert_killer import ExpertKiller, experts_hash
 from run_timeline import Event, first_update, last_score, longest_waits, parse_line, read_store, timeline
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,8 +71,10 @@ class Run:
     cpu_seconds_of_others: float
     processes: list[Process]
     sentence: str
+    weights: str
+    """A hash of all experts' weights: on a CPU the same in every run."""
     killed: str | None
-    """What was killed, and when; None where nothing was to be."""
+    """The process that was killed, and when; None where none was to be."""
     lines: list[tuple[float, str]]
 
 
@@ -102,7 +105,7 @@ def _arguments() -> argparse.Namespace:
     )
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("preset", nargs="?", choices=["quickstart"])
-    asked.add_argument("--plan", type=Path, help="its relative paths are relative to the current folder")
+    asked.add_argument("--plan", type=Path, help="a plan, whose store is left out")
     asked.add_argument("--corpus", type=Path)
     parser.add_argument("--beside", metavar="COMMIT", help="runs the plan by this commit's code too, in turn")
     parser.add_argument("--repeats", type=int, default=1)
@@ -127,7 +130,7 @@ def _arguments() -> argparse.Namespace:
 def _plan(arguments: argparse.Namespace, scratch: Path) -> tuple[dict[str, Any], Path]:
     """The plan as plain values, and the folder that its relative paths are relative to."""
     if arguments.plan:
-        return yaml.safe_load(arguments.plan.read_text(encoding="utf-8")), Path.cwd()
+        return yaml.safe_load(arguments.plan.read_text(encoding="utf-8")), arguments.plan.resolve().parent
     if arguments.corpus:
         gpus = 0 if gpu_meter() is None else 1
         if arguments.seed_gpus is None:  # beside it the Transformer-LM, and all experts at once
@@ -157,7 +160,8 @@ def _checked_out(commit: str, scratch: Path) -> Iterator[Path]:
 
 def _run(tree: Tree, plan: Mapping[str, Any], folder: Path, own: Path, kills: bool) -> Run:
     """Runs the plan once by a tree's code, in an empty store; with `kills`, one of its trainings is killed."""
-    file, store = own / "plan.yaml", own / "store"
+    # In the folder that its paths begin at.
+    file, store = folder / f".{own.name}.yaml", own / "store"
     file.write_text(yaml.safe_dump({**plan, "store": str(store)}, sort_keys=False), encoding="utf-8")
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     others = [environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else []
@@ -169,6 +173,7 @@ def _run(tree: Tree, plan: Mapping[str, Any], folder: Path, own: Path, kills: bo
     command = [*python, "-m", "btm_cluster", "run", str(file), "--json"]
     began = time.time()
     with ExitStack() as stack:
+        stack.callback(file.unlink)
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         child = stack.enter_context(subprocess.Popen(command, cwd=folder, env=environment, **pipes))
         cpu = stack.enter_context(CpuMeter(child.pid))
@@ -182,6 +187,8 @@ def _run(tree: Tree, plan: Mapping[str, Any], folder: Path, own: Path, kills: bo
                 [*(line for _, line in lines[-20:]), f"btm run by {tree.name}: exit {child.returncode}"]
             )
         )
+    if killer is not None and killer.killed is None:
+        sys.exit("no training was killed: the experts were too short, or none ran in a Ray worker of its own")
     made, names = read_store(store, began)
     progress = [said for said in (parse_line(*line) for line in lines) if said is not None]
     events = timeline(progress, made, names, verdict_at - began)
@@ -193,32 +200,11 @@ def _run(tree: Tree, plan: Mapping[str, Any], folder: Path, own: Path, kills: bo
         load_before=load,
         timeline=events,
         sentence=json.loads(result)["verdict"]["sentence"],
+        weights=experts_hash(store),
         killed=killer.killed if killer is not None else None,
         lines=lines,
         **_shares(events, meter, cpu, began, ended),
     )
-
-
-@dataclass
-class ExpertKiller:
-    """Kills the process of a training once an expert is half way."""
-
-    domains: set[str]
-    killed: str | None = None
-
-    def look(self, line: str, seconds: float) -> None:
-        said = parse_line(seconds, line)
-        if self.killed or said is None or said.label not in self.domains or not said.update or said.is_last:
-            return
-        if said.last is None or said.update < said.last / 2:
-            return
-        for process in psutil.process_iter(["cmdline"]):
-            if " ".join(process.info["cmdline"] or []).startswith("ray::Trainer.train"):
-                process.kill()
-                self.killed = (
-                    f"process {process.pid} after {seconds:.0f} s, {said.label} at update {said.update}"
-                )
-                return
 
 
 def _listen(
@@ -306,6 +292,7 @@ def _show(run: Run) -> None:
     print(f"{len(run.processes)} processes; CPU seconds: {_by_name(run.processes)}; ", end="")
     print(f"what is not of the run {run.cpu_seconds_of_others:.0f}")
     print(run.sentence)
+    print(f"the experts' weights: {run.weights}")
     if run.killed is not None:
         print(f"killed: {run.killed}")
 

@@ -152,7 +152,7 @@ def discounted_sums(values_EBT: torch.Tensor, discounts: Sequence[float]) -> tor
 
 
 def _discounts(rate: float, tokens: int) -> torch.Tensor:
-    """What token u counts in the sum before token t: γ^(t-1-u) for u < t, and 0. [U, T]."""
+    """Weights [U, T] of token u in the sum before token t: γ^(t-1-u) for u < t, else 0."""
     ages_UT = torch.arange(tokens) - 1 - torch.arange(tokens)[:, None]
     counts_UT = torch.tensor(rate, dtype=torch.float64) ** ages_UT.clamp(min=0)
     return torch.where(ages_UT < 0, 0.0, counts_UT)

@@ -1,7 +1,8 @@
 """Exact GELU in a form that torch.compile makes a quicker kernel of.
 
 CUDA's erf takes more arithmetic than a GPU can do while it reads and writes an activation. The same function by one
-exponential and one division, in float32 whatever is read, made a GPT-2 of 125M parameters train 3 % faster on an H200.
+exponential and one division, in float32 whatever is read, takes 0.29 ms instead of 0.35 forward and backward, for
+32,768 tokens of a width of 3,072 on an H200.
 """
 
 import math

@@ -48,8 +48,9 @@ def tokenize(request: Tokenize, ledger: Ledger, control: Control) -> Artifact:
 def _open_once(ledger: Ledger, ref: Ref) -> TextTokenizer:
     artifact = ledger.get(ref)
     content = (*(artifact.blob(name).sha256 for name in TOKENIZER_FILES), artifact.facts.get("first_token"))
-    if content not in _opened:
+    opened = _opened.get(content)
+    if opened is None:
         opened = open_tokenizer(ledger, ref)
         _opened.clear()
         _opened[content] = opened
-    return _opened[content]
+    return opened
