@@ -65,17 +65,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("sizes", nargs="*", choices=SIZES, default=["toy"])
+    parser.add_argument("sizes", nargs="*", metavar="SIZE", help=f"of {', '.join(SIZES)}; default: toy")
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count(), help="default: all")
     parser.add_argument("--updates", type=int, default=80)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
+    if unknown := set(asked.sizes) - SIZES.keys():
+        parser.error(f"no size: {', '.join(sorted(unknown))}")
     rows = []
     print(
         "| size | GPUs | one expert, tokens/s | MFU | experts, tokens/s | of the ideal | Transformer-LM, "
         "tokens/s | scaling | updates/s, experts : Transformer-LM | ratio |\n" + "|---" * 10 + "|"
     )
-    for size in asked.sizes:
+    for size in asked.sizes or ["toy"]:
         row = measure(size, asked.gpus or 2, asked.updates)
         rows.append(row)
         print(_line(row), flush=True)

@@ -7,9 +7,8 @@
 The base has random weights in bfloat16 in a shape of large_models.py, and a tokenizer of as many entries; the text is
 made up. Prints the seconds of each command, and the bytes of each kind of artifact. `adapters` grows the forest without
 the evaluation of `btm run`, which would write a whole model for each average. `resume` kills `btm run` with all its
-processes once the expert has a training checkpoint in the store, and runs it again with half the GPUs: the update that
-it went on from is printed. Wants about 80 GB below --work for a base of 7 billion parameters, and 120 GB for the
-training checkpoints of 3 billion.
+processes once the expert has a training checkpoint in the store, and grows the forest with half the GPUs. Wants about
+80 GB below --work for a base of 7 billion parameters, and 120 GB for the training checkpoints of 3 billion.
 """
 
 import argparse
@@ -19,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +62,8 @@ def main() -> None:
 
 
 def adapters(shape: Shape, asked: argparse.Namespace) -> None:
-    """LoRA experts, one on each GPU, their uniform average, scores and a text."""
-    cluster = {"gpus_per_expert": min(1, asked.gpus)}
+    """LoRA experts, all at once, their uniform average, scores and a text."""
+    cluster = {"gpus_per_expert": 1 / -(-asked.experts // asked.gpus) if asked.gpus else 0}
     plan = _plan(shape, asked.experts, asked.updates, cluster) | {"branching": {"train": "lora"}}
     _write(plan)
     _timed("seed and experts", _grown)
@@ -94,18 +92,20 @@ def resume(shape: Shape, asked: argparse.Namespace) -> None:
     print(f"killed after {killed:.0f} s; checkpoints at updates {_saved_updates()}", flush=True)
     plan["cluster"] |= {"gpus_per_expert": asked.gpus // 2, "sharding": "auto"}
     _write(plan)
-    _btm(
-        "run",
-        "plan.yaml",
-        "--new-resources",
-        "--verbose",
-        shown=("update", "going on", "trained", "Traceback"),
-    )
+    _timed("resumed", lambda: _grown(new_resources=True))
+    (timeline,) = Path("store/logs").glob("*/timeline.json")
+    for event in json.loads(timeline.read_text(encoding="utf-8"))["events"]:
+        if event["kind"] == "train":
+            seconds = event["ended"] - event["began"]
+            print(f"{event['what']} on {event['gpus']:g} GPUs: {seconds:.1f} s {event.get('cause') or ''}")
 
 
-def _grown() -> None:
+def _grown(new_resources: bool = False) -> None:
     plan = Plan.model_validate(yaml.safe_load(Path("plan.yaml").read_text(encoding="utf-8")))
-    with opened_view() as view, driving(view, plan, None, in_process=False, command="grow") as driver:
+    with (
+        opened_view() as view,
+        driving(view, plan, None, False, new_resources=new_resources, command="grow") as driver,
+    ):
         print([expert.domain for expert in grow(plan, driver).forest.experts])
 
 
@@ -170,14 +170,13 @@ def _command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "btm_cluster", *arguments]
 
 
-def _btm(*arguments: str, shown: Sequence[str] = ()) -> None:
-    """Runs a command, and prints its seconds, with the last lines of what it said, and those that have these words."""
+def _btm(*arguments: str) -> None:
+    """Runs a command, and prints its seconds, with the last lines of what it said."""
     began = time.monotonic()
     done = subprocess.run(
         _command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
-    lines = done.stdout.splitlines()
-    print("\n".join([line for line in lines[:-12] if any(word in line for word in shown)][:40] + lines[-12:]))
+    print("\n".join(done.stdout.splitlines()[-12:]))
     print(f"btm {arguments[0]}: exit {done.returncode}, {time.monotonic() - began:.0f} s", flush=True)
     if done.returncode:
         raise SystemExit(1)

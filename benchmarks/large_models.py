@@ -11,8 +11,9 @@ processes to the first update. For each checkpoint, the seconds of copying it ou
 still, those of storing the copy, for which only this one does, and its bytes. `--sharding`,
 `--activation-checkpointing` and `--train` are the plan's fields.
 
-Checkpoints go to `--store`, a folder on the disk that is to be measured. A group saves at updates 9 and 17. There
-must be room for two on that disk, and for one where temporary files go. Without GPUs it runs a toy size on two
+Checkpoints go to `--store`, a folder on the disk that is to be measured, or with `--store nowhere` only to the host's
+memory. A group saves at updates 9 and 17; the first copy also gets that memory. There must be room for two on that
+disk, and for one where temporary files go. Without GPUs it runs a toy size on two
 processes, to show that it works.
 """
 
@@ -22,6 +23,7 @@ import statistics
 import tempfile
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -36,6 +38,7 @@ from btm_cluster.identity import Ref, identity_by
 from btm_cluster.language_model.compute import Compute, device_name
 from btm_cluster.language_model.configuration import full_config
 from btm_cluster.language_model.deltas import FILES, trains_of
+from btm_cluster.language_model.host_copy import HostCopy
 from btm_cluster.language_model.memory import USABLE_SHARE, PassSettings, Setting, choose_settings, memory_of
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.tensor_files import WEIGHTS
@@ -60,6 +63,7 @@ SIZES = {  # vocabulary, blocks per GPU and update, blocks per forward pass, tok
     "qwen-3b": Shape(_qwen(2048, 11_008, 36, 16, 2, True), 151_936, 16, 4, 2048),
     "qwen-7b": Shape(_qwen(3584, 18_944, 28, 28, 4, False), 152_064, 16, 4, 2048),
 }
+NOWHERE = "nowhere"
 
 
 @dataclass(frozen=True)
@@ -116,11 +120,13 @@ class Saving(Pace):
     saved: list[dict[str, float]] = field(default_factory=list)
     calls: int = 0
     weights_file: str = WEIGHTS
+    copies_only: bool = False
 
     def __post_init__(self) -> None:
         assert self.ledger is not None
         file = self.weights_file
         self.checkpoints = TrainingCheckpoints(self.ledger, MODEL, "benchmark", weights_file=file)
+        self.copies = HostCopy(), HostCopy()
 
     def should_save(self) -> bool:
         self.calls += 1
@@ -128,13 +134,22 @@ class Saving(Pace):
 
     def save(self, state: TrainingState, wait: bool) -> None:  # noqa: ARG002 (to measure it, it always waits)
         weights, moments = state.weights(), state.moments()
-        if ProcessGroup.joined(torch.device("cpu")).is_first:
-            self.checkpoints.save(state.update, weights, moments, state.recording.curve(), {}, wait=True)
-        else:
+        if not ProcessGroup.joined(torch.device("cpu")).is_first:
             deque(chain(weights, moments), maxlen=0)
-        self.saved.append(self._last())
+            self.saved.append({})
+        elif self.copies_only:
+            self.saved.append(self._copy(weights, moments))
+        else:
+            self.checkpoints.save(state.update, weights, moments, state.recording.curve(), {}, wait=True)
+            self.saved.append(self._last())
         if dist.is_initialized():
             dist.barrier()
+
+    def _copy(self, *tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
+        began = time.monotonic()
+        taken = [copy.take(each).values() for copy, each in zip(self.copies, tensors, strict=True)]
+        seconds = round(time.monotonic() - began, 2)
+        return {"stall_seconds": seconds, "bytes": sum(tensor.nbytes for tensor in chain(*taken))}
 
     def _last(self) -> dict[str, float]:
         assert self.ledger is not None
@@ -159,7 +174,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=0, help="blocks per forward pass")
     parser.add_argument("--train", choices=("all", "feed-forward", "lora"), default="all")
     parser.add_argument("--rank", type=int, default=16, help="of --train lora")
-    parser.add_argument("--store", help="default: a temporary folder")
+    parser.add_argument("--store", help=f"default: a temporary folder; {NOWHERE}: nothing is stored")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -202,9 +217,10 @@ def _rank(rank: int, asked: Asked, scratch: Path, results: "mp.SimpleQueue[dict[
         asked.updates,
         how=how,
         block_tokens=asked.shape.block_tokens,
-        ledger=Ledger.open(asked.store),
+        ledger=Ledger.open(str(scratch) if asked.store == NOWHERE else asked.store),
         wanted=asked.checkpoints,
         weights_file=FILES[asked.train],
+        copies_only=asked.store == NOWHERE,
     )
     train(spec, build_state(spec, group), pace)
     pace.checkpoints.close()
