@@ -15,6 +15,9 @@ from tokenizers import AddedToken, Tokenizer
 _BATCH_CHARACTERS = 1 << 20
 _KNOWN_CHARACTERS = 1 << 21
 """Characters of pieces that are remembered: words take about 20 bytes of memory for each, 40 MB in all."""
+_HEAD_CHARACTERS = 4
+"""Of an added token: a document that has them may have the token, and is encoded as a whole. Tokenizers with thousands
+of added tokens have few such beginnings."""
 _PIECE = re.compile(r"[^A-Za-z]*+[A-Za-z]*+(?:[^\x00-\x7f]++[^A-Za-z]*+[A-Za-z]*+)*+")
 """A piece ends where an ASCII letter is followed by an ASCII character that is no letter."""
 _PATTERNS = {
@@ -30,9 +33,10 @@ class DocumentEncoder:
 
     def __init__(self, backend: Tokenizer) -> None:
         self._backend = backend
-        self._added = _added_tokens(backend)
+        added = _added_tokens(backend)
+        self._heads = {token.content[:_HEAD_CHARACTERS] for token in added}
         self._cuts = _cuts_after_letters(backend)
-        if backend.normalizer is not None and any(token.normalized for token in self._added):
+        if backend.normalizer is not None and any(token.normalized for token in added):
             self._cuts = False  # they are looked for in another text than is seen here
         self._known: dict[str, bytes] = {}
         self._characters = 0
@@ -49,7 +53,7 @@ class DocumentEncoder:
                 self._known, self._characters = {}, 0
 
     def _pieces(self, document: str) -> list[str]:
-        if not self._cuts or any(token.content in document for token in self._added):
+        if not self._cuts or any(head in document for head in self._heads):
             return [document]
         return _PIECE.findall(document)
 

@@ -10,6 +10,8 @@ from btm_cluster.errors import UserError, one_line
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+CAUSAL_TOKENS = 8
+"""Enough to see whether a model reads from left to right."""
 _CHEAP_PRODUCT = 2 * 10**10
 """Parameters times tokens that a CPU multiplies in a fraction of a second."""
 
@@ -47,6 +49,15 @@ def check_reads_if_small(config: PretrainedConfig, block_tokens: int, name: str)
         )
     if parameters * block_tokens <= _CHEAP_PRODUCT:
         check_reads(AutoModelForCausalLM.from_config(config, trust_remote_code=False), block_tokens, name)
+
+
+def cheap_block_tokens(model: "PreTrainedModel", block_tokens: int) -> int:
+    """How many of a block's tokens a large model reads on a CPU in the time that a small one reads a whole block.
+
+    What a configuration says of the longest block is checked by `check_fits`, without reading any.
+    """
+    parameters: int = sum(parameter.numel() for parameter in model.parameters())
+    return min(block_tokens, max(CAUSAL_TOKENS, _CHEAP_PRODUCT // parameters))
 
 
 def random_block(vocabulary: int, block_tokens: int) -> torch.Tensor:

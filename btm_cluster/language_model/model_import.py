@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from btm_cluster.data.tokenizer import TextTokenizer
 from btm_cluster.errors import UserError, one_line
-from btm_cluster.language_model.block_check import check_reads, logits_of, random_block
+from btm_cluster.language_model.block_check import cheap_block_tokens, check_reads, logits_of, random_block
 from btm_cluster.language_model.model import (
     fresh_on_meta,
     in_precision,
@@ -30,7 +30,7 @@ from btm_cluster.language_model.model_files import (
 )
 from btm_cluster.language_model.pretrained import MODEL_PATTERNS, check_same, model_hash, resolve
 from btm_cluster.language_model.stored_weights import open_files, write_weights
-from btm_cluster.language_model.tensor_files import INDEX
+from btm_cluster.language_model.tensor_files import DTYPES, INDEX
 from btm_cluster.requests import Pretrained, TrainRequest
 
 if TYPE_CHECKING:
@@ -55,10 +55,11 @@ def import_model(
             tokens, or a model that is another one once it is stored.
     """
     assert request.pretrained is not None
-    source, block_tokens = request.pretrained.source, request.training.block_tokens
+    source = request.pretrained.source
     model = _load(request.pretrained)
+    block_tokens = cheap_block_tokens(model, request.training.block_tokens)
     dtype = getattr(torch, request.training.weights)
-    _round(model, dtype)
+    _round(model, dtype, source)
     _check_finite(model, source)
     check_reads(model, block_tokens, source)
     probe_1T = random_block(tokenizer.vocabulary, block_tokens)
@@ -113,9 +114,10 @@ def _load(pretrained: Pretrained) -> "PreTrainedModel":
     return model
 
 
-def _round(model: "PreTrainedModel", dtype: torch.dtype) -> None:
+def _round(model: "PreTrainedModel", dtype: torch.dtype, source: str) -> None:
     """Rounds the weights to what is stored of them: those are the model that is checked."""
-    if dtype != torch.float32:
+    original = stored_tensors(source, weight_files(resolve(source, MODEL_PATTERNS))).values()
+    if dtype != torch.float32 and any(DTYPES.get(tensor.dtype) != dtype for tensor in original):
         in_precision(model, dtype).float()
 
 
@@ -141,7 +143,9 @@ def _text_weights(
 
 
 def _check_finite(model: "PreTrainedModel", source: str) -> None:
-    spoiled = [name for name, tensor in weights_of(model).items() if not tensor.isfinite().all()]
+    # A sum takes one pass and no memory; it may itself be too large for float32.
+    unsure = {name: tensor for name, tensor in weights_of(model).items() if not tensor.sum().isfinite()}
+    spoiled = [name for name, tensor in unsure.items() if not tensor.isfinite().all()]
     if spoiled:
         raise UserError(
             f"the weights in {source} are not finite",

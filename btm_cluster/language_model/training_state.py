@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from btm_cluster.errors import IntegrityError
-from btm_cluster.language_model.block_check import check_reads
+from btm_cluster.language_model.block_check import CAUSAL_TOKENS, check_reads
 from btm_cluster.language_model.deltas import (
     FILES,
     freeze,
@@ -51,8 +51,6 @@ from btm_cluster.language_model.training_spec import TrainingSpec
 from btm_cluster.plan import ALL, Trains
 
 OPTIMIZER_FILE = "optimizer.safetensors"
-CAUSAL_TOKENS = 8
-"""Enough to see whether a model reads from left to right."""
 _MASTER = "master."
 
 

@@ -52,6 +52,9 @@ CUT = {
     "Llama 3": lambda: trained(words(WORDS % "{1,3}")),
     "Qwen 2": lambda: trained(words(WORDS % ""), normalizers.NFC(), (AddedToken("<a_b>", normalized=False),)),
     "an added token": lambda: trained(BYTE_LEVEL, None, (AddedToken("a b", lstrip=True, rstrip=True),)),
+    "thousands of added tokens": lambda: trained(
+        BYTE_LEVEL, None, tuple(AddedToken(f"<{name}{n}>") for n in range(1000) for name in ("a_b", "K b"))
+    ),
     "special tokens in text": lambda: with_special_tokens(trained(BYTE_LEVEL)),
 }
 WHOLE = {
