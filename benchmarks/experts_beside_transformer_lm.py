@@ -13,6 +13,7 @@ it runs a toy size on two processes, to show that it works.
 import argparse
 import json
 import os
+import statistics
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -147,7 +148,7 @@ def _rank(
     shape = SIZES[size]
 
     def tell(way: str, pace: Pace) -> None:
-        results.put((way, pace.tokens_per_second, pace.mfu[-1] if pace.mfu else 0.0))
+        results.put((way, pace.tokens_per_second, statistics.median(pace.mfu) if pace.mfu else 0.0))
 
     if rank == 0:  # alone first, so that the others find its compiled code
         tell("alone", train_bare(shape, updates, 1, folder, device))
