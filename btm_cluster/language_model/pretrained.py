@@ -31,6 +31,7 @@ from btm_cluster.language_model.model_files import (
     weight_files,
 )
 from btm_cluster.requests import ImportTokenizer, Pretrained
+from btm_cluster.storage.file_hashes import sha256_of
 
 _TOKENIZER_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja")
 MODEL_PATTERNS = ("*.json", "*.safetensors", "LICENSE*", "NOTICE*")
@@ -170,12 +171,5 @@ def pretrained_config(pretrained: Pretrained, vocabulary: int, block_tokens: int
 def _hash_files(paths: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
-        status = path.stat()
-        digest.update(path.name.encode() + _hash_file(path, status.st_size, status.st_mtime_ns))
+        digest.update(path.name.encode() + sha256_of(path))
     return digest.hexdigest()
-
-
-@lru_cache(maxsize=1024)
-def _hash_file(path: Path, size: int, modified_ns: int) -> bytes:  # noqa: ARG001 (they tell when to read it again)
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()

@@ -1,0 +1,82 @@
+"""Hashes of large files, remembered for as long as a file stays as it is."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from btm_cluster.storage import file_hashes
+from btm_cluster.storage.file_hashes import sha256_of
+
+
+@pytest.fixture
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that counts as large, beside a cache of its own."""
+    monkeypatch.setenv("BTM_CACHE_FOLDER", str(tmp_path / "cache"))
+    monkeypatch.setattr(file_hashes, "SMALL_BYTES", 0)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"weights")
+    return file
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of files that were read, in order."""
+    names: list[str] = []
+    hash_file = file_hashes._hash
+
+    def noted(file: Path) -> bytes:
+        names.append(file.name)
+        return hash_file(file)
+
+    monkeypatch.setattr(file_hashes, "_hash", noted)
+    return names
+
+
+def test_a_large_file_is_read_once(weights: Path, read: list[str]) -> None:
+    found = [sha256_of(weights) for _ in range(3)]
+    assert found == [hashlib.sha256(b"weights").digest()] * 3
+    assert read == [weights.name]
+
+
+def test_a_small_file_leaves_nothing(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_hashes, "SMALL_BYTES", 100)
+    assert sha256_of(weights) == hashlib.sha256(b"weights").digest()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_change_that_keeps_size_and_time_is_seen(weights: Path) -> None:
+    sha256_of(weights)
+    before = weights.stat()
+    weights.write_bytes(b"WEIGHTS")
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert weights.stat().st_mtime_ns == before.st_mtime_ns
+    assert sha256_of(weights) == hashlib.sha256(b"WEIGHTS").digest()
+
+
+def test_another_file_in_its_place_is_seen(weights: Path, tmp_path: Path) -> None:
+    sha256_of(weights)
+    other = tmp_path / "other"
+    other.write_bytes(b"another")
+    os.replace(other, weights)
+    assert sha256_of(weights) == hashlib.sha256(b"another").digest()
+
+
+def test_what_is_remembered_but_damaged_is_not_believed(weights: Path, tmp_path: Path) -> None:
+    sha256_of(weights)
+    (kept,) = (tmp_path / "cache" / "files").glob("sha256-*")
+    kept.write_bytes(b"cut")
+    assert sha256_of(weights) == hashlib.sha256(b"weights").digest()
+
+
+def test_without_a_cache_the_file_is_read(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BTM_CACHE_FOLDER", "/proc/none")
+    assert sha256_of(weights) == hashlib.sha256(b"weights").digest()
+    monkeypatch.setenv("BTM_CACHE_GIGABYTES", "many")
+    assert sha256_of(weights) == hashlib.sha256(b"weights").digest()
+
+
+def test_a_file_that_is_gone_is_said_to_be(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        sha256_of(tmp_path / "none")
