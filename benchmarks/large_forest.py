@@ -63,7 +63,8 @@ def main() -> None:
 
 def adapters(shape: Shape, asked: argparse.Namespace) -> None:
     """LoRA experts, all at once, their uniform average, scores and a text."""
-    cluster = {"gpus_per_expert": 1 / -(-asked.experts // asked.gpus) if asked.gpus else 0}
+    share = 1 / -(-asked.experts // asked.gpus) if asked.gpus else 0
+    cluster = {"gpus_per_expert": share, "micro_batch_blocks": "auto"}
     plan = _plan(shape, asked.experts, asked.updates, cluster) | {"branching": {"train": "lora"}}
     _write(plan)
     _timed("seed and experts", _grown)
