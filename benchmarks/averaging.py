@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,10 +71,10 @@ def compare(folder: Path, input_bytes: int, asked: argparse.Namespace) -> Result
         measure(command)
     if asked.mergekit:
         check_same(folder)
-    clear = lambda who: _clear(folder, who)  # noqa: E731
     for who in commands:
-        clear(who)
-    taken = {who: fastest(runs) for who, runs in in_turn(commands, asked.rounds, clear).items()}
+        clear(folder, who)
+    runs = in_turn(commands, asked.rounds, partial(clear, folder))
+    taken = {who: fastest(of_one) for who, of_one in runs.items()}
     return result_of(taken, input_bytes, seconds_to_read(folder), asked)
 
 
@@ -188,7 +189,7 @@ def check_same(folder: Path) -> None:
     from btm_cluster.language_model.stored_weights import TensorFiles
 
     theirs = TensorFiles(sorted((folder / "theirs").glob("*.safetensors")))
-    ours = TensorFiles([_our_average(folder)])
+    ours = TensorFiles(our_averages(folder))
     for name in theirs.header:
         if name == "__metadata__":
             continue
@@ -196,20 +197,22 @@ def check_same(folder: Path) -> None:
             raise SystemExit(f"{name} is another in the two averages")
 
 
-def _our_average(folder: Path) -> Path:
+def our_averages(folder: Path) -> list[Path]:
+    """The weights of the averages in the store."""
     from btm_cluster.ledger import Ledger
 
     ledger = Ledger.open(str(folder / "store"))
-    (made,) = (one for one in ledger.list_artifacts("model") if "number" not in one.recipe)
-    return ledger.open_file(made, "model.safetensors")
+    made = [one for one in ledger.list_artifacts("model") if "number" not in one.recipe]
+    return [ledger.open_file(one, "model.safetensors") for one in made]
 
 
-def _clear(folder: Path, who: str) -> None:
+def clear(folder: Path, who: str) -> None:
     """Removes what a contender made."""
     if who == "theirs":
         shutil.rmtree(folder / "theirs")
         return
-    _our_average(folder).unlink()
+    for average in our_averages(folder):
+        average.unlink()
     for manifest in (folder / "store/artifacts/model").iterdir():
         if '"number"' not in manifest.read_text():
             manifest.unlink()

@@ -35,6 +35,7 @@ NAMES = {
     "optimizer": "Muon beside AdamW",
     "scoring": "log-probabilities and entropies of every token",
     "averaging": "a weighted average of models",
+    "averages-together": "several weighted averages of the same models",
     "ensemble": "arithmetic on stored scores",
     "calibration": "fitting an ensemble's calibration",
     "gate": "fitting one text's gate",

@@ -118,8 +118,10 @@ class Comparer:
             if ensemble.methods:
                 yield from (fit for text in prepared.texts for fit in fit_requests(prepared, ensemble, text))
                 yield from (mix_request(prepared, ensemble, *part) for part in self.parts)
-            for weights, text in self.averages(ensemble):
+            averages = list(self.averages(ensemble))
+            for weights, text in averages:
                 yield from weight_requests(prepared, ensemble, weights, text)
+            for weights, text in averages:  # once all weights are there, so that they can be made together
                 if weights != "argmax":  # which is one of the models
                     average = average_request(prepared, ensemble, weights, text)
                     yield average

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -165,25 +165,45 @@ def write_parts(
     """Writes tensors as `write_weights` does, each whole or in parts: its name, the place of the part's first
     element among the tensor's, and the part. Memory: one part.
     """
-    split = split_state_dict_into_shards_factory(
-        {name: header[name] for name in names_in_order(header)},
-        get_storage_size=size_of,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=SHARD_BYTES if shard_bytes is None else shard_bytes,
-    )
-    files = {shard: folder / shard for shard in split.filename_to_tensors}
-    with ExitStack() as stack:
-        writers = {
-            shard: stack.enter_context(TensorWriter(header_of(header, own), folder / shard))
-            for shard, own in split.filename_to_tensors.items()
-        }
+    with ShardWriter(header, folder, shard_bytes) as writer:
         for name, first, part in parts:
-            writers[split.tensor_to_filename[name]].write_part(name, first, part)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        files[INDEX] = folder / INDEX
-        files[INDEX].write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return files
+            writer.write(name, first, part)
+    return writer.files
+
+
+class ShardWriter:
+    """A model's files in the making, as `write_parts` writes them; its parts come in any order."""
+
+    def __init__(self, header: Header, folder: Path, shard_bytes: int | None = None) -> None:
+        split = split_state_dict_into_shards_factory(
+            {name: header[name] for name in names_in_order(header)},
+            get_storage_size=size_of,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=SHARD_BYTES if shard_bytes is None else shard_bytes,
+        )
+        self._shard_of = split.tensor_to_filename
+        self.files = {shard: folder / shard for shard in split.filename_to_tensors}
+        """All files by name, whole once this is left."""
+        with ExitStack() as stack:
+            self._writers = {
+                shard: stack.enter_context(TensorWriter(header_of(header, own), folder / shard))
+                for shard, own in split.filename_to_tensors.items()
+            }
+            self._stack = stack.pop_all()
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            self.files[INDEX] = folder / INDEX
+            self.files[INDEX].write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def write(self, name: str, first: int, part: torch.Tensor) -> None:
+        """Writes a tensor's elements from `first` on; each element is to be written once."""
+        self._writers[self._shard_of[name]].write_part(name, first, part)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failed: Any) -> None:
+        self._stack.__exit__(*failed)
 
 
 def write_shards(

@@ -54,6 +54,14 @@ class AverageRequest(MergeRequest):
         fit = (self.weights.fit,) if isinstance(self.weights, FittedWeights) else ()
         return {"models": self._ordered, "fit": fit}
 
+    @property
+    def shown(self) -> str:
+        return f"averages of {len(self.models)} models"
+
+    @property
+    def batch(self) -> object:
+        return "averages", self.models, self.unrelated  # which are read once
+
 
 TaskVectorMethod: TypeAlias = Literal["task-arithmetic", "ties"]
 

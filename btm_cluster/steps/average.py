@@ -1,8 +1,16 @@
-"""Makes one model of several, an ordinary one: averages them, or merges their task vectors."""
+"""Makes one model of several, an ordinary one: averages them, or merges their task vectors.
 
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+Averages of the same models are made in one pass over these.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +18,9 @@ import torch
 from btm_cluster.data.tokenizer import TOKENIZER_FILES
 from btm_cluster.equations.task_vectors import task_arithmetic, ties
 from btm_cluster.errors import IncompatibleError
-from btm_cluster.language_model.averaging import MergedWeights, average_models
-from btm_cluster.language_model.stored_weights import StoredWeights, write_shards
-from btm_cluster.language_model.tensor_files import names_in_order
+from btm_cluster.language_model.averaging import AveragesTogether, MergedWeights
+from btm_cluster.language_model.stored_weights import ShardWriter, write_shards
+from btm_cluster.language_model.tensor_files import Header, names_in_order, size_of
 from btm_cluster.ledger import Artifact, Ledger
 from btm_cluster.mixing.fitting import one_thread_each
 from btm_cluster.requests import AverageRequest, FittedWeights, MergeRequest, TaskVectorRequest
@@ -27,29 +35,97 @@ other out."""
 READ_AT_ONCE = 8
 """Chunks of all models that are read and checked while others are summed."""
 READ_AHEAD_MODELS = 64
-"""Models at most of which a bucket's next chunk is read before it is needed: two of 8 MiB each are 1 GiB in all.
-Of more models one chunk is in memory, and each waits for its next one, which is slower."""
+"""Models at most of which a bucket's next chunk is read before it is needed: two of 8 MiB each are 1 GiB in all,
+and three for a moment where several threads sum. Of more models one chunk is in memory, one thread sums, and each
+model waits for its next chunk, which is slower."""
+SUMS_AT_ONCE = 16
+"""Averages at most of one pass: each has a sum of 512 KiB in memory, and its files on disk until all are summed."""
+SCRATCH_SHARE = 0.5
+"""Share of the free disk below the temporary folder that the averages of one pass may take, if they are several."""
+SUMMED_BY = 4
+"""Threads at most that sum and store averages of one pass, each some of them."""
 
 
-def average(request: AverageRequest, ledger: Ledger, control: Control) -> Artifact:
-    """Averages the models with their weights; those of weight zero are not read.
+def average(requests: Sequence[AverageRequest], ledger: Ledger, control: Control) -> Iterator[Artifact]:
+    """Averages the models with the weights of each request; all requests name the same models.
 
-    Its facts hold `weights` by model identity, and `origin` as those of any model.
+    What is made already is left out, and a model is read only if it has a weight other than zero in what is
+    not. The facts of an average hold `weights` by model identity, and `origin` as those of any model.
 
     Raises:
         IncompatibleError: models of different origins, shapes or tokenizers; before a weight is read.
     """
+    found = ledger.find_all([request.ref for request in requests])
+    lacking = [request for request, one in zip(requests, found, strict=True) if one is None]
+    with closing(_averages(lacking, ledger, control)) as made:
+        for one in found:
+            yield next(made) if one is None else one
+
+
+def _averages(
+    requests: Sequence[AverageRequest], ledger: Ledger, control: Control
+) -> Generator[Artifact, None, None]:
+    if not requests:
+        return
+    weights = [weights_of(request, ledger) for request in requests]
     # In the order of identities: sums in float32 depend on it.
-    weights = dict(sorted(weights_of(request, ledger).items()))
-    models = [ledger.get(model) for model in request.inputs["models"] if model.identity in weights]
-    check_compatible(ledger, models, request.unrelated)
+    refs = [ref for ref in requests[0].inputs["models"] if any(ref.identity in one for one in weights)]
+    models = [ledger.get(ref) for ref in refs]
+    check_compatible(ledger, models, requests[0].unrelated)
     allow_open_files()  # a mapped file stays open
-    # Summed by one thread: others read and hash meanwhile.
-    with one_thread_each(), ThreadPoolExecutor(READ_AT_ONCE, thread_name_prefix="read") as pool:
-        streamed = partial(open_streamed, pool=pool, ahead=len(models) <= READ_AHEAD_MODELS)
+    is_ahead = len(models) <= READ_AHEAD_MODELS
+    threads = min(SUMMED_BY, os.cpu_count() or 1) if is_ahead else 1
+    with (
+        # Torch without threads of its own: others read and hash meanwhile.
+        one_thread_each(),
+        ThreadPoolExecutor(READ_AT_ONCE, thread_name_prefix="read") as readers,
+        ThreadPoolExecutor(threads, thread_name_prefix="sum") as summers,
+    ):
+        streamed = partial(open_streamed, pool=readers, ahead=is_ahead)
         opened = streamed if _is_streamed(ledger, models) else open_weights
-        average = average_models([opened(ledger, model) for model in models], list(weights.values()))
-        return _commit(request, models[0], average, {"weights": weights}, ledger, control)
+        stored = [opened(ledger, model) for model in models]
+        at_once = _sums_at_once(stored[0].header)
+        for first in range(0, len(requests), at_once):
+            some, of_some = requests[first : first + at_once], weights[first : first + at_once]
+            weights_AM = [[one.get(model.identity, 0.0) for model in models] for one in of_some]
+            together = AveragesTogether(stored, weights_AM)
+            with scratch_folder() as folder:
+                counter = _counter(control, some[0], stored[0].header)
+                files = _written(together, folder, summers, threads, counter)
+                yield from summers.map(partial(_commit_average, ledger, models), some, of_some, files)
+
+
+def _commit_average(
+    ledger: Ledger,
+    models: Sequence[Artifact],
+    request: AverageRequest,
+    weights: Mapping[str, float],
+    files: Mapping[str, Path],
+) -> Artifact:
+    first = next(model for model in models if model.identity in weights)
+    by_identity = {model.identity: weights[model.identity] for model in models if model.identity in weights}
+    return _commit(request, first, files, {"weights": by_identity}, ledger)
+
+
+def _sums_at_once(header: Header) -> int:
+    """How many averages are made in one pass: what the temporary folder's disk has room for, one at least."""
+    size = sum(size_of(header[name]) for name in names_in_order(header))
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    return max(1, min(SUMS_AT_ONCE, int(SCRATCH_SHARE * free) // max(size, 1)))
+
+
+def _written(
+    together: AveragesTogether, folder: Path, summers: Executor, threads: int, counter: Counter
+) -> list[dict[str, Path]]:
+    """The files of each average, by name."""
+    with ExitStack() as stack:
+        writers = []
+        for number, header in enumerate(together.headers):
+            own = folder / str(number)
+            own.mkdir()
+            writers.append(stack.enter_context(ShardWriter(header, own)))
+        together.write(writers, summers, threads, counter.add)
+    return [writer.files for writer in writers]
 
 
 def _is_streamed(ledger: Ledger, models: Sequence[Artifact]) -> bool:
@@ -80,7 +156,9 @@ def merge_task_vectors(request: TaskVectorRequest, ledger: Ledger, control: Cont
         return task_arithmetic(start, others, request.scale)
 
     merged = MergedWeights([open_weights(ledger, model) for model in (base, *models)], method)
-    return _commit(request, base, merged, facts, ledger, control)
+    with scratch_folder() as folder:
+        counter = _counter(control, request, merged.header)
+        return _commit(request, base, write_shards(merged, folder, count=counter.add), facts, ledger)
 
 
 def task_weights(request: TaskVectorRequest) -> dict[str, float]:
@@ -89,23 +167,22 @@ def task_weights(request: TaskVectorRequest) -> dict[str, float]:
     return {request.base.identity: 1 - len(shares) * request.scale} | shares
 
 
+def _counter(control: Control, request: MergeRequest, header: Header) -> Counter:
+    phase: Phase = "averaging" if isinstance(request, AverageRequest) else "merging"
+    return Counter(control, request.shown, phase, len(names_in_order(header)), "tensors")
+
+
 def _commit(
     request: MergeRequest,
     first: Artifact,
-    merged: StoredWeights,
+    weights: Mapping[str, Path],
     facts: Mapping[str, Any],
     ledger: Ledger,
-    control: Control,
 ) -> Artifact:
-    with scratch_folder() as folder:
-        phase: Phase = "averaging" if isinstance(request, AverageRequest) else "merging"
-        tensors = len(names_in_order(merged.header))
-        counter = Counter(control, request.label, phase, tensors, "tensors")
-        files = write_shards(merged, folder, count=counter.add)
-        for name in ("config.json", *TOKENIZER_FILES):
-            files[name] = ledger.open_file(first, name)
-        facts = {"role": "average", **facts, "origin": first.facts["origin"]}
-        return ledger.commit(request, files, facts, {"name": request.label}, keep=False)
+    """Stores files of weights, as a model that is like the first otherwise."""
+    files = {**weights, **{name: ledger.open_file(first, name) for name in ("config.json", *TOKENIZER_FILES)}}
+    facts = {"role": "average", **facts, "origin": first.facts["origin"]}
+    return ledger.commit(request, files, facts, {"name": request.label}, keep=False)
 
 
 def weights_of(request: AverageRequest, ledger: Ledger) -> dict[str, float]:

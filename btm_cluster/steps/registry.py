@@ -50,7 +50,7 @@ STEPS: Mapping[type[StepRequest], Step] = {
     Tokenize: Step("tokenize", "tokenize"),
     FindOverlap: Step("overlap", "find_overlap"),
     TrainRequest: Step("train", "train", runs_in="trainer"),
-    AverageRequest: Step("average", "average", runs_in="merger"),
+    AverageRequest: Step("average", "average", runs_in="merger", takes_batches=True),
     TaskVectorRequest: Step("average", "merge_task_vectors", runs_in="merger"),
     MixtureOfExpertsRequest: Step("mixture_of_experts", "mix_experts"),
     SoupRequest: Step("soup", "search"),

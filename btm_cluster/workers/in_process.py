@@ -73,12 +73,13 @@ class InProcess:
         self._events.add_node(HERE, here)
         pending = Pending(requests)
         while batch := pending.next_batch():
-            for request, outcome in self._run(batch):
+            for request, outcome in self._run(batch, pending):
                 yield request, outcome
                 yield from pending.finish(request, outcome)
 
-    def _run(self, batch: Sequence[StepRequest]) -> Iterator[tuple[StepRequest, Outcome]]:
-        """The requests of a batch with their outcomes. What one fails of, those after it fail of."""
+    def _run(self, batch: Sequence[StepRequest], pending: Pending) -> Iterator[tuple[StepRequest, Outcome]]:
+        """The requests of a batch with their outcomes. What one fails of, those after it fail of, unless they are
+        to be tried alone."""
         artifacts = run_batch(batch, self._ledger, self._control)
         for done, request in enumerate(batch):
             if self._control.stopping():
@@ -89,6 +90,8 @@ class InProcess:
             except (UserError, Stopped):
                 raise
             except BtmError as exc:
+                if pending.take_apart(batch[done:]):
+                    return
                 cause = (1, "in this process", str(exc), isinstance(exc, DivergedError))
                 yield from ((one, Failure(one.label, *cause)) for one in batch[done:])
                 return

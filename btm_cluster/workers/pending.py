@@ -23,6 +23,8 @@ class Pending:
         self._makers = {made: request.ref for request in requests for made in request.makes}
         self._makers |= {ref: ref for ref in self._requests}
         self._finished: set[Ref] = set()
+        self._alone: set[Ref] = set()
+        """Requests that failed together with others, and start without them."""
         self._followers: defaultdict[Ref, list[Ref]] = defaultdict(list)
         for ref, request in self._requests.items():
             for maker in self.awaited(request):
@@ -78,11 +80,14 @@ class Pending:
         first = next((one for one in ready if may_start(one) and self._has_its_turn(one)), None)
         if first is None:
             return []
-        batch = [one for one in ready if one is first or (one.batch is not None and one.batch == first.batch)]
+        batch = [one for one in ready if one is first or self._go_together(one, first)]
         for request in batch:
             self._ready.remove(request.ref)
             del self._requests[request.ref]
         return batch
+
+    def _go_together(self, one: StepRequest, other: StepRequest) -> bool:
+        return one.batch is not None and one.batch == other.batch and not {one.ref, other.ref} & self._alone
 
     def _has_its_turn(self, request: StepRequest) -> bool:
         """Whether no training of a lower number waits, but for those that wait for this one."""
@@ -98,6 +103,18 @@ class Pending:
         """Takes a request again that was started and came to nothing."""
         self._requests[request.ref] = request
         insort(self._ready, request.ref, key=self._place.__getitem__)
+
+    def take_apart(self, batch: Sequence[StepRequest]) -> bool:
+        """Takes the requests of a batch that failed again, each to start alone, and says whether it did.
+
+        Of averages one may fail of a model that has no weight in the others.
+        """
+        if len(batch) == 1 or not isinstance(batch[0], MergeRequest):
+            return False
+        for request in batch:
+            self._alone.add(request.ref)
+            self.put_back(request)
+        return True
 
     def finish(self, request: StepRequest, outcome: Outcome) -> list[tuple[StepRequest, Failure]]:
         """Notes an outcome. The requests that can never start because of it, each with its failure."""

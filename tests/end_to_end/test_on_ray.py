@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from btm_cluster.algorithm import grow, train_seed
 from btm_cluster.driver.driver import Driver
+from btm_cluster.driver.port import Failure
 from btm_cluster.driver.preparation import prepare
 from btm_cluster.driver.recipes import expert_request, score_request, seed_request, seed_start
 from btm_cluster.driver.run_events import RunEvents
@@ -43,6 +45,7 @@ from btm_cluster.workers.on_ray.lazily import LazyRayWorkers
 from tests.conftest import DOMAINS, in_process
 from tests.end_to_end.conftest import BIN, REPOSITORY, Btm, _wait_for, experts_in, plain, write_prepared
 from tests.forked import run_forked
+from tests.made import origin
 
 
 def test_a_submitted_job_grows_the_same_forest_as_one_process_and_shows_itself_in_ray(
@@ -196,6 +199,36 @@ def test_an_expert_gets_ready_while_its_seed_is_trained_and_trainers_score_other
     assert happened.index(("start", "train", expert.label)) < happened.index(("step", "train", expert.label))
     trainers = {one.process for one in events.timeline().events if one.kind == "train"}
     assert {one.process for one in events.timeline().events if one.kind == "score"} <= trainers
+
+
+def test_averages_are_made_together_on_a_cluster_and_one_that_fails_fails_alone(
+    connect: Callable[..., LazyRayWorkers], fields: dict[str, Any]
+) -> None:
+    plan = Plan.model_validate(fields)
+    seed = seed_request(prepare(plan, driver := in_process(plan)))
+    (trained,) = driver.require([seed])
+    files = {blob.name: driver.ledger.open_file(trained, blob.name) for blob in trained.blobs}
+    models = [trained]
+    for number in range(2):
+        weights = {name: tensor + number for name, tensor in load_file(files["model.safetensors"]).items()}
+        save_file(weights, changed := Path(plan.store) / f"{number}.safetensors")
+        further = origin("model", {**trained.recipe, "last_update": 10**6 + number}, trained.inputs)
+        models.append(driver.ledger.commit(further, files | {"model.safetensors": changed}, trained.facts))
+    damaged = Path(plan.store) / "blobs" / models[2].blob("model.safetensors").sha256
+    damaged.write_bytes(damaged.read_bytes()[:-4] + b"\0\1\2\3")
+    shares = [(0.5, 0.5, 0.0), (0.25, 0.75, 0.0), (0.25, 0.5, 0.25), (0.75, 0.25, 0.0)]
+    refs = tuple(model.ref for model in models)
+    averages = [AverageRequest(f"average {number}", refs, share) for number, share in enumerate(shares)]
+    with connect(driver.ledger, lambda _: None, threading.Event(), events := RunEvents()) as on_ray:
+        outcomes = {request.label: outcome for request, outcome in on_ray.run(averages)}
+    assert isinstance(outcomes["average 2"], Failure)
+    assert "model.safetensors" in outcomes["average 2"].cause
+    for request in (averages[0], averages[1], averages[3]):
+        made = outcomes[request.label]
+        assert isinstance(made, Artifact)
+        assert driver.ledger.open_file(made, "model.safetensors").exists()
+    failed = [one.label for one in events.timeline().events if one.what == "failure"]
+    assert failed == [*(one.label for one in averages), "average 2"], "all together, and one alone"
 
 
 def test_a_users_mistake_in_another_step_costs_a_training_nothing(

@@ -3,13 +3,16 @@ bounded memory; and what is refused."""
 
 import json
 import math
+import os
 import shutil
 import struct
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -18,20 +21,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from btm_cluster.data.tokenizer import TOKENIZER_FILES
 from btm_cluster.driver.driver import Driver
+from btm_cluster.driver.port import Failure
 from btm_cluster.equations.averaging import argmax_weights, posterior_weights, uniform_weights
 from btm_cluster.equations.posterior import log_prior
 from btm_cluster.errors import IncompatibleError
-from btm_cluster.evaluation.evaluate import forest_ensemble
+from btm_cluster.evaluation.evaluate import evaluate, forest_ensemble
 from btm_cluster.evaluation.fitting import averaged_starts
 from btm_cluster.evaluation.scoring import score_models, stack_of
 from btm_cluster.language_model.averaging import average_models
 from btm_cluster.language_model.stored_weights import TensorFiles, tensors_of
 from btm_cluster.language_model.tensor_files import read_header, write_tensors
-from btm_cluster.ledger import Artifact, Origin, Ref
+from btm_cluster.ledger import Artifact, Ledger, Origin, Ref, artifact_key, blob_key
 from btm_cluster.mixing.fitting import FULL
-from btm_cluster.plan import MergingPlan
+from btm_cluster.plan import MergingPlan, Plan
 from btm_cluster.requests import AverageRequest
+from btm_cluster.steps import average
 from btm_cluster.steps.average import check_compatible
+from btm_cluster.storage.local_folder import LocalFolder
+from btm_cluster.workers.in_process import InProcess, LocalControl
 from tests.conftest import in_process, run_all
 from tests.integration.conftest import GrownForest, copy_store
 from tests.made import origin
@@ -331,6 +338,94 @@ def test_averages_are_weighted_by_the_prior_that_the_plan_says(grown: GrownFores
         assert found[prior] == expected
     assert found["fitted"] != found["ema"]
     assert MergingPlan().average_prior == "fitted"
+
+
+class CountedReads(LocalFolder):
+    """A folder that counts how often each blob is read."""
+
+    def __init__(self, location: str) -> None:
+        super().__init__(location)
+        self.read_blobs: Counter[str] = Counter()
+
+    def download(self, key: str, anew: bool = False) -> Path:
+        self.read_blobs[key] += 1
+        return super().download(key, anew)
+
+    def read(self, key: str, start: int = 0, size: int | None = None) -> bytes:
+        assert not key.startswith("blobs/"), "read beside its mapped file"
+        return super().read(key, start, size)
+
+
+def drop_averages(driver: Driver, plan: Plan) -> dict[Ref, bytes]:
+    """Deletes all averages of a store; their weights by name."""
+    averages = [one for one in driver.ledger.list_artifacts("model") if one.facts["role"] == "average"]
+    weights = {one.ref: files_of(driver, one)["model.safetensors"].read_bytes() for one in averages}
+    for one in averages:
+        (Path(plan.store) / artifact_key(one.ref)).unlink()
+    return weights
+
+
+def test_an_evaluation_reads_each_expert_once_for_all_averages(grown: GrownForest, tmp_path: Path) -> None:
+    """Every expert was read, and hashed, once for each text."""
+    plan = copy_store(grown.prepared.plan, tmp_path / "store")
+    before = drop_averages(in_process(plan), plan)
+    assert len(before) == len(grown.prepared.texts) + 1
+    storage = CountedReads(plan.store)
+    driver = Driver(Ledger(storage), InProcess(Ledger(storage), LocalControl(lambda _: None, Event())))
+    again = evaluate(grown.prepared, grown.grown.forest, grown.grown.baseline, driver)
+    assert again.averages == grown.evaluation.averages
+    assert driver.made == {"model": len(before)}
+    for expert in grown.experts:
+        assert storage.read_blobs[blob_key(expert.ref, expert.blob("model.safetensors").sha256)] == 1
+    for ref, weights in before.items():
+        assert files_of(driver, driver.ledger.get(ref))["model.safetensors"].read_bytes() == weights
+
+
+def test_averages_that_do_not_fit_on_the_disk_together_are_made_in_several_passes(
+    grown: GrownForest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = copy_store(grown.prepared.plan, tmp_path / "store")
+    before = drop_averages(in_process(plan), plan)
+    monkeypatch.setattr(average, "SCRATCH_SHARE", 0.0)
+    driver = in_process(plan)
+    evaluate(grown.prepared, grown.grown.forest, grown.grown.baseline, driver)
+    for ref, weights in before.items():
+        assert files_of(driver, driver.ledger.get(ref))["model.safetensors"].read_bytes() == weights
+
+
+def test_a_damaged_expert_fails_the_averages_that_it_has_weight_in_and_no_others(
+    grown: GrownForest, store: Driver
+) -> None:
+    damaged, *others = grown.experts
+    with (Path(store.ledger.storage.location) / f"blobs/{damaged.blob('model.safetensors').sha256}").open(
+        "r+b"
+    ) as file:
+        file.seek(-100, os.SEEK_END)
+        file.write(b"not what was written")
+    models = tuple(expert.ref for expert in grown.experts)
+    shares = [(0.5, 0.25, 0.25), (0.0, 0.25, 0.75), (0.25, 0.75, 0.0), (0.0, 0.75, 0.25)]
+    requests = [AverageRequest(f"average {number}", models, share) for number, share in enumerate(shares)]
+    outcomes = run_all(store.workers, requests)
+    for request, outcome in zip(requests, outcomes, strict=True):
+        if request.weights[0]:
+            assert isinstance(outcome, Failure)
+            assert outcome.label == request.label
+            assert f"model {damaged.identity[:12]}, file model.safetensors" in outcome.cause
+            assert "is damaged" in outcome.cause
+        else:
+            assert isinstance(outcome, Artifact)
+            assert outcome.facts["weights"] == dict(
+                sorted(zip([expert.identity for expert in others], request.weights[1:], strict=True))
+            )
+
+
+def test_averages_of_a_batch_that_are_made_already_are_left_out(grown: GrownForest, store: Driver) -> None:
+    """A process that was killed while it stored a batch is started again with all of it."""
+    models = tuple(expert.ref for expert in grown.experts)
+    made = [AverageRequest(f"average {n}", models, (0.5, n / 10, 0.5 - n / 10)) for n in range(1, 4)]
+    first = run_all(store.workers, made[1:2])
+    lose_weights(store, *grown.experts)
+    assert list(average.average(made[1:2], store.ledger, LocalControl(lambda _: None, Event()))) == first
 
 
 MEASURE = """

@@ -9,7 +9,7 @@ import pytest
 
 from btm_cluster.driver.port import Failure, Outcome
 from btm_cluster.ledger import Inputs, Ref
-from btm_cluster.requests import StepRequest
+from btm_cluster.requests import AverageRequest, StepRequest
 from btm_cluster.workers.pending import Pending
 
 
@@ -149,3 +149,16 @@ def test_what_a_request_awaits_is_unfinished_and_named_by_who_makes_it() -> None
             break
     assert pending.awaited_in_turn(expert) == {average.ref}
     assert pending.awaited(later) == set()
+
+
+def test_averages_that_failed_together_are_tried_alone() -> None:
+    """One may fail of a damaged model that has no weight in the others."""
+    models = tuple(Made(f"model {number}").ref for number in range(2))
+    averages = [AverageRequest(f"average {share}", models, (share, 1 - share)) for share in (0.2, 0.3, 0.4)]
+    pending = Pending(averages)
+    batch = pending.next_batch()
+    assert batch == averages
+    assert pending.take_apart(batch)
+    assert all_ready(pending) == [["average 0.2"], ["average 0.3"], ["average 0.4"]]
+    assert not pending.take_apart(averages[:1]), "it fails of its own"
+    assert not pending.take_apart([Made("a", together="model"), Made("b", together="model")])

@@ -11,7 +11,7 @@ from btm_cluster.requests import StepRequest, TrainRequest
 from btm_cluster.workers.on_ray.progress import RayControl
 from btm_cluster.workers.on_ray.spans import Worked, work
 
-AVERAGES_AT_ONCE = 4
+PASSES_AT_ONCE = 4
 OTHER_SECONDS = 2.0
 """Between two looks at what another driver trains."""
 
@@ -39,12 +39,13 @@ def await_other_task(request: TrainRequest, store: str, name: str) -> Worked | N
 
 
 class Merger:
-    """The merge actor: averages models, a few at a time, since most of that is reading and hashing."""
+    """The merge actor: makes averages of the same models in one pass, and a few passes over others at a time, since
+    most of that is reading and hashing."""
 
     def average(self, batch: Sequence[StepRequest], store: str, board: Any) -> Worked:
-        """The committed averages."""
+        """The committed averages of one batch."""
         with RayControl(board, lambda: False) as control:
             return work(batch, store, control)
 
 
-MergerActor: Any = ray.remote(max_concurrency=AVERAGES_AT_ONCE)(Merger)
+MergerActor: Any = ray.remote(max_concurrency=PASSES_AT_ONCE)(Merger)

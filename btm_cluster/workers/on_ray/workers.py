@@ -1,5 +1,4 @@
-"""The workers' port on Ray: a named actor for each training, one actor for
-averages, a task for every other step.
+"""The workers' port on Ray: a named actor for each training, one for averages, a task for every other step.
 
 Steps wait here for the inputs that others of the same call make, and trainings for `concurrent_experts`;
 everything else is Ray's. A failed request never cancels its siblings.
@@ -22,7 +21,7 @@ from btm_cluster.driver.run_events import RunEvents
 from btm_cluster.errors import UserError
 from btm_cluster.ledger import Ledger, Ref
 from btm_cluster.plan import ClusterPlan
-from btm_cluster.requests import MergeRequest, Resources, StepRequest, TrainRequest
+from btm_cluster.requests import AverageRequest, MergeRequest, Resources, StepRequest, TrainRequest
 from btm_cluster.requests.progress import Phase, Progress, Watcher
 from btm_cluster.steps.registry import STEPS
 from btm_cluster.stopping import stopped
@@ -138,6 +137,8 @@ class RayWorkers:
         self._trainers.start_early([*pending.trainings, *announced], pending, running.values())
 
     def _may_start(self, request: StepRequest, running: Iterable[Running]) -> bool:
+        if isinstance(request, AverageRequest):  # those that get ready meanwhile are then made in one pass
+            return all(one.batch[0].batch != request.batch for one in running)
         if not isinstance(request, TrainRequest):
             return not self._trainers.will_score(request, running)
         trainings = [one for one in running if isinstance(one.batch[0], TrainRequest)]
@@ -151,6 +152,8 @@ class RayWorkers:
         outcomes = self._collect(finished)
         if outcomes is None:  # another driver left it unfinished: ours now
             pending.put_back(finished.batch[0])
+        elif isinstance(outcomes[0], Failure) and pending.take_apart(finished.batch):
+            return
         for request, outcome in zip(finished.batch, outcomes or (), strict=outcomes is not None):
             self._metrics.ended(
                 request.label, STEPS[type(request)].function, failed=isinstance(outcome, Failure)
@@ -198,10 +201,7 @@ class RayWorkers:
                 self._merger = MergerActor.options(**options).remote()
             result = self._merger.average.remote(batch, self._store, self._board)
             return Running(batch, result, process=self._merger_name)
-        options = {
-            "name": f"{step.function} {request.label}",
-            "max_retries": self._cluster.retries,
-        }
+        options = {"name": f"{step.function} {request.label}", "max_retries": self._cluster.retries}
         waits_for = ""
         if request.group is None:
             options["num_cpus"] = 1
