@@ -68,7 +68,7 @@ class MixtureLikelihood:
         return loss if math.isfinite(loss) else math.inf
 
     def slopes(self, bias_E: torch.Tensor, log_weight: float, spare: Slopes | None = None) -> Slopes:
-        """Loss, gradient and curvature by b and log β. Of `spare`, the memory of the curvature is used anew.
+        """Loss, gradient and curvature by b and log β. The curvature of `spare` is written over.
 
         With r_jn = w_jn p_jn / Σ_i w_in p_in:   d/db_j = Σ_n (w_jn - r_jn),   d/dβ = Σ_jn (w_jn - r_jn) e_jn,
         and the curvature is the covariance of (1_j, e_j) under w, less that under r, summed over tokens. Of both,
@@ -128,22 +128,23 @@ class MixtureLikelihood:
         """
         bias_E, log_weight = start[0].clone(), math.log(start[1])
         moves = slice(0 if fits_prior else len(bias_E), len(bias_E) + 1)
-        here, spare, damping = self.slopes(bias_E, log_weight), None, FIRST_DAMPING
+        here, damping = self.slopes(bias_E, log_weight), FIRST_DAMPING
         for _ in range(steps):
             step_P = here.curvature.step(here.gradient_P, moves, damping)
             if -float(here.gradient_P[moves] @ step_P) < tolerance:
                 break
             tried_E = bias_E + step_P[:-1] if fits_prior else bias_E
             tried_weight = log_weight + float(step_P[-1])
-            there = self.slopes(tried_E, tried_weight, spare)
+            there = self.slopes(tried_E, tried_weight, spare=here)
             if there.loss < here.loss:
-                bias_E, log_weight, here, spare = tried_E, tried_weight, there, here
+                bias_E, log_weight, here = tried_E, tried_weight, there
                 damping = max(damping / 10, LEAST_DAMPING)
             elif damping > MOST_DAMPING:
                 break
             else:
-                spare = there
                 damping *= 100
+                if here.curvature.pairs_S:  # written over by those of `there`
+                    here = self.slopes(bias_E, log_weight, spare=there)
         return torch.log_softmax(bias_E, dim=0), math.exp(log_weight)
 
 
