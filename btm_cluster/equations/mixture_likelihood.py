@@ -78,7 +78,7 @@ class MixtureLikelihood:
         weight, loss, experts = math.exp(log_weight), 0.0, len(bias_E)
         is_whole = experts <= MOST_EXPERTS_OF_WHOLE
         gradient_P, border_P, size_P = bias_E.new_zeros(3, experts + 1)
-        products_PP = bias_E.new_zeros((experts + 1, experts + 1) if is_whole else 0)
+        products_PP = bias_E.new_zeros((experts + 1, experts + 1) if is_whole else (0, 0))
         spared_S, pairs_S = spare.curvature.pairs_S if spare else (), list[torch.Tensor]()
         for number, (evidence_EN, likelihood_EN) in enumerate(
             zip(self.evidence_SEN, self.likelihood_SEN, strict=True)
@@ -88,37 +88,45 @@ class MixtureLikelihood:
             mixture_N = r_EN.sum(0)
             loss -= float(mixture_N.log().sum())
             r_EN.mul_(mixture_N.reciprocal_())
-            # The last row is the mean of β e under each.
+            # The last row is the mean of e under each.
             pair = spared_S[number] if spared_S else bias_E.new_empty(2, experts + 1, len(mixture_N))
             apart_PN, both_PN = pair
             apart_EN = torch.sub(w_EN, r_EN, out=apart_PN[:-1])
             both_EN = torch.add(w_EN, r_EN, out=both_PN[:-1])
             moved_EN = torch.mul(apart_EN, evidence_EN, out=r_EN)
             both_moved_EN = torch.mul(both_EN, evidence_EN, out=w_EN)
-            torch.sum(moved_EN, 0, out=apart_PN[-1]).mul_(weight)
-            torch.sum(both_moved_EN, 0, out=both_PN[-1]).mul_(weight)
+            torch.sum(moved_EN, 0, out=apart_PN[-1])
+            torch.sum(both_moved_EN, 0, out=both_PN[-1])
             gradient_P += apart_PN.sum(1)
-            border_P[:-1] += weight * moved_EN.sum(1)
-            border_P[-1] += weight**2 * torch.dot(moved_EN.flatten(), evidence_EN.flatten())
+            border_P[:-1] += moved_EN.sum(1)
+            border_P[-1] += torch.dot(moved_EN.flatten(), evidence_EN.flatten())
             if is_whole:
                 products_PP.addmm_(apart_PN, both_PN.T)
                 continue
             pairs_S.append(pair)
             size_P[:-1] += both_EN.sum(1)
-            size_P[-1] += weight**2 * torch.dot(both_moved_EN.flatten(), evidence_EN.flatten())
+            size_P[-1] += torch.dot(both_moved_EN.flatten(), evidence_EN.flatten())
             size_P[-1] -= pair[:, -1].square().sum() / 2
         loss = loss / self.count - self.best_logp
-        for sum_P in (gradient_P, border_P, size_P):
-            sum_P /= self.count
-        border_P[-1] += gradient_P[-1]  # by log β, where it was by β
-        size_P[-1] += gradient_P[-1].abs()
+        curvature_PP = (products_PP + products_PP.T) / -2
         if is_whole:
-            curvature_PP = (products_PP + products_PP.T) / (-2 * self.count)
             curvature_PP[:-1, :-1] += torch.diag(gradient_P[:-1])
             curvature_PP[-1] += border_P
             curvature_PP[:-1, -1] += border_P[:-1]
+        for sum_P in (gradient_P, curvature_PP, border_P, size_P):
+            sum_P /= self.count
+        # By log β, where they were by β.
+        gradient_P[-1] *= weight
+        if is_whole:
+            curvature_PP[-1] *= weight
+            curvature_PP[:, -1] *= weight
+            curvature_PP[-1, -1] += gradient_P[-1]
             return Slopes(loss, gradient_P, WholeCurvature(curvature_PP))
-        return Slopes(loss, gradient_P, CurvatureProducts(pairs_S, gradient_P, border_P, size_P, self.count))
+        border_P *= weight
+        border_P[-1] = border_P[-1] * weight + gradient_P[-1]
+        size_P[-1] = size_P[-1] * weight**2 + gradient_P[-1].abs()
+        curvature = CurvatureProducts(pairs_S, gradient_P, border_P, size_P, weight, self.count)
+        return Slopes(loss, gradient_P, curvature)
 
     def climb(self, start: Fit, fits_prior: bool, tolerance: float, steps: int = NEWTON_STEPS) -> Fit:
         """A maximum of the likelihood near a start, from which a step promises less than `tolerance` nats per

@@ -43,22 +43,26 @@ class CurvatureProducts:
     """
 
     pairs_S: Sequence[torch.Tensor]
-    """[2, P, N]: A, which is w - r of each expert and then the mean of β e, and B, the same of w + r."""
+    """[2, P, N]: A, which is w - r of each expert and then the mean of e, and B, the same of w + r."""
     gradient_P: torch.Tensor
     border_P: torch.Tensor
     """Added to the row and the column of log β."""
     size_P: torch.Tensor
     """A bound of each parameter's curvature, in whose units directions are sought."""
+    weight: float
+    """β, by which the mean of e is multiplied."""
     count: int
     """Tokens of all stretches."""
 
     def times(self, direction_P: torch.Tensor) -> torch.Tensor:
         """The curvature times a direction: [P]."""
-        product_P = torch.zeros_like(direction_P)
+        product_P, moved_P = torch.zeros_like(direction_P), direction_P.clone()
+        moved_P[-1] *= self.weight
         for apart_PN, both_PN in self.pairs_S:
-            product_P.addmv_(apart_PN, both_PN.T @ direction_P)
-            product_P.addmv_(both_PN, apart_PN.T @ direction_P)
+            product_P.addmv_(apart_PN, both_PN.T @ moved_P)
+            product_P.addmv_(both_PN, apart_PN.T @ moved_P)
         product_P /= -2 * self.count
+        product_P[-1] *= self.weight
         product_P[:-1] += self.gradient_P[:-1] * direction_P[:-1]
         product_P[-1] += self.border_P[:-1] @ direction_P[:-1]
         return product_P.add_(self.border_P * direction_P[-1])
