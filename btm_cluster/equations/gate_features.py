@@ -5,10 +5,15 @@ about to make, and whether it has lately been more surprised than it expected to
 beside the letters of the package.
 """
 
+from collections.abc import Iterator
+
 import torch
 
 from btm_cluster.equations.gates import DISCOUNTS
 from btm_cluster.equations.posterior import discounted_sums
+
+STRETCH_SCORES = 2**14
+"""Experts times tokens whose features are made at once: two megabytes, which fit a processor's cache."""
 
 
 def features(logp_EBT: torch.Tensor, entropy_EBT: torch.Tensor, taken_BT: torch.Tensor) -> torch.Tensor:
@@ -16,12 +21,28 @@ def features(logp_EBT: torch.Tensor, entropy_EBT: torch.Tensor, taken_BT: torch.
 
     All of the block, none of the future.
     """
+    return torch.cat(list(stretches_of_features(logp_EBT, entropy_EBT, taken_BT)), dim=1)
+
+
+def stretches_of_features(
+    logp_EBT: torch.Tensor, entropy_EBT: torch.Tensor, taken_BT: torch.Tensor
+) -> Iterator[torch.Tensor]:
+    """The same, some tokens at a time: [E, n, F]."""
     counts_GT = discounted_sums(torch.ones(1, 1, logp_EBT.shape[-1]), DISCOUNTS)[:, 0, 0]
-    counts_GN = counts_GT[:, None].expand(-1, *taken_BT.shape)[:, taken_BT]
     logp_EBT, entropy_EBT = logp_EBT.float(), entropy_EBT.float()
-    logp_GEN = discounted_sums(logp_EBT, DISCOUNTS)[:, :, taken_BT]
-    entropy_GEN = discounted_sums(entropy_EBT, DISCOUNTS)[:, :, taken_BT]
-    return features_of_sums(logp_GEN, entropy_GEN, counts_GN, entropy_EBT[:, taken_BT])
+    every = (
+        discounted_sums(logp_EBT, DISCOUNTS),
+        discounted_sums(entropy_EBT, DISCOUNTS),
+        counts_GT[:, None].expand(-1, *taken_BT.shape),
+        entropy_EBT,
+    )
+    if bool(taken_BT.all()):  # as in most development blocks: nothing is copied
+        every_N = [values_BT.flatten(-2) for values_BT in every]
+    else:
+        every_N = [values_BT[..., taken_BT] for values_BT in every]
+    tokens = max(1, STRETCH_SCORES // len(logp_EBT))
+    for some in zip(*(torch.split(values_N, tokens, -1) for values_N in every_N), strict=True):
+        yield features_of_sums(*some)
 
 
 def features_of_sums(

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 
 from btm_cluster.equations.calibration import minimise
-from btm_cluster.equations.gate_features import features
+from btm_cluster.equations.gate_features import features, stretches_of_features
 from btm_cluster.equations.gates import FIT_TOKENS, take_evenly
 from btm_cluster.equations.running import RunningGate
 from btm_cluster.equations.running_network import RunningNetwork
@@ -108,8 +108,8 @@ class LearnedGate:
 class _Examples:
     """Tokens to learn from.
 
-    `logp_NE` is relative to the best expert; absent experts have features 0 and are masked. Features are scaled
-    for gates that are trained, once for all their steps.
+    `logp_NE` is relative to the best expert; absent experts are masked. Features are scaled as the gate that is
+    fitted takes them, once for all steps.
     """
 
     features_NEF: torch.Tensor
@@ -117,14 +117,32 @@ class _Examples:
     absent_NE: torch.Tensor
     held_out_N: torch.Tensor
 
+    def scaled_for(self, gate: LearnedGate) -> "_Examples":
+        """These examples themselves, with their features scaled in place."""
+        self.features_NEF.sub_(gate.center_F).div_(gate.scale_F)
+        return self
+
     def loss(self, gate: LearnedGate, rows: torch.Tensor) -> torch.Tensor:
         """Mean negative log-likelihood of the mixture on some tokens, above
         that of the best expert at each."""
-        scores_NE = gate.without_bias(self.features_NEF[rows])
+        scores_NE = gate.without_bias(self.features_NEF.index_select(0, rows))
         if gate.bias_E is not None:
             scores_NE = scores_NE + gate.bias_E
-        log_weights_NE = torch.log_softmax(scores_NE.masked_fill(self.absent_NE[rows], -math.inf), dim=1)
-        return -torch.logsumexp(log_weights_NE + self.logp_NE[rows], dim=1).mean()
+        scores_NE = scores_NE.masked_fill(self.absent_NE.index_select(0, rows), -math.inf)
+        return _loss(scores_NE.T.contiguous(), self.logp_NE.index_select(0, rows).T)
+
+    def held_out_loss(self, gate: LearnedGate, rows: torch.Tensor) -> float:
+        """The same over many tokens, a batch at a time."""
+        batches = torch.split(rows, BATCH_TOKENS)
+        return math.fsum(float(self.loss(gate, some)) * len(some) for some in batches) / len(rows)
+
+
+def _loss(scores_EN: torch.Tensor, logp_EN: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-likelihood of a mixture whose log-weights are these scores but for a constant.
+
+    Over the first dimension: over a last one of few experts, torch takes twice as long.
+    """
+    return (torch.logsumexp(scores_EN, dim=0) - torch.logsumexp(scores_EN + logp_EN, dim=0)).mean()
 
 
 def fit_gate(texts: Sequence[TextScores], fits_bias: bool = False, random_seed: int = 0) -> LearnedGate:
@@ -140,7 +158,7 @@ def fit_gate(texts: Sequence[TextScores], fits_bias: bool = False, random_seed: 
         gate = replace(gate, bias_E=torch.zeros(examples.logp_NE.shape[1]))
     if not len(examples.logp_NE):
         return gate
-    return _train(gate, examples, random_seed)
+    return _train(gate, examples.scaled_for(gate), random_seed)
 
 
 def fit_gate_for_all(texts: Sequence[TextScores], random_seed: int = 0) -> LearnedGate:
@@ -163,7 +181,7 @@ def tune_gate(text: TextScores, start: LearnedGate, random_seed: int = 0) -> Lea
     """
     if not text.mask_BT.any():
         return start
-    examples = _examples([text])
+    examples = _examples([text]).scaled_for(start)
     gate = _fit_bias_and_scale(start, examples)
     return (
         _train(gate, examples, random_seed) if examples.held_out_N.sum() >= FEWEST_HELD_OUT_TOKENS else gate
@@ -172,7 +190,6 @@ def tune_gate(text: TextScores, start: LearnedGate, random_seed: int = 0) -> Lea
 
 def _train(gate: LearnedGate, examples: _Examples, random_seed: int) -> LearnedGate:
     """Trains every weight until the held-out blocks' loss is lowest, and as long again on all blocks."""
-    examples = replace(examples, features_NEF=gate.scaled(examples.features_NEF))
     everything = torch.arange(len(examples.logp_NE))
     held_out, rest = everything[examples.held_out_N], everything[~examples.held_out_N]
     looks = 1  # without anything to hold out, a gate moves a little only
@@ -182,16 +199,17 @@ def _train(gate: LearnedGate, examples: _Examples, random_seed: int) -> LearnedG
 
 
 def _fit_bias_and_scale(start: LearnedGate, examples: _Examples) -> LearnedGate:
-    scores_NE = start.scores(examples.features_NEF.transpose(0, 1)).T
-    scores_NE = scores_NE - scores_NE.mean(1, keepdim=True)
+    pieces = [start.without_bias(some_NEF).T for some_NEF in torch.split(examples.features_NEF, BATCH_TOKENS)]
+    scores_EN, logp_EN = torch.cat(pieces, dim=1), examples.logp_NE.T.contiguous()
+    if start.bias_E is not None:
+        scores_EN += start.bias_E[:, None]
+    scores_EN -= scores_EN.mean(0)
     change = torch.zeros(1, requires_grad=True)
-    bias_E = torch.zeros(scores_NE.shape[1], requires_grad=True)
+    bias_E = torch.zeros(len(scores_EN), requires_grad=True)
 
     def loss() -> torch.Tensor:
-        log_weights_NE = torch.log_softmax(scores_NE * (1 + change) + bias_E, dim=1)
-        likelihood = torch.logsumexp(log_weights_NE + examples.logp_NE, dim=1).mean()
         held = SCALE_RIDGE * change.pow(2).sum() + BIAS_RIDGE * (bias_E - bias_E.mean()).pow(2).sum()
-        return held / 2 / len(scores_NE) - likelihood
+        return held / 2 / logp_EN.shape[1] + _loss(scores_EN * (1 + change) + bias_E[:, None], logp_EN)
 
     minimise(loss, [change, bias_E])
     scale = 1 + change.detach()
@@ -202,10 +220,14 @@ def _fit_bias_and_scale(start: LearnedGate, examples: _Examples) -> LearnedGate:
 
 def _examples(texts: Sequence[TextScores]) -> _Examples:
     experts = max(len(text.logp_EBT) for text in texts)
-    parts = []
+    features_SNEF, parts = [], []
     for text in texts:
         taken_BT = take_evenly(text.mask_BT, FIT_TOKENS // len(texts))
         missing = (0, experts - len(text.logp_EBT))
+        features_SNEF += [
+            functional.pad(some_ENF.transpose(0, 1), (0, 0, *missing))
+            for some_ENF in stretches_of_features(text.logp_EBT, text.entropy_EBT, taken_BT)
+        ]
         logp_NE = text.logp_EBT[:, taken_BT].T
         logp_NE = (logp_NE - logp_NE.max(1, keepdim=True).values).float()
         blocks = len(text.mask_BT)
@@ -213,15 +235,12 @@ def _examples(texts: Sequence[TextScores]) -> _Examples:
         held_BT = (held_B & (blocks > 1))[:, None].expand_as(taken_BT)
         parts.append(
             (
-                functional.pad(
-                    features(text.logp_EBT, text.entropy_EBT, taken_BT).transpose(0, 1), (0, 0, *missing)
-                ),
                 functional.pad(logp_NE, missing),
                 functional.pad(torch.zeros_like(logp_NE, dtype=torch.bool), missing, value=True),
                 held_BT[taken_BT],
             )
         )
-    return _Examples(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return _Examples(torch.cat(features_SNEF), *(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def _fresh(examples: _Examples, random_seed: int) -> LearnedGate:
@@ -258,10 +277,10 @@ def _descend(
         if getattr(gate, name) is not None
     ]
     moving = {name: getattr(gate, name).clone().requires_grad_() for name in names}
-    optimizer = torch.optim.AdamW(moving.values(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(moving.values(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
     mean = {name: tensor.detach().clone() for name, tensor in moving.items()}
     best, best_look = gate, 0
-    best_loss = math.inf if held_out is None else float(examples.loss(gate, held_out))
+    best_loss = math.inf if held_out is None else examples.held_out_loss(gate, held_out)
     for look in range(1, looks + 1):
         for _ in range(STEPS_BETWEEN_LOOKS):
             drawn = rows[torch.randint(len(rows), (min(BATCH_TOKENS, len(rows)),), generator=generator)]
@@ -272,7 +291,7 @@ def _descend(
             for name, tensor in moving.items():
                 mean[name].lerp_(tensor.detach(), AVERAGING_RATE)
         seen = replace(gate, **{name: tensor.clone() for name, tensor in mean.items()})
-        loss = -look if held_out is None else float(examples.loss(seen, held_out))
+        loss = -look if held_out is None else examples.held_out_loss(seen, held_out)
         if loss < best_loss:
             best, best_look, best_loss = seen, look, loss
         if look - best_look >= PATIENCE:

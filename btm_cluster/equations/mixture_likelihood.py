@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
+from btm_cluster.equations.newton_steps import CurvatureProducts, WholeCurvature
+
 SCORES_AT_ONCE = 2**16
 """Scores in a stretch, experts times tokens: half a megabyte, which fits a processor's cache."""
 NEWTON_STEPS = 200
-LONGEST_STEP = 4.0
-"""In any parameter: where the likelihood is nearly flat, its curvature promises too much."""
+MOST_EXPERTS_OF_WHOLE = 128
+"""Whose curvature is a matrix: that costs by the square of their number, and its eigenvalues by the cube."""
 LEAST_DAMPING, FIRST_DAMPING, MOST_DAMPING = 1e-9, 1e-3, 1e3
 Fit = tuple[torch.Tensor, float]
 """A log-prior [E] and β."""
@@ -27,7 +29,7 @@ class Slopes:
 
     loss: float
     gradient_P: torch.Tensor
-    curvature_PP: torch.Tensor
+    curvature: WholeCurvature | CurvatureProducts
 
 
 @dataclass(frozen=True)
@@ -65,64 +67,83 @@ class MixtureLikelihood:
         loss = total / self.count - self.best_logp
         return loss if math.isfinite(loss) else math.inf
 
-    def slopes(self, bias_E: torch.Tensor, log_weight: float) -> Slopes:
-        """Loss, gradient and curvature by b and log β.
+    def slopes(self, bias_E: torch.Tensor, log_weight: float, spare: Slopes | None = None) -> Slopes:
+        """Loss, gradient and curvature by b and log β. The curvature of `spare` is written over.
 
         With r_jn = w_jn p_jn / Σ_i w_in p_in:   d/db_j = Σ_n (w_jn - r_jn),   d/dβ = Σ_jn (w_jn - r_jn) e_jn,
         and the curvature is the covariance of (1_j, e_j) under w, less that under r, summed over tokens. Of both,
-        w wᵀ - r rᵀ is the symmetric part of (w - r)(w + r)ᵀ, one product of matrices.
+        w wᵀ - r rᵀ is the symmetric part of (w - r)(w + r)ᵀ: one product of matrices, which is not made of many
+        experts.
         """
         weight, loss, experts = math.exp(log_weight), 0.0, len(bias_E)
-        gradient_P = bias_E.new_zeros(experts + 1)
-        products_PP = bias_E.new_zeros(experts + 1, experts + 1)
-        seen_P = bias_E.new_zeros(experts + 1)
-        for evidence_EN, likelihood_EN in zip(self.evidence_SEN, self.likelihood_SEN, strict=True):
+        is_whole = experts <= MOST_EXPERTS_OF_WHOLE
+        gradient_P, border_P, size_P = bias_E.new_zeros(3, experts + 1)
+        products_PP = bias_E.new_zeros((experts + 1, experts + 1) if is_whole else (0, 0))
+        spared_S, pairs_S = spare.curvature.pairs_S if spare else (), list[torch.Tensor]()
+        for number, (evidence_EN, likelihood_EN) in enumerate(
+            zip(self.evidence_SEN, self.likelihood_SEN, strict=True)
+        ):
             w_EN = _weights(bias_E, weight, evidence_EN)
             r_EN = w_EN * likelihood_EN
             mixture_N = r_EN.sum(0)
             loss -= float(mixture_N.log().sum())
             r_EN.mul_(mixture_N.reciprocal_())
             # The last row is the mean of e under each.
-            apart_PN, both_PN = bias_E.new_empty(2, experts + 1, len(mixture_N))
+            pair = spared_S[number] if spared_S else bias_E.new_empty(2, experts + 1, len(mixture_N))
+            apart_PN, both_PN = pair
             apart_EN = torch.sub(w_EN, r_EN, out=apart_PN[:-1])
             both_EN = torch.add(w_EN, r_EN, out=both_PN[:-1])
             moved_EN = torch.mul(apart_EN, evidence_EN, out=r_EN)
+            both_moved_EN = torch.mul(both_EN, evidence_EN, out=w_EN)
             torch.sum(moved_EN, 0, out=apart_PN[-1])
-            torch.sum(torch.mul(both_EN, evidence_EN, out=w_EN), 0, out=both_PN[-1])
-            products_PP.addmm_(apart_PN, both_PN.T)
+            torch.sum(both_moved_EN, 0, out=both_PN[-1])
             gradient_P += apart_PN.sum(1)
-            seen_P[:-1] += moved_EN.sum(1)
-            seen_P[-1] += torch.dot(moved_EN.flatten(), evidence_EN.flatten())
+            border_P[:-1] += moved_EN.sum(1)
+            border_P[-1] += torch.dot(moved_EN.flatten(), evidence_EN.flatten())
+            if is_whole:
+                products_PP.addmm_(apart_PN, both_PN.T)
+                continue
+            pairs_S.append(pair)
+            size_P[:-1] += both_EN.sum(1)
+            size_P[-1] += torch.dot(both_moved_EN.flatten(), evidence_EN.flatten())
+            size_P[-1] -= pair[:, -1].square().sum() / 2
+        loss = loss / self.count - self.best_logp
         curvature_PP = (products_PP + products_PP.T) / -2
-        curvature_PP[:-1, :-1] += torch.diag(gradient_P[:-1])
-        curvature_PP[-1] += seen_P
-        curvature_PP[:-1, -1] += seen_P[:-1]
-        gradient_P /= self.count
-        curvature_PP /= self.count
+        if is_whole:
+            curvature_PP[:-1, :-1] += torch.diag(gradient_P[:-1])
+            curvature_PP[-1] += border_P
+            curvature_PP[:-1, -1] += border_P[:-1]
+        for sum_P in (gradient_P, curvature_PP, border_P, size_P):
+            sum_P /= self.count
         # By log β, where they were by β.
         gradient_P[-1] *= weight
-        curvature_PP[-1] *= weight
-        curvature_PP[:, -1] *= weight
-        curvature_PP[-1, -1] += gradient_P[-1]
-        return Slopes(loss / self.count - self.best_logp, gradient_P, curvature_PP)
+        if is_whole:
+            curvature_PP[-1] *= weight
+            curvature_PP[:, -1] *= weight
+            curvature_PP[-1, -1] += gradient_P[-1]
+            return Slopes(loss, gradient_P, WholeCurvature(curvature_PP))
+        border_P *= weight
+        border_P[-1] = border_P[-1] * weight + gradient_P[-1]
+        size_P[-1] = size_P[-1] * weight**2 + gradient_P[-1].abs()
+        curvature = CurvatureProducts(pairs_S, gradient_P, border_P, size_P, weight, self.count)
+        return Slopes(loss, gradient_P, curvature)
 
     def climb(self, start: Fit, fits_prior: bool, tolerance: float, steps: int = NEWTON_STEPS) -> Fit:
         """A maximum of the likelihood near a start, from which a step promises less than `tolerance` nats per
         token, or where `steps` end; β = exp(·) stays positive. Without `fits_prior`, β alone moves.
 
-        Newton's method, damped, with every curvature taken for positive: it leaves saddles.
+        Newton's method, damped, with negative curvature taken for positive: it leaves saddles.
         """
         bias_E, log_weight = start[0].clone(), math.log(start[1])
         moves = slice(0 if fits_prior else len(bias_E), len(bias_E) + 1)
         here, damping = self.slopes(bias_E, log_weight), FIRST_DAMPING
         for _ in range(steps):
-            gradient_P = here.gradient_P[moves]
-            step_P = _newton_step(gradient_P, here.curvature_PP[moves, moves], damping)
-            if -float(gradient_P @ step_P) < tolerance:
+            step_P = here.curvature.step(here.gradient_P, moves, damping)
+            if -float(here.gradient_P[moves] @ step_P) < tolerance:
                 break
             tried_E = bias_E + step_P[:-1] if fits_prior else bias_E
             tried_weight = log_weight + float(step_P[-1])
-            there = self.slopes(tried_E, tried_weight)
+            there = self.slopes(tried_E, tried_weight, spare=here)
             if there.loss < here.loss:
                 bias_E, log_weight, here = tried_E, tried_weight, there
                 damping = max(damping / 10, LEAST_DAMPING)
@@ -130,13 +151,9 @@ class MixtureLikelihood:
                 break
             else:
                 damping *= 100
+                if here.curvature.pairs_S:  # written over by those of `there`
+                    here = self.slopes(bias_E, log_weight, spare=there)
         return torch.log_softmax(bias_E, dim=0), math.exp(log_weight)
-
-
-def _newton_step(gradient_P: torch.Tensor, curvature_PP: torch.Tensor, damping: float) -> torch.Tensor:
-    values_P, vectors_PP = torch.linalg.eigh(curvature_PP)
-    step_P: torch.Tensor = -vectors_PP @ ((vectors_PP.T @ gradient_P) / (values_P.abs() + damping))
-    return step_P * min(1.0, LONGEST_STEP / max(float(step_P.abs().max()), 1e-12))
 
 
 def _weights(bias_E: torch.Tensor, weight: float, evidence_EN: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from btm_cluster.equations import calibration, mixture_likelihood
 from btm_cluster.equations.calibration import DEFAULT_EVIDENCE_WEIGHT, calibrate
 from btm_cluster.equations.mixture import log_mixture
+from btm_cluster.equations.newton_steps import CurvatureProducts, WholeCurvature
 from btm_cluster.equations.posterior import (
     Posterior,
     discounted_sums,
@@ -23,6 +24,7 @@ from btm_cluster.equations.posterior import (
     log_prior,
     mean_prior,
     responsibilities,
+    uniform_prior,
 )
 
 FULL = Posterior("full")
@@ -431,7 +433,78 @@ def test_the_loss_that_is_climbed_and_its_derivatives_are_those_of_the_mixture(
     (gradient_P,) = torch.autograd.grad(loss(point_P), point_P)
     torch.testing.assert_close(found.gradient_P, gradient_P)
     hessian_PP = torch.autograd.functional.hessian(loss, point_P)  # type: ignore[no-untyped-call]
-    torch.testing.assert_close(found.curvature_PP, hessian_PP)
+    assert isinstance(found.curvature, WholeCurvature)
+    torch.testing.assert_close(found.curvature.matrix_PP, hessian_PP)
+    monkeypatch.setattr(mixture_likelihood, "MOST_EXPERTS_OF_WHOLE", 3)
+    by_products = tokens.slopes(point_P[:-1].detach(), math.log(0.2))
+    assert by_products.loss == found.loss
+    torch.testing.assert_close(by_products.gradient_P, gradient_P)
+    assert isinstance(by_products.curvature, CurvatureProducts)
+    columns_PP = torch.stack([by_products.curvature.times(one_P) for one_P in torch.eye(5).double()])
+    torch.testing.assert_close(columns_PP, hessian_PP)
+    assert bool((hessian_PP.diag().abs() <= by_products.curvature.size_P).all())
+
+
+def drawn(experts: int, blocks: int = 20) -> torch.Tensor:
+    """Scores of experts of which some are rarely right."""
+    truth_E = np.random.default_rng(0).dirichlet(np.full(experts, 0.5)) + 1e-9
+    return drawn_from_a_calibrated_mixture(np.log(truth_E), 0.4, 0.9, blocks, 32, random_seed=32)
+
+
+def all_alike(experts: int, differ: float) -> torch.Tensor:
+    """Scores of one expert under many names, but for a little."""
+    one = made_up_scores(1, 6, 32, random_seed=31).repeat(experts, 1, 1)
+    return one - differ * torch.rand(one.shape, generator=torch.Generator().manual_seed(0)).double()
+
+
+def with_hopeless(logp_EBT: torch.Tensor, hopeless: int) -> torch.Tensor:
+    """The same scores, and those of experts that know nothing of the text."""
+    return torch.cat([logp_EBT, torch.full((hopeless, *logp_EBT.shape[1:]), -1e4, dtype=torch.float64)])
+
+
+MANY_EXPERTS = {
+    "of a mixture": lambda: drawn(40, blocks=60),
+    "of all sorts": lambda: made_up_scores(150, 12, 64, random_seed=33, spread=2.0),
+    "all the same": lambda: all_alike(150, differ=0.0),
+    "nearly the same": lambda: all_alike(150, differ=1e-6),
+    "a few, over and over": lambda: drawn(5).repeat(30, 1, 1),
+    "mostly hopeless": lambda: with_hopeless(drawn(5), 60),
+    "on few tokens": lambda: with_hopeless(made_up_scores(20, 1, 16, random_seed=36), 20),
+}
+
+
+@pytest.mark.parametrize("experts", MANY_EXPERTS)
+def test_many_experts_are_calibrated_without_a_matrix_as_well_as_with_one(
+    experts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logp_EBT = MANY_EXPERTS[experts]()
+    mask_BT = everything(logp_EBT)
+    losses, weights = [], []
+    for most in (1000, 1):
+        monkeypatch.setattr(mixture_likelihood, "MOST_EXPERTS_OF_WHOLE", most)
+        prior_E, posterior = calibrate(logp_EBT, mask_BT, CALIBRATED)
+        assert float(prior_E.exp().sum()) == pytest.approx(1, rel=1e-9)
+        losses.append(loss_of(logp_EBT, mask_BT, prior_E, posterior))
+        weights.append(posterior.weight)
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6)
+    assert weights[1] == pytest.approx(weights[0], rel=1e-2, abs=1e-4)
+
+
+def test_the_evidence_weight_alone_of_many_experts_is_that_of_few() -> None:
+    # 30 times the same five experts, under a prior that is as even, are those five.
+    few = drawn(5)
+    _, expected = calibrate(few, everything(few), CALIBRATED, uniform_prior(few))
+    many = few.repeat(30, 1, 1)
+    _, found = calibrate(many, everything(many), CALIBRATED, uniform_prior(many))
+    assert found.weight == pytest.approx(expected.weight, rel=1e-4)
+
+
+@pytest.mark.parametrize("random_seed", range(24))
+def test_without_a_matrix_too_calibrating_is_never_worse_than_em_nor_than_a_grid_around_it(
+    random_seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mixture_likelihood, "MOST_EXPERTS_OF_WHOLE", 0)
+    test_calibrating_is_never_worse_than_em_without_evidence_nor_than_a_grid_around_it(random_seed)
 
 
 def test_a_fit_on_many_tokens_starts_on_few_of_them_and_ends_at_the_same_maximum(
