@@ -149,12 +149,15 @@ def _shown(argument: str) -> str:
 
 
 def finish(results: Sequence[Result], asked: argparse.Namespace) -> None:
-    """Prints the results, as a table or as JSON, and records them where that was asked for."""
+    """Prints the results, as a table with what was measured beside or as JSON, and records them where that was
+    asked for."""
     if asked.json:
         for result in results:
             print(json.dumps(as_json(result)))
     else:
         print(table(results))
+        for result in results:
+            print("\n".join([result.what, *(f"{name}: {figure}" for name, figure in result.beside.items())]))
     if asked.record:
         record(results)
 
