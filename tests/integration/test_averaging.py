@@ -356,9 +356,9 @@ class CountedReads(LocalFolder):
         return super().read(key, start, size)
 
 
-def drop_averages(driver: Driver, plan: Plan) -> dict[Ref, bytes]:
-    """Deletes all averages of a store; their weights by name."""
-    averages = [one for one in driver.ledger.list_artifacts("model") if one.facts["role"] == "average"]
+def drop_averages(grown: GrownForest, driver: Driver, plan: Plan) -> dict[Ref, bytes]:
+    """Deletes the averages of an evaluation; their weights by name. Other tests have made others."""
+    averages = [driver.ledger.get(ref) for ref in grown.evaluation.averages.values()]
     weights = {one.ref: files_of(driver, one)["model.safetensors"].read_bytes() for one in averages}
     for one in averages:
         (Path(plan.store) / artifact_key(one.ref)).unlink()
@@ -368,7 +368,7 @@ def drop_averages(driver: Driver, plan: Plan) -> dict[Ref, bytes]:
 def test_an_evaluation_reads_each_expert_once_for_all_averages(grown: GrownForest, tmp_path: Path) -> None:
     """Every expert was read, and hashed, once for each text."""
     plan = copy_store(grown.prepared.plan, tmp_path / "store")
-    before = drop_averages(in_process(plan), plan)
+    before = drop_averages(grown, in_process(plan), plan)
     assert len(before) == len(grown.prepared.texts) + 1
     storage = CountedReads(plan.store)
     driver = Driver(Ledger(storage), InProcess(Ledger(storage), LocalControl(lambda _: None, Event())))
@@ -385,7 +385,7 @@ def test_averages_that_do_not_fit_on_the_disk_together_are_made_in_several_passe
     grown: GrownForest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = copy_store(grown.prepared.plan, tmp_path / "store")
-    before = drop_averages(in_process(plan), plan)
+    before = drop_averages(grown, in_process(plan), plan)
     monkeypatch.setattr(average, "SCRATCH_SHARE", 0.0)
     driver = in_process(plan)
     evaluate(grown.prepared, grown.grown.forest, grown.grown.baseline, driver)
