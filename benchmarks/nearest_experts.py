@@ -1,4 +1,4 @@
-"""What a new text loses if only the experts nearest to it are scored and mixed.
+"""Perplexities of new texts under their nearest experts alone, beside those under all experts.
 
     python benchmarks/nearest_experts.py PLAN.yaml            after `btm run PLAN.yaml`
     python benchmarks/nearest_experts.py PLAN.yaml --blocks 2 4 8 --json nearest.json

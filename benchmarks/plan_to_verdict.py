@@ -27,8 +27,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,19 +36,10 @@ from typing import Any
 import psutil
 import yaml
 from busy_share import CpuMeter, GpuMeter, Process, gpu_meter, mean_between
+from checkouts import ROOT, Tree, check_code, checked_out, commit_of
 from corpus_plan import MODEL_SIZES, corpus_plan
 from expert_killer import ExpertKiller, experts_hash
 from run_timeline import Event, first_update, last_score, longest_waits, parse_line, read_store, timeline
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@dataclass(frozen=True)
-class Tree:
-    """A checkout whose code runs."""
-
-    name: str
-    folder: Path
 
 
 @dataclass(frozen=True)
@@ -84,7 +75,7 @@ def main() -> None:
         plan, folder = _plan(arguments, Path(scratch))
         trees = [Tree("this tree", ROOT)]
         if arguments.beside:
-            checkout = stack.enter_context(_checked_out(arguments.beside, Path(scratch)))
+            checkout = stack.enter_context(checked_out(arguments.beside, Path(scratch)))
             trees.append(Tree(arguments.beside, checkout))
         runs = []
         for number in range(arguments.repeats):
@@ -146,18 +137,6 @@ def _plan(arguments: argparse.Namespace, scratch: Path) -> tuple[dict[str, Any],
     return yaml.safe_load((scratch / "quickstart.yaml").read_text(encoding="utf-8")), scratch
 
 
-@contextmanager
-def _checked_out(commit: str, scratch: Path) -> Iterator[Path]:
-    """A working tree of a commit, for as long as it is entered."""
-    folder = scratch / "beside"
-    git = ["git", "-C", str(ROOT), "worktree"]
-    subprocess.run([*git, "add", "--quiet", "--detach", str(folder), commit], check=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run([*git, "remove", "--force", str(folder)], check=True)
-
-
 def _run(tree: Tree, plan: Mapping[str, Any], folder: Path, own: Path, kills: bool) -> Run:
     """Runs the plan once by a tree's code, in an empty store; with `kills`, one of its trainings is killed."""
     # In the folder that its paths begin at.
@@ -167,7 +146,7 @@ def _run(tree: Tree, plan: Mapping[str, Any], folder: Path, own: Path, kills: bo
     others = [environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else []
     environment |= {"PYTHONPATH": os.pathsep.join([str(tree.folder), *others]), "PYTHONUNBUFFERED": "1"}
     python = [sys.executable, "-P"]  # without the current folder, where another tree may be
-    _check_code(python, tree, folder, environment)
+    check_code(python, tree, folder, environment)
     load, meter, lines = os.getloadavg()[0], gpu_meter(), list[tuple[float, str]]()
     killer = ExpertKiller({text["name"] for text in plan["domains"]}) if kills else None
     command = [*python, "-m", "btm_cluster", "run", str(file), "--json"]
@@ -194,7 +173,7 @@ def _run(tree: Tree, plan: Mapping[str, Any], folder: Path, own: Path, kills: bo
     events = timeline(progress, made, names, verdict_at - began)
     return Run(
         tree=tree.name,
-        commit=_commit(tree.folder),
+        commit=commit_of(tree.folder),
         verdict_seconds=verdict_at - began,
         exit_seconds=ended - began,
         load_before=load,
@@ -248,28 +227,6 @@ def _shares(
         "cpu_seconds_of_others": cpu.seconds_of_others,
         "processes": [replace(p, began=p.began - began, seen=p.seen - began) for p in cpu.processes],
     }
-
-
-def _check_code(python: Sequence[str], tree: Tree, folder: Path, environment: Mapping[str, str]) -> None:
-    """Ends here where another tree's code would run, as an installed package's might."""
-    command = [*python, "-c", "import btm_cluster; print(btm_cluster.__file__)"]
-    found = subprocess.run(
-        command, cwd=folder, env=environment, check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
-    if not Path(found.strip()).is_relative_to(tree.folder):
-        sys.exit(f"the code of {tree.name} is in {tree.folder}, and {found.strip()} would run")
-
-
-def _commit(folder: Path) -> str:
-    """The commit that is checked out there, with + where files differ from it."""
-    git = ["git", "-C", str(folder)]
-    try:
-        said = subprocess.run(
-            [*git, "describe", "--always", "--dirty=+"], check=True, capture_output=True, text=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "no commit"
-    return said.stdout.strip()
 
 
 def _show(run: Run) -> None:

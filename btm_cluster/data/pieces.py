@@ -16,8 +16,8 @@ _BATCH_CHARACTERS = 1 << 20
 _KNOWN_CHARACTERS = 1 << 21
 """Characters of pieces that are remembered: words take about 20 bytes of memory for each, 40 MB in all."""
 _HEAD_CHARACTERS = 4
-"""Of an added token: a document that has them may have the token, and is encoded as a whole. Tokenizers with thousands
-of added tokens have few such beginnings."""
+"""First characters of an added token. A document that has them is encoded as a whole, since it may have the token;
+thousands of added tokens have few such beginnings."""
 _PIECE = re.compile(r"[^A-Za-z]*+[A-Za-z]*+(?:[^\x00-\x7f]++[^A-Za-z]*+[A-Za-z]*+)*+")
 """A piece ends where an ASCII letter is followed by an ASCII character that is no letter."""
 _PATTERNS = {

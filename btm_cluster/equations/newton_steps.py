@@ -16,9 +16,9 @@ MOST_DIRECTIONS = 100
 FURTHER_SHARE = 0.3
 """A step ends once its last direction, times the number of all, promises less than this share of what they promise."""
 OWN_DAMPING = 0.25
-"""Of each parameter, in units of its own slope: where the likelihood is flat, it alone moves by four at most."""
+"""Damping of a parameter, in units of its own slope: where the likelihood is flat, it alone moves by four at most."""
 LEAST_SIZE = 1e-9
-"""Of all parameters together, in nats per token: those of less stay where they are."""
+"""Smallest curvature of all parameters together, in nats per token: those with less stay where they are."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from btm_cluster.data.tokenizer import TextTokenizer
 from btm_cluster.errors import UserError, one_line
-from btm_cluster.language_model.block_check import cheap_block_tokens, check_reads, logits_of, random_block
+from btm_cluster.language_model.block_check import check_reads, imported_block_tokens, logits_of, random_block
 from btm_cluster.language_model.model import (
     fresh_on_meta,
     in_precision,
@@ -57,7 +57,7 @@ def import_model(
     assert request.pretrained is not None
     source = request.pretrained.source
     model = _load(request.pretrained)
-    block_tokens = cheap_block_tokens(model, request.training.block_tokens)
+    block_tokens = imported_block_tokens(model, request.training.block_tokens)
     dtype = getattr(torch, request.training.weights)
     _round(model, dtype, source)
     _check_finite(model, source)

@@ -15,8 +15,8 @@ SMALL_BYTES = 2**26
 def sha256_of(file: Path) -> bytes:
     """The SHA-256 of a file's bytes: 32 bytes.
 
-    A file counts as the same while its inode, size, and both times to the nanosecond are: no program sets the time
-    of the last change, which any writing moves. Where the cache cannot be used, the file is read.
+    A file counts as the same while its inode, size, and both times to the nanosecond are: any write
+    moves the time of the last change, which no program can set back. Where the cache cannot be used, the file is read.
     """
     status = file.stat()
     if status.st_size < SMALL_BYTES:
@@ -24,9 +24,7 @@ def sha256_of(file: Path) -> bytes:
     seen = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     name = hashlib.sha256(f"{os.path.realpath(file)} {seen}".encode(errors="surrogateescape")).hexdigest()
     try:
-        cache = node_cache()
-        kept = cache.get(f"sha256-{name}", lambda path: _write(path, _hash(file)))
-        found = kept.read_bytes()
+        found = node_cache().get(f"sha256-{name}", lambda path: _write(path, _hash(file))).read_bytes()
     except (StoreError, UserError, OSError):
         return _hash(file)
     return found if len(found) == hashlib.sha256().digest_size else _hash(file)
