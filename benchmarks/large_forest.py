@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("what", choices=("adapters", "resume"))
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count(), help="default: all")
+    parser.add_argument("--gpus-per-expert", type=float, help="of `adapters`; default: all experts at once")
     parser.add_argument("--experts", type=int, default=3)
     parser.add_argument("--updates", type=int, default=20)
     parser.add_argument("--work", type=Path, required=True)
@@ -62,9 +63,9 @@ def main() -> None:
 
 
 def adapters(shape: Shape, asked: argparse.Namespace) -> None:
-    """LoRA experts, all at once, their uniform average, scores and a text."""
-    share = 1 / -(-asked.experts // asked.gpus) if asked.gpus else 0
-    cluster = {"gpus_per_expert": share, "micro_batch_blocks": "auto"}
+    """LoRA experts, their uniform average, scores and a text."""
+    together = 1 / -(-asked.experts // asked.gpus) if asked.gpus else 0
+    cluster = {"gpus_per_expert": asked.gpus_per_expert or together, "micro_batch_blocks": "auto"}
     plan = _plan(shape, asked.experts, asked.updates, cluster) | {"branching": {"train": "lora"}}
     _write(plan)
     _timed("seed and experts", _grown)
