@@ -3,11 +3,14 @@
 Averages, exports and task vectors see dense weights: of LoRA, W + ΔW, and never A or B.
 """
 
+from collections.abc import Iterator
+
 import torch
 
 from btm_cluster.errors import IncompatibleError
 from btm_cluster.language_model.lora import layer_of
 from btm_cluster.language_model.stored_weights import StoredWeights
+from btm_cluster.language_model.streamed_weights import in_pieces
 from btm_cluster.language_model.tensor_files import Header, names_in_order
 
 
@@ -49,6 +52,7 @@ class LoraWeights:
         self, base: StoredWeights, adapter: StoredWeights, scale: float, transposed: bool = False
     ) -> None:
         self._base, self._adapter, self._scale, self._transposed = base, adapter, scale, transposed
+        self._base_pieces = in_pieces(base)
         self._matrices: dict[str, list[str]] = {}
         for stored in sorted(names_in_order(adapter.header)):  # of each layer A, then B
             self._matrices.setdefault(layer_of(stored), []).append(stored)
@@ -65,9 +69,26 @@ class LoraWeights:
         weight = self._base.read(name, device)
         if name not in self._matrices:
             return weight
+        return weight.float() + self._change(name, 0, len(weight), device)
+
+    def pieces(self, name: str, first: int, count: int) -> Iterator[torch.Tensor]:
+        base = self._base_pieces.pieces(name, first, count)
+        if name not in self._matrices:
+            yield from base
+            return
+        width = self.header[name]["shape"][1]
+        start, stop = first // width, -(-(first + count) // width)
+        change, at = self._change(name, start, stop).reshape(-1), first - start * width
+        for piece in base:
+            yield change[at : at + len(piece)].add_(piece)
+            at += len(piece)
+
+    def _change(self, name: str, start: int, stop: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        """scale · B·A, of the rows of the weight from `start` to `stop`."""
         a_RI, b_OR = (self._adapter.read(one, device).float() for one in self._matrices[name])
-        change_OI = (b_OR @ a_RI).mul_(self._scale)
-        return weight.float() + (change_OI.T if self._transposed else change_OI)
+        if self._transposed:
+            return (b_OR @ a_RI[:, start:stop]).mul_(self._scale).T
+        return (b_OR[start:stop] @ a_RI).mul_(self._scale)
 
     def __str__(self) -> str:
         return str(self._adapter)

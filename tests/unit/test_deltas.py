@@ -24,6 +24,7 @@ from btm_cluster.language_model.lora import _config_for, adapter_config, write_a
 from btm_cluster.language_model.model import build_model, load_model, save_weights, weights_of
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.stored_weights import TensorFiles
+from btm_cluster.language_model.streamed_weights import in_pieces
 from btm_cluster.language_model.tensor_files import WEIGHTS, names_in_order
 from btm_cluster.language_model.training import train
 from btm_cluster.language_model.training_spec import TextBlocks, TrainingSpec
@@ -330,6 +331,16 @@ def test_averages_are_of_the_change_and_never_of_its_factors(tmp_path: Path) -> 
     assert started.trains.lora is not None
     of_factors = started.stored_base.read(name) + started.trains.lora.scale * b @ a
     assert (mean - of_factors).abs().max() > 0.1 * (mean - started.stored_base.read(name)).abs().max()
+
+
+def test_pieces_of_an_adapted_model_are_those_of_its_tensors(started: Started) -> None:
+    weights = started.dense(started.trained())
+    in_order = in_pieces(weights)
+    for name in names_in_order(weights.header):
+        whole = weights.read(name).reshape(-1)
+        for first, count in [(0, len(whole)), (3, 7), (len(whole) - 5, 5), (1, len(whole) - 2)]:
+            piece = torch.cat([*in_order.pieces(name, first, count)])
+            torch.testing.assert_close(piece, whole[first : first + count], rtol=1e-6, atol=1e-7)
 
 
 def test_an_adapter_of_another_base_is_refused_by_name_and_shape(tmp_path: Path) -> None:
