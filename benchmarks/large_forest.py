@@ -164,8 +164,12 @@ def _tokenizer(text: Path, entries: int) -> PreTrainedTokenizerFast:
     )
     with text.open(encoding="utf-8") as lines:
         tokenizer.train_from_iterator((json.loads(line)["text"] for line in lines), trainer)
-    tokenizer.add_tokens([f"<|unused-{n}|>" for n in range(entries - tokenizer.get_vocab_size())])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT)
+    # Entries of the vocabulary that no merge leads to: as added tokens, each process would take 20 s to load them.
+    state = json.loads(tokenizer.to_str())
+    known = state["model"]["vocab"]
+    known.update({f"<|unused-{n}|>": n for n in range(len(known), entries)})
+    whole = Tokenizer.from_str(json.dumps(state))
+    return PreTrainedTokenizerFast(tokenizer_object=whole, eos_token=END_OF_TEXT)
 
 
 def _command(*arguments: str) -> list[str]:
