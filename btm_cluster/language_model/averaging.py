@@ -21,7 +21,7 @@ Method: TypeAlias = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 
 Raises ValueError where that cannot be.
 """
-RUN_BLOCKS = 8
+RUN_BLOCKS = 4
 """Blocks of so many elements that a thread sums one after the other: reading a model's elements for each of them took
 a quarter of the time."""
 Item = TypeVar("Item")
