@@ -1,8 +1,9 @@
 """Models made one: averaged piece by piece, or merged by a method, a tensor of each at a time."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future, wait
 from functools import partial
 from typing import TypeAlias, TypeVar
 
@@ -13,16 +14,16 @@ from btm_cluster.errors import IncompatibleError
 from btm_cluster.language_model.stored_weights import ShardWriter, StoredWeights
 from btm_cluster.language_model.streamed_weights import in_pieces
 from btm_cluster.language_model.tensor_files import DTYPES, Header, header_of, names_in_order
+from btm_cluster.language_model.weighted_sums import SUMMED_AT_ONCE, cut, in_blocks, weighted_sums, widened
 
 Method: TypeAlias = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 """Makes one tensor of one of each model, all of one shape; those of half precision come as float32.
 
 Raises ValueError where that cannot be.
 """
-SUMMED_AT_ONCE = 2**17
-"""Elements: their sum and a model's elements in float32, 512 KiB each, stay in a core's cache while all models are
-added up. As many for several averages, whose sums are then the same bit by bit on any processor."""
-HALF_PRECISION = (torch.bfloat16, torch.float16)
+RUN_BLOCKS = 4
+"""Blocks of so many elements that a thread sums one after the other: reading a model's elements for each of them took
+a quarter of the time."""
 Item = TypeVar("Item")
 
 
@@ -51,7 +52,7 @@ class MergedWeights:
     def made_of(self, name: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """The tensor of this name, made of those of the models, which were read already."""
         try:
-            return self._method([_widened(tensor) for tensor in tensors])
+            return self._method([widened(tensor) for tensor in tensors])
         except ValueError as exc:
             raise IncompatibleError(
                 f"{self} cannot be averaged",
@@ -97,9 +98,9 @@ class AveragedWeights:
         if not self._is_summed(name):
             yield self._whole.read(name).reshape(-1)[first : first + count]
             return
-        for start, size in _blocks(first, count):
-            read = (model.pieces(name, start, size) for model in self._models)
-            yield from _weighted_sums(read, [self._weights], size)
+        for start, size in cut(count, SUMMED_AT_ONCE):
+            read = (model.pieces(name, first + start, size) for model in self._models)
+            yield from weighted_sums(read, [self._weights], size)
 
     def _is_summed(self, name: str) -> bool:
         return _is_summed(self._header, name)
@@ -135,40 +136,76 @@ class AveragesTogether:
     def write(
         self, writers: Sequence[ShardWriter], pool: Executor, threads: int, count: Callable[[int], None]
     ) -> None:
-        """Writes each average with its writer; `count` is told of each tensor that is done with in all.
+        """Writes each average with its writer; `count` is told of each tensor that was read.
 
-        With several `threads` of `pool` each has its share of the averages, and widens pieces once for all of it.
+        With several `threads` of `pool` each sums some blocks of its share of the averages, for which it widens
+        pieces once.
         """
-        shares = [range(first, len(writers), threads) for first in range(min(threads, len(writers)))]
-        for name in names_in_order(self._models[0].header):
-            if not _is_summed(self._common, name):
-                tensors = [model.read(name) for model in self._stored]
-                for writer, whole, weights_M in zip(writers, self._wholes, self._weights_AM, strict=True):
-                    writer.write(name, 0, whole.made_of(name, _with_weight(tensors, weights_M)))
-                count(1)
-                continue
-            for start, size in _blocks(0, math.prod(self._common[name]["shape"])):
-                write = partial(self._write_sums, writers, name, start, size)
-                read = (model.pieces(name, start, size) for model in self._models)
-                if len(shares) == 1:
-                    write(read, shares[0])
+        under_way: deque[Future[None]] = deque()
+        try:
+            for name in names_in_order(self._models[0].header):
+                if not _is_summed(self._common, name):
+                    self._write_same(writers, name)
+                elif threads == 1:  # a model's piece is read once that of the one before is summed
+                    self._write_one_by_one(writers, name)
                 else:
-                    held = [list(pieces) for pieces in read]
-                    list(pool.map(partial(write, held), shares))
-            count(1)
+                    for job in self._runs(writers, name, threads):
+                        under_way.append(pool.submit(job))
+                        if len(under_way) > threads:
+                            under_way.popleft().result()
+                count(1)
+            for sums in under_way:
+                sums.result()
+        finally:
+            wait(under_way)  # before their files are closed
+
+    def _write_same(self, writers: Sequence[ShardWriter], name: str) -> None:
+        tensors = [model.read(name) for model in self._stored]
+        for writer, whole, weights_M in zip(writers, self._wholes, self._weights_AM, strict=True):
+            writer.write(name, 0, whole.made_of(name, _with_weight(tensors, weights_M)))
+
+    def _write_one_by_one(self, writers: Sequence[ShardWriter], name: str) -> None:
+        for start, size in self._cut(name, SUMMED_AT_ONCE):
+            read_M = (model.pieces(name, start, size) for model in self._models)
+            self._write_sums(writers, range(len(writers)), name, start, size, read_M)
+
+    def _runs(self, writers: Sequence[ShardWriter], name: str, threads: int) -> Iterator[Callable[[], None]]:
+        """What is to be done for the sums of a tensor, once the elements of a run were read."""
+        shares = [range(first, len(writers), threads) for first in range(min(threads, len(writers)))]
+        for start, size in self._cut(name, RUN_BLOCKS * SUMMED_AT_ONCE):
+            blocks_MB = [list(in_blocks(model.pieces(name, start, size))) for model in self._models]
+            for share in shares:
+                yield partial(self._write_run, writers, share, name, start, size, blocks_MB)
+
+    def _write_run(
+        self,
+        writers: Sequence[ShardWriter],
+        share: Sequence[int],
+        name: str,
+        start: int,
+        size: int,
+        blocks_MB: Sequence[Sequence[Sequence[torch.Tensor]]],
+    ) -> None:
+        for (first, count), block_M in zip(
+            cut(size, SUMMED_AT_ONCE), zip(*blocks_MB, strict=True), strict=True
+        ):
+            self._write_sums(writers, share, name, start + first, count, block_M)
 
     def _write_sums(
         self,
         writers: Sequence[ShardWriter],
+        share: Sequence[int],
         name: str,
         start: int,
         size: int,
         read_M: Iterable[Iterable[torch.Tensor]],
-        share: Sequence[int],
     ) -> None:
-        sums = _weighted_sums(read_M, [self._weights_AM[number] for number in share], size)
+        sums = weighted_sums(read_M, [self._weights_AM[number] for number in share], size)
         for number, part in zip(share, sums, strict=True):
             writers[number].write(name, start, part)
+
+    def _cut(self, name: str, at_once: int) -> Iterator[tuple[int, int]]:
+        return cut(math.prod(self._common[name]["shape"]), at_once)
 
 
 def average_models(models: Sequence[StoredWeights], weights: Sequence[float]) -> AveragedWeights:
@@ -182,35 +219,6 @@ def _with_weight(items: Sequence[Item], weights_M: Sequence[float]) -> list[Item
 
 def _is_summed(header: Header, name: str) -> bool:
     return DTYPES[header[name]["dtype"]].is_floating_point
-
-
-def _blocks(first: int, count: int) -> Iterator[tuple[int, int]]:
-    """Where the elements from `first` on that are summed at once begin, and how many they are."""
-    stop = first + count
-    return ((start, min(SUMMED_AT_ONCE, stop - start)) for start in range(first, stop, SUMMED_AT_ONCE))
-
-
-def _weighted_sums(
-    read_M: Iterable[Iterable[torch.Tensor]], weights_AM: Sequence[Sequence[float]], size: int
-) -> list[torch.Tensor]:
-    """Σ w_i θ_i in float32 of `size` elements, as they are read in pieces of each model, for each average."""
-    totals = [torch.zeros(size, dtype=torch.float32) for _ in weights_AM]
-    # Widened here and not by `add_`, which would allocate as much for every piece.
-    wide = torch.empty(size, dtype=torch.float32)
-    for model, pieces in enumerate(read_M):
-        weighted = [(total, weights_M[model]) for total, weights_M in zip(totals, weights_AM, strict=True)]
-        at = 0
-        for piece in pieces:
-            addend = wide[: len(piece)].copy_(piece) if piece.dtype in HALF_PRECISION else piece
-            for total, weight in weighted:
-                if weight:
-                    total[at : at + len(piece)].add_(addend, alpha=weight)
-            at += len(piece)
-    return totals
-
-
-def _widened(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.dtype in HALF_PRECISION else tensor
 
 
 def _common_header(models: Sequence[StoredWeights]) -> Header:

@@ -5,9 +5,11 @@ Knows the format and nothing of models.
 
 import json
 import math
+import os
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any, Self, TypeAlias
 
 import torch
@@ -83,16 +85,16 @@ def check_shape(header: Header, name: str, tensor: torch.Tensor) -> None:
 
 
 class TensorWriter:
-    """A file in the making: its tensors come in any order, whole or in parts, and none is held."""
+    """A file in the making: its tensors come in any order, whole or in parts and from any thread, and none is held."""
 
     def __init__(self, header: Header, target: Path) -> None:
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)  # the format aligns data to 8 bytes
-        self._header = header
+        self._header, self._lock = header, Lock()
         self._missing = {name: size_of(header[name]) for name in names_in_order(header)}
         self._first_byte = 8 + len(encoded)
-        self._out = target.open("wb")
-        self._out.write(struct.pack("<Q", len(encoded)) + encoded)
+        self._out = target.open("wb", buffering=0)
+        self._write_at(0, memoryview(struct.pack("<Q", len(encoded)) + encoded))
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Writes a tensor from whatever device, in the dtype that the header says."""
@@ -103,9 +105,15 @@ class TensorWriter:
         """Writes the tensor's elements from `first` on, in order; each element is to be written once."""
         entry = self._header[name]
         stored = part.detach().to("cpu", DTYPES[entry["dtype"]]).reshape(-1).view(torch.uint8)
-        self._out.seek(self._first_byte + entry["data_offsets"][0] + first * DTYPES[entry["dtype"]].itemsize)
-        self._out.write(stored.numpy().data)
-        self._missing[name] -= len(stored)
+        place = self._first_byte + entry["data_offsets"][0] + first * DTYPES[entry["dtype"]].itemsize
+        self._write_at(place, stored.numpy().data)
+        with self._lock:
+            self._missing[name] -= len(stored)
+
+    def _write_at(self, place: int, data: memoryview) -> None:
+        while len(data):  # the system writes 2 GiB at most at once
+            written = os.pwrite(self._out.fileno(), data, place)
+            place, data = place + written, data[written:]
 
     def __enter__(self) -> Self:
         return self

@@ -1,19 +1,26 @@
 """Values: what an artifact's manifest says, and the keys under which a store has it."""
 
 import hashlib
+import os
 import re
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from btm_cluster.errors import IntegrityError, MissingError
 from btm_cluster.identity import Inputs, Ref, identity_by
+from btm_cluster.storage.file_hashes import FoundFile
 
 CHUNK_BYTES = 8 * 2**20
 HASHED_AT_ONCE = 4
 """Chunks of a file, as many threads: hashing leaves Python's lock."""
+CHUNKS = "chunks"
+"""The kind of digest that is remembered of a file: that of the SHA-256 of its chunks."""
+_READ_BYTES = 2**18
+"""As much of a chunk stays in a core's cache from its reading to its hashing."""
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -173,22 +180,21 @@ def _refused(what: str, found: str, expected: str) -> IntegrityError:
 
 
 def describe_file(name: str, path: Path) -> Blob:
-    """The blob that the file at `path` would be: its size, SHA-256 and chunk hashes, in one pass.
+    """The blob that the file at `path` would be: its size, SHA-256 and chunk hashes.
 
     Chunks are hashed beside the whole, in a second thread.
     """
-    whole, chunks, size = hashlib.sha256(), list[Future[str]](), 0
     with path.open("rb") as file, ThreadPoolExecutor(1, thread_name_prefix="hash") as pool:
-        while chunk := file.read(CHUNK_BYTES):
-            chunks.append(pool.submit(_sha256, chunk))
-            whole.update(chunk)
-            chunks[-1].result()  # so that two chunks at most are in memory
-            size += len(chunk)
-        return Blob(name, size, whole.hexdigest(), tuple(chunk.result() for chunk in chunks))
+        size = os.fstat(file.fileno()).st_size
+        chunks = [pool.submit(_hash_chunk, path, number) for number in range(-(-size // CHUNK_BYTES))]
+        whole = hashlib.file_digest(file, "sha256").hexdigest()
+        return Blob(name, size, whole, tuple(chunk.result() for chunk in chunks))
 
 
 def is_file_of(blob: Blob, path: Path) -> bool:
     """Whether a file has a blob's bytes: its size, and SHA-256 of every chunk, several at a time.
+
+    Of a large file this is remembered for as long as it stays as it is.
 
     Raises:
         FileNotFoundError: it is gone.
@@ -196,19 +202,26 @@ def is_file_of(blob: Blob, path: Path) -> bool:
     if path.stat().st_size != blob.size_bytes or not blob.chunks:
         return describe_file(blob.name, path) == blob
 
-    def is_right(number: int) -> bool:
-        with path.open("rb") as file:
-            file.seek(number * CHUNK_BYTES)
-            return _sha256(file.read(CHUNK_BYTES)) == blob.chunks[number]
+    def digest(file: Path) -> bytes:
+        with ThreadPoolExecutor(HASHED_AT_ONCE, thread_name_prefix="hash") as pool:
+            return digest_of_chunks(pool.map(partial(_hash_chunk, file), range(len(blob.chunks))))
 
-    if len(blob.chunks) == 1:
-        return is_right(0)
-    with ThreadPoolExecutor(HASHED_AT_ONCE, thread_name_prefix="hash") as pool:
-        return all(pool.map(is_right, range(len(blob.chunks))))
+    return FoundFile(path).make(CHUNKS, digest) == digest_of_chunks(blob.chunks)
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def digest_of_chunks(chunks: Iterable[str]) -> bytes:
+    """What is remembered of a file whose chunks have these SHA-256."""
+    return hashlib.sha256("".join(chunks).encode()).digest()
+
+
+def _hash_chunk(path: Path, number: int) -> str:
+    digest, buffer, left = hashlib.sha256(), memoryview(bytearray(_READ_BYTES)), CHUNK_BYTES
+    with path.open("rb", buffering=0) as file:
+        file.seek(number * CHUNK_BYTES)
+        while count := file.readinto(buffer[:left]):
+            digest.update(buffer[:count])
+            left -= count
+    return digest.hexdigest()
 
 
 def artifact_key(ref: Ref) -> str:

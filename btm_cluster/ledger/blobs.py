@@ -13,15 +13,18 @@ from btm_cluster.errors import IntegrityError, MissingError
 from btm_cluster.identity import Ref
 from btm_cluster.ledger.artifact import (
     CHUNK_BYTES,
+    CHUNKS,
     Artifact,
     Blob,
     artifact_key,
     blob_key,
     describe_file,
+    digest_of_chunks,
     is_file_of,
     training_folder,
 )
 from btm_cluster.storage import Storage
+from btm_cluster.storage.file_hashes import FoundFile
 
 
 def open_blob(storage: Storage, artifact: Artifact, name: str) -> Path:
@@ -126,23 +129,49 @@ class BlobStream:
         self._held.clear()
 
     def _chunk(self, number: int) -> memoryview:
-        if self._mapped is not None:
-            chunk = self._mapped[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES]
-            if hashlib.sha256(chunk).hexdigest() == self._blob.chunks[number]:
-                return chunk
-        return memoryview(bytearray(self._again(number)))  # writable memory, since torch warns of other
+        found = self._mapped and self._mapped.chunk(number)
+        # Writable memory, since torch warns of other.
+        return found or memoryview(bytearray(self._again(number)))
 
 
-def _mapped(storage: Storage, artifact: Artifact, blob: Blob) -> memoryview | None:
-    """A file's bytes where it lies, copied if they are written to; None where it is not whole."""
+class _MappedBlob:
+    """A blob's file where it lies, its bytes copied if they are written to.
+
+    Chunks are hashed, but for those of a large file that this node remembers as the blob's, while it is as it was
+    found. That it is the blob's is remembered once all its chunks were hashed.
+    """
+
+    def __init__(self, blob: Blob, found: FoundFile, mapped: mmap.mmap) -> None:
+        self._blob, self._found, self._bytes = blob, found, memoryview(mapped)
+        self._digest = digest_of_chunks(blob.chunks)
+        self._is_known = found.recall(CHUNKS) == self._digest
+        self._unchecked = set(range(len(blob.chunks)))
+
+    def chunk(self, number: int) -> memoryview | None:
+        """A chunk's bytes; None where they are not the blob's."""
+        chunk = self._bytes[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES]
+        if self._is_known and self._found.is_same():
+            return chunk
+        if hashlib.sha256(chunk).hexdigest() != self._blob.chunks[number]:
+            return None
+        if number in self._unchecked:
+            self._unchecked.discard(number)
+            if not self._unchecked:
+                self._found.remember(CHUNKS, self._digest)
+        return chunk
+
+
+def _mapped(storage: Storage, artifact: Artifact, blob: Blob) -> _MappedBlob | None:
+    """A file where it lies; None where it is not whole."""
     with _named_if_lost(artifact.ref, blob):
         path = storage.download(blob_key(artifact.ref, blob.sha256))
     with path.open("rb") as file:
+        found = FoundFile(path)
         if not blob.size_bytes or os.fstat(file.fileno()).st_size != blob.size_bytes:
             return None
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     mapped.madvise(mmap.MADV_SEQUENTIAL)
-    return memoryview(mapped)
+    return _MappedBlob(blob, found, mapped)
 
 
 def check_blob_stands(storage: Storage, ref: Ref, blob: Blob) -> None:

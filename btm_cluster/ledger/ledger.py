@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from btm_cluster.ledger.trainings import (
     read_trainings,
 )
 from btm_cluster.storage import Entry, Storage, open_storage
+from btm_cluster.storage.scratch import flushed_meanwhile
 
 logger = logging.getLogger(__name__)
 
@@ -286,7 +288,10 @@ class Ledger:
     ) -> tuple[list[Blob], bool]:
         """Stores files and their manifest; what they are, and whether the manifest was not there yet."""
         assert named_identity(made) == made.ref.identity, f"{made.ref} is not of its recipe and inputs"
-        blobs = [describe_file(name, path) for name, path in sorted(files.items())]
+        # A folder takes them as they are, and then waits for the disk.
+        as_they_are = not (keep or self.storage.copies_bytes)
+        with flushed_meanwhile(files.values()) if as_they_are else nullcontext():
+            blobs = [describe_file(name, path) for name, path in sorted(files.items())]
         for blob in blobs:
             self.storage.upload(blob_key(made.ref, blob.sha256), files[blob.name], keep)
         body = {

@@ -17,6 +17,7 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         protected_namespaces=(),
         allow_inf_nan=False,
+        defer_build=True,  # most processes never read a plan
     )
     rules: ClassVar[broken_rules.Rules] = broken_rules.no_rules
 

@@ -36,14 +36,14 @@ READ_AT_ONCE = 8
 """Chunks of all models that are read and checked while others are summed."""
 READ_AHEAD_MODELS = 64
 """Models at most of which a bucket's next chunk is read before it is needed: two of 8 MiB each are 1 GiB in all,
-and three for a moment where several threads sum. Of more models one chunk is in memory, one thread sums, and each
+and up to four for a moment where several threads sum. Of more models one chunk is in memory, one thread sums, and each
 model waits for its next chunk, which is slower."""
 SUMS_AT_ONCE = 16
 """Averages at most of one pass: each has a sum of 512 KiB in memory, and its files on disk until all are summed."""
 SCRATCH_SHARE = 0.5
 """Share of the free disk below the temporary folder that the averages of one pass may take, if they are several."""
 SUMMED_BY = 4
-"""Threads at most that sum and store averages of one pass, each some of them."""
+"""Threads at most that sum averages of one pass, each some of their elements, and store them."""
 
 
 def average(requests: Sequence[AverageRequest], ledger: Ledger, control: Control) -> Iterator[Artifact]:

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from btm_cluster.data.blocks import MARKS_FILE, PADDING_DOCUMENT, READ, Blocks
-from btm_cluster.data.documents import Document
-from btm_cluster.data.shards import read_shard
 from btm_cluster.data.tokenizer import TOKENIZER_FILES, TextTokenizer, load_tokenizer
 from btm_cluster.errors import MissingError
 from btm_cluster.ledger import Artifact, Ledger, Ref, artifact_key
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from btm_cluster.data.documents import Document
     from btm_cluster.language_model.stored_weights import StoredWeights
     from btm_cluster.language_model.training_spec import TextBlocks
     from btm_cluster.requests import TrainingText
@@ -34,8 +33,10 @@ def documents_of(ledger: Ledger, text: str, split: str) -> Iterator[str]:
     return (document.text for document in whole_documents_of(ledger, text, split))
 
 
-def whole_documents_of(ledger: Ledger, text: str, split: str) -> Iterator[Document]:
+def whole_documents_of(ledger: Ledger, text: str, split: str) -> "Iterator[Document]":
     """The same, conversations with their messages."""
+    from btm_cluster.data.shards import read_shard  # pyarrow, for which models have no use
+
     artifact = ledger.get(Ref("text", text))
     for shard in artifact.facts["splits"][split]["shards"]:
         yield from read_shard(ledger.open_file(artifact, shard))

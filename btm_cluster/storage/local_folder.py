@@ -19,7 +19,7 @@ from typing import BinaryIO, TypeVar
 
 from btm_cluster.errors import MissingError, StoreError, UserError
 from btm_cluster.storage.port import Entry, check_key, check_prefix
-from btm_cluster.storage.scratch import link_if_alike
+from btm_cluster.storage.scratch import flush, link_if_alike
 from btm_cluster.storage.store_calls import DONE, FAILED, count_store_call
 
 _TEMPORARY = ".writing-"
@@ -78,7 +78,7 @@ class LocalFolder:
                     os.link(temporary, target)
                 except FileExistsError:
                     return False
-                _flush_folder(target.parent)
+                flush(target.parent)
                 return True
             finally:
                 temporary.unlink(missing_ok=True)
@@ -91,10 +91,9 @@ class LocalFolder:
             try:
                 if keep or not link_if_alike(path, temporary):
                     shutil.copyfile(path, temporary)
-                with temporary.open("rb+") as file:
-                    os.fsync(file.fileno())
+                flush(temporary)
                 temporary.replace(target)
-                _flush_folder(target.parent)
+                flush(target.parent)
             finally:
                 temporary.unlink(missing_ok=True)
 
@@ -281,11 +280,3 @@ def _is_temporary(key: str) -> bool:
 def _temporary_beside(target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     return target.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

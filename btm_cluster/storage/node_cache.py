@@ -7,6 +7,8 @@ and BTM_CACHE_GIGABYTES (50).
 
 Others may write to the temporary folder too, so the cache is this user's alone and no link in it is followed.
 
+When a file was last used is said by an empty one of its name in `used`: its own times stay those of its bytes.
+
 The folder is looked through only when a running count of its bytes passes the limit, and once a day. The
 count is raised before a file appears, so it is rather too high (a file fetched twice or deleted by hand),
 which costs a look at most; only what a process leaves behind that is killed while it fetches has to wait for
@@ -22,6 +24,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -66,7 +69,7 @@ class NodeCache:
             UserError: naming the folder, and the remedy.
         """
         _check_private(self.folder, self._was_named)
-        for below in ("files", "locks", "compiled"):
+        for below in ("files", "used", "locks", "compiled"):
             _check_private(self.folder / below)
 
     def folder_for_code(self) -> Path:
@@ -101,17 +104,15 @@ class NodeCache:
         """
         path = self.folder / "files" / name
         try:
-            self.check()
-            if not anew and _use(path):
+            if not anew and self.find(name):
                 return path
-            for below in ("files", "locks"):
+            for below in ("files", "used", "locks"):
                 self._make(below)
-            # One of 256 locks: a lock's file cannot be deleted safely, so there must not be one for each
-            # name.
+            # One of 256 locks: a lock's file cannot be deleted safely, so there must not be one for each name.
             with FileLock(self.folder / "locks" / name[-2:]):
                 if anew:
                     path.unlink(missing_ok=True)
-                elif _use(path):
+                elif self.find(name):
                     return path
                 counted, looked = self._fetch(path, fetch)
             if counted > self.limit_bytes or time.time() - looked > _UNFINISHED_SECONDS:
@@ -120,9 +121,20 @@ class NodeCache:
             raise self._failed(exc) from exc
         return path
 
+    def find(self, name: str) -> Path | None:
+        """The file called `name`, used now; None where it is not here. What is no file is none, and is replaced."""
+        self.check()
+        path = self.folder / "files" / name
+        with suppress(FileNotFoundError):
+            if stat.S_ISREG(path.lstat().st_mode):
+                _touch(self.folder / "used" / name)
+                return path
+        return None
+
     def drop(self, name: str) -> None:
         """Removes the file called `name`, if it is here."""
-        (self.folder / "files" / name).unlink(missing_ok=True)
+        for folder in ("files", "used"):
+            (self.folder / folder / name).unlink(missing_ok=True)
 
     def _failed(self, exc: OSError) -> StoreError:
         full = exc.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -182,23 +194,22 @@ class NodeCache:
 
     def _remove_oldest(self, limit_bytes: int) -> int:
         """Returns how many bytes are left."""
-        now = time.time()
+        now, used = time.time(), _listed(self.folder / "used")
         files = []
-        for file in os.scandir(self.folder / "files"):
-            try:
-                found = file.stat(follow_symlinks=False)
-            except FileNotFoundError:
-                continue
-            kept_for = _UNFINISHED_SECONDS if file.name.startswith(_UNFINISHED) else IN_USE_SECONDS
-            files.append((found.st_mtime, found.st_size, file.path, now - found.st_mtime > kept_for))
+        for name, found in _listed(self.folder / "files").items():
+            kept_for = _UNFINISHED_SECONDS if name.startswith(_UNFINISHED) else IN_USE_SECONDS
+            last = max(status.st_mtime for status in (found, used.pop(name, found)))
+            files.append((last, found.st_size, name, now - last > kept_for))
+        for name in used:  # of files that are gone
+            (self.folder / "used" / name).unlink(missing_ok=True)
         total = sum(size for _, size, _, _ in files)
         if total <= limit_bytes:
             return total
-        for _, size, path, may_go in sorted(files):
+        for _, size, name, may_go in sorted(files):
             if total <= (1 - FREED_SHARE) * limit_bytes:
                 break
             if may_go:
-                Path(path).unlink(missing_ok=True)
+                self.drop(name)
                 total -= size
         return total
 
@@ -223,15 +234,22 @@ def node_cache() -> NodeCache:
     return NodeCache(Path(folder), int(gigabytes * 1e9), was_named=bool(named))
 
 
-def _use(path: Path) -> bool:
-    """Whether the file is there; marks it as used now. What is no file is none, and is replaced."""
+def _listed(folder: Path) -> dict[str, os.stat_result]:
+    """The files of a folder by name, but for those that are deleted meanwhile."""
+    found = {}
+    for file in os.scandir(folder):
+        with suppress(FileNotFoundError):
+            found[file.name] = file.stat(follow_symlinks=False)
+    return found
+
+
+def _touch(path: Path) -> None:
+    """Sets a file's time to now, and makes it, empty, where it is not there."""
     try:
-        if not stat.S_ISREG(path.lstat().st_mode):
-            return False
         os.utime(path, follow_symlinks=False)
     except FileNotFoundError:
-        return False
-    return True
+        path.parent.mkdir(exist_ok=True, mode=PRIVATE)  # earlier versions made none
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
 
 
 def _open_own(path: str, flags: int) -> int:

@@ -16,7 +16,8 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -77,6 +78,24 @@ def link_if_alike(file: Path, place: Path) -> bool:
     except (OSError, AttributeError):  # this file system has no links, or this system no access lists
         pass
     return False
+
+
+@contextmanager
+def flushed_meanwhile(files: Iterable[Path]) -> Iterator[None]:
+    """Has files written to the disk while others read them, so that who waits for that later waits less."""
+    with ThreadPoolExecutor(1, thread_name_prefix="flush") as pool:
+        for file in files:
+            pool.submit(flush, file)
+        yield
+
+
+def flush(file: Path) -> None:
+    """Waits until the disk has a file, or what a folder lists."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _access(file: Path) -> tuple[object, ...]:

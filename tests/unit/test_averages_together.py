@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from btm_cluster.errors import IncompatibleError
-from btm_cluster.language_model.averaging import SUMMED_AT_ONCE, AveragesTogether, average_models
+from btm_cluster.language_model.averaging import AveragesTogether, average_models
 from btm_cluster.language_model.stored_weights import ShardWriter, StoredWeights, TensorFiles, write_shards
 from btm_cluster.language_model.tensor_files import Header
+from btm_cluster.language_model.weighted_sums import SUMMED_AT_ONCE
 
 SHAPES = {"large": (5, SUMMED_AT_ONCE // 2 + 3), "none": (0, 3), "norm": (7,), "scalar": ()}
 WEIGHTS_AM = [[1 / 3, 1 / 3, 1 / 3], [0.2, 0.0, 0.8], [0.0, 1.0, 0.0], [0.5, 0.5, 0.0], [0.1, 0.7, 0.2]]

@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 
 from btm_cluster.storage import file_hashes
-from btm_cluster.storage.file_hashes import sha256_of
+from btm_cluster.storage.file_hashes import FoundFile, sha256_of
 
 
 @pytest.fixture
 def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that counts as large, beside a cache of its own."""
+    """A file that counts as large and as long unchanged, beside a cache of its own."""
     monkeypatch.setenv("BTM_CACHE_FOLDER", str(tmp_path / "cache"))
     monkeypatch.setattr(file_hashes, "SMALL_BYTES", 0)
+    monkeypatch.setattr(file_hashes, "SETTLED_SECONDS", -60.0)
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"weights")
     return file
@@ -38,6 +39,33 @@ def test_a_large_file_is_read_once(weights: Path, read: list[str]) -> None:
     found = [sha256_of(weights) for _ in range(3)]
     assert found == [hashlib.sha256(b"weights").digest()] * 3
     assert read == [weights.name]
+
+
+def test_a_file_that_was_changed_just_before_is_read_again(
+    weights: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its next change may fall into the same step of the file system's clock."""
+    monkeypatch.setattr(file_hashes, "SETTLED_SECONDS", 60.0)
+    assert [sha256_of(weights) for _ in range(2)] == [hashlib.sha256(b"weights").digest()] * 2
+    assert read == [weights.name] * 2
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_remembered(weights: Path) -> None:
+    found = FoundFile(weights)
+    weights.write_bytes(b"another")
+    found.remember("sha256", hashlib.sha256(b"weights").digest())
+    assert not found.is_same()
+    assert found.recall("sha256") is None
+    assert sha256_of(weights) == hashlib.sha256(b"another").digest()
+    weights.unlink()
+    found.remember("sha256", b"")
+    assert not found.is_same()
+
+
+def test_what_is_remembered_is_of_one_kind(weights: Path) -> None:
+    FoundFile(weights).remember("chunks", b"theirs")
+    assert FoundFile(weights).recall("chunks") == b"theirs"
+    assert FoundFile(weights).recall("sha256") is None
 
 
 def test_a_small_file_leaves_nothing(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """How step functions are imported."""
 
 import gc
+import sys
 
 import pytest
 
@@ -17,3 +18,21 @@ def test_the_garbage_collector_pauses_while_modules_are_imported_and_is_then_as_
     with pytest.raises(ImportError), quick_imports():
         raise ImportError
     assert gc.isenabled()
+
+
+def test_what_is_there_once_torch_is_imported_is_left_out_of_collections(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    frozen: list[str] = []
+    monkeypatch.setattr("gc.freeze", lambda: frozen.append("once"))
+    with quick_imports():
+        monkeypatch.setitem(sys.modules, "other", sys)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    with quick_imports():
+        pass
+    assert not frozen
+    with quick_imports():
+        monkeypatch.setitem(sys.modules, "torch", sys)
+    with quick_imports():
+        pass
+    assert frozen == ["once"]
