@@ -15,6 +15,7 @@ import hashlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import boto3
 from contenders import Usage, fastest, measure
@@ -106,7 +108,8 @@ def small_reads(store: str, count: int) -> Result:
     documents = Documents(open_storage(f"{store.rstrip('/')}/small"))
     keys = [f"artifacts/model/{number:064x}.json" for number in range(count)]
     in_parallel(lambda key: documents.create(key, {"facts": "x" * 1500}), keys)
-    reader = Documents(open_storage(f"{store.rstrip('/')}/small"))
+    storage = open_storage(f"{store.rstrip('/')}/small")
+    reader = Documents(storage)
     started, cpu = time.monotonic(), time.process_time()
     found = in_parallel(reader.read, keys)
     seconds, cpu = time.monotonic() - started, time.process_time() - cpu
@@ -122,10 +125,39 @@ def small_reads(store: str, count: int) -> Result:
         theirs=None,
         peer=None,
         goal=3.0 * count / SMALL_READS["full"],
-        limit=None,
-        limit_is=None,
+        limit=server_seconds([storage.address(key) for key in keys]),
+        limit_is="the server's own time: requests signed beforehand, over as many bare sockets",
         beside={"CPU seconds of ours": f"{cpu:.1f}"},
     )
+
+
+def server_seconds(addresses: list[str]) -> float | None:
+    """Seconds in which the server answers a GET of each address; None where it is asked over TLS."""
+    client = boto3.client("s3")
+    requests, places = [], set()
+    for address in addresses:
+        bucket, _, key = address.removeprefix("s3://").partition("/")
+        url = urlsplit(client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": key}))
+        if url.scheme != "http":
+            return None
+        requests.append(f"GET {url.path}?{url.query} HTTP/1.1\r\nHost: {url.netloc}\r\n\r\n".encode())
+        places.add((url.hostname, url.port or 80))
+    (place,) = places
+
+    def ask(share: list[bytes]) -> None:
+        with socket.create_connection(place) as connection, connection.makefile("rb") as answers:
+            for request in share:
+                connection.sendall(request)
+                assert answers.readline().split()[1] == b"200"
+                size = 0
+                while (line := answers.readline()) != b"\r\n":
+                    if line.lower().startswith(b"content-length:"):
+                        size = int(line.partition(b":")[2])
+                answers.read(size)
+
+    started = time.monotonic()
+    in_parallel(ask, [requests[first::THREADS] for first in range(THREADS)])
+    return time.monotonic() - started
 
 
 def upload(store: str, folder: Path, files_at_once: int) -> None:

@@ -17,8 +17,8 @@ from btm_cluster.identity import canonical_json
 from btm_cluster.storage import Storage
 from btm_cluster.storage.account import account
 
-THREADS = 16
-"""Small requests under way at once, where there are many."""
+THREADS = 32
+"""Small requests under way at once, where there are many: over a network each waits for its round trip."""
 MOST_BYTES = 64 * 2**20
 """No document is longer: a manifest has 70 bytes for each 8 MiB of its files, so this is one of 7 TB."""
 

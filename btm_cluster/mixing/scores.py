@@ -23,6 +23,8 @@ from btm_cluster.storage.open_files import allow_open_files
 
 Made = TypeVar("Made")
 BLOCKS_AT_ONCE = 64
+OPENED_AT_ONCE = 8
+"""Files of scores that are fetched and checked at once."""
 SCORES_AT_ONCE = 512
 """Blocks times experts, at most: 4 MB of float64 at 1,024 tokens, of which arithmetic holds a dozen."""
 
@@ -49,9 +51,11 @@ class ScoreStack:
         return ScoreStack(ledger, scores, split.tokens, threads)
 
     def _open(self, name: str) -> list[np.ndarray]:
-        return [
-            np.load(self._ledger.open_file(artifact, name), mmap_mode="r") for artifact in self._artifacts
-        ]
+        def mapped(artifact: Artifact) -> np.ndarray:
+            return np.load(self._ledger.open_file(artifact, name), mmap_mode="r")  # type: ignore[no-any-return]
+
+        with ThreadPoolExecutor(OPENED_AT_ONCE, thread_name_prefix="scores") as pool:
+            return list(pool.map(mapped, self._artifacts))
 
     @cached_property
     def _entropies(self) -> list[np.ndarray]:

@@ -8,7 +8,6 @@ from typing import TypeVar
 from btm_cluster.errors import StoreError
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import (
-    THREADS,
     Artifact,
     Blob,
     Ledger,
@@ -37,6 +36,8 @@ from btm_cluster.ledger.records import (
 from btm_cluster.storage import Storage
 
 Value = TypeVar("Value")
+READ_AT_ONCE = 16
+"""Objects, of which chunks of 8 MiB are held."""
 _RECORDS: Mapping[str, Callable[[Ledger, str], object]] = {
     BASELINES: read_baseline,
     EXPANSIONS: read_branch_point,
@@ -68,7 +69,7 @@ def verify(ledger: Ledger) -> Verified:
     by_key = {version_key(version): version for version in ledger.log.versions()}
     record_keys = [entry.key for folder in _RECORDS for entry in list_ours(storage, folder)]
     manifest_keys = [entry.key for entry in ledger.list_manifests()]
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(READ_AT_ONCE) as pool:
         artifacts, problems = _read_all(pool, ledger.read_manifest, manifest_keys, storage)
         blobs = {blob_key(a.ref, blob.sha256): (a, blob) for a in artifacts.values() for blob in a.blobs}
         problems += [p for p in pool.map(lambda one: _check_blob(ledger, *one), blobs.values()) if p]

@@ -10,34 +10,28 @@ checksum headers are used only where it demands them.
 
 import hashlib
 import re
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import closing
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
-import boto3
 import botocore.exceptions as failures
 from boto3.s3.transfer import TransferConfig
-from botocore.config import Config
 
 from btm_cluster.errors import StoreError, UserError
 from btm_cluster.storage.node_cache import node_cache
 from btm_cluster.storage.port import Entry, check_key, check_prefix
+from btm_cluster.storage.s3_client import new_client
 from btm_cluster.storage.s3_errors import FAILURES, code_of, is_transient, store_error
 from btm_cluster.storage.s3_location import parse_location
 from btm_cluster.storage.s3_patience import PATIENCE_SECONDS, Patience
+from btm_cluster.storage.s3_reads import PART_BYTES, THREADS, ObjectReads
 
-ANSWER_SECONDS = 60.0
-"""How long a service that has taken a request may be silent."""
-PART_BYTES = 8 * 2**20
-THREADS = 8
-"""Parts under way at once: with PART_BYTES, at most 64 MiB of memory for each file under way. s3transfer
-streams them, so that four files at once were measured at 129 MiB, imports and all."""
 IN_PARTS_FROM_BYTES = 2 * PART_BYTES
-"""Smaller files go in one request without s3transfer, whose threads for each file took a third of the CPU
-time of a download of 1 MiB, and a fifth of an upload's."""
+"""Smaller files are uploaded in one request without s3transfer, whose threads for each file took a fifth of the
+CPU time of an upload of 1 MiB. s3transfer streams parts: four files at once were measured at 129 MiB, imports and
+all."""
 _UPLOAD = "?uploadId="
 """Between the key and the id of an upload in parts, as in the address of one."""
 _CONTENT_NAME = re.compile(r"[0-9a-f]{64}")
@@ -60,6 +54,8 @@ class ObjectStorage:
         }
         self._written = self._always | {names[name]: options[name] for name in names if name in options}
         self._cache = node_cache()
+        self._making = Lock()
+        self._made: ObjectReads | None = None
 
     @property
     def copies_bytes(self) -> int:
@@ -120,27 +116,11 @@ class ObjectStorage:
         check_key("read", key)
         if size == 0:
             return b""
-        ranged = (
-            {}
-            if (start, size) == (0, None)
-            else {"Range": f"bytes={start}-{'' if size is None else start + size - 1}"}
-        )
-
-        def get() -> bytes:
-            try:
-                return bytes(
-                    self._client.get_object(**self._at(key), **self._always, **ranged)["Body"].read()
-                )
-            except failures.ClientError as exc:
-                if code_of(exc) == "InvalidRange":  # it starts at or behind the end
-                    return b""
-                raise
-
-        return self._attempt("read", key, get)
+        return self._attempt("read", key, lambda: self._reads.read(self._prefix + key, start, size))
 
     def download(self, key: str, anew: bool = False) -> Path:
         def fetch(target: Path) -> None:
-            self._attempt("download", key, lambda: self._get_file(key, target))
+            self._attempt("download", key, lambda: self._reads.download(self._prefix + key, target))
 
         check_key("download", key)
         return self._cache.get(self._cached_name(key), fetch, anew)
@@ -249,20 +229,17 @@ class ObjectStorage:
     def address(self, key: str) -> str:
         return f"s3://{self._bucket}/{self._prefix}{key}"
 
-    @cached_property
+    @property
     def _client(self) -> Any:
-        return boto3.session.Session().client(
-            "s3",
-            config=Config(
-                retries={"mode": "adaptive", "total_max_attempts": 5},
-                connect_timeout=10,
-                read_timeout=ANSWER_SECONDS,
-                tcp_keepalive=True,
-                max_pool_connections=4 * THREADS,
-                request_checksum_calculation="when_required",
-                response_checksum_validation="when_required",
-            ),
-        )
+        return self._reads.client
+
+    @property
+    def _reads(self) -> ObjectReads:
+        """Made by the first of many threads that read."""
+        with self._making:
+            if self._made is None:
+                self._made = ObjectReads(new_client(), self._bucket, self._always)
+            return self._made
 
     @property
     def _here(self) -> dict[str, Any]:
@@ -278,18 +255,6 @@ class ObjectStorage:
             name
             if _CONTENT_NAME.fullmatch(name)
             else hashlib.sha256(f"{self.location}\n{key}".encode()).hexdigest()
-        )
-
-    def _get_file(self, key: str, target: Path) -> None:
-        found = self._client.get_object(**self._at(key), **self._always)
-        with closing(found["Body"]) as body:
-            if found["ContentLength"] < IN_PARTS_FROM_BYTES:
-                with open(target, "wb") as file:
-                    # Larger buffers come fresh from the system each time.
-                    shutil.copyfileobj(body, file, 2**16)
-                return
-        self._client.download_file(
-            self._bucket, self._prefix + key, str(target), ExtraArgs=dict(self._always), Config=_transfers()
         )
 
 

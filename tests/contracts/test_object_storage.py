@@ -2,12 +2,14 @@
 faults, by a clock that only pauses move."""
 
 import hashlib
+import json
 import logging
 import random
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,10 @@ from botocore.stub import Stubber
 
 from btm_cluster.errors import MissingError, StoreError, UserError
 from btm_cluster.forest import Forest, Foundation
-from btm_cluster.ledger import CHUNK_BYTES, Ledger
+from btm_cluster.ledger import CHUNK_BYTES, Ledger, in_parallel
 from btm_cluster.storage import open_storage
 from btm_cluster.storage.object_storage import ObjectStorage
+from btm_cluster.storage.s3_client import new_client
 from tests.fault_proxy import SURVIVED, Fault, FaultProxy, no_faults, on_first_try, random_faults
 from tests.made import origin
 
@@ -323,13 +326,18 @@ def test_an_upload_that_the_service_forgot_under_way_is_started_anew(
     assert storage.read(BLOB) == MULTI_PART
 
 
-@pytest.mark.parametrize("before", [2, 3, 4], ids=lambda before: f"before request {before}")
+@pytest.mark.parametrize("size", [len(MULTI_PART), 10 * 2**20, 3], ids=lambda size: f"{size} bytes")
+@pytest.mark.parametrize("before", [2, 3], ids=lambda before: f"before request {before}")
 def test_an_object_that_is_replaced_while_it_is_downloaded_comes_whole(
-    storage: ObjectStorage, competitor: Ledger, proxy: FaultProxy, file: Callable[[bytes], Path], before: int
+    storage: ObjectStorage,
+    competitor: Ledger,
+    proxy: FaultProxy,
+    file: Callable[[bytes], Path],
+    before: int,
+    size: int,
 ) -> None:
-    # Every part is asked for with If-Match: the next answer is 412, an error of s3transfer's that no tree of
-    # botocore has.
-    other = file(MULTI_PART[::-1])
+    # Every part but the first is asked for with If-Match: the next answer is 412.
+    other = file(MULTI_PART[::-1][:size])
     storage.upload(BLOB, file(MULTI_PART))
 
     def replace(method: str, path: str, count: int) -> Fault:  # noqa: ARG001 - a Policy
@@ -338,7 +346,7 @@ def test_an_object_that_is_replaced_while_it_is_downloaded_comes_whole(
         return Fault.NONE
 
     proxy.follow(replace)
-    assert storage.download(BLOB).read_bytes() == MULTI_PART[::-1]
+    assert storage.download(BLOB).read_bytes() == MULTI_PART[::-1][:size]
 
 
 # The ledger decides who won when answers are lost
@@ -412,6 +420,111 @@ def test_what_is_committed_and_opened_through_random_faults_is_right(
     assert {fault for _, _, fault in proxy.seen} > {Fault.NONE, Fault.LOSE_REPLY}
     made = sorted(origin("model", {"number": number}).ref.identity for number in range(5))
     assert [found.identity for found in ledger.list_artifacts("model")] == made
+
+
+# Reads are signed and sent without boto3's layers, once boto3 has shown how
+
+
+@pytest.fixture
+def asked_of_boto3(storage: ObjectStorage) -> list[str]:
+    """The calls of boto3's `get_object` so far."""
+    calls: list[str] = []
+    storage._client.meta.events.register(
+        "before-call.s3.GetObject", lambda model, **_: calls.append(model.name)
+    )
+    return calls
+
+
+def gets(proxy: FaultProxy) -> int:
+    return sum(method == "GET" for method, _, _ in proxy.seen)
+
+
+def test_boto3_serves_the_first_read_and_no_other(
+    filled: ObjectStorage, proxy: FaultProxy, asked_of_boto3: list[str]
+) -> None:
+    for key in AWKWARD:
+        filled.create(key, key.encode())
+    proxy.follow(no_faults)
+    for key in AWKWARD:
+        assert filled.read(key) == filled.read(key, 0, 2000) == key.encode()
+        assert filled.read(key, 1, 1) == key.encode()[1:2]
+    assert (len(asked_of_boto3), gets(proxy)) == (1, 3 * len(AWKWARD))
+    assert filled.download(BLOB).read_bytes() == MULTI_PART
+    assert (len(asked_of_boto3), gets(proxy)) == (1, 3 * len(AWKWARD) + 3)
+
+
+def test_an_object_that_is_not_there_takes_one_request(
+    filled: ObjectStorage, proxy: FaultProxy, asked_of_boto3: list[str]
+) -> None:
+    filled.read("training/1.json")
+    proxy.follow(no_faults)
+    for operate in (filled.read, filled.download):
+        with pytest.raises(MissingError, match=r"cannot .* training/2"):
+            operate("training/2.json")
+    assert (len(asked_of_boto3), gets(proxy)) == (1, 2)
+
+
+def test_boto3_is_asked_where_an_answer_is_not_plain(
+    filled: ObjectStorage, proxy: FaultProxy, asked_of_boto3: list[str]
+) -> None:
+    for number, fault in enumerate((Fault.NONE, Fault.ERROR, Fault.SLOW_DOWN, Fault.LOSE_REPLY), 1):
+        proxy.follow(on_first_try(fault))
+        assert filled.read("training/1.json") == b"1"
+        assert len(asked_of_boto3) == number
+        proxy.follow(no_faults)
+        assert filled.read("training/1.json") == b"1"
+        assert len(asked_of_boto3) == number
+
+
+def test_a_part_that_breaks_off_is_asked_for_again_alone(
+    filled: ObjectStorage, proxy: FaultProxy, clock: Clock
+) -> None:
+    filled.read("training/1.json")
+    proxy.follow(lambda *_: Fault.TRUNCATE if gets(proxy) == 2 else Fault.NONE)
+    assert filled.download(BLOB).read_bytes() == MULTI_PART
+    assert gets(proxy) == 4
+    assert clock.pauses == 0
+
+
+def test_reads_follow_credentials_that_are_renewed(
+    filled: ObjectStorage, bare: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # Those of a role expire within hours. These are always about to.
+    given, times = tmp_path / "given", tmp_path / "times"
+    config = tmp_path / "config"
+    config.write_text(f"[default]\ncredential_process = sh -c 'echo x >> {times}; cat {given}'\n")
+    soon = (datetime.now(UTC) + timedelta(minutes=5)).isoformat()
+
+    def give(secret: str) -> None:
+        keys = {"AccessKeyId": "btmkey", "SecretAccessKey": secret, "SessionToken": None}
+        given.write_text(json.dumps({"Version": 1, "Expiration": soon} | keys))
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        bare.delenv(name)
+    bare.setenv("AWS_CONFIG_FILE", str(config))
+    storage = ObjectStorage(filled.location)
+    give("btmsecret")
+    for _ in range(3):
+        assert storage.read("training/1.json") == b"1"
+    assert len(times.read_text().split()) >= 3
+    give(SECRET)
+    with pytest.raises(StoreError, match="SignatureDoesNotMatch"):
+        storage.read("training/1.json")
+
+
+def test_many_threads_that_read_first_share_one_client(
+    filled: ObjectStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def count() -> Any:
+        made.append(new_client())
+        return made[-1]
+
+    monkeypatch.setattr("btm_cluster.storage.object_storage.new_client", count)
+    storage = ObjectStorage(filled.location)
+    assert set(in_parallel(storage.read, ["training/1.json"] * 50)) == {b"1"}
+    assert len(made) == 1
 
 
 # Sizes, ranges, names, pages

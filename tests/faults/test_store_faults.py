@@ -150,7 +150,7 @@ def test_a_run_from_whom_the_store_is_cut_off_without_a_word_goes_on_when_it_ans
     undisturbed: dict[str, dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("btm_cluster.storage.object_storage.ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr("btm_cluster.storage.s3_client.ANSWER_SECONDS", 0.5)
     store = "s3://runs/silent"
     proxy.follow(from_first_checkpoint(lambda number: Fault.SILENCE if number <= 4 else Fault.NONE))
     ended = btm("run", "--in-process", write_plan(small_fields(texts, store)))
