@@ -11,6 +11,7 @@ import torch
 
 from btm_cluster.equations.averaging import same_in_all
 from btm_cluster.errors import IncompatibleError
+from btm_cluster.language_model.delta_weights import LoraWeights
 from btm_cluster.language_model.stored_weights import ShardWriter, StoredWeights
 from btm_cluster.language_model.streamed_weights import in_pieces
 from btm_cluster.language_model.tensor_files import DTYPES, Header, header_of, names_in_order
@@ -173,7 +174,12 @@ class AveragesTogether:
         """What is to be done for the sums of a tensor, once the elements of a run were read."""
         shares = [range(first, len(writers), threads) for first in range(min(threads, len(writers)))]
         for start, size in self._cut(name, RUN_BLOCKS * SUMMED_AT_ONCE):
-            blocks_MB = [list(in_blocks(model.pieces(name, start, size))) for model in self._models]
+            read_MB = [in_blocks(model.pieces(name, start, size)) for model in self._models]
+            blocks_MB = [
+                # To multiply B·A takes longer than to sum: left to the thread that sums.
+                blocks if len(shares) == 1 and isinstance(model, LoraWeights) else list(blocks)
+                for model, blocks in zip(self._models, read_MB, strict=True)
+            ]
             for share in shares:
                 yield partial(self._write_run, writers, share, name, start, size, blocks_MB)
 
@@ -184,7 +190,7 @@ class AveragesTogether:
         name: str,
         start: int,
         size: int,
-        blocks_MB: Sequence[Sequence[Sequence[torch.Tensor]]],
+        blocks_MB: Sequence[Iterable[Sequence[torch.Tensor]]],
     ) -> None:
         for (first, count), block_M in zip(
             cut(size, SUMMED_AT_ONCE), zip(*blocks_MB, strict=True), strict=True

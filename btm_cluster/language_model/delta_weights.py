@@ -10,8 +10,8 @@ import torch
 from btm_cluster.errors import IncompatibleError
 from btm_cluster.language_model.lora import layer_of
 from btm_cluster.language_model.stored_weights import StoredWeights
-from btm_cluster.language_model.streamed_weights import in_pieces
 from btm_cluster.language_model.tensor_files import Header, names_in_order
+from btm_cluster.language_model.weighted_sums import SUMMED_AT_ONCE, cut
 
 
 class ChangedWeights:
@@ -42,7 +42,7 @@ class LoraWeights:
     """A base beside which an adapter lies: an adapted tensor is W + scale · B·A, read in float32 whatever the
     base is stored in.
 
-    `transposed` where W is stored as [in, out], as in GPT-2.
+    `transposed` where W is stored as [in, out], as in GPT-2. Several threads may read pieces, in any order.
 
     Raises:
         IncompatibleError: an adapter of another base.
@@ -52,7 +52,6 @@ class LoraWeights:
         self, base: StoredWeights, adapter: StoredWeights, scale: float, transposed: bool = False
     ) -> None:
         self._base, self._adapter, self._scale, self._transposed = base, adapter, scale, transposed
-        self._base_pieces = in_pieces(base)
         self._matrices: dict[str, list[str]] = {}
         for stored in sorted(names_in_order(adapter.header)):  # of each layer A, then B
             self._matrices.setdefault(layer_of(stored), []).append(stored)
@@ -72,16 +71,16 @@ class LoraWeights:
         return weight.float() + self._change(name, 0, len(weight), device)
 
     def pieces(self, name: str, first: int, count: int) -> Iterator[torch.Tensor]:
-        base = self._base_pieces.pieces(name, first, count)
+        base = self._base.read(name).reshape(-1)[first : first + count]
         if name not in self._matrices:
-            yield from base
+            yield base
             return
         width = self.header[name]["shape"][1]
-        start, stop = first // width, -(-(first + count) // width)
-        change, at = self._change(name, start, stop).reshape(-1), first - start * width
-        for piece in base:
-            yield change[at : at + len(piece)].add_(piece)
-            at += len(piece)
+        for at, size in cut(count, SUMMED_AT_ONCE):  # products of one size, whose bits are the same
+            place = first + at
+            start, stop = place // width, -(-(place + size) // width)
+            change = self._change(name, start, stop).reshape(-1)[place - start * width :][:size]
+            yield change.add_(base[at : at + size])
 
     def _change(self, name: str, start: int, stop: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """scale · B·A, of the rows of the weight from `start` to `stop`."""
