@@ -141,6 +141,15 @@ def test_a_trainer_trains_the_next_model_that_asks_for_just_its_place(ours: Trai
     assert ray.killed == []
 
 
+def test_the_actor_of_a_group_is_ended_and_trains_no_model_of_one_worker(
+    ours: Trainers, ray: Cluster
+) -> None:
+    group = started(ours, expert("group", replace(ONE_CPU, workers=2)))
+    ended(ours, group)
+    assert ray.killed == [group.trainer]
+    assert started(ours, expert("law")).trainer is not group.trainer
+
+
 @pytest.mark.parametrize("is_lost", [False, True])
 def test_a_trainer_that_failed_or_may_train_no_more_trains_nothing_else(
     ours: Trainers, ray: Cluster, is_lost: bool

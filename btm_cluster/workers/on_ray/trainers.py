@@ -181,7 +181,7 @@ class Trainers:
     def go_on(self, finished: Running, pending: Pending, running: Collection[Running]) -> Running | None:
         """Next batch of a trainer that has finished one: the scores of the model that it has trained.
 
-        Without such scores it is idle. Scores that take all that it holds it computes in any case.
+        Without such scores it is idle, if it was alone. Scores that take all that it holds it computes in any case.
         """
         if finished.is_training:
             self._claims.give_back(finished.batch[0].ref)
@@ -197,7 +197,10 @@ class Trainers:
             batch = pending.next_batch(lambda request: fits(idle.how, request) and trained in request.needs)
             if batch:
                 return self._score(idle, batch)
-        self._idle.append(idle)
+        if idle.how.workers > 1:  # the actor of a group holds nothing itself
+            ray.kill(idle.actor)
+        else:
+            self._idle.append(idle)
         return None
 
     def score_ready(self, pending: Pending) -> Iterator[Running]:
