@@ -13,6 +13,7 @@ import os
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -116,7 +117,11 @@ class Trainer:
     def _told(self, worked: Worked) -> Worked:
         """The outcome, with whether another model may be trained here. An actor that was started anew has had some
         of its restarts: another training would have fewer than the plan says."""
-        is_first = not ray.get_runtime_context().was_current_actor_reconstructed
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # Ray 2.60 asks itself in a way that it deprecates
+            is_first = not ray.get_runtime_context().was_current_actor_reconstructed
         return replace(worked, may_train_on=is_first and time.monotonic() - self._began < PLACE_SECONDS)
 
     @ray.method(concurrency_group="control")
