@@ -1,5 +1,4 @@
-"""Many experts on a cluster by the driver's own engine: seconds from an expert's end until its slot is free for
-the next, which Ray then starts.
+"""Many experts on a cluster by the driver's own engine: seconds from an expert's end until the next one begins.
 
     python benchmarks/fan_out.py                     64 and 256 experts on 8 nodes of 8 GPUs
     python benchmarks/fan_out.py --nodes 2 --gpus 2 --experts 4,16 --sleep 5
@@ -10,6 +9,7 @@ model. Needs about 100 MB of memory for each GPU.
 """
 
 import argparse
+import os
 import statistics
 import tempfile
 import threading
@@ -36,13 +36,14 @@ from btm_cluster.workers.on_ray import trainers
 from btm_cluster.workers.on_ray.progress import Process, RayControl
 from btm_cluster.workers.on_ray.spans import Span, Worked
 from btm_cluster.workers.on_ray.supervision import LOADING, STARTING
+from btm_cluster.workers.on_ray.training import Trainer
 from btm_cluster.workers.on_ray.workers import RayWorkers
 
 ONE_GPU = Resources(1, 1.0, 1, 1, "bfloat16", False)
 GOAL_SECONDS = 0.5
 
 
-class Sleeper:
+class Sleeper(Trainer):
     """Stands in for a trainer: says what one says, and sleeps."""
 
     def train(self, request: TrainRequest, store: str, retries: int, board: Any) -> Worked:  # noqa: ARG002
@@ -60,14 +61,11 @@ class Sleeper:
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder, "model.safetensors")
                 file.write_bytes(request.ref.identity.encode())
-                facts = {"began": began, "ended": time.time(), "origin": "0" * 64}
+                facts = {"began": began, "ended": time.time(), "process": os.getpid(), "origin": "0" * 64}
                 made = Ledger.open(store).commit(request, {file.name: file}, facts)
-        return Worked([made], [Span.since(began)])
+        return self._told(Worked([made], [Span.since(began)]))
 
     def warm_up(self, request: TrainRequest, board: Any) -> None:
-        """Nothing."""
-
-    def stop(self) -> None:
         """Nothing."""
 
 
@@ -77,9 +75,9 @@ class Ran:
 
     experts: int
     gaps: list[float]
-    """Seconds from each end of an expert until the driver has freed its slot, for which others wait at Ray."""
-    gaps_with_start: list[float]
-    """The same until the next expert begins: Ray starts its process, which imports, before."""
+    """Seconds from each end of an expert until the next one begins."""
+    processes: int
+    """Processes that trained."""
     seconds: float
     driver_bytes: int
     """Memory of the driver's process at its peak."""
@@ -117,8 +115,6 @@ def run(experts: int, sleep_seconds: float) -> Ran:
         cluster = ClusterPlan(gpus_per_expert=1, cpus_per_expert=1)
         workers = RayWorkers(store, lambda _: None, threading.Event(), cluster, ONE_GPU, RunEvents())
         workers._metrics.count_store_calls = lambda counted: _count(calls, counted)  # type: ignore[method-assign]
-        freed: list[float] = []
-        workers._trainers._end_idle = _noting(workers._trainers._end_idle, freed)  # type: ignore[method-assign]
         requests = [request_of(number, sleep_seconds) for number in range(experts)]
         started, cpu = time.monotonic(), time.process_time()
         outcomes = list(workers.run(requests))
@@ -129,19 +125,9 @@ def run(experts: int, sleep_seconds: float) -> Ran:
         facts = [outcome.facts for _, outcome in outcomes]  # type: ignore[union-attr]
     ended = sorted(one["ended"] for one in facts)
     begun = sorted(one["began"] for one in facts)[int(ray.cluster_resources()["GPU"]) :]
-    gaps = [[at - end for at, end in zip(times, ended, strict=False)] for times in (sorted(freed), begun)]
-    return Ran(experts, *gaps, seconds, peak.bytes, cpu, sum(calls.values()))
-
-
-def _noting(end_idle: Any, freed: list[float]) -> Any:
-    """Ends idle trainers, and notes when."""
-
-    def end(but: Any) -> None:
-        before = len(end_idle.__self__._idle)
-        end_idle(but)
-        freed.extend([time.time()] * (before - len(end_idle.__self__._idle)))
-
-    return end
+    gaps = [at - end for at, end in zip(begun, ended, strict=False)]
+    processes = len({one["process"] for one in facts})
+    return Ran(experts, gaps, processes, seconds, peak.bytes, cpu, sum(calls.values()))
 
 
 def _count(calls: Counter[str], counted: StoreCalls) -> None:
@@ -197,7 +183,7 @@ def result_of(ran: list[Ran], asked: argparse.Namespace) -> Result:
     slots = asked.nodes * asked.gpus
     return Result(
         name="fan-out",
-        what=f"median seconds from an expert's end until its slot is free for the next, {largest.experts} experts that "
+        what=f"median seconds from an expert's end until the next one begins, {largest.experts} experts that "
         f"sleep on {asked.nodes} made-up nodes of {asked.gpus} GPUs; processes, Ray and store are real",
         machine=this_machine(),
         measured=today(),
@@ -212,10 +198,10 @@ def result_of(ran: list[Ran], asked: argparse.Namespace) -> Result:
         beside={
             "slots": str(slots),
             "95 of 100 gaps": f"at most {sorted(largest.gaps)[int(0.95 * (len(largest.gaps) - 1))]:.2f} s",
-            "median until the next one begins, with Ray and imports": f"{statistics.median(largest.gaps_with_start):.2f} s",
         }
         | {
-            f"{one.experts} experts": f"{one.seconds:.0f} s in all, driver {one.driver_bytes / 2**20:.0f} MiB and "
+            f"{one.experts} experts": f"{one.seconds:.0f} s in all, {one.processes} processes trained, "
+            f"driver {one.driver_bytes / 2**20:.0f} MiB and "
             f"{one.driver_cpu_seconds:.1f} CPU seconds, {one.store_calls} store calls "
             f"({one.store_calls / one.experts:.1f} an expert)"
             for one in ran

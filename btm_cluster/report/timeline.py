@@ -3,7 +3,7 @@
 Knows nothing of how it is drawn.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from btm_cluster.ledger.timelines import Event, Timeline
@@ -82,19 +82,25 @@ def seconds_of(timeline: Timeline) -> float:
 
 def lanes_of(timeline: Timeline) -> tuple[list[Lane], int]:
     """The lanes with the most to show, in order of nodes and processes, and how many were left out."""
-    trainers = {event.process: event for event in timeline.events if event.kind == "train"}
+    trained: dict[str, dict[str, str]] = {}  # by process and label, in the order of trainings
+    for event in sorted(timeline.events, key=lambda event: event.ended):
+        if event.kind == "train":
+            trained.setdefault(event.process, {}).setdefault(event.label, _model_name(event))
     nodes = {
-        event.process: event.node for event in timeline.events if event.node and event.process in trainers
+        event.process: event.node for event in timeline.events if event.node and event.process in trained
     }
     grouped: dict[tuple[str, str], list[Event]] = {}
     waiting: list[Event] = []
     for event in timeline.events:
-        key = event.node or nodes.get(event.process)  # a training waits in the lane that it has later
-        if key is None or (event.what == "wait" and event.process not in trainers):
+        key = event.node or nodes.get(
+            event.process
+        )  # a trainer's first model waits in the lane that it has later
+        is_first = event.label == next(iter(trained.get(event.process, {})), None)
+        if key is None or (event.what == "wait" and not is_first):
             waiting.append(event)
         else:
             node = timeline.nodes[key].name if key in timeline.nodes else key
-            name = _process_name(event.process, trainers.get(event.process))
+            name = _process_name(event.process, list(trained.get(event.process, {}).values()))
             grouped.setdefault((node, name), []).append(event)
     several = len({node for node, _ in grouped}) > 1
     first = {key: min(event.began for event in events) for key, events in grouped.items()}
@@ -109,10 +115,14 @@ def lanes_of(timeline: Timeline) -> tuple[list[Lane], int]:
     return [lanes[number] for number in busiest], len(lanes) - len(busiest)
 
 
-def _process_name(process: str, training: Event | None) -> str:
-    """The name of a process: of a trainer that of its model, since Ray's names have hashes."""
-    if training is not None:
-        return f"expert {training.label}" if training.role == "expert" else training.label
+def _model_name(training: Event) -> str:
+    return f"expert {training.label}" if training.role == "expert" else training.label
+
+
+def _process_name(process: str, models: Sequence[str]) -> str:
+    """The name of a process: of a trainer that of its models, since Ray's names have hashes."""
+    if models:
+        return models[0] if len(models) == 1 else f"{models[0]} and {len(models) - 1} more"
     return OTHER_PROCESSES.get(process.partition("-")[0], process)
 
 

@@ -217,6 +217,8 @@ def _train_within_memory(
         if dist.is_initialized():
             raise _out_of_memory(request, exc) from exc
         log.warning("%s: out of memory, starts again from its last checkpoint: %s", request.label, exc)
+    if request.how.compile:
+        torch.compiler.reset()  # CUDA graphs hold memory of their own, those of models before this one too
     gc.collect()  # what the failed training held
     torch.cuda.empty_cache()
     try:

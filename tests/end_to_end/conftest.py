@@ -304,17 +304,17 @@ def plain(forest: Forest) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture
 def connect(cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., LazyRayWorkers]:
-    """Workers on the cluster for a store, a watcher and a stop."""
+    """Workers on the cluster for a store, a watcher and a stop, with further settings of a plan's `cluster`."""
     for name, value in cluster.items():
         monkeypatch.setenv(name, value)
-    settings = ClusterPlan(stop_grace_seconds=240, autoscaling=True)  # a node that joins may be late
+    settings = {"stop_grace_seconds": 240, "autoscaling": True}  # a node that joins may be late
     expert = Resources(1, 0, 1, 4, "float32", False)
-    return lambda ledger, watcher, stop, events=None: LazyRayWorkers(
+    return lambda ledger, watcher, stop, events=None, **more: LazyRayWorkers(
         ledger.storage.location,
         watcher,
         lambda _: None,
         stop,
-        settings,
+        ClusterPlan.model_validate(settings | more),
         expert,
         cluster["RAY_ADDRESS"],
         False,

@@ -33,12 +33,12 @@ from btm_cluster.evaluation.fitting import fit_request, for_all_requests, mix_re
 from btm_cluster.evaluation.scoring import score_models, stack_of
 from btm_cluster.evaluation.systems import CALIBRATED, GATE, PAPERS
 from btm_cluster.forest import Forest
-from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.ledger import Artifact, Ledger, Ref, artifact_key
 from btm_cluster.ledger.timelines import list_runs, read_timeline
 from btm_cluster.mixing.fit_file import SUMS
 from btm_cluster.mixing.fitting import fit_mixing, one_thread_each, shared_mixing
 from btm_cluster.plan import Plan
-from btm_cluster.requests import AverageRequest
+from btm_cluster.requests import AverageRequest, TrainRequest
 from btm_cluster.requests.progress import Progress
 from btm_cluster.workers.on_ray import workers
 from btm_cluster.workers.on_ray.lazily import LazyRayWorkers
@@ -81,8 +81,7 @@ def test_a_submitted_job_grows_the_same_forest_as_one_process_and_shows_itself_i
         check=True,
     )
     names = {actor["name"] for actor in json.loads(actors.stdout)}
-    for domain in undisturbed.domains:
-        assert any(name.startswith(f"expert-{domain}-") for name in names), names
+    assert any(name.startswith("seed-") for name in names), names
     assert any(name.startswith("merge-") for name in names), names
     check_timeline(Ledger.open(str(tmp_path / "store")), undisturbed, names)
 
@@ -199,6 +198,69 @@ def test_an_expert_gets_ready_while_its_seed_is_trained_and_trainers_score_other
     assert happened.index(("start", "train", expert.label)) < happened.index(("step", "train", expert.label))
     trainers = {one.process for one in events.timeline().events if one.kind == "train"}
     assert {one.process for one in events.timeline().events if one.kind == "score"} <= trainers
+
+
+def experts_of(plan: Plan, driver: Driver, number: int) -> list[TrainRequest]:
+    """Experts of a plan whose seed is trained, and which differ by their random seeds as well."""
+    prepared = prepare(plan, driver)
+    driver.require([seed := seed_request(prepared)])
+    start, domains = seed_start(prepared, seed.ref), prepared.domains
+    experts = [expert_request(prepared, domains[n % len(domains)], start) for n in range(number)]
+    return [
+        replace(one, label=f"{n}-{one.label}", training=one.training.model_copy(update={"random_seed": n}))
+        for n, one in enumerate(experts)
+    ]
+
+
+def trained_by(events: RunEvents) -> dict[str, str]:
+    """The trainer of each model."""
+    happened = events.timeline().events
+    return {one.label: one.process for one in happened if (one.what, one.kind) == ("step", "train")}
+
+
+def test_experts_that_one_process_trains_are_those_that_processes_of_their_own_train_bit_for_bit(
+    connect: Callable[..., LazyRayWorkers], fields: dict[str, Any]
+) -> None:
+    plan = Plan.model_validate(fields)
+    experts = experts_of(plan, driver := in_process(plan), 3)
+    models: list[dict[str, str]] = []
+    # Trainers end with the call that they are of. Where no number is given, all wait at Ray for its two CPUs.
+    for calls, settings, most in (
+        ([experts], {"concurrent_experts": 1}, 1),
+        ([experts], {}, 2),
+        ([[one] for one in experts], {}, 3),
+    ):
+        events = RunEvents()
+        with connect(driver.ledger, lambda _: None, threading.Event(), events, **settings) as on_ray:
+            outcomes = [outcome for asked in calls for _, outcome in on_ray.run(asked)]
+        made = [one for one in outcomes if isinstance(one, Artifact)]
+        assert made == outcomes
+        models.append({one.identity: one.blob("model.safetensors").sha256 for one in made})
+        processes = trained_by(events)
+        assert processes.keys() == {one.label for one in experts}
+        assert len(set(processes.values())) == most
+        for model in made:
+            driver.ledger.storage.delete(artifact_key(model.ref))
+    assert models[0] == models[1] == models[2]
+    assert len(set(models[0].values())) == len(experts)
+
+
+def test_an_expert_that_fails_takes_no_other_along_that_its_process_would_have_trained(
+    connect: Callable[..., LazyRayWorkers], fields: dict[str, Any]
+) -> None:
+    plan = Plan.model_validate(fields)
+    experts = experts_of(plan, driver := in_process(plan), 4)
+    tokens = driver.ledger.get(experts[1].texts[0].tokens[0]).blob("tokens.npy")
+    damaged = Path(plan.store) / "blobs" / tokens.sha256
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    events = RunEvents()
+    with connect(driver.ledger, lambda _: None, threading.Event(), events, concurrent_experts=1) as on_ray:
+        outcomes = {request.label: outcome for request, outcome in on_ray.run(experts)}
+    failed = [label for label, one in outcomes.items() if isinstance(one, Failure)]
+    assert failed == [experts[1].label]
+    first, second, third = (trained_by(events)[experts[n].label] for n in (0, 2, 3))
+    assert first != second
+    assert second == third, "a process goes on after its first model, and not after one that failed"
 
 
 def test_averages_are_made_together_on_a_cluster_and_one_that_fails_fails_alone(

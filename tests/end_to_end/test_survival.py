@@ -63,6 +63,29 @@ def test_of_two_trainers_one_hangs_and_one_is_killed_and_both_go_on_from_their_c
         ]
 
 
+def test_a_trainer_that_is_killed_at_its_second_expert_goes_on_from_the_checkpoint_of_that_one(
+    cluster: dict[str, str],
+    grow_only: Callable[[Path], Btm],
+    long_fields: dict[str, Any],
+    undisturbed: Forest,
+    tmp_path: Path,
+) -> None:
+    run = grow_only(write_prepared(long_fields, undisturbed, tmp_path, concurrent_experts=1))
+    wait_until_an_expert_trains(run)
+    first, second = ("kitchen", "harbour") if "kitchen: training" in run.said else ("harbour", "kitchen")
+    trainer = only_trainer(cluster[SESSION])
+    run.wait_until_said(f"{second}: training update [1-9]")
+    assert trainers(cluster[SESSION]) == [trainer]
+    os.kill(trainer, signal.SIGKILL)
+    assert run.exit_code() == 0, run.said
+    assert experts_in(tmp_path / "store") == plain(undisturbed)
+    ledger = Ledger.open(str(tmp_path / "store"))
+    events = [one for one in read_timeline(ledger, list_runs(ledger)[0]).events if one.kind == "train"]
+    happened = [(one.what, one.label, one.attempt) for one in events if one.what in ("step", "failure")]
+    assert happened == [("step", first, 1), ("failure", second, 1), ("step", second, 2)]
+    assert len({one.process for one in events}) == 1
+
+
 def test_a_trainer_whose_process_always_dies_is_reported_with_attempts_host_and_siblings_stay(
     cluster: dict[str, str],
     grow_only: Callable[[Path], Btm],

@@ -231,6 +231,30 @@ def test_lanes_have_no_hashes_and_nothing_but_a_training_waits_in_a_lane_of_its_
     assert max(count for _, count in busy_of(timeline).steps) <= busy_of(timeline).total
 
 
+def test_a_process_that_trains_several_models_has_one_lane_in_which_the_first_of_them_waits() -> None:
+    """Waits of the others began before the first one's training, and cut its bar short."""
+    fields = {"kind": "train", "role": "expert", "process": "expert-law-89a94e5d-ffd790"}
+    spans = {"law": (0, 3, 5), "code": (0, 5, 7), "games": (0, 7, 9)}
+    events = [
+        Event.model_validate(
+            fields | {"what": what, "label": label, "node": node, "began": began, "ended": ended}
+        )
+        for label, (asked, start, end) in spans.items()
+        for what, node, began, ended in (("wait", None, asked, start), ("step", "a", start, end))
+    ]
+    made = made_timeline(["law"], ["law"])
+    timeline = made.model_copy(
+        update={"began": 0, "ended": 10, "events": sorted(events, key=lambda one: one.began)}
+    )
+    lanes, _ = lanes_of(timeline)
+    shown = {lane.name: [(bar.what, bar.start, bar.end) for bar in lane.bars] for lane in lanes}
+    trained = [("training", start, end) for _, start, end in spans.values()]
+    assert shown == {
+        "expert law and 2 more": [("waiting for room", 0, 3), *trained],
+        "waiting steps": [("waiting for room", 0, 7)],
+    }
+
+
 def test_bars_of_a_timeline_lie_at_their_seconds() -> None:
     timeline = made_timeline(["law", "code"], ["law"])
     lanes, _ = lanes_of(timeline)

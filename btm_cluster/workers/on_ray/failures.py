@@ -1,6 +1,10 @@
 """Ray's exceptions, translated once: to the package's own where a step raised one, to a Failure otherwise."""
 
+from typing import Any
+
+import ray
 import ray.exceptions
+import ray.util.state
 
 from btm_cluster.driver.port import Failure
 from btm_cluster.errors import BtmError, DivergedError, Stopped, UserError
@@ -27,6 +31,19 @@ def failure_of(label: str, error: Exception, attempts: int, host: str, log: str)
         words += "".join(f"\n    | {line}" for line in (log or str(error)).splitlines()[-LOG_LINES:])
     place = f"on {host}, {where}" if host else where
     return Failure(label, max(attempts, 1), place, words, isinstance(cause, DivergedError))
+
+
+def log_of(trainer: Any) -> str:
+    """The end of what a trainer's process logged, where the cluster serves logs."""
+    if trainer is None:
+        return ""
+    try:
+        lines = ray.util.state.get_log(
+            actor_id=trainer._actor_id.hex(), tail=LOG_LINES, suffix="err", timeout=10
+        )
+        return "".join(lines)
+    except Exception:  # a cluster without a dashboard serves none, and that is no reason to fail
+        return ""
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -34,6 +34,10 @@ class Running:
     asked: float = field(default_factory=time.time)
     """In seconds since 1970."""
     attempt: int = 1
+    has_place: bool = False
+    """Whether its process is known to be there."""
+    may_train_on: bool = False
+    """Whether the trainer may train another model after this."""
 
     def __post_init__(self, waits_for: str) -> None:
         is_training = self.trainer is not None and self.is_training
@@ -56,11 +60,14 @@ class Running:
 
     @property
     def may_lack_a_place(self) -> bool:
-        """Whether it was not heard yet, and may still wait for a place on the cluster.
+        """Whether it may still wait for a place on the cluster.
 
-        A trainer that scores has one.
+        A trainer that scores has one. A group's actor speaks before its workers have theirs.
         """
-        return self.state.phase == "queued" and (self.trainer is None or self.is_training)
+        if self.trainer is not None and not self.is_training:
+            return False
+        is_alone = self.how is not None and self.how.workers == 1
+        return self.state.phase == "queued" and not (is_alone and self.has_place)
 
     def end(self) -> None:
         """Kills the trainer, or cancels the task."""

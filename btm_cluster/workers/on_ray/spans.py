@@ -47,6 +47,8 @@ class Worked:
 
     artifacts: list[Artifact]
     spans: list[Span] = field(default_factory=list)
+    may_train_on: bool = False
+    """Whether the process may train another model after this: a trainer says so."""
 
 
 def this_node() -> str:

@@ -8,6 +8,7 @@ import ray
 
 from btm_cluster.ledger import Ledger
 from btm_cluster.requests import StepRequest, TrainRequest
+from btm_cluster.workers.on_ray.claims import is_taken
 from btm_cluster.workers.on_ray.progress import RayControl
 from btm_cluster.workers.on_ray.spans import Worked, work
 
@@ -25,14 +26,12 @@ def step_task(batch: Sequence[StepRequest], store: str, board: Any) -> Worked:
 
 @ray.remote(num_cpus=0)
 def await_other_task(request: TrainRequest, store: str, name: str) -> Worked | None:
-    """The model that another driver's trainer is at; None where that one ended without it."""
+    """The model that another driver trains under that name; None where it ended without it."""
     while True:
         found = Ledger.open(store).find(request.ref)
         if found is not None:
             return Worked([found])
-        try:
-            ray.get_actor(name)
-        except ValueError:  # there is none of that name any more
+        if not is_taken(name):
             found = Ledger.open(store).find(request.ref)
             return None if found is None else Worked([found])
         time.sleep(OTHER_SECONDS)

@@ -1,9 +1,9 @@
 """The trainer actors of one driver: started before their turn where there is
-room, and kept while they can score.
+room, and kept while they can train or score.
 
 To start a process, import, open a GPU and compile takes longer than many a training. So a training's actor
 starts while the last of what it waits for is made, where nobody holds the place; and one that has trained
-scores, if need be, other models too.
+trains the next model that would have to wait for just its place, or scores, if need be, other models too.
 """
 
 import math
@@ -20,12 +20,13 @@ from btm_cluster.driver.capacity import bundle
 from btm_cluster.ledger import Ref
 from btm_cluster.plan import ClusterPlan
 from btm_cluster.requests import Resources, ScoreRequest, StepRequest, TrainRequest
+from btm_cluster.workers.on_ray.claims import Claims
 from btm_cluster.workers.on_ray.running import Running
-from btm_cluster.workers.on_ray.training import TrainerActor, trainer_options
+from btm_cluster.workers.on_ray.training import TrainerActor, trainer_name, trainer_options
 from btm_cluster.workers.pending import Pending
 
 IDLE_SECONDS = 60.0
-"""How long a trainer is kept that has nothing to score yet: others may want its place on the cluster."""
+"""How long a trainer is kept that has nothing to do yet: others may want its place on the cluster."""
 
 START_SECONDS = 8.0
 """About how long a process takes to start, import and open a GPU."""
@@ -43,15 +44,28 @@ class _Idle:
     how: Resources
     process: str
     since: float
+    may_train: bool
+
+
+@dataclass(frozen=True)
+class Started:
+    """A training that was asked of a trainer: its result to come, the actor and that one's name."""
+
+    result: Any
+    actor: Any
+    process: str
+    has_place: bool
+    """Whether the actor is known to have its place on the cluster."""
 
 
 class Trainers:
-    """Starts trainers, early or when asked for, has them score, and ends those that nobody needs."""
+    """Starts trainers, early or when asked for, has them go on, and ends those that nobody needs."""
 
     def __init__(self, store: str, cluster: ClusterPlan, board: Any) -> None:
         self._store, self._retries, self._board = store, cluster.retries, board
         self._at_once = cluster.concurrent_experts or sys.maxsize
         self._cpus = ray.cluster_resources().get("CPU", 1.0)
+        self._claims = Claims()
         self._early: dict[Ref, tuple[TrainRequest, Any]] = {}
         self._placed: set[str] = set()
         """Labels of trainings whose actor, started early, has its place on the cluster."""
@@ -61,17 +75,54 @@ class Trainers:
 
     # Starting
 
-    def start(self, request: TrainRequest) -> tuple[Any, bool]:
-        """A training's actor, and whether it was started early and has its place on the cluster.
+    def start(self, request: TrainRequest) -> Started:
+        """Has a model trained: by a trainer that was started early for it, by an idle one, or by a new one.
 
         Raises:
-            ValueError: another driver has one for the same model.
+            ValueError: another driver trains it.
         """
-        if request.ref in self._early:
-            has_place = request.label in self._placed
-            self._placed.discard(request.label)
-            return self._early.pop(request.ref)[1], has_place
-        return TrainerActor.options(**trainer_options(request, self._store, self._retries)).remote(), False
+        name = trainer_name(request, self._store)
+        self._claims.claim(request.ref, name)
+        has_place = request.ref in self._early and request.label in self._placed
+        if not has_place and (idle := self._take_idle(request.how)) is not None:
+            if request.ref in self._early:
+                ray.kill(self._early.pop(request.ref)[1])
+            return Started(self._train(idle.actor, request), idle.actor, idle.process, has_place=True)
+        self._placed.discard(request.label)
+        early = self._early.pop(request.ref, None)
+        actor = self._new(request) if early is None else early[1]
+        return Started(self._train(actor, request), actor, name, has_place)
+
+    def take_over(self, running: dict[Any, Running]) -> None:
+        """Has idle trainers train what waits at Ray for a place like theirs, the last first: the first gets the next
+        place that Ray has."""
+        for one in [one for one in reversed(running.values()) if one.trainer and one.may_lack_a_place]:
+            request = one.batch[0]
+            if not isinstance(request, TrainRequest) or (idle := self._take_idle(request.how)) is None:
+                continue
+            ray.kill(one.trainer)
+            del running[one.result]
+            one.result, one.trainer = self._train(idle.actor, request), idle.actor
+            one.process, one.has_place = idle.process, True
+            running[one.result] = one
+
+    def _train(self, actor: Any, request: TrainRequest) -> Any:
+        return actor.train.remote(request, self._store, self._retries, self._board)
+
+    def _new(self, request: TrainRequest) -> Any:
+        try:
+            return TrainerActor.options(**trainer_options(request, self._store, self._retries)).remote()
+        except ValueError:  # an actor of that name is still about to end
+            self._claims.give_back(request.ref)
+            raise
+
+    def _take_idle(self, how: Resources) -> _Idle | None:
+        """An idle trainer that holds what a training asks for, no more and no less."""
+        found = (one for one in self._idle if one.may_train and bundle(one.how) == bundle(how))
+        idle = next(found, None) if how.workers == 1 else None
+        if idle is not None:
+            self._idle.remove(idle)
+        return idle
 
     def heard(self, label: str) -> None:
         """Notes that an actor that was started early is at work."""
@@ -100,7 +151,8 @@ class Trainers:
                 return
             _take(free, request.how)
             try:
-                actor = TrainerActor.options(**trainer_options(request, self._store, self._retries)).remote()
+                self._claims.claim(request.ref, trainer_name(request, self._store))
+                actor = self._new(request)
             except ValueError:  # another driver trains it
                 continue
             actor.warm_up.remote(request, self._board)
@@ -129,12 +181,14 @@ class Trainers:
     def go_on(self, finished: Running, pending: Pending, running: Collection[Running]) -> Running | None:
         """Next batch of a trainer that has finished one: the scores of the model that it has trained.
 
-        Without such scores it is kept for others, or ended. Scores that take all that it holds it computes in
-        any case.
+        Without such scores it is idle, if it was alone. Scores that take all that it holds it computes in any case.
         """
+        if finished.is_training:
+            self._claims.give_back(finished.batch[0].ref)
         if finished.trainer is None or finished.how is None:
             return None
-        idle = _Idle(finished.trainer, finished.how, finished.process, time.monotonic())
+        now = time.monotonic()
+        idle = _Idle(finished.trainer, finished.how, finished.process, now, finished.may_train_on)
         is_wanted = idle.how.workers > 1 or self._is_place_wanted(pending, running)
         if not finished.is_training:
             self._score_seconds = idle.since - finished.started
@@ -143,12 +197,10 @@ class Trainers:
             batch = pending.next_batch(lambda request: fits(idle.how, request) and trained in request.needs)
             if batch:
                 return self._score(idle, batch)
-        self._idle.append(idle)
-        is_too_much = (
-            sum(one.how.cpus_per_worker for one in self._idle) > self._cpus / 2
-        )  # steps of one CPU need the rest
-        if is_wanted or is_too_much:
-            self._end_idle(but=self._idle[:-1])
+        if idle.how.workers > 1:  # the actor of a group holds nothing itself
+            ray.kill(idle.actor)
+        else:
+            self._idle.append(idle)
         return None
 
     def score_ready(self, pending: Pending) -> Iterator[Running]:
@@ -178,12 +230,17 @@ class Trainers:
             return
         late = time.monotonic() - IDLE_SECONDS
         at_most = 0 if self._is_place_wanted(pending, running) else pending.models_to_score
-        self._end_idle(but=[idle for idle in self._idle if idle.since > late][:at_most])
+        kept = [idle for idle in self._idle if idle.since > late][:at_most]
+        while sum(idle.how.cpus_per_worker for idle in kept) > self._cpus / 2:
+            kept.pop()  # the other half is for steps of one CPU
+        self._end_idle(but=kept)
 
     def end_all(self, announced: Collection[TrainRequest] = ()) -> None:
         """Ends all but those that were started early for announced trainings."""
         self._end_idle(but=())
-        self._end_early(but={request.ref for request in announced})
+        kept = {request.ref for request in announced} & self._early.keys()
+        self._end_early(but=kept)
+        self._claims.give_back_all(but=kept)
 
     def _end_idle(self, but: Collection[_Idle]) -> None:
         for idle in self._idle:
@@ -194,15 +251,12 @@ class Trainers:
     def _end_early(self, but: Collection[Ref]) -> None:
         for ref in [ref for ref in self._early if ref not in but]:
             ray.kill(self._early.pop(ref)[1])
+            self._claims.give_back(ref)
 
     def _is_place_wanted(self, pending: Pending, running: Iterable[Running]) -> bool:
         """Whether a training, or another step that runs in a group, waits or may have
         to wait for an idle trainer's place."""
         if any(request.ref not in self._early for request in pending.trainings):
-            return True
-        if (
-            sum(idle.how.cpus_per_worker for idle in self._idle) > self._cpus / 2
-        ):  # the other half is for steps of one CPU
             return True
         free = ray.available_resources()
         queued = [one.batch[0].group for one in running if one.may_lack_a_place]

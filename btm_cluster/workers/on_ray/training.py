@@ -1,4 +1,5 @@
-"""One training on the cluster: an actor that runs Ray Train, in its own process or over a group of workers.
+"""Trainings on the cluster, one after another: an actor that runs Ray Train, in its own process or over a group of
+workers.
 
 A group of one runs in Train's local mode: the actor holds the GPU (a fraction will do) and Ray restarts it. A
 larger group has a placement group of its own, the actor holds nothing, and Train restarts the workers. Either
@@ -12,7 +13,9 @@ import os
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -33,15 +36,25 @@ from btm_cluster.workers.on_ray.supervision import LOADING, STARTING, WARMING_UP
 log = logging.getLogger(__name__)
 
 
+PLACE_SECONDS = 600.0
+"""How long a trainer that is alone trains one model after another. Then its place goes to whoever Ray gives it, which
+may be another driver; a start in ten minutes costs little."""
+
+
 class Trainer:
-    """Trains one model. `stop` and `stopping` answer while it does."""
+    """Trains a model, and then perhaps others. `stop` and `stopping` answer while it does."""
 
     def __init__(self) -> None:
         self._stop = threading.Event()
+        self._began = time.monotonic()
+        self._trained: TrainRequest | None = None
 
     def train(self, request: TrainRequest, store: str, retries: int, board: Any) -> Worked:
         """The committed model."""
         began = time.time()
+        if self._trained is not None:
+            _make_room(keeps_compiled=_shapes(self._trained) == _shapes(request))
+        self._trained = request
         control = RayControl(board, self._stop.is_set)
         control.report(Progress(request.label, STARTING))
         if request.how.workers == 1:  # a group's workers may still wait for their place
@@ -73,7 +86,7 @@ class Trainer:
             raise result.return_value
         if not isinstance(result.return_value, Worked):
             raise TrainingError(f"{request.label}: Ray Train ended without a model", found=str(result))
-        return result.return_value
+        return self._told(result.return_value)
 
     def warm_up(self, request: TrainRequest, board: Any) -> None:
         """Gets this process ready to train, before its inputs are there.
@@ -97,12 +110,19 @@ class Trainer:
     def score(self, batch: Sequence[ScoreRequest], store: str, board: Any) -> Worked:
         """Scores texts under a model, first of all the one that this process has
         trained: it need not start anew for that."""
-        import torch
-
-        gc.collect()
-        torch.cuda.empty_cache()  # of what training held
+        _make_room(keeps_compiled=True)
         with RayControl(board, lambda: False) as control:
-            return work(batch, store, control)
+            return self._told(work(batch, store, control))
+
+    def _told(self, worked: Worked) -> Worked:
+        """The outcome, with whether another model may be trained here. An actor that was started anew has had some
+        of its restarts: another training would have fewer than the plan says."""
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # Ray 2.60 asks itself in a way that it deprecates
+            is_first = not ray.get_runtime_context().was_current_actor_reconstructed
+        return replace(worked, may_train_on=is_first and time.monotonic() - self._began < PLACE_SECONDS)
 
     @ray.method(concurrency_group="control")
     def stop(self) -> None:
@@ -116,6 +136,29 @@ class Trainer:
 
 
 TrainerActor: Any = ray.remote(concurrency_groups={"control": 2})(Trainer)
+
+
+def _make_room(keeps_compiled: bool) -> None:
+    """Frees what was held for the model before. Compiled code of other shapes goes with it: torch compiles a function
+    for a few shapes and then no more."""
+    import torch
+
+    if not keeps_compiled:
+        torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _shapes(request: TrainRequest) -> tuple[object, ...]:
+    """All that compiled code depends on."""
+    return (
+        request.how,
+        request.model,
+        request.trains,
+        request.is_demix,
+        request.training.block_tokens,
+        request.blocks_per_update,
+    )
 
 
 def _step(request: TrainRequest, store: str, control: RayControl, began: float) -> Worked | BtmError:
@@ -138,8 +181,7 @@ def _step(request: TrainRequest, store: str, control: RayControl, began: float) 
 
 
 def trainer_name(request: TrainRequest, store: str) -> str:
-    """The actor's name on the cluster: one for each model of a store, so that
-    two drivers do not train it twice."""
+    """The name on the cluster of a model that is trained, and of the actor that is started for it."""
     in_store = hashlib.sha256(store.encode()).hexdigest()[:6]
     return f"{request.role}-{request.label}-{request.ref.identity[:8]}-{in_store}"
 

@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 import ray
-import ray.util.state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from btm_cluster.driver.capacity import Demand, bundle, demand_of, groups_held
@@ -28,7 +27,7 @@ from btm_cluster.stopping import stopped
 from btm_cluster.storage.store_calls import take_store_calls
 from btm_cluster.workers.on_ray.chronicle import Chronicle
 from btm_cluster.workers.on_ray.cluster import has_capacity, live_nodes
-from btm_cluster.workers.on_ray.failures import LOG_LINES, failure_of
+from btm_cluster.workers.on_ray.failures import failure_of, log_of
 from btm_cluster.workers.on_ray.metrics import Metrics
 from btm_cluster.workers.on_ray.progress import News, ProgressBoardActor
 from btm_cluster.workers.on_ray.running import Running
@@ -126,8 +125,14 @@ class RayWorkers:
     def _start_all(
         self, pending: Pending, running: dict[Any, Running], announced: Sequence[TrainRequest]
     ) -> None:
-        """Starts every request whose inputs and turn are there, and the processes
+        """Starts every request whose inputs and turn are there, trainings first, and the processes
         of trainings that follow soon."""
+        self._trainers.take_over(running)
+        while batch := pending.next_batch(
+            lambda request: isinstance(request, TrainRequest) and self._may_start(request, running.values())
+        ):
+            started = self._start(batch)
+            running[started.result] = started
         for scores in self._trainers.score_ready(pending):
             running[scores.result] = scores
         while batch := pending.next_batch(lambda request: self._may_start(request, running.values())):
@@ -215,21 +220,21 @@ class RayWorkers:
 
     def _start_training(self, request: TrainRequest) -> Running:
         try:
-            trainer, has_place = self._trainers.start(request)
-        except ValueError:  # the name is taken
+            started = self._trainers.start(request)
+        except ValueError:
             self._watcher(Progress(request.label, "waiting", note="for another driver, which trains it"))
             name = trainer_name(request, self._store)
             return Running([request], await_other_task.remote(request, self._store, name))
-        result = trainer.train.remote(request, self._store, self._cluster.retries, self._board)
         self._metrics.asked(request)
         waits_for = ""
-        if not has_place and self._fits_now[request.label]:
+        if not started.has_place and self._fits_now[request.label]:
             note = "for a free GPU" if request.how.gpus_per_worker else "for free CPUs"
             self._watcher(Progress(request.label, "waiting", note=note))
-        elif not has_place:
+        elif not started.has_place:
             waits_for = self._say_what_waits(demand_of(request))
-        name = trainer_name(request, self._store)
-        return Running([request], result, trainer, request.how, name, waits_for)
+        running = Running([request], started.result, started.actor, request.how, started.process, waits_for)
+        running.has_place = started.has_place
+        return running
 
     def _say_what_waits(self, demand: Demand) -> str:
         self._watcher(Progress(demand.label, "waiting", note=waiting_note(demand.description)))
@@ -239,9 +244,10 @@ class RayWorkers:
         """An outcome for each request of the batch. None: another driver's training came to nothing."""
         try:
             worked: Worked | None = ray.get(finished.result)
+            finished.may_train_on = worked is not None and worked.may_train_on
         except ray.exceptions.RayError as exc:
             attempts, host = ray.get(self._board.attempts_and_host.remote(finished.label))
-            log = _log_of(finished.trainer)
+            log = log_of(finished.trainer)
             finished.end()
             finished.trainer = None
             failures = [failure_of(one.label, exc, attempts, host, log) for one in finished.batch]
@@ -265,8 +271,9 @@ class RayWorkers:
         self._metrics.renew()
         limits = Limits(60 * self._cluster.hang_minutes)
         for one in running:
-            if (news_of := fresh.get(one.label)) is not None and news_of.seconds_left is not None:
-                one.seconds_left = news_of.seconds_left
+            if (news_of := fresh.get(one.label)) is not None:
+                one.has_place = True
+                one.seconds_left = one.seconds_left if news_of.seconds_left is None else news_of.seconds_left
             one.state, action = supervise(one.state, fresh.get(one.label), time.monotonic(), limits)
             if action is not None:
                 phase: Phase = "hanging" if isinstance(action, Kill) else "waiting"
@@ -284,16 +291,3 @@ class RayWorkers:
         if trainings:
             results = [one.result for one in trainings]
             ray.wait(results, num_returns=len(results), timeout=self._cluster.stop_grace_seconds)
-
-
-def _log_of(trainer: Any) -> str:
-    """The end of what a trainer's process logged, where the cluster serves logs."""
-    if trainer is None:
-        return ""
-    try:
-        lines = ray.util.state.get_log(
-            actor_id=trainer._actor_id.hex(), tail=LOG_LINES, suffix="err", timeout=10
-        )
-        return "".join(lines)
-    except Exception:  # a cluster without a dashboard serves none, and that is no reason to fail
-        return ""

@@ -1,0 +1,256 @@
+"""Which trainer trains what: one that is there and free before a new one, and none whose training failed."""
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from btm_cluster.ledger import Ref
+from btm_cluster.plan import ClusterPlan, TrainingPlan
+from btm_cluster.requests import Resources, StepRequest, TrainRequest
+from btm_cluster.workers.on_ray import trainers
+from btm_cluster.workers.on_ray.running import Running
+from btm_cluster.workers.on_ray.supervision import StepState
+from btm_cluster.workers.on_ray.trainers import Trainers
+from btm_cluster.workers.pending import Pending
+
+ONE_CPU = Resources(1, 0.0, 1, 1, "float32", compile=False)
+
+
+def expert(label: str, how: Resources = ONE_CPU, start: Ref | None = None) -> TrainRequest:
+    return TrainRequest(
+        label=label,
+        role="expert",
+        model={"label": label},
+        tokenizer=start or Ref("tokenizer", "0" * 64),
+        texts=(),
+        training=TrainingPlan(),
+        first_update=0,
+        last_update=4,
+        start=None,
+        pretrained=None,
+        restart_data=False,
+        how=how,
+        checkpoint_seconds=600.0,
+    )
+
+
+class Call:
+    """A method of an actor: notes what it is asked for."""
+
+    def __init__(self, asked: list[str]) -> None:
+        self.asked = asked
+
+    def remote(self, request: TrainRequest, *_: object) -> object:
+        self.asked.append(request.label)
+        return object()
+
+
+class Actor:
+    """A trainer actor that does nothing."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.trained: list[str] = []
+        self.train, self.warm_up = Call(self.trained), Call([])
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+class Cluster:
+    """Ray as trainers see it: a cluster of so many CPUs, the claims of another driver, and what was killed."""
+
+    def __init__(self, cpus: float = 8.0) -> None:
+        self.cpus = self.free = cpus
+        self.killed: list[Actor] = []
+        self.started: list[Actor] = []
+        self.others: set[Ref] = set()
+        self.claimed: set[Ref] = set()
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": self.cpus}
+
+    def available_resources(self) -> dict[str, float]:
+        return {"CPU": self.free}
+
+    def kill(self, actor: Actor) -> None:
+        self.killed.append(actor)
+
+    def options(self, name: str, **_: object) -> "Cluster":
+        self.started.append(Actor(name.split("-")[1]))
+        return self
+
+    def remote(self) -> Actor:
+        return self.started[-1]
+
+    def claim(self, model: Ref, name: str) -> None:
+        if model in self.others:
+            raise ValueError(name)
+        self.claimed.add(model)
+
+    def give_back(self, model: Ref) -> None:
+        self.claimed.discard(model)
+
+    def give_back_all(self, but: Collection[Ref]) -> None:
+        self.claimed &= set(but)
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    cluster = Cluster()
+    monkeypatch.setattr(trainers, "ray", cluster)
+    monkeypatch.setattr(trainers, "TrainerActor", cluster)
+    monkeypatch.setattr(trainers, "Claims", lambda: cluster)
+    return cluster
+
+
+@pytest.fixture
+def ours(ray: Cluster) -> Trainers:  # noqa: ARG001
+    return Trainers("store", ClusterPlan(), board=None)
+
+
+def started(ours: Trainers, request: TrainRequest, has_place: bool = True) -> Running:
+    """A training under way, whose process is heard of or not."""
+    one = ours.start(request)
+    running = Running([request], one.result, one.actor, request.how, one.process)
+    running.has_place = one.has_place or has_place
+    return running
+
+
+def ended(ours: Trainers, running: Running, well: bool = True, pending: Collection[StepRequest] = ()) -> None:
+    """The end of a training: the actor of one that failed was killed."""
+    running.may_train_on = well
+    if not well:
+        running.trainer = None
+    assert ours.go_on(running, Pending(list(pending)), []) is None
+
+
+def test_a_trainer_trains_the_next_model_that_asks_for_just_its_place(ours: Trainers, ray: Cluster) -> None:
+    first = started(ours, expert("law"))
+    ended(ours, first)
+    larger = started(ours, expert("large", replace(ONE_CPU, cpus_per_worker=2)))
+    group = started(ours, expert("group", replace(ONE_CPU, workers=2)))
+    second = started(ours, expert("code", replace(ONE_CPU, micro_batch_blocks=8)))
+    third = started(ours, expert("games"))
+    assert second.trainer is first.trainer
+    assert second.process == first.process
+    assert second.trainer.trained == ["law", "code"]
+    assert {larger.trainer, group.trainer, third.trainer}.isdisjoint({first.trainer})
+    assert ray.killed == []
+
+
+def test_the_actor_of_a_group_is_ended_and_trains_no_model_of_one_worker(
+    ours: Trainers, ray: Cluster
+) -> None:
+    group = started(ours, expert("group", replace(ONE_CPU, workers=2)))
+    ended(ours, group)
+    assert ray.killed == [group.trainer]
+    assert started(ours, expert("law")).trainer is not group.trainer
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_trainer_that_failed_or_may_train_no_more_trains_nothing_else(
+    ours: Trainers, ray: Cluster, is_lost: bool
+) -> None:
+    first = started(ours, expert("law"))
+    if is_lost:
+        ended(ours, first, well=False)
+    else:
+        first.may_train_on = False  # it was restarted, or has had its place for long
+        ours.go_on(first, Pending([]), [])
+    second = started(ours, expert("code"))
+    assert [actor.name for actor in ray.started] == ["law", "code"]
+    assert second.trainer is ray.started[1]
+
+
+def test_a_free_trainer_takes_the_last_training_that_waits_at_ray_and_none_whose_process_is_there(
+    ours: Trainers, ray: Cluster
+) -> None:
+    law = started(ours, expert("law"))
+    heard = started(ours, expert("heard"))
+    waiting = [started(ours, expert(label), has_place=False) for label in ("code", "games", "news")]
+    large = started(ours, expert("large", replace(ONE_CPU, cpus_per_worker=2)), has_place=False)
+    elsewhere = Running([expert("another driver's")], object())
+    running: dict[Any, Running] = {one.result: one for one in (heard, *waiting, large, elsewhere)}
+    ended(ours, law)
+    ours.take_over(running)
+    assert law.trainer.trained == ["law", "news"]
+    assert ray.killed == [ray.started[4]], "the actor that waited for a place"
+    news = waiting[-1]
+    assert (news.trainer, news.process, news.has_place) == (law.trainer, law.process, True)
+    assert set(running) == {one.result for one in (heard, *waiting, large, elsewhere)}
+    assert running[news.result] is news
+    ours.take_over(running)
+    assert len(ray.killed) == 1, "there is no other trainer"
+
+
+def test_a_model_is_claimed_from_its_start_to_its_end_whoever_trains_it(ours: Trainers, ray: Cluster) -> None:
+    law, code, games = expert("law"), expert("code"), expert("games")
+    ray.others.add(games.ref)
+    first = started(ours, law)
+    assert ray.claimed == {law.ref}
+    ended(ours, first)
+    assert ray.claimed == set()
+    second = started(ours, code)
+    assert second.trainer is first.trainer
+    assert ray.claimed == {code.ref}
+    ended(ours, second)
+    with pytest.raises(ValueError, match="games"):
+        ours.start(games)
+    ended(ours, started(ours, law), well=False)
+    assert ray.claimed == set()
+
+
+def test_a_free_trainer_comes_before_a_process_that_was_started_early_and_has_no_place_yet(
+    ours: Trainers, ray: Cluster
+) -> None:
+    seed, placed, unplaced = expert("seed"), expert("placed"), expert("unplaced")
+    made = [replace(one, tokenizer=seed.ref) for one in (placed, unplaced)]
+    training = started(ours, seed)
+    training.seconds_left = 1.0
+    pending = Pending(made)
+    pending_seed = Pending([seed, *made])
+    assert pending_seed.next_batch() == [seed]
+    ours.start_early(made, pending_seed, [training])
+    early = ray.started[1:]
+    assert [actor.name for actor in early] == ["placed", "unplaced"]
+    assert ray.claimed == {seed.ref, *(one.ref for one in made)}
+    ours.heard("placed")
+    training.may_train_on = True
+    assert ours.go_on(training, pending, []) is None
+    assert ours.start(made[0]).actor is early[0]
+    second = ours.start(made[1])
+    assert (second.actor, second.has_place) == (training.trainer, True)
+    assert ray.killed == [early[1]]
+
+
+def test_a_trainer_is_ended_where_a_training_waits_that_needs_another_place(
+    ours: Trainers, ray: Cluster
+) -> None:
+    ray.free = 0.0
+    law = started(ours, expert("law"))
+    large = started(ours, expert("large", replace(ONE_CPU, cpus_per_worker=2)), has_place=False)
+    large.state = StepState.submitted(0.0, is_training=True)
+    running: dict[Any, Running] = {large.result: large}
+    ended(ours, law)
+    ours.take_over(running)
+    ours.end_unneeded(Pending([]), running.values())
+    assert ray.killed == [law.trainer]
+
+
+def test_at_its_end_a_driver_keeps_what_it_started_early_for_the_next_call(
+    ours: Trainers, ray: Cluster
+) -> None:
+    seed = expert("seed")
+    after = replace(expert("law"), tokenizer=seed.ref)
+    training = started(ours, seed)
+    training.seconds_left = 1.0
+    pending = Pending([seed, after])
+    pending.next_batch()
+    ours.start_early([after], pending, [training])
+    ended(ours, training)
+    ours.end_all([after])
+    assert ray.killed == [training.trainer]
+    assert ray.claimed == {after.ref}
