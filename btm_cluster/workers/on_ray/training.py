@@ -47,14 +47,15 @@ class Trainer:
     def __init__(self) -> None:
         self._stop = threading.Event()
         self._began = time.monotonic()
-        self._trained: TrainRequest | None = None
+        self._has_trained = False
 
     def train(self, request: TrainRequest, store: str, retries: int, board: Any) -> Worked:
         """The committed model."""
         began = time.time()
-        if self._trained is not None:
-            _make_room(keeps_compiled=_shapes(self._trained) == _shapes(request))
-        self._trained = request
+        if self._has_trained:
+            _drop_compiled_code()
+            _make_room()
+        self._has_trained = True
         control = RayControl(board, self._stop.is_set)
         control.report(Progress(request.label, STARTING))
         if request.how.workers == 1:  # a group's workers may still wait for their place
@@ -110,7 +111,7 @@ class Trainer:
     def score(self, batch: Sequence[ScoreRequest], store: str, board: Any) -> Worked:
         """Scores texts under a model, first of all the one that this process has
         trained: it need not start anew for that."""
-        _make_room(keeps_compiled=True)
+        _make_room()
         with RayControl(board, lambda: False) as control:
             return self._told(work(batch, store, control))
 
@@ -138,27 +139,20 @@ class Trainer:
 TrainerActor: Any = ray.remote(concurrency_groups={"control": 2})(Trainer)
 
 
-def _make_room(keeps_compiled: bool) -> None:
-    """Frees what was held for the model before. Compiled code of other shapes goes with it: torch compiles a function
-    for a few shapes and then no more."""
+def _make_room() -> None:
+    """Frees what was held for the model before."""
     import torch
 
-    if not keeps_compiled:
-        torch.compiler.reset()
     gc.collect()
     torch.cuda.empty_cache()
 
 
-def _shapes(request: TrainRequest) -> tuple[object, ...]:
-    """All that compiled code depends on."""
-    return (
-        request.how,
-        request.model,
-        request.trains,
-        request.is_demix,
-        request.training.block_tokens,
-        request.blocks_per_update,
-    )
+def _drop_compiled_code() -> None:
+    """Forgets what was compiled, and CUDA graphs with their memory: torch compiles a function for a few shapes, and
+    then no more. What lies on the disk is found again."""
+    import torch
+
+    torch.compiler.reset()
 
 
 def _step(request: TrainRequest, store: str, control: RayControl, began: float) -> Worked | BtmError:
