@@ -94,7 +94,11 @@ class TensorWriter:
         self._missing = {name: size_of(header[name]) for name in names_in_order(header)}
         self._first_byte = 8 + len(encoded)
         self._out = target.open("wb", buffering=0)
-        self._write_at(0, memoryview(struct.pack("<Q", len(encoded)) + encoded))
+        try:
+            self._write_at(0, memoryview(struct.pack("<Q", len(encoded)) + encoded))
+        except OSError:
+            self._out.close()
+            raise
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Writes a tensor from whatever device, in the dtype that the header says."""
