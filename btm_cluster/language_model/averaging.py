@@ -171,7 +171,7 @@ class AveragesTogether:
             self._write_sums(writers, range(len(writers)), name, start, size, read_M)
 
     def _runs(self, writers: Sequence[ShardWriter], name: str, threads: int) -> Iterator[Callable[[], None]]:
-        """What is to be done for the sums of a tensor, once the elements of a run were read."""
+        """The sums of a tensor as functions to be called, one for each run and share: each comes once the run is read."""
         shares = [range(first, len(writers), threads) for first in range(min(threads, len(writers)))]
         for start, size in self._cut(name, RUN_BLOCKS * SUMMED_AT_ONCE):
             read_MB = [in_blocks(model.pieces(name, start, size)) for model in self._models]

@@ -210,7 +210,7 @@ def is_file_of(blob: Blob, path: Path) -> bool:
 
 
 def digest_of_chunks(chunks: Iterable[str]) -> bytes:
-    """What is remembered of a file whose chunks have these SHA-256."""
+    """SHA-256 of all chunks' SHA-256, as hexadecimal text in their order: 32 bytes."""
     return hashlib.sha256("".join(chunks).encode()).digest()
 
 

@@ -27,12 +27,12 @@ PART_BYTES = 8 * 2**20
 THREADS = 8
 """Parts under way at once, of each file."""
 PART_TRIES = 5
-"""Of a part whose body breaks off, as s3transfer has it."""
+"""Tries of a part whose body breaks off: as many as s3transfer has."""
 BUFFER_BYTES = 2**16
 """Larger buffers come fresh from the system each time."""
 _EVENT = "s3.GetObject"
 _HEADERS = {"Range": "Range", "IfMatch": "If-Match"}
-"""Of what is asked for one object alone, by boto3's names."""
+"""Headers that differ between requests for one object, by the names of boto3's arguments."""
 _REPLACED = {"PreconditionFailed", "412"}
 
 
@@ -109,7 +109,7 @@ class ObjectReads:
                     raise
 
     def _get(self, key: str, asked: Mapping[str, str]) -> Mapping[str, Any]:
-        """What boto3's `get_object` gives: Body, and ETag and ContentRange where the service says them."""
+        """An answer as boto3's `get_object` gives it: Body, and ETag and ContentRange where the service says them."""
         pattern = self._pattern
         if pattern is not None:
             found = self._plain_answer(pattern, key, asked)

@@ -2,14 +2,11 @@
 
 import hashlib
 import os
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import boto3
-import moto
 import pytest
 
 from btm_cluster.errors import IntegrityError
@@ -55,22 +52,13 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> Hashed:
 
 
 @pytest.fixture(params=["folder", "bucket"])
-def ledger(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Ledger]:
+def ledger(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ledger:
     """The ledger of a store, on a node where files of a MiB are large and nothing was changed just before."""
     monkeypatch.setenv("BTM_CACHE_FOLDER", str(tmp_path / "cache"))
     monkeypatch.setattr(file_hashes, "SMALL_BYTES", 2**20)
     monkeypatch.setattr(file_hashes, "SETTLED_SECONDS", -60.0)
-    if request.param == "folder":
-        yield Ledger.open(str(tmp_path / "store"))
-        return
-    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    with moto.mock_aws():
-        boto3.session.Session().client("s3").create_bucket(Bucket="bucket")
-        yield Ledger.open(f"s3://bucket/{uuid.uuid4().hex}")
+    in_folder = request.param == "folder"
+    return Ledger.open(str(tmp_path / "store") if in_folder else request.getfixturevalue("pretended_bucket"))
 
 
 only_in_a_folder = pytest.mark.parametrize("ledger", ["folder"], indirect=True)

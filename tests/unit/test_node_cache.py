@@ -8,12 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import boto3
-import moto
 import pytest
 
 from btm_cluster.errors import IntegrityError, MissingError, StoreError, UserError
@@ -416,15 +413,10 @@ def test_a_size_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, given: 
 
 
 @pytest.fixture
-def ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ledger]:
+def ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pretended_bucket: str) -> Ledger:
     """The ledger of a store in pretended object storage."""
     monkeypatch.setenv("BTM_CACHE_FOLDER", str(tmp_path / "cache"))
-    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    with moto.mock_aws():
-        boto3.session.Session().client("s3").create_bucket(Bucket="bucket")
-        yield Ledger.open(f"s3://bucket/{uuid.uuid4().hex}")
+    return Ledger.open(pretended_bucket)
 
 
 @pytest.fixture

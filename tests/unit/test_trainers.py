@@ -7,33 +7,20 @@ from typing import Any
 import pytest
 
 from btm_cluster.ledger import Ref
-from btm_cluster.plan import ClusterPlan, TrainingPlan
+from btm_cluster.plan import ClusterPlan
 from btm_cluster.requests import Resources, StepRequest, TrainRequest
 from btm_cluster.workers.on_ray import trainers
 from btm_cluster.workers.on_ray.running import Running
 from btm_cluster.workers.on_ray.supervision import StepState
 from btm_cluster.workers.on_ray.trainers import Trainers
 from btm_cluster.workers.pending import Pending
+from tests.progress_steps import training
 
 ONE_CPU = Resources(1, 0.0, 1, 1, "float32", compile=False)
 
 
-def expert(label: str, how: Resources = ONE_CPU, start: Ref | None = None) -> TrainRequest:
-    return TrainRequest(
-        label=label,
-        role="expert",
-        model={"label": label},
-        tokenizer=start or Ref("tokenizer", "0" * 64),
-        texts=(),
-        training=TrainingPlan(),
-        first_update=0,
-        last_update=4,
-        start=None,
-        pretrained=None,
-        restart_data=False,
-        how=how,
-        checkpoint_seconds=600.0,
-    )
+def expert(label: str, how: Resources = ONE_CPU) -> TrainRequest:
+    return replace(training(label), how=how)
 
 
 class Call:
@@ -208,21 +195,21 @@ def test_a_free_trainer_comes_before_a_process_that_was_started_early_and_has_no
 ) -> None:
     seed, placed, unplaced = expert("seed"), expert("placed"), expert("unplaced")
     made = [replace(one, tokenizer=seed.ref) for one in (placed, unplaced)]
-    training = started(ours, seed)
-    training.seconds_left = 1.0
+    first = started(ours, seed)
+    first.seconds_left = 1.0
     pending = Pending(made)
     pending_seed = Pending([seed, *made])
     assert pending_seed.next_batch() == [seed]
-    ours.start_early(made, pending_seed, [training])
+    ours.start_early(made, pending_seed, [first])
     early = ray.started[1:]
     assert [actor.name for actor in early] == ["placed", "unplaced"]
     assert ray.claimed == {seed.ref, *(one.ref for one in made)}
     ours.heard("placed")
-    training.may_train_on = True
-    assert ours.go_on(training, pending, []) is None
+    first.may_train_on = True
+    assert ours.go_on(first, pending, []) is None
     assert ours.start(made[0]).actor is early[0]
     second = ours.start(made[1])
-    assert (second.actor, second.has_place) == (training.trainer, True)
+    assert (second.actor, second.has_place) == (first.trainer, True)
     assert ray.killed == [early[1]]
 
 
@@ -245,12 +232,12 @@ def test_at_its_end_a_driver_keeps_what_it_started_early_for_the_next_call(
 ) -> None:
     seed = expert("seed")
     after = replace(expert("law"), tokenizer=seed.ref)
-    training = started(ours, seed)
-    training.seconds_left = 1.0
+    first = started(ours, seed)
+    first.seconds_left = 1.0
     pending = Pending([seed, after])
     pending.next_batch()
-    ours.start_early([after], pending, [training])
-    ended(ours, training)
+    ours.start_early([after], pending, [first])
+    ended(ours, first)
     ours.end_all([after])
-    assert ray.killed == [training.trainer]
+    assert ray.killed == [first.trainer]
     assert ray.claimed == {after.ref}
