@@ -1,11 +1,11 @@
-"""Files of artifacts: read back, with every byte checked against the manifest."""
+"""Files of artifacts: written, and read back with every byte checked against the manifest."""
 
 import hashlib
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +25,21 @@ from btm_cluster.ledger.artifact import (
 )
 from btm_cluster.storage import Storage
 from btm_cluster.storage.file_hashes import FoundFile
+from btm_cluster.storage.scratch import flushed_meanwhile
+
+
+def write_blobs(storage: Storage, ref: Ref, files: Mapping[str, Path], keep: bool) -> list[Blob]:
+    """Stores files of an artifact, in order of their names.
+
+    Without `keep` the caller never changes them again, and they may be linked instead of being copied.
+    """
+    # A folder takes them as they are, and then waits for the disk.
+    as_they_are = not (keep or storage.copies_bytes)
+    with flushed_meanwhile(files.values()) if as_they_are else nullcontext():
+        blobs = [describe_file(name, path) for name, path in sorted(files.items())]
+    for blob in blobs:
+        storage.upload(blob_key(ref, blob.sha256), files[blob.name], keep)
+    return blobs
 
 
 def open_blob(storage: Storage, artifact: Artifact, name: str) -> Path:

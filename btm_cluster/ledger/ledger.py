@@ -3,8 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import nullcontext
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,16 @@ from btm_cluster.ledger.artifact import (
     Origin,
     artifact_key,
     blob_key,
-    describe_file,
     named_identity,
     pin_key,
     training_folder,
     training_key,
 )
-from btm_cluster.ledger.blobs import BlobStream, check_blob_stands, open_blob, read_blob
-from btm_cluster.ledger.documents import THREADS, Document, Documents, known_form
+from btm_cluster.ledger.blobs import BlobStream, check_blob_stands, open_blob, read_blob, write_blobs
+from btm_cluster.ledger.documents import Document, Documents, in_parallel, known_form
 from btm_cluster.ledger.forest_log import ForestLog
 from btm_cluster.ledger.keys import list_ours
-from btm_cluster.ledger.manifests import list_manifests, read_manifest, read_manifests
+from btm_cluster.ledger.manifests import list_manifests, read_manifest, read_manifests, read_standing
 from btm_cluster.ledger.tombstones import OTHER_TEXT, Tombstones, withdraw
 from btm_cluster.ledger.trainings import (
     clear_training,
@@ -36,7 +34,6 @@ from btm_cluster.ledger.trainings import (
     read_trainings,
 )
 from btm_cluster.storage import Entry, Storage, open_storage
-from btm_cluster.storage.scratch import flushed_meanwhile
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +69,7 @@ class Ledger:
         """
         if len(refs) < 2:
             return [self._find_serving(ref) for ref in refs]
-        with ThreadPoolExecutor(THREADS, thread_name_prefix="find") as pool:
-            return list(pool.map(self._find_serving, refs))
+        return in_parallel(self._find_serving, refs)
 
     def _find_serving(self, ref: Ref) -> Artifact | None:
         found = self.find(ref)
@@ -111,20 +107,16 @@ class Ledger:
             MissingError, IntegrityError: something was deleted or replaced, such as by a `gc` with too short
             a grace.
         """
-        for blob in self._standing(ref, manifest_hash).blobs:
+        for blob in read_standing(self.documents, ref, manifest_hash).blobs:
             check_blob_stands(self.storage, ref, blob)
 
     def check_all_standing(self, manifests: Mapping[str, str]) -> None:
         """Like `check_standing` for models by identity, each blob looked up once and many at a time."""
-        with ThreadPoolExecutor(THREADS) as pool:
-            blobs: dict[str, tuple[Ref, Blob]] = {}
-            for artifact in pool.map(
-                lambda item: self._standing(Ref("model", item[0]), item[1]), manifests.items()
-            ):
-                blobs |= {
-                    blob_key(artifact.ref, blob.sha256): (artifact.ref, blob) for blob in artifact.blobs
-                }
-            list(pool.map(lambda item: check_blob_stands(self.storage, *item), blobs.values()))
+        models = in_parallel(
+            lambda item: read_standing(self.documents, Ref("model", item[0]), item[1]), manifests.items()
+        )
+        blobs = {blob_key(one.ref, blob.sha256): (one.ref, blob) for one in models for blob in one.blobs}
+        in_parallel(lambda item: check_blob_stands(self.storage, *item), blobs.values())
 
     def tombstone(self, ref: Ref) -> Document | None:
         """The tombstone of a purged text or model; None where it was not purged."""
@@ -242,24 +234,6 @@ class Ledger:
         what was left of unfinished ones."""
         clear_training(self.storage, identity)
 
-    def _standing(self, ref: Ref, manifest_hash: str) -> Artifact:
-        artifact = self.find(ref)
-        if artifact is None:
-            raise MissingError(
-                f"the store has lost {ref.kind} {ref.identity[:12]}, which a forest version names",
-                expected=artifact_key(ref),
-                remedy="restore it from a backup; `btm forest remove` goes on without a domain whose expert "
-                "is lost",
-            )
-        if artifact.manifest_hash != manifest_hash:
-            raise IntegrityError(
-                f"{artifact_key(ref)} was replaced since this forest version was written",
-                found=artifact.manifest_hash,
-                expected=manifest_hash,
-                remedy="restore it from a backup, or take another `store`",
-            )
-        return artifact
-
     def pin(self, version: int) -> None:
         """Keeps a version of the forest, which must be whole, from being
         collected, however old it becomes."""
@@ -288,12 +262,7 @@ class Ledger:
     ) -> tuple[list[Blob], bool]:
         """Stores files and their manifest; what they are, and whether the manifest was not there yet."""
         assert named_identity(made) == made.ref.identity, f"{made.ref} is not of its recipe and inputs"
-        # A folder takes them as they are, and then waits for the disk.
-        as_they_are = not (keep or self.storage.copies_bytes)
-        with flushed_meanwhile(files.values()) if as_they_are else nullcontext():
-            blobs = [describe_file(name, path) for name, path in sorted(files.items())]
-        for blob in blobs:
-            self.storage.upload(blob_key(made.ref, blob.sha256), files[blob.name], keep)
+        blobs = write_blobs(self.storage, made.ref, files, keep)
         body = {
             "kind": made.ref.kind,
             "identity": made.ref.identity,

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
-from btm_cluster.errors import StoreError
+from btm_cluster.errors import IntegrityError, MissingError, StoreError
 from btm_cluster.identity import Ref
-from btm_cluster.ledger.artifact import Artifact, Blob, check_artifact
+from btm_cluster.ledger.artifact import Artifact, Blob, artifact_key, check_artifact
 from btm_cluster.ledger.documents import Documents, check_fields, in_parallel, known_form
 from btm_cluster.ledger.keys import list_ours
 from btm_cluster.storage import Entry, Storage
@@ -48,6 +48,31 @@ def read_manifest(documents: Documents, key: str) -> Artifact | None:
         names = (body["kind"], body["identity"])
         artifact = Artifact(*names, recipe, inputs, parts, facts, document.note, blobs, document.hash)
         check_artifact(artifact, key)
+    return artifact
+
+
+def read_standing(documents: Documents, ref: Ref, manifest_hash: str) -> Artifact:
+    """An artifact that a forest version names, with its manifest's hash.
+
+    Raises:
+        MissingError: it is not there any more.
+        IntegrityError: it has another manifest.
+    """
+    artifact = read_manifest(documents, artifact_key(ref))
+    if artifact is None:
+        raise MissingError(
+            f"the store has lost {ref.kind} {ref.identity[:12]}, which a forest version names",
+            expected=artifact_key(ref),
+            remedy="restore it from a backup; `btm forest remove` goes on without a domain whose expert "
+            "is lost",
+        )
+    if artifact.manifest_hash != manifest_hash:
+        raise IntegrityError(
+            f"{artifact_key(ref)} was replaced since this forest version was written",
+            found=artifact.manifest_hash,
+            expected=manifest_hash,
+            remedy="restore it from a backup, or take another `store`",
+        )
     return artifact
 
 
