@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import pytest
 
 from btm_cluster.errors import MissingError
-from btm_cluster.ledger import documents, ledger, records
+from btm_cluster.ledger import documents, records
 from btm_cluster.operations import verify
 from btm_cluster.storage import Entry
 
@@ -136,5 +136,5 @@ class OneAfterAnother:
 
 def without_threads(patch: pytest.MonkeyPatch) -> None:
     """Has store calls made one after the other."""
-    for module in (documents, verify, ledger, records):
+    for module in (documents, verify, records):
         patch.setattr(module, "ThreadPoolExecutor", OneAfterAnother)
