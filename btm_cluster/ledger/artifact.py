@@ -206,7 +206,8 @@ def is_file_of(blob: Blob, path: Path) -> bool:
         with ThreadPoolExecutor(HASHED_AT_ONCE, thread_name_prefix="hash") as pool:
             return digest_of_chunks(pool.map(partial(_hash_chunk, file), range(len(blob.chunks))))
 
-    return FoundFile(path).make(CHUNKS, digest) == digest_of_chunks(blob.chunks)
+    expected = digest_of_chunks(blob.chunks)
+    return FoundFile(path).make(CHUNKS, digest, expected) == expected
 
 
 def digest_of_chunks(chunks: Iterable[str]) -> bytes:

@@ -59,6 +59,8 @@ def open_blob(storage: Storage, artifact: Artifact, name: str) -> Path:
             found = describe_file(name, path)
         except FileNotFoundError:  # deleted since
             found = None
+        if found == blob:  # it was misread before
+            return path
     if found is None:
         raise _lost(artifact.ref, blob, "no such object")
     raise _damaged(
@@ -180,8 +182,8 @@ def _mapped(storage: Storage, artifact: Artifact, blob: Blob) -> _MappedBlob | N
     """A file where it lies; None where it is not whole."""
     with _named_if_lost(artifact.ref, blob):
         path = storage.download(blob_key(artifact.ref, blob.sha256))
-    with path.open("rb") as file:
-        found = FoundFile(path)
+        found, opened = FoundFile(path), path.open("rb")
+    with opened as file:
         if not blob.size_bytes or os.fstat(file.fileno()).st_size != blob.size_bytes:
             return None
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -203,10 +205,11 @@ def check_blob_stands(storage: Storage, ref: Ref, blob: Blob) -> None:
 
 @contextmanager
 def _named_if_lost(ref: Ref, blob: Blob) -> Iterator[None]:
-    """Says which artifact lost a file, where the store says only that an object is not there."""
+    """Says which artifact lost a file, where the store says only that an object is not there, or a folder's file is
+    deleted before it is opened."""
     try:
         yield
-    except MissingError as exc:
+    except (MissingError, FileNotFoundError) as exc:
         raise _lost(ref, blob, "no such object") from exc
 
 

@@ -24,6 +24,8 @@ from btm_cluster.plan.broken_rules import (
 from btm_cluster.plan.text_rules import held_out_texts, same_texts
 from btm_cluster.plan.trains import ALL_LINEAR
 
+LEAST_GPU_SHARE = 0.0001
+
 
 def tokenizer_rules(given: Given) -> Iterator[Broken]:
     """One source."""
@@ -114,6 +116,9 @@ def cluster_rules(given: Given) -> Iterator[Broken]:
         if gpus and gpus[0] > 1 and gpus[0] % 1:
             found, remedy = f"{gpus[0]:g}", "round it, or give a fraction below 1 to share a GPU"
             yield Broken(name, found, "a whole number above 1: a group's GPUs are whole", remedy)
+        if gpus and 0 < gpus[0] < LEAST_GPU_SHARE:
+            expected = f"0, or at least {LEAST_GPU_SHARE:g}, the least that Ray divides a GPU into"
+            yield Broken(name, f"{gpus[0]:g}", expected, "raise it, or give 0 to train on CPU")
 
 
 def plan_rules(given: Given) -> Iterator[Broken]:

@@ -40,8 +40,9 @@ and up to four for a moment where several threads sum. Of more models one chunk 
 model waits for its next chunk, which is slower."""
 SUMS_AT_ONCE = 16
 """Averages at most of one pass: each has a sum of 512 KiB in memory, and its files on disk until all are summed."""
-SCRATCH_SHARE = 0.5
-"""Share of the free disk below the temporary folder that the averages of one pass may take, if they are several."""
+SCRATCH_SHARE = 0.125
+"""Share of the free disk below the temporary folder that the averages of one pass may take, if they are several: a merge
+actor makes four passes at a time."""
 SUMMED_BY = 4
 """Threads at most that sum averages of one pass, each some of their elements, and store them."""
 

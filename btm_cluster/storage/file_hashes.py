@@ -1,8 +1,9 @@
 """Digests of large local files that are read again and again, such as a base's weights by every command: remembered in
 this node's cache for as long as a file stays as it is.
 
-A file counts as the same while its inode, size, and both times to the nanosecond are: any write moves the time of the
-last change, which no program can set back. Bytes that a disk changes by itself are not noticed.
+A file counts as the same while its inode, size, and both times to the nanosecond are: a write moves the time of the
+last change, which no program can set back. Not noticed are bytes that a disk changes by itself, and those that a
+program writes again into a page of a shared mapping before the system has written that page back.
 """
 
 import hashlib
@@ -58,10 +59,11 @@ class FoundFile:
         with suppress(FileNotFoundError):  # gone meanwhile
             self.make(kind, lambda _: digest)
 
-    def make(self, kind: str, make: Callable[[Path], bytes]) -> bytes:
+    def make(self, kind: str, make: Callable[[Path], bytes], expected: bytes | None = None) -> bytes:
         """The file's digest of this kind, which `make` makes of it where it is not remembered.
 
-        Other processes wait for it. Where the cache cannot be used, the file is read.
+        Other processes wait for it. One that is not as `expected` is not remembered: it may have been misread.
+        Where the cache cannot be used, the file is read.
 
         Raises:
             FileNotFoundError: it is gone.
@@ -72,9 +74,12 @@ class FoundFile:
 
         def write(path: Path) -> None:
             made.append(make(self._file))
-            if not self._is_settled():
-                raise StoreError(f"{self._file} is being changed")
-            path.write_bytes(made[-1])
+            if not self._is_settled() or expected not in (None, made[-1]):
+                raise StoreError(f"{self._file} is being changed, or is not what it should be")
+            try:
+                path.write_bytes(made[-1])
+            except OSError as exc:  # a full disk: the cache would be emptied for these bytes
+                raise StoreError(f"the digest of {self._file} cannot be kept") from exc
 
         try:
             return node_cache().get(self._name(kind), write).read_bytes()

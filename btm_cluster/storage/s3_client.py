@@ -25,7 +25,9 @@ def new_client() -> Any:
     return boto3.session.Session(botocore_session=session).client(
         "s3",
         config=Config(
-            retries={"mode": "adaptive", "total_max_attempts": 5},
+            # Not adaptive: its rate would be learned from boto3's own requests alone, and hold back those of
+            # s3_reads.py for ever. Whoever calls waits between tries too.
+            retries={"mode": "standard", "total_max_attempts": 5},
             connect_timeout=10,
             read_timeout=ANSWER_SECONDS,
             tcp_keepalive=True,

@@ -66,6 +66,12 @@ def code_of(exc: failures.ClientError) -> str:
     return str(exc.response.get("Error", {}).get("Code", ""))
 
 
+def starts_behind_the_end(exc: failures.ClientError) -> bool:
+    """Whether a range was asked for that begins at or behind the object's end."""
+    status = exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return status == 416 or code_of(exc) == "InvalidRange"
+
+
 def message_of(exc: BaseException) -> str:
     """The message of the service or the network, on one line."""
     if isinstance(exc, failures.ClientError):

@@ -6,9 +6,10 @@ again, follows redirects and words errors. Endpoint, credentials, certificates, 
 """
 
 import shutil
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from botocore.response import StreamingBody
 from s3transfer.exceptions import S3DownloadFailedError
 from urllib3.exceptions import HTTPError
 
-from btm_cluster.storage.s3_errors import FAILURES, code_of, is_transient
+from btm_cluster.storage.s3_errors import FAILURES, code_of, is_transient, starts_behind_the_end
 
 PART_BYTES = 8 * 2**20
 THREADS = 8
@@ -54,7 +55,15 @@ class ObjectReads:
         """`always` are arguments of every request."""
         self.client, self._always = client, {"Bucket": bucket, **always}
         self._pattern: _Pattern | None = None
-        client.meta.events.register(f"before-sign.{_EVENT}", self._learn)
+        learn = weakref.WeakMethod(
+            self._learn
+        )  # else client and reads hold each other, and their connections
+
+        def learn_while_there(**known: Any) -> None:
+            if (there := learn()) is not None:
+                there(**known)
+
+        client.meta.events.register(f"before-sign.{_EVENT}", learn_while_there)
 
     def read(self, key: str, start: int = 0, size: int | None = None) -> bytes:
         """Its bytes from `start` on, `size` of them at most, not 0."""
@@ -62,10 +71,11 @@ class ObjectReads:
         try:
             found = self._get(key, {} if whole else _range_of(start, size))
         except failures.ClientError as exc:
-            if code_of(exc) == "InvalidRange":  # it starts at or behind the end
+            if starts_behind_the_end(exc):
                 return b""
             raise
-        return bytes(found["Body"].read())
+        with _body_of(found) as body:
+            return bytes(body.read())
 
     def download(self, key: str, target: Path) -> None:
         """Writes its bytes to a file, a large one's in parts, several at once.
@@ -77,7 +87,7 @@ class ObjectReads:
         try:
             first = self._get(key, _range_of(0, PART_BYTES))
         except failures.ClientError as exc:
-            if code_of(exc) == "InvalidRange":  # it is empty
+            if starts_behind_the_end(exc):  # it is empty
                 return
             raise
         size = int(first.get("ContentRange", "0").rpartition("/")[2])
@@ -109,13 +119,21 @@ class ObjectReads:
                     raise
 
     def _get(self, key: str, asked: Mapping[str, str]) -> Mapping[str, Any]:
-        """An answer as boto3's `get_object` gives it: Body, and ETag and ContentRange where the service says them."""
-        pattern = self._pattern
-        if pattern is not None:
-            found = self._plain_answer(pattern, key, asked)
-            if found is not None:
-                return found
-        return self.client.get_object(**self._always, Key=key, **asked)  # type: ignore[no-any-return]
+        """An answer as boto3's `get_object` gives it: Body, and ETag and ContentRange where the service says them.
+
+        Raises:
+            ResponseStreamingError: it is another part of the object than was asked for.
+        """
+        found = None if self._pattern is None else self._plain_answer(self._pattern, key, asked)
+        if found is None:
+            found = self.client.get_object(**self._always, Key=key, **asked)
+        start = asked.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0]
+        if not found.get("ContentRange", "bytes 0-").startswith(f"bytes {start}-"):
+            found["Body"].close()
+            raise failures.ResponseStreamingError(
+                error=f"not the bytes from {start} on, which were asked for"
+            )
+        return found
 
     def _plain_answer(
         self, pattern: _Pattern, key: str, asked: Mapping[str, str]
@@ -171,8 +189,22 @@ def _parsed(answer: AWSResponse) -> dict[str, Any]:
     return {**found, "Body": StreamingBody(answer.raw, answer.headers.get("Content-Length"))}
 
 
+@contextmanager
+def _body_of(found: Mapping[str, Any]) -> Iterator[Any]:
+    """An answer's body, to be read.
+
+    Raises:
+        BotoCoreError: it breaks off; botocore itself does not translate errors of TLS.
+    """
+    try:
+        with closing(found["Body"]) as body:
+            yield body
+    except HTTPError as exc:
+        raise failures.ResponseStreamingError(error=exc) from exc
+
+
 def _write(found: Mapping[str, Any], target: Path, start: int) -> None:
     """Writes what comes into a file that is there, from byte `start` on."""
-    with closing(found["Body"]) as body, open(target, "r+b") as file:
+    with _body_of(found) as body, open(target, "r+b") as file:
         file.seek(start)
         shutil.copyfileobj(body, file, BUFFER_BYTES)

@@ -82,11 +82,23 @@ def link_if_alike(file: Path, place: Path) -> bool:
 
 @contextmanager
 def flushed_meanwhile(files: Iterable[Path]) -> Iterator[None]:
-    """Has files written to the disk while others read them, so that who waits for that later waits less."""
+    """Has files written to the disk while others read them, so that who waits for that later waits less.
+
+    Raises:
+        StoreError: the disk did not take one. The system says so once: who waits later would not hear of it.
+    """
     with ThreadPoolExecutor(1, thread_name_prefix="flush") as pool:
-        for file in files:
-            pool.submit(flush, file)
+        flushed = [(file, pool.submit(flush, file)) for file in files]
         yield
+    for file, done in flushed:
+        try:
+            done.result()
+        except OSError as exc:
+            raise StoreError(
+                f"the disk did not take {file.name}, which is about to be stored",
+                found=str(exc),
+                remedy="look at the disk and what it has free; the same command goes on",
+            ) from exc
 
 
 def flush(file: Path) -> None:

@@ -1,12 +1,14 @@
 """Object storage when things go wrong: radosgw behind a proxy that makes
 faults, by a clock that only pauses move."""
 
+import gc
 import hashlib
 import json
 import logging
 import random
 import traceback
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -56,12 +58,10 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The adapter's clock, and that of boto3's retries. boto3's own limit
-    of requests per second is lifted."""
+    """The adapter's clock, and that of boto3's retries."""
     clock = Clock()
     monkeypatch.setattr("btm_cluster.storage.s3_patience.time", clock)
     monkeypatch.setattr("botocore.endpoint.time", clock)
-    monkeypatch.setattr("botocore.retries.bucket.TokenBucket.acquire", lambda *_, **__: True)
     return clock
 
 
@@ -474,6 +474,33 @@ def test_boto3_is_asked_where_an_answer_is_not_plain(
         proxy.follow(no_faults)
         assert filled.read("training/1.json") == b"1"
         assert len(asked_of_boto3) == number
+
+
+def test_a_service_that_was_busy_is_read_as_fast_as_before(
+    filled: ObjectStorage, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """boto3's adaptive mode would ration requests from then on, by the rate of those that it made itself."""
+    rationed: list[object] = []
+    monkeypatch.setattr(
+        "botocore.retries.bucket.TokenBucket.acquire", lambda *_, **__: rationed.append(1) or True
+    )
+    proxy.follow(lambda _method, _path, count: Fault.SLOW_DOWN if count <= 4 else Fault.NONE)
+    for _ in range(10):
+        assert filled.read("training/1.json") == b"1"
+    assert [fault for _, _, fault in proxy.seen].count(Fault.SLOW_DOWN) == 4
+    assert rationed == []
+
+
+def test_a_store_that_nobody_has_any_more_keeps_no_connection(filled: ObjectStorage) -> None:
+    other = ObjectStorage(filled.location)
+    other.read("training/1.json")
+    client = weakref.ref(other._client)
+    gc.disable()  # what refers to itself would wait for a collection
+    try:
+        del other
+        assert client() is None
+    finally:
+        gc.enable()
 
 
 def test_a_part_that_breaks_off_is_asked_for_again_alone(

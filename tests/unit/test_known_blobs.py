@@ -1,5 +1,6 @@
 """Large files of artifacts that this node has read before: hashed once for as long as they stay as they are."""
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable
@@ -9,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from btm_cluster.errors import IntegrityError
+from btm_cluster.errors import IntegrityError, MissingError, StoreError
 from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.ledger import artifact as artifacts
 from btm_cluster.ledger.artifact import CHUNK_BYTES
 from btm_cluster.operations.verify import verify
-from btm_cluster.storage import file_hashes
+from btm_cluster.storage import file_hashes, scratch
 from tests.made import origin
 
 SIZE = 2 * CHUNK_BYTES + 1000
@@ -112,6 +114,56 @@ def test_a_blob_that_changed_since_it_was_hashed_is_refused(
     overwrite(ledger.open_file(artifact, "weights"), place)
     with pytest.raises(IntegrityError, match="weights"):
         read(ledger, artifact)
+
+
+def test_a_large_file_that_was_misread_once_is_right_and_no_wrong_hash_is_remembered(
+    ledger: Ledger, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a network's disk or by memory. The second look is at the bytes, not at what was remembered of them."""
+    hash_chunk, misread = artifacts._hash_chunk, [1, 1]
+
+    def hashed(path: Path, number: int) -> str:
+        return "0" * 64 if number and misread and misread.pop() else hash_chunk(path, number)
+
+    monkeypatch.setattr(artifacts, "_hash_chunk", hashed)
+    assert len(by_opening(ledger, artifact)) == SIZE
+    assert misread == []
+    assert len(by_opening(Ledger(ledger.storage), artifact)) == SIZE
+
+
+@only_in_a_folder
+def test_a_blob_that_is_deleted_before_it_is_opened_is_named(
+    ledger: Ledger, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    download = ledger.storage.download
+
+    def deleted(key: str, anew: bool = False) -> Path:
+        path = download(key, anew)
+        path.unlink(missing_ok=True)
+        return path
+
+    monkeypatch.setattr(ledger.storage, "download", deleted)
+    for read in (by_opening, by_streaming):
+        with pytest.raises(MissingError, match="has lost its file weights"):
+            read(ledger, artifact)
+
+
+@only_in_a_folder
+def test_what_a_disk_does_not_take_is_not_committed(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system says once that a disk has lost what was written; the first who waits for it hears of it."""
+    (tmp_path / "lost").write_bytes(b"weights")
+    failures = [OSError(errno.EIO, "Input/output error")]
+
+    def flush(file: Path) -> None:  # noqa: ARG001
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(scratch, "flush", flush)
+    with pytest.raises(StoreError, match="the disk did not take lost"):
+        ledger.commit(origin("model", {"n": 1}), {"lost": tmp_path / "lost"}, {}, keep=False)
+    assert ledger.find(origin("model", {"n": 1}).ref) is None
 
 
 @only_in_a_folder

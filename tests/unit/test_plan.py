@@ -356,6 +356,7 @@ PROBLEMS = {
     ),
     "study: {sizes: [{name: a, model: {preset: gpt3-125m}, training: {optimizer: muon}}]}\n"
     "cluster: {sharding: full, seed_gpus: 2}": ("study.sizes[0].training.optimizer", "no whole matrix"),
+    "cluster: {gpus_per_expert: 0.00005}": ("cluster.gpus_per_expert", "at least 0.0001"),
     "cluster: {gpus_per_expert: .inf}": ("cluster.gpus_per_expert", "finite"),
     "cluster: {checkpoint_minutes: .inf}": ("cluster.checkpoint_minutes", "finite"),
     "cluster: {micro_batch_blocks: 0}": (

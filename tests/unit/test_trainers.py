@@ -8,8 +8,9 @@ import pytest
 
 from btm_cluster.ledger import Ref
 from btm_cluster.plan import ClusterPlan
-from btm_cluster.requests import Resources, StepRequest, TrainRequest
+from btm_cluster.requests import Resources, ScoreRequest, StepRequest, TrainRequest
 from btm_cluster.workers.on_ray import trainers
+from btm_cluster.workers.on_ray.claims import ClaimedError
 from btm_cluster.workers.on_ray.running import Running
 from btm_cluster.workers.on_ray.supervision import StepState
 from btm_cluster.workers.on_ray.trainers import Trainers
@@ -74,7 +75,7 @@ class Cluster:
 
     def claim(self, model: Ref, name: str) -> None:
         if model in self.others:
-            raise ValueError(name)
+            raise ClaimedError(name)
         self.claimed.add(model)
 
     def give_back(self, model: Ref) -> None:
@@ -137,6 +138,26 @@ def test_the_actor_of_a_group_is_ended_and_trains_no_model_of_one_worker(
     assert started(ours, expert("law")).trainer is not group.trainer
 
 
+def test_the_actor_of_a_group_which_holds_nothing_scores_nothing(ours: Trainers, ray: Cluster) -> None:
+    how = replace(ONE_CPU, workers=2)
+    group = started(ours, expert("group", how))
+    model = group.batch[0].ref
+    score = ScoreRequest("harbour", "group", model, (Ref("tokens", "1" * 64),), how)
+    ended(ours, group, pending=[score])
+    assert ray.killed == [group.trainer]
+
+
+def test_a_group_that_waits_for_two_places_gets_an_idle_trainers(ours: Trainers, ray: Cluster) -> None:
+    ray.cpus, ray.free = 2.0, 1.0
+    law = started(ours, expert("law"))
+    group = started(ours, expert("group", replace(ONE_CPU, workers=2)), has_place=False)
+    group.state = StepState.submitted(0.0, is_training=True)
+    score = ScoreRequest("harbour", "law", law.batch[0].ref, (Ref("tokens", "1" * 64),), ONE_CPU)
+    ended(ours, law)
+    ours.end_unneeded(Pending([score]), [group])
+    assert ray.killed == [law.trainer]
+
+
 @pytest.mark.parametrize("is_lost", [False, True])
 def test_a_trainer_that_failed_or_may_train_no_more_trains_nothing_else(
     ours: Trainers, ray: Cluster, is_lost: bool
@@ -184,7 +205,7 @@ def test_a_model_is_claimed_from_its_start_to_its_end_whoever_trains_it(ours: Tr
     assert second.trainer is first.trainer
     assert ray.claimed == {code.ref}
     ended(ours, second)
-    with pytest.raises(ValueError, match="games"):
+    with pytest.raises(ClaimedError, match="games"):
         ours.start(games)
     ended(ours, started(ours, law), well=False)
     assert ray.claimed == set()
@@ -211,6 +232,23 @@ def test_a_free_trainer_comes_before_a_process_that_was_started_early_and_has_no
     second = ours.start(made[1])
     assert (second.actor, second.has_place) == (first.trainer, True)
     assert ray.killed == [early[1]]
+
+
+def test_a_training_that_is_started_early_again_is_not_taken_for_placed_before_it_is_heard(
+    ours: Trainers, ray: Cluster
+) -> None:
+    seed = expert("seed")
+    after = replace(expert("law"), tokenizer=seed.ref)
+    first = started(ours, seed)
+    first.seconds_left = 1.0
+    pending = Pending([seed, after])
+    pending.next_batch()
+    ours.start_early([after], pending, [first])
+    ours.heard("law")
+    ours.start_early([], pending, [first])
+    ours.start_early([after], pending, [first])
+    assert [actor.name for actor in ray.started] == ["seed", "law", "law"]
+    assert ours.start(after).has_place is False
 
 
 def test_a_trainer_is_ended_where_a_training_waits_that_needs_another_place(

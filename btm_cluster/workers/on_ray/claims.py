@@ -12,6 +12,11 @@ from ray.util.placement_group import get_placement_group, placement_group, remov
 
 from btm_cluster.ledger import Ref
 
+
+class ClaimedError(Exception):
+    """Another driver trains a model, or its actor is still about to end."""
+
+
 _NEXT_TO_NOTHING = {"node:__internal_head__": 0.0001}
 
 
@@ -25,16 +30,16 @@ class Claims:
         """Claims a model, by its name on the cluster; nothing happens where this driver has claimed it.
 
         Raises:
-            ValueError: another driver has.
+            ClaimedError: another driver has.
         """
         if model in self._held:
             return
         if _is_claimed(name):  # asked first, since Ray prints an error where it refuses a name
-            raise ValueError(f"{name} is claimed")
+            raise ClaimedError(name)
         try:
             self._held[model] = placement_group([_NEXT_TO_NOTHING], name=name)
         except ray.exceptions.RaySystemError as exc:  # claimed in between
-            raise ValueError(f"{name} is claimed") from exc
+            raise ClaimedError(name) from exc
 
     def give_back(self, model: Ref) -> None:
         """Gives a claim back, where this driver has it."""

@@ -20,7 +20,7 @@ from btm_cluster.driver.capacity import bundle
 from btm_cluster.ledger import Ref
 from btm_cluster.plan import ClusterPlan
 from btm_cluster.requests import Resources, ScoreRequest, StepRequest, TrainRequest
-from btm_cluster.workers.on_ray.claims import Claims
+from btm_cluster.workers.on_ray.claims import ClaimedError, Claims
 from btm_cluster.workers.on_ray.running import Running
 from btm_cluster.workers.on_ray.training import TrainerActor, trainer_name, trainer_options
 from btm_cluster.workers.pending import Pending
@@ -79,14 +79,13 @@ class Trainers:
         """Has a model trained: by a trainer that was started early for it, by an idle one, or by a new one.
 
         Raises:
-            ValueError: another driver trains it.
+            ClaimedError: another driver trains it.
         """
         name = trainer_name(request, self._store)
         self._claims.claim(request.ref, name)
         has_place = request.ref in self._early and request.label in self._placed
         if not has_place and (idle := self._take_idle(request.how)) is not None:
-            if request.ref in self._early:
-                ray.kill(self._early.pop(request.ref)[1])
+            self._end_early(but=self._early.keys() - {request.ref}, keeps_claims=True)
             return Started(self._train(idle.actor, request), idle.actor, idle.process, has_place=True)
         self._placed.discard(request.label)
         early = self._early.pop(request.ref, None)
@@ -112,9 +111,9 @@ class Trainers:
     def _new(self, request: TrainRequest) -> Any:
         try:
             return TrainerActor.options(**trainer_options(request, self._store, self._retries)).remote()
-        except ValueError:  # an actor of that name is still about to end
+        except ray.exceptions.ActorAlreadyExistsError as exc:  # which is still about to end
             self._claims.give_back(request.ref)
-            raise
+            raise ClaimedError(request.label) from exc
 
     def _take_idle(self, how: Resources) -> _Idle | None:
         """An idle trainer that holds what a training asks for, no more and no less."""
@@ -153,7 +152,7 @@ class Trainers:
             try:
                 self._claims.claim(request.ref, trainer_name(request, self._store))
                 actor = self._new(request)
-            except ValueError:  # another driver trains it
+            except ClaimedError:
                 continue
             actor.warm_up.remote(request, self._board)
             self._early[request.ref] = (request, actor)
@@ -187,20 +186,20 @@ class Trainers:
             self._claims.give_back(finished.batch[0].ref)
         if finished.trainer is None or finished.how is None:
             return None
+        if finished.how.workers > 1:  # the actor of a group holds nothing itself
+            ray.kill(finished.trainer)
+            return None
         now = time.monotonic()
         idle = _Idle(finished.trainer, finished.how, finished.process, now, finished.may_train_on)
-        is_wanted = idle.how.workers > 1 or self._is_place_wanted(pending, running)
         if not finished.is_training:
-            self._score_seconds = idle.since - finished.started
+            self._score_seconds = now - finished.started
         else:
-            trained, fits = finished.batch[0].ref, _is_as_large if is_wanted else _can_score
+            trained = finished.batch[0].ref
+            fits = _is_as_large if self._is_place_wanted(pending, running) else _can_score
             batch = pending.next_batch(lambda request: fits(idle.how, request) and trained in request.needs)
             if batch:
                 return self._score(idle, batch)
-        if idle.how.workers > 1:  # the actor of a group holds nothing itself
-            ray.kill(idle.actor)
-        else:
-            self._idle.append(idle)
+        self._idle.append(idle)
         return None
 
     def score_ready(self, pending: Pending) -> Iterator[Running]:
@@ -248,10 +247,13 @@ class Trainers:
                 ray.kill(idle.actor)
         self._idle = list(but)
 
-    def _end_early(self, but: Collection[Ref]) -> None:
+    def _end_early(self, but: Collection[Ref], keeps_claims: bool = False) -> None:
         for ref in [ref for ref in self._early if ref not in but]:
-            ray.kill(self._early.pop(ref)[1])
-            self._claims.give_back(ref)
+            request, actor = self._early.pop(ref)
+            ray.kill(actor)
+            self._placed.discard(request.label)
+            if not keeps_claims:
+                self._claims.give_back(ref)
 
     def _is_place_wanted(self, pending: Pending, running: Iterable[Running]) -> bool:
         """Whether a training, or another step that runs in a group, waits or may have
@@ -278,7 +280,7 @@ def _is_as_large(held: Resources, request: StepRequest) -> bool:
 
 
 def _holds(free: Mapping[str, float], asked: Resources) -> bool:
-    return all(free.get(name, 0.0) >= amount - 1e-9 for name, amount in bundle(asked).items())
+    return all(free.get(name, 0.0) >= asked.workers * amount - 1e-9 for name, amount in bundle(asked).items())
 
 
 def _take(free: dict[str, float], asked: Resources) -> None:

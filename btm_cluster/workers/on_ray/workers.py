@@ -26,6 +26,7 @@ from btm_cluster.steps.registry import STEPS
 from btm_cluster.stopping import stopped
 from btm_cluster.storage.store_calls import take_store_calls
 from btm_cluster.workers.on_ray.chronicle import Chronicle
+from btm_cluster.workers.on_ray.claims import ClaimedError
 from btm_cluster.workers.on_ray.cluster import has_capacity, live_nodes
 from btm_cluster.workers.on_ray.failures import failure_of, log_of
 from btm_cluster.workers.on_ray.metrics import Metrics
@@ -146,7 +147,7 @@ class RayWorkers:
             return all(one.batch[0].batch != request.batch for one in running)
         if not isinstance(request, TrainRequest):
             return not self._trainers.will_score(request, running)
-        trainings = [one for one in running if isinstance(one.batch[0], TrainRequest)]
+        trainings = [one for one in running if one.is_training and one.trainer is not None]
         # Ray may place the later of two: a baseline is submitted once every expert before it has its place.
         queued = [one.batch[0].priority for one in trainings if one.state.phase == "queued"]
         at_once = self._cluster.concurrent_experts or len(trainings) + 1
@@ -221,7 +222,7 @@ class RayWorkers:
     def _start_training(self, request: TrainRequest) -> Running:
         try:
             started = self._trainers.start(request)
-        except ValueError:
+        except ClaimedError:
             self._watcher(Progress(request.label, "waiting", note="for another driver, which trains it"))
             name = trainer_name(request, self._store)
             return Running([request], await_other_task.remote(request, self._store, name))
