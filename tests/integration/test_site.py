@@ -11,7 +11,7 @@ import pytest
 from tests.documented import ROOT, blocks
 from tools.reference import PAGES
 
-SOURCES = ("docs", "btm_cluster", "tools", "CHANGELOG.md", "zensical.toml")
+SOURCES = ("docs", "btm_cluster", "benchmarks", "tools", "CHANGELOG.md", "zensical.toml")
 
 
 @pytest.fixture(scope="module")
