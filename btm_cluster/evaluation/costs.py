@@ -11,7 +11,7 @@ from typing import Any
 from btm_cluster.evaluation.comparison import Comparison, SystemModels
 from btm_cluster.evaluation.systems import System
 from btm_cluster.language_model.deltas import count_trained
-from btm_cluster.language_model.training_state import OPTIMIZER_FILE
+from btm_cluster.language_model.tensor_files import holds_weights
 from btm_cluster.language_model.utilisation import flops_per_token, inference_flops
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.plan import ALL, Lora, Trains
@@ -148,8 +148,7 @@ def _rounded(combine: Callable[[Sequence[float]], float], values: Sequence[float
 
 
 def _stored_bytes(model: Artifact) -> int:
-    files = (blob for blob in model.blobs if blob.name.endswith(".safetensors"))
-    return sum(blob.size_bytes for blob in files if blob.name != OPTIMIZER_FILE)
+    return sum(blob.size_bytes for blob in model.blobs if holds_weights(blob.name))
 
 
 def _flops_per_token(model: Artifact) -> int:

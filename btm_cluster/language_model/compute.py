@@ -5,8 +5,10 @@ Results depend on it; a model's identity does not.
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 
@@ -48,6 +50,21 @@ class Compute:
 def device_of(gpus: float) -> torch.device:
     """The device of a process that holds so many GPUs."""
     return torch.device("cuda" if gpus > 0 else "cpu")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take: of the GPU, or of this machine within its container's limit."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    free = psutil.virtual_memory().available + psutil.swap_memory().free
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["anon"]
+    except (OSError, ValueError):  # no container, or one without a limit: `max`
+        return free
+    return min(free, limit - int(used))
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from btm_cluster.equations.gates import Gate
+from btm_cluster.language_model.compute import free_memory
 from btm_cluster.language_model.engine_opening import EngineSettings
 from btm_cluster.language_model.row_cache import READ_AT_ONCE
 from btm_cluster.language_model.scoring import LOGITS_AT_ONCE, said_of
@@ -87,8 +88,7 @@ class EnsembleScorer:
     def _tokens_mixed_at_once(self) -> int:
         room = MOST_LOGIT_BYTES[self._device.type]
         if self._device.type == "cuda":
-            unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-            room = min(room, (torch.cuda.mem_get_info(self._device)[0] + unused) // 4)
+            room = min(room, free_memory(self._device) // 4)
         return int(room // (len(self._models) * self._vocabulary * self._models[0].dtype.itemsize))
 
     def _score(

@@ -16,7 +16,7 @@ from btm_cluster.data.blocks import Blocks
 from btm_cluster.errors import DivergedError
 from btm_cluster.language_model.activations import quicken_gelu
 from btm_cluster.language_model.attention_kernels import Kernels, kernels_for
-from btm_cluster.language_model.compute import autocast, device_of
+from btm_cluster.language_model.compute import autocast, device_of, free_memory
 from btm_cluster.language_model.head import pieces_of, plain_head, run_with
 from btm_cluster.language_model.layers import compile_layers
 from btm_cluster.language_model.loss import read_after
@@ -165,9 +165,8 @@ def _blocks_by_memory(model: PreTrainedModel, how: Resources, block_tokens: int)
     which half is taken: others may be there."""
     if not how.gpus_per_worker:
         return how.blocks_at_once
-    free, whole = torch.cuda.mem_get_info()
-    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    usable = 0.5 * min(free, how.gpus_per_worker * whole)
+    whole = torch.cuda.mem_get_info()[1]
+    usable = 0.5 * min(free_memory(torch.device("cuda")), how.gpus_per_worker * whole)
     value = 2 if how.precision == "bfloat16" else 4
     size = size_of(model)
     layer = 4 * (4 * size.width + size.queries + 2 * size.keys) + 3 * value * size.inner

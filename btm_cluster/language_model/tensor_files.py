@@ -17,6 +17,8 @@ import torch
 METADATA = "__metadata__"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+"""Moments and what else an optimizer goes on from, beside a model's weights."""
 DTYPES: Mapping[str, torch.dtype] = {
     "U64": torch.uint64,
     "I64": torch.int64,
@@ -36,6 +38,11 @@ DTYPES: Mapping[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Header: TypeAlias = Mapping[str, Mapping[str, Any]]
 """By tensor name: `dtype`, `shape` and `data_offsets`. Under METADATA: notes on the whole file."""
+
+
+def holds_weights(file: str) -> bool:
+    """Whether a stored model's file, by its name, holds weights or what changed of them."""
+    return file.endswith(".safetensors") and file != OPTIMIZER_FILE
 
 
 def read_header(file: Path) -> dict[str, dict[str, Any]]:

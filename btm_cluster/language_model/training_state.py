@@ -46,11 +46,16 @@ from btm_cluster.language_model.sharding import (
     shard,
 )
 from btm_cluster.language_model.stored_weights import StoredWeights, write_weights
-from btm_cluster.language_model.tensor_files import Header, layout, names_in_order, write_tensors
+from btm_cluster.language_model.tensor_files import (
+    OPTIMIZER_FILE,
+    Header,
+    layout,
+    names_in_order,
+    write_tensors,
+)
 from btm_cluster.language_model.training_spec import TrainingSpec
 from btm_cluster.plan import ALL, Trains
 
-OPTIMIZER_FILE = "optimizer.safetensors"
 _MASTER = "master."
 
 

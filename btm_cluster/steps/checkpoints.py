@@ -18,9 +18,8 @@ from btm_cluster.language_model.host_copy import HostCopy
 from btm_cluster.language_model.model import save_weights
 from btm_cluster.language_model.recording import Recording
 from btm_cluster.language_model.stored_weights import TensorFiles
-from btm_cluster.language_model.tensor_files import WEIGHTS
+from btm_cluster.language_model.tensor_files import OPTIMIZER_FILE, WEIGHTS
 from btm_cluster.language_model.training_state import (
-    OPTIMIZER_FILE,
     TrainingState,
     does_not_fit,
     load_base_optimizer,

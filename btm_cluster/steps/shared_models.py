@@ -5,14 +5,17 @@ the very same objects: moved or cast for one model, they are for all.
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from btm_cluster.errors import UserError
+from btm_cluster.language_model.compute import free_memory
 from btm_cluster.language_model.lora import lora_of, put_adapter
 from btm_cluster.language_model.model import in_precision
+from btm_cluster.language_model.tensor_files import holds_weights
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.steps.stored import base_of, open_adapter_config, open_model, open_stored, open_weights
 
@@ -30,11 +33,15 @@ class SharedModels:
         return self._opened.get(ref)
 
     def open_each(
-        self, refs: Iterable[Ref], before: "SharedModels | None" = None
+        self, refs: Collection[Ref], before: "SharedModels | None" = None
     ) -> Iterator[PreTrainedModel]:
         """Models, each loaded once it is asked for; the first in float32, by which an engine tries how their
         architecture reads on, and casts it then. Its base follows: what the first does not share of it, others may.
+
+        Raises:
+            UserError: the device has too little free memory for their weights; before any of them is read.
         """
+        self._check_memory(refs, before)
         for number, ref in enumerate(refs):
             yield self.open(ref, before, self._dtype if number else torch.float32)
             if not number:
@@ -63,6 +70,33 @@ class SharedModels:
                 model = open_model(self._ledger, found, *how) if base is None else self._over(base, found)
             self._opened[ref] = model.eval().requires_grad_(False)
         return self._opened[ref]
+
+    def _check_memory(self, refs: Collection[Ref], before: "SharedModels | None") -> None:
+        """Refuses models whose weights alone are more than what is free."""
+        needed: dict[Ref, int] = {}
+        for ref in refs:
+            found = self._ledger.get(ref)
+            while found.is_delta:
+                needed[found.ref] = self._bytes(found)
+                found = base_of(self._ledger, found)
+            needed[found.ref] = self._bytes(found)
+        lacking = [ref for ref in needed if before is None or before.find(ref) is None]
+        total, free = sum(needed[ref] for ref in lacking), free_memory(torch.device(self._device))
+        if total > free:
+            raise UserError(
+                f"the models do not fit the free memory of {'this machine' if self._device == 'cpu' else 'the GPU'}",
+                found=f"{free / 1e9:,.1f} GB free",
+                expected=f"at least {total / 1e9:,.1f} GB, for the weights of {len(refs)} models in "
+                f"{str(self._dtype).removeprefix('torch.')}",
+                remedy="take bfloat16 if this is float32, fewer experts (`merging.top_k`), one average of them "
+                "(`btm merge`), or more memory",
+            )
+
+    def _bytes(self, model: Artifact) -> int:
+        """Bytes in memory of the weights that a model itself holds; at least, since some are stored in 16 bits."""
+        stored = sum(blob.size_bytes for blob in model.blobs if holds_weights(blob.name))
+        in_16_bits = model.recipe.get("training", {}).get("weights") == "bfloat16"
+        return stored * self._dtype.itemsize // (2 if in_16_bits else 4)
 
     def _over(self, base: PreTrainedModel, delta: Artifact) -> PreTrainedModel:
         """The model that `delta` is over its base."""

@@ -21,6 +21,7 @@ from btm_cluster.evaluation.fitting import uniform_request
 from btm_cluster.language_model.engine_opening import EngineSettings, bytes_of, open_decoder
 from btm_cluster.language_model.prompts import Prompt
 from btm_cluster.language_model.stored_weights import StoredWeights
+from btm_cluster.language_model.tensor_files import holds_weights
 from btm_cluster.ledger import Artifact, Ledger, Ref, artifact_key
 from btm_cluster.operations.export import Export, export
 from btm_cluster.operations.plan import preview
@@ -206,6 +207,27 @@ def test_a_new_version_shares_the_base_of_the_one_before(deltas: Deltas) -> None
     unshared = bytes_in_memory([kept, new]) - bytes_in_memory([kept])
     assert unshared < bytes_in_memory([kept]) / 2
     assert after.find(deltas.seed) is before.find(deltas.seed)
+
+
+def test_models_larger_than_the_free_memory_are_refused_before_one_is_read_their_base_counted_once(
+    deltas: Deltas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = "btm_cluster.steps.shared_models"
+    files = [deltas.ledger.get(deltas.seed), *deltas.artifacts()]
+    weights = [b.size_bytes for one in files for b in one.blobs if holds_weights(b.name)]
+    assert len(weights) == 3
+    monkeypatch.setattr(f"{module}.free_memory", lambda _: sum(weights))
+    loaded = SharedModels(deltas.ledger)
+    assert len(list(loaded.open_each(deltas.experts))) == 2
+    monkeypatch.setattr(f"{module}.free_memory", lambda _: 1000)
+    assert (
+        len(list(SharedModels(deltas.ledger).open_each(deltas.experts, loaded))) == 2
+    )  # nothing is read anew
+    monkeypatch.setattr(f"{module}.open_model", None)
+    with pytest.raises(
+        UserError, match=r"(?s)do not fit the free memory of this machine.*2 models in float32"
+    ):
+        next(SharedModels(deltas.ledger).open_each(deltas.experts))
 
 
 def test_an_average_of_deltas_is_an_ordinary_model_of_their_mean(deltas: Deltas) -> None:

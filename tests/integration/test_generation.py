@@ -226,6 +226,18 @@ def test_a_call_that_cannot_be_met_is_refused_before_a_store_is_opened(
     assert message in err
 
 
+def test_a_forest_too_large_for_the_memory_is_refused_before_a_model_is_read(
+    generate: Generate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("btm_cluster.steps.shared_models.free_memory", lambda _: 10_000)
+    monkeypatch.setattr("btm_cluster.steps.shared_models.open_model", None)
+    code, out, err = generate("--prompt", "a")
+    assert (code, out) == (2, "")
+    assert "error: the models do not fit the free memory of this machine" in err
+    assert "in float32" in err
+    assert "merging.top_k" in err
+
+
 def test_a_prompt_that_fills_a_block_is_named_before_a_model_is_loaded(
     generate: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,9 +28,8 @@ from btm_cluster.language_model import training
 from btm_cluster.language_model.loss import NextTokenLoss, read_after
 from btm_cluster.language_model.model import build_model
 from btm_cluster.language_model.optimizer import build_optimizer
-from btm_cluster.language_model.tensor_files import WEIGHTS
+from btm_cluster.language_model.tensor_files import OPTIMIZER_FILE, WEIGHTS
 from btm_cluster.language_model.training_state import (
-    OPTIMIZER_FILE,
     TrainingState,
     write_state,
 )

@@ -25,11 +25,10 @@ from btm_cluster.language_model.model import build_model, load_model, save_weigh
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.stored_weights import TensorFiles
 from btm_cluster.language_model.streamed_weights import in_pieces
-from btm_cluster.language_model.tensor_files import WEIGHTS, names_in_order
+from btm_cluster.language_model.tensor_files import OPTIMIZER_FILE, WEIGHTS, names_in_order
 from btm_cluster.language_model.training import train
 from btm_cluster.language_model.training_spec import TextBlocks, TrainingSpec
 from btm_cluster.language_model.training_state import (
-    OPTIMIZER_FILE,
     TrainingState,
     build_state,
     load_base_optimizer,

@@ -118,7 +118,7 @@ def test_a_pass_of_scoring_takes_what_half_of_the_gpus_free_memory_holds(
         "memory_reserved": 3e6,
         "memory_allocated": 2e6,
     }.items():
-        monkeypatch.setattr(torch.cuda, name, lambda answer=value: answer)
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=value: answer)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2"))
     how = Resources(1, share, 1, 4, "bfloat16", True)

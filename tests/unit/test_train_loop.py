@@ -26,12 +26,11 @@ from btm_cluster.language_model.loss import read_after, read_tokens
 from btm_cluster.language_model.model import build_model
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.stored_weights import TensorFiles
-from btm_cluster.language_model.tensor_files import WEIGHTS
+from btm_cluster.language_model.tensor_files import OPTIMIZER_FILE, WEIGHTS
 from btm_cluster.language_model.tracing import Trace
 from btm_cluster.language_model.training import UpdateReport, train
 from btm_cluster.language_model.training_spec import TextBlocks, TrainingSpec
 from btm_cluster.language_model.training_state import (
-    OPTIMIZER_FILE,
     TrainingState,
     build_state,
     load_state,
