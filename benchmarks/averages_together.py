@@ -15,7 +15,7 @@ from pathlib import Path
 
 from averaging import MIB, MODELS, SHAPES, Silent, clear, make_models
 from contenders import fastest, in_turn
-from results import Result, finish, parse, quantity, this_machine, today
+from results import Result, best_of_rounds, finish, parse, quantity, this_machine, today
 
 AT_ONCE = 4
 
@@ -62,8 +62,8 @@ def compare(folder: Path, input_bytes: int, asked: argparse.Namespace) -> Result
     return Result(
         name="averages-together",
         what=f"{asked.weightings} averages of {MODELS} Llama-shaped models in bf16, "
-        f"{quantity(input_bytes / 1e9, 'GB')}, on a warm cache, from a store to that store; whole processes, best of "
-        f"{asked.rounds}",
+        f"{quantity(input_bytes / 1e9, 'GB')}, on a warm cache, from a store to that store; whole processes, "
+        f"{best_of_rounds(asked.rounds)}",
         machine=this_machine(),
         measured=today(),
         unit="s",

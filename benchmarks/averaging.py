@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 from contenders import Usage, fastest, in_turn, measure
-from results import Result, finish, parse, quantity, this_machine, today
+from results import Result, best_of_rounds, finish, parse, quantity, this_machine, today
 
 if TYPE_CHECKING:
     from btm_cluster.ledger import Ledger
@@ -95,7 +95,7 @@ def result_of(taken: dict[str, Usage], input_bytes: int, limit: float, asked: ar
         name="averaging",
         what=f"{MODELS} Llama-shaped models in bf16, {quantity(input_bytes / 1e9, 'GB')}, on a warm cache; ours "
         "from a store on the same disk to that store, files checked by their status since this node hashed them, and "
-        f"hashed on writing; whole processes, best of {asked.rounds}",
+        f"hashed on writing; whole processes, {best_of_rounds(asked.rounds)}",
         machine=this_machine(),
         measured=today(),
         unit="s",

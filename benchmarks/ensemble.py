@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from contenders import fastest, measure
-from results import Result, finish, parse, this_machine, today
+from results import Result, best_of_rounds, finish, parse, this_machine, today
 
 if TYPE_CHECKING:
     import torch
@@ -65,8 +65,8 @@ def mixing_row(folder: Path, asked: argparse.Namespace) -> Result:
     return row(
         "ensemble",
         f"{asked.experts} experts' scores of {asked.blocks:,} blocks of {BLOCK_TOKENS:,} tokens, "
-        f"{input_bytes / MIB:.0f} MiB in a store, mixed by a calibrated posterior; imports left out, best of "
-        f"{asked.rounds}",
+        f"{input_bytes / MIB:.0f} MiB in a store, mixed by a calibrated posterior; imports left out, "
+        f"{best_of_rounds(asked.rounds)}",
         whole.seconds - imports.seconds,
         2.0,
         {

@@ -86,17 +86,17 @@ def measure(experts: int) -> tuple[dict[str, Cost], float]:
         deliver(plan)
         commands: dict[str, Callable[[], object]] = {
             "newest version": ledger.log.newest,
-            "its models stand": lambda: ledger.check_all_standing(forest.manifests),
+            "look up models": lambda: ledger.check_all_standing(forest.manifests),
             "expand --dry-run": lambda: find_new(plan, ledger),
             "expand by a domain": lambda: expand_by_one(plan, ledger, workers),
             "evaluate its text": lambda: evaluate(plan, ledger, workers),
             "forest show": lambda: describe_forest(show(ledger).forest),
             "forest log": lambda: log(ledger),
             "forest diff": lambda: diff(ledger, 0, forest.version),
-            "serve, looking": lambda: mixture_of_store(ledger),
+            "read forest for serve": lambda: mixture_of_store(ledger),
             "verify": lambda: check(ledger),
-            "gc, finding": lambda: find_garbage(ledger, 5, 0.0, now=LATER),
-            "purge, planning": lambda: plan_purge(ledger, NEW),
+            "find garbage": lambda: find_garbage(ledger, 5, 0.0, now=LATER),
+            "plan a purge": lambda: plan_purge(ledger, NEW),
         }
         return {name: workers.cost_of(act) for name, act in commands.items()}, size
 

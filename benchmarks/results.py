@@ -192,15 +192,16 @@ def as_json(result: Result) -> dict[str, object]:
 
 def page(results: Sequence[Result]) -> str:
     """The README."""
-    return "\n".join([*_head(), table(results), "", *(line for one in results for line in _details(one))])
+    lines = [*_head(), table(results, linked=True), ""]
+    return "\n".join([*lines, *(line for one in results for line in _details(one))])
 
 
-def table(results: Sequence[Result]) -> str:
-    """Markdown: a line for each result."""
-    lines = ["| name | ours | peer | ratio | goal | of the limit |", "|---|---|---|---|---|---|"]
+def table(results: Sequence[Result], linked: bool = False) -> str:
+    """Markdown: a line for each result; where `linked`, its name leads to its section."""
+    lines = ["| name | ours | peer | ratio | goal | share of limit |", "|---|---|---|---|---|---|"]
     for result in results:
         cells = [
-            result.name,
+            f"[{result.name}](#{result.name.replace('.', '')})" if linked else result.name,
             quantity(result.ours, result.unit),
             "" if result.theirs is None else quantity(result.theirs, result.unit),
             "" if result.ratio is None else f"{result.ratio:.2f}×",
@@ -209,6 +210,11 @@ def table(results: Sequence[Result]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def best_of_rounds(rounds: int) -> str:
+    """How often something was measured, for a row's `what`."""
+    return "one round" if rounds == 1 else f"best of {rounds}"
 
 
 def quantity(value: float, unit: str) -> str:
@@ -253,10 +259,11 @@ def _head() -> list[str]:
     return [
         "# Benchmarks",
         "",
-        "Each script runs this project beside the peer that people use for the same work, in turn on the",
-        "same machine. A ratio above 1 means that ours is better. The last column says how near it is to",
-        "what the machine allows. Written by `python benchmarks/results.py` from",
-        "[results.json](results.json); a script's `--record` adds its row to both.",
+        "Each row is one measurement of this project; where people use another program for the same work, that is",
+        "measured in turn on the same machine. A ratio above 1 means that ours is better. *Share of limit*, where",
+        "given, is how near it is to what the hardware allows. *Goal* is a ratio, or a bound on our own figure.",
+        "Written by `python benchmarks/results.py` from [results.json](results.json); a script's `--record` adds its",
+        "row to both.",
         "",
     ]
 

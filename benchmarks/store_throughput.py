@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 
 import boto3
 from contenders import Usage, fastest, measure
-from results import Result, finish, parse, this_machine, today
+from results import Result, best_of_rounds, finish, parse, this_machine, today
 
 from btm_cluster.ledger.documents import THREADS, Documents, in_parallel
 from btm_cluster.storage import open_storage
@@ -207,7 +207,7 @@ def result_of(
     rates = {who: count * mebibytes * 2**20 / 1e6 / usage.seconds for who, usage in best.items()}
     return Result(
         name=f"store-{direction}" + ("" if shape == "few" else "-many"),
-        what=f"{count:,} files of {mebibytes} MiB, loopback, best of {len(taken[direction, 'ours'])}",
+        what=f"{count:,} files of {mebibytes} MiB, loopback, {best_of_rounds(len(taken[direction, 'ours']))}",
         machine=this_machine(),
         measured=today(),
         unit="MB/s",

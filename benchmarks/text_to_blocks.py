@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from contenders import Usage, fastest, in_turn
-from results import Result, finish, parse, this_machine, today
+from results import Result, best_of_rounds, finish, parse, this_machine, today
 from synthetic_text import write_jsonl
 
 TEXTS = 4
@@ -77,7 +77,7 @@ def compare_blocks(folder: Path, text_bytes: int, asked: argparse.Namespace) -> 
     what = (
         f"{text_bytes / MB:,.0f} MB of text in {TEXTS} files of JSON lines to blocks of {BLOCK_TOKENS:,} tokens, "
         f"by a byte-level BPE of {VOCABULARY:,}; ours also drops duplicates, splits and sorts; whole processes, "
-        f"best of {asked.rounds}"
+        f"{best_of_rounds(asked.rounds)}"
     )
     peer = f"datasets {datasets.__version__}, `load_dataset`, then `map` twice with {CORES} processes"
     return row_of("text-to-blocks", what, peer, text_bytes, taken)
@@ -94,7 +94,7 @@ def compare_compressed(folder: Path, text_bytes: int, asked: argparse.Namespace)
     taken = taken_by(commands, asked.rounds)
     what = (
         f"{text_bytes / TEXTS / MB:,.0f} MB of text as JSON lines, compressed by zstd, to documents in memory, one "
-        f"at a time; whole processes, best of {asked.rounds}"
+        f"at a time; whole processes, {best_of_rounds(asked.rounds)}"
     )
     peer = f"`zstd -dc | jq -c .` of {said_by('zstd')} and {said_by('jq')}"
     return row_of("compressed-text", what, peer, text_bytes // TEXTS, taken)

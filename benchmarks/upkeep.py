@@ -47,12 +47,12 @@ def measure(artifacts: int, folder: Path | None) -> dict[str, float]:
         ledger = Ledger.open(store)
         domains = fill(ledger, artifacts)
         taken = {"verify": timed(lambda: verify(ledger))}
-        taken["gc, finding"] = timed(lambda: find_garbage(ledger, 1, 0.0, now=LATER))
+        taken["find garbage"] = timed(lambda: find_garbage(ledger, 1, 0.0, now=LATER))
         taken["purge of one domain"] = timed(lambda: purge(ledger, plan_purge(ledger, domains[0])))
         taken[f"purge of a domain with a {DOMAINS_PURGED}th of all"] = timed(
             lambda: purge(ledger, plan_purge(ledger, "large"))
         )
-        taken["gc, deleting"] = timed(lambda: collect(ledger, find_garbage(ledger, 1, 0.0, now=LATER)))
+        taken["delete garbage"] = timed(lambda: collect(ledger, find_garbage(ledger, 1, 0.0, now=LATER)))
         return taken
 
 

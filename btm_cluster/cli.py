@@ -89,7 +89,7 @@ def options(
             "--version",
             callback=_print_versions,
             is_eager=True,
-            help="Print the versions of btm and of what it stands on.",
+            help="Print the versions of btm, Python, torch, transformers and Ray.",
         ),
     ] = False,
 ) -> None:
@@ -99,7 +99,8 @@ def options(
 def main() -> None:
     """The `btm` command.
 
-    Exit codes: 0 done, 1 some experts failed and are named, 2 the plan or the call is wrong, 130 stopped.
+    Exit codes: 0 done, 1 something failed, such as some experts, 2 the plan, the call or a text is wrong,
+    130 stopped or the budget is spent, 141 the reader of standard output has gone.
     """
     end_at_signals()
     sys.exit(run_command(app))

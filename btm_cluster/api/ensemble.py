@@ -30,7 +30,7 @@ class OpenEnsemble:
         self.text_tokenizer = open_tokenizer(ledger, mixture.tokenizer)
         """The tokenizer as texts are read by it here: what spells a special token in a text is text."""
         self.engine = open_engine(ledger, mixture, self.text_tokenizer, rows, precision, device)
-        """For whoever wants tokens, log-probabilities or experts' weights one by one."""
+        """For tokens, log-probabilities and experts' weights one by one."""
 
     def __repr__(self) -> str:
         return f"<ensemble of {', '.join(self.names)}, forest version {self.mixture.version}>"
@@ -58,10 +58,11 @@ class OpenEnsemble:
             max_new_tokens: a text also ends at an end-of-text token, a stop string or a full block; `finish` says
                 which.
             temperature: 0 takes the likeliest token.
-            top_p: draw among the likeliest tokens that together reach this.
-            top_k: draw among so many of the likeliest tokens.
-            repetition_penalty: above 1, tokens that were there are avoided.
+            top_p: sample from the smallest set of tokens with at least this total probability.
+            top_k: sample from this many of the likeliest tokens.
+            repetition_penalty: above 1, tokens that have occurred become less likely.
             stop: strings before which a text ends.
+            random_seed: the same one gives the same texts.
 
         Raises:
             UserError: a value out of range, or a prompt that fills a block.

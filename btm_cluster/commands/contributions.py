@@ -8,7 +8,7 @@ from btm_cluster.terminal.tables import consoles, plain_table, show_table
 
 
 def contributions(plan_path: ForestPlan = None, store: Store = None, json_output: Json = False) -> None:
-    """Show what each expert is worth on each text: how test perplexity rises without it, from cached scores alone."""
+    """Show what each expert is worth on each text: how test perplexity rises without it, from stored scores alone."""
     with opened_view() as view:
         from btm_cluster.operations.contributions import contributions
 

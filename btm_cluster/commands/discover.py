@@ -33,7 +33,8 @@ def discover(
         Path | None, typer.Option(help="New folder for domain files and model.", show_default=False)
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(help="Place the text in these clusters, found before.", show_default=False)
+        Path | None,
+        typer.Option(help="Folder of clusters found before, to assign the text to.", show_default=False),
     ] = None,
     dataset: Annotated[
         str | None,
@@ -49,7 +50,7 @@ def discover(
     random_seed: Annotated[int, typer.Option(help="Of the sample and the search.", min=0, max=2**32 - 1)] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
-    """Find domains in unlabelled text: a file for each, and a model that places new documents."""
+    """Find domains in unlabelled text: a file for each, and a model that assigns new documents to them."""
     _check_call(clusters, model, to)
     check_shadowing()
     end_input()
@@ -79,7 +80,7 @@ def _check_call(clusters: int | None, model: Path | None, to: Path | None) -> No
             remedy="give one of them",
         )
     if model is None and to is None:
-        raise UserError("btm discover --clusters needs a place to write", remedy="add --to FOLDER")
+        raise UserError("btm discover --clusters needs a folder to write to", remedy="add --to FOLDER")
     if to is not None:
         check_new_folder(to)
 

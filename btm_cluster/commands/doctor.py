@@ -25,7 +25,7 @@ def doctor(
     json_output: JsonAndProgress = False,
     address: Address = None,
 ) -> None:
-    """Look for what would make a run fail: Ray, token, store, clock, disk, GPUs, threads, room. Trains nothing."""
+    """Look for what would make a run fail: Ray, token, store, clock, disk, GPUs, threads, capacity. Trains nothing."""
     plan = None if plan_path is None else read_plan(plan_path)
     check_shadowing()
     end_input()

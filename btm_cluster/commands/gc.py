@@ -17,7 +17,7 @@ def gc(
     store: Store = None,
     keep_versions: Annotated[int, typer.Option(help="Newest versions whose models stay.", min=1)] = 10,
     grace_days: Annotated[
-        float, typer.Option(help="What is younger stays: longer than any run takes.", min=0)
+        float, typer.Option(help="Keep whatever is younger than this; must exceed the longest run.", min=0)
     ] = 30,
     delete: Annotated[
         bool, typer.Option("--delete", help="Delete it; without this, only say what would go.")
@@ -27,7 +27,9 @@ def gc(
     ] = False,
     json_output: Json = False,
 ) -> None:
-    """Find, and with --delete remove, what no kept version, no run in the making and nothing young reaches.
+    """List what nothing needs any more, and with --delete remove it.
+
+    Kept are recent and pinned versions, unfinished work, and whatever is younger than the grace period.
 
     Without --delete nothing is written, so ages are by this machine's clock and not by the store's.
     """

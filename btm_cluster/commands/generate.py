@@ -1,5 +1,5 @@
 """`btm generate`: prompts from arguments, standard input or a file; and its
-texts, who carried which token, why each ended."""
+texts, the experts' weights, why each ended."""
 
 import json
 import os
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red")
 STYLES = (*COLOURS, *(f"bright_{colour}" for colour in COLOURS))
-"""Styles of experts, those that carried most tokens first; then the same underlined."""
+"""Styles of experts, those of most tokens first; then the same underlined."""
 ENDINGS: "Mapping[Finish, str]" = {
     "end of text": "the text ended",
     "stop": "a stop string came",
@@ -47,7 +47,8 @@ def generate(
     plan_path: ForestPlan = None,
     store: Store = None,
     prompt: Annotated[
-        str | None, typer.Option(help="What to go on from; - reads standard input.", show_default=False)
+        str | None,
+        typer.Option(help="Prompt to continue; `-` reads it from standard input.", show_default=False),
     ] = None,
     prompts: Annotated[
         Path | None,
@@ -57,32 +58,35 @@ def generate(
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option("--for", help="Text whose fitted prior to mix the experts by.", show_default=False),
+        typer.Option("--for", help="Text of the plan whose fitted mixture to use.", show_default=False),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 100,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
     top_p: Annotated[
-        float, typer.Option(help="Draw from the likeliest tokens that together reach this.")
+        float,
+        typer.Option(help="Sample from the smallest set of tokens with at least this total probability."),
     ] = 1.0,
     top_k: Annotated[
-        int | None, typer.Option(help="Draw from so many of the likeliest tokens.", show_default=False)
+        int | None, typer.Option(help="Sample from this many of the likeliest tokens.", show_default=False)
     ] = None,
     repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1, tokens that were there are avoided.")
+        float, typer.Option(help="Above 1, tokens that have occurred become less likely.")
     ] = 1.0,
     stop: Annotated[
         list[str] | None,
-        typer.Option(help="A text ends before this string; may be repeated.", show_default=False),
+        typer.Option(help="End the text before this string; may be repeated.", show_default=False),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Another one, another text.")] = 0,
+    random_seed: Annotated[
+        int, typer.Option(help="Random seed of the draw; the same seed gives the same text.")
+    ] = 0,
     show_experts: Annotated[
-        bool, typer.Option(help="Mark each token by the expert that carried it.")
+        bool, typer.Option(help="Mark each token by the expert with the largest share of its probability.")
     ] = False,
     json_output: JsonAndProgress = False,
     address: Cluster = None,
     in_process: NoCluster = False,
 ) -> None:
-    """Let the whole forest continue a prompt, and say which experts it trusted.
+    """Let the whole forest continue a prompt, and show the experts' weights.
 
     With a plan the experts are mixed as it says; with --store alone, by the paper's posterior.
     """
@@ -98,7 +102,7 @@ def generate(
         from btm_cluster.operations.generate import generate as generate_texts
         from btm_cluster.terminal.tables import consoles
 
-        sampling = Sampling(temperature, top_p, seed, top_k, repetition_penalty)
+        sampling = Sampling(temperature, top_p, random_seed, top_k, repetition_penalty)
         asked = Continuation(max_new_tokens, sampling, stops)
         check_generate_call(asked)
         if place.plan is None:
@@ -198,12 +202,10 @@ def _show_generated(found: Sequence["Generated"], show_experts: bool, console: "
 
 
 def _summary(one: "Generated") -> str:
-    """How much was written, why it ended, and whom the forest trusted, the most trusted first."""
-    shares = sorted(one.trust.items(), key=lambda share: -share[1])
-    trusted = (
-        "; trusted " + ", ".join(f"{domain} {share:.0%}" for domain, share in shares) if one.tokens else ""
-    )
-    return f"{one.tokens} tokens, {ENDINGS[one.finish]}{trusted}"
+    """How much was written, why it ended, and the experts' mean weights, the largest first."""
+    weights = sorted(one.expert_weights.items(), key=lambda item: -item[1])
+    listed = ", ".join(f"{domain} {weight:.0%}" for domain, weight in weights)
+    return f"{one.tokens} tokens, {ENDINGS[one.finish]}" + (f"; weights: {listed}" if one.tokens else "")
 
 
 def _block_note(one: "Generated") -> str:
@@ -221,8 +223,8 @@ def _show_experts(one: "Generated", console: "Console") -> None:
     the expert changes; then a legend."""
     from rich.text import Text
 
-    carried = Counter(piece.expert for piece in one.pieces)
-    order = {expert: number for number, (expert, _) in enumerate(carried.most_common())}
+    counts = Counter(piece.expert for piece in one.pieces)
+    order = {expert: number for number, (expert, _) in enumerate(counts.most_common())}
     has_colours = console.color_system is not None and not console.no_color
     if has_colours:
         text = Text(_shown(one.prompt, console))
@@ -235,7 +237,7 @@ def _show_experts(one: "Generated", console: "Console") -> None:
         print(_shown(one.prompt + "".join(told), console))
     print()
     for expert, number in order.items():
-        share = f" carried {carried[expert]} of {one.tokens} tokens"
+        share = f" has the largest share in {counts[expert]} of {one.tokens} tokens"
         if has_colours:
             console.print(Text(f"■ {expert}", _style(number)).append(share, "default"), soft_wrap=True)
         else:

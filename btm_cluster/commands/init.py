@@ -26,7 +26,9 @@ def init(
     target: Annotated[
         list[str] | None,
         typer.Option(
-            help="The same of a text to evaluate on only.", metavar="NAME=FILES", show_default=False
+            help="NAME=FILES of a target: evaluated, never trained on; may be repeated.",
+            metavar="NAME=FILES",
+            show_default=False,
         ),
     ] = None,
 ) -> None:

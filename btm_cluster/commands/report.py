@@ -20,7 +20,7 @@ def report(
     ],
     to: Annotated[Path, typer.Option(help="Folder for the page.", show_default=False)],
 ) -> None:
-    """Make the page of a plan from its store, or of the results of studies, which are kept beside it.
+    """Write the HTML page of a plan from its store, or of studies from their result folders.
 
     Trains and scores nothing, and starts nothing."""
     from btm_cluster.operations.report import is_plan, write_plan_report, write_report

@@ -38,12 +38,14 @@ def score(
     ] = None,
     plan_path: Annotated[
         Path | None,
-        typer.Option("--plan", help="The forest's plan, which mixes it as it says.", show_default=False),
+        typer.Option(
+            "--plan", help="The forest's plan; experts are mixed as its `merging` says.", show_default=False
+        ),
     ] = None,
     store: Store = None,
     target: Annotated[
         str | None,
-        typer.Option("--for", help="With --plan: text whose fitted mixture to use.", show_default=False),
+        typer.Option("--for", help="Text of the plan whose fitted mixture to use.", show_default=False),
     ] = None,
     field: Field = "text",
     delimiter: Delimiter = None,

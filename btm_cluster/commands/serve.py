@@ -27,7 +27,9 @@ def serve(
     store: Store = None,
     forest_version: Annotated[
         int | None,
-        typer.Option(help="A version; else the newest, and each newer one as it comes.", show_default=False),
+        typer.Option(
+            help="Serve this version; without it, the newest, also as newer ones appear.", show_default=False
+        ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
@@ -44,10 +46,14 @@ def serve(
             show_default=False,
         ),
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Texts that a replica writes at once.")] = 32,
-    waiting: Annotated[int, typer.Option(min=0, help="Texts that may wait; more are refused, 429.")] = 512,
-    texts_per_request: Annotated[int, typer.Option(min=1, help="Prompts times samples, at most.")] = 128,
-    seconds: Annotated[float, typer.Option(min=0.1, help="A request takes no longer; else 408.")] = 300,
+    rows: Annotated[int, typer.Option(min=1, help="Texts written at once by a replica.")] = 32,
+    waiting: Annotated[int, typer.Option(min=0, help="Texts that may wait; beyond that, 429.")] = 512,
+    texts_per_request: Annotated[
+        int, typer.Option(min=1, help="Most prompts times samples in a request.")
+    ] = 128,
+    timeout_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Longest time of a request; then it is answered with 408.")
+    ] = 300,
     precision: Annotated[
         Literal["float32", "bfloat16"], typer.Option(help="float32 is what was measured; bfloat16 is faster.")
     ] = "float32",
@@ -85,7 +91,7 @@ def serve(
         rows,
         waiting,
         texts_per_request,
-        seconds,
+        timeout_seconds,
         precision=precision,
         key_digest=digest_of(key) if key else None,
     )

@@ -29,7 +29,7 @@ def study(
     dashboard: Dashboard = False,
     new_resources: NewResources = False,
 ) -> None:
-    """Run the paper's comparison on the plan's texts: rivals, controls, sizes, repeats; tables and figures."""
+    """Run the paper's comparison on the plan's texts: baselines, controls, sizes, repeats."""
     plan = read_plan(plan_path)
     check_shadowing()
     with opened_view() as view:

@@ -79,7 +79,7 @@ def _refuse_messages(text: Unread) -> None:
         raise TextError(
             f"the rows of {source.name!r} have messages, and no field `{DEFAULT_FIELD}`",
             found=f"{' and '.join(fields)}, in the first row of {readable(first)}",
-            remedy=f"`messages: {fields[0] if len(fields) == 1 else list(fields)}` in place of `field` learns what "
+            remedy=f"`messages: {fields[0] if len(fields) == 1 else list(fields)}` instead of `field` learns what "
             "the assistant says",
         )
 

@@ -287,7 +287,7 @@ def _first_token(source: Path, auto: Any, backend: Tokenizer, end: int, given: s
     )
     if before is None or len(before) > 1:
         raise UserError(
-            f"what a model reads first cannot be told from the tokenizer {source}",
+            f"the tokenizer {source} does not say which token a model reads first",
             found="no token"
             if before is None
             else f"{len(before)} tokens: {auto.convert_ids_to_tokens(before)}",

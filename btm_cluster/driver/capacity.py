@@ -80,7 +80,7 @@ def no_capacity(
     if demand.saved_at is not None:
         less = f"go on with the plan's resources by {NEW_RESOURCES}, which the model's profile then tells"
     return ResourcesError(
-        f"{place} has no room for {demand.label}, and never will",
+        f"{place} can never hold {demand.label}",
         found=f"nodes with {describe_nodes(nodes)}",
         expected=", ".join(filter(None, [demand.description, demand.origin])) + "; a worker on one node",
         remedy=demand.remedy or f"{less}, or {elsewhere}",

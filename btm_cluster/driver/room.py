@@ -24,7 +24,7 @@ class Room:
         return devices(how) / there if there else 1 / max(at_once, 1)
 
 
-SOME_CLUSTER = Room("with room for all experts at once")
+SOME_CLUSTER = Room("where all experts train at once")
 """Machines that nobody has looked at."""
 
 

@@ -19,7 +19,7 @@ TOKENS_PER_PARAMETER = 10
 Source: Hoffmann et al., 2022, Training compute-optimal large language models.
 """
 SEED_SHARE = 0.75
-"""Small models want more than the paper's half: docs/results.md."""
+"""Small models do best with more than the paper's half: docs/results.md."""
 CPU_HOURS, GPU_HOURS = 0.12, 4.0
 """Hours that a first run may take: with its report ten minutes on a CPU, an evening on GPUs."""
 LEAST_UPDATES = 200

@@ -1,5 +1,5 @@
 """A gate that is trained: a small network looks at what each expert has shown so
-far and says how much to trust it now.
+far and gives it a weight for the next token.
 
 The network is the same for every expert, so that a gate fitted on some texts ("one for all") serves other
 texts and other forests; a bias for each expert is fitted where a text has development blocks of its own, from

@@ -2,7 +2,7 @@
 domains' development text, never by test text.
 
 A Transformer-LM that passes over little text many times gets worse before its end, and its finished model
-alone is then an easy rival.
+alone is then an easy baseline.
 """
 
 from collections.abc import Mapping

@@ -44,7 +44,7 @@ def trains_of(branching: BranchingPlan, model: Mapping[str, Any]) -> Trains:
     if branching.train == "feed-forward":
         if not feed_forwards_of(fresh_on_meta(model)):
             raise PlanError(
-                f"branching.train: the feed-forwards of a {model['model_type']} cannot be told from the rest",
+                f"branching.train: the feed-forwards of a {model['model_type']} cannot be found",
                 found="no submodule `mlp` in its layers",
                 expected="decoder layers with a feed-forward called `mlp`, as in gpt2, llama or qwen2",
                 remedy="take `train: lora` or `train: all`",

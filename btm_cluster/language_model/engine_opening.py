@@ -104,6 +104,6 @@ def _too_little_memory(models: Sequence[PreTrainedModel], settings: EngineSettin
         "the models do not fit on the device",
         found=f"{len(models)} models of {weights / 1e9:.1f} GB in all so far, and {settings.rows} rows of "
         f"{settings.block_tokens} tokens",
-        expected="room for the weights, and for each row's keys and values in every model",
+        expected="memory for the weights, and for each row's keys and values in every model",
         remedy="fewer rows, bfloat16, or fewer experts (merging.top_k)",
     )

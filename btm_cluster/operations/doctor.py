@@ -162,7 +162,9 @@ def _created_once(storage: Storage) -> Check:
         first = storage.read(key)
         again = storage.create(key, b"later")
         if winners != 1 or again or storage.read(key) != first:
-            found = f"{winners + again} of {RACERS + 1} creators of one object were told that they made it"
+            found = (
+                f"{winners + again} of {RACERS + 1} creators of one object got the answer that they made it"
+            )
             return Check(
                 name,
                 "wrong",

@@ -43,7 +43,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Generated:
-    """Text that a forest wrote after a prompt, and how much it trusted each expert meanwhile."""
+    """Text that a forest wrote after a prompt, and the weights of its experts."""
 
     prompt: str
     text: str
@@ -51,7 +51,7 @@ class Generated:
     tokens: int
     finish: Finish
     """Why it ended."""
-    trust: Mapping[str, float]
+    expert_weights: Mapping[str, float]
     """The mean weight over the written tokens, by domain, and the seed's; what
     the plan's `top_k` leaves out is missing, or zero where it was loaded."""
     pieces: tuple[Piece, ...]
@@ -158,5 +158,7 @@ def _generated(
         best = max(range(len(names)), key=lambda j: drawn.shares_E[j])
         told.append(Piece(text[:left], names[best], drawn.shares_E[best]))
         left -= len(told[-1].text)
-    trust = dict(zip(names, written.mean_weights(len(names)), strict=True))
-    return Generated(prompt, written.text, len(read), len(written.tokens), written.finish, trust, tuple(told))
+    weights = dict(zip(names, written.mean_weights(len(names)), strict=True))
+    return Generated(
+        prompt, written.text, len(read), len(written.tokens), written.finish, weights, tuple(told)
+    )

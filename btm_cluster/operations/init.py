@@ -44,7 +44,7 @@ training:
 # branching:
 #   learning_rate_scale: 2            # the experts' rate over the seed's. Default: the paper's 1, or 10 with LoRA
 #   train: lora                       # adapters alone, of a frozen seed; or feed-forward
-baselines: [transformer-lm]           # the rival of the same compute, so that you know whether it was worth it
+baselines: [transformer-lm]           # a Transformer-LM of the same compute: was the forest worth it?
 
 merging: {{posterior: calibrated, prior: fitted, development_blocks: 100}}    # posterior: gate learns more; with_seed: true
 
@@ -133,7 +133,7 @@ def write_starter_plan(path: Path, texts: NamedTexts | None = None) -> str:
         if _TEMPLATE_LINE in plan and not (template := path.parent / _TEMPLATE_FILE).exists():
             template.write_text(CHAT_TEMPLATE, encoding="utf-8")
     except OSError as exc:
-        raise UserError(f"cannot write {path}", found=str(exc), remedy="choose another place") from exc
+        raise UserError(f"cannot write {path}", found=str(exc), remedy="choose another file") from exc
     return assumed
 
 

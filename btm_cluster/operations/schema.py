@@ -25,16 +25,17 @@ def plan_reference() -> str:
     return "\n".join([OPENING, *_tables(Plan, "", {})])
 
 
-def _tables(section: type[BaseModel], path: str, shown: dict[type[BaseModel], str]) -> Iterator[str]:
+def _tables(section: type[BaseModel], path: str, shown: dict[str, str]) -> Iterator[str]:
     """The table of a section and those of the sections in it, but for what was `shown` at another path."""
-    if section in shown:
-        yield f"## `{path}`\n\nThe fields of `{shown[section]}`.\n"
-        return
-    shown[section] = path
     about = " ".join((section.__doc__ or "").split())
     rows = [_row(name, field) for name, field in section.model_fields.items()]
-    table = ["| field | default | meaning |", "|---|---|---|", *rows]
-    yield f"## {f'`{path}`' if path else 'The plan'}\n\n{about}\n\n" + "\n".join(table) + "\n"
+    table = "\n".join(["| field | default | meaning |", "|---|---|---|", *rows])
+    opening = f"## {f'`{path}`' if path else 'The plan'}\n\n{about}\n\n"
+    if table in shown:
+        yield f"{opening}The fields of `{shown[table]}`.\n"
+        return
+    shown[table] = path
+    yield f"{opening}{table}\n"
     for name, field in section.model_fields.items():
         inner, is_list = _section_of(field.annotation)
         if inner is not None:

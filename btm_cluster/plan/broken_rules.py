@@ -1,4 +1,4 @@
-"""How a section of a plan is checked, and how a rule that it breaks is told."""
+"""How a section of a plan is checked, and how a rule that it breaks is reported."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping

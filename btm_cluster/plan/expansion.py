@@ -36,10 +36,10 @@ class AcceptancePlan(Section):
     """When an expansion is merged."""
 
     development_perplexity_rise_at_most: Real
-    """Largest relative rise, such as 0.01, of the ensemble's perplexity on the development text of the
-    forest's domains and the plan's targets, mean over texts; without targets of which documents stand in a
-    new domain's training text. Fitted on one half of the blocks and measured on the other, both ways; by the
-    calibrated posterior where `merging.posterior` is a gate."""
+    """Largest relative rise, such as 0.01, of the ensemble's mean perplexity on the development text of the
+    forest's domains and the plan's targets. Targets that occur in a new domain's training text are left out.
+    Fitted on one half of the blocks, measured on the other, both ways. A gate is replaced by the calibrated
+    posterior."""
 
 
 class ExpansionPlan(Section):

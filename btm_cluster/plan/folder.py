@@ -23,7 +23,7 @@ def jobs_copy_of(path: str) -> str | None:
 
 
 def refuse_in_jobs_copy(location: str) -> None:
-    """Refuses a place for results, by its absolute path or address, that would go with a job.
+    """Refuses a location for results, an absolute path or address, that would go with a job.
 
     Raises:
         UserError: it lies in the job's copy of its working directory.
@@ -33,7 +33,7 @@ def refuse_in_jobs_copy(location: str) -> None:
             "what is written would be deleted with this job",
             found=f"{location}, in the Ray job's own copy of its working directory",
             expected="a bucket, or the absolute path of a folder that all nodes share",
-            remedy="name such a place",
+            remedy="name one of these",
         )
 
 

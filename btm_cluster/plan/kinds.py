@@ -1,4 +1,4 @@
-"""Kinds of text files, told by their names: how each is read, and which are not.
+"""Kinds of text files, recognised by their names: how each is read, and which are not.
 
 Knows names and patterns only; `data/readers.py` reads what is in the files.
 """

@@ -61,8 +61,8 @@ class MergingPlan(Section):
     for each text. It has no use for `prior` and `top_k`; averages are weighted as ever."""
     with_seed: bool = False
     """Mix the seed with the experts, as one model more: in `btm generate`, and in a row of its own beside the
-    ensembles of experts alone. Worth most where experts learn their text by heart, nothing where they have
-    left a weak seed behind, for one model more to run. Averages are of experts."""
+    ensembles of experts alone. Worth most where experts overfit their text; worth nothing where the seed is
+    weak. Costs one more model per token. Averages are unaffected."""
     prior: Literal["fitted", "ema", "mean", "uniform"] = "fitted"
     """`ema` is the paper's estimate; `fitted` maximises the likelihood of the development text."""
     average_prior: Literal["fitted", "ema", "mean", "uniform"] = "fitted"
@@ -93,8 +93,8 @@ class ClusterPlan(Section):
 
     rules: ClassVar = plan_rules.cluster_rules
     seed_gpus: Real = 0
-    """GPUs of the seed's and the Transformer-LM's group; 0 trains on CPU. A fraction leaves room on the GPU
-    for experts, whose processes then start while the seed is trained."""
+    """GPUs of the seed's and the Transformer-LM's group; 0 trains on CPU. A fraction leaves a share of
+    the GPU to experts, whose processes then start while the seed is trained."""
     gpus_per_expert: Real = 0
     """GPUs of an expert's group. A fraction lets several experts share a GPU."""
     seed_cpus: Positive = 2
@@ -105,7 +105,7 @@ class ClusterPlan(Section):
     """The cluster can grow: a demand that it cannot meet yet waits, saying so
     every minute, instead of being refused."""
     concurrent_experts: Positive | None = None
-    """Experts trained at once; without it, as many as there is room for."""
+    """Experts trained at once; without it, as many as the cluster can hold."""
     retries: Whole = 3
     """Times a step is tried again after its process or node died."""
     micro_batch_blocks: Blocks = 16
@@ -164,17 +164,17 @@ class Plan(Section):
     training: TrainingPlan = TrainingPlan()
     """The recipe shared by seed, experts and Transformer-LM."""
     branching: BranchingPlan = BranchingPlan()
-    """Where the experts of later domains start."""
+    """How experts start and what they train."""
     merging: MergingPlan = MergingPlan()
     """How experts are combined."""
     baselines: tuple[Literal["transformer-lm", "demix"], ...] = ()
-    """Rivals trained with the same compute on the same text."""
+    """Baselines trained with the same compute on the same text."""
     cluster: ClusterPlan = ClusterPlan()
     """How the work is done."""
     budget: BudgetPlan = BudgetPlan()
     """Limits on its cost."""
     study: StudyPlan | None = None
-    """For `btm study` alone; without it, the plan's own model with all rivals and controls."""
+    """For `btm study` alone; without it, the plan's own model with all baselines and controls."""
     expansion: ExpansionPlan = ExpansionPlan()
     """How `btm expand` takes what has arrived."""
     tracking: TrackingPlan = TrackingPlan()

@@ -93,7 +93,7 @@ def branching_rules(given: Given) -> Iterator[Broken]:
 
 
 def merging_rules(given: Given) -> Iterator[Broken]:
-    """A gate learns what a prior says, of all experts; and a temperature wants clusters."""
+    """A gate learns what a prior says, of all experts; and a temperature needs clusters."""
     if given.get("posterior") == "gate":
         for name, right in (("prior", "fitted"), ("top_k", None)):
             if given.get(name, right) != right:

@@ -94,7 +94,7 @@ class SearchPlan(Section):
     first_rung: Annotated[Share, Field(gt=0)] = 0.125
     """Share of the training after which a trial can be stopped first: after the warm-up."""
     reduction_factor: Annotated[Positive, Field(ge=2)] = 3
-    """About one of so many trials goes on from a rung, and rungs lie so many times further on than the one
+    """About one in this many trials continues beyond a rung; each rung is this many times further than the one
     before."""
     random_seed: Annotated[Whole, Field(lt=2**32)] = 0
     """The random seed of what is drawn."""

@@ -65,7 +65,7 @@ class StudyPlan(Section):
     """Model sizes; without any, the plan's own model and recipe."""
     trials: tuple[TrialPlan, ...] = ()
     """Recipes tried on the Transformer-LM alone, with each size and the first random seed: all systems are
-    then trained by the one with the lowest perplexity on the domains' development text, so that no rival is
+    then trained by the one with the lowest perplexity on the domains' development text, so that no baseline is
     handicapped. One that diverges is out of the running."""
     search: SearchPlan | None = None
     """Instead of `trials`: a space that Ray Tune draws recipes from. It stops those that lose early."""
@@ -91,7 +91,7 @@ class StudyPlan(Section):
         "early-stopping",
         "adapted",
     )
-    """Rivals and controls beside forest and Transformer-LM: DEMix; a DEMix that branches from the seed, as
+    """Baselines and controls beside forest and Transformer-LM: DEMix; a DEMix that branches from the seed, as
     experts do; a forest of random splits; experts each stopped at the milestone that is best on their domain's
     development text, as the Transformer-LM is; Transformer-LM and forest both trained on each text's development
     blocks. And the forest, and each one of `branching`, as a mixture of experts, routed to one and to two: it

@@ -55,7 +55,7 @@ def idle_reading(field: Any, delimiter: Any, kinds: Set[Kind | None]) -> Iterato
 
 
 def messages_rules(messages: Any, field: Any, kinds: Set[Kind | None]) -> Iterator[Broken]:
-    """Messages stand in rows, and in place of a field."""
+    """Messages stand in rows, and instead of a field."""
     if messages is None:
         return
     if field not in (None, DEFAULT_FIELD):

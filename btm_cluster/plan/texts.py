@@ -68,7 +68,7 @@ class TextPlan(_Source):
 
     rules: ClassVar = text_rules.text_rules
     name: Name
-    """Stands once in a forest: lower-case letters, digits, - and _."""
+    """Unique in the forest: lower-case letters, digits, - and _."""
     text: Files = ()
     """Files or globs, local or s3://: .jsonl .csv .tsv .parquet .txt and source text; .gz, .zst or .bz2.
 
@@ -110,7 +110,7 @@ class ReadingPlan(Section):
     test_share: Share = 0.02
     """Share of documents held out for what is reported."""
     longest_document_characters: Annotated[Positive, Field(le=10**9)] = 1_000_000
-    """Longer documents are bad documents: one such line is more often a mistake than a text."""
+    """Longer documents count as bad: such a line is usually a mistake."""
     bad_documents: Literal["refuse", "skip"] = "refuse"
     """A line that is not JSON, lacks the field, is not UTF-8, or is too long:
     refuse the text, or skip, count and report."""

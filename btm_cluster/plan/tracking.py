@@ -26,6 +26,6 @@ class TrackingPlan(Section):
     """Where curves go. TensorBoard's are always written, to `logs/` in the store."""
 
     wandb: WandbPlan | None = None
-    """Weights & Biases, too; wants `pip install wandb` where the driver runs."""
+    """Weights & Biases, too; needs `pip install wandb` where the driver runs."""
     mlflow: MlflowPlan | None = None
-    """MLflow, too; wants `pip install mlflow-skinny` where the driver runs."""
+    """MLflow, too; needs `pip install mlflow-skinny` where the driver runs."""

@@ -72,10 +72,10 @@ class TrainingPlan(Section):
     updates: Positive = 80_000
     """Whole budget: seed updates and then expert updates."""
     seed_share: Share = 0.5
-    """Share of `updates` that the seed takes. The paper: 0.5, robust for ensembles from 0.2 to 0.8; averages
-    want 0.5 to 0.75. A pretrained model is a seed already: unless this is written, it is 0 then, and experts
-    train all `updates`. Written, it is the part of the learning-rate line that the pretrained model is taken
-    to have behind it: experts go on from there."""
+    """Share of `updates` that the seed takes. Default: the paper's. Small models here did best at 0.75
+    (docs/results.md); `btm init` writes that. With `model.pretrained` it is 0 unless written: experts then train
+    all `updates`. If written, it is the part of the learning-rate schedule that the pretrained model counts as
+    having behind it."""
     blocks_per_domain_update: Positive = 128
     """Blocks an expert takes per update; seed and Transformer-LM take this times the
     number of founding domains."""
@@ -86,9 +86,9 @@ class TrainingPlan(Section):
     branch with fresh Adam moments, of an average or a pretrained model, rises to that line over a hundredth
     of its own updates."""
     betas: tuple[Share, Share] = (0.9, 0.95)
-    """AdamW's."""
+    """AdamW's β₁ and β₂; the paper's."""
     epsilon: PositiveReal = 1e-7
-    """AdamW's."""
+    """AdamW's ε; the paper's."""
     weight_decay: Real = 0.1
     """Decoupled, on matrices only."""
     gradient_clip: PositiveReal = 1.0
@@ -96,7 +96,7 @@ class TrainingPlan(Section):
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`muon`: Muon for the matrices of the layers, with steps as large as AdamW's, so that learning rate and weight
     decay are the same; AdamW for embeddings, output matrix, vectors and adapters. It keeps one moment of a matrix
-    instead of two, and wants whole matrices: no sharding, no DEMix.
+    instead of two, and needs whole matrices: no sharding, no DEMix.
 
     Source: Liu et al., 2025, Muon is scalable for LLM training.
     """
@@ -119,7 +119,7 @@ class LoraPlan(Section):
 
     rules: ClassVar = plan_rules.lora_rules
     rank: Positive = 16
-    """Rows of A, columns of B. Enough for a domain of some million tokens; more text wants more: 64 to 256."""
+    """Rows of A, columns of B. Enough for a domain of some million tokens; more text needs more: 64 to 256."""
     alpha: PositiveReal = 32.0
     """ΔW is scaled by alpha/rank: by 2 at rank 16, as is the habit. Where it stays as the rank changes, so does
     the best learning rate.

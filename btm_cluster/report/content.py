@@ -63,7 +63,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Token:
-    """A token of an excerpt, in the colour of the expert that carried it."""
+    """A token of an excerpt, in the colour of the expert with the largest share."""
 
     text: str
     tip: str

@@ -26,7 +26,7 @@ from btm_cluster.report.measured import Piece, TextParts, tops_of
 OTHERS = COLOURS - 1
 """The colour of experts that have none of their own."""
 HEAT = ("experts", "Experts on texts")
-CARRIED = ("tokens", "Who carries each token")
+TOKENS = ("tokens", "The expert of each token")
 WORTH = ("worth", "What each expert is worth")
 MOST_UNFOLDED = 12
 """Excerpts that are shown at once; more are folded under their names."""
@@ -40,7 +40,7 @@ def colours_of(experts: Sequence[str]) -> dict[str, int]:
 
 
 def heat_section(texts: Sequence[TextParts], experts: Sequence[str], why_not: str) -> Section:
-    """Perplexity of each expert on each text, and how much the ensemble relies on it."""
+    """Perplexity of each expert on each text, and its mean weight in the ensemble."""
     if not texts:
         return not_measured(*HEAT, why_not)
     # Domains in the experts' order, so that a domain and its expert meet on the diagonal.
@@ -96,14 +96,14 @@ def _looked_at(texts: Sequence[TextParts]) -> str:
 def excerpts_section(texts: Sequence[TextParts], experts: Sequence[str], why_not: str) -> Section:
     """A piece of a test document of each text."""
     if not texts:
-        return not_measured(*CARRIED, why_not)
+        return not_measured(*TOKENS, why_not)
     told = (
         "A piece of a test document of each text. A token has the colour and the underline of the expert from "
         "which most of its probability came, by the calibrated posterior; the stronger the colour, the more of it."
     )
     is_folded = len(texts) > MOST_UNFOLDED
     excerpts = [_excerpt(text, experts, is_folded) for text in texts if text.excerpt]
-    return Section(*CARRIED, [Paragraph(told), *excerpts])
+    return Section(*TOKENS, [Paragraph(told), *excerpts])
 
 
 def _excerpt(text: TextParts, experts: Sequence[str], is_folded: bool) -> Excerpt:

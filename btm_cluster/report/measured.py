@@ -37,7 +37,7 @@ LEAST_EXCERPT_TOKENS = 60
 
 @dataclass(frozen=True)
 class Piece:
-    """A token of an excerpt: its text, the expert that carried it, and that expert's share p(D=j | x_≤t)."""
+    """A token of an excerpt: its text, the expert with the largest share of it, and that share p(D=j | x_≤t)."""
 
     text: str
     expert: int

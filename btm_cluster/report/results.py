@@ -91,10 +91,10 @@ def _check_alike(earlier: Sequence[Entry], later: Sequence[Entry], folder: Path)
     Raises:
         UserError: naming in what they differ.
     """
-    rivals = [
+    baselines = [
         [entry for entry in entries if entry["system"] == "transformer-lm"] for entries in (earlier, later)
     ]
-    for one, other in product(*rivals):
+    for one, other in product(*baselines):
         if one["size"] != other["size"]:
             continue
         alike = ("tokens", "experts", "non_embedding_parameters")

@@ -162,12 +162,12 @@ def across_sizes(entries: Sequence[Entry]) -> Iterator[Section]:
     groups = {
         size: main_entries(select(entries, size=size)) for size in dict.fromkeys(e["size"] for e in entries)
     }
-    rivals = {size: _transformer_lm(own) for size, own in groups.items()}
+    baselines = {size: _transformer_lm(own) for size, own in groups.items()}
     rows = []
     for size, own in groups.items():
         for name, wanted in SEVERAL_MODELS.items():
             found = _with_costs(select(own, **wanted))
-            others = [one for other, one in rivals.items() if other != size and _on_same_texts(found, one)]
+            others = [one for other, one in baselines.items() if other != size and _on_same_texts(found, one)]
             if found and others:
                 nearest = min(others, key=lambda one: abs(math.log(_relative_inference(found, one))))
                 rows.append([f"{size} {name}", *_beside(found, nearest)])
@@ -194,13 +194,13 @@ def _on_same_texts(some: Sequence[Entry], others: Sequence[Entry]) -> bool:
     return bool(some and others) and some[0]["per_domain"].keys() == others[0]["per_domain"].keys()
 
 
-def _relative_inference(entries: Sequence[Entry], rival: Sequence[Entry]) -> float:
-    return _mean(entries, "inference_flops") / _mean(rival, "inference_flops")
+def _relative_inference(entries: Sequence[Entry], baseline: Sequence[Entry]) -> float:
+    return _mean(entries, "inference_flops") / _mean(baseline, "inference_flops")
 
 
-def _beside(entries: Sequence[Entry], rival: Sequence[Entry]) -> list[str]:
-    own, other = (spread([e["bits_per_byte"]["all"] for e in some]).mean for some in (entries, rival))
-    ratio = _relative_inference(entries, rival)
+def _beside(entries: Sequence[Entry], baseline: Sequence[Entry]) -> list[str]:
+    own, other = (spread([e["bits_per_byte"]["all"] for e in some]).mean for some in (entries, baseline))
+    ratio = _relative_inference(entries, baseline)
     answer = ANSWERS[is_better((own - other, own - other), ratio)]
     flops = f"{_mean(entries, 'inference_flops'):.3g}"
-    return [flops, f"{own:.4f}", rival[0]["size"], f"{other:.4f}", f"{answer}, at {ratio:.2f}x"]
+    return [flops, f"{own:.4f}", baseline[0]["size"], f"{other:.4f}", f"{answer}, at {ratio:.2f}x"]

@@ -82,7 +82,7 @@ def _number(value: float) -> str:
 
 def _edges(trials: Sequence[Entry], name: str, setting: str) -> Iterator[str]:
     """A warning for each group whose chosen value has none tried beyond it: of a
-    recipe, the rival may do better there."""
+    recipe, the baseline may do better there."""
     for group in dict.fromkeys(map(_group, trials)):
         own = [trial for trial in trials if _group(trial) == group]
         values = {trial[name] for trial in own}

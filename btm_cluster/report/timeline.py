@@ -26,7 +26,7 @@ STEPS: Mapping[str, tuple[str, int]] = {
 }
 """Activity in the legend by step name, and the number of its colour."""
 OTHER_STEPS = ("fitting, mixing, averaging", 3)
-WAITING = "waiting for room"
+WAITING = "waiting for capacity"
 OTHER_EVENTS: Mapping[str, tuple[str, int]] = {
     "start": ("starting", 4),
     "wait": (WAITING, 7),

@@ -37,7 +37,7 @@ def build_app(live: LiveForest) -> FastAPI:
         settings = live.settings
         with live.current.in_use() as forest:
             call = domains_of(forest, body, settings)
-            found = await within(settings.seconds, until_gone(request, call))
+            found = await within(settings.timeout_seconds, until_gone(request, call))
             return {
                 "object": "list",
                 "forest_version": forest.mixture.version,

@@ -39,7 +39,7 @@ class CompletionCall:
         """The whole answer."""
         with self._live.current.in_use() as forest, self._metrics.call():
             call = self._answer(forest)
-            return await within(self._live.settings.seconds, until_gone(self._request, call))
+            return await within(self._live.settings.timeout_seconds, until_gone(self._request, call))
 
     async def _answer(self, forest: LoadedForest) -> Completion:
         body, tokenizer = self._body, forest.tokenizer
@@ -88,7 +88,7 @@ class CompletionCall:
         ]
         outcome.status = GONE  # unless the last part is read
         try:
-            async with asyncio.timeout(self._live.settings.seconds):
+            async with asyncio.timeout(self._live.settings.timeout_seconds):
                 async for choice in _merged(streams):
                     yield _event(self._completion(forest, [choice], None))
         except Exception as exc:  # the status has been sent: the error is the last part

@@ -65,7 +65,7 @@ def _score_in_portions(
             if has_gone.is_set():
                 raise TimeoutError
             part = served.engine.score(texts[start : start + portion], served.gate)
-            found += asyncio.run_coroutine_threadsafe(part, loop).result(settings.seconds)
+            found += asyncio.run_coroutine_threadsafe(part, loop).result(settings.timeout_seconds)
         return found
 
     return score

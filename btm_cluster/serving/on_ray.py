@@ -106,7 +106,7 @@ def _application(arguments: ForestArguments, config: dict[str, Any]) -> Applicat
             "num_gpus": arguments.gpus_per_replica,
             "num_cpus": arguments.cpus_per_replica,
         },
-        graceful_shutdown_timeout_s=settings.seconds,
+        graceful_shutdown_timeout_s=settings.timeout_seconds,
         **replicas,
     )
     bound: Application = deployment.bind(arguments.store, asdict(settings), arguments.follow_seconds)

@@ -24,7 +24,7 @@ class ServingSettings:
     """Prompts and texts that may wait for a row; beyond them, callers get 429."""
     prompts: AtLeastOne = 128
     """Prompts of one request, times its number of samples."""
-    seconds: Positive = 300.0
+    timeout_seconds: Positive = 300.0
     """Longest time that one request may take."""
     body_bytes: AtLeastOne = 8 * 2**20
     other_models: AtLeastOne = 2

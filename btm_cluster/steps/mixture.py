@@ -90,7 +90,7 @@ def forest_with_experts(ledger: Ledger, version: int | None = None) -> Forest:
         raise UserError(
             f"there is no forest with experts in {ledger.storage.location}",
             found=found,
-            remedy="check the store's place, which is relative to this folder; `btm run` grows a forest",
+            remedy="check the store's path, which is relative to this folder; `btm run` grows a forest",
         )
     return forest
 

@@ -62,7 +62,7 @@ class LocalFolder:
             raise UserError(
                 f"the store {self.location[:200]} cannot be a folder",
                 found=found,
-                expected="a folder, or a place for one",
+                expected="a folder, or a path where one can be made",
                 remedy="choose another `store`",
             )
 

@@ -1,1 +1,1 @@
-"""A study: the paper's comparison with its rivals, controls and repeats."""
+"""A study: the paper's comparison with its baselines, controls and repeats."""

@@ -1,6 +1,6 @@
 """Transformer-LM and forest, trained on the development blocks that priors are fitted on.
 
-A forest that uses development text must be held against a rival that uses it as well. The Transformer-LM is
+A forest that uses development text must be held against a baseline that uses it as well. The Transformer-LM is
 carried on over the blocks; the forest gets a new expert, branched from its average for the text, as for any
 new domain. A fifth of the blocks is left out of training: on it the learning rate and the number of passes
 are chosen, and the forest's new prior is fitted.
@@ -122,9 +122,9 @@ def _rows(
     rows: Rows = {}
     sizes: dict[Part, torch.Tensor] = {}
     costs: dict[System, int] = {}
-    for rival, expert in zip(carried_on, new, strict=True):
+    for baseline, expert in zip(carried_on, new, strict=True):
         part, combined = (expert.text.name, "test"), [*forest.refs, best(expert)]
-        single = stack_of(driver.ledger, [best(rival), best(expert)], expert.text, "test")
+        single = stack_of(driver.ledger, [best(baseline), best(expert)], expert.text, "test")
         names = ("transformer-lm on development text", "expert on development text")
         for system, sums_UD in zip(map(System, names), single.sums(), strict=True):
             rows.setdefault(system, {})[part], costs[system] = sums_UD, 1

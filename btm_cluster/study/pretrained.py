@@ -6,7 +6,7 @@ from btm_cluster.study.controls import DEMIXES
 
 
 def study_of(plan: Plan) -> StudyPlan:
-    """The plan's study, or one of all rivals and controls; beside a pretrained model, all but DEMix."""
+    """The plan's study, or one of all baselines and controls; beside a pretrained model, all but DEMix."""
     study = plan.study or StudyPlan()
     if plan.model.pretrained is None or study.sizes or "systems" in study.model_fields_set:
         return study

@@ -49,7 +49,7 @@ class Study:
 
 def run_study(plan: Plan, driver: Driver) -> Iterator[Study]:
     """Trains and compares everything that `plan.study` names; without one, the plan's
-    own model with all rivals and controls.
+    own model with all baselines and controls.
 
     Yields what is known after each size and random seed, so that the first results need not wait for the
     last, and once more with the growth.

@@ -27,7 +27,7 @@ JsonAndProgress = Annotated[
 Address = Annotated[
     str | None,
     typer.Option(
-        envvar="RAY_ADDRESS", help="A Ray cluster to join, or auto; without it a local one is started."
+        envvar="RAY_ADDRESS", help="Ray cluster to join, or `auto`; without it, a local one is started."
     ),
 ]
 InProcess = Annotated[bool, typer.Option("--in-process", help="Without Ray, one step after the other.")]
@@ -36,7 +36,7 @@ Cluster = Annotated[
     typer.Option(
         "--address",
         envvar="RAY_ADDRESS",
-        help="A Ray cluster to join, or auto, for what the store lacks; without it this process makes that.",
+        help="Ray cluster (or `auto`) that computes what the store lacks; without it, this process does.",
     ),
 ]
 NoCluster = Annotated[
@@ -44,7 +44,7 @@ NoCluster = Annotated[
 ]
 Dashboard = Annotated[bool, typer.Option("--dashboard", help="Serve the Ray dashboard of a local cluster.")]
 Details = Annotated[
-    bool, typer.Option("--details", help="Every text's figures, what was fitted, and sizes of texts, too.")
+    bool, typer.Option("--details", help="Also show each text's figures and size, and what was fitted.")
 ]
 NewResources = Annotated[
     bool,
@@ -78,14 +78,12 @@ Target = Annotated[
 ]
 Density = Annotated[
     float | None,
-    typer.Option(
-        help="Share of each tensor's differences that ties keeps; else the paper's.", show_default=False
-    ),
+    typer.Option(help="Share of each tensor's differences that ties keeps; default 0.2.", show_default=False),
 ]
 Scale = Annotated[
     float | None,
     typer.Option(
-        help="Factor of differences, for ties and task-arithmetic; else the papers'.", show_default=False
+        help="Factor of differences; default 1 for ties, 0.4 for task-arithmetic.", show_default=False
     ),
 ]
 
@@ -112,7 +110,7 @@ def forest_place(
         raise UserError(
             f"btm {command} needs a forest",
             found=f"both {plan_is} and --store" if store else f"neither {plan_is} nor --store",
-            expected=f"{plan_is}, or --store (or {STORE_VARIABLE}) with its place",
+            expected=f"{plan_is}, or --store (or {STORE_VARIABLE}) with its location",
         )
     if plan_path is None:
         assert store is not None

@@ -197,7 +197,7 @@ class _Notes(Output):
 
 
 def _not_written(exc: OSError) -> OutputError:
-    remedy = "make room or print elsewhere; the same command says it again"
+    remedy = "free some space or print elsewhere; the same command says it again"
     failed = OutputError("standard output cannot be written", found=exc.strerror or str(exc), remedy=remedy)
     if isinstance(exc, BrokenPipeError):
         failed.exit_code = CLOSED_PIPE

@@ -92,7 +92,7 @@ def _judge_gpu(machine: Machine, needs: Needs) -> Check:
         found = f"Ray hands out {machine.claimed_gpus:g} GPU, torch can use {machine.torch_gpus}"
         remedy = "start Ray with --num-gpus of what torch can use"
     elif needs.compiles and not machine.has_compiler:
-        found = f"{seen}, and no C compiler, which torch.compile wants"
+        found = f"{seen}, and no C compiler, which torch.compile needs"
         remedy = "install gcc there, or set `compile: off` in the plan's `cluster`"
     else:
         return Check("GPU", "ok", f"{seen}, torch's CUDA {machine.torch_cuda}")
@@ -117,7 +117,7 @@ def _judge_threads(machine: Machine, needs: Needs) -> Check:
 def _judge_compiler(machine: Machine, _: Needs) -> Check:
     if machine.no_cpu_compiler:
         remedy = "install g++ and Python's headers there, or set `compile: off` in the plan's `cluster`"
-        return Check("compiler", "wrong", f"{machine.no_cpu_compiler}, which torch.compile wants", remedy)
+        return Check("compiler", "wrong", f"{machine.no_cpu_compiler}, which torch.compile needs", remedy)
     return Check("compiler", "ok", "there, and Python's headers")
 
 

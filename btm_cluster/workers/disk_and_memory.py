@@ -19,14 +19,14 @@ GIGABYTE = 10**9
 
 
 def check_disk_of_store(location: str, needed: int) -> None:
-    """Refuses to begin where a local store has no room for the models to come.
+    """Refuses to begin where a local store has too little space for the models to come.
 
     Raises:
         ResourcesError: naming what is free and what is needed.
     """
     if "://" not in location:
         _check_disk(
-            "the disk of the store", Path(location), needed, "make room there, or name another `store`"
+            "the disk of the store", Path(location), needed, "free some space there, or name another `store`"
         )
 
 
@@ -62,7 +62,7 @@ def problems_here(demands: Sequence[Demand]) -> Iterator[ResourcesError]:
                 remedy="take a smaller `model`, or a machine with more",
             )
         try:
-            remedy = "make room there, or set TMPDIR to a folder on a larger disk"
+            remedy = "free some space there, or set TMPDIR to a folder on a larger disk"
             needed = stored_bytes(demand.parameters, with_optimizer=True, by_muon=demand.by_muon)
             what, folder = (
                 f"the disk on which {demand.label} is written before it is stored",
@@ -78,7 +78,7 @@ def _check_disk(what: str, folder: Path, needed: int, remedy: str) -> None:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise ResourcesError(
-            f"{what} has not enough room",
+            f"{what} has too little free space",
             found=f"{free / GIGABYTE:,.1f} GB free in {folder}",
             expected=f"at least {needed / GIGABYTE:,.1f} GB for the models to come",
             remedy=remedy,

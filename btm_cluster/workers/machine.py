@@ -110,7 +110,7 @@ def check_compiler(demands: Sequence[Demand]) -> None:
             raise ResourcesError(
                 f"the model of {demand.label} cannot be compiled on this machine",
                 found=missing,
-                expected="a compiler and Python's headers, which torch.compile wants",
+                expected="a compiler and Python's headers, which torch.compile needs",
                 remedy="install them, or set `compile: off` in the plan's `cluster`",
             )
 
@@ -130,7 +130,7 @@ def notes_on_this_machine(demands: Sequence[Demand]) -> list[str]:
             notes.append(
                 f"{demand.label} asks for {asked}, and this machine has {describe_nodes([node])}: {there}"
             )
-    notes += [f"{one.what}: {one.found}, and it wants {one.expected}" for one in problems_here(demands)]
+    notes += [f"{one.what}: {one.found}, and it needs {one.expected}" for one in problems_here(demands)]
     try:
         check_compiler(demands)
     except ResourcesError as exc:

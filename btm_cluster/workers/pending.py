@@ -37,7 +37,7 @@ class Pending:
 
     @property
     def trainings(self) -> list[TrainRequest]:
-        """The trainings that have not started, the forest's before its rivals'."""
+        """The trainings that have not started, the forest's before its baselines'."""
         trainings = [request for request in self._requests.values() if isinstance(request, TrainRequest)]
         return sorted(trainings, key=lambda request: request.priority)
 

@@ -44,7 +44,9 @@ def test_the_doctor_looks_at_the_local_cluster_and_its_store_and_names_the_one_a
     done = run_forked(BTM, ["doctor", str(plan), "--json"], started, tmp_path)
     checks = {check["name"]: check for check in json.loads(done.stdout)}
     assert done.returncode == 2
-    assert [name for name, check in checks.items() if check["state"] != "ok"] == ["room for the seed"], checks
+    assert [name for name, check in checks.items() if check["state"] != "ok"] == ["capacity for the seed"], (
+        checks
+    )
     assert "2 node(s)" in checks["Ray"]["found"]
     assert {
         "token",

@@ -389,7 +389,7 @@ def test_an_ask_that_the_cluster_can_never_meet_is_refused_with_what_there_is_be
     fields["cluster"] |= {group: 4}
     run = btm("run", str(write_plan(fields)))
     assert run.exit_code() == 2
-    assert f"the cluster has no room for {asker}, and never will" in run.said
+    assert f"the cluster can never hold {asker}" in run.said
     assert "training update" not in run.said
     assert "2 CPU, 0 GPU" in run.said
     assert "4 worker(s) with 1 CPU, 1 GPU each" in run.said

@@ -182,12 +182,12 @@ def test_an_ensemble_writes_as_the_command_does(
 ) -> None:
     opened = planned.ensemble(domain="kitchen", rows=2)
     assert opened.names == forest.grown.forest.domains
-    asked = ("--max-new-tokens", "8", "--top-k", "5", "--seed", "3", "--stop", "☃", "--show-experts")
+    asked = ("--max-new-tokens", "8", "--top-k", "5", "--random-seed", "3", "--stop", "☃", "--show-experts")
     call = ("generate", forest.plan_path, "--prompt", "a b", "--for", "kitchen", "--in-process", *asked)
     (told,) = command(*call)
     found, *others = opened.generate(["a b", "stone", "a b"], 8, top_k=5, random_seed=3, stop="☃")
     assert (found.text, found.finish) == (told["text"], told["finish"])
-    assert found.trust == pytest.approx(told["trust"], abs=1e-6)
+    assert found.expert_weights == pytest.approx(told["expert_weights"], abs=1e-6)
     assert [piece.expert for piece in found.pieces] == [piece["expert"] for piece in told["pieces"]]
     assert others[1].text != found.text, "each prompt has random numbers of its own"
     assert opened.generate("a b", 8, temperature=0)[0].text == opened.generate("a b", 8, top_k=1)[0].text

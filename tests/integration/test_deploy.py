@@ -242,7 +242,7 @@ def test_a_served_forest_is_reached_with_a_key_on_one_port_and_its_head_by_no_ca
 
 def test_what_is_under_way_is_answered_before_a_serving_pod_or_cluster_goes() -> None:
     (application,) = serve_config()["applications"]
-    seconds = application["args"]["settings"]["seconds"]
+    seconds = application["args"]["settings"]["timeout_seconds"]
     service = of_kind("RayService")["btm-serve"]["spec"]
     (group,) = service["rayClusterConfig"]["workerGroupSpecs"]
     assert group["template"]["spec"]["terminationGracePeriodSeconds"] > seconds

@@ -194,7 +194,7 @@ def test_a_checkpoint_that_asks_for_more_than_there_is_is_named_with_the_flag_th
     """The doctor looked at the plan alone, said ok, and the run was refused."""
     four = Demand("seed", Resources(1, 0.0, 4, 4, "float32", False), saved_at=300)
     wrong = only_wrong(examine_local([four], dataclasses.replace(SOUND, usable_cpus=2)))
-    assert wrong.name == "room for the seed"
+    assert wrong.name == "capacity for the seed"
     assert "checkpoint at update 300" in wrong.found
     assert "4 CPU" in wrong.found
     assert "--new-resources" in wrong.remedy
@@ -289,7 +289,7 @@ def test_the_command_ends_with_two_and_a_line_for_each_where_something_is_wrong(
     lines = {line.split("  ")[1].strip() or line: line for line in out.splitlines()}
     assert sum(line.startswith("wrong") for line in lines.values()) == 2
     assert "matches no file" in out
-    assert "room for the seed" in out
+    assert "capacity for the seed" in out
     assert err.startswith("error: 2 of ")
     assert run_command(lambda: app([*arguments, "--json"])) == 2
     shown = json.loads(capsys.readouterr().out)

@@ -38,17 +38,20 @@ def test_a_grown_forest_continues_a_prompt_and_says_whom_it_trusts(
         found = json.loads(capsys.readouterr().out)
         assert 0 < found["tokens"] <= 8
         assert found["text"]
-        assert set(found["trust"]) <= set(forest.domains)
-        assert sum(found["trust"].values()) == pytest.approx(1)
-    assert len(found["trust"]) == 2, "top_k of the plan"
+        assert set(found["expert_weights"]) <= set(forest.domains)
+        assert sum(found["expert_weights"].values()) == pytest.approx(1)
+    assert len(found["expert_weights"]) == 2, "top_k of the plan"
     monkeypatch.setattr(learned_gate, "LOOKS", 1)
     for merging in ({"posterior": "gate"}, {"posterior": "gate", "with_seed": True}, {"with_seed": True}):
         (tmp_path / "plan.yaml").write_text(yaml.safe_dump(fields | {"merging": merging}))
         for arguments in ((), ("--for", "market")):
             assert btm("--prompt", "a b", "--max-new-tokens", "8", *arguments) == 0
             found = json.loads(capsys.readouterr().out)
-            assert set(found["trust"]) == {*forest.domains, *(["the seed"] if "with_seed" in merging else [])}
-            assert sum(found["trust"].values()) == pytest.approx(1)
+            assert set(found["expert_weights"]) == {
+                *forest.domains,
+                *(["the seed"] if "with_seed" in merging else []),
+            }
+            assert sum(found["expert_weights"].values()) == pytest.approx(1)
     assert btm("--prompt", "word " * 40) == 2
     assert "the prompt is too long" in capsys.readouterr().err
     assert btm("--for", "nowhere") == 2
@@ -109,14 +112,14 @@ def test_prompts_of_a_file_are_written_on_each_by_random_numbers_of_its_own(
     assert [one["prompt"] for one in found] == ["a b", "a b", "stone"]
     assert found[0]["text"] != found[1]["text"]
     alone = json.loads(generate("--prompt", "a b", "--max-new-tokens", 6, "--json")[1])
-    assert alone["trust"] == pytest.approx(found[0]["trust"]), "but for rounding"
-    assert alone | {"trust": None} == found[0] | {"trust": None}
+    assert alone["expert_weights"] == pytest.approx(found[0]["expert_weights"]), "but for rounding"
+    assert alone | {"expert_weights": None} == found[0] | {"expert_weights": None}
     code, out, err = generate("--prompts", texts[0], "--max-new-tokens", 6)
     assert code == 0
     assert out == "".join(
         f"--- prompt {n} of 3\n{one['prompt']}{one['text']}\n" for n, one in enumerate(found, 1)
     )
-    assert "prompt 3 of 3: 6 tokens, as many as asked for; trusted " in err
+    assert "prompt 3 of 3: 6 tokens, as many as asked for; weights: " in err
 
 
 def test_a_full_block_a_stop_string_and_other_settings_are_told(generate: Generate) -> None:
@@ -126,10 +129,10 @@ def test_a_full_block_a_stop_string_and_other_settings_are_told(generate: Genera
     assert "pieces" not in likeliest
     code, out, err = generate("--prompt", "a b", "--temperature", 0)
     assert (code, out) == (0, "a b" + likeliest["text"] + "\n")
-    assert "the block is full; trusted" in err
+    assert "the block is full; weights: " in err
     assert f"note: the block of 32 tokens is full: the prompt has {likeliest['prompt_tokens']}" in err
-    assert json.loads(generate("--prompt", "a b", "--top-k", 1, "--seed", 5, "--json")[1]) == likeliest
-    first, second = (json.loads(generate("--prompt", "a", "--seed", n, "--json")[1]) for n in (1, 2))
+    assert json.loads(generate("--prompt", "a b", "--top-k", 1, "--random-seed", 5, "--json")[1]) == likeliest
+    first, second = (json.loads(generate("--prompt", "a", "--random-seed", n, "--json")[1]) for n in (1, 2))
     assert first["text"] != second["text"]
     repeats, avoids = (
         json.loads(generate("--temperature", 0, "--repetition-penalty", p, "--json", "--show-experts")[1])
@@ -146,7 +149,7 @@ def test_a_full_block_a_stop_string_and_other_settings_are_told(generate: Genera
     assert stopped["text"] == likeliest["text"][: likeliest["text"].index(stop)]
 
 
-def test_each_token_is_shown_with_the_expert_that_carried_it(
+def test_each_token_is_shown_with_the_expert_of_its_largest_share(
     generate: Generate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = ("--prompt", "a b", "--show-experts", "--max-new-tokens", 20)
@@ -163,7 +166,7 @@ def test_each_token_is_shown_with_the_expert_that_carried_it(
     changes = [expert for before, expert in zip([None, *experts], experts, strict=False) if expert != before]
     assert re.findall(r"\[(\w+)\]", text) == changes
     assert re.sub(r"\[\w+\]", "", text) == "a b" + found["text"]
-    counted = dict(re.findall(r"\[(\w+)\] carried (\d+) of 20 tokens", legend))
+    counted = dict(re.findall(r"\[(\w+)\] has the largest share in (\d+) of 20 tokens", legend))
     assert counted == {expert: str(experts.count(expert)) for expert in set(experts)}
 
     monkeypatch.setenv("FORCE_COLOR", "1")

@@ -110,7 +110,7 @@ def test_openais_client_gets_the_text_that_btm_generate_writes(server: Server, g
     found = server.complete(model="ensemble:kitchen", prompt=["hcti", "bour"], max_tokens=10, seed=7)
     assert [choice.text for choice in found.choices] == [one.text for one in expected]
     for choice, one in zip(found.choices, expected, strict=True):
-        assert choice.experts == pytest.approx(dict(one.trust), abs=1e-6)
+        assert choice.experts == pytest.approx(dict(one.expert_weights), abs=1e-6)
     assert found.usage.completion_tokens == sum(one.tokens for one in expected)
 
 
@@ -371,7 +371,10 @@ def wait_for(condition: Any) -> None:
 def test_too_many_callers_are_told_so_at_once_and_a_late_answer_is_given_up(
     grown: GrownForest, mixture: Mixture
 ) -> None:
-    with serving(grown.prepared.plan.store, mixture, rows=1, waiting=1, seconds=2) as server, held(server):
+    with (
+        serving(grown.prepared.plan.store, mixture, rows=1, waiting=1, timeout_seconds=2) as server,
+        held(server),
+    ):
         body = {"model": "ensemble", "prompt": "ab", "max_tokens": 4}
         answers: list[httpx2.Response] = []
         late = threading.Thread(target=lambda: answers.append(server.post("/v1/completions", body)))

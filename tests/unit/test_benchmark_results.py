@@ -57,7 +57,9 @@ def test_a_result_replaces_the_last_one_of_its_name(tmp_path: Path) -> None:
         record(results, rows, readme)
     assert stored(rows) == [later, store]
     assert readme.read_text(encoding="utf-8") == page([later, store])
-    assert "| averaging | 1 s | 5 s | 5.00× | 3×, met | 50% |" in readme.read_text(encoding="utf-8")
+    assert "| [averaging](#averaging) | 1 s | 5 s | 5.00× | 3×, met | 50% |" in readme.read_text(
+        encoding="utf-8"
+    )
 
 
 def test_a_rows_command_is_the_one_that_was_given_without_paths_of_its_machine(

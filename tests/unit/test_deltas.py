@@ -390,7 +390,7 @@ def test_what_a_plan_trains_is_named_by_layers_whichever_way_it_is_written() -> 
         ),
         ({"train": "lora", "lora": {"rank": 17}}, "gpt2", "at most 16"),
         ({"train": "lora", "lora": {"rank": 1}}, "mamba", "'out_proj' is incompatible with Mamba"),
-        ({"train": "feed-forward"}, "opt", "the feed-forwards of a opt cannot be told"),
+        ({"train": "feed-forward"}, "opt", "the feed-forwards of a opt cannot be found"),
     ],
 )
 def test_what_a_model_cannot_be_trained_by_is_refused(

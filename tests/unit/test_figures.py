@@ -187,7 +187,7 @@ def test_a_timeline_has_a_lane_for_each_process_and_says_how_long_gpus_were_idle
     ]
     assert [mark.what for mark in seed.marks] == ["checkpoint"]
     assert [(bar.what, bar.end - bar.start) for bar in lanes[3].bars] == [
-        ("waiting for room", 1),
+        ("waiting for capacity", 1),
         ("training", 29),
     ]
     assert [(bar.start, bar.end) for bar in lanes[5].bars] == [(0, 1)], "two wait at once"
@@ -223,10 +223,10 @@ def test_lanes_have_no_hashes_and_nothing_but_a_training_waits_in_a_lane_of_its_
     lanes, _ = lanes_of(timeline)
     shown = {lane.name: [bar.what for bar in lane.bars] for lane in lanes}
     assert shown == {
-        "expert law": ["starting", "waiting for room", "training"],
+        "expert law": ["starting", "waiting for capacity", "training"],
         "1. averages": ["fitting, mixing, averaging"],
         "2. averages": ["fitting, mixing, averaging"],
-        "waiting steps": ["waiting for room"],
+        "waiting steps": ["waiting for capacity"],
     }
     assert max(count for _, count in busy_of(timeline).steps) <= busy_of(timeline).total
 
@@ -250,8 +250,8 @@ def test_a_process_that_trains_several_models_has_one_lane_in_which_the_first_of
     shown = {lane.name: [(bar.what, bar.start, bar.end) for bar in lane.bars] for lane in lanes}
     trained = [("training", start, end) for _, start, end in spans.values()]
     assert shown == {
-        "expert law and 2 more": [("waiting for room", 0, 3), *trained],
-        "waiting steps": [("waiting for room", 0, 7)],
+        "expert law and 2 more": [("waiting for capacity", 0, 3), *trained],
+        "waiting steps": [("waiting for capacity", 0, 7)],
     }
 
 

@@ -280,7 +280,7 @@ def test_what_is_read_first_is_the_tokenizers_own_first_token_or_else_end_of_tex
 
 def test_several_first_tokens_are_refused_unless_the_plan_names_one(trained: Path, tmp_path: Path) -> None:
     source = save(tmp_path / "two", beginning(trained, "<bos> <sop> $A"))
-    with pytest.raises(UserError, match="what a model reads first") as caught:
+    with pytest.raises(UserError, match="does not say which token a model reads first") as caught:
         open_pretrained_tokenizer(source)
     assert "tokenizer.first_token" in caught.value.remedy
     assert open_pretrained_tokenizer(source, "<sop>").first_token == beginning(trained).token_to_id("<sop>")

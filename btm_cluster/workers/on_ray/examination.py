@@ -128,7 +128,7 @@ def _jobs(dashboard: str) -> Check:
         _within(LOOK_SECONDS, lambda: try_job(dashboard, JOB_SECONDS))
     except Exception as exc:  # as above
         found = f"{exc.what}: {exc.found}" if isinstance(exc, BtmError) else one_line(exc)
-        remedy = "see dashboard_agent.log on the head; Rays on one machine want a --dashboard-agent-listen-port each"
+        remedy = "see dashboard_agent.log on the head; each Ray on one machine needs its own --dashboard-agent-listen-port"
         return Check("jobs", "wrong", found[:300], remedy)
     return Check("jobs", "ok", "one that does nothing was taken and ended well")
 
@@ -185,13 +185,13 @@ def _token() -> Check:
 
 
 def _check_capacity(demand: Demand, nodes: Sequence[dict[str, float]], autoscaling: bool) -> Check:
-    name = f"room for {'' if demand.label.startswith('an ') else 'the '}{demand.label}"
+    name = f"capacity for {'' if demand.label.startswith('an ') else 'the '}{demand.label}"
     asked = ", ".join(filter(None, [demand.description, demand.origin]))
     if fits(nodes, demand.how):
         return Check(name, "ok", asked)
     found = f"{asked}: asked; nodes with {describe_nodes(nodes)}"
     if autoscaling:
-        return Check(name, "note", found, "a run waits until the autoscaler has made room")
+        return Check(name, "note", found, "a run waits until the autoscaler has added nodes")
     less = "ask for less in the plan's `cluster`"
     if demand.saved_at is not None:
         less = f"go on with the plan's resources by {NEW_RESOURCES}"
