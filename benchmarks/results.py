@@ -262,7 +262,7 @@ def _head() -> list[str]:
         "Each row is one measurement of this project; where people use another program for the same work, that is",
         "measured in turn on the same machine. A ratio above 1 means that ours is better. *Share of limit*, where",
         "given, is how near it is to what the hardware allows. *Goal* is a ratio, or a bound on our own figure.",
-        "Written by `python benchmarks/results.py` from [results.json](results.json); a script's `--record` adds its",
+        "Written by `python benchmarks/results.py` from `results.json`; a script's `--record` adds its",
         "row to both.",
         "",
     ]

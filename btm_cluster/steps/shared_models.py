@@ -88,8 +88,8 @@ class SharedModels:
                 found=f"{free / 1e9:,.1f} GB free",
                 expected=f"at least {total / 1e9:,.1f} GB, for the weights of {len(refs)} models in "
                 f"{str(self._dtype).removeprefix('torch.')}",
-                remedy="take bfloat16 if this is float32, fewer experts (`merging.top_k`), one average of them "
-                "(`btm merge`), or more memory",
+                remedy="take bfloat16 if this is float32, one average of them (`btm merge`), more memory, or to "
+                "generate, fewer experts (`merging.top_k`)",
             )
 
     def _bytes(self, model: Artifact) -> int:
