@@ -1,5 +1,6 @@
 """Hashes of large files, remembered for as long as a file stays as it is."""
 
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from btm_cluster.storage import file_hashes
 from btm_cluster.storage.file_hashes import FoundFile, sha256_of
+from btm_cluster.storage.node_cache import node_cache
 
 
 @pytest.fixture
@@ -48,6 +50,23 @@ def test_a_file_that_was_changed_just_before_is_read_again(
     monkeypatch.setattr(file_hashes, "SETTLED_SECONDS", 60.0)
     assert [sha256_of(weights) for _ in range(2)] == [hashlib.sha256(b"weights").digest()] * 2
     assert read == [weights.name] * 2
+
+
+def test_a_full_disk_costs_the_cache_nothing_and_the_file_is_read_once(
+    weights: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = node_cache().get("kept", lambda path: path.write_bytes(b"model") and None)
+    for file in (kept, node_cache().folder / "used" / "kept"):
+        if file.exists():
+            os.utime(file, (1, 1))  # nobody has it in use
+
+    def full(path: Path, data: bytes) -> int:  # noqa: ARG001
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert sha256_of(weights) == hashlib.sha256(b"weights").digest()
+    assert read == [weights.name]
+    assert kept.exists()
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_remembered(weights: Path) -> None:
