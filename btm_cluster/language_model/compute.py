@@ -62,7 +62,7 @@ def free_memory(device: torch.device) -> int:
     try:
         limit = int((group / "memory.max").read_text())
         used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["anon"]
-    except (OSError, ValueError):  # no container, or one without a limit: `max`
+    except (OSError, ValueError, KeyError):  # no container, or one without a limit: `max`
         return free
     return min(free, limit - int(used))
 

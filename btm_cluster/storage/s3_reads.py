@@ -55,9 +55,8 @@ class ObjectReads:
         """`always` are arguments of every request."""
         self.client, self._always = client, {"Bucket": bucket, **always}
         self._pattern: _Pattern | None = None
-        learn = weakref.WeakMethod(
-            self._learn
-        )  # else client and reads hold each other, and their connections
+        # Else client and reads would hold each other, and with that their connections.
+        learn = weakref.WeakMethod(self._learn)
 
         def learn_while_there(**known: Any) -> None:
             if (there := learn()) is not None:

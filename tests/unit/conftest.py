@@ -1,4 +1,4 @@
-"""What the unit tests share: one order of every sum, and pretended object storage."""
+"""Fixtures of the unit tests: one thread, for one order of every sum, and pretended object storage."""
 
 import uuid
 from collections.abc import Iterator

@@ -49,7 +49,7 @@ def test_the_architecture_says_what_each_package_holds(folder: str) -> None:
 
 
 def test_the_files_to_change_are_there() -> None:
-    """Of several in a cell, the first names the folder of those after it."""
+    """The table of CONTRIBUTING. Files without a folder lie beside the one before them in the cell."""
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     table = page.partition("## Which file to change")[2].partition("\n## ")[0]
     cells = re.findall(r"^\| .+ \| (.+) \|$", table, re.MULTILINE)

@@ -115,6 +115,18 @@ def ended(ours: Trainers, running: Running, well: bool = True, pending: Collecti
     assert ours.go_on(running, Pending(list(pending)), []) is None
 
 
+def started_early(ours: Trainers) -> tuple[Running, TrainRequest, Pending]:
+    """A training that ends soon, the next one, `law`, whose process was started early, and what is asked for."""
+    seed = expert("seed")
+    after = replace(expert("law"), tokenizer=seed.ref)
+    first = started(ours, seed)
+    first.seconds_left = 1.0
+    pending = Pending([seed, after])
+    pending.next_batch()
+    ours.start_early([after], pending, [first])
+    return first, after, pending
+
+
 def test_a_trainer_trains_the_next_model_that_asks_for_just_its_place(ours: Trainers, ray: Cluster) -> None:
     first = started(ours, expert("law"))
     ended(ours, first)
@@ -237,13 +249,7 @@ def test_a_free_trainer_comes_before_a_process_that_was_started_early_and_has_no
 def test_a_training_that_is_started_early_again_is_not_taken_for_placed_before_it_is_heard(
     ours: Trainers, ray: Cluster
 ) -> None:
-    seed = expert("seed")
-    after = replace(expert("law"), tokenizer=seed.ref)
-    first = started(ours, seed)
-    first.seconds_left = 1.0
-    pending = Pending([seed, after])
-    pending.next_batch()
-    ours.start_early([after], pending, [first])
+    first, after, pending = started_early(ours)
     ours.heard("law")
     ours.start_early([], pending, [first])
     ours.start_early([after], pending, [first])
@@ -268,13 +274,7 @@ def test_a_trainer_is_ended_where_a_training_waits_that_needs_another_place(
 def test_at_its_end_a_driver_keeps_what_it_started_early_for_the_next_call(
     ours: Trainers, ray: Cluster
 ) -> None:
-    seed = expert("seed")
-    after = replace(expert("law"), tokenizer=seed.ref)
-    first = started(ours, seed)
-    first.seconds_left = 1.0
-    pending = Pending([seed, after])
-    pending.next_batch()
-    ours.start_early([after], pending, [first])
+    first, after, _ = started_early(ours)
     ended(ours, first)
     ours.end_all([after])
     assert ray.killed == [first.trainer]

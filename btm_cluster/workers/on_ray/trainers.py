@@ -85,7 +85,8 @@ class Trainers:
         self._claims.claim(request.ref, name)
         has_place = request.ref in self._early and request.label in self._placed
         if not has_place and (idle := self._take_idle(request.how)) is not None:
-            self._end_early(but=self._early.keys() - {request.ref}, keeps_claims=True)
+            if request.ref in self._early:
+                self._kill_early(request.ref)
             return Started(self._train(idle.actor, request), idle.actor, idle.process, has_place=True)
         self._placed.discard(request.label)
         early = self._early.pop(request.ref, None)
@@ -247,13 +248,15 @@ class Trainers:
                 ray.kill(idle.actor)
         self._idle = list(but)
 
-    def _end_early(self, but: Collection[Ref], keeps_claims: bool = False) -> None:
+    def _end_early(self, but: Collection[Ref]) -> None:
         for ref in [ref for ref in self._early if ref not in but]:
-            request, actor = self._early.pop(ref)
-            ray.kill(actor)
-            self._placed.discard(request.label)
-            if not keeps_claims:
-                self._claims.give_back(ref)
+            self._kill_early(ref)
+            self._claims.give_back(ref)
+
+    def _kill_early(self, ref: Ref) -> None:
+        request, actor = self._early.pop(ref)
+        ray.kill(actor)
+        self._placed.discard(request.label)
 
     def _is_place_wanted(self, pending: Pending, running: Iterable[Running]) -> bool:
         """Whether a training, or another step that runs in a group, waits or may have
