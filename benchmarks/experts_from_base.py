@@ -117,7 +117,7 @@ def _cluster(gpus: int) -> dict[str, Any]:
     if not gpus:
         return {"seed_cpus": 2, "cpus_per_expert": 1, "micro_batch_blocks": 64}
     sizes = {"seed_cpus": 4, "cpus_per_expert": 2, "micro_batch_blocks": 32}
-    return {"seed_gpus": gpus, "gpus_per_expert": 0.25, "checkpoint_minutes": 2, **sizes}
+    return {"seed_gpus": gpus, "gpus_per_expert": 0.125, "checkpoint_minutes": 2, **sizes}
 
 
 def _corpus_texts(corpus: Path, targets: Path | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import mmap
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, Future
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -25,20 +25,18 @@ from btm_cluster.ledger.artifact import (
 )
 from btm_cluster.storage import Storage
 from btm_cluster.storage.file_hashes import FoundFile
-from btm_cluster.storage.scratch import flushed_meanwhile
+from btm_cluster.storage.scratch import flushed_meanwhile, on_disk_of
 
 
-def write_blobs(storage: Storage, ref: Ref, files: Mapping[str, Path], keep: bool) -> list[Blob]:
-    """Stores files of an artifact, in order of their names.
-
-    Without `keep` the caller never changes them again, and they may be linked instead of being copied.
-    """
-    # A folder takes them as they are, and then waits for the disk.
-    as_they_are = not (keep or storage.copies_bytes)
-    with flushed_meanwhile(files.values()) if as_they_are else nullcontext():
+def write_blobs(storage: Storage, ref: Ref, files: Mapping[str, Path]) -> list[Blob]:
+    """Stores files of an artifact, which may be linked into the store, in order of their names."""
+    # A folder on the same disk takes them as they are, and then waits for the disk.
+    is_folder = not storage.copies_bytes
+    linked = [path for path in files.values() if is_folder and on_disk_of(Path(storage.location), path)]
+    with flushed_meanwhile(linked):
         blobs = [describe_file(name, path) for name, path in sorted(files.items())]
     for blob in blobs:
-        storage.upload(blob_key(ref, blob.sha256), files[blob.name], keep)
+        storage.upload(blob_key(ref, blob.sha256), files[blob.name], keep=False)
     return blobs
 
 

@@ -142,18 +142,17 @@ class Ledger:
         facts: Mapping[str, Any],
         note: Mapping[str, Any] | None = None,
         parts: Sequence[Ref] = (),
-        keep: bool = True,
     ) -> Artifact:
         """Stores `files` and creates the manifest of what was `made`.
 
-        Whoever loses a race gets the winner's artifact. Without `keep` the caller never changes the files again,
-        which may then be linked into the store instead of being copied.
+        Whoever loses a race gets the winner's artifact. The files must never be changed again: they may be linked
+        into the store instead of being copied.
 
         Raises:
             UserError: it was purged meanwhile, or something that it is made from was. It is not stored then.
         """
         key = artifact_key(made.ref)
-        blobs, is_first = self._write(key, made, files, facts, note or {}, parts, keep)
+        blobs, is_first = self._write(key, made, files, facts, note or {}, parts)
         committed = self.read_manifest(key)
         if committed is None:
             raise IntegrityError(
@@ -199,8 +198,8 @@ class Ledger:
     ) -> None:
         """Commits a training checkpoint of a `model` in the making at `update`, then drops the older ones.
 
-        One at the same update stays, unless its manifest hash is among those that could not be loaded,
-        `passed_over`.
+        The files must never be changed again, as in `commit`. A checkpoint at the same update stays, unless its
+        manifest hash is among those that could not be loaded, `passed_over`.
 
         Raises:
             UserError: the model was purged meanwhile, or something that it is made from was. Nothing of it is
@@ -258,11 +257,10 @@ class Ledger:
         facts: Mapping[str, Any],
         note: Mapping[str, Any],
         parts: Sequence[Ref] = (),
-        keep: bool = True,
     ) -> tuple[list[Blob], bool]:
         """Stores files and their manifest; what they are, and whether the manifest was not there yet."""
         assert named_identity(made) == made.ref.identity, f"{made.ref} is not of its recipe and inputs"
-        blobs = write_blobs(self.storage, made.ref, files, keep)
+        blobs = write_blobs(self.storage, made.ref, files)
         body = {
             "kind": made.ref.kind,
             "identity": made.ref.identity,

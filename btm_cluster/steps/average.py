@@ -183,7 +183,7 @@ def _commit(
     """Stores files of weights, as a model that is like the first otherwise."""
     files = {**weights, **{name: ledger.open_file(first, name) for name in ("config.json", *TOKENIZER_FILES)}}
     facts = {"role": "average", **facts, "origin": first.facts["origin"]}
-    return ledger.commit(request, files, facts, {"name": request.label}, keep=False)
+    return ledger.commit(request, files, facts, {"name": request.label})
 
 
 def weights_of(request: AverageRequest, ledger: Ledger) -> dict[str, float]:

@@ -51,11 +51,12 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
         return done
     ledger.check_not_purged(request.ref)
     tokenizer = ledger.get(request.tokenizer)
-    with scratch_folder() as folder:
+    with scratch_folder() as traces:
         tokens = open_tokenizer(ledger, request.tokenizer)
 
         def commit(
             made: TrainRequest | DemixPart,
+            folder: Path,
             files: dict[str, Path],
             facts: Mapping[str, Any],
             note: Mapping[str, Any],
@@ -72,22 +73,25 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
             if group.is_first:
                 control.report(Progress(request.label, "storing"))
             if made.is_demix:
-                return _commit_demix(made, trained, ledger, commit, folder) if group.is_first else None
+                return _commit_demix(made, trained, ledger, commit) if group.is_first else None
             keeps_optimizer = made.last_update < made.training.updates and not made.weights_only
             # An adapter is small, and its factors' product would be rounded twice.
             dtype = torch.float32 if made.trains.lora is not None else getattr(torch, made.training.weights)
             if not group.is_first:
                 help_to_write(trained.state, keeps_optimizer, dtype)
                 return None
-            files = write_state(trained.state, folder, keeps_optimizer, dtype) | _write_curve(trained, folder)
-            return commit(made, files | _write_adapter_config(made, folder), trained.facts, trained.note)
+            with scratch_folder() as folder:  # one for each, since the store may link the files
+                files = write_state(trained.state, folder, keeps_optimizer, dtype)
+                files |= _write_curve(trained, folder) | _write_adapter_config(made, folder)
+                return commit(made, folder, files, trained.facts, trained.note)
 
         if request.pretrained is not None:
-            committed = commit(request, *import_model(request, tokens, folder))
+            with scratch_folder() as folder:
+                committed = commit(request, folder, *import_model(request, tokens, folder))
         else:
             texts = [open_blocks(ledger, text) for text in request.texts]
             try:
-                trace = folder / TRACE_FILE if request.profile else None
+                trace = traces / TRACE_FILE if request.profile else None
                 trained = _train_within_memory(
                     request, ledger, control, texts, tokens.first_token, commit_trained, trace
                 )
@@ -98,8 +102,8 @@ def train(request: TrainRequest, ledger: Ledger, control: Control) -> Artifact:
                 return _await_commit(ledger, request)
             committed = stored
         ledger.clear_training(request.ref.identity)
-        if (folder / TRACE_FILE).exists():
-            _commit_trace(request, ledger, folder / TRACE_FILE)
+        if (traces / TRACE_FILE).exists():
+            _commit_trace(request, ledger, traces / TRACE_FILE)
     if dist.is_initialized():
         dist.barrier()
     return committed
@@ -130,12 +134,12 @@ def _fill_in_snapshots(request: TrainRequest, ledger: Ledger, control: Control) 
         )
 
 
-Commit: TypeAlias = Callable[[DemixPart, dict[str, Path], Mapping[str, Any], Mapping[str, Any]], Artifact]
+Commit: TypeAlias = Callable[
+    [DemixPart, Path, dict[str, Path], Mapping[str, Any], Mapping[str, Any]], Artifact
+]
 
 
-def _commit_demix(
-    request: TrainRequest, trained: Trained, ledger: Ledger, commit: Commit, folder: Path
-) -> Artifact:
+def _commit_demix(request: TrainRequest, trained: Trained, ledger: Ledger, commit: Commit) -> Artifact:
     """Commits a DEMix as the ordinary models that it is for each domain, and then, by name, as a whole.
 
     All are cut from the state that training stored at its end: it has every domain, which a rank of a group
@@ -145,8 +149,9 @@ def _commit_demix(
     try:
         weights = _last_state(request, ledger)
         for domain, part in enumerate(request.parts):
-            files = write_weights(header, tensors_of(DensePart(weights, domain)), folder)
-            commit(part, files, {"role": "demix-part"}, {})
+            with scratch_folder() as folder:
+                files = write_weights(header, tensors_of(DensePart(weights, domain)), folder)
+                commit(part, folder, files, {"role": "demix-part"}, {})
     except (MissingError, FileNotFoundError):
         # By another driver, which cleared what this one had stored.
         if (done := ledger.find(request.ref)) is not None:
@@ -159,8 +164,9 @@ def _commit_demix(
         "origin": _origin(request, ledger),
     }
     parts = [part.ref for part in request.parts]
-    files = _write_curve(trained, folder)
-    return ledger.commit(request, files, {**trained.facts, **facts}, trained.note, parts)
+    with scratch_folder() as folder:
+        files = _write_curve(trained, folder)
+        return ledger.commit(request, files, {**trained.facts, **facts}, trained.note, parts)
 
 
 def _write_curve(trained: Trained, folder: Path) -> dict[str, Path]:

@@ -80,6 +80,12 @@ def link_if_alike(file: Path, place: Path) -> bool:
     return False
 
 
+def on_disk_of(place: Path, file: Path) -> bool:
+    """Whether a file is on the disk of a folder, or where that would be made."""
+    there = next(path for path in (place, *place.parents) if path.exists())
+    return there.stat().st_dev == file.stat().st_dev
+
+
 @contextmanager
 def flushed_meanwhile(files: Iterable[Path]) -> Iterator[None]:
     """Has files written to the disk while others read them, so that who waits for that later waits less.

@@ -6,8 +6,10 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +38,7 @@ from btm_cluster.language_model.training_state import (
 from btm_cluster.ledger import Artifact, Ledger, artifact_key
 from btm_cluster.ledger.curves import read_curve
 from btm_cluster.ledger.lineage import reached
+from btm_cluster.operations.verify import verify
 from btm_cluster.plan import Plan
 from btm_cluster.requests import AverageRequest, Start, TraceOf, TrainRequest
 from btm_cluster.requests.progress import Progress
@@ -324,6 +327,27 @@ def test_a_transformer_lm_leaves_the_weights_of_its_milestones_on_its_way(
         assert stored.facts["role"] == "transformer-lm"
         assert stored.facts["origin"] == finished.facts["origin"]
         assert stored.facts["tokens"] == snapshot.last_update * 3 * 4 * 32
+
+
+def test_what_a_training_writes_is_linked_into_a_folder_on_the_same_disk(
+    prepared_store: PreparedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of 7 billion parameters has checkpoints of 91 GB, for which a disk may have no space twice."""
+    storage = prepared_store.driver.ledger.storage
+    if Path(storage.location).stat().st_dev != Path(tempfile.gettempdir()).stat().st_dev:
+        pytest.skip("temporary files are on another disk than the store")
+
+    def copy(file: Path, _: Path) -> None:
+        raise AssertionError(f"{file} is copied")
+
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    request = prepared_store.transformer_lm
+    with pytest.raises(Stopped):
+        run(prepared_store, request, Interrupting(7))
+    assert last_saved(prepared_store, request) == 7
+    run(prepared_store, request)
+    run(prepared_store, demix_request(prepared_store.prepared))
+    assert not verify(prepared_store.driver.ledger).problems
 
 
 def test_a_milestone_at_the_update_of_a_seed_is_kept_beside_it(prepared_store: PreparedStore) -> None:

@@ -162,7 +162,7 @@ def test_what_a_disk_does_not_take_is_not_committed(
 
     monkeypatch.setattr(scratch, "flush", flush)
     with pytest.raises(StoreError, match="the disk did not take lost"):
-        ledger.commit(origin("model", {"n": 1}), {"lost": tmp_path / "lost"}, {}, keep=False)
+        ledger.commit(origin("model", {"n": 1}), {"lost": tmp_path / "lost"}, {})
     assert ledger.find(origin("model", {"n": 1}).ref) is None
 
 
