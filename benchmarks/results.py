@@ -34,6 +34,7 @@ NAMES = {
     "small-expert": "training small experts side by side on one GPU",
     "optimizer": "Muon beside AdamW",
     "scoring": "log-probabilities and entropies of every token",
+    "adapter-ensemble": "text written by LoRA experts of one base together",
     "averaging": "a weighted average of models",
     "averages-together": "several weighted averages of the same models",
     "ensemble": "arithmetic on stored scores",

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from btm_cluster.errors import UserError
 from btm_cluster.language_model.decoding import Decoder, ReaderDecoder, RowBuffers, reads_on_as_it_scores
 from btm_cluster.language_model.model import in_precision
-from btm_cluster.language_model.row_cache import RowCacheDecoder, reads_rows_as_it_scores
+from btm_cluster.language_model.row_cache import RowCacheDecoder
+from btm_cluster.language_model.row_check import reads_rows_as_it_scores, usable_stacks
 
 log = logging.getLogger(__name__)
 Way = Literal["rows", "readers", "anew"]
@@ -76,7 +77,8 @@ def _decoder_of(models: Sequence[PreTrainedModel], way: Way, settings: EngineSet
     nothing = models[0](input_ids=first_11, use_cache=False).logits
     buffers = RowBuffers.on(device, len(models), settings.rows, nothing.shape[-1], nothing.dtype)
     if way == "rows":
-        decoder = RowCacheDecoder(models, buffers, settings.block_tokens, settings.captures)
+        stacks = usable_stacks(models, settings.block_tokens)
+        decoder = RowCacheDecoder(models, buffers, settings.block_tokens, settings.captures, stacks)
         decoder.read([[settings.first_token]], [[0]])  # takes the memory
         return decoder
     return ReaderDecoder(models, buffers, settings.block_tokens if way == "anew" else None)

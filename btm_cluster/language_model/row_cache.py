@@ -1,11 +1,11 @@
 """Experts that read all rows at once, each row at its own place, into keys and values at fixed addresses.
 
 Serves models whose only memory is attention, full or within a window. The forward pass is transformers' own;
-here are the cache that it fills, the masks, and the captured graphs, one for each expert, which run beside
-each other.
+here are the cache that it fills, the masks, and the captured graphs, one for each stack of experts
+(adapter_stacks.py), which run beside each other.
 
-B rows of one pass, H heads, S places of a row, L places that a pass attends to, beside the letters of
-decoding.py.
+B rows of one pass, N experts of a stack, H heads, S places of a row, L places that a pass attends to, beside the
+letters of decoding.py. A stack's cache has N rows for each of the engine's: one of each expert.
 """
 
 import functools
@@ -17,9 +17,9 @@ import torch
 from transformers import Cache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from btm_cluster.language_model.block_check import logits_of, random_block
+from btm_cluster.language_model.adapter_stacks import Stack, alone
 from btm_cluster.language_model.cuda_graphs import Graphs
-from btm_cluster.language_model.decoding import CACHE, ReadPrompt, RowBuffers, are_alike, beginnings
+from btm_cluster.language_model.decoding import CACHE, ReadPrompt, RowBuffers
 from btm_cluster.language_model.scoring import said_of
 
 READ_AT_ONCE = 8192
@@ -34,7 +34,7 @@ _PLACES_MULTIPLE = 16
 
 @dataclass
 class _Pass:
-    """Rows and places of the forward pass under way, the same for every layer of an expert."""
+    """Rows and places of the forward pass under way, the same for every layer of a stack."""
 
     rows: torch.Tensor | None = None
     """Rows into which prompts are read; None while all rows read on."""
@@ -93,23 +93,49 @@ class _RowLayer(CacheLayerMixin):
         return self._shape[1]
 
 
+class _Reading:
+    """A stack of experts and what it keeps of all rows."""
+
+    def __init__(self, stack: Stack, rows: int, places: int, device: torch.device) -> None:
+        self.model, self.experts = stack.model, stack.experts
+        self.experts_N = torch.tensor(stack.experts, device=device)
+        self.under_way = _Pass()
+        layer = functools.partial(_RowLayer, rows * len(stack.experts), places, self.under_way)
+        self._cache = Cache(layer_class_to_replicate=layer)
+
+    @property
+    def kept(self) -> list[torch.Tensor]:
+        """Keys and values of every layer, once something was read."""
+        return [states for layer in self._cache.layers for states in (layer.keys, layer.values)]
+
+    def ask(self, model: PreTrainedModel, ids_BT: torch.Tensor, **more: Any) -> torch.Tensor:
+        """Logits of the stack's model, or of one of its experts: [B, T, V]."""
+        more[CACHE] = self._cache
+        logits_BTV: torch.Tensor = model(input_ids=ids_BT, use_cache=True, **more).logits
+        return logits_BTV
+
+
 class RowCacheDecoder:
-    """Experts with keys and values for every row, and a captured graph for every
-    expert, number of rows and length."""
+    """Experts with keys and values for every row, and a captured graph for every stack of them, number of rows and
+    length."""
 
     def __init__(
-        self, models: Sequence[PreTrainedModel], buffers: RowBuffers, block_tokens: int, captures: bool
+        self,
+        models: Sequence[PreTrainedModel],
+        buffers: RowBuffers,
+        block_tokens: int,
+        captures: bool,
+        stacks: Sequence[Stack] | None = None,
     ) -> None:
+        """By default each model is a stack of its own."""
+        device = buffers.tokens_R.device
         self.buffers = buffers
         self._models = models
         self._rows = len(buffers.tokens_R)
         self._places = -(-block_tokens // _PLACES_MULTIPLE) * _PLACES_MULTIPLE
-        self._passes = [_Pass() for _ in models]
-        self._caches = [
-            Cache(layer_class_to_replicate=functools.partial(_RowLayer, self._rows, self._places, under_way))
-            for under_way in self._passes
-        ]
-        self._graphs = Graphs(buffers.tokens_R.device, len(models), captures)
+        stacks = alone(models) if stacks is None else stacks
+        self._stacks = [_Reading(stack, self._rows, self._places, device) for stack in stacks]
+        self._graphs = Graphs(device, len(stacks), captures)
 
     @property
     def captures(self) -> bool:
@@ -119,8 +145,7 @@ class RowCacheDecoder:
     @property
     def bytes_per_row(self) -> int:
         """Bytes of keys and values of all experts, once something was read."""
-        layers = [layer for cache in self._caches for layer in cache.layers]
-        return int(sum(kept.nbytes for layer in layers for kept in (layer.keys, layer.values))) // self._rows
+        return sum(kept.nbytes for stack in self._stacks for kept in stack.kept) // self._rows
 
     def read(self, prompts: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]) -> list[ReadPrompt]:
         """The longest first, in as few passes as there is room for."""
@@ -140,43 +165,44 @@ class RowCacheDecoder:
         lasts_B = torch.tensor([len(prompt) - 1 for prompt in prompts]).to(device)
         sources = torch.tensor([i for i, into in enumerate(rows) for _ in into]).to(device)
         into = torch.tensor([row for into in rows for row in into]).to(device)
-        said = []
-        for expert, model in enumerate(self._models):
-            self._passes[expert].rows, self._passes[expert].sources = into, sources
-            logits_BTV = self._ask(expert, model, ids_BT)
-            self.buffers.logits_ERV[expert, into] = logits_BTV[sources, lasts_B[sources]]
-            said.append(said_of(logits_BTV.flatten(0, 1), targets_BT.flatten()))
+        said = {}
+        for stack in self._stacks:
+            for number, expert in enumerate(stack.experts):
+                stack.under_way.rows = into * len(stack.experts) + number
+                stack.under_way.sources = sources
+                logits_BTV = stack.ask(self._models[expert], ids_BT)
+                self.buffers.logits_ERV[expert, into] = logits_BTV[sources, lasts_B[sources]]
+                said[expert] = said_of(logits_BTV.flatten(0, 1), targets_BT.flatten())
         logp_EBT, entropy_EBT = (
-            torch.stack(values).view(-1, *ids_BT.shape).double().cpu() for values in zip(*said, strict=True)
+            torch.stack(values).view(-1, *ids_BT.shape).double().cpu()
+            for values in zip(*(said[expert] for expert in range(len(self._models))), strict=True)
         )
         lengths = [len(prompt) for prompt in prompts]
         return [ReadPrompt(logp_EBT[:, b, : n - 1], entropy_EBT[:, b, :n]) for b, n in enumerate(lengths)]
 
     def read_on(self, rows: Sequence[int], experts: Sequence[int], longest: int) -> None:
-        """All rows up to the last of these read on, those between them too."""
+        """All rows up to the last of these read on, those between them too; and all experts of a stack."""
         row_count = up_to(max(rows) + 1, 1, self._rows)
         attended = up_to(longest + 1, _SHORTEST, self._places)
-        work = {expert: functools.partial(self._read_on, expert, row_count, attended) for expert in experts}
+        work = {
+            number: functools.partial(self._read_on, number, row_count, attended)
+            for number, stack in enumerate(self._stacks)
+            if not {*experts}.isdisjoint(stack.experts)
+        }
         self._graphs.run_all((row_count, attended), work)
 
-    def _read_on(self, expert: int, row_count: int, attended: int) -> None:
-        model, under_way = self._models[expert], self._passes[expert]
-        places_B = self.buffers.places_R[:row_count]
+    def _read_on(self, number: int, row_count: int, attended: int) -> None:
+        stack = self._stacks[number]
+        count, under_way = len(stack.experts), stack.under_way
+        tokens_B = self.buffers.tokens_R[:row_count].repeat_interleave(count)
+        places_B = self.buffers.places_R[:row_count].repeat_interleave(count)
         under_way.rows, under_way.places_B, under_way.attended = None, places_B, attended
-        masks = decoding_masks(model, places_B, attended)
-        logits_B1V = self._ask(
-            expert,
-            model,
-            self.buffers.tokens_R[:row_count, None],
-            attention_mask=masks,
-            position_ids=places_B[:, None],
+        masks = decoding_masks(stack.model, places_B, attended)
+        logits_B1V = stack.ask(
+            stack.model, tokens_B[:, None], attention_mask=masks, position_ids=places_B[:, None]
         )
-        self.buffers.logits_ERV[expert, :row_count] = logits_B1V[:, 0]
-
-    def _ask(self, expert: int, model: PreTrainedModel, ids_BT: torch.Tensor, **more: Any) -> torch.Tensor:
-        more[CACHE] = self._caches[expert]
-        logits_BTV: torch.Tensor = model(input_ids=ids_BT, use_cache=True, **more).logits
-        return logits_BTV
+        logits_NRV = logits_B1V.view(row_count, count, -1).transpose(0, 1)
+        self.buffers.logits_ERV[:, :row_count].index_copy_(0, stack.experts_N, logits_NRV)
 
     def forget(self, row: int) -> None:
         """Nothing: a row is written over."""
@@ -210,42 +236,3 @@ def _layer_types(config: PretrainedConfig) -> list[str]:
     if types is not None:
         return sorted(set(types))
     return ["full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"]
-
-
-@torch.inference_mode()
-def reads_rows_as_it_scores(model: PreTrainedModel, block_tokens: int) -> bool:
-    """Whether a model predicts so as it does when it reads a block at once,
-    whatever rows it reads beside each other.
-
-    A made-up block is read as a prompt and then on: after its first token, in one row alone; then so beside a
-    row that begins nearly at its end.
-    """
-    block_1T = random_block(model.config.vocab_size, block_tokens).to(model.device)
-    at_once_TV = logits_of(model, block_1T, type(model).__name__)[0]
-    tokens, firsts = block_1T[0].tolist(), beginnings(block_tokens)
-    try:
-        return all(_reads_on(model, tokens, at_once_TV, tried) for tried in (firsts[:1], firsts))
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # architectures without such a cache raise whatever they stumble over
-        return False
-
-
-def _reads_on(
-    model: PreTrainedModel, tokens: Sequence[int], at_once_TV: torch.Tensor, firsts: Sequence[int]
-) -> bool:
-    """Reads the first tokens of a block into a row for each number of them, and
-    two more; compares every prediction."""
-    buffers = RowBuffers.on(model.device, 1, len(firsts), at_once_TV.shape[1], at_once_TV.dtype)
-    decoder = RowCacheDecoder([model.eval()], buffers, len(tokens), captures=False)
-    rows = list(range(len(firsts)))
-    decoder.read([tokens[:first] for first in firsts], [[row] for row in rows])
-    for further in range(3):
-        counts = torch.tensor([min(first + further, len(tokens)) for first in firsts])
-        if not are_alike(buffers.logits_ERV[0], at_once_TV[counts - 1]):
-            return False
-        places = counts.clamp(max=len(tokens) - 1)
-        buffers.places_R.copy_(places)
-        buffers.tokens_R.copy_(torch.tensor(tokens)[places])
-        decoder.read_on(rows, [0], int(places.max()))
-    return True

@@ -54,8 +54,7 @@ def repeats_of(plan: Plan, driver: Driver) -> list[Repeat]:
         first = _by_the_best(first, recipes_of(size, study), driver)
         if study.search is not None:
             first = by_search(first, study.search, driver)
-        first = _with_best_scale(first, study.learning_rate_scales, driver)
-        first = _with_others(first, study, driver)
+        first = _with_best_scales(first, study, driver)
         repeats.append(first)
         for random_seed in study.random_seeds[1:]:
             training = first.prepared.plan.training.model_copy(update={"random_seed": random_seed})
@@ -126,33 +125,32 @@ def _by_the_best(repeat: Repeat, recipes: Sequence[TrainingPlan], driver: Driver
     return replace(tried[best], trials=tuple(rows))
 
 
-def _with_others(repeat: Repeat, study: StudyPlan, driver: Driver) -> Repeat:
-    """The repeat with others that branch as `study.branching` says, each with the scale that suits it best.
-    Those of which an expert diverges under each scale are left out, and are among the trials."""
-    scales = study.learning_rate_scales
-    names = experts_names(study)
-    for branching, name in zip(study.branching, names, strict=True):
-        other = replace(repeat.branching_by(branching), experts=name, others=(), trials=())
-        tried, _ = _try_scales(other, [scale * branching.learning_rate_scale for scale in scales], driver)
-        best = _best_of(tried) if tried else other
-        others = (*repeat.others, best) if best is not None else repeat.others
-        repeat = replace(repeat, others=others, trials=(*repeat.trials, *_scale_rows(tried)))
-    return repeat
-
-
-def _with_best_scale(repeat: Repeat, scales: Sequence[float], driver: Driver) -> Repeat:
-    """The repeat with the scale of its experts' learning rate that suits it best.
+def _with_best_scales(repeat: Repeat, study: StudyPlan, driver: Driver) -> Repeat:
+    """The repeat, and others that branch as `study.branching` says, each with the scale of its experts' learning rate
+    that suits it best. Others of which an expert diverges under each scale are left out, and are among the trials.
 
     Raises:
-        StepError: an expert failed otherwise than by diverging, or one diverged under each scale.
+        StepError: an expert failed otherwise than by diverging, or one of the repeat's own diverged under each scale.
     """
-    tried, failures = _try_scales(repeat, scales, driver)
-    if not tried:
-        return repeat
-    best = _best_of(tried)
+    named = zip(study.branching, experts_names(study), strict=True)
+    others = [
+        replace(repeat.branching_by(branching), experts=name, others=(), trials=())
+        for branching, name in named
+    ]
+    if not study.learning_rate_scales:
+        return replace(repeat, others=tuple(others))
+    scales = [1.0, *(branching.learning_rate_scale for branching in study.branching)]
+    by_scale = [
+        [one.scaled(scale * factor) for factor in study.learning_rate_scales]
+        for one, scale in zip([repeat, *others], scales, strict=True)
+    ]
+    (own, *of_others), failures = _try_all(by_scale, driver)
+    best = _best_of(own)
     if best is None:
         raise step_error(failures)
-    return replace(best, trials=(*repeat.trials, *_scale_rows(tried)))
+    found = (_best_of(tried) for tried in of_others)
+    rows = [row for tried in (own, *of_others) for row in _scale_rows(tried)]
+    return replace(best, others=tuple(one for one in found if one), trials=(*repeat.trials, *rows))
 
 
 Tried: TypeAlias = Sequence[tuple[Repeat, float]]
@@ -166,39 +164,45 @@ def _best_of(tried: Tried) -> Repeat | None:
 
 
 def _scale_rows(tried: Tried) -> list[dict[str, Any]]:
-    if not tried:
-        return []
     scales = [one.prepared.plan.branching.learning_rate_scale for one, _ in tried]
     return _rows(tried[0][0], scales, [perplexity for _, perplexity in tried], "learning_rate_scale")
 
 
-def _try_scales(repeat: Repeat, scales: Sequence[float], driver: Driver) -> tuple[Tried, list[Failure]]:
-    """The repeat with each scale, and the perplexity of its experts, mixed as planned, on the domains' development
-    text; and what diverged.
+def _try_all(by_scale: Sequence[Sequence[Repeat]], driver: Driver) -> tuple[list[Tried], list[Failure]]:
+    """Repeats with each of their scales, and the perplexity of their experts, mixed as planned, on the domains'
+    development text; and what diverged. All of them train at once.
 
     Fitted on one half of a text's blocks and measured on the other, both ways.
 
     Raises:
         StepError: an expert failed otherwise than by diverging.
     """
-    if not scales:
-        return [], []
+    repeat = by_scale[0][0]
     prepared, share = repeat.prepared, repeat.seed_shares[0]
     train(repeat, [repeat.transformer_lm()], driver)
     fill_in(repeat, list(repeat.seeds.values()), driver)
-    tried = [repeat.scaled(scale) for scale in scales]
     asked = [
-        marked(
-            repeat,
-            [replace(r, label=f"{r.label}-scale-{scale:g}") for r in branches(one, prepared.domains, share)],
-        )
-        for one, scale in zip(tried, scales, strict=True)
+        [_trial(one, request) for request in branches(one, prepared.domains, share)]
+        for scaled in by_scale
+        for one in scaled
     ]
     converged, failures = _that_converged(asked, driver)
-    perplexities = [
-        _ensemble_perplexity(prepared, experts, driver) if experts else math.inf for experts in converged
-    ]
-    return list(zip(tried, perplexities, strict=True)), failures
+    models = {ref: label for experts in converged for ref, label in experts.items()}
+    scores = score_models(prepared, models, prepared.domains, driver, ["development"])
+    perplexities = iter(
+        [
+            _ensemble_perplexity(prepared, [*experts], scores, driver) if experts else math.inf
+            for experts in converged
+        ]
+    )
+    return [[(one, next(perplexities)) for one in scaled] for scaled in by_scale], failures
+
+
+def _trial(repeat: Repeat, request: TrainRequest) -> TrainRequest:
+    """The training of an expert, labelled by its scale."""
+    scale = repeat.prepared.plan.branching.learning_rate_scale
+    (labelled,) = marked(repeat, [replace(request, label=f"{request.label}-scale-{scale:g}")])
+    return labelled
 
 
 def _rows(
@@ -235,13 +239,14 @@ def _that_converged(
     return [one if made.issuperset(one) else {} for one in models], failures
 
 
-def _ensemble_perplexity(prepared: PreparedPlan, experts: Mapping[Ref, str], driver: Driver) -> float:
+def _ensemble_perplexity(
+    prepared: PreparedPlan, experts: Sequence[Ref], scores: Mapping[Ref, Artifact], driver: Driver
+) -> float:
     """Mean over domains, on development text, of the ensemble as the plan mixes it."""
-    scores = score_models(prepared, experts, prepared.domains, driver, ["development"])
     texts, merging = {text.name: text for text in prepared.domains}, prepared.plan.merging
 
     def perplexity(name: str) -> float:
-        stack = stack_of(driver.ledger, list(experts), texts[name], "development", scores)
+        stack = stack_of(driver.ledger, experts, texts[name], "development", scores)
         return cross_fitted_perplexity(*stack.take(0, merging.development_blocks), merging)
 
     return sum(each_in_one_thread(perplexity, list(texts))) / len(texts)

@@ -1,7 +1,7 @@
 """A study of experts that train a part, of mixtures of experts, and of a pretrained model: rows and costs."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from btm_cluster.data.tokenizer_training import train_tokenizer
+from btm_cluster.driver.port import Outcome
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation.costs import gpu_seconds, is_better
 from btm_cluster.language_model.mixture_of_experts import size_of_mixture
@@ -17,6 +18,7 @@ from btm_cluster.operations.run import run_plan
 from btm_cluster.operations.study import results_of
 from btm_cluster.plan import Plan
 from btm_cluster.report.study_page import write_page
+from btm_cluster.requests import StepRequest, TrainRequest
 from btm_cluster.steps.stored import open_weights
 from btm_cluster.study.branchings import experts_of
 from btm_cluster.study.repeat import Repeat
@@ -257,14 +259,23 @@ def from_pretrained(folder: Path, fields: dict[str, Any], **study: Any) -> Plan:
 
 
 def test_a_study_of_a_pretrained_model_sets_its_continued_pretraining_beside_its_experts(
-    pretrained: Path, texts: dict[str, Path], tmp_path: Path
+    pretrained: Path, texts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fields = fields_of(texts, tmp_path / "store") | {"targets": []}
     ways = {"branching": [DIVERGING, {"train": "lora", "lora": {"rank": 4}, "learning_rate_scale": 8}]}
     recipes = {"trials": [{"learning_rate": 1e-2}, {"learning_rate": 5e-3}], "learning_rate_scales": [0.5, 1]}
     plan = from_pretrained(pretrained, fields, systems=[], **ways, **recipes)
     driver = in_process(plan)
+    run_steps, asked = driver.workers.run, list[list[str]]()
+
+    def noting(requests: Sequence[StepRequest]) -> Iterator[tuple[StepRequest, Outcome]]:
+        asked.append([each.label for each in requests if isinstance(each, TrainRequest)])
+        return run_steps(requests)
+
+    monkeypatch.setattr(driver.workers, "run", noting)
     study = studied_by(plan, driver)
+    (at_each_scale,) = [labels for labels in asked if any("-scale-" in label for label in labels)]
+    assert len(at_each_scale) == 3 * 2 * 2, "two experts of each kind at each scale, all at once"
     seed, whole = (Studied(plan, driver, study).entry(system=system) for system in ("seed", "transformer-lm"))
     assert seed["cost"]["training_tokens"] == 0
     assert whole["cost"]["training_tokens"] == 2 * 12 * 4 * 32
