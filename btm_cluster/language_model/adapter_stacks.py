@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 MOST_STACKED = 32
-"""Experts of a stack at most: all of them read on where one is asked to."""
+"""Experts of a stack at most."""
 
 
 @dataclass(frozen=True)

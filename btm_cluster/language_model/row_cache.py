@@ -9,7 +9,7 @@ letters of decoding.py. A stack's cache has N rows for each of the engine's: one
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,9 @@ READ_AT_ONCE = 8192
 _SHORTEST = 256
 """Places that a pass attends to, at least; then twice as many, and so on:
 each number is a graph of its own."""
+_FEW = 4
+"""Where fewer than one of so many experts of a stack are asked to read on, each does alone: on two cores a pass of 32
+small ones took as long as seven of one."""
 _PLACES_MULTIPLE = 16
 """Attention kernels want masks whose rows are aligned."""
 
@@ -43,6 +46,10 @@ class _Pass:
     places_B: torch.Tensor | None = None
     """Where each row reads on."""
     attended: int = 0
+    first: int = 0
+    """The first of the cache's rows that read on, and the step from each to the next: an expert that reads alone has
+    one of each N."""
+    step: int = 1
 
 
 class _RowLayer(CacheLayerMixin):
@@ -79,7 +86,7 @@ class _RowLayer(CacheLayerMixin):
             return fresh_BHTD
         assert now.places_B is not None
         where_BHTD = now.places_B[:, None, None, None].expand_as(fresh_BHTD)
-        kept_BHSD = kept_RHSD[: len(fresh_BHTD)]
+        kept_BHSD = kept_RHSD[now.first :: now.step][: len(fresh_BHTD)]
         kept_BHSD.scatter_(2, where_BHTD, fresh_BHTD)
         return kept_BHSD[:, :, : now.attended]
 
@@ -135,7 +142,7 @@ class RowCacheDecoder:
         self._places = -(-block_tokens // _PLACES_MULTIPLE) * _PLACES_MULTIPLE
         stacks = alone(models) if stacks is None else stacks
         self._stacks = [_Reading(stack, self._rows, self._places, device) for stack in stacks]
-        self._graphs = Graphs(device, len(stacks), captures)
+        self._graphs = Graphs(device, len(models) + len(stacks), captures)
 
     @property
     def captures(self) -> bool:
@@ -181,28 +188,39 @@ class RowCacheDecoder:
         return [ReadPrompt(logp_EBT[:, b, : n - 1], entropy_EBT[:, b, :n]) for b, n in enumerate(lengths)]
 
     def read_on(self, rows: Sequence[int], experts: Sequence[int], longest: int) -> None:
-        """All rows up to the last of these read on, those between them too; and all experts of a stack."""
+        """All rows up to the last of these read on, those between them too; and all experts of a stack, unless few of
+        them are asked to."""
         row_count = up_to(max(rows) + 1, 1, self._rows)
         attended = up_to(longest + 1, _SHORTEST, self._places)
-        work = {
-            number: functools.partial(self._read_on, number, row_count, attended)
-            for number, stack in enumerate(self._stacks)
-            if not {*experts}.isdisjoint(stack.experts)
-        }
+        work: dict[int, Callable[[], None]] = {}
+        for number, stack in enumerate(self._stacks):
+            asked = {*experts}.intersection(stack.experts)
+            if len(asked) * _FEW < len(stack.experts):
+                for expert in asked:
+                    work[expert] = functools.partial(self._read_on, number, row_count, attended, expert)
+            else:
+                work[len(self._models) + number] = functools.partial(
+                    self._read_on, number, row_count, attended
+                )
         self._graphs.run_all((row_count, attended), work)
 
-    def _read_on(self, number: int, row_count: int, attended: int) -> None:
+    def _read_on(self, number: int, row_count: int, attended: int, alone: int | None = None) -> None:
+        """One token of each row by a stack's experts, or by one of them."""
         stack = self._stacks[number]
-        count, under_way = len(stack.experts), stack.under_way
+        under_way, model, experts_N = stack.under_way, stack.model, stack.experts_N
+        under_way.first, under_way.step = 0, 1
+        if alone is not None:
+            place, model = stack.experts.index(alone), self._models[alone]
+            experts_N = experts_N[place : place + 1]
+            under_way.first, under_way.step = place, len(stack.experts)
+        count = len(experts_N)
         tokens_B = self.buffers.tokens_R[:row_count].repeat_interleave(count)
         places_B = self.buffers.places_R[:row_count].repeat_interleave(count)
         under_way.rows, under_way.places_B, under_way.attended = None, places_B, attended
-        masks = decoding_masks(stack.model, places_B, attended)
-        logits_B1V = stack.ask(
-            stack.model, tokens_B[:, None], attention_mask=masks, position_ids=places_B[:, None]
-        )
+        masks = decoding_masks(model, places_B, attended)
+        logits_B1V = stack.ask(model, tokens_B[:, None], attention_mask=masks, position_ids=places_B[:, None])
         logits_NRV = logits_B1V.view(row_count, count, -1).transpose(0, 1)
-        self.buffers.logits_ERV[:, :row_count].index_copy_(0, stack.experts_N, logits_NRV)
+        self.buffers.logits_ERV[:, :row_count].index_copy_(0, experts_N, logits_NRV)
 
     def forget(self, row: int) -> None:
         """Nothing: a row is written over."""

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -108,6 +109,7 @@ def test_a_step_of_a_stack_asks_the_host_nothing_so_that_it_can_be_captured() ->
     engine.admit([Prompt([5, 6], 9), Prompt([], 9)])
     with torch.inference_mode(), AsksTheHost():
         decoder_of(engine)._read_on(0, 2, BLOCK)
+        decoder_of(engine)._read_on(0, 2, BLOCK, alone=1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -132,12 +134,23 @@ def decoder_of(engine: EnsembleEngine) -> RowCacheDecoder:
     return decoder
 
 
-def test_an_expert_that_writes_alone_writes_what_it_would_without_the_others() -> None:
+@pytest.mark.parametrize("count", [4, 9])
+@pytest.mark.parametrize("asked", [(2,), (0, 3)])
+def test_few_experts_of_a_stack_write_what_they_would_without_the_others(
+    count: int, asked: tuple[int, ...]
+) -> None:
+    """In a stack of four two read on together with all, and of nine each alone: beside a row of all experts, and
+    after it."""
     base = base_of("llama")
-    experts = [adapted(base, USUAL, seed) for seed in range(1, 5)]
-    alone = opened([adapted(base, USUAL, 3)]).generate([Prompt([4, 5], 10)])
-    among = opened(experts).generate([Prompt([4, 5], 10, experts=(2,)), Prompt([6], 10)])
-    assert among[0].tokens == alone[0].tokens
+    experts = [adapted(base, USUAL, seed) for seed in range(count)]
+    own = opened([adapted(base, USUAL, seed) for seed in asked])
+    prompts = [Prompt([4, 5], 10, Sampling(random_seed=seed)) for seed in range(2)]
+    expected = [one.tokens for one in own.generate(prompts)]
+    engine = opened(experts)
+    of_some = [replace(prompt, experts=asked) for prompt in prompts]
+    for beside in ([Prompt([6], 4)], []):
+        written = engine.generate([*beside, *of_some])[len(beside) :]
+        assert [one.tokens for one in written] == expected
 
 
 def test_only_adapters_that_are_alike_over_the_very_same_base_are_stacked(
