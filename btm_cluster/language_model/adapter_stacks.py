@@ -49,9 +49,20 @@ def stacked(models: Sequence[PreTrainedModel]) -> list[Stack]:
         for first in range(0, len(group), MOST_STACKED)
     ]
     return [
-        Stack(group, models[group[0]] if len(group) == 1 else _stack([models[place] for place in group]))
+        Stack(group, (_lone if len(group) == 1 else _stack)([models[place] for place in group]))
         for group in groups
     ]
+
+
+def _lone(models: Sequence[PreTrainedModel]) -> PreTrainedModel:
+    """A model by itself, whose adapter is no part of the stack of an earlier engine."""
+    (model,) = models
+    for layer in _adapters(model).values():
+        for pair in (layer.lora_A, layer.lora_B):
+            for one in pair.parameters():
+                if one.untyped_storage().nbytes() > one.nbytes:
+                    one.data = one.data.clone()
+    return model
 
 
 def _adapters(model: PreTrainedModel) -> dict[str, Any]:
@@ -107,6 +118,12 @@ class _StackedLayer(torch.nn.Module):
             self.register_buffer(name, whole, persistent=False)
             for one, part in zip(matrices, whole, strict=True):
                 one.weight.data = part
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's, of which some architectures ask the type."""
+        weight: torch.Tensor = self.base_layer.weight
+        return weight
 
     def forward(self, taken: torch.Tensor) -> torch.Tensor:
         given: torch.Tensor = self.base_layer(taken)

@@ -106,6 +106,8 @@ class _Reading:
     def __init__(self, stack: Stack, rows: int, places: int, device: torch.device) -> None:
         self.model, self.experts = stack.model, stack.experts
         self.experts_N = torch.tensor(stack.experts, device=device)
+        # Captured graphs read these addresses, whatever a newer engine gives the same models.
+        self._held = [parameter.data for parameter in stack.model.parameters()]
         self.under_way = _Pass()
         layer = functools.partial(_RowLayer, rows * len(stack.experts), places, self.under_way)
         self._cache = Cache(layer_class_to_replicate=layer)

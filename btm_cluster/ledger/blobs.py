@@ -25,18 +25,21 @@ from btm_cluster.ledger.artifact import (
 )
 from btm_cluster.storage import Storage
 from btm_cluster.storage.file_hashes import FoundFile
-from btm_cluster.storage.scratch import flushed_meanwhile, on_disk_of
+from btm_cluster.storage.scratch import flushed_meanwhile, is_in_scratch, on_disk_of
 
 
 def write_blobs(storage: Storage, ref: Ref, files: Mapping[str, Path]) -> list[Blob]:
-    """Stores files of an artifact, which may be linked into the store, in order of their names."""
+    """Stores files of an artifact, in order of their names. Those in a scratch folder may be linked into the store."""
     # A folder on the same disk takes them as they are, and then waits for the disk.
-    is_folder = not storage.copies_bytes
-    linked = [path for path in files.values() if is_folder and on_disk_of(Path(storage.location), path)]
+    own = {path for path in files.values() if is_in_scratch(path)}
+    linked = (
+        [] if storage.copies_bytes else [path for path in own if on_disk_of(Path(storage.location), path)]
+    )
     with flushed_meanwhile(linked):
         blobs = [describe_file(name, path) for name, path in sorted(files.items())]
     for blob in blobs:
-        storage.upload(blob_key(ref, blob.sha256), files[blob.name], keep=False)
+        path = files[blob.name]
+        storage.upload(blob_key(ref, blob.sha256), path, keep=path not in own)
     return blobs
 
 

@@ -145,8 +145,8 @@ class Ledger:
     ) -> Artifact:
         """Stores `files` and creates the manifest of what was `made`.
 
-        Whoever loses a race gets the winner's artifact. The files must never be changed again: they may be linked
-        into the store instead of being copied.
+        Whoever loses a race gets the winner's artifact. Files in a scratch folder must never be changed
+        again: they may be linked into the store instead of being copied.
 
         Raises:
             UserError: it was purged meanwhile, or something that it is made from was. It is not stored then.
@@ -198,8 +198,8 @@ class Ledger:
     ) -> None:
         """Commits a training checkpoint of a `model` in the making at `update`, then drops the older ones.
 
-        The files must never be changed again, as in `commit`. A checkpoint at the same update stays, unless its
-        manifest hash is among those that could not be loaded, `passed_over`.
+        Files in a scratch folder must never be changed again, as in `commit`. A checkpoint at the same update stays,
+        unless its manifest hash is among those that could not be loaded, `passed_over`.
 
         Raises:
             UserError: the model was purged meanwhile, or something that it is made from was. Nothing of it is

@@ -63,6 +63,11 @@ def remove_abandoned() -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def is_in_scratch(file: Path) -> bool:
+    """Whether a file is a step's own, in a scratch folder, and not a link to somebody else's."""
+    return not file.is_symlink() and any(folder.name.startswith(_PREFIX) for folder in file.parents)
+
+
 def link_if_alike(file: Path, place: Path) -> bool:
     """Gives a file a second name, which spares its copy, and says whether it did.
 
@@ -118,7 +123,8 @@ def flush(file: Path) -> None:
 
 def _access(file: Path) -> tuple[object, ...]:
     found = file.stat()
-    return found.st_dev, found.st_uid, found.st_gid, found.st_mode, os.listxattr(file)
+    attributes = {name: os.getxattr(file, name) for name in os.listxattr(file)}
+    return found.st_dev, found.st_uid, found.st_gid, found.st_mode, attributes
 
 
 @contextmanager

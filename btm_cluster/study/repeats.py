@@ -144,10 +144,10 @@ def _with_best_scales(repeat: Repeat, study: StudyPlan, driver: Driver) -> Repea
         [one.scaled(scale * factor) for factor in study.learning_rate_scales]
         for one, scale in zip([repeat, *others], scales, strict=True)
     ]
-    (own, *of_others), failures = _try_all(by_scale, driver)
+    (own, *of_others), diverged = _try_all(by_scale, driver)
     best = _best_of(own)
     if best is None:
-        raise step_error(failures)
+        raise step_error(diverged)
     found = (_best_of(tried) for tried in of_others)
     rows = [row for tried in (own, *of_others) for row in _scale_rows(tried)]
     return replace(best, others=tuple(one for one in found if one), trials=(*repeat.trials, *rows))
@@ -170,7 +170,7 @@ def _scale_rows(tried: Tried) -> list[dict[str, Any]]:
 
 def _try_all(by_scale: Sequence[Sequence[Repeat]], driver: Driver) -> tuple[list[Tried], list[Failure]]:
     """Repeats with each of their scales, and the perplexity of their experts, mixed as planned, on the domains'
-    development text; and what diverged. All of them train at once.
+    development text; and what diverged of the first. All of them train at once.
 
     Fitted on one half of a text's blocks and measured on the other, both ways.
 
@@ -195,7 +195,10 @@ def _try_all(by_scale: Sequence[Sequence[Repeat]], driver: Driver) -> tuple[list
             for experts in converged
         ]
     )
-    return [[(one, next(perplexities)) for one in scaled] for scaled in by_scale], failures
+    of_first = {request.label for requests in asked[: len(by_scale[0])] for request in requests}
+    tried: list[Tried] = [[(one, next(perplexities)) for one in scaled] for scaled in by_scale]
+    diverged = {failure.label: failure for failure in failures if failure.label in of_first}
+    return tried, [*diverged.values()]
 
 
 def _trial(repeat: Repeat, request: TrainRequest) -> TrainRequest:

@@ -197,6 +197,60 @@ def test_experts_that_would_predict_otherwise_in_a_stack_read_on_one_by_one(
     assert [stack.experts for stack in usable_stacks(in_16_bits, BLOCK)] == [(0,), (1,), (2,)]
 
 
+def test_each_stack_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_of("llama")
+    models = [
+        *(adapted(base, USUAL, seed) for seed in range(3)),
+        *(adapted(base, USUAL, seed, rank=2) for seed in (3, 4)),
+    ]
+    forward = adapter_stacks._StackedLayer.forward
+
+    def wrong_of_two(layer: Any, taken: torch.Tensor) -> torch.Tensor:
+        return layer.base_layer(taken) if len(layer.a_ErD) == 2 else forward(layer, taken)
+
+    monkeypatch.setattr(adapter_stacks._StackedLayer, "forward", wrong_of_two)
+    assert [stack.experts for stack in usable_stacks(models, BLOCK)] == [(0, 1, 2), (3,), (4,)]
+
+
+def test_an_expert_whose_predictions_are_not_finite_keeps_no_other_from_writing() -> None:
+    base = base_of("llama")
+    models = [adapted(base, USUAL, seed) for seed in range(3)]
+    _adapter_of(models[1])[0].fill_(torch.nan)
+    engine = opened(models)
+    assert engine.generate([Prompt([4], 5, experts=(0,))])[0].tokens
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_in_16_bits_too_a_stack_without_its_adapters_is_noticed(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = base_of("llama").to(torch.bfloat16)
+    models = [adapted(base, USUAL, seed).to(torch.bfloat16) for seed in range(3)]
+    for model in models:
+        for parameter in _adapter_of(model):
+            parameter.mul_(share)
+    assert len(usable_stacks(models, BLOCK)) == 1
+    monkeypatch.setattr(adapter_stacks._StackedLayer, "forward", lambda layer, taken: layer.base_layer(taken))
+    assert len(usable_stacks(models, BLOCK)) == 3
+
+
+def test_a_newer_engine_leaves_what_the_graphs_of_the_one_before_read_in_its_place() -> None:
+    """And an expert that is left of a stack holds no more than its own adapter."""
+    base = base_of("llama")
+    models = [adapted(base, USUAL, seed) for seed in range(3)]
+    one = opened(models[:1])
+    held = [(parameter.data_ptr(), parameter.clone()) for parameter in models[0].parameters()]
+    opened(models)
+    kept = {tensor.data_ptr(): tensor for tensor in decoder_of(one)._stacks[0]._held}
+    assert all(torch.equal(kept[address], values) for address, values in held)
+    opened(models[2:])
+    assert all(part.untyped_storage().nbytes() == part.nbytes for part in _adapter_of(models[2]))
+
+
+def _adapter_of(model: PreTrainedModel) -> list[torch.Tensor]:
+    return [parameter.data for name, parameter in model.named_parameters() if "lora_" in name]
+
+
 def test_experts_in_16_bits_are_stacked_though_rounding_moves_their_predictions() -> None:
     base = base_of("llama")
     base.lm_head.weight.data.mul_(20)  # as sure of tokens as a trained model

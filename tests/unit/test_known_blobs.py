@@ -149,11 +149,8 @@ def test_a_blob_that_is_deleted_before_it_is_opened_is_named(
 
 
 @only_in_a_folder
-def test_what_a_disk_does_not_take_is_not_committed(
-    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_disk_does_not_take_is_not_committed(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system says once that a disk has lost what was written; the first who waits for it hears of it."""
-    (tmp_path / "lost").write_bytes(b"weights")
     failures = [OSError(errno.EIO, "Input/output error")]
 
     def flush(file: Path) -> None:  # noqa: ARG001
@@ -161,9 +158,33 @@ def test_what_a_disk_does_not_take_is_not_committed(
             raise failures.pop()
 
     monkeypatch.setattr(scratch, "flush", flush)
-    with pytest.raises(StoreError, match="the disk did not take lost"):
-        ledger.commit(origin("model", {"n": 1}), {"lost": tmp_path / "lost"}, {})
+    with scratch.scratch_folder() as folder:
+        (folder / "lost").write_bytes(b"weights")
+        with pytest.raises(StoreError, match="the disk did not take lost"):
+            ledger.commit(origin("model", {"n": 1}), {"lost": folder / "lost"}, {})
     assert ledger.find(origin("model", {"n": 1}).ref) is None
+
+
+@only_in_a_folder
+def test_only_a_steps_own_files_are_linked_into_a_store(ledger: Ledger, tmp_path: Path) -> None:
+    """A user's file stays the user's, and what a link of a hub's cache names is copied."""
+    with scratch.scratch_folder() as folder:
+        files = {"own": folder / "own", "users": tmp_path / "users", "linked": folder / "linked"}
+        for name in ("own", "users"):
+            files[name].write_text(name)
+        (tmp_path / "etag").write_text("of the hub")
+        files["linked"].symlink_to(tmp_path / "etag")
+        made = ledger.commit(origin("model", {"n": 2}), files, {})
+        stored = {name: ledger.open_file(made, name) for name in files}
+        assert {name: path.stat().st_nlink for name, path in stored.items()} == {
+            "own": 2,
+            "users": 1,
+            "linked": 1,
+        }
+    assert not any(path.is_symlink() for path in stored.values())
+    for name in ("users", "etag"):
+        (tmp_path / name).write_text("changed since")
+    assert [path.read_text() for path in stored.values()] == ["own", "users", "of the hub"]
 
 
 @only_in_a_folder
