@@ -27,6 +27,8 @@ class Stack:
     """Their places among all models."""
     model: PreTrainedModel
     """Reads one token of each row and expert: of the first row by each expert, then of the second row, and so on."""
+    form: Any = None
+    """What stacks that compute alike have in common."""
 
 
 def alone(models: Sequence[PreTrainedModel]) -> list[Stack]:
@@ -44,13 +46,13 @@ def stacked(models: Sequence[PreTrainedModel]) -> list[Stack]:
         form = _form(model)
         places.setdefault((place,) if form is None else form, []).append(place)
     groups = [
-        tuple(group[first : first + MOST_STACKED])
-        for group in places.values()
+        (form, tuple(group[first : first + MOST_STACKED]))
+        for form, group in places.items()
         for first in range(0, len(group), MOST_STACKED)
     ]
     return [
-        Stack(group, (_lone if len(group) == 1 else _stack)([models[place] for place in group]))
-        for group in groups
+        Stack(group, (_lone if len(group) == 1 else _stack)([models[place] for place in group]), form)
+        for form, group in groups
     ]
 
 

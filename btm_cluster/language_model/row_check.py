@@ -6,6 +6,7 @@ The letters are those of decoding.py.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -43,12 +44,17 @@ def reads_rows_as_it_scores(model: PreTrainedModel, block_tokens: int) -> bool:
 
 @torch.inference_mode()
 def usable_stacks(models: Sequence[PreTrainedModel], block_tokens: int) -> list[Stack]:
-    """The models stacked where that predicts as each by itself, which is tried on a made-up text; the others alone."""
-    each_alone, usable = alone(models), list[Stack]()
+    """The models stacked where that predicts as each by itself, which is tried on a made-up text with the first stack
+    of each form; the others alone."""
+    each_alone, usable, are_usable = alone(models), list[Stack](), dict[Any, bool]()
     for stack in stacked(models):
-        if len(stack.experts) == 1 or _is_usable(
-            [models[place] for place in stack.experts], stack, block_tokens
-        ):
+        if len(stack.experts) == 1:
+            usable.append(stack)
+            continue
+        if stack.form not in are_usable:
+            members = [models[place] for place in stack.experts]
+            are_usable[stack.form] = _is_usable(members, stack, block_tokens)
+        if are_usable[stack.form]:
             usable.append(stack)
         else:
             log.info("adapters of %s read on one by one", type(stack.model).__name__)
