@@ -3,6 +3,7 @@
 `peft` is imported where an adapter is put into a model, and not before: that takes two seconds.
 """
 
+import copy
 import difflib
 import json
 import re
@@ -164,6 +165,17 @@ def put_adapter(model: "PreTrainedModel", lora: Lora, adapter: StoredWeights) ->
         owner, _, own = name.rpartition(".")
         tensor = adapter.read(stored_name(name)).to(model.device, model.dtype, copy=True)
         setattr(model.get_submodule(owner), own, torch.nn.Parameter(tensor, requires_grad=False))
+
+
+def with_other_adapter(adapted: "PreTrainedModel", adapter: StoredWeights) -> "PreTrainedModel":
+    """A model that shares all but the adapter with `adapted`, and has a stored one of the same form instead: a copy,
+    which takes a fraction of the time of `put_adapter`."""
+    kept: dict[int, Any] = {id(tensor): tensor for tensor in (*adapted.parameters(), *adapted.buffers())}
+    for name, parameter in adapted.named_parameters():
+        if stored_name(name) in adapter.header:
+            tensor = adapter.read(stored_name(name)).to(parameter.device, parameter.dtype, copy=True)
+            kept[id(parameter)] = torch.nn.Parameter(tensor, requires_grad=False)
+    return copy.deepcopy(adapted, kept)
 
 
 def stored_name(name: str) -> str:

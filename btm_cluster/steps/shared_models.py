@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from btm_cluster.errors import UserError
 from btm_cluster.language_model.compute import free_memory
-from btm_cluster.language_model.lora import lora_of, put_adapter
+from btm_cluster.language_model.lora import lora_of, put_adapter, with_other_adapter
 from btm_cluster.language_model.model import in_precision
 from btm_cluster.language_model.tensor_files import holds_weights
 from btm_cluster.ledger import Artifact, Ledger, Ref
+from btm_cluster.plan import Lora
 from btm_cluster.steps.stored import base_of, open_adapter_config, open_model, open_stored, open_weights
 
 
@@ -27,6 +28,8 @@ class SharedModels:
         """Models are loaded to `device`, their parameters in `dtype`, but for what they share."""
         self._ledger, self._device, self._dtype = ledger, device, dtype
         self._opened: dict[Ref, PreTrainedModel] = {}
+        self._adapted: dict[tuple[int, Lora], PreTrainedModel] = {}
+        """The first model of each base and form of adapter, by the base's id: it is opened, and so alive."""
 
     def find(self, ref: Ref) -> PreTrainedModel | None:
         """A model that was opened."""
@@ -104,8 +107,13 @@ class SharedModels:
         stored = open_stored(self._ledger, delta)
         shared: dict[int, Any] = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
         if delta.facts["trains"] == "lora":
+            lora = lora_of(open_adapter_config(self._ledger, delta))
+            alike = self._adapted.get((id(base), lora))
+            if alike is not None:
+                return with_other_adapter(alike, stored)
             model = copy.deepcopy(base, shared)
-            put_adapter(model, lora_of(open_adapter_config(self._ledger, delta)), stored)
+            put_adapter(model, lora, stored)
+            self._adapted[id(base), lora] = model
             return model
         for name, tensor in base.named_parameters():
             if name in stored.header:
