@@ -12,7 +12,7 @@ CORPUS has a folder for each text in CORPUS/train_domains, and TARGETS one for e
 valid.* and test.*. Where CORPUS is not there, this says so and measures nothing. Both plans are kept beside the
 results; the store and the base lie in --work. Killed and run again, it goes on where it was.
 
-The 30m size, with --passes 2 --expert-passes 0.4 --scales 0.3 1, took 23 minutes on one H200, not quite alone. Where a
+The 30m size, with --passes 2 --expert-passes 0.4 --scales 0.3 1, took about 25 minutes on one H200, not quite alone. Where a
 command may not take that long, run it again.
 """
 

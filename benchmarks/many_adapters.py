@@ -52,7 +52,7 @@ LLAMA = {
 
 @dataclass(frozen=True)
 class Cost:
-    """Of an engine that was opened, in this process."""
+    """The cost of an engine that was opened in this process."""
 
     seconds_to_open: float
     megabytes: float

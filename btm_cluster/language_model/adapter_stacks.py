@@ -28,7 +28,7 @@ class Stack:
     model: PreTrainedModel
     """Reads one token of each row and expert: of the first row by each expert, then of the second row, and so on."""
     form: Any = None
-    """What stacks that compute alike have in common."""
+    """The base, and names, shapes and types of the adapters: equal for stacks that compute alike."""
 
 
 def alone(models: Sequence[PreTrainedModel]) -> list[Stack]:
@@ -73,8 +73,8 @@ def _adapters(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _form(model: PreTrainedModel) -> tuple[Any, ...] | None:
-    """What models that can be stacked have in common; None of one without adapters, or with some that are not of
-    linear layers."""
+    """The base, and names, shapes and types of the adapters; None of a model without adapters, or with some that are
+    not of linear layers."""
     layers = _adapters(model)
     if not layers:
         return None

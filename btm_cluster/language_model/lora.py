@@ -168,11 +168,11 @@ def put_adapter(model: "PreTrainedModel", lora: Lora, adapter: StoredWeights) ->
 
 
 def with_other_adapter(adapted: "PreTrainedModel", adapter: StoredWeights) -> "PreTrainedModel":
-    """A model that shares all but the adapter with `adapted`, and has a stored one of the same form instead: a copy,
-    which takes a fraction of the time of `put_adapter`."""
+    """A model that shares all but the adapter with `adapted`, and has a stored one of the same form instead: a copy of
+    the module tree, which is faster than `put_adapter`."""
     kept: dict[int, Any] = {id(tensor): tensor for tensor in (*adapted.parameters(), *adapted.buffers())}
     for name, parameter in adapted.named_parameters():
-        if stored_name(name) in adapter.header:
+        if f".{_ADAPTER}." in name:
             tensor = adapter.read(stored_name(name)).to(parameter.device, parameter.dtype, copy=True)
             kept[id(parameter)] = torch.nn.Parameter(tensor, requires_grad=False)
     return copy.deepcopy(adapted, kept)
