@@ -149,6 +149,8 @@ def _inputs(shape: Shape, experts: int) -> None:
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config_from(config), dtype=torch.bfloat16)
     model.save_pretrained("base")
+    del model
+    torch.cuda.empty_cache()  # for the commands, which are other processes
 
 
 def _tokenizer(text: Path, entries: int) -> PreTrainedTokenizerFast:
