@@ -28,8 +28,8 @@ from synthetic_text import write_jsonl
 from btm_cluster.algorithm import grow
 from btm_cluster.forest import Expert, Forest, merge_into
 from btm_cluster.identity import Ref, identity_by
+from btm_cluster.language_model.adapter_files import ADAPTER_FILE
 from btm_cluster.language_model.engine import EnsembleEngine
-from btm_cluster.language_model.lora import ADAPTER_FILE
 from btm_cluster.language_model.prompts import Prompt
 from btm_cluster.language_model.sampling import Sampling
 from btm_cluster.ledger import Artifact, Ledger, Origin

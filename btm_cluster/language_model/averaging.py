@@ -15,16 +15,13 @@ from btm_cluster.language_model.delta_weights import LoraWeights
 from btm_cluster.language_model.stored_weights import ShardWriter, StoredWeights
 from btm_cluster.language_model.streamed_weights import in_pieces
 from btm_cluster.language_model.tensor_files import DTYPES, Header, header_of, names_in_order
-from btm_cluster.language_model.weighted_sums import SUMMED_AT_ONCE, cut, in_blocks, weighted_sums, widened
+from btm_cluster.language_model.weighted_sums import SUMMED_AT_ONCE, cut, weighted_sums, widened
 
 Method: TypeAlias = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 """Makes one tensor of one of each model, all of one shape; those of half precision come as float32.
 
 Raises ValueError where that cannot be.
 """
-RUN_BLOCKS = 4
-"""Blocks of so many elements that a thread sums one after the other: reading a model's elements for each of them took
-a quarter of the time."""
 Item = TypeVar("Item")
 
 
@@ -150,7 +147,7 @@ class AveragesTogether:
                 elif threads == 1:  # a model's piece is read once that of the one before is summed
                     self._write_one_by_one(writers, name)
                 else:
-                    for job in self._runs(writers, name, threads):
+                    for job in self._sums(writers, name, threads):
                         under_way.append(pool.submit(job))
                         if len(under_way) > threads:
                             under_way.popleft().result()
@@ -166,36 +163,23 @@ class AveragesTogether:
             writer.write(name, 0, whole.made_of(name, _with_weight(tensors, weights_M)))
 
     def _write_one_by_one(self, writers: Sequence[ShardWriter], name: str) -> None:
-        for start, size in self._cut(name, SUMMED_AT_ONCE):
+        for start, size in self._cut(name):
             read_M = (model.pieces(name, start, size) for model in self._models)
             self._write_sums(writers, range(len(writers)), name, start, size, read_M)
 
-    def _runs(self, writers: Sequence[ShardWriter], name: str, threads: int) -> Iterator[Callable[[], None]]:
-        """The sums of a tensor as functions to be called, one for each run and share: each comes once the run is read."""
+    def _sums(self, writers: Sequence[ShardWriter], name: str, threads: int) -> Iterator[Callable[[], None]]:
+        """The sums of a tensor as functions to be called, one for each block and share of the averages: each comes once
+        the block is read."""
         shares = [range(first, len(writers), threads) for first in range(min(threads, len(writers)))]
-        for start, size in self._cut(name, RUN_BLOCKS * SUMMED_AT_ONCE):
-            read_MB = [in_blocks(model.pieces(name, start, size)) for model in self._models]
-            blocks_MB = [
+        for start, size in self._cut(name):
+            read_M = [model.pieces(name, start, size) for model in self._models]
+            block_M = [
                 # To multiply B·A takes longer than to sum: left to the thread that sums.
-                blocks if len(shares) == 1 and isinstance(model, LoraWeights) else list(blocks)
-                for model, blocks in zip(self._models, read_MB, strict=True)
+                pieces if len(shares) == 1 and isinstance(model, LoraWeights) else list(pieces)
+                for model, pieces in zip(self._models, read_M, strict=True)
             ]
             for share in shares:
-                yield partial(self._write_run, writers, share, name, start, size, blocks_MB)
-
-    def _write_run(
-        self,
-        writers: Sequence[ShardWriter],
-        share: Sequence[int],
-        name: str,
-        start: int,
-        size: int,
-        blocks_MB: Sequence[Iterable[Sequence[torch.Tensor]]],
-    ) -> None:
-        for (first, count), block_M in zip(
-            cut(size, SUMMED_AT_ONCE), zip(*blocks_MB, strict=True), strict=True
-        ):
-            self._write_sums(writers, share, name, start + first, count, block_M)
+                yield partial(self._write_sums, writers, share, name, start, size, block_M)
 
     def _write_sums(
         self,
@@ -210,8 +194,8 @@ class AveragesTogether:
         for number, part in zip(share, sums, strict=True):
             writers[number].write(name, start, part)
 
-    def _cut(self, name: str, at_once: int) -> Iterator[tuple[int, int]]:
-        return cut(math.prod(self._common[name]["shape"]), at_once)
+    def _cut(self, name: str) -> Iterator[tuple[int, int]]:
+        return cut(math.prod(self._common[name]["shape"]), SUMMED_AT_ONCE)
 
 
 def average_models(models: Sequence[StoredWeights], weights: Sequence[float]) -> AveragedWeights:

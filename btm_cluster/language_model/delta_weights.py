@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from btm_cluster.errors import IncompatibleError
-from btm_cluster.language_model.lora import layer_of
+from btm_cluster.language_model.adapter_files import layer_of
 from btm_cluster.language_model.stored_weights import StoredWeights
 from btm_cluster.language_model.tensor_files import Header, names_in_order
 from btm_cluster.language_model.weighted_sums import SUMMED_AT_ONCE, cut

@@ -12,14 +12,9 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from btm_cluster.errors import IncompatibleError, PlanError
+from btm_cluster.language_model.adapter_files import ADAPTER_FILE, stored_name
 from btm_cluster.language_model.demix import feed_forwards_of
-from btm_cluster.language_model.lora import (
-    ADAPTER_FILE,
-    add_adapter,
-    count_adapter,
-    resolve_lora,
-    stored_name,
-)
+from btm_cluster.language_model.lora import add_adapter, count_adapter, resolve_lora
 from btm_cluster.language_model.model import fill, fresh_on_meta, fresh_without_values, name_tensors
 from btm_cluster.language_model.sharding import take_own
 from btm_cluster.language_model.stored_weights import StoredWeights

@@ -10,13 +10,13 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.pytorch_utils import Conv1D
 
 from btm_cluster.errors import PlanError, one_line
+from btm_cluster.language_model.adapter_files import ADAPTER_NAME, stored_name
 from btm_cluster.language_model.model import fresh_on_meta
 from btm_cluster.language_model.stored_weights import StoredWeights
 from btm_cluster.plan import Lora, LoraPlan
@@ -26,11 +26,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel
 
-ADAPTER_FILE = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
-_PREFIX = "base_model.model."
-"""Before every name in PEFT's files."""
-_ADAPTER = "default"
 _IN_A_LAYER = re.compile(r"\.\d+\.")
 
 
@@ -75,7 +70,7 @@ def _check_takes(fresh: "PreTrainedModel", lora: Lora) -> None:
     from peft import inject_adapter_in_model
 
     try:
-        inject_adapter_in_model(_config_for(lora, fresh), fresh, _ADAPTER, low_cpu_mem_usage=True)
+        inject_adapter_in_model(_config_for(lora, fresh), fresh, ADAPTER_NAME, low_cpu_mem_usage=True)
     except ValueError as exc:
         raise PlanError(
             f"branching.lora: PEFT adapts no {fresh.config.model_type} so",
@@ -136,7 +131,7 @@ def add_adapter(model: "PreTrainedModel", lora: Lora, random_seed: int) -> None:
     device = model.device
     torch.manual_seed(random_seed)
     with nullcontext() if device.type == "meta" else _seen_as_float32_on_cpu(model):
-        inject_adapter_in_model(_config_for(lora, model), model, _ADAPTER)
+        inject_adapter_in_model(_config_for(lora, model), model, ADAPTER_NAME)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(device)
@@ -160,7 +155,7 @@ def put_adapter(model: "PreTrainedModel", lora: Lora, adapter: StoredWeights) ->
     """Puts a stored adapter into `model`, in place, in its type and on its device."""
     from peft import inject_adapter_in_model
 
-    inject_adapter_in_model(_config_for(lora, model), model, _ADAPTER, low_cpu_mem_usage=True)
+    inject_adapter_in_model(_config_for(lora, model), model, ADAPTER_NAME, low_cpu_mem_usage=True)
     for name in [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         owner, _, own = name.rpartition(".")
         tensor = adapter.read(stored_name(name)).to(model.device, model.dtype, copy=True)
@@ -172,20 +167,10 @@ def with_other_adapter(adapted: "PreTrainedModel", adapter: StoredWeights) -> "P
     the module tree, which is faster than `put_adapter`."""
     kept: dict[int, Any] = {id(tensor): tensor for tensor in (*adapted.parameters(), *adapted.buffers())}
     for name, parameter in adapted.named_parameters():
-        if f".{_ADAPTER}." in name:
+        if f".{ADAPTER_NAME}." in name:
             tensor = adapter.read(stored_name(name)).to(parameter.device, parameter.dtype, copy=True)
             kept[id(parameter)] = torch.nn.Parameter(tensor, requires_grad=False)
     return copy.deepcopy(adapted, kept)
-
-
-def stored_name(name: str) -> str:
-    """The name that PEFT stores an adapter's parameter by."""
-    return _PREFIX + name.replace(f".{_ADAPTER}.", ".")
-
-
-def layer_of(stored: str) -> str:
-    """The name of the weight that a stored matrix, A or B, changes."""
-    return re.sub(r"\.lora_[AB]\.weight$", ".weight", stored.removeprefix(_PREFIX))
 
 
 def adapter_config(lora: Lora, model: Mapping[str, Any], base: str | None = None) -> dict[str, Any]:
@@ -197,18 +182,6 @@ def adapter_config(lora: Lora, model: Mapping[str, Any], base: str | None = None
     fields.pop("peft_version", None)
     named = {"base_model_name_or_path": base, "inference_mode": True, "target_modules": list(lora.modules)}
     return {**fields, "peft_type": "LORA", "task_type": "CAUSAL_LM", **named}
-
-
-def lora_of(config: Mapping[str, Any]) -> Lora:
-    """The adapter that an adapter_config.json describes."""
-    return Lora(config["r"], float(config["lora_alpha"]), tuple(sorted(config["target_modules"])))
-
-
-def write_adapter_config(config: Mapping[str, Any], folder: Path) -> Path:
-    """Writes adapter_config.json below `folder`."""
-    file = folder / ADAPTER_CONFIG
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return file
 
 
 def _config_for(lora: Lora, model: "PreTrainedModel") -> "LoraConfig":

@@ -7,30 +7,16 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-SUMMED_AT_ONCE = 2**17
-"""Elements: their sum and a model's elements in float32, 512 KiB each, stay in a core's cache while all models are
-added up. As many for several averages, whose sums are then the same bit by bit on any processor."""
+SUMMED_AT_ONCE = 2**20
+"""Elements: their sum and a model's elements in float32 take 4 MiB each. Of fewer, which would stay in a core's own
+cache, threads wait for each other between operations: Python runs one at a time. As many for several averages, whose
+sums are then the same bit by bit on any processor."""
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 
 def cut(count: int, at_once: int) -> Iterator[tuple[int, int]]:
     """Where each of the parts of at most `at_once` elements begins, and how many it has."""
     return ((start, min(at_once, count - start)) for start in range(0, count, at_once))
-
-
-def in_blocks(pieces: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """The pieces of each block of elements that are summed at once, cut where blocks begin."""
-    block, room = list[torch.Tensor](), SUMMED_AT_ONCE
-    for piece in pieces:
-        head, tail = piece[:room], piece[room:]
-        for part in (head, *torch.split(tail, SUMMED_AT_ONCE)) if len(tail) else (head,):
-            block.append(part)
-            room -= len(part)
-            if not room:
-                yield block
-                block, room = [], SUMMED_AT_ONCE
-    if block:
-        yield block
 
 
 def weighted_sums(

@@ -19,8 +19,8 @@ from btm_cluster.driver.chat_template import chat_template_of
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation.stored_results import stored_results
 from btm_cluster.forest import Forest, Parent
+from btm_cluster.language_model.adapter_files import ADAPTER_FILE, write_adapter_config
 from btm_cluster.language_model.folder import say_block_length, write_model
-from btm_cluster.language_model.lora import ADAPTER_FILE, write_adapter_config
 from btm_cluster.language_model.model_card import Card, Part, Result, card_text
 from btm_cluster.language_model.stored_weights import SHARD_BYTES, holds_weights
 from btm_cluster.ledger import Artifact, Ledger, Ref

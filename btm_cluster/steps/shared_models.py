@@ -12,8 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from btm_cluster.errors import UserError
+from btm_cluster.language_model.adapter_files import lora_of
 from btm_cluster.language_model.compute import free_memory
-from btm_cluster.language_model.lora import lora_of, put_adapter, with_other_adapter
+from btm_cluster.language_model.lora import put_adapter, with_other_adapter
 from btm_cluster.language_model.model import in_precision
 from btm_cluster.language_model.tensor_files import holds_weights
 from btm_cluster.ledger import Artifact, Ledger, Ref

@@ -15,6 +15,7 @@ import numpy as np
 from btm_cluster.data.blocks import MARKS_FILE, PADDING_DOCUMENT, READ, Blocks
 from btm_cluster.data.tokenizer import TOKENIZER_FILES, TextTokenizer, load_tokenizer
 from btm_cluster.errors import MissingError
+from btm_cluster.language_model.adapter_files import ADAPTER_CONFIG
 from btm_cluster.ledger import Artifact, Ledger, Ref, artifact_key
 from btm_cluster.storage.scratch import scratch_folder
 
@@ -199,8 +200,6 @@ def base_of(ledger: Ledger, delta: Artifact) -> Artifact:
 
 def open_adapter_config(ledger: Ledger, model: Artifact) -> dict[str, Any]:
     """PEFT's configuration of a stored adapter."""
-    from btm_cluster.language_model.lora import ADAPTER_CONFIG
-
     return dict(json.loads(ledger.open_file(model, ADAPTER_CONFIG).read_text(encoding="utf-8")))
 
 

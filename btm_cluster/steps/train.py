@@ -13,9 +13,10 @@ import torch.distributed as dist
 from btm_cluster.curve import CURVE_FILE
 from btm_cluster.data.tokenizer import TOKENIZER_FILES
 from btm_cluster.errors import MissingError, StoreError, TrainingError
+from btm_cluster.language_model.adapter_files import ADAPTER_CONFIG, write_adapter_config
 from btm_cluster.language_model.compute import device_name, device_of
 from btm_cluster.language_model.demix import DensePart, count_demix_parameters
-from btm_cluster.language_model.lora import ADAPTER_CONFIG, adapter_config, write_adapter_config
+from btm_cluster.language_model.lora import adapter_config
 from btm_cluster.language_model.model import fresh_on_meta, layout_of, write_config
 from btm_cluster.language_model.model_import import import_model
 from btm_cluster.language_model.process_group import ProcessGroup

@@ -16,11 +16,12 @@ from btm_cluster.data.blocks import Blocks
 from btm_cluster.equations.budget import training_flops_per_token
 from btm_cluster.errors import IncompatibleError, PlanError, Stopped
 from btm_cluster.language_model import loss
+from btm_cluster.language_model.adapter_files import write_adapter_config
 from btm_cluster.language_model.compute import Compute, autocast
 from btm_cluster.language_model.delta_weights import ChangedWeights, LoraWeights
 from btm_cluster.language_model.deltas import FILES, count_trained, freeze, hold_frozen_in, trains_of
 from btm_cluster.language_model.development import DevelopmentLoss
-from btm_cluster.language_model.lora import _config_for, adapter_config, write_adapter_config
+from btm_cluster.language_model.lora import _config_for, adapter_config
 from btm_cluster.language_model.model import build_model, load_model, save_weights, weights_of
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.stored_weights import TensorFiles

@@ -1,6 +1,7 @@
 """How step functions are imported."""
 
 import gc
+import subprocess
 import sys
 
 import pytest
@@ -36,3 +37,11 @@ def test_what_is_there_once_torch_is_imported_is_left_out_of_collections(
     with quick_imports():
         pass
     assert frozen == ["once"]
+
+
+def test_an_average_needs_no_transformers_which_take_most_of_a_second_to_import() -> None:
+    code = (
+        "import sys, btm_cluster.steps.average; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said == "True False\n"
