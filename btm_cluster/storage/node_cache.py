@@ -81,18 +81,17 @@ class NodeCache:
             StoreError: it cannot be written.
         """
         try:
-            return self._make("compiled")
+            self._make("compiled")
         except OSError as exc:
             raise self._failed(exc) from exc
+        return self.folder / "compiled"
 
-    def _make(self, below: str) -> Path:
-        folder = self.folder / below
+    def _make(self, *below: str) -> None:
         self.check()
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        for made in (self.folder, folder):
+        for made in (self.folder, *(self.folder / name for name in below)):
             made.mkdir(exist_ok=True, mode=PRIVATE)
         self.check()  # of two users who make it at once, one is first
-        return folder
 
     def get(self, name: str, fetch: Callable[[Path], None], anew: bool = False) -> Path:
         """The file called `name`, from here or by `fetch`, which writes to the path it is given.
@@ -106,13 +105,12 @@ class NodeCache:
         try:
             if not anew and self.find(name):
                 return path
-            for below in ("files", "used", "locks"):
-                self._make(below)
+            self._make("files", "used", "locks")
             # One of 256 locks: a lock's file cannot be deleted safely, so there must not be one for each name.
             with FileLock(self.folder / "locks" / name[-2:]):
                 if anew:
                     path.unlink(missing_ok=True)
-                elif self.find(name):
+                elif self._find(name):
                     return path
                 counted, looked = self._fetch(path, fetch)
             if counted > self.limit_bytes or time.time() - looked > _UNFINISHED_SECONDS:
@@ -124,6 +122,9 @@ class NodeCache:
     def find(self, name: str) -> Path | None:
         """The file called `name`, used now; None where it is not here. What is no file is none, and is replaced."""
         self.check()
+        return self._find(name)
+
+    def _find(self, name: str) -> Path | None:
         path = self.folder / "files" / name
         with suppress(FileNotFoundError):
             if stat.S_ISREG(path.lstat().st_mode):
