@@ -1,6 +1,7 @@
 """Training a part of a model: what is frozen, what is stored, and who else can open it."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from btm_cluster.language_model.compute import Compute, autocast
 from btm_cluster.language_model.delta_weights import ChangedWeights, LoraWeights
 from btm_cluster.language_model.deltas import FILES, count_trained, freeze, hold_frozen_in, trains_of
 from btm_cluster.language_model.development import DevelopmentLoss
-from btm_cluster.language_model.lora import _config_for, adapter_config
+from btm_cluster.language_model.lora import _config_for, adapter_config, put_adapter, with_other_adapter
 from btm_cluster.language_model.model import build_model, load_model, save_weights, weights_of
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.stored_weights import TensorFiles
@@ -355,6 +356,33 @@ def test_an_adapter_of_another_base_is_refused_by_name_and_shape(tmp_path: Path)
     save_file({"model.layers.9.mlp.up_proj.weight": torch.zeros(2, 2)}, changed)
     with pytest.raises(IncompatibleError, match="a tensor of"):
         ChangedWeights(started.stored_base, TensorFiles([changed]))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_model_with_another_adapter_shares_all_the_rest(kind: str, tmp_path: Path) -> None:
+    started = Started(kind, LORA, tmp_path)
+    assert started.trains.lora is not None
+    files = []
+    for number in range(2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        started.spec = replace(
+            started.spec, training=started.spec.training.model_copy(update={"random_seed": number})
+        )
+        files += write_state(started.trained(), folder, with_optimizer=False).values()
+    adapted, expected = (load_model(started.model, started.stored_base) for _ in range(2))
+    put_adapter(adapted, started.trains.lora, TensorFiles(files[:1]))
+    put_adapter(expected, started.trains.lora, TensorFiles(files[1:]))
+    other = with_other_adapter(adapted, TensorFiles(files[1:]))
+    assert torch.equal(logits(other), logits(expected))
+    assert not torch.equal(logits(other), logits(adapted))
+    own = dict(adapted.named_parameters())
+    shared = {name for name, parameter in other.named_parameters() if parameter is own[name]}
+    assert shared == {name for name in own if "lora_" not in name}
+    *kept, (lacking, _) = load_file(files[1]).items()
+    save_file(dict(kept), tmp_path / "damaged.safetensors")
+    with pytest.raises(KeyError, match=re.escape(lacking)):
+        with_other_adapter(adapted, TensorFiles([tmp_path / "damaged.safetensors"]))
 
 
 def test_a_state_of_other_names_is_refused(tmp_path: Path) -> None:
