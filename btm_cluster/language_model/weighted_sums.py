@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 SUMMED_AT_ONCE = 2**20
-"""Elements: their sum and a model's elements in float32 take 4 MiB each. Of fewer, which would stay in a core's own
-cache, threads wait for each other between operations: Python runs one at a time. As many for several averages, whose
-sums are then the same bit by bit on any processor."""
+"""Elements: their sum and a model's elements in float32 take 4 MiB each. With fewer, which would stay in a core's own
+cache, several threads are slower, and one is a little faster. As many for several averages, whose sums are then the
+same bit by bit on any processor."""
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 
