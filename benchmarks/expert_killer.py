@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ class ExpertKiller:
     """Kills the process of a training once one of the experts is half way."""
 
     domains: set[str]
+    run: psutil.Process
+    """The run's own process: trainings of other runs on this machine are let live."""
     killed: str | None = None
 
     def look(self, line: str, seconds: float) -> None:
@@ -23,8 +26,10 @@ class ExpertKiller:
             return
         if said.update is None or said.last is None or said.update < said.last / 2:
             return
-        for process in psutil.process_iter(["cmdline"]):
-            if " ".join(process.info["cmdline"] or []).startswith("ray::Trainer.train"):
+        for process in self.run.children(recursive=True):
+            with suppress(psutil.Error):  # ended meanwhile
+                if not " ".join(process.cmdline()).startswith("ray::Trainer.train"):
+                    continue
                 process.kill()
                 self.killed = (
                     f"process {process.pid} after {seconds:.0f} s, {said.label} at update {said.update}"

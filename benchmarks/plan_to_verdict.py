@@ -148,7 +148,7 @@ def _run(tree: Tree, plan: Mapping[str, Any], folder: Path, own: Path, kills: bo
     python = [sys.executable, "-P"]  # without the current folder, where another tree may be
     check_code(python, tree, folder, environment)
     load, meter, lines = os.getloadavg()[0], gpu_meter(), list[tuple[float, str]]()
-    killer = ExpertKiller({text["name"] for text in plan["domains"]}) if kills else None
+    domains = {text["name"] for text in plan["domains"]}
     command = [*python, "-m", "btm_cluster", "run", str(file), "--json"]
     began = time.time()
     with ExitStack() as stack:
@@ -156,6 +156,7 @@ def _run(tree: Tree, plan: Mapping[str, Any], folder: Path, own: Path, kills: bo
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         child = stack.enter_context(subprocess.Popen(command, cwd=folder, env=environment, **pipes))
         cpu = stack.enter_context(CpuMeter(child.pid))
+        killer = ExpertKiller(domains, psutil.Process(child.pid)) if kills else None
         if meter is not None:
             stack.enter_context(meter)
         result, verdict_at = _listen(child, began, lines, killer)
