@@ -1,5 +1,6 @@
 """Which trainer trains what: one that is there and free before a new one, and none whose training failed."""
 
+import time
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from btm_cluster.ledger import Ref
 from btm_cluster.plan import ClusterPlan
 from btm_cluster.requests import Resources, ScoreRequest, StepRequest, TrainRequest
-from btm_cluster.workers.on_ray import trainers
+from btm_cluster.workers.on_ray import idle, trainers
 from btm_cluster.workers.on_ray.claims import ClaimedError
 from btm_cluster.workers.on_ray.running import Running
 from btm_cluster.workers.on_ray.supervision import StepState
@@ -88,7 +89,8 @@ class Cluster:
 @pytest.fixture
 def ray(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     cluster = Cluster()
-    monkeypatch.setattr(trainers, "ray", cluster)
+    for module in (trainers, idle):
+        monkeypatch.setattr(module, "ray", cluster)
     monkeypatch.setattr(trainers, "TrainerActor", cluster)
     monkeypatch.setattr(trainers, "Claims", lambda: cluster)
     return cluster
@@ -276,6 +278,63 @@ def test_at_its_end_a_driver_keeps_what_it_started_early_for_the_next_call(
 ) -> None:
     first, after, _ = started_early(ours)
     ended(ours, first)
-    ours.end_all([after])
+    ours.end_call([after], keeps_idle=False)
     assert ray.killed == [first.trainer]
     assert ray.claimed == {after.ref}
+    ours.end_all()
+    assert [one.name for one in ray.killed] == ["seed", "law"]
+    assert ray.claimed == set()
+
+
+def test_between_two_calls_a_trainer_is_kept_which_trains_in_the_next(ours: Trainers, ray: Cluster) -> None:
+    first = started(ours, expert("law"))
+    ended(ours, first)
+    ours.end_call([], keeps_idle=True)
+    assert ray.claimed == set()
+    ours.begin_call()
+    assert started(ours, expert("code")).trainer is first.trainer
+    assert ray.killed == []
+
+
+def test_between_two_calls_a_trainer_is_kept_for_a_while_only_and_not_longer_than_its_driver(
+    ours: Trainers, ray: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = started(ours, expert("law"))
+    ended(ours, first)
+    ours.end_call([], keeps_idle=True)
+    ours.end_all()
+    assert ray.killed == [first.trainer]
+    monkeypatch.setattr(idle, "IDLE_SECONDS", 0.01)
+    second = started(ours, expert("code"))
+    ended(ours, second)
+    ours.end_call([], keeps_idle=True)
+    deadline = time.monotonic() + 30
+    while len(ray.killed) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert ray.killed[1] is second.trainer
+    ours.begin_call()
+    assert started(ours, expert("games")).trainer not in ray.killed
+
+
+def test_a_trainer_with_a_gpu_is_kept_without_a_score_to_come_unless_its_place_is_wanted(
+    ours: Trainers, ray: Cluster
+) -> None:
+    gpu = replace(ONE_CPU, gpus_per_worker=0.5)
+    law, code = (started(ours, expert(label, how)) for label, how in (("law", gpu), ("code", ONE_CPU)))
+    ended(ours, law)
+    ended(ours, code)
+    ours.end_unneeded(Pending([]), [])
+    assert ray.killed == [code.trainer]
+    waiting = Pending([expert("large", replace(gpu, gpus_per_worker=1.0))])
+    ours.end_unneeded(waiting, [])
+    assert ray.killed == [code.trainer, law.trainer]
+
+
+def test_idle_trainers_with_gpus_hold_at_most_half_of_the_cpus(ours: Trainers, ray: Cluster) -> None:
+    gpu = replace(ONE_CPU, gpus_per_worker=0.1, cpus_per_worker=2)
+    running = [started(ours, expert(label, gpu)) for label in ("law", "code", "games")]
+    for one in running:
+        ended(ours, one)
+    ours.end_unneeded(Pending([]), [])
+    assert ray.killed == [running[2].trainer], "of eight CPUs"

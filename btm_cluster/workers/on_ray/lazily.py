@@ -112,5 +112,6 @@ class LazyRayWorkers:
 
             self._stack.enter_context(connected(self._address, self._dashboard))
             self._workers = RayWorkers(*self._arguments)
+            self._stack.callback(self._workers.close)
             self._say("waiting for the first step to start")
         return self._workers

@@ -21,12 +21,10 @@ from btm_cluster.ledger import Ref
 from btm_cluster.plan import ClusterPlan
 from btm_cluster.requests import Resources, ScoreRequest, StepRequest, TrainRequest
 from btm_cluster.workers.on_ray.claims import ClaimedError, Claims
+from btm_cluster.workers.on_ray.idle import Idle, IdleTrainers
 from btm_cluster.workers.on_ray.running import Running
 from btm_cluster.workers.on_ray.training import TrainerActor, trainer_name, trainer_options
 from btm_cluster.workers.pending import Pending
-
-IDLE_SECONDS = 60.0
-"""How long a trainer is kept that has nothing to do yet: others may want its place on the cluster."""
 
 START_SECONDS = 8.0
 """About how long a process takes to start, import and open a GPU."""
@@ -34,17 +32,6 @@ START_SECONDS = 8.0
 SHORT_STEPS_PER_CPU = 4
 """So many steps other than trainings, on each CPU, take about as long as a
 training's process takes to start."""
-
-
-@dataclass(frozen=True)
-class _Idle:
-    """A trainer that has nothing to do, what it holds, and since when on the monotonic clock."""
-
-    actor: Any
-    how: Resources
-    process: str
-    since: float
-    may_train: bool
 
 
 @dataclass(frozen=True)
@@ -69,7 +56,7 @@ class Trainers:
         self._early: dict[Ref, tuple[TrainRequest, Any]] = {}
         self._placed: set[str] = set()
         """Labels of trainings whose actor, started early, has its place on the cluster."""
-        self._idle: list[_Idle] = []
+        self._idle = IdleTrainers(self._cpus)
         self._score_seconds = math.inf
         """How long the last batch of scores took."""
 
@@ -84,7 +71,7 @@ class Trainers:
         name = trainer_name(request, self._store)
         self._claims.claim(request.ref, name)
         has_place = request.ref in self._early and request.label in self._placed
-        if not has_place and (idle := self._take_idle(request.how)) is not None:
+        if not has_place and (idle := self._idle.take(request.how)) is not None:
             if request.ref in self._early:
                 self._kill_early(request.ref)
             return Started(self._train(idle.actor, request), idle.actor, idle.process, has_place=True)
@@ -98,7 +85,7 @@ class Trainers:
         place that Ray has."""
         for one in [one for one in reversed(running.values()) if one.trainer and one.may_lack_a_place]:
             request = one.batch[0]
-            if not isinstance(request, TrainRequest) or (idle := self._take_idle(request.how)) is None:
+            if not isinstance(request, TrainRequest) or (idle := self._idle.take(request.how)) is None:
                 continue
             ray.kill(one.trainer)
             del running[one.result]
@@ -115,14 +102,6 @@ class Trainers:
         except ray.exceptions.ActorAlreadyExistsError as exc:  # which is still about to end
             self._claims.give_back(request.ref)
             raise ClaimedError(request.label) from exc
-
-    def _take_idle(self, how: Resources) -> _Idle | None:
-        """An idle trainer that holds what a training asks for, no more and no less."""
-        found = (one for one in self._idle if one.may_train and bundle(one.how) == bundle(how))
-        idle = next(found, None) if how.workers == 1 else None
-        if idle is not None:
-            self._idle.remove(idle)
-        return idle
 
     def heard(self, label: str) -> None:
         """Notes that an actor that was started early is at work."""
@@ -191,7 +170,7 @@ class Trainers:
             ray.kill(finished.trainer)
             return None
         now = time.monotonic()
-        idle = _Idle(finished.trainer, finished.how, finished.process, now, finished.may_train_on)
+        idle = Idle(finished.trainer, finished.how, finished.process, now, finished.may_train_on)
         if not finished.is_training:
             self._score_seconds = now - finished.started
         else:
@@ -200,12 +179,12 @@ class Trainers:
             batch = pending.next_batch(lambda request: fits(idle.how, request) and trained in request.needs)
             if batch:
                 return self._score(idle, batch)
-        self._idle.append(idle)
+        self._idle.add(idle)
         return None
 
     def score_ready(self, pending: Pending) -> Iterator[Running]:
         """Has idle trainers score what is ready, a model each."""
-        for idle in list(self._idle):
+        for idle in self._idle:
             if batch := pending.next_batch(partial(_can_score, idle.how)):
                 self._idle.remove(idle)
                 yield self._score(idle, batch)
@@ -217,36 +196,41 @@ class Trainers:
         at_work = [one.how for one in running if one.trainer is not None and not one.is_training and one.how]
         return any(_can_score(how, request) for how in at_work)
 
-    def _score(self, idle: _Idle, batch: list[StepRequest]) -> Running:
+    def _score(self, idle: Idle, batch: list[StepRequest]) -> Running:
         result = idle.actor.score.remote(batch, self._store, self._board)
         return Running(batch, result, idle.actor, idle.how, idle.process)
 
     # Ending
 
     def end_unneeded(self, pending: Pending, running: Collection[Running]) -> None:
-        """Ends idle trainers that are in the way, that nothing is left to score
-        for, or that were idle too long."""
+        """Ends idle trainers that are in the way, that nothing is left to score for (but those that are slow to
+        start), or that were idle too long."""
         if not self._idle:
             return
-        late = time.monotonic() - IDLE_SECONDS
-        at_most = 0 if self._is_place_wanted(pending, running) else pending.models_to_score
-        kept = [idle for idle in self._idle if idle.since > late][:at_most]
-        while sum(idle.how.cpus_per_worker for idle in kept) > self._cpus / 2:
-            kept.pop()  # the other half is for steps of one CPU
-        self._end_idle(but=kept)
+        if self._is_place_wanted(pending, running):
+            self._idle.end()
+        else:
+            self._idle.keep(to_score=pending.models_to_score)
 
-    def end_all(self, announced: Collection[TrainRequest] = ()) -> None:
-        """Ends all but those that were started early for announced trainings."""
-        self._end_idle(but=())
+    def begin_call(self) -> None:
+        """Takes up what the last call left."""
+        self._idle.wake()
+
+    def end_call(self, announced: Collection[TrainRequest], keeps_idle: bool) -> None:
+        """Ends what no next call may have use for: idle trainers are kept a while, if at all, and those that were
+        started early for announced trainings."""
+        if keeps_idle:
+            self._idle.rest()
+        else:
+            self._idle.end()
         kept = {request.ref for request in announced} & self._early.keys()
         self._end_early(but=kept)
         self._claims.give_back_all(but=kept)
 
-    def _end_idle(self, but: Collection[_Idle]) -> None:
-        for idle in self._idle:
-            if idle not in but:
-                ray.kill(idle.actor)
-        self._idle = list(but)
+    def end_all(self) -> None:
+        """Ends all that are kept for a next call."""
+        self._idle.wake()
+        self.end_call((), keeps_idle=False)
 
     def _end_early(self, but: Collection[Ref]) -> None:
         for ref in [ref for ref in self._early if ref not in but]:

@@ -87,6 +87,8 @@ class Trainer:
             raise result.return_value
         if not isinstance(result.return_value, Worked):
             raise TrainingError(f"{request.label}: Ray Train ended without a model", found=str(result))
+        if request.how.workers == 1:
+            _make_room()
         return self._told(result.return_value)
 
     def warm_up(self, request: TrainRequest, board: Any) -> None:
@@ -111,9 +113,10 @@ class Trainer:
     def score(self, batch: Sequence[ScoreRequest], store: str, board: Any) -> Worked:
         """Scores texts under a model, first of all the one that this process has
         trained: it need not start anew for that."""
-        _make_room()
         with RayControl(board, lambda: False) as control:
-            return self._told(work(batch, store, control))
+            worked = work(batch, store, control)
+        _make_room()
+        return self._told(worked)
 
     def _told(self, worked: Worked) -> Worked:
         """The outcome, with whether another model may be trained here. An actor that was started anew has had some
@@ -140,7 +143,7 @@ TrainerActor: Any = ray.remote(concurrency_groups={"control": 2})(Trainer)
 
 
 def _make_room() -> None:
-    """Frees what was held for the model before."""
+    """Frees what was held for the last model: this process may be idle for a while."""
     import torch
 
     gc.collect()

@@ -88,6 +88,10 @@ class RayWorkers:
     def get_ready(self, trainings: Sequence[TrainRequest]) -> None:
         self._announced = list(trainings)
 
+    def close(self) -> None:
+        """Ends what is kept for another call."""
+        self._trainers.end_all()
+
     def run(self, requests: Sequence[StepRequest]) -> Generator[tuple[StepRequest, Outcome], None, None]:
         self._fits_now = self._check_trainings(
             [request for request in requests if isinstance(request, TrainRequest)]
@@ -98,6 +102,7 @@ class RayWorkers:
         trainings = [request for request in (*requests, *announced) if isinstance(request, TrainRequest)]
         self._to_train = {request.ref: request for request in trainings}
         pending, running = Pending(requests), dict[Any, Running]()
+        self._trainers.begin_call()
         try:
             while pending or running:
                 if self._stop.is_set():
@@ -120,7 +125,7 @@ class RayWorkers:
             self._chronicle.given_up(running.values())
             for one in running.values():
                 one.end()
-            self._trainers.end_all(announced)
+            self._trainers.end_call(announced, keeps_idle=not pending and not running)
             self._end_merger()
 
     def _start_all(
