@@ -119,6 +119,7 @@ def run(experts: int, sleep_seconds: float) -> Ran:
         started, cpu = time.monotonic(), time.process_time()
         outcomes = list(workers.run(requests))
         seconds, cpu = time.monotonic() - started, time.process_time() - cpu
+        workers.close()
         failed = [outcome for _, outcome in outcomes if not hasattr(outcome, "facts")]
         if failed:
             raise SystemExit(f"{len(failed)} experts failed: {failed[0]}")
