@@ -12,7 +12,7 @@ from btm_cluster.plan import ClusterPlan
 from btm_cluster.requests import Resources, ScoreRequest, StepRequest, TrainRequest
 from btm_cluster.workers.on_ray import idle, trainers
 from btm_cluster.workers.on_ray.claims import ClaimedError
-from btm_cluster.workers.on_ray.running import Running
+from btm_cluster.workers.on_ray.running import Running, would_hold_up_a_training
 from btm_cluster.workers.on_ray.supervision import StepState
 from btm_cluster.workers.on_ray.trainers import Trainers
 from btm_cluster.workers.pending import Pending
@@ -31,8 +31,8 @@ class Call:
     def __init__(self, asked: list[str]) -> None:
         self.asked = asked
 
-    def remote(self, request: TrainRequest, *_: object) -> object:
-        self.asked.append(request.label)
+    def remote(self, asked: StepRequest | list[StepRequest], *_: object) -> object:
+        self.asked += [one.label for one in (asked if isinstance(asked, list) else [asked])]
         return object()
 
 
@@ -42,7 +42,9 @@ class Actor:
     def __init__(self, name: str) -> None:
         self.name = name
         self.trained: list[str] = []
+        self.scored: list[str] = []
         self.train, self.warm_up = Call(self.trained), Call([])
+        self.score = Call(self.scored)
 
     def __repr__(self) -> str:
         return self.name
@@ -271,6 +273,26 @@ def test_a_trainer_is_ended_where_a_training_waits_that_needs_another_place(
     ours.take_over(running)
     ours.end_unneeded(Pending([]), running.values())
     assert ray.killed == [law.trainer]
+
+
+@pytest.mark.parametrize("lacks", ["", "4 GPUs"])
+def test_a_score_takes_no_gpu_while_a_group_waits_for_several_that_the_cluster_has(
+    ours: Trainers, ray: Cluster, lacks: str
+) -> None:
+    gpu = replace(ONE_CPU, gpus_per_worker=1.0)
+    law = started(ours, expert("law", gpu))
+    group = started(ours, expert("group", replace(gpu, workers=4)), has_place=False)
+    group.state = StepState.submitted(0.0, is_training=True, waits_for=lacks)
+    score = ScoreRequest("harbour", "seed", Ref("model", "2" * 64), (Ref("tokens", "1" * 64),), gpu)
+    on_cpu = replace(score, how=ONE_CPU)
+    ended(ours, law)
+    assert would_hold_up_a_training(score, [group]) is (not lacks)
+    assert would_hold_up_a_training(on_cpu, [group]) is False
+    scoring = list(ours.score_ready(Pending([score]), [group]))
+    assert [one.trainer for one in scoring] == ([law.trainer] if lacks else [])
+    group.state = replace(group.state, phase="preparing")
+    assert would_hold_up_a_training(score, [group]) is False
+    assert ray.killed == []
 
 
 def test_at_its_end_a_driver_keeps_what_it_started_early_for_the_next_call(

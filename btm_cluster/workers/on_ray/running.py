@@ -1,6 +1,7 @@
 """A batch of requests under way on the cluster."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import InitVar, dataclass, field
 from typing import Any
 
@@ -75,3 +76,15 @@ class Running:
             ray.kill(self.trainer)
         else:
             ray.cancel(self.result, force=False)
+
+
+def would_hold_up_a_training(request: StepRequest, running: Iterable[Running]) -> bool:
+    """Whether a step with GPUs might get them before a training that waits for its own, on a cluster that has as many.
+
+    Ray places whatever fits. A group that waits until several GPUs are free would wait as long as anything small is
+    submitted.
+    """
+    if isinstance(request, TrainRequest) or request.group is None or not request.group.gpus_per_worker:
+        return False
+    trainings = (one for one in running if one.is_training and one.trainer is not None)
+    return any(one.may_lack_a_place and not one.state.waits_for for one in trainings)

@@ -22,7 +22,7 @@ from btm_cluster.plan import ClusterPlan
 from btm_cluster.requests import Resources, ScoreRequest, StepRequest, TrainRequest
 from btm_cluster.workers.on_ray.claims import ClaimedError, Claims
 from btm_cluster.workers.on_ray.idle import Idle, IdleTrainers
-from btm_cluster.workers.on_ray.running import Running
+from btm_cluster.workers.on_ray.running import Running, would_hold_up_a_training
 from btm_cluster.workers.on_ray.training import TrainerActor, trainer_name, trainer_options
 from btm_cluster.workers.pending import Pending
 
@@ -182,10 +182,10 @@ class Trainers:
         self._idle.add(idle)
         return None
 
-    def score_ready(self, pending: Pending) -> Iterator[Running]:
+    def score_ready(self, pending: Pending, running: Collection[Running]) -> Iterator[Running]:
         """Has idle trainers score what is ready, a model each."""
         for idle in self._idle:
-            if batch := pending.next_batch(partial(_can_score, idle.how)):
+            if batch := pending.next_batch(partial(_may_score, idle.how, running)):
                 self._idle.remove(idle)
                 yield self._score(idle, batch)
 
@@ -259,6 +259,10 @@ def _can_score(held: Resources, request: StepRequest) -> bool:
         return False
     asked = request.how.gpus_per_worker
     return 0 < asked <= held.gpus_per_worker if asked else _is_as_large(held, request)
+
+
+def _may_score(held: Resources, running: Iterable[Running], request: StepRequest) -> bool:
+    return _can_score(held, request) and not would_hold_up_a_training(request, running)
 
 
 def _is_as_large(held: Resources, request: StepRequest) -> bool:

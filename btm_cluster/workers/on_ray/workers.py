@@ -31,7 +31,7 @@ from btm_cluster.workers.on_ray.cluster import has_capacity, live_nodes
 from btm_cluster.workers.on_ray.failures import failure_of, log_of
 from btm_cluster.workers.on_ray.metrics import Metrics
 from btm_cluster.workers.on_ray.progress import News, ProgressBoardActor
-from btm_cluster.workers.on_ray.running import Running
+from btm_cluster.workers.on_ray.running import Running, would_hold_up_a_training
 from btm_cluster.workers.on_ray.spans import Worked
 from btm_cluster.workers.on_ray.supervision import WARMING_UP, Kill, Limits, supervise, waiting_note
 from btm_cluster.workers.on_ray.tasks import MergerActor, await_other_task, step_task
@@ -139,7 +139,7 @@ class RayWorkers:
         ):
             started = self._start(batch)
             running[started.result] = started
-        for scores in self._trainers.score_ready(pending):
+        for scores in self._trainers.score_ready(pending, list(running.values())):
             running[scores.result] = scores
         while batch := pending.next_batch(lambda request: self._may_start(request, running.values())):
             started = self._start(batch)
@@ -151,7 +151,8 @@ class RayWorkers:
         if isinstance(request, AverageRequest):  # those that get ready meanwhile are then made in one pass
             return all(one.batch[0].batch != request.batch for one in running)
         if not isinstance(request, TrainRequest):
-            return not self._trainers.will_score(request, running)
+            waits = would_hold_up_a_training(request, running)
+            return not waits and not self._trainers.will_score(request, running)
         trainings = [one for one in running if one.is_training and one.trainer is not None]
         # Ray may place the later of two: a baseline is submitted once every expert before it has its place.
         queued = [one.batch[0].priority for one in trainings if one.state.phase == "queued"]
