@@ -203,26 +203,28 @@ class LiveForest:
             BtmError: it cannot be loaded; the version before stays.
         """
         async with self._changing:
-            before = self._current
-            self._current = await asyncio.to_thread(LoadedForest, self.ledger, mixture, self.settings, before)
-            log.info("serving forest version %d", mixture.version)
-            if before is not None:
-                before.replace()
+            await self._load(mixture)
+
+    async def _load(self, mixture: Mixture) -> None:
+        before = self._current
+        self._current = await asyncio.to_thread(LoadedForest, self.ledger, mixture, self.settings, before)
+        log.info("serving forest version %d", mixture.version)
+        if before is not None:
+            before.replace()
 
     async def follow(self, newer: Callable[[int], Mixture | None], seconds: float) -> None:
         """Serves each newer version. `newer` is asked for it again and again, with the one that is served."""
         while True:
             await asyncio.sleep(seconds)
-            version = self.current.mixture.version
-            try:
-                if mixture := await asyncio.to_thread(newer, version):
-                    await self.change_to(mixture)
-            except BtmError as exc:
-                log.warning("forest version %d stays: %s", version, exc)
-            except (
-                Exception
-            ):  # of a store's library, say: callers keep their answers, and the next look may succeed
-                log.exception("forest version %d stays", version)
+            async with self._changing:  # so that what `newer` finds never takes the place of a later change
+                version = self.current.mixture.version
+                try:
+                    if mixture := await asyncio.to_thread(newer, version):
+                        await self._load(mixture)
+                except BtmError as exc:
+                    log.warning("forest version %d stays: %s", version, exc)
+                except Exception:  # of a store's library, say: the next look may succeed
+                    log.exception("forest version %d stays", version)
 
     def close(self) -> None:
         """Ends the engines once nobody uses them."""

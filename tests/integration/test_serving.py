@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from btm_cluster.language_model.document_scores import NamedText
 from btm_cluster.language_model.prompts import Drawn
 from btm_cluster.language_model.sampling import Sampling
 from btm_cluster.ledger import Ledger, artifact_key
+from btm_cluster.ledger.versions import append_next
 from btm_cluster.operations.generate import Continuation, generate
 from btm_cluster.operations.score import scorer_of_plan
 from btm_cluster.operations.serve import Endpoint, mixture_to_serve, newer_of_plan, serve_in_process
@@ -494,3 +496,36 @@ def test_a_newer_version_takes_over_while_requests_are_under_way(
         unchanged = [ref for ref in first.models.values() if now.find(ref)]
         assert unchanged
         assert all(now.find(ref) is before.shared.find(ref) for ref in unchanged)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray Serve's import
+def test_a_replica_told_which_version_to_serve_no_longer_follows_the_newest(
+    grown: GrownForest, tmp_path: Path
+) -> None:
+    from btm_cluster.serving.on_ray import ForestServer, config_of
+
+    store = str(tmp_path / "store")
+    shutil.copytree(grown.prepared.plan.store, store)
+    ledger = Ledger.open(store)
+    append_next(ledger, lambda forest: take_out(forest, "orchard", "its licence ended"))
+
+    async def serve() -> None:
+        replica_class = ForestServer.func_or_class.__mro__[
+            1
+        ]  # without the wrapper that hands it HTTP requests
+        replica = replica_class(store, asdict(ServingSettings()), follow_seconds=0.01)
+        live = replica._live
+        await replica.reconfigure({"forest_version": None})
+        assert live.current.mixture.version == 2
+        for pinned in ({"forest_version": 1}, config_of(mixture_of_store(ledger, 1))):
+            await replica.reconfigure(pinned)
+            await asyncio.sleep(0.5)
+            assert live.current.mixture.version == 1
+        await replica.reconfigure({"forest_version": None})
+        append_next(ledger, lambda forest: take_out(forest, "harbour", "its licence ended"))
+        while live.current.mixture.version != 3:
+            await asyncio.sleep(0.01)
+        replica._following.cancel()
+        live.close()
+
+    asyncio.run(asyncio.wait_for(serve(), 60))
