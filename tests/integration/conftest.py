@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from btm_cluster.algorithm import Grown, branch, grow, train_seed
+from btm_cluster.algorithm import Grown, branch, found, grow
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.preparation import prepare
 from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText
@@ -24,6 +24,12 @@ from btm_cluster.plan import Plan
 from btm_cluster.requests import TrainRequest
 from btm_cluster.steps.stored import documents_of, open_model, open_tokenizer
 from tests.conftest import in_process, plan_fields
+
+
+def train_seed(prepared: PreparedPlan, driver: Driver) -> Forest:
+    """A forest of a seed alone, unless there is one already."""
+    forest = driver.ledger.log.newest()
+    return forest or found(prepared, driver.obtain([seed_request(prepared)])[0], driver)
 
 
 @dataclass(frozen=True)
