@@ -28,9 +28,7 @@ STATUS: tuple[tuple[type[BaseException], int, str], ...] = (
 )
 """HTTP status and code of an error, the first that fits; all others are 500."""
 
-
 CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
-
 
 ADDRESSES = "there are /v1/completions, /v1/models, /v1/domains, /healthz and /metrics; no chat, since experts are base models"
 
@@ -90,12 +88,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
     app.add_exception_handler(RequestValidationError, say_invalid)
     app.add_exception_handler(HTTPException, say_refused)
-    for kind in (
-        BtmError,
-        TimeoutError,
-        ClientDisconnect,
-        Exception,
-    ):  # the last is raised on, for the server's log
+    # An Exception of another kind is raised on, for the server's log.
+    for kind in (BtmError, TimeoutError, ClientDisconnect, Exception):
         app.add_exception_handler(kind, say)
 
 
