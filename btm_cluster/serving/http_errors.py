@@ -44,6 +44,11 @@ def digest_of(key: str) -> str:
 
 
 def check_key(key_digest: str | None, request: Request) -> None:
+    """Refuses a call without the key that has this hash; None: any call may come.
+
+    Raises:
+        HTTPException: 401.
+    """
     if key_digest is None:
         return
     given = request.headers.get("authorization", "").removeprefix("Bearer ")
@@ -56,6 +61,7 @@ def check_key(key_digest: str | None, request: Request) -> None:
 
 
 def as_error(exc: BaseException) -> tuple[int, dict[str, Any]]:
+    """The HTTP status of an exception, and the body that says so."""
     for kind, status, code in STATUS:
         if isinstance(exc, kind):
             message = str(exc) or "the request took longer than this server allows"
@@ -69,6 +75,8 @@ def _type_of(status: int) -> str:
 
 
 def add_error_handlers(app: FastAPI) -> None:
+    """Every error is answered in the form that OpenAI's clients read."""
+
     async def say(_: Request, exc: Exception) -> JSONResponse:
         status, body = as_error(exc)
         return JSONResponse(body, status, {"Retry-After": "1"} if status in (429, 503) else None)
