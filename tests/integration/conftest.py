@@ -16,7 +16,8 @@ from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.preparation import prepare
 from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText
 from btm_cluster.driver.recipes import seed_request, transformer_lm_request
-from btm_cluster.evaluation.evaluate import Evaluation, evaluate
+from btm_cluster.evaluation.evaluate import Evaluation, evaluate, forest_ensemble
+from btm_cluster.evaluation.fitting import average_request
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.operations.run import run_plan
@@ -70,6 +71,18 @@ class GrownForest:
     @property
     def experts(self) -> list[Artifact]:
         return [self.driver.ledger.get(Ref("model", expert.identity)) for expert in self.grown.forest.experts]
+
+    @property
+    def averages(self) -> dict[str, Ref]:
+        """Those that the evaluation made."""
+        forest, prior = (
+            forest_ensemble(self.prepared, self.grown.forest),
+            self.prepared.plan.merging.average_prior,
+        )
+        asked = {"uniform": ("uniform", None)} | {
+            f"posterior for {t.name}": (prior, t) for t in self.prepared.texts
+        }
+        return {name: average_request(self.prepared, forest, *how).ref for name, how in asked.items()}
 
     def text(self, name: str) -> PreparedText:
         return next(text for text in self.prepared.texts if text.name == name)
