@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -129,13 +129,25 @@ class LoadedForest:
             return found
         if name not in self._elsewhere:
             raise UnknownModelError(f"no model {name!r}", expected=f"one of {', '.join(self.model_names)}")
-        async with self._loading:
-            if name not in self._others:
-                while len(self._others) >= self._settings.other_models:
-                    self._others.popitem(last=False)[1].engine.close()
-                self._others[name] = await asyncio.to_thread(self._open_other, name)
-            self._others.move_to_end(name)
-            return self._others[name]
+        with self.in_use():
+            async with self._loading:
+                if name not in self._others:
+                    while len(self._others) >= self._settings.other_models:
+                        self._others.popitem(last=False)[1].engine.close()
+                    await self._load_other(name)
+                self._others.move_to_end(name)
+                return self._others[name]
+
+    async def _load_other(self, name: str) -> None:
+        """Loads a model to its end, though whoever asked may hang up meanwhile: a thread cannot be stopped, and an
+        engine that nobody knows would keep its memory for ever."""
+        load = asyncio.ensure_future(asyncio.to_thread(self._open_other, name))
+        try:
+            self._others[name] = await asyncio.shield(load)
+        except asyncio.CancelledError:
+            with suppress(Exception):  # nobody is there to hear of it
+                self._others[name] = await load
+            raise
 
     def _open_other(self, name: str) -> Served:
         gate = Mixing(uniform_prior(torch.zeros(1, dtype=torch.float64)), FULL)

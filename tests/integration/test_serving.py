@@ -27,7 +27,7 @@ from btm_cluster.operations.generate import Continuation, generate
 from btm_cluster.operations.score import scorer_of_plan
 from btm_cluster.operations.serve import Endpoint, mixture_to_serve, newer_of_plan, serve_in_process
 from btm_cluster.serving.app import build_app
-from btm_cluster.serving.forest import LiveForest
+from btm_cluster.serving.forest import LiveForest, LoadedForest, Served
 from btm_cluster.serving.http_errors import digest_of
 from btm_cluster.serving.settings import ServingSettings
 from btm_cluster.steps.mixture import Mixture, mixture_of_store, newer_in_store
@@ -529,3 +529,33 @@ def test_a_replica_told_which_version_to_serve_no_longer_follows_the_newest(
         live.close()
 
     asyncio.run(asyncio.wait_for(serve(), 60))
+
+
+def test_a_model_that_is_loaded_while_its_caller_hangs_up_is_kept_and_ends_with_its_version(
+    grown: GrownForest, mixture: Mixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on, load = threading.Event(), threading.Event(), LoadedForest._open_other
+
+    def held_load(forest: LoadedForest, name: str) -> Served:
+        begun.set()
+        assert go_on.wait(60)
+        return load(forest, name)
+
+    monkeypatch.setattr(LoadedForest, "_open_other", held_load)
+    live = LiveForest(grown.driver.ledger, ServingSettings(rows=2))
+
+    async def hang_up() -> Served:
+        await live.change_to(mixture)
+        forest = live.current
+        asked = asyncio.create_task(forest.model("average:uniform"))
+        assert await asyncio.to_thread(begun.wait, 60)
+        asked.cancel()
+        live.close()  # another version is served from now on
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        return forest._others["average:uniform"]
+
+    other = asyncio.run(hang_up())
+    other.engine.join(60)
+    assert not other.engine._thread.is_alive()
