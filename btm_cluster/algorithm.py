@@ -98,12 +98,6 @@ def forest_to_come(prepared: PreparedPlan, forest: Forest | None, branches: Sequ
     return Forest(0, foundation, tuple(experts), {}, reason="still to be grown")
 
 
-def train_seed(prepared: PreparedPlan, driver: Driver) -> Forest:
-    """Trains the seed where there is no forest yet, and founds one on it."""
-    forest = driver.ledger.log.newest()
-    return forest or found(prepared, driver.obtain([seed_request(prepared)])[0], driver)
-
-
 def found(prepared: PreparedPlan, seed: Outcome, driver: Driver) -> Forest:
     """Version 0: the seed, and what all later versions inherit from it. A plan that changes that is refused.
 

@@ -14,12 +14,13 @@ from btm_cluster.errors import UserError
 from btm_cluster.evaluation.verdict import Verdict
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import Ledger, Ref
-from btm_cluster.ledger.versions import newest_version, version_of
+from btm_cluster.ledger.versions import version_of
 from btm_cluster.operations.averages import Average, average_by_weights, check_average, make_average
 from btm_cluster.operations.ensemble import mixture_of_plan
 from btm_cluster.operations.evaluate import check_text_is_known, evaluate_forest, find_grown
 from btm_cluster.operations.generate import PROMPTS_AT_ONCE
 from btm_cluster.plan import Plan
+from btm_cluster.plan.file import is_plan_file
 from btm_cluster.session import open_ledger
 from btm_cluster.steps.mixture import forest_with_experts, mixture_of_store
 from btm_cluster.steps.stored import documents_of, open_model, open_tokenizer, open_transformers_tokenizer
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
 SEED = "the seed"
 """The seed's name among the models that are mixed or averaged."""
-PLAN_ENDINGS = (".yaml", ".yml")
-"""Endings of a file name that is a plan's; any other place is a store's."""
 
 
 def open_forest(
@@ -51,10 +50,10 @@ def open_forest(
     Raises:
         UserError: there is no forest, or no such version.
     """
-    is_store = isinstance(source, str | Path) and not str(source).endswith(PLAN_ENDINGS)
+    is_store = isinstance(source, str | Path) and not is_plan_file(Path(source))
     plan = None if is_store else as_plan(source)
     ledger = open_ledger(str(source) if plan is None else plan.store)
-    forest = newest_version(ledger) if version is None else version_of(ledger, version)
+    forest = version_of(ledger, version)
     return OpenForest(ledger, forest, plan, in_process, address)
 
 

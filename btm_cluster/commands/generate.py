@@ -213,8 +213,7 @@ def _block_note(one: "Generated") -> str:
     block_tokens = one.prompt_tokens + one.tokens
     return (
         f"the block of {block_tokens} tokens is full: the prompt has {one.prompt_tokens}, and the forest "
-        "reads no further; "
-        "to go on, give the end of the text as a prompt"
+        "reads no further; to go on, give the end of the text as a prompt"
     )
 
 

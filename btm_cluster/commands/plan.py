@@ -63,8 +63,7 @@ def preview_table(preview: "Preview", notes: Sequence[str], console: "Console") 
     say(f"Every block is read after the token {preview.first_token}.", console)
     goes_on = [
         f"{demand.label} goes on at update {demand.saved_at} with the resources of its start, "
-        f"{demand.description}; "
-        f"with the plan's by {NEW_RESOURCES}"
+        f"{demand.description}; with the plan's by {NEW_RESOURCES}"
         for demand in preview.demands
         if demand.saved_at is not None
     ]

@@ -7,6 +7,7 @@ import typer
 
 from btm_cluster.errors import UserError
 from btm_cluster.plan import read_plan
+from btm_cluster.plan.file import is_plan_file
 from btm_cluster.session import open_ledger
 
 
@@ -23,9 +24,9 @@ def report(
     """Write the HTML page of a plan from its store, or of studies from their result folders.
 
     Trains and scores nothing, and starts nothing."""
-    from btm_cluster.operations.report import is_plan, write_plan_report, write_report
+    from btm_cluster.operations.report import write_plan_report, write_report
 
-    plans = [source for source in sources if is_plan(source)]
+    plans = [source for source in sources if is_plan_file(source)]
     if not plans:
         print(f"wrote {write_report(sources, to)}")
         return

@@ -1,9 +1,10 @@
 """How much of a test text also stands in a training text: whole documents, and 20-word windows of them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from btm_cluster.data.batches import batches
 from btm_cluster.data.corpus import content_hash
 from btm_cluster.data.word_windows import word_windows
 
@@ -34,27 +35,15 @@ def mark_seen(tests: Sequence[TestText], training: Iterable[str], batch_windows:
             documents.setdefault(key, []).append((test, i))
     every_window = np.unique(np.concatenate([test.windows for test in tests]))
     seen = np.zeros(len(every_window), dtype=bool)
-    for texts in _batches(training, batch_windows):
+    for texts in batches(
+        training, lambda text: len(text) // 6, batch_windows
+    ):  # a word is about 6 characters
         for text in texts:
             for test, i in documents.get(content_hash(text), ()):
                 test.seen_documents[i] = True
         _mark(every_window, seen, np.concatenate([word_windows(text) for text in texts]))
     for test in tests:
         test.seen_windows |= seen[np.searchsorted(every_window, test.windows)]
-
-
-def _batches(training: Iterable[str], windows: int) -> Iterator[list[str]]:
-    """Documents together until they hold about `windows` words."""
-    batch: list[str] = []
-    held = 0
-    for text in training:
-        batch.append(text)
-        held += len(text) // 6  # about a word
-        if held >= windows:
-            yield batch
-            batch, held = [], 0
-    if batch:
-        yield batch
 
 
 def _mark(every_window: np.ndarray, seen: np.ndarray, windows: np.ndarray) -> None:

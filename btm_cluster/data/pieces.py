@@ -12,6 +12,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from btm_cluster.data.batches import batches
+
 _BATCH_CHARACTERS = 1 << 20
 _KNOWN_CHARACTERS = 1 << 21
 """Characters of pieces that are remembered: words take about 20 bytes of memory for each, 40 MB in all."""
@@ -43,7 +45,7 @@ class DocumentEncoder:
 
     def encode(self, documents: Iterable[str]) -> "Iterator[array[int]]":
         """Ids of each document alone, in batches that share the machine's cores."""
-        for batch in _batches(documents):
+        for batch in batches(documents, len, _BATCH_CHARACTERS):
             cut = [self._pieces(document) for document in batch]
             known = self._known  # which another iterator may replace before this batch has ended
             self._learn(list(set().union(*cut).difference(known)), known)
@@ -62,19 +64,6 @@ class DocumentEncoder:
         for piece, encoding in zip(pieces, encodings, strict=True):
             known[piece] = array("I", encoding.ids).tobytes()
         self._characters += sum(map(len, pieces))
-
-
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def _added_tokens(backend: Tokenizer) -> list[AddedToken]:

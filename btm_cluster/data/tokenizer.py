@@ -175,8 +175,7 @@ def _compare(folder: Path, auto: Any, tokenizer: TextTokenizer) -> None:
     if auto.encode(_PROBE, add_special_tokens=False, verbose=False) != tokenizer.encode(_PROBE):
         log.warning(
             "%s: AutoTokenizer builds a %s anew, which gives other token ids than the tokenizer.json that is "
-            "used here; "
-            "open it with PreTrainedTokenizerFast(tokenizer_file=…)",
+            "used here; open it with PreTrainedTokenizerFast(tokenizer_file=…)",
             folder,
             type(auto).__name__,
         )

@@ -94,9 +94,10 @@ def changes_of_text(old: str, new: str, ledger: Ledger) -> str:
 def _newest_read_result(text: str, ledger: Ledger) -> Artifact | None:
     """The newest result of reading a source into this text."""
     ref = Ref("text", text)
+    sources = ledger.list_artifacts("source")
     read_results = [
-        one for one in ledger.list_artifacts("source") if ref in one.parts and not one.inputs
-    ]  # dealt from none
+        one for one in sources if ref in one.parts and not one.inputs
+    ]  # one with inputs was dealt
     return max(read_results, key=lambda read_result: str(read_result.note.get("created")), default=None)
 
 
@@ -191,8 +192,7 @@ def _experts_span(prepared: PreparedPlan, forest: Forest, ledger: Ledger) -> Ite
         share = expert.recipe["first_update"] / training.updates
         yield (
             f"training.seed_share: {share:g} → {training.seed_share:g} (where the model is pretrained and "
-            "`seed_share` is "
-            "not written, it is 0)"
+            "`seed_share` is not written, it is 0)"
         )
 
 

@@ -27,8 +27,6 @@ def notes_on(plan: Plan, uses: Sequence[TextUse]) -> Iterator[str]:
         return
     yield (
         f"the pretrained model is the seed, and `training.seed_share` is {training.seed_share:g}: updates 1 "
-        "to "
-        f"{training.seed_updates:,} of {training.updates:,} are never made, and experts begin at that point "
-        "of the "
-        "learning-rate line; without `seed_share` they train all"
+        f"to {training.seed_updates:,} of {training.updates:,} are never made, and experts begin at that point "
+        "of the learning-rate line; without `seed_share` they train all"
     )

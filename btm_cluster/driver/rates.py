@@ -23,6 +23,8 @@ ASSUMED_GPU = "A100"
 """Where a plan wants GPUs and there is none to look at."""
 FORWARD_SHARE = 1 / 3
 """Share of the forward pass in an update's FLOPs: scoring a token costs that share of training on it."""
+RECOMPUTED_SHARE = 4 / 3
+"""FLOPs of an update with activation checkpointing, over those without: one more forward pass."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,6 @@ class Rate:
     def hours(self, tokens: float) -> float:
         """Device-hours to train on so many tokens."""
         return tokens / self.tokens_per_second / 3600
-
-
-RECOMPUTED_SHARE = 4 / 3
-"""FLOPs of an update with activation checkpointing, over those without: one more forward pass."""
 
 
 @dataclass(frozen=True)

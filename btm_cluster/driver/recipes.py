@@ -188,6 +188,7 @@ def train_request(
     span: tuple[int, int],
     start: Start | None,
 ) -> TrainRequest:
+    """A training of the plan's model by its recipe, from the first update of `span` up to the last."""
     plan = prepared.plan
     return TrainRequest(
         label=label,

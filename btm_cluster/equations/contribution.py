@@ -15,7 +15,7 @@ def leave_one_out(logp_EBT: torch.Tensor, log_prior_E: torch.Tensor, posterior: 
     """log p(x_t | x_<t) of the ensemble without each expert, its prior shared
     out among the others: [E, B, T].
 
-    As `leave_out` and `log_mixture` for each expert in turn, but linear in their number.
+    As `log_mixture` of the others for each expert in turn, but linear in their number.
     """
     if len(logp_EBT) == 1:
         raise ValueError("an ensemble of one expert has none to leave out")

@@ -176,18 +176,6 @@ def keep_top(log_prior_E: torch.Tensor, k: int | None) -> torch.Tensor:
     return torch.log_softmax(kept, dim=0)
 
 
-def leave_out(log_prior_E: torch.Tensor, expert: int) -> torch.Tensor:
-    """The prior without one expert, renormalised: [E].
-
-    With it, an ensemble says what that expert is worth.
-    """
-    if len(log_prior_E) == 1:
-        raise ValueError("an ensemble of one expert has none to leave out")
-    without = log_prior_E.clone()
-    without[expert] = -torch.inf
-    return torch.log_softmax(without, dim=0)
-
-
 def _windowed_sum(shifted_EBT: torch.Tensor, window: int) -> torch.Tensor:
     total_EBT = shifted_EBT.cumsum(-1)
     total_EBT[..., window:] = total_EBT[..., window:] - total_EBT[..., :-window].clone()

@@ -10,7 +10,6 @@ from btm_cluster.driver.recipes import transformer_lm_milestones
 from btm_cluster.evaluation import rows
 from btm_cluster.evaluation.cluster_ensemble import with_cluster_ensemble
 from btm_cluster.evaluation.comparison import Comparer, Comparison, fits_of
-from btm_cluster.evaluation.fitting import average_request
 from btm_cluster.evaluation.mixture_of_experts import mixture_of_experts_requests
 from btm_cluster.evaluation.systems import (
     BEST_TRANSFORMER_LM,
@@ -39,12 +38,11 @@ SEED = System("seed")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Every system's result on every text, what was fitted for each, and the averaged models by label."""
+    """Every system's result on every text, and what was fitted for each."""
 
     results: tuple[SplitResult, ...]
     fits: Mapping[str, Mapping[MixingMethod, Fitted]]
     """Fits of the experts alone, by text and method."""
-    averages: Mapping[str, Ref]
     milestones: rows.Milestones | None
     """The Transformer-LM's."""
     costs: Mapping[str, float]
@@ -64,15 +62,10 @@ def evaluate(
         text: open_fits(driver.ledger, driver.ledger.get(ref))
         for text, ref in fits_of(prepared, experts).items()
     }
-    prior = prepared.plan.merging.average_prior
-    averages = {"uniform": average_request(prepared, experts, "uniform", None).ref}
-    averages |= {
-        f"posterior for {t.name}": average_request(prepared, experts, prior, t).ref for t in prepared.texts
-    }
     shown = _names(prepared, comparer.ensembles)
     costs = {shown[system]: cost for system, cost in comparison.costs.items() if system in shown}
     costs |= {rows.CLUSTER_ENSEMBLE: len(forest.experts)}
-    return Evaluation(results, fits, averages, comparison.milestones, costs)
+    return Evaluation(results, fits, comparison.milestones, costs)
 
 
 def comparer_of(
@@ -113,7 +106,7 @@ def forest_ensemble(prepared: PreparedPlan, forest: Forest) -> Ensemble:
         FOREST,
         tuple((expert.domain, Ref("model", expert.identity)) for expert in forest.experts),
         tuple(dict.fromkeys(methods)),
-        ("uniform", "argmax", merging.average_prior),
+        tuple(dict.fromkeys(("uniform", "argmax", merging.average_prior))),
         Ref("model", forest.foundation.seed),
     )
 
@@ -143,7 +136,7 @@ def _names(prepared: PreparedPlan, ensembles: Sequence[Ensemble]) -> dict[System
         System("own expert"): rows.OWN_EXPERT,
         experts.averaged_by("uniform"): rows.UNIFORM_AVERAGE,
         experts.averaged_by("argmax"): rows.ARGMAX_AVERAGE,
-        experts.averaged_by(prior): rows.POSTERIOR_AVERAGE,
+        **({} if prior == "uniform" else {experts.averaged_by(prior): rows.POSTERIOR_AVERAGE}),
         **({routed: rows.mixture_of_experts(routed.top_k or 0)} if routed else {}),
         experts.mixed_by(PAPERS): rows.PAPER_ENSEMBLE,
         experts.mixed_by(CALIBRATED): rows.CALIBRATED_ENSEMBLE,

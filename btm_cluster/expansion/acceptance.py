@@ -117,8 +117,7 @@ def _texts_of(prepared: PreparedPlan, forest: Forest, driver: Driver) -> list[Pr
 def _held(expert: Expert, forest: Forest, rise: float, before: float, allowed: float) -> Held:
     reason = (
         f"with it, the mean development perplexity of forest version {forest.version} goes from {before:.2f} "
-        "to "
-        f"{before * (1 + rise):.2f} ({rise:+.2%}); the plan allows {allowed:+.2%}"
+        f"to {before * (1 + rise):.2f} ({rise:+.2%}); the plan allows {allowed:+.2%}"
     )
     point = branch_point_identity(expert.domain, expert.text, forest.foundation.seed)
     return Held(point, expert.identity, forest.version, rise, reason)

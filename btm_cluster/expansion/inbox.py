@@ -197,9 +197,8 @@ def _file_refusal(path: str) -> str:
 
 def _arrival(folder: _Folder, storage: Storage, settings: InboxPlan) -> Arrival:
     addresses = {storage.address(entry.key): entry for entry in folder.texts.values()}
-    kinds = {
-        kind_of(path) for path in folder.texts
-    }  # a setting is for all deliveries, of which some have no use for it
+    # A setting is for all deliveries, of which some have no use for it.
+    kinds = {kind_of(path) for path in folder.texts}
     domain = DomainPlan(
         name=folder.name,
         text=tuple(map(glob.escape, addresses)),

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from btm_cluster.data.batches import batches
 from btm_cluster.data.tokenizer import TextTokenizer
 from btm_cluster.equations.perplexity import bits_per_byte, perplexity
 from btm_cluster.language_model.ensemble_scoring import TextScores
@@ -172,7 +173,8 @@ class DocumentScorer:
                 yield waiting[-1], ids
 
         between = self._tokenizer.first_token if packs and self._tokenizer.begins_documents else None
-        for blocks in _batches(_cut(opened(), self._block_tokens, packs, between)):
+        cut = _cut(opened(), self._block_tokens, packs, between)
+        for blocks in batches(cut, lambda block: len(block.tokens), TOKENS_AT_ONCE):
             for block, said in zip(blocks, self._score([block.tokens for block in blocks]), strict=True):
                 _take_in(block, said)
             while waiting and not waiting[0].left:
@@ -202,19 +204,6 @@ def _cut(
                 block = _Block()
     if block.tokens:
         yield block
-
-
-def _batches(blocks: Iterable[_Block]) -> Iterator[list[_Block]]:
-    batch: list[_Block] = []
-    tokens = 0
-    for block in blocks:
-        batch.append(block)
-        tokens += len(block.tokens)
-        if tokens >= TOKENS_AT_ONCE:
-            yield batch
-            batch, tokens = [], 0
-    if batch:
-        yield batch
 
 
 def _take_in(block: _Block, said: TextScores) -> None:

@@ -216,8 +216,8 @@ def write_shards(
     return write_parts(weights.header, parts_of(weights, count), folder, shard_bytes)
 
 
-def holds_weights(name: str) -> bool:
-    """Whether a file of a model's folder, by its name, holds weights, or says which files do."""
+def holds_whole_weights(name: str) -> bool:
+    """Whether a file of a whole model's folder, by its name, holds weights, or says which files do."""
     return name == INDEX or _WEIGHT_FILE.fullmatch(name) is not None
 
 

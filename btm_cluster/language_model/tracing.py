@@ -65,9 +65,8 @@ class Trace:
         if self._device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
             torch.cuda.synchronize(self._device)  # kernels of updates before are not in it
-        profiler = profile(
-            activities=activities, acc_events=True
-        )  # else some versions warn that they keep one cycle
+        # Without acc_events some versions warn that they keep one cycle.
+        profiler = profile(activities=activities, acc_events=True)
         try:
             profiler.start()
         except RuntimeError as exc:

@@ -22,7 +22,7 @@ from btm_cluster.ledger.artifact import (
     training_key,
 )
 from btm_cluster.ledger.blobs import BlobStream, check_blob_stands, open_blob, read_blob, write_blobs
-from btm_cluster.ledger.documents import Document, Documents, in_parallel, known_form
+from btm_cluster.ledger.documents import Documents, in_parallel, known_form
 from btm_cluster.ledger.forest_log import ForestLog
 from btm_cluster.ledger.keys import list_ours
 from btm_cluster.ledger.manifests import list_manifests, read_manifest, read_manifests, read_standing
@@ -117,10 +117,6 @@ class Ledger:
         )
         blobs = {blob_key(one.ref, blob.sha256): (one.ref, blob) for one in models for blob in one.blobs}
         in_parallel(lambda item: check_blob_stands(self.storage, *item), blobs.values())
-
-    def tombstone(self, ref: Ref) -> Document | None:
-        """The tombstone of a purged text or model; None where it was not purged."""
-        return self.tombstones.find(ref)
 
     def check_not_purged(self, ref: Ref, remedy: str = OTHER_TEXT) -> None:
         """Refuses an artifact that was purged once.

@@ -22,7 +22,7 @@ from btm_cluster.identity import identity_of
 from btm_cluster.ledger import THREADS, Ledger, Ref, check_place, known_form, list_ours
 from btm_cluster.requests import Start
 
-EXPANSIONS, HELD, QUARANTINE, TOMBSTONES, LOGS = "expansions/", "held/", "quarantine/", "tombstones/", "logs/"
+EXPANSIONS, HELD, QUARANTINE, LOGS = "expansions/", "held/", "quarantine/", "logs/"
 PINS, BASELINES = "pins/", "baselines/"
 REPORT_FILE = "report.html"
 """Name of the page in each run's folder below LOGS."""

@@ -17,16 +17,26 @@ def newest_version(ledger: Ledger) -> Forest:
     """
     forest = ledger.log.newest()
     if forest is None:
-        raise UserError(f"there is no forest in {ledger.storage.location} yet", remedy="`btm run` grows one")
+        raise no_forest(ledger)
     return forest
 
 
-def version_of(ledger: Ledger, version: int) -> Forest:
-    """A version of that number.
+def no_forest(ledger: Ledger) -> UserError:
+    """The refusal of a store without a forest."""
+    return UserError(
+        f"there is no forest in {ledger.storage.location}",
+        remedy="`btm run` grows one; or check the plan's `store`, or --store, which is relative to this folder",
+    )
+
+
+def version_of(ledger: Ledger, version: int | None) -> Forest:
+    """The version of that number; of None the newest.
 
     Raises:
-        UserError: naming those that there are.
+        UserError: there is no forest; or no such version, naming those that there are.
     """
+    if version is None:
+        return newest_version(ledger)
     forest = ledger.log.version(version)
     if forest is None:
         found = ", ".join(map(str, ledger.log.versions())) or "no version"

@@ -11,9 +11,8 @@ def main() -> None:
     """Runs `lm_eval` with the same arguments; errors of ours are a message and an exit code."""
     try:
         command = importlib.import_module("lm_eval.__main__")
-        importlib.import_module(
-            "lm_eval.models"
-        )  # fills the registry, which it does only while that is empty
+        # This fills the registry, which it does only while that is empty.
+        importlib.import_module("lm_eval.models")
         registry = importlib.import_module("lm_eval.api.registry").model_registry
     except ImportError as exc:
         sys.exit(

@@ -6,7 +6,7 @@ and let the last window overlap. Here each block begins anew, so that figures ar
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from btm_cluster.api.ensemble import OpenEnsemble
 from btm_cluster.api.forest import open_forest
+from btm_cluster.data.batches import batches
 from btm_cluster.errors import UserError
 from btm_cluster.language_model.document_scores import TOKENS_AT_ONCE
 from btm_cluster.language_model.ensemble_scoring import TextScores
@@ -187,7 +188,7 @@ class ForestLM(TemplateLM):
         order = sorted(range(len(texts)), key=lambda number: -len(texts[number]))
         found: dict[int, TextScores] = {}
         with tqdm(total=len(texts), desc="Scoring", disable=disable_tqdm) as bar:
-            for numbers in _batches(order, [len(text) for text in texts]):
+            for numbers in batches(order, lambda number: len(texts[number]), TOKENS_AT_ONCE):
                 said = self._ensemble.engine.score([texts[n] for n in numbers], alternatives=alternatives)
                 found |= dict(zip(numbers, said, strict=True))
                 bar.update(len(numbers))
@@ -236,17 +237,3 @@ class ForestLM(TemplateLM):
         )
         stops = tuple(stop for stop in given["until"] if stop)
         return Prompt(ids[-room:], most_tokens, sampling, number, stops)
-
-
-def _batches(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Numbers of texts, as many at once as are scored together."""
-    batch: list[int] = []
-    tokens = 0
-    for number in order:
-        batch.append(number)
-        tokens += lengths[number]
-        if tokens >= TOKENS_AT_ONCE:
-            yield batch
-            batch, tokens = [], 0
-    if batch:
-        yield batch

@@ -131,7 +131,7 @@ class ScoreStack:
 
 
 def _in_order(act: Callable[[int], Made], starts: Iterable[int], threads: int) -> Iterator[Made]:
-    """What `act` makes of each start, in order; by several threads, two for each are under way or wait at most."""
+    """Results of `act` on each start, in order; by several threads, two for each are under way or wait at most."""
     if threads == 1:
         yield from map(act, starts)
         return

@@ -21,6 +21,7 @@ from pathlib import Path
 import pyarrow
 import torch
 
+from btm_cluster.data.batches import batches
 from btm_cluster.data.clusters import READ_CHARACTERS, Clusters, find_clusters, load_clusters, save_clusters
 from btm_cluster.data.corpus import content_hash, usable_documents
 from btm_cluster.data.sources import read_documents
@@ -159,19 +160,6 @@ def _documents(source: TextPlan, reading: ReadingPlan, bad: Counter[str]) -> Ite
     )
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for text in documents:
-        batch.append(text)
-        characters += len(text)
-        if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
 def place(
     clusters: Clusters,
     documents: Iterable[str],
@@ -191,7 +179,7 @@ def place(
             open_files.enter_context(pyarrow.output_stream(file, compression="zstd")) for file in files
         ]
         full_E = torch.zeros(len(clusters.names), 1, dtype=torch.bool)
-        for batch in _batches(documents):
+        for batch in batches(documents, len, BATCH_CHARACTERS, BATCH_DOCUMENTS):
             costs_ED = clusters.costs(batch)
             for i, text in enumerate(batch):
                 chosen = int(costs_ED[:, i : i + 1].masked_fill(full_E, torch.inf).argmin())

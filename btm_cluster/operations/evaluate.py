@@ -31,9 +31,7 @@ def find_grown(plan: Plan, driver: Driver, version: int | None = None) -> Grown:
         UserError: there is none yet, no such version, or it has no expert.
     """
     check_forests_clusters(plan, driver.ledger)
-    forest = driver.ledger.log.newest() if version is None else version_of(driver.ledger, version)
-    if forest is None:
-        raise UserError(f"there is no forest in {plan.store} yet", remedy="`btm run` grows one")
+    forest = version_of(driver.ledger, version)
     if not forest.experts:
         raise UserError(
             f"forest version {forest.version} in {plan.store} has no expert",

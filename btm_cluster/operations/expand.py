@@ -15,13 +15,13 @@ from btm_cluster.algorithm import merge, settled_branches, train
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.port import Failure
 from btm_cluster.driver.prepared_plan import PreparedPlan
-from btm_cluster.errors import UserError
 from btm_cluster.expansion.acceptance import Gain, judge
 from btm_cluster.expansion.arrivals import PreparedArrivals, prepare_new
 from btm_cluster.expansion.inbox import Inbox, look
 from btm_cluster.forest import Forest, describe_forest
 from btm_cluster.ledger import THREADS, Ledger
 from btm_cluster.ledger.records import branch_point_identity, find_branch_point, hold, newest_held
+from btm_cluster.ledger.versions import newest_version
 from btm_cluster.plan import Plan
 
 
@@ -98,11 +98,7 @@ def find_new(plan: Plan, ledger: Ledger) -> New:
     Raises:
         UserError: there is no forest yet.
     """
-    forest = ledger.log.newest()
-    if forest is None:
-        raise UserError(
-            f"there is no forest in {plan.store} yet", remedy="`btm run` with this plan founds one"
-        )
+    forest = newest_version(ledger)
     settled = {*forest.domains, *forest.withdrawn}
     named = tuple(domain for domain in plan.domains if domain.name not in settled)
     taken_out = [domain.name for domain in plan.domains if domain.name in forest.withdrawn]

@@ -3,7 +3,7 @@
 from typing import Any
 
 from btm_cluster.ledger import Ledger
-from btm_cluster.operations.show import no_forest
+from btm_cluster.ledger.versions import no_forest
 
 
 def log(ledger: Ledger) -> list[dict[str, Any]]:

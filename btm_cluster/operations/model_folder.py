@@ -22,7 +22,7 @@ from btm_cluster.forest import Forest, Parent
 from btm_cluster.language_model.adapter_files import ADAPTER_FILE, write_adapter_config
 from btm_cluster.language_model.folder import say_block_length, write_model
 from btm_cluster.language_model.model_card import Card, Part, Result, card_text
-from btm_cluster.language_model.stored_weights import SHARD_BYTES, holds_weights
+from btm_cluster.language_model.stored_weights import SHARD_BYTES, holds_whole_weights
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.plan import ChatTemplate, Plan
 from btm_cluster.steps.stored import open_adapter_config, open_tokenizer, open_weights
@@ -123,7 +123,7 @@ def _write_what_came(ledger: Ledger, forest: Forest, seed: Artifact, folder: Pat
     files = {blob.name: seed for blob in seed.blobs} if seed.recipe["pretrained"] is not None else {}
     files |= {blob.name: tokenizer for blob in tokenizer.blobs}
     for name, source in files.items():
-        if name not in (CARD, CONFIG) and not holds_weights(name):
+        if name not in (CARD, CONFIG) and not holds_whole_weights(name):
             shutil.copyfile(ledger.open_file(source, name), folder / name)
     return list(files)
 

@@ -69,6 +69,11 @@ WHOLE_LINES = re.compile(r"(?m)^(?=[ \t]*\S)[^\ud800-\udfff]{300,8000}$")  # sur
 
 
 def package(name: str) -> Path:
+    """The folder of an installed package, which is not imported.
+
+    Raises:
+        UserError: it is not installed.
+    """
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise UserError(
@@ -80,6 +85,7 @@ def package(name: str) -> Path:
 
 
 def walk(folder: Path, pattern: str) -> Iterator[Path]:
+    """Files below the folder, in order, without those of SKIPPED folders."""
     paths = sorted(folder.rglob(pattern))
     return (path for path in paths if not SKIPPED.search(f"/{path.relative_to(folder)}"))
 
@@ -91,6 +97,7 @@ def sources(folder: Path, pattern: str) -> Iterator[str]:
 
 
 def docstrings(*folders: Path) -> Iterator[str]:
+    """Docstrings of modules, classes and functions; empty where there is none."""
     for path in (path for folder in folders for path in walk(folder, "*.py")):
         nodes: list[ast.Module | ast.ClassDef | ast.FunctionDef] = [ast.parse(path.read_bytes())]
         for node in nodes:  # the list grows under way: ast.walk would visit every expression too
@@ -110,6 +117,7 @@ def services(folder: Path) -> Iterator[str]:
 
 
 def digest(text: str) -> bytes:
+    """SHA-256 of a text, by which texts are put in order."""
     return hashlib.sha256(text.encode()).digest()
 
 

@@ -33,12 +33,6 @@ from btm_cluster.workers.stored import NotMadeError, Stored
 log = logging.getLogger(__name__)
 VERSIONS_TRIED = 5
 """Newest versions among which one is looked for that was evaluated."""
-PLAN_ENDINGS = (".yaml", ".yml")
-
-
-def is_plan(path: Path) -> bool:
-    """Whether what `btm report` is given is a plan, and no study's folder."""
-    return path.suffix in PLAN_ENDINGS and not path.is_dir()
 
 
 def write_report(summaries: Sequence[Path], to: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from btm_cluster.errors import UserError
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import Ledger, Ref
 from btm_cluster.ledger.versions import version_of
@@ -20,18 +19,8 @@ def show(ledger: Ledger, version: int | None = None) -> Shown:
     """A version of the forest; without a number, the newest.
 
     Raises:
-        UserError: there is no such version.
+        UserError: there is no forest, or no such version.
     """
-    forest = ledger.log.newest() if version is None else version_of(ledger, version)
-    if forest is None:
-        raise no_forest(ledger)
+    forest = version_of(ledger, version)
     tokenizer = ledger.find(Ref("tokenizer", forest.foundation.tokenizer))
     return Shown(forest, tokenizer.recipe.get("first_token", "end of text") if tokenizer else None)
-
-
-def no_forest(ledger: Ledger) -> UserError:
-    """The refusal of a store without a forest."""
-    return UserError(
-        f"there is no forest in {ledger.storage.location}",
-        remedy="check the plan's `store`, or --store, which is relative to this folder; `btm run` grows one",
-    )

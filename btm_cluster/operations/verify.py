@@ -27,12 +27,12 @@ from btm_cluster.ledger.records import (
     HELD,
     PINS,
     QUARANTINE,
-    TOMBSTONES,
     read_baseline,
     read_branch_point,
     read_held,
     read_refusal,
 )
+from btm_cluster.ledger.tombstones import TOMBSTONES
 from btm_cluster.storage import Storage
 
 Value = TypeVar("Value")

@@ -9,10 +9,8 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 BROKEN_RULE = "broken_rule"
 
-
 Given = Mapping[str, Any]
-
-
+"""A section as it was written, or as it was validated."""
 SectionType = TypeVar("SectionType", bound=BaseModel)
 
 

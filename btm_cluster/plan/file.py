@@ -12,6 +12,11 @@ _LARGEST_PLAN_BYTES = 1 << 20
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
+def is_plan_file(path: Path) -> bool:
+    """Whether a place that is a plan's or a folder's is a plan's: by its name, `.yaml` or `.yml`."""
+    return path.suffix in (".yaml", ".yml") and not path.is_dir()
+
+
 def read_plan_file(path: Path) -> tuple[dict[Any, Any], str]:
     """The keys and values of the YAML file at `path`, and its text.
 

@@ -58,9 +58,8 @@ def experts_blocks(entries: Sequence[Entry]) -> list[Block]:
 def cost_blocks(entries: Sequence[Entry], wanted: Mapping[str, Wanted]) -> list[Block]:
     """The cost of each of the wanted systems; nothing of results of earlier versions, which have none."""
     wanted = {**wanted, **{name: row for one in _forests(entries) for name, row in _rows_of(one).items()}}
-    first = {
-        tuple(row.items()): name for name, row in reversed(wanted.items())
-    }  # two tables have some rows alike
+    # Two tables have some rows alike.
+    first = {tuple(row.items()): name for name, row in reversed(wanted.items())}
     wanted = {name: row for name, row in wanted.items() if first[tuple(row.items())] == name}
     found = {name: _with_costs(select(entries, **row)) for name, row in wanted.items()}
     rows = [[name, *_cost_cells(some)] for name, some in found.items() if some]

@@ -92,9 +92,8 @@ def lanes_of(timeline: Timeline) -> tuple[list[Lane], int]:
     grouped: dict[tuple[str, str], list[Event]] = {}
     waiting: list[Event] = []
     for event in timeline.events:
-        key = event.node or nodes.get(
-            event.process
-        )  # a trainer's first model waits in the lane that it has later
+        # A trainer's first model waits in the lane that it has later.
+        key = event.node or nodes.get(event.process)
         is_first = event.label == next(iter(trained.get(event.process, {})), None)
         if key is None or (event.what == "wait" and not is_first):
             waiting.append(event)

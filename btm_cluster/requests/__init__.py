@@ -34,7 +34,6 @@ from btm_cluster.requests.scores import (
 from btm_cluster.requests.texts import (
     FindOverlap,
     ImportTokenizer,
-    PrepareRequest,
     ReadText,
     ShuffleTexts,
     Tokenize,
@@ -54,7 +53,6 @@ __all__ = [
     "MixText",
     "MixingMethod",
     "MixtureOfExpertsRequest",
-    "PrepareRequest",
     "Pretrained",
     "ReadText",
     "Resources",

@@ -109,7 +109,6 @@ class TrainRequest(StepRequest):
     """
     trains: Trains = ALL
     """The weights that change. Of less than all, `start` is needed to use what comes out."""
-
     profile: bool = False
     """Whether a profiler's trace of a few updates is kept beside the model."""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 from btm_cluster.identity import Inputs, Ref
 from btm_cluster.plan import ChatTemplate, ReadingPlan, TextPlan, TrainedTokenizerPlan
@@ -187,8 +187,3 @@ class FindOverlap(StepRequest):
     @property
     def inputs(self) -> Inputs:
         return {"text": (Ref("text", self.text),), "tests": texts_of(self.tests)}
-
-
-PrepareRequest: TypeAlias = (
-    ReadText | ShuffleTexts | TrainTokenizer | ImportTokenizer | Tokenize | FindOverlap
-)

@@ -205,6 +205,11 @@ async def _merged(streams: Sequence[AsyncIterator[Choice]]) -> AsyncIterator[Cho
 
 
 async def within(seconds: float, work: Awaitable[Result]) -> Result:
+    """The result, if it is there in time.
+
+    Raises:
+        TimeoutError: it is not; the work is cancelled.
+    """
     async with asyncio.timeout(seconds):
         return await work
 

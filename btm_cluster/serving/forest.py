@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -129,13 +129,25 @@ class LoadedForest:
             return found
         if name not in self._elsewhere:
             raise UnknownModelError(f"no model {name!r}", expected=f"one of {', '.join(self.model_names)}")
-        async with self._loading:
-            if name not in self._others:
-                while len(self._others) >= self._settings.other_models:
-                    self._others.popitem(last=False)[1].engine.close()
-                self._others[name] = await asyncio.to_thread(self._open_other, name)
-            self._others.move_to_end(name)
-            return self._others[name]
+        with self.in_use():
+            async with self._loading:
+                if name not in self._others:
+                    while len(self._others) >= self._settings.other_models:
+                        self._others.popitem(last=False)[1].engine.close()
+                    await self._load_other(name)
+                self._others.move_to_end(name)
+                return self._others[name]
+
+    async def _load_other(self, name: str) -> None:
+        """Loads a model to its end, though whoever asked may hang up meanwhile: a thread cannot be stopped, and an
+        engine that nobody knows would keep its memory for ever."""
+        load = asyncio.ensure_future(asyncio.to_thread(self._open_other, name))
+        try:
+            self._others[name] = await asyncio.shield(load)
+        except asyncio.CancelledError:
+            with suppress(Exception):  # nobody is there to hear of it
+                self._others[name] = await load
+            raise
 
     def _open_other(self, name: str) -> Served:
         gate = Mixing(uniform_prior(torch.zeros(1, dtype=torch.float64)), FULL)
@@ -203,26 +215,28 @@ class LiveForest:
             BtmError: it cannot be loaded; the version before stays.
         """
         async with self._changing:
-            before = self._current
-            self._current = await asyncio.to_thread(LoadedForest, self.ledger, mixture, self.settings, before)
-            log.info("serving forest version %d", mixture.version)
-            if before is not None:
-                before.replace()
+            await self._load(mixture)
+
+    async def _load(self, mixture: Mixture) -> None:
+        before = self._current
+        self._current = await asyncio.to_thread(LoadedForest, self.ledger, mixture, self.settings, before)
+        log.info("serving forest version %d", mixture.version)
+        if before is not None:
+            before.replace()
 
     async def follow(self, newer: Callable[[int], Mixture | None], seconds: float) -> None:
         """Serves each newer version. `newer` is asked for it again and again, with the one that is served."""
         while True:
             await asyncio.sleep(seconds)
-            version = self.current.mixture.version
-            try:
-                if mixture := await asyncio.to_thread(newer, version):
-                    await self.change_to(mixture)
-            except BtmError as exc:
-                log.warning("forest version %d stays: %s", version, exc)
-            except (
-                Exception
-            ):  # of a store's library, say: callers keep their answers, and the next look may succeed
-                log.exception("forest version %d stays", version)
+            async with self._changing:  # so that what `newer` finds never takes the place of a later change
+                version = self.current.mixture.version
+                try:
+                    if mixture := await asyncio.to_thread(newer, version):
+                        await self._load(mixture)
+                except BtmError as exc:
+                    log.warning("forest version %d stays: %s", version, exc)
+                except Exception:  # of a store's library, say: the next look may succeed
+                    log.exception("forest version %d stays", version)
 
     def close(self) -> None:
         """Ends the engines once nobody uses them."""

@@ -28,9 +28,7 @@ STATUS: tuple[tuple[type[BaseException], int, str], ...] = (
 )
 """HTTP status and code of an error, the first that fits; all others are 500."""
 
-
 CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
-
 
 ADDRESSES = "there are /v1/completions, /v1/models, /v1/domains, /healthz and /metrics; no chat, since experts are base models"
 
@@ -46,6 +44,11 @@ def digest_of(key: str) -> str:
 
 
 def check_key(key_digest: str | None, request: Request) -> None:
+    """Refuses a call without the key that has this hash; None: any call may come.
+
+    Raises:
+        HTTPException: 401.
+    """
     if key_digest is None:
         return
     given = request.headers.get("authorization", "").removeprefix("Bearer ")
@@ -58,6 +61,7 @@ def check_key(key_digest: str | None, request: Request) -> None:
 
 
 def as_error(exc: BaseException) -> tuple[int, dict[str, Any]]:
+    """The HTTP status of an exception, and the body that says so."""
     for kind, status, code in STATUS:
         if isinstance(exc, kind):
             message = str(exc) or "the request took longer than this server allows"
@@ -71,6 +75,8 @@ def _type_of(status: int) -> str:
 
 
 def add_error_handlers(app: FastAPI) -> None:
+    """Every error is answered in the form that OpenAI's clients read."""
+
     async def say(_: Request, exc: Exception) -> JSONResponse:
         status, body = as_error(exc)
         return JSONResponse(body, status, {"Retry-After": "1"} if status in (429, 503) else None)
@@ -90,12 +96,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
     app.add_exception_handler(RequestValidationError, say_invalid)
     app.add_exception_handler(HTTPException, say_refused)
-    for kind in (
-        BtmError,
-        TimeoutError,
-        ClientDisconnect,
-        Exception,
-    ):  # the last is raised on, for the server's log
+    # An Exception of another kind is raised on, for the server's log.
+    for kind in (BtmError, TimeoutError, ClientDisconnect, Exception):
         app.add_exception_handler(kind, say)
 
 

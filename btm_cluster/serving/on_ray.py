@@ -12,7 +12,6 @@ import pickle
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any
 
 import ray
@@ -43,21 +42,27 @@ class ForestServer:
             settings["key_digest"] = digest_of(os.environ[API_KEY])
         self._live = LiveForest(Ledger.open(store), ServingSettings(**settings))
         self._follow_seconds = follow_seconds
+        self._follows = False
         self._following: asyncio.Task[None] | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_app(self._live)
 
     async def reconfigure(self, config: Mapping[str, Any]) -> None:
-        """Serves what a command has mixed; or a version of the store by number, or the newest."""
-        if "mixture" in config:
-            await self._live.change_to(mixture_of(config))
-            return
+        """Serves what a command has mixed; or a version of the store by number; or the newest, and those after it."""
         version = config.get("forest_version")
-        await self._live.change_to(await asyncio.to_thread(mixture_of_store, self._live.ledger, version))
-        if version is None and self._following is None:
-            newer = partial(newer_in_store, self._live.ledger)
-            self._following = asyncio.create_task(self._live.follow(newer, self._follow_seconds))
+        self._follows = "mixture" not in config and version is None
+        mixture = (
+            mixture_of(config)
+            if "mixture" in config
+            else await asyncio.to_thread(mixture_of_store, self._live.ledger, version)
+        )
+        await self._live.change_to(mixture)
+        if self._follows and self._following is None:
+            self._following = asyncio.create_task(self._live.follow(self._newer, self._follow_seconds))
+
+    def _newer(self, served: int) -> Mixture | None:
+        return newer_in_store(self._live.ledger, served) if self._follows else None
 
     async def check_health(self) -> None:
         """Ray starts a replica anew whose engine has failed."""
@@ -192,9 +197,8 @@ def check_address(host: str, port: int) -> None:
 def stop() -> None:
     """Ends the application, once the requests under way are answered; and Serve, where it serves nothing else."""
     while APPLICATION in serve.status().applications:
-        with contextlib.suppress(
-            TimeoutError
-        ):  # it waits for a minute, which is shorter than a request may take
+        # It waits for a minute, which is shorter than a request may take.
+        with contextlib.suppress(TimeoutError):
             serve.delete(APPLICATION)
     controller = _controller()
     if controller is None or serve.status().applications:

@@ -222,11 +222,13 @@ def open_model(
 def weights_sha256(model: Artifact) -> str:
     """SHA-256 of a stored model's weights, or of what it holds of them: of their file, or of the list of SHA-256 of
     index and shards."""
-    from btm_cluster.language_model.stored_weights import holds_weights
+    from btm_cluster.language_model.stored_weights import holds_whole_weights
 
     if model.is_delta:
         return model.blob(_file_of_delta(model)).sha256
-    hashes = [blob.sha256 for blob in sorted(model.blobs, key=attrgetter("name")) if holds_weights(blob.name)]
+    hashes = [
+        blob.sha256 for blob in sorted(model.blobs, key=attrgetter("name")) if holds_whole_weights(blob.name)
+    ]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 

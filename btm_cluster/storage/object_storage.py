@@ -167,7 +167,7 @@ class ObjectStorage:
             markers = {"PartNumberMarker": page["NextPartNumberMarker"]}
 
     def _attempt_unless_gone(self, verb: str, key: str, act: Callable[[], Result]) -> Result | None:
-        """Bytes of an upload in parts so far; it may have ended since it was listed."""
+        """As `_attempt`; None where the upload in parts has ended since it was listed."""
 
         def attempt() -> Result | None:
             try:

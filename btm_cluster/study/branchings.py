@@ -53,13 +53,14 @@ def check_branchings(study: StudyPlan) -> None:
     Raises:
         UserError: naming it.
     """
-    names, has_rate = experts_names(study), not study.learning_rate_scales
+    names = experts_names(study)
     for name in names:
         if names.count(name) > 1:
+            expected = "each once; `start` changes nothing, since all experts of a study start from the seed"
+            remedy = "write it once"
+            if study.learning_rate_scales:
+                expected += ", and names leave the learning rate out, since the best scale is taken"
+                remedy += ", and further scales in `study.learning_rate_scales`"
             raise UserError(
-                f"study.branching: {name} {names.count(name)} times",
-                expected="each once; `start` changes nothing, since all experts of a study start from the seed"
-                + (", nor does `learning_rate_scale` beside `study.learning_rate_scales`" * (not has_rate)),
-                remedy="write it once"
-                + ", and further scales in `study.learning_rate_scales`" * (not has_rate),
+                f"study.branching: {name} {names.count(name)} times", expected=expected, remedy=remedy
             )

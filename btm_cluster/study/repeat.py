@@ -33,7 +33,6 @@ class Repeat:
     trials: tuple[Mapping[str, Any], ...] = field(default=(), compare=False)
     """How what was tried for this size did, where this is its first random seed: recipes, and then scales of
     the experts' learning rate."""
-
     experts: str = ""
     """Name of its experts; empty for those of the first forest, by the plan's `branching`."""
     others: tuple["Repeat", ...] = field(default=(), compare=False)

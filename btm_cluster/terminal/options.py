@@ -1,6 +1,5 @@
 """Arguments and options that several commands take.
 
-
 A command that reads a forest takes it one way: a PLAN as its last argument, or `--store` with the forest's
 store. Where the arguments are files without number, the plan is `--plan`.
 """

@@ -20,7 +20,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from btm_cluster.algorithm import grow, train_seed
+from btm_cluster.algorithm import found, grow
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.port import Failure, Outcome
 from btm_cluster.driver.preparation import prepare
@@ -367,7 +367,8 @@ def test_a_failed_expert_is_named_its_siblings_are_merged_and_only_it_is_tried_a
     damaged = store / "blobs" / tokens.sha256
     whole = damaged.read_bytes()
     failing, other = DOMAINS[:2]
-    train_seed(prepared, driver)  # the seed learns from all founding domains, so it comes before the damage
+    # The seed learns from all founding domains, so it comes before the damage.
+    found(prepared, driver.obtain([seed_request(prepared)])[0], driver)
     damaged.write_bytes(whole[:-1] + b"?")
     run = btm("run", str(path))
     assert run.exit_code() == 1, run.said

@@ -11,12 +11,13 @@ import pytest
 import torch
 import yaml
 
-from btm_cluster.algorithm import Grown, branch, grow, train_seed
+from btm_cluster.algorithm import Grown, branch, found, grow
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.preparation import prepare
 from btm_cluster.driver.prepared_plan import PreparedPlan, PreparedText
 from btm_cluster.driver.recipes import seed_request, transformer_lm_request
-from btm_cluster.evaluation.evaluate import Evaluation, evaluate
+from btm_cluster.evaluation.evaluate import Evaluation, evaluate, forest_ensemble
+from btm_cluster.evaluation.fitting import average_request
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import Artifact, Ref
 from btm_cluster.operations.run import run_plan
@@ -24,6 +25,12 @@ from btm_cluster.plan import Plan
 from btm_cluster.requests import TrainRequest
 from btm_cluster.steps.stored import documents_of, open_model, open_tokenizer
 from tests.conftest import in_process, plan_fields
+
+
+def train_seed(prepared: PreparedPlan, driver: Driver) -> Forest:
+    """A forest of a seed alone, unless there is one already."""
+    forest = driver.ledger.log.newest()
+    return forest or found(prepared, driver.obtain([seed_request(prepared)])[0], driver)
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,18 @@ class GrownForest:
     @property
     def experts(self) -> list[Artifact]:
         return [self.driver.ledger.get(Ref("model", expert.identity)) for expert in self.grown.forest.experts]
+
+    @property
+    def averages(self) -> dict[str, Ref]:
+        """Those that the evaluation made."""
+        forest, prior = (
+            forest_ensemble(self.prepared, self.grown.forest),
+            self.prepared.plan.merging.average_prior,
+        )
+        asked = {"uniform": ("uniform", None)} | {
+            f"posterior for {t.name}": (prior, t) for t in self.prepared.texts
+        }
+        return {name: average_request(self.prepared, forest, *how).ref for name, how in asked.items()}
 
     def text(self, name: str) -> PreparedText:
         return next(text for text in self.prepared.texts if text.name == name)

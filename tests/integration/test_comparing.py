@@ -11,7 +11,13 @@ import pytest
 
 from btm_cluster.commands.run import show_run
 from btm_cluster.errors import UserError
-from btm_cluster.evaluation.rows import CALIBRATED_ENSEMBLE, TRANSFORMER_LM, is_ensemble
+from btm_cluster.evaluation.rows import (
+    CALIBRATED_ENSEMBLE,
+    POSTERIOR_AVERAGE,
+    TRANSFORMER_LM,
+    UNIFORM_AVERAGE,
+    is_ensemble,
+)
 from btm_cluster.ledger import Ledger
 from btm_cluster.operations.evaluate import evaluate_forest
 from btm_cluster.operations.expand import expand
@@ -118,6 +124,13 @@ def test_a_baseline_that_the_plan_names_and_nobody_trained_is_told(
     assert (run.missing_baselines, run.to_json()["missing_baselines"]) == (("demix",), ["demix"])
     show_run(run, json_output=False, details=False)
     assert "note: demix is not trained, and not compared with" in capsys.readouterr().out
+
+
+def test_averages_that_are_weighted_uniformly_are_one_row_by_that_name(plan: Plan) -> None:
+    uniform = changed(plan, merging={"average_prior": "uniform"})
+    names = {row.system for row in evaluate_forest(uniform, in_process(uniform)).verdict.rows["test"]}
+    assert UNIFORM_AVERAGE in names
+    assert POSTERIOR_AVERAGE not in names
 
 
 def test_a_target_of_an_added_domains_documents_is_not_compared_on(

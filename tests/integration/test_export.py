@@ -184,7 +184,7 @@ def test_a_given_text_weighs_experts_as_the_same_text_of_the_plan_does_and_is_no
     code, out, err = btm(*call, "--to", tmp_path / "merged", "--json")
     assert code == 0, err
     told = json.loads(out)
-    planned = ledger.get(grown.evaluation.averages["posterior for market"]).facts["weights"]
+    planned = ledger.get(grown.averages["posterior for market"]).facts["weights"]
     names = {expert.identity: expert.domain for expert in grown.grown.forest.experts}
     assert told["weights"] == pytest.approx({names[one]: weight for one, weight in planned.items()}, abs=1e-5)
     experts = told["text"]["experts"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from btm_cluster.algorithm import grow, train_seed
+from btm_cluster.algorithm import grow
 from btm_cluster.data.tokenizer_training import train_tokenizer
 from btm_cluster.driver.preparation import prepare
 from btm_cluster.errors import FoundationError, UserError
@@ -17,6 +17,7 @@ from btm_cluster.ledger import Ledger, Ref, artifact_key
 from btm_cluster.operations.plan import preview
 from btm_cluster.plan import Plan
 from tests.conftest import in_process, made_up_documents, plan_fields, write_jsonl
+from tests.integration.conftest import train_seed
 
 
 @pytest.fixture(scope="module")

@@ -109,7 +109,7 @@ def model_files(folder: Path, weights: bytes) -> dict[str, Path]:
 
 
 def train_seed(ledger: Ledger, folder: Path) -> Forest:
-    """As `algorithm.train_seed`: version 0, made once."""
+    """Version 0, made once."""
     founded = ledger.log.newest()
     if founded is not None:
         return founded

@@ -212,8 +212,8 @@ def test_a_purged_domain_leaves_nothing_but_tombstones_and_the_store_stays_sound
     assert ledger.find(Ref("model", forest.expert("island").identity)) is not None
     assert {path.name for path in Path(plan.store, "blobs").iterdir()} >= shared
     assert not Path(plan.store, "inbox/meadow").exists()
-    assert ledger.tombstone(Ref("text", expert.text))
-    assert ledger.tombstone(Ref("model", expert.identity))
+    assert ledger.tombstones.find(Ref("text", expert.text))
+    assert ledger.tombstones.find(Ref("model", expert.identity))
     assert verify(ledger).problems == ()
     # A descendant still knows its seed, though its parent is gone, and the forest is evaluated as ever.
     again = run_plan(plan, in_process(plan))
@@ -221,7 +221,7 @@ def test_a_purged_domain_leaves_nothing_but_tombstones_and_the_store_stays_sound
     let_all_be_old(plan)
     collect(ledger, find_garbage(ledger, 10, DAY))
     assert verify(ledger).problems == ()
-    assert ledger.tombstone(Ref("text", expert.text))
+    assert ledger.tombstones.find(Ref("text", expert.text))
 
 
 def test_a_target_that_went_by_the_name_is_purged_too(plan: Plan, ledger: Ledger, tmp_path: Path) -> None:
@@ -355,7 +355,7 @@ def test_an_interrupted_purge_is_found_by_verify_and_goes_on_when_it_is_run_agai
     assert (again.manifests, again.blobs) == (purge_plan.manifests, purge_plan.blobs)
     purge(ledger, again)
     assert verify(ledger).problems == ()
-    tombstone = ledger.tombstone(Ref("model", expert.identity))
+    tombstone = ledger.tombstones.find(Ref("model", expert.identity))
     assert tombstone is not None
     assert tombstone.body["parents"] == [parent.identity for parent in expert.parents]
 

@@ -40,7 +40,7 @@ def models_of(grown: GrownForest) -> dict[str, Artifact]:
         "seed": Ref("model", grown.grown.forest.foundation.seed),
         "expert": grown.experts[0].ref,
         "transformer-lm": grown.grown.baseline,
-        "average": grown.evaluation.averages["uniform"],
+        "average": grown.averages["uniform"],
     }
     return {name: grown.driver.ledger.get(ref) for name, ref in refs.items()}
 

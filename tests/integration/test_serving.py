@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from btm_cluster.language_model.document_scores import NamedText
 from btm_cluster.language_model.prompts import Drawn
 from btm_cluster.language_model.sampling import Sampling
 from btm_cluster.ledger import Ledger, artifact_key
+from btm_cluster.ledger.versions import append_next
 from btm_cluster.operations.generate import Continuation, generate
 from btm_cluster.operations.score import scorer_of_plan
 from btm_cluster.operations.serve import Endpoint, mixture_to_serve, newer_of_plan, serve_in_process
 from btm_cluster.serving.app import build_app
-from btm_cluster.serving.forest import LiveForest
+from btm_cluster.serving.forest import LiveForest, LoadedForest, Served
 from btm_cluster.serving.http_errors import digest_of
 from btm_cluster.serving.settings import ServingSettings
 from btm_cluster.steps.mixture import Mixture, mixture_of_store, newer_in_store
@@ -494,3 +496,66 @@ def test_a_newer_version_takes_over_while_requests_are_under_way(
         unchanged = [ref for ref in first.models.values() if now.find(ref)]
         assert unchanged
         assert all(now.find(ref) is before.shared.find(ref) for ref in unchanged)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray Serve's import
+def test_a_replica_told_which_version_to_serve_no_longer_follows_the_newest(
+    grown: GrownForest, tmp_path: Path
+) -> None:
+    from btm_cluster.serving.on_ray import ForestServer, config_of
+
+    store = str(tmp_path / "store")
+    shutil.copytree(grown.prepared.plan.store, store)
+    ledger = Ledger.open(store)
+    append_next(ledger, lambda forest: take_out(forest, "orchard", "its licence ended"))
+
+    async def serve() -> None:
+        replica_class = ForestServer.func_or_class.__mro__[
+            1
+        ]  # without the wrapper that hands it HTTP requests
+        replica = replica_class(store, asdict(ServingSettings()), follow_seconds=0.01)
+        live = replica._live
+        await replica.reconfigure({"forest_version": None})
+        assert live.current.mixture.version == 2
+        for pinned in ({"forest_version": 1}, config_of(mixture_of_store(ledger, 1))):
+            await replica.reconfigure(pinned)
+            await asyncio.sleep(0.5)
+            assert live.current.mixture.version == 1
+        await replica.reconfigure({"forest_version": None})
+        append_next(ledger, lambda forest: take_out(forest, "harbour", "its licence ended"))
+        while live.current.mixture.version != 3:
+            await asyncio.sleep(0.01)
+        replica._following.cancel()
+        live.close()
+
+    asyncio.run(asyncio.wait_for(serve(), 60))
+
+
+def test_a_model_that_is_loaded_while_its_caller_hangs_up_is_kept_and_ends_with_its_version(
+    grown: GrownForest, mixture: Mixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on, load = threading.Event(), threading.Event(), LoadedForest._open_other
+
+    def held_load(forest: LoadedForest, name: str) -> Served:
+        begun.set()
+        assert go_on.wait(60)
+        return load(forest, name)
+
+    monkeypatch.setattr(LoadedForest, "_open_other", held_load)
+    live = LiveForest(grown.driver.ledger, ServingSettings(rows=2))
+
+    async def hang_up() -> Served:
+        await live.change_to(mixture)
+        forest = live.current
+        asked = asyncio.create_task(forest.model("average:uniform"))
+        assert await asyncio.to_thread(begun.wait, 60)
+        asked.cancel()
+        live.close()  # another version is served from now on
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        return forest._others["average:uniform"]
+
+    other = asyncio.run(hang_up())
+    other.engine.join(60)
+    assert not other.engine._thread.is_alive()

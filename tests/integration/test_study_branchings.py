@@ -313,7 +313,7 @@ def test_a_study_of_a_pretrained_model_sets_its_continued_pretraining_beside_its
                 "branching": [{"train": "all"}, {"train": "all", "learning_rate_scale": 2}],
                 "learning_rate_scales": [1, 2],
             },
-            "full experts 2 times",
+            "full experts 2 times(.|\n)*names leave the learning rate out",
         ),
     ],
 )

@@ -19,7 +19,6 @@ from btm_cluster.equations.posterior import (
     evidence,
     fitted_prior,
     keep_top,
-    leave_out,
     log_posterior,
     log_prior,
     mean_prior,
@@ -625,18 +624,6 @@ def test_calibrating_under_a_prior_that_rules_an_expert_out_keeps_it_out() -> No
     prior_E, posterior = calibrate(logp_EBT, everything(logp_EBT), CALIBRATED, given_E)
     torch.testing.assert_close(prior_E, given_E)
     assert math.isfinite(posterior.weight)
-
-
-def test_leaving_an_expert_out_is_the_ensemble_of_the_others() -> None:
-    logp_EBT = -torch.rand(4, 3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 5
-    prior_E = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
-    others = [0, 1, 3]
-    for posterior in (Posterior("full"), Posterior("calibrated", weight=0.3)):
-        without = log_mixture(logp_EBT, leave_out(prior_E.log(), 2), posterior)
-        of_others = log_mixture(logp_EBT[others], (prior_E[others] / 0.8).log(), posterior)
-        torch.testing.assert_close(without, of_others)
-    with pytest.raises(ValueError, match="one expert"):
-        leave_out(torch.zeros(1), 0)
 
 
 @pytest.mark.parametrize("tokens", [1, 32, 33, 64, 1100])

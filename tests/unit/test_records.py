@@ -49,7 +49,10 @@ LOOKS: dict[str, tuple[str, Callable[[Ledger], Any]]] = {
     "expansions": (f"expansions/{OTHER}.json", lambda ledger: find_branch_point(ledger, OTHER)),
     "held": (f"held/{POINT.identity}-000009.json", newest_held),
     "quarantine": (f"quarantine/{OTHER}.json", lambda ledger: find_refusals(ledger, [OTHER])),
-    "tombstones": (f"tombstones/model/{OTHER}.json", lambda ledger: ledger.tombstone(Ref("model", OTHER))),
+    "tombstones": (
+        f"tombstones/model/{OTHER}.json",
+        lambda ledger: ledger.tombstones.find(Ref("model", OTHER)),
+    ),
     "pins": ("pins/000009.json", lambda ledger: ledger.log.pinned()),
 }
 
@@ -75,7 +78,7 @@ def test_a_record_of_a_newer_version_is_one_clear_error(
         "expansions": lambda: list(list_branch_points(ledger)),
         "held": lambda: newest_held(ledger),
         "quarantine": lambda: list_refusals(ledger),
-        "tombstones": lambda: ledger.tombstone(Ref("model", "8" * 64)),
+        "tombstones": lambda: ledger.tombstones.find(Ref("model", "8" * 64)),
         "pins": lambda: ledger.log.pinned(),
     }
     rewritten(Path(ledger.storage.address(key)), lambda whole: change(whole["body"]))

@@ -172,10 +172,8 @@ def _start(dashboard: bool) -> Any:
             "Ray does not start on this machine",
             found=f"{type(exc).__name__}: {one_line(exc)}",
             remedy=f"look into {folder}/session_latest/logs; `btm doctor` looks at disk, memory and folders; "
-            "RAY_TMPDIR sets "
-            "another folder, RAY_AUTH_TOKEN spares it writing one below HOME, --address or RAY_ADDRESS leads "
-            "to a cluster that "
-            "runs, --in-process needs none",
+            "RAY_TMPDIR sets another folder, RAY_AUTH_TOKEN spares it writing one below HOME, --address or "
+            "RAY_ADDRESS leads to a cluster that runs, --in-process needs none",
         ) from exc
 
 

@@ -55,9 +55,8 @@ def root_cause(error: BaseException) -> BaseException:
         causes = [root_cause(failure) for failure in failures.values()]
         return next((cause for cause in causes if isinstance(cause, BtmError)), causes[0])
     inner = getattr(error, "_base_exc", None) or error.__cause__
-    from ray.train import (
-        TrainingFailedError,  # a second of imports, which a run without failures has no use for
-    )
+    # A second of imports, which a run without failures has no use for.
+    from ray.train import TrainingFailedError
 
     if isinstance(inner, BaseException) and isinstance(error, TrainingFailedError | RuntimeError):
         return root_cause(inner)

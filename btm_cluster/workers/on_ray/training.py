@@ -122,9 +122,8 @@ class Trainer:
         """The outcome, with whether another model may be trained here. An actor that was started anew has had some
         of its restarts: another training would have fewer than the plan says."""
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", DeprecationWarning
-            )  # Ray 2.60 asks itself in a way that it deprecates
+            # Ray 2.60 asks itself in a way that it deprecates.
+            warnings.simplefilter("ignore", DeprecationWarning)
             is_first = not ray.get_runtime_context().was_current_actor_reconstructed
         return replace(worked, may_train_on=is_first and time.monotonic() - self._began < PLACE_SECONDS)
 

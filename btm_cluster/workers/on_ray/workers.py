@@ -290,8 +290,8 @@ class RayWorkers:
                     process.kill()
 
     def _stop_all(self, running: Iterable[Running]) -> None:
-        """Asks every trainer to save and stop, and waits for them as long as the plan allows."""
-        trainings = [one for one in running if one.state.phase == "updating"]
+        """Asks every trainer that makes updates to save and stop, and waits for them as long as the plan allows."""
+        trainings = [one for one in running if one.trainer is not None and one.state.phase == "updating"]
         for one in trainings:
             self._watcher(Progress(one.label, "saving", note="to stop"))
             one.trainer.stop.remote()
