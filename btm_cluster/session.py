@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from btm_cluster.plan import Plan
 from btm_cluster.plan.folder import refuse_in_jobs_copy
-from btm_cluster.stopping import end_at_signals, handling, stopped
+from btm_cluster.stopping import break_off, end_at_signals, handling
 from btm_cluster.terminal.output import end_input
 
 if TYPE_CHECKING:
@@ -166,12 +166,12 @@ class _Asked:
         if self.stopped_at is not None:  # a budget that is spent asks to stop, too
             if self._ends_process:
                 end_at_signals()
-            raise stopped()
+            break_off()
         self.stopped_at = self._events.now()
         self.stop.set()
         # The driver itself computes, and has nothing to save.
         if self.driver is None or not self.driver.is_asking:
-            raise stopped()
+            break_off()
         # By a thread: the main one may be in the middle of a line.
         threading.Thread(target=log.warning, args=(STOPPING,)).start()
 

@@ -24,7 +24,7 @@ from btm_cluster.serving.app import build_app
 from btm_cluster.serving.forest import LiveForest
 from btm_cluster.serving.settings import FOLLOW_SECONDS, ForestArguments
 from btm_cluster.steps.mixture import Mixture, newer_in_store
-from btm_cluster.stopping import handling, stopped
+from btm_cluster.stopping import break_off, handling
 from btm_cluster.workers.in_process import InProcess, LocalControl
 from btm_cluster.workers.on_ray.lazily import set_environment
 
@@ -239,7 +239,7 @@ class _Ending:
 
     def asked(self, *_: object) -> None:
         if self.stop.is_set() or not self.answers_first:
-            raise stopped()
+            break_off()
         self.stop.set()
 
 
