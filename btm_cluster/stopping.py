@@ -10,10 +10,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NoReturn
 
 from btm_cluster.errors import Stopped
 
+AGAIN_SECONDS = 0.05
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -38,8 +40,19 @@ class Interruption(BaseException):
     """
 
 
-def break_off(*_: object) -> None:
-    """Handles a signal: raises Interruption, wherever the program is."""
+def break_off(number: int, frame: FrameType | None) -> None:
+    """Handles a signal: raises Interruption, wherever the program is.
+
+    But Python prints and drops what is raised in a `__del__`, which the garbage collector calls at any moment.
+    There the signal comes again, a moment later.
+    """
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            again = threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+            return
+        frame = frame.f_back
     raise Interruption
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -237,9 +238,9 @@ class _Ending:
         self.stop = threading.Event()
         self.answers_first = False
 
-    def asked(self, *_: object) -> None:
+    def asked(self, number: int, frame: FrameType | None) -> None:
         if self.stop.is_set() or not self.answers_first:
-            break_off()
+            break_off(number, frame)
         self.stop.set()
 
 

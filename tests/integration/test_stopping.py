@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,24 @@ def test_a_signal_is_no_failure_of_what_it_breaks_off(number: signal.Signals) ->
     model.forward = lambda **_: signal.raise_signal(number)  # type: ignore[method-assign]
     with pytest.raises(Stopped), unwinding():
         logits_of(model, random_block(8, 4), "a gpt2")
+
+
+def test_a_signal_is_heard_where_the_garbage_collector_is_at_work() -> None:
+    """Ctrl-C while a library was imported: "Exception ignored in __del__", a traceback, and the run went on."""
+    heard: list[str] = []
+
+    class Collected:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+            heard.append("in full")
+
+    def collect_and_go_on() -> None:
+        Collected()
+        threading.Event().wait(60)
+
+    with pytest.raises(Stopped), unwinding():
+        collect_and_go_on()
+    assert heard == ["in full"]
 
 
 def test_a_signal_after_all_is_done_changes_no_exit_code() -> None:
