@@ -36,7 +36,7 @@ from btm_cluster.commands.show import show
 from btm_cluster.commands.study import study
 from btm_cluster.commands.verify import verify
 from btm_cluster.errors import BtmError, OutputError, Stopped, UserError
-from btm_cluster.stopping import end_at_signals
+from btm_cluster.stopping import Interruption, end_at_signals, end_with
 from btm_cluster.terminal.options import logged
 from btm_cluster.terminal.output import CLOSED_PIPE, printable, safe_output, width_of, wrapped
 
@@ -103,7 +103,7 @@ def main() -> None:
     130 stopped or the budget is spent, 141 the reader of standard output has gone.
     """
     end_at_signals()
-    sys.exit(run_command(app))
+    end_with(run_command(app))
 
 
 def run_command(command: Callable[[], Any]) -> int:
@@ -133,7 +133,7 @@ def _run_and_print_errors(command: Callable[[], Any]) -> int:
         if isinstance(exc.code, str):
             print(exc.code, file=sys.stderr)
         return exc.code if isinstance(exc.code, int) else int(exc.code is not None)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interruption):  # where no `handling` was entered, or one was just left
         return Stopped.exit_code
     return 0
 

@@ -6,11 +6,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from btm_cluster.plan import Plan
 from btm_cluster.plan.folder import refuse_in_jobs_copy
-from btm_cluster.stopping import end_at_signals, handling, stopped
+from btm_cluster.stopping import break_off, end_at_signals, handling
 from btm_cluster.terminal.output import end_input
 
 if TYPE_CHECKING:
@@ -162,16 +163,16 @@ class _Asked:
         self.stopped_at: float | None = None
         self.driver: Driver | None = None
 
-    def __call__(self, *_: object) -> None:
+    def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.stopped_at is not None:  # a budget that is spent asks to stop, too
             if self._ends_process:
                 end_at_signals()
-            raise stopped()
+            break_off(number, frame)
         self.stopped_at = self._events.now()
         self.stop.set()
         # The driver itself computes, and has nothing to save.
         if self.driver is None or not self.driver.is_asking:
-            raise stopped()
+            break_off(number, frame)
         # By a thread: the main one may be in the middle of a line.
         threading.Thread(target=log.warning, args=(STOPPING,)).start()
 

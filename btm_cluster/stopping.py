@@ -10,10 +10,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from btm_cluster.errors import Stopped
 
+AGAIN_SECONDS = 0.05
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -31,6 +33,29 @@ def end_at_once(*_: object) -> None:
     os._exit(Stopped.exit_code)
 
 
+class Interruption(BaseException):
+    """A signal that breaks off what is under way, until `handling` makes Stopped of it.
+
+    No `except Exception` on its way takes it for a failure of what it broke off.
+    """
+
+
+def break_off(number: int, frame: FrameType | None) -> None:
+    """Handles a signal: raises Interruption, wherever the program is.
+
+    But Python prints and drops what is raised in a `__del__`, which the garbage collector calls at any moment.
+    There the signal comes again, a moment later.
+    """
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            again = threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+            return
+        frame = frame.f_back
+    raise Interruption
+
+
 def end_at_signals() -> None:
     """For the start of a program: from now on a signal ends it, wherever
     nothing is at work that saves first."""
@@ -38,26 +63,36 @@ def end_at_signals() -> None:
         signal.signal(number, end_at_once)
 
 
+def end_with(exit_code: int) -> NoReturn:
+    """Ends a program that is done. Signals are ignored from here on: they would change its exit code alone."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(exit_code)
+
+
 @contextmanager
 def handling(handler: Callable[..., Any]) -> Iterator[None]:
-    """Gives signals to `handler` meanwhile; in the main thread, which alone hears any."""
+    """Gives signals to `handler` meanwhile; in the main thread, which alone hears any.
+
+    Raises:
+        Stopped: the handler broke off what was under way.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
-        yield
-    finally:
-        for number, known in before.items():
-            signal.signal(number, known)
+        before = {number: signal.signal(number, handler) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, known in before.items():
+                signal.signal(number, known)
+    except Interruption as exc:
+        raise stopped() from exc
 
 
 @contextmanager
 def unwinding() -> Iterator[None]:
-    """A signal raises Stopped meanwhile, so that what is half written is cleaned up."""
-
-    def unwind(*_: object) -> None:
-        raise stopped()
-
-    with handling(unwind):
+    """A signal ends in Stopped meanwhile, so that what is half written is cleaned up."""
+    with handling(break_off):
         yield

@@ -10,7 +10,7 @@ those of their start.
 import sys
 from pathlib import Path
 
-from btm_cluster.stopping import end_at_signals
+from btm_cluster.stopping import end_at_signals, end_with
 
 NEW_RESOURCES = "--new-resources"
 
@@ -33,4 +33,4 @@ if __name__ == "__main__":
     end_at_signals()
     from btm_cluster.cli import run_command
 
-    sys.exit(run_command(main))
+    end_with(run_command(main))

@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 
-from btm_cluster.stopping import end_at_signals
+from btm_cluster.stopping import end_at_signals, end_with
 
 STOP_WAIT_SECONDS = "150"
 """Longer than the plan's cluster.stop_grace_seconds: a job that is stopped saves first."""
@@ -38,4 +38,4 @@ if __name__ == "__main__":
     end_at_signals()
     from btm_cluster.cli import run_command
 
-    sys.exit(run_command(main))
+    end_with(run_command(main))

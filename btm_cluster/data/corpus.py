@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 from btm_cluster.data.documents import NO_TEXT, TOO_LONG, BadDocument, Document
 from btm_cluster.data.shards import ShardWriter
-from btm_cluster.data.sources import read_documents
+from btm_cluster.data.sources import SKIP, read_documents
 from btm_cluster.data.streams import Count
 from btm_cluster.errors import TextError
 from btm_cluster.plan import ChatTemplate, ReadingPlan, TextPlan
@@ -122,8 +122,7 @@ def usable_documents(
             raise TextError(
                 f"the text of {name!r} has a bad document",
                 found=f"{item.where}: {item.reason}",
-                remedy=f"{other}mend it, or set `reading: {{bad_documents: skip}}` to skip and count such "
-                "documents",
+                remedy=f"{other}mend it, or {SKIP} to skip and count such documents",
             )
         else:
             bad[item.reason] += 1

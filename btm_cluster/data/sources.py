@@ -5,6 +5,7 @@ duplicates or tokens.
 """
 
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -69,6 +70,9 @@ def opened_files(source: TextPlan) -> Iterator[str]:
     return (opened(file, source.folder) for file in source_files(source)["text"])
 
 
+SKIP = "set `reading: {bad_documents: skip}` in the plan, or `--bad-documents skip` where there is none,"
+
+
 def refuse_unread(source: TextPlan, stamp: Mapping[str, Any]) -> None:
     """Refuses a text with files of kinds that are not read, by its fingerprint, before any is opened.
 
@@ -82,7 +86,7 @@ def refuse_unread(source: TextPlan, stamp: Mapping[str, Any]) -> None:
             f"the text of {source.name!r} has files that are not read",
             found=", ".join(unread[end] for end in sorted(unread)),
             expected="JSON lines, CSV, TSV, Parquet or plain text; .gz, .zst or .bz2",
-            remedy=f"{CONVERT}; or set `reading: {{bad_documents: skip}}` to skip and count such files",
+            remedy=f"{CONVERT}; or {SKIP} to skip and count such files",
         )
 
 
@@ -170,9 +174,25 @@ def _expand(source: TextPlan, pattern: str) -> list[SourceFile]:
     return found
 
 
+def _is_no_regular_file(path: str) -> bool:
+    """Whether something else than a file or folder is there, such as what a shell makes of `<(zcat a.gz)`."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
 def _matches_nothing(source: TextPlan, pattern: str) -> TextError:
     place = located(source.folder, pattern)
     folder = os.path.expanduser(place)
+    if _is_no_regular_file(folder):
+        return TextError(
+            f"the text of {source.name!r} is no regular file",
+            found=f"{place}, a pipe or a device",
+            expected="a file, which may be read more than once",
+            remedy="write what it gives to a file, and name that",
+        )
     if not os.path.isdir(folder):
         return TextError(
             f"the text of {source.name!r} matches no file",

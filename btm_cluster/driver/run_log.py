@@ -11,6 +11,7 @@ from btm_cluster.driver.run_events import RunEvents
 from btm_cluster.errors import Stopped, StoreError
 from btm_cluster.ledger import Ledger
 from btm_cluster.ledger.timelines import Outcome, write_timeline
+from btm_cluster.stopping import Interruption
 
 log = logging.getLogger(__name__)
 STORE_SECONDS = 60.0
@@ -44,7 +45,9 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._outcome = "done" if kind is None else "stopped" if issubclass(kind, Stopped) else "failed"
+        self._outcome = (
+            "done" if kind is None else "stopped" if issubclass(kind, Stopped | Interruption) else "failed"
+        )
         self._ended.set()
         self._thread.join(LAST_SECONDS)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from btm_cluster.errors import PlanError, one_line
 from btm_cluster.language_model.block_check import check_reads_if_small
@@ -126,6 +126,12 @@ def _build_config(given: Mapping[str, Any]) -> PretrainedConfig:
             found=str(given["model_type"]),
             remedy="use one of transformers' causal language models, such as gpt2 or llama",
         ) from exc
+    if type(known) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise PlanError(
+            f"a {given['model_type']} is no causal language model",
+            expected="a model_type that transformers' AutoModelForCausalLM builds",
+            remedy="give a decoder, such as gpt2 or llama",
+        )
     names = {*known.to_dict(), *getattr(known, "attribute_map", {})}
     for name in fields:
         if name not in names:

@@ -101,12 +101,13 @@ def keep_likeliest(
     Shares are taken at the temperature, in transformers' order: temperature, top-k, top-p.
     """
     sorted_RV, order_RV = log_probs_RV.sort(dim=-1, descending=True)
-    is_kept_RV = torch.arange(sorted_RV.shape[1], device=sorted_RV.device) < top_k_R[:, None]
+    rank_V = torch.arange(sorted_RV.shape[1], device=sorted_RV.device)
+    is_kept_RV = rank_V < top_k_R[:, None]
     scaled_RV = sorted_RV / temperature_R.masked_fill(temperature_R == 0, 1)[:, None]
     share_RV = torch.softmax(scaled_RV.masked_fill(~is_kept_RV, -torch.inf), dim=-1)
     before_RV = share_RV.cumsum(-1) - share_RV
-    # Which rounding may reach too early.
-    is_kept_RV &= (before_RV < top_p_R[:, None]) | (top_p_R[:, None] == 1)
+    # Rounding may reach 1 too early, and takes a tiny `top_p` or temperature for 0.
+    is_kept_RV &= (before_RV < top_p_R[:, None]) | (top_p_R[:, None] == 1) | (rank_V == 0)
     is_kept_RV = torch.zeros_like(is_kept_RV).scatter(1, order_RV, is_kept_RV)
     return log_probs_RV.masked_fill(~is_kept_RV, -torch.inf)
 

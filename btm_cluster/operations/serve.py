@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -24,7 +25,7 @@ from btm_cluster.serving.app import build_app
 from btm_cluster.serving.forest import LiveForest
 from btm_cluster.serving.settings import FOLLOW_SECONDS, ForestArguments
 from btm_cluster.steps.mixture import Mixture, newer_in_store
-from btm_cluster.stopping import handling, stopped
+from btm_cluster.stopping import break_off, handling
 from btm_cluster.workers.in_process import InProcess, LocalControl
 from btm_cluster.workers.on_ray.lazily import set_environment
 
@@ -237,9 +238,9 @@ class _Ending:
         self.stop = threading.Event()
         self.answers_first = False
 
-    def asked(self, *_: object) -> None:
+    def asked(self, number: int, frame: FrameType | None) -> None:
         if self.stop.is_set() or not self.answers_first:
-            raise stopped()
+            break_off(number, frame)
         self.stop.set()
 
 

@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM
 
 import btm_cluster as btm
 from btm_cluster.cli import app, run_command
-from btm_cluster.errors import Stopped, UserError
+from btm_cluster.errors import UserError
 from btm_cluster.evaluation.rows import SEED
 from btm_cluster.forest import take_out
 from btm_cluster.ledger.versions import append_next
 from btm_cluster.session import opened_driver, opened_view
-from btm_cluster.stopping import handling
+from btm_cluster.stopping import Interruption, handling
 from tests.conftest import DOMAINS, in_process, made_up_documents, write_jsonl
 from tests.integration.conftest import BLOCK, WrittenForest, copy_store
 
@@ -120,7 +120,7 @@ def test_signals_stop_a_call_and_never_the_program(plan: btm.Plan) -> None:
             driver.is_asking = True
             signal.raise_signal(signal.SIGINT)  # asks to save
             for _ in range(2):
-                with pytest.raises(Stopped):
+                with pytest.raises(Interruption):
                     signal.raise_signal(signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) == before
 

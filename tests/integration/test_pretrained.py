@@ -153,6 +153,13 @@ def test_a_model_of_another_architecture_goes_through_the_pipeline(kind: str, fi
     assert json.loads(driver.ledger.open_file(expert, "config.json").read_text())["model_type"] == kind
 
 
+@pytest.mark.parametrize("kind", ["t5", "vit"])
+def test_a_model_type_that_predicts_no_next_token_is_refused_as_that(kind: str) -> None:
+    """A t5 was told that `bos_token_id`, which its plan did not have, is no field of it."""
+    with pytest.raises(PlanError, match=f"a {kind} is no causal language model"):
+        full_config(ModelPlan(config={"model_type": kind}), 320, 32)
+
+
 def test_an_unknown_configuration_field_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(PlanError, match=r"model\.config\.n_layers") as caught:
         full_config(ModelPlan(config={"model_type": "gpt2", "n_layers": 2}), 320, 32)

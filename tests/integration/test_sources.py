@@ -187,6 +187,14 @@ def test_a_file_that_is_not_whole_refuses_the_text_by_its_path(tmp_path: Path) -
         assert name in words
 
 
+def test_a_pipe_is_refused_as_what_it_is(tmp_path: Path) -> None:
+    """`btm score <(zcat a.gz)` was told that no file matches /dev/fd/63, and to check the path."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        assert "no regular file" in (said := refusal(path))
+        assert f"{path}, a pipe or a device" in said
+
+
 def test_a_pattern_that_matches_no_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "loop").symlink_to(tmp_path / "loop")

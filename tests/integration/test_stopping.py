@@ -7,16 +7,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from btm_cluster.errors import Stopped
+from btm_cluster.language_model.block_check import logits_of, random_block
 from btm_cluster.plan import Plan
 from btm_cluster.session import driving, opened_view
-from btm_cluster.stopping import end_at_signals, handling, unwinding
+from btm_cluster.stopping import Interruption, end_at_signals, handling, unwinding
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -59,11 +62,56 @@ def test_what_is_half_written_is_cleaned_up_and_the_handlers_are_put_back() -> N
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_no_failure_of_what_it_breaks_off(number: signal.Signals) -> None:
+    """Ctrl-C while a configuration was tried was told as "a gpt2 cannot read a block", with exit code 2."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=4, n_layer=1, n_embd=4, n_head=1))
+    model.forward = lambda **_: signal.raise_signal(number)  # type: ignore[method-assign]
+    with pytest.raises(Stopped), unwinding():
+        logits_of(model, random_block(8, 4), "a gpt2")
+
+
+def test_a_signal_is_heard_where_the_garbage_collector_is_at_work() -> None:
+    """Ctrl-C while a library was imported: "Exception ignored in __del__", a traceback, and the run went on."""
+    heard: list[str] = []
+
+    class Collected:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+            heard.append("in full")
+
+    def collect_and_go_on() -> None:
+        Collected()
+        threading.Event().wait(60)
+
+    with pytest.raises(Stopped), unwinding():
+        collect_and_go_on()
+    assert heard == ["in full"]
+
+
+def test_a_signal_after_all_is_done_changes_no_exit_code() -> None:
+    """Python's end takes its handlers away before torch is gone: the command then died by the signal."""
+    program = """
+import os, signal
+from btm_cluster.stopping import end_at_signals, end_with
+
+class GoesLast:
+    def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGINT):
+        kill(process, number)
+
+end_at_signals()
+goes_last = GoesLast()
+end_with(3)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", "")
+
+
 def test_the_second_signal_does_not_wait_until_all_is_saved_and_a_third_ends_the_process(plan: Plan) -> None:
     with handling(signal.SIG_IGN), opened_view() as view, driving(view, plan, None, True) as driver:
         driver.is_asking = True
         signal.raise_signal(signal.SIGTERM)
-        with pytest.raises(Stopped):
+        with pytest.raises(Interruption):
             signal.raise_signal(signal.SIGINT)
         assert signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN
         assert signal.getsignal(signal.SIGTERM).__name__ == "end_at_once"  # type: ignore[union-attr]

@@ -44,6 +44,16 @@ def test_the_likeliest_tokens_are_transformers(temperature: float, top_k: int | 
     torch.testing.assert_close(torch.softmax(kept / temperature, -1), torch.softmax(expected, -1))
 
 
+@pytest.mark.parametrize(("top_p", "temperature"), [(1e-50, 1.0), (0.5, 1e-42)])
+def test_the_likeliest_token_stays_where_rounding_takes_top_p_or_temperature_for_0(
+    top_p: float, temperature: float
+) -> None:
+    """All were ruled out, and the first one of the vocabulary, the end of the text, was drawn."""
+    kept = keep_likeliest(LOG_PROBS, torch.full((ROWS,), VOCABULARY), each(top_p), each(temperature))
+    assert torch.equal(kept.argmax(-1), LOG_PROBS.argmax(-1))
+    assert torch.equal(kept.isfinite().sum(-1), torch.ones(ROWS))
+
+
 def test_tokens_seen_before_are_penalised_as_transformers_does() -> None:
     ids = torch.randint(VOCABULARY, (ROWS, 6), generator=torch.Generator().manual_seed(2))
     seen = torch.zeros(ROWS, VOCABULARY, dtype=torch.bool).scatter(1, ids, True)
