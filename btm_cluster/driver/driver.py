@@ -18,6 +18,7 @@ from btm_cluster.errors import BudgetError, StepError, Stopped, UserError
 from btm_cluster.ledger import Artifact, Ledger, Ref
 from btm_cluster.plan import SearchPlan
 from btm_cluster.requests import Resources, StepRequest, TrainRequest
+from btm_cluster.stopping import Interruption
 
 CheckCapacity: TypeAlias = Callable[[Sequence[Demand]], None]
 """Refuses demands that the machines behind the workers can never meet."""
@@ -101,7 +102,7 @@ class Driver:
                     yield request, outcome
         except BudgetError:
             raise
-        except Stopped as exc:
+        except (Stopped, Interruption) as exc:
             raise stopped_run(self.made.total(), left.values(), self.ledger) from exc
 
     def _count(self, tally: Counter[str], request: StepRequest) -> None:

@@ -3,6 +3,7 @@ dropped meanwhile, and with other resources."""
 
 import dataclasses
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from btm_cluster.plan import Plan
 from btm_cluster.requests import Resources, TrainRequest
 from btm_cluster.steps.resuming import find_source, profiles
 from btm_cluster.steps.train import train
+from btm_cluster.stopping import unwinding
 from btm_cluster.storage import Entry
 from btm_cluster.storage.local_folder import LocalFolder
 from btm_cluster.workers.in_process import InProcess
@@ -304,6 +306,17 @@ def test_a_stopped_run_says_what_it_saved_and_from_where_it_goes_on(prepared_sto
     assert stopped.value.found == "saved: 3 finished steps; trainings under way: seed at update 1"
     assert stopped.value.remedy == "the same command goes on from there"
     assert last_saved(prepared_store, prepared_store.seed) == 1
+
+
+def test_a_second_signal_that_waits_for_nothing_says_what_was_saved_before(
+    prepared_store: PreparedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_after(prepared_store, prepared_store.seed, 2)
+    driver = prepared_store.driver
+    monkeypatch.setattr(driver.workers, "run", lambda _: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(Stopped) as stopped, unwinding():
+        driver.require([prepared_store.seed])
+    assert stopped.value.found == "saved: what was stored before; trainings under way: seed at update 2"
 
 
 def test_a_demix_whose_last_state_another_driver_cleared_is_that_drivers(
