@@ -155,7 +155,10 @@ def _passed_over(ledger: Ledger, forest: Forest, inbox: Inbox, taken_out: Sequen
     """Settled domains that the inbox has, and those of the plan that were taken out, with why they are passed
     over: taken out, or other files than their expert was trained on."""
     names = [*taken_out, *(name for name in inbox.known if name in forest.withdrawn)]
-    why = "it was taken out of the forest; unless it was purged, `btm forest remove {} --undo` brings it back"
+    why = (
+        "it was taken out of the forest; unless it was purged, `btm forest remove {} --undo` brings it back; give "
+        "new text a new name"
+    )
     reasons = {name: why.format(name) for name in names}
     texts = {expert.domain: expert.text for expert in forest.experts if expert.domain in inbox.known}
     identities = [branch_point_identity(name, text, forest.foundation.seed) for name, text in texts.items()]

@@ -109,7 +109,8 @@ def named_in(store: str, trace: str) -> set[str]:
 
 
 TAKEN_OUT = (
-    "it was taken out of the forest; unless it was purged, `btm forest remove meadow --undo` brings it back"
+    "it was taken out of the forest; unless it was purged, `btm forest remove meadow --undo` brings it back; give "
+    "new text a new name"
 )
 
 
