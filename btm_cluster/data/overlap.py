@@ -8,6 +8,9 @@ from btm_cluster.data.batches import batches
 from btm_cluster.data.corpus import content_hash
 from btm_cluster.data.word_windows import word_windows
 
+WORD_CHARACTERS = 6
+"""Characters of a word and its space, about."""
+
 
 class TestText:
     """One test text's documents and windows, and which of them were seen in training text."""
@@ -35,9 +38,7 @@ def mark_seen(tests: Sequence[TestText], training: Iterable[str], batch_windows:
             documents.setdefault(key, []).append((test, i))
     every_window = np.unique(np.concatenate([test.windows for test in tests]))
     seen = np.zeros(len(every_window), dtype=bool)
-    for texts in batches(
-        training, lambda text: len(text) // 6, batch_windows
-    ):  # a word is about 6 characters
+    for texts in batches(training, lambda text: len(text) // WORD_CHARACTERS, batch_windows):
         for text in texts:
             for test, i in documents.get(content_hash(text), ()):
                 test.seen_documents[i] = True

@@ -24,6 +24,8 @@ from btm_cluster.plan.kinds import CONVERT, Kind, ending, kind_of
 from btm_cluster.plan.text_rules import idle_reading, messages_rules
 
 Files = Mapping[str, list[SourceFile]]
+SKIP = "set `reading: {bad_documents: skip}` in the plan, or `--bad-documents skip` where there is none,"
+"""Part of a remedy: how bad documents are skipped."""
 
 
 def fingerprint(source: TextPlan) -> dict[str, Any]:
@@ -68,9 +70,6 @@ def opened_files(source: TextPlan) -> Iterator[str]:
         TextError: as `source_files` does.
     """
     return (opened(file, source.folder) for file in source_files(source)["text"])
-
-
-SKIP = "set `reading: {bad_documents: skip}` in the plan, or `--bad-documents skip` where there is none,"
 
 
 def refuse_unread(source: TextPlan, stamp: Mapping[str, Any]) -> None:

@@ -95,9 +95,8 @@ def _newest_read_result(text: str, ledger: Ledger) -> Artifact | None:
     """The newest result of reading a source into this text."""
     ref = Ref("text", text)
     sources = ledger.list_artifacts("source")
-    read_results = [
-        one for one in sources if ref in one.parts and not one.inputs
-    ]  # one with inputs was dealt
+    # One with inputs was dealt.
+    read_results = [one for one in sources if ref in one.parts and not one.inputs]
     return max(read_results, key=lambda read_result: str(read_result.note.get("created")), default=None)
 
 

@@ -14,7 +14,8 @@ from btm_cluster.language_model.block_check import check_reads_if_small
 from btm_cluster.plan import ModelPlan, Preset
 
 _VOCABULARY_MULTIPLE = 64
-"""Of embedding rows, as matrix units want it; the rows beyond the tokenizer stay unused."""
+"""The number of embedding rows is a multiple of it: matrix units work in such steps. Rows beyond the tokenizer's
+vocabulary stay unused."""
 LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
 """Names that configurations give to the most tokens that a model reads at
 once; each architecture has its own."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -145,8 +145,10 @@ class LoadedForest:
         try:
             self._others[name] = await asyncio.shield(load)
         except asyncio.CancelledError:
-            with suppress(Exception):  # nobody is there to hear of it
+            try:
                 self._others[name] = await load
+            except Exception:  # whoever asked has gone: the log alone hears of it
+                log.exception("%s was not loaded", name)
             raise
 
     def _open_other(self, name: str) -> Served:

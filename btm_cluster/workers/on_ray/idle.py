@@ -37,7 +37,7 @@ class IdleTrainers:
     def __init__(self, cpus: float) -> None:
         self._cpus = cpus
         self._trainers: list[Idle] = []
-        self._end_later: threading.Timer | None = None
+        self._timer: threading.Timer | None = None
 
     def __iter__(self) -> Iterator[Idle]:
         return iter(list(self._trainers))
@@ -60,8 +60,8 @@ class IdleTrainers:
         return idle
 
     def keep(self, to_score: int) -> None:
-        """Ends those that were idle too long; and of the others all but so many that are to score, and those that are
-        slow to start."""
+        """Keeps so many for the scores to come, and those that are slow to start; ends all others, and whatever was idle
+        for too long."""
         late = time.monotonic() - IDLE_SECONDS
         young = [one for one in self._trainers if one.since > late]
         kept = [one for number, one in enumerate(young) if number < to_score or one.is_slow_to_start]
@@ -76,16 +76,16 @@ class IdleTrainers:
                 ray.kill(one.actor)
         self._trainers = list(but)
 
-    def rest(self) -> None:
-        """Between two calls of a driver: they end after a while without the next one."""
+    def end_later(self) -> None:
+        """Has a timer end them, unless it is cancelled: for the time between two calls of a driver."""
         if self._trainers:
-            self._end_later = threading.Timer(IDLE_SECONDS, self.end)
-            self._end_later.daemon = True
-            self._end_later.start()
+            self._timer = threading.Timer(IDLE_SECONDS, self.end)
+            self._timer.daemon = True
+            self._timer.start()
 
-    def wake(self) -> None:
-        """The next call, or the end of all, has come: nothing ends them unseen any more."""
-        if self._end_later is not None:
-            self._end_later.cancel()
-            self._end_later.join()  # it may just have begun
-            self._end_later = None
+    def cancel_timer(self) -> None:
+        """Keeps the timer from ending them, unless it has done so."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer.join()  # it may just have begun
+            self._timer = None

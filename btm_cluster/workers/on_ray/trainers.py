@@ -213,14 +213,14 @@ class Trainers:
             self._idle.keep(to_score=pending.models_to_score)
 
     def begin_call(self) -> None:
-        """Takes up what the last call left."""
-        self._idle.wake()
+        """Takes over the idle trainers of the last call."""
+        self._idle.cancel_timer()
 
     def end_call(self, announced: Collection[TrainRequest], keeps_idle: bool) -> None:
-        """Ends what no next call may have use for: idle trainers are kept a while, if at all, and those that were
-        started early for announced trainings."""
+        """Ends what the next call has no use for. It keeps those that were started early for announced trainings, and
+        with `keeps_idle` idle ones, for a while."""
         if keeps_idle:
-            self._idle.rest()
+            self._idle.end_later()
         else:
             self._idle.end()
         kept = {request.ref for request in announced} & self._early.keys()
@@ -229,7 +229,7 @@ class Trainers:
 
     def end_all(self) -> None:
         """Ends all that are kept for a next call."""
-        self._idle.wake()
+        self._idle.cancel_timer()
         self.end_call((), keeps_idle=False)
 
     def _end_early(self, but: Collection[Ref]) -> None:
