@@ -6,7 +6,9 @@ was trained by itself or on the Transformer-LM's way. Knows no tensors and no st
 
 import math
 from collections.abc import Collection, Sequence
-from itertools import compress
+from dataclasses import dataclass
+from itertools import compress, pairwise
+from statistics import fmean
 from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
@@ -24,6 +26,12 @@ DEVELOPMENT_SHARE = 0.0025
 At 0.01, with 3.2M parameters on an H200, it was 18 % of a seed's seconds (once, on 29 November 2026)."""
 DIGITS = 6
 """Significant ones that are kept of each value."""
+RISE_POINTS = 5
+"""Fewest points whose mean loss is compared; a curve has four times as many."""
+LEAST_RISE = 0.1
+"""Nats per token: a tenth of perplexity."""
+RISE_ERRORS = 5
+"""A rise is that many standard errors at least. The lowest of many means is below the true one by up to two."""
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -52,6 +60,21 @@ class DevelopmentCurve(_Points):
     """Loss on the first development blocks of what a model is trained on."""
 
 
+@dataclass(frozen=True)
+class Rise:
+    """A training whose loss, in nats per token, ended higher than it had been."""
+
+    lowest: float
+    at: int
+    """The update up to which it was lowest."""
+    last: float
+
+    @property
+    def sentence(self) -> str:
+        """To be continued after the training's name."""
+        return f"training loss rose from {self.lowest:.2f} around update {self.at:,} to {self.last:.2f} at the end"
+
+
 class Curve(_Points):
     """Points of a training: what each update reported, in order. A point that was not finite is left out."""
 
@@ -75,6 +98,20 @@ class Curve(_Points):
         ]
         development = DevelopmentCurve(updates=[u for u, _ in kept], loss=[loss for _, loss in kept])
         return type(self)(**lists, development=development)
+
+    def rise(self) -> Rise | None:
+        """By how much the loss ended above its lowest, if by more than noise: the means of a tenth of the points."""
+        width = max(RISE_POINTS, len(self.loss) // 10)
+        if len(self.loss) < 4 * width:
+            return None
+        windows = [self.loss[end - width : end] for end in range(width, len(self.loss) + 1)]
+        last, lowest = windows[-1], min(windows, key=fmean)
+        rise = fmean(last) - fmean(lowest)
+        # Noise by the steps between points, of which each has that of two; and so has the rise that of two means.
+        error = math.sqrt(fmean((after - before) ** 2 for before, after in pairwise(self.loss)) / width)
+        if rise < max(LEAST_RISE, RISE_ERRORS * error):
+            return None
+        return Rise(fmean(lowest), self.updates[windows.index(lowest) + width - 1], fmean(last))
 
 
 def is_recorded(update: int, updates: int, ends: Collection[int]) -> bool:

@@ -4,6 +4,7 @@ are, and the names they are shown by."""
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from btm_cluster.curve import Rise
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.prepared_plan import PreparedPlan
 from btm_cluster.driver.recipes import transformer_lm_milestones
@@ -29,6 +30,7 @@ from btm_cluster.evaluation.systems import (
 from btm_cluster.evaluation.verdict import SplitResult
 from btm_cluster.forest import Forest
 from btm_cluster.ledger import Ref
+from btm_cluster.ledger.curves import read_rise
 from btm_cluster.mixing.fit_file import Fitted, open_fits
 from btm_cluster.plan import MixtureOfExpertsPlan
 from btm_cluster.requests import MixingMethod
@@ -47,6 +49,8 @@ class Evaluation:
     """The Transformer-LM's."""
     costs: Mapping[str, float]
     """Forward passes of a model for a token, by parameters, by system."""
+    rise: Rise | None
+    """The Transformer-LM's, if its training loss ended higher than it had been."""
 
 
 def evaluate(
@@ -65,7 +69,7 @@ def evaluate(
     shown = _names(prepared, comparer.ensembles)
     costs = {shown[system]: cost for system, cost in comparison.costs.items() if system in shown}
     costs |= {rows.CLUSTER_ENSEMBLE: len(forest.experts)}
-    return Evaluation(results, fits, comparison.milestones, costs)
+    return Evaluation(results, fits, comparison.milestones, costs, read_rise(driver.ledger, baseline))
 
 
 def comparer_of(

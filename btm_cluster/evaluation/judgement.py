@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from btm_cluster.curve import Rise
 from btm_cluster.evaluation.rows import (
     SINGLE_MODELS,
     Milestones,
@@ -108,9 +109,11 @@ def notes_on(
     baseline: str,
     left_out: Mapping[str, str],
     milestones: Milestones | None,
+    rise: Rise | None,
 ) -> tuple[str, ...]:
-    """Notes on a missing judgement, on which Transformer-LM is the baseline, and on texts left out."""
-    return tuple(_notes(test, judgements, baseline, left_out, milestones))
+    """Notes on a missing judgement, on which Transformer-LM is the baseline and how it trained, and on texts left
+    out."""
+    return tuple(_notes(test, judgements, baseline, left_out, milestones, rise))
 
 
 def _notes(
@@ -119,11 +122,14 @@ def _notes(
     baseline: str,
     left_out: Mapping[str, str],
     milestones: Milestones | None,
+    rise: Rise | None,
 ) -> Iterator[str]:
     if not judgements:
         yield f"The forest is not compared with the {baseline}: there is no test text to compare them on."
     elif milestones:
         yield _which_milestone(milestones)
+    if rise:
+        yield f"The comparison may flatter the forest: the Transformer-LM's {rise.sentence}. Lower its learning rate."
     if not left_out:
         return
     reasons = {reason: [t for t, why in left_out.items() if why == reason] for reason in left_out.values()}

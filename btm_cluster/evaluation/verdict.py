@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from btm_cluster.curve import Rise
 from btm_cluster.equations.perplexity import (
     BYTES,
     TOKENS,
@@ -87,13 +88,14 @@ def verdict(
     left_out: Mapping[str, str] | None = None,
     milestones: Milestones | None = None,
     costs: Mapping[str, float] | None = None,
+    rise: Rise | None = None,
     random_seed: int = 0,
 ) -> Verdict:
     """Tables for each split, and whether the forest was worth it.
 
     That is the Transformer-LM at its best milestone where it has that row, else the finished one, else the
     seed. The texts in `left_out`, each with a reason, are shown and not compared on. `costs` are forward
-    passes for a token, by system.
+    passes for a token, by system. `rise` is that of the Transformer-LM's training loss, if it rose.
     """
     left_out = left_out or {}
     systems = list(dict.fromkeys(system for result in results for system in result.logp))
@@ -111,7 +113,7 @@ def verdict(
     }
     test = rows.get("test", ())
     judgements = judge(test, rows.get("development", ()), baseline)
-    notes = notes_on(test, judgements, baseline, left_out, milestones)
+    notes = notes_on(test, judgements, baseline, left_out, milestones, rise)
     return Verdict(baseline, rows, judgements, notes, left_out, milestones)
 
 

@@ -1,13 +1,17 @@
 """The curves of trainings, which are stored with their models."""
 
+import logging
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from btm_cluster.curve import CURVE_FILE, Curve
-from btm_cluster.errors import UserError, one_line
+from btm_cluster.curve import CURVE_FILE, Curve, Rise
+from btm_cluster.errors import StoreError, UserError, one_line
+from btm_cluster.identity import Ref
 from btm_cluster.ledger.artifact import Artifact
 from btm_cluster.ledger.ledger import Ledger
+
+log = logging.getLogger(__name__)
 
 
 def read_curve(ledger: Ledger, artifact: Artifact) -> Curve | None:
@@ -21,6 +25,17 @@ def read_curve(ledger: Ledger, artifact: Artifact) -> Curve | None:
         StoreError: it cannot be read.
     """
     return parse_curve(ledger.open_file(artifact, CURVE_FILE), artifact) if artifact.has(CURVE_FILE) else None
+
+
+def read_rise(ledger: Ledger, model: Ref | None) -> Rise | None:
+    """By how much a model's training loss ended above its lowest, if it did and its curve can be read."""
+    try:
+        artifact = None if model is None else ledger.find(model)
+        curve = None if artifact is None else read_curve(ledger, artifact)
+    except (StoreError, UserError) as exc:
+        log.warning("whether a training's loss rose is not known: %s", exc.what)
+        return None
+    return None if curve is None else curve.rise()
 
 
 def parse_curve(file: Path, artifact: Artifact) -> Curve:

@@ -110,6 +110,7 @@ def evaluated(plan: Plan, grown: Grown, driver: Driver) -> Run:
             left_out_of_comparison(prepared, grown.forest, driver),
             evaluation.milestones,
             evaluation.costs,
+            evaluation.rise,
         ),
         passed_over=tuple(d.name for d in plan.domains if d.name in grown.forest.withdrawn),
         trained_otherwise=_trained_otherwise(grown.prepared, grown.forest, driver.ledger),

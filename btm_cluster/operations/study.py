@@ -77,4 +77,4 @@ def results_of(plan: Plan, study: Study) -> Results:
         "repeats_left": study.repeats_left,
     }
     texts = tuple(asdict(text) for text in study.texts)
-    return Results(study.entries, texts, study.speeds, study.trials, (run,), study.growth)
+    return Results(study.entries, texts, study.speeds, study.trials, (run,), study.growth, study.rises)

@@ -13,12 +13,14 @@ from btm_cluster.errors import UserError
 SUMMARY_FILE = "summary.json"
 STUDY_FILE = "study.json"
 Entry = Mapping[str, Any]
-OTHERS = ("speeds", "trials", "runs", "growth")
+OTHERS = ("speeds", "trials", "runs", "growth", "rises")
 """Lists beside the entries and the texts, those of several studies one after the other."""
 KEY = ("size", "seed_share", "system", "posterior", "prior", "development_blocks", "top_k")
 """Fields that entries have in common which differ in their random seed alone."""
 SHOWN = ("experts", "tokens", "train", "eval", "all", "per_domain", "difference", "difference_interval")
 """Other fields that the page reads of an entry, beside the number of parameters."""
+LATER = ("growth", "rises")
+"""Those that earlier versions had not."""
 GROWTH_KEY = ("size", "random_seed", "step", "system", "posterior")
 """Fields of a row of growth that no two have in common."""
 
@@ -34,7 +36,9 @@ class Results:
     runs: tuple[Entry, ...]
     """For each study, its plan and the versions that it ran with."""
     growth: tuple[Entry, ...] = ()
-    """A row for each step and system of a forest that is grown step by step; earlier versions had none."""
+    """A row for each step and system of a forest that is grown step by step."""
+    rises: tuple[Entry, ...] = ()
+    """Trainings whose loss ended higher than it had been."""
 
 
 def write_results(results: Results, folder: Path) -> None:
@@ -52,7 +56,7 @@ def _lines(entries: Sequence[Entry]) -> str:
 
 def read_results(folders: Sequence[Path]) -> Results:
     """The results in several folders together; where two have the same system, size
-    and random seed, the later one's counts, and so of growth at the same step. Equal trials count once.
+    and random seed, the later one's counts, and so of growth at the same step. Equal trials and rises count once.
 
     Raises:
         UserError: a folder without them, not one entry in all of them, or two that cannot stand in one table.
@@ -68,10 +72,11 @@ def read_results(folders: Sequence[Path]) -> Results:
             entries |= keyed
             study = json.loads((folder / STUDY_FILE).read_text(encoding="utf-8"))
             for name, values in rest.items():
-                values += study.get(name, ()) if name == "growth" else study[name]
+                values += study.get(name, ()) if name in LATER else study[name]
             texts = {text["name"]: text for text in rest["texts"]}
             rest["growth"] = list({_growth_key(row): row for row in rest["growth"]}.values())
-            rest["trials"] = [row for i, row in enumerate(rest["trials"]) if row not in rest["trials"][:i]]
+            for name in ("trials", "rises"):
+                rest[name] = [row for i, row in enumerate(rest[name]) if row not in rest[name][:i]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
             raise UserError(
                 f"cannot read the results in {folder}",

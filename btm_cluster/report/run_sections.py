@@ -42,6 +42,8 @@ def curves_section(trainings: Sequence[Training], colours: Mapping[str, int]) ->
     blocks: list[Block] = []
     if missing := [one.name for one in trainings if one not in known]:
         blocks.append(Paragraph(f"Without a stored curve: {', '.join(missing)}.", is_note=True))
+    if rises := [f"{one.name}: {rise.sentence}" for one in known if one.curve and (rise := one.curve.rise())]:
+        blocks.append(Paragraph(f"A lower learning rate may do better: {'; '.join(rises)}.", is_note=True))
     figures = [figure for name in _PLOTS if (figure := _plot(name, known, colours)) is not None]
     return Section(*CURVES, [*blocks, Figures(figures, _keys(known, colours))])
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from btm_cluster.report.content import Paragraph, Section, Table
+from btm_cluster.curve import Rise
+from btm_cluster.report.content import Block, Paragraph, Section, Table
 from btm_cluster.report.results import Entry, Results
 
 POSTERIORS = {"full": "paper's posterior", "calibrated": "calibrated"}
@@ -35,7 +36,8 @@ def growth_sections(results: Results) -> Iterator[Section]:
         rows = [one for one in results.growth if (one["size"], one["random_seed"]) == (size, random_seed)]
         heading = f"Growth: {size}, random seed {random_seed}"
         table = Table(heading, list(_HEADINGS), [_row(entry) for entry in rows])
-        yield Section(f"growth-{size}-{random_seed}", heading, [Paragraph(_TOLD), *_totals(rows), table])
+        blocks: list[Block] = [Paragraph(_TOLD), *_totals(rows), table, *_rises(rows)]
+        yield Section(f"growth-{size}-{random_seed}", heading, blocks)
 
 
 def _row(entry: Entry) -> list[str]:
@@ -82,3 +84,11 @@ def _totals(rows: Sequence[Entry]) -> Iterator[Paragraph]:
         whole[name] = entry["tokens_so_far"]
     told = ", ".join(f"{name} {tokens:,}" for name, tokens in whole.items())
     yield Paragraph(f"Tokens trained on in all: {told}.")
+
+
+def _rises(rows: Sequence[Entry]) -> Iterator[Paragraph]:
+    rises = {len(row["domains"]): Rise(**row["rise"]) for row in rows if row.get("rise")}
+    for domains, rise in rises.items():
+        yield Paragraph(
+            f"The Transformer-LM that is retrained on {domains} domains is no fair baseline: its {rise.sentence}."
+        )

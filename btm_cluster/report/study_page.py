@@ -6,6 +6,7 @@ Numbers are means over random seeds, ± their standard deviation where there are
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from btm_cluster.curve import Rise
 from btm_cluster.ledger.records import REPORT_FILE
 from btm_cluster.report.content import Block, Page, Paragraph, Section, Tile
 from btm_cluster.report.entries import (
@@ -108,6 +109,15 @@ def figure_sections(results: Results) -> Iterator[Section]:
         yield Section(one.figure.file.removesuffix(".svg"), one.heading, [one.figure])
 
 
+def _rises(results: Results, size: str) -> Iterator[Paragraph]:
+    told = [
+        f"{row['training']}: {Rise(row['lowest'], row['at'], row['last']).sentence}"
+        for row in select(results.rises, size=size)
+    ]
+    if told:
+        yield Paragraph(f"A lower learning rate may do better: {'; '.join(told)}.")
+
+
 def _other_sections(results: Results) -> Iterator[Section]:
     yield from growth_sections(results)
     yield texts_section(results)
@@ -126,6 +136,7 @@ def _size_sections(results: Results) -> Iterator[Section]:
         )
         blocks: list[Block] = [
             Paragraph(compared_with(entries)),
+            *_rises(results, size),
             means_table("Table 1: systems", entries, TABLE_1),
             *stopped_at(entries),
             means_table(

@@ -3,6 +3,7 @@
 Here the loop's callbacks meet store and driver. Committing what comes out is the caller's.
 """
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from btm_cluster.steps.development import open_development
 from btm_cluster.steps.resuming import Source, earlier_spans, measured_before, profiles, restore
 from btm_cluster.steps.settling import settled
 
+log = logging.getLogger(__name__)
 NOTICE_SECONDS = 5.0
 """Between two questions on whether this machine will be taken away."""
 
@@ -80,7 +82,10 @@ def run_training(
             run.save(state, wait=True)
     finally:
         checkpoints.close()
-    return run.trained(request.role, state)
+    trained = run.trained(request.role, state)
+    if group.is_first and (rise := trained.curve.rise()):
+        log.warning("%s: its %s; a calmer recipe: %s", request.label, rise.sentence, spec.divergence_remedy)
+    return trained
 
 
 def set_up(compute: Compute) -> None:

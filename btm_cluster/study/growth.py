@@ -20,6 +20,7 @@ from btm_cluster.evaluation.milestones import choose_milestone, milestone_scores
 from btm_cluster.evaluation.scoring import by_ref
 from btm_cluster.evaluation.systems import CALIBRATED, PAPERS, TRANSFORMER_LM, Ensemble
 from btm_cluster.ledger import Ref
+from btm_cluster.ledger.curves import read_rise
 from btm_cluster.plan import GrowthPlan
 from btm_cluster.requests import Start
 from btm_cluster.study.comparison import entries_from
@@ -190,6 +191,7 @@ def _entries(repeat: Repeat, steps: Sequence[Step], driver: Driver) -> Iterator[
         shown = {TRANSFORMER_LM.system, *(forest.system for forest in step.forests)}
         found = [e for e in entries_from(prepared, comparison, costs) if e["system"] in shown]
         before = dict(spent)
+        rise = read_rise(driver.ledger, step.retrained.whole)
         for entry in found:
             earlier = _earlier(entry["system"], before)
             spent[entry["system"]] = total = _total(entry, earlier, step.retrained.whole in retrained)
@@ -202,6 +204,7 @@ def _entries(repeat: Repeat, steps: Sequence[Step], driver: Driver) -> Iterator[
                 **{name: entry[name] for name in COPIED},
                 **_means(entry, step.domains, prepared),
                 "bits_per_byte": entry["bits_per_byte"]["all"],
+                "rise": asdict(rise) if rise and entry["system"] == TRANSFORMER_LM.system else None,
                 **asdict(total - earlier),
                 **{f"{name}_so_far": value for name, value in asdict(total).items()},
             }

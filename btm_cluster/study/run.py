@@ -5,7 +5,7 @@ Everything is an artifact: what is there already is not made again, and a study 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from btm_cluster.driver.driver import Driver
@@ -16,6 +16,7 @@ from btm_cluster.evaluation.texts import TextReport, report_texts
 from btm_cluster.language_model.demix import count_demix_parameters
 from btm_cluster.language_model.model import count_parameters
 from btm_cluster.ledger import Artifact, Ledger
+from btm_cluster.ledger.curves import read_rise
 from btm_cluster.plan import Plan
 from btm_cluster.requests import TrainRequest
 from btm_cluster.study.adaptation import adapt
@@ -41,6 +42,8 @@ class Study:
     trials: tuple[Mapping[str, Any], ...]
     """Perplexities on the domains' development text: the Transformer-LM's for each recipe that was tried, and a
     forest's for each scale of its experts' learning rate. Forests that are left out since an expert diverged, too."""
+    rises: tuple[Mapping[str, Any], ...]
+    """Trainings whose loss ended higher than it had been."""
     growth: tuple[Mapping[str, Any], ...]
     """A row for each step and system of a forest that is grown step by step."""
     repeats_left: int
@@ -66,6 +69,7 @@ def run_study(plan: Plan, driver: Driver) -> Iterator[Study]:
     trials = [trial for repeat in repeats for trial in repeat.trials]
     entries: list[Mapping[str, Any]] = []
     speeds: list[Mapping[str, Any]] = []
+    rises: list[Mapping[str, Any]] = []
     forests: list[Ensemble] = []
     parts = len(repeats) + (study.growth is not None)
     for number, repeat in enumerate(repeats, 1):
@@ -77,9 +81,11 @@ def run_study(plan: Plan, driver: Driver) -> Iterator[Study]:
             comparison = comparison.with_rows(adapted)
         entries += entries_of(repeat, comparison, models.stopped_at, driver.ledger)
         speeds += [_speed(repeat, request, model) for request, model in trained]
+        rises += _rises(repeat, trained, driver.ledger)
         trials += _diverged(repeat, models.diverged)
         forests.append(models.ensembles[0])
-        known = Study(tuple(entries), texts, tuple(speeds), tuple(trials), (), repeats_left=parts - number)
+        lists = tuple(entries), texts, tuple(speeds), tuple(trials), tuple(rises)
+        known = Study(*lists, (), repeats_left=parts - number)
         yield known
     if study.growth is not None:
         driver.listener.part(f"part {parts} of {parts}: {_name(repeats[0])}, growth")
@@ -146,6 +152,20 @@ def _speed(repeat: Repeat, request: TrainRequest, model: Artifact) -> Mapping[st
         "gpus": note["gpus"],
         "device": note["device"],
     }
+
+
+def _rises(
+    repeat: Repeat, trained: Sequence[tuple[TrainRequest, Artifact]], ledger: Ledger
+) -> Iterator[Mapping[str, Any]]:
+    random_seed = repeat.prepared.plan.training.random_seed
+    for request, model in trained:
+        if rise := read_rise(ledger, model.ref):
+            yield {
+                "size": repeat.size,
+                "random_seed": random_seed,
+                "training": request.label,
+                **asdict(rise),
+            }
 
 
 def _role(request: TrainRequest) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from btm_cluster.algorithm import starts_for
+from btm_cluster.curve import Rise
 from btm_cluster.driver.driver import Driver
 from btm_cluster.driver.prepared_plan import PreparedPlan
 from btm_cluster.errors import UserError
@@ -17,7 +18,7 @@ from btm_cluster.operations.study import results_of
 from btm_cluster.plan import Plan, StudyPlan
 from btm_cluster.report.markdown import markdown
 from btm_cluster.report.study_growth import growth_sections
-from btm_cluster.study import run
+from btm_cluster.study import growth, run
 from btm_cluster.study.comparison import Models
 from btm_cluster.study.growth import Step, _Spent, _total, grow_steps
 from btm_cluster.study.models import train_repeat
@@ -165,6 +166,22 @@ def test_the_page_has_a_table_of_growth(grew: Grew) -> None:
     assert f"| 3 domains, added {ADDED} | posterior branch, calibrated | {known} | – | " in page
     assert f" | {everything} | {entry['bits_per_byte']:.4f} | " in page
     assert "| 0.0 |" not in page, "GPU-seconds on CPUs"
+
+
+def test_trainings_whose_loss_rose_are_told_of(grew: Grew, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "compare", transformer_lm_alone)
+    for module in (run, growth):
+        monkeypatch.setattr(module, "read_rise", lambda *_: Rise(3.0, 7, 4.0))
+    *_, study = run_study(grew.plan, in_process(grew.plan))
+    experts = [f"{domain}-0.5-model-0" for domain in DOMAINS]
+    assert [row["training"] for row in study.rises] == ["transformer-lm-model-0", *experts]
+    assert [bool(row["rise"]) for row in study.growth] == [
+        row["system"] == "transformer-lm" for row in study.growth
+    ]
+    (section,) = growth_sections(results_of(grew.plan, study))
+    sentence = Rise(3.0, 7, 4.0).sentence
+    assert f"retrained on 2 domains is no fair baseline: its {sentence}." in markdown(section)
+    assert not grew.study.rises
 
 
 @pytest.mark.parametrize(

@@ -257,6 +257,13 @@ def test_a_study_compares_with_the_transformer_lm_at_its_best_milestone_as_a_run
         "tables 1, 2, 8, that of the posteriors and that of costs"
     )
     assert f"| {finished['all']:.1f} | {finished['bits_per_byte']['all']:.4f} | 1x |" in page
+    assert "A lower learning rate may do better" not in page
+    rise = {"size": study.entries[0]["size"], "training": "an-expert", "lowest": 3.0, "at": 7, "last": 4.0}
+    write_page(replace(results, rises=(rise,)), tmp_path / "risen")
+    assert (
+        "A lower learning rate may do better: an-expert: training loss rose from 3.00 around update 7 to 4.00 at the "
+        "end." in (tmp_path / "risen" / "README.md").read_text()
+    )
     # Of an earlier version there are none.
     newer = ("bits_per_byte", "inference_cost", "cost", "at_equal_cost")
     bare = [{k: v for k, v in e.items() if k not in newer} for e in study.entries]
@@ -391,9 +398,9 @@ def test_the_command_writes_after_each_random_seed_but_replaces_results_by_finis
         assert [one.page for one in written] == [str(tmp_path / "README.md")] * times
     told = json.loads(json.dumps(written[-1].to_json()))
     assert told["entries"] == json.loads((tmp_path / "summary.json").read_text())
-    assert {name: told[name] for name in ("texts", "speeds", "trials", "runs", "growth")} == json.loads(
-        (tmp_path / "study.json").read_text()
-    )
+    assert {
+        name: told[name] for name in ("texts", "speeds", "trials", "runs", "growth", "rises")
+    } == json.loads((tmp_path / "study.json").read_text())
     (run,) = told["runs"]
     assert run["repeats_left"] == 0
     assert {entry["random_seed"] for entry in json.loads((tmp_path / "summary.json").read_text())} == {0, 1}

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from btm_cluster import curve
 from btm_cluster.curve import CURVE_FILE
 from btm_cluster.driver.driver import resumed
 from btm_cluster.driver.preparation import prepare
@@ -36,7 +38,7 @@ from btm_cluster.language_model.training_state import (
     write_state,
 )
 from btm_cluster.ledger import Artifact, Ledger, artifact_key
-from btm_cluster.ledger.curves import read_curve
+from btm_cluster.ledger.curves import read_curve, read_rise
 from btm_cluster.ledger.lineage import reached
 from btm_cluster.operations.verify import verify
 from btm_cluster.plan import Plan
@@ -641,6 +643,24 @@ def test_a_loss_that_is_not_finite_is_an_error_that_keeps_the_last_good_checkpoi
     assert saved is not None
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert all(torch.isfinite(t).all() for t in load_file(ledger.open_file(saved, name)).values())
+
+
+@pytest.mark.parametrize("counts_as_rise", [False, True])
+def test_a_training_whose_loss_rose_is_stored_and_warned_of(
+    prepared_store: PreparedStore,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    counts_as_rise: bool,
+) -> None:
+    if counts_as_rise:  # none at all; `tests/unit/test_curves.py` has what is one
+        monkeypatch.setattr(curve, "LEAST_RISE", 0)
+        monkeypatch.setattr(curve, "RISE_ERRORS", 0)
+    settings = prepared_store.seed.training.model_copy(update={"updates": 20})
+    request = replace(prepared_store.seed, training=settings, last_update=20, milestones=())
+    model = run(prepared_store, request)
+    warning = r"seed: its training loss rose from .* a calmer recipe: lower `training.learning_rate`"
+    assert bool(re.search(warning, caplog.text)) == counts_as_rise
+    assert (read_rise(prepared_store.driver.ledger, model.ref) is not None) == counts_as_rise
 
 
 def test_a_diverged_training_fails_alone(prepared_store: PreparedStore) -> None:

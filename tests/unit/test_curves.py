@@ -1,15 +1,17 @@
 """The points that a curve has, and what is read back of curves and timelines."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from btm_cluster.curve import CURVE_FILE, development_updates, is_recorded
+from btm_cluster.curve import CURVE_FILE, Curve, Rise, development_updates, is_recorded
 from btm_cluster.errors import UserError
 from btm_cluster.ledger import Ledger
-from btm_cluster.ledger.curves import read_curve
+from btm_cluster.ledger.curves import read_curve, read_rise
 from btm_cluster.ledger.timelines import (
     Event,
     Node,
@@ -53,6 +55,51 @@ def test_development_loss_is_taken_at_even_distances() -> None:
     assert list(development_updates(12, 2)) == [6, 12]
     assert list(development_updates(12, 16)) == list(range(1, 13))
     assert list(development_updates(12, 0)) == []
+
+
+def curve(loss: Sequence[float]) -> Curve:
+    return Curve.model_validate(
+        {name: [*range(1, len(loss) + 1)] for name in ("updates", "tokens")}
+        | {"loss": [*loss], "learning_rate": [0.1] * len(loss), "gradient_norm": [1.0] * len(loss)}
+    )
+
+
+def falling(points: int) -> np.ndarray:
+    return 2 + 7 * np.exp(-np.arange(points) / (points / 5))
+
+
+@pytest.mark.parametrize(("points", "nats"), [(20, 4.0), (100, 0.8), (500, 0.8)])
+def test_a_loss_that_rises_for_good_is_noticed(points: int, nats: float) -> None:
+    noise = np.random.default_rng(0).normal(0, 0.05, points)
+    turned = np.where(np.arange(points) < points * 0.6, 0.0, nats)
+    rise = curve(falling(points) + turned + noise).rise()
+    assert rise is not None
+    assert rise.at == pytest.approx(points * 0.6, abs=points * 0.05)
+    assert 0.3 * nats < rise.last - rise.lowest < nats
+    assert f"around update {rise.at:,} to {rise.last:.2f} at the end" in rise.sentence
+
+
+@pytest.mark.parametrize("points", [3, 9, 19, 20, 50, 500])
+@pytest.mark.parametrize("noise", [0.01, 0.3])
+def test_noise_is_no_rise_nor_is_a_spike_that_passes(points: int, noise: float) -> None:
+    for random_seed in range(100):
+        random = np.random.default_rng(random_seed).normal(0, noise, points)
+        assert curve(4 + random).rise() is None, "on a plateau"
+        assert curve(falling(points) + random).rise() is None
+    if points >= 50:
+        spike = np.where(np.arange(points) // 5 == points // 10, 3.0, 0.0)
+        assert curve(falling(points) + spike).rise() is None
+
+
+def test_a_rise_is_read_of_a_stored_curve_and_a_broken_one_stops_nothing(
+    ledger: Ledger, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    risen = commit_curve(ledger, tmp_path, curve([*range(20)]).model_dump_json())
+    assert read_rise(ledger, risen.ref) == Rise(lowest=2.0, at=5, last=17.0)
+    assert read_rise(ledger, None) is None
+    assert not caplog.messages
+    assert read_rise(ledger, commit_curve(ledger, tmp_path, "no curve").ref) is None
+    assert "whether a training's loss rose is not known" in caplog.text
 
 
 def commit_curve(ledger: Ledger, folder: Path, text: str) -> Any:

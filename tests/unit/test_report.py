@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from btm_cluster.curve import Rise
 from btm_cluster.evaluation.judgement import ADDED_LATER
 from btm_cluster.evaluation.rows import (
     BEST_EXPERT,
@@ -199,6 +200,16 @@ def test_where_the_finished_transformer_lm_is_the_best_the_sentence_says_so() ->
     unknown = verdict(texts_with({TRANSFORMER_LM: 1.0, CALIBRATED_ENSEMBLE: 0.9}))
     assert "That Transformer-LM" not in unknown.sentence
     assert unknown.to_json()["milestones"] is None
+
+
+def test_a_baseline_whose_loss_rose_is_told_with_the_judgement() -> None:
+    factors = {TRANSFORMER_LM: 1.0, CALIBRATED_ENSEMBLE: 0.5}
+    found = verdict(texts_with(factors), rise=Rise(lowest=4.18, at=1_484, last=4.85))
+    assert found.judgements[0].outcome == "worth it"
+    assert found.sentence.endswith(
+        "The comparison may flatter the forest: the Transformer-LM's training loss rose from 4.18 around update 1,484 "
+        "to 4.85 at the end. Lower its learning rate."
+    )
 
 
 def test_a_system_that_some_texts_lack_has_means_only_where_it_has_them_all() -> None:

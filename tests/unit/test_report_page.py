@@ -131,6 +131,16 @@ def test_where_nothing_was_measured_each_section_says_so_and_the_rest_is_there()
     assert "forest version 3" in render(page)
 
 
+def test_a_training_whose_loss_rose_is_named_above_the_curves() -> None:
+    report = made_report()
+    *others, last = report.trainings
+    assert last.curve is not None
+    risen = replace(last, curve=last.curve.model_copy(update={"loss": last.curve.loss[::-1]}))
+    note = "A lower learning rate may do better: Transformer-LM: training loss rose from "
+    assert note not in html_of(report)
+    assert note in html_of(replace(report, trainings=[*others, risen]))
+
+
 def test_an_older_version_that_was_evaluated_is_shown_and_said_to_be_older() -> None:
     report = made_report()
     assert report.evaluated is not None
