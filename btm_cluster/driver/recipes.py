@@ -85,15 +85,8 @@ def check_demix_fits(plan: Plan, model: Mapping[str, Any], domains: int) -> None
     """Refuses a DEMix of so many domains that cannot be trained.
 
     Raises:
-        UserError: naming the architecture, the optimiser, or the size of the group.
+        UserError: naming the architecture, or the size of the group.
     """
-    if plan.training.optimizer != "adamw":
-        raise PlanError(
-            "training.optimizer does not fit a DEMix",
-            found=plan.training.optimizer,
-            expected="adamw: Muon takes single matrices, and a DEMix stacks its feed-forwards",
-            remedy="leave DEMix out of `baselines` and `study.systems`, or take `optimizer: adamw`",
-        )
     workers = seed_resources(plan).workers
     check_splits(model, domains)
     if workers % domains and domains % workers:

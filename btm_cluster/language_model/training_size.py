@@ -18,7 +18,7 @@ from btm_cluster.language_model.layers import layers_of, units_of
 from btm_cluster.language_model.lora import count_adapted, count_adapter
 from btm_cluster.language_model.memory import ModelSize
 from btm_cluster.language_model.model import fresh_on_meta
-from btm_cluster.language_model.optimizer import hidden_matrices
+from btm_cluster.language_model.optimizer import hidden_parameters
 from btm_cluster.plan import ALL, Trains
 
 
@@ -41,7 +41,7 @@ def _size_for(model: str, trains: Trains) -> tuple[ModelSize, int]:
     if trains.lora is not None:
         return size, 0
     freeze(fresh, trains, random_seed=0)
-    return size, sum(parameter.numel() for parameter in hidden_matrices(fresh))
+    return size, sum(p.numel() for p in hidden_parameters(fresh) if p.ndim == 2)
 
 
 def size_of(model: PreTrainedModel, trains: Trains = ALL) -> ModelSize:

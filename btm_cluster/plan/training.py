@@ -96,7 +96,7 @@ class TrainingPlan(Section):
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`muon`: Muon for the matrices of the layers, with steps as large as AdamW's, so that learning rate and weight
     decay are the same; AdamW for embeddings, output matrix, vectors and adapters. It keeps one moment of a matrix
-    instead of two, and needs whole matrices: no sharding, no DEMix.
+    instead of two, and needs whole matrices: no sharding.
 
     Source: Liu et al., 2025, Muon is scalable for LLM training.
     """

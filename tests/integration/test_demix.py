@@ -279,9 +279,11 @@ def test_the_parts_of_a_trained_demix_say_of_a_block_what_it_says_when_it_routes
     assert (routed[0] - routed[1]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_demix_that_dies_at_every_update_ends_in_the_same_weights(
-    prepared_store: PreparedStore, request_: TrainRequest, tmp_path: Path
+    prepared_store: PreparedStore, request_: TrainRequest, optimizer: str, tmp_path: Path
 ) -> None:
+    request_ = replace(request_, training=request_.training.model_copy(update={"optimizer": optimizer}))
     shutil.copytree(prepared_store.driver.ledger.storage.location, tmp_path / "copy")
     undisturbed = Ledger.open(str(tmp_path / "copy"))
     train(request_, undisturbed, Undisturbed())
@@ -296,13 +298,14 @@ def test_a_demix_that_dies_at_every_update_ends_in_the_same_weights(
     assert last_saved(prepared_store, request) is None
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_demix_of_one_domain_that_branches_from_the_seed_is_the_transformer_lm_that_passes_it(
-    prepared_store: PreparedStore,
+    prepared_store: PreparedStore, optimizer: str
 ) -> None:
-    prepared, ledger = (
-        replace(prepared_store.prepared, founding_texts=prepared_store.prepared.founding_texts[:1]),
-        prepared_store.driver.ledger,
-    )
+    one, ledger = prepared_store.prepared, prepared_store.driver.ledger
+    training = one.plan.training.model_copy(update={"optimizer": optimizer})
+    plan = one.plan.model_copy(update={"training": training})
+    prepared = replace(one, plan=plan, founding_texts=one.founding_texts[:1])
     seed = seed_request(prepared).ref
     dense = run(prepared_store, transformer_lm_request(prepared, seed))
     request = seeded_demix_request(prepared, seed)

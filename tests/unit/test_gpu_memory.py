@@ -4,21 +4,16 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import yaml
 
 from btm_cluster.driver.capacity import Demand, memory_problem
 from btm_cluster.driver.gpu_memory import TrainingMemory, problem_of, told
-from btm_cluster.driver.recipes import check_demix_fits
 from btm_cluster.equations.budget import trained_bytes
-from btm_cluster.errors import PlanError
 from btm_cluster.language_model.deltas import trains_of
 from btm_cluster.language_model.training_size import size_for
-from btm_cluster.plan import BranchingPlan, Lora, Trains, read_plan
+from btm_cluster.plan import BranchingPlan, Lora, Trains
 from btm_cluster.requests import Resources
-from btm_cluster.study.repeats import _model
 from tests.progress_steps import training
 from tests.unit.test_memory import GB, QWEN_7B
-from tests.unit.test_plan import MINIMAL
 
 LLAMA_1B: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192,
@@ -125,17 +120,6 @@ def test_the_optimiser_is_in_a_models_name_where_it_is_not_adamw() -> None:
     assert by_muon.recipe["training"]["optimizer"] == "muon"
     lora = Trains("lora", Lora(2, 4.0, ("q_proj",)))
     assert replace(by_muon, trains=lora).ref == replace(by_adamw, trains=lora).ref, "AdamW trains adapters"
-
-
-def test_a_demix_has_no_single_matrices_for_muon() -> None:
-    muon = {"optimizer": "muon"}
-    plan = read_plan({**yaml.safe_load(MINIMAL), "training": muon})
-    with pytest.raises(PlanError, match="optimizer does not fit a DEMix"):
-        check_demix_fits(plan, LLAMA_1B, domains=2)
-    sizes = [{"name": "a", "model": {"preset": "gpt3-125m"}, "training": muon}]
-    studied = read_plan({**yaml.safe_load(MINIMAL), "study": {"sizes": sizes}})
-    with pytest.raises(PlanError, match="optimizer does not fit a DEMix"):
-        _model(studied, studied.study, studied.study.sizes[0])
 
 
 def test_what_no_setting_makes_fit_says_so() -> None:

@@ -21,9 +21,11 @@ from btm_cluster.language_model import training
 from btm_cluster.language_model.attention import leave_causal_masks_out
 from btm_cluster.language_model.batches import blocks_of_update
 from btm_cluster.language_model.compute import Compute
+from btm_cluster.language_model.demix import has_row_per_domain, split_feed_forwards
 from btm_cluster.language_model.layers import hand_on_in_bfloat16, layers_of
 from btm_cluster.language_model.loss import read_after, read_tokens
 from btm_cluster.language_model.model import build_model
+from btm_cluster.language_model.optimizer import build_optimizer
 from btm_cluster.language_model.process_group import ProcessGroup
 from btm_cluster.language_model.stored_weights import TensorFiles
 from btm_cluster.language_model.tensor_files import OPTIMIZER_FILE, WEIGHTS
@@ -415,6 +417,35 @@ def test_muon_takes_orthogonal_steps_of_adamws_size_for_the_matrices_of_layers_a
         assert 0.6 < gains.min() < gains.max() < 1.3, "of Newton and Schulz, which stop early"
         sizes = [float(taken[name].square().mean().sqrt()) for taken in steps]
         assert 0.1 * sizes[0] < sizes[1] < sizes[0]
+
+
+def test_muon_takes_the_step_of_each_matrix_of_a_demixs_stack_by_itself(with_muon: TrainingSpec) -> None:
+    domains = 3
+    demix, *dense = (build_model(with_muon.model, random_seed=0) for _ in range(domains + 1))
+    split_feed_forwards(demix, range(domains))
+    by_stack = build_optimizer(demix, with_muon.training, is_demix=True)
+    by_itself = [build_optimizer(model, with_muon.training) for model in dense]
+    stacks = {n.replace(".experts.", "."): p for n, p in demix.named_parameters() if has_row_per_domain(n)}
+    for update in range(2):
+        torch.manual_seed(update)
+        for name, stack in stacks.items():
+            stack.grad = torch.randn(stack.shape)
+            for model, gradient in zip(dense, stack.grad, strict=True):
+                model.get_parameter(name).grad = gradient.clone()
+        for optimizer in (by_stack, *by_itself):
+            optimizer.step(1e-2)
+    assert not any(stack.grad is not None for stack in stacks.values())
+    for name, stack in stacks.items():
+        for number, (model, optimizer) in enumerate(zip(dense, by_itself, strict=True)):
+            own = model.get_parameter(name)
+            assert torch.equal(stack[number], own), name
+            for moment, expected in optimizer.state_of(own).items():
+                found = by_stack.state_of(stack)[moment]
+                assert torch.equal(found if moment == "step" else found[number], expected), (name, moment)
+    assert {by_stack.moments_of(stack) for stack in stacks.values()} == {
+        ("momentum_buffer",),
+        ("exp_avg", "exp_avg_sq"),
+    }
 
 
 def test_a_training_by_muon_that_was_stopped_ends_in_the_same_weights(
