@@ -87,8 +87,9 @@ def _totals(rows: Sequence[Entry]) -> Iterator[Paragraph]:
 
 
 def _rises(rows: Sequence[Entry]) -> Iterator[Paragraph]:
-    rises = {len(row["domains"]): Rise(**row["rise"]) for row in rows if row.get("rise")}
-    for domains, rise in rises.items():
-        yield Paragraph(
-            f"The Transformer-LM that is retrained on {domains} domains is no fair baseline: its {rise.sentence}."
-        )
+    for row in rows:
+        if row.get("rise"):
+            step = f"{len(row['domains'])} domains, {row['change']}"
+            yield Paragraph(
+                f"The Transformer-LM of the step {step!r} is no fair baseline: its {Rise(**row['rise']).sentence}."
+            )
