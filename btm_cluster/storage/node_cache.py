@@ -16,6 +16,7 @@ the day's look.
 """
 
 import errno
+import fcntl
 import os
 import pwd
 import re
@@ -41,8 +42,6 @@ _UNFINISHED_SECONDS = 86_400.0
 """An unfinished file this old was left by a process that died."""
 FREED_SHARE = 0.1
 """Share of the limit that eviction leaves free, so that not each further file needs one."""
-COUNT_POLL_SECONDS = 0.001
-"""The count is held for a fraction of that; filelock's own interval, 50 ms, is longer than most fetches."""
 _UNKNOWN_BYTES = 10**18
 """Counted while nobody has looked: more than any limit."""
 _COUNT = re.compile(rb"(\d{20}) (\d{12})\n")
@@ -171,8 +170,8 @@ class NodeCache:
         """Adds to the count of bytes, sets when the folder was last looked
         through if given, and returns both."""
         path = self.folder / "count"
-        lock = FileLock(self.folder / "locks" / "count", poll_interval=COUNT_POLL_SECONDS)
-        with lock, open(path, "r+b", 0, opener=_open_own) as file:
+        with open(path, "r+b", 0, opener=_open_own) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
             known = _COUNT.fullmatch(file.read())
             counted, last_look = (int(known[1]), float(known[2])) if known else (_UNKNOWN_BYTES, 0.0)
             counted, last_look = max(counted + added, 0), last_look if looked is None else looked
@@ -180,6 +179,7 @@ class NodeCache:
                 file.seek(0)
                 file.write(b"%020d %012d\n" % (counted, last_look))
                 file.truncate()
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing does not, while a process forked meanwhile has it open
         return counted, last_look
 
     def _evict(self, limit_bytes: int) -> None:

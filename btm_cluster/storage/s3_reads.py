@@ -29,8 +29,8 @@ THREADS = 8
 """Parts under way at once, of each file."""
 PART_TRIES = 5
 """Tries of a part whose body breaks off: as many as s3transfer has."""
-BUFFER_BYTES = 2**16
-"""Larger buffers come fresh from the system each time."""
+BUFFER_BYTES = 2**18
+"""Buffers of 1 MiB come fresh from the system each time."""
 _EVENT = "s3.GetObject"
 _HEADERS = {"Range": "Range", "IfMatch": "If-Match"}
 """Headers that differ between requests for one object, by the names of boto3's arguments."""
