@@ -14,7 +14,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from btm_cluster.data.documents import NO_TEXT, TOO_LONG, BadDocument, Document
+from btm_cluster.data.documents import (
+    NO_TEXT,
+    NOT_UTF_8,
+    TOO_LONG,
+    WRONG_PARQUET,
+    WRONG_TABLE,
+    BadDocument,
+    Document,
+)
 from btm_cluster.data.shards import ShardWriter
 from btm_cluster.data.sources import SKIP, read_documents
 from btm_cluster.data.streams import Count
@@ -25,8 +33,12 @@ SPLITS = ("train", "development", "test")
 _HELD_OUT_FIRST = {"test": 0, "development": 1, "train": 2}
 _RECORD = struct.Struct("<32sBBI")
 _SPOOL_BUFFER_BYTES = 1 << 17
+_NAME_THE_FIELD = "name the `field` that holds the text, or `messages` of chat data, "
 _REMEDIES = {
-    NO_TEXT: "name the `field` that holds the text, or `messages` of chat data, ",
+    NO_TEXT: _NAME_THE_FIELD,
+    WRONG_TABLE: _NAME_THE_FIELD,
+    WRONG_PARQUET: _NAME_THE_FIELD,
+    NOT_UTF_8: "convert it, such as by `iconv -f LATIN1 -t UTF-8`, ",
     TOO_LONG: "cut it by a `delimiter`, raise `reading.longest_document_characters`, ",
 }
 """What else mends a bad document, by the beginning of its reason."""

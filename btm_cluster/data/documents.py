@@ -12,6 +12,7 @@ from btm_cluster.data.conversations import BadMessages, Conversation, conversati
 from btm_cluster.plan import ChatTemplate, TextPlan
 
 NO_TEXT = "a row without text in the field"
+WRONG_TABLE, WRONG_PARQUET = "a table with", "a Parquet file with"
 TOO_LONG = "a document longer than"
 NOT_UTF_8 = "a document that is not UTF-8"
 
@@ -83,7 +84,19 @@ class RowForm:
 
 def longer_than(longest: int) -> str:
     """Why a document of more characters is none."""
-    return f"{TOO_LONG} {longest} characters"
+    return f"{TOO_LONG} {longest:,} characters"
+
+
+def column_problem(start: str, columns: Sequence[str], form: RowForm) -> str:
+    """Why columns of these names hold no documents, after `start`; empty where each field is one of them."""
+    field = next((field for field in form.fields if columns.count(field) != 1), None)
+    if field is None:
+        return ""
+    found = columns.count(field)
+    shown = ", ".join(map(repr, columns))[:200].encode(errors="backslashreplace").decode()
+    named = "messages" if form.holds_messages else "field"
+    where = "head" if start == WRONG_TABLE else "schema"
+    return f"{start} {found or 'no'} column{'s' * (found > 1)} {field!r} (`{named}`) in its {where}: {shown}"
 
 
 def checked(where: str, text: Any, field: str, longest: int) -> str | BadDocument:

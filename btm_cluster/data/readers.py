@@ -16,7 +16,18 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from btm_cluster.data.documents import BadDocument, Delimiter, Read, RowForm, cell_value, checked, longer_than
+from btm_cluster.data.documents import (
+    WRONG_PARQUET,
+    WRONG_TABLE,
+    BadDocument,
+    Delimiter,
+    Read,
+    RowForm,
+    cell_value,
+    checked,
+    column_problem,
+    longer_than,
+)
 from btm_cluster.data.files import S3, is_lost, readable
 from btm_cluster.data.streams import Budget, Count, open_random, open_stream
 from btm_cluster.errors import TextError, one_line
@@ -99,7 +110,7 @@ def _read_json_lines(path: str, stream: io.BufferedReader, form: RowForm) -> Ite
         if not stripped:
             continue
         if len(line) > longest_bytes:
-            item: Read = BadDocument(where, f"{_LONG_LINE} {longest_bytes} bytes")
+            item: Read = BadDocument(where, f"{_LONG_LINE} {longest_bytes:,} bytes")
             while line and not line.endswith(b"\n"):
                 line = stream.readline(1 << 20)
         else:
@@ -130,6 +141,9 @@ def _parsed(line: bytes) -> Any:
 def _whole_file(first: bytes, item: BadDocument) -> str:
     """Why a file whose first line is bad has no JSON lines at all; empty, where others may be good."""
     if item.reason != _NOT_JSON and not item.reason.startswith(_LONG_LINE):
+        rows = _parsed(first)
+        if isinstance(rows, list) and any(isinstance(row, dict) for row in rows):
+            return "one JSON array, not an object on each line: convert it, such as by `jq -c '.[]'`"
         return ""  # a line of JSON, and not the right one
     before, carriage_return, _ = first.partition(b"\r")
     if carriage_return and isinstance(_parsed(before), dict):
@@ -179,7 +193,7 @@ def _read_table(path: str, stream: io.BufferedReader, form: RowForm, separator: 
                 yield row
             elif head:
                 yield _row_of(where, row, head, form)
-            elif reason := _head_problem(row, form):
+            elif reason := column_problem(WRONG_TABLE, row, form):
                 yield BadDocument(path, reason)
                 return
             else:
@@ -203,24 +217,12 @@ def _rows(
         except csv.Error:
             yield where, BadDocument(where, "a row with a quote too many or too few")
         except _RowTooLong:
-            yield where, BadDocument(where, f"a row longer than {longest_row} characters")
+            yield where, BadDocument(where, f"a row longer than {longest_row:,} characters")
         else:
             if row is None:
                 return
             if row:
                 yield where, row
-
-
-def _head_problem(head: list[str], form: RowForm) -> str:
-    field = next((field for field in form.fields if head.count(field) != 1), None)
-    if field is None:
-        return ""
-    found = head.count(field)
-    shown = ", ".join(map(repr, head))[:200].encode(errors="backslashreplace").decode()
-    named = "messages" if form.holds_messages else "field"
-    return (
-        f"a table with {found or 'no'} column{'s' * (found > 1)} {field!r} (`{named}`) in its head: {shown}"
-    )
 
 
 def _row_of(where: str, row: list[str], head: list[str], form: RowForm) -> Read:
@@ -283,9 +285,8 @@ def _read_parquet(where: str, path: str, form: RowForm, count: Count | None) -> 
     # file.
     with stream, pyarrow.parquet.ParquetFile(stream, buffer_size=ahead, pre_buffer=False) as file:
         names = file.schema_arrow.names
-        if wrong := [field for field in form.fields if names.count(field) != 1]:
-            found = "with several columns" if wrong[0] in names else "without the field"
-            yield BadDocument(where, f"a Parquet file {found} {wrong[0]!r}")
+        if reason := column_problem(WRONG_PARQUET, names, form):
+            yield BadDocument(where, reason)
             return
         number = 0
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=list(form.fields)):

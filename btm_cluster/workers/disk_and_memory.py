@@ -79,8 +79,8 @@ def _check_disk(what: str, folder: Path, needed: int, remedy: str) -> None:
     if needed > free:
         raise ResourcesError(
             f"{what} has too little free space",
-            found=f"{free / GIGABYTE:,.1f} GB free in {folder}",
-            expected=f"at least {needed / GIGABYTE:,.1f} GB for the models to come",
+            found=f"{free / GIGABYTE:,.2f} GB free in {folder}",
+            expected=f"at least {needed / GIGABYTE:,.2f} GB for the models to come",
             remedy=remedy,
         )
 

@@ -125,18 +125,18 @@ TEXTS: dict[str, tuple[str, Callable[[Path], bytes], str]] = {
     "a Parquet file of other columns": (
         "a.parquet",
         lambda folder: parquet(folder, body=["a"]),
-        "the field 'text'",
+        "no column 'text'",
     ),
     "a Parquet file of numbers": ("a.parquet", lambda folder: parquet(folder, text=[1]), "the field 'text'"),
     "JSON lines of other fields": ("a.jsonl", lambda _: b'{"body": "a"}\n', "the field 'text'"),
-    "one JSON array": ("a.json", lambda _: b'[{"text": "a"}]', "not a JSON object"),
+    "one JSON array": ("a.json", lambda _: b'[{"text": "a"}]', "one JSON array"),
     "a line cut short": ("a.jsonl", lambda _: LINES[:-5], ":50: a line that is not JSON"),
     "a monstrous line": (
         "a.jsonl",
         lambda _: b'{"text": "' + b"x" * 20_000_000 + b'"}\n' + LINES,
         "longer than",
     ),
-    "a monstrous document": ("a.txt", lambda _: b"x" * 5_000_000, "longer than 1000000 characters"),
+    "a monstrous document": ("a.txt", lambda _: b"x" * 5_000_000, "longer than 1,000,000 characters"),
     "UTF-16 without a mark": ("a.txt", lambda _: "hello".encode("utf-16-le"), "a binary file"),
     "UTF-16 cut short": (
         "a.txt",

@@ -150,7 +150,9 @@ def test_parquet_cells_that_are_no_text_cost_only_themselves(tmp_path: Path) -> 
     assert (texts(items), reasons(items)) == (["a", "b"], ["a row without text in the field 'text'"])
     assert len(reasons(read(tmp_path / "a.parquet", field="n"))) == 3
     assert len(reasons(read(tmp_path / "a.parquet", field="s"))) == 3
-    assert reasons(read(tmp_path / "a.parquet", field="body")) == ["a Parquet file without the field 'body'"]
+    assert reasons(read(tmp_path / "a.parquet", field="body")) == [
+        "a Parquet file with no column 'body' (`field`) in its schema: 'text', 'n', 's'"
+    ]
 
 
 def test_parquet_text_that_is_not_utf_8_costs_only_itself(tmp_path: Path) -> None:

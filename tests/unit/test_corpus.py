@@ -197,6 +197,31 @@ def test_a_bad_document_refuses_the_text_and_says_how_to_skip_it(tmp_path: Path)
     assert "--bad-documents skip" in caught.value.remedy  # `btm score` has no plan to set it in
 
 
+@pytest.mark.parametrize(
+    ("name", "written", "mends"),
+    [
+        ("a.csv", b"body,n\nhello,1\n", "name the `field`"),
+        ("a.jsonl", b'{"body": "hello"}\n', "name the `field`"),
+        ("a.txt", "Größe".encode("latin-1"), "iconv"),
+        ("a.txt", b"x" * 2_000_000, "`delimiter`"),
+    ],
+)
+def test_a_bad_document_is_refused_with_what_mends_one_of_its_kind(
+    name: str, written: bytes, mends: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(written)
+    with pytest.raises(TextError) as caught:
+        make(tmp_path / "out", tmp_path / name)
+    assert mends in caught.value.remedy
+
+
+def test_a_parquet_file_of_other_columns_is_refused_by_the_option_that_names_one(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"body": ["hello"], "id": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(TextError, match=r"no column 'text' .*: 'body', 'id'") as caught:
+        make(tmp_path / "out", tmp_path / "a.parquet")
+    assert "name the `field`" in caught.value.remedy
+
+
 def test_bad_and_empty_documents_are_counted_by_reason_and_change_nothing_else(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
     whole = make(tmp_path / "whole", path)
@@ -210,7 +235,7 @@ def test_bad_and_empty_documents_are_counted_by_reason_and_change_nothing_else(t
     assert text.bad == {
         "a line that is not JSON in UTF-8": 2,
         "a line that is not a JSON object": 1,
-        "a document longer than 2000 characters": 1,
+        "a document longer than 2,000 characters": 1,
         "an empty document": 2,
     }
 
