@@ -3,6 +3,7 @@
 Only what is needed at least is asked for, so that nothing is refused that could work.
 """
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,15 +20,24 @@ GIGABYTE = 10**9
 
 
 def check_disk_of_store(location: str, needed: int) -> None:
-    """Refuses to begin where a local store has too little space for the models to come.
+    """Refuses to begin where a local store cannot be written to, or has too little space for the models to come.
 
     Raises:
         ResourcesError: naming what is free and what is needed.
     """
-    if "://" not in location:
-        _check_disk(
-            "the disk of the store", Path(location), needed, "free some space there, or name another `store`"
+    if "://" in location or not needed:
+        return
+    existing = _existing(Path(location))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ResourcesError(
+            f"the store {location} cannot be written to",
+            found=f"no permission to write in {existing}",
+            expected="a folder for the models to come",
+            remedy="give yourself permission to write there, or name another `store`",
         )
+    _check_disk(
+        "the disk of the store", Path(location), needed, "free some space there, or name another `store`"
+    )
 
 
 def check_this_machine(demands: Sequence[Demand]) -> None:
@@ -74,8 +84,7 @@ def problems_here(demands: Sequence[Demand]) -> Iterator[ResourcesError]:
 
 
 def _check_disk(what: str, folder: Path, needed: int, remedy: str) -> None:
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(_existing(folder)).free
     if needed > free:
         raise ResourcesError(
             f"{what} has too little free space",
@@ -83,6 +92,10 @@ def _check_disk(what: str, folder: Path, needed: int, remedy: str) -> None:
             expected=f"at least {needed / GIGABYTE:,.2f} GB for the models to come",
             remedy=remedy,
         )
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def _memory() -> int:

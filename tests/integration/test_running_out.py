@@ -97,6 +97,21 @@ def test_a_run_that_memory_or_disk_cannot_hold_is_refused_before_a_text_is_read(
     assert not list(driver.ledger.list_artifacts("source"))
 
 
+def test_a_run_into_a_store_that_cannot_be_written_to_is_refused_before_a_text_is_read(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan.model_validate(fields)
+    # Tests may run as root, who may write everywhere.
+    monkeypatch.setattr(disk_and_memory.os, "access", lambda *_: False)
+    with (
+        opened_view() as view,
+        driving(view, plan, None, True) as driver,
+        pytest.raises(ResourcesError, match="cannot be written to"),
+    ):
+        check_run(plan, driver)
+    assert not list(driver.ledger.list_artifacts("source"))
+
+
 @pytest.mark.parametrize("run_out", RUNS_OUT)
 def test_memory_that_runs_out_once_costs_an_update_since_the_last_checkpoint(
     prepared_store: PreparedStore, undisturbed: dict[str, str], run_out: Callable[[], None]
