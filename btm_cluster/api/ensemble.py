@@ -1,8 +1,8 @@
 """An ensemble, loaded: it continues prompts and scores texts."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from btm_cluster.errors import UserError
 from btm_cluster.language_model.document_scores import DocumentScorer, NamedText, Scored, Sums
@@ -65,12 +65,12 @@ class OpenEnsemble:
             random_seed: the same one gives the same texts.
 
         Raises:
-            UserError: a value out of range, or a prompt that fills a block.
+            UserError: a value out of range, or a prompt that fills a block or is no text.
         """
         sampling = Sampling(temperature, top_p, random_seed, top_k, repetition_penalty)
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         asked = Continuation(max_new_tokens, sampling, stops)
-        given = [prompts] if isinstance(prompts, str) else list(prompts)
+        given = [_text(prompt, f"prompt {i}") for i, prompt in enumerate(_several(prompts, "prompts"), 1)]
         return continue_prompts(self.engine, self.text_tokenizer, self.names, given, asked)
 
     def score(self, texts: str | Iterable[str]) -> list[Scored]:
@@ -104,12 +104,27 @@ class OpenEnsemble:
         return scorer_by(self.engine, self.mixture, self.text_tokenizer)
 
     def _sums(self, texts: str | Iterable[str], packed: bool) -> Iterator[Sums]:
-        given = [texts] if isinstance(texts, str) else texts
-        named = (NamedText("text", number, _checked(text, number)) for number, text in enumerate(given, 1))
+        given = enumerate(_several(texts, "texts"), 1)
+        named = (NamedText("text", number, _checked(text, number)) for number, text in given)
         return (sums for _, sums in self._scorer.score(named, packed))
 
 
-def _checked(text: str, number: int) -> str:
+def _several(given: Any, what: str) -> Iterable[Any]:
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given, Mapping | bytes) or not isinstance(given, Iterable):
+        raise UserError(f"{what} are no text", found=type(given).__name__, expected="a string, or several")
+    return given
+
+
+def _text(given: Any, what: str) -> str:
+    if not isinstance(given, str):
+        raise UserError(f"{what} is no text", found=type(given).__name__, expected="a string")
+    return given
+
+
+def _checked(given: Any, number: int) -> str:
+    text = _text(given, f"text {number}")
     if not text.strip():
         raise UserError(f"text {number} is empty", remedy="leave it out")
     try:

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from btm_cluster.api.ensemble import OpenEnsemble
 from btm_cluster.api.plans import as_plan, opened_driver_of_call
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 SEED = "the seed"
 """The seed's name among the models that are mixed or averaged."""
+
+Split: TypeAlias = Literal["train", "development", "test"]
 
 
 def open_forest(
@@ -118,13 +120,15 @@ class OpenForest:
         """Id of the token that every block was read after in training. Ensembles read it by themselves."""
         return open_tokenizer(self._ledger, self._tokenizer).first_token
 
-    def documents(self, domain: str, split: Literal["train", "development", "test"] = "test") -> list[str]:
+    def documents(self, domain: str, split: Split = "test") -> list[str]:
         """The documents of one split of a domain's text, in the order in which they are packed into blocks.
 
         Raises:
-            UserError: no expert has that domain.
+            UserError: no expert has that domain, or there is no such split.
             StoreError: the store has lost the text.
         """
+        if split not in get_args(Split):
+            raise UserError("there is no such split", found=f"{split!r}", expected=", ".join(get_args(Split)))
         texts = {expert.domain: expert.text for expert in self._forest.experts}
         if domain not in texts:
             raise UserError(

@@ -72,7 +72,7 @@ def score(
         from btm_cluster.operations.score import check_sources, documents_of, reading_of
 
         reading = reading_of(bad_documents)
-        sources = [source_of("scored", [file], field, delimiter) for file in files or ()]
+        sources = [source_of("your-text", [file], field, delimiter) for file in files or ()]
         check_sources(sources, reading)
         texts = documents_of(sources, reading, bad) if text is None else _string(text)
         end_input()

@@ -216,10 +216,17 @@ def read_plan(source: str | Path | Mapping[str, Any]) -> Plan:
     Relative paths begin at the folder of the file; in plain values, at the current folder.
 
     Raises:
-        PlanError: naming every field that is wrong, what was found, what is expected and the remedy.
+        PlanError: naming every field that is wrong, what was found, what is expected and the remedy; or it is
+            neither a file nor plain values.
         UserError: it lies in a Ray job's copy of its working directory, and is not read from the root of that.
     """
     context: dict[str, Any] = {PLAN_FOLDER: opened_folder("")}
+    if not isinstance(source, str | Path | Mapping):
+        raise PlanError(
+            "this is no plan",
+            found=type(source).__name__,
+            expected="the path of a YAML file, or its keys and values",
+        )
     if isinstance(source, Mapping):
         name, values = "the plan", dict(source)
     else:

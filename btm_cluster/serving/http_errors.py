@@ -30,7 +30,10 @@ STATUS: tuple[tuple[type[BaseException], int, str], ...] = (
 
 CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
 
-ADDRESSES = "there are /v1/completions, /v1/models, /v1/domains, /healthz and /metrics; no chat, since experts are base models"
+ADDRESSES = (
+    "there are /v1/completions, /v1/models, /v1/domains, /healthz and /metrics; "
+    "no chat: send messages as a prompt, rendered by the chat template"
+)
 
 
 def error_body(message: str, kind: str, code: str | None = None) -> dict[str, Any]:
@@ -91,6 +94,8 @@ def add_error_handlers(app: FastAPI) -> None:
         message = str(exc.detail)
         if exc.status_code == 404:
             message = f"nothing is at {request.url.path}: {ADDRESSES}"
+        if exc.status_code == 405 and exc.headers:
+            message = f"{request.url.path} takes {exc.headers['Allow']}, not {request.method}"
         body = error_body(message, _type_of(exc.status_code), CODES.get(exc.status_code))
         return JSONResponse(body, exc.status_code, exc.headers)
 

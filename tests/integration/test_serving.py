@@ -311,7 +311,11 @@ def test_a_body_that_is_no_json_or_too_long_or_at_another_address_is_refused(ser
     assert in_parts.status_code == 413
     chat = post(f"{server.url}/v1/chat/completions", json={})
     assert (chat.status_code, "/v1/completions" in chat.json()["error"]["message"]) == (404, True)
-    assert post(f"{server.url}/v1/models", json={}).status_code == 405
+    for wrong, takes in (
+        (post(f"{server.url}/v1/models", json={}), "/v1/models takes GET, not POST"),
+        (httpx2.get(f"{server.url}/v1/completions"), "/v1/completions takes POST, not GET"),
+    ):
+        assert (wrong.status_code, wrong.json()["error"]["message"]) == (405, takes)
 
 
 def test_without_the_key_nothing_but_health_is_told(grown: GrownForest, mixture: Mixture) -> None:
