@@ -153,7 +153,7 @@ def _grow(
 
 def _passed_over(ledger: Ledger, forest: Forest, inbox: Inbox, taken_out: Sequence[str]) -> dict[str, str]:
     """Settled domains that the inbox has, and those of the plan that were taken out, with why they are passed
-    over: taken out, or other files than their expert was trained on."""
+    over: taken out, or other files than their expert was trained on, which a plan may have named."""
     names = [*taken_out, *(name for name in inbox.known if name in forest.withdrawn)]
     why = (
         "it was taken out of the forest; unless it was purged, `btm forest remove {} --undo` brings it back; give "
@@ -164,9 +164,11 @@ def _passed_over(ledger: Ledger, forest: Forest, inbox: Inbox, taken_out: Sequen
     identities = [branch_point_identity(name, text, forest.foundation.seed) for name, text in texts.items()]
     with ThreadPoolExecutor(THREADS) as pool:
         points = pool.map(lambda identity: find_branch_point(ledger, identity), identities)
-    for one in points:
-        if one is not None and one.contents and one.contents != inbox.known[one.domain]:
-            reasons[one.domain] = (
+    for name, one in zip(texts, points, strict=True):
+        if one is None or not one.contents:
+            reasons[name] = "the forest has an expert of that name, of other text; give new text a new name"
+        elif one.contents != inbox.known[name]:
+            reasons[name] = (
                 "its files are no longer those its expert was trained on; give new text a new name"
             )
     return reasons

@@ -474,6 +474,19 @@ def test_an_expert_whose_inbox_files_were_replaced_stays_and_the_expansion_says_
     assert "no longer those its expert was trained on" in later.passed_over["meadow"]
 
 
+def test_new_text_delivered_by_a_name_that_the_forest_already_has_is_not_passed_over_in_silence(
+    plan: Plan, arrive: Callable[..., None]
+) -> None:
+    """Of a founding domain no delivery is known, so that nothing compared its files, and nothing was said."""
+    arrive("meadow")
+    first = expanded(plan)
+    arrive("kitchen")
+    later = expanded(plan)
+    assert later.forest == first.forest
+    assert "give new text a new name" in later.passed_over["kitchen"]
+    assert "meadow" not in later.passed_over, "its expert came from the inbox"
+
+
 def test_what_arrived_is_a_text_to_merge_and_to_generate_for(
     plan: Plan, arrive: Callable[..., None], tmp_path: Path
 ) -> None:
