@@ -263,7 +263,9 @@ class Btm:
 
 
 @contextmanager
-def starting(environment: dict[str, str], folder: Path, program: str) -> Iterator[Callable[..., Btm]]:
+def starting(
+    environment: dict[str, str], folder: Path, program: str | Sequence[str]
+) -> Iterator[Callable[..., Btm]]:
     """A way to start `program` any number of times; what still runs in the end is ended."""
     started: list[Btm] = []
 

@@ -1,8 +1,10 @@
-"""deploy/local: what it starts is whole, and it stops all of it."""
+"""Ray on this machine: what deploy/local starts is whole, and it stops all of it; what a run starts lets
+trainings save."""
 
 import json
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.end_to_end.conftest import BIN, BTM, REPOSITORY
+from tests.end_to_end.conftest import BIN, BTM, REPOSITORY, starting
 from tests.forked import run_forked
 
 LOCAL = REPOSITORY / "deploy" / "local"
@@ -58,3 +60,16 @@ def test_the_doctor_looks_at_the_local_cluster_and_its_store_and_names_the_one_a
         "threads",
     } <= checks.keys()
     assert (tmp_path / "cluster" / "environment").stat().st_mode & 0o077 == 0
+
+
+def test_a_signal_to_the_whole_process_group_lets_trainings_save_like_one_to_the_run_alone(
+    long_plan: Path, tmp_path: Path
+) -> None:
+    """`timeout` and `scancel` signal all of a group. The Ray that the run had started ended at once, and the run,
+    a minute later, with nothing saved."""
+    with starting(dict(os.environ), tmp_path, ["setsid", str(BIN / "btm")]) as start:
+        run = start("run", long_plan)
+        run.wait_until_said(r"seed: training update [1-9]")
+        os.killpg(run.process.pid, signal.SIGTERM)
+        assert run.exit_code() == 130, run.said
+    assert "trainings under way: seed at update" in run.said

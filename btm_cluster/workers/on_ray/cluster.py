@@ -12,11 +12,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.exceptions
+from ray._private import services
 from ray.job_config import JobConfig
 
 from btm_cluster.driver.capacity import Demand, fits, no_capacity
@@ -159,12 +161,28 @@ def _options() -> dict[str, Any]:
     return {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "WARNING"}
 
 
+@contextmanager
+def _process_groups_of_their_own() -> Iterator[None]:
+    """What Ray starts meanwhile is not in this process's group, as Ray itself has it on Windows.
+
+    `timeout`, `scancel` and supervisors signal a whole group. Ray's processes would end at once, and trainings
+    could not save. They still die with this process.
+    """
+    popen = services.ConsolePopen
+    services.ConsolePopen = partial(popen, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen
+
+
 def _start(dashboard: bool) -> Any:
     folder = ray_folder()
     try:
-        return ray.init(
-            "local", include_dashboard=dashboard, job_config=_Job(), _temp_dir=folder, **_options()
-        )
+        with _process_groups_of_their_own():
+            return ray.init(
+                "local", include_dashboard=dashboard, job_config=_Job(), _temp_dir=folder, **_options()
+            )
     except BtmError:
         raise
     except Exception as exc:  # of whatever kind Ray has for it: bare ones are among them
