@@ -20,8 +20,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def stopped() -> Stopped:
-    """The run was stopped, by a signal."""
-    return Stopped("the run was stopped", remedy="the same command goes on from here")
+    """A signal ended the command, whichever it was: many store nothing that they could go on from."""
+    return Stopped(
+        "the command was stopped", remedy="give it again; what the store has by now is not made again"
+    )
 
 
 def end_at_once(*_: object) -> None:

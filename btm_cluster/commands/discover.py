@@ -51,7 +51,7 @@ def discover(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Find domains in unlabelled text: a file for each, and a model that assigns new documents to them."""
-    _check_call(clusters, model, to)
+    _check_call(text, dataset, clusters, model, to)
     check_shadowing()
     end_input()
     source = source_of("unlabelled", text or [], field, delimiter, dataset, split)
@@ -71,7 +71,12 @@ def discover(
     _show(found, to, json_output)
 
 
-def _check_call(clusters: int | None, model: Path | None, to: Path | None) -> None:
+def _check_call(
+    text: list[str] | None, dataset: str | None, clusters: int | None, model: Path | None, to: Path | None
+) -> None:
+    if bool(text) == (dataset is not None):
+        found = "both files and --dataset" if text else "neither files nor --dataset"
+        raise UserError("btm discover needs text", found=found, expected="files, or --dataset NAME")
     if (clusters is None) == (model is None):
         raise UserError(
             "btm discover needs to know what to do",

@@ -50,7 +50,10 @@ def test_a_signal_while_something_is_imported_ends_in_one_error_and_exit_code_13
     )
     assert (done.returncode, done.stdout) == (130, "")
     said = [line for line in done.stderr.splitlines(keepends=True) if " INFO " not in line]
-    assert "".join(said) == "error: the run was stopped\n  remedy:   the same command goes on from here\n"
+    assert said == [
+        "error: the command was stopped\n",
+        "  remedy:   give it again; what the store has by now is not made again\n",
+    ]
     assert not Path(fields["store"]).exists()
 
 
