@@ -31,7 +31,8 @@ def check_fits(prepared: PreparedPlan, forest: Forest, ledger: Ledger) -> None:
 
 
 def check_texts(prepared: PreparedPlan, forest: Forest, ledger: Ledger) -> None:
-    """Refuses another text by the name of a founding domain or of an expert's.
+    """Refuses another text by the name of a founding domain or of an expert's, and an expert's text by another
+    name.
 
     Raises:
         UserError: naming the domain, and in what the two texts differ.
@@ -54,6 +55,15 @@ def check_texts(prepared: PreparedPlan, forest: Forest, ledger: Ledger) -> None:
         if not named[name].is_target and named[name].identity != text:
             changes = changes_of_text(text, named[name].identity, ledger)
             raise _another_text(name, name in founding, forest.version, changes)
+    names = {text: name for name, text in experts.items()}
+    for domain in prepared.domains:
+        if domain.name not in experts and (first := names.get(domain.identity)):
+            raise UserError(
+                f"the domain {domain.name!r} has the same documents as {first!r}",
+                found=f"an expert of these documents in forest version {forest.version}",
+                expected="documents of its own for each domain",
+                remedy=f"call it {first!r}, or leave it out; a name is not changed later",
+            )
 
 
 def _another_text(name: str, is_founding: bool, version: int, changes: str) -> UserError:

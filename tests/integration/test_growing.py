@@ -59,6 +59,21 @@ def test_a_later_domain_whose_text_changed_is_refused_before_anything_is_trained
     assert set(driver.made) == {"source"}
 
 
+def test_a_domain_that_was_renamed_in_the_plan_is_refused_before_anything_is_trained(
+    fields: dict[str, Any],
+) -> None:
+    """It got a second expert of the same documents, and the seed was said never to have seen them."""
+    fields["domains"] = fields["domains"][:2]
+    plan = Plan.model_validate(fields)
+    grow(plan, in_process(plan))
+    (first, *others), known = fields["domains"], fields["domains"][0]["name"]
+    plan = Plan.model_validate(fields | {"domains": [first | {"name": "renamed"}, *others]})
+    driver = in_process(plan)
+    with pytest.raises(UserError, match=f"'renamed' has the same documents as '{known}'"):
+        grow(plan, driver)
+    assert "model" not in driver.made
+
+
 def test_a_plan_may_leave_out_founding_domains_and_their_experts_stay(fields: dict[str, Any]) -> None:
     plan = Plan.model_validate(fields)
     forest = grow(plan, in_process(plan)).forest
