@@ -3,6 +3,7 @@ tracking, and signals that save first."""
 
 import logging
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from btm_cluster.terminal.progress import ProgressView
 
 log = logging.getLogger(__name__)
+SAME_SECONDS = 0.5
+"""Within these, a signal of the same kind is the one before."""
 STOPPING = "stopping: trainings save first; a second Ctrl-C ends without that"
 
 
@@ -155,26 +158,39 @@ def _each(*watchers: "Watcher") -> "Watcher":
 
 class _Asked:
     """Hears signals: the first one asks to save and stop, a second one to go
-    without saving; a third ends the process, where it is a command's own."""
+    without saving; a third ends the process, where it is a command's own.
+
+    The same one at once is the same: `timeout` signals its command, and then the group that it is in.
+    """
 
     def __init__(self, ends_process: bool, events: "RunEvents") -> None:
         self._ends_process, self._events = ends_process, events
         self.stop = threading.Event()
         self.stopped_at: float | None = None
         self.driver: Driver | None = None
+        self._newest: tuple[int, float] | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        newest, self._newest = self._newest, (number, time.monotonic())
+        if newest is not None and newest[0] == number and self._newest[1] - newest[1] < SAME_SECONDS:
+            return
         if self.stopped_at is not None:  # a budget that is spent asks to stop, too
             if self._ends_process:
                 end_at_signals()
-            break_off(number, frame)
+            self._break_off(number, frame)
+            return
         self.stopped_at = self._events.now()
         self.stop.set()
         # The driver itself computes, and has nothing to save.
         if self.driver is None or not self.driver.is_asking:
-            break_off(number, frame)
+            self._break_off(number, frame)
+            return
         # By a thread: the main one may be in the middle of a line.
         threading.Thread(target=log.warning, args=(STOPPING,)).start()
+
+    def _break_off(self, number: int, frame: FrameType | None) -> None:
+        break_off(number, frame)
+        self._newest = None  # not yet: it comes again
 
     def tell_stop(self) -> None:
         """Tells the run's events of a stop that was asked for, once it is over."""

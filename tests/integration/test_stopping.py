@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from btm_cluster import session
 from btm_cluster.errors import Stopped
 from btm_cluster.language_model.block_check import logits_of, random_block
 from btm_cluster.plan import Plan
@@ -118,6 +119,35 @@ def test_the_second_signal_does_not_wait_until_all_is_saved_and_a_third_ends_the
             signal.raise_signal(signal.SIGINT)
         assert signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN
         assert signal.getsignal(signal.SIGTERM).__name__ == "end_at_once"  # type: ignore[union-attr]
+
+
+def test_the_same_signal_at_once_is_the_same_and_later_another(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`timeout` signals its command and then its group, and so twice."""
+    monkeypatch.setattr(session, "SAME_SECONDS", 1000)
+    with handling(signal.SIG_IGN), opened_view() as view, driving(view, plan, None, True) as driver:
+        driver.is_asking = True
+        for _ in range(3):
+            signal.raise_signal(signal.SIGTERM)
+        monkeypatch.setattr(session, "SAME_SECONDS", 0)
+        with pytest.raises(Interruption):
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_that_comes_again_since_the_garbage_collector_was_at_work_is_not_the_same(
+    plan: Plan,
+) -> None:
+    class Collected:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    def collect_and_go_on() -> None:
+        Collected()
+        threading.Event().wait(60)
+
+    with pytest.raises(Stopped), opened_view() as view, driving(view, plan, None, True):
+        collect_and_go_on()
 
 
 def test_a_program_hears_both_signals_from_its_start() -> None:

@@ -168,7 +168,10 @@ def _process_groups_of_their_own() -> Iterator[None]:
     `timeout`, `scancel` and supervisors signal a whole group. Ray's processes would end at once, and trainings
     could not save. They still die with this process.
     """
-    popen = services.ConsolePopen
+    popen = getattr(services, "ConsolePopen", None)
+    if popen is None:  # a Ray that starts processes otherwise
+        yield
+        return
     services.ConsolePopen = partial(popen, process_group=0)
     try:
         yield
