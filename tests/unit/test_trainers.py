@@ -10,7 +10,7 @@ import pytest
 from btm_cluster.ledger import Ref
 from btm_cluster.plan import ClusterPlan
 from btm_cluster.requests import Resources, ScoreRequest, StepRequest, TrainRequest
-from btm_cluster.workers.on_ray import idle, trainers
+from btm_cluster.workers.on_ray import idle, running, trainers
 from btm_cluster.workers.on_ray.claims import ClaimedError
 from btm_cluster.workers.on_ray.running import Running, would_hold_up_a_training
 from btm_cluster.workers.on_ray.supervision import StepState
@@ -30,10 +30,12 @@ class Call:
 
     def __init__(self, asked: list[str]) -> None:
         self.asked = asked
+        self.results: list[object] = []
 
     def remote(self, asked: StepRequest | list[StepRequest], *_: object) -> object:
         self.asked += [one.label for one in (asked if isinstance(asked, list) else [asked])]
-        return object()
+        self.results.append(object())
+        return self.results[-1]
 
 
 class Actor:
@@ -56,6 +58,7 @@ class Cluster:
     def __init__(self, cpus: float = 8.0) -> None:
         self.cpus = self.free = cpus
         self.killed: list[Actor] = []
+        self.cancelled: list[object] = []
         self.started: list[Actor] = []
         self.others: set[Ref] = set()
         self.claimed: set[Ref] = set()
@@ -68,6 +71,9 @@ class Cluster:
 
     def kill(self, actor: Actor) -> None:
         self.killed.append(actor)
+
+    def cancel(self, result: object) -> None:
+        self.cancelled.append(result)
 
     def options(self, name: str, **_: object) -> "Cluster":
         self.started.append(Actor(name.split("-")[1]))
@@ -91,7 +97,7 @@ class Cluster:
 @pytest.fixture
 def ray(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     cluster = Cluster()
-    for module in (trainers, idle):
+    for module in (trainers, running, idle):
         monkeypatch.setattr(module, "ray", cluster)
     monkeypatch.setattr(trainers, "TrainerActor", cluster)
     monkeypatch.setattr(trainers, "Claims", lambda: cluster)
@@ -248,6 +254,7 @@ def test_a_free_trainer_comes_before_a_process_that_was_started_early_and_has_no
     second = ours.start(made[1])
     assert (second.actor, second.has_place) == (first.trainer, True)
     assert ray.killed == [early[1]]
+    assert ray.cancelled == early[1].warm_up.results, "else Ray prints that it tries again"
 
 
 def test_a_training_that_is_started_early_again_is_not_taken_for_placed_before_it_is_heard(

@@ -73,9 +73,15 @@ class Running:
     def end(self) -> None:
         """Kills the trainer, or cancels the task."""
         if self.trainer is not None:
-            ray.kill(self.trainer)
+            end_trainer(self.trainer, self.result)
         else:
             ray.cancel(self.result, force=False)
+
+
+def end_trainer(trainer: Any, result: Any) -> None:
+    """Kills an actor whose call has no result yet. If that were not cancelled, Ray would print that it tries again."""
+    ray.cancel(result)
+    ray.kill(trainer)
 
 
 def would_hold_up_a_training(request: StepRequest, running: Iterable[Running]) -> bool:

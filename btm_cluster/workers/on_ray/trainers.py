@@ -22,7 +22,7 @@ from btm_cluster.plan import ClusterPlan
 from btm_cluster.requests import Resources, ScoreRequest, StepRequest, TrainRequest
 from btm_cluster.workers.on_ray.claims import ClaimedError, Claims
 from btm_cluster.workers.on_ray.idle import Idle, IdleTrainers
-from btm_cluster.workers.on_ray.running import Running, would_hold_up_a_training
+from btm_cluster.workers.on_ray.running import Running, end_trainer, would_hold_up_a_training
 from btm_cluster.workers.on_ray.training import TrainerActor, trainer_name, trainer_options
 from btm_cluster.workers.pending import Pending
 
@@ -53,7 +53,8 @@ class Trainers:
         self._at_once = cluster.concurrent_experts or sys.maxsize
         self._cpus = ray.cluster_resources().get("CPU", 1.0)
         self._claims = Claims()
-        self._early: dict[Ref, tuple[TrainRequest, Any]] = {}
+        self._early: dict[Ref, tuple[TrainRequest, Any, Any]] = {}
+        """Trainings to come, with their actor and its warm-up's result."""
         self._placed: set[str] = set()
         """Labels of trainings whose actor, started early, has its place on the cluster."""
         self._idle = IdleTrainers(self._cpus)
@@ -87,7 +88,7 @@ class Trainers:
             request = one.batch[0]
             if not isinstance(request, TrainRequest) or (idle := self._idle.take(request.how)) is None:
                 continue
-            ray.kill(one.trainer)
+            end_trainer(one.trainer, one.result)
             del running[one.result]
             one.result, one.trainer = self._train(idle.actor, request), idle.actor
             one.process, one.has_place = idle.process, True
@@ -120,7 +121,7 @@ class Trainers:
         if all(request.ref in self._early for request in soon):
             return
         free = dict(ray.available_resources())
-        for early, _ in self._early.values():
+        for early, *_ in self._early.values():
             if early.label not in self._placed:
                 _take(free, early.how)
         for request in soon:
@@ -134,8 +135,7 @@ class Trainers:
                 actor = self._new(request)
             except ClaimedError:
                 continue
-            actor.warm_up.remote(request, self._board)
-            self._early[request.ref] = (request, actor)
+            self._early[request.ref] = (request, actor, actor.warm_up.remote(request, self._board))
 
     def _follow_soon(
         self, trainings: Sequence[TrainRequest], pending: Pending, running: Iterable[Running]
@@ -238,8 +238,8 @@ class Trainers:
             self._claims.give_back(ref)
 
     def _kill_early(self, ref: Ref) -> None:
-        request, actor = self._early.pop(ref)
-        ray.kill(actor)
+        request, actor, warm_up = self._early.pop(ref)
+        end_trainer(actor, warm_up)
         self._placed.discard(request.label)
 
     def _is_place_wanted(self, pending: Pending, running: Iterable[Running]) -> bool:
