@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import btm_cluster as btm
+from btm_cluster import session
 from btm_cluster.cli import app, run_command
 from btm_cluster.errors import UserError
 from btm_cluster.evaluation.rows import SEED
@@ -113,7 +114,8 @@ def test_a_plan_is_run_and_run_again_in_a_thread(
     assert "seed: training update 6/6" in caplog.text
 
 
-def test_signals_stop_a_call_and_never_the_program(plan: btm.Plan) -> None:
+def test_signals_stop_a_call_and_never_the_program(plan: btm.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "SAME_SECONDS", 0)
     with handling(signal.SIG_IGN):
         before = signal.getsignal(signal.SIGINT)
         with opened_view() as view, opened_driver(view, plan, None, True) as driver:
