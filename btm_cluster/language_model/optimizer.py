@@ -144,7 +144,7 @@ def _muon(parameters: list[torch.nn.Parameter], training: TrainingPlan) -> torch
 
 
 def hidden_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
-    """What is trained of a model's layers: neither embeddings nor the output matrix."""
+    """The trained parameters of a model's layers, without embeddings and output matrix."""
     return [p for layer in layers_of(model) for p in layer.parameters() if p.requires_grad]
 
 

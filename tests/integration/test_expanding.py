@@ -477,7 +477,7 @@ def test_an_expert_whose_inbox_files_were_replaced_stays_and_the_expansion_says_
 def test_new_text_delivered_by_a_name_that_the_forest_already_has_is_not_passed_over_in_silence(
     plan: Plan, arrive: Callable[..., None]
 ) -> None:
-    """Of a founding domain no delivery is known, so that nothing compared its files, and nothing was said."""
+    """A founding domain has no recorded delivery: its files were compared with nothing, and nothing was said."""
     arrive("meadow")
     first = expanded(plan)
     arrive("kitchen")

@@ -163,7 +163,7 @@ def _options() -> dict[str, Any]:
 
 @contextmanager
 def _process_groups_of_their_own() -> Iterator[None]:
-    """What Ray starts meanwhile is not in this process's group, as Ray itself has it on Windows.
+    """Meanwhile, each process that Ray starts gets a process group of its own, as on Windows.
 
     `timeout`, `scancel` and supervisors signal a whole group. Ray's processes would end at once, and trainings
     could not save. They still die with this process.
